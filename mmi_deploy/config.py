@@ -1,0 +1,293 @@
+"""What a model is: frozen, validated configuration, read from and written to JSON.
+
+Two readings of MM-Interleaved are configurations of one implementation: the paper's (MMFS after the
+U-Net's up blocks, all previous images, plain softmax, Perceiver Resamplers) and that of the released
+checkpoint (MMFS on the skips, the nearest image, a null slot, Q-Formers). See `presets.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from mmi_deploy.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TokenConfig:
+    """Ids of the special tokens. `image` stands once per visual token of an image."""
+
+    bos: int
+    eos: int
+    pad: int
+    boi: int
+    image: int
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MmfsConfig:
+    """Multi-image Multi-scale Feature Synchronizer (paper Sec. 3.2, Eq. 4).
+
+    `levels`: indices into the encoder's four maps (0 = finest), finest first.
+    `value_width`: heads * channels per head. `base_grid`: offsets are in cells of a grid of this
+    side; None: of the query's own map. `images`: rows of the relative-position table (row 0 hidden,
+    1 the nearest image). `images_seen`: how many of the nearest images a query may look at.
+    """
+
+    heads: int
+    points: int
+    value_width: int
+    levels: tuple[int, ...]
+    base_grid: int | None
+    images: int
+    images_seen: int
+    null_slot: bool
+    offset_init: float
+
+    @property
+    def head_width(self) -> int:
+        return self.value_width // self.heads
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ResamplerConfig:
+    """Maps any number of context tokens to `queries` tokens.
+
+    `perceiver`: Flamingo's resampler, keys and values are [context; queries].
+    `qformer`: BLIP-2's, self-attention over the queries, cross-attention every `cross_every` layers.
+    """
+
+    form: Literal["perceiver", "qformer"]
+    queries: int
+    width: int
+    context_width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    cross_every: int = 1
+    qk_norm: bool = False
+    dropout: float = 0.0
+    eps: float = 1e-12
+
+
+@dataclass(frozen=True, config=_STRICT)
+class VisionConfig:
+    """CLIP ViT with a ViT-Adapter pyramid. Image sides and patches in pixels."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    interactions: int = 4
+    prior_width: int = 64
+    adapter_heads: int = 16
+    adapter_points: int = 4
+    adapter_value_ratio: float = 0.5
+    adapter_mlp_ratio: float = 0.25
+    activation: str = "quick_gelu"
+    eps: float = 1e-5
+    pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    position_grid: int = 16
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def level_sides(self) -> tuple[int, int, int, int]:
+        """Sides of the four feature maps, finest first: strides 1/4, 1/2, 1, 2 of the patch grid."""
+        return (self.grid * 4, self.grid * 2, self.grid, self.grid // 2)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LlamaConfig:
+    """LLaMA with MMFS before the MLP of every `mmfs_every`-th block, beginning with block 0."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    context: int
+    mmfs_every: int
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def mmfs_layers(self) -> tuple[int, ...]:
+        return tuple(range(0, self.layers, self.mmfs_every))
+
+
+@dataclass(frozen=True, config=_STRICT)
+class UnetConfig:
+    """Stable Diffusion's U-Net, in the terms of diffusers' `UNet2DConditionModel`.
+
+    `mmfs_at`: `up_blocks` (paper) or `skips` (released: each skip connection and the middle block).
+    """
+
+    latent_side: int
+    latent_channels: int
+    block_widths: tuple[int, ...]
+    layers_per_block: int
+    condition_width: int
+    attention_heads: tuple[int, ...]
+    attention_blocks: tuple[bool, ...]
+    mmfs_at: Literal["up_blocks", "skips"]
+    norm_groups: int = 32
+    linear_projection: bool = True
+
+    @property
+    def resnet_widths(self) -> tuple[int, ...]:
+        """Output channels of every ResNet, in the order in which they run."""
+        layers, widths = self.layers_per_block, self.block_widths
+        down = [width for width in widths for _ in range(layers)]
+        up = [width for width in reversed(widths) for _ in range(layers + 1)]
+        return (*down, widths[-1], widths[-1], *up)
+
+    @property
+    def cross_attention_widths(self) -> tuple[int, ...]:
+        """Channels of every cross-attention to the condition, in the order in which they run."""
+        layers = self.layers_per_block
+        blocks = list(zip(self.block_widths, self.attention_blocks, strict=True))
+        down = [width for width, attends in blocks if attends for _ in range(layers)]
+        up = [width for width, attends in reversed(blocks) if attends for _ in range(layers + 1)]
+        return (*down, self.block_widths[-1], *up)
+
+    @property
+    def mmfs_maps(self) -> tuple[tuple[int, int], ...]:
+        """(channels, side) of every map that MMFS is added to, in the order in which they occur."""
+        widths, side, last = self.block_widths, self.latent_side, len(self.block_widths) - 1
+        if self.mmfs_at == "up_blocks":
+            return tuple((widths[level], side >> max(level - 1, 0)) for level in range(last, -1, -1))
+        skips = [(widths[0], side)]
+        for level, width in enumerate(widths):
+            skips += [(width, side >> level)] * self.layers_per_block
+            if level < last:
+                skips.append((width, side >> (level + 1)))
+        return (*skips, (widths[-1], side >> last))
+
+    @property
+    def mmfs_blocks(self) -> int:
+        return len(self.mmfs_maps)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class VaeConfig:
+    """Latent autoencoder, in the terms of diffusers' `AutoencoderKL`."""
+
+    block_widths: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    scaling_factor: float
+    norm_groups: int = 32
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell along one side."""
+        return 2 ** (len(self.block_widths) - 1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DiffusionConfig:
+    """The forward process and what the U-Net predicts. Steps and betas as in diffusers' DDPM."""
+
+    prediction: Literal["epsilon", "v_prediction"]
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ImageDecoderConfig:
+    """From LLM hidden states to a picture: context resampler, U-Net with MMFS, VAE."""
+
+    resampler: ResamplerConfig
+    unet: UnetConfig
+    mmfs: MmfsConfig
+    vae: VaeConfig
+    diffusion: DiffusionConfig
+
+    @property
+    def image_size(self) -> int:
+        return self.unet.latent_side * self.vae.factor
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """A whole MM-Interleaved."""
+
+    name: str
+    tokens: TokenConfig
+    vision: VisionConfig
+    vision_resampler: ResamplerConfig
+    llama: LlamaConfig
+    llm_mmfs: MmfsConfig
+    image_decoder: ImageDecoderConfig
+
+    @property
+    def visual_tokens(self) -> int:
+        """LLM positions that one image takes, the begin-of-image token not counted."""
+        return self.vision_resampler.queries
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ModelConfig:
+        def same(what: str, left: int, right: int) -> None:
+            if left != right:
+                raise ValueError(f"{what}: {left} and {right} must be equal")
+
+        decoder = self.image_decoder
+        same("vision width and its resampler's context", self.vision.width, self.vision_resampler.context_width)
+        same("LLM width and the image decoder resampler's context", self.llama.width, decoder.resampler.context_width)
+        same("image decoder resampler width and U-Net condition", decoder.resampler.width, decoder.unet.condition_width)
+        same("latent channels of VAE and U-Net", decoder.vae.latent_channels, decoder.unet.latent_channels)
+        for mmfs in (self.llm_mmfs, decoder.mmfs):
+            if mmfs.images_seen >= mmfs.images:
+                raise ValueError(f"MMFS sees {mmfs.images_seen} images but has {mmfs.images} table rows")
+            if mmfs.value_width % mmfs.heads:
+                raise ValueError(f"MMFS value width {mmfs.value_width} is no multiple of its {mmfs.heads} heads")
+        return self
+
+
+_ADAPTER = TypeAdapter(ModelConfig)
+
+
+def to_json(config: ModelConfig) -> str:
+    """The configuration as indented JSON."""
+    return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
+
+
+def from_json(text: str | bytes, source: str = "configuration") -> ModelConfig:
+    """Read a configuration; raises `ConfigError` that names the first wrong field."""
+    try:
+        return _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ConfigError(
+            f"{source} is not a valid model configuration: {field}: {first['msg']}",
+            fix="compare it with the output of `mmi inspect --preset tiny`",
+        ) from None
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read `path`; raises `ConfigError` when it is missing or wrong."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", fix="give a model folder that holds config.json") from None
+    return from_json(text, str(path))

@@ -1,0 +1,38 @@
+"""Errors for people: one readable line that says what, expected, got, and what to do about it."""
+
+from __future__ import annotations
+
+
+class MmiError(Exception):
+    """Anything the user can mend. The command line prints it as one line and exits with `exit_code`."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, expected: object = None, got: object = None, fix: str = "") -> None:
+        parts = [what]
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if got is not None:
+            parts.append(f"got {got}")
+        line = "; ".join(parts)
+        super().__init__(f"{line}. {fix}" if fix else line)
+
+
+class ConfigError(MmiError):
+    """A configuration or an option that is unknown or contradicts another."""
+
+
+class DocumentError(MmiError):
+    """A document, or an image in it, that cannot be read or does not fit the model."""
+
+
+class WeightsError(MmiError):
+    """Weights that are missing, extra, wrongly shaped or not finite."""
+
+
+class BundleError(MmiError):
+    """A bundle that is incomplete, changed since it was written, or of another version."""
+
+
+class EngineError(MmiError):
+    """An engine that cannot be loaded or refused its inputs."""

@@ -1,0 +1,272 @@
+"""The contract: every graph of a bundle, its inputs and outputs, their types, shapes and ranges.
+
+Exporters name tensors from here, builders take their profiles from here, runtimes allocate from
+here, and tests walk over it. No tensor name is written anywhere else.
+
+Letters: b batch, t tokens, k positions whose logits are wanted, c cache slots, n encoded images (the
+pool), m images a row may look at, s feature cells of one image, h heads, d channels per head, v rows
+of visual tokens, x tokens of context for one picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from mmi_deploy.config import MmfsConfig, ModelConfig
+
+OPSET = 24
+IR_VERSION = 10
+MMFS_DOMAIN = "mmi"
+MMFS_OPERATOR = "MultiImageDeformableAttention"
+MMFS_VERSION = 1
+
+IMAGE_SLOT_PADDING = (1, 2, 4, 8, 16, 32, 49)
+"""Numbers of image slots that the runtime pads to, so that few shapes occur."""
+
+HISTORY = 3
+"""Latents that a solver may carry: its last corrected sample and its last two data predictions."""
+
+STATE = 1 + HISTORY
+"""Rows of a step of the coefficient table: the next latents, then the next history."""
+
+TERMS = 3 + HISTORY
+"""Columns of it: latents, the U-Net's prediction, noise, then the history."""
+
+UNET_BATCH_PER_PICTURE = 2
+"""Guidance runs the conditional and the unconditional branch in one batch, conditional rows first."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a dynamic dimension may be: the least, the likeliest and the greatest value."""
+
+    least: int
+    likely: int
+    greatest: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Name, element type (numpy's name) and shape; a string in the shape is a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def resolve(self, **sizes: int) -> tuple[int, ...]:
+        """The shape with dynamic dimensions replaced; a product such as `2*b` is understood."""
+        return tuple(_size(side, sizes) for side in self.shape)
+
+
+def _size(side: int | str, sizes: Mapping[str, int]) -> int:
+    if isinstance(side, int):
+        return side
+    factor, star, letter = side.rpartition("*")
+    return (int(factor) if star else 1) * sizes[letter]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph: inputs and outputs in order, ranges of its dynamic dimensions, and which output
+    shares its buffer with which input (`in_place`: output name -> input name)."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    ranges: Mapping[str, Range]
+    in_place: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.name == name:
+                return tensor
+        raise KeyError(f"{self.name} has no tensor {name}")
+
+    def names(self, prefix: str) -> list[str]:
+        """The numbered tensors `prefix.00`, `prefix.01`, ... among inputs, or else outputs."""
+        found = [tensor.name for tensor in self.inputs if tensor.name.startswith(prefix + ".")]
+        return found or [tensor.name for tensor in self.outputs if tensor.name.startswith(prefix + ".")]
+
+
+def numbered(prefix: str, index: int) -> str:
+    """The name of one of several alike tensors: `past_key.07`."""
+    return f"{prefix}.{index:02d}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an exported bundle allows: cache slots per row, rows, images in the pool."""
+
+    context: int
+    batch: int = 4
+    images: int = 49
+
+
+def feature_cells(config: ModelConfig, mmfs: MmfsConfig | None = None) -> int:
+    """Cells of one image's feature maps, all four levels or those that `mmfs` reads."""
+    levels = range(4) if mmfs is None else mmfs.levels
+    return sum(config.vision.level_sides[level] ** 2 for level in levels)
+
+
+def level_sides(config: ModelConfig, mmfs: MmfsConfig) -> tuple[int, ...]:
+    """Sides of the maps that `mmfs` reads, finest first."""
+    return tuple(config.vision.level_sides[level] for level in mmfs.levels)
+
+
+def _values(prefix: str, count: int, config: ModelConfig, mmfs: MmfsConfig) -> Iterator[Tensor]:
+    shape = ("n", feature_cells(config, mmfs), mmfs.heads, mmfs.head_width)
+    return (Tensor(numbered(prefix, index), "float32", shape) for index in range(count))
+
+
+def vision_encoder(config: ModelConfig, limits: Limits) -> Graph:
+    """Pixels in [0, 1] to the visual tokens of the LLM and the multi-scale features, all levels one
+    after another (finest first, row-major)."""
+    side, vision = config.vision.image_size, config.vision
+    return Graph(
+        "vision_encoder",
+        inputs=(Tensor("pixels", "float32", ("n", 3, side, side)),),
+        outputs=(
+            Tensor("visual_tokens", "float32", ("n", config.visual_tokens, config.llama.width)),
+            Tensor("features", "float32", ("n", feature_cells(config), vision.width)),
+        ),
+        ranges={"n": Range(1, 1, limits.batch)},
+    )
+
+
+def image_values(config: ModelConfig, limits: Limits) -> Graph:
+    """Features to the MMFS values of every LLM layer and U-Net block that looks at images."""
+    llm, unet = config.llm_mmfs, config.image_decoder.mmfs
+    return Graph(
+        "image_values",
+        inputs=(Tensor("features", "float32", ("n", feature_cells(config), config.vision.width)),),
+        outputs=(
+            *_values("llm_value", len(config.llama.mmfs_layers), config, llm),
+            *_values("unet_value", config.image_decoder.unet.mmfs_blocks, config, unet),
+        ),
+        ranges={"n": Range(1, 1, limits.batch)},
+    )
+
+
+def llm(config: ModelConfig, limits: Limits) -> Graph:
+    """Tokens to logits and hidden states, with the KV cache in place. Prefill and decode alike.
+
+    `visual_index[b,t]`: row of `visual_tokens` that replaces the token's embedding, -1 for none.
+    Key j is visible to query t of row b iff start[b] <= j <= write_index[b] + t.
+    """
+    llama, mmfs = config.llama, config.llm_mmfs
+    cache = ("b", llama.kv_heads, limits.context, llama.head_width)
+    layers = range(llama.layers)
+    past = [Tensor(numbered(f"past_{kind}", i), "float32", cache) for i in layers for kind in ("key", "value")]
+    present = [Tensor(numbered(f"present_{kind}", i), "float32", cache) for i in layers for kind in ("key", "value")]
+    return Graph(
+        "llm",
+        inputs=(
+            Tensor("token_ids", "int64", ("b", "t")),
+            Tensor("visual_tokens", "float32", ("v", llama.width)),
+            Tensor("visual_index", "int64", ("b", "t")),
+            Tensor("position", "int64", ("b", "t")),
+            Tensor("write_index", "int64", ("b",)),
+            Tensor("start", "int64", ("b",)),
+            Tensor("logit_index", "int64", ("b", "k")),
+            Tensor("image_slot", "int32", ("b", "m")),
+            Tensor("image_position", "int32", ("b", "t", "m")),
+            *_values("llm_value", len(llama.mmfs_layers), config, mmfs),
+            *past,
+        ),
+        outputs=(
+            Tensor("logits", "float32", ("b", "k", llama.vocab)),
+            Tensor("hidden", "float32", ("b", "t", llama.width)),
+            *present,
+        ),
+        ranges={
+            "b": Range(1, 1, limits.batch),
+            "t": Range(1, 1, limits.context),
+            "k": Range(1, 1, limits.context),
+            "v": Range(1, config.visual_tokens, limits.context),
+            "n": Range(1, 4, limits.images),
+            "m": Range(1, 4, limits.images),
+        },
+        in_place={new.name: old.name for new, old in zip(present, past, strict=True)},
+    )
+
+
+def image_condition(config: ModelConfig, limits: Limits) -> Graph:
+    """Hidden states of the context to the keys and values of each U-Net cross-attention.
+
+    `context`: LLM hidden states from the picture's begin-of-image token backwards (row 0) to the
+    start of its document; rows from `context_length[b]` on are padding. Outputs hold the
+    conditional rows, then the unconditional ones, which stem from the learned null condition.
+    """
+    decoder = config.image_decoder
+    tokens = decoder.resampler.queries
+    outputs = [
+        Tensor(numbered(f"condition_{kind}", index), "float32", ("2*b", tokens, width))
+        for index, width in enumerate(decoder.unet.cross_attention_widths)
+        for kind in ("key", "value")
+    ]
+    return Graph(
+        "image_condition",
+        inputs=(
+            Tensor("context", "float32", ("b", "x", config.llama.width)),
+            Tensor("context_length", "int64", ("b",)),
+        ),
+        outputs=tuple(outputs),
+        ranges={"b": Range(1, 1, limits.batch), "x": Range(1, 64, limits.context)},
+    )
+
+
+def denoise_step(config: ModelConfig, limits: Limits) -> Graph:
+    """One step of any linear solver, both guidance branches inside.
+
+    `coefficients[step]` [STATE, TERMS] times (latents, prediction, noise, history) is the next
+    state; `time_table[step]` holds the time projection of every ResNet, one after another.
+    """
+    decoder, unet = config.image_decoder, config.image_decoder.unet
+    latent = (unet.latent_channels, unet.latent_side, unet.latent_side)
+    condition = image_condition(config, limits).outputs
+    return Graph(
+        "denoise_step",
+        inputs=(
+            Tensor("latents", "float32", ("b", *latent)),
+            Tensor("history", "float32", (HISTORY, "b", *latent)),
+            Tensor("noise", "float32", ("b", *latent)),
+            Tensor("step", "int64", ()),
+            Tensor("guidance", "float32", ()),
+            Tensor("coefficients", "float32", ("steps", STATE, TERMS)),
+            Tensor("time_table", "float32", ("steps", sum(unet.resnet_widths))),
+            Tensor("image_slot", "int32", ("b", "m")),
+            Tensor("image_position", "int32", ("b", "m")),
+            *condition,
+            *_values("unet_value", unet.mmfs_blocks, config, decoder.mmfs),
+        ),
+        outputs=(
+            Tensor("next_latents", "float32", ("b", *latent)),
+            Tensor("next_history", "float32", (HISTORY, "b", *latent)),
+        ),
+        ranges={
+            "b": Range(1, 1, limits.batch),
+            "steps": Range(1, 20, 1000),
+            "n": Range(1, 4, limits.images),
+            "m": Range(1, 4, decoder.mmfs.images_seen),
+        },
+    )
+
+
+def vae_decoder(config: ModelConfig, limits: Limits) -> Graph:
+    """Latents to pixels in [0, 1]."""
+    unet, side = config.image_decoder.unet, config.image_decoder.image_size
+    return Graph(
+        "vae_decoder",
+        inputs=(Tensor("latents", "float32", ("b", unet.latent_channels, unet.latent_side, unet.latent_side)),),
+        outputs=(Tensor("pixels", "float32", ("b", 3, side, side)),),
+        ranges={"b": Range(1, 1, limits.batch)},
+    )
+
+
+GRAPHS = (vision_encoder, image_values, llm, image_condition, denoise_step, vae_decoder)
+
+
+def graphs(config: ModelConfig, limits: Limits) -> dict[str, Graph]:
+    """Every graph of a bundle of `config`, by name, in the order in which a document meets them."""
+    return {make.__name__: make(config, limits) for make in GRAPHS}
