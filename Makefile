@@ -1,0 +1,53 @@
+# `make demo` and `make test` need nothing but Python >= 3.11 and make: they create .venv,
+# install into it (once, and again when pyproject.toml changes) and run.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+BUNDLE ?= bundles/tiny
+OUT ?= out
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format train-tiny bench clean
+
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## create .venv and install everything into it
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mmi: Python 3.11 or newer is needed; got $$($(PYTHON) --version). Run: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(BUNDLE)/bundle.json: $(INSTALLED) $(wildcard assets/tiny/*)
+	$(BIN)/mmi export assets/tiny -o $(BUNDLE) --force
+
+demo: $(BUNDLE)/bundle.json ## export the shipped tiny model and let it continue a story
+	$(BIN)/mmi generate examples/story.md -o $(OUT) --bundle $(BUNDLE) --force
+	@echo "Open $(OUT)/index.html in a browser."
+
+test: lint ## ruff, mypy and all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff mend style and imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train-tiny: $(INSTALLED) ## train the tiny model from scratch (hours on two cores)
+	$(BIN)/mmi train --preset tiny -o runs/tiny
+
+bench: $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
+	$(BIN)/mmi bench $(BUNDLE)
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) $(OUT) bundles build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,87 @@
+"""Files and folders that are either there whole or not at all.
+
+Everything is written beside its destination under a temporary name and renamed at the end, so that
+Ctrl-C, a full disk or a crash leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmi_deploy.errors import MmiError
+
+MARKER = ".mmi"
+"""A folder that holds this file was written by us and may be replaced by us."""
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write `path` whole or not at all."""
+    content = data.encode() if isinstance(data, str) else data
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def check_replaceable(folder: Path, force: bool = False) -> None:
+    """Raise `MmiError` when writing `folder` would destroy something that we did not write.
+
+    Absent and empty folders are free to take; so is one that holds our marker, and, with `force`,
+    any other folder. Never a file, the current folder or one that contains it.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise MmiError(f"{folder} is not a folder", fix="give another output folder")
+    if Path.cwd().resolve().is_relative_to(folder.resolve()):
+        raise MmiError(f"{folder} is the folder you are in", fix="give another output folder")
+    if force or (folder / MARKER).exists() or not any(folder.iterdir()):
+        return
+    raise MmiError(
+        f"{folder} exists and holds files that mmi did not write",
+        fix="give another output folder, or replace it with --force",
+    )
+
+
+@contextmanager
+def new_folder(folder: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill; when the block ends well it takes the place of `folder`.
+
+    Raises as `check_replaceable` does, before anything is written.
+    """
+    check_replaceable(folder, force)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        yield work
+        (work / MARKER).touch()
+        work.chmod(0o755)
+        _swap(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _swap(work: Path, folder: Path) -> None:
+    """Put `work` where `folder` is; what was there is back when the second rename fails."""
+    if not folder.exists():
+        work.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", suffix=".tmp", dir=folder.parent))
+    folder.rename(old / folder.name)
+    try:
+        work.rename(folder)
+    except BaseException:
+        (old / folder.name).rename(folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
