@@ -1,0 +1,60 @@
+"""Softmax attention that is fast where it runs: one rule for CLIP's layers and the resamplers.
+
+Shapes: b batch, h heads, q queries, k keys, d channels per head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+CLIP_IMPLEMENTATION = "mmi"
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """softmax(query key^T / sqrt(d)) value: [b, h, q, d], [b, h, k, d], [b, h, k, d] -> [b, h, q, d].
+
+    `mask`: bool, broadcast to [b, h, q, k], True where a key may be seen. A query that may see no key
+    sees all of them alike. `dropout` acts on the weights.
+
+    In training on a CPU the two products are written out, because the backward of PyTorch's fused
+    attention is several times slower there; everywhere else (and in every export) it is the fused one.
+    """
+    bias = None
+    if mask is not None:
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    if query.device.type == "cpu" and query.requires_grad:
+        logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # [b, h, q, k]
+        weight = (logits if bias is None else logits + bias).softmax(-1)
+        return F.dropout(weight, dropout, training=dropout > 0) @ value
+    return F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[b, q, h * d] -> [b, h, q, d]"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[b, h, q, d] -> [b, q, h * d]"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _clip_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """`attend` in the form of transformers' attention functions; CLIP's vision tower masks nothing."""
+    assert attention_mask is None and scaling == module.head_dim**-0.5
+    return attend(query, key, value, dropout=dropout).transpose(1, 2), None
+
+
+AttentionInterface.register(CLIP_IMPLEMENTATION, _clip_attention)

@@ -1,0 +1,57 @@
+"""Sin/cos position tables and their bicubic resizing.
+
+Tables come from NumPy, so they hold numbers even when a module is built on the meta device.
+Every table is [positions, width] in fp32; angles are position / base^(2i/width).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _sin_cos(positions: np.ndarray, width: int, base: float) -> np.ndarray:
+    """[positions, width]: the sines of all frequencies, then their cosines."""
+    if width % 2:
+        raise ValueError(f"a sin/cos table needs an even width, got {width}")
+    frequency = base ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
+    angle = positions.astype(np.float64)[:, None] * frequency
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
+def table_1d(positions: int, width: int, base: float = 10000.0) -> Tensor:
+    """[positions, width]: the place in a sequence."""
+    return torch.from_numpy(_sin_cos(np.arange(positions), width, base).astype(np.float32))
+
+
+def table_2d(side: int, width: int, base: float = 10000.0, cells: int | None = None) -> Tensor:
+    """[side * side, width], row-major: the first half of the channels is the row, the second the column.
+
+    `cells`: how many unit cells the side spans; None: `side`. A coarser table (side < cells) holds the
+    positions of its cells' centres on the finer grid, where cell i has position i.
+    """
+    cells = side if cells is None else cells
+    place = (np.arange(side) + 0.5) * (cells / side) - 0.5
+    line = _sin_cos(place, width // 2, base)
+    grid = np.concatenate([np.repeat(line, side, axis=0), np.tile(line, (side, 1))], axis=1)
+    return torch.from_numpy(grid.astype(np.float32))
+
+
+def resize_table(table: Tensor, side: int, align_corners: bool = False) -> Tensor:
+    """Bicubic, no antialiasing: a square table [s * s, width] on a grid of another side, [side * side, width]."""
+    old = round(table.shape[0] ** 0.5)
+    if old * old != table.shape[0]:
+        raise ValueError(f"only a square table can be resized, got {table.shape[0]} positions")
+    if old == side:
+        return table
+    grid = table.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, width, s, s]
+    grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=align_corners)
+    return grid.permute(0, 2, 3, 1).reshape(side * side, -1).to(table.dtype)
+
+
+def cell_centres(side: int) -> Tensor:
+    """[side * side, 2]: the centres of a square grid's cells in [0, 1], row-major, x first."""
+    line = (np.arange(side, dtype=np.float32) + 0.5) / side
+    return torch.from_numpy(np.stack([np.tile(line, side), np.repeat(line, side)], axis=1))

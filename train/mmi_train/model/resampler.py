@@ -1,0 +1,159 @@
+"""Any number of context tokens to a fixed number: Flamingo's Perceiver Resampler or BLIP-2's Q-Former.
+
+Shapes: b batch, x context tokens, q queries, c width, h heads, d channels per head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmi_deploy.config import ResamplerConfig
+from mmi_deploy.errors import ConfigError
+from mmi_train.model.attention import attend, join_heads, split_heads
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries [b, q, c] over [b, x, context_width], with its output projection."""
+
+    def __init__(
+        self, config: ResamplerConfig, context_width: int, *, bias: bool, qk_norm: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, dropout
+        self.query_proj = nn.Linear(config.width, config.width, bias)
+        self.key_proj = nn.Linear(context_width, config.width, bias)
+        self.value_proj = nn.Linear(context_width, config.width, bias)
+        self.output_proj = nn.Linear(config.width, config.width, bias)
+        self.query_norm, self.key_norm = (
+            nn.LayerNorm(config.width // config.heads, eps=config.eps) if qk_norm else nn.Identity() for _ in range(2)
+        )
+
+    def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask`: bool [b, 1, 1, x], True where the context is real."""
+        q = self.query_norm(split_heads(self.query_proj(query), self.heads))  # [b, h, q, d]
+        k = self.key_norm(split_heads(self.key_proj(context), self.heads))  # [b, h, x, d]
+        v = split_heads(self.value_proj(context), self.heads)
+        # The first queries are the same for all rows: one row that every row of the context shares.
+        q = q.expand(k.shape[0], -1, -1, -1)
+        return self.output_proj(join_heads(attend(q, k, v, mask, self.dropout if self.training else 0.0)))
+
+
+class PerceiverLayer(nn.Module):
+    """Flamingo, appendix A.1.1: x += attention(q=x, kv=[context; x]); x += ffw(x), both pre-norm."""
+
+    def __init__(self, config: ResamplerConfig) -> None:
+        super().__init__()
+        self.context_norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.query_norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.attention = Attention(config, config.width, bias=False, dropout=config.dropout)
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(config.width, eps=config.eps),
+            nn.Linear(config.width, config.mlp_width, bias=False),
+            nn.GELU(),
+            nn.Linear(config.mlp_width, config.width, bias=False),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        query = self.query_norm(x)
+        keys = torch.cat([self.context_norm(context), query], 1)  # [b, x + q, c]
+        x = x + self.dropout(self.attention(query, keys, mask))
+        return x + self.dropout(self.ffn(x))
+
+
+class QFormerLayer(nn.Module):
+    """BLIP-2: self-attention, cross-attention (in some layers), feed-forward, each post-norm as in BERT."""
+
+    def __init__(self, config: ResamplerConfig, cross: bool) -> None:
+        super().__init__()
+        options = {"bias": True, "qk_norm": config.qk_norm, "dropout": config.dropout}
+        self.self_attention = Attention(config, config.width, **options)
+        self.self_norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.cross_attention = Attention(config, config.context_width, **options) if cross else None
+        self.cross_norm = nn.LayerNorm(config.width, eps=config.eps) if cross else None
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.ffn_norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.self_norm(x + self.dropout(self.self_attention(x, x)))
+        if self.cross_attention is not None and self.cross_norm is not None:
+            x = self.cross_norm(x + self.dropout(self.cross_attention(x, context, mask)))
+        return self.ffn_norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
+
+
+class Resampler(nn.Module):
+    """`queries` learned tokens that read a context of any length.
+
+    `start`: where the queries begin. None: N(0, 0.02), as BLIP-2 and the published model. A table
+    [queries, context_width] of positions (perceiver only): the sin/cos rows that the caller adds to its
+    context. Each query then starts as the image of its position under the context projection, at
+    standard deviation 0.3, and every key projection starts equal to its query projection, so that at the
+    start a query attends to the tokens at its own place: it begins as a blurred copy of them, which a
+    model trained from scratch otherwise takes long to find.
+    """
+
+    def __init__(self, config: ResamplerConfig, start: Tensor | None = None) -> None:
+        super().__init__()
+        if config.width % config.heads:
+            raise ConfigError("resampler width", expected=f"a multiple of its {config.heads} heads", got=config.width)
+        if config.form == "perceiver" and (config.qk_norm or config.cross_every != 1):
+            raise ConfigError("a perceiver resampler has no qk_norm and attends in every layer")
+        if start is not None and start.shape != (config.queries, config.context_width):
+            raise ValueError(f"start is {tuple(start.shape)}, not {(config.queries, config.context_width)}")
+        self.config = config
+        self.queries = nn.Parameter(torch.empty(1, config.queries, config.width).normal_(std=0.02))
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.context_proj: nn.Module = nn.Identity()
+        self.layers: nn.ModuleList
+        if config.form == "perceiver":
+            if config.context_width != config.width:  # [context; queries] needs one width
+                self.context_proj = nn.Linear(config.context_width, config.width)
+            self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.layers))
+        else:
+            self.layers = nn.ModuleList(
+                QFormerLayer(config, cross=index % config.cross_every == 0) for index in range(config.layers)
+            )
+        self._reset()
+        if start is not None:
+            self._start_at(start)
+
+    def _reset(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                if self.config.form == "perceiver":
+                    nn.init.xavier_uniform_(module.weight)
+                else:
+                    nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def _start_at(self, positions: Tensor) -> None:
+        if self.config.form != "perceiver":
+            raise ConfigError("only a perceiver resampler can start at positions", got=self.config.form)
+        if self.queries.is_meta:
+            return
+        rows = self.context_proj(positions)
+        self.queries.copy_(0.3 * (rows - rows.mean()) / rows.std())
+        for layer in self.layers:
+            layer.attention.key_proj.weight.copy_(layer.attention.query_proj.weight)
+
+    def forward(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """context [b, x, context_width], mask bool [b, x] (True where the context is real) -> [b, queries, width]"""
+        if self.config.form == "perceiver":
+            context = self.context_proj(context)
+            x = self.queries.expand(context.shape[0], -1, -1)
+            if mask is not None:
+                mask = F.pad(mask, (0, x.shape[1]), value=True)
+        else:
+            x = self.dropout(self.norm(self.queries))
+        if mask is not None:
+            mask = mask[:, None, None]  # [b, 1, 1, x]
+        for layer in self.layers:
+            x = layer(x, context, mask)
+        return self.norm(x) if self.config.form == "perceiver" else x

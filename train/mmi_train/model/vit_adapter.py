@@ -1,0 +1,164 @@
+"""CLIP's vision transformer with a ViT-Adapter: patch tokens and a pyramid of four feature maps.
+
+Shapes: n images, c vision width, g patches along a side; patches are g * g tokens, the pyramid is the
+token list of the maps of sides 2g, g and g/2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
+
+from mmi_deploy.config import VisionConfig
+from mmi_deploy.errors import ConfigError
+from mmi_train.model.attention import CLIP_IMPLEMENTATION
+from mmi_train.model.interactions import EXTRA_EXTRACTORS, Extractor, Injector
+from mmi_train.model.positions import cell_centres, resize_table, table_2d
+from mmi_train.model.spatial_prior import SpatialPrior, map_to_tokens, resize_map, tokens_to_map
+
+_POSITIONS = "embeddings.position_embedding.weight"
+
+
+class Interaction(nn.Module):
+    """Injector, a group of CLIP layers, extractor (the last interaction has two more of these)."""
+
+    def __init__(self, config: VisionConfig, extra_extractors: int) -> None:
+        super().__init__()
+        sides = config.level_sides[1:]
+        attention = (config.width, config.adapter_heads, config.adapter_points, config.adapter_value_ratio)
+        hidden = int(config.width * config.adapter_mlp_ratio)
+        self.injector = Injector(*attention, sides)
+        self.extractor = Extractor(*attention, hidden, config.grid, sides)
+        self.extra_extractors = nn.ModuleList(
+            Extractor(*attention, hidden, config.grid, sides) for _ in range(extra_extractors)
+        )
+        self.register_buffer("patch_centres", cell_centres(config.grid), persistent=False)
+        self.register_buffer("pyramid_centres", torch.cat([cell_centres(side) for side in sides]), persistent=False)
+
+    def forward(
+        self, class_token: Tensor, patches: Tensor, pyramid: Tensor, layers: Sequence[nn.Module]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """class_token [n, 1, c], patches [n, g * g, c], pyramid [n, s, c] -> the same three."""
+        patches = self.injector(patches, self.patch_centres, pyramid)
+        tokens = torch.cat([class_token, patches], 1)
+        for layer in layers:
+            tokens = layer(tokens, None)
+        class_token, patches = tokens[:, :1], tokens[:, 1:]
+        for extractor in (self.extractor, *self.extra_extractors):
+            pyramid = extractor(pyramid, self.pyramid_centres, patches)
+        return class_token, patches, pyramid
+
+
+class VitAdapter(nn.Module):
+    """CLIP without its last norm, and the adapter around it.
+
+    A checkpoint of another image size loads too: its position table is resized to this grid, bicubic
+    with align_corners=True as in the published code for 448 pixels, when `load_state_dict` reads it.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        if config.image_size % config.patch_size or config.grid % 2:
+            raise ConfigError(
+                "the image must be an even number of patches wide",
+                expected=f"a multiple of {2 * config.patch_size} pixels",
+                got=f"{config.image_size} pixels",
+            )
+        if config.layers % config.interactions:
+            raise ConfigError(
+                "the vision layers do not divide into its interactions",
+                expected=f"a multiple of {config.interactions}",
+                got=config.layers,
+            )
+        clip = CLIPVisionConfig(
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            hidden_act=config.activation,
+            layer_norm_eps=config.eps,
+            attn_implementation=CLIP_IMPLEMENTATION,
+        )
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embeddings = CLIPVisionEmbeddings(clip)
+        self.pre_norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.layers = nn.ModuleList(CLIPEncoderLayer(clip) for _ in range(config.layers))
+        self.spatial_prior = SpatialPrior(config.prior_width, config.width)
+        self.level_embed = nn.Parameter(torch.zeros(3, config.width))
+        last = config.interactions - 1
+        self.interactions = nn.ModuleList(
+            Interaction(config, EXTRA_EXTRACTORS if index == last else 0) for index in range(config.interactions)
+        )
+        self.upsample = nn.ConvTranspose2d(config.width, config.width, 2, 2)
+        self._reset_clip()
+        self.register_load_state_dict_pre_hook(_resize_positions)
+
+    def _reset_clip(self) -> None:
+        """CLIP's own scales for training from scratch, with the patch positions started as sin/cos."""
+        width, layers = self.config.width, self.config.layers
+        nn.init.normal_(self.embeddings.class_embedding, std=width**-0.5)
+        with torch.no_grad():
+            self.embeddings.position_embedding.weight[1:] = 0.3 * table_2d(self.config.grid, width)
+            self.embeddings.position_embedding.weight[0] = 0
+        for layer in self.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            inner = width**-0.5 * (2 * layers) ** -0.5
+            for linear, std in (
+                (attention.q_proj, width**-0.5),
+                (attention.k_proj, width**-0.5),
+                (attention.v_proj, width**-0.5),
+                (attention.out_proj, inner),
+                (mlp.fc1, (2 * width) ** -0.5),
+                (mlp.fc2, inner),
+            ):
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Normalised pixels [n, 3, image_size, image_size] -> tokens [n, 1 + g * g, c] (class token first)
+        and four maps [n, c, side, side], finest first."""
+        grid = self.config.grid
+        side1, side2, side3, side4 = self.config.level_sides
+        tokens = self.pre_norm(self.embeddings(pixels))
+        class_token, patches = tokens[:, :1], tokens[:, 1:]
+
+        # The prior halves its input four times to reach the grid of the patches.
+        image = resize_map(pixels, 16 * grid).contiguous(memory_format=torch.channels_last)
+        c1, *coarser = self.spatial_prior(image)
+        pyramid = torch.cat(
+            [map_to_tokens(level) + self.level_embed[index] for index, level in enumerate(coarser)], 1
+        )
+
+        stages: list[Tensor] = []
+        group = self.config.layers // self.config.interactions
+        for index, interaction in enumerate(self.interactions):
+            state = (class_token, patches, pyramid, self.layers[index * group : (index + 1) * group])
+            if self.gradient_checkpointing and self.training:
+                class_token, patches, pyramid = checkpoint(interaction, *state, use_reentrant=False)
+            else:
+                class_token, patches, pyramid = interaction(*state)
+            stages.append(tokens_to_map(patches, grid))
+
+        levels = pyramid.split([side2 * side2, side3 * side3, side4 * side4], 1)
+        c2, c3, c4 = (tokens_to_map(level, side) for level, side in zip(levels, (side2, side3, side4), strict=True))
+        c1 = self.upsample(c2) + c1
+        # Four stages for four maps; with another count the stages are spread over them, the last to the last.
+        x1, x2, x3, x4 = (stages[(i + 1) * len(stages) // 4 - 1] for i in range(4))
+        maps = (c1 + resize_map(x1, side1), c2 + resize_map(x2, side2), c3 + x3, c4 + resize_map(x4, side4))
+        return torch.cat([class_token, patches], 1), maps
+
+
+def _resize_positions(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    assert isinstance(module, VitAdapter)
+    table, wanted = state.get(prefix + _POSITIONS), module.embeddings.num_positions
+    if table is not None and table.shape[0] != wanted:
+        patches = resize_table(table[1:], module.config.grid, align_corners=True)
+        state[prefix + _POSITIONS] = torch.cat([table[:1], patches])
