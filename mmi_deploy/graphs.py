@@ -48,11 +48,16 @@ class Range:
 
 @dataclass(frozen=True)
 class Tensor:
-    """Name, element type (numpy's name) and shape; a string in the shape is a dynamic dimension."""
+    """Name, element type (numpy's name) and shape; a string in the shape is a dynamic dimension.
+
+    Integers that index something lie in [least, below); a string is a dynamic dimension here too.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    least: int = 0
+    below: int | str | None = None
 
     def resolve(self, **sizes: int) -> tuple[int, ...]:
         """The shape with dynamic dimensions replaced; a product such as `2*b` is understood."""
@@ -162,15 +167,15 @@ def llm(config: ModelConfig, limits: Limits) -> Graph:
     return Graph(
         "llm",
         inputs=(
-            Tensor("token_ids", "int64", ("b", "t")),
+            Tensor("token_ids", "int64", ("b", "t"), below=llama.vocab),
             Tensor("visual_tokens", "float32", ("v", llama.width)),
-            Tensor("visual_index", "int64", ("b", "t")),
-            Tensor("position", "int64", ("b", "t")),
-            Tensor("write_index", "int64", ("b",)),
-            Tensor("start", "int64", ("b",)),
-            Tensor("logit_index", "int64", ("b", "k")),
-            Tensor("image_slot", "int32", ("b", "m")),
-            Tensor("image_position", "int32", ("b", "t", "m")),
+            Tensor("visual_index", "int64", ("b", "t"), least=-1, below="v"),
+            Tensor("position", "int64", ("b", "t"), below=limits.context),
+            Tensor("write_index", "int64", ("b",), below=limits.context),
+            Tensor("start", "int64", ("b",), below=limits.context),
+            Tensor("logit_index", "int64", ("b", "k"), below="t"),
+            Tensor("image_slot", "int32", ("b", "m"), below="n"),
+            Tensor("image_position", "int32", ("b", "t", "m"), below=mmfs.images),
             *_values("llm_value", len(llama.mmfs_layers), config, mmfs),
             *past,
         ),
@@ -209,7 +214,7 @@ def image_condition(config: ModelConfig, limits: Limits) -> Graph:
         "image_condition",
         inputs=(
             Tensor("context", "float32", ("b", "x", config.llama.width)),
-            Tensor("context_length", "int64", ("b",)),
+            Tensor("context_length", "int64", ("b",), least=1, below=limits.context + 1),
         ),
         outputs=tuple(outputs),
         ranges={"b": Range(1, 1, limits.batch), "x": Range(1, 64, limits.context)},
@@ -231,12 +236,12 @@ def denoise_step(config: ModelConfig, limits: Limits) -> Graph:
             Tensor("latents", "float32", ("b", *latent)),
             Tensor("history", "float32", (HISTORY, "b", *latent)),
             Tensor("noise", "float32", ("b", *latent)),
-            Tensor("step", "int64", ()),
+            Tensor("step", "int64", (), below="steps"),
             Tensor("guidance", "float32", ()),
             Tensor("coefficients", "float32", ("steps", STATE, TERMS)),
             Tensor("time_table", "float32", ("steps", sum(unet.resnet_widths))),
-            Tensor("image_slot", "int32", ("b", "m")),
-            Tensor("image_position", "int32", ("b", "m")),
+            Tensor("image_slot", "int32", ("b", "m"), below="n"),
+            Tensor("image_position", "int32", ("b", "m"), below=decoder.mmfs.images),
             *condition,
             *_values("unet_value", unet.mmfs_blocks, config, decoder.mmfs),
         ),
