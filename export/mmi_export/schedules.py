@@ -1,0 +1,152 @@
+"""Samplers as tables of coefficients, probed from diffusers' own schedulers.
+
+Every solver here is linear: its next latents and the history it keeps are weighted sums of the
+latents, the U-Net's prediction, fresh noise and the history. So the weights can be read off by
+running the scheduler itself on a basis: a "latent" becomes the row of its own six weights, the
+inputs of a step are the rows of the identity, and whatever the scheduler computes from them comes
+out as rows of the table. Predictions of v need nothing special: diffusers converts them linearly too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
+
+from mmi_deploy.config import DiffusionConfig
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.graphs import STATE, TERMS
+from mmi_deploy.schedule import HISTORY_START, LATENTS, NOISE, PREDICTION, Schedule
+
+Spacing = Literal["leading", "trailing", "linspace"]
+"""How diffusers spreads the steps over the training steps; `leading` is Stable Diffusion's."""
+
+LAST_SAMPLE, LAST_DATA, OLDER_DATA = range(HISTORY_START, TERMS)
+
+
+@dataclass(frozen=True)
+class _Solver:
+    scheduler: type[Any]
+    options: dict[str, Any]
+
+
+_SOLVERS = {
+    "ddpm": _Solver(DDPMScheduler, {"variance_type": "fixed_small", "clip_sample": False}),
+    "ddim": _Solver(DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "dpmpp_2m": _Solver(
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"},
+    ),
+    "unipc": _Solver(UniPCMultistepScheduler, {"solver_order": 2, "solver_type": "bh2"}),
+}
+SOLVERS = tuple(_SOLVERS)
+
+
+def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: Spacing = "leading") -> Any:
+    """diffusers' scheduler called `name`, configured as Stable Diffusion configures it."""
+    if name not in _SOLVERS:
+        raise ConfigError(f"there is no sampler {name!r}", expected=", ".join(SOLVERS))
+    solver = _SOLVERS[name]
+    return solver.scheduler(
+        num_train_timesteps=diffusion.steps,
+        beta_start=diffusion.beta_start,
+        beta_end=diffusion.beta_end,
+        beta_schedule=diffusion.beta_schedule,
+        prediction_type=diffusion.prediction,
+        timestep_spacing=spacing,
+        steps_offset=1 if spacing == "leading" else 0,
+        **solver.options,
+    )
+
+
+def schedule_table(
+    name: str, steps: int, diffusion: DiffusionConfig, spacing: Spacing = "leading"
+) -> Schedule:
+    """The table of one solver at one number of steps, without the U-Net's time table."""
+    if not 1 <= steps < diffusion.steps:
+        raise ConfigError(
+            f"{name} cannot take {steps} steps",
+            expected=f"1 to {diffusion.steps - 1}",
+            fix="write ddim:20",
+        )
+    scheduler = diffusers_scheduler(name, diffusion, spacing)
+    scheduler.set_timesteps(steps)
+    if len(scheduler.timesteps) != steps:
+        raise ConfigError(
+            f"{name} makes {len(scheduler.timesteps)} steps of {steps}", fix="choose another number"
+        )
+    table = torch.stack([_probe_step(scheduler, timestep) for timestep in scheduler.timesteps])
+    if not table.isfinite().all():
+        raise ConfigError(
+            f"{name} at {steps} steps has coefficients that are not finite",
+            fix="choose another number",
+        )
+    return Schedule(
+        name=name if spacing == "leading" else f"{name}-{spacing}",
+        timesteps=scheduler.timesteps.numpy().astype(np.int64),
+        coefficients=table.numpy().astype(np.float32),
+        initial_sigma=float(scheduler.init_noise_sigma),
+    )
+
+
+def parse_schedule(text: str, diffusion: DiffusionConfig) -> Schedule:
+    """The table that the command line spells `NAME:STEPS`, or `NAME-SPACING:STEPS`."""
+    name, _, steps = text.partition(":")
+    solver, _, spacing = name.partition("-")
+    if not steps.isdecimal() or (spacing and spacing not in get_args(Spacing)):
+        raise ConfigError(
+            f"{text!r} is not a schedule",
+            expected=f"NAME:STEPS or NAME-SPACING:STEPS, NAME one of {', '.join(SOLVERS)} "
+            f"and SPACING one of {', '.join(get_args(Spacing))}",
+        )
+    return schedule_table(solver, int(steps), diffusion, spacing or "leading")  # type: ignore[arg-type]
+
+
+def _probe_step(scheduler: Any, timestep: torch.Tensor) -> torch.Tensor:
+    """Advance the scheduler by one step on the basis: [STATE, TERMS] float64."""
+    basis = torch.eye(TERMS, dtype=torch.float64)[:, None]  # [TERMS, 1, TERMS]
+    rows = torch.zeros(STATE, 1, TERMS, dtype=torch.float64)
+    keeps_data = hasattr(scheduler, "model_outputs")
+    keeps_sample = getattr(scheduler, "last_sample", None) is not None
+    if keeps_data:
+        scheduler.model_outputs = [basis[OLDER_DATA], basis[LAST_DATA]]
+    if keeps_sample:
+        scheduler.last_sample = basis[LAST_SAMPLE]
+    if isinstance(scheduler, DDPMScheduler):
+        rows[0] = _without_noise(scheduler, timestep, basis[PREDICTION], basis[LATENTS])
+        rows[0] += _noise_scale(scheduler, timestep) * basis[NOISE]
+    else:
+        rows[0] = scheduler.step(basis[PREDICTION], timestep, basis[LATENTS]).prev_sample
+    if getattr(scheduler, "last_sample", None) is not None:
+        rows[1] = scheduler.last_sample
+    if keeps_data:
+        rows[2], rows[3] = scheduler.model_outputs[-1], scheduler.model_outputs[-2]
+    return rows[:, 0]  # [STATE, TERMS]
+
+
+def _without_noise(
+    scheduler: DDPMScheduler, timestep: torch.Tensor, prediction: torch.Tensor, sample: torch.Tensor
+) -> torch.Tensor:
+    """The mean of an ancestral step: its result less what the same draw adds to a step of zeros."""
+    zero = torch.zeros_like(sample)
+    step, alone = (
+        scheduler.step(output, int(timestep), latents, torch.Generator().manual_seed(0)).prev_sample
+        for output, latents in ((prediction, sample), (zero, zero))
+    )
+    return step - alone
+
+
+def _noise_scale(scheduler: DDPMScheduler, timestep: torch.Tensor) -> float:
+    """The factor of an ancestral step's noise: a step of zeros over the draw it was given."""
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    added = scheduler.step(zero, int(timestep), zero, torch.Generator().manual_seed(0)).prev_sample
+    draw = torch.randn(1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return float(added / draw)

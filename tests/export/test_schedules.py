@@ -1,0 +1,137 @@
+"""Schedules as tables: whole trajectories equal diffusers' own, for every solver and prediction."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmi_deploy.config import DiffusionConfig
+from mmi_deploy.errors import BundleError, ConfigError
+from mmi_deploy.graphs import HISTORY, STATE
+from mmi_deploy.schedule import Schedule, read_schedule
+from mmi_export.schedules import SOLVERS, diffusers_scheduler, parse_schedule, schedule_table
+
+SHAPE = (2, 4, 3, 3)
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def denoiser(timestep: int, latents: np.ndarray) -> np.ndarray:
+    """A fake U-Net: linear and bent parts, different at every timestep."""
+    t = timestep / 1000
+    return 0.6 * latents + 0.4 * np.sin(3 * latents + t) - t * np.roll(latents, 1, axis=1)
+
+
+def by_table(
+    schedule: Schedule, latents: np.ndarray, noises: np.ndarray, dtype: type
+) -> np.ndarray:
+    """What `denoise_step` does: one matrix product per step."""
+    state = np.zeros((STATE, *latents.shape), dtype)
+    state[0] = latents * schedule.initial_sigma
+    for step, timestep in enumerate(schedule.timesteps):
+        prediction = denoiser(int(timestep), state[0])
+        terms = np.stack([state[0], prediction, noises[step], *state[1:]]).astype(dtype)
+        state = np.tensordot(schedule.coefficients[step].astype(dtype), terms, axes=1)
+    assert len(state) == 1 + HISTORY
+    return state[0]
+
+
+def by_diffusers(
+    name: str, diffusion: DiffusionConfig, steps: int, latents: np.ndarray, dtype: torch.dtype
+):
+    """The same through diffusers' scheduler; also the noise that it drew, step by step."""
+    scheduler = diffusers_scheduler(name, diffusion)
+    scheduler.set_timesteps(steps)
+    sample = torch.from_numpy(latents).to(dtype) * scheduler.init_noise_sigma
+    options = {"generator": torch.Generator().manual_seed(7)} if name == "ddpm" else {}
+    draws = torch.Generator().manual_seed(7)
+    noises = []
+    for timestep in scheduler.timesteps:
+        noises.append(torch.randn(SHAPE, generator=draws, dtype=dtype).numpy())
+        prediction = torch.from_numpy(denoiser(int(timestep), sample.numpy())).to(dtype)
+        sample = scheduler.step(prediction, timestep, sample, **options).prev_sample
+    return sample.numpy(), np.stack(noises)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [5, 20, 50])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_trajectory_equals_diffusers(name: str, steps: int, prediction: str) -> None:
+    """Relative to the largest value: 1e-5 in float64 (the table is float32), 1e-4 in float32."""
+    diffusion = DiffusionConfig(prediction=prediction)
+    latents = np.random.default_rng(steps).standard_normal(SHAPE)
+    schedule = schedule_table(name, steps, diffusion)
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-4)):
+        expected, noises = by_diffusers(name, diffusion, steps, latents, dtype)
+        got = by_table(
+            schedule, latents, noises, np.float64 if dtype == torch.float64 else np.float32
+        )
+        error = np.abs(got - expected).max() / np.abs(expected).max()
+        assert error < tolerance, f"{name}:{steps} {prediction} {dtype}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_column_that_a_solver_uses_matters(name: str) -> None:
+    """Dropping any used column changes the trajectory, so the comparison above can see each."""
+    diffusion = DiffusionConfig(prediction="v_prediction")
+    schedule = schedule_table(name, 8, diffusion)
+    used = [
+        column
+        for column in range(schedule.coefficients.shape[2])
+        if schedule.coefficients[:, 0, column].any()
+    ]
+    expected_columns = {
+        "ddpm": [0, 1, 2],
+        "ddim": [0, 1],
+        "dpmpp_2m": [0, 1, 4],
+        "unipc": [0, 1, 3, 4, 5],
+    }
+    assert used == expected_columns[name]
+
+
+def test_ddpm_timesteps_are_stable_diffusions() -> None:
+    """architecture.md 5.7: `leading` spacing with an offset of 1."""
+    assert schedule_table("ddpm", 5, DiffusionConfig("epsilon")).timesteps.tolist() == [
+        801,
+        601,
+        401,
+        201,
+        1,
+    ]
+
+
+def test_only_the_ancestral_sampler_draws_noise() -> None:
+    for name in SOLVERS:
+        schedule = schedule_table(name, 5, DiffusionConfig("epsilon"))
+        assert any(schedule.draws_noise(step) for step in range(5)) == (name == "ddpm")
+
+
+def test_command_line_spelling() -> None:
+    diffusion = DiffusionConfig("epsilon")
+    assert parse_schedule("unipc:7", diffusion).key == "unipc:7"
+    trailing = parse_schedule("ddim-trailing:4", diffusion)
+    assert trailing.key == "ddim-trailing:4" and trailing.timesteps[0] == 999
+    for wrong in (
+        "unipc",
+        "unipc:",
+        "unipc:-3",
+        "unipc:0",
+        "unipc:1000",
+        "plms:5",
+        "ddim-upwards:4",
+    ):
+        with pytest.raises(ConfigError):
+            parse_schedule(wrong, diffusion)
+
+
+def test_schedule_survives_its_file(tmp_path) -> None:
+    schedule = schedule_table("unipc", 6, DiffusionConfig("v_prediction"))
+    schedule = schedule.with_time_table(np.arange(6 * 5, dtype=np.float32).reshape(6, 5))
+    schedule.save(tmp_path / "unipc-6.safetensors")
+    again = read_schedule(tmp_path / "unipc-6.safetensors")
+    assert (again.name, again.initial_sigma) == (schedule.name, schedule.initial_sigma)
+    for field in ("timesteps", "coefficients", "time_table"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(schedule, field))
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(BundleError, match=r"broken\.safetensors"):
+        read_schedule(tmp_path / "broken.safetensors")
