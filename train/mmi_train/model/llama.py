@@ -1,0 +1,286 @@
+"""LLaMA whose tokens look back at images: MMFS between attention and MLP of every few blocks.
+
+Paper Sec. 3.2, "Multi-modal LLM with MMFS". Without MMFS this is LLaMA, with Hugging Face's names
+and its half-split rotary embedding.
+
+Letters: b batch, t tokens, k keys (cached and new), m images, h heads, d channels per head, n pool
+of encoded images, s feature cells of one image, c channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmi_deploy.config import LlamaConfig, MmfsConfig
+from mmi_deploy.errors import DocumentError
+from mmi_train.model.mmfs import Mmfs, take_levels
+
+
+def rotary_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [context, head_width / 2] in fp32; row = position, column = frequency."""
+    frequency = 1.0 / theta ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+    angle = torch.arange(context, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (channel i, channel i + d/2) of x [b,h,t,d] by its angle [b,1,t,d/2]."""
+    first, second = x.chunk(2, -1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return turned.to(x.dtype)
+
+
+class KvCache:
+    """Keys and values of the tokens so far, in buffers of a fixed capacity."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (config.layers, 2, batch, config.kv_heads, capacity, config.head_width)
+        self.buffer = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.buffer.shape[4]
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append key and value [b,h,t,d] of one layer; returns all so far [b,h,k,d]."""
+        end = self.length + key.shape[2]
+        if end > self.capacity:
+            raise DocumentError(
+                "the document is longer than the key-value cache",
+                expected=f"at most {self.capacity} tokens",
+                got=end,
+                fix="give the cache a larger capacity or shorten the document",
+            )
+        self.buffer[layer, 0, :, :, self.length : end] = key
+        self.buffer[layer, 1, :, :, self.length : end] = value
+        return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """All layers have appended `tokens` tokens."""
+        self.length += tokens
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_width = config.head_width
+        self.group = config.heads // config.kv_heads
+        width, kv_width = config.heads * config.head_width, config.kv_heads * config.head_width
+        self.q_proj = nn.Linear(config.width, width, bias=False)
+        self.k_proj = nn.Linear(config.width, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.width, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.width, bias=False)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KvCache | None,
+    ) -> Tensor:
+        query, key, value = (
+            proj(hidden).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [b, h, t, d]
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if cache is not None:
+            key, value = cache.update(self.layer, key, value)
+        if self.training and query.device.type == "cpu":
+            attended = self._attend_in_training(query, key, value, mask)
+        else:
+            causal = mask is None and query.shape[2] == key.shape[2]
+            attended = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.group > 1
+            )
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+    def _attend_in_training(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The same, spelled out: on CPU its backward is faster than the fused one's."""
+        if self.group > 1:
+            key, value = (x.repeat_interleave(self.group, 1) for x in (key, value))
+        score = (query * self.head_width**-0.5) @ key.transpose(2, 3)  # [b, h, t, k]
+        if bias is not None:
+            score = score + bias.to(score.dtype)
+        return score.softmax(-1) @ value
+
+
+class Mlp(nn.Module):
+    """Gated MLP with SiLU."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class LookBack(nn.Module):
+    """MMFS in the language model: every token looks around the centre of each image it may see.
+
+    Its output is scaled by tanh(gate), which starts at 0, so that training starts from plain LLaMA.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, mmfs: MmfsConfig, feature_width: int, level_sides: Sequence[int]
+    ) -> None:
+        super().__init__()
+        assert mmfs.base_grid is not None, "tokens have no map of their own: base_grid must be set"
+        self.gate = nn.Parameter(torch.zeros(1))
+        self.query_norm = nn.RMSNorm(config.width, config.eps)
+        self.value_norm = nn.RMSNorm(feature_width, config.eps)
+        self.mmfs = Mmfs(
+            mmfs, config.width, feature_width, config.width, level_sides, mmfs.base_grid
+        )
+
+    def values(self, features: Tensor) -> Tensor:
+        """features [n,s,c] -> [n,s,h,d]"""
+        return self.mmfs.values(self.value_norm(features))
+
+    def forward(
+        self, hidden: Tensor, value: Tensor, image_slot: Tensor, image_position: Tensor
+    ) -> Tensor:
+        centre = torch.full((1, 2), 0.5, device=hidden.device)
+        query = self.query_norm(hidden)
+        return self.gate.tanh() * self.mmfs(query, value, image_slot, image_position, centre)
+
+
+class Block(nn.Module):
+    """Attention, a look back at the images (some blocks), MLP; each on its normed input."""
+
+    def __init__(self, config: LlamaConfig, layer: int, look_back: LookBack | None) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.width, config.eps)
+        self.self_attn = Attention(config, layer)
+        self.look_back = look_back
+        self.post_attention_layernorm = nn.RMSNorm(config.width, config.eps)
+        self.mlp = Mlp(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KvCache | None,
+        value: Tensor | None,
+        image_slot: Tensor | None,
+        image_position: Tensor | None,
+    ) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, mask, cache)
+        if self.look_back is not None and value is not None:
+            hidden = hidden + self.look_back(hidden, value, image_slot, image_position)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Llama(nn.Module):
+    """Embeddings to hidden states. `level_sides`: sides of all maps of an image, finest first."""
+
+    def __init__(
+        self, config: LlamaConfig, mmfs: MmfsConfig, feature_width: int, level_sides: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = mmfs.levels
+        self.level_sides = tuple(level_sides)
+        self.checkpointing = False
+        """Recompute every block in the backward pass instead of keeping what it made."""
+        own_sides = [self.level_sides[level] for level in mmfs.levels]
+        self.embed_tokens = nn.Embedding(config.vocab, config.width)
+        self.layers = nn.ModuleList()
+        for layer in range(config.layers):
+            looks = layer in config.mmfs_layers
+            look_back = LookBack(config, mmfs, feature_width, own_sides) if looks else None
+            self.layers.append(Block(config, layer, look_back))
+        self.norm = nn.RMSNorm(config.width, config.eps)
+        cos, sin = rotary_tables(config.context, config.head_width, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """LLaMA's N(0, 0.02), for W_q and W_A of MMFS too; the rest of MMFS as it starts itself."""
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        for block in self.layers:
+            drawn = [*block.self_attn.children(), *block.mlp.children()]
+            if block.look_back is not None:
+                drawn += [block.look_back.mmfs.query_proj, block.look_back.mmfs.weight_proj]
+            for linear in drawn:
+                nn.init.normal_(linear.weight, std=0.02)
+
+    @property
+    def look_backs(self) -> list[LookBack]:
+        """The MMFS layers, in the order in which they run."""
+        return [block.look_back for block in self.layers if block.look_back is not None]
+
+    def image_values(self, features: Tensor) -> list[Tensor]:
+        """What each MMFS layer samples: features of all maps [n,s_all,c] -> [n,s,h,d] per layer."""
+        own = take_levels(features, self.level_sides, self.levels)
+        return [look_back.values(own) for look_back in self.look_backs]
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        position: Tensor,
+        mask: Tensor | None = None,
+        cache: KvCache | None = None,
+        values: Sequence[Tensor] | None = None,
+        image_slot: Tensor | None = None,
+        image_position: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [b,t,c] after the last norm.
+
+        embeddings [b,t,c]; position [b,t]; mask bool [b,1,t,k], True where a key may be seen (None:
+        the keys up to the token's own); values from `image_values` with image_slot [b,m] (row of
+        the pool) and image_position [b,t,m] (0 hidden, 1 nearest), or None for no images.
+        """
+        rotary = self.cos[position].unsqueeze(1), self.sin[position].unsqueeze(1)
+        visible = self._visible(embeddings, mask, cache)
+        look_values = iter(values) if values is not None else None
+        hidden = embeddings
+        for block in self.layers:
+            looks = block.look_back is not None and look_values is not None
+            value = next(look_values) if looks else None
+            arguments = (hidden, rotary, visible, cache, value, image_slot, image_position)
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                hidden = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                hidden = block(*arguments)
+        if cache is not None:
+            cache.advance(embeddings.shape[1])
+        return self.norm(hidden)
+
+    def _visible(
+        self, embeddings: Tensor, mask: Tensor | None, cache: KvCache | None
+    ) -> Tensor | None:
+        """The mask in the form that `Attention` wants: built once, not in every layer."""
+        tokens = embeddings.shape[1]
+        spelled_out = self.training and embeddings.device.type == "cpu"
+        if mask is None:
+            past = cache.length if cache is not None else 0
+            if tokens == 1 or (past == 0 and not spelled_out):
+                return None
+            ones = torch.ones(tokens, past + tokens, dtype=torch.bool, device=embeddings.device)
+            mask = ones.tril(past)
+        if not spelled_out:
+            return mask
+        return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)

@@ -1,0 +1,117 @@
+"""MMFS, the Multi-image Multi-scale Feature Synchronizer (paper Sec. 3.2, Fig. 4, Eq. 4).
+
+Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
+encoded images, s feature cells of one image, c channels, r rows of the image index table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmi_deploy.config import MmfsConfig
+from mmi_train.model.deformable import multi_image_deformable_attention
+
+
+def take_levels(features: Tensor, level_sides: Sequence[int], levels: Sequence[int]) -> Tensor:
+    """Rows of some levels: features [n,s_all,c] of maps with `level_sides` -> [n,s,c]."""
+    maps = features.split([side * side for side in level_sides], 1)
+    return torch.cat([maps[level] for level in levels], 1)
+
+
+class Mmfs(nn.Module):
+    """Every query looks at a few points of the images before it, on all levels of each.
+
+    `level_sides`: sides of the maps that it reads, finest first. `base_grid`: cells along one side
+    of the grid that offsets are counted in.
+    """
+
+    def __init__(
+        self,
+        config: MmfsConfig,
+        query_width: int,
+        value_width_in: int,
+        out_width: int,
+        level_sides: Sequence[int],
+        base_grid: float,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.level_sides = tuple(level_sides)
+        self.base_grid = float(base_grid)
+        heads, points, levels = config.heads, config.points, len(self.level_sides)
+        slots = points + 1 if config.null_slot else points  # the last one is dead, see `logits`
+        self.query_proj = nn.Linear(query_width, query_width)  # W_q
+        self.image_index = nn.Embedding(config.images, query_width)  # PosEmbed
+        self.offset_proj = nn.Linear(query_width, heads * points * 2)  # W_p
+        self.weight_proj = nn.Linear(query_width, heads * levels * slots)  # W_A
+        self.value_proj = nn.Linear(value_width_in, config.value_width)
+        self.output_proj = nn.Linear(config.value_width, out_width)
+        null_value = torch.zeros(config.value_width)
+        if config.null_slot:
+            self.null_value = nn.Parameter(null_value)
+        else:
+            self.register_buffer("null_value", null_value, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start by looking at random points around the reference, whatever the query says."""
+        reach = self.config.offset_init
+        nn.init.zeros_(self.offset_proj.weight)
+        nn.init.uniform_(self.offset_proj.bias, -reach, reach)
+        nn.init.trunc_normal_(self.image_index.weight, std=0.02)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+        for layer in (self.query_proj, self.weight_proj, self.value_proj, self.output_proj):
+            nn.init.zeros_(layer.bias)
+
+    def values(self, features: Tensor) -> Tensor:
+        """What is sampled, by image alone: normalised features [n,s,c] -> [n,s,h,d]."""
+        return self.value_proj(features).unflatten(-1, (self.config.heads, -1))
+
+    def forward(
+        self,
+        query: Tensor,
+        value: Tensor,
+        image_slot: Tensor,
+        image_position: Tensor,
+        reference: Tensor,
+    ) -> Tensor:
+        """Eq. 4: query [b,q,c], value [n,s,h,d] from `values`, image_slot [b,m] (row of `value`),
+        image_position [b,q|1,m] (0 hidden, 1 nearest), reference [q|1,2] in [0,1] -> [b,q,out].
+
+        W_p and W_A are linear, so W(W_q f + PosEmbed(m)) is computed as W(W_q f) + W PosEmbed(m):
+        no projection is repeated for every image.
+        """
+        projected = self.query_proj(query)
+        looked = multi_image_deformable_attention(
+            value,
+            image_slot,
+            self.offsets(self.offset_proj(projected)),
+            self.logits(self.weight_proj(projected)),
+            self.offsets(nn.functional.linear(self.image_index.weight, self.offset_proj.weight)),
+            self.logits(nn.functional.linear(self.image_index.weight, self.weight_proj.weight)),
+            image_position,
+            reference,
+            self.null_value.view(self.config.heads, -1),
+            level_heights=self.level_sides,
+            level_widths=self.level_sides,
+            base_grid=self.base_grid,
+            null_slot=self.config.null_slot,
+        )
+        return self.output_proj(looked)
+
+    def offsets(self, flat: Tensor) -> Tensor:
+        """Outputs of `offset_proj` by meaning: [..., h*p*2] -> [..., h, p, 2]."""
+        return flat.unflatten(-1, (self.config.heads, self.config.points, 2))
+
+    def logits(self, flat: Tensor) -> Tensor:
+        """Outputs of `weight_proj` by meaning: [..., h*l*slots] -> [..., h, l, p].
+
+        The released model has an output per (head, level) for its null slot too, and never uses it:
+        the slot's logit is a constant.
+        """
+        shaped = flat.unflatten(-1, (self.config.heads, len(self.level_sides), -1))
+        return shaped[..., : self.config.points]
