@@ -4,7 +4,7 @@ Every solver here is linear: its next latents and the history it keeps are weigh
 latents, the U-Net's prediction, fresh noise and the history. So the weights can be read off by
 running the scheduler itself on a basis: a "latent" becomes the row of its own six weights, the
 inputs of a step are the rows of the identity, and whatever the scheduler computes from them comes
-out as rows of the table. Predictions of v need nothing special: diffusers converts them linearly too.
+out as rows of the table. Predictions of v need nothing special: they are converted linearly too.
 """
 
 from __future__ import annotations

@@ -1,0 +1,225 @@
+"""What is written about a deployment: hashes of its files, and receipts that prove its graphs.
+
+A receipt says against what a graph was compared, at which sizes and with what error. It holds the
+hash of the compared file, so that it cannot vouch for another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from mmi_deploy.config import ModelConfig
+from mmi_deploy.errors import BundleError
+from mmi_deploy.files import write_file
+from mmi_deploy.graphs import Limits
+
+FORMAT = 1
+"""Version of the folder's layout; a runtime reads exactly one."""
+
+PORTABLE = "portable"
+"""The target of a graph's own file, before any rewrite for an execution provider."""
+
+_CHECKED = ".checked.json"
+"""Remembers which hashes were checked at which size and time of change. Not part of the bundle."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class FileEntry(_Model):
+    """Hash and size in bytes of one file of the folder."""
+
+    sha256: str
+    size: int
+
+
+class Case(_Model):
+    """One comparison: sizes of the dynamic dimensions, greatest error, the error allowed."""
+
+    sizes: dict[str, int]
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """A NaN error is no pass."""
+        return self.error <= self.tolerance
+
+
+class Receipt(_Model):
+    """Proof that the file of `graph` for `target` computes what `compared_with` computes."""
+
+    graph: str
+    target: str
+    sha256: str
+    compared_with: str
+    cases: tuple[Case, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.cases) and all(case.passed for case in self.cases)
+
+
+class FolderManifest(_Model):
+    """What the bundle and each of its targets say alike. Paths are relative, with `/`."""
+
+    format: int
+    graphs: dict[str, str]
+    files: dict[str, FileEntry]
+    receipts: tuple[Receipt, ...]
+    versions: dict[str, str]
+
+    @field_validator("files", "graphs")
+    @classmethod
+    def _stay_inside(cls, value: dict[str, object]) -> dict[str, object]:
+        paths = [*value, *(entry for entry in value.values() if isinstance(entry, str))]
+        for path in map(PurePosixPath, paths):
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{path} leaves the folder")
+        return value
+
+    def receipt(self, graph: str) -> Receipt | None:
+        """The receipt for the file of `graph` as it is now, if there is one."""
+        sha256 = self.files[self.graphs[graph]].sha256
+        for receipt in self.receipts:
+            if receipt.graph == graph and receipt.sha256 == sha256:
+                return receipt
+        return None
+
+
+class BundleManifest(FolderManifest):
+    """`bundle.json`. `schedules` maps `NAME:STEPS` to a file; the first is the default."""
+
+    config: ModelConfig
+    limits: Limits
+    tokenizer: str
+    schedules: dict[str, str]
+
+
+class TargetManifest(FolderManifest):
+    """`engines/<target>/target.json`: engines made from the portable graphs for one target.
+
+    `made_for`: hash of the bundle.json that they were made from. `recipe`: whatever the builder's
+    cache key consists of (precision, architecture, flags).
+    """
+
+    target: str
+    made_for: str
+    recipe: dict[str, str]
+
+
+Manifest = TypeVar("Manifest", bound=FolderManifest)
+
+
+def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
+    """Read a manifest; raises `BundleError` that ends with the command `mend`."""
+    try:
+        text = path.read_bytes()
+        found = json.loads(text)
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path.parent} is not complete: it holds no {path.name}", fix=f"write it with `{mend}`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"cannot read {path}: {error}", fix=f"write it again with `{mend}`"
+        ) from None
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != FORMAT:
+        raise BundleError(
+            f"{path} has another format",
+            expected=FORMAT,
+            got=version,
+            fix=f"write it with `{mend}`",
+        )
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BundleError(
+            f"{path} is damaged: {field}: {first['msg']}", fix=f"write it again with `{mend}`"
+        ) from None
+
+
+def write_manifest(path: Path, manifest: FolderManifest) -> None:
+    """Write `path` whole or not at all."""
+    write_file(path, manifest.model_dump_json(indent=2) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entries(folder: Path, skip: Iterable[str] = ()) -> dict[str, FileEntry]:
+    """Every file under `folder` with hash and size; hidden files and `skip` are left out."""
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not path.name.startswith(".") and name not in set(skip):
+            entries[name] = FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
+    return entries
+
+
+def check_files(
+    folder: Path, files: Mapping[str, FileEntry], mend: str, fresh: bool = False
+) -> None:
+    """Raise `BundleError` for the first file that is missing or changed.
+
+    Hashes are computed for files whose size or time of change is not the one at the last check, or
+    for all when `fresh`.
+    """
+    checked = {} if fresh else _read_checked(folder)
+    now: dict[str, list[object]] = {}
+    for name, entry in files.items():
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            raise BundleError(
+                f"{folder} is not complete: {name} is missing", fix=f"write it again with `{mend}`"
+            ) from None
+        now[name] = [status.st_size, status.st_mtime_ns, entry.sha256]
+        if status.st_size == entry.size and checked.get(name) == now[name]:
+            continue
+        if status.st_size != entry.size or sha256_of(folder / name) != entry.sha256:
+            raise BundleError(
+                f"{folder / name} has changed since it was written", fix=f"write it with `{mend}`"
+            )
+    if now != checked:
+        _remember(folder, now)
+
+
+def _read_checked(folder: Path) -> dict[str, list[object]]:
+    try:
+        found = json.loads((folder / _CHECKED).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(folder: Path, checked: dict[str, list[object]]) -> None:
+    """Best effort: a read-only bundle is hashed each time."""
+    if os.access(folder, os.W_OK):
+        write_file(folder / _CHECKED, json.dumps(checked))
+
+
+def check_receipts(manifest: FolderManifest, graphs: Iterable[str], where: Path, mend: str) -> None:
+    """Raise `BundleError` for the first graph that nothing proves."""
+    for graph in graphs:
+        receipt = manifest.receipt(graph)
+        if receipt is None or not receipt.passed:
+            state = "no receipt" if receipt is None else "a receipt with too large an error"
+            raise BundleError(
+                f"{graph} in {where} has {state}: nothing shows that it does what the model does",
+                fix=f"write it with `{mend}`, or run it all the same with --unproved",
+            )
