@@ -9,7 +9,7 @@ shape ``"unknown"``: a smudge is an error, never overlooked.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -35,6 +35,7 @@ INK = ""  # the colour name of a digit
 _CANVAS = 96  # side of the padded square in which correlations are computed: no wrap-around
 _LOWEST_FIT = 0.5  # intersection over union below which a template explains nothing
 _SMUDGE = 25  # px; fewer unexplained pixels are taken for noise
+_STRANGE = 80.0  # RGB distance from any mixture of known colours at which a pixel is a thing too
 _MOST_OBJECTS = 10
 
 
@@ -53,7 +54,8 @@ class _Templates:
     items: tuple[_Template, ...]
     areas: np.ndarray  # px [templates]
     shape_spectra: np.ndarray  # complex [templates, 96, 49]
-    box_spectra: np.ndarray  # the same for the box around each template, 1 px wider on each side
+    box_spectra: np.ndarray  # the same for each size of box, 1 px wider than the mask on each side
+    box_of: np.ndarray  # which of these boxes is the template's, int [templates]
 
 
 @dataclass(frozen=True)
@@ -92,17 +94,19 @@ def _spectrum(mask: np.ndarray) -> np.ndarray:
     return np.conj(np.fft.rfft2(centred)).astype(np.complex64)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _templates_of(config: WorldConfig) -> _Templates:
     kinds = [(shape, width, -1) for shape in config.shapes for width in config.widths]
     kinds += [(DIGIT, DIGIT_WIDTH, digit) for digit in range(config.digits)]
     items = tuple(_Template(*kind, coverage(*kind) >= 0.5) for kind in kinds)
-    boxes = [np.ones((t.mask.shape[0] + 2, t.mask.shape[1] + 2), bool) for t in items]
+    sizes = sorted({item.mask.shape for item in items})
+    boxes = [np.ones((height + 2, width + 2), bool) for height, width in sizes]
     return _Templates(
         items=items,
         areas=np.array([item.mask.sum() for item in items], np.float32),
         shape_spectra=np.stack([_spectrum(item.mask) for item in items]),
         box_spectra=np.stack([_spectrum(box) for box in boxes]),
+        box_of=np.array([sizes.index(item.mask.shape) for item in items]),
     )
 
 
@@ -112,10 +116,11 @@ def _fits(mask: np.ndarray, templates: _Templates) -> np.ndarray:
     canvas[:IMAGE_SIDE, :IMAGE_SIDE] = mask
     spectrum = np.fft.rfft2(canvas)
     size = (_CANVAS, _CANVAS)
-    common = np.fft.irfft2(spectrum * templates.shape_spectra, s=size)
-    around = np.fft.irfft2(spectrum * templates.box_spectra, s=size)
-    fits = common / np.maximum(templates.areas[:, None, None] + around - common, 1.0)
-    return fits[:, :IMAGE_SIDE, :IMAGE_SIDE]
+    inside = np.s_[:, :IMAGE_SIDE, :IMAGE_SIDE]
+    common = np.fft.irfft2(spectrum * templates.shape_spectra, s=size)[inside]
+    around = np.fft.irfft2(spectrum * templates.box_spectra, s=size)[inside]
+    union = templates.areas[:, None, None] + around[templates.box_of] - common
+    return common / np.maximum(union, 1.0)
 
 
 def _placed(mask: np.ndarray, y: int, x: int) -> np.ndarray:
@@ -128,8 +133,22 @@ def _placed(mask: np.ndarray, y: int, x: int) -> np.ndarray:
     return picture[margin:-margin, margin:-margin]
 
 
-def _nearest(names: tuple[str, ...], colours: np.ndarray, pixel: np.ndarray) -> str:
-    return names[int(((colours - pixel) ** 2).sum(-1).argmin())]
+def _mixed(
+    difference: np.ndarray, directions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Explains pixels as mixtures of the background and one colour, as blur and edges make them.
+
+    ``difference`` is ``[..., 3]``, pixels less the background, and ``directions`` ``[colours, 3]``,
+    colours less the background. Returns the index of the colour that leaves the smallest rest, its
+    share in 0..1, and that rest (a distance in RGB), each ``[...]``.
+    """
+    shares = difference @ directions.T / (directions**2).sum(-1)  # [..., colours]
+    shares = shares.clip(0.0, 1.0)
+    rest = difference[..., None, :] - shares[..., None] * directions  # [..., colours, 3]
+    squares = (rest**2).sum(-1)
+    best = squares.argmin(-1)
+    share = np.take_along_axis(shares, best[..., None], axis=-1)[..., 0]
+    return best, share, np.sqrt(squares.min(-1))
 
 
 def _nearest_cell(y: float, x: float, grid_side: int) -> tuple[int, int]:
@@ -143,14 +162,18 @@ def read(image: np.ndarray, config: WorldConfig) -> Reading:
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
     ground_colours = np.array([BACKGROUNDS[name] for name in config.backgrounds], np.float32)
-    background = _nearest(config.backgrounds, ground_colours, ground)
+    background = config.backgrounds[int(((ground_colours - ground) ** 2).sum(-1).argmin())]
 
     names = config.colours + ((INK,) if config.digits else ())
     palette = [COLOURS[name] for name in config.colours]
     palette += [ink_on(background)] if config.digits else []
-    colours = np.array(palette, np.float32)
-    to_colours = ((pixels[:, :, None] - colours) ** 2).sum(-1).min(-1)
-    foreground = ((pixels - ground) ** 2).sum(-1) > to_colours  # [64, 64]
+    difference = pixels - ground
+    directions = np.array(palette, np.float32) - ground
+    _, share, rest = _mixed(difference, directions)
+    foreground = (share > 0.5) | (rest > _STRANGE)  # [64, 64]
+
+    def colour_of(region: np.ndarray) -> str:
+        return names[int(_mixed(np.median(difference[region], axis=0), directions)[0])]
 
     templates = _templates_of(config)
     is_digit = np.array([item.shape == DIGIT for item in templates.items])
@@ -163,7 +186,7 @@ def read(image: np.ndarray, config: WorldConfig) -> Reading:
         # The pixels' colour says whether this is a digit; look once more if the shape disagrees.
         for attempt in range(2):
             core = _placed(found.mask, int(y), int(x)) & foreground
-            colour = _nearest(names, colours, np.median(pixels[core], axis=0))
+            colour = colour_of(core)
             if attempt == 1 or (colour == INK) == (found.shape == DIGIT):
                 break
             near = np.where(is_digit == (colour == INK), fits[:, y, x], -1.0)
@@ -171,7 +194,7 @@ def read(image: np.ndarray, config: WorldConfig) -> Reading:
         if fits[index, y, x] < _LOWEST_FIT:
             rows, columns = np.nonzero(foreground)
             cell = _nearest_cell(rows.mean(), columns.mean(), config.grid_side)
-            colour = _nearest(names, colours, np.median(pixels[foreground], axis=0))
+            colour = colour_of(foreground)
             objects.append(Object(*cell, UNKNOWN, colour, 0))
             break
         cell = _nearest_cell(int(y), int(x), config.grid_side)
@@ -217,7 +240,7 @@ def score(image: np.ndarray, scene: Scene, config: WorldConfig) -> SceneScore:
     """
     seen = read(image, config).scene
     right = _best_match(seen.objects, scene.objects)
-    shape, colour, place, size, digit = (bool(each) for each in right.all(axis=0))
+    shape, colour, place, size, digit = (bool(each) for each in np.all(right, axis=0))
     return SceneScore(
         count=len(seen.objects) == len(scene.objects),
         background=seen.background == scene.background,
@@ -226,7 +249,7 @@ def score(image: np.ndarray, scene: Scene, config: WorldConfig) -> SceneScore:
         place=place,
         size=size,
         digit=digit,
-        objects_found=float(right.all(axis=1).mean()),
+        objects_found=float(np.all(right, axis=1).mean()),
     )
 
 

@@ -90,7 +90,7 @@ def _listed(phrases: list[str]) -> str:
 
 
 def caption_of(scene: Scene, config: WorldConfig) -> str:
-    """The one caption of a scene: "a red cross at top left and a blue ring at top right on gray."."""
+    """The one caption: "a red cross at top left and a blue ring at top right on gray."."""
     phrases = [
         f"{description_of(item, config)} at {place_of(item, config.grid_side)}"
         for item in scene.objects
@@ -99,7 +99,7 @@ def caption_of(scene: Scene, config: WorldConfig) -> str:
 
 
 def colouring_of(scene: Scene, config: WorldConfig) -> str:
-    """The caption without places, for use with a class map: "a red cross and a blue ring on gray."."""
+    """The caption without places, to go with a class map: "a red cross on gray."."""
     phrases = [description_of(item, config) for item in scene.objects]
     return f"{_listed(phrases)} on {scene.background}."
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -38,7 +38,7 @@ COLOURS: dict[str, Colour] = {
 DARK_INK: Colour = (0, 0, 0)
 LIGHT_INK: Colour = (255, 255, 255)
 
-SHAPES = ("square", "ring", "cross", "triangle", "circle", "diamond")
+SHAPES = ("square", "ring", "cross", "triangle", "circle", "bar")
 DIGIT = "digit"
 # Colours of the segmentation picture: one per shape, on black, unrelated to the objects' colours.
 SEGMENT_COLOURS: dict[str, Colour] = {
@@ -47,7 +47,7 @@ SEGMENT_COLOURS: dict[str, Colour] = {
     "cross": (80, 80, 255),
     "triangle": (255, 255, 80),
     "circle": (80, 255, 255),
-    "diamond": (255, 160, 0),
+    "bar": (255, 160, 0),
     DIGIT: (255, 80, 255),
 }
 
@@ -204,7 +204,7 @@ def split_of(scene: Scene) -> Split:
 # ---- pictures ---------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def coverage(shape: str, width: int, digit: int = -1) -> np.ndarray:
     """How much of each pixel the object covers, float32 ``[height, width]`` in 0..1."""
     if shape == DIGIT:
@@ -221,10 +221,10 @@ def coverage(shape: str, width: int, digit: int = -1) -> np.ndarray:
         "cross": np.minimum(abs(x), abs(y)) <= (2.5 if width > 13 else 1.5),
         "triangle": abs(x) <= (y + half) / 2,
         "circle": radius <= half,
-        "diamond": abs(x) + abs(y) <= half,
+        "bar": abs(y) <= (3.5 if width > 13 else 2.5),
     }[shape]
-    pixels = inside.reshape(width, samples, width, samples)
-    return pixels.mean(axis=(1, 3), dtype=np.float32)
+    pixels = inside.reshape(width, samples, width, samples).astype(np.float32)
+    return np.asarray(pixels.mean(axis=(1, 3)))
 
 
 def cell_centre(index: int, grid_side: int) -> int:
