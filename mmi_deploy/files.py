@@ -76,12 +76,12 @@ def _swap(work: Path, folder: Path) -> None:
     if not folder.exists():
         work.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", suffix=".tmp", dir=folder.parent))
-    folder.rename(old / folder.name)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", suffix=".tmp", dir=folder.parent))
+    old = folder.rename(aside / folder.name)
     try:
         work.rename(folder)
     except BaseException:
-        (old / folder.name).rename(folder)
+        old.rename(folder)
+        aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,253 @@
+"""Documents in files: Markdown and JSON become parts, and parts become Markdown again.
+
+In Markdown an image link is a given picture, an image link without a target, `![]()`, is a place
+where the model draws one, and everything else is text, word for word. A literal `![` is written
+`\\![`. In JSON a document is a list such as `[{"text": "a red circle"}, {"image": "circle.png"},
+{"draw": true}]`; the published code's annt.json is read too.
+
+Pictures are files beside the document: a link that leaves its folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
+from markdown_it.rules_inline.image import image as image_rule
+from pydantic import TypeAdapter, ValidationError
+
+from mmi_deploy.document import Document, Draw, Image, Part, Text, document_of
+from mmi_deploy.errors import DocumentError
+
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:|//")
+_ESCAPED_IMAGE = re.compile(r"(?<!\\)((?:\\\\)*)\\!\[")
+
+
+def read_document(path: Path) -> Document:
+    """Read a document by its suffix: .md, .markdown, .txt or .json. Every picture is decoded once,
+    so that a damaged one is found now; raises `DocumentError`."""
+    parsers = {
+        ".md": parse_markdown,
+        ".markdown": parse_markdown,
+        ".txt": parse_markdown,
+        ".json": parse_json,
+    }
+    parse = parsers.get(path.suffix.lower())
+    if parse is None:
+        raise DocumentError(
+            f"{path} is of an unknown kind",
+            expected=", ".join(parsers),
+            got=path.suffix or "no suffix",
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DocumentError(f"{path} is not UTF-8 text", fix="save it as UTF-8") from None
+    except OSError as error:
+        raise DocumentError(f"cannot read {path}: {error.strerror}") from None
+    document = parse(text, path.parent)
+    for image in document.images:
+        if isinstance(image, Image):
+            _ = image.rgb
+    return document
+
+
+def resolve_link(target: str, folder: Path) -> Path:
+    """The file that `target` names inside `folder`; raises `DocumentError` for anything else."""
+    if _URL.match(target) or "\0" in target:
+        raise DocumentError(
+            f"the picture {target} is not a file beside the document",
+            fix="save it there and link it by name",
+        )
+    path = (folder / target).resolve()
+    if Path(target).is_absolute() or not path.is_relative_to(folder.resolve()):
+        raise DocumentError(
+            f"the picture {target} lies outside the document's folder",
+            fix="copy it there and link it by name",
+        )
+    if not path.is_file():
+        raise DocumentError(f"there is no picture {path}", fix="correct the link or add the file")
+    return path
+
+
+@dataclass(frozen=True)
+class _Link:
+    """An image link: where it stands in the text, and what it says."""
+
+    start: int
+    end: int
+    target: str
+    alt: str
+
+
+def _parser() -> MarkdownIt:
+    """CommonMark that accepts every link target: we refuse bad ones ourselves, in words."""
+    markdown = MarkdownIt("commonmark")
+    markdown.validateLink = lambda url: True  # type: ignore[method-assign]
+    markdown.normalizeLink = lambda url: url  # type: ignore[method-assign]
+    return markdown
+
+
+def _links(text: str) -> Iterator[_Link]:
+    """Every image link of `text` in order, with its place; none inside code or alternative text.
+
+    The block parser says which lines are paragraphs, headings and so on; the inline parser says
+    where the links are in those lines.
+    """
+    lines = text.split("\n")
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line) + 1)
+    environment: dict[str, Any] = {}
+    for block in _parser().parse(text, environment):
+        expected = sum(token.type == "image" for token in block.children or ())
+        if not expected or not block.map:
+            continue
+        first, last = block.map
+        links = _inline_links("\n".join(lines[first:last]), environment)
+        if len(links) != expected:
+            raise DocumentError(
+                f"the image links in line {first + 1} of the document are ambiguous",
+                fix="put each on a line of its own, as ![what it shows](file.png)",
+            )
+        offset = starts[first]
+        for link in links:
+            yield replace(link, start=link.start + offset, end=link.end + offset)
+
+
+def _inline_links(source: str, environment: dict[str, Any]) -> list[_Link]:
+    """The image links of one paragraph, with places relative to it."""
+    links: list[_Link] = []
+
+    def rule(state: StateInline, silent: bool) -> bool:
+        start = state.pos
+        accepted = image_rule(state, silent)
+        if accepted and not silent and state.src == source:  # another source: alternative text
+            token = state.tokens[-1]
+            links.append(_Link(start, state.pos, str(token.attrs["src"]), token.content))
+        return accepted
+
+    parser = _parser()
+    parser.inline.ruler.at("image", rule)
+    parser.inline.parse(source, parser, environment, [])
+    return links
+
+
+def parse_markdown(text: str, folder: Path) -> Document:
+    """A Markdown document whose pictures lie in `folder`; raises `DocumentError`."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as CommonMark counts lines
+    parts: list[Part] = []
+    end = 0
+    for link in _links(text):
+        parts.append(Text(_unescape(text[end : link.start])))
+        target = unquote(link.target).strip()
+        parts.append(Image(resolve_link(target, folder), link.alt) if target else Draw())
+        end = link.end
+    parts.append(Text(_unescape(text[end:])))
+    return document_of(*parts)
+
+
+def _unescape(text: str) -> str:
+    return _ESCAPED_IMAGE.sub(r"\1![", text)
+
+
+def to_markdown(parts: Sequence[Part], name_of: Callable[[Image], str]) -> str:
+    """`parts` as Markdown, each picture a paragraph of its own, linked by its `name_of`."""
+    blocks = []
+    for part in parts:
+        if isinstance(part, Text):
+            blocks.append(part.text.replace("![", "\\!["))
+        elif isinstance(part, Image):
+            alt = part.alt.replace("\\", "").replace("[", "(").replace("]", ")")
+            blocks.append(f"![{alt}]({quote(name_of(part))})")
+        else:
+            blocks.append("![]()")
+    return "\n\n".join(blocks) + "\n"
+
+
+def parse_json(text: str, folder: Path) -> Document:
+    """JSON parts, or the published code's annt.json with one entry; raises `DocumentError`."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"the document is not JSON: line {error.lineno}: {error.msg}") from None
+    parts = value.get("parts", value) if isinstance(value, dict) else value
+    entries = parts if isinstance(parts, list) else [parts]
+    if entries and all(isinstance(entry, dict) and "sentences" in entry for entry in entries):
+        if len(entries) > 1:
+            raise DocumentError(
+                "an annt.json is one document",
+                expected="one entry",
+                got=len(entries),
+                fix="put each entry into a file of its own",
+            )
+        return _published(entries[0], folder)
+    return document_of(*(_json_part(entry, index, folder) for index, entry in enumerate(entries)))
+
+
+def _json_part(entry: object, index: int, folder: Path) -> Part:
+    match entry:
+        case {"text": str(text), **rest} if not rest:
+            return Text(text)
+        case {"image": str(target), **rest} if rest.keys() <= {"alt"}:
+            return Image(resolve_link(target, folder), str(rest.get("alt", "")))
+        case {"draw": True, **rest} if not rest:
+            return Draw()
+    raise DocumentError(
+        f"part {index + 1} of the document is not understood",
+        expected='{"text": "..."}, {"image": "file.png"} or {"draw": true}',
+        got=json.dumps(entry, ensure_ascii=False)[:80],
+    )
+
+
+@dataclass(frozen=True)
+class _Published:
+    """One entry of the published code's annt.json.
+
+    `sentence_ixs[i]` is the sentence that an image belongs to and `image_first[i]` whether it comes
+    before it. With `generate_mode` "generate_images" the last image is the one to draw. `num_iter`,
+    the number of turns of the published loop, is not read: `mmi generate` has its own limits.
+    """
+
+    sentences: list[str]
+    images: list[str]
+    sentence_ixs: list[int]
+    image_first: list[bool]
+    generate_mode: str = "generate_texts"
+
+
+def _published(value: object, folder: Path) -> Document:
+    try:
+        entry = TypeAdapter(_Published).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DocumentError(
+            f"the annt.json is malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
+    slots = list(zip(entry.sentence_ixs, entry.image_first, strict=False))
+    same = len(entry.images) == len(entry.sentence_ixs) == len(entry.image_first)
+    if not same or not all(0 <= index < len(entry.sentences) for index, _ in slots):
+        raise DocumentError(
+            "the annt.json contradicts itself",
+            expected="one sentence_ixs and one image_first for each image, each naming a sentence",
+            got=f"{len(entry.sentences)} sentences, {len(entry.images)} images, sentence_ixs "
+            f"{entry.sentence_ixs}, image_first {entry.image_first}",
+        )
+    pictures: list[Part] = [Image(resolve_link(target, folder)) for target in entry.images]
+    if entry.generate_mode == "generate_images" and pictures:
+        pictures[-1] = Draw()
+    in_order = iter(pictures)  # the k-th slot in reading order takes the k-th image
+    parts: list[Part] = []
+    for index, sentence in enumerate(entry.sentences):
+        parts += [next(in_order) for _ in range(slots.count((index, True)))]
+        parts.append(Text(sentence))
+        parts += [next(in_order) for _ in range(slots.count((index, False)))]
+        parts.append(Text(" "))
+    return document_of(*parts)
