@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmi_train.model.deformable import sample_levels
+from mmi_train.model.dense_sampling import pays, sample_dense
 from mmi_train.model.spatial_prior import map_to_tokens, tokens_to_map
 
 EXTRA_EXTRACTORS = 2  # after the last interaction, as in ViT-Adapter
@@ -25,7 +26,9 @@ class DeformableAttention(nn.Module):
     Offsets are in cells of the level they sample: location = reference + offset / (level width, height).
     """
 
-    def __init__(self, width: int, heads: int, points: int, ratio: float, level_sides: Sequence[int]) -> None:
+    def __init__(
+        self, width: int, heads: int, points: int, ratio: float, level_sides: Sequence[int]
+    ) -> None:
         super().__init__()
         levels, value_width = len(level_sides), int(width * ratio)
         if value_width % heads:
@@ -58,13 +61,15 @@ class DeformableAttention(nn.Module):
 
     def forward(self, query: Tensor, reference: Tensor, feature: Tensor) -> Tensor:
         """query [n, q, c], reference [q, 2] in [0, 1], feature [n, s, c] -> [n, q, c]"""
-        h, l, p = self.heads, len(self.level_sides), self.points
+        h, levels, p = self.heads, len(self.level_sides), self.points
         value = self.value_proj(feature).unflatten(-1, (h, -1))  # [n, s, h, d]
-        offset = self.offset_proj(query).unflatten(-1, (h, l, p, 2)).float()  # [n, q, h, l, p, 2]
-        weight = self.weight_proj(query).unflatten(-1, (h, l * p)).softmax(-1)
+        offset = self.offset_proj(query).unflatten(-1, (h, levels, p, 2)).float()  # [n, q, h, l, p, 2]
+        weight = self.weight_proj(query).unflatten(-1, (h, levels * p)).softmax(-1)
         cell = offset.new_tensor([1.0 / side for side in self.level_sides])
         location = reference[:, None, None, None] + offset * cell[:, None, None]
-        return self.output_proj(sample_levels(value, self.level_sides, location, weight.unflatten(-1, (l, p))))
+        sample = sample_dense if pays(value, location) else sample_levels
+        weight = weight.unflatten(-1, (levels, p))
+        return self.output_proj(sample(value, self.level_sides, location, weight))
 
 
 class ConvFeedForward(nn.Module):
@@ -82,14 +87,19 @@ class ConvFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         levels = self.fc1(x).split([side * side for side in self.level_sides], 1)
-        maps = [self.conv(tokens_to_map(level, side)) for level, side in zip(levels, self.level_sides, strict=True)]
+        maps = [
+            self.conv(tokens_to_map(level, side))
+            for level, side in zip(levels, self.level_sides, strict=True)
+        ]
         return self.fc2(F.gelu(torch.cat([map_to_tokens(level) for level in maps], 1)))
 
 
 class Injector(nn.Module):
     """Patch tokens take from the pyramid: x + gamma * attention(LN(x), LN(pyramid)); gamma starts at 0."""
 
-    def __init__(self, width: int, heads: int, points: int, ratio: float, level_sides: Sequence[int]) -> None:
+    def __init__(
+        self, width: int, heads: int, points: int, ratio: float, level_sides: Sequence[int]
+    ) -> None:
         super().__init__()
         self.query_norm = nn.LayerNorm(width)
         self.feature_norm = nn.LayerNorm(width)
@@ -97,14 +107,23 @@ class Injector(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(width))
 
     def forward(self, patches: Tensor, reference: Tensor, pyramid: Tensor) -> Tensor:
-        return patches + self.gamma * self.attention(self.query_norm(patches), reference, self.feature_norm(pyramid))
+        return patches + self.gamma * self.attention(
+            self.query_norm(patches), reference, self.feature_norm(pyramid)
+        )
 
 
 class Extractor(nn.Module):
     """The pyramid takes from the patch tokens, then passes its convolutional feed-forward."""
 
     def __init__(
-        self, width: int, heads: int, points: int, ratio: float, hidden: int, grid: int, level_sides: Sequence[int]
+        self,
+        width: int,
+        heads: int,
+        points: int,
+        ratio: float,
+        hidden: int,
+        grid: int,
+        level_sides: Sequence[int],
     ) -> None:
         super().__init__()
         self.query_norm = nn.LayerNorm(width)
@@ -114,5 +133,7 @@ class Extractor(nn.Module):
         self.ffn = ConvFeedForward(width, hidden, level_sides)
 
     def forward(self, pyramid: Tensor, reference: Tensor, patches: Tensor) -> Tensor:
-        pyramid = pyramid + self.attention(self.query_norm(pyramid), reference, self.feature_norm(patches))
+        pyramid = pyramid + self.attention(
+            self.query_norm(pyramid), reference, self.feature_norm(patches)
+        )
         return pyramid + self.ffn(self.ffn_norm(pyramid))

@@ -1,0 +1,91 @@
+"""Deformable sampling of small maps as a matrix product: how the tiny preset trains on a CPU.
+
+Gathering rows one by one and summing their gradients is slow on a CPU, matrix products are not. So the
+bilinear samples of a query are written as one row of weights over all cells, zero but for the corners
+that it touches, and that matrix is multiplied with the values: sums and products are those of
+`deformable.sample_levels`. Worth it while a row of cells stays short: on one core 7 times faster than
+gathering (forward and backward) over 64 cells, 2.5 times over 336.
+
+Shapes: n images, q queries, h heads, l levels, p points, d channels per head, s cells of all levels,
+z the same with a border of one cell around every level, which is zero and stands for the outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MOST_CELLS = 512
+
+
+def pays(value: Tensor, location: Tensor) -> bool:
+    """Whether `sample_dense` is the faster way: training on a CPU with few cells [n, s, h, d]."""
+    trains = torch.is_grad_enabled() and (value.requires_grad or location.requires_grad)
+    return trains and value.device.type == "cpu" and value.shape[1] <= MOST_CELLS
+
+
+def sample_dense(
+    value: Tensor, level_sides: Sequence[int], location: Tensor, weight: Tensor
+) -> Tensor:
+    """`deformable.sample_levels` for square levels: value [n, s, h, d], location [n, q, h, l|1, p, 2]
+    in [0, 1], weight [n, q, h, l, p] -> [n, q, h * d]."""
+    sides = tuple(level_sides)
+    mixing = _Mixing.apply(location, weight, sides).to(value.dtype)  # [n, q, h, z]
+    levels = value.split([side * side for side in sides], 1)
+    border = (0, 0, 0, 0, 1, 1, 1, 1)  # around both axes of the grid
+    bordered = [
+        F.pad(level.unflatten(1, (side, side)), border).flatten(1, 2)
+        for level, side in zip(levels, sides, strict=True)
+    ]
+    rows = mixing.transpose(1, 2) @ torch.cat(bordered, 1).transpose(1, 2)  # [n, h, q, d]
+    return rows.transpose(1, 2).flatten(2)
+
+
+class _Mixing(torch.autograd.Function):
+    """location [..., l|1, p, 2], weight [..., l, p] -> what every cell contributes, [..., z]."""
+
+    @staticmethod
+    def forward(ctx: Any, location: Tensor, weight: Tensor, sides: tuple[int, ...]) -> Tensor:
+        size = location.new_tensor(sides)[:, None, None]  # [l, 1, 1]
+        stride = size[..., 0] + 2
+        end = torch.tensor([(side + 2) ** 2 for side in sides]).cumsum(0)
+
+        # In pixels of the level, centres at whole numbers; the border's are -1 and side.
+        pixel = location * size - 0.5  # [..., l, p, 2]
+        inside = (pixel > -1) & (pixel < size)
+        pixel = pixel.clamp_(min=-1).minimum(size)
+        low = pixel.floor().minimum(size - 1)
+        x, y = (pixel - low).unbind(-1)
+        first = low[..., 1] * stride + low[..., 0] + (stride + 1)  # the upper left of four cells
+        first = first.long() + F.pad(end, (1, -1))[:, None]
+        corner = torch.stack([stride * 0, stride * 0 + 1, stride, stride + 1], -1).long()
+        cells = (first[..., None] + corner).flatten(-3)  # [..., l * p * 4]
+
+        w = weight.to(location.dtype)
+        lower = w * y
+        upper = w - lower
+        upper_right, lower_right = upper * x, lower * x
+        shares = torch.stack(
+            [upper - upper_right, upper_right, lower - lower_right, lower_right], -1
+        )
+        mixing = location.new_zeros(*weight.shape[:-2], int(end[-1]))
+        mixing.scatter_add_(-1, cells, shares.flatten(-3))
+        ctx.save_for_backward(cells, x, y, w, size, inside)
+        ctx.shared, ctx.weight_type = location.shape[-3] != len(sides), weight.dtype
+        return mixing
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        cells, x, y, w, size, inside = ctx.saved_tensors
+        a, b, c, d = gradient.gather(-1, cells).view(*w.shape, 4).unbind(-1)
+        upper, lower = torch.lerp(a, b, x), torch.lerp(c, d, x)
+        to_weight = torch.lerp(upper, lower, y)
+        to_pixel = torch.stack([torch.lerp(b - a, d - c, y) * w, (lower - upper) * w], -1)
+        to_location = to_pixel * inside.all(-1, keepdim=True) * size
+        if ctx.shared:
+            to_location = to_location.sum(-3, keepdim=True)
+        return to_location, to_weight.to(ctx.weight_type), None
