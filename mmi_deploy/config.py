@@ -194,6 +194,7 @@ class VaeConfig:
     latent_channels: int
     scaling_factor: float
     norm_groups: int = 32
+    mid_attention: bool = True
 
     @property
     def factor(self) -> int:

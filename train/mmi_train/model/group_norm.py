@@ -1,0 +1,29 @@
+"""Group normalisation that does its sums in the type of its weights.
+
+Under bf16 autocast the maps arrive in bf16, where PyTorch's group normalisation is several times
+slower on a CPU, and less exact, than in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` that first casts its input to the type of its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.group_norm(x.to(self.weight.dtype), self.num_groups, self.weight, self.bias, self.eps)
+
+
+def with_exact_group_norms(module: nn.Module) -> nn.Module:
+    """`module` with every `nn.GroupNorm` in it replaced by a `GroupNorm` that holds the same parameters."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.GroupNorm:
+                norm = GroupNorm(child.num_groups, child.num_channels, eps=child.eps)
+                norm.weight, norm.bias = child.weight, child.bias
+                setattr(parent, name, norm)
+    return module

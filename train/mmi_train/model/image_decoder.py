@@ -1,0 +1,179 @@
+"""From the language model's hidden states to a picture (paper Sec. 3.3).
+
+Context tokens, read backwards from the picture's begin-of-image token, are projected, marked with
+their distance and resampled to the U-Net's condition; the U-Net also looks back at earlier images
+through MMFS; a frozen autoencoder turns latents into pixels.
+
+Letters: b pictures, x context tokens, q condition tokens, n encoded images, s feature cells,
+m images a picture looks at, z latent channels, c channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmi_deploy.config import ModelConfig
+from mmi_train.model.diffusion import Diffusion
+from mmi_train.model.positions import table_1d
+from mmi_train.model.resampler import Resampler
+from mmi_train.model.unet import UNet
+from mmi_train.model.vae import Posterior, Vae
+
+CONDITION_DROP = 0.1
+"""How often training replaces a picture's condition by the null condition (Sec. 4.1)."""
+
+
+@dataclass(frozen=True)
+class LookBackImages:
+    """The images that pictures look back at: features [n, s, c] of all levels, `slot` [b, m] (row of
+    `features`) and `position` [b, m] (0 hidden, 1 the image before)."""
+
+    features: Tensor
+    slot: Tensor
+    position: Tensor
+
+    def __getitem__(self, pictures: Tensor) -> LookBackImages:
+        """Those of some of the pictures (a bool or index tensor)."""
+        return LookBackImages(self.features, self.slot[pictures], self.position[pictures])
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random draws of one training step, a row for each picture.
+
+    `drop` [b] in [0, 1): below `CONDITION_DROP` the condition is dropped. `posterior` and `noise`
+    [b, z, side, side]: normal. `timestep` [b].
+    """
+
+    drop: Tensor
+    posterior: Tensor
+    noise: Tensor
+    timestep: Tensor
+
+    def __getitem__(self, pictures: Tensor) -> Draws:
+        """Those of some of the pictures (a bool or index tensor)."""
+        return Draws(*(getattr(self, field.name)[pictures] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class DrawingStep:
+    """What one step of `ImageDecoder.draw` computed: the guided prediction and the next latents."""
+
+    timestep: int
+    prediction: Tensor
+    latents: Tensor
+
+
+class ImageDecoder(nn.Module):
+    """Context resampler, U-Net with MMFS, diffusion and autoencoder."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config.image_decoder
+        resampler, unet = self.config.resampler, self.config.unet
+        width = config.llama.width
+        positions = table_1d(config.llama.context, width)
+        self.context_proj = nn.Linear(width, width)
+        start = positions[: resampler.queries] if resampler.form == "perceiver" else None
+        self.resampler = Resampler(resampler, start)
+        self.null_condition = nn.Parameter(torch.zeros(1, resampler.queries, resampler.width))
+        self.unet = UNet(unet, self.config.mmfs, config.vision.width, config.vision.level_sides)
+        self.vae = Vae(self.config.vae)
+        self.diffusion = Diffusion(self.config.diffusion)
+        self.register_buffer("context_positions", positions, persistent=False)  # [x, c]
+        nn.init.normal_(self.null_condition, std=0.02)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one picture's latents."""
+        unet = self.config.unet
+        return (unet.latent_channels, unet.latent_side, unet.latent_side)
+
+    def condition(self, context: Tensor, length: Tensor) -> Tensor:
+        """Hidden states [b, x, c], row 0 the begin-of-image token, then backwards; from `length` [b]
+        on they are padding. Returns condition tokens [b, q, c]."""
+        columns = context.shape[1]
+        real = torch.arange(columns, device=context.device) < length[:, None]  # [b, x]
+        context = self.context_proj(context) + self.context_positions[:columns]
+        return self.resampler(context, real)
+
+    def draws(self, pictures: int, generator: torch.Generator | None = None) -> Draws:
+        """Fresh draws, timesteps uniform; made on the CPU, so that a seed means the same everywhere."""
+        shape, device = (pictures, *self.latent_shape), self.null_condition.device
+        steps = self.config.diffusion.steps
+        made = (
+            torch.rand(pictures, generator=generator),
+            torch.randn(shape, generator=generator),
+            torch.randn(shape, generator=generator),
+            torch.randint(steps, (pictures,), generator=generator),
+        )
+        return Draws(*(draw.to(device) for draw in made))
+
+    def encode(self, pixels: Tensor) -> Posterior:
+        """Pictures [b, 3, side, side] in [0, 1] to their latents' posterior; the autoencoder is frozen."""
+        with torch.no_grad():
+            return self.vae.encode(pixels)
+
+    def losses(
+        self, posterior: Posterior, condition: Tensor, images: LookBackImages, draws: Draws
+    ) -> Tensor:
+        """[b]: each picture's mean squared error of the prediction, in fp32 (Sec. 3.3, Eq. 5).
+
+        Where `draws.drop` is small the condition gives way to the null condition; images stay.
+        """
+        latents = self.vae.latents(posterior, draws.posterior)
+        noisy = self.diffusion.add_noise(latents, draws.noise, draws.timestep)
+        drop = (draws.drop < CONDITION_DROP)[:, None, None]
+        condition = torch.where(drop, self.null_condition.to(condition.dtype), condition)
+        prediction = self.unet(
+            noisy, draws.timestep, condition, images.features, images.slot, images.position
+        )
+        target = self.diffusion.target(latents, draws.noise, draws.timestep)
+        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def draw(
+        self,
+        condition: Tensor,
+        images: LookBackImages,
+        latents: Tensor,
+        scheduler: SchedulerMixin,
+        *,
+        guidance: float,
+        step_noise: Sequence[Tensor] | None = None,
+        on_step: Callable[[DrawingStep], None] | None = None,
+    ) -> Tensor:
+        """Latents [b, z, side, side] of pictures, drawn from initial noise `latents`.
+
+        `scheduler`: one of diffusers', its timesteps set. `step_noise`: noise added after each step,
+        which makes a DDIM scheduler the ancestral sampler (`diffusion.ddim`); None: no noise.
+        Guidance extrapolates from the null condition; both branches look at the same images.
+        """
+        pictures = len(latents)
+        both = torch.cat([condition, self.null_condition.to(condition.dtype).expand(pictures, -1, -1)])
+        keys_values = self.unet.condition_keys_values(both)
+        values = self.unet.image_values(images.features)
+        slot, position = images.slot.repeat(2, 1), images.position.repeat(2, 1)
+        latents = latents * scheduler.init_noise_sigma
+        for index, timestep in enumerate(scheduler.timesteps):
+            noisy = scheduler.scale_model_input(latents, timestep)
+            time_rows = self.unet.time_rows(timestep[None].to(latents.device))
+            branches = self.unet.step(
+                noisy.repeat(2, 1, 1, 1), time_rows, keys_values, values, slot, position
+            )
+            conditional, unconditional = branches.float().chunk(2)
+            prediction = unconditional + guidance * (conditional - unconditional)
+            options = {}
+            if step_noise is not None:
+                assert isinstance(scheduler, DDIMScheduler), "only DDIM takes its noise explicitly"
+                options = {"eta": 1.0, "variance_noise": step_noise[index]}
+            latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
+            if on_step is not None:
+                on_step(DrawingStep(int(timestep), prediction, latents))
+        return latents

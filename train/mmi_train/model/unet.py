@@ -1,0 +1,297 @@
+"""Stable Diffusion's U-Net with deformable multi-image attention (paper Sec. 3.2, Fig. 3).
+
+The layers are those of diffusers' `UNet2DConditionModel`, under the same names; the forward pass is
+ours, in factored form: what depends only on the step (`time_rows`), only on the condition
+(`condition_keys_values`) or only on the images (`image_values`) is computed apart from `step`, which
+deployment calls many times.
+
+Letters: b pictures, x condition tokens, q queries (cells of a map), m images a picture looks at,
+n encoded images, s feature cells, h heads, d channels per head, c channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mmi_deploy.config import MmfsConfig, UnetConfig
+from mmi_train.model.attention import attend, join_heads, split_heads
+from mmi_train.model.group_norm import with_exact_group_norms
+from mmi_train.model.mmfs import Mmfs, take_levels
+from mmi_train.model.positions import cell_centres, resize_table, table_2d
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class UNet(nn.Module):
+    """Noisy latents, a timestep, condition tokens and image features to a prediction.
+
+    `feature_width`, `level_sides`: channels and sides of all four of the encoder's maps.
+    """
+
+    def __init__(
+        self, config: UnetConfig, mmfs: MmfsConfig, feature_width: int, level_sides: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        model = with_exact_group_norms(diffusers_unet(config))
+        self.time_proj = model.time_proj
+        self.time_embedding = model.time_embedding
+        self.conv_in = model.conv_in
+        self.down_blocks = model.down_blocks
+        self.mid_block = model.mid_block
+        self.up_blocks = model.up_blocks
+        self.conv_norm_out = model.conv_norm_out
+        self.conv_out = model.conv_out
+        self.look_back = nn.ModuleList(
+            LookBack(mmfs, channels, side, config.latent_side, feature_width, level_sides)
+            for channels, side in config.mmfs_maps
+        )
+        self._level_sides, self._levels = tuple(level_sides), mmfs.levels
+
+    def time_rows(self, timestep: Tensor) -> Tensor:
+        """Timesteps [b] to the time projection of every ResNet, in running order, [b, sum of widths]."""
+        frequencies = self.time_proj(timestep).to(self.conv_in.weight.dtype)
+        embedding = F.silu(self.time_embedding(frequencies))
+        return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.resnets()], dim=1)
+
+    def condition_keys_values(self, condition: Tensor) -> list[KeyValue]:
+        """Condition tokens [b, x, c] to key and value [b, x, width] of every cross-attention."""
+        return [
+            (block.attn2.to_k(condition), block.attn2.to_v(condition))
+            for transformer in self.transformers()
+            for block in transformer.transformer_blocks
+        ]
+
+    def image_values(self, features: Tensor) -> list[Tensor]:
+        """Features [n, s, c] of all levels to the MMFS values [n, s', h, d] of every block."""
+        features = take_levels(features, self._level_sides, self._levels)
+        return [block.values(features) for block in self.look_back]
+
+    def step(
+        self,
+        latents: Tensor,
+        time_rows: Tensor,
+        keys_values: Sequence[KeyValue],
+        values: Sequence[Tensor] | None,
+        image_slot: Tensor | None = None,
+        image_position: Tensor | None = None,
+    ) -> Tensor:
+        """One prediction from latents [b, c, side, side] and the three kinds of precomputed inputs.
+
+        `time_rows` [b|1, sum of widths]. `image_slot` [b, m]: rows of the pool in `values`;
+        `image_position` [b, m]: 0 hidden, 1 the nearest image. `values` None leaves MMFS out.
+        """
+        rows = iter(time_rows.split(self.config.resnet_widths, dim=1))
+        pairs = iter(keys_values)
+        look_back = self._look_back(values, image_slot, image_position)
+        at_skips = self.config.mmfs_at == "skips"
+
+        x = self.conv_in(latents)
+        skips = [x]
+        for block in self.down_blocks:
+            for index, resnet in enumerate(block.resnets):
+                x = self._layer(x, resnet, next(rows), _attention(block, index), pairs)
+                skips.append(x)
+            for downsample in block.downsamplers or ():
+                x = downsample(x)
+                skips.append(x)
+
+        first, last = self.mid_block.resnets
+        x = self._layer(x, first, next(rows), self.mid_block.attentions[0], pairs)
+        x = self._layer(x, last, next(rows), None, pairs)
+        if at_skips:
+            skips = [next(look_back)(skip) for skip in skips]
+            x = next(look_back)(x)
+
+        for block in self.up_blocks:
+            for index, resnet in enumerate(block.resnets):
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = self._layer(x, resnet, next(rows), _attention(block, index), pairs)
+            for upsample in block.upsamplers or ():
+                x = upsample(x)
+            if not at_skips:
+                x = next(look_back)(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        condition: Tensor,
+        features: Tensor | None = None,
+        image_slot: Tensor | None = None,
+        image_position: Tensor | None = None,
+    ) -> Tensor:
+        """The composition of the four: latents [b, c, side, side], timestep [b], condition [b, x, c],
+        features [n, s, c] of all levels or None (no MMFS) to a prediction of the latents' shape."""
+        values = None if features is None else self.image_values(features)
+        keys_values = self.condition_keys_values(condition)
+        return self.step(latents, self.time_rows(timestep), keys_values, values, image_slot, image_position)
+
+    def resnets(self) -> Iterator[ResnetBlock2D]:
+        """Every ResNet, in running order."""
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from block.resnets
+
+    def transformers(self) -> Iterator[Transformer2DModel]:
+        """Every transformer, in running order."""
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from getattr(block, "attentions", ())
+
+    def _layer(
+        self,
+        x: Tensor,
+        resnet: ResnetBlock2D,
+        time_row: Tensor,
+        transformer: Transformer2DModel | None,
+        pairs: Iterator[KeyValue],
+    ) -> Tensor:
+        arguments = [x, resnet, time_row, transformer]
+        if transformer is not None:
+            arguments += next(pairs)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(_run_layer, *arguments, use_reentrant=False)
+        return _run_layer(*arguments)
+
+    def _look_back(
+        self, values: Sequence[Tensor] | None, image_slot: Tensor | None, image_position: Tensor | None
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What to apply to each map of `config.mmfs_maps` in turn."""
+        for index, block in enumerate(self.look_back):
+            if values is None:
+                yield nn.Identity()
+            else:
+                assert image_slot is not None and image_position is not None
+                yield partial(
+                    block, value=values[index], image_slot=image_slot, image_position=image_position
+                )
+
+
+class LookBack(nn.Module):
+    """MMFS on one map of the U-Net: every cell looks at the images before the picture.
+
+    The published block's form at either placement: LayerNorm, position table, MMFS, a 1x1
+    convolution that starts at zero, residual. The table is made for the U-Net's finest map and
+    resized to this one.
+    """
+
+    def __init__(
+        self,
+        mmfs: MmfsConfig,
+        channels: int,
+        side: int,
+        finest_side: int,
+        feature_width: int,
+        level_sides: Sequence[int],
+    ) -> None:
+        super().__init__()
+        sides = [level_sides[level] for level in mmfs.levels]
+        base_grid = side if mmfs.base_grid is None else mmfs.base_grid
+        self.query_norm = nn.LayerNorm(channels, eps=1e-6)
+        self.value_norm = nn.LayerNorm(feature_width, eps=1e-6)
+        self.mmfs = Mmfs(mmfs, channels, feature_width, channels, sides, base_grid)
+        self.conv = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+        positions = resize_table(table_2d(finest_side, channels), side)  # [q, c]
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("reference", cell_centres(side), persistent=False)  # [q, 2]
+
+    def values(self, features: Tensor) -> Tensor:
+        """Features [n, s, c] of this block's levels to its values [n, s, h, d]."""
+        return self.mmfs.values(self.value_norm(features))
+
+    def forward(self, x: Tensor, value: Tensor, image_slot: Tensor, image_position: Tensor) -> Tensor:
+        """x [b, c, side, side], value [n, s, h, d], image_slot and image_position [b, m]."""
+        query = self.query_norm(_cells(x)) + self.positions  # [b, q, c]
+        seen = self.mmfs(query, value, image_slot, image_position[:, None], self.reference)
+        return x + self.conv(_map(seen, x))
+
+
+def diffusers_unet(config: UnetConfig) -> UNet2DConditionModel:
+    """diffusers' model of the same shape, freshly initialised and without MMFS."""
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention_blocks]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in config.attention_blocks]
+    return UNet2DConditionModel(
+        sample_size=config.latent_side,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        block_out_channels=config.block_widths,
+        layers_per_block=config.layers_per_block,
+        down_block_types=tuple(down),
+        up_block_types=tuple(reversed(up)),
+        cross_attention_dim=config.condition_width,
+        attention_head_dim=config.attention_heads,  # diffusers' name for the number of heads
+        use_linear_projection=config.linear_projection,
+        norm_num_groups=config.norm_groups,
+    )
+
+
+def _attention(block: nn.Module, index: int) -> Transformer2DModel | None:
+    transformers = getattr(block, "attentions", None)
+    return None if transformers is None else transformers[index]
+
+
+def _run_layer(
+    x: Tensor,
+    resnet: ResnetBlock2D,
+    time_row: Tensor,
+    transformer: Transformer2DModel | None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+) -> Tensor:
+    """A ResNet with its time row [b|1, c], then, if there is one, its transformer."""
+    x = _run_resnet(resnet, x, time_row)
+    return x if transformer is None else _run_transformer(transformer, x, key, value)
+
+
+def _run_resnet(resnet: ResnetBlock2D, x: Tensor, time_row: Tensor) -> Tensor:
+    y = resnet.conv1(F.silu(resnet.norm1(x))) + time_row[:, :, None, None]
+    y = resnet.conv2(F.silu(resnet.norm2(y)))
+    return y + (x if resnet.conv_shortcut is None else resnet.conv_shortcut(x))
+
+
+def _run_transformer(transformer: Transformer2DModel, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Self-attention, cross-attention to precomputed keys and values [b, x, c], feed-forward."""
+    linear = transformer.use_linear_projection
+    y = transformer.norm(x)
+    y = transformer.proj_in(_cells(y)) if linear else _cells(transformer.proj_in(y))  # [b, q, c]
+    for block in transformer.transformer_blocks:
+        y = _run_transformer_block(block, y, key, value)
+    y = _map(transformer.proj_out(y), x) if linear else transformer.proj_out(_map(y, x))
+    return x + y
+
+
+def _run_transformer_block(block: BasicTransformerBlock, y: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    own = block.norm1(y)
+    y = y + _run_attention(block.attn1, own, block.attn1.to_k(own), block.attn1.to_v(own))
+    y = y + _run_attention(block.attn2, block.norm2(y), key, value)
+    return y + block.ff(block.norm3(y))
+
+
+def _run_attention(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Queries [b, q, c], keys and values [b, x, c], split into the layer's heads."""
+    q, k, v = (split_heads(y, attention.heads) for y in (attention.to_q(query), key, value))
+    return attention.to_out[0](join_heads(attend(q, k, v)))
+
+
+def _cells(x: Tensor) -> Tensor:
+    """[b, c, side, side] -> [b, q, c], row-major."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _map(y: Tensor, like: Tensor) -> Tensor:
+    """[b, q, c] -> [b, c, side, side] with the side of `like`."""
+    return y.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)

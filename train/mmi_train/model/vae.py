@@ -1,0 +1,63 @@
+"""The latent autoencoder: diffusers' `AutoencoderKL` on pixels in [0, 1] and scaled latents.
+
+Letters: b pictures, z latent channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from mmi_deploy.config import VaeConfig
+from mmi_train.model.group_norm import with_exact_group_norms
+
+
+class Posterior(NamedTuple):
+    """The latents of a picture before scaling: a Gaussian per cell, [b, z, side, side] each."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """`mean + standard deviation * noise`."""
+        return self.mean + torch.exp(0.5 * self.log_variance) * noise
+
+
+class Vae(nn.Module):
+    """Pixels to latents and back. Latents that leave or enter are scaled by `config.scaling_factor`."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        blocks = len(config.block_widths)
+        self.autoencoder = with_exact_group_norms(
+            AutoencoderKL(
+                block_out_channels=config.block_widths,
+                layers_per_block=config.layers_per_block,
+                down_block_types=("DownEncoderBlock2D",) * blocks,
+                up_block_types=("UpDecoderBlock2D",) * blocks,
+                latent_channels=config.latent_channels,
+                norm_num_groups=config.norm_groups,
+                mid_block_add_attention=config.mid_attention,
+            )
+        )
+
+    def encode(self, pixels: Tensor) -> Posterior:
+        """Pixels [b, 3, h, w] in [0, 1] to the posterior, not scaled."""
+        distribution = self.autoencoder.encode(2 * pixels - 1).latent_dist
+        return Posterior(distribution.mean, distribution.logvar)
+
+    def latents(self, posterior: Posterior, noise: Tensor) -> Tensor:
+        """A sample of the posterior in the U-Net's scale."""
+        return self.config.scaling_factor * posterior.sample(noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [b, z, side, side] to pixels [b, 3, h, w], clipped to [0, 1]."""
+        return self.decode_unclipped(latents).clamp(0, 1)
+
+    def decode_unclipped(self, latents: Tensor) -> Tensor:
+        """As `decode`, but differentiable everywhere: what the autoencoder's own training compares."""
+        return self.autoencoder.decode(latents / self.config.scaling_factor).sample / 2 + 0.5
