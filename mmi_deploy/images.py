@@ -44,7 +44,9 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> Rgb:
         raise DocumentError(
             f"there is no picture {called}", fix="correct the link or add the file"
         ) from None
-    except (UnidentifiedImageError, Image.DecompressionBombError):
+    except Image.DecompressionBombError as error:  # before we could see its size
+        raise _too_large(called, str(error)) from None
+    except UnidentifiedImageError:
         raise DocumentError(
             f"{called} is no picture that can be read",
             expected=", ".join(FORMATS),
@@ -61,12 +63,16 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> Rgb:
 def _check_size(size: tuple[int, int], called: str) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
-        raise DocumentError(
-            f"the picture {called} is too large",
-            expected=f"at most {MAX_PIXELS // 1_000_000} million pixels",
-            got=f"{width} x {height}",
-            fix="scale it down",
-        )
+        raise _too_large(called, f"{width} x {height}")
+
+
+def _too_large(called: str, got: str) -> DocumentError:
+    return DocumentError(
+        f"the picture {called} is too large",
+        expected=f"at most {MAX_PIXELS // 1_000_000} million pixels",
+        got=got,
+        fix="scale it down",
+    )
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
-"""What all tests share: one thread per process, and the outputs of the published code.
+"""What all tests share: two threads per process, and the outputs of the published code.
 
-`MMI_GOLDEN_DIR` names the folder that holds them; tests that need them are skipped without it.
+The small ones lie in tests/golden. `MMI_GOLDEN_DIR` names a folder that holds the large ones too;
+tests that need those are skipped without it.
 """
 
 from __future__ import annotations
@@ -47,23 +48,30 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_dir() -> Path:
-    """The folder of golden files; skips the test where there is none."""
-    folder = os.environ.get("MMI_GOLDEN_DIR")
-    if not folder:
-        pytest.skip("MMI_GOLDEN_DIR is not set: outputs of the published code are not here")
-    path = Path(folder)
-    assert path.is_dir(), f"MMI_GOLDEN_DIR is {folder}, which is no folder"
-    return path
+def golden_file() -> Callable[[str], Path]:
+    """Finds a golden file by name; skips the test when it is neither here nor there."""
+
+    def find(name: str) -> Path:
+        folders = [REPOSITORY / "tests" / "golden"]
+        if elsewhere := os.environ.get("MMI_GOLDEN_DIR"):
+            folders.append(Path(elsewhere))
+            assert folders[-1].is_dir(), f"MMI_GOLDEN_DIR is {elsewhere}, which is no folder"
+        for folder in folders:
+            if (folder / name).exists():
+                return folder / name
+        pytest.skip(f"{name} is not here: set MMI_GOLDEN_DIR to the folder that holds it")
+
+    return find
 
 
 @pytest.fixture(scope="session")
-def golden(golden_dir: Path) -> Callable[[str], Golden]:
+def golden(golden_file: Callable[[str], Path]) -> Callable[[str], Golden]:
     """`golden("mmfs_llm")` reads that run's safetensors file and its JSON side-car."""
 
     def read(name: str) -> Golden:
-        side_car = golden_dir / f"{name}.json"
+        tensors = golden_file(f"{name}.safetensors")
+        side_car = tensors.with_suffix(".json")
         about = json.loads(side_car.read_text()) if side_car.exists() else {}
-        return Golden(load_file(golden_dir / f"{name}.safetensors"), about)
+        return Golden(load_file(tensors), about)
 
     return read
