@@ -12,6 +12,9 @@ from mmi_deploy.errors import BundleError, DocumentError
 
 FILE_NAME = "tokenizer.json"
 
+_CONTEXT = 8
+"""Tokens before a stream that decide how it begins; one character takes at most four."""
+
 
 class Tokenizer:
     """A tokenizer that never makes special tokens out of what a user wrote."""
@@ -71,11 +74,12 @@ class TextStream:
 
     One character may take several tokens (bytes), and a token's text depends on the one before it
     (spaces), so the tokens of the last text given out are decoded again together with the new ones.
+    `before`: the tokens of the text that the stream goes on from, if there is one.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._given: list[int] = []
+        self._given = list(before[-_CONTEXT:])
         self._waiting: list[int] = []
 
     def feed(self, token_id: int) -> str:

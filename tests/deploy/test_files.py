@@ -1,0 +1,112 @@
+"""Output is there whole or not at all, and never at the price of somebody's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmi_deploy.errors import MmiError
+from mmi_deploy.files import new_folder, write_file
+
+
+def names(folder: Path) -> list[str]:
+    """All files under `folder`, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def fill(folder: Path, text: str, force: bool = False) -> None:
+    with new_folder(folder, force) as work:
+        (work / "a.txt").write_text(text)
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with new_folder(out) as work:
+        (work / "a.txt").write_text("a")
+        assert not out.exists()
+    assert (out / "a.txt").read_text() == "a"
+    assert names(tmp_path) == ["deep/out/.mmi", "deep/out/a.txt"]
+
+
+def test_our_own_folder_is_replaced_without_leftovers(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as work:
+        (work / "old.txt").touch()
+    fill(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out/.mmi", "out/a.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_whatever_goes_wrong_leaves_what_was_there(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    fill(tmp_path / "out", "before")
+    with pytest.raises(error), new_folder(tmp_path / "out") as work:
+        (work / "a.txt").write_text("half")
+        raise error
+    assert (tmp_path / "out" / "a.txt").read_text() == "before"
+    assert names(tmp_path) == ["out/.mmi", "out/a.txt"]
+
+
+def test_a_failing_rename_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "out", "before")
+    rename = Path.rename
+
+    def fail_for_new(self: Path, target: Path) -> Path:
+        if target == tmp_path / "out" and not self.parent.name.startswith(".out.old"):
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(OSError, match="no"):
+        fill(tmp_path / "out", "after")
+    assert (tmp_path / "out" / "a.txt").read_text() == "before"
+    assert names(tmp_path) == ["out/.mmi", "out/a.txt"]
+
+
+def test_a_folder_of_somebody_else_needs_force(tmp_path: Path) -> None:
+    out = tmp_path / "thesis"
+    out.mkdir()
+    fill(out, "an empty folder is free")
+    (out / ".mmi").unlink()
+    with pytest.raises(MmiError, match="holds files that mmi did not write.*--force"):
+        fill(out, "x")
+    assert (out / "a.txt").read_text() == "an empty folder is free"
+    fill(out, "x", force=True)
+    assert (out / "a.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_files_links_and_the_current_folder_are_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "real" / "inside")
+    for name in ("file", "link", "real", "real/inside"):
+        with pytest.raises(MmiError):
+            fill(tmp_path / name, "x", force)
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    write_file(path, "one")
+    write_file(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert path.stat().st_mode & 0o777 == 0o644
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_file(path, "three")
+    assert path.read_bytes() == b"two"
+    assert names(tmp_path) == ["a.txt"]
