@@ -138,7 +138,9 @@ class UNet(nn.Module):
         features [n, s, c] of all levels or None (no MMFS) to a prediction of the latents' shape."""
         values = None if features is None else self.image_values(features)
         keys_values = self.condition_keys_values(condition)
-        return self.step(latents, self.time_rows(timestep), keys_values, values, image_slot, image_position)
+        return self.step(
+            latents, self.time_rows(timestep), keys_values, values, image_slot, image_position
+        )
 
     def resnets(self) -> Iterator[ResnetBlock2D]:
         """Every ResNet, in running order."""
@@ -166,7 +168,10 @@ class UNet(nn.Module):
         return _run_layer(*arguments)
 
     def _look_back(
-        self, values: Sequence[Tensor] | None, image_slot: Tensor | None, image_position: Tensor | None
+        self,
+        values: Sequence[Tensor] | None,
+        image_slot: Tensor | None,
+        image_position: Tensor | None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
         """What to apply to each map of `config.mmfs_maps` in turn."""
         for index, block in enumerate(self.look_back):
@@ -205,15 +210,18 @@ class LookBack(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
-        positions = resize_table(table_2d(finest_side, channels), side)  # [q, c]
-        self.register_buffer("positions", positions, persistent=False)
+        table = table_2d(finest_side, channels)
+        self.register_buffer("table", table, persistent=False)  # kept: published files hold it
+        self.register_buffer("positions", resize_table(table, side), persistent=False)  # [q, c]
         self.register_buffer("reference", cell_centres(side), persistent=False)  # [q, 2]
 
     def values(self, features: Tensor) -> Tensor:
         """Features [n, s, c] of this block's levels to its values [n, s, h, d]."""
         return self.mmfs.values(self.value_norm(features))
 
-    def forward(self, x: Tensor, value: Tensor, image_slot: Tensor, image_position: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, value: Tensor, image_slot: Tensor, image_position: Tensor
+    ) -> Tensor:
         """x [b, c, side, side], value [n, s, h, d], image_slot and image_position [b, m]."""
         query = self.query_norm(_cells(x)) + self.positions  # [b, q, c]
         seen = self.mmfs(query, value, image_slot, image_position[:, None], self.reference)
@@ -222,7 +230,9 @@ class LookBack(nn.Module):
 
 def diffusers_unet(config: UnetConfig) -> UNet2DConditionModel:
     """diffusers' model of the same shape, freshly initialised and without MMFS."""
-    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention_blocks]
+    down = [
+        "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention_blocks
+    ]
     up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in config.attention_blocks]
     return UNet2DConditionModel(
         sample_size=config.latent_side,
@@ -263,7 +273,9 @@ def _run_resnet(resnet: ResnetBlock2D, x: Tensor, time_row: Tensor) -> Tensor:
     return y + (x if resnet.conv_shortcut is None else resnet.conv_shortcut(x))
 
 
-def _run_transformer(transformer: Transformer2DModel, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _run_transformer(
+    transformer: Transformer2DModel, x: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     """Self-attention, cross-attention to precomputed keys and values [b, x, c], feed-forward."""
     linear = transformer.use_linear_projection
     y = transformer.norm(x)
@@ -274,7 +286,9 @@ def _run_transformer(transformer: Transformer2DModel, x: Tensor, key: Tensor, va
     return x + y
 
 
-def _run_transformer_block(block: BasicTransformerBlock, y: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _run_transformer_block(
+    block: BasicTransformerBlock, y: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     own = block.norm1(y)
     y = y + _run_attention(block.attn1, own, block.attn1.to_k(own), block.attn1.to_v(own))
     y = y + _run_attention(block.attn2, block.norm2(y), key, value)
