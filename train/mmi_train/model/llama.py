@@ -195,6 +195,9 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Embeddings to hidden states. `level_sides`: sides of all maps of an image, finest first."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(
         self, config: LlamaConfig, mmfs: MmfsConfig, feature_width: int, level_sides: Sequence[int]
     ) -> None:
@@ -206,11 +209,12 @@ class Llama(nn.Module):
         """Recompute every block in the backward pass instead of keeping what it made."""
         own_sides = [self.level_sides[level] for level in mmfs.levels]
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
-        self.layers = nn.ModuleList()
-        for layer in range(config.layers):
-            looks = layer in config.mmfs_layers
-            look_back = LookBack(config, mmfs, feature_width, own_sides) if looks else None
-            self.layers.append(Block(config, layer, look_back))
+        look_backs = {
+            layer: LookBack(config, mmfs, feature_width, own_sides) for layer in config.mmfs_layers
+        }
+        self.layers = nn.ModuleList(
+            Block(config, layer, look_backs.get(layer)) for layer in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.width, config.eps)
         cos, sin = rotary_tables(config.context, config.head_width, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
@@ -220,17 +224,23 @@ class Llama(nn.Module):
     def reset_parameters(self) -> None:
         """LLaMA's N(0, 0.02), for W_q and W_A of MMFS too; the rest of MMFS as it starts itself."""
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
-        for block in self.layers:
-            drawn = [*block.self_attn.children(), *block.mlp.children()]
+        for block in self.blocks:
+            drawn: list[Tensor] = [*block.self_attn.parameters(), *block.mlp.parameters()]
             if block.look_back is not None:
-                drawn += [block.look_back.mmfs.query_proj, block.look_back.mmfs.weight_proj]
-            for linear in drawn:
-                nn.init.normal_(linear.weight, std=0.02)
+                mmfs = block.look_back.mmfs
+                drawn += [mmfs.query_proj.weight, mmfs.weight_proj.weight]
+            for weight in drawn:
+                nn.init.normal_(weight, std=0.02)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """`layers` with its type."""
+        return [block for block in self.layers if isinstance(block, Block)]
 
     @property
     def look_backs(self) -> list[LookBack]:
         """The MMFS layers, in the order in which they run."""
-        return [block.look_back for block in self.layers if block.look_back is not None]
+        return [block.look_back for block in self.blocks if block.look_back is not None]
 
     def image_values(self, features: Tensor) -> list[Tensor]:
         """What each MMFS layer samples: features of all maps [n,s_all,c] -> [n,s,h,d] per layer."""
@@ -255,11 +265,10 @@ class Llama(nn.Module):
         """
         rotary = self.cos[position].unsqueeze(1), self.sin[position].unsqueeze(1)
         visible = self._visible(embeddings, mask, cache)
-        look_values = iter(values) if values is not None else None
+        left = iter(values if values is not None else ())
         hidden = embeddings
         for block in self.layers:
-            looks = block.look_back is not None and look_values is not None
-            value = next(look_values) if looks else None
+            value = next(left, None) if block.look_back is not None else None
             arguments = (hidden, rotary, visible, cache, value, image_slot, image_position)
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 hidden = checkpoint(block, *arguments, use_reentrant=False)
@@ -283,4 +292,5 @@ class Llama(nn.Module):
             mask = ones.tril(past)
         if not spelled_out:
             return mask
-        return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        # The least number that is finite in fp32 and in bf16: a row that sees nothing stays finite.
+        return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.bfloat16).min)

@@ -18,6 +18,8 @@ class LmHead(nn.Module):
     image, image). Together their biases start those at -5: known, but unlikely.
     """
 
+    new_ids: Tensor
+
     def __init__(self, width: int, vocab: int, new_ids: Sequence[int]) -> None:
         super().__init__()
         self.head = nn.Linear(width, vocab)
