@@ -21,7 +21,7 @@ from mmi_deploy import layout
 from mmi_deploy.config import ModelConfig
 from mmi_train.losses import IGNORE, text_loss, text_targets
 from mmi_train.model.image_decoder import Draws, ImageDecoder, LookBackImages
-from mmi_train.model.llama import KvCache, Llama
+from mmi_train.model.llama import Llama
 from mmi_train.model.lm_head import LmHead
 from mmi_train.model.vae import Posterior
 from mmi_train.model.visual_tokenizer import VisualTokenizer, flatten_maps
@@ -112,32 +112,28 @@ class MMInterleaved(nn.Module):
         rows = visual_tokens.flatten(0, 1)[visual_index.clamp(min=0)].to(embeddings.dtype)
         return torch.where((visual_index >= 0)[..., None], rows, embeddings)
 
-    def read(
-        self,
-        token_ids: Tensor,
-        images: EncodedImages,
-        image_slot: Tensor,
-        *,
-        position: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: KvCache | None = None,
-    ) -> Tensor:
-        """Hidden states [b, t, c] of whole rows; `image_slot` as in `Batch`.
+    def embed_rows(self, token_ids: Tensor, images: EncodedImages, image_slot: Tensor) -> Tensor:
+        """[b, t, c]: embeddings of whole rows with their images' visual tokens in place."""
+        ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
+        index = layout.visual_index(ids, self.config.tokens, slots, self.config.visual_tokens)
+        return self.embed(token_ids, images.tokens, _like(index, token_ids))
 
-        `position` [b, t], `mask` bool [b, 1, t, k] and `cache` as in `Llama`; None: plain causal rows.
-        """
-        config = self.config
-        ids = token_ids.cpu().numpy()
-        slots = image_slot.cpu().numpy()
-        index = layout.visual_index(ids, config.tokens, slots, config.visual_tokens)
-        embeddings = self.embed(token_ids, images.tokens, _like(index, token_ids))
-        if position is None:
-            position = torch.arange(ids.shape[1], device=token_ids.device).expand(ids.shape)
-        seen = layout.image_positions(ids, config.tokens, slots.shape[1], config.llm_mmfs.images_seen)
-        seen = seen * (slots >= 0)[:, None, :]
-        values = self.llm.image_values(images.features)
+    def image_positions(self, token_ids: Tensor, image_slot: Tensor) -> Tensor:
+        """[b, t, m]: how far back each image lies from each token, 0 hidden; see `layout`."""
+        ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
+        seen = self.config.llm_mmfs.images_seen
+        position = layout.image_positions(ids, self.config.tokens, slots.shape[1], seen)
+        return _like(position * (slots >= 0)[:, None], token_ids)
+
+    def read(self, token_ids: Tensor, images: EncodedImages, image_slot: Tensor) -> Tensor:
+        """Hidden states [b, t, c] of whole rows, causal from the first token; see `Batch`."""
+        rows, tokens = token_ids.shape
         return self.llm(
-            embeddings, position, mask, cache, values, image_slot.clamp(min=0), _like(seen, token_ids)
+            self.embed_rows(token_ids, images, image_slot),
+            torch.arange(tokens, device=token_ids.device).expand(rows, -1),
+            values=self.llm.image_values(images.features),
+            image_slot=image_slot.clamp(min=0),
+            image_position=self.image_positions(token_ids, image_slot),
         )
 
     def context(self, hidden: Tensor, token_ids: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +141,9 @@ class MMInterleaved(nn.Module):
         to its `<s>`, zeros after that, and how many they are, [k]."""
         row, image = pictures.cpu().numpy().T
         ids = token_ids.cpu().numpy()
-        ranges = layout.context_ranges(ids, self.config.tokens, layout.image_count(ids, self.config.tokens))
+        ranges = layout.context_ranges(
+            ids, self.config.tokens, layout.image_count(ids, self.config.tokens)
+        )
         start, stop = ranges[row, image].T
         length = stop - start
         backwards = stop[:, None] - 1 - np.arange(length.max(initial=1))  # [k, x]
@@ -168,7 +166,9 @@ class MMInterleaved(nn.Module):
         used = used if len(used) else np.zeros(1, slots.dtype)
         slot = np.searchsorted(used, slots[row]).clip(max=len(used) - 1)
         return LookBackImages(
-            images.features[_like(used, token_ids)], _like(slot, token_ids), _like(position, token_ids)
+            images.features[_like(used, token_ids)],
+            _like(slot, token_ids),
+            _like(position, token_ids),
         )
 
     def condition(self, hidden: Tensor, token_ids: Tensor, pictures: Tensor) -> Tensor:
@@ -210,7 +210,9 @@ class MMInterleaved(nn.Module):
         """
         pictures = batch.pictures
         if pictures is None or not len(pictures):
-            return hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
+            return hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(
+                0, dtype=torch.float32
+            )
         decoder = self.image_decoder
         draws = decoder.draws(len(pictures)) if draws is None else draws
         context, length = self.context(hidden, batch.token_ids, pictures)
@@ -221,9 +223,13 @@ class MMInterleaved(nn.Module):
         if batch.target_posterior is not None:
             posterior = Posterior(*(moment[drawn] for moment in batch.target_posterior))
         else:
-            assert batch.target_pixels is not None, "pictures need target_pixels or target_posterior"
+            assert batch.target_pixels is not None, (
+                "pictures need target_pixels or target_posterior"
+            )
             posterior = decoder.encode(batch.target_pixels[drawn])
-        look_back = self.look_back_images(images, batch.token_ids, batch.image_slot, pictures[drawn])
+        look_back = self.look_back_images(
+            images, batch.token_ids, batch.image_slot, pictures[drawn]
+        )
         condition = decoder.condition(context[drawn], length[drawn])
         losses = decoder.losses(posterior, condition, look_back, draws[drawn])
         own = own.masked_scatter(drawn, losses.detach())

@@ -1,0 +1,171 @@
+"""Generation in plain PyTorch: texts, scores of given texts, pictures.
+
+This is what deployment is compared with, not what production runs. Nothing is computed twice within
+a call (images are encoded once, keys and values are cached), but nothing is kept between calls.
+
+Letters: b rows, t tokens, m images of a row, n encoded images, k pictures, o options, v vocabulary,
+z latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from mmi_train.model.image_decoder import DrawingStep
+from mmi_train.model.llama import KvCache
+from mmi_train.model.mm_interleaved import MMInterleaved
+
+
+class Reading:
+    """Rows that the language model has read and that can be continued token by token.
+
+    `token_ids` [b, t], padded on the left where `real` [b, t] is false; `pixels` and `image_slot` as
+    in `Batch`; `room`: how many tokens may follow.
+    """
+
+    def __init__(
+        self,
+        model: MMInterleaved,
+        token_ids: Tensor,
+        pixels: Tensor | None,
+        image_slot: Tensor,
+        real: Tensor,
+        room: int,
+    ) -> None:
+        rows, tokens = token_ids.shape
+        device = token_ids.device
+        self.model = model
+        self.images = model.encode_images(pixels)
+        self.values = model.llm.image_values(self.images.features)
+        self.slot = image_slot.clamp(min=0)
+        weight = model.llm.embed_tokens.weight
+        self.cache = KvCache(model.config.llama, rows, tokens + room, device, weight.dtype)
+        self.real = torch.cat([real.bool(), real.new_ones(rows, room, dtype=torch.bool)], dim=1)
+        position = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+        self.next_position = position[:, -1:] + 1
+        seen = model.image_positions(token_ids, image_slot)
+        self.last_seen = seen[:, -1:]  # [b, 1, m]: what follows sees the same images
+        # A padding token sees itself, so that no row of the softmax is empty.
+        own = torch.eye(tokens, dtype=torch.bool, device=device)
+        causal = torch.ones_like(own).tril()
+        mask = causal & (real.bool()[:, None, None] | own)  # [b, 1, t, t]
+        hidden = model.llm(
+            model.embed_rows(token_ids, self.images, image_slot),
+            position,
+            mask,
+            self.cache,
+            self.values,
+            self.slot,
+            seen,
+        )
+        self.logits = model.head(hidden[:, -1])
+        """[b, v]: of the next token."""
+
+    def append(self, token_ids: Tensor) -> None:
+        """Read one more token [b] of each row."""
+        hidden = self.model.llm(
+            self.model.embed(
+                token_ids[:, None], self.images.tokens, torch.full_like(token_ids, -1)[:, None]
+            ),
+            self.next_position,
+            self.real[:, None, None, : self.cache.length + 1],
+            self.cache,
+            self.values,
+            self.slot,
+            self.last_seen,
+        )
+        self.next_position = self.next_position + 1
+        self.logits = self.model.head(hidden[:, -1])
+
+
+@torch.no_grad()
+def generate_texts(
+    model: MMInterleaved,
+    token_ids: Tensor,
+    pixels: Tensor | None,
+    image_slot: Tensor,
+    real: Tensor,
+    *,
+    max_new_tokens: int,
+    min_length: int = 0,
+) -> Tensor:
+    """The likeliest token again and again, for left-padded prompts [b, t].
+
+    As the published code's generation returns it: [b, 1 + new tokens], `<s>` first, which counts
+    towards `min_length`; a row ends with `</s>` or a begin-of-image token, neither of which comes
+    before `min_length`, and is padded with the pad token after that.
+    """
+    tokens = model.config.tokens
+    ends = torch.tensor([tokens.eos, tokens.boi], device=token_ids.device)
+    reading = Reading(model, token_ids, pixels, image_slot, real, room=max_new_tokens)
+    text = token_ids.new_full((len(token_ids), 1), tokens.bos)
+    ended = torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
+    while True:
+        logits = reading.logits
+        if text.shape[1] < min_length:
+            logits = logits.index_fill(1, ends, -torch.inf)
+        chosen = torch.where(ended, tokens.pad, logits.argmax(dim=1))
+        text = torch.cat([text, chosen[:, None]], dim=1)
+        ended = ended | torch.isin(chosen, ends)
+        if ended.all() or text.shape[1] > max_new_tokens:
+            return text
+        reading.append(chosen)
+
+
+@torch.no_grad()
+def score_options(
+    model: MMInterleaved,
+    token_ids: Tensor,
+    pixels: Tensor | None,
+    image_slot: Tensor,
+    options: Tensor,
+    real: Tensor,
+) -> Tensor:
+    """[o]: the log-probability of each option after one row of context, summed over its tokens.
+
+    `token_ids` [t] and `image_slot` [m]: the context. `options` [o, x], padded on the right where
+    `real` [o, x] is false. The images are encoded once for all options.
+    """
+    count = len(options)
+    rows = torch.cat([token_ids.expand(count, -1), options], dim=1)
+    hidden = model.read(rows, model.encode_images(pixels), image_slot.expand(count, -1))
+    logits = model.head(hidden[:, len(token_ids) - 1 : -1])  # [o, x, v]
+    each = logits.float().log_softmax(-1).gather(2, options[..., None])[..., 0]
+    return (each * real).sum(dim=1)
+
+
+@torch.no_grad()
+def draw_pictures(
+    model: MMInterleaved,
+    token_ids: Tensor,
+    pixels: Tensor | None,
+    image_slot: Tensor,
+    pictures: Tensor,
+    latents: Tensor,
+    scheduler: SchedulerMixin,
+    *,
+    guidance: float,
+    step_noise: Sequence[Tensor] | None = None,
+    on_step: Callable[[DrawingStep], None] | None = None,
+) -> Tensor:
+    """Pixels [k, 3, size, size] in [0, 1] of `pictures` [k, 2] (row, image of the row).
+
+    Rows [b, t] as in `Batch`; a picture's own image and what follows it change nothing. `latents`
+    [k, z, side, side]: the initial noise. The rest as in `ImageDecoder.draw`.
+    """
+    images = model.encode_images(pixels)
+    hidden = model.read(token_ids, images, image_slot)
+    drawn = model.image_decoder.draw(
+        model.condition(hidden, token_ids, pictures),
+        model.look_back_images(images, token_ids, image_slot, pictures),
+        latents,
+        scheduler,
+        guidance=guidance,
+        step_noise=step_noise,
+        on_step=on_step,
+    )
+    return model.image_decoder.vae.decode(drawn)
