@@ -1,0 +1,113 @@
+"""`mmi`: one command per stage, each importing its part only when it is called.
+
+Exit codes: 0 done; 2 something that the user can mend, said in one line; 1 a fault of ours; 130
+stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
+import typer
+
+from mmi_deploy.commands.generate import generate
+from mmi_deploy.commands.inspect import inspect
+from mmi_deploy.commands.verify import verify
+from mmi_deploy.errors import MmiError
+
+STOPPED = 130
+
+app = typer.Typer(
+    name="mmi",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mmi {installed_version('mmi_deploy')}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="First steps:  mmi export assets/tiny -o bundles/tiny  ·  "
+    "mmi generate examples/story.md -o out  ·  open out/index.html"
+)
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Read and write interleaved text and pictures: train, export, run and measure MM-Interleaved.
+
+    `mmi COMMAND --help` explains each command, with examples.
+    """
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; errors are one line on stderr."""
+    try:
+        app(arguments, prog_name="mmi")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return _say("stopped", STOPPED) if code == STOPPED else code
+    except KeyboardInterrupt:
+        return _say("stopped", STOPPED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `mmi ... | head` is fine
+        return 0
+    except MmiError as error:
+        return _say(str(error), error.exit_code)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        return _unexpected(error)
+    return 0
+
+
+def _unexpected(error: Exception) -> int:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _say("the disk is full. Free some space and run the command again", 2)
+    if isinstance(error, OSError) and error.filename:
+        return _say(f"{error.filename}: {error.strerror}", 2)
+    line = " ".join(str(error).split()) or "no message"
+    return _say(
+        f"unexpected {type(error).__name__}: {line}. Run it again as `mmi --debug ...` and report "
+        "the traceback",
+        1,
+    )
+
+
+def _say(line: str, code: int) -> int:
+    print(f"mmi: {line}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """The program. SIGTERM ends it as Ctrl-C does, so that temporary files go."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(run(sys.argv[1:]))
+
+
+app.command(
+    epilog="Examples:  mmi generate examples/story.md -o out  ·  "
+    "mmi generate story.md --seed 7 --max-images 2 --temperature 0.7  ·  "
+    "mmi generate story.md --json | jq .parts"
+)(generate)
+app.command(
+    epilog="Examples:  mmi inspect bundles/tiny --tensors  ·  mmi inspect assets/tiny  ·  "
+    "mmi inspect --preset released_13b"
+)(inspect)
+app.command(epilog="Example:  mmi verify bundles/tiny --run")(verify)

@@ -1,0 +1,171 @@
+"""`mmi inspect`: what a preset, a model folder or a bundle is made of."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from mmi_deploy.commands.screen import print_json, results, size
+from mmi_deploy.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from mmi_deploy.bundle import Bundle
+    from mmi_deploy.graphs import Graph
+
+
+def inspect(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="A bundle or a model folder.", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Instead: print a named configuration.", show_default=False)
+    ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List inputs and outputs of every graph too.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a bundle, a model folder or a preset is made of.
+
+    Without an argument: the presets there are.
+    """
+    from mmi_deploy.config import to_json
+    from mmi_deploy.presets import PRESETS
+    from mmi_deploy.presets import preset as preset_called
+
+    if folder and preset:
+        raise ConfigError("a folder and --preset were given", expected="one of them")
+    if preset:
+        results().print(to_json(preset_called(preset)), markup=False, end="")
+    elif folder is None:
+        _presets(as_json, {name: (make.__doc__ or "").strip() for name, make in PRESETS.items()})
+    elif (folder / "bundle.json").exists():
+        _bundle(folder, tensors, as_json)
+    elif (folder / "config.json").exists():
+        _model(folder, as_json)
+    else:
+        raise ConfigError(
+            f"{folder} is neither a bundle nor a model folder",
+            expected="a folder that holds bundle.json or config.json",
+        )
+
+
+def _presets(as_json: bool, presets: dict[str, str]) -> None:
+    first_lines = {name: text.partition("\n")[0] for name, text in presets.items()}
+    if as_json:
+        print_json(first_lines)
+        return
+    table = _table("preset", "what it is")
+    for name, text in first_lines.items():
+        table.add_row(name, text)
+    results().print(table)
+
+
+def parameter_counts(path: Path) -> dict[str, int]:
+    """Parameters of each part of a model, from the header of its safetensors file alone."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError
+            header: dict[str, Any] = json.loads(file.read(length))
+        counts: Counter[str] = Counter()
+        for name, entry in header.items():
+            if name != "__metadata__":
+                counts[name.partition(".")[0]] += prod(entry["shape"])
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, struct.error):
+        raise WeightsError(f"{path} is no safetensors file", fix="copy it again") from None
+    return dict(counts)
+
+
+def _model(folder: Path, as_json: bool) -> None:
+    from mmi_deploy.config import read_config
+
+    config = read_config(folder / "config.json")
+    path = folder / "model.safetensors"
+    counts = parameter_counts(path)
+    total, file_size = sum(counts.values()), path.stat().st_size
+    if as_json:
+        print_json({"model": config.name, "parameters": counts, "bytes": file_size})
+        return
+    table = _table("part", ">parameters", ">share", title=f"{folder}: {config.name}")
+    for part, count in sorted(counts.items(), key=lambda item: -item[1]):
+        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    table.add_section()
+    table.add_row("all", f"{total:,}", size(file_size))
+    results().print(table)
+
+
+def _bundle(folder: Path, tensors: bool, as_json: bool) -> None:
+    from mmi_deploy.bundle import Bundle
+
+    bundle = Bundle.open(folder, unproved=True)
+    if as_json:
+        print_json(bundle.manifest.model_dump(mode="json"))
+        return
+    out, limits = results(), bundle.limits
+    out.print(
+        f"[bold]{folder}[/bold]: {bundle.config.name}, context {limits.context}, batch "
+        f"{limits.batch}, {limits.images} images; samplers {', '.join(bundle.schedules)}; "
+        f"engines for {', '.join(bundle.targets) or 'no target beyond the portable graphs'}"
+    )
+    out.print(_graph_table(bundle))
+    if tensors:
+        for graph in bundle.graphs.values():
+            out.print(_tensor_table(graph))
+
+
+def _graph_table(bundle: Bundle) -> Table:
+    table = _table(
+        "graph", ">in", ">out", ">size", "receipt: compared with", ">cases", ">worst error"
+    )
+    for name, graph in bundle.graphs.items():
+        path = bundle.manifest.graphs[name]
+        stem = path.removesuffix(".onnx")
+        own = [entry for file, entry in bundle.manifest.files.items() if file.startswith(stem)]
+        receipt = bundle.manifest.receipt(name)
+        proof = ("[red]none[/red]", "", "")
+        if receipt:
+            worst = max(receipt.cases, key=lambda case: case.error / case.tolerance)
+            proof = (
+                receipt.compared_with,
+                str(len(receipt.cases)),
+                f"{worst.error:.1e} of {worst.tolerance:.0e}",
+            )
+        counts = (str(len(graph.inputs)), str(len(graph.outputs)))
+        table.add_row(name, *counts, size(sum(entry.size for entry in own)), *proof)
+    return table
+
+
+def _tensor_table(graph: Graph) -> Table:
+    ranges = ", ".join(
+        f"{letter} {r.least}-{r.greatest}" for letter, r in sorted(graph.ranges.items())
+    )
+    table = _table("", "tensor", "type", "shape", title=f"{graph.name} ({ranges})")
+    for side, listed in (("in", graph.inputs), ("out", graph.outputs)):
+        for tensor in listed:
+            shared = graph.in_place.get(tensor.name)
+            place = f" in place of {shared}" if shared else ""
+            shape = " × ".join(map(str, tensor.shape)) or "scalar"
+            table.add_row(side, f"{tensor.name}{place}", tensor.dtype, shape)
+    return table
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """`>` before a heading aligns its column to the right."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left")
+    return table

@@ -1,0 +1,49 @@
+"""Where commands print: results to stdout, progress and remarks to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def results() -> Console:
+    """For what was asked for; never wraps or colours what is piped on."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def remarks() -> Console:
+    """For people who watch; silent about progress when stderr is no terminal."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def progress(console: Console) -> Progress:
+    """A bar that goes when it is done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout, for programs."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def size(count: int) -> str:
+    """Bytes for people: `9.3 MB`."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
