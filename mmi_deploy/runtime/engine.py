@@ -1,0 +1,146 @@
+"""What runs a graph: one interface, whatever executes it.
+
+An engine takes named buffers, checks them against the contract (`mmi_deploy.graphs`) and runs. What
+a `Graph` declares in place shares its buffer with the input; all other outputs go where the caller
+says, or into new buffers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from math import prod
+from threading import Lock
+
+import numpy as np
+
+from mmi_deploy.errors import EngineError
+from mmi_deploy.graphs import Graph, Tensor
+from mmi_deploy.runtime.buffers import Array, Buffer, Memory
+
+Buffers = Mapping[str, Buffer | Array]
+
+
+class Engine(ABC):
+    """One graph, ready to run. Several threads may share it: they take turns."""
+
+    def __init__(self, graph: Graph, memory: Memory) -> None:
+        self.graph = graph
+        self.memory = memory
+        self._turn = Lock()
+        self._known_shapes: dict[tuple[object, ...], dict[str, int]] = {}
+
+    def run(
+        self, inputs: Buffers, outputs: Mapping[str, Buffer] | None = None
+    ) -> dict[str, Buffer]:
+        """Run once and return all outputs that are not in place.
+
+        `inputs`: every input of the graph; arrays are brought to the engine's memory (on the host
+        they are used as they are). `outputs`: buffers to write to. Raises `EngineError` for what
+        does not fit the contract: names, types, shapes, ranges, indices out of range.
+        """
+        held = {
+            name: value if isinstance(value, Buffer) else self.memory.hold(value)
+            for name, value in inputs.items()
+        }
+        sizes = self._sizes(held)
+        check_indices(self.graph, inputs, sizes)
+        written = self._outputs(sizes, outputs or {})
+        shared = {new: held[old] for new, old in self.graph.in_place.items()}
+        with self._turn:
+            self._execute(held, {**written, **shared})
+        return written
+
+    @abstractmethod
+    def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Run on checked buffers; an output in place has its input's buffer."""
+
+    def _sizes(self, held: Mapping[str, Buffer]) -> dict[str, int]:
+        """Sizes of the dynamic dimensions; checked once for each combination of shapes."""
+        key = tuple((name, buffer.shape, buffer.dtype) for name, buffer in held.items())
+        if key not in self._known_shapes:
+            self._known_shapes[key] = dynamic_sizes(self.graph, held)
+        return self._known_shapes[key]
+
+    def _outputs(self, sizes: Mapping[str, int], given: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        written = {}
+        for tensor in self.graph.outputs:
+            if tensor.name in self.graph.in_place:
+                continue
+            shape, buffer = tensor.resolve(**sizes), given.get(tensor.name)
+            if buffer is None:
+                buffer = self.memory.allocate(shape, tensor.dtype)
+            elif buffer.shape != shape or buffer.dtype != tensor.dtype:
+                raise EngineError(
+                    f"{self.graph.name}: the buffer for {tensor.name} does not fit",
+                    expected=f"{tensor.dtype} {shape}",
+                    got=f"{buffer.dtype} {buffer.shape}",
+                )
+            written[tensor.name] = buffer
+        return written
+
+
+def dynamic_sizes(graph: Graph, given: Mapping[str, Buffer]) -> dict[str, int]:
+    """The size of every dynamic dimension, from the inputs' shapes; raises `EngineError`."""
+    names = {tensor.name for tensor in graph.inputs}
+    if wrong := sorted(names ^ set(given)):
+        kind = "lacks the input" if wrong[0] in names else "has no input"
+        raise EngineError(f"{graph.name} {kind} {', '.join(wrong)}")
+    sizes: dict[str, int] = {}
+    for tensor in graph.inputs:
+        buffer = given[tensor.name]
+        if buffer.dtype != tensor.dtype or not _fits(tensor, buffer.shape, sizes):
+            shape = tuple(
+                sizes.get(side, side) if isinstance(side, str) else side for side in tensor.shape
+            )
+            raise EngineError(
+                f"{graph.name}: {tensor.name} does not fit",
+                expected=f"{tensor.dtype} ({', '.join(map(str, shape))})",
+                got=f"{buffer.dtype} {buffer.shape}",
+            )
+    for letter, size in sizes.items():
+        allowed = graph.ranges.get(letter)
+        if allowed and not allowed.least <= size <= allowed.greatest:
+            raise EngineError(
+                f"{graph.name}: dimension {letter} is out of range",
+                expected=f"{allowed.least} to {allowed.greatest}",
+                got=size,
+                fix="export the bundle with larger limits",
+            )
+    return sizes
+
+
+def _fits(tensor: Tensor, shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
+    """Whether `shape` is one of `tensor`; learns the sizes of letters that are new."""
+    if len(shape) != len(tensor.shape):
+        return False
+    for side, size in zip(tensor.shape, shape, strict=True):
+        if isinstance(side, int):
+            if side != size:
+                return False
+            continue
+        factor, star, letter = side.rpartition("*")
+        count, rest = divmod(size, int(factor) if star else 1)
+        if rest or sizes.setdefault(letter, count) != count:
+            return False
+    return True
+
+
+def check_indices(graph: Graph, inputs: Buffers, sizes: Mapping[str, int]) -> None:
+    """Raise `EngineError` for an index out of its range: an engine would read foreign memory, or
+    count it as hidden and give a wrong answer. Only what is on the host can be looked at."""
+    for tensor in graph.inputs:
+        if tensor.below is None:
+            continue
+        value = inputs[tensor.name]
+        if isinstance(value, Buffer):
+            if value.memory.device != "cpu":
+                continue
+            value = value.read()
+        below = sizes[tensor.below] if isinstance(tensor.below, str) else tensor.below
+        if prod(np.shape(value)) and not (tensor.least <= value.min() and value.max() < below):
+            raise EngineError(
+                f"{graph.name}: {tensor.name} is out of range",
+                expected=f"{tensor.least} to {below - 1}",
+                got=f"{value.min()} to {value.max()}",
+            )

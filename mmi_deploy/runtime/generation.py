@@ -1,0 +1,222 @@
+"""The loop: read a document, then write text and draw pictures until something ends it.
+
+Text is written in turns; a turn ends with the begin-of-image token, whose picture is drawn at once
+and read like a given one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+from mmi_deploy.document import Document, encode_document
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.runtime.events import (
+    Event,
+    Finished,
+    ImageDone,
+    ImageProgress,
+    ImageStarted,
+    Reason,
+    TextDelta,
+)
+from mmi_deploy.runtime.rng import text_uniform
+from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.runtime.session import Session
+from mmi_deploy.runtime.stop_text import StopText
+from mmi_deploy.runtime.text_sampling import TextSampling, never_sampled, sample
+from mmi_deploy.tokenizer import TextStream
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What to generate, and how.
+
+    seed: of all draws. max_tokens: text tokens to write in all. min_tokens: text tokens of a turn
+    before which neither an end nor a picture may come. max_images: pictures to draw beyond those
+    the document asks for. draw_first: begin with a picture. turn_tokens: write exactly so many
+    tokens, then draw, again and again until `max_images` (for measuring). stop: texts that end the
+    generation; they are not given out. temperature, top_k, top_p, repetition_penalty: see
+    `TextSampling`; the penalty counts the tokens of the current turn, as the published code does.
+    schedule: which sampler draws, as in `ddim:20`; None is the bundle's first. guidance:
+    classifier-free guidance scale, 1 for none (the paper's evaluation uses 3.5).
+    """
+
+    seed: int = 0
+    max_tokens: int = 256
+    min_tokens: int = 0
+    max_images: int = 4
+    draw_first: bool = False
+    turn_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.9
+    repetition_penalty: float = 1.0
+    schedule: str | None = None
+    guidance: float = 3.5
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for a value out of range."""
+        for name in ("max_tokens", "min_tokens", "max_images", "guidance"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"{name} is out of range", expected="0 or more", got=getattr(self, name)
+                )
+        if self.turn_tokens is not None and self.turn_tokens < 0:
+            raise ConfigError("turn_tokens is out of range", expected="0 or more")
+        if "" in self.stop:
+            raise ConfigError("an empty stop text would stop everything")
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> TextSampling:
+        return TextSampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+
+
+def generate(
+    runtime: Runtime,
+    document: Document,
+    options: GenerationOptions = GenerationOptions(),
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Read `document` (drawing the pictures that it asks for), then continue it.
+
+    The last event is `Finished`. `cancelled` is asked before each token and denoising step. Raises
+    `MmiError` when the document does not fit the model.
+    """
+    return _Generation(runtime, document, options, cancelled).run()
+
+
+class _Cancelled(Exception):
+    """Leaves a half-drawn picture."""
+
+
+class _Generation:
+    """The state of one `generate`."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        document: Document,
+        options: GenerationOptions,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self.options = options
+        self.cancelled = cancelled
+        self.session = Session(runtime)
+        self.tokens = runtime.config.tokens
+        self.steps = runtime.schedule(options.schedule).schedule.steps
+        self.encoded = encode_document(
+            document, runtime.tokenizer, runtime.config, runtime.limits.context
+        )
+        self.stream = TextStream(runtime.tokenizer)
+        self.stop_text = StopText(options.stop)
+        self.turn: list[int] = []  # text tokens since the last picture
+        self.written = 0
+        self.drawn = 0
+
+    def run(self) -> Iterator[Event]:
+        try:
+            yield from self._read()
+            reason = yield from self._write()
+            if reason != "stop":
+                yield from self._rest_of_text()
+        except _Cancelled:
+            reason = "cancelled"
+        yield Finished(reason, self.written, self.drawn, self.session.timings)
+
+    def _read(self) -> Iterator[Event]:
+        """Append the document; a picture that it leaves to the model is drawn in its place."""
+        begun, images = 0, iter(self.encoded.images)
+        ids = self.encoded.token_ids.tolist()
+        for place, token in enumerate(ids):
+            if token == self.tokens.boi:
+                self.session.append_text(ids[begun:place])
+                begun = place + 1 + self.session.config.visual_tokens
+                image = next(images)
+                if image is not None:
+                    self.session.append_image(image.rgb)
+                else:
+                    yield from self._draw()
+        self.session.append_text(ids[begun:])
+
+    def _write(self) -> Generator[Event, None, Reason]:
+        """Write and draw until there is a reason to end."""
+        options, session = self.options, self.session
+        drawable = options.max_images
+        draw_now = options.draw_first
+        while True:
+            if self.cancelled():
+                return "cancelled"
+            if draw_now or len(self.turn) == options.turn_tokens:
+                token = self.tokens.boi
+            elif self.written == options.max_tokens:
+                return "max_tokens"
+            elif not session.room:
+                return "context"
+            else:
+                token = self._next_token()
+            draw_now = False
+            if token == self.tokens.eos:
+                return "end"
+            if token == self.tokens.boi:
+                if not drawable or session.images == session.limits.images:
+                    return "max_images"
+                if session.room < 1 + session.config.visual_tokens:
+                    return "context"
+                yield from self._draw()
+                drawable -= 1
+                if options.turn_tokens is not None and not drawable:
+                    return "max_images"
+                continue
+            session.append_text([token])
+            self.turn.append(token)
+            self.written += 1
+            text, stopped = self.stop_text.feed(self.stream.feed(token))
+            yield from self._text(text)
+            if stopped:
+                return "stop"
+
+    def _next_token(self) -> int:
+        """Sample; what must not come yet, or ever, is banned."""
+        tokens, options = self.tokens, self.options
+        banned = never_sampled(tokens)
+        if len(self.turn) < max(options.min_tokens, options.turn_tokens or 0):
+            banned |= {tokens.eos, tokens.boi}
+        uniform = text_uniform(options.seed, len(self.session.token_ids))
+        logits = self.session.next_logits()
+        return sample(logits, options.sampling, uniform, seen=self.turn, banned=banned)
+
+    def _draw(self) -> Iterator[Event]:
+        """Append a begin-of-image token, draw its picture and append it; a new turn begins."""
+        yield from self._rest_of_text()
+        session, index = self.session, self.session.images
+        session.append_text([self.tokens.boi])
+        yield ImageStarted(index, self.steps)
+        drawing = session.draw_steps(
+            self.options.schedule, self.options.guidance, self.options.seed
+        )
+        while True:
+            if self.cancelled():
+                raise _Cancelled
+            try:
+                yield ImageProgress(index, *next(drawing))
+            except StopIteration as stop:
+                rgb = stop.value
+                break
+        session.append_image(rgb)
+        self.drawn += 1
+        self.turn = []
+        yield ImageDone(index, rgb)
+
+    def _rest_of_text(self) -> Iterator[Event]:
+        """What the stream and the stop rule hold back."""
+        text, _ = self.stop_text.feed(self.stream.rest())
+        yield from self._text(text + self.stop_text.rest())
+
+    @staticmethod
+    def _text(text: str) -> Iterator[Event]:
+        if text:
+            yield TextDelta(text)

@@ -1,0 +1,123 @@
+"""A bundle made ready to run: its engines, loaded when first needed, its samplers and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from mmi_deploy.bundle import Bundle
+from mmi_deploy.config import ModelConfig
+from mmi_deploy.errors import EngineError
+from mmi_deploy.graphs import GRAPHS, Graph, Limits, graphs
+from mmi_deploy.manifest import PORTABLE
+from mmi_deploy.runtime.buffers import HOST, Buffer, Memory
+from mmi_deploy.runtime.engine import Engine
+from mmi_deploy.runtime.onnx_engine import OnnxOptions, OnnxRuntimeEngine
+from mmi_deploy.schedule import Schedule
+from mmi_deploy.tokenizer import Tokenizer
+
+CPU = "cpu"
+"""The target whose engines are taken, graph by graph, where the bundle has them."""
+
+
+@dataclass(frozen=True)
+class BoundSchedule:
+    """A sampler whose tables lie where `denoise_step` reads them."""
+
+    schedule: Schedule
+    coefficients: Buffer
+    time_table: Buffer
+
+
+class Runtime:
+    """Engines, samplers and tokenizer of one model, shared by any number of sessions.
+
+    `load_engine` and `load_schedule` are called once for each name that is asked for.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        limits: Limits,
+        tokenizer: Tokenizer,
+        load_engine: Callable[[Graph], Engine],
+        load_schedule: Callable[[str | None], Schedule],
+        memory: Memory = HOST,
+    ) -> None:
+        self.config = config
+        self.limits = limits
+        self.tokenizer = tokenizer
+        self.memory = memory
+        self.graphs = graphs(config, limits)
+        self._load_engine = load_engine
+        self._load_schedule = load_schedule
+        self._engines: dict[str, Engine] = {}
+        self._schedules: dict[str | None, BoundSchedule] = {}
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle | Path | str,
+        *,
+        threads: int = 0,
+        target: str = CPU,
+        library: Path | None = None,
+        unproved: bool = False,
+    ) -> Runtime:
+        """Open a bundle for ONNX Runtime on the CPU.
+
+        threads: 0 lets ONNX Runtime choose. target: whose engines to take where there are any;
+        `portable` takes none. library: kernels for our operators. Raises `BundleError`.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle, unproved=unproved)
+        files = engine_files(bundle, target)
+        options = OnnxOptions(threads, library)
+        return cls(
+            bundle.config,
+            bundle.limits,
+            Tokenizer.open(bundle.tokenizer, bundle.config.tokens),
+            partial(_onnx_engine, files, options),
+            bundle.schedule,
+        )
+
+    def engine(self, name: str) -> Engine:
+        """The engine of one graph; loads it the first time."""
+        if name not in self._engines:
+            self._engines[name] = self._load_engine(self.graphs[name])
+        return self._engines[name]
+
+    def load(self) -> None:
+        """Load every engine now, so that the first request does not wait."""
+        for name in self.graphs:
+            self.engine(name)
+
+    def schedule(self, key: str | None = None) -> BoundSchedule:
+        """One sampler (`ddim:20`), or the default; raises `BundleError` when there is none such."""
+        if key not in self._schedules:
+            schedule = self._load_schedule(key)
+            assert schedule.time_table is not None, "a bundle's schedules have time tables"
+            tables = (
+                self.memory.hold(schedule.coefficients),
+                self.memory.hold(schedule.time_table),
+            )
+            self._schedules[key] = BoundSchedule(schedule, *tables)
+        return self._schedules[key]
+
+
+def engine_files(bundle: Bundle, target: str) -> dict[str, Path]:
+    """The file of every graph: that of `target` where it has one, or else the portable one."""
+    files = {make.__name__: bundle.graph_file(make.__name__) for make in GRAPHS}
+    if target == PORTABLE or (target == CPU and target not in bundle.targets):
+        return files
+    folder = bundle.target_folder(target)
+    return files | {name: folder / file for name, file in bundle.target(target).graphs.items()}
+
+
+def _onnx_engine(files: dict[str, Path], options: OnnxOptions, graph: Graph) -> Engine:
+    path = files[graph.name]
+    if path.suffix != ".onnx":
+        raise EngineError(f"{path} is no ONNX file, and this runtime runs on the CPU")
+    return OnnxRuntimeEngine(path, graph, options)

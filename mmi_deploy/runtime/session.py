@@ -1,0 +1,285 @@
+"""One document in the making: everything it has computed so far is kept, and it only ever grows.
+
+Letters: t tokens, m images, n rows of a value pool, c width of the LLM, x tokens of context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmi_deploy.errors import DocumentError, EngineError
+from mmi_deploy.graphs import HISTORY, IMAGE_SLOT_PADDING
+from mmi_deploy.images import Rgb, resize, to_pixels, to_rgb
+from mmi_deploy.layout import image_positions, picture_positions
+from mmi_deploy.runtime.buffers import Array, Buffer
+from mmi_deploy.runtime.caches import KvCache, ValuePool
+from mmi_deploy.runtime.rng import first_latents, step_noise
+from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.runtime.timings import Timings
+
+Logits = NDArray[np.float32]
+
+
+class Session:
+    """Appends text and images to one document, gives the next token's logits, draws pictures.
+
+    Tokens wait until something needs them: a prompt of many parts is one run of the LLM.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.config = runtime.config
+        self.limits = runtime.limits
+        self.timings = Timings()
+        self.token_ids: list[int] = []
+        unet = self.config.image_decoder.mmfs
+        values = runtime.graphs["image_values"]
+        memory = runtime.memory
+        self._cache = KvCache(runtime.graphs["llm"], memory)
+        self._llm_values = ValuePool(
+            [values[name] for name in values.names("llm_value")], memory, self.limits.images
+        )
+        self._unet_values = ValuePool(
+            [values[name] for name in values.names("unet_value")],
+            memory,
+            min(unet.images_seen, self.limits.images),
+        )
+        width = self.config.llama.width
+        self._hidden = memory.allocate((self.limits.context, width), np.float32)  # [context, c]
+        self._logits = memory.allocate((1, 1, self.config.llama.vocab), np.float32)
+        self._done = 0  # tokens that the LLM has seen
+        self._marks: list[int] = []  # the `<s>` and begin-of-image tokens among them
+        self._unread: list[Buffer] = []  # visual tokens of the images among the waiting ones
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit."""
+        return self.limits.context - len(self.token_ids)
+
+    @property
+    def images(self) -> int:
+        """Images in the document, given and drawn."""
+        return self._llm_values.images
+
+    @property
+    def image_open(self) -> bool:
+        """Whether the document ends with a begin-of-image token, so that an image comes next."""
+        return bool(self.token_ids) and self.token_ids[-1] == self.config.tokens.boi
+
+    def append_text(self, token_ids: Sequence[int]) -> None:
+        """Append tokens: text, `<s>`, or the begin-of-image token of a picture to be drawn.
+
+        Raises `DocumentError` when they do not fit, or are not followed as they must be.
+        """
+        tokens = self.config.tokens
+        ids = [int(token) for token in token_ids]
+        if tokens.image in ids:
+            raise DocumentError("image tokens come from images alone", fix="use append_image")
+        if ids and (self.image_open or tokens.boi in ids[:-1]):
+            raise DocumentError("an image must follow its begin-of-image token")
+        self._append(ids)
+
+    def append_image(self, rgb: Rgb) -> None:
+        """Append an image, uint8 [h, w, 3] of any size: its begin-of-image token unless the
+        document ends with one, and its visual tokens. It is encoded once, here.
+
+        Raises `DocumentError` when there is no room for it.
+        """
+        tokens, count = self.config.tokens, self.config.visual_tokens
+        ids = [tokens.image] * count if self.image_open else [tokens.boi] + [tokens.image] * count
+        if self.images == self.limits.images:
+            raise DocumentError(
+                "the document has too many images", expected=f"at most {self.limits.images}"
+            )
+        self._append(ids)
+        self._unread.append(self._encode(rgb))
+
+    def _append(self, ids: list[int]) -> None:
+        if len(ids) > self.room:
+            raise DocumentError(
+                "the document is too long",
+                expected=f"at most {self.limits.context} tokens",
+                got=len(self.token_ids) + len(ids),
+                fix="shorten it, or export the bundle with a larger --context",
+            )
+        self.token_ids += ids
+
+    def _encode(self, rgb: Rgb) -> Buffer:
+        """Values into the pools; returns the visual tokens [1, visual_tokens, c]."""
+        side = self.config.vision.image_size
+        if rgb.shape != (side, side, 3):
+            rgb = resize(rgb, side)
+        with self.timings.measure("encode"):
+            seen = self.runtime.engine("vision_encoder").run({"pixels": to_pixels(rgb)[None]})
+            rows = {**self._llm_values.add(), **self._unet_values.add()}
+            self.runtime.engine("image_values").run({"features": seen["features"]}, rows)
+        return seen["visual_tokens"]
+
+    def next_logits(self) -> Logits:
+        """Logits [vocab] of the token that follows. Valid until the document grows."""
+        if not self.token_ids:
+            raise DocumentError("an empty document has no next token", fix="begin with `<s>`")
+        self._read_waiting()
+        return self._logits.read()[0, 0]
+
+    def _read_waiting(self) -> None:
+        """Run the LLM over the tokens that wait: one run, whatever they are."""
+        ids = self.token_ids[self._done :]
+        if not ids:
+            return
+        first, last, count = self._done, len(self.token_ids), len(ids)
+        tokens, engine = self.config.tokens, self.runtime.engine("llm")
+        visual_tokens, visual_index = self._visual(ids)
+        slot, position = self._visible_images(ids)
+        inputs: dict[str, Buffer | Array] = {
+            "token_ids": np.array([ids], np.int64),
+            "visual_tokens": visual_tokens,
+            "visual_index": visual_index,
+            "position": np.arange(first, last, dtype=np.int64)[None],
+            "write_index": np.array([first], np.int64),
+            "start": np.zeros(1, np.int64),
+            "logit_index": np.array([[count - 1]], np.int64),
+            "image_slot": slot,
+            "image_position": position,
+            **self._llm_values.buffers(),
+            **self._cache.buffers,
+        }
+        hidden = self._hidden.rows(first, last).reshaped((1, count, self.config.llama.width))
+        with self.timings.measure("prefill" if count > 1 else "decode", count):
+            engine.run(inputs, {"logits": self._logits, "hidden": hidden})
+        self._done = last
+        self._marks += [token for token in ids if token in (tokens.bos, tokens.boi)]
+        self._unread.clear()
+
+    def _visual(self, ids: list[int]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Visual tokens of the waiting images [v, c], and which of them each token is [1, t]."""
+        is_image = np.array([ids]) == self.config.tokens.image
+        index = np.where(is_image, is_image.cumsum() - 1, -1)
+        width = self.config.llama.width
+        if not self._unread:
+            return np.zeros((1, width), np.float32), index
+        return np.concatenate([tokens.read().reshape(-1, width) for tokens in self._unread]), index
+
+    def _visible_images(self, ids: list[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Rows of the pool [1, m] and relative positions [1, t, m] for the waiting tokens.
+
+        Only where documents and images begin matters, so earlier tokens are left out except these:
+        what is found for the new ones is the same as over the whole row.
+        """
+        row = np.array([self._marks + ids])
+        tokens, seen = self.config.tokens, self.config.llm_mmfs.images_seen
+        begun = int((row == tokens.boi).sum())
+        position = image_positions(row, tokens, begun, seen)[:, len(self._marks) :]
+        images = np.flatnonzero(position.any(axis=(0, 1)))
+        slots = [self._llm_values.slot(int(image)) for image in images]
+        return pad_images(np.array(slots, np.int32), position[:, :, images], self.limits.images)
+
+    def draw(
+        self,
+        schedule: str | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+        on_step: Callable[[int, int], None] = lambda step, of: None,
+    ) -> Rgb:
+        """Draw the picture that the document's last token begins, and append it.
+
+        schedule: which sampler, as in `Runtime.schedule`. guidance: 1 is none. on_step(step, of)
+        is called after each step, `step` from 1. Returns uint8 [h, w, 3].
+        """
+        steps = self.draw_steps(schedule, guidance, seed)
+        while True:
+            try:
+                on_step(*next(steps))
+            except StopIteration as stop:
+                rgb: Rgb = stop.value
+                self.append_image(rgb)
+                return rgb
+
+    def draw_steps(
+        self, schedule: str | None, guidance: float, seed: int
+    ) -> Generator[tuple[int, int], None, Rgb]:
+        """`draw` in steps: yields (step, of) after each and returns the picture, not appended.
+
+        The same document and seed give the same picture; nothing is appended, so abandoning it
+        leaves the document as it was.
+        """
+        if not self.image_open:
+            raise DocumentError(
+                "a picture can only be drawn after a begin-of-image token", fix="append it first"
+            )
+        bound = self.runtime.schedule(schedule)
+        self._read_waiting()
+        picture, unet = self.images, self.config.image_decoder.unet
+        with self.timings.measure("condition"):
+            condition = self.runtime.engine("image_condition").run(self._context())
+        slot, position = self._earlier_pictures()
+        shape = (1, unet.latent_channels, unet.latent_side, unet.latent_side)
+        memory, engine = self.runtime.memory, self.runtime.engine("denoise_step")
+        latents = memory.hold(first_latents(seed, picture, shape) * bound.schedule.initial_sigma)
+        history = memory.allocate((HISTORY, *shape), np.float32)
+        spare = (
+            memory.allocate(latents.shape, np.float32),
+            memory.allocate(history.shape, np.float32),
+        )
+        still = memory.allocate(shape, np.float32)
+        constant: dict[str, Buffer | Array] = {
+            "guidance": memory.hold(np.array(guidance, np.float32)),
+            "coefficients": bound.coefficients,
+            "time_table": bound.time_table,
+            "image_slot": slot,
+            "image_position": position,
+            **condition,
+            **self._unet_values.buffers(),
+        }
+        steps = bound.schedule.steps
+        for step in range(steps):
+            with self.timings.measure("denoise"):
+                noisy = bound.schedule.draws_noise(step)
+                noise = step_noise(seed, picture, step, shape) if noisy else still
+                state = {"latents": latents, "history": history, "noise": noise}
+                place = {"next_latents": spare[0], "next_history": spare[1]}
+                engine.run({**state, "step": np.array(step, np.int64), **constant}, place)
+                (latents, history), spare = spare, (latents, history)
+            yield step + 1, steps
+        with self.timings.measure("vae"):
+            pixels = (
+                self.runtime.engine("vae_decoder").run({"latents": latents})["pixels"].read()[0]
+            )
+        if not np.isfinite(pixels).all():
+            raise EngineError(
+                f"picture {picture} came out with values that are not finite",
+                fix="check the bundle with `mmi verify`; lower the precision of fewer layers",
+            )
+        return to_rgb(pixels)
+
+    def _context(self) -> dict[str, Array]:
+        """Hidden states from the last token backwards to its `<s>`: [1, x, c], and x."""
+        bos = self.config.tokens.bos
+        ids = self.token_ids
+        first = len(ids) - 1 - ids[::-1].index(bos) if bos in ids else 0
+        context = self._hidden.rows(first, len(ids)).read()[::-1]
+        return {
+            "context": np.ascontiguousarray(context)[None],
+            "context_length": np.array([len(context)], np.int64),
+        }
+
+    def _earlier_pictures(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Rows of the U-Net's pool and relative positions, both [1, m], for the open picture."""
+        row, seen = np.array([self._marks]), self._unet_values.rows
+        position = picture_positions(row, self.config.tokens, self.images + 1, seen)[:, -1]
+        images = np.flatnonzero(position[0])
+        slots = np.array([self._unet_values.slot(int(image)) for image in images], np.int32)
+        return pad_images(slots, position[:, images], seen)
+
+
+def pad_images(
+    slot: NDArray[np.int32], position: NDArray[np.int32], most: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Slots [m] and positions [1, ..., m] with m padded by hidden images, so that few m occur."""
+    wanted = next((size for size in IMAGE_SLOT_PADDING if len(slot) <= size < most), most)
+    missing = wanted - len(slot)
+    before = [(0, 0)] * (position.ndim - 1)
+    return np.pad(slot, (0, missing))[None], np.pad(position, [*before, (0, missing)])

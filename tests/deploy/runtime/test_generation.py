@@ -1,0 +1,228 @@
+"""The loop: what is reported, why it ends, and what options force."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.runtime.fake_model import VOCAB, Log, fake_config, fake_runtime, picture
+from mmi_deploy.document import Document, Draw, Image, Text, document_of
+from mmi_deploy.errors import ConfigError, DocumentError
+from mmi_deploy.graphs import Limits
+from mmi_deploy.runtime.events import (
+    Event,
+    Finished,
+    ImageDone,
+    ImageProgress,
+    ImageStarted,
+    TextDelta,
+)
+from mmi_deploy.runtime.generation import GenerationOptions, generate
+from mmi_deploy.runtime.runtime import Runtime
+
+TOKENS = fake_config().tokens
+PROMPT = document_of(Text("w5 w6"))
+
+
+def script(runtime: Runtime, *choices: int) -> None:
+    """Make the LLM want these tokens, one at each run, the last one for ever. What it wants after
+    a begin-of-image token, which runs before its picture is drawn, goes unheard."""
+    llm = runtime.engine("llm")
+    wanted = itertools.chain(choices, itertools.repeat(choices[-1]))
+    real = llm._execute
+
+    def execute(inputs: Any, outputs: Any) -> None:
+        real(inputs, outputs)
+        logits = outputs["logits"].read()
+        logits[...] = -np.arange(VOCAB)
+        logits[..., next(wanted)] = 10
+
+    llm._execute = execute  # type: ignore[method-assign]
+
+
+def run(
+    *choices: int,
+    document: Document = PROMPT,
+    limits: Limits | None = None,
+    cancelled: Any = lambda: False,
+    **options: Any,
+) -> tuple[list[Event], Log]:
+    runtime, log = fake_runtime(limits=limits or Limits(context=64, images=6))
+    if choices:
+        script(runtime, *choices)
+        options.setdefault("temperature", 0.0)
+    events = list(generate(runtime, document, GenerationOptions(**options), cancelled=cancelled))
+    return events, log
+
+
+def story(events: list[Event]) -> list[str]:
+    """Events as short words; neighbouring text together."""
+    words: list[str] = []
+    for event in events:
+        match event:
+            case TextDelta(text):
+                if words and words[-1].startswith("text:"):
+                    words[-1] += text
+                else:
+                    words.append("text:" + text)
+            case ImageStarted(index, steps):
+                words.append(f"start {index} of {steps}")
+            case ImageProgress(index, step, of):
+                words.append(f"{index}: {step}/{of}")
+            case ImageDone(index, _):
+                words.append(f"done {index}")
+            case Finished(reason, tokens, images, _):
+                words.append(f"{reason} {tokens} {images}")
+    return words
+
+
+def drawing(index: int) -> list[str]:
+    return [f"start {index} of 4", *(f"{index}: {step}/4" for step in range(1, 5)), f"done {index}"]
+
+
+def test_text_then_picture_then_text_then_end() -> None:
+    events, log = run(10, 11, TOKENS.boi, 0, 12, TOKENS.eos)
+    assert story(events) == ["text:w10 w11", *drawing(0), "text:w12", "end 3 1"]
+    image = next(event for event in events if isinstance(event, ImageDone))
+    assert image.rgb.dtype == np.uint8 and image.rgb.shape == (16, 16, 3)
+    # The drawn picture was read: encoded once, its visual tokens went through the LLM.
+    assert log.counts()["vision_encoder"] == 1
+    np.testing.assert_array_equal(
+        log.of("vision_encoder")[0]["pixels"][0],
+        image.rgb.transpose(2, 0, 1).astype(np.float32) / 255,
+    )
+    lengths = [call["token_ids"].shape[1] for call in log.of("llm")]
+    # prompt | w10 | w11, then the begin-of-image token, then its 3 tokens, then w12
+    assert lengths == [3, 1, 1, 1, 3, 1]
+
+
+def test_every_reason_to_end() -> None:
+    assert story(run(10, max_tokens=3)[0])[-1] == "max_tokens 3 0"
+    assert story(run(10, max_tokens=0)[0]) == ["max_tokens 0 0"]
+    assert story(run(TOKENS.boi, max_images=0)[0]) == ["max_images 0 0"]
+    assert story(run(TOKENS.boi, max_images=2)[0])[-1] == "max_images 0 2"
+    small = Limits(context=8, images=6)
+    assert story(run(10, limits=small)[0])[-1] == "context 5 0"
+    assert story(run(10, 10, TOKENS.boi, limits=small)[0])[-1] == "context 2 0"
+    assert story(run(TOKENS.boi, limits=Limits(context=64, images=1))[0])[-1] == "max_images 0 1"
+
+
+def test_a_document_may_ask_for_pictures_in_its_midst() -> None:
+    document = document_of(Text("w5"), Draw(), Image(picture(3)), Text("w6"), Draw())
+    events, log = run(TOKENS.eos, document=document, max_images=0)
+    assert story(events) == [*drawing(0), *drawing(2), "end 0 2"]
+    (first, last) = (call for call in log.of("denoise_step") if call["step"] == 0)
+    assert not first["image_position"].any()
+    assert sorted(last["image_position"][0]) == [1, 2]
+
+
+def test_draw_first_draws_before_any_text() -> None:
+    events, _ = run(0, 10, TOKENS.eos, draw_first=True)
+    assert story(events) == [*drawing(0), "text:w10", "end 1 1"]
+
+
+def test_exact_turns_for_measuring() -> None:
+    """Exactly n text tokens, then a picture, k times, whatever the model wants."""
+    for wanted in (TOKENS.eos, TOKENS.boi, 10):
+        events, log = run(wanted, turn_tokens=5, max_images=3)
+        assert story(events)[-1] == "max_images 15 3"
+        kinds = [type(event) for event in events if isinstance(event, ImageDone | TextDelta)]
+        assert kinds.count(ImageDone) == 3 and kinds[-1] is ImageDone
+        lengths = [call["token_ids"].shape[1] for call in log.of("llm")]
+        # The prompt or a picture's tokens give the first token; the fifth runs with the
+        # begin-of-image token that is forced after it.
+        assert lengths == [3, *[1] * 4, 2, *[3, *[1] * 4, 2] * 2]
+
+
+def test_a_turn_has_its_least_number_of_tokens() -> None:
+    """min_tokens holds for each turn: neither an end nor a picture comes before."""
+    events, _ = run(TOKENS.boi, min_tokens=2, max_images=1, max_tokens=9)
+    # The greedy choice among what is allowed is the least id: `w5`.
+    assert story(events) == ["text:w5 w5", *drawing(0), "text:w5 w5", "max_images 4 1"]
+
+
+@pytest.mark.parametrize("token", [TOKENS.image, TOKENS.bos, TOKENS.pad])
+def test_image_tokens_are_never_sampled(token: int) -> None:
+    events, _ = run(token, max_tokens=4)
+    assert TOKENS.eos < 5 and story(events) == ["end 0 0"]  # `</s>` is the next best
+
+
+def test_stop_texts_end_and_are_not_given_out() -> None:
+    assert story(run(10, 11, 12, 13, stop=("w12",))[0]) == ["text:w10 w11 ", "stop 3 0"]
+    # It may begin in one token and end in the next; what only looked like it comes out.
+    assert story(run(10, 11, 12, 13, stop=("1 w12",))[0]) == ["text:w10 w1", "stop 3 0"]
+    assert story(run(10, 11, TOKENS.eos, stop=("w11 w9",))[0]) == ["text:w10 w11", "end 2 0"]
+
+
+def test_cancelling_stops_at_the_next_token_or_step() -> None:
+    asked = itertools.count()
+    assert story(run(10, cancelled=lambda: next(asked) == 3)[0])[-1] == "cancelled 3 0"
+    asked = itertools.count()
+    events, log = run(TOKENS.boi, cancelled=lambda: next(asked) == 3)
+    assert story(events) == ["start 0 of 4", "0: 1/4", "0: 2/4", "cancelled 0 0"]
+    assert log.counts()["denoise_step"] == 2
+
+
+def test_the_same_seed_repeats_everything_and_another_does_not() -> None:
+    document = document_of(Image(picture(0)), Text("w7"))
+    options = {
+        "max_tokens": 12,
+        "turn_tokens": 4,
+        "max_images": 3,
+        "temperature": 1.5,
+        "top_p": 1.0,
+    }
+
+    def told(seed: int) -> tuple[list[str], list[Any]]:
+        events, _ = run(document=document, seed=seed, **options)
+        return story(events), [event.rgb for event in events if isinstance(event, ImageDone)]
+
+    (words, images), (again, images_again), (others, _) = told(3), told(3), told(4)
+    assert words == again and words != others
+    assert all((a == b).all() for a, b in zip(images, images_again, strict=True))
+
+
+def test_the_penalty_counts_the_current_turn_alone() -> None:
+    """With a strong penalty no word of a turn repeats; the next turn may use it again."""
+    runtime, _ = fake_runtime()
+    llm = runtime.engine("llm")
+    real = llm._execute
+
+    def execute(inputs: Any, outputs: Any) -> None:
+        real(inputs, outputs)
+        outputs["logits"].read()[...] = 40 - np.arange(VOCAB)
+
+    llm._execute = execute  # type: ignore[method-assign]
+    options = GenerationOptions(
+        turn_tokens=3, max_images=2, temperature=0, repetition_penalty=100.0
+    )
+    words = story(list(generate(runtime, PROMPT, options)))
+    assert [word for word in words if word.startswith("text")] == ["text:w5 w6 w7"] * 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": -1},
+        {"guidance": -0.5},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": -2},
+        {"repetition_penalty": 0.0},
+        {"turn_tokens": -1},
+        {"stop": ("",)},
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        GenerationOptions(**options)
+
+
+def test_a_document_that_does_not_fit_is_refused_before_anything_runs() -> None:
+    runtime, log = fake_runtime(limits=Limits(context=8, images=6))
+    with pytest.raises(DocumentError, match="too long"):
+        list(generate(runtime, document_of(Text("w5 " * 20))))
+    assert not log.calls

@@ -1,0 +1,284 @@
+"""A session only appends, computes everything once, and gives what one full run would give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from deploy.runtime.fake_model import (
+    LIMITS,
+    Log,
+    denoise_step,
+    fake_config,
+    fake_runtime,
+    fake_schedule,
+    picture,
+    vae_decoder,
+)
+from mmi_deploy.errors import DocumentError
+from mmi_deploy.graphs import IMAGE_SLOT_PADDING, Limits
+from mmi_deploy.images import to_rgb
+from mmi_deploy.layout import image_positions, picture_positions
+from mmi_deploy.runtime.rng import first_latents, step_noise
+from mmi_deploy.runtime.session import Session, pad_images
+
+TOKENS = fake_config().tokens
+BOI, BOS = TOKENS.boi, TOKENS.bos
+PARTS: list[list[int] | int] = [[BOS, 7, 8], 0, [9], 1, [10, 11, BOS, 12, 13], 2, [14, 15]]
+"""Token runs and numbers of pictures; the middle text ends one document and begins another."""
+
+
+def append(session: Session, part: list[int] | int) -> None:
+    if isinstance(part, int):
+        session.append_image(picture(part))
+    else:
+        session.append_text(part)
+
+
+def full_document() -> tuple[Session, Log]:
+    """All parts read in one run of the LLM."""
+    runtime, log = fake_runtime()
+    session = Session(runtime)
+    for part in PARTS:
+        append(session, part)
+    session.next_logits()
+    return session, log
+
+
+def test_a_prompt_is_one_run_and_every_image_is_encoded_once() -> None:
+    session, log = full_document()
+    session.next_logits()
+    assert log.counts() == {"vision_encoder": 3, "image_values": 3, "llm": 1}
+    assert session.images == 3 and session.room == LIMITS.context - len(session.token_ids)
+
+
+@pytest.mark.parametrize("split", ["parts", "tokens"])
+def test_growing_by_pieces_equals_one_run(split: str) -> None:
+    """Logits, hidden states and the KV cache agree; each piece costs one run of its own length."""
+    expected, _ = full_document()
+    runtime, log = fake_runtime()
+    session = Session(runtime)
+    for part in PARTS:
+        whole = split == "parts" or isinstance(part, int)
+        pieces = [part] if whole else [[token] for token in part]
+        for piece in pieces:
+            append(session, piece)
+            session.next_logits()
+    lengths = [call["token_ids"].shape[1] for call in log.of("llm")]
+    assert sum(lengths) == len(session.token_ids)
+    assert lengths == (
+        [3, 4, 1, 4, 5, 4, 2] if split == "parts" else [1, 1, 1, 4, 1, 4, *[1] * 5, 4, 1, 1]
+    )
+    np.testing.assert_allclose(session.next_logits(), expected.next_logits(), atol=1e-6)
+    np.testing.assert_allclose(session._hidden.read(), expected._hidden.read(), atol=1e-6)
+    for name, buffer in session._cache.buffers.items():
+        np.testing.assert_allclose(buffer.read(), expected._cache.buffers[name].read(), atol=1e-6)
+
+
+@pytest.mark.parametrize("seen", [1, 2, 49])
+def test_incremental_positions_equal_the_whole_row(seen: int) -> None:
+    """What the LLM is told about images at each run is the slice of `layout.image_positions`."""
+    config = fake_config(llm_sees=seen)
+    runtime, log = fake_runtime(config)
+    session = Session(runtime)
+    generator = np.random.default_rng(seen)
+    for number in range(LIMITS.images):
+        session.append_text([BOS] if generator.random() < 0.4 else [20, 21])
+        if generator.random() < 0.5:
+            session.next_logits()
+        session.append_image(picture(number))
+        session.append_text([22])
+        session.next_logits()
+    row = np.array([session.token_ids])
+    whole = image_positions(row, TOKENS, LIMITS.images, seen)[0]  # [t, m]
+    assert whole.any()
+    for call in log.of("llm"):
+        first, count = int(call["write_index"][0]), call["token_ids"].shape[1]
+        told = np.zeros((count, LIMITS.images), np.int32)
+        for slot, column in zip(call["image_slot"][0], call["image_position"][0].T, strict=True):
+            told[:, slot] = np.maximum(told[:, slot], column)
+        np.testing.assert_array_equal(told, whole[first : first + count])
+        np.testing.assert_array_equal(call["position"][0], np.arange(first, first + count))
+
+
+def test_visual_tokens_replace_image_tokens_in_order() -> None:
+    _, log = full_document()
+    (call,) = log.of("llm")
+    index = call["visual_index"][0]
+    assert index[call["token_ids"][0] == TOKENS.image].tolist() == list(range(9))
+    assert (index[call["token_ids"][0] != TOKENS.image] == -1).all()
+    assert call["visual_tokens"].shape == (9, 8)
+    assert call["logit_index"].tolist() == [[len(index) - 1]]
+
+
+def test_without_images_there_is_one_hidden_slot() -> None:
+    """N >= 1 and M >= 1 always: one row of zeros, position 0."""
+    runtime, log = fake_runtime()
+    session = Session(runtime)
+    session.append_text([BOS, 5])
+    session.next_logits()
+    session.append_text([6, BOI])
+    session.draw()
+    for call in (log.of("llm")[0], log.of("denoise_step")[0]):
+        assert call["image_slot"].tolist() == [[0]] and not call["image_position"].any()
+        pools = [array for name, array in call.items() if name.startswith(("llm_v", "unet_v"))]
+        assert pools and all(len(pool) == 1 and not pool.any() for pool in pools)
+
+
+def test_images_are_padded_to_few_shapes() -> None:
+    for count in range(1, 50):
+        slot, position = pad_images(
+            np.arange(count, dtype=np.int32), np.ones((1, 2, count), np.int32), 49
+        )
+        assert slot.shape == (1, position.shape[2]) and slot.shape[1] in IMAGE_SLOT_PADDING
+        assert slot.shape[1] < 2 * count or count == 1
+        assert (position[..., :count] == 1).all() and not position[..., count:].any()
+    assert pad_images(np.arange(5, dtype=np.int32), np.ones((1, 5), np.int32), 6)[0].shape == (1, 6)
+
+
+def test_context_of_a_picture_runs_backwards_to_its_document() -> None:
+    """system.md: from the begin-of-image token to the latest `<s>`, both included, reversed; the
+    begin-of-image token has passed through the LLM before."""
+    runtime, log = fake_runtime()
+    session = Session(runtime)
+    session.append_text([BOS, 5, 6, BOS, 7, 8, BOI])
+    session.draw()
+    assert log.calls[0][0] == "llm" and log.calls[1][0] == "image_condition"
+    (call,) = log.of("image_condition")
+    hidden = session._hidden.read()
+    np.testing.assert_array_equal(call["context"][0], hidden[[6, 5, 4, 3]])
+    assert call["context_length"].tolist() == [4]
+
+
+def test_the_unet_sees_earlier_pictures_of_the_document_nearest_first() -> None:
+    """As `layout.picture_positions` says, through a ring of as many rows as it may see."""
+    runtime, log = fake_runtime()  # sees 2
+    session = Session(runtime)
+    session.append_text([BOS, 5])
+    drawn = []
+    for number in range(5):
+        if number == 3:
+            session.append_text([BOS])
+        session.append_text([6, BOI])
+        drawn.append(session.draw(seed=number))
+    row = np.array([session.token_ids])
+    whole = picture_positions(row, TOKENS, 5, 2)[0]
+    assert whole.tolist()[2] == [2, 1, 0, 0, 0] and whole.tolist()[4] == [0, 0, 0, 1, 0]
+    values = [call["features"].mean(axis=1) for call in log.of("image_values")]
+    assert len(values) == 5
+    firsts = [call for call in log.of("denoise_step") if call["step"] == 0]
+    for number, call in enumerate(firsts):
+        told = {
+            int(position): call["unet_value.00"][slot]
+            for slot, position in zip(call["image_slot"][0], call["image_position"][0], strict=True)
+            if position
+        }
+        expected = {int(position): k for k, position in enumerate(whole[number]) if position}
+        assert told.keys() == expected.keys()
+        for position, image in expected.items():
+            fresh = fake_runtime()[0].engine("image_values")
+            seen = (
+                fake_runtime()[0]
+                .engine("vision_encoder")
+                .run({"pixels": (drawn[image].transpose(2, 0, 1)[None] / 255).astype(np.float32)})
+            )
+            value = fresh.run({"features": seen["features"]})["unet_value.00"].read()[0]
+            np.testing.assert_allclose(told[position], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["plain:4", "ancestral:4"])
+def test_a_picture_is_the_schedule_applied_to_keyed_draws(schedule: str) -> None:
+    """The whole trajectory again, by hand, from the inputs of the first step."""
+    runtime, log = fake_runtime()
+    session = Session(runtime)
+    session.append_text([BOS, 5])
+    session.append_image(picture(1))
+    session.append_text([6, BOI])
+    seen: list[tuple[int, int]] = []
+    rgb = session.draw(schedule, 2.0, seed=11, on_step=lambda step, of: seen.append((step, of)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    shape, table = (1, 4, 4, 4), fake_schedule(schedule)
+    inputs = dict(log.of("denoise_step")[0])
+    assert inputs["guidance"] == 2.0
+    state = first_latents(11, 1, shape) * np.float32(1.5)
+    history = np.zeros((3, *shape), np.float32)
+    for step in range(4):
+        noise = step_noise(11, 1, step, shape) if schedule == "ancestral:4" else np.zeros(shape)
+        inputs |= {"latents": state, "history": history, "noise": noise, "step": np.array(step)}
+        inputs |= {"coefficients": table.coefficients}
+        out = denoise_step(runtime.config, inputs)
+        state, history = out["next_latents"], out["next_history"]
+    expected = to_rgb(vae_decoder(runtime.config, {"latents": state})["pixels"][0])
+    assert rgb.shape == (16, 16, 3) and np.abs(rgb.astype(int) - expected).max() <= 1
+    assert session.images == 2 and session.token_ids[-3:] == [TOKENS.image] * 3
+
+
+def test_pictures_repeat_with_the_seed() -> None:
+    def draw(seed: int) -> np.ndarray:
+        session = Session(fake_runtime()[0])
+        session.append_text([BOS, 5, BOI])
+        return session.draw(seed=seed)
+
+    np.testing.assert_array_equal(draw(1), draw(1))
+    assert (draw(1) != draw(2)).any()
+
+
+def test_an_abandoned_picture_changes_nothing() -> None:
+    session = Session(fake_runtime()[0])
+    session.append_text([BOS, 5, BOI])
+    half = session.draw_steps(None, 1.0, 3)
+    assert next(half) == (1, 4)
+    half.close()
+    again = Session(fake_runtime()[0])
+    again.append_text([BOS, 5, BOI])
+    np.testing.assert_array_equal(session.draw(seed=3), again.draw(seed=3))
+
+
+def test_pictures_of_another_size_are_resized() -> None:
+    runtime, log = fake_runtime()
+    session = Session(runtime)
+    session.append_image(picture(0, side=40))
+    assert log.of("vision_encoder")[0]["pixels"].shape == (1, 3, 16, 16)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    runtime, _ = fake_runtime(limits=Limits(context=12, images=2))
+    session = Session(runtime)
+    with pytest.raises(DocumentError, match="empty document"):
+        session.next_logits()
+    with pytest.raises(DocumentError, match="after a begin-of-image token"):
+        session.draw()
+    with pytest.raises(DocumentError, match="come from images alone"):
+        session.append_text([TOKENS.image])
+    session.append_text([BOS, BOI])
+    with pytest.raises(DocumentError, match="must follow"):
+        session.append_text([5])
+    session.append_image(picture(0))
+    session.append_image(picture(1))
+    with pytest.raises(DocumentError, match="too many images; expected at most 2"):
+        session.append_image(picture(2))
+    with pytest.raises(DocumentError, match="too long; expected at most 12 tokens; got 13"):
+        session.append_text([5, 5, 5, 5])
+    assert len(session.token_ids) == 9
+
+
+def test_stages_are_timed() -> None:
+    session = Session(fake_runtime()[0])
+    session.append_text([BOS, 5])
+    session.append_image(picture(0))
+    session.append_text([6, BOI])
+    session.draw()
+    session.next_logits()
+    session.append_text([7])
+    session.next_logits()
+    totals = {stage: count for stage, (_, count) in session.timings.totals().items()}
+    assert totals == {
+        "encode": 2,
+        "prefill": 11,
+        "decode": 1,
+        "condition": 1,
+        "denoise": 4,
+        "vae": 1,
+    }
+    assert len(session.timings.seconds("denoise")) == 4
