@@ -13,18 +13,22 @@ from transformers import AttentionInterface
 CLIP_IMPLEMENTATION = "mmi"
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(query key^T / sqrt(d)) value: [b, h, q, d], [b, h, k, d], [b, h, k, d] -> [b, h, q, d].
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(query key^T / sqrt(d)) value: [b, h, q, d], [b, h, k, d] twice -> [b, h, q, d].
 
-    `mask`: bool, broadcast to [b, h, q, k], True where a key may be seen. A query that may see no key
-    sees all of them alike. `dropout` acts on the weights.
+    `mask`: bool, broadcast to [b, h, q, k], True where a key may be seen. A query that may see no
+    key sees all of them alike. `dropout` acts on the weights.
 
     In training on a CPU the two products are written out, because the backward of PyTorch's fused
-    attention is several times slower there; everywhere else (and in every export) it is the fused one.
+    attention is several times slower there; everywhere else, as in every export, it is the fused one.
     """
     bias = None
     if mask is not None:
-        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(
+            ~mask, torch.finfo(query.dtype).min
+        )
     if query.device.type == "cpu" and query.requires_grad:
         logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # [b, h, q, k]
         weight = (logits if bias is None else logits + bias).softmax(-1)
@@ -52,7 +56,7 @@ def _clip_attention(
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """`attend` in the form of transformers' attention functions; CLIP's vision tower masks nothing."""
+    """`attend` as one of transformers' attention functions; CLIP's vision tower masks nothing."""
     assert attention_mask is None and scaling == module.head_dim**-0.5
     return attend(query, key, value, dropout=dropout).transpose(1, 2), None
 

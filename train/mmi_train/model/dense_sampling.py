@@ -1,13 +1,13 @@
 """Deformable sampling of small maps as a matrix product: how the tiny preset trains on a CPU.
 
-Gathering rows one by one and summing their gradients is slow on a CPU, matrix products are not. So the
-bilinear samples of a query are written as one row of weights over all cells, zero but for the corners
-that it touches, and that matrix is multiplied with the values: sums and products are those of
-`deformable.sample_levels`. Worth it while a row of cells stays short: on one core 7 times faster than
-gathering (forward and backward) over 64 cells, 2.5 times over 336.
+Gathering rows one by one and summing their gradients is slow on a CPU, matrix products are not. So
+the bilinear samples of a query are written as one row of weights over all cells, zero but for the
+corners that it touches, and that matrix is multiplied with the values: the sum is that of
+`deformable.sample_levels`. Worth it while a row of cells stays short: on one core 7 times as fast
+as gathering (forward and backward) over 64 cells, 2.5 times over 336.
 
-Shapes: n images, q queries, h heads, l levels, p points, d channels per head, s cells of all levels,
-z the same with a border of one cell around every level, which is zero and stands for the outside.
+Shapes: n images, q queries, h heads, l levels, p points, d channels per head, s cells of all
+levels, z the same with a border of one cell around every level, which is zero: the outside.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_CELLS = 512
 
 
 def pays(value: Tensor, location: Tensor) -> bool:
-    """Whether `sample_dense` is the faster way: training on a CPU with few cells [n, s, h, d]."""
+    """Whether `sample_dense` is the faster way: training on a CPU, few cells in value [n, s, h, d]."""
     trains = torch.is_grad_enabled() and (value.requires_grad or location.requires_grad)
     return trains and value.device.type == "cpu" and value.shape[1] <= MOST_CELLS
 

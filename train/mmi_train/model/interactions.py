@@ -1,7 +1,7 @@
 """How the ViT-Adapter's pyramid and CLIP's patch tokens look at each other (ViT-Adapter, Sec. 3.3).
 
-Shapes: n images, q queries, s cells of all levels, h heads, l levels, p points, d channels per head,
-c vision width, g patches along a side. The pyramid is the token list of sides 2g, g and g/2.
+Shapes: n images, q queries, s cells of all levels, h heads, l levels, p points, d channels per
+head, c vision width, g patches along a side. The pyramid is the token list of sides 2g, g and g/2.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ EXTRA_EXTRACTORS = 2  # after the last interaction, as in ViT-Adapter
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention (Deformable DETR, Eq. 3) with values of `ratio * width` channels.
+    """Multi-scale deformable attention (Deformable DETR, Eq. 3), values of `ratio * width` channels.
 
-    Offsets are in cells of the level they sample: location = reference + offset / (level width, height).
+    Offsets are in cells of the level they sample: location = reference + offset / level side.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Deformable DETR's start: head i samples along direction i, point k at k + 1 cells, all weighted alike.
+        """Deformable DETR's start: head i samples along direction i, point k after k + 1 cells.
 
         (The published training began with all offsets at zero, as its loader wiped these biases.)
         """
@@ -63,7 +63,9 @@ class DeformableAttention(nn.Module):
         """query [n, q, c], reference [q, 2] in [0, 1], feature [n, s, c] -> [n, q, c]"""
         h, levels, p = self.heads, len(self.level_sides), self.points
         value = self.value_proj(feature).unflatten(-1, (h, -1))  # [n, s, h, d]
-        offset = self.offset_proj(query).unflatten(-1, (h, levels, p, 2)).float()  # [n, q, h, l, p, 2]
+        offset = (
+            self.offset_proj(query).unflatten(-1, (h, levels, p, 2)).float()
+        )  # [n, q, h, l, p, 2]
         weight = self.weight_proj(query).unflatten(-1, (h, levels * p)).softmax(-1)
         cell = offset.new_tensor([1.0 / side for side in self.level_sides])
         location = reference[:, None, None, None] + offset * cell[:, None, None]
@@ -73,7 +75,7 @@ class DeformableAttention(nn.Module):
 
 
 class ConvFeedForward(nn.Module):
-    """Linear, depth-wise 3x3 convolution on each level's grid (one kernel for all), GELU, linear."""
+    """Linear, depth-wise 3x3 convolution of each level (one kernel for all), GELU, linear."""
 
     def __init__(self, width: int, hidden: int, level_sides: Sequence[int]) -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class ConvFeedForward(nn.Module):
 
 
 class Injector(nn.Module):
-    """Patch tokens take from the pyramid: x + gamma * attention(LN(x), LN(pyramid)); gamma starts at 0."""
+    """Patch tokens take from the pyramid; `gamma` starts at 0, so CLIP starts undisturbed."""
 
     def __init__(
         self, width: int, heads: int, points: int, ratio: float, level_sides: Sequence[int]

@@ -27,10 +27,10 @@ def table_1d(positions: int, width: int, base: float = 10000.0) -> Tensor:
 
 
 def table_2d(side: int, width: int, base: float = 10000.0, cells: int | None = None) -> Tensor:
-    """[side * side, width], row-major: the first half of the channels is the row, the second the column.
+    """[side * side, width], row-major: half of the channels for the row, half for the column.
 
-    `cells`: how many unit cells the side spans; None: `side`. A coarser table (side < cells) holds the
-    positions of its cells' centres on the finer grid, where cell i has position i.
+    `cells`: how many unit cells the side spans; None: `side`. A coarser table (side < cells) holds
+    the positions of its cells' centres on the finer grid, where cell i has position i.
     """
     cells = side if cells is None else cells
     place = (np.arange(side) + 0.5) * (cells / side) - 0.5
@@ -40,7 +40,7 @@ def table_2d(side: int, width: int, base: float = 10000.0, cells: int | None = N
 
 
 def resize_table(table: Tensor, side: int, align_corners: bool = False) -> Tensor:
-    """Bicubic, no antialiasing: a square table [s * s, width] on a grid of another side, [side * side, width]."""
+    """Bicubic, no antialiasing: a table [s * s, width] of a square grid -> [side * side, width]."""
     old = round(table.shape[0] ** 0.5)
     if old * old != table.shape[0]:
         raise ValueError(f"only a square table can be resized, got {table.shape[0]} positions")

@@ -1,4 +1,4 @@
-"""Any number of context tokens to a fixed number: Flamingo's Perceiver Resampler or BLIP-2's Q-Former.
+"""Any number of context tokens to a fixed number: Flamingo's Perceiver Resampler, BLIP-2's Q-Former.
 
 Shapes: b batch, x context tokens, q queries, c width, h heads, d channels per head.
 """
@@ -15,10 +15,16 @@ from mmi_train.model.attention import attend, join_heads, split_heads
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries [b, q, c] over [b, x, context_width], with its output projection."""
+    """Multi-head attention of queries [b, q, c] over [b, x, context_width], and its projections."""
 
     def __init__(
-        self, config: ResamplerConfig, context_width: int, *, bias: bool, qk_norm: bool = False, dropout: float = 0.0
+        self,
+        config: ResamplerConfig,
+        context_width: int,
+        *,
+        bias: bool,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.heads, self.dropout = config.heads, dropout
@@ -27,7 +33,8 @@ class Attention(nn.Module):
         self.value_proj = nn.Linear(context_width, config.width, bias)
         self.output_proj = nn.Linear(config.width, config.width, bias)
         self.query_norm, self.key_norm = (
-            nn.LayerNorm(config.width // config.heads, eps=config.eps) if qk_norm else nn.Identity() for _ in range(2)
+            nn.LayerNorm(config.width // config.heads, eps=config.eps) if qk_norm else nn.Identity()
+            for _ in range(2)
         )
 
     def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -37,11 +44,13 @@ class Attention(nn.Module):
         v = split_heads(self.value_proj(context), self.heads)
         # The first queries are the same for all rows: one row that every row of the context shares.
         q = q.expand(k.shape[0], -1, -1, -1)
-        return self.output_proj(join_heads(attend(q, k, v, mask, self.dropout if self.training else 0.0)))
+        return self.output_proj(
+            join_heads(attend(q, k, v, mask, self.dropout if self.training else 0.0))
+        )
 
 
 class PerceiverLayer(nn.Module):
-    """Flamingo, appendix A.1.1: x += attention(q=x, kv=[context; x]); x += ffw(x), both pre-norm."""
+    """Flamingo, appendix A.1.1: x += attention(q=x, kv=[context; x]); x += ffw(x); pre-norm."""
 
     def __init__(self, config: ResamplerConfig) -> None:
         super().__init__()
@@ -64,7 +73,7 @@ class PerceiverLayer(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """BLIP-2: self-attention, cross-attention (in some layers), feed-forward, each post-norm as in BERT."""
+    """BLIP-2: self-attention, cross-attention (some layers), feed-forward, post-norm as in BERT."""
 
     def __init__(self, config: ResamplerConfig, cross: bool) -> None:
         super().__init__()
@@ -89,24 +98,28 @@ class Resampler(nn.Module):
     """`queries` learned tokens that read a context of any length.
 
     `start`: where the queries begin. None: N(0, 0.02), as BLIP-2 and the published model. A table
-    [queries, context_width] of positions (perceiver only): the sin/cos rows that the caller adds to its
-    context. Each query then starts as the image of its position under the context projection, at
-    standard deviation 0.3, and every key projection starts equal to its query projection, so that at the
-    start a query attends to the tokens at its own place: it begins as a blurred copy of them, which a
-    model trained from scratch otherwise takes long to find.
+    [queries, context_width] of positions (perceiver only): sin/cos rows as the caller adds them to
+    its context. Every query then begins as a blurred copy of the tokens at its own position, which
+    a model trained from scratch otherwise takes long to find; see `_start_at`.
     """
 
     def __init__(self, config: ResamplerConfig, start: Tensor | None = None) -> None:
         super().__init__()
         if config.width % config.heads:
-            raise ConfigError("resampler width", expected=f"a multiple of its {config.heads} heads", got=config.width)
+            raise ConfigError(
+                "resampler width",
+                expected=f"a multiple of its {config.heads} heads",
+                got=config.width,
+            )
         if config.form == "perceiver" and (config.qk_norm or config.cross_every != 1):
             raise ConfigError("a perceiver resampler has no qk_norm and attends in every layer")
         if start is not None and start.shape != (config.queries, config.context_width):
-            raise ValueError(f"start is {tuple(start.shape)}, not {(config.queries, config.context_width)}")
+            raise ValueError(
+                f"start is {tuple(start.shape)}, not {(config.queries, config.context_width)}"
+            )
         self.config = config
         self.queries = nn.Parameter(torch.empty(1, config.queries, config.width).normal_(std=0.02))
-        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)  # perceiver: of the output
         self.dropout = nn.Dropout(config.dropout)
         self.context_proj: nn.Module = nn.Identity()
         self.layers: nn.ModuleList
@@ -116,7 +129,8 @@ class Resampler(nn.Module):
             self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.layers))
         else:
             self.layers = nn.ModuleList(
-                QFormerLayer(config, cross=index % config.cross_every == 0) for index in range(config.layers)
+                QFormerLayer(config, cross=index % config.cross_every == 0)
+                for index in range(config.layers)
             )
         self._reset()
         if start is not None:
@@ -134,17 +148,26 @@ class Resampler(nn.Module):
 
     @torch.no_grad()
     def _start_at(self, positions: Tensor) -> None:
+        """Queries: what the context projection makes of their positions, at deviation 0.3.
+
+        Keys start as 4 times the query projection, so that like attends to like. The norm of the
+        queries starts at 0.5: with 1 a query is most like itself and four fifths of its attention
+        stay among the queries; with 0.5 it is a twentieth, and half lies within two positions.
+        """
         if self.config.form != "perceiver":
-            raise ConfigError("only a perceiver resampler can start at positions", got=self.config.form)
+            raise ConfigError(
+                "only a perceiver resampler can start at positions", got=self.config.form
+            )
         if self.queries.is_meta:
             return
         rows = self.context_proj(positions)
         self.queries.copy_(0.3 * (rows - rows.mean()) / rows.std())
         for layer in self.layers:
-            layer.attention.key_proj.weight.copy_(layer.attention.query_proj.weight)
+            layer.attention.key_proj.weight.copy_(4 * layer.attention.query_proj.weight)
+            layer.query_norm.weight.fill_(0.5)
 
     def forward(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """context [b, x, context_width], mask bool [b, x] (True where the context is real) -> [b, queries, width]"""
+        """context [b, x, context_width], mask bool [b, x] (True: real) -> [b, queries, width]"""
         if self.config.form == "perceiver":
             context = self.context_proj(context)
             x = self.queries.expand(context.shape[0], -1, -1)

@@ -73,4 +73,6 @@ def tokens_to_map(x: Tensor, side: int) -> Tensor:
 
 def resize_map(x: Tensor, side: int) -> Tensor:
     """Bilinear, pixel centres at halves (align_corners=False)."""
+    if x.shape[-1] == side:
+        return x
     return F.interpolate(x, (side, side), mode="bilinear", align_corners=False)

@@ -26,15 +26,15 @@ class VisualFeatures(NamedTuple):
 
 
 def flatten_maps(maps: tuple[Tensor, ...]) -> Tensor:
-    """[n, c, side, side] of every level -> [n, s, c]: level after level, finest first, row-major in each."""
+    """[n, c, side, side] of every level, finest first -> [n, s, c], level after level, row-major."""
     return torch.cat([map_to_tokens(level) for level in maps], 1)
 
 
 class VisualTokenizer(nn.Module):
     """CLIP + ViT-Adapter, then a resampler to a fixed number of LLM tokens (paper Sec. 3.1).
 
-    The sin/cos position table is that of a grid of `position_grid` cells, with a row of zeros for the
-    class token; it is resized (bicubic) to the grid of the patches and of every map.
+    The sin/cos position table is that of a grid of `position_grid` cells, with a row of zeros for
+    the class token; it is resized (bicubic) to the grid of the patches and of every map.
     """
 
     def __init__(self, vision: VisionConfig, resampler: ResamplerConfig, out_width: int) -> None:
@@ -56,11 +56,21 @@ class VisualTokenizer(nn.Module):
         table = table_2d(vision.position_grid, width)
         no_position = torch.from_numpy(np.zeros((1, width), np.float32))  # the class token's
         self._constant("position_table", torch.cat([no_position, table]))
-        self._constant("token_positions", torch.cat([no_position, resize_table(table, grid)]))  # [1 + g * g, c]
+        self._constant(
+            "token_positions", torch.cat([no_position, resize_table(table, grid)])
+        )  # [1 + g * g, c]
         for index, side in enumerate(vision.level_sides):
-            self._constant(f"map_positions_{index}", tokens_to_map(resize_table(table, side)[None], side))
-        self._constant("pixel_mean", torch.from_numpy(np.array(vision.pixel_mean, np.float32).reshape(1, 3, 1, 1)))
-        self._constant("pixel_std", torch.from_numpy(np.array(vision.pixel_std, np.float32).reshape(1, 3, 1, 1)))
+            self._constant(
+                f"map_positions_{index}", tokens_to_map(resize_table(table, side)[None], side)
+            )
+        self._constant(
+            "pixel_mean",
+            torch.from_numpy(np.array(vision.pixel_mean, np.float32).reshape(1, 3, 1, 1)),
+        )
+        self._constant(
+            "pixel_std",
+            torch.from_numpy(np.array(vision.pixel_std, np.float32).reshape(1, 3, 1, 1)),
+        )
 
     def _constant(self, name: str, value: Tensor) -> None:
         """Derived from the configuration, so no part of a checkpoint."""
@@ -69,14 +79,17 @@ class VisualTokenizer(nn.Module):
     def forward(self, pixels: Tensor) -> VisualFeatures:
         """pixels [n, 3, image_size, image_size] in [0, 1]"""
         hidden, maps = self.encoder((pixels - self.pixel_mean) / self.pixel_std)
-        maps = tuple(level + getattr(self, f"map_positions_{index}") for index, level in enumerate(maps))
+        maps = tuple(
+            level + getattr(self, f"map_positions_{index}").to(level.dtype)
+            for index, level in enumerate(maps)
+        )
         context = self.position_norm(self.position_proj(hidden)) + self.token_positions
         tokens = self.output_proj(self.resampler(self.post_norm(context)))
         return VisualFeatures(tokens, maps)
 
 
 def _query_start(vision: VisionConfig, resampler: ResamplerConfig) -> Tensor | None:
-    """A perceiver's queries start spread over the image; a Q-Former's as published. See `Resampler`."""
+    """A perceiver's queries start spread over the image, a Q-Former's as published."""
     side = round(resampler.queries**0.5)
     if resampler.form != "perceiver" or side * side != resampler.queries:
         return None

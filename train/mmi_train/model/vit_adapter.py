@@ -1,7 +1,7 @@
 """CLIP's vision transformer with a ViT-Adapter: patch tokens and a pyramid of four feature maps.
 
-Shapes: n images, c vision width, g patches along a side; patches are g * g tokens, the pyramid is the
-token list of the maps of sides 2g, g and g/2.
+Shapes: n images, c vision width, g patches along a side; patches are g * g tokens, the pyramid is
+the token list of the maps of sides 2g, g and g/2.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ class Interaction(nn.Module):
     def __init__(self, config: VisionConfig, extra_extractors: int) -> None:
         super().__init__()
         sides = config.level_sides[1:]
-        attention = (config.width, config.adapter_heads, config.adapter_points, config.adapter_value_ratio)
+        attention = (
+            config.width,
+            config.adapter_heads,
+            config.adapter_points,
+            config.adapter_value_ratio,
+        )
         hidden = int(config.width * config.adapter_mlp_ratio)
         self.injector = Injector(*attention, sides)
         self.extractor = Extractor(*attention, hidden, config.grid, sides)
@@ -38,7 +43,9 @@ class Interaction(nn.Module):
             Extractor(*attention, hidden, config.grid, sides) for _ in range(extra_extractors)
         )
         self.register_buffer("patch_centres", cell_centres(config.grid), persistent=False)
-        self.register_buffer("pyramid_centres", torch.cat([cell_centres(side) for side in sides]), persistent=False)
+        self.register_buffer(
+            "pyramid_centres", torch.cat([cell_centres(side) for side in sides]), persistent=False
+        )
 
     def forward(
         self, class_token: Tensor, patches: Tensor, pyramid: Tensor, layers: Sequence[nn.Module]
@@ -57,8 +64,8 @@ class Interaction(nn.Module):
 class VitAdapter(nn.Module):
     """CLIP without its last norm, and the adapter around it.
 
-    A checkpoint of another image size loads too: its position table is resized to this grid, bicubic
-    with align_corners=True as in the published code for 448 pixels, when `load_state_dict` reads it.
+    A checkpoint of another image size loads too: `load_state_dict` resizes its position table to
+    this grid, bicubic with align_corners=True as the published code does for 448 pixels.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -95,14 +102,15 @@ class VitAdapter(nn.Module):
         self.level_embed = nn.Parameter(torch.zeros(3, config.width))
         last = config.interactions - 1
         self.interactions = nn.ModuleList(
-            Interaction(config, EXTRA_EXTRACTORS if index == last else 0) for index in range(config.interactions)
+            Interaction(config, EXTRA_EXTRACTORS if index == last else 0)
+            for index in range(config.interactions)
         )
         self.upsample = nn.ConvTranspose2d(config.width, config.width, 2, 2)
         self._reset_clip()
         self.register_load_state_dict_pre_hook(_resize_positions)
 
     def _reset_clip(self) -> None:
-        """CLIP's own scales for training from scratch, with the patch positions started as sin/cos."""
+        """CLIP's own scales, for training from scratch; patch positions start as sin/cos."""
         width, layers = self.config.width, self.config.layers
         nn.init.normal_(self.embeddings.class_embedding, std=width**-0.5)
         with torch.no_grad():
@@ -123,36 +131,50 @@ class VitAdapter(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Normalised pixels [n, 3, image_size, image_size] -> tokens [n, 1 + g * g, c] (class token first)
-        and four maps [n, c, side, side], finest first."""
+        """Normalised pixels [n, 3, image_size, image_size] -> tokens [n, 1 + g * g, c], the class
+        token first, and four maps [n, c, side, side], finest first."""
         grid = self.config.grid
         side1, side2, side3, side4 = self.config.level_sides
         tokens = self.pre_norm(self.embeddings(pixels))
         class_token, patches = tokens[:, :1], tokens[:, 1:]
 
         # The prior halves its input four times to reach the grid of the patches.
-        image = resize_map(pixels, 16 * grid).contiguous(memory_format=torch.channels_last)
+        image = resize_map(pixels, 16 * grid)
+        image = image.contiguous(memory_format=torch.channels_last)
         c1, *coarser = self.spatial_prior(image)
-        pyramid = torch.cat(
-            [map_to_tokens(level) + self.level_embed[index] for index, level in enumerate(coarser)], 1
-        )
+        # Under autocast the pyramid, the longest list by far, stays in the convolutions' type.
+        embed = self.level_embed.to(c1.dtype)
+        pyramid = torch.cat([map_to_tokens(c) + embed[i] for i, c in enumerate(coarser)], 1)
 
         stages: list[Tensor] = []
         group = self.config.layers // self.config.interactions
         for index, interaction in enumerate(self.interactions):
-            state = (class_token, patches, pyramid, self.layers[index * group : (index + 1) * group])
+            state = (
+                class_token,
+                patches,
+                pyramid,
+                self.layers[index * group : (index + 1) * group],
+            )
             if self.gradient_checkpointing and self.training:
                 class_token, patches, pyramid = checkpoint(interaction, *state, use_reentrant=False)
             else:
                 class_token, patches, pyramid = interaction(*state)
-            stages.append(tokens_to_map(patches, grid))
+            stages.append(tokens_to_map(patches.to(pyramid.dtype), grid))
 
         levels = pyramid.split([side2 * side2, side3 * side3, side4 * side4], 1)
-        c2, c3, c4 = (tokens_to_map(level, side) for level, side in zip(levels, (side2, side3, side4), strict=True))
+        c2, c3, c4 = (
+            tokens_to_map(level, side)
+            for level, side in zip(levels, (side2, side3, side4), strict=True)
+        )
         c1 = self.upsample(c2) + c1
-        # Four stages for four maps; with another count the stages are spread over them, the last to the last.
+        # One stage for each map; of another number of stages those nearest to the quarters.
         x1, x2, x3, x4 = (stages[(i + 1) * len(stages) // 4 - 1] for i in range(4))
-        maps = (c1 + resize_map(x1, side1), c2 + resize_map(x2, side2), c3 + x3, c4 + resize_map(x4, side4))
+        maps = (
+            c1 + resize_map(x1, side1),
+            c2 + resize_map(x2, side2),
+            c3 + x3,
+            c4 + resize_map(x4, side4),
+        )
         return torch.cat([class_token, patches], 1), maps
 
 

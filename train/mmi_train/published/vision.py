@@ -45,7 +45,7 @@ _QFORMER_LAYER = (
 
 
 def qformer_rules(theirs: str, ours: str) -> list[tuple[str, str]]:
-    """Rules of one published Q-Former; `theirs` is a pattern that ends in a dot, so does the name `ours`."""
+    """Rules of one published Q-Former; `theirs` (a pattern) and `ours` (a name) end in a dot."""
     former = theirs + r"blip2qformer\."
     return [
         (theirs + "queries", ours + "queries"),
@@ -66,7 +66,10 @@ RULES: list[tuple[str, str]] = [
     (rf"visual_tokenizer\.pos_ln\.{_T}", r"vision.position_norm.\1"),
     (rf"visual_tokenizer\.post_ln\.{_T}", r"vision.post_norm.\1"),
     (rf"visual_tokenizer\.proj\.{_T}", r"vision.output_proj.\1"),
-    (_CLIP + r"(embeddings\.(class_embedding|(patch|position)_embedding\.weight))", r"vision.encoder.\1"),
+    (
+        _CLIP + r"(embeddings\.(class_embedding|(patch|position)_embedding\.weight))",
+        r"vision.encoder.\1",
+    ),
     (_CLIP + rf"pre_layrnorm\.{_T}", r"vision.encoder.pre_norm.\1"),
     (_CLIP + r"encoder\.(layers\..+)", r"vision.encoder.\1"),
     (_CLIP + r"adapter_level_embed", "vision.encoder.level_embed"),
@@ -74,8 +77,14 @@ RULES: list[tuple[str, str]] = [
     (_CLIP + rf"adapter_spm\.fc(\d)\.{_T}", r"vision.encoder.spatial_prior.out\1.\2"),
     (_CLIP + rf"adapter_spm\.(stem|conv\d)\.(\d)\.{_T}", r"vision.encoder.spatial_prior.\1.\2.\3"),
     (_BLOCK + r"injector\.gamma", _OURS + "injector.gamma"),
-    *((_BLOCK + rf"injector\.{old}\.{_T}", _OURS + rf"injector.{new}.\2") for old, new in _ATTENTION),
-    *((_BLOCK + rf"extractor\.{old}\.{_T}", _OURS + rf"extractor.{new}.\2") for old, new in _EXTRACTOR),
+    *(
+        (_BLOCK + rf"injector\.{old}\.{_T}", _OURS + rf"injector.{new}.\2")
+        for old, new in _ATTENTION
+    ),
+    *(
+        (_BLOCK + rf"extractor\.{old}\.{_T}", _OURS + rf"extractor.{new}.\2")
+        for old, new in _EXTRACTOR
+    ),
     *(
         (_BLOCK + rf"extra_extractors\.(\d)\.{old}\.{_T}", _OURS + rf"extra_extractors.\2.{new}.\3")
         for old, new in _EXTRACTOR
