@@ -125,12 +125,27 @@ class MMInterleaved(nn.Module):
         position = layout.image_positions(ids, self.config.tokens, slots.shape[1], seen)
         return _like(position * (slots >= 0)[:, None], token_ids)
 
-    def read(self, token_ids: Tensor, images: EncodedImages, image_slot: Tensor) -> Tensor:
-        """Hidden states [b, t, c] of whole rows, causal from the first token; see `Batch`."""
-        rows, tokens = token_ids.shape
+    def read(
+        self,
+        token_ids: Tensor,
+        images: EncodedImages,
+        image_slot: Tensor,
+        *,
+        position: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [b, t, c] of whole rows; see `Batch`.
+
+        `position` [b, t] and `mask` (bool [b, 1, t, t], true where a query may look) can keep packed
+        documents to themselves; without them a row is causal from its first token to its last.
+        """
+        if position is None:
+            rows, columns = token_ids.shape
+            position = torch.arange(columns, device=token_ids.device).expand(rows, -1)
         return self.llm(
             self.embed_rows(token_ids, images, image_slot),
-            torch.arange(tokens, device=token_ids.device).expand(rows, -1),
+            position,
+            mask,
             values=self.llm.image_values(images.features),
             image_slot=image_slot.clamp(min=0),
             image_position=self.image_positions(token_ids, image_slot),
