@@ -10,10 +10,11 @@ from mmi_train.published.llm import mmfs_rules
 from mmi_train.published.vision import qformer_rules
 
 _T = r"(weight|bias)"
-_MIDDLE = "12"  # of the released U-Net: its 12 skip connections come first
+MIDDLE = "middle"
+"""Stands in our names for the number of the middle block, which comes after all skips."""
 
 _UNET = r"(?:time_embedding|conv_in|(?:down|up)_blocks|mid_block|conv_norm_out|conv_out)"
-_SKIP = r"image_decoder\.decoder\.mmfs_module\.mmfs_down_blocks\.(\d|1[01])\."
+_SKIP = r"image_decoder\.decoder\.mmfs_module\.mmfs_down_blocks\.(\d+)\."
 _MID = r"image_decoder\.decoder\.mmfs_module\.mmfs_mid_block\."
 _LOOK_BACK = r"image_decoder.unet.look_back.\1."
 
@@ -24,7 +25,7 @@ def _of_middle_block(rules: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [
         (
             theirs.replace(_SKIP, _MID),
-            ours.replace(r"\1", _MIDDLE).replace(r"\2", r"\1").replace(r"\3", r"\2"),
+            ours.replace(r"\1", MIDDLE).replace(r"\2", r"\1").replace(r"\3", r"\2"),
         )
         for theirs, ours in rules
     ]

@@ -1,0 +1,1 @@
+"""`python -m mmi_train.golden DIR`: our modules against runs of the published code."""

@@ -1,0 +1,121 @@
+"""Run every unit of a folder and gather what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmi_deploy.errors import MmiError
+from mmi_train.golden import full, generate, llama, mmfs, unet, vision
+from mmi_train.golden.compare import Checks, Comparison
+from mmi_train.golden.full import Weights
+from mmi_train.golden.units import KINDS, Folder, Unit, UnitError, kind_of, read_unit, scan
+
+_PARTS: dict[str, Callable[[Unit, Checks], None]] = {
+    "mmfs_llm": mmfs.check,
+    "mmfs_unet": mmfs.check,
+    "visual_tokenizer": vision.check,
+    "llama_mmfs": llama.check,
+    "sd_unet_mmfs": unet.check,
+}
+_WHOLE: dict[str, Callable[[Unit, Checks, Weights], None]] = {
+    "full_forward": full.check,
+    "full_generate_texts": generate.check_texts,
+    "full_generate_scores": generate.check_scores,
+    "full_generate_images": generate.check_images,
+}
+assert {*_PARTS, *_WHOLE} == set(KINDS)
+
+_FORWARD = "full_forward"
+
+
+@dataclass
+class Report:
+    """What `check_folder` found. `broken`: units that could not be run, with the reason; `ignored`:
+    files that are no part of a unit."""
+
+    lines: list[Comparison] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.broken) or any(line.verdict == "FAIL" for line in self.lines)
+
+
+def check_folder(
+    path: Path, weights: Path | None = None, on_unit: Callable[[str], None] = lambda name: None
+) -> Report:
+    """Run all units of `path`; `weights`: the folder whose `full_forward` gives the whole model's
+    weights. `on_unit` hears each unit's name before it runs. Raises `UnitError` when a folder is
+    none."""
+    folder = scan(path)
+    pool = _WeightPool(folder if weights is None else scan(weights))
+    report = Report(ignored=dict(folder.ignored))
+    if not folder.units:
+        report.broken[str(path)] = "holds no golden unit"
+    for name, base in folder.units.items():
+        on_unit(name)
+        try:
+            report.lines += _check_unit(base, pool)
+        except Exception as error:  # whatever is wrong with a file must not stop the others
+            report.broken[name] = one_line(error)
+    return report
+
+
+def _check_unit(base: Path, pool: _WeightPool) -> list[Comparison]:
+    unit = read_unit(base)
+    checks = Checks(unit)
+    reason = generate.not_comparable(unit) if unit.kind == "full_generate_texts" else ""
+    if reason:
+        for name in unit.outputs:
+            checks.skip(name, reason)
+    else:
+        with torch.no_grad():
+            if unit.kind in _PARTS:
+                _PARTS[unit.kind](unit, checks)
+            else:
+                _WHOLE[unit.kind](unit, checks, pool.weights_for(unit))
+    return checks.finish()
+
+
+class _WeightPool:
+    """Whole models by the `full_forward` unit that they come from; the last one is kept."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._kept: tuple[str, Weights] | None = None
+
+    def weights_for(self, unit: Unit) -> Weights:
+        """The model that `unit` ran with; raises `UnitError` when the folder does not have it."""
+        name = (
+            unit.name
+            if unit.kind == _FORWARD and unit.name in self._folder.units
+            else self._source(unit)
+        )
+        if self._kept is None or self._kept[0] != name:
+            self._kept = None
+            self._kept = name, full.load(read_unit(self._folder.units[name]))
+        return self._kept[1]
+
+    def _source(self, unit: Unit) -> str:
+        """The unit of the same ending, `full_forward`, or else the only one there is."""
+        known = [name for name in self._folder.units if kind_of(name) == _FORWARD]
+        for name in (_FORWARD + unit.name.removeprefix(unit.kind), _FORWARD):
+            if name in known:
+                return name
+        if len(known) == 1:
+            return known[0]
+        raise UnitError(
+            "its weights are those of full_forward, which is not here",
+            fix="give the folder that holds it with --weights",
+        )
+
+
+def one_line(error: Exception) -> str:
+    """An error of ours as it is; any other with its kind, on one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, MmiError) else f"{type(error).__name__}: {text}"

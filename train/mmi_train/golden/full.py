@@ -1,0 +1,258 @@
+"""The whole model: its weights, and the training forward of units `full_forward`.
+
+Letters: b rows, t tokens, m images of a row, n images of all rows, k pictures, x context tokens,
+s feature cells, c channels.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmi_deploy.config import TokenConfig
+from mmi_train.convert_state import published_module
+from mmi_train.golden import configs
+from mmi_train.golden.compare import Checks
+from mmi_train.golden.configs import Section
+from mmi_train.golden.hooks import recorded
+from mmi_train.golden.llama import visible_keys
+from mmi_train.golden.unet import set_base_grids
+from mmi_train.golden.units import Unit, UnitError
+from mmi_train.losses import IGNORE, text_loss, text_targets
+from mmi_train.model.image_decoder import CONDITION_DROP, Draws
+from mmi_train.model.llama import KvCache
+from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
+from mmi_train.published import DerivedConstant, rename
+
+_GRADIENT_OF = "mmc4"
+"""The data set whose total loss the stored gradients are of."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A whole model and the constructor arguments of the published one."""
+
+    model: MMInterleaved
+    arguments: Section
+
+
+def load(unit: Unit) -> Weights:
+    """The model of a `full_forward` unit."""
+    pixels = unit.input("image_tensors")
+    config = configs.model(Section(unit.config), unit.state, pixels.shape[-1])
+    model = published_module(lambda: MMInterleaved(config), unit.state)
+    decoder = config.image_decoder
+    set_base_grids(model.image_decoder.unet, decoder.image_size, config.vision.level_sides)
+    return Weights(model, Section(unit.config).section("model"))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows with images: `ids` and `real` [b, t], `slot` [b, m] (-1: none), `pictures` [n, 2]
+    (row, image of the row), `bounds` [b, t]: the ids with only those `<s>` that the published code
+    cuts the context of pictures at."""
+
+    ids: Tensor
+    real: Tensor
+    slot: Tensor
+    pictures: Tensor
+    bounds: Tensor
+
+
+def rows(unit: Unit, tokens: TokenConfig) -> Rows:
+    """The rows of a unit. Without `in.nearest_bos_idxs` pictures are cut at no `<s>` at all."""
+    ids = unit.input("text_ids")
+    images = len(unit.input("image_tensors"))
+    counts = unit.inputs.get("num_image_per_seq", (ids == tokens.boi).sum(1)).tolist()
+    if len(counts) != len(ids) or sum(counts) != images:
+        raise UnitError(
+            "in.num_image_per_seq does not fit",
+            expected=f"{len(ids)} counts that add up to {images}",
+            got=counts,
+        )
+    if (ids == tokens.boi).sum(1).tolist() != counts:
+        raise UnitError(
+            "in.text_ids does not announce the images of in.num_image_per_seq", got=counts
+        )
+    slot = torch.full((len(ids), max(*counts, 1)), -1, dtype=torch.int64)
+    pictures = [(row, image) for row, count in enumerate(counts) for image in range(count)]
+    for index, (row, image) in enumerate(pictures):
+        slot[row, image] = index
+    bounds = ids.masked_fill(ids == tokens.bos, tokens.pad)
+    starts = unit.inputs.get("nearest_bos_idxs", torch.zeros(0, dtype=torch.int64)).tolist()
+    for start, (row, _) in zip(starts, pictures, strict=bool(starts)):
+        bounds[row, start] = tokens.bos
+    real = unit.inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    return Rows(ids, real, slot, torch.tensor(pictures).view(-1, 2), bounds)
+
+
+def read(
+    model: MMInterleaved,
+    data: Rows,
+    images: EncodedImages,
+    position: Tensor | None = None,
+    cache: KvCache | None = None,
+) -> Tensor:
+    """Hidden states [b, t, c] of rows that may be padded on either side. `position` [b, t]; None:
+    counted from the row's first column."""
+    if position is None:
+        position = torch.arange(data.ids.shape[1]).expand_as(data.ids)
+    return model.llm(
+        model.embed_rows(data.ids, images, data.slot),
+        position,
+        visible_keys(data.real),
+        cache,
+        model.llm.image_values(images.features),
+        data.slot.clamp(min=0),
+        model.image_positions(data.ids, data.slot),
+    )
+
+
+def check(unit: Unit, checks: Checks, weights: Weights) -> None:
+    model, tokens = weights.model, weights.model.config.tokens
+    data = rows(unit, tokens)
+    pixels = unit.input("image_tensors")
+    parts = {"llm": model.llm, "resampler": model.image_decoder.resampler}
+    with torch.enable_grad(), recorded(parts) as flow:
+        images = model.encode_images(pixels)
+        hidden = read(model, data, images)
+        context, length = model.context(hidden, data.bounds, data.pictures)
+        condition = model.image_decoder.condition(context, length)
+        _check_embeddings(checks, model, data, images, flow["llm"][0])
+        checks.compare("last_hidden_state", hidden, mask=data.real)
+        logits = model.head(hidden)
+        checks.compare("text_logits", logits, mask=data.real)
+        real = torch.arange(context.shape[1]) < length[:, None]  # [n, x]
+        checks.compare("context_attention_mask", real, "exact")
+        checks.compare("context_features", flow["resampler"][0], mask=real)
+        checks.compare("resampled_context", condition)
+        image_loss = _image_loss(unit, checks, weights, data, images, condition, length)
+        _check_losses(unit, checks, weights, data, logits, image_loss)
+
+
+def _check_embeddings(
+    checks: Checks, model: MMInterleaved, data: Rows, images: EncodedImages, embeddings: Tensor
+) -> None:
+    config = model.config
+    checks.compare("mm_embeds", embeddings, mask=data.real)
+    seen = model.image_positions(data.ids, data.slot)  # [b, t, m]
+    checks.compare("cross_attention_mask", seen > 0, "exact", data.real)
+    ends = [0]
+    for side in config.vision.level_sides:
+        ends.append(ends[-1] + side * side)
+    own = [images.features[:, ends[level] : ends[level + 1]] for level in config.llm_mmfs.levels]
+    features = torch.cat(own, 1)[data.slot.clamp(min=0)]  # [b, m, s, c]
+    checks.compare("mmfs_features_mm", features, mask=data.slot >= 0)
+
+
+def _image_loss(
+    unit: Unit,
+    checks: Checks,
+    weights: Weights,
+    data: Rows,
+    images: EncodedImages,
+    condition: Tensor,
+    length: Tensor,
+) -> Tensor:
+    """The published mean over all pictures, those without context counted as zero."""
+    model, decoder = weights.model, weights.model.image_decoder
+    look_back = model.look_back_images(images, data.bounds, data.slot, data.pictures)
+    nearest = look_back.position == 1  # [n, m]
+    checks.compare("imgdec_mmfs_mask", nearest.any(1, keepdim=True), "exact")
+    before = look_back.slot.gather(1, nearest.int().argmax(1, keepdim=True))  # [n, 1]
+    start = 0
+    for level, side in enumerate(model.config.vision.level_sides):
+        if checks.wants(f"imgdec_mmfs_level{level}"):
+            cells = look_back.features[before][:, :, start : start + side * side]  # [n, 1, s, c]
+            maps = cells.transpose(2, 3).unflatten(3, (side, side))
+            checks.compare(f"imgdec_mmfs_level{level}", maps, mask=nearest.any(1))
+        start += side * side
+    if not any(checks.wants(name) for name in unit.outputs if name.startswith(("loss", "grad."))):
+        return condition.new_zeros(())
+    pixels = unit.inputs.get("image_tensors_dec", unit.input("image_tensors"))
+    section = weights.arguments.section("image_decoder_config")
+    draws = _draws(unit, len(data.pictures), section.get("uncond_prob", CONDITION_DROP))
+    losses = decoder.losses(decoder.encode(pixels), condition, look_back, draws) * (length > 2)
+    return (losses * unit.inputs.get("image_loss_mask", torch.ones(len(losses)))).mean()
+
+
+def _draws(unit: Unit, pictures: int, drop_share: float) -> Draws:
+    """The published code's random draws, in the order of its calls: whether the condition is
+    dropped (if it ever is), the noise of each batch of latents, the noise, the timesteps."""
+    calls: dict[str, list[Tensor]] = {}
+    for name in sorted(name for name in unit.inputs if name.startswith("rng.")):
+        match = re.fullmatch(r"rng\.\d+_(\w+)", name)
+        if match:
+            calls.setdefault(match[1], []).append(unit.inputs[name])
+    for call in ("randn", "randn_like", "randint"):
+        if call not in calls:
+            raise UnitError(f"lacks the random draw in.rng.*_{call}")
+    if drop_share > 0 and "rand_like" not in calls:
+        raise UnitError("lacks the random draw in.rng.*_rand_like")
+    drop = torch.ones(pictures)
+    if "rand_like" in calls:
+        drop[calls["rand_like"][0].flatten() < drop_share] = 0.0
+    return Draws(drop, torch.cat(calls["randn"]), calls["randn_like"][0], calls["randint"][0])
+
+
+def _check_losses(
+    unit: Unit, checks: Checks, weights: Weights, data: Rows, logits: Tensor, image_loss: Tensor
+) -> None:
+    arguments, tokens = weights.arguments, weights.model.config.tokens
+    text_weight = arguments.get("loss_txt_weight", 1.0)
+    image_weight = arguments.get("loss_img_weight", 10.0)
+    after_image = arguments.get("dataset_to_ignore_noimage_cond_loss", ())
+    total = None
+    for name in _data_sets(unit):
+        target = text_targets(
+            data.ids, tokens, real=data.real, only_after_image=name in after_image
+        )
+        checks.compare(f"gt_text_ids_{name}", target, "exact")
+        counts = target != IGNORE
+        text = text_loss(logits[:, :-1][counts], target[counts])
+        own = text_weight * text + image_weight * image_loss
+        checks.compare(f"loss_img_{name}", image_loss, "loss")
+        if counts.any():
+            checks.compare(f"loss_txt_{name}", text, "loss")
+            checks.compare(f"loss_{name}", own, "loss")
+        for kind in ("loss_txt", "loss"):
+            if not counts.any():
+                checks.skip(
+                    f"{kind}_{name}", "no token counts: the published mean is not a number, ours 0"
+                )
+        if total is None or name == _GRADIENT_OF:
+            total = own
+    wanted = [name for name in unit.outputs if name.startswith("grad.")]
+    if wanted and total is None:
+        raise UnitError("has gradients but no loss", expected=f"out.loss_{_GRADIENT_OF}")
+    if wanted and total is not None:
+        _check_gradients(checks, weights.model, wanted, total)
+
+
+def _data_sets(unit: Unit) -> list[str]:
+    """Names of the data sets that the unit has losses or targets of."""
+    names = (
+        re.fullmatch(r"(?:loss(?:_txt|_img)?|gt_text_ids)_(\w+)", name) for name in unit.outputs
+    )
+    return sorted({match[1] for match in names if match})
+
+
+def _check_gradients(checks: Checks, model: MMInterleaved, wanted: list[str], loss: Tensor) -> None:
+    parameters = dict(model.named_parameters())
+    own = {}
+    for name in wanted:
+        found = rename(name.removeprefix("grad."))
+        if isinstance(found, DerivedConstant):
+            checks.skip(name, "a constant of ours, no parameter")
+        else:
+            own[name] = parameters[found]
+    gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+    for (name, parameter), gradient in zip(own.items(), gradients, strict=True):
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        expected = checks.unit.outputs[name]
+        if expected.numel() == gradient.numel():  # leading dimensions of one may differ
+            gradient = gradient.reshape(expected.shape)
+        checks.compare(name, gradient, "gradient")

@@ -1,0 +1,195 @@
+"""Generation with the whole model: units `full_generate_texts`, `_scores` and `_images`.
+
+Letters: b rows, t tokens, m images of a row, k pictures, o options, n encoded images, c channels,
+v vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmi_train.convert_state import published_module
+from mmi_train.golden import full
+from mmi_train.golden.compare import Checks
+from mmi_train.golden.configs import Section, under
+from mmi_train.golden.full import Weights
+from mmi_train.golden.units import Unit, UnitError
+from mmi_train.model.diffusion import ddim
+from mmi_train.model.image_decoder import DrawingStep
+from mmi_train.model.llama import KvCache
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.model.vae import Vae
+
+_PUBLISHED_BEAMS = 5
+_DISK_VAE = "disk_vae."
+
+
+def not_comparable(unit: Unit) -> str:
+    """Why the tokens of a `full_generate_texts` unit cannot be compared; empty when they can."""
+    config = Section(unit.config)
+    if config.get("do_sample", False):
+        return "sampled tokens depend on the generator"
+    if config.count("num_beams", _PUBLISHED_BEAMS) > 1:
+        return "beam search is not part of this project"
+    return ""
+
+
+def check_texts(unit: Unit, checks: Checks, weights: Weights) -> None:
+    """Greedy decoding, left-padded; the output begins with `<s>` and ends at `</s>` or BoI."""
+    config = Section(unit.config)
+    model, tokens = weights.model, weights.model.config.tokens
+    steps = config.count("max_new_tokens", config.count("max_length", 30))
+    least = config.get("min_length", 8)
+    penalty = config.get("repetition_penalty", 1.0)
+    ends = torch.tensor([tokens.eos, tokens.boi])
+    decoder = _Decoder(model, full.rows(unit, tokens), unit.input("image_tensors"), steps)
+    logits = decoder.first
+    batch = len(logits)
+    ids = torch.full((batch, 1), tokens.bos)
+    open_rows = torch.ones(batch, dtype=torch.bool)
+    for step in range(steps):
+        logits = _penalised(logits, ids, penalty)
+        if ids.shape[1] < least:  # the published length counts the `<s>` in front
+            logits[:, ends] = -torch.inf
+        chosen = torch.where(open_rows, logits.argmax(-1), tokens.pad)
+        ids = torch.cat([ids, chosen[:, None]], 1)
+        open_rows &= ~torch.isin(chosen, ends)
+        if not open_rows.any() or step == steps - 1:
+            break
+        logits = decoder.step(chosen)
+    checks.compare("text_ids", ids, "exact")
+
+
+def _penalised(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
+    """Logits [b, v] with those of the tokens in `ids` [b, t] made less likely (CTRL, Sec. 4.1)."""
+    if penalty == 1.0:
+        return logits
+    taken = logits.gather(1, ids)
+    return logits.scatter(1, ids, torch.where(taken < 0, taken * penalty, taken / penalty))
+
+
+class _Decoder:
+    """Rows read once, then one token after another. Every new token sees what the last one of the
+    prompt saw, as in the published code. `first`: logits [b, v] after the prompt."""
+
+    def __init__(self, model: MMInterleaved, data: full.Rows, pixels: Tensor, steps: int) -> None:
+        batch, tokens = data.ids.shape
+        self.model, self.real = model, data.real
+        self.cache = KvCache(model.config.llama, batch, tokens + steps)
+        images = model.encode_images(pixels)
+        position = (data.real.long().cumsum(1) - 1).masked_fill(~data.real, 1)
+        hidden = full.read(model, data, images, position, self.cache)
+        self.first = model.head(hidden[:, -1])
+        self.values = model.llm.image_values(images.features)
+        self.slot = data.slot.clamp(min=0)
+        self.seen = model.image_positions(data.ids, data.slot)[:, -1:]
+        self.position = position[:, -1:]
+
+    def step(self, chosen: Tensor) -> Tensor:
+        """Logits [b, v] after the new token of each row, [b]."""
+        self.position = self.position + 1
+        self.real = torch.cat([self.real, torch.ones(len(chosen), 1, dtype=torch.bool)], 1)
+        hidden = self.model.llm(
+            self.model.llm.embed_tokens(chosen[:, None]),
+            self.position,
+            self.real[:, None, None],
+            self.cache,
+            self.values,
+            self.slot,
+            self.seen,
+        )
+        return self.model.head(hidden[:, -1])
+
+
+def check_scores(unit: Unit, checks: Checks, weights: Weights) -> None:
+    """The summed log-probabilities of options after one prompt or several with one image each."""
+    model, tokens = weights.model, weights.model.config.tokens
+    prompts = _with_batch(unit.input("text_ids"), 1)  # [b, t]
+    options = _with_batch(unit.input("options_ids"), 2)  # [b, o, t']
+    real = _with_batch(unit.input("options_attn_mask"), 2).bool()
+    before = _with_batch(unit.inputs.get("attention_mask", torch.ones_like(prompts)), 1).bool()
+    pixels = unit.input("image_tensors")
+    if not len(prompts) == len(options) == len(real) == len(pixels):
+        raise UnitError("prompts, options and images differ in number")
+    scores = []
+    for row in range(len(prompts)):
+        count = len(options[row])
+        ids = torch.cat([prompts[row].expand(count, -1), options[row]], 1)  # [o, t + t']
+        shown = torch.cat([before[row].expand(count, -1), real[row]], 1)
+        slot = _slots((ids == tokens.boi).sum(1).tolist())
+        data = full.Rows(ids, shown, slot, pictures=torch.zeros(0, 2), bounds=ids)
+        hidden = full.read(model, data, model.encode_images(pixels[row : row + 1]))
+        logits = model.head(hidden[:, prompts.shape[1] - 1 : -1])
+        chances = logits.log_softmax(-1).gather(-1, options[row][..., None])[..., 0]  # [o, t']
+        scores.append((chances * real[row]).sum(-1))
+    checks.compare("scores", torch.stack(scores)[:, None])
+
+
+def _with_batch(tensor: Tensor, dimensions: int) -> Tensor:
+    """`tensor` with a batch dimension before its `dimensions`, if it has none."""
+    if tensor.ndim not in (dimensions, dimensions + 1):
+        raise UnitError(
+            "an input has an unknown shape",
+            expected=f"{dimensions} dimensions",
+            got=list(tensor.shape),
+        )
+    return tensor[None] if tensor.ndim == dimensions else tensor
+
+
+def _slots(counts: list[int]) -> Tensor:
+    """Every row's one image is the first of the pool."""
+    if set(counts) != {1}:
+        raise UnitError("every prompt must hold one image", got=counts)
+    return torch.zeros(len(counts), 1, dtype=torch.int64)
+
+
+@torch.no_grad()
+def check_images(unit: Unit, checks: Checks, weights: Weights) -> None:
+    """Pictures by the ancestral sampler with the stored noise, and the VAE that the unit brings."""
+    config = Section(unit.config)
+    model, decoder = weights.model, weights.model.image_decoder
+    steps = config.count("num_inference_steps", 30)
+    guidance = config.get("guidance_scale", 7.5)
+    if config.count("image_size", decoder.config.image_size) != decoder.config.image_size:
+        raise UnitError(
+            "config.image_size is not that of the weights",
+            expected=decoder.config.image_size,
+            got=config.values["image_size"],
+        )
+    data = full.rows(unit, model.config.tokens)
+    pictures = data.pictures[unit.inputs.get("target_image_idxs", torch.arange(len(data.pictures)))]
+    images = model.encode_images(unit.input("image_tensors"))
+    hidden = full.read(model, data, images)
+    condition = model.condition(hidden, data.bounds, pictures)
+    look_back = model.look_back_images(images, data.bounds, data.slot, pictures)
+    noise = unit.inputs_of("step_noise")
+    if len(noise) != steps:
+        raise UnitError("wrong number of tensors in.step_noise.*", expected=steps, got=len(noise))
+    scheduler = ddim(decoder.config.diffusion)
+    scheduler.set_timesteps(steps)
+    done: list[DrawingStep] = []
+    latents = decoder.draw(
+        condition,
+        look_back,
+        unit.input("initial_latents"),
+        scheduler,
+        guidance=guidance,
+        step_noise=noise,
+        on_step=done.append,
+    )
+    checks.compare("timesteps", torch.tensor([step.timestep for step in done]), "exact")
+    for index, step in enumerate(done):
+        checks.compare(f"guided_eps.{index}", step.prediction)
+        checks.compare(f"latents.{index}", step.latents)
+    if checks.wants("image"):
+        checks.compare("image", _vae(unit, decoder.vae).decode(latents))
+
+
+def _vae(unit: Unit, own: Vae) -> Vae:
+    """The published code draws with an autoencoder that it reads again from disk."""
+    state = under(unit.state, _DISK_VAE)
+    if not state:
+        return own
+    prefixes = {"theirs": "image_decoder.decoder.vae.", "ours": "image_decoder.vae."}
+    return published_module(lambda: Vae(own.config), state, **prefixes)
