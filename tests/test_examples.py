@@ -1,0 +1,60 @@
+"""The examples can be read, fit the tiny model, and show what they say they show."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from mmi_deploy import presets
+from mmi_deploy.document import Draw, Image, Text, encode_document
+from mmi_deploy.document_files import read_document
+from mmi_deploy.images import read_rgb
+from mmi_deploy.tokenizer import Tokenizer
+from mmi_train.data.tasks import caption_of
+from mmi_train.data.vocabulary import build_tokenizer
+from mmi_train.data.world import easy, split_of
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+DOCUMENTS = sorted(EXAMPLES.glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_pictures", EXAMPLES / "make_pictures.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_an_example_fits_the_tiny_model(path: Path) -> None:
+    config = presets.tiny()
+    tokenizer = Tokenizer(build_tokenizer(), config.tokens)
+    encoded = encode_document(read_document(path), tokenizer, config)
+    assert len(encoded.token_ids) < config.llama.context // 4
+
+
+def test_the_story_is_a_picture_a_sentence_and_a_picture_to_draw() -> None:
+    kinds = [type(part) for part in read_document(EXAMPLES / "story.md").parts]
+    assert kinds == [Image, Text, Draw]
+
+
+def test_the_pictures_are_those_of_the_world(maker: ModuleType) -> None:
+    pictures = maker.pictures()
+    assert {path.name for path in (EXAMPLES / "pictures").iterdir()} == set(pictures)
+    for name, rgb in pictures.items():
+        np.testing.assert_array_equal(read_rgb(EXAMPLES / "pictures" / name), rgb)
+
+
+def test_the_scene_is_held_out_of_training_and_captioned_right(maker: ModuleType) -> None:
+    assert split_of(maker.SCENE) == "held_out"
+    captions = set()
+    for path in DOCUMENTS:
+        captions |= set(re.findall(r"!\[(.*)\]\(pictures/scene\.png\)", path.read_text()))
+    assert captions == {caption_of(maker.SCENE, easy()).removesuffix(".")}
