@@ -187,7 +187,10 @@ class UnetConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class VaeConfig:
-    """Latent autoencoder, in the terms of diffusers' `AutoencoderKL`."""
+    """Latent autoencoder, in the terms of diffusers' `AutoencoderKL`.
+
+    `patch`: it works on patches of this side, each a cell of 3 * patch^2 channels.
+    """
 
     block_widths: tuple[int, ...]
     layers_per_block: int
@@ -195,11 +198,12 @@ class VaeConfig:
     scaling_factor: float
     norm_groups: int = 32
     mid_attention: bool = True
+    patch: int = 1
 
     @property
     def factor(self) -> int:
         """Pixels per latent cell along one side."""
-        return 2 ** (len(self.block_widths) - 1)
+        return self.patch * 2 ** (len(self.block_widths) - 1)
 
 
 @dataclass(frozen=True, config=_STRICT)

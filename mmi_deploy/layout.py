@@ -47,7 +47,9 @@ def boi_columns(token_ids: ArrayLike, tokens: TokenConfig, images: int) -> NDArr
     return columns
 
 
-def image_positions(token_ids: ArrayLike, tokens: TokenConfig, images: int, seen: int) -> NDArray[np.int32]:
+def image_positions(
+    token_ids: ArrayLike, tokens: TokenConfig, images: int, seen: int
+) -> NDArray[np.int32]:
     """[b, t, m]: how far back each image lies from each token: 1 the nearest, 0 hidden.
 
     Image k is visible from the token after its BoI up to the next `<s>` (paper Sec. 3.2: a token
@@ -62,7 +64,9 @@ def image_positions(token_ids: ArrayLike, tokens: TokenConfig, images: int, seen
     return np.where(position <= seen, position, 0).astype(np.int32)
 
 
-def picture_positions(token_ids: ArrayLike, tokens: TokenConfig, images: int, seen: int) -> NDArray[np.int32]:
+def picture_positions(
+    token_ids: ArrayLike, tokens: TokenConfig, images: int, seen: int
+) -> NDArray[np.int32]:
     """[b, m, m]: for picture i of a row, how far back image k lies: 1 the one before, 0 hidden.
 
     Visible are the earlier images of the same document, as far as they are among the `seen` nearest.
@@ -107,7 +111,9 @@ def visual_index(
     index = np.full(ids.shape, -1, dtype=np.int64)
     inside = place.max(initial=-1) < ids.shape[1]
     if inside:
-        index[row[:, None], place] = slot[row, image][:, None] * visual_tokens + np.arange(visual_tokens)
+        index[row[:, None], place] = slot[row, image][:, None] * visual_tokens + np.arange(
+            visual_tokens
+        )
     if not inside or not np.array_equal(index >= 0, is_image):
         raise DocumentError(
             "the image tokens of a row do not agree with its images",
@@ -115,3 +121,19 @@ def visual_index(
             got=f"{int(is_image.sum())} image tokens for {len(row)} images",
         )
     return index
+
+
+def only_seen(
+    image_slot: NDArray[np.integer], position: NDArray[np.integer]
+) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Drop the images that nobody looks at: `image_slot` [b, m] and `position` [b, ..., m] with as
+    few columns as the row that sees most needs, one at least. The order of the others is kept."""
+    seen = (position > 0).reshape(len(position), -1, position.shape[-1]).any(axis=1)  # [b, m]
+    columns = max(int(seen.sum(axis=1).max(initial=0)), 1)
+    kept = np.argsort(~seen, axis=1, kind="stable")[:, :columns]
+    between = (1,) * (position.ndim - 2)
+    index = kept.reshape(len(kept), *between, columns)
+    return (
+        np.take_along_axis(image_slot, kept, axis=1),
+        np.take_along_axis(position, np.broadcast_to(index, (*position.shape[:-1], columns)), axis=-1),
+    )

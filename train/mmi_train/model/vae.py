@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmi_deploy.config import VaeConfig
 from mmi_train.model.group_norm import with_exact_group_norms
@@ -35,6 +36,8 @@ class Vae(nn.Module):
         blocks = len(config.block_widths)
         self.autoencoder = with_exact_group_norms(
             AutoencoderKL(
+                in_channels=3 * config.patch**2,
+                out_channels=3 * config.patch**2,
                 block_out_channels=config.block_widths,
                 layers_per_block=config.layers_per_block,
                 down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -47,7 +50,8 @@ class Vae(nn.Module):
 
     def encode(self, pixels: Tensor) -> Posterior:
         """Pixels [b, 3, h, w] in [0, 1] to the posterior, not scaled."""
-        distribution = self.autoencoder.encode(2 * pixels - 1).latent_dist
+        patches = F.pixel_unshuffle(2 * pixels - 1, self.config.patch)
+        distribution = self.autoencoder.encode(patches).latent_dist
         return Posterior(distribution.mean, distribution.logvar)
 
     def latents(self, posterior: Posterior, noise: Tensor) -> Tensor:
@@ -60,4 +64,5 @@ class Vae(nn.Module):
 
     def decode_unclipped(self, latents: Tensor) -> Tensor:
         """As `decode`, but differentiable everywhere: what the autoencoder's own training compares."""
-        return self.autoencoder.decode(latents / self.config.scaling_factor).sample / 2 + 0.5
+        patches = self.autoencoder.decode(latents / self.config.scaling_factor).sample
+        return F.pixel_shuffle(patches, self.config.patch) / 2 + 0.5

@@ -1,0 +1,1 @@
+"""Training and evaluation of MM-Interleaved in plain PyTorch."""

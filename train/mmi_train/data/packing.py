@@ -1,0 +1,89 @@
+"""Packing of token documents into rows of the context length, as the published run packs them.
+
+Documents are joined into one stream and cut into rows. A document goes on in the next row without
+a new begin-of-document token; an image is never cut in two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+
+from mmi_deploy.config import TokenConfig
+
+ImageT = TypeVar("ImageT")
+Truncation = Literal["image", "document"]
+
+
+@dataclass(frozen=True)
+class PackedRow(Generic[ImageT]):
+    """One row: token ids [t] and its images in order; `document_start[i]` is the latest
+    begin-of-document token strictly before image i's begin-of-image token, 0 where there is none."""
+
+    token_ids: np.ndarray
+    images: tuple[ImageT, ...]
+    document_start: tuple[int, ...]
+
+
+def _cut_at_length(ids: np.ndarray, length: int, tokens: TokenConfig, span: int, by: Truncation) -> int:
+    """Where a stream that is too long is cut: at `length`, unless that would cut through an image
+    (`span` tokens with its begin-of-image token); then before the image, or before its document."""
+    boi = np.flatnonzero(ids[:length] == tokens.boi)
+    if boi.size == 0 or boi[-1] + span <= length:
+        return length
+    if by == "document":
+        starts = np.flatnonzero(ids[:length] == tokens.bos)
+        if starts.size and starts[-1] > 0:
+            return int(starts[-1])
+    return int(boi[-1])
+
+
+def _cut_at_images(ids: np.ndarray, images: int, tokens: TokenConfig, span: int, by: Truncation) -> int | None:
+    """Where a row ends that would hold more than `images`: right after the last allowed one, or, for
+    whole documents, before the next begin-of-document or begin-of-image token."""
+    boi = np.flatnonzero(ids == tokens.boi)
+    if boi.size <= images:
+        return None
+    end = int(boi[images - 1]) + span
+    if by == "image":
+        return end
+    following = np.flatnonzero((ids[end:] == tokens.bos) | (ids[end:] == tokens.boi))
+    return end + int(following[0])
+
+
+def pack(
+    documents: Iterable[tuple[Sequence[int], Sequence[ImageT]]],
+    tokens: TokenConfig,
+    *,
+    length: int,
+    visual_tokens: int,
+    truncation: Truncation = "image",
+    max_images: int | None = None,
+) -> Iterator[PackedRow[ImageT]]:
+    """Rows of at most `length` tokens and `max_images` images from (token ids, images) documents.
+
+    Rows without an image are dropped. What is left when the documents end is not given out: the
+    stream of a training run has no end.
+    """
+    stream = np.empty(0, np.int64)
+    waiting: list[ImageT] = []
+    span = 1 + visual_tokens
+    for ids, images in documents:
+        stream = np.concatenate([stream, np.asarray(ids, np.int64)])
+        waiting.extend(images)
+        while True:
+            cut = _cut_at_images(stream[:length], max_images, tokens, span, truncation) if max_images else None
+            if cut is None:
+                if stream.size < length:
+                    break
+                cut = _cut_at_length(stream, length, tokens, span, truncation)
+            row, stream = stream[:cut], stream[cut:]
+            boi = np.flatnonzero(row == tokens.boi)
+            inside, waiting = waiting[: boi.size], waiting[boi.size :]
+            starts = np.flatnonzero(row == tokens.bos)
+            nearest = [int(starts[starts < at].max(initial=0)) for at in boi]
+            if inside:
+                yield PackedRow(row, tuple(inside), tuple(nearest))

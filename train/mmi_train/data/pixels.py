@@ -1,0 +1,19 @@
+"""Pictures as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pixels_from_images(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 pictures [h, w, 3] to float pixels [n, 3, h, w] in [0, 1], channels last in memory."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(255)
+
+
+def images_from_pixels(pixels: Tensor) -> list[np.ndarray]:
+    """Pixels [n, 3, h, w] in [0, 1] to uint8 pictures [h, w, 3], rounded to the nearest value."""
+    return list(pixels.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())

@@ -1,0 +1,107 @@
+"""The main stage of training: text and pictures together, on packed documents of the drawn world.
+
+Letters: b rows, t tokens, k pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from mmi_deploy import layout
+from mmi_deploy.config import TokenConfig, to_json
+from mmi_train.data.pixels import pixels_from_images
+from mmi_train.data.rows import Rows, TokenDocument, make_rows, tokens_of
+from mmi_train.data.tasks import MAKERS
+from mmi_train.data.world import Split, WorldConfig
+from mmi_train.losses import text_targets
+from mmi_train.model.mm_interleaved import Batch, MMInterleaved
+
+MIXTURE = MappingProxyType({"reading": 12, "drawing": 16, "segmentation": 4, "story": 6})
+"""Documents of each kind in one part of a step."""
+
+TEXT_WEIGHT = MappingProxyType({"story": 0.2})
+"""Loss weight of a kind's text, 1 where not named: which change a story tells is chance."""
+
+
+def batch_of(rows: Rows, tokens: TokenConfig) -> Batch:
+    """Rows as the model takes them; only tokens with a weight are targets."""
+    token_ids = torch.from_numpy(rows.token_ids)
+    weight = torch.from_numpy(rows.weight)
+    pictures = torch.from_numpy(rows.pictures) if len(rows.pictures) else None
+    return Batch(
+        token_ids=token_ids,
+        image_slot=torch.from_numpy(rows.image_slot),
+        pixels=pixels_from_images(rows.images) if rows.images else None,
+        pictures=pictures,
+        target_pixels=pixels_from_images(rows.targets) if rows.targets else None,
+        text_target=text_targets(token_ids, tokens, real=weight > 0),
+        token_weight=weight,
+    )
+
+
+def isolated(token_ids: Tensor, tokens: TokenConfig) -> tuple[Tensor, Tensor]:
+    """Positions [b, t] that begin anew at every `<s>`, and the mask [b, 1, t, t] that keeps each
+    document to itself: a packed document is then exactly what it is alone."""
+    starts = torch.from_numpy(layout.document_starts(token_ids.numpy(), tokens)).clamp(min=0)
+    column = torch.arange(token_ids.shape[1])
+    causal = column[None, :] <= column[:, None]
+    mask = causal & (column[None, None, :] >= starts[:, :, None])
+    return column - starts, mask[:, None]
+
+
+@dataclass
+class InterleavedStage:
+    """Both losses of the paper (Eq. 5) on freshly drawn documents, packed into rows of `row_length`.
+
+    `image_weight` is the paper's lambda. The autoencoder is frozen (the optimiser's rules say so).
+    """
+
+    model: MMInterleaved
+    tokenizer: Tokenizer
+    world: WorldConfig
+    mixture: Mapping[str, int] = field(default_factory=lambda: MIXTURE)
+    row_length: int = 112
+    image_weight: float = 10.0
+    name: str = field(default="interleaved", init=False)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model
+
+    def describe(self) -> str:
+        settings = (self.world, dict(self.mixture), self.row_length, self.image_weight)
+        return f"{to_json(self.model.config)} {settings}"
+
+    def documents(self, rng: np.random.Generator, split: Split = "train") -> list[TokenDocument]:
+        """One part's documents, as tokens."""
+        config = self.model.config
+        made = []
+        for kind, count in self.mixture.items():
+            for _ in range(count):
+                document = MAKERS[kind](rng, self.world, split)
+                tokens = tokens_of(document, self.tokenizer, config.tokens, config.visual_tokens)
+                factor = TEXT_WEIGHT.get(kind, 1.0)
+                is_text = tokens.token_ids != config.tokens.boi
+                tokens.weight[is_text] *= factor
+                made.append(tokens)
+        return made
+
+    def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        config = self.model.config
+        rows = make_rows(self.documents(rng), self.row_length, config.tokens)
+        batch = batch_of(rows, config.tokens)
+        images = self.model.encode_images(batch.pixels)
+        position, mask = isolated(batch.token_ids, config.tokens)
+        hidden = self.model.read(
+            batch.token_ids, images, batch.image_slot, position=position, mask=mask
+        )
+        text = self.model.text_loss(hidden, batch)
+        image, _ = self.model.image_loss(hidden, images, batch)
+        return {"total": text + self.image_weight * image, "text": text, "image": image}

@@ -1,0 +1,120 @@
+"""AdamW with the paper's parameter groups (Table 11) and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as validated
+from torch import nn
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class GroupRule:
+    """Parameters whose name matches `pattern` (the first rule wins) learn at `rate` times the base
+    rate and decay at `decay` times the base weight decay; a rate of 0 freezes them."""
+
+    pattern: str
+    rate: float = 1.0
+    decay: float = 1.0
+
+
+FROM_SCRATCH = (GroupRule(r"image_decoder\.vae\.", rate=0.0), GroupRule(r"look_back\.gate$", decay=0.0))
+"""Everything learns at the base rate but the VAE, which has a stage of its own."""
+
+TABLE_11 = (
+    GroupRule(r"^image_decoder\.vae\.", rate=0.0),
+    GroupRule(r"^vision\..*clip\.", rate=0.0),
+    GroupRule(r"look_back\.gate$", decay=0.0),
+    GroupRule(r"offset_proj", rate=0.1, decay=0.0),
+    GroupRule(r"^llm\..*look_back\."),
+    GroupRule(r"^llm\.", rate=0.0),
+    GroupRule(r"^head\.base\.", rate=0.0),
+    GroupRule(r"^image_decoder\.unet\.(?!look_back)", rate=0.1),
+)
+"""The published run: CLIP, the LLM body, its embeddings and head and the VAE are frozen; the U-Net
+and all sampling offsets learn at 1e-5, the rest at 1e-4."""
+
+
+@validated(frozen=True, config=ConfigDict(extra="forbid"))
+class OptimiserConfig:
+    """AdamW and its schedule; `warmup` and `steps` in optimiser steps."""
+
+    rate: float
+    steps: int
+    warmup: int
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    schedule: Literal["cosine", "flat_then_cool"] = "cosine"
+    cool_from: float = 0.6
+    floor: float = 0.0
+    clip: float = 1.0
+    rules: tuple[GroupRule, ...] = TABLE_11
+
+    def rate_factor(self, step: int) -> float:
+        """Multiplier of the base rate at `step` (from 0): linear warm-up, then the schedule."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        if self.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        else:
+            factor = 1.0 if done < self.cool_from else (1 - done) / (1 - self.cool_from)
+        return max(factor, self.floor)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    rate: float
+    decay: float
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    """Biases and LayerNorm weights, as in the published run."""
+    names = {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            names |= {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
+    return names
+
+
+def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
+    """AdamW's groups, each with its `rate` multiplier; freezes what the rules freeze."""
+    undecayed = _undecayed(model)
+    groups: defaultdict[_Kind, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        rule = next((rule for rule in config.rules if re.search(rule.pattern, name)), GroupRule(""))
+        parameter.requires_grad_(rule.rate > 0)
+        if rule.rate > 0:
+            decay = 0.0 if name in undecayed else config.weight_decay * rule.decay
+            groups[_Kind(rule.rate, decay)].append(parameter)
+    return [
+        {"params": parameters, "rate": kind.rate, "weight_decay": kind.decay}
+        for kind, parameters in groups.items()
+    ]
+
+
+def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
+    """AdamW over the groups of `model`; call `set_rate` before each step."""
+    groups = parameter_groups(model, config)
+    return torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: int) -> float:
+    """Give every group its rate for `step`; returns the base rate."""
+    rate = config.rate * config.rate_factor(step)
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["rate"]
+    return rate
+
+
+def trainable(model: nn.Module) -> Iterable[nn.Parameter]:
+    """The parameters that learn, after `parameter_groups` froze the others."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,120 @@
+"""How a preset is trained from nothing: the autoencoder first, then everything else together."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mmi_deploy.config import ModelConfig, VaeConfig
+from mmi_train.autoencoder_stage import AutoencoderStage
+from mmi_train.data.vocabulary import build_tokenizer
+from mmi_train.data.world import WorldConfig, easy
+from mmi_train.interleaved_stage import InterleavedStage
+from mmi_train.loop import RunConfig, train
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.model.vae import Vae
+from mmi_train.optimiser import FROM_SCRATCH, OptimiserConfig
+from mmi_train.weights import TOKENIZER, load_model, save_model
+
+log = logging.getLogger(__name__)
+
+OPEN_GATE = 0.5
+"""Where tanh gates of MMFS begin when nothing is pre-trained: a closed gate protects a trained LLM,
+and only keeps a new one from looking."""
+
+AUTOENCODER = OptimiserConfig(
+    rate=3e-3,
+    steps=2000,
+    warmup=50,
+    weight_decay=1e-4,
+    betas=(0.9, 0.99),
+    eps=1e-8,
+    floor=0.01,
+    rules=(),
+)
+INTERLEAVED = OptimiserConfig(
+    rate=1e-3,
+    steps=6000,
+    warmup=100,
+    weight_decay=0.02,
+    betas=(0.9, 0.98),
+    eps=1e-8,
+    schedule="flat_then_cool",
+    floor=0.02,
+    rules=FROM_SCRATCH,
+)
+
+
+def with_latent_scale(config: ModelConfig, scale: float) -> ModelConfig:
+    """The configuration with the scaling factor that its trained autoencoder asks for."""
+    decoder = config.image_decoder
+    vae: VaeConfig = replace(decoder.vae, scaling_factor=round(scale, 4))
+    return replace(config, image_decoder=replace(decoder, vae=vae))
+
+
+def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
+    module.load_state_dict({name: value.clone() for name, value in state.items()})
+
+
+def train_autoencoder(config: ModelConfig, world: WorldConfig, out: Path, run: RunConfig) -> tuple[Vae, float]:
+    """The trained autoencoder (averaged weights) and the scale that gives its latents unit variance."""
+    torch.manual_seed(run.seed)
+    vae = Vae(config.image_decoder.vae).to(memory_format=torch.channels_last)
+    stage = AutoencoderStage(vae, world, pictures=8)
+    _load(vae, train(stage, AUTOENCODER, replace(run, average=0.995), out / "autoencoder"))
+    return vae, stage.latent_scale()
+
+
+def open_gates(model: MMInterleaved, value: float = OPEN_GATE) -> None:
+    """Let every LLM layer that can look back begin to do so."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("look_back.gate"):
+                parameter.fill_(value)
+
+
+def train_from_scratch(
+    config: ModelConfig,
+    out: Path,
+    *,
+    world: WorldConfig | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    run: RunConfig | None = None,
+    start: Path | None = None,
+) -> Path:
+    """Train `config` on the drawn world and write a model folder, `out/model`; returns its path.
+
+    `start`: a model folder to go on from, in place of new weights (its autoencoder is kept).
+    Everything is resumable: run the same command again after it was stopped.
+    """
+    world = world or easy()
+    run = replace(run or RunConfig(), seed=seed)
+    if start is not None:
+        model = load_model(start)
+    else:
+        vae, scale = train_autoencoder(config, world, out, run)
+        torch.manual_seed(seed)
+        model = MMInterleaved(with_latent_scale(config, scale))
+        open_gates(model)
+        model.image_decoder.vae.load_state_dict(vae.state_dict())
+    tokenizer = build_tokenizer()
+    stage = InterleavedStage(model, tokenizer, world)
+    optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
+    folder = out / "model"
+
+    def keep(step: int, average: dict[str, Tensor]) -> None:
+        """Every checkpoint leaves a usable model behind."""
+        current = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        _load(model, average)
+        save_model(model, folder, torch.float16)
+        tokenizer.save(str(folder / TOKENIZER))
+        _load(model, current)
+        log.info("model of step %d in %s", step, folder)
+
+    train(stage, optimiser, run, out / "interleaved", keep)
+    return folder
