@@ -1,8 +1,8 @@
 """Where the images of packed token rows are, who may see them, and what each picture is drawn from.
 
-One definition for training, generation and the runtime. A row may hold several documents, each from
-one `<s>` to the next. Image k of a row is the one that its k-th begin-of-image token (BoI) announces;
-the BoI may be followed by the image's visual tokens, or by none when its picture is only drawn.
+One definition for training, generation and the runtime. A row may hold several documents, each
+from one `<s>` to the next. Image k of a row is the one that its k-th begin-of-image token (BoI)
+announces; the image's visual tokens follow it, or none when its picture is only drawn.
 
 Letters: b rows, t tokens, m images of a row.
 """
@@ -25,14 +25,14 @@ def image_count(token_ids: ArrayLike, tokens: TokenConfig) -> int:
 
 
 def document_starts(token_ids: ArrayLike, tokens: TokenConfig) -> NDArray[np.int64]:
-    """[b, t]: where the document of each token starts, the latest `<s>` at or before it; -1 if none."""
+    """[b, t]: where each token's document starts, the latest `<s>` at or before it; -1 if none."""
     ids = np.asarray(token_ids)
     here = np.where(ids == tokens.bos, np.arange(ids.shape[1]), -1)
     return np.maximum.accumulate(here, axis=1)
 
 
 def boi_columns(token_ids: ArrayLike, tokens: TokenConfig, images: int) -> NDArray[np.int64]:
-    """[b, m]: the column of each image's BoI token; the greatest int64 where a row has fewer images.
+    """[b, m]: the column of each image's BoI; the greatest int64 where a row has fewer images.
 
     Raises `DocumentError` when a row has more than `images`.
     """
@@ -69,7 +69,7 @@ def picture_positions(
 ) -> NDArray[np.int32]:
     """[b, m, m]: for picture i of a row, how far back image k lies: 1 the one before, 0 hidden.
 
-    Visible are the earlier images of the same document, as far as they are among the `seen` nearest.
+    Visible are the earlier images of its document, as far as they are among the `seen` nearest.
     """
     ids = np.asarray(token_ids)
     columns = boi_columns(ids, tokens, images)
@@ -117,7 +117,7 @@ def visual_index(
     if not inside or not np.array_equal(index >= 0, is_image):
         raise DocumentError(
             "the image tokens of a row do not agree with its images",
-            expected=f"{visual_tokens} image tokens right after the begin-of-image token of each encoded image",
+            expected=f"{visual_tokens} image tokens right after each begin-of-image token",
             got=f"{int(is_image.sum())} image tokens for {len(row)} images",
         )
     return index
@@ -135,5 +135,7 @@ def only_seen(
     index = kept.reshape(len(kept), *between, columns)
     return (
         np.take_along_axis(image_slot, kept, axis=1),
-        np.take_along_axis(position, np.broadcast_to(index, (*position.shape[:-1], columns)), axis=-1),
+        np.take_along_axis(
+            position, np.broadcast_to(index, (*position.shape[:-1], columns)), axis=-1
+        ),
     )

@@ -19,31 +19,31 @@ def text_targets(
     tokens: TokenConfig,
     *,
     real: Tensor | None = None,
-    prompt: int = 0,
+    prompt: int | Tensor = 0,
     only_after_image: bool = False,
 ) -> Tensor:
     """[b, t - 1]: the token that each position should predict, `IGNORE` where none.
 
     Ignored are padding, visual tokens, `<s>`, a begin-of-image token right after `<s>` (nothing
-    announces that image), positions where `real` [b, t] is false, the first `prompt` tokens, and
-    with `only_after_image` all text of a document before its first image (a caption that precedes
-    its image conditions on nothing).
+    announces that image), tokens where `real` [b, t] is false, the first `prompt` (one number or
+    [b]) tokens of a row, and with `only_after_image` all text of a document before its first image
+    (a caption that precedes its image conditions on nothing).
     """
     source, target = token_ids[:, :-1], token_ids[:, 1:]
     ignore = (target == tokens.pad) | (target == tokens.image) | (target == tokens.bos)
     ignore |= (target == tokens.boi) & (source == tokens.bos)
     if real is not None:
         ignore |= ~real[:, 1:].bool()
-    if prompt:
-        ignore[:, : max(prompt - 1, 0)] = True
+    column = torch.arange(1, token_ids.shape[1], device=token_ids.device)
+    ignore |= column < torch.as_tensor(prompt, device=token_ids.device).reshape(-1, 1)
     if only_after_image:
         ignore |= ~after_image(token_ids, tokens)[:, 1:]
     return target.masked_fill(ignore, IGNORE)
 
 
 def after_image(token_ids: Tensor, tokens: TokenConfig) -> Tensor:
-    """bool [b, t]: whether a begin-of-image token stands between the latest `<s>` and the token, itself
-    included."""
+    """bool [b, t]: whether a begin-of-image token stands between the latest `<s>` and the token,
+    itself included."""
     column = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
     start = torch.where(token_ids == tokens.bos, column, -1).cummax(dim=1).values
     image = torch.where(token_ids == tokens.boi, column, -1).cummax(dim=1).values

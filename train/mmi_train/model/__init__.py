@@ -1,1 +1,1 @@
-"""MM-Interleaved in plain PyTorch; modules carry the paper's names. Start at `mm_interleaved.py`."""
+"""MM-Interleaved in plain PyTorch; modules have the paper's names. Begin at `mm_interleaved.py`."""

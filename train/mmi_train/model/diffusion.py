@@ -59,7 +59,9 @@ def betas(config: DiffusionConfig) -> Tensor:
             config.beta_start**0.5, config.beta_end**0.5, config.steps, dtype=torch.float64
         )
         return root**2
-    raise ConfigError("unknown beta schedule", expected="linear or scaled_linear", got=config.beta_schedule)
+    raise ConfigError(
+        "unknown beta schedule", expected="linear or scaled_linear", got=config.beta_schedule
+    )
 
 
 def scheduler_options(config: DiffusionConfig) -> dict[str, object]:

@@ -23,8 +23,8 @@ from mmi_train.model.mm_interleaved import MMInterleaved
 class Reading:
     """Rows that the language model has read and that can be continued token by token.
 
-    `token_ids` [b, t], padded on the left where `real` [b, t] is false; `pixels` and `image_slot` as
-    in `Batch`; `room`: how many tokens may follow.
+    `token_ids` [b, t], padded on the left where `real` [b, t] is false; `pixels` and `image_slot`
+    as in `Batch`; `room`: how many tokens may follow.
     """
 
     def __init__(

@@ -15,11 +15,13 @@ class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` that first casts its input to the type of its weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x.to(self.weight.dtype), self.num_groups, self.weight, self.bias, self.eps)
+        return F.group_norm(
+            x.to(self.weight.dtype), self.num_groups, self.weight, self.bias, self.eps
+        )
 
 
 def with_exact_group_norms(module: nn.Module) -> nn.Module:
-    """`module` with every `nn.GroupNorm` in it replaced by a `GroupNorm` that holds the same parameters."""
+    """`module`, every `nn.GroupNorm` in it replaced by a `GroupNorm` of the same parameters."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.GroupNorm:

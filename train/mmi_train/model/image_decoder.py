@@ -31,8 +31,8 @@ CONDITION_DROP = 0.1
 
 @dataclass(frozen=True)
 class LookBackImages:
-    """The images that pictures look back at: features [n, s, c] of all levels, `slot` [b, m] (row of
-    `features`) and `position` [b, m] (0 hidden, 1 the image before)."""
+    """The images that pictures look back at: features [n, s, c] of all levels, `slot` [b, m] (row
+    of `features`) and `position` [b, m] (0 hidden, 1 the image before)."""
 
     features: Tensor
     slot: Tensor
@@ -96,15 +96,15 @@ class ImageDecoder(nn.Module):
         return (unet.latent_channels, unet.latent_side, unet.latent_side)
 
     def condition(self, context: Tensor, length: Tensor) -> Tensor:
-        """Hidden states [b, x, c], row 0 the begin-of-image token, then backwards; from `length` [b]
-        on they are padding. Returns condition tokens [b, q, c]."""
+        """Hidden states [b, x, c], row 0 the begin-of-image token, then backwards; from `length`
+        [b] on they are padding. Returns condition tokens [b, q, c]."""
         columns = context.shape[1]
         real = torch.arange(columns, device=context.device) < length[:, None]  # [b, x]
         context = self.context_proj(context) + self.context_positions[:columns]
         return self.resampler(context, real)
 
     def draws(self, pictures: int, generator: torch.Generator | None = None) -> Draws:
-        """Fresh draws, timesteps uniform; made on the CPU, so that a seed means the same everywhere."""
+        """Fresh draws, timesteps uniform; from the CPU, so that a seed means the same anywhere."""
         shape, device = (pictures, *self.latent_shape), self.null_condition.device
         steps = self.config.diffusion.steps
         made = (
@@ -116,7 +116,7 @@ class ImageDecoder(nn.Module):
         return Draws(*(draw.to(device) for draw in made))
 
     def encode(self, pixels: Tensor) -> Posterior:
-        """Pictures [b, 3, side, side] in [0, 1] to their latents' posterior; the autoencoder is frozen."""
+        """Pictures [b, 3, side, side] in [0, 1] to their posterior; the autoencoder is frozen."""
         with torch.no_grad():
             return self.vae.encode(pixels)
 
@@ -151,12 +151,14 @@ class ImageDecoder(nn.Module):
     ) -> Tensor:
         """Latents [b, z, side, side] of pictures, drawn from initial noise `latents`.
 
-        `scheduler`: one of diffusers', its timesteps set. `step_noise`: noise added after each step,
-        which makes a DDIM scheduler the ancestral sampler (`diffusion.ddim`); None: no noise.
+        `scheduler`: one of diffusers', its timesteps set. `step_noise`: noise added after each
+        step, which makes a DDIM scheduler the ancestral sampler (`diffusion.ddim`); None: no noise.
         Guidance extrapolates from the null condition; both branches look at the same images.
         """
         pictures = len(latents)
-        both = torch.cat([condition, self.null_condition.to(condition.dtype).expand(pictures, -1, -1)])
+        both = torch.cat(
+            [condition, self.null_condition.to(condition.dtype).expand(pictures, -1, -1)]
+        )
         keys_values = self.unet.condition_keys_values(both)
         values = self.unet.image_values(images.features)
         slot, position = images.slot.repeat(2, 1), images.position.repeat(2, 1)

@@ -40,10 +40,10 @@ class Batch:
     batch may be shared); -1 where the row has fewer images, or where its BoI ends a document that
     only draws, so that nothing has to be encoded.
 
-    `pictures` [k, 2]: (row, j) of the images to train drawing on; None: no image loss. Their targets
-    are either `target_pixels` [k, 3, size, size] in [0, 1] or `target_posterior`, the autoencoder's
-    answer to them (mean and log variance, [k, z, side, side] each), which a data set can keep because the
-    autoencoder is frozen. `picture_weight` [k] multiplies their losses.
+    `pictures` [k, 2]: (row, j) of the images to train drawing on; None: no image loss. Their
+    targets are either `target_pixels` [k, 3, size, size] in [0, 1] or `target_posterior`, what the
+    autoencoder makes of them (mean and log variance, [k, z, side, side] each), which a data set may
+    keep because the autoencoder is frozen. `picture_weight` [k] multiplies their losses.
 
     `text_target` [b, t - 1]: as `losses.text_targets` makes it; None: made from `token_ids` alone.
     `token_weight` [b, t]: weight of predicting each token (the first column is not used).
@@ -68,8 +68,8 @@ class EncodedImages(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """`total` = text weight * `text` + image weight * `image`, all scalars; `pictures`: each picture's
-    own loss before weights, not a number where the picture was left out."""
+    """`total` = text weight * `text` + image weight * `image`, all scalars; `pictures` [k]: each
+    one's own loss before weights, not a number where the picture was left out."""
 
     total: Tensor
     text: Tensor
@@ -91,8 +91,8 @@ class MMInterleaved(nn.Module):
         self.image_decoder = ImageDecoder(config)
 
     def encode_images(self, pixels: Tensor | None) -> EncodedImages:
-        """Pixels [n, 3, side, side] in [0, 1]. Without any, one blank image that nobody sees: MMFS then
-        gives what it gives to any query that sees nothing."""
+        """Pixels [n, 3, side, side] in [0, 1]. Without any, one blank image that nobody sees: MMFS
+        then gives what it gives to any query that sees nothing."""
         if pixels is None or not len(pixels):
             cells = sum(side * side for side in self.config.vision.level_sides)
             blank = self.boi_embedding.new_zeros
@@ -104,8 +104,8 @@ class MMInterleaved(nn.Module):
         return EncodedImages(tokens, flatten_maps(maps))
 
     def embed(self, token_ids: Tensor, visual_tokens: Tensor, visual_index: Tensor) -> Tensor:
-        """[b, t, c]: embeddings, the learned vector added to BoI, visual tokens [n, tokens, c] where
-        `visual_index` [b, t] (`layout.visual_index`) is not -1."""
+        """[b, t, c]: embeddings, the learned vector added to BoI, visual tokens [n, tokens, c]
+        where `visual_index` [b, t] (`layout.visual_index`) is not -1."""
         embeddings = self.llm.embed_tokens(token_ids)
         is_boi = (token_ids == self.config.tokens.boi)[..., None]
         embeddings = embeddings + is_boi * self.boi_embedding
@@ -136,24 +136,27 @@ class MMInterleaved(nn.Module):
     ) -> Tensor:
         """Hidden states [b, t, c] of whole rows; see `Batch`.
 
-        `position` [b, t] and `mask` (bool [b, 1, t, t], true where a query may look) can keep packed
-        documents to themselves; without them a row is causal from its first token to its last.
+        `position` [b, t] and `mask` (bool [b, 1, t, t], true where a query may look) can keep
+        packed documents to themselves; without them a row is causal from its first token on.
         """
         if position is None:
             rows, columns = token_ids.shape
             position = torch.arange(columns, device=token_ids.device).expand(rows, -1)
+        slot, image_position = layout.only_seen(
+            image_slot.cpu().numpy(), self.image_positions(token_ids, image_slot).cpu().numpy()
+        )
         return self.llm(
             self.embed_rows(token_ids, images, image_slot),
             position,
             mask,
             values=self.llm.image_values(images.features),
-            image_slot=image_slot.clamp(min=0),
-            image_position=self.image_positions(token_ids, image_slot),
+            image_slot=_like(slot, token_ids).clamp(min=0),
+            image_position=_like(image_position, token_ids),
         )
 
     def context(self, hidden: Tensor, token_ids: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """What pictures [k, 2] are drawn from: hidden states [k, x, c] from each one's BoI backwards
-        to its `<s>`, zeros after that, and how many they are, [k]."""
+        """What pictures [k, 2] are drawn from: hidden states [k, x, c] from each one's BoI
+        backwards to its `<s>`, zeros after that, and how many they are, [k]."""
         row, image = pictures.cpu().numpy().T
         ids = token_ids.cpu().numpy()
         ranges = layout.context_ranges(
@@ -170,16 +173,18 @@ class MMInterleaved(nn.Module):
     def look_back_images(
         self, images: EncodedImages, token_ids: Tensor, image_slot: Tensor, pictures: Tensor
     ) -> LookBackImages:
-        """The earlier images of each picture's document. Only images that some picture sees are kept,
-        one at least, so none is projected in vain."""
+        """The earlier images of each picture's document. Only images that some picture sees are
+        kept, and only as many columns as a picture needs, so that nothing is computed in vain."""
         ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
         row, image = pictures.cpu().numpy().T
         seen = self.config.image_decoder.mmfs.images_seen
         positions = layout.picture_positions(ids, self.config.tokens, slots.shape[1], seen)
-        position = positions[row, image] * (slots[row] >= 0)  # [k, m]
-        used = np.unique(slots[row][position > 0])
-        used = used if len(used) else np.zeros(1, slots.dtype)
-        slot = np.searchsorted(used, slots[row]).clip(max=len(used) - 1)
+        slot, position = layout.only_seen(
+            slots[row], positions[row, image] * (slots[row] >= 0)
+        )  # [k, m]
+        used = np.unique(slot[position > 0])
+        used = used if len(used) else np.zeros(1, slot.dtype)
+        slot = np.searchsorted(used, slot).clip(max=len(used) - 1)
         return LookBackImages(
             images.features[_like(used, token_ids)],
             _like(slot, token_ids),
@@ -198,8 +203,8 @@ class MMInterleaved(nn.Module):
         text_weight: float = 1.0,
         image_weight: float = 10.0,
     ) -> Losses:
-        """The training losses (Sec. 3.3, Eq. 5; lambda = 10). `draws`: a row for each picture; None: fresh
-        ones from torch's default generator."""
+        """The training losses (Sec. 3.3, Eq. 5; lambda = 10). `draws`: a row for each picture;
+        None: fresh ones from torch's default generator."""
         images = self.encode_images(batch.pixels)
         hidden = self.read(batch.token_ids, images, batch.image_slot)
         text = self.text_loss(hidden, batch)
@@ -220,8 +225,8 @@ class MMInterleaved(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mean over all pictures of the batch, and each one's own loss [k].
 
-        A picture right after `<s>` has nothing to be drawn from: it counts as zero in the mean, as in
-        the published code, but is not computed.
+        A picture right after `<s>` has nothing to be drawn from: it counts as zero in the mean, as
+        in the published code, but is not computed.
         """
         pictures = batch.pictures
         if pictures is None or not len(pictures):

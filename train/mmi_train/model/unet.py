@@ -2,8 +2,8 @@
 
 The layers are those of diffusers' `UNet2DConditionModel`, under the same names; the forward pass is
 ours, in factored form: what depends only on the step (`time_rows`), only on the condition
-(`condition_keys_values`) or only on the images (`image_values`) is computed apart from `step`, which
-deployment calls many times.
+(`condition_keys_values`) or only on the images (`image_values`) is computed apart from `step`,
+which deployment calls many times.
 
 Letters: b pictures, x condition tokens, q queries (cells of a map), m images a picture looks at,
 n encoded images, s feature cells, h heads, d channels per head, c channels.
@@ -61,7 +61,7 @@ class UNet(nn.Module):
         self._level_sides, self._levels = tuple(level_sides), mmfs.levels
 
     def time_rows(self, timestep: Tensor) -> Tensor:
-        """Timesteps [b] to the time projection of every ResNet, in running order, [b, sum of widths]."""
+        """Timesteps [b] to the time projections of all ResNets, as they run: [b, sum of widths]."""
         frequencies = self.time_proj(timestep).to(self.conv_in.weight.dtype)
         embedding = F.silu(self.time_embedding(frequencies))
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.resnets()], dim=1)
@@ -134,8 +134,8 @@ class UNet(nn.Module):
         image_slot: Tensor | None = None,
         image_position: Tensor | None = None,
     ) -> Tensor:
-        """The composition of the four: latents [b, c, side, side], timestep [b], condition [b, x, c],
-        features [n, s, c] of all levels or None (no MMFS) to a prediction of the latents' shape."""
+        """The composition of the four: latents [b, c, side, side], timestep [b], condition
+        [b, x, c], features [n, s, c] of all levels, or None for no MMFS, to a prediction."""
         values = None if features is None else self.image_values(features)
         keys_values = self.condition_keys_values(condition)
         return self.step(
@@ -224,7 +224,15 @@ class LookBack(nn.Module):
     ) -> Tensor:
         """x [b, c, side, side], value [n, s, h, d], image_slot and image_position [b, m]."""
         query = self.query_norm(_cells(x)) + self.positions  # [b, q, c]
-        seen = self.mmfs(query, value, image_slot, image_position[:, None], self.reference)
+        seeing = (image_position > 0).any(dim=1)  # [b]
+        if not self.training or seeing.all():
+            seen = self.mmfs(query, value, image_slot, image_position[:, None], self.reference)
+        else:  # what pictures that see nothing get is known beforehand
+            seen = self.mmfs.output_proj(self.mmfs.null_value).expand(query.shape)
+            if seeing.any():
+                slot, position = image_slot[seeing], image_position[seeing, None]
+                found = self.mmfs(query[seeing], value, slot, position, self.reference)
+                seen = seen.index_put((seeing,), found.to(seen.dtype))
         return x + self.conv(_map(seen, x))
 
 

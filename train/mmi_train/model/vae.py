@@ -28,7 +28,7 @@ class Posterior(NamedTuple):
 
 
 class Vae(nn.Module):
-    """Pixels to latents and back. Latents that leave or enter are scaled by `config.scaling_factor`."""
+    """Pixels to latents and back. Latents outside are scaled by `config.scaling_factor`."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -63,6 +63,6 @@ class Vae(nn.Module):
         return self.decode_unclipped(latents).clamp(0, 1)
 
     def decode_unclipped(self, latents: Tensor) -> Tensor:
-        """As `decode`, but differentiable everywhere: what the autoencoder's own training compares."""
+        """As `decode`, but differentiable everywhere: what its own training compares."""
         patches = self.autoencoder.decode(latents / self.config.scaling_factor).sample
         return F.pixel_shuffle(patches, self.config.patch) / 2 + 0.5
