@@ -1,0 +1,362 @@
+"""The command line: what it prints, what it leaves behind, and how it fails."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.runtime.fake_model import fake_runtime
+from deploy.test_bundle import fill
+from mmi_deploy.bundle import write_bundle
+from mmi_deploy.cli import app, run
+from mmi_deploy.commands.generate import ENDS
+from mmi_deploy.commands.generate import generate as generate_command
+from mmi_deploy.config import from_json, to_json
+from mmi_deploy.document_files import read_document
+from mmi_deploy.graphs import Limits
+from mmi_deploy.images import to_png
+from mmi_deploy.presets import PRESETS, tiny
+from mmi_deploy.runtime.generation import GenerationOptions
+from mmi_deploy.runtime.runtime import Runtime
+
+COMMANDS = sorted(
+    command.callback.__name__ for command in app.registered_commands if command.callback
+)
+
+
+class Screen:
+    """Runs a command line and keeps what it printed."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+
+    def __call__(self, *arguments: object) -> int:
+        self._capture.readouterr()
+        code = run([str(argument) for argument in arguments])
+        self.out, self.err = self._capture.readouterr()
+        return code
+
+
+@pytest.fixture
+def mmi(capsys: pytest.CaptureFixture[str]) -> Screen:
+    return Screen(capsys)
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    """A document with a given picture and one to draw, in the words of the fake model."""
+    (tmp_path / "a.png").write_bytes(to_png(np.full((8, 8, 3), 90, np.uint8)))
+    path = tmp_path / "story.md"
+    path.write_text("![a grey square](a.png)\n\nw5 w6\n\n![]()\n\nw7\n")
+    return path
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle whose engines are the fake model's."""
+    with write_bundle(tmp_path / "bundle", tiny(), Limits(context=64)) as writer:
+        fill(writer)
+    monkeypatch.setattr(Runtime, "open", classmethod(lambda cls, *_, **__: fake_runtime()[0]))
+    return tmp_path / "bundle"
+
+
+def left_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(mmi: Screen, command: str) -> None:
+    assert mmi(command, "--help") == 0
+    assert f"mmi {command}" in mmi.out and "Example" in mmi.out
+
+
+def test_help_lists_every_command(mmi: Screen) -> None:
+    assert mmi("--help") == 0
+    assert all(f" {command} " in mmi.out for command in COMMANDS)
+
+
+def test_defaults_of_generate_are_those_of_the_library() -> None:
+    """The command's module may not import the runtime for them, so they stand twice."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(generate_command).parameters.items()
+    }
+    library = GenerationOptions()
+    shared = {field.name for field in fields(GenerationOptions)} & defaults.keys()
+    assert len(shared) >= 9
+    assert {n: defaults[n] for n in shared} == {n: getattr(library, n) for n in shared}
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+def test_generate_writes_a_folder_that_can_be_read_and_looked_at(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "out"
+    assert mmi("generate", story, "-o", out, "-b", bundle, "--max-tokens", 12) == 0
+    assert {"story.md", "index.html", "picture-01.png", "picture-02.png"} <= left_in(out)
+    assert len(read_document(out / "story.md").images) >= 2
+    assert "w5 w6" in mmi.out and "[picture 2: drawn]" in mmi.out
+    assert mmi.out.index("w5 w6") < mmi.out.index("[picture 2: drawn]") < mmi.out.index("w7")
+    assert str(out / "index.html") in mmi.err
+    html = (out / "index.html").read_text()
+    assert "w5 w6" in html and "seed" in html and "plain:4" in html
+    assert left_in(out.parent) == {"out"}
+
+
+def test_generate_as_json_tells_what_is_in_the_folder(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert mmi("generate", story, "-o", out, "-b", bundle, "--max-tokens", 5, "--json") == 0
+    report = json.loads(mmi.out)
+    assert mmi.err == ""
+    assert report["reason"] in ENDS and report["tokens"] <= 5 and report["images"] >= 1
+    pictures = [part["image"] for part in report["parts"] if "image" in part]
+    assert sorted(name for name in left_in(out) if name.startswith("picture")) == pictures
+    assert [part["generated"] for part in report["parts"]][:4] == [False, False, True, False]
+    assert report["stages"]["denoise"]["count"] == 4 * report["images"]
+
+
+def test_the_same_seed_gives_the_same_story(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path
+) -> None:
+    written = {}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        out = tmp_path / name
+        assert mmi("generate", story, "-o", out, "-b", bundle, "--seed", seed) == 0
+        written[name] = {
+            path.name: path.read_bytes() for path in out.iterdir() if path.name != "index.html"
+        }
+    assert written["a"] == written["b"] != written["c"]
+
+
+def test_a_folder_of_somebody_else_is_refused_before_any_work(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "thesis.tex").touch()
+    assert mmi("generate", story, "-o", out, "-b", bundle) == 2
+    assert mmi.out == "" and mmi.err.startswith("mmi: ") and "--force" in mmi.err
+    assert left_in(out) == {"thesis.tex"}
+    assert mmi("generate", story, "-o", out, "-b", bundle, "--force") == 0
+    assert mmi("generate", story, "-o", out, "-b", bundle) == 0  # now it is ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["missing.md"], "cannot read missing.md"),
+        (["{story}", "--temperature", "-1"], "temperature"),
+        (["{story}", "--top-p", "0"], "top_p is out of range"),
+    ],
+)
+def test_wrong_arguments_are_told_in_a_line(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path, arguments: list[str], reason: str
+) -> None:
+    filled = [argument.format(story=story) for argument in arguments]
+    assert mmi("generate", *filled, "-b", bundle, "-o", tmp_path / "out") == 2
+    assert reason in mmi.err and "Traceback" not in mmi.err
+    assert "out" not in left_in(tmp_path)
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Make generation fail after its first event."""
+
+    def arrange(error: BaseException) -> None:
+        from mmi_deploy.runtime import generation
+
+        real = generation.generate
+
+        def broken(*arguments: Any) -> Iterator[Any]:
+            yield next(iter(real(*arguments)))
+            raise error
+
+        monkeypatch.setattr(generation, "generate", broken)
+
+    return arrange
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "mmi: stopped\n"),
+        (FULL, 2, "mmi: the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "x/y"), 2, "mmi: x/y: Permission"),
+        (ValueError("odd\nthing"), 1, "mmi: unexpected ValueError: odd thing. Run it again as"),
+    ],
+)
+def test_whatever_goes_wrong_is_one_line_and_leaves_nothing(
+    mmi: Screen,
+    story: Path,
+    bundle: Path,
+    fail: Callable[[BaseException], None],
+    error: BaseException,
+    code: int,
+    says: str,
+) -> None:
+    folder = story.parent
+    before = left_in(folder)
+    fail(error)
+    assert mmi("generate", story, "-b", bundle, "-o", folder / "out") == code
+    assert mmi.err.strip().splitlines()[-1].startswith(says.strip())
+    assert mmi.err.count("mmi: ") >= 1 and "Traceback" not in mmi.err
+    assert left_in(folder) == before
+
+
+def test_debug_shows_the_traceback(
+    mmi: Screen, story: Path, bundle: Path, fail: Callable[[BaseException], None]
+) -> None:
+    fail(ValueError("odd"))
+    with pytest.raises(ValueError, match="odd"):
+        mmi("--debug", "generate", story, "-b", bundle, "-o", story.parent / "out")
+
+
+def test_an_unknown_command_or_option_exits_2(mmi: Screen) -> None:
+    assert mmi("dance") == 2
+    assert mmi("generate", "--fast") == 2
+
+
+def program(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """A fresh process that runs `code`, then the command line."""
+    script = f"{code}\nfrom mmi_deploy.cli import main\nmain()"
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+    )
+
+
+def test_a_missing_extra_is_named(story: Path, tmp_path: Path) -> None:
+    process = program(
+        "import sys; sys.modules['onnxruntime'] = None", "generate", story, "-o", tmp_path / "out"
+    )
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == ""
+    assert err == (
+        "mmi: `mmi generate` needs onnxruntime, which is not installed. "
+        "install it with: pip install 'mmi_deploy[cpu]'\n"
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_no_temporary_folder(
+    story: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """A real signal in the middle of a generation that has already begun to write."""
+    slow = r"""
+import time
+from deploy.runtime.fake_model import fake_runtime
+from mmi_deploy.runtime import generation
+from mmi_deploy.runtime.runtime import Runtime
+Runtime.open = classmethod(lambda cls, *_, **__: fake_runtime()[0])
+def forever(*_):
+    print("\nbegun", flush=True)
+    time.sleep(60)
+    yield
+generation.generate = forever
+"""
+    before = left_in(tmp_path)
+    process = program(slow, "generate", story, "-o", tmp_path / "out")
+    assert process.stdout is not None
+    while (line := process.stdout.readline()).strip() != "begun":
+        assert line, process.communicate()[1]
+    assert left_in(tmp_path) != before
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == code
+    assert left_in(tmp_path) == before
+
+
+# --- inspect and verify ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_inspect_prints_a_preset_that_can_be_read_back(mmi: Screen, preset: str) -> None:
+    assert mmi("inspect", "--preset", preset) == 0
+    assert from_json(mmi.out) == PRESETS[preset]()
+
+
+def test_inspect_lists_presets(mmi: Screen) -> None:
+    assert mmi("inspect", "--json") == 0
+    assert set(json.loads(mmi.out)) == set(PRESETS)
+    assert mmi("inspect") == 0
+    assert all(preset in mmi.out for preset in PRESETS)
+
+
+def test_inspect_counts_parameters_of_a_model_folder(mmi: Screen, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    (tmp_path / "config.json").write_text(to_json(tiny()))
+    weights = {"vision.a": np.zeros((3, 4), np.float32), "llm.b.c": np.zeros(1000, np.float16)}
+    save_file({**weights, "llm.d": np.zeros((), np.float32)}, tmp_path / "model.safetensors")
+    assert mmi("inspect", tmp_path, "--json") == 0
+    assert json.loads(mmi.out)["parameters"] == {"vision": 12, "llm": 1001}
+    assert mmi("inspect", tmp_path) == 0
+    assert "1,013" in mmi.out and "98.8%" in mmi.out
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
+    assert mmi("inspect", tmp_path) == 2
+    assert "no safetensors file" in mmi.err
+
+
+def test_inspect_shows_graphs_and_receipts_of_a_bundle(
+    mmi: Screen, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert mmi("inspect", bundle, "--tensors") == 0
+    for word in ("denoise_step", "ddim:4", "the model", "1.0e-06 of 1e-04", "past_key.00"):
+        assert word in mmi.out
+    assert mmi("inspect", bundle, "--json") == 0
+    assert json.loads(mmi.out)["limits"]["context"] == 64
+
+
+def test_inspect_refuses_what_is_neither(mmi: Screen, tmp_path: Path) -> None:
+    assert mmi("inspect", tmp_path) == 2
+    assert "neither a bundle nor a model folder" in mmi.err
+    assert mmi("inspect", tmp_path, "--preset", "tiny") == 2
+    assert mmi("inspect", "--preset", "huge") == 2
+    assert "there is no preset 'huge'" in mmi.err
+
+
+def test_verify_finds_a_changed_byte(mmi: Screen, bundle: Path) -> None:
+    assert mmi("verify", bundle, "--json") == 0
+    assert json.loads(mmi.out)["ok"] is True
+    assert mmi("verify", bundle) == 0 and "6 receipts" in mmi.out
+    weights = bundle / "graphs" / "llm.safetensors"
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    weights.write_bytes(b"Weights")
+    os.utime(weights, ns=times)  # only the bytes tell
+    assert mmi("verify", bundle) == 2
+    assert "llm.safetensors has changed" in mmi.err
+
+
+def test_verify_can_run_every_graph(mmi: Screen, bundle: Path) -> None:
+    assert mmi("verify", bundle, "--run", "--json") == 0
+    report = json.loads(mmi.out)
+    assert (report["tokens"], report["pictures"]) == (4, 1)
