@@ -121,8 +121,7 @@ class _Generation:
         try:
             yield from self._read()
             reason = yield from self._write()
-            if reason != "stop":
-                yield from self._rest_of_text()
+            yield from self._rest_of_text()
         except _Cancelled:
             reason = "cancelled"
         yield Finished(reason, self.written, self.drawn, self.session.timings)

@@ -21,7 +21,10 @@ from mmi_deploy.runtime.events import (
     TextDelta,
 )
 from mmi_deploy.runtime.generation import GenerationOptions, generate
+from mmi_deploy.runtime.rng import text_uniform
 from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.runtime.session import Session
+from mmi_deploy.runtime.text_sampling import never_sampled, sample
 
 TOKENS = fake_config().tokens
 PROMPT = document_of(Text("w5 w6"))
@@ -154,6 +157,8 @@ def test_stop_texts_end_and_are_not_given_out() -> None:
     assert story(run(10, 11, 12, 13, stop=("w12",))[0]) == ["text:w10 w11 ", "stop 3 0"]
     # It may begin in one token and end in the next; what only looked like it comes out.
     assert story(run(10, 11, 12, 13, stop=("1 w12",))[0]) == ["text:w10 w1", "stop 3 0"]
+    assert story(run(10, 11, 12, stop=("w11", "w10"))[0]) == ["stop 1 0"]
+    assert story(run(10, 11, 12, stop=("1 w12", "w11 w12"))[0]) == ["text:w10 ", "stop 3 0"]
     assert story(run(10, 11, TOKENS.eos, stop=("w11 w9",))[0]) == ["text:w10 w11", "end 2 0"]
 
 
@@ -183,6 +188,25 @@ def test_the_same_seed_repeats_everything_and_another_does_not() -> None:
     (words, images), (again, images_again), (others, _) = told(3), told(3), told(4)
     assert words == again and words != others
     assert all((a == b).all() for a, b in zip(images, images_again, strict=True))
+
+
+def test_a_token_is_drawn_by_its_place_in_the_document() -> None:
+    """So that the PyTorch path, which keeps no count of its own, draws the same."""
+    runtime, log = fake_runtime()
+    document = document_of(Image(picture(0)), Text("w7"))
+    options = GenerationOptions(seed=9, max_tokens=1, temperature=2.0, top_p=1.0)
+    text = next(e.text for e in generate(runtime, document, options) if isinstance(e, TextDelta))
+    session = Session(runtime)
+    session.append_text([TOKENS.bos])
+    session.append_image(picture(0))
+    session.append_text([7])
+    token = sample(
+        session.next_logits(),
+        options.sampling,
+        text_uniform(9, place=6),  # `<s>`, the image's four tokens and a word come before
+        banned=never_sampled(TOKENS),
+    )
+    assert text == f"w{token}"
 
 
 def test_the_penalty_counts_the_current_turn_alone() -> None:

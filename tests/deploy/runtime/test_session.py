@@ -156,16 +156,16 @@ def test_the_unet_sees_earlier_pictures_of_the_document_nearest_first() -> None:
     session = Session(runtime)
     session.append_text([BOS, 5])
     drawn = []
-    for number in range(5):
-        if number == 3:
+    for number in range(6):
+        if number == 4:
             session.append_text([BOS])
         session.append_text([6, BOI])
         drawn.append(session.draw(seed=number))
     row = np.array([session.token_ids])
-    whole = picture_positions(row, TOKENS, 5, 2)[0]
-    assert whole.tolist()[2] == [2, 1, 0, 0, 0] and whole.tolist()[4] == [0, 0, 0, 1, 0]
+    whole = picture_positions(row, TOKENS, 6, 2)[0]
+    assert whole.tolist()[3] == [0, 2, 1, 0, 0, 0] and whole.tolist()[5] == [0, 0, 0, 0, 1, 0]
     values = [call["features"].mean(axis=1) for call in log.of("image_values")]
-    assert len(values) == 5
+    assert len(values) == 6
     firsts = [call for call in log.of("denoise_step") if call["step"] == 0]
     for number, call in enumerate(firsts):
         told = {
