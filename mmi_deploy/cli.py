@@ -15,8 +15,10 @@ from typing import Annotated
 
 import typer
 
+from mmi_deploy.commands.evaluate import evaluate
 from mmi_deploy.commands.generate import generate
 from mmi_deploy.commands.inspect import inspect
+from mmi_deploy.commands.train import train
 from mmi_deploy.commands.verify import verify
 from mmi_deploy.errors import MmiError
 
@@ -101,6 +103,11 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
+app.command(
+    epilog="Examples:  mmi train -o runs/tiny  ·  mmi train -o runs/trial --steps 100  ·  "
+    "mmi train -o runs/more --start assets/tiny --world medium"
+)(train)
+app.command(epilog="Example:  mmi evaluate assets/tiny --count 32")(evaluate)
 app.command(
     epilog="Examples:  mmi generate examples/story.md -o out  ·  "
     "mmi generate story.md --seed 7 --max-images 2 --temperature 0.7  ·  "

@@ -41,9 +41,9 @@ h1 { font-size: 1.3rem; margin: 2.5rem 0 .25rem; overflow-wrap: anywhere; }
 .text .generated { box-shadow: 0 0 0 .15rem var(--made-soft); }
 figure { margin: 1.5rem 0; padding-left: .9rem; border-left: .25rem solid var(--line); }
 figure.generated { border-color: var(--made); }
-img { display: block; width: 100%; max-width: 20rem; height: auto; border-radius: .4rem;
+img { display: block; max-width: 100%; height: auto; border-radius: .4rem;
   background: var(--line); }
-img.small { image-rendering: pixelated; }
+img.small { width: 100%; max-width: 20rem; image-rendering: pixelated; }
 figcaption { color: var(--faint); font-size: .8rem; margin-top: .4rem; overflow-wrap: anywhere; }
 .generated figcaption b { color: var(--made); font-weight: 600; }
 footer { border-top: 1px solid var(--line); color: var(--faint); font-size: .85rem;

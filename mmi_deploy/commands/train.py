@@ -1,0 +1,56 @@
+"""`mmi train`: the tiny model from nothing, on a world that is drawn while it learns."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mmi_deploy.commands.needs import extras
+from mmi_deploy.commands.screen import results
+from mmi_deploy.errors import ConfigError
+
+World = Literal["easy", "medium", "hard"]
+FROM_NOTHING = "tiny"
+
+
+def train(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for checkpoints, curves and the model.")
+    ] = Path("runs/tiny"),
+    preset: Annotated[str, typer.Option(help="What to train; see `mmi inspect`.")] = FROM_NOTHING,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the main stage.", show_default="the recipe's"),
+    ] = None,
+    world: Annotated[World, typer.Option(help="How hard the drawn scenes are.")] = "easy",
+    start: Annotated[
+        Path | None,
+        typer.Option(help="A model folder to go on from.", show_default="new weights"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
+) -> None:
+    """Train a model: first its autoencoder, then text and pictures together.
+
+    Stop it whenever you like: the same command goes on from the last checkpoint and ends with the
+    same weights. A usable model lies in OUT/model after every checkpoint.
+    """
+    from mmi_deploy.presets import preset as preset_called
+
+    config = preset_called(preset)
+    if preset != FROM_NOTHING:
+        raise ConfigError(
+            f"{preset} is built on pre-trained parts, which cannot be trained from nothing",
+            expected=FROM_NOTHING,
+            got=preset,
+        )
+    with extras("train"):
+        from mmi_train.data import world as worlds
+        from mmi_train.recipes import train_from_scratch
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model = train_from_scratch(
+        config, out, world=getattr(worlds, world)(), steps=steps, seed=seed, start=start
+    )
+    results().print(f"{model}: export it with `mmi export {model}`")
