@@ -25,6 +25,7 @@ from mmi_deploy.config import DiffusionConfig
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.graphs import STATE, TERMS
 from mmi_deploy.schedule import HISTORY_START, LATENTS, NOISE, PREDICTION, Schedule
+from mmi_train.model.diffusion import scheduler_options
 
 Spacing = Literal["leading", "trailing", "linspace"]
 """How diffusers spreads the steps over the training steps; `leading` is Stable Diffusion's."""
@@ -40,7 +41,7 @@ class _Solver:
 
 _SOLVERS = {
     "ddpm": _Solver(DDPMScheduler, {"variance_type": "fixed_small", "clip_sample": False}),
-    "ddim": _Solver(DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddim": _Solver(DDIMScheduler, {"clip_sample": False}),
     "dpmpp_2m": _Solver(
         DPMSolverMultistepScheduler,
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"},
@@ -56,11 +57,7 @@ def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: Spacing 
         raise ConfigError(f"there is no sampler {name!r}", expected=", ".join(SOLVERS))
     solver = _SOLVERS[name]
     return solver.scheduler(
-        num_train_timesteps=diffusion.steps,
-        beta_start=diffusion.beta_start,
-        beta_end=diffusion.beta_end,
-        beta_schedule=diffusion.beta_schedule,
-        prediction_type=diffusion.prediction,
+        **scheduler_options(diffusion),
         timestep_spacing=spacing,
         steps_offset=1 if spacing == "leading" else 0,
         **solver.options,
