@@ -13,6 +13,11 @@ from transformers import AttentionInterface
 CLIP_IMPLEMENTATION = "mmi"
 
 
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether a gradient will flow back to `x` on a CPU (and nothing is being exported)."""
+    return x.requires_grad and x.device.type == "cpu" and not torch.compiler.is_exporting()
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
@@ -22,14 +27,14 @@ def attend(
     key sees all of them alike. `dropout` acts on the weights.
 
     In training on a CPU the two products are written out, because the backward of PyTorch's fused
-    attention is several times slower there; everywhere else, as in every export, it is the fused one.
+    attention is several times slower there; everywhere else, as in an export, it is the fused one.
     """
     bias = None
     if mask is not None:
         bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(
             ~mask, torch.finfo(query.dtype).min
         )
-    if query.device.type == "cpu" and query.requires_grad:
+    if trains_on_cpu(query):
         logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # [b, h, q, k]
         weight = (logits if bias is None else logits + bias).softmax(-1)
         return F.dropout(weight, dropout, training=dropout > 0) @ value
@@ -57,7 +62,7 @@ def _clip_attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """`attend` as one of transformers' attention functions; CLIP's vision tower masks nothing."""
-    assert attention_mask is None and scaling == module.head_dim**-0.5
+    assert attention_mask is None and scaling == query.shape[-1] ** -0.5
     return attend(query, key, value, dropout=dropout).transpose(1, 2), None
 
 

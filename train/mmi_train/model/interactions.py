@@ -21,7 +21,7 @@ EXTRA_EXTRACTORS = 2  # after the last interaction, as in ViT-Adapter
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention (Deformable DETR, Eq. 3), values of `ratio * width` channels.
+    """Multi-scale deformable attention (Deformable DETR, Eq. 3), `ratio * width` value channels.
 
     Offsets are in cells of the level they sample: location = reference + offset / level side.
     """

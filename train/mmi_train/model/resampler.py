@@ -1,9 +1,11 @@
-"""Any number of context tokens to a fixed number: Flamingo's Perceiver Resampler, BLIP-2's Q-Former.
+"""Any number of tokens to a fixed number: Flamingo's Perceiver Resampler or BLIP-2's Q-Former.
 
 Shapes: b batch, x context tokens, q queries, c width, h heads, d channels per head.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +79,10 @@ class QFormerLayer(nn.Module):
 
     def __init__(self, config: ResamplerConfig, cross: bool) -> None:
         super().__init__()
-        options = {"bias": True, "qk_norm": config.qk_norm, "dropout": config.dropout}
-        self.self_attention = Attention(config, config.width, **options)
+        attention = partial(Attention, bias=True, qk_norm=config.qk_norm, dropout=config.dropout)
+        self.self_attention = attention(config, config.width)
         self.self_norm = nn.LayerNorm(config.width, eps=config.eps)
-        self.cross_attention = Attention(config, config.context_width, **options) if cross else None
+        self.cross_attention = attention(config, config.context_width) if cross else None
         self.cross_norm = nn.LayerNorm(config.width, eps=config.eps) if cross else None
         self.fc1 = nn.Linear(config.width, config.mlp_width)
         self.fc2 = nn.Linear(config.mlp_width, config.width)
@@ -163,6 +165,7 @@ class Resampler(nn.Module):
         rows = self.context_proj(positions)
         self.queries.copy_(0.3 * (rows - rows.mean()) / rows.std())
         for layer in self.layers:
+            assert isinstance(layer, PerceiverLayer)
             layer.attention.key_proj.weight.copy_(4 * layer.attention.query_proj.weight)
             layer.query_norm.weight.fill_(0.5)
 

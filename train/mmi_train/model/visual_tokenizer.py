@@ -26,7 +26,7 @@ class VisualFeatures(NamedTuple):
 
 
 def flatten_maps(maps: tuple[Tensor, ...]) -> Tensor:
-    """[n, c, side, side] of every level, finest first -> [n, s, c], level after level, row-major."""
+    """[n, c, side, side] of every level, finest first -> [n, s, c]: by level, row-major in each."""
     return torch.cat([map_to_tokens(level) for level in maps], 1)
 
 
@@ -36,6 +36,11 @@ class VisualTokenizer(nn.Module):
     The sin/cos position table is that of a grid of `position_grid` cells, with a row of zeros for
     the class token; it is resized (bicubic) to the grid of the patches and of every map.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    position_table: Tensor
+    token_positions: Tensor
 
     def __init__(self, vision: VisionConfig, resampler: ResamplerConfig, out_width: int) -> None:
         super().__init__()
@@ -89,7 +94,7 @@ class VisualTokenizer(nn.Module):
 
 
 def _query_start(vision: VisionConfig, resampler: ResamplerConfig) -> Tensor | None:
-    """A perceiver's queries start spread over the image, a Q-Former's as published."""
+    """A perceiver's queries, if they form a square, start spread over the image."""
     side = round(resampler.queries**0.5)
     if resampler.form != "perceiver" or side * side != resampler.queries:
         return None

@@ -116,19 +116,12 @@ class VitAdapter(nn.Module):
         with torch.no_grad():
             self.embeddings.position_embedding.weight[1:] = 0.3 * table_2d(self.config.grid, width)
             self.embeddings.position_embedding.weight[0] = 0
-        for layer in self.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            inner = width**-0.5 * (2 * layers) ** -0.5
-            for linear, std in (
-                (attention.q_proj, width**-0.5),
-                (attention.k_proj, width**-0.5),
-                (attention.v_proj, width**-0.5),
-                (attention.out_proj, inner),
-                (mlp.fc1, (2 * width) ** -0.5),
-                (mlp.fc2, inner),
-            ):
-                nn.init.normal_(linear.weight, std=std)
-                nn.init.zeros_(linear.bias)
+        to_residual = width**-0.5 * (2 * layers) ** -0.5
+        std = {"out_proj": to_residual, "fc2": to_residual, "fc1": (2 * width) ** -0.5}
+        for name, module in self.layers.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std.get(name.split(".")[-1], width**-0.5))
+                nn.init.zeros_(module.bias)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Normalised pixels [n, 3, image_size, image_size] -> tokens [n, 1 + g * g, c], the class
@@ -167,8 +160,8 @@ class VitAdapter(nn.Module):
             for level, side in zip(levels, (side2, side3, side4), strict=True)
         )
         c1 = self.upsample(c2) + c1
-        # One stage for each map; of another number of stages those nearest to the quarters.
-        x1, x2, x3, x4 = (stages[(i + 1) * len(stages) // 4 - 1] for i in range(4))
+        # One stage for each map; another number of stages is spread over the four, last to last.
+        x1, x2, x3, x4 = (stages[-(-i * len(stages) // 4) - 1] for i in range(1, 5))
         maps = (
             c1 + resize_map(x1, side1),
             c2 + resize_map(x2, side2),
