@@ -23,7 +23,7 @@ from mmi_train.data.world import Split, WorldConfig
 from mmi_train.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 
-MIXTURE = MappingProxyType({"reading": 12, "drawing": 16, "segmentation": 4, "story": 6})
+MIXTURE = MappingProxyType({"reading": 8, "drawing": 12, "segmentation": 2, "story": 4})
 """Documents of each kind in one part of a step."""
 
 TEXT_WEIGHT = MappingProxyType({"story": 0.2})
@@ -95,7 +95,7 @@ class InterleavedStage:
 
     def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
         config = self.model.config
-        rows = make_rows(self.documents(rng), self.row_length, config.tokens)
+        rows = make_rows(self.documents(rng), config.tokens, self.row_length)
         batch = batch_of(rows, config.tokens)
         images = self.model.encode_images(batch.pixels)
         position, mask = isolated(batch.token_ids, config.tokens)

@@ -126,7 +126,7 @@ def train(
                 if not bool(torch.isfinite(losses["total"])):
                     raise WeightsError(
                         f"the loss of {stage.name} is not finite at step {step}",
-                        got={name: float(value) for name, value in losses.items()},
+                        got={name: float(value.detach()) for name, value in losses.items()},
                         fix="lower the rate or train in fp32; the last checkpoint is intact",
                     )
                 (losses["total"] / run.accumulate).backward()

@@ -30,12 +30,13 @@ FROM_SCRATCH = (GroupRule(r"image_decoder\.vae\.", rate=0.0), GroupRule(r"look_b
 
 TABLE_11 = (
     GroupRule(r"^image_decoder\.vae\.", rate=0.0),
-    GroupRule(r"^vision\..*clip\.", rate=0.0),
+    GroupRule(r"^vision\.encoder\.(embeddings|pre_norm|layers)\.", rate=0.0),
     GroupRule(r"look_back\.gate$", decay=0.0),
     GroupRule(r"offset_proj", rate=0.1, decay=0.0),
     GroupRule(r"^llm\..*look_back\."),
     GroupRule(r"^llm\.", rate=0.0),
-    GroupRule(r"^head\.base\.", rate=0.0),
+    GroupRule(r"^head\.head\.", rate=0.0),
+    GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0),
     GroupRule(r"^image_decoder\.unet\.(?!look_back)", rate=0.1),
 )
 """The published run: CLIP, the LLM body, its embeddings and head and the VAE are frozen; the U-Net

@@ -103,9 +103,11 @@ def _assign(documents: Sequence[TokenDocument], length: int) -> list[list[TokenD
     return rows
 
 
-def make_rows(documents: Sequence[TokenDocument], length: int, tokens: TokenConfig) -> Rows:
-    """Pack whole documents into rows of about `length` tokens."""
-    assigned = _assign(documents, length)
+def make_rows(
+    documents: Sequence[TokenDocument], tokens: TokenConfig, length: int | None = None
+) -> Rows:
+    """Pack whole documents into rows of about `length` tokens; None: a row each, in their order."""
+    assigned = [[document] for document in documents] if length is None else _assign(documents, length)
     width = max(sum(document.size for document in row) for row in assigned)
     most = max(sum(len(document.images) for document in row) for row in assigned)
     token_ids = np.full((len(assigned), width), tokens.pad, np.int64)
