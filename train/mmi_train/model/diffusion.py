@@ -19,6 +19,9 @@ from mmi_deploy.errors import ConfigError
 class Diffusion(nn.Module):
     """The process of `config`. Holds no parameters; timesteps are [b] in [0, config.steps)."""
 
+    signal: Tensor
+    sigma: Tensor
+
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
         self.config = config

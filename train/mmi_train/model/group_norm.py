@@ -6,9 +6,13 @@ slower on a CPU, and less exact, than in fp32.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -20,7 +24,7 @@ class GroupNorm(nn.GroupNorm):
         )
 
 
-def with_exact_group_norms(module: nn.Module) -> nn.Module:
+def with_exact_group_norms(module: Model) -> Model:
     """`module`, every `nn.GroupNorm` in it replaced by a `GroupNorm` of the same parameters."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

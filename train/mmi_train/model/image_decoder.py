@@ -73,6 +73,8 @@ class DrawingStep:
 class ImageDecoder(nn.Module):
     """Context resampler, U-Net with MMFS, diffusion and autoencoder."""
 
+    context_positions: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config.image_decoder

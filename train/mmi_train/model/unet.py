@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -77,7 +78,7 @@ class UNet(nn.Module):
     def image_values(self, features: Tensor) -> list[Tensor]:
         """Features [n, s, c] of all levels to the MMFS values [n, s', h, d] of every block."""
         features = take_levels(features, self._level_sides, self._levels)
-        return [block.values(features) for block in self.look_back]
+        return [cast(LookBack, block).values(features) for block in self.look_back]
 
     def step(
         self,
@@ -160,9 +161,8 @@ class UNet(nn.Module):
         transformer: Transformer2DModel | None,
         pairs: Iterator[KeyValue],
     ) -> Tensor:
-        arguments = [x, resnet, time_row, transformer]
-        if transformer is not None:
-            arguments += next(pairs)
+        pair = None if transformer is None else next(pairs)
+        arguments = (x, resnet, time_row, transformer, pair)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(_run_layer, *arguments, use_reentrant=False)
         return _run_layer(*arguments)
@@ -208,8 +208,8 @@ class LookBack(nn.Module):
         self.value_norm = nn.LayerNorm(feature_width, eps=1e-6)
         self.mmfs = Mmfs(mmfs, channels, feature_width, channels, sides, base_grid)
         self.conv = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
         table = table_2d(finest_side, channels)
         self.register_buffer("table", table, persistent=False)  # kept: published files hold it
         self.register_buffer("positions", resize_table(table, side), persistent=False)  # [q, c]
@@ -267,12 +267,13 @@ def _run_layer(
     resnet: ResnetBlock2D,
     time_row: Tensor,
     transformer: Transformer2DModel | None,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
+    pair: KeyValue | None,
 ) -> Tensor:
     """A ResNet with its time row [b|1, c], then, if there is one, its transformer."""
     x = _run_resnet(resnet, x, time_row)
-    return x if transformer is None else _run_transformer(transformer, x, key, value)
+    if transformer is None or pair is None:
+        return x
+    return _run_transformer(transformer, x, *pair)
 
 
 def _run_resnet(resnet: ResnetBlock2D, x: Tensor, time_row: Tensor) -> Tensor:
