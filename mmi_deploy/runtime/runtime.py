@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.config import ModelConfig
@@ -51,6 +52,7 @@ class Runtime:
         self.tokenizer = tokenizer
         self.memory = memory
         self.graphs = graphs(config, limits)
+        self._loading = Lock()
         self._load_engine = load_engine
         self._load_schedule = load_schedule
         self._engines: dict[str, Engine] = {}
@@ -85,9 +87,10 @@ class Runtime:
 
     def engine(self, name: str) -> Engine:
         """The engine of one graph; loads it the first time."""
-        if name not in self._engines:
-            self._engines[name] = self._load_engine(self.graphs[name])
-        return self._engines[name]
+        with self._loading:
+            if name not in self._engines:
+                self._engines[name] = self._load_engine(self.graphs[name])
+            return self._engines[name]
 
     def load(self) -> None:
         """Load every engine now, so that the first request does not wait."""

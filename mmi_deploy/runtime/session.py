@@ -123,7 +123,9 @@ class Session:
         if not self.token_ids:
             raise DocumentError("an empty document has no next token", fix="begin with `<s>`")
         self._read_waiting()
-        return self._logits.read()[0, 0]
+        logits: Logits = self._logits.read()[0, 0]
+        check_finite(logits, f"the logits after {len(self.token_ids)} tokens")
+        return logits
 
     def _read_waiting(self) -> None:
         """Run the LLM over the tokens that wait: one run, whatever they are."""
@@ -248,11 +250,7 @@ class Session:
             pixels = (
                 self.runtime.engine("vae_decoder").run({"latents": latents})["pixels"].read()[0]
             )
-        if not np.isfinite(pixels).all():
-            raise EngineError(
-                f"picture {picture} came out with values that are not finite",
-                fix="check the bundle with `mmi verify`; lower the precision of fewer layers",
-            )
+        check_finite(pixels, f"the pixels of picture {picture}")
         return to_rgb(pixels)
 
     def _context(self) -> dict[str, Array]:
@@ -273,6 +271,15 @@ class Session:
         images = np.flatnonzero(position[0])
         slots = np.array([self._unet_values.slot(int(image)) for image in images], np.int32)
         return pad_images(slots, position[:, images], seen)
+
+
+def check_finite(array: Array, what: str) -> None:
+    """Raise `EngineError` for NaN or infinity: they must not pass for a text or a black picture."""
+    if not np.isfinite(array).all():
+        raise EngineError(
+            f"{what} are not finite",
+            fix="check the bundle with `mmi verify`; a target of low precision may overflow",
+        )
 
 
 def pad_images(

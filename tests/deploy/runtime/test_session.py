@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ from deploy.runtime.fake_model import (
     picture,
     vae_decoder,
 )
-from mmi_deploy.errors import DocumentError
+from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.graphs import IMAGE_SLOT_PADDING, Limits
 from mmi_deploy.images import to_rgb
 from mmi_deploy.layout import image_positions, picture_positions
@@ -261,6 +263,41 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(DocumentError, match="too long; expected at most 12 tokens; got 13"):
         session.append_text([5, 5, 5, 5])
     assert len(session.token_ids) == 9
+
+
+@pytest.mark.parametrize("graph", ["llm", "vae_decoder"])
+def test_numbers_that_are_not_finite_are_an_error(graph: str) -> None:
+    """SD 2.1 in fp16 has given black pictures: NaN must not pass for one, nor for a token."""
+    runtime, _ = fake_runtime()
+    engine, output = runtime.engine(graph), "logits" if graph == "llm" else "pixels"
+    real = engine._execute
+
+    def execute(inputs: Any, outputs: Any) -> None:
+        real(inputs, outputs)
+        outputs[output].read().flat[-1] = np.nan
+
+    engine._execute = execute  # type: ignore[method-assign]
+    session = Session(runtime)
+    session.append_text([BOS, BOI])
+    with pytest.raises(EngineError, match=f"the {output} .* are not finite"):
+        if graph == "llm":
+            session.next_logits()
+        else:
+            session.draw()
+
+
+def test_sessions_that_take_turns_do_not_disturb_each_other() -> None:
+    """One runtime, two documents: each has its own caches, whatever was bound before."""
+    expected, _ = full_document()
+    runtime, _ = fake_runtime()
+    first, second = Session(runtime), Session(runtime)
+    second.append_text([BOS, 30])
+    for part in PARTS:
+        append(first, part)
+        first.next_logits()
+        second.append_text([31])
+        second.next_logits()
+    np.testing.assert_allclose(first.next_logits(), expected.next_logits(), atol=1e-6)
 
 
 def test_stages_are_timed() -> None:
