@@ -21,7 +21,8 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mmi: Python 3.11 or newer is needed; got $$($(PYTHON) --version). Run: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "installing into $(VENV); the first time this takes some minutes"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
 $(BUNDLE)/bundle.json: $(INSTALLED) $(wildcard assets/tiny/*)
