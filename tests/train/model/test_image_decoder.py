@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mmi_deploy.config import DiffusionConfig, VaeConfig
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.presets import tiny
+from mmi_deploy.presets import PRESETS, released_13b, tiny
 from mmi_train.model.diffusion import Diffusion, ddim, scheduler_options
 from mmi_train.model.image_decoder import (
     CONDITION_DROP,
@@ -249,3 +249,41 @@ def test_qformer_decoder_of_the_release_has_the_same_interface() -> None:
     posterior = Posterior(normal(*shape), normal(*shape))
     losses = model.losses(posterior, condition, look_back(2), model.draws(2))
     assert losses.shape == (2,) and bool(torch.isfinite(losses).all())
+
+
+def millions(*modules: torch.nn.Module) -> float:
+    return sum(p.numel() for module in modules for p in module.parameters()) / 1e6
+
+
+def test_released_sizes_are_those_of_the_published_model() -> None:
+    """Millions of parameters in the published module tree, its sin/cos tables left out."""
+    with torch.device("meta"):
+        model = ImageDecoder(released_13b())
+    look_back = millions(model.unet.look_back)
+    assert look_back == pytest.approx(57.0, abs=0.05)
+    assert millions(model.unet) - look_back == pytest.approx(865.9, abs=0.05)
+    assert millions(model.vae) == pytest.approx(83.7, abs=0.05)
+    assert millions(model.resampler) == pytest.approx(23.2, abs=0.05)
+    assert millions(model.context_proj) == pytest.approx(26.2, abs=0.05)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_draws_pictures_of_its_size(name: str) -> None:
+    """Shapes through condition, U-Net with MMFS and autoencoder, without a single number."""
+    config = PRESETS[name]()
+    with torch.device("meta"):
+        model = ImageDecoder(config).to("meta")  # its constant tables hold numbers
+        condition = model.condition(torch.empty(1, 3, config.llama.width), torch.tensor([3]))
+        cells = sum(side * side for side in config.vision.level_sides)
+        features = torch.empty(2, cells, config.vision.width)
+        keys_values = model.unet.condition_keys_values(condition)
+        values = model.unet.image_values(features)
+        latents = torch.empty(1, *model.latent_shape)
+        pixels = model.vae.decode(latents)
+    decoder = config.image_decoder
+    assert condition.shape == (1, decoder.resampler.queries, decoder.unet.condition_width)
+    assert [key.shape[2] for key, _ in keys_values] == list(decoder.unet.cross_attention_widths)
+    own = sum(config.vision.level_sides[level] ** 2 for level in decoder.mmfs.levels)
+    assert {value.shape[:2] for value in values} == {(2, own)}
+    assert len(values) == decoder.unet.mmfs_blocks
+    assert pixels.shape == (1, 3, decoder.image_size, decoder.image_size)
