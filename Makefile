@@ -26,10 +26,10 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 $(BUNDLE)/bundle.json: $(INSTALLED) $(wildcard assets/tiny/*)
-	$(BIN)/mmi export assets/tiny -o $(BUNDLE) --force
+	$(BIN)/mmi export assets/tiny -o $(BUNDLE)
 
 demo: $(BUNDLE)/bundle.json ## export the shipped tiny model and let it continue a story
-	$(BIN)/mmi generate examples/story.md -o $(OUT) --bundle $(BUNDLE) --force
+	$(BIN)/mmi generate examples/story.md -o $(OUT) --bundle $(BUNDLE)
 	@echo "Open $(OUT)/index.html in a browser."
 
 test: lint ## ruff, mypy and all tests

@@ -140,6 +140,7 @@ class _Generation:
                 else:
                     yield from self._draw()
         self.session.append_text(ids[begun:])
+        self.stream = TextStream(self.session.runtime.tokenizer, before=ids[begun:])
 
     def _write(self) -> Generator[Event, None, Reason]:
         """Write and draw until there is a reason to end."""

@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,22 @@ def test_generate_writes_a_folder_that_can_be_read_and_looked_at(
     html = (out / "index.html").read_text()
     assert "w5 w6" in html and "seed" in html and "plain:4" in html
     assert left_in(out.parent) == {"out"}
+
+
+def test_generated_text_goes_on_from_the_given_text(
+    mmi: Screen, bundle: Path, tmp_path: Path
+) -> None:
+    """With the space that the tokenizer puts between words, and none after a picture."""
+    story = tmp_path / "words.md"
+    story.write_text("w5 w6\n")
+    arguments = ("-b", bundle, "-o", tmp_path / "out", "--max-images", 0, "--max-tokens", 3)
+    assert mmi("generate", story, *arguments, "--json") == 0
+    given, generated = (part["text"] for part in json.loads(mmi.out)["parts"])
+    assert given == "w5 w6" and re.fullmatch(r"( w\d+){1,3}", generated)
+    story.write_text("w5 ![]()\n")
+    assert mmi("generate", story, *arguments, "--json") == 0
+    *_, generated = (part["text"] for part in json.loads(mmi.out)["parts"] if "text" in part)
+    assert re.fullmatch(r"w\d+( w\d+){0,2}", generated)
 
 
 def test_generate_as_json_tells_what_is_in_the_folder(

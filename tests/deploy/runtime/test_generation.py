@@ -88,7 +88,7 @@ def drawing(index: int) -> list[str]:
 
 def test_text_then_picture_then_text_then_end() -> None:
     events, log = run(10, 11, TOKENS.boi, 0, 12, TOKENS.eos)
-    assert story(events) == ["text:w10 w11", *drawing(0), "text:w12", "end 3 1"]
+    assert story(events) == ["text: w10 w11", *drawing(0), "text:w12", "end 3 1"]
     image = next(event for event in events if isinstance(event, ImageDone))
     assert image.rgb.dtype == np.uint8 and image.rgb.shape == (16, 16, 3)
     # The drawn picture was read: encoded once, its visual tokens went through the LLM.
@@ -144,7 +144,7 @@ def test_a_turn_has_its_least_number_of_tokens() -> None:
     """min_tokens holds for each turn: neither an end nor a picture comes before."""
     events, _ = run(TOKENS.boi, min_tokens=2, max_images=1, max_tokens=9)
     # The greedy choice among what is allowed is the least id: `w5`.
-    assert story(events) == ["text:w5 w5", *drawing(0), "text:w5 w5", "max_images 4 1"]
+    assert story(events) == ["text: w5 w5", *drawing(0), "text:w5 w5", "max_images 4 1"]
 
 
 @pytest.mark.parametrize("token", [TOKENS.image, TOKENS.bos, TOKENS.pad])
@@ -154,12 +154,12 @@ def test_image_tokens_are_never_sampled(token: int) -> None:
 
 
 def test_stop_texts_end_and_are_not_given_out() -> None:
-    assert story(run(10, 11, 12, 13, stop=("w12",))[0]) == ["text:w10 w11 ", "stop 3 0"]
+    assert story(run(10, 11, 12, 13, stop=("w12",))[0]) == ["text: w10 w11 ", "stop 3 0"]
     # It may begin in one token and end in the next; what only looked like it comes out.
-    assert story(run(10, 11, 12, 13, stop=("1 w12",))[0]) == ["text:w10 w1", "stop 3 0"]
-    assert story(run(10, 11, 12, stop=("w11", "w10"))[0]) == ["stop 1 0"]
-    assert story(run(10, 11, 12, stop=("1 w12", "w11 w12"))[0]) == ["text:w10 ", "stop 3 0"]
-    assert story(run(10, 11, TOKENS.eos, stop=("w11 w9",))[0]) == ["text:w10 w11", "end 2 0"]
+    assert story(run(10, 11, 12, 13, stop=("1 w12",))[0]) == ["text: w10 w1", "stop 3 0"]
+    assert story(run(10, 11, 12, stop=("w11", "w10"))[0]) == ["text: ", "stop 1 0"]
+    assert story(run(10, 11, 12, stop=("1 w12", "w11 w12"))[0]) == ["text: w10 ", "stop 3 0"]
+    assert story(run(10, 11, TOKENS.eos, stop=("w11 w9",))[0]) == ["text: w10 w11", "end 2 0"]
 
 
 def test_cancelling_stops_at_the_next_token_or_step() -> None:
@@ -206,7 +206,7 @@ def test_a_token_is_drawn_by_its_place_in_the_document() -> None:
         text_uniform(9, place=6),  # `<s>`, the image's four tokens and a word come before
         banned=never_sampled(TOKENS),
     )
-    assert text == f"w{token}"
+    assert text == f" w{token}"
 
 
 def test_the_penalty_counts_the_current_turn_alone() -> None:
@@ -224,7 +224,7 @@ def test_the_penalty_counts_the_current_turn_alone() -> None:
         turn_tokens=3, max_images=2, temperature=0, repetition_penalty=100.0
     )
     words = story(list(generate(runtime, PROMPT, options)))
-    assert [word for word in words if word.startswith("text")] == ["text:w5 w6 w7"] * 2
+    assert [word for word in words if word.startswith("text")] == ["text: w5 w6 w7", "text:w5 w6 w7"]
 
 
 @pytest.mark.parametrize(
