@@ -16,7 +16,6 @@ ROOTS = {
     "mmi_export": "export",
     "mmi_train": "train",
     "mmi_bench": "bench",
-    "mmi_plugins": "plugins",
 }
 TRAINING = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "tensorboard"}
 
@@ -25,7 +24,6 @@ FORBIDDEN = {
     "mmi_train": {"mmi_export", "mmi_bench", "onnx", "onnxscript", "onnx_ir"},
     "mmi_export": {"mmi_bench"},
     "mmi_bench": set(),
-    "mmi_plugins": {"mmi_deploy", "mmi_export", "mmi_train", "mmi_bench"},
 }
 """Top-level modules that no module of a package may import, not even inside a function."""
 
