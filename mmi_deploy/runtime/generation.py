@@ -7,10 +7,8 @@ and read like a given one.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 
 from mmi_deploy.document import Document, encode_document
-from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.events import (
     Event,
     Finished,
@@ -20,64 +18,19 @@ from mmi_deploy.runtime.events import (
     Reason,
     TextDelta,
 )
+from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
 from mmi_deploy.runtime.rng import text_uniform
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.runtime.stop_text import StopText
-from mmi_deploy.runtime.text_sampling import TextSampling, never_sampled, sample
+from mmi_deploy.runtime.text_sampling import never_sampled, sample
 from mmi_deploy.tokenizer import TextStream
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """What to generate, and how.
-
-    seed: of all draws. max_tokens: text tokens to write in all. min_tokens: text tokens of a turn
-    before which neither an end nor a picture may come. max_images: pictures to draw beyond those
-    the document asks for. draw_first: begin with a picture. turn_tokens: write exactly so many
-    tokens, then draw, again and again until `max_images` (for measuring). stop: texts that end the
-    generation; they are not given out. temperature, top_k, top_p, repetition_penalty: see
-    `TextSampling`; the penalty counts the tokens of the current turn, as the published code does.
-    schedule: which sampler draws, as in `ddim:20`; None is the bundle's first. guidance:
-    classifier-free guidance scale, 1 for none (the paper's evaluation uses 3.5).
-    """
-
-    seed: int = 0
-    max_tokens: int = 256
-    min_tokens: int = 0
-    max_images: int = 4
-    draw_first: bool = False
-    turn_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 0.9
-    repetition_penalty: float = 1.0
-    schedule: str | None = None
-    guidance: float = 3.5
-
-    def __post_init__(self) -> None:
-        """Raises `ConfigError` for a value out of range."""
-        for name in ("max_tokens", "min_tokens", "max_images", "guidance"):
-            if getattr(self, name) < 0:
-                raise ConfigError(
-                    f"{name} is out of range", expected="0 or more", got=getattr(self, name)
-                )
-        if self.turn_tokens is not None and self.turn_tokens < 0:
-            raise ConfigError("turn_tokens is out of range", expected="0 or more")
-        if "" in self.stop:
-            raise ConfigError("an empty stop text would stop everything")
-        _ = self.sampling
-
-    @property
-    def sampling(self) -> TextSampling:
-        return TextSampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
 
 
 def generate(
     runtime: Runtime,
     document: Document,
-    options: GenerationOptions = GenerationOptions(),
+    options: GenerationOptions = DEFAULTS,
     *,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
