@@ -1,0 +1,32 @@
+"""Repeated measurements: their median and how far they spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`low` and `high` are the quartiles."""
+
+    median: float
+    low: float
+    high: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+        return cls(median, low, high, min(values), max(values))
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def ratios(dividends: Sequence[float], divisors: Sequence[float]) -> Spread:
+    """Of pairs measured one right after the other, so that both saw the same machine."""
+    return Spread.of([a / b for a, b in zip(dividends, divisors, strict=True)])
