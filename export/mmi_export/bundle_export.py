@@ -1,0 +1,122 @@
+"""From a model folder to a bundle: every graph exported, proved and written, samplers as tables."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mmi_deploy.bundle import Bundle, BundleWriter, write_bundle
+from mmi_deploy.errors import ConfigError, WeightsError
+from mmi_deploy.graphs import Graph, Limits, graphs
+from mmi_deploy.schedule import Schedule
+from mmi_export.image_decoder import DenoiseStepGraph, ImageConditionGraph, VaeDecoderGraph
+from mmi_export.llm import LlmGraph
+from mmi_export.onnx_from_module import onnx_from_module
+from mmi_export.receipts import onnx_runner, prove
+from mmi_export.schedules import parse_schedule
+from mmi_export.vision import ImageValuesGraph, VisionEncoderGraph
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.weights import TOKENIZER, load_model
+
+MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
+    "vision_encoder": VisionEncoderGraph,
+    "image_values": ImageValuesGraph,
+    "llm": LlmGraph,
+    "image_condition": ImageConditionGraph,
+    "denoise_step": DenoiseStepGraph,
+    "vae_decoder": VaeDecoderGraph,
+}
+"""What is exported for each graph: modules that map inputs by name to outputs by name."""
+
+DEFAULT_SCHEDULES = ("unipc:20",)
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done next, how much is done and how much there is."""
+
+
+def export_bundle(
+    model_folder: Path,
+    out_folder: Path,
+    context: int | None = None,
+    schedules: Sequence[str] = DEFAULT_SCHEDULES,
+    *,
+    batch: int = 4,
+    images: int = 49,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export the model in `model_folder` and prove each graph against it in ONNX Runtime.
+
+    `context`: slots of the KV cache, a constant of the `llm` graph (None: as many as the model has
+    positions). `schedules`: samplers `NAME:STEPS`, the first the default. `batch`, `images`: the
+    most rows and pool images that the bundle allows. `out_folder` is written whole or not at all.
+
+    Raises `ConfigError`, `WeightsError`, `EngineError` for what cannot be exported, and
+    `BundleError` for a graph that does not compute what the model does.
+    """
+    tokenizer = model_folder / TOKENIZER
+    if not tokenizer.is_file():
+        raise WeightsError(f"{model_folder} holds no {TOKENIZER}", fix="give a whole model folder")
+    model = load_model(model_folder)
+    limits = _limits(model, context, batch, images)
+    tables = _tables(model, schedules)
+    with write_bundle(out_folder, model.config, limits, force=force) as writer:
+        shutil.copyfile(tokenizer, writer.tokenizer)
+        for table in tables:
+            writer.add_schedule(table)
+        export_graphs(model, writer, progress or _silent)
+    return Bundle.open(out_folder)
+
+
+def export_graphs(model: MMInterleaved, writer: BundleWriter, progress: Progress) -> None:
+    """Write the six graphs of `model` with their receipts."""
+    contract = graphs(model.config, writer.limits)
+    total = 2 * len(contract)
+    for index, (name, graph) in enumerate(contract.items()):
+        path = writer.graph_file(name)
+        progress(f"exporting {name}", 2 * index, total)
+        onnx_from_module(MODULES[name](model, graph), graph, path)
+        progress(f"proving {name}", 2 * index + 1, total)
+        proof = prove(model, graph, writer.limits, onnx_runner(path))
+        writer.add_receipt(name, proof.compared_with, proof.cases)
+    progress("writing the bundle", total, total)
+
+
+def with_time_table(model: MMInterleaved, schedule: Schedule) -> Schedule:
+    """`schedule` with what the U-Net derives from its timesteps alone."""
+    with torch.no_grad():
+        rows = model.image_decoder.unet.time_rows(torch.from_numpy(schedule.timesteps))
+    return schedule.with_time_table(rows.numpy())
+
+
+def _limits(model: MMInterleaved, context: int | None, batch: int, images: int) -> Limits:
+    most = model.config.llama.context
+    limits = Limits(context=most if context is None else context, batch=batch, images=images)
+    if not 1 <= limits.context <= most:
+        raise ConfigError(
+            "the context does not fit the model",
+            expected=f"1 to {most} tokens, which is as far as its positions reach",
+            got=limits.context,
+            fix=f"give --context {most} or less",
+        )
+    if min(batch, images) < 1:
+        raise ConfigError("a bundle needs room for one row and one image", got=f"{batch}, {images}")
+    return limits
+
+
+def _tables(model: MMInterleaved, schedules: Sequence[str]) -> list[Schedule]:
+    if not schedules:
+        raise ConfigError(
+            "a bundle needs a schedule", fix=f"give --schedule {DEFAULT_SCHEDULES[0]}"
+        )
+    diffusion = model.config.image_decoder.diffusion
+    unique = dict.fromkeys(schedules)
+    return [with_time_table(model, parse_schedule(text, diffusion)) for text in unique]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

@@ -1,0 +1,107 @@
+"""The graphs that draw a picture: `image_condition`, `denoise_step` and `vae_decoder`.
+
+Letters: b pictures, x context tokens, q condition tokens, n pool of encoded images, m images a
+picture looks at, z latent channels, c channels, w width of a cross-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mmi_deploy.graphs import UNET_BATCH_PER_PICTURE, Graph
+from mmi_export.folding import FoldedUnetLookBack
+from mmi_export.onnx_from_module import Tensors, sharing_copy
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.model.unet import LookBack
+
+
+class ImageConditionGraph(nn.Module):
+    """Hidden states of the context to the keys and values of every cross-attention.
+
+    The unconditional rows depend on no input: they are constants of the graph.
+    """
+
+    def __init__(self, model: MMInterleaved, graph: Graph) -> None:
+        super().__init__()
+        self.decoder = model.image_decoder
+        self.names = list(
+            zip(graph.names("condition_key"), graph.names("condition_value"), strict=True)
+        )
+        with torch.no_grad():
+            pairs = self.decoder.unet.condition_keys_values(self.decoder.null_condition)
+        unconditional = [tensor for pair in pairs for tensor in pair]  # [1, q, w] each
+        self.unconditional = nn.ParameterList(
+            nn.Parameter(tensor, requires_grad=False) for tensor in unconditional
+        )
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        condition = self.decoder.condition(inputs["context"], inputs["context_length"])  # [b, q, c]
+        pairs = self.decoder.unet.condition_keys_values(condition)
+        conditional = [tensor for pair in pairs for tensor in pair]
+        names = [name for pair in self.names for name in pair]
+        return {
+            name: torch.cat([own, other.expand_as(own)])  # [2b, q, w]
+            for name, own, other in zip(names, conditional, self.unconditional, strict=True)
+        }
+
+
+class DenoiseStepGraph(nn.Module):
+    """One step of a tabulated sampler: the U-Net on both guidance branches, then the update."""
+
+    def __init__(self, model: MMInterleaved, graph: Graph) -> None:
+        super().__init__()
+        self.unet = sharing_copy(model.image_decoder.unet)
+        self.unet.look_back = nn.ModuleList(
+            FoldedUnetLookBack(look_back)
+            for look_back in cast(Iterable[LookBack], self.unet.look_back)
+        )
+        keys, values = graph.names("condition_key"), graph.names("condition_value")
+        self.keys_values = list(zip(keys, values, strict=True))
+        self.values = graph.names("unet_value")
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        prediction = self._guided(inputs)
+        latents, noise, history = (inputs[name] for name in ("latents", "noise", "history"))
+        terms = torch.cat(
+            [torch.stack([latents, prediction, noise]), history]
+        )  # [terms, b, z, ...]
+        coefficients = _row(inputs["coefficients"], inputs["step"]).squeeze(0)  # [state, terms]
+        state = (coefficients @ terms.flatten(1)).unflatten(1, latents.shape)  # [state, b, z, ...]
+        return {"next_latents": state[0], "next_history": state[1:]}
+
+    def _guided(self, inputs: Tensors) -> Tensor:
+        """unconditional + guidance (conditional - unconditional), from one batch of both."""
+
+        def both(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor] * UNET_BATCH_PER_PICTURE)
+
+        branches = self.unet.step(
+            both(inputs["latents"]),
+            _row(inputs["time_table"], inputs["step"]),
+            [(inputs[key], inputs[value]) for key, value in self.keys_values],
+            [inputs[name] for name in self.values],
+            both(inputs["image_slot"]),
+            both(inputs["image_position"]),
+        )
+        conditional, unconditional = branches.unflatten(0, (UNET_BATCH_PER_PICTURE, -1))
+        return unconditional + inputs["guidance"] * (conditional - unconditional)
+
+
+class VaeDecoderGraph(nn.Module):
+    """Latents [b, z, side, side] to pixels in [0, 1]."""
+
+    def __init__(self, model: MMInterleaved, graph: Graph) -> None:
+        super().__init__()
+        self.vae = model.image_decoder.vae
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        return {"pixels": self.vae.decode(inputs["latents"])}
+
+
+def _row(table: Tensor, step: Tensor) -> Tensor:
+    """Row `step` (a scalar) of a table, [1, ...]."""
+    return table.index_select(0, step.reshape(1))

@@ -1,0 +1,77 @@
+"""Small models with random weights for the export tests: both readings, nothing at zero."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mmi_deploy.config import ModelConfig
+from mmi_deploy.presets import tiny
+from mmi_train.model.mm_interleaved import MMInterleaved
+
+
+def paper_reading() -> ModelConfig:
+    """The tiny preset with fewer layers and 32 px images, so that an export takes seconds."""
+    config = tiny()
+    decoder = config.image_decoder
+    return replace(
+        config,
+        name="paper_reading",
+        vision=replace(config.vision, image_size=32, position_grid=4, layers=2, interactions=2),
+        vision_resampler=replace(config.vision_resampler, queries=4, layers=1),
+        llama=replace(config.llama, layers=3, context=64),
+        image_decoder=replace(
+            decoder,
+            resampler=replace(decoder.resampler, queries=6, layers=1),
+            unet=replace(
+                decoder.unet,
+                latent_side=8,
+                block_widths=(32, 64),
+                attention_heads=(1, 2),
+                attention_blocks=(False, True),
+            ),
+        ),
+    )
+
+
+def released_reading() -> ModelConfig:
+    """The same as the released checkpoint reads the paper: Q-Formers, null slots, MMFS on the
+    skips, the nearest image only in the U-Net, epsilon; grouped keys for good measure."""
+    config = paper_reading()
+    decoder = config.image_decoder
+    return replace(
+        config,
+        name="released_reading",
+        vision_resampler=replace(
+            config.vision_resampler, form="qformer", layers=2, cross_every=2, qk_norm=True
+        ),
+        llama=replace(config.llama, width=256, heads=4, kv_heads=2),
+        llm_mmfs=replace(config.llm_mmfs, null_slot=True),
+        image_decoder=replace(
+            decoder,
+            resampler=replace(decoder.resampler, form="qformer", context_width=256),
+            unet=replace(decoder.unet, mmfs_at="skips"),
+            mmfs=replace(decoder.mmfs, null_slot=True, images_seen=1),
+            diffusion=replace(decoder.diffusion, prediction="epsilon"),
+        ),
+    )
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> MMInterleaved:
+    """A model none of whose parts is silent: what starts at zero (gates, last convolutions, MMFS
+    projections) is drawn, and gates are wide open."""
+    torch.manual_seed(seed)
+    model = MMInterleaved(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+        for look_back in model.llm.look_backs:
+            look_back.gate.fill_(0.8)
+        for look_back in (*model.llm.look_backs, *model.image_decoder.unet.look_back):
+            mmfs = look_back.mmfs
+            mmfs.image_index.weight.normal_()
+            mmfs.weight_proj.weight.normal_(std=0.3)
+            mmfs.null_value.normal_()
+    return model
