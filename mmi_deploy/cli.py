@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from mmi_deploy.commands.evaluate import evaluate
+from mmi_deploy.commands.export import export
 from mmi_deploy.commands.generate import generate
 from mmi_deploy.commands.inspect import inspect
 from mmi_deploy.commands.train import train
@@ -108,6 +109,10 @@ app.command(
     "mmi train -o runs/more --start assets/tiny --world medium"
 )(train)
 app.command(epilog="Example:  mmi evaluate assets/tiny --count 32")(evaluate)
+app.command(
+    epilog="Examples:  mmi export assets/tiny -o bundles/tiny  ·  "
+    "mmi export runs/tiny/model -o bundles/mine --schedule unipc:10 --schedule ddim:50"
+)(export)
 app.command(
     epilog="Examples:  mmi generate examples/story.md -o out  ·  "
     "mmi generate story.md --seed 7 --max-images 2 --temperature 0.7  ·  "

@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress, TaskID
 
 from mmi_deploy.commands.needs import extras
-from mmi_deploy.commands.screen import print_json, progress, remarks, results
+from mmi_deploy.commands.screen import counted, print_json, progress, remarks, results
 
 if TYPE_CHECKING:
     from mmi_deploy.document import Document
@@ -152,8 +152,7 @@ class _Terminal(_Nobody):
 
     def __exit__(self, *_: object) -> None:
         self._end_bar()
-        if self._in_line:
-            self._out.print()
+        self._end_line()
 
     def show(self, event: Event) -> None:
         from mmi_deploy.runtime.events import ImageDone, ImageProgress, ImageStarted, TextDelta
@@ -162,8 +161,7 @@ class _Terminal(_Nobody):
             case TextDelta(text):
                 self._write(text)
             case ImageStarted(index, steps):
-                if self._in_line:
-                    self._line("")
+                self._end_line()
                 self._bar = progress(self._err)
                 self._task = self._bar.add_task(f"drawing picture {index + 1}", total=steps)
                 self._bar.start()
@@ -197,8 +195,13 @@ class _Terminal(_Nobody):
         self._in_line = True
 
     def _line(self, text: str, style: str = "") -> None:
-        self._out.print(f"\n{text}" if self._in_line else text, markup=False, style=style)
-        self._in_line = False
+        self._end_line()
+        self._out.print(text, markup=False, style=style)
+
+    def _end_line(self) -> None:
+        if self._in_line:
+            self._out.print()
+            self._in_line = False
 
 
 def _facts(
@@ -207,7 +210,7 @@ def _facts(
     """The foot of the page."""
     facts = {
         "model": model,
-        "added": f"{finished.tokens} tokens, {finished.images} pictures",
+        "added": _added(finished),
         "ended": ENDS[finished.reason],
         "seed": str(seed),
         "sampler": f"{schedule}, guidance {guidance:g}",
@@ -218,11 +221,12 @@ def _facts(
     return facts
 
 
+def _added(finished: Finished) -> str:
+    return f"{counted(finished.tokens, 'token')} and {counted(finished.images, 'picture')}"
+
+
 def _summary(finished: Finished, seconds: float) -> str:
-    return (
-        f"{finished.tokens} tokens and {finished.images} pictures in {seconds:.1f} s; "
-        f"{ENDS[finished.reason]}."
-    )
+    return f"{_added(finished)} in {seconds:.1f} s; {ENDS[finished.reason]}."
 
 
 def _report(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from mmi_deploy.commands.screen import print_json, results, size
@@ -99,7 +100,7 @@ def _model(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json({"model": config.name, "parameters": counts, "bytes": file_size})
         return
-    table = _table("part", ">parameters", ">share", title=f"{folder}: {config.name}")
+    table = _table("part", ">parameters", ">share", title=escape(f"{folder}: {config.name}"))
     for part, count in sorted(counts.items(), key=lambda item: -item[1]):
         table.add_row(part, f"{count:,}", f"{count / total:.1%}")
     table.add_section()
@@ -116,33 +117,29 @@ def _bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         return
     out, limits = results(), bundle.limits
     out.print(
-        f"[bold]{folder}[/bold]: {bundle.config.name}, context {limits.context}, batch "
+        f"[bold]{escape(str(folder))}[/bold]: {bundle.config.name}, context {limits.context}, batch "
         f"{limits.batch}, {limits.images} images; samplers {', '.join(bundle.schedules)}; "
         f"engines for {', '.join(bundle.targets) or 'no target beyond the portable graphs'}"
     )
     out.print(_graph_table(bundle))
+    for receipt in bundle.manifest.receipts:
+        proof = escape(receipt.compared_with)
+        out.print(f"[bold]{receipt.graph}[/bold] was compared with: {proof}")
     if tensors:
         for graph in bundle.graphs.values():
             out.print(_tensor_table(graph))
 
 
 def _graph_table(bundle: Bundle) -> Table:
-    table = _table(
-        "graph", ">in", ">out", ">size", "receipt: compared with", ">cases", ">worst error"
-    )
+    table = _table("graph", ">in", ">out", ">size", ">cases", ">worst error", ">allowed")
     for name, graph in bundle.graphs.items():
-        path = bundle.manifest.graphs[name]
-        stem = path.removesuffix(".onnx")
+        stem = bundle.manifest.graphs[name].removesuffix(".onnx")
         own = [entry for file, entry in bundle.manifest.files.items() if file.startswith(stem)]
         receipt = bundle.manifest.receipt(name)
-        proof = ("[red]none[/red]", "", "")
+        proof = ("none", "[red]no receipt[/red]", "")
         if receipt:
             worst = max(receipt.cases, key=lambda case: case.error / case.tolerance)
-            proof = (
-                receipt.compared_with,
-                str(len(receipt.cases)),
-                f"{worst.error:.1e} of {worst.tolerance:.0e}",
-            )
+            proof = (str(len(receipt.cases)), f"{worst.error:.1e}", f"{worst.tolerance:.0e}")
         counts = (str(len(graph.inputs)), str(len(graph.outputs)))
         table.add_row(name, *counts, size(sum(entry.size for entry in own)), *proof)
     return table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -33,10 +35,32 @@ def progress(console: Console) -> Progress:
     )
 
 
+@contextmanager
+def staged(first: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows work that has stages: a bar in a terminal, a line for each stage in a log.
+
+    Gives a function to call with (what is done next, how much is done, how much there is).
+    """
+    console = remarks()
+    if not console.is_terminal:
+        yield lambda what, done, total: console.print(f"{what} ({done} of {total} done)")
+        return
+    with progress(console) as bar:
+        task = bar.add_task(first, total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
+        )
+
+
 def print_json(value: Any) -> None:
     """One JSON value on stdout, for programs."""
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
     sys.stdout.write("\n")
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def size(count: int) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmi_deploy.commands.needs import extras
-from mmi_deploy.commands.screen import print_json, remarks, results
+from mmi_deploy.commands.screen import counted, print_json, remarks, results
 
 
 def verify(
@@ -43,10 +43,12 @@ def verify(
     if as_json:
         print_json({"ok": True, **found})
         return
-    results().print(
-        f"{bundle} is whole: {found['files']} files unchanged, {found['receipts']} receipts"
-        + (f"; ran {found['tokens']} tokens and {found['pictures']} pictures" if run else "")
-    )
+    line = f"{bundle} is whole: {counted(found['files'], 'file')} unchanged, "
+    line += counted(found["receipts"], "receipt")
+    if run:
+        wrote = counted(found["tokens"], "token"), counted(found["pictures"], "picture")
+        line += f"; wrote {wrote[0]} and drew {wrote[1]}"
+    results().print(line)
 
 
 def _smoke(runtime: Any) -> tuple[int, int]:
