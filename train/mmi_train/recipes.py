@@ -102,6 +102,7 @@ def train_from_scratch(
         model = MMInterleaved(with_latent_scale(config, scale))
         open_gates(model)
         model.image_decoder.vae.load_state_dict(vae.state_dict())
+    model.image_decoder.to(memory_format=torch.channels_last)
     tokenizer = build_tokenizer()
     stage = InterleavedStage(model, tokenizer, world)
     optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
@@ -110,7 +111,7 @@ def train_from_scratch(
     def keep(step: int, average: dict[str, Tensor]) -> None:
         """Every checkpoint leaves a usable model behind."""
         current = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        _load(model, average)
+        _load(model, stage.model_state(average))
         save_model(model, folder, torch.float16)
         tokenizer.save(str(folder / TOKENIZER))
         _load(model, current)
