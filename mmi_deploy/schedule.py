@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from mmi_deploy.errors import BundleError
+from mmi_deploy.files import write_file
 from mmi_deploy.graphs import STATE, TERMS
 
 LATENTS, PREDICTION, NOISE, HISTORY_START = 0, 1, 2, 3
@@ -82,7 +83,8 @@ class Schedule:
         }
         if self.time_table is not None:
             tensors["time_table"] = self.time_table
-        save_file(tensors, path, {"name": self.name, "initial_sigma": repr(self.initial_sigma)})
+        about = {"name": self.name, "initial_sigma": repr(self.initial_sigma)}
+        write_file(path, save(tensors, about))
 
 
 def read_schedule(path: Path) -> Schedule:
