@@ -224,7 +224,10 @@ def test_the_penalty_counts_the_current_turn_alone() -> None:
         turn_tokens=3, max_images=2, temperature=0, repetition_penalty=100.0
     )
     words = story(list(generate(runtime, PROMPT, options)))
-    assert [word for word in words if word.startswith("text")] == ["text: w5 w6 w7", "text:w5 w6 w7"]
+    assert [word for word in words if word.startswith("text")] == [
+        "text: w5 w6 w7",
+        "text:w5 w6 w7",
+    ]
 
 
 @pytest.mark.parametrize(
