@@ -1,7 +1,8 @@
 """What a model is: frozen, validated configuration, read from and written to JSON.
 
 Two readings of MM-Interleaved are configurations of one implementation: the paper's (MMFS after the
-U-Net's up blocks, all previous images, plain softmax, Perceiver Resamplers) and that of the released
+U-Net's up blocks, all previous images, plain softmax, Perceiver Resamplers) and that of the
+released
 checkpoint (MMFS on the skips, the nearest image, a null slot, Q-Formers). See `presets.py`.
 """
 
@@ -59,7 +60,8 @@ class ResamplerConfig:
     """Maps any number of context tokens to `queries` tokens.
 
     `perceiver`: Flamingo's resampler, keys and values are [context; queries].
-    `qformer`: BLIP-2's, self-attention over the queries, cross-attention every `cross_every` layers.
+    `qformer`: BLIP-2's, self-attention over the queries, cross-attention every `cross_every`
+    layers.
     """
 
     form: Literal["perceiver", "qformer"]
@@ -104,7 +106,8 @@ class VisionConfig:
 
     @property
     def level_sides(self) -> tuple[int, int, int, int]:
-        """Sides of the four feature maps, finest first: strides 1/4, 1/2, 1, 2 of the patch grid."""
+        """Sides of the four feature maps, finest first: strides 1/4, 1/2, 1, 2 of the patch
+        grid."""
         return (self.grid * 4, self.grid * 2, self.grid, self.grid // 2)
 
 
@@ -172,7 +175,9 @@ class UnetConfig:
         """(channels, side) of every map that MMFS is added to, in the order in which they occur."""
         widths, side, last = self.block_widths, self.latent_side, len(self.block_widths) - 1
         if self.mmfs_at == "up_blocks":
-            return tuple((widths[level], side >> max(level - 1, 0)) for level in range(last, -1, -1))
+            return tuple(
+                (widths[level], side >> max(level - 1, 0)) for level in range(last, -1, -1)
+            )
         skips = [(widths[0], side)]
         for level, width in enumerate(widths):
             skips += [(width, side >> level)] * self.layers_per_block
@@ -256,15 +261,35 @@ class ModelConfig:
                 raise ValueError(f"{what}: {left} and {right} must be equal")
 
         decoder = self.image_decoder
-        same("vision width and its resampler's context", self.vision.width, self.vision_resampler.context_width)
-        same("LLM width and the image decoder resampler's context", self.llama.width, decoder.resampler.context_width)
-        same("image decoder resampler width and U-Net condition", decoder.resampler.width, decoder.unet.condition_width)
-        same("latent channels of VAE and U-Net", decoder.vae.latent_channels, decoder.unet.latent_channels)
+        same(
+            "vision width and its resampler's context",
+            self.vision.width,
+            self.vision_resampler.context_width,
+        )
+        same(
+            "LLM width and the image decoder resampler's context",
+            self.llama.width,
+            decoder.resampler.context_width,
+        )
+        same(
+            "image decoder resampler width and U-Net condition",
+            decoder.resampler.width,
+            decoder.unet.condition_width,
+        )
+        same(
+            "latent channels of VAE and U-Net",
+            decoder.vae.latent_channels,
+            decoder.unet.latent_channels,
+        )
         for mmfs in (self.llm_mmfs, decoder.mmfs):
             if mmfs.images_seen >= mmfs.images:
-                raise ValueError(f"MMFS sees {mmfs.images_seen} images but has {mmfs.images} table rows")
+                raise ValueError(
+                    f"MMFS sees {mmfs.images_seen} images but has {mmfs.images} table rows"
+                )
             if mmfs.value_width % mmfs.heads:
-                raise ValueError(f"MMFS value width {mmfs.value_width} is no multiple of its {mmfs.heads} heads")
+                raise ValueError(
+                    f"MMFS value width {mmfs.value_width} is no multiple of its {mmfs.heads} heads"
+                )
         return self
 
 
@@ -294,5 +319,8 @@ def read_config(path: Path) -> ModelConfig:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", fix="give a model folder that holds config.json") from None
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}",
+            fix="give a model folder that holds config.json",
+        ) from None
     return from_json(text, str(path))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 
 class MmiError(Exception):
-    """Anything the user can mend. The command line prints it as one line and exits with `exit_code`."""
+    """Anything the user can mend. The command line prints it as one line and exits with
+    `exit_code`."""
 
     exit_code = 2
 
-    def __init__(self, what: str, *, expected: object = None, got: object = None, fix: str = "") -> None:
+    def __init__(
+        self, what: str, *, expected: object = None, got: object = None, fix: str = ""
+    ) -> None:
         parts = [what]
         if expected is not None:
             parts.append(f"expected {expected}")

@@ -3,9 +3,9 @@
 Exporters name tensors from here, builders take their profiles from here, runtimes allocate from
 here, and tests walk over it. No tensor name is written anywhere else.
 
-Letters: b batch, t tokens, k positions whose logits are wanted, c cache slots, n encoded images (the
-pool), m images a row may look at, s feature cells of one image, h heads, d channels per head, v rows
-of visual tokens, x tokens of context for one picture.
+Letters: b batch, t tokens, k positions whose logits are wanted, c cache slots, n encoded images
+(the pool), m images a row may look at, s feature cells of one image, h heads, d channels per head,
+v rows of visual tokens, x tokens of context for one picture.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ TERMS = 3 + HISTORY
 """Columns of it: latents, the U-Net's prediction, noise, then the history."""
 
 UNET_BATCH_PER_PICTURE = 2
-"""Guidance runs the conditional and the unconditional branch in one batch, conditional rows first."""
+"""Guidance runs the conditional and the unconditional branch in one batch, conditional rows
+first."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ class Graph:
     def names(self, prefix: str) -> list[str]:
         """The numbered tensors `prefix.00`, `prefix.01`, ... among inputs, or else outputs."""
         found = [tensor.name for tensor in self.inputs if tensor.name.startswith(prefix + ".")]
-        return found or [tensor.name for tensor in self.outputs if tensor.name.startswith(prefix + ".")]
+        return found or [
+            tensor.name for tensor in self.outputs if tensor.name.startswith(prefix + ".")
+        ]
 
 
 def numbered(prefix: str, index: int) -> str:
@@ -162,8 +165,16 @@ def llm(config: ModelConfig, limits: Limits) -> Graph:
     llama, mmfs = config.llama, config.llm_mmfs
     cache = ("b", llama.kv_heads, limits.context, llama.head_width)
     layers = range(llama.layers)
-    past = [Tensor(numbered(f"past_{kind}", i), "float32", cache) for i in layers for kind in ("key", "value")]
-    present = [Tensor(numbered(f"present_{kind}", i), "float32", cache) for i in layers for kind in ("key", "value")]
+    past = [
+        Tensor(numbered(f"past_{kind}", i), "float32", cache)
+        for i in layers
+        for kind in ("key", "value")
+    ]
+    present = [
+        Tensor(numbered(f"present_{kind}", i), "float32", cache)
+        for i in layers
+        for kind in ("key", "value")
+    ]
     return Graph(
         "llm",
         inputs=(
@@ -263,7 +274,13 @@ def vae_decoder(config: ModelConfig, limits: Limits) -> Graph:
     unet, side = config.image_decoder.unet, config.image_decoder.image_size
     return Graph(
         "vae_decoder",
-        inputs=(Tensor("latents", "float32", ("b", unet.latent_channels, unet.latent_side, unet.latent_side)),),
+        inputs=(
+            Tensor(
+                "latents",
+                "float32",
+                ("b", unet.latent_channels, unet.latent_side, unet.latent_side),
+            ),
+        ),
         outputs=(Tensor("pixels", "float32", ("b", 3, side, side)),),
         ranges={"b": Range(1, 1, limits.batch)},
     )

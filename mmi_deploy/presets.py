@@ -118,7 +118,9 @@ def tiny() -> ModelConfig:
 
 
 def _clip_large(image_size: int = 224) -> VisionConfig:
-    return VisionConfig(image_size=image_size, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)
+    return VisionConfig(
+        image_size=image_size, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096
+    )
 
 
 def _stable_diffusion_2() -> tuple[UnetConfig, VaeConfig]:
@@ -132,7 +134,12 @@ def _stable_diffusion_2() -> tuple[UnetConfig, VaeConfig]:
         attention_blocks=(True, True, True, False),
         mmfs_at="skips",
     )
-    vae = VaeConfig(block_widths=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, scaling_factor=0.18215)
+    vae = VaeConfig(
+        block_widths=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        scaling_factor=0.18215,
+    )
     return unet, vae
 
 
@@ -236,7 +243,8 @@ def ablation_3b() -> ModelConfig:
     """The paper's ablation model: OpenLLaMA-3B v2, CLIP-L/14, Stable Diffusion 1.x, 256 px out.
 
     32 visual tokens, one 16x16 level and the nearest image only; widen `llm_mmfs.levels`,
-    `image_decoder.mmfs.levels`, and their `images` and `images_seen`, for the multi-scale and multi-image rows.
+    `image_decoder.mmfs.levels`, and their `images` and `images_seen`, for the multi-scale and
+    multi-image rows.
     """
     paper = paper_13b()
     decoder = paper.image_decoder
@@ -258,7 +266,9 @@ def ablation_3b() -> ModelConfig:
         llm_mmfs=replace(paper.llm_mmfs, levels=(2,), images=2, images_seen=1),
         image_decoder=replace(
             decoder,
-            resampler=replace(decoder.resampler, width=768, heads=12, context_width=3200, mlp_width=3072),
+            resampler=replace(
+                decoder.resampler, width=768, heads=12, context_width=3200, mlp_width=3072
+            ),
             unet=replace(
                 decoder.unet,
                 latent_side=32,

@@ -15,7 +15,8 @@ from mmi_train.model.vae import Vae
 
 @dataclass
 class AutoencoderStage:
-    """Reconstruction by |error| + error^2 and a light pull of the posterior towards the unit Gaussian.
+    """Reconstruction by |error| + error^2 and a light pull of the posterior towards the unit
+    Gaussian.
 
     `segmentation`: the share of pictures that are class maps.
     """

@@ -1,4 +1,5 @@
-"""Checkpoints that survive being killed: a folder appears whole or not at all, and says all there is.
+"""Checkpoints that survive being killed: a folder appears whole or not at all, and says all there
+is.
 
 A checkpoint folder `step-00001200/` holds `model.safetensors`, `average.safetensors` (the averaged
 weights), `moments.safetensors` (AdamW's two moments) and `state.json`. Random draws are keyed by
@@ -25,14 +26,15 @@ _PREFIX = "step-"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: optimiser steps done, and a fingerprint of the settings it was begun with."""
+    """Where a run stands: optimiser steps done, and a fingerprint of the settings it was begun
+    with."""
 
     step: int
     fingerprint: str
 
 
 def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
     moments = {}
     for parameter, state in optimiser.state.items():
         for key in ("exp_avg", "exp_avg_sq", "step"):

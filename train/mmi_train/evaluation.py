@@ -43,7 +43,9 @@ ATTRIBUTES = ("background", "count", "shape", "colour", "place")
 class Measures:
     """Values by measure and by number of objects; a measure is their mean."""
 
-    values: defaultdict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+    values: defaultdict[tuple[str, int], list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
 
     def add(self, measure: str, objects: int, value: float) -> None:
         self.values[measure, objects].append(float(value))
@@ -278,7 +280,9 @@ def _questions(
     evaluator: Evaluator, world: WorldConfig, count: int, seed: int
 ) -> Iterator[tuple[str, list[_Question]]]:
     """Held-out questions by kind, the same for every model."""
-    for index, kind in enumerate(("caption", "question", "referring", "drawing", "segmentation", "story")):
+    for index, kind in enumerate(
+        ("caption", "question", "referring", "drawing", "segmentation", "story")
+    ):
         rng = np.random.default_rng([seed, index])
         found: list[_Question] = []
         while len(found) < count:

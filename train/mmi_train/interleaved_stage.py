@@ -57,7 +57,8 @@ def isolated(token_ids: Tensor, tokens: TokenConfig) -> tuple[Tensor, Tensor]:
 
 
 class InterleavedStage:
-    """Both losses of the paper (Eq. 5) on freshly drawn documents, packed into rows of `row_length`.
+    """Both losses of the paper (Eq. 5) on freshly drawn documents, packed into rows of
+    `row_length`.
 
     `image_weight` is the paper's lambda. The autoencoder is frozen (the optimiser's rules say so).
 

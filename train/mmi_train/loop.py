@@ -11,7 +11,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -48,14 +48,18 @@ class Stage(Protocol):
     """What is trained: a module, and its losses for one part of one step."""
 
     name: str
-    module: nn.Module
+
+    @property
+    def module(self) -> nn.Module:
+        """What learns, and what a checkpoint holds."""
 
     def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
         """Losses by name; `total` is minimised. Every draw comes from `rng`, or from torch's global
         generator, which the loop seeds from it."""
 
     def describe(self) -> str:
-        """The settings that make this stage what it is: a checkpoint of other settings is refused."""
+        """The settings that make this stage what it is: a checkpoint of other settings is
+        refused."""
 
 
 def fingerprint(stage: Stage, optimiser: OptimiserConfig, run: RunConfig) -> str:
@@ -65,7 +69,7 @@ def fingerprint(stage: Stage, optimiser: OptimiserConfig, run: RunConfig) -> str
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _autocast(precision: str, device: torch.device):
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -140,7 +144,9 @@ def train(
             state = dict(module.named_parameters())
             with torch.no_grad():
                 torch._foreach_lerp_(
-                    [average[name] for name in learning], [state[name] for name in learning], 1 - decay
+                    [average[name] for name in learning],
+                    [state[name] for name in learning],
+                    1 - decay,
                 )
             bar.update()
             if step % run.log_every == 0 or step == optimiser_config.steps:

@@ -25,7 +25,10 @@ class GroupRule:
     decay: float = 1.0
 
 
-FROM_SCRATCH = (GroupRule(r"image_decoder\.vae\.", rate=0.0), GroupRule(r"look_back\.gate$", decay=0.0))
+FROM_SCRATCH = (
+    GroupRule(r"image_decoder\.vae\.", rate=0.0),
+    GroupRule(r"look_back\.gate$", decay=0.0),
+)
 """Everything learns at the base rate but the VAE, which has a stage of its own."""
 
 TABLE_11 = (

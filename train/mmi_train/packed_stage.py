@@ -1,4 +1,5 @@
-"""The paper's training stage: documents packed into rows of the context length, its masks, its losses.
+"""The paper's training stage: documents packed into rows of the context length, its masks, its
+losses.
 
 A row is plain causal from its first token to its last, so packed documents see each other through
 self-attention, as in the published run; MMFS and the image decoder stop at `<s>`.
@@ -21,7 +22,8 @@ from mmi_train.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 
 DocumentSource = Callable[[np.random.Generator], Iterator[TokenDocument]]
-"""An endless stream of documents whose images are all to be read; all draws come from the generator."""
+"""An endless stream of documents whose images are all to be read; all draws come from the
+generator."""
 
 
 def packed_batch(
@@ -37,7 +39,8 @@ def packed_batch(
     token_ids = torch.full((len(rows), width), tokens.pad)
     real = torch.zeros(token_ids.shape, dtype=torch.bool)
     slot = torch.full((len(rows), most), -1, dtype=torch.int32)
-    pictures, images = [], []
+    pictures: list[tuple[int, int]] = []
+    images: list[np.ndarray] = []
     for b, row in enumerate(rows):
         token_ids[b, : len(row.token_ids)] = torch.from_numpy(row.token_ids)
         real[b, : len(row.token_ids)] = True
@@ -58,7 +61,8 @@ def packed_batch(
 
 @dataclass
 class PackedStage:
-    """Rows of `length` tokens and at most `max_images` images, `rows` of them in one part of a step."""
+    """Rows of `length` tokens and at most `max_images` images, `rows` of them in one part of a
+    step."""
 
     model: MMInterleaved
     source: DocumentSource
@@ -88,7 +92,7 @@ class PackedStage:
     def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
         tokens = self.model.config.tokens
         packed = pack(
-            ((document.token_ids, document.images) for document in self.source(rng)),
+            ((document.token_ids.tolist(), document.images) for document in self.source(rng)),
             tokens,
             length=self.length,
             visual_tokens=self.model.config.visual_tokens,

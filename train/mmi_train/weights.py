@@ -41,12 +41,15 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
                 got=list(value.shape),
             )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise WeightsError(f"{source}: {name} holds NaN or infinity", fix="use an intact checkpoint")
+            raise WeightsError(
+                f"{source}: {name} holds NaN or infinity", fix="use an intact checkpoint"
+            )
     module.load_state_dict(state, strict=True)
 
 
 def load_model(folder: Path) -> MMInterleaved:
-    """The model in `folder`, in float32 and evaluation mode; raises `ConfigError`, `WeightsError`."""
+    """The model in `folder`, in float32 and evaluation mode; raises `ConfigError`,
+    `WeightsError`."""
     model = MMInterleaved(read_config(folder / CONFIG))
     path = folder / WEIGHTS
     try:

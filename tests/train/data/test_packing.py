@@ -13,7 +13,9 @@ TOKENS = TokenConfig(bos=1, eos=2, pad=0, boi=3, image=4)
 
 
 def rows_of(case):
-    tokens = TokenConfig(bos=case["bos"], eos=case["eos"], pad=0, boi=case["soi"], image=case["image"])
+    tokens = TokenConfig(
+        bos=case["bos"], eos=case["eos"], pad=0, boi=case["soi"], image=case["image"]
+    )
     return list(
         pack(
             [(document["text_ids"], document["images"]) for document in case["input"]],
@@ -50,7 +52,9 @@ def test_an_image_is_never_cut_in_two():
 
 def test_whole_documents_move_to_the_next_row_when_their_image_does_not_fit():
     document = [1, 9, 3, 4, 4, 2]
-    rows = packed([(document, "a"), (document, "b"), (document, "c")], length=10, truncation="document")
+    rows = packed(
+        [(document, "a"), (document, "b"), (document, "c")], length=10, truncation="document"
+    )
     assert rows[0] == (document, ("a",))
 
 

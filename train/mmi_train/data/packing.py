@@ -21,14 +21,17 @@ Truncation = Literal["image", "document"]
 @dataclass(frozen=True)
 class PackedRow(Generic[ImageT]):
     """One row: token ids [t] and its images in order; `document_start[i]` is the latest
-    begin-of-document token strictly before image i's begin-of-image token, 0 where there is none."""
+    begin-of-document token strictly before image i's begin-of-image token, 0 where there is
+    none."""
 
     token_ids: np.ndarray
     images: tuple[ImageT, ...]
     document_start: tuple[int, ...]
 
 
-def _cut_at_length(ids: np.ndarray, length: int, tokens: TokenConfig, span: int, by: Truncation) -> int:
+def _cut_at_length(
+    ids: np.ndarray, length: int, tokens: TokenConfig, span: int, by: Truncation
+) -> int:
     """Where a stream that is too long is cut: at `length`, unless that would cut through an image
     (`span` tokens with its begin-of-image token); then before the image, or before its document."""
     boi = np.flatnonzero(ids[:length] == tokens.boi)
@@ -41,9 +44,11 @@ def _cut_at_length(ids: np.ndarray, length: int, tokens: TokenConfig, span: int,
     return int(boi[-1])
 
 
-def _cut_at_images(ids: np.ndarray, images: int, tokens: TokenConfig, span: int, by: Truncation) -> int | None:
-    """Where a row ends that would hold more than `images`: right after the last allowed one, or, for
-    whole documents, before the next begin-of-document or begin-of-image token."""
+def _cut_at_images(
+    ids: np.ndarray, images: int, tokens: TokenConfig, span: int, by: Truncation
+) -> int | None:
+    """Where a row ends that would hold more than `images`: right after the last allowed one, or,
+    for whole documents, before the next begin-of-document or begin-of-image token."""
     boi = np.flatnonzero(ids == tokens.boi)
     if boi.size <= images:
         return None
@@ -75,7 +80,11 @@ def pack(
         stream = np.concatenate([stream, np.asarray(ids, np.int64)])
         waiting.extend(images)
         while True:
-            cut = _cut_at_images(stream[:length], max_images, tokens, span, truncation) if max_images else None
+            cut = (
+                _cut_at_images(stream[:length], max_images, tokens, span, truncation)
+                if max_images
+                else None
+            )
             if cut is None:
                 if stream.size < length:
                     break

@@ -16,4 +16,13 @@ def pixels_from_images(images: Sequence[np.ndarray]) -> Tensor:
 
 def images_from_pixels(pixels: Tensor) -> list[np.ndarray]:
     """Pixels [n, 3, h, w] in [0, 1] to uint8 pictures [h, w, 3], rounded to the nearest value."""
-    return list(pixels.float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+    return list(
+        pixels.float()
+        .clamp(0, 1)
+        .mul(255)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )

@@ -54,8 +54,8 @@ class Rows:
 def tokens_of(
     document: TaskDocument, tokenizer: Tokenizer, tokens: TokenConfig, visual_tokens: int
 ) -> TokenDocument:
-    """`<s>`, the parts, `</s>`. A begin-of-image token after text is a target, as are texts that are
-    to be learned and the end of a document that was learned. A picture at the very end is drawn
+    """`<s>`, the parts, `</s>`. A begin-of-image token after text is a target, as are texts that
+    are to be learned and the end of a document that was learned. A picture at the very end is drawn
     only: nothing would look at its tokens, so the document ends with its begin-of-image token."""
     ids, weight = [tokens.bos], [0.0]
     images: list[np.ndarray] = []
@@ -107,7 +107,9 @@ def make_rows(
     documents: Sequence[TokenDocument], tokens: TokenConfig, length: int | None = None
 ) -> Rows:
     """Pack whole documents into rows of about `length` tokens; None: a row each, in their order."""
-    assigned = [[document] for document in documents] if length is None else _assign(documents, length)
+    assigned = (
+        [[document] for document in documents] if length is None else _assign(documents, length)
+    )
     width = max(sum(document.size for document in row) for row in assigned)
     most = max(sum(len(document.images) for document in row) for row in assigned)
     token_ids = np.full((len(assigned), width), tokens.pad, np.int64)
