@@ -24,6 +24,10 @@ def evaluate(
         bool, typer.Option("--without/--only-with", help="Measure with MMFS switched off too.")
     ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Which questions.")] = 0,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Draw a sheet of what was drawn into this .png file.", dir_okay=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Ask a model about held-out scenes and let it draw them; every answer is checked exactly.
@@ -33,6 +37,7 @@ def evaluate(
     with extras("evaluate"):
         from tokenizers import Tokenizer
 
+        from mmi_train.contact_sheet import contact_sheet
         from mmi_train.data import world as worlds
         from mmi_train.evaluation import evaluate as evaluation_of
         from mmi_train.weights import TOKENIZER, load_model
@@ -40,7 +45,7 @@ def evaluate(
     tokenizer = Tokenizer.from_file(str(model / TOKENIZER))
     err = remarks()
     with err.status("evaluating") as status:
-        found = evaluation_of(
+        evaluation = evaluation_of(
             loaded,
             tokenizer,
             getattr(worlds, world)(),
@@ -50,15 +55,23 @@ def evaluate(
             seed=seed,
             without=without,
             on_progress=lambda what: status.update(what),
-        ).as_json()
+        )
+    found = evaluation.as_json()
+    if pictures is not None:
+        contact_sheet(evaluation.samples).save(pictures)
     if as_json:
         print_json(found)
         return
+    objects = sorted({count for entry in found.values() for count in entry["by_objects"]})
     table = Table(box=box.SIMPLE_HEAD)
-    headings = ["measure", "questions", "right", *(["without MMFS"] if without else [])]
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "measure" else "right")
+    table.add_column("measure")
+    headings = ["questions", "right", *(["without MMFS"] if without else [])]
+    for heading in [*headings, *(f"{count} object" + "s" * (count != "1") for count in objects)]:
+        table.add_column(heading, justify="right")
     for name, entry in found.items():
         row = [name, str(entry["count"]), f"{entry['value']:.3f}"]
-        table.add_row(*row, *([f"{entry['without_mmfs']:.3f}"] if without else []))
+        row += [f"{entry['without_mmfs']:.3f}"] if without else []
+        shown = (entry["by_objects"].get(count) for count in objects)
+        row += ["" if value is None else f"{value:.3f}" for value in shown]
+        table.add_row(*row)
     results().print(table)

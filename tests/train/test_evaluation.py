@@ -1,4 +1,4 @@
-"""The evaluation: an oracle is always right, a blind model is blind, and grades are what they say."""
+"""The evaluation: an oracle is always right, blind means blind, grades are what they say."""
 
 from __future__ import annotations
 
