@@ -57,12 +57,13 @@ def _pytorch(settings: Settings) -> Generate:
 
     from mmi_deploy.bundle import Bundle
     from mmi_deploy.tokenizer import Tokenizer
+    from mmi_train.as_published import as_published
     from mmi_train.generation import generate
     from mmi_train.weights import load_model
 
     torch.set_num_threads(settings.threads)
     bundle = Bundle.open(settings.bundle, unproved=settings.unproved)
-    model = load_model(settings.model)
+    model = as_published(load_model(settings.model))
     if model.config != bundle.config:
         raise ConfigError(
             f"{settings.bundle} was not exported from {settings.model}: they are different models",
