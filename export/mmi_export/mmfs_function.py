@@ -12,8 +12,8 @@ of the paper over a pool of encoded images:
 with one more logit of 0 whose value is `null_value` where `null_slot` is 1. Without it a query that
 sees no image gives 0. A slot or a position outside the pool or the tables counts as hidden.
 
-Few queries gather the four corners of every point straight from the pool. Many queries copy the
-images that they look at and use GridSample, which needs a quarter of the memory per point.
+Few points gather their four corners straight from the pool. Many copy the images that they look at
+and use GridSample, which needs a quarter of the memory per point.
 
 Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool,
 s cells of one image, r rows of the tables; 1 where an axis is there to be broadcast.
@@ -50,8 +50,9 @@ ATTRIBUTES = {
     "null_slot": ir.AttributeType.INT,
 }
 
-FEW_QUERIES = 64
-"""Up to here the corners are gathered; from one more query on GridSample takes over."""
+MOST_GATHERED = 2**24
+"""Points times channels up to which corners are gathered, at a cost of 16 bytes each. About here
+GridSample becomes as fast; it also copies and transposes every image that is looked at."""
 
 _UNSEEN = -3.0e38
 """Logit of the slot that catches the weight of a query that sees nothing: below every real logit,
@@ -131,13 +132,13 @@ class _Points:
 
 
 @cache
-def mmfs_function(levels: int) -> onnx.FunctionProto:
+def mmfs_function(levels: int, most_gathered: int = MOST_GATHERED) -> onnx.FunctionProto:
     """The function for graphs whose MMFS layers read `levels` levels."""
     inputs = {name: ir.Value(name=name) for name in INPUTS}
     op = _Operators("body")
     points, unseen = _points(op, inputs, levels)
     seen = op.If(
-        op.LessOrEqual(points.queries, FEW_QUERIES),
+        op.LessOrEqual(op.Mul(op.Size(points.weight), points.head_width), most_gathered),
         then_branch=_branch("gather", _gather, points),
         else_branch=_branch("sample", _grid_sample, points),
     )

@@ -18,9 +18,9 @@ def paper_reading() -> ModelConfig:
     return replace(
         config,
         name="paper_reading",
-        vision=replace(config.vision, image_size=32, position_grid=4, layers=2, interactions=2),
+        vision=replace(config.vision, image_size=32, position_grid=4, layers=1, interactions=1),
         vision_resampler=replace(config.vision_resampler, queries=4, layers=1),
-        llama=replace(config.llama, layers=3, context=64),
+        llama=replace(config.llama, layers=2, mmfs_every=1, context=64),
         image_decoder=replace(
             decoder,
             resampler=replace(decoder.resampler, queries=6, layers=1),
@@ -46,7 +46,7 @@ def released_reading() -> ModelConfig:
         vision_resampler=replace(
             config.vision_resampler, form="qformer", layers=2, cross_every=2, qk_norm=True
         ),
-        llama=replace(config.llama, width=256, heads=4, kv_heads=2),
+        llama=replace(config.llama, width=256, heads=4, kv_heads=2, mmfs_every=2),
         llm_mmfs=replace(config.llm_mmfs, null_slot=True),
         image_decoder=replace(
             decoder,
