@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from mmi_train.interleaved_stage import InterleavedStage, batch_of, isolated
 from mmi_train.losses import IGNORE
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.packed_stage import PackedStage
+from mmi_train.recipes import endless_documents
 
 CONFIG = tiny()
 TOKENS = CONFIG.tokens
@@ -125,16 +126,27 @@ def test_a_few_steps_lower_both_losses():
 
 def test_the_paper_s_stage_packs_rows_of_the_context_length_and_leaves_first_images_out(model):
     """Sec. 4.1: an image right after `<s>` has nothing to be drawn from and no loss."""
-    tokenizer = build_tokenizer()
-
-    def source(rng):
-        while True:
-            document = MAKERS["story"](rng, easy(), "train")
-            parts = (*document.parts, *MAKERS["caption"](rng, easy(), "train").parts[1:2])
-            yield tokens_of(replace(document, parts=parts), tokenizer, TOKENS, CONFIG.visual_tokens)
-
+    source = partial(endless_documents, CONFIG, build_tokenizer(), easy())
     stage = PackedStage(model, source, length=150, rows=3)
     losses = stage.losses(np.random.default_rng(0))
     assert torch.isfinite(losses["total"])
     total = losses["text"] + 10 * losses["image"]
     torch.testing.assert_close(losses["total"], total)
+
+
+def test_checkpointing_gradients_changes_no_gradient(model):
+    gradients = []
+    for on in (False, True):
+        model.checkpoint_gradients(on)
+        model.train().zero_grad()
+        stage = InterleavedStage(model, build_tokenizer(), easy(), {"reading": 1, "story": 2})
+        torch.manual_seed(0)
+        stage.losses(np.random.default_rng(4))["image"].backward()
+        gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+    model.checkpoint_gradients(False)
+    model.eval().zero_grad(set_to_none=True)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)

@@ -7,7 +7,7 @@ self-attention, as in the published run; MMFS and the image decoder stop at `<s>
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,6 +73,10 @@ class PackedStage:
     image_weight: float = 10.0
     only_after_image: bool = False
     name: str = field(default="packed", init=False)
+
+    def model_state(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The averaged weights under the model's own names."""
+        return dict(average)
 
     @property
     def module(self) -> nn.Module:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from mmi_deploy.config import ModelConfig, VaeConfig
 from mmi_train.autoencoder_stage import AutoencoderStage
+from mmi_train.data.rows import TokenDocument, tokens_of
+from mmi_train.data.tasks import MAKERS
 from mmi_train.data.vocabulary import build_tokenizer
 from mmi_train.data.world import WorldConfig, easy
-from mmi_train.interleaved_stage import InterleavedStage
+from mmi_train.interleaved_stage import MIXTURE, InterleavedStage
 from mmi_train.loop import RunConfig, train
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.model.vae import Vae
 from mmi_train.optimiser import FROM_SCRATCH, OptimiserConfig
+from mmi_train.packed_stage import PackedStage
 from mmi_train.weights import TOKENIZER, load_model, save_model
 
 log = logging.getLogger(__name__)
@@ -88,6 +95,16 @@ def open_gates(model: MMInterleaved, value: float = OPEN_GATE) -> None:
                 parameter.fill_(value)
 
 
+def endless_documents(
+    config: ModelConfig, tokenizer: Tokenizer, world: WorldConfig, rng: np.random.Generator
+) -> Iterator[TokenDocument]:
+    """Documents of every kind of the main stage's mixture, in random order, all images read."""
+    kinds = [kind for kind, count in MIXTURE.items() for _ in range(count)]
+    while True:
+        document = MAKERS[kinds[int(rng.integers(len(kinds)))]](rng, world, "train")
+        yield tokens_of(document, tokenizer, config.tokens, config.visual_tokens, read_all=True)
+
+
 def train_from_scratch(
     config: ModelConfig,
     out: Path,
@@ -97,10 +114,14 @@ def train_from_scratch(
     seed: int = 0,
     run: RunConfig | None = None,
     start: Path | None = None,
+    packed: bool = False,
+    checkpoint_gradients: bool = False,
 ) -> Path:
     """Train `config` on the drawn world and write a model folder, `out/model`; returns its path.
 
     `start`: a model folder to go on from, in place of new weights (its autoencoder is kept).
+    `packed`: the paper's rows of the whole context length, in which documents follow each other, in
+    place of documents kept to themselves. `checkpoint_gradients`: less memory, more time.
     Everything is resumable: run the same command again after it was stopped.
     """
     world = world or easy()
@@ -115,7 +136,11 @@ def train_from_scratch(
         model.image_decoder.vae.load_state_dict(vae.state_dict())
     _channels_last(model.image_decoder)
     tokenizer = build_tokenizer()
-    stage = InterleavedStage(model, tokenizer, world)
+    model.checkpoint_gradients(checkpoint_gradients)
+    stage: InterleavedStage | PackedStage = InterleavedStage(model, tokenizer, world)
+    if packed:
+        source = partial(endless_documents, model.config, tokenizer, world)
+        stage = PackedStage(model, source, length=model.config.llama.context)
     optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
     folder = out / "model"
 
@@ -128,5 +153,5 @@ def train_from_scratch(
         _load(model, current)
         log.info("model of step %d in %s", step, folder)
 
-    train(stage, optimiser, run, out / "interleaved", keep)
+    train(stage, optimiser, run, out / stage.name, keep)
     return folder

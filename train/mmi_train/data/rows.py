@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mmi_deploy.config import TokenConfig
-from mmi_train.data.tasks import ImagePart, TaskDocument
+from mmi_train.data.tasks import ImagePart, TaskDocument, TextPart
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,17 @@ class Rows:
 
 
 def tokens_of(
-    document: TaskDocument, tokenizer: Tokenizer, tokens: TokenConfig, visual_tokens: int
+    document: TaskDocument,
+    tokenizer: Tokenizer,
+    tokens: TokenConfig,
+    visual_tokens: int,
+    *,
+    read_all: bool = False,
 ) -> TokenDocument:
     """`<s>`, the parts, `</s>`. A begin-of-image token after text is a target, as are texts that
     are to be learned and the end of a document that was learned. A picture at the very end is drawn
-    only: nothing would look at its tokens, so the document ends with its begin-of-image token."""
+    only: nothing would look at its tokens, so the document ends with its begin-of-image token,
+    unless `read_all`."""
     ids, weight = [tokens.bos], [0.0]
     images: list[np.ndarray] = []
     encoded: list[bool] = []
@@ -64,7 +70,7 @@ def tokens_of(
     last = len(document.parts) - 1
     for index, part in enumerate(document.parts):
         if isinstance(part, ImagePart):
-            seen = index < last or not part.draw
+            seen = read_all or index < last or not part.draw
             span = visual_tokens if seen else 0
             ids += [tokens.boi] + [tokens.image] * span
             weight += [float(index > 0)] + [0.0] * span
@@ -75,9 +81,10 @@ def tokens_of(
             text = tokenizer.encode(part.text).ids
             ids += text
             weight += [float(part.learn)] * len(text)
-    if not isinstance(document.parts[-1], ImagePart):
+    ending = document.parts[-1]
+    if read_all or isinstance(ending, TextPart):
         ids.append(tokens.eos)
-        weight.append(float(document.parts[-1].learn))
+        weight.append(float(isinstance(ending, ImagePart) or ending.learn))
     return TokenDocument(
         np.array(ids), np.array(weight, np.float32), tuple(images), tuple(encoded), tuple(drawn)
     )

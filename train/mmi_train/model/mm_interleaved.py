@@ -90,6 +90,13 @@ class MMInterleaved(nn.Module):
         self.boi_embedding = nn.Parameter(torch.zeros(1, llama.width))
         self.image_decoder = ImageDecoder(config)
 
+    def checkpoint_gradients(self, on: bool = True) -> None:
+        """Trade time for memory in training: keep only the inputs of LLM blocks, encoder
+        interactions and U-Net blocks, and compute the rest again in the backward pass."""
+        self.llm.checkpointing = on
+        self.vision.encoder.gradient_checkpointing = on
+        self.image_decoder.unet.gradient_checkpointing = on
+
     def encode_images(self, pixels: Tensor | None) -> EncodedImages:
         """Pixels [n, 3, side, side] in [0, 1]. Without any, one blank image that nobody sees: MMFS
         then gives what it gives to any query that sees nothing."""
