@@ -117,8 +117,8 @@ def _bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         return
     out, limits = results(), bundle.limits
     out.print(
-        f"[bold]{escape(str(folder))}[/bold]: {bundle.config.name}, context {limits.context}, batch "
-        f"{limits.batch}, {limits.images} images; samplers {', '.join(bundle.schedules)}; "
+        f"[bold]{escape(str(folder))}[/bold]: {bundle.config.name}, context {limits.context}, "
+        f"batch {limits.batch}, {limits.images} images; samplers {', '.join(bundle.schedules)}; "
         f"engines for {', '.join(bundle.targets) or 'no target beyond the portable graphs'}"
     )
     out.print(_graph_table(bundle))

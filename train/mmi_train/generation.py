@@ -5,8 +5,8 @@ and the whole document is read again. Within a turn of text the keys and values 
 are cached, and nothing else: every token computes the MMFS values of all images in every layer, and
 so does every denoising step, for both guidance branches.
 
-Inside a layer it computes what the model's code computes; `as_published.py` makes that the published
-order too.
+Inside a layer it computes what the model's code computes; `as_published.py` makes that the
+published order too.
 
 The rules are those of `mmi_deploy.runtime.generation`, written apart from it: the same document,
 options and seed give the same text and pictures. The solver is diffusers' own, not a table.
