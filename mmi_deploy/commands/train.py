@@ -13,6 +13,7 @@ from mmi_deploy.commands.screen import results
 from mmi_deploy.errors import ConfigError
 
 World = Literal["easy", "medium", "hard"]
+Precision = Literal["bf16", "fp32"]
 FROM_NOTHING = "tiny"
 
 
@@ -31,6 +32,20 @@ def train(
         typer.Option(help="A model folder to go on from.", show_default="new weights"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the arithmetic; weights are fp32.")
+    ] = "bf16",
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of one optimiser step.")] = 1,
+    packed: Annotated[
+        bool,
+        typer.Option("--packed", help="Rows of the whole context length, as the paper packs them."),
+    ] = False,
+    checkpoint_gradients: Annotated[
+        bool, typer.Option("--checkpoint-gradients", help="Less memory, more time.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="PyTorch's choice")
+    ] = None,
 ) -> None:
     """Train a model: first its autoencoder, then text and pictures together.
 
@@ -47,10 +62,23 @@ def train(
             got=preset,
         )
     with extras("train"):
+        import torch
+
         from mmi_train.data import world as worlds
+        from mmi_train.loop import RunConfig
         from mmi_train.recipes import train_from_scratch
+    if threads is not None:
+        torch.set_num_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = train_from_scratch(
-        config, out, world=getattr(worlds, world)(), steps=steps, seed=seed, start=start
+        config,
+        out,
+        world=getattr(worlds, world)(),
+        steps=steps,
+        seed=seed,
+        run=RunConfig(precision=precision, accumulate=accumulate),
+        start=start,
+        packed=packed,
+        checkpoint_gradients=checkpoint_gradients,
     )
     results().print(f"{model}: export it with `mmi export {model}`")
