@@ -41,7 +41,7 @@ def convert_state(
     def mismatch(name: str, value: Tensor, shape: torch.Size) -> bool:
         if bare_shape(value.shape) != bare_shape(shape):
             wrong.append(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
-        elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        elif not _finite(value):
             wrong.append(f"{name} holds NaN or infinity")
         else:
             return False
@@ -119,8 +119,14 @@ def _constants_of(module: nn.Module, theirs: str, ours: str, skips: int) -> list
     return [name.removeprefix(theirs) for name in names if name is not None]
 
 
+def _finite(value: Tensor) -> bool:
+    if value.is_meta or not value.is_floating_point():
+        return True
+    return bool(torch.isfinite(value).all())
+
+
 def _equal(value: Tensor, expected: Tensor) -> bool:
-    if expected.is_meta:  # a sketch of a module: only its shapes are known
+    if value.is_meta or expected.is_meta:  # a sketch: only shapes are known
         return True
     if not value.is_floating_point():
         return bool(torch.equal(value.reshape(expected.shape), expected.to(value.dtype)))

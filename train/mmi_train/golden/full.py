@@ -242,13 +242,16 @@ def _data_sets(unit: Unit) -> list[str]:
 
 def _check_gradients(checks: Checks, model: MMInterleaved, wanted: list[str], loss: Tensor) -> None:
     parameters = dict(model.named_parameters())
+    skips = len(model.image_decoder.unet.look_back) - 1
     own = {}
     for name in wanted:
-        found = rename(name.removeprefix("grad."))
+        found = rename(name.removeprefix("grad."), skips)
         if isinstance(found, DerivedConstant):
             checks.skip(name, "a constant of ours, no parameter")
-        else:
+        elif found in parameters:
             own[name] = parameters[found]
+        else:
+            raise UnitError(f"has out.{name}, the gradient of no parameter of this configuration")
     gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
     for (name, parameter), gradient in zip(own.items(), gradients, strict=True):
         gradient = torch.zeros_like(parameter) if gradient is None else gradient

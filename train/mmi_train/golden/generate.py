@@ -150,7 +150,7 @@ def check_images(unit: Unit, checks: Checks, weights: Weights) -> None:
     config = Section(unit.config)
     model, decoder = weights.model, weights.model.image_decoder
     steps = config.count("num_inference_steps", 30)
-    guidance = config.get("guidance_scale", 7.5)
+    guidance = max(config.get("guidance_scale", 7.5), 1.0)  # up to 1 the published code guides not
     if config.count("image_size", decoder.config.image_size) != decoder.config.image_size:
         raise UnitError(
             "config.image_size is not that of the weights",

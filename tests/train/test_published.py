@@ -1,0 +1,157 @@
+"""Every tensor of the published checkpoint has exactly one place in our model, and the other
+way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmi_deploy.errors import WeightsError
+from mmi_deploy.presets import released_13b
+from mmi_train.convert_state import bare_shape, convert_state, published_module
+from mmi_train.golden import configs
+from mmi_train.golden.configs import PUBLISHED, Section
+from mmi_train.golden.units import read_unit
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.model.visual_tokenizer import VisualTokenizer
+from mmi_train.published import DerivedConstant, published_name, rename
+
+TOKENIZER = {"theirs": "visual_tokenizer.", "ours": "vision."}
+
+
+@pytest.fixture(scope="module")
+def released() -> MMInterleaved:
+    """The published model at full size, without memory."""
+    with torch.device("meta"):
+        return MMInterleaved(released_13b())
+
+
+@pytest.fixture(scope="module")
+def keys(repository: Path) -> dict[str, list[int]]:
+    """Names and shapes of the published checkpoint."""
+    return json.loads((repository / "tests/golden/release_state_keys.json").read_text())
+
+
+def test_2659_published_tensors_map_onto_our_parameters_one_to_one(released, keys):
+    """architecture.md section 10: nothing of ours stays empty, nothing of theirs is left over."""
+    assert len(keys) == 2659
+    own, constants = released.state_dict(), dict(released.named_buffers())
+    hit: dict[str, str] = {}
+    derived = []
+    for name, shape in keys.items():
+        found = rename(name)
+        if isinstance(found, DerivedConstant):
+            derived.append(name)
+            target = constants[found.buffer]
+        else:
+            assert found not in hit, f"{name} and {hit[found]} both become {found}"
+            hit[found] = name
+            target = own[found]
+        assert bare_shape(target.shape) == bare_shape(torch.Size(shape)), name
+    assert hit.keys() == own.keys()
+    kinds = {name.rsplit(".", 1)[-1] for name in derived}
+    assert kinds == {"pos_embed", "clip_mean", "clip_std", "position_ids"}
+    assert len(derived) == 1 + 2 + 1 + 13  # the tokenizer's, and one table per U-Net block
+
+
+def test_names_translate_back(keys):
+    for name in keys:
+        found = rename(name)
+        ours = found.buffer if isinstance(found, DerivedConstant) else found
+        assert published_name(ours) == name
+
+
+def test_the_middle_block_comes_after_the_skips():
+    theirs = "image_decoder.decoder.mmfs_module.mmfs_mid_block.conv.weight"
+    assert rename(theirs) == "image_decoder.unet.look_back.12.conv.weight"
+    assert rename(theirs, skips=8) == "image_decoder.unet.look_back.8.conv.weight"
+    assert published_name("image_decoder.unet.look_back.8.conv.weight", skips=8) == theirs
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(WeightsError, match="mm_decoder.layers.0.self_attn.rotary_emb.inv_freq"):
+        rename("mm_decoder.layers.0.self_attn.rotary_emb.inv_freq")
+    assert published_name("llm.layers.0.nothing") is None
+
+
+def test_a_checkpoint_of_the_right_shapes_is_taken_whole(released, keys):
+    state = {name: torch.empty(shape, device="meta") for name, shape in keys.items()}
+    assert convert_state(released, state).keys() == released.state_dict().keys()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(repository: Path):
+    """A published visual tokenizer's state, and how to build the module that takes it."""
+    unit = read_unit(repository / "tests/golden/visual_tokenizer_224")
+    vision = configs.vision(Section(unit.config).section("clip"), 224, unit.state)
+    resampler = configs.qformer(
+        Section(unit.config).section("perceiver"), PUBLISHED.vision_resampler
+    )
+
+    def build() -> nn.Module:
+        return VisualTokenizer(vision, resampler, 128)
+
+    return build, dict(unit.state)
+
+
+def test_loaded_values_are_the_published_ones(tokenizer):
+    build, state = tokenizer
+    module = published_module(build, state, **TOKENIZER)
+    assert torch.equal(module.output_proj.weight, state["proj.weight"])
+    layer = module.encoder.interactions[3].extra_extractors[1]
+    name = "encoder.vision_model.adapter_interactions.3.extra_extractors.1.ffn.dwconv.dwconv.weight"
+    assert torch.equal(layer.ffn.conv.weight, state[name])
+    assert not module.training
+
+
+@pytest.mark.parametrize("lacking", ["proj.bias", "clip_mean", "pos_embed", "pos_ln.weight"])
+def test_missing_tensors_are_named_as_published(tokenizer, lacking):
+    build, state = tokenizer
+    del (state := dict(state))[lacking]
+    with pytest.raises(WeightsError, match=f"missing: {lacking}$"):
+        published_module(build, state, **TOKENIZER)
+
+
+def test_every_wrong_tensor_is_named_at_once(tokenizer):
+    build, state = tokenizer
+    state = dict(state)
+    del state["post_ln.weight"], state["post_ln.bias"]
+    state["proj.weight"] = state["proj.weight"][:, :-1]
+    state["pos_ln.bias"] = torch.full_like(state["pos_ln.bias"], torch.nan)
+    state["proj.scale"] = torch.ones(1)
+    with pytest.raises(WeightsError) as caught:
+        published_module(build, state, **TOKENIZER)
+    text = str(caught.value)
+    assert "missing: post_ln.weight, post_ln.bias" in text
+    assert "unknown: proj.scale" in text
+    assert "proj.weight has shape [128, 47], expected [128, 48]" in text
+    assert "pos_ln.bias holds NaN or infinity" in text
+
+
+def test_names_of_another_part_are_extra(tokenizer):
+    build, state = tokenizer
+    with pytest.raises(WeightsError, match="unknown: soi_token"):
+        convert_state(build(), state | {"soi_token": torch.ones(1, 128)}, **TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "name", ["pos_embed", "clip_std", "encoder.vision_model.embeddings.position_ids"]
+)
+def test_derived_constants_are_compared(tokenizer, name):
+    """A checkpoint made with other constants must not load silently."""
+    build, state = tokenizer
+    changed = state[name].clone()
+    changed.view(-1)[-1] += 1
+    with pytest.raises(WeightsError, match=f"{name} differs"):
+        published_module(build, state | {name: changed}, **TOKENIZER)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_derived_constants_may_be_stored_in_half_precision(tokenizer, dtype):
+    build, state = tokenizer
+    halves = {name: state[name].to(dtype) for name in ("pos_embed", "clip_mean", "clip_std")}
+    published_module(build, state | halves, **TOKENIZER)
