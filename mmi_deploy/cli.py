@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from mmi_deploy.commands.bench import bench
 from mmi_deploy.commands.evaluate import evaluate
 from mmi_deploy.commands.export import export
 from mmi_deploy.commands.generate import generate
@@ -118,6 +119,10 @@ app.command(
     "mmi generate story.md --seed 7 --max-images 2 --temperature 0.7  ·  "
     "mmi generate story.md --json | jq .parts"
 )(generate)
+app.command(
+    epilog="Examples:  mmi bench --quick  ·  mmi bench bundles/tiny -m assets/tiny -o bench.json "
+    "--plot bench.svg"
+)(bench)
 app.command(
     epilog="Examples:  mmi inspect bundles/tiny --tensors  ·  mmi inspect assets/tiny  ·  "
     "mmi inspect --preset released_13b"

@@ -13,6 +13,7 @@ _EXTRAS = {
     "diffusers": "train",
     "transformers": "train",
     "tensorboard": "train",
+    "tqdm": "train",
     "onnx": "export",
     "onnx_ir": "export",
     "onnxscript": "export",
