@@ -70,13 +70,13 @@ def _pytorch(settings: Settings) -> Generate:
             fix="give the model folder with --model, or export again",
         )
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
-    scheduler, eta = _scheduler(settings.schedule, model.config.image_decoder.diffusion)
+    scheduler, eta = scheduler_of(settings.schedule, model.config.image_decoder.diffusion)
     return lambda document, options: generate(
         model, tokenizer, document, options, scheduler, eta=eta, limits=bundle.limits
     )
 
 
-def _scheduler(key: str, diffusion: DiffusionConfig) -> tuple[Any, float]:
+def scheduler_of(key: str, diffusion: DiffusionConfig) -> tuple[Any, float]:
     """diffusers' own scheduler for a table's key, its timesteps set, and the eta to run it with.
 
     The ancestral sampler takes its noise explicitly, as DDIM with eta 1.
