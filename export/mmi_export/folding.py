@@ -75,8 +75,8 @@ class FoldedMmfs(nn.Module):
         reference: Tensor,
     ) -> Tensor:
         """As `Mmfs.forward`: query [b, q, c], value [n, s, h, d], ... -> [b, q, out]."""
-        width = self.heads * self.points * 2
-        offsets, logits = F.linear(query, self.query_weight).tensor_split((width,), -1)
+        widths = (self.heads * self.points * 2, self.heads * len(self.level_sides) * self.points)
+        offsets, logits = F.linear(query, self.query_weight).split(widths, -1)
         looked = operators.mmfs(
             value,
             image_slot,

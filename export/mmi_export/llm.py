@@ -81,8 +81,8 @@ class LlmGraph(nn.Module):
 
     def _embed(self, inputs: Tensors) -> Tensor:
         index = inputs["visual_index"]
-        visual = inputs["visual_tokens"][index.clamp(min=0)]
-        words = self.embedding[inputs["token_ids"]]
+        visual = F.embedding(index.clamp(min=0), inputs["visual_tokens"])
+        words = F.embedding(inputs["token_ids"], self.embedding)
         return torch.where((index >= 0).unsqueeze(-1), visual, words)
 
     def _visible(self, inputs: Tensors) -> Tensor:

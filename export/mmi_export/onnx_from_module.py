@@ -88,6 +88,11 @@ def _tidy(model: ir.Model) -> None:
     export and does what every runtime does again when it loads the file.
     """
     passes.InlinePass()(model)
+    transposed = {
+        node.outputs[0].name: f"{node.inputs[0].name}.transposed"
+        for node in model.graph
+        if node.op_type == "Transpose" and node.inputs[0] in model.graph.initializers.values()
+    }
     fold_constants(model)
     for tidy in (
         passes.RemoveUnusedNodesPass(),
@@ -103,6 +108,8 @@ def _tidy(model: ir.Model) -> None:
         passes.ClearMetadataAndDocStringPass(),
     ):
         tidy(model)
+    for name, value in list(model.graph.initializers.items()):
+        value.name = transposed.get(name, name)
 
 
 def _expand_masks(model: ir.Model) -> None:
