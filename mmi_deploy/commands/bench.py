@@ -50,6 +50,8 @@ def bench(
     text and draw the same pictures, or nothing is reported. With the defaults this takes minutes.
     """
     with extras("bench"):
+        import torch  # noqa: F401  # the other side runs in a process that could only fail
+
         from mmi_bench.compare import run
         from mmi_bench.report import table
     with staged("loading") as stage:

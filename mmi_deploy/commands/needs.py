@@ -7,18 +7,15 @@ from contextlib import contextmanager
 
 from mmi_deploy.errors import MmiError
 
-_EXTRAS = {
-    "onnxruntime": "cpu",
-    "torch": "train",
-    "diffusers": "train",
-    "transformers": "train",
-    "tensorboard": "train",
-    "tqdm": "train",
-    "onnx": "export",
-    "onnx_ir": "export",
-    "onnxscript": "export",
+EXTRAS = {
+    "generate": "cpu",
+    "verify --run": "cpu",
+    "train": "train",
+    "evaluate": "train",
+    "export": "export",
+    "bench": "bench",
 }
-"""Which extra of the package brings a module."""
+"""Which extra of the package brings all that a command needs."""
 
 
 @contextmanager
@@ -28,9 +25,9 @@ def extras(command: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
-        if module not in _EXTRAS:
-            raise
+        if module.startswith("mmi_"):
+            raise  # ours: a fault, not something to install
         raise MmiError(
             f"`mmi {command}` needs {module}, which is not installed",
-            fix=f"install it with: pip install 'mmi_deploy[{_EXTRAS[module]}]'",
+            fix=f"install it with: pip install 'mmi_deploy[{EXTRAS[command]}]'",
         ) from None

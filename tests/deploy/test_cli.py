@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from mmi_deploy.bundle import write_bundle
 from mmi_deploy.cli import app, run
 from mmi_deploy.commands.generate import ENDS
 from mmi_deploy.commands.generate import generate as generate_command
+from mmi_deploy.commands.needs import EXTRAS
 from mmi_deploy.config import from_json, to_json
 from mmi_deploy.document_files import read_document
 from mmi_deploy.graphs import Limits
@@ -32,6 +34,7 @@ from mmi_deploy.presets import PRESETS, tiny
 from mmi_deploy.runtime.generation import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(
     command.callback.__name__ for command in app.registered_commands if command.callback
 )
@@ -270,16 +273,42 @@ def program(code: str, *arguments: object, **environment: str) -> subprocess.Pop
     )
 
 
-def test_a_missing_extra_is_named(story: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "module", "extra"),
+    [
+        (["generate", "story.md"], "onnxruntime", "cpu"),
+        (["train"], "torch", "train"),
+        (["evaluate"], "torch", "train"),
+        (["export"], "torch", "export"),
+        (["bench"], "torch", "bench"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    tmp_path: Path, arguments: list[str], module: str, extra: str
+) -> None:
+    """In a process that cannot import `module`, as after `pip install mmi_deploy` alone."""
     process = program(
-        "import sys; sys.modules['onnxruntime'] = None", "generate", story, "-o", tmp_path / "out"
+        f"import os, sys; sys.modules[{module!r}] = None; os.chdir({str(tmp_path)!r})", *arguments
     )
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and out == ""
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, ""), err
     assert err == (
-        "mmi: `mmi generate` needs onnxruntime, which is not installed. "
-        "install it with: pip install 'mmi_deploy[cpu]'\n"
+        f"mmi: `mmi {arguments[0]}` needs {module}, which is not installed. "
+        f"install it with: pip install 'mmi_deploy[{extra}]'\n"
     )
+    assert left_in(tmp_path) == set()
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS.values()) <= project["optional-dependencies"].keys()
+    assert "torch" not in " ".join(project["dependencies"])
+
+
+def test_only_what_can_be_trained_from_nothing_is_trained(mmi: Screen, tmp_path: Path) -> None:
+    assert mmi("train", "--preset", "released_13b", "-o", tmp_path / "run") == 2
+    assert "cannot be trained from nothing; expected tiny" in mmi.err
+    assert left_in(tmp_path) == set()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
