@@ -82,7 +82,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _unexpected(error: Exception) -> int:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if _disk_is_full(error):
         return _say("the disk is full. Free some space and run the command again", 2)
     if isinstance(error, OSError) and error.filename:
         return _say(f"{error.filename}: {error.strerror}", 2)
@@ -92,6 +92,13 @@ def _unexpected(error: Exception) -> int:
         "the traceback",
         1,
     )
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Libraries that are not Python's own say it in their text alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    known = isinstance(error, OSError) and error.errno in full
+    return known or any(os.strerror(number) in str(error) for number in full)
 
 
 def _say(line: str, code: int) -> int:

@@ -226,6 +226,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     [
         (KeyboardInterrupt(), 130, "mmi: stopped\n"),
         (FULL, 2, "mmi: the disk is full"),
+        (RuntimeError("I/O: No space left on device (os error 28)"), 2, "mmi: the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "x/y"), 2, "mmi: x/y: Permission"),
         (ValueError("odd\nthing"), 1, "mmi: unexpected ValueError: odd thing. Run it again as"),
     ],
