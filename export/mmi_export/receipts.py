@@ -259,8 +259,8 @@ def _denoise_step(
     diffusion = model.config.image_decoder.diffusion
     seen = model.config.image_decoder.mmfs.images_seen
     most = graph.ranges["m"].greatest
-    pair = min(2, limits.batch)
-    for b, n, m, solver in ((1, 1, 0, "unipc"), (1, 1, 1, "ddpm"), (pair, 3, most, "unipc")):
+    pair, pool = min(2, limits.batch), min(3, limits.images)
+    for b, n, m, solver in ((1, 1, 0, "unipc"), (1, 1, 1, "ddpm"), (pair, pool, most, "unipc")):
         schedule = schedule_table(solver, _STEPS, diffusion)
         scheduler = ddim(diffusion) if solver == "ddpm" else diffusers_scheduler(solver, diffusion)
         scheduler.set_timesteps(_STEPS)

@@ -31,7 +31,7 @@ class Exported:
         return onnx.load(self.bundle.graph_file(name), load_external_data=False)
 
 
-@pytest.fixture(scope="session", params=READINGS)
+@pytest.fixture(scope="session", params=["paper", pytest.param("released", marks=pytest.mark.slow)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Both readings, exported with their receipts."""
     model = random_model(READINGS[request.param]())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,16 @@ def test_a_moved_folder_still_computes_what_the_module_does(
     with torch.no_grad():
         wanted = module({name: torch.from_numpy(value) for name, value in inputs.items()})
     np.testing.assert_allclose(got, wanted["both"].numpy(), atol=1e-6)
+
+
+def test_a_dimension_with_one_size_is_written_as_that_size(
+    module: Doubling, tmp_path: Path
+) -> None:
+    single = replace(GRAPH, ranges={"b": Range(1, 1, 1)})
+    onnx_from_module(module, single, tmp_path / "single.onnx")
+    model = onnx.load(tmp_path / "single.onnx", load_external_data=False)
+    assert shape_of(model.graph.input[0]) == ("rows", (1, 4))
+    assert shape_of(model.graph.output[0]) == ("both", (2, 32))
 
 
 def test_a_dimension_that_tracing_would_fix_is_refused(tmp_path: Path) -> None:
