@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -169,6 +170,7 @@ def _fixed(allowed: Range) -> bool:
 def _state_contract(model: ir.Model, graph: Graph) -> None:
     """Check names and types against the contract and write its shapes into the file."""
     fixed = {letter: allowed.least for letter, allowed in graph.ranges.items() if _fixed(allowed)}
+    _name_dimensions(model, graph)
     for values, tensors in (
         (model.graph.inputs, graph.inputs),
         (model.graph.outputs, graph.outputs),
@@ -180,6 +182,26 @@ def _state_contract(model: ir.Model, graph: Graph) -> None:
             )
             value.shape = ir.Shape(_resolved(side, fixed) for side in tensor.shape)
     model.graph.name = graph.name
+
+
+def _name_dimensions(model: ir.Model, graph: Graph) -> None:
+    """Let shapes inside the file speak of the contract's letters, not of the tracer's symbols."""
+    letters = {
+        str(dim): side
+        for value, tensor in zip(model.graph.inputs, graph.inputs, strict=True)
+        for dim, side in zip(value.shape or (), tensor.shape, strict=True)
+        if isinstance(side, str) and side.isalpha() and not isinstance(dim, int)
+    }
+
+    def named(dim: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(dim, int) or dim.value is None:
+            return dim if isinstance(dim, int) else None
+        return re.sub(r"\w+", lambda symbol: letters.get(symbol[0], symbol[0]), dim.value)
+
+    for node in model.graph:
+        for output in node.outputs:
+            if output.shape is not None:
+                output.shape = ir.Shape(named(dim) for dim in output.shape)
 
 
 _ONNX_NAMES = {"float32": "FLOAT", "int64": "INT64", "int32": "INT32"}

@@ -85,8 +85,8 @@ def prove(model: MMInterleaved, graph: Graph, limits: Limits, run: Run, seed: in
                     f"{graph.name} does not compute what the model does at {sizes}",
                     expected=f"a relative error of at most {case.tolerance:g}",
                     got=f"{error:.3g}",
-                    fix="compare it with another version of torch, onnxscript or the runtime; "
-                    "these were the ones installed",
+                    fix="install the versions of torch, onnxscript and onnxruntime that "
+                    "pyproject.toml names",
                 )
             cases.append(case)
     return Proof(COMPARED_WITH[graph.name], tuple(cases))

@@ -75,6 +75,12 @@ def shape_of(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | str, ...]]:
     return value.name, tuple(dim.dim_param or dim.dim_value for dim in dims)
 
 
+def test_shapes_inside_the_file_speak_of_the_contracts_letters(file: Path) -> None:
+    model = onnx.load(file, load_external_data=False)
+    inside = {shape_of(value)[1] for value in model.graph.value_info}
+    assert ("b", 4) in inside and ("b", 32) in inside
+
+
 def test_weights_are_aligned_safetensors_beside_the_file(file: Path) -> None:
     model = onnx.load(file, load_external_data=False)
     weights = load_file(file.with_suffix(".safetensors"))
