@@ -1,5 +1,4 @@
-"""Every tensor of the published checkpoint has exactly one place in our model, and the other
-way."""
+"""Every tensor of the published checkpoint has one place in our model, and the other way."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ def keys(repository: Path) -> dict[str, list[int]]:
 
 
 def test_2659_published_tensors_map_onto_our_parameters_one_to_one(released, keys):
-    """architecture.md section 10: nothing of ours stays empty, nothing of theirs is left over."""
+    """Nothing of ours stays empty, nothing of theirs is left over."""
     assert len(keys) == 2659
     own, constants = released.state_dict(), dict(released.named_buffers())
     hit: dict[str, str] = {}
