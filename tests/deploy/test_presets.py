@@ -112,7 +112,7 @@ def names(name: str, prefix: str) -> list[str]:
 
 
 def test_the_ablation_stands_on_open_llama_3b_and_stable_diffusion_1():
-    """Both published: OpenLLaMA-3B has 3 426 473 600 parameters (32 000 words, a head without bias),
+    """Both published: OpenLLaMA-3B has 3 426 473 600 parameters (32 000 words, no bias),
     the U-Net 859 520 964, the VAE 83 653 863."""
     found, width = sizes("ablation_3b"), preset("ablation_3b").llama.width
     two_new_words, head = 2 * width, 32000 * width
