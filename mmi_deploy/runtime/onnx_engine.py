@@ -70,6 +70,8 @@ def _session_options(options: OnnxOptions) -> ort.SessionOptions:
     session = ort.SessionOptions()
     session.intra_op_num_threads = options.threads
     session.log_severity_level = 4  # errors are raised, which is enough
+    # It would keep a block of memory for each set of shapes, and documents never stop differing.
+    session.enable_mem_pattern = False
     if not options.optimise:
         session.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # Several engines take turns: one whose turn is over must not keep the cores busy.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,13 +25,9 @@ from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.tokenizer import Tokenizer
-from mmi_export.bundle_export import export_bundle
 from mmi_train import generation as slow
 from mmi_train.data.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import MMInterleaved
-from mmi_train.weights import load_model
-
-TRAINED = Path(__file__).resolve().parents[2] / "assets" / "tiny"
 
 
 def image(seed: int) -> Image:
@@ -168,15 +163,3 @@ def test_so_it_does_up_to_the_end_of_its_context(small: Sides) -> None:
     got = assert_same(small, DOCUMENTS["several images"], options)
     assert got.last.reason == "context"
     assert len(got.token_ids) == small.bundle.limits.context
-
-
-@pytest.mark.slow
-def test_so_does_the_shipped_model(tmp_path: Path) -> None:
-    """Of real size and trained: 20 steps, guidance 3.5, a story of four given pictures."""
-    if not (TRAINED / "config.json").exists():
-        pytest.skip("assets/tiny is not here")
-    bundle = export_bundle(TRAINED, tmp_path / "bundle", schedules=("unipc:20",))
-    sides = Sides.of(load_model(TRAINED), bundle)
-    story = document_of(*(part for seed in range(4) for part in (Text("a circle"), image(seed))))
-    got = assert_same(sides, story, GenerationOptions(turn_tokens=5, max_images=3, seed=3))
-    assert (got.last.tokens, got.last.images) == (15, 3)
