@@ -9,7 +9,7 @@ engines/<target>/          what one target needs beyond the portable graphs, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -244,13 +244,19 @@ class TargetWriter(_FolderWriter):
 
 @contextmanager
 def write_bundle(
-    folder: Path, config: ModelConfig, limits: Limits, *, force: bool = False
+    folder: Path,
+    config: ModelConfig,
+    limits: Limits,
+    *,
+    force: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> Iterator[BundleWriter]:
     """Write a bundle into a temporary folder that takes the place of `folder` at the end.
 
-    Whatever goes wrong, Ctrl-C included, leaves what was there before.
+    Whatever goes wrong, Ctrl-C included, leaves what was there before. `inputs`: what is read on
+    the way, and must not be replaced.
     """
-    with new_folder(folder, force) as work:
+    with new_folder(folder, force, kind="bundle", inputs=inputs) as work:
         writer = BundleWriter(work, config, limits)
         yield writer
         writer.finish()
@@ -259,7 +265,7 @@ def write_bundle(
 @contextmanager
 def write_target(bundle: Bundle, target: str, recipe: Mapping[str, str]) -> Iterator[TargetWriter]:
     """Write `engines/<target>` of a bundle, whole or not at all."""
-    with new_folder(bundle.target_folder(target)) as work:
+    with new_folder(bundle.target_folder(target), kind="target") as work:
         writer = TargetWriter(work, target)
         yield writer
         writer.finish(bundle.identity, recipe)

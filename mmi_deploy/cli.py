@@ -14,6 +14,7 @@ from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from mmi_deploy.commands.bench import bench
 from mmi_deploy.commands.evaluate import evaluate
@@ -63,7 +64,14 @@ def options(
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors are one line on stderr."""
     try:
-        app(arguments, prog_name="mmi")
+        code = app(arguments, prog_name="mmi", standalone_mode=False)
+        code = code if isinstance(code, int) else 0
+        return _say("stopped", STOPPED) if code == STOPPED else code
+    except TyperException as error:
+        if not arguments:
+            return 2  # the help is on the screen
+        line = error.format_message().rstrip(".")
+        return _say(f"{line}. See `mmi {_command(arguments)}--help`", 2)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         return _say("stopped", STOPPED) if code == STOPPED else code
@@ -78,7 +86,12 @@ def run(arguments: list[str]) -> int:
         if "--debug" in arguments:
             raise
         return _unexpected(error)
-    return 0
+
+
+def _command(arguments: list[str]) -> str:
+    """The command that was asked for, if there is such a one, and a space."""
+    known = {item.callback.__name__ for item in app.registered_commands if item.callback}
+    return next((f"{word} " for word in arguments if word in known), "")
 
 
 def _unexpected(error: Exception) -> int:

@@ -178,6 +178,8 @@ def parse_json(text: str, folder: Path) -> Document:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise DocumentError(f"the document is not JSON: line {error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        raise DocumentError(f"the document is not JSON: {error}") from None
     parts = value.get("parts", value) if isinstance(value, dict) else value
     entries = parts if isinstance(parts, list) else [parts]
     if entries and all(isinstance(entry, dict) and "sentences" in entry for entry in entries):

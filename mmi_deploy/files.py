@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,11 +33,14 @@ def write_file(path: Path, data: bytes | str) -> None:
         raise
 
 
-def check_replaceable(folder: Path, force: bool = False) -> None:
+def check_replaceable(
+    folder: Path, force: bool = False, *, kind: str = "folder", inputs: Sequence[Path] = ()
+) -> None:
     """Raise `MmiError` when writing `folder` would destroy something that we did not write.
 
-    Absent and empty folders are free to take; so is one that holds our marker, and, with `force`,
-    any other folder. Never a file, the current folder or one that contains it.
+    Absent and empty folders are free to take; so is one whose marker says that we wrote it and that
+    it is of the same `kind`, and, with `force`, any other folder. Never a file, the current folder,
+    one that contains it, or one that contains any of `inputs`.
     """
     if not folder.exists() and not folder.is_symlink():
         return
@@ -45,8 +48,23 @@ def check_replaceable(folder: Path, force: bool = False) -> None:
         raise MmiError(f"{folder} is not a folder", fix="give another output folder")
     if Path.cwd().resolve().is_relative_to(folder.resolve()):
         raise MmiError(f"{folder} is the folder you are in", fix="give another output folder")
-    if force or (folder / MARKER).exists() or not any(folder.iterdir()):
+    for path in inputs:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise MmiError(
+                f"{folder} holds {path}, which is read to write it",
+                fix="give another output folder",
+            )
+    if force or not any(folder.iterdir()):
         return
+    marker = folder / MARKER
+    written = marker.read_text().strip() if marker.is_file() else ""
+    if written == kind:
+        return
+    if written:
+        raise MmiError(
+            f"{folder} holds a {written}, not a {kind}",
+            fix="give another output folder, or replace it with --force",
+        )
     raise MmiError(
         f"{folder} exists and holds files that mmi did not write",
         fix="give another output folder, or replace it with --force",
@@ -54,17 +72,19 @@ def check_replaceable(folder: Path, force: bool = False) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path, force: bool = False) -> Iterator[Path]:
+def new_folder(
+    folder: Path, force: bool = False, *, kind: str = "folder", inputs: Sequence[Path] = ()
+) -> Iterator[Path]:
     """A temporary folder to fill; when the block ends well it takes the place of `folder`.
 
     Raises as `check_replaceable` does, before anything is written.
     """
-    check_replaceable(folder, force)
+    check_replaceable(folder, force, kind=kind, inputs=inputs)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         yield work
-        (work / MARKER).touch()
+        (work / MARKER).write_text(kind + "\n")
         work.chmod(0o755)
         _swap(work, folder)
     finally:

@@ -96,7 +96,11 @@ def resize(rgb: Rgb, side: int, fit: Fit = "crop") -> Rgb:
         return np.asarray(_scale(image, (side, side), Image.Resampling.BICUBIC))
     while min(image.size) >= 2 * side:
         image = _scale(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = side / min(image.size)
+    shorter = min(image.size)
+    if max(image.size) > 4 * shorter:  # only the middle is kept: do not scale the rest
+        left, top = (max((length - 4 * shorter) // 2, 0) for length in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
+    factor = side / shorter
     size = round(image.width * factor), round(image.height * factor)
     scaled = np.asarray(_scale(image, size, Image.Resampling.BICUBIC))
     top, left = (size[1] - side) // 2, (size[0] - side) // 2

@@ -13,6 +13,7 @@ from mmi_deploy.bundle import Bundle, BundleWriter, write_bundle
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.graphs import Graph, Limits, graphs
 from mmi_deploy.schedule import Schedule
+from mmi_deploy.tokenizer import Tokenizer
 from mmi_export.image_decoder import DenoiseStepGraph, ImageConditionGraph, VaeDecoderGraph
 from mmi_export.llm import LlmGraph
 from mmi_export.onnx_from_module import onnx_from_module
@@ -62,9 +63,12 @@ def export_bundle(
     if not tokenizer.is_file():
         raise WeightsError(f"{model_folder} holds no {TOKENIZER}", fix="give a whole model folder")
     model = load_model(model_folder)
+    Tokenizer.open(tokenizer, model.config.tokens)  # refused before minutes of work
     limits = _limits(model, context, batch, images)
     tables = _tables(model, schedules)
-    with write_bundle(out_folder, model.config, limits, force=force) as writer:
+    with write_bundle(
+        out_folder, model.config, limits, force=force, inputs=[model_folder]
+    ) as writer:
         shutil.copyfile(tokenizer, writer.tokenizer)
         for table in tables:
             writer.add_schedule(table)

@@ -37,11 +37,13 @@ def evaluate(
     with extras("evaluate"):
         from tokenizers import Tokenizer
 
+        from mmi_deploy.tokenizer import Tokenizer as TextTokenizer
         from mmi_train.contact_sheet import contact_sheet
         from mmi_train.data import world as worlds
         from mmi_train.evaluation import evaluate as evaluation_of
         from mmi_train.weights import TOKENIZER, load_model
     loaded = load_model(model)
+    TextTokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses what cannot be read
     tokenizer = Tokenizer.from_file(str(model / TOKENIZER))
     err = remarks()
     with err.status("evaluating") as status:

@@ -79,7 +79,8 @@ def generate(
         from mmi_deploy.runtime.generation import generate as events_of
         from mmi_deploy.runtime.runtime import Runtime
         from mmi_deploy.story import PAGE_NAME, Story, write_story
-    check_replaceable(out, force)  # before minutes of work
+    inputs = (document, bundle)
+    check_replaceable(out, force, kind="story", inputs=inputs)  # before minutes of work
     options = GenerationOptions(
         seed=seed,
         max_images=max_images,
@@ -97,7 +98,7 @@ def generate(
     used = runtime.schedule(schedule).schedule.key
     story = Story(source)
     finished: Finished | None = None
-    with new_folder(out, force) as work:
+    with new_folder(out, force, kind="story", inputs=inputs) as work:
         watch = _Nobody() if as_json else _Terminal(source)
         with watch:
             for event in events_of(runtime, source, options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class _Pipe(Console):
+    """A console whose reader may leave: `mmi generate ... | head` still writes its folder."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def results() -> Console:
     """For what was asked for; never wraps or colours what is piped on."""
-    return Console(highlight=False, soft_wrap=True)
+    return _Pipe(highlight=False, soft_wrap=True)
 
 
 def remarks() -> Console:

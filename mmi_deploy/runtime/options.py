@@ -43,6 +43,8 @@ class GenerationOptions:
                 raise ConfigError(
                     f"{name} is out of range", expected="0 or more", got=getattr(self, name)
                 )
+        if self.guidance > 100:
+            raise ConfigError("guidance is out of range", expected="at most 100", got=self.guidance)
         if self.turn_tokens is not None and self.turn_tokens < 0:
             raise ConfigError("turn_tokens is out of range", expected="0 or more")
         if "" in self.stop:

@@ -407,3 +407,32 @@ def test_verify_can_run_every_graph(mmi: Screen, bundle: Path) -> None:
     assert mmi("verify", bundle, "--run", "--json") == 0
     report = json.loads(mmi.out)
     assert (report["tokens"], report["pictures"]) == (4, 1)
+
+
+def test_a_wrong_option_is_one_line_that_names_the_help(mmi: Screen) -> None:
+    assert mmi("generate", "--seed", "x") == 2
+    assert mmi.err.count("\n") == 1
+    assert mmi.err.startswith("mmi: Invalid value for '--seed'")
+    assert mmi.err.endswith("See `mmi generate --help`\n")
+
+
+def test_the_output_never_replaces_the_document_or_the_bundle(
+    mmi: Screen, story: Path, bundle: Path
+) -> None:
+    for out in (bundle, story.parent):
+        before = left_in(out)
+        assert mmi("generate", story, "-b", bundle, "-o", out, "--force") == 2
+        assert "is read to write it" in mmi.err
+        assert left_in(out) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--temperature", "inf"), ("--guidance", "inf"), ("--guidance", "1e38")]
+)
+def test_endless_numbers_are_refused(
+    mmi: Screen, story: Path, bundle: Path, option: str, value: str
+) -> None:
+    out = story.parent / "out"
+    assert mmi("generate", story, "-b", bundle, "-o", out, option, value) == 2
+    assert "out of range" in mmi.err
+    assert not out.exists()

@@ -110,3 +110,30 @@ def test_a_file_is_replaced_whole_or_not_at_all(
         write_file(path, "three")
     assert path.read_bytes() == b"two"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    with new_folder(folder, kind="bundle") as work:
+        (work / "bundle.json").write_text("precious")
+    with (
+        pytest.raises(MmiError, match="holds a bundle, not a story"),
+        new_folder(folder, kind="story"),
+    ):
+        raise AssertionError("must not begin")
+    assert (folder / "bundle.json").read_text() == "precious"
+    with new_folder(folder, kind="bundle"):
+        pass
+
+
+def test_a_folder_that_holds_what_is_read_is_never_replaced(tmp_path: Path) -> None:
+    document = tmp_path / "doc" / "story.md"
+    document.parent.mkdir()
+    document.write_text("precious")
+    for force in (False, True):
+        with (
+            pytest.raises(MmiError, match="is read to write it"),
+            new_folder(document.parent, force, kind="story", inputs=[document]),
+        ):
+            raise AssertionError("must not begin")
+    assert document.read_text() == "precious"

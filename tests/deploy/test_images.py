@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,20 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path, si
     assert path.stat().st_size < 100_000
     with pytest.raises(DocumentError, match="too large; expected at most 64 million pixels"):
         images.read_rgb(path)
+
+
+@pytest.mark.parametrize("shape", [(1, 60000, 3), (60000, 3, 3), (5, 40, 3)])
+def test_a_very_flat_picture_costs_no_memory_and_keeps_its_middle(
+    shape: tuple[int, int, int],
+) -> None:
+    """Only the middle is kept, so nothing else is scaled up."""
+    rgb = np.zeros(shape, np.uint8)
+    middle = tuple(slice(max(n // 2 - 3, 0), n // 2 + 3) for n in shape[:2])
+    rgb[middle] = 200
+    tracemalloc.start()
+    resized = images.resize(rgb, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert resized.shape == (64, 64, 3)
+    assert resized[32, 32].min() > 100
+    assert peak < 10_000_000
