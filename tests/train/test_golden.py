@@ -210,6 +210,35 @@ def test_a_configuration_that_the_weights_contradict(unit: Path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("d_model", 128), ("ratio", 1.0), ("max_num_image_per_seq", 7)]
+)
+def test_other_sizes_than_those_of_the_weights(unit: Path, capsys, key: str, value: Any):
+    change_config(unit, lambda config: config["ctor"].update({key: value}))
+    assert_broken(unit.parent, capsys, "has shape")
+
+
+def test_what_the_configuration_lacks_is_as_published_or_as_in_the_weights(
+    golden_units: Path, tmp_path: Path
+):
+    base = put(golden_units / "visual_tokenizer_224", tmp_path)
+
+    def forget(config: dict[str, Any]) -> None:
+        for key in (
+            "patch_size",
+            "hidden_act",
+            "num_hidden_layers",
+            "image_size",
+            "projection_dim",
+        ):
+            del config["clip"][key]
+        for key in ("cross_attention_frequency", "qk_normalization"):
+            del config["perceiver"][key]
+
+    change_config(base, forget)
+    assert set(verdicts(check_folder(tmp_path)).values()) == {"pass"}
+
+
 @pytest.mark.parametrize("value", ["four", 4.5, [4], {"heads": 4}, 0, -4, True])
 def test_a_senseless_configuration(unit: Path, capsys, value: Any):
     change_config(unit, lambda config: config["ctor"].update(n_heads=value))
@@ -281,6 +310,12 @@ def test_the_tolerance_is_a_share_of_the_greatest_expected_value():
         assert compare("u", "t", over, expected, quantity).verdict == "FAIL"
     tiny = torch.full((2,), 1e-9)
     assert compare("u", "t", tiny, torch.zeros(2), "forward").allowed == 1e-4 * FLOOR
+
+
+def test_a_wrong_scalar_is_reported():
+    line = compare("u", "loss", torch.tensor(1.5), torch.tensor(1.0), "loss")
+    assert line.verdict == "FAIL" and line.error == 0.5
+    assert "got 1.5, expected 1" in line.detail
 
 
 def test_values_that_are_not_finite_fail_unless_expected():

@@ -88,7 +88,7 @@ def tokenizer(repository: Path):
     unit = read_unit(repository / "tests/golden/visual_tokenizer_224")
     vision = configs.vision(Section(unit.config).section("clip"), 224, unit.state)
     resampler = configs.qformer(
-        Section(unit.config).section("perceiver"), PUBLISHED.vision_resampler
+        Section(unit.config).section("perceiver"), PUBLISHED.vision_resampler, unit.state
     )
 
     def build() -> nn.Module:

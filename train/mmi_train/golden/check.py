@@ -120,11 +120,12 @@ class _WeightPool:
         return self._kept[1]
 
     def _source(self, unit: Unit) -> str:
-        """The unit of the same ending, `full_forward`, or else the only one there is."""
+        """`full_forward`, or the one whose ending begins the unit's own, or the only one."""
         known = [name for name in self._folder.units if kind_of(name) == _FORWARD]
-        for name in (_FORWARD + unit.name.removeprefix(unit.kind), _FORWARD):
-            if name in known:
-                return name
+        ending = unit.name.removeprefix(unit.kind)
+        own = [name for name in known if ending.startswith(name.removeprefix(_FORWARD))]
+        if own:
+            return max(own, key=len)
         if len(known) == 1:
             return known[0]
         raise UnitError(

@@ -107,14 +107,19 @@ def mmfs(section: Section, state: State, default: MmfsConfig, prefix: str = "") 
     heads = logit_rows // levels - offset_rows // 2
     points = offset_rows // 2 // max(heads, 1)
     consistent = heads > 0 and points > 0
-    heads = section.count("n_heads", heads if consistent else default.heads)
+    heads = section.count(
+        "n_heads", section.count("num_heads", heads if consistent else default.heads)
+    )
     points = section.count("n_points", points if consistent else default.points)
-    images = size(state, prefix + "query_relpos.weight", 0)
+    images = section.count("max_num_image_per_seq", size(state, prefix + "query_relpos.weight", 0))
+    width = section.count("attn_dim", size(state, prefix + "value_proj.weight", 0))
+    if "d_model" in section and "ratio" in section:
+        width = int(section.count("d_model", width) * section.get("ratio", 1.0))
     return replace(
         default,
         heads=heads,
         points=points,
-        value_width=size(state, prefix + "value_proj.weight", 0),
+        value_width=width,
         images=images,
         images_seen=min(default.images_seen, images - 1),
     )
@@ -132,8 +137,9 @@ def levels_of(spatial_shapes: Sequence[int], sides: Sequence[int]) -> tuple[int,
     return levels
 
 
-def qformer(section: Section, default: ResamplerConfig) -> ResamplerConfig:
-    """A published `perceiver_config`."""
+def qformer(section: Section, default: ResamplerConfig, state: State) -> ResamplerConfig:
+    """A published `perceiver_config`, of the resampler whose weights are among `state`."""
+    norms = any(name.endswith("attention.q_norm.weight") for name in state)
     return replace(
         default,
         queries=section.count("num_queries", default.queries),
@@ -143,7 +149,7 @@ def qformer(section: Section, default: ResamplerConfig) -> ResamplerConfig:
         heads=section.count("num_attention_heads", default.heads),
         mlp_width=section.count("intermediate_size", default.mlp_width),
         cross_every=section.count("cross_attention_frequency", default.cross_every),
-        qk_norm=section.get("qk_normalization", default.qk_norm),
+        qk_norm=section.get("qk_normalization", norms),
         eps=section.get("layer_norm_eps", default.eps),
     )
 
@@ -190,10 +196,12 @@ def llama(section: Section, vocab: int, context: int, mmfs_every: int) -> LlamaC
     )
 
 
-def unet(section: Section, latent_side: int) -> UnetConfig:
+def unet(section: Section, latent_side: int, state: State) -> UnetConfig:
     """A configuration of diffusers' `UNet2DConditionModel`, in which `attention_head_dim` is the
-    number of heads."""
+    number of heads; of the U-Net whose weights are among `state`."""
     default = PUBLISHED.image_decoder.unet
+    projections = [state[name] for name in state if name.endswith("attentions.0.proj_in.weight")]
+    linear = all(weight.ndim == 2 for weight in projections)
     widths = section.get("block_out_channels", default.block_widths)
     heads = section.values.get("num_attention_heads") or section.values.get("attention_head_dim")
     if isinstance(heads, int):
@@ -218,7 +226,7 @@ def unet(section: Section, latent_side: int) -> UnetConfig:
         attention_heads=default.attention_heads if heads is None else tuple(heads),
         attention_blocks=attends,
         norm_groups=section.count("norm_num_groups", default.norm_groups),
-        linear_projection=section.get("use_linear_projection", default.linear_projection),
+        linear_projection=section.get("use_linear_projection", linear),
     )
 
 
@@ -272,6 +280,7 @@ def model(config: Section, state: State, image_side: int) -> ModelConfig:
     resampler = qformer(
         arguments.section("visual_tokenizer_config").section("perceiver_config"),
         PUBLISHED.vision_resampler,
+        tokenizer,
     )
     body = parts.section("llama")
     vocab = arguments.count("txt_vocab_size", PUBLISHED.llama.vocab)
@@ -304,8 +313,12 @@ def image_decoder(section: Section, parts: Section, state: State) -> ImageDecode
     coder = vae(parts.section("vae"))
     image_size = section.count("image_size", PUBLISHED.image_decoder.image_size)
     return ImageDecoderConfig(
-        resampler=qformer(section.section("perceiver_config"), PUBLISHED.image_decoder.resampler),
-        unet=unet(parts.section("unet"), image_size // coder.factor),
+        resampler=qformer(
+            section.section("perceiver_config"),
+            PUBLISHED.image_decoder.resampler,
+            under(state, "image_decoder.perceiver_resampler."),
+        ),
+        unet=unet(parts.section("unet"), image_size // coder.factor, state),
         mmfs=mmfs(
             section,
             state,

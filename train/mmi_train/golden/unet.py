@@ -81,7 +81,7 @@ def _build(unit: Unit, latent_side: int, maps: Sequence[Tensor]) -> UNet:
     sides = tuple(level.shape[-1] for level in maps)
     default = replace(PUBLISHED.image_decoder.mmfs, levels=tuple(range(len(sides))))
     mmfs = configs.mmfs(config, unit.state, default, _MID_BLOCK)
-    unet = configs.unet(config.section("unet"), latent_side)
+    unet = configs.unet(config.section("unet"), latent_side, unit.state)
     width = config.count("mmfs_input_channel", PUBLISHED.vision.width)
     model = published_module(
         lambda: UNet(unet, mmfs, width, sides),

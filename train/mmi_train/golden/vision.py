@@ -20,7 +20,7 @@ def check(unit: Unit, checks: Checks) -> None:
     pixels = unit.input("image")  # [n, 3, side, side]
     clip = config.section("clip")
     vision = configs.vision(clip, pixels.shape[-1], unit.state)
-    resampler = configs.qformer(config.section("perceiver"), PUBLISHED.vision_resampler)
+    resampler = configs.qformer(config.section("perceiver"), PUBLISHED.vision_resampler, unit.state)
     width = config.count("llm_hidden_size", PUBLISHED.llama.width)
     model = published_module(
         lambda: VisualTokenizer(vision, resampler, width),
