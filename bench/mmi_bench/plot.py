@@ -72,5 +72,5 @@ def _speedups(axes: Any, comparison: Comparison) -> None:
     axes.bar_label(bars, [f"{median:.1f}x" for median in medians], padding=4)
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.margins(x=0.15)
-    axes.set_xlabel("times as fast as PyTorch as published")
-    axes.set_title("Speedup (bars end at the median, whiskers at the quartiles)", fontsize=9)
+    axes.set_xlabel("times as fast as PyTorch as published (median, quartiles)")
+    axes.set_title("Speedup")

@@ -77,9 +77,10 @@ class Remote:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
+            how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
             raise MmiError(
-                f"the {self.side} side of the benchmark ended with code {code}",
-                fix="its own message stands above",
+                f"the {self.side} side of the benchmark {how}",
+                fix="its own message, if it had time for one, stands above",
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mmi_bench import compare, plot, report
+from mmi_bench import compare, plot, remote, report
 from mmi_bench.cases import Case, Plan, look_back
 from mmi_bench.compare import Comparison, _measure
 from mmi_bench.remote import Answer, Remote
@@ -147,6 +147,15 @@ def test_a_plot_is_written_in_the_format_of_its_name(tmp_path: Path, suffix: str
 def test_a_bundle_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(MmiError, match="there is no bundle"):
         compare.run(tmp_path / "none", tmp_path)
+
+
+def test_a_side_that_is_killed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote.sys, "executable", str(tmp_path / "killed"))
+    (tmp_path / "killed").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "killed").chmod(0o755)
+    settings = Settings(tmp_path, tmp_path, "ddim:20", 1, False)
+    with pytest.raises(MmiError, match="pytorch side .* signal 9"), Remote("pytorch", settings):
+        pass
 
 
 def test_an_error_of_a_side_reaches_the_caller_as_its_line(tmp_path: Path) -> None:
