@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ class Golden:
             for name, tensor in self.tensors.items()
             if name.startswith(start)
         }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_threads() -> Iterator[None]:
+    """A module that sets torch's number of threads, which moves last digits, keeps it to itself."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else None
+    yield
+    if torch and before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
