@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmi_deploy.config import MmfsConfig
 from mmi_train.golden.__main__ import main
 from mmi_train.golden.check import Report, check_folder
 from mmi_train.golden.compare import FLOOR, TOLERANCES, compare
+from mmi_train.golden.gradients import gradient_bounds
 from mmi_train.golden.units import KINDS, kind_of
+from mmi_train.model.mmfs import Mmfs
 
 UNIT = "mmfs_llm"
 """The smallest golden unit: what most tests damage."""
@@ -310,6 +313,38 @@ def test_the_tolerance_is_a_share_of_the_greatest_expected_value():
         assert compare("u", "t", over, expected, quantity).verdict == "FAIL"
     tiny = torch.full((2,), 1e-9)
     assert compare("u", "t", tiny, torch.zeros(2), "forward").allowed == 1e-4 * FLOOR
+
+
+def test_gradients_at_the_border_of_a_cell_may_be_those_of_either_side():
+    """A point on a cell's centre line: to its left the value falls by 1 per cell, to its right it
+    rises by 2. Away from such a point nothing is allowed for."""
+    config = MmfsConfig(
+        heads=1,
+        points=1,
+        value_width=1,
+        levels=(0,),
+        base_grid=4,
+        images=2,
+        images_seen=1,
+        null_slot=False,
+        offset_init=0.0,
+    )
+    mmfs = Mmfs(config, 1, 1, 1, (4,), 4)
+    with torch.no_grad():
+        mmfs.output_proj.weight.fill_(1.0)
+    row = torch.tensor([3.0, 2.0, 1.0, 3.0])
+    value = row.repeat(4).view(1, 16, 1, 1)
+    slot, position = torch.zeros(1, 1).int(), torch.ones(1, 1, 1).int()
+
+    def slope(x: float) -> dict[str, Tensor]:
+        reference = torch.tensor([[x, 0.5]])  # pixel 4 x - 0.5
+        out = mmfs(torch.zeros(1, 1, 1), value, slot, position, reference)
+        return {"x": torch.autograd.grad(out.sum(), mmfs.offset_proj.bias)[0][0]}
+
+    least, greatest = gradient_bounds(mmfs, lambda: slope(0.625))["x"]
+    assert (least.item(), greatest.item()) == pytest.approx((-1.0, 2.0), abs=1e-5)
+    least, greatest = gradient_bounds(mmfs, lambda: slope(0.63))["x"]
+    assert (least.item(), greatest.item()) == pytest.approx((2.0, 2.0), abs=1e-5)
 
 
 def test_a_wrong_scalar_is_reported():

@@ -427,3 +427,15 @@ def test_a_missing_weight_of_the_whole_model_is_named(folder: Path, tmp_path: Pa
     save_file(tensors, tmp_path / "full_forward.safetensors")
     assert main([str(tmp_path)]) == 1
     assert f"missing: {lacking}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["two levels"], indirect=True)
+def test_a_wrong_gradient_fails(folder: Path, tmp_path: Path):
+    """Allowing for cell borders must not let an error of one per cent through."""
+    for path in folder.glob("full_forward.*"):
+        shutil.copy(path, tmp_path)
+    tensors = load_file(tmp_path / "full_forward.safetensors")
+    tensors["out.grad.soi_token"] *= 1.01
+    save_file(tensors, tmp_path / "full_forward.safetensors")
+    failed = [line.tensor for line in check_folder(tmp_path).lines if line.verdict == "FAIL"]
+    assert failed == ["grad.soi_token"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from mmi_train.convert_state import published_module
 from mmi_train.golden import configs
 from mmi_train.golden.compare import Checks
 from mmi_train.golden.configs import Section
+from mmi_train.golden.gradients import check_gradients
 from mmi_train.golden.hooks import recorded
 from mmi_train.golden.llama import visible_keys
 from mmi_train.golden.unet import set_base_grids
@@ -25,7 +27,6 @@ from mmi_train.losses import IGNORE, text_loss, text_targets
 from mmi_train.model.image_decoder import CONDITION_DROP, Draws
 from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
-from mmi_train.published import DerivedConstant, rename
 
 _GRADIENT_OF = "mmc4"
 """The data set whose total loss the stored gradients are of."""
@@ -112,11 +113,19 @@ def read(
 
 
 def check(unit: Unit, checks: Checks, weights: Weights) -> None:
-    model, tokens = weights.model, weights.model.config.tokens
-    data = rows(unit, tokens)
+    with torch.enable_grad():
+        loss = _forward(unit, checks, weights)
+        again = partial(_forward, unit, Checks(unit), weights)
+        check_gradients(checks, weights.model, loss, again)
+
+
+def _forward(unit: Unit, checks: Checks, weights: Weights) -> Tensor | None:
+    """The training forward; returns the loss whose gradients are stored, if there is one."""
+    model = weights.model
+    data = rows(unit, model.config.tokens)
     pixels = unit.input("image_tensors")
     parts = {"llm": model.llm, "resampler": model.image_decoder.resampler}
-    with torch.enable_grad(), recorded(parts) as flow:
+    with recorded(parts) as flow:
         images = model.encode_images(pixels)
         hidden = read(model, data, images)
         context, length = model.context(hidden, data.bounds, data.pictures)
@@ -130,7 +139,7 @@ def check(unit: Unit, checks: Checks, weights: Weights) -> None:
         checks.compare("context_features", flow["resampler"][0], mask=real)
         checks.compare("resampled_context", condition)
         image_loss = _image_loss(unit, checks, weights, data, images, condition, length)
-        _check_losses(unit, checks, weights, data, logits, image_loss)
+        return _check_losses(unit, checks, weights, data, logits, image_loss)
 
 
 def _check_embeddings(
@@ -200,7 +209,7 @@ def _draws(unit: Unit, pictures: int, drop_share: float) -> Draws:
 
 def _check_losses(
     unit: Unit, checks: Checks, weights: Weights, data: Rows, logits: Tensor, image_loss: Tensor
-) -> None:
+) -> Tensor | None:
     arguments, tokens = weights.arguments, weights.model.config.tokens
     text_weight = arguments.get("loss_txt_weight", 1.0)
     image_weight = arguments.get("loss_img_weight", 10.0)
@@ -225,11 +234,7 @@ def _check_losses(
                 )
         if total is None or name == _GRADIENT_OF:
             total = own
-    wanted = [name for name in unit.outputs if name.startswith("grad.")]
-    if wanted and total is None:
-        raise UnitError("has gradients but no loss", expected=f"out.loss_{_GRADIENT_OF}")
-    if wanted and total is not None:
-        _check_gradients(checks, weights.model, wanted, total)
+    return total
 
 
 def _data_sets(unit: Unit) -> list[str]:
@@ -238,24 +243,3 @@ def _data_sets(unit: Unit) -> list[str]:
         re.fullmatch(r"(?:loss(?:_txt|_img)?|gt_text_ids)_(\w+)", name) for name in unit.outputs
     )
     return sorted({match[1] for match in names if match})
-
-
-def _check_gradients(checks: Checks, model: MMInterleaved, wanted: list[str], loss: Tensor) -> None:
-    parameters = dict(model.named_parameters())
-    skips = len(model.image_decoder.unet.look_back) - 1
-    own = {}
-    for name in wanted:
-        found = rename(name.removeprefix("grad."), skips)
-        if isinstance(found, DerivedConstant):
-            checks.skip(name, "a constant of ours, no parameter")
-        elif found in parameters:
-            own[name] = parameters[found]
-        else:
-            raise UnitError(f"has out.{name}, the gradient of no parameter of this configuration")
-    gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
-    for (name, parameter), gradient in zip(own.items(), gradients, strict=True):
-        gradient = torch.zeros_like(parameter) if gradient is None else gradient
-        expected = checks.unit.outputs[name]
-        if expected.numel() == gradient.numel():  # leading dimensions of one may differ
-            gradient = gradient.reshape(expected.shape)
-        checks.compare(name, gradient, "gradient")

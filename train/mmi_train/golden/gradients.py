@@ -1,0 +1,134 @@
+"""Gradients of the training loss, and where they may differ although both sides are right.
+
+Bilinear sampling is continuous, but its derivative jumps where a point crosses from one cell of a
+map into the next. Of a point that lies on such a border within the rounding of fp32, two correct
+computations may take the derivatives of different cells. Those entries are recognised by what they
+do when all points are moved by as little; all others must agree as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mmi_train.golden.compare import Checks, Comparison, compare
+from mmi_train.golden.units import UnitError
+from mmi_train.model.interactions import DeformableAttention
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.model.mmfs import Mmfs
+from mmi_train.published import DerivedConstant, rename
+
+_PREFIX = "grad."
+
+REACH = 4e-7
+"""How far points are moved, as a share of a map's side: a few roundings of a location in fp32."""
+
+_REFERENCE = {Mmfs: 4, DeformableAttention: 1}
+"""Which argument of the forward pass is the reference that sampling points are counted from."""
+
+
+def check_gradients(
+    checks: Checks, model: MMInterleaved, loss: Tensor | None, again: Callable[[], Tensor | None]
+) -> None:
+    """Compare the gradients of `loss` with `out.grad.<name>`; `again` makes the loss anew."""
+    names = [name for name in checks.unit.outputs if name.startswith(_PREFIX)]
+    if not names:
+        return
+    if loss is None:
+        raise UnitError("has gradients but no loss", expected="out.loss_<data set>")
+    parameters = _parameters(checks, model, names)
+    lines = {}
+    for name, gradient in _gradients(loss, parameters).items():
+        lines[name] = _compare(checks, name, gradient)
+    doubtful = {
+        name: parameters[name]
+        for name, line in lines.items()
+        if line.verdict == "FAIL" and line.error is not None  # no shape of its own
+    }
+    if doubtful:
+        bounds = gradient_bounds(model, lambda: _gradients(_loss(again), doubtful))
+        for name, (least, greatest) in bounds.items():
+            expected = checks.unit.outputs[name].view_as(least)
+            line = _compare(checks, name, expected.clamp(least, greatest))
+            if line.verdict == "pass":
+                detail = "where sampling points lie on the border of a cell, either side's gradient"
+                lines[name] = replace(line, detail=detail)
+    checks.lines += lines.values()
+
+
+def _loss(again: Callable[[], Tensor | None]) -> Tensor:
+    loss = again()
+    assert loss is not None, "the loss was there the first time"
+    return loss
+
+
+def _parameters(checks: Checks, model: MMInterleaved, names: list[str]) -> dict[str, nn.Parameter]:
+    """Our parameter of each stored gradient; constants of ours are listed as not compared."""
+    skips = len(model.image_decoder.unet.look_back) - 1
+    own, found = dict(model.named_parameters()), {}
+    for name in names:
+        ours = rename(name.removeprefix(_PREFIX), skips)
+        if isinstance(ours, DerivedConstant):
+            checks.skip(name, "a constant of ours, no parameter")
+        elif ours in own:
+            found[name] = own[ours]
+        else:
+            raise UnitError(f"has out.{name}, the gradient of no parameter of this configuration")
+    return found
+
+
+def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The gradient of each parameter, zeros where the loss does not depend on it."""
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+    }
+
+
+def _compare(checks: Checks, name: str, gradient: Tensor) -> Comparison:
+    expected = checks.unit.outputs[name]
+    if expected.numel() == gradient.numel():  # leading dimensions of one may differ
+        gradient = gradient.reshape(expected.shape)
+    return compare(checks.unit.name, name, gradient, expected, "gradient")
+
+
+def gradient_bounds(
+    model: nn.Module, gradients: Callable[[], Mapping[str, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Least and greatest of what `gradients` returns for `model` while points move to and fro."""
+    found = []
+    for x in (-REACH, REACH):
+        for y in (-REACH, REACH):
+            with _moved(model, torch.tensor([x, y])):
+                found.append(gradients())
+    stacked = {name: torch.stack([moved[name] for moved in found]) for name in found[0]}
+    return {name: (values.amin(0), values.amax(0)) for name, values in stacked.items()}
+
+
+@contextmanager
+def _moved(model: nn.Module, shift: Tensor) -> Iterator[None]:
+    """While the context is open, every sampling point of `model` is moved by `shift` (x, y)."""
+    handles = []
+    for module in model.modules():
+        for kind, place in _REFERENCE.items():
+            if isinstance(module, kind):
+                handles.append(module.register_forward_pre_hook(_move_argument(place, shift)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _move_argument(
+    place: int, shift: Tensor
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (*arguments[:place], arguments[place] + shift, *arguments[place + 1 :])
+
+    return hook
