@@ -11,6 +11,7 @@ import pytest
 from export.small_models import paper_reading, random_model, released_reading
 from mmi_deploy.bundle import Bundle
 from mmi_export.bundle_export import export_bundle
+from mmi_train.data.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights import TOKENIZER, save_model
 
@@ -37,7 +38,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model = random_model(READINGS[request.param]())
     folder = tmp_path_factory.mktemp(request.param)
     save_model(model, folder / "model")
-    (folder / "model" / TOKENIZER).write_text("{}")
+    build_tokenizer().save(str(folder / "model" / TOKENIZER))
     stages: list[tuple[str, int, int]] = []
     bundle = export_bundle(
         folder / "model",
