@@ -226,8 +226,8 @@ def test_published_unet(golden: Callable) -> None:
     maps = [given[f"feats.{level}"] for level in range(4)]
     features = torch.cat([level.flatten(3).transpose(2, 3) for level in maps], 2)  # [b, m, s, c]
     sides, width = [level.shape[-1] for level in maps], features.shape[-1]
-    config = unet(Section(run.about["config"]).section("unet"), given["sample"].shape[-1])
     state = {name: torch.from_numpy(value) for name, value in run.part("state").items()}
+    config = unet(Section(run.about["config"]).section("unet"), given["sample"].shape[-1], state)
     model = published_module(
         lambda: UNet(config, released_13b().image_decoder.mmfs, width, sides),
         state,
