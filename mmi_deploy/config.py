@@ -2,32 +2,59 @@
 
 Two readings of MM-Interleaved are configurations of one implementation: the paper's (MMFS after the
 U-Net's up blocks, all previous images, plain softmax, Perceiver Resamplers) and that of the
-released
-checkpoint (MMFS on the skips, the nearest image, a null slot, Q-Formers). See `presets.py`.
+released checkpoint (MMFS on the skips, the nearest image, a null slot, Q-Formers). See
+`presets.py`.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
 
 _STRICT = ConfigDict(extra="forbid")
 
+Id = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+Level = Annotated[int, Field(ge=0, le=3)]
+
+
+_HEADS = "its number of heads"
+_GROUPS = "its norm_groups"
+_SIN_COS = "as sin/cos tables of two coordinates need"
+
+
+def _multiple(what: str, size: int, count: int, which: str) -> None:
+    """Raise `ValueError` unless `size` is a multiple of `count`."""
+    if size < count or size % count:
+        raise ValueError(f"{what} {size} is no multiple of {count}, {which}")
+
 
 @dataclass(frozen=True, config=_STRICT)
 class TokenConfig:
     """Ids of the special tokens. `image` stands once per visual token of an image."""
 
-    bos: int
-    eos: int
-    pad: int
-    boi: int
-    image: int
+    bos: Id
+    eos: Id
+    pad: Id
+    boi: Id
+    image: Id
+
+    @model_validator(mode="after")
+    def _are_different(self) -> TokenConfig:
+        ids = (self.bos, self.eos, self.boi, self.image)
+        if len({*ids}) < len(ids) or self.pad in (self.boi, self.image):
+            raise ValueError("two special tokens have the same id")
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -40,15 +67,22 @@ class MmfsConfig:
     1 the nearest image). `images_seen`: how many of the nearest images a query may look at.
     """
 
-    heads: int
-    points: int
-    value_width: int
-    levels: tuple[int, ...]
-    base_grid: int | None
-    images: int
-    images_seen: int
+    heads: Count
+    points: Count
+    value_width: Count
+    levels: Annotated[tuple[Level, ...], Field(min_length=1)]
+    base_grid: Count | None
+    images: Count
+    images_seen: Count
     null_slot: bool
-    offset_init: float
+    offset_init: Finite
+
+    @model_validator(mode="after")
+    def _fits(self) -> MmfsConfig:
+        _multiple("value width", self.value_width, self.heads, _HEADS)
+        if not all(finer < coarser for finer, coarser in pairwise(self.levels)):
+            raise ValueError(f"the levels {list(self.levels)} are not in order, finest first")
+        return self
 
     @property
     def head_width(self) -> int:
@@ -65,39 +99,52 @@ class ResamplerConfig:
     """
 
     form: Literal["perceiver", "qformer"]
-    queries: int
-    width: int
-    context_width: int
-    layers: int
-    heads: int
-    mlp_width: int
-    cross_every: int = 1
+    queries: Count
+    width: Count
+    context_width: Count
+    layers: Count
+    heads: Count
+    mlp_width: Count
+    cross_every: Count = 1
     qk_norm: bool = False
-    dropout: float = 0.0
-    eps: float = 1e-12
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    eps: Positive = 1e-12
+
+    @model_validator(mode="after")
+    def _fits(self) -> ResamplerConfig:
+        _multiple("width", self.width, self.heads, _HEADS)
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)
 class VisionConfig:
     """CLIP ViT with a ViT-Adapter pyramid. Image sides and patches in pixels."""
 
-    image_size: int
-    patch_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
-    interactions: int = 4
-    prior_width: int = 64
-    adapter_heads: int = 16
-    adapter_points: int = 4
-    adapter_value_ratio: float = 0.5
-    adapter_mlp_ratio: float = 0.25
-    activation: str = "quick_gelu"
-    eps: float = 1e-5
-    pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    position_grid: int = 16
+    image_size: Count
+    patch_size: Count
+    width: Count
+    layers: Count
+    heads: Count
+    mlp_width: Count
+    interactions: Count = 4
+    prior_width: Count = 64
+    adapter_heads: Count = 16
+    adapter_points: Count = 4
+    adapter_value_ratio: Positive = 0.5
+    adapter_mlp_ratio: Positive = 0.25
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    eps: Positive = 1e-5
+    pixel_mean: tuple[Finite, Finite, Finite] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
+    position_grid: Count = 16
+
+    @model_validator(mode="after")
+    def _fits(self) -> VisionConfig:
+        _multiple("width", self.width, self.heads, _HEADS)
+        value_width = int(self.width * self.adapter_value_ratio)
+        _multiple("the adapter's value width", value_width, self.adapter_heads, _HEADS)
+        _multiple("width", self.width, 4, _SIN_COS)
+        return self
 
     @property
     def grid(self) -> int:
@@ -115,16 +162,23 @@ class VisionConfig:
 class LlamaConfig:
     """LLaMA with MMFS before the MLP of every `mmfs_every`-th block, beginning with block 0."""
 
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp_width: int
-    context: int
-    mmfs_every: int
-    eps: float = 1e-6
-    rope_theta: float = 10000.0
+    vocab: Count
+    width: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    mlp_width: Count
+    context: Count
+    mmfs_every: Count
+    eps: Positive = 1e-6
+    rope_theta: Positive = 10000.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> LlamaConfig:
+        _multiple("width", self.width, self.heads, _HEADS)
+        _multiple("heads", self.heads, self.kv_heads, "its kv_heads")
+        _multiple("head width", self.head_width, 2, "as rotary positions need")
+        return self
 
     @property
     def head_width(self) -> int:
@@ -142,16 +196,33 @@ class UnetConfig:
     `mmfs_at`: `up_blocks` (paper) or `skips` (released: each skip connection and the middle block).
     """
 
-    latent_side: int
-    latent_channels: int
-    block_widths: tuple[int, ...]
-    layers_per_block: int
-    condition_width: int
-    attention_heads: tuple[int, ...]
+    latent_side: Count
+    latent_channels: Count
+    block_widths: Counts
+    layers_per_block: Count
+    condition_width: Count
+    attention_heads: Counts
     attention_blocks: tuple[bool, ...]
     mmfs_at: Literal["up_blocks", "skips"]
-    norm_groups: int = 32
+    norm_groups: Count = 32
     linear_projection: bool = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> UnetConfig:
+        blocks = len(self.block_widths)
+        if not blocks == len(self.attention_heads) == len(self.attention_blocks):
+            raise ValueError(
+                f"it has {blocks} block_widths, {len(self.attention_heads)} attention_heads and "
+                f"{len(self.attention_blocks)} attention_blocks"
+            )
+        for width, heads in zip(self.block_widths, self.attention_heads, strict=True):
+            _multiple("block width", width, heads, _HEADS)
+            _multiple("block width", width, self.norm_groups, _GROUPS)
+            _multiple("block width", width, 4, _SIN_COS)
+        _multiple(
+            "latent_side", self.latent_side, 2 ** (blocks - 1), "the side of its coarsest cells"
+        )
+        return self
 
     @property
     def resnet_widths(self) -> tuple[int, ...]:
@@ -197,13 +268,19 @@ class VaeConfig:
     `patch`: it works on patches of this side, each a cell of 3 * patch^2 channels.
     """
 
-    block_widths: tuple[int, ...]
-    layers_per_block: int
-    latent_channels: int
-    scaling_factor: float
-    norm_groups: int = 32
+    block_widths: Counts
+    layers_per_block: Count
+    latent_channels: Count
+    scaling_factor: Positive
+    norm_groups: Count = 32
     mid_attention: bool = True
-    patch: int = 1
+    patch: Count = 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> VaeConfig:
+        for width in self.block_widths:
+            _multiple("block width", width, self.norm_groups, _GROUPS)
+        return self
 
     @property
     def factor(self) -> int:
@@ -216,9 +293,9 @@ class DiffusionConfig:
     """The forward process and what the U-Net predicts. Steps and betas as in diffusers' DDPM."""
 
     prediction: Literal["epsilon", "v_prediction"]
-    steps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    steps: Count = 1000
+    beta_start: Rate = 0.00085
+    beta_end: Rate = 0.012
     beta_schedule: str = "scaled_linear"
 
 
@@ -286,10 +363,16 @@ class ModelConfig:
                 raise ValueError(
                     f"MMFS sees {mmfs.images_seen} images but has {mmfs.images} table rows"
                 )
-            if mmfs.value_width % mmfs.heads:
-                raise ValueError(
-                    f"MMFS value width {mmfs.value_width} is no multiple of its {mmfs.heads} heads"
-                )
+        if self.llm_mmfs.base_grid is None:
+            raise ValueError(
+                "llm_mmfs.base_grid: tokens have no map of their own, so it must be set"
+            )
+        largest = max(vars(self.tokens).values())
+        if largest >= self.llama.vocab:
+            raise ValueError(
+                f"tokens: id {largest} is beyond the vocabulary, whose {self.llama.vocab} ids end "
+                f"at {self.llama.vocab - 1}"
+            )
         return self
 
 
@@ -301,15 +384,22 @@ def to_json(config: ModelConfig) -> str:
     return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
 
 
+def first_flaw(error: ValidationError) -> str:
+    """The first wrong field, what is wrong with it, and what it holds: one line."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "the whole"
+    line = f"{field}: {first['msg'].removeprefix('Value error, ')}"
+    shown = isinstance(first["input"], int | float | str) and first["type"] != "json_invalid"
+    return f"{line}; got {first['input']!r}" if shown else line
+
+
 def from_json(text: str | bytes, source: str = "configuration") -> ModelConfig:
     """Read a configuration; raises `ConfigError` that names the first wrong field."""
     try:
         return _ADAPTER.validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise ConfigError(
-            f"{source} is not a valid model configuration: {field}: {first['msg']}",
+            f"{source} is not a valid model configuration: {first_flaw(error)}",
             fix="compare it with the output of `mmi inspect --preset tiny`",
         ) from None
 

@@ -63,12 +63,57 @@ def test_a_wrong_field_is_named(path: str, value: Any):
         ("image_decoder.unet.condition_width", 7, "U-Net condition"),
         ("image_decoder.vae.latent_channels", 8, "latent channels"),
         ("llm_mmfs.images_seen", 50, "table rows"),
-        ("image_decoder.mmfs.value_width", 7, "no multiple of its"),
+        ("image_decoder.mmfs.value_width", 7, "no multiple of 2, its number of heads"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(path: str, value: Any, what: str):
     with pytest.raises(ConfigError, match=what):
         from_json(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "what"),
+    [
+        ("llama.heads", 0, "llama.heads: Input should be greater than or equal to 1; got 0"),
+        ("llama.layers", -2, "llama.layers: .*; got -2"),
+        ("vision.patch_size", 0, "vision.patch_size: .*; got 0"),
+        ("vision.activation", "relu6", "activation: .*'quick_gelu' or 'gelu'; got 'relu6'"),
+        ("vision.pixel_std", [1, 0, 1], "vision.pixel_std.1: .* greater than 0; got 0"),
+        ("vision.heads", 3, "vision: width 128 is no multiple of 3, its number of heads"),
+        ("vision.adapter_heads", 3, "vision: the adapter's value width 64 is no multiple of 3"),
+        ("vision_resampler.heads", 5, "vision_resampler: width 128 is no multiple of 5"),
+        ("llama.heads", 5, "llama: width 192 is no multiple of 5, its number of heads"),
+        ("llama.kv_heads", 2, "llama: heads 3 is no multiple of 2, its kv_heads"),
+        ("llama.heads", 64, "llama: heads 64 is no multiple of 3, its kv_heads"),
+        ("llama.vocab", 4, "tokens: id 4 is beyond the vocabulary, whose 4 ids end at 3"),
+        ("tokens.eos", 1, "tokens: two special tokens have the same id"),
+        ("tokens.bos", -1, "tokens.bos: .*; got -1"),
+        ("llm_mmfs.levels", [], "llm_mmfs.levels: .* at least 1 item"),
+        ("llm_mmfs.levels", [0, 4], "llm_mmfs.levels.1: .*; got 4"),
+        ("llm_mmfs.levels", [1, 0], r"llm_mmfs: the levels \[1, 0\] are not in order"),
+        ("llm_mmfs.base_grid", 0, "llm_mmfs.base_grid: .*; got 0"),
+        ("image_decoder.resampler.dropout", 1.0, "dropout: .* less than 1; got 1.0"),
+        ("image_decoder.unet.attention_heads", [1, 2], "3 block_widths, 2 attention_heads and 3"),
+        ("image_decoder.unet.attention_heads", [1, 5, 2], "block width 96 is no multiple of 5"),
+        ("image_decoder.unet.norm_groups", 7, "block width 64 is no multiple of 7, its norm_g"),
+        ("image_decoder.unet.latent_side", 10, "latent_side 10 is no multiple of 4"),
+        ("image_decoder.vae.norm_groups", 7, "vae: block width 64 is no multiple of 7"),
+        ("image_decoder.vae.scaling_factor", 0, "scaling_factor: .*; got 0"),
+        ("image_decoder.diffusion.beta_end", 1.5, "beta_end: .*; got 1.5"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_with_what_they_are(path: str, value: Any, what: str):
+    with pytest.raises(ConfigError, match=what) as caught:
+        from_json(changed(path, value))
+    assert "\n" not in str(caught.value)
+    assert "mmi inspect --preset tiny" in str(caught.value)
+
+
+def test_tokens_need_a_base_grid():
+    document = json.loads(to_json(tiny()))
+    document["llm_mmfs"]["base_grid"] = None
+    with pytest.raises(ConfigError, match="llm_mmfs.base_grid: tokens have no map of their own"):
+        from_json(json.dumps(document))
 
 
 def test_a_configuration_cannot_be_changed_or_made_wrong():

@@ -56,6 +56,7 @@ def fake_config(unet_sees: int = 2, llm_sees: int = 49) -> ModelConfig:
                 condition_width=4,
                 attention_heads=(1, 1),
                 attention_blocks=(False, True),
+                norm_groups=4,
             ),
             mmfs=replace(decoder.mmfs, value_width=4, images_seen=unet_sees),
         ),

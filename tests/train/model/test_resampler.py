@@ -160,7 +160,5 @@ def test_queries_started_at_positions_look_at_the_tokens_there(monkeypatch):
 def test_contradicting_configurations_are_refused():
     with pytest.raises(ConfigError, match="qk_norm"):
         Resampler(replace(PERCEIVER, qk_norm=True))
-    with pytest.raises(ConfigError, match="multiple of its 5 heads"):
-        Resampler(replace(PERCEIVER, heads=5))
     with pytest.raises(ConfigError, match="perceiver"):
         Resampler(QFORMER, table_1d(QFORMER.queries, QFORMER.context_width))

@@ -107,12 +107,6 @@ class Resampler(nn.Module):
 
     def __init__(self, config: ResamplerConfig, start: Tensor | None = None) -> None:
         super().__init__()
-        if config.width % config.heads:
-            raise ConfigError(
-                "resampler width",
-                expected=f"a multiple of its {config.heads} heads",
-                got=config.width,
-            )
         if config.form == "perceiver" and (config.qk_norm or config.cross_every != 1):
             raise ConfigError("a perceiver resampler has no qk_norm and attends in every layer")
         if start is not None and start.shape != (config.queries, config.context_width):
