@@ -30,6 +30,7 @@ from mmi_deploy.manifest import (
     check_files,
     check_receipts,
     file_entries,
+    hash_of_files,
     read_manifest,
     sha256_of,
     write_manifest,
@@ -165,11 +166,12 @@ class _FolderWriter:
     _receipts: list[Receipt] = field(default_factory=list)
 
     def add_receipt(self, graph: str, compared_with: str, cases: Iterable[Case]) -> Receipt:
-        """Vouch for the file of `graph` as it is now. The file must not be changed afterwards."""
+        """Vouch for the file of `graph` and its weights, which differ from it in the suffix alone,
+        as they are now. They must not be changed afterwards."""
         receipt = Receipt(
             graph=graph,
             target=self.target,
-            sha256=sha256_of(self.folder / self._graphs[graph]),
+            sha256=hash_of_files(file_entries(self.folder, self._graphs[graph])),
             compared_with=compared_with,
             cases=tuple(cases),
         )

@@ -1,7 +1,7 @@
 """What is written about a deployment: hashes of its files, and receipts that prove its graphs.
 
-A receipt says against what a graph was compared, at which sizes and with what error. It holds the
-hash of the compared file, so that it cannot vouch for another one.
+A receipt says against what a graph was compared, at which sizes and with what error. It holds one
+hash of the compared graph and its weights, so that it cannot vouch for any others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from mmi_deploy.config import ModelConfig
+from mmi_deploy.config import ModelConfig, first_flaw
 from mmi_deploy.errors import BundleError
 from mmi_deploy.files import write_file
 from mmi_deploy.graphs import Limits
@@ -27,7 +27,7 @@ PORTABLE = "portable"
 """The target of a graph's own file, before any rewrite for an execution provider."""
 
 _CHECKED = ".checked.json"
-"""Remembers which hashes were checked at which size and time of change. Not part of the bundle."""
+"""Remembers which hashes were checked at which size and times. Not part of the bundle."""
 
 
 class _Model(BaseModel):
@@ -55,7 +55,10 @@ class Case(_Model):
 
 
 class Receipt(_Model):
-    """Proof that the file of `graph` for `target` computes what `compared_with` computes."""
+    """Proof that the files of `graph` for `target` compute what `compared_with` computes.
+
+    `sha256`: of the graph and its weights together, see `hash_of_files`.
+    """
 
     graph: str
     target: str
@@ -86,13 +89,30 @@ class FolderManifest(_Model):
                 raise ValueError(f"{path} leaves the folder")
         return value
 
+    def graph_files(self, graph: str) -> dict[str, FileEntry]:
+        """The file of `graph` and its weights, by name."""
+        path = self.graphs[graph]
+        return {name: entry for name, entry in self.files.items() if belongs(name, path)}
+
     def receipt(self, graph: str) -> Receipt | None:
-        """The receipt for the file of `graph` as it is now, if there is one."""
-        sha256 = self.files[self.graphs[graph]].sha256
+        """The receipt for the files of `graph` as they are now, if there is one."""
+        sha256 = hash_of_files(self.graph_files(graph))
         for receipt in self.receipts:
             if receipt.graph == graph and receipt.sha256 == sha256:
                 return receipt
         return None
+
+
+def belongs(name: str, graph_file: str) -> bool:
+    """Whether `name` is `graph_file` or differs from it in the suffix alone, as its weights do."""
+    return f"{name}.".startswith(f"{PurePosixPath(graph_file).with_suffix('')}.")
+
+
+def hash_of_files(files: Mapping[str, FileEntry]) -> str:
+    """One hash of the names and contents of `files`: that of the lines which `sha256sum` prints for
+    them in the order of their names."""
+    lines = (f"{entry.sha256}  {name}\n" for name, entry in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class BundleManifest(FolderManifest):
@@ -143,10 +163,8 @@ def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
         raise BundleError(
-            f"{path} is damaged: {field}: {first['msg']}", fix=f"write it again with `{mend}`"
+            f"{path} is damaged: {first_flaw(error)}", fix=f"write it again with `{mend}`"
         ) from None
 
 
@@ -161,12 +179,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_entries(folder: Path, skip: Iterable[str] = ()) -> dict[str, FileEntry]:
-    """Every file under `folder` with hash and size; hidden files and `skip` are left out."""
+def file_entries(folder: Path, graph_file: str | None = None) -> dict[str, FileEntry]:
+    """Every file under `folder` that is not hidden, or those of one graph, with hash and size."""
     entries = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and not path.name.startswith(".") and name not in set(skip):
+        if graph_file and not belongs(name, graph_file):
+            continue
+        if path.is_file() and not path.name.startswith("."):
             entries[name] = FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
     return entries
 
@@ -176,8 +196,9 @@ def check_files(
 ) -> None:
     """Raise `BundleError` for the first file that is missing or changed.
 
-    Hashes are computed for files whose size or time of change is not the one at the last check, or
-    for all when `fresh`.
+    Hashes are computed for files whose size or times are not those of the last check, or for all
+    when `fresh`. The times are that of the content and that of the file's entry, which programs
+    cannot set back; what remains is a disk that forgets, and for that there is `fresh`.
     """
     checked = {} if fresh else _read_checked(folder)
     now: dict[str, list[object]] = {}
@@ -188,7 +209,7 @@ def check_files(
             raise BundleError(
                 f"{folder} is not complete: {name} is missing", fix=f"write it again with `{mend}`"
             ) from None
-        now[name] = [status.st_size, status.st_mtime_ns, entry.sha256]
+        now[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256]
         if status.st_size == entry.size and checked.get(name) == now[name]:
             continue
         if status.st_size != entry.size or sha256_of(folder / name) != entry.sha256:

@@ -125,6 +125,10 @@ def _bundle(folder: Path, tensors: bool, as_json: bool) -> None:
     for receipt in bundle.manifest.receipts:
         proof = escape(receipt.compared_with)
         out.print(f"[bold]{receipt.graph}[/bold] was compared with: {proof}")
+    out.print(
+        f"Files were checked by size and time, and hashed if these are new; `mmi verify "
+        f"{escape(str(folder))}` hashes every byte"
+    )
     if tensors:
         for graph in bundle.graphs.values():
             out.print(_tensor_table(graph))
@@ -133,8 +137,7 @@ def _bundle(folder: Path, tensors: bool, as_json: bool) -> None:
 def _graph_table(bundle: Bundle) -> Table:
     table = _table("graph", ">in", ">out", ">size", ">cases", ">worst error", ">allowed")
     for name, graph in bundle.graphs.items():
-        stem = bundle.manifest.graphs[name].removesuffix(".onnx")
-        own = [entry for file, entry in bundle.manifest.files.items() if file.startswith(stem)]
+        own = bundle.manifest.graph_files(name).values()
         receipt = bundle.manifest.receipt(name)
         proof = ("none", "[red]no receipt[/red]", "")
         if receipt:

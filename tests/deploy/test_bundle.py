@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -96,14 +97,28 @@ def test_hashes_are_remembered_until_a_file_is_touched(
     assert sorted(hashed[1:]) == sorted(Path(name).name for name in bundle.manifest.files)
 
 
-def test_verify_finds_a_change_that_keeps_size_and_time(folder: Path) -> None:
+def test_a_change_that_keeps_size_and_time_is_found(folder: Path) -> None:
+    """As `cp --preserve` or `touch --reference` leave behind."""
     import os
 
-    bundle = Bundle.open(folder)
+    Bundle.open(folder)
     path = folder / "graphs/vae_decoder.onnx"
     status = path.stat()
     path.write_bytes(path.read_bytes()[:-1] + b"~")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(BundleError, match="vae_decoder.onnx has changed"):
+        Bundle.open(folder)
+
+
+def test_verify_finds_what_a_disk_forgot(folder: Path) -> None:
+    """A change that no time tells of: here the memory of the last check is made to fit it."""
+    bundle = Bundle.open(folder)
+    path = folder / "graphs/vae_decoder.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"~")
+    checked = json.loads((folder / ".checked.json").read_text())
+    status = path.stat()
+    checked["graphs/vae_decoder.onnx"][1:3] = status.st_mtime_ns, status.st_ctime_ns
+    (folder / ".checked.json").write_text(json.dumps(checked))
     Bundle.open(folder)
     with pytest.raises(BundleError, match="vae_decoder.onnx has changed"):
         bundle.verify()
@@ -166,12 +181,24 @@ def test_an_unproved_graph_is_refused_unless_told_otherwise(
     assert Bundle.open(tmp_path / "bundle", unproved=True).unproved
 
 
-def test_a_receipt_does_not_vouch_for_another_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llm.onnx", "llm.safetensors", "llm.onnx.data"])
+def test_a_receipt_does_not_vouch_for_another_graph_or_other_weights(
+    tmp_path: Path, name: str
+) -> None:
     with write_bundle(tmp_path / "bundle", tiny(), Limits(context=64)) as writer:
         fill(writer)
-        writer.graph_file("llm").write_bytes(b"written again after its comparison")
+        (writer.folder / "graphs" / name).write_bytes(b"written after the comparison")
     with pytest.raises(BundleError, match="llm in .* has no receipt"):
         Bundle.open(tmp_path / "bundle")
+
+
+def test_a_receipt_holds_the_hash_that_sha256sum_gives(folder: Path) -> None:
+    lines = "".join(
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("graphs/llm.onnx", "graphs/llm.safetensors")
+    )
+    receipt = Bundle.open(folder).manifest.receipt("llm")
+    assert receipt and receipt.sha256 == hashlib.sha256(lines.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
