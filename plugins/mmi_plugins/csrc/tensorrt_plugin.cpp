@@ -1,0 +1,397 @@
+// The operator as a TensorRT plugin: one class with the three capabilities of IPluginV3, its
+// creator, and the two functions by which TensorRT loads a plugin library.
+//
+// The library refers to no symbol of TensorRT, so one file serves TensorRT and TensorRT-RTX and can
+// be opened where neither is linked. With MMI_REGISTER_TENSORRT_PLUGIN it registers its creator as
+// it is opened instead, and then wants `getPluginRegistry` from the process: for tools that open
+// plugins with dlopen alone.
+#include <NvInferRuntime.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <string>
+
+#include "attention.h"
+#include "launch.h"
+#include "sizes.h"
+
+#if !defined(TRT_MAJOR_RTX)
+static_assert(NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 12),
+              "the plugin needs the headers of TensorRT 10.12 or newer");
+#endif
+
+namespace mmi {
+namespace {
+
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldCollection;
+using nvinfer1::PluginFieldType;
+using nvinfer1::PluginTensorDesc;
+
+constexpr const char* kName = "MultiImageDeformableAttention";
+constexpr const char* kNamespace = "mmi";
+constexpr const char* kVersion = "1";
+constexpr int32_t kFieldsVersion = 1;  // of what is serialised; another one is refused
+
+std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
+std::mutex last_line_mutex;
+std::string last_line;
+
+// One error line, to the logger of the engine in whose call we are, else to stderr.
+void report(const std::string& reason) {
+  const std::string line = std::string(kNamespace) + "::" + kName + ": " + reason;
+  {
+    const std::lock_guard<std::mutex> lock(last_line_mutex);
+    last_line = line;
+  }
+  nvinfer1::ILoggerFinder* finder = logger_finder.load();
+  nvinfer1::ILogger* logger = finder == nullptr ? nullptr : finder->findLogger();
+  if (logger != nullptr) {
+    logger->log(nvinfer1::ILogger::Severity::kERROR, line.c_str());
+  } else {
+    std::fprintf(stderr, "%s\n", line.c_str());
+  }
+}
+
+Shape shape(const nvinfer1::Dims& dims) {
+  Shape shape{dims.nbDims, {}};
+  for (int32_t axis = 0; axis < dims.nbDims; ++axis) shape.side[axis] = dims.d[axis];
+  return shape;
+}
+
+Shape shape(const nvinfer1::DimsExprs& dims) {
+  Shape shape{dims.nbDims, {}};
+  for (int32_t axis = 0; axis < dims.nbDims; ++axis) {
+    const nvinfer1::IDimensionExpr* side = dims.d[axis];
+    shape.side[axis] = side->isConstant() ? side->getConstantValue() : kUnknown;
+  }
+  return shape;
+}
+
+Shape shape(const PluginTensorDesc& tensor) { return shape(tensor.dims); }
+Shape shape(const nvinfer1::DynamicPluginTensorDesc& tensor) { return shape(tensor.desc.dims); }
+
+// Whether the tensors make up a call, as far as their shapes are known; reports why not.
+template <typename Tensor>
+bool fits(Sizes& sizes, const Tensor* inputs, int32_t input_count, int32_t output_count) {
+  if (input_count != kInputs || output_count != 1) {
+    report("expected 9 inputs and 1 output, got " + std::to_string(input_count) + " and " +
+           std::to_string(output_count));
+    return false;
+  }
+  bool fits = true;
+  for (int32_t input = 0; fits && input < kInputs; ++input) {
+    fits = sizes.take(input, shape(inputs[input]));
+  }
+  fits = fits && sizes.complete();
+  if (!fits) report(sizes.reason());
+  return fits;
+}
+
+bool is_index(int32_t input) { return input == kImageSlot || input == kImagePosition; }
+bool is_narrow(int32_t input) { return input == kOffsets || input == kLogits; }
+
+bool type_fits(int32_t input, nvinfer1::DataType type, nvinfer1::DataType value_type) {
+  if (input == kValue) {
+    return type == nvinfer1::DataType::kFLOAT || type == nvinfer1::DataType::kHALF ||
+           type == nvinfer1::DataType::kBF16;
+  }
+  if (is_narrow(input)) return type == value_type;
+  return type == (is_index(input) ? nvinfer1::DataType::kINT32 : nvinfer1::DataType::kFLOAT);
+}
+
+DataType data_type(nvinfer1::DataType type) {
+  if (type == nvinfer1::DataType::kHALF) return DataType::kFloat16;
+  return type == nvinfer1::DataType::kBF16 ? DataType::kBFloat16 : DataType::kFloat32;
+}
+
+std::string name_of(nvinfer1::DataType type) {
+  switch (type) {
+    case nvinfer1::DataType::kFLOAT: return "float32";
+    case nvinfer1::DataType::kHALF: return "float16";
+    case nvinfer1::DataType::kBF16: return "bfloat16";
+    case nvinfer1::DataType::kINT32: return "int32";
+    case nvinfer1::DataType::kINT64: return "int64";
+    default: return "TensorRT's data type " + std::to_string(static_cast<int32_t>(type));
+  }
+}
+
+class AttentionPlugin final : public nvinfer1::IPluginV3,
+                              public nvinfer1::IPluginV3OneCore,
+                              public nvinfer1::IPluginV3OneBuild,
+                              public nvinfer1::IPluginV3OneRuntime {
+ public:
+  explicit AttentionPlugin(const Attributes& attributes) : attributes_(attributes) {
+    const int32_t levels = attributes_.levels;
+    fields_[0] = {"level_heights", attributes_.level_height, PluginFieldType::kINT32, levels};
+    fields_[1] = {"level_widths", attributes_.level_width, PluginFieldType::kINT32, levels};
+    fields_[2] = {"base_grid", &attributes_.base_grid, PluginFieldType::kFLOAT32, 1};
+    fields_[3] = {"null_slot", &attributes_.null_slot, PluginFieldType::kINT32, 1};
+    fields_[4] = {"plugin_version", &kFieldsVersion, PluginFieldType::kINT32, 1};
+    collection_ = {5, fields_};
+    for (int32_t level = 0; level < levels; ++level) {
+      timing_id_ += std::to_string(attributes_.level_height[level]) + "x" +
+                    std::to_string(attributes_.level_width[level]) + " ";
+    }
+    timing_id_ += attributes_.null_slot != 0 ? "null" : "plain";
+  }
+  AttentionPlugin(const AttentionPlugin&) = delete;  // the fields point into the object
+  AttentionPlugin& operator=(const AttentionPlugin&) = delete;
+
+  nvinfer1::IPluginCapability* getCapabilityInterface(
+      nvinfer1::PluginCapabilityType type) noexcept override {
+    switch (type) {
+      case nvinfer1::PluginCapabilityType::kCORE:
+        return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+      case nvinfer1::PluginCapabilityType::kBUILD:
+        return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+      case nvinfer1::PluginCapabilityType::kRUNTIME:
+        return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+  }
+
+  nvinfer1::IPluginV3* clone() noexcept override {
+    return new (std::nothrow) AttentionPlugin(attributes_);
+  }
+  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override {
+    return clone();
+  }
+
+  const char* getPluginName() const noexcept override { return kName; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
+  const char* getPluginNamespace() const noexcept override { return kNamespace; }
+  const PluginFieldCollection* getFieldsToSerialize() noexcept override { return &collection_; }
+
+  // One kernel, so nothing to choose; but alike layers of one engine need be timed only once.
+  const char* getTimingCacheID() noexcept override { return timing_id_.c_str(); }
+
+  int32_t getNbOutputs() const noexcept override { return 1; }
+
+  int32_t getOutputDataTypes(nvinfer1::DataType* output_types, int32_t output_count,
+                             const nvinfer1::DataType* types,
+                             int32_t input_count) const noexcept override {
+    if (input_count != kInputs || output_count != 1) {
+      report("expected 9 inputs and 1 output, got " + std::to_string(input_count));
+      return -1;
+    }
+    for (int32_t input = 0; input < kInputs; ++input) {
+      if (type_fits(input, types[input], types[kValue])) continue;
+      const std::string expected = input == kValue    ? "float32, float16 or bfloat16"
+                                   : is_narrow(input) ? name_of(types[kValue]) + " as value"
+                                   : is_index(input)  ? "int32"
+                                                      : "float32";
+      report("wrong type of " + std::string(kInputNames[input]) + "; expected " + expected +
+             ", got " + name_of(types[input]));
+      return -1;
+    }
+    output_types[0] = types[kValue];
+    return 0;
+  }
+
+  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
+                          const nvinfer1::DimsExprs*, int32_t, nvinfer1::DimsExprs* outputs,
+                          int32_t output_count,
+                          nvinfer1::IExprBuilder& expressions) noexcept override {
+    Sizes sizes(attributes_);
+    if (!fits(sizes, inputs, input_count, output_count)) return -1;
+    const nvinfer1::DimsExprs &value = inputs[kValue], &offsets = inputs[kOffsets];
+    outputs[0].nbDims = 3;  // [b, q, h * d]
+    outputs[0].d[0] = offsets.d[0];
+    outputs[0].d[1] = offsets.d[1];
+    outputs[0].d[2] =
+        expressions.operation(nvinfer1::DimensionOperation::kPROD, *value.d[2], *value.d[3]);
+    return 0;
+  }
+
+  bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors,
+                                 int32_t input_count, int32_t output_count) noexcept override {
+    if (input_count != kInputs || output_count != 1) return false;
+    const PluginTensorDesc& tensor = tensors[position].desc;
+    const nvinfer1::DataType value_type = tensors[kValue].desc.type;
+    if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
+    if (position == kInputs) return tensor.type == value_type;
+    return type_fits(position, tensor.type, value_type);
+  }
+
+  int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
+                          const nvinfer1::DynamicPluginTensorDesc*,
+                          int32_t output_count) noexcept override {
+    Sizes sizes(attributes_);
+    return fits(sizes, inputs, input_count, output_count) ? 0 : -1;
+  }
+
+  int32_t onShapeChange(const PluginTensorDesc* inputs, int32_t input_count,
+                        const PluginTensorDesc*, int32_t output_count) noexcept override {
+    Sizes sizes(attributes_);
+    return fits(sizes, inputs, input_count, output_count) ? 0 : -1;
+  }
+
+  size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t,
+                          const nvinfer1::DynamicPluginTensorDesc*,
+                          int32_t) const noexcept override {
+    Sizes sizes(attributes_);
+    for (int32_t input = 0; input < kInputs; ++input) {
+      if (!sizes.take(input, shape(inputs[input].max))) return 0;
+    }
+    return sizes.complete() ? workspace_bytes(sizes.call()) : 0;
+  }
+
+  int32_t enqueue(const PluginTensorDesc* descriptions, const PluginTensorDesc*,
+                  const void* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override {
+    Sizes sizes(attributes_);
+    if (!fits(sizes, descriptions, kInputs, 1)) return -1;
+    Attention& call = sizes.call();
+    call.type = data_type(descriptions[kValue].type);
+    call.value = inputs[kValue];
+    call.image_slot = static_cast<const int32_t*>(inputs[kImageSlot]);
+    call.offsets = inputs[kOffsets];
+    call.logits = inputs[kLogits];
+    call.offset_table = static_cast<const float*>(inputs[kOffsetTable]);
+    call.logit_table = static_cast<const float*>(inputs[kLogitTable]);
+    call.image_position = static_cast<const int32_t*>(inputs[kImagePosition]);
+    call.reference = static_cast<const float*>(inputs[kReference]);
+    call.null_value = static_cast<const float*>(inputs[kNullValue]);
+    call.output = outputs[0];
+    const char* reason = launch(call, workspace, stream);
+    if (reason != nullptr) report(reason);
+    return reason == nullptr ? 0 : -1;
+  }
+
+ private:
+  Attributes attributes_;
+  PluginField fields_[5];
+  PluginFieldCollection collection_;
+  std::string timing_id_;
+};
+
+// What a field says about itself, checked before its data is read.
+bool field_fits(const PluginField& field, PluginFieldType type, int32_t most) {
+  const char* kind = type == PluginFieldType::kFLOAT32 ? "float32" : "int32";
+  if (field.type == type && field.data != nullptr && 1 <= field.length && field.length <= most) {
+    return true;
+  }
+  report("attribute " + std::string(field.name) + "; expected " +
+         (most == 1 ? "one " : "1 to 4 ") + kind + ", got " + std::to_string(field.length) +
+         " of TensorRT's field type " + std::to_string(static_cast<int32_t>(field.type)));
+  return false;
+}
+
+class AttentionCreator final : public nvinfer1::IPluginCreatorV3One {
+ public:
+  const char* getPluginName() const noexcept override { return kName; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
+  const char* getPluginNamespace() const noexcept override { return kNamespace; }
+
+  // The attributes of the ONNX node, for the parser. The version of the fields is not one of them.
+  const PluginFieldCollection* getFieldNames() noexcept override {
+    static const PluginField fields[] = {
+        {"level_heights", nullptr, PluginFieldType::kINT32, 1},
+        {"level_widths", nullptr, PluginFieldType::kINT32, 1},
+        {"base_grid", nullptr, PluginFieldType::kFLOAT32, 1},
+        {"null_slot", nullptr, PluginFieldType::kINT32, 1},
+    };
+    static const PluginFieldCollection collection = {4, fields};
+    return &collection;
+  }
+
+  nvinfer1::IPluginV3* createPlugin(const char*, const PluginFieldCollection* collection,
+                                    nvinfer1::TensorRTPhase phase) noexcept override {
+    Attributes attributes;
+    int32_t heights = 0, widths = 0, grids = 0, nulls = 0, version = 0;  // lengths, then a number
+    const int32_t count = collection == nullptr ? 0 : collection->nbFields;
+    for (int32_t index = 0; index < count; ++index) {
+      const PluginField& field = collection->fields[index];
+      if (!read(field, "level_heights", attributes.level_height, kMostLevels, heights) ||
+          !read(field, "level_widths", attributes.level_width, kMostLevels, widths) ||
+          !read(field, "base_grid", &attributes.base_grid, 1, grids) ||
+          !read(field, "null_slot", &attributes.null_slot, 1, nulls)) {
+        return nullptr;
+      }
+      int32_t length = 0;
+      if (field.type == PluginFieldType::kINT32 &&
+          !read(field, "plugin_version", &version, 1, length)) {
+        return nullptr;
+      }
+    }
+    if (heights == 0 || widths == 0 || grids == 0 || nulls == 0) {
+      report("attributes missing; expected level_heights, level_widths, base_grid and null_slot");
+      return nullptr;
+    }
+    if (heights != widths) {
+      report("level_heights and level_widths differ in length; got " + std::to_string(heights) +
+             " and " + std::to_string(widths));
+      return nullptr;
+    }
+    if (phase == nvinfer1::TensorRTPhase::kRUNTIME && version != kFieldsVersion) {
+      report("the engine holds fields of version " + std::to_string(version) +
+             ", this library reads version 1; build the engine again");
+      return nullptr;
+    }
+    attributes.levels = heights;
+    Sizes sizes(attributes);
+    if (!sizes.complete()) {
+      report(sizes.reason());
+      return nullptr;
+    }
+    return new (std::nothrow) AttentionPlugin(attributes);
+  }
+
+ private:
+  // Copies a field of that name; false, and reported, where it has another type or length.
+  template <typename Number>
+  static bool read(const PluginField& field, const char* name, Number* data, int32_t most,
+                   int32_t& length) {
+    if (std::strcmp(field.name, name) != 0) return true;
+    constexpr bool kFloat = static_cast<Number>(0.5) != Number{0};
+    if (!field_fits(field, kFloat ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32, most)) {
+      return false;
+    }
+    std::memcpy(data, field.data, field.length * sizeof(Number));
+    length = field.length;
+    return true;
+  }
+};
+
+}  // namespace
+}  // namespace mmi
+
+#define MMI_TEXT_OF(number) #number
+#define MMI_TEXT(number) MMI_TEXT_OF(number)
+#define MMI_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Against which headers this library was built: the loader compares it with what runs.
+MMI_EXPORT const char* mmi_tensorrt_headers() {
+#if defined(TRT_MAJOR_RTX)
+  return "RTX " MMI_TEXT(NV_TENSORRT_MAJOR) "." MMI_TEXT(NV_TENSORRT_MINOR);
+#else
+  return "TensorRT " MMI_TEXT(NV_TENSORRT_MAJOR) "." MMI_TEXT(NV_TENSORRT_MINOR);
+#endif
+}
+
+// Copies the last line that was reported: TensorRT itself says no more than that a call failed.
+MMI_EXPORT void mmi_last_report(char* line, size_t size) {
+  const std::lock_guard<std::mutex> lock(mmi::last_line_mutex);
+  std::snprintf(line, size, "%s", mmi::last_line.c_str());
+}
+
+MMI_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  mmi::logger_finder.store(finder);
+}
+
+#if defined(MMI_REGISTER_TENSORRT_PLUGIN)
+namespace mmi {
+REGISTER_TENSORRT_PLUGIN(AttentionCreator);
+}
+#else
+MMI_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  static mmi::AttentionCreator creator;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
+  count = 1;
+  return creators;
+}
+#endif

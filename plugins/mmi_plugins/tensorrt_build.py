@@ -1,0 +1,186 @@
+"""Builds the TensorRT plugin from the sources in `csrc`: finds what it takes, or says what to get.
+
+TensorRT's wheels hold no headers. Whoever has only those uses the plugin without a compiler
+(`tensorrt_aot`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmi_deploy.errors import EngineError
+
+SOURCES = Path(__file__).parent / "csrc"
+ARCHITECTURES = ("80", "86", "87", "89", "90", "100", "120")
+"""Compute capabilities whose machine code the library holds: A100, A10 and RTX 30, Orin, L4 and
+RTX 40, H100, B100 and B200, RTX 50."""
+
+PORTABLE = "100"
+"""The one whose PTX it holds too, for Thor (110) and all that come later."""
+
+HEADER = "NvInferRuntime.h"
+SYSTEM_INCLUDES = (
+    "/usr/include/x86_64-linux-gnu",
+    "/usr/include/aarch64-linux-gnu",
+    "/usr/local/tensorrt/include",
+    "/opt/tensorrt/include",
+)
+LEAST_TENSORRT = (10, 12)
+
+
+def build_tensorrt_plugin(
+    include: Path | None,
+    out: Path,
+    architectures: Sequence[str] = ARCHITECTURES,
+) -> Path:
+    """Build the plugin for `architectures` into the folder `out` and return the library's path.
+
+    `include` is the folder of TensorRT's headers; else the environment variable TENSORRT_INCLUDE
+    and the usual folders are searched. The name tells sources, headers, compiler and architectures
+    apart: what is there already is not built again, and a build that is killed leaves nothing.
+    Raises `EngineError` where a header or tool is missing or the compiler fails.
+    """
+    headers, version = find_tensorrt_headers(include)
+    nvcc, cmake = find_nvcc(), find_cmake()
+    architectures = supported_architectures(nvcc, architectures)
+    key = _key(version, _output_of([nvcc, "--version"]), *architectures)
+    library = out / f"libmmi_tensorrt-{version}-{key}.so"
+    if library.is_file():
+        return library
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as folder:
+        _compile(cmake, nvcc, headers, architectures, Path(folder))
+        (Path(folder) / "libmmi_tensorrt.so").replace(library)
+    return library
+
+
+def find_tensorrt_headers(include: Path | None = None) -> tuple[Path, str]:
+    """The folder of TensorRT's headers and their version, such as "11.1" or "rtx1.7"."""
+    if include is None and (named := os.environ.get("TENSORRT_INCLUDE")):
+        include = Path(named)
+    places = [include] if include is not None else [Path(place) for place in SYSTEM_INCLUDES]
+    for place in places:
+        if (place / HEADER).is_file():
+            return place, _header_version(place)
+    raise EngineError(
+        "the headers of TensorRT were not found",
+        expected=HEADER,
+        got=", ".join(map(str, places)),
+        fix="pip's TensorRT has no headers: install libnvinfer-headers-dev from NVIDIA's apt "
+        "repository, or unpack NVIDIA's TensorRT archive and pass its include folder with "
+        "--tensorrt-include",
+    )
+
+
+def _header_version(include: Path) -> str:
+    text = (include / "NvInferVersion.h").read_text()
+    numbers = {name: int(number) for name, number in re.findall(r"#define (\w+) (\d+)", text)}
+    for kind in ("RTX", "ENTERPRISE"):
+        if f"TRT_MAJOR_{kind}" in numbers:
+            version = (numbers[f"TRT_MAJOR_{kind}"], numbers[f"TRT_MINOR_{kind}"])
+            break
+    else:
+        kind = ""
+        version = (numbers.get("NV_TENSORRT_MAJOR", 0), numbers.get("NV_TENSORRT_MINOR", 0))
+    name = f"{version[0]}.{version[1]}"
+    if kind == "RTX":
+        return f"rtx{name}"
+    if version < LEAST_TENSORRT:
+        raise EngineError(
+            f"the TensorRT headers in {include} are too old",
+            expected="10.12 or newer",
+            got=name,
+            fix="Install a newer TensorRT, or pass --tensorrt-include",
+        )
+    return name
+
+
+def find_nvcc() -> Path:
+    """CUDA's compiler: $CUDACXX, $CUDA_HOME, the search path, /usr/local/cuda."""
+    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates[1:1] = [f"{home}/bin/nvcc" for home in homes[:2] if home]
+    candidates.append(f"{homes[2]}/bin/nvcc")
+    for candidate in candidates:
+        if candidate and (found := shutil.which(candidate)):
+            return Path(found)
+    raise EngineError(
+        "CUDA's compiler nvcc was not found",
+        fix="Install the CUDA toolkit (12.8 or newer: cuda-nvcc and cuda-cudart-dev suffice) and "
+        "put nvcc on the PATH or set CUDACXX; without a compiler use the plugin's ahead-of-time "
+        "form, mmi_plugins.tensorrt_aot",
+    )
+
+
+def find_cmake() -> Path:
+    """cmake, on the search path or beside this Python."""
+    beside = Path(sys.executable).parent / "cmake"
+    for candidate in ("cmake", str(beside)):
+        if found := shutil.which(candidate):
+            return Path(found)
+    raise EngineError("cmake was not found", fix="Install it: pip install cmake")
+
+
+def supported_architectures(nvcc: Path, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Those of `wanted` that this compiler knows; at least one."""
+    listed = _output_of([nvcc, "--list-gpu-arch"])
+    known = set(re.findall(r"compute_(\w+)", listed))
+    if unknown := [name for name in wanted if not re.fullmatch(r"\d{2,3}", name)]:
+        raise EngineError("not a compute capability", expected="such as 89", got=unknown[0])
+    kept = tuple(name for name in dict.fromkeys(wanted) if name in known)
+    if not kept:
+        raise EngineError(
+            f"{nvcc} makes code for none of the architectures",
+            expected=", ".join(wanted),
+            got=", ".join(sorted(known, key=lambda name: (len(name), name))),
+            fix="Install a CUDA toolkit that knows them",
+        )
+    return kept
+
+
+def _compile(
+    cmake: Path, nvcc: Path, headers: Path, architectures: Sequence[str], folder: Path
+) -> None:
+    # The newest of a list without Thor's own carries PTX for what comes after it.
+    portable = PORTABLE if PORTABLE in architectures else architectures[-1]
+    codes = [name if name == portable else f"{name}-real" for name in architectures]
+    configure: list[str | Path] = [
+        cmake,
+        *("-S", SOURCES, "-B", folder),
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DTENSORRT_INCLUDE={headers.resolve()}",
+        f"-DMMI_ARCHITECTURES={';'.join(codes)}",
+    ]
+    build: list[str | Path] = [cmake, "--build", folder, "--target", "mmi_tensorrt", "--parallel"]
+    for command in (configure, build):
+        _output_of(command)
+
+
+def _output_of(command: Sequence[str | Path]) -> str:
+    """Run a tool; its output, or an `EngineError` with its last lines."""
+    try:
+        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except OSError as error:
+        raise EngineError(f"{command[0]} could not be started: {error}") from error
+    if done.returncode:
+        errors = [line.strip() for line in done.stdout.splitlines() if "rror" in line]
+        last = " | ".join((errors or done.stdout.splitlines())[:6])
+        raise EngineError(f"{Path(command[0]).name} failed: {last}")
+    return done.stdout
+
+
+def _key(*parts: str) -> str:
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for source in sorted(SOURCES.iterdir()):
+        if source.is_file():
+            digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:12]
