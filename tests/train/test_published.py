@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,55 @@ def test_derived_constants_are_compared(tokenizer, name):
     changed.view(-1)[-1] += 1
     with pytest.raises(WeightsError, match=f"{name} differs"):
         published_module(build, state | {name: changed}, **TOKENIZER)
+
+
+def test_whole_numbers_do_not_pass_for_weights(tokenizer):
+    build, state = tokenizer
+    counts = state["proj.bias"].long()
+    with pytest.raises(WeightsError, match="proj.bias holds integer numbers, expected floating"):
+        published_module(build, state | {"proj.bias": counts}, **TOKENIZER)
+
+
+POSITIONS = "encoder.vision_model.embeddings.position_embedding.weight"
+IDS = "encoder.vision_model.embeddings.position_ids"
+
+
+def twice_as_large(build):
+    """The same visual tokenizer for images of twice the side, without what it is built of."""
+    small = build()
+
+    def build_large() -> nn.Module:
+        vision = replace(small.config, image_size=2 * small.config.image_size)
+        return VisualTokenizer(vision, small.resampler.config, small.output_proj.out_features)
+
+    return small.config.grid, build_large
+
+
+def test_a_checkpoint_for_224_pixels_loads_at_448(tokenizer):
+    """The class token keeps its position, and so do the corners: align_corners=True."""
+    build, state = tokenizer
+    grid, build_large = twice_as_large(build)
+    model = published_module(build_large, state, **TOKENIZER)
+    loaded = model.encoder.embeddings.position_embedding.weight
+    assert loaded.shape[0] == 1 + (2 * grid) ** 2
+    assert torch.equal(loaded[0], state[POSITIONS][0])
+    rows, columns = [0, 0, -1, -1], [0, -1, 0, -1]
+    large = loaded[1:].reshape(2 * grid, 2 * grid, -1)[rows, columns]
+    small = state[POSITIONS][1:].reshape(grid, grid, -1)[rows, columns]
+    assert torch.allclose(large, small, atol=1e-6)
+    pixels = torch.rand(1, 3, *2 * [model.config.image_size])
+    features = model(pixels)
+    assert features.tokens.isfinite().all()
+    assert [level.shape[-1] for level in features.maps] == [8 * grid, 4 * grid, 2 * grid, grid]
+
+
+@pytest.mark.parametrize("name", [POSITIONS, IDS])
+def test_positions_that_are_no_grid_do_not_load_at_another_size(tokenizer, name):
+    build, state = tokenizer
+    _, build_large = twice_as_large(build)
+    value = state[name][:-1] if name == POSITIONS else state[name].flip(-1)
+    with pytest.raises(WeightsError, match=f"{name} has shape"):
+        published_module(build_large, state | {name: value}, **TOKENIZER)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

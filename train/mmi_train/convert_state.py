@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from mmi_deploy.errors import WeightsError
 from mmi_train.model.unet import UNet
+from mmi_train.model.vit_adapter import resize_positions
 from mmi_train.published import RELEASED_SKIPS, DerivedConstant, published_name, rename
+from mmi_train.published.vision import POSITION_IDS, POSITION_TABLE
+from mmi_train.weights import kind_of
 
 _CONSTANT_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Greatest |stored - computed| of a derived constant, whose values are within [-1, 1]: half
@@ -28,19 +31,23 @@ def convert_state(
     """The state dict of `module` made of `published` tensors.
 
     `theirs` and `ours` are the prefixes that `published` names and the names of `module` lack to be
-    names of the whole model. Raises `WeightsError` that names every tensor which is missing, extra
-    or misshapen, not finite, or a derived constant of other values than the configuration gives.
-    Shapes may differ by leading dimensions of one.
+    names of the whole model. Raises `WeightsError` that names every tensor which is missing, extra,
+    misshapen, of another kind, not finite, or a derived constant of other values than the
+    configuration gives. Shapes may differ by leading dimensions of one, and CLIP's position table
+    may be that of another image size: it is resized, as the published code does for 448 pixels.
     """
     own = module.state_dict()
     skips = _skips(module)
     constants = dict(module.named_buffers())
+    published = _at_own_image_size({**own, **constants}, published, theirs, ours)
     state: dict[str, Tensor] = {}
     extra, wrong = [], []
 
-    def mismatch(name: str, value: Tensor, shape: torch.Size) -> bool:
+    def mismatch(name: str, value: Tensor, shape: torch.Size, expected_kind: str = "") -> bool:
         if bare_shape(value.shape) != bare_shape(shape):
             wrong.append(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
+        elif expected_kind and kind_of(value) != expected_kind:
+            wrong.append(f"{name} holds {kind_of(value)} numbers, expected {expected_kind}")
         elif not _finite(value):
             wrong.append(f"{name} holds NaN or infinity")
         else:
@@ -62,7 +69,7 @@ def convert_state(
         elif isinstance(found, DerivedConstant) or target not in own or target in state:
             extra.append(name)
         else:
-            wrong_shape = mismatch(name, value, own[target].shape)
+            wrong_shape = mismatch(name, value, own[target].shape, kind_of(own[target]))
             state[target] = value if wrong_shape else value.reshape(own[target].shape)
     missing = [_their_name(ours + name, theirs, skips) for name in own if name not in state]
     missing += [
@@ -95,6 +102,27 @@ def published_module(
     module = build()
     module.load_state_dict(convert_state(module, published, theirs=theirs, ours=ours))
     return module.eval()
+
+
+def _at_own_image_size(
+    own: Mapping[str, Tensor], published: Mapping[str, Tensor], theirs: str, ours: str
+) -> Mapping[str, Tensor]:
+    """`published` with CLIP's position table and ids for the image size of the module `own`."""
+    table_name, ids_name = (
+        str(published_name(name)).removeprefix(theirs) for name in (POSITION_TABLE, POSITION_IDS)
+    )
+    table = published.get(table_name)
+    wanted = own.get(POSITION_TABLE.removeprefix(ours))
+    if table is None or wanted is None or table.ndim != 2 or len(table) == len(wanted):
+        return published
+    if round((len(table) - 1) ** 0.5) ** 2 != len(table) - 1:
+        return published  # no square grid: refused for its shape
+    resized = {table_name: resize_positions(table, round((len(wanted) - 1) ** 0.5))}
+    ids = published.get(ids_name)
+    if ids is not None and bare_shape(ids.shape) == (len(table),):
+        if _equal(ids, torch.arange(len(table))):
+            resized[ids_name] = torch.arange(len(wanted))
+    return {**published, **resized}
 
 
 def bare_shape(shape: torch.Size) -> tuple[int, ...]:

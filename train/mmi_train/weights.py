@@ -25,9 +25,17 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
+def kind_of(value: torch.Tensor) -> str:
+    """The type of its numbers without their precision, in which checkpoints may differ."""
+    if value.is_floating_point():
+        return "floating point"
+    return "bool" if value.dtype == torch.bool else "complex" if value.is_complex() else "integer"
+
+
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Copy `state` into `module`; raises `WeightsError` naming what is missing, extra, misshapen
-    or not finite. Values are converted to the module's types."""
+    """Copy `state` into `module`; raises `WeightsError` naming what is missing, extra, misshapen,
+    of another kind or not finite. Values are converted to the module's types, but whole numbers
+    never pass for weights, nor the other way."""
     own = module.state_dict()
     if missing := sorted(own.keys() - state.keys()):
         raise WeightsError(f"{source} lacks {len(missing)} tensors: {_some(missing)}")
@@ -39,6 +47,13 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
                 f"{source}: {name} has the wrong shape",
                 expected=list(own[name].shape),
                 got=list(value.shape),
+            )
+        if kind_of(value) != kind_of(own[name]):
+            raise WeightsError(
+                f"{source}: {name} holds another kind of numbers",
+                expected=kind_of(own[name]),
+                got=kind_of(value),
+                fix="use an intact checkpoint of this model",
             )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise WeightsError(

@@ -175,5 +175,11 @@ def _resize_positions(module: nn.Module, state: dict[str, Tensor], prefix: str, 
     assert isinstance(module, VitAdapter)
     table, wanted = state.get(prefix + _POSITIONS), module.embeddings.num_positions
     if table is not None and table.shape[0] != wanted:
-        patches = resize_table(table[1:], module.config.grid, align_corners=True)
-        state[prefix + _POSITIONS] = torch.cat([table[:1], patches])
+        state[prefix + _POSITIONS] = resize_positions(table, module.config.grid)
+
+
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """CLIP's position table [1 + s * s, c], the class token's first -> [1 + grid * grid, c],
+    bicubic with align_corners=True, so that the corner patches keep their positions."""
+    patches = resize_table(table[1:], grid, align_corners=True)
+    return torch.cat([table[:1], patches])

@@ -57,6 +57,10 @@ def qformer_rules(theirs: str, ours: str) -> list[tuple[str, str]]:
     ]
 
 
+POSITION_TABLE = "vision.encoder.embeddings.position_embedding.weight"
+POSITION_IDS = "vision.encoder.embeddings.position_ids"
+"""Our names of what depends on the image size that a checkpoint was made for."""
+
 _CLIP = r"visual_tokenizer\.encoder\.vision_model\."
 _BLOCK = _CLIP + r"adapter_interactions\.(\d+)\."
 _OURS = r"vision.encoder.interactions.\1."
@@ -96,5 +100,5 @@ DERIVED: list[tuple[str, str]] = [
     (r"visual_tokenizer\.pos_embed", "vision.position_table"),
     (r"visual_tokenizer\.clip_mean", "vision.pixel_mean"),
     (r"visual_tokenizer\.clip_std", "vision.pixel_std"),
-    (_CLIP + r"embeddings\.position_ids", "vision.encoder.embeddings.position_ids"),
+    (_CLIP + r"embeddings\.position_ids", POSITION_IDS),
 ]
