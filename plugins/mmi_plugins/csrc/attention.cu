@@ -1,0 +1,71 @@
+// The kernels of every type, and how a call is put on a stream.
+#include <cuda_runtime_api.h>
+
+#include "attention.cuh"
+#include "launch.h"
+#include "plan.h"
+
+#define MMI_VARIANT(NAME, T, WIDE)  \
+  MMI_ROWS_KERNEL(NAME, T, WIDE)    \
+  MMI_SPLIT_KERNEL(NAME, T, WIDE)
+
+MMI_VARIANT(mmfs_float32, float, false)
+MMI_VARIANT(mmfs_float16, mmi::Half, false)
+MMI_VARIANT(mmfs_float16_wide, mmi::Half, true)
+MMI_VARIANT(mmfs_bfloat16, mmi::BFloat16, false)
+MMI_VARIANT(mmfs_bfloat16_wide, mmi::BFloat16, true)
+MMI_MERGE_KERNEL(mmfs_float32, float, false)
+MMI_MERGE_KERNEL(mmfs_float16, mmi::Half, false)
+MMI_MERGE_KERNEL(mmfs_bfloat16, mmi::BFloat16, false)
+
+namespace mmi {
+namespace {
+
+using Kernel = void (*)(Problem);
+
+struct Kernels {
+  Kernel rows, split, merge;
+};
+
+Kernels kernels_of(const Attention& call) {
+  const bool wide = is_wide(call);
+  switch (call.type) {
+    case DataType::kFloat16:
+      return wide ? Kernels{mmfs_float16_wide_rows, mmfs_float16_wide_split, mmfs_float16_merge}
+                  : Kernels{mmfs_float16_rows, mmfs_float16_split, mmfs_float16_merge};
+    case DataType::kBFloat16:
+      return wide ? Kernels{mmfs_bfloat16_wide_rows, mmfs_bfloat16_wide_split, mmfs_bfloat16_merge}
+                  : Kernels{mmfs_bfloat16_rows, mmfs_bfloat16_split, mmfs_bfloat16_merge};
+    default:
+      return {mmfs_float32_rows, mmfs_float32_split, mmfs_float32_merge};
+  }
+}
+
+const char* start(Kernel kernel, Grid grid, Problem problem, cudaStream_t stream) {
+  void* arguments[] = {&problem};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z),
+                       dim3(grid.threads), arguments, 0, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+size_t workspace_bytes(const Attention& call) { return plan_bytes(call); }
+
+const char* launch(const Attention& call, void* workspace, CUstream_st* stream) {
+  if (const char* reason = plan_refusal(call)) return reason;
+  const int parts = parts_of(call);
+  if (parts > 1 && (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16 != 0)) {
+    return "the workspace is missing or not aligned to 16 bytes";
+  }
+  const Problem problem = problem_of(call, parts, workspace);
+  const Kernels kernels = kernels_of(call);
+  if (parts == 0) return start(kernels.rows, rows_grid(call), problem, stream);
+  if (const char* error = start(kernels.split, split_grid(call, parts), problem, stream)) {
+    return error;
+  }
+  return parts == 1 ? nullptr : start(kernels.merge, merge_grid(call), problem, stream);
+}
+
+}  // namespace mmi
