@@ -5,18 +5,9 @@
 #include "launch.h"
 #include "plan.h"
 
-#define MMI_VARIANT(NAME, T, WIDE)  \
-  MMI_ROWS_KERNEL(NAME, T, WIDE)    \
-  MMI_SPLIT_KERNEL(NAME, T, WIDE)
-
-MMI_VARIANT(mmfs_float32, float, false)
-MMI_VARIANT(mmfs_float16, mmi::Half, false)
-MMI_VARIANT(mmfs_float16_wide, mmi::Half, true)
-MMI_VARIANT(mmfs_bfloat16, mmi::BFloat16, false)
-MMI_VARIANT(mmfs_bfloat16_wide, mmi::BFloat16, true)
-MMI_MERGE_KERNEL(mmfs_float32, float, false)
-MMI_MERGE_KERNEL(mmfs_float16, mmi::Half, false)
-MMI_MERGE_KERNEL(mmfs_bfloat16, mmi::BFloat16, false)
+MMI_ROWS_AND_SPLITS(MMI_ROWS_KERNEL)
+MMI_ROWS_AND_SPLITS(MMI_SPLIT_KERNEL)
+MMI_MERGES(MMI_MERGE_KERNEL)
 
 namespace mmi {
 namespace {

@@ -25,9 +25,6 @@ constexpr int kTable = 40;          // entries: 32 lanes, and what fp32 lane gro
 constexpr float kLowest = -3.0e38f; // below every logit; -inf would make NaN of a difference
 constexpr unsigned kAll = 0xffffffffu;
 
-struct Half { unsigned short bits; };
-struct BFloat16 { unsigned short bits; };
-
 #ifndef MMI_SHIM
 #define MMI_DEVICE __device__ __forceinline__
 #define MMI_SHARED(Type, name, count) __shared__ Type name[count]
@@ -566,3 +563,15 @@ MMI_DEVICE void merge_parts(const Problem& call) {
       NAME##_merge(const __grid_constant__ mmi::Problem call) {                           \
     mmi::merge_parts<T>(call);                                                            \
   }
+
+// Every kernel: X(NAME, T, WIDE).
+#define MMI_ROWS_AND_SPLITS(X)                \
+  X(mmfs_float32, float, false)               \
+  X(mmfs_float16, mmi::Half, false)           \
+  X(mmfs_float16_wide, mmi::Half, true)       \
+  X(mmfs_bfloat16, mmi::BFloat16, false)      \
+  X(mmfs_bfloat16_wide, mmi::BFloat16, true)
+#define MMI_MERGES(X)                         \
+  X(mmfs_float32, float, false)               \
+  X(mmfs_float16, mmi::Half, false)           \
+  X(mmfs_bfloat16, mmi::BFloat16, false)

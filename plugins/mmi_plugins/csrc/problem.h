@@ -14,6 +14,9 @@ constexpr int kManyRows = 2048;       // from this many (b, q, h) on, a warp a r
 constexpr int kMostBlocks = 2048;     // a split makes no more blocks than this
 constexpr int kMostGrid = 65535;      // CUDA's limit for heads and batch, axes y and z of a grid
 
+struct Half { unsigned short bits; };
+struct BFloat16 { unsigned short bits; };
+
 // The parameter of every kernel. Letters as in attention.h; a block takes one head and one b.
 struct Problem {
   const void* value;          // [n, s, h, d]

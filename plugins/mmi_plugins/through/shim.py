@@ -1,0 +1,149 @@
+"""The CUDA kernels compiled by g++ and run on this machine: `csrc/shim`.
+
+One fiber for each CUDA thread, with real meeting points at every barrier, shuffle, vote and
+tensor-core product. Built at first use into a cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from mmi_deploy.errors import EngineError
+from mmi_plugins.launch_plan import (
+    CSRC,
+    device_arrays,
+    launch_plan,
+    output_array,
+    widen,
+    workspace_shape,
+)
+from mmi_plugins.operator import Call
+
+OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-DMMI_SHIM")
+"""Without contraction: the kernel's error-free sums are written for separate roundings."""
+
+SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+"""The process must then have been started with `sanitizer_library()` preloaded."""
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmi_plugins"
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX or g++."""
+    return shutil.which(os.environ.get("CXX") or "g++")
+
+
+def sanitizer_library() -> str:
+    """AddressSanitizer's library, for LD_PRELOAD."""
+    command = [compiler() or "g++", "-print-file-name=libasan.so"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def build(csrc: Path = CSRC, *further: str) -> Path:
+    """The shim of the kernels in `csrc`, compiled unless the cache has it. Raises `EngineError`."""
+    program = compiler()
+    if program is None:
+        raise EngineError("the shim needs a C++17 compiler", fix="install g++, or set CXX")
+    sources = sorted([*csrc.glob("*.h"), *csrc.glob("*.cuh"), *(csrc / "shim").iterdir()])
+    words = [program, *OPTIONS, *further]
+    key = hashlib.sha256("\0".join(words).encode())
+    for source in sources:
+        key.update(source.read_bytes())
+    library = cache_folder() / f"shim_{key.hexdigest()[:24]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder, "shim.so")
+        command = [*words, str(csrc / "shim" / "shim.cpp"), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise EngineError("the shim does not compile", got=done.stderr.strip()[-2000:])
+        os.replace(made, library)
+    return library
+
+
+@cache
+def load(library: Path) -> ctypes.CDLL:
+    """A built shim."""
+    loaded = ctypes.CDLL(str(library))
+    loaded.mmi_shim_launch.restype = ctypes.c_char_p
+    loaded.mmi_shim_plan.restype = ctypes.c_char_p
+    return loaded
+
+
+def run(
+    call: Call,
+    rows: np.ndarray,
+    *,
+    library: Path | None = None,
+    parts: int | None = None,
+    backwards: bool = False,
+) -> np.ndarray:
+    """Outputs [k, d] of `rows` (b, q, h) [k, 3].
+
+    `parts` as in `launch_plan`; `backwards` runs the threads of a block in the other order. Raises
+    `EngineError` where threads do not meet as they should.
+    """
+    loaded = load(library or build())
+    arrays = {name: _aligned(array) for name, array in device_arrays(call).items()}
+    arrays["output"] = _aligned(output_array(call))
+    arrays["workspace"] = _aligned(np.full(workspace_shape(call, parts), np.nan, np.float32))
+    addresses = {name: array.ctypes.data for name, array in arrays.items()}
+    for launch in launch_plan(call, addresses, parts):
+        blocks = np.ascontiguousarray(launch.blocks(rows), np.uint32)
+        failure = loaded.mmi_shim_launch(
+            launch.variant.name.encode(),
+            launch.parameter,
+            blocks.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_long(len(blocks)),
+            ctypes.c_uint(launch.variant.threads),
+            ctypes.c_bool(backwards),
+        )
+        if failure:
+            raise EngineError(f"{launch.variant.name}: {failure.decode()}")
+    sizes = call.sizes
+    output = widen(arrays["output"], call.dtype)
+    b, q, h = np.asarray(rows).T
+    return output.reshape(sizes["b"], sizes["q"], sizes["h"], sizes["d"])[b, q, h]
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy in memory of its own, aligned to 16 bytes and not a byte longer."""
+    room = np.empty(array.nbytes + 16, np.uint8)
+    start = -room.ctypes.data % 16
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+class _Shim:
+    name = "shim"
+    most_rows: int | None = 512
+
+    def missing(self) -> str | None:
+        """Why the shim cannot run here, or None."""
+        return None if compiler() else "g++ is not installed"
+
+    def refuses(self, call: Call) -> str | None:
+        """The shim takes every call."""
+        return None
+
+    def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
+        """Outputs [k, d] of `rows` [k, 3], by the kernels that the library would choose."""
+        return run(call, rows)
+
+
+SHIM = _Shim()
