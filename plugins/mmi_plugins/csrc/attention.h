@@ -1,0 +1,66 @@
+// One call of mmi::MultiImageDeformableAttention, version 1: what every implementation is given.
+//
+// Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
+// encoded images, s feature cells of one image, r rows of the tables.
+#pragma once
+
+#include <cstdint>
+
+namespace mmi {
+
+constexpr int kMostLevels = 4;
+constexpr int kMostPoints = 16;
+constexpr int kMostChannels = 128;
+constexpr int kChannelStep = 8;
+
+enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+struct Attention {
+  DataType type;                  // of value, offsets, logits and output
+  const void* value;              // [n, s, h, d]
+  const int32_t* image_slot;      // [b, m], row of the pool
+  const void* offsets;            // [b, q, h, p, 2], x first
+  const void* logits;             // [b, q, h, l, p]
+  const float* offset_table;      // [r, h, p, 2]
+  const float* logit_table;       // [r, h, l, p]
+  const int32_t* image_position;  // [b, position_queries, m]; 0 hidden, 1 nearest
+  const float* reference;         // [reference_queries, 2], in [0, 1]
+  const float* null_value;        // [h, d]
+  void* output;                   // [b, q, h * d]
+  int32_t b, q, m, h, l, p, d, n, s, r;
+  int32_t position_queries;       // q, or 1: the same for all
+  int32_t reference_queries;      // q, or 1
+  int32_t level_height[kMostLevels], level_width[kMostLevels];
+  float base_grid;
+  bool null_slot;
+};
+
+// Why a call cannot be run, or nullptr. Sizes only: pointers are the caller's.
+inline const char* refusal(const Attention& call) {
+  const int32_t sizes[] = {call.b, call.q, call.m, call.h, call.l,
+                           call.p, call.d, call.n, call.s, call.r};
+  for (int32_t size : sizes) {
+    if (size < 1) return "an axis is empty";
+  }
+  if (call.l > kMostLevels) return "more than 4 levels";
+  if (call.p > kMostPoints) return "more than 16 points";
+  if (call.d > kMostChannels || call.d % kChannelStep != 0) {
+    return "the head size is no multiple of 8 up to 128";
+  }
+  if (call.position_queries != 1 && call.position_queries != call.q) {
+    return "image_position has neither one row nor one for each query";
+  }
+  if (call.reference_queries != 1 && call.reference_queries != call.q) {
+    return "reference has neither one row nor one for each query";
+  }
+  int64_t cells = 0;
+  for (int32_t level = 0; level < call.l; ++level) {
+    if (call.level_height[level] < 1 || call.level_width[level] < 1) return "a level is empty";
+    cells += int64_t{call.level_height[level]} * call.level_width[level];
+  }
+  if (cells != call.s) return "the levels do not make up the feature cells of value";
+  if (!(call.base_grid > 0)) return "base_grid is not positive";
+  return nullptr;
+}
+
+}  // namespace mmi

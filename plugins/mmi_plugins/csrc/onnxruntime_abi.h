@@ -1,0 +1,117 @@
+// The few things of ONNX Runtime's C interface that the library uses, declared by us: the Python
+// package ships no headers. Functions are slots of a table that only ever grows, so their numbers
+// hold for every later version; the table is asked for by the version that first had them all.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mmi::ort {
+
+constexpr uint32_t kTableVersion = 17;  // the first with KernelContext_ParallelFor
+constexpr uint32_t kOperatorVersion = 16;  // of struct Operator below
+
+struct Status;
+struct KernelInfo;
+struct KernelContext;
+struct SessionOptions;
+struct Domain;
+struct Value;
+struct TensorInfo;
+
+enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
+enum ElementType : int { kFloat = 1, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
+
+// The table itself: `slot<Function>(number)` is a function of it.
+struct Api {
+  const void* slots[1];
+
+  template <typename Function>
+  Function* slot(size_t number) const {
+    return reinterpret_cast<Function*>(const_cast<void*>(slots[number]));
+  }
+
+  Status* fail(ErrorCode code, const char* text) const {
+    return slot<Status*(ErrorCode, const char*)>(0)(code, text);
+  }
+  Status* create_domain(const char* name, Domain** domain) const {
+    return slot<Status*(const char*, Domain**)>(26)(name, domain);
+  }
+  Status* add_operator(Domain* domain, const struct Operator* op) const {
+    return slot<Status*(Domain*, const struct Operator*)>(27)(domain, op);
+  }
+  Status* add_domain(SessionOptions* options, Domain* domain) const {
+    return slot<Status*(SessionOptions*, Domain*)>(28)(options, domain);
+  }
+  Status* data(Value* value, void** bytes) const {
+    return slot<Status*(Value*, void**)>(51)(value, bytes);
+  }
+  Status* rank(const TensorInfo* info, size_t* axes) const {
+    return slot<Status*(const TensorInfo*, size_t*)>(61)(info, axes);
+  }
+  Status* sides(const TensorInfo* info, int64_t* sides, size_t axes) const {
+    return slot<Status*(const TensorInfo*, int64_t*, size_t)>(62)(info, sides, axes);
+  }
+  Status* tensor_info(const Value* value, TensorInfo** info) const {
+    return slot<Status*(const Value*, TensorInfo**)>(65)(value, info);
+  }
+  Status* float_attribute(const KernelInfo* info, const char* name, float* to) const {
+    return slot<Status*(const KernelInfo*, const char*, float*)>(85)(info, name, to);
+  }
+  Status* int_attribute(const KernelInfo* info, const char* name, int64_t* to) const {
+    return slot<Status*(const KernelInfo*, const char*, int64_t*)>(86)(info, name, to);
+  }
+  Status* input(const KernelContext* context, size_t index, const Value** value) const {
+    return slot<Status*(const KernelContext*, size_t, const Value**)>(90)(context, index, value);
+  }
+  Status* output(KernelContext* context, size_t index, const int64_t* sides, size_t axes,
+                 Value** value) const {
+    return slot<Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)>(91)(
+        context, index, sides, axes, value);
+  }
+  void release(TensorInfo* info) const { slot<void(TensorInfo*)>(99)(info); }
+  Status* int_attributes(const KernelInfo* info, const char* name, int64_t* to,
+                         size_t* count) const {
+    return slot<Status*(const KernelInfo*, const char*, int64_t*, size_t*)>(163)(info, name, to,
+                                                                               count);
+  }
+  Status* gpu_stream(const KernelContext* context, void** stream) const {
+    return slot<Status*(const KernelContext*, void**)>(193)(context, stream);
+  }
+  // Calls `task` for 0 .. count - 1 on the session's threads, this one among them.
+  Status* parallel_for(const KernelContext* context, void (*task)(void*, size_t), size_t count,
+                       void* given) const {
+    return slot<Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(
+        274)(context, task, count, 0, given);
+  }
+};
+
+struct ApiBase {
+  const Api* (*api)(uint32_t version);
+  const char* (*version)();
+};
+
+// A custom operator, as far as version 16 knows it.
+struct Operator {
+  uint32_t version;
+  void* (*create)(const Operator*, const Api*, const KernelInfo*);
+  const char* (*name)(const Operator*);
+  const char* (*provider)(const Operator*);
+  ElementType (*input_type)(const Operator*, size_t);
+  size_t (*inputs)(const Operator*);
+  ElementType (*output_type)(const Operator*, size_t);
+  size_t (*outputs)(const Operator*);
+  void (*compute)(void*, KernelContext*);
+  void (*destroy)(void*);
+  int (*input_kind)(const Operator*, size_t);   // 0: required
+  int (*output_kind)(const Operator*, size_t);
+  int (*input_memory)(const Operator*, size_t);  // 0: where the provider keeps its tensors
+  int (*least_variadic_inputs)(const Operator*);
+  int (*variadic_inputs_alike)(const Operator*);
+  int (*least_variadic_outputs)(const Operator*);
+  int (*variadic_outputs_alike)(const Operator*);
+  Status* (*create_or_fail)(const Operator*, const Api*, const KernelInfo*, void**);
+  Status* (*compute_or_fail)(void*, KernelContext*);
+};
+
+}  // namespace mmi::ort

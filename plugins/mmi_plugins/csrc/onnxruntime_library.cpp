@@ -1,0 +1,258 @@
+// ONNX Runtime's library of custom operators: mmi::MultiImageDeformableAttention on the CPU and,
+// where it was built with CUDA, on the GPU.
+//
+// A session that loads it runs these kernels in place of the function that every model file
+// carries for the operator; a session that does not runs the function.
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "attention.h"
+#include "attention_cpu.h"
+#include "onnxruntime_abi.h"
+#include "sizes.h"
+#ifdef MMI_CUDA
+#include <cuda_runtime_api.h>
+
+#include "launch.h"
+#endif
+
+#if defined(_WIN32)
+#define MMI_EXPORT extern "C" __declspec(dllexport)
+#else
+#define MMI_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace mmi {
+namespace {
+
+using ort::Api;
+using ort::ElementType;
+using ort::KernelContext;
+using ort::Status;
+
+constexpr char kDomain[] = "mmi";
+constexpr char kName[] = "MultiImageDeformableAttention";
+
+Status* refuse(const Api* api, const std::string& reason) {
+  return api->fail(ort::kInvalidArgument, (std::string(kName) + ": " + reason).c_str());
+}
+
+// Returns from the calling function with the status of a call that failed.
+#define MMI_TRY(call) \
+  if (Status* status = (call)) return status
+
+// One node of a graph.
+struct Kernel {
+  const Api* api;
+  DataType type;
+  Attributes attributes;
+};
+
+struct TypedOperator : ort::Operator {
+  DataType type;
+  ElementType element;
+};
+
+Status* read_levels(const Api* api, const ort::KernelInfo* info, const char* name, int32_t* sides,
+                    int32_t* levels) {
+  int64_t wide[kMostLevels];
+  size_t count = 0;
+  MMI_TRY(api->int_attributes(info, name, nullptr, &count));
+  if (count < 1 || count > kMostLevels) {
+    return refuse(api, std::string(name) + " must name 1 to 4 levels");
+  }
+  MMI_TRY(api->int_attributes(info, name, wide, &count));
+  for (size_t i = 0; i < count; ++i) {
+    if (wide[i] < 1 || wide[i] > (1 << 20)) return refuse(api, std::string(name) + " is no side");
+    sides[i] = static_cast<int32_t>(wide[i]);
+  }
+  *levels = static_cast<int32_t>(count);
+  return nullptr;
+}
+
+Status* create(const ort::Operator* op, const Api* api, const ort::KernelInfo* info, void** made) {
+  Kernel kernel{api, static_cast<const TypedOperator*>(op)->type, {}};
+  Attributes& attributes = kernel.attributes;
+  int32_t widths = 0;
+  int64_t null_slot = 0;
+  MMI_TRY(read_levels(api, info, "level_heights", attributes.level_height, &attributes.levels));
+  MMI_TRY(read_levels(api, info, "level_widths", attributes.level_width, &widths));
+  if (widths != attributes.levels) {
+    return refuse(api, "level_heights and level_widths differ in the number of levels");
+  }
+  MMI_TRY(api->float_attribute(info, "base_grid", &attributes.base_grid));
+  MMI_TRY(api->int_attribute(info, "null_slot", &null_slot));
+  attributes.null_slot = null_slot != 0;
+  *made = new Kernel(kernel);
+  return nullptr;
+}
+
+void destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
+
+Status* shape_of(const Api* api, const ort::Value* value, Shape* shape) {
+  ort::TensorInfo* info = nullptr;
+  MMI_TRY(api->tensor_info(value, &info));
+  size_t rank = 0;
+  Status* status = api->rank(info, &rank);
+  if (!status && rank <= kMostAxes) status = api->sides(info, shape->side, rank);
+  shape->rank = static_cast<int32_t>(rank);
+  api->release(info);
+  return status;
+}
+
+// Sizes and pointers of the call that `context` holds; allocates its output.
+Status* gather(const Kernel& kernel, KernelContext* context, Attention* call) {
+  const Api* api = kernel.api;
+  Sizes sizes(kernel.attributes);
+  const void* pointer[kInputs];
+  for (int32_t input = 0; input < kInputs; ++input) {
+    const ort::Value* value = nullptr;
+    MMI_TRY(api->input(context, input, &value));
+    Shape shape;
+    MMI_TRY(shape_of(api, value, &shape));
+    if (!sizes.take(input, shape)) return refuse(api, sizes.reason());
+    void* bytes = nullptr;
+    MMI_TRY(api->data(const_cast<ort::Value*>(value), &bytes));
+    pointer[input] = bytes;
+  }
+  if (!sizes.complete()) return refuse(api, sizes.reason());
+  *call = sizes.call();
+  call->type = kernel.type;
+  call->value = pointer[kValue];
+  call->image_slot = static_cast<const int32_t*>(pointer[kImageSlot]);
+  call->offsets = pointer[kOffsets];
+  call->logits = pointer[kLogits];
+  call->offset_table = static_cast<const float*>(pointer[kOffsetTable]);
+  call->logit_table = static_cast<const float*>(pointer[kLogitTable]);
+  call->image_position = static_cast<const int32_t*>(pointer[kImagePosition]);
+  call->reference = static_cast<const float*>(pointer[kReference]);
+  call->null_value = static_cast<const float*>(pointer[kNullValue]);
+  const int64_t sides[3] = {call->b, call->q, int64_t{call->h} * call->d};
+  ort::Value* output = nullptr;
+  MMI_TRY(api->output(context, 0, sides, 3, &output));
+  return api->data(output, &call->output);
+}
+
+Status* compute_on_cpu(void* state, KernelContext* context) {
+  const Kernel& kernel = *static_cast<const Kernel*>(state);
+  Attention call;
+  MMI_TRY(gather(kernel, context, &call));
+  const int64_t tasks = cpu_tasks(call);
+  if (cpu_is_small(call)) {
+    for (int64_t task = 0; task < tasks; ++task) cpu_run(call, task);
+    return nullptr;
+  }
+  return kernel.api->parallel_for(
+      context,
+      [](void* given, size_t task) {
+        cpu_run(*static_cast<const Attention*>(given), static_cast<int64_t>(task));
+      },
+      static_cast<size_t>(tasks), &call);
+}
+
+#ifdef MMI_CUDA
+Status* compute_on_cuda(void* state, KernelContext* context) {
+  const Kernel& kernel = *static_cast<const Kernel*>(state);
+  Attention call;
+  MMI_TRY(gather(kernel, context, &call));
+  void* given = nullptr;
+  MMI_TRY(kernel.api->gpu_stream(context, &given));
+  auto* stream = static_cast<cudaStream_t>(given);
+  // Stream-ordered memory: freed memory stays in the pool, so a step allocates nothing new.
+  void* workspace = nullptr;
+  const size_t bytes = workspace_bytes(call);
+  if (bytes > 0) {
+    const cudaError_t error = cudaMallocAsync(&workspace, bytes, stream);
+    if (error != cudaSuccess) return refuse(kernel.api, cudaGetErrorString(error));
+  }
+  const char* reason = launch(call, workspace, stream);
+  if (workspace != nullptr) {
+    const cudaError_t error = cudaFreeAsync(workspace, stream);
+    if (reason == nullptr && error != cudaSuccess) reason = cudaGetErrorString(error);
+  }
+  return reason == nullptr ? nullptr : refuse(kernel.api, reason);
+}
+#endif
+
+ElementType input_type(const ort::Operator* op, size_t index) {
+  switch (index) {
+    case kValue:
+    case kOffsets:
+    case kLogits: return static_cast<const TypedOperator*>(op)->element;
+    case kImageSlot:
+    case kImagePosition: return ort::kInt32;
+    default: return ort::kFloat;
+  }
+}
+
+TypedOperator make(DataType type, ElementType element, bool cuda) {
+  TypedOperator op{};
+  op.version = ort::kOperatorVersion;
+  op.name = [](const ort::Operator*) -> const char* { return kName; };
+  op.provider = [](const ort::Operator*) -> const char* { return nullptr; };
+  op.input_type = input_type;
+  op.inputs = [](const ort::Operator*) -> size_t { return kInputs; };
+  op.output_type = [](const ort::Operator* self, size_t) {
+    return static_cast<const TypedOperator*>(self)->element;
+  };
+  op.outputs = [](const ort::Operator*) -> size_t { return 1; };
+  op.destroy = destroy;
+  op.input_kind = op.output_kind = op.input_memory = [](const ort::Operator*, size_t) { return 0; };
+  op.least_variadic_inputs = op.variadic_inputs_alike = [](const ort::Operator*) { return 1; };
+  op.least_variadic_outputs = op.variadic_outputs_alike = [](const ort::Operator*) { return 1; };
+  op.create_or_fail = create;
+  op.compute_or_fail = compute_on_cpu;
+  op.type = type;
+  op.element = element;
+#ifdef MMI_CUDA
+  if (cuda) {
+    op.provider = [](const ort::Operator*) -> const char* { return "CUDAExecutionProvider"; };
+    op.compute_or_fail = compute_on_cuda;
+  }
+#else
+  static_cast<void>(cuda);
+#endif
+  return op;
+}
+
+struct Types {
+  DataType type;
+  ElementType element;
+};
+constexpr Types kTypes[] = {{DataType::kFloat32, ort::kFloat},
+                            {DataType::kFloat16, ort::kFloat16},
+                            {DataType::kBFloat16, ort::kBFloat16}};
+
+Status* register_all(const Api* api, ort::SessionOptions* options) {
+  // Sessions keep pointers to operators and domain for as long as they live: so do we.
+  static TypedOperator cpu[3], gpu[3];
+  ort::Domain* domain = nullptr;
+  MMI_TRY(api->create_domain(kDomain, &domain));
+  for (int i = 0; i < 3; ++i) {
+    cpu[i] = make(kTypes[i].type, kTypes[i].element, false);
+    MMI_TRY(api->add_operator(domain, &cpu[i]));
+#ifdef MMI_CUDA
+    gpu[i] = make(kTypes[i].type, kTypes[i].element, true);
+    MMI_TRY(api->add_operator(domain, &gpu[i]));
+#else
+    static_cast<void>(gpu);
+#endif
+  }
+  return api->add_domain(options, domain);
+}
+
+}  // namespace
+}  // namespace mmi
+
+// What ONNX Runtime calls when a session loads the library.
+MMI_EXPORT mmi::ort::Status* RegisterCustomOps(mmi::ort::SessionOptions* options,
+                                               const mmi::ort::ApiBase* base) {
+  const mmi::ort::Api* api = base->api(mmi::ort::kTableVersion);
+  if (api == nullptr) {
+    // Every version has slot 0 in the table of version 1.
+    return base->api(1)->fail(mmi::ort::kFail,
+                              "mmi: this library needs ONNX Runtime 1.17 or newer");
+  }
+  return mmi::register_all(api, options);
+}

@@ -1,0 +1,160 @@
+"""The operator `mmi::MultiImageDeformableAttention`, version 1: its inputs, attributes and limits.
+
+Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
+encoded images, s feature cells of one image, r rows of the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mmi_deploy.errors import EngineError
+from mmi_deploy.graphs import MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
+
+DOMAIN, NAME, VERSION = MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
+
+INPUT_SHAPES = {
+    "value": "nshd",
+    "image_slot": "bm",
+    "offsets": "bqhp2",
+    "logits": "bqhlp",
+    "offset_table": "rhp2",
+    "logit_table": "rhlp",
+    "image_position": "b*m",
+    "reference": "*2",
+    "null_value": "hd",
+}
+"""Inputs in order, a letter an axis; `*` is 1 (shared by all queries) or q."""
+
+NARROW_INPUTS = ("value", "offsets", "logits")
+"""Inputs of the operator's own type T; tables, reference and null value are always float32."""
+
+INDEX_INPUTS = ("image_slot", "image_position")
+"""int32."""
+
+TOLERANCES = {"float32": 1e-6, "float16": 4e-4, "bfloat16": 3e-3}
+"""Types T, and the relative error (rms of error / rms of expected) that each is allowed against
+float64 over the same, already rounded, inputs."""
+
+MOST_LEVELS, MOST_POINTS, MOST_CHANNELS, CHANNEL_STEP = 4, 16, 128, 8
+"""What every kernel takes: 1..4 levels, 1..16 points, head sizes that are multiples of 8 up to
+128."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the operator: `inputs` by name and the attributes.
+
+    Floating inputs are held as float32 whatever `dtype` is, already rounded to it where the
+    operator takes T. Raises `EngineError` when shapes or types contradict each other.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    level_heights: tuple[int, ...]
+    level_widths: tuple[int, ...]
+    base_grid: float
+    null_slot: bool
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.inputs[name]
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Every letter's size."""
+        sizes: dict[str, int] = {}
+        for name, letters in INPUT_SHAPES.items():
+            sizes |= {
+                letter: side
+                for letter, side in zip(letters, self.inputs[name].shape, strict=True)
+                if letter.isalpha()
+            }
+        return sizes
+
+    @property
+    def rows(self) -> int:
+        """How many (b, q, h) there are: each is one weighted sum of d channels."""
+        return self.sizes["b"] * self.sizes["q"] * self.sizes["h"]
+
+    @property
+    def level_starts(self) -> tuple[int, ...]:
+        """First feature cell of each level."""
+        cells = [h * w for h, w in zip(self.level_heights, self.level_widths, strict=True)]
+        return tuple(int(start) for start in np.cumsum([0, *cells[:-1]]))
+
+
+def _check(call: Call) -> None:
+    """Raise `EngineError` unless `call` is one that every kernel takes."""
+    if call.dtype not in TOLERANCES:
+        raise EngineError(f"{NAME}: unknown type", expected=list(TOLERANCES), got=call.dtype)
+    if wrong := set(INPUT_SHAPES) ^ set(call.inputs):
+        raise EngineError(f"{NAME}: inputs missing or unknown: {', '.join(sorted(wrong))}")
+    first: dict[str, tuple[str, int]] = {}
+    for name, letters in INPUT_SHAPES.items():
+        array = call.inputs[name]
+        kind = np.int32 if name in INDEX_INPUTS else np.float32
+        if array.dtype != kind:
+            raise EngineError(
+                f"{NAME}: wrong type of {name}", expected=np.dtype(kind), got=array.dtype
+            )
+        if array.ndim != len(letters):
+            raise EngineError(
+                f"{NAME}: wrong rank of {name}", expected=len(letters), got=array.shape
+            )
+        for letter, side in zip(letters, array.shape, strict=True):
+            if letter.isalpha():
+                other, size = first.setdefault(letter, (name, side))
+                if size != side:
+                    raise EngineError(
+                        f"{NAME}: {name} and {other} differ in {letter}", expected=size, got=side
+                    )
+            elif letter == "2" and side != 2:
+                raise EngineError(f"{NAME}: {name} must end in (x, y)", expected=2, got=side)
+    queries = first["q"][1]
+    for name, axis in (("image_position", 1), ("reference", 0)):
+        if call.inputs[name].shape[axis] not in (1, queries):
+            raise EngineError(
+                f"{NAME}: {name} must have a row for all queries or one each",
+                expected=(1, queries),
+                got=call.inputs[name].shape[axis],
+            )
+    heights, widths = call.level_heights, call.level_widths
+    if len(heights) != len(widths) or len(heights) != first["l"][1]:
+        raise EngineError(
+            f"{NAME}: level_heights, level_widths and logits differ in the number of levels",
+            expected=first["l"][1],
+            got=(len(heights), len(widths)),
+        )
+    cells = sum(height * width for height, width in zip(heights, widths, strict=True))
+    if min(*heights, *widths) < 1 or cells != first["s"][1]:
+        raise EngineError(
+            f"{NAME}: levels {list(zip(heights, widths, strict=True))} do not make up the cells",
+            expected=first["s"][1],
+            got=cells,
+        )
+    if min(size for _, size in first.values()) < 1:
+        empty = [letter for letter, (_, size) in first.items() if size < 1]
+        raise EngineError(f"{NAME}: empty axes {', '.join(empty)}; every axis has at least one")
+    if not (np.isfinite(call.base_grid) and call.base_grid > 0):
+        raise EngineError(f"{NAME}: base_grid must be positive", got=call.base_grid)
+    channels = first["d"][1]
+    if channels % CHANNEL_STEP or channels > MOST_CHANNELS:
+        raise EngineError(
+            f"{NAME}: unsupported head size",
+            expected=f"a multiple of {CHANNEL_STEP} up to {MOST_CHANNELS}",
+            got=channels,
+        )
+    for letter, most in (("l", MOST_LEVELS), ("p", MOST_POINTS)):
+        if first[letter][1] > most:
+            raise EngineError(
+                f"{NAME}: too many {'levels' if letter == 'l' else 'points'}",
+                expected=f"1..{most}",
+                got=first[letter][1],
+            )
