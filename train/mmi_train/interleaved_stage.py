@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmi_deploy import layout
 from mmi_deploy.config import TokenConfig, to_json
+from mmi_train.condition_readers import RecallReader, SketchReader
 from mmi_train.data.pixels import pixels_from_images
 from mmi_train.data.rows import Rows, TokenDocument, make_rows, tokens_of
 from mmi_train.data.tasks import MAKERS
@@ -23,7 +23,7 @@ from mmi_train.data.world import Split, WorldConfig
 from mmi_train.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 
-MIXTURE = MappingProxyType({"reading": 8, "drawing": 12, "segmentation": 2, "story": 4})
+MIXTURE = MappingProxyType({"reading": 8, "drawing": 14, "segmentation": 4, "story": 3})
 """Documents of each kind in one part of a step."""
 
 TEXT_WEIGHT = MappingProxyType({"story": 0.2})
@@ -60,15 +60,10 @@ class InterleavedStage:
     """Both losses of the paper (Eq. 5) on freshly drawn documents, packed into rows of
     `row_length`.
 
-    `image_weight` is the paper's lambda. The autoencoder is frozen (the optimiser's rules say so).
-
-    `recall_weight` adds what training from nothing needs: a linear reader, thrown away afterwards,
-    must tell from the j-th condition token which token stands j places before the picture. Without
-    it the hidden states are noise when the U-Net begins to learn, the resampler learns within a few
-    hundred steps to attend to its own queries alone, and pictures never hear of their text.
+    `image_weight` is the paper's lambda; 0 leaves the U-Net out altogether. The autoencoder is
+    frozen (the optimiser's rules say so). `recall_weight` and `sketch_weight` are those of the two
+    readers of the condition (`condition_readers`).
     """
-
-    name = "interleaved"
 
     def __init__(
         self,
@@ -77,19 +72,28 @@ class InterleavedStage:
         world: WorldConfig,
         mixture: Mapping[str, int] = MIXTURE,
         *,
+        name: str = "interleaved",
         row_length: int = 112,
         image_weight: float = 10.0,
         recall_weight: float = 0.5,
+        sketch_weight: float = 3.0,
     ) -> None:
         self.model, self.tokenizer, self.world = model, tokenizer, world
-        self.mixture, self.row_length = mixture, row_length
-        self.image_weight, self.recall_weight = image_weight, recall_weight
-        reader = nn.Linear(model.config.image_decoder.resampler.width, model.config.llama.vocab)
-        self.module = nn.ModuleDict({"model": model, "reader": reader})
+        self.mixture, self.name, self.row_length = mixture, name, row_length
+        self.weights = {
+            "text": 1.0,
+            "image": image_weight,
+            "recall": recall_weight,
+            "sketch": sketch_weight,
+        }
+        width = model.config.image_decoder.resampler.width
+        self.recall = RecallReader(width, model.config.llama.vocab)
+        self.sketch = SketchReader(width)
+        self.module = nn.ModuleDict({"model": model, "recall": self.recall, "sketch": self.sketch})
 
     def describe(self) -> str:
-        weights = (self.row_length, self.image_weight, self.recall_weight)
-        return f"{to_json(self.model.config)} {self.world} {dict(self.mixture)} {weights}"
+        settings = f"{dict(self.mixture)} {self.row_length} {self.weights}"
+        return f"{to_json(self.model.config)} {self.world} {settings}"
 
     def model_state(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's part of the averaged weights, under the model's own names."""
@@ -122,22 +126,27 @@ class InterleavedStage:
         hidden = self.model.read(
             batch.token_ids, images, batch.image_slot, position=position, mask=mask
         )
-        text = self.model.text_loss(hidden, batch)
-        image, _ = self.model.image_loss(hidden, images, batch)
-        recall = self._recall(hidden, batch)
-        total = text + self.image_weight * image + self.recall_weight * recall
-        return {"total": total, "text": text, "image": image, "recall": recall}
+        losses = {"text": self.model.text_loss(hidden, batch)}
+        if self.weights["image"]:
+            losses["image"], _ = self.model.image_loss(hidden, images, batch)
+        if batch.pictures is not None:
+            losses |= self._readers(hidden, batch)
+        total = sum(
+            (self.weights[name] * loss for name, loss in losses.items()), hidden.new_zeros(())
+        )
+        return {"total": total, **losses}
 
-    def _recall(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of telling each picture's context from its condition tokens."""
-        if batch.pictures is None:
-            return hidden.new_zeros(())
+    def _readers(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What the condition of every picture tells: its text, and a sketch of it."""
+        assert batch.pictures is not None and batch.target_pixels is not None
         condition = self.model.condition(hidden, batch.token_ids, batch.pictures)  # [k, q, c]
         context, length = self.model.context(
             batch.token_ids[..., None], batch.token_ids, batch.pictures
         )
-        told = min(condition.shape[1], context.shape[1])
-        target = context[:, :told, 0]  # [k, q]
-        counts = (torch.arange(told) < length[:, None]) & (target != self.model.config.tokens.image)
-        logits = self.module["reader"](condition[:, :told][counts])
-        return F.cross_entropy(logits.float(), target[counts])
+        context = context[..., 0]  # [k, t]
+        counts = torch.arange(context.shape[1]) < length[:, None]
+        counts &= context != self.model.config.tokens.image
+        return {
+            "recall": self.recall.loss(condition, context, counts),
+            "sketch": self.sketch.loss(condition, batch.target_pixels),
+        }

@@ -1,4 +1,5 @@
-"""How a preset is trained from nothing: the autoencoder first, then everything else together."""
+"""How a preset is trained from nothing: the autoencoder; then reading and, without the U-Net, telling
+from text what to draw; then everything together."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -54,6 +56,12 @@ INTERLEAVED = OptimiserConfig(
     floor=0.02,
     rules=FROM_SCRATCH,
 )
+CONDITIONING = replace(INTERLEAVED, steps=800, cool_from=1.0)
+CONDITIONING_MIXTURE = MappingProxyType(
+    {"reading": 12, "drawing": 40, "segmentation": 4, "story": 3}
+)
+"""Without the U-Net a document to draw costs next to nothing, and the condition tells the whole
+picture after a few hundred steps."""
 
 
 def with_latent_scale(config: ModelConfig, scale: float) -> ModelConfig:
@@ -95,6 +103,23 @@ def open_gates(model: MMInterleaved, value: float = OPEN_GATE) -> None:
                 parameter.fill_(value)
 
 
+def _condition(
+    model: MMInterleaved,
+    tokenizer: Tokenizer,
+    world: WorldConfig,
+    steps: int | None,
+    run: RunConfig,
+    out: Path,
+) -> dict[str, Tensor]:
+    """Train all but the U-Net; returns the averaged weights of the model and its readers."""
+    optimiser = CONDITIONING if steps is None else replace(CONDITIONING, steps=steps)
+    stage = InterleavedStage(
+        model, tokenizer, world, CONDITIONING_MIXTURE, name="conditioning", image_weight=0.0
+    )
+    run = replace(run, average=0.99)
+    return train(stage, optimiser, run, out / stage.name)
+
+
 def endless_documents(
     config: ModelConfig, tokenizer: Tokenizer, world: WorldConfig, rng: np.random.Generator
 ) -> Iterator[TokenDocument]:
@@ -111,6 +136,7 @@ def train_from_scratch(
     *,
     world: WorldConfig | None = None,
     steps: int | None = None,
+    conditioning_steps: int | None = None,
     seed: int = 0,
     run: RunConfig | None = None,
     start: Path | None = None,
@@ -120,6 +146,7 @@ def train_from_scratch(
     """Train `config` on the drawn world and write a model folder, `out/model`; returns its path.
 
     `start`: a model folder to go on from, in place of new weights (its autoencoder is kept).
+    `steps` and `conditioning_steps` of the main stage and of the one before it; None: the recipe's.
     `packed`: the paper's rows of the whole context length, in which documents follow each other, in
     place of documents kept to themselves. `checkpoint_gradients`: less memory, more time.
     Everything is resumable: run the same command again after it was stopped.
@@ -137,10 +164,14 @@ def train_from_scratch(
     _channels_last(model.image_decoder)
     tokenizer = build_tokenizer()
     model.checkpoint_gradients(checkpoint_gradients)
-    stage: InterleavedStage | PackedStage = InterleavedStage(model, tokenizer, world)
+    stage: InterleavedStage | PackedStage
     if packed:
         source = partial(endless_documents, model.config, tokenizer, world)
         stage = PackedStage(model, source, length=model.config.llama.context)
+    else:
+        stage = InterleavedStage(model, tokenizer, world)
+        if conditioning_steps != 0:
+            _load(stage.module, _condition(model, tokenizer, world, conditioning_steps, run, out))
     optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
     folder = out / "model"
 
