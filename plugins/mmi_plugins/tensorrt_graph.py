@@ -6,15 +6,15 @@ take, so the copy names the plugin's namespace on the node: then it is the plugi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import onnx
 
-from mmi_deploy.errors import BundleError
+from mmi_deploy.errors import BundleError, EngineError
 from mmi_plugins.operator import DOMAIN, NAME
 
-NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE = "plugin_namespace", "plugin_version"
-PLUGIN_VERSION = "1"
+PLUGIN_NAMESPACE = "plugin_namespace"
 DECOMPOSABLE = "TRT_decomposable"
 
 
@@ -26,16 +26,31 @@ def with_plugin(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    nodes = [node for node in _nodes(copy) if (node.domain, node.op_type) == (DOMAIN, NAME)]
+    nodes = _attention_nodes(copy)
     if not nodes:
         raise BundleError(
             f"the graph {model.graph.name!r} has no node {DOMAIN}::{NAME}",
             fix="Export it again with `mmi export`",
         )
     for node in nodes:
-        _set(node, NAMESPACE_ATTRIBUTE, DOMAIN)
-        _set(node, VERSION_ATTRIBUTE, PLUGIN_VERSION)
+        _set(node, PLUGIN_NAMESPACE, DOMAIN)
     return copy
+
+
+def check_plugin_layers(network: Any, model: onnx.ModelProto) -> None:
+    """Raise `EngineError` unless TensorRT's `network`, parsed from `model`, has a plugin layer for
+    each of its MMFS nodes. Where no plugin of that name was registered the parser says nothing and
+    takes the local function: slower, and on TensorRT not proved right."""
+    expected = len(_attention_nodes(model))
+    layers = [network.get_layer(index).type.name for index in range(network.num_layers)]
+    if (found := layers.count("PLUGIN_V3")) != expected:
+        raise EngineError(
+            f"TensorRT did not take the plugin {DOMAIN}::{NAME} for every node",
+            expected=f"{expected} PLUGIN_V3 layers",
+            got=found,
+            fix="Load the plugin before the graph is parsed, and parse the copy that "
+            "`with_plugin` makes",
+        )
 
 
 def with_decomposable_attention(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -55,6 +70,10 @@ def _set(node: onnx.NodeProto, name: str, value: str | int) -> None:
     node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
 
 
+def _attention_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in _nodes(model) if (node.domain, node.op_type) == (DOMAIN, NAME)]
+
+
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Every node of the graph, of its branches, and of the local functions."""
     yield from _inside(model.graph.node)
@@ -62,7 +81,7 @@ def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         yield from _inside(function.node)
 
 
-def _inside(nodes: Iterator[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def _inside(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     for node in nodes:
         yield node
         for attribute in node.attribute:

@@ -76,8 +76,9 @@ def _give_rtx_its_name() -> None:
 class PluginLibrary:
     """Our library, open in this process and known to a TensorRT module's plugin registry."""
 
-    def __init__(self, path: Path, library: ctypes.CDLL) -> None:
-        self.path, self._library = path, library
+    def __init__(self, path: Path, library: ctypes.CDLL, registry: Any) -> None:
+        self.path, self._library, self._registry = path, library, registry
+        self._handle = registry.load_library(str(path.resolve()))
 
     @property
     def headers(self) -> str:
@@ -91,11 +92,15 @@ class PluginLibrary:
         self._library.mmi_last_report(line, ctypes.c_size_t(len(line)))
         return line.value.decode()
 
+    def unregister(self) -> None:
+        """Make room for another plugin of the same name."""
+        self._registry.deregister_library(self._handle)
+
 
 def load_tensorrt_plugin(path: Path, tensorrt: ModuleType | None = None) -> PluginLibrary:
     """Load the library that `mmi plugins build` made into a TensorRT module (`tensorrt` itself by
-    default). Raises `EngineError` where it is missing, of another kind, or built for a TensorRT
-    with another major version; loading it twice does nothing."""
+    default). Raises `EngineError` where it is missing, of another kind or built for a TensorRT
+    with another major version, or where a plugin of that name is known already."""
     module: Any = import_tensorrt("tensorrt") if tensorrt is None else tensorrt
     mend = "Build it with `mmi plugins build`"
     if not path.is_file():
@@ -106,12 +111,12 @@ def load_tensorrt_plugin(path: Path, tensorrt: ModuleType | None = None) -> Plug
     except (OSError, AttributeError) as error:
         raise EngineError(f"{path} is no TensorRT plugin of ours: {error}", fix=mend) from error
     _check_version(path, headers, module)
-    registry = module.get_plugin_registry()
-    if plugin_creator(module) is None:
-        registry.load_library(str(path.resolve()))
+    if plugin_creator(module) is not None:
+        raise EngineError(f"{module.__name__} has a plugin {DOMAIN}::{NAME} already")
+    plugin = PluginLibrary(path, library, module.get_plugin_registry())
     if plugin_creator(module) is None:
         raise EngineError(f"{module.__name__} did not take the plugin {path}", fix=mend)
-    return PluginLibrary(path, library)
+    return plugin
 
 
 def plugin_creator(tensorrt: Any) -> Any:

@@ -7,8 +7,9 @@ something else that runs the operator) when it is loaded. Letters as in `operato
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -35,20 +36,58 @@ FIELDS = {
 }
 """Attributes of the node, in the types in which an engine stores them."""
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
 VERSION_FIELD = "plugin_version"
 FIELDS_VERSION = 1
 """Stored beside the fields; another one is refused."""
 
 
-def register_stand_in(tensorrt: Any) -> None:
-    """Make the stand-in known to a TensorRT module, unless a plugin of that name is."""
-    if plugin_creator(tensorrt) is None:
-        tensorrt.get_plugin_registry().register_creator(_creator(tensorrt), DOMAIN)
+class StandInPlugin:
+    """The stand-in, known to a TensorRT module's plugin registry."""
+
+    def __init__(self, tensorrt: Any) -> None:
+        self._registry = tensorrt.get_plugin_registry()
+        self._report = ""
+        self._creator = _creator(tensorrt, self._note)
+        self._registry.register_creator(self._creator, DOMAIN)
+
+    def last_report(self) -> str:
+        """The last refusal, or "": TensorRT itself says only that a call failed."""
+        return self._report
+
+    def unregister(self) -> None:
+        """Make room for another plugin of the same name."""
+        self._registry.deregister_creator(self._creator)
+
+    def _note(self, error: EngineError) -> None:
+        self._report = str(error)
 
 
-def _creator(trt: Any) -> Any:
+def register_stand_in(tensorrt: Any) -> StandInPlugin:
+    """Make the stand-in known to a TensorRT module. Raises `EngineError` where a plugin of that
+    name is known already."""
+    if plugin_creator(tensorrt) is not None:
+        raise EngineError(f"{tensorrt.__name__} has a plugin {DOMAIN}::{NAME} already")
+    return StandInPlugin(tensorrt)
+
+
+def _creator(trt: Any, note: Callable[[EngineError], None]) -> Any:
     field_types = {np.int32: trt.PluginFieldType.INT32, np.float32: trt.PluginFieldType.FLOAT32}
     narrow_types = (trt.float32, trt.float16, trt.bfloat16)
+
+    def noted(method: Method) -> Method:
+        """`method`, whose refusal is kept: TensorRT swallows the exception."""
+
+        @wraps(method)
+        def call(*arguments: Any) -> Any:
+            try:
+                return method(*arguments)
+            except EngineError as error:
+                note(error)
+                raise
+
+        return cast(Method, call)
 
     class StandIn(
         trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
@@ -79,13 +118,16 @@ def _creator(trt: Any) -> Any:
                 ]
             )
 
+        @noted
         def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
             _expect_inputs(len(types))
             for name, given in zip(INPUT_SHAPES, types, strict=True):
                 if not _type_fits(name, given, types[0]):
-                    raise EngineError(f"{NAME}: wrong type of {name}", got=given)
+                    expected = types[0] if name in NARROW_INPUTS[1:] else "its own type"
+                    raise EngineError(f"{NAME}: wrong type of {name}", expected=expected, got=given)
             return [types[0]]
 
+        @noted
         def get_output_shapes(self, inputs: Any, shape_inputs: Any, expressions: Any) -> list[Any]:
             _expect_inputs(len(inputs))
             known = [
@@ -110,12 +152,15 @@ def _creator(trt: Any) -> Any:
                 return bool(given.type == value.type)
             return _type_fits(list(INPUT_SHAPES)[index], given.type, value.type)
 
+        @noted
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             check_shapes([_known(tensor.desc.dims) for tensor in inputs], self.fields)
 
+        @noted
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
             check_shapes([_known(tensor.dims) for tensor in inputs], self.fields)
 
+        @noted
         def enqueue(self, *arguments: Any) -> None:
             raise EngineError(
                 f"{NAME}: this stand-in only builds engines",
@@ -140,26 +185,25 @@ def _creator(trt: Any) -> Any:
                 ]
             )
 
+        @noted
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
             given = {field.name: np.array(field.data) for field in collection}
             runs = phase == trt.TensorRTPhase.RUNTIME
-            return StandIn(_checked_fields(given, needs_version=runs))
+            return StandIn(checked_fields(given, needs_version=runs))
 
     return Creator()
 
 
 def _expect_inputs(count: int) -> None:
     if count != len(INPUT_SHAPES):
-        raise EngineError(
-            f"{NAME}: wrong number of inputs", expected=len(INPUT_SHAPES), got=count
-        )
+        raise EngineError(f"{NAME}: wrong number of inputs", expected=len(INPUT_SHAPES), got=count)
 
 
 def _known(dims: Any) -> list[int | None]:
     return [None if side < 0 else int(side) for side in dims]
 
 
-def _checked_fields(given: dict[str, np.ndarray], needs_version: bool) -> dict[str, np.ndarray]:
+def checked_fields(given: dict[str, np.ndarray], needs_version: bool) -> dict[str, np.ndarray]:
     version = given.pop(VERSION_FIELD, None)
     if needs_version and (version is None or version.tolist() != [FIELDS_VERSION]):
         raise EngineError(
@@ -172,7 +216,9 @@ def _checked_fields(given: dict[str, np.ndarray], needs_version: bool) -> dict[s
         data = given.get(name)
         if data is None or data.dtype != kind or not data.size:
             raise EngineError(
-                f"{NAME}: attribute {name}", expected=np.dtype(kind), got=getattr(data, "dtype", None)
+                f"{NAME}: attribute {name}",
+                expected=np.dtype(kind),
+                got=getattr(data, "dtype", None),
             )
     heights, widths = given["level_heights"], given["level_widths"]
     if len(heights) != len(widths) or len(heights) > MOST_LEVELS:
@@ -202,8 +248,8 @@ def check_shapes(shapes: Sequence[Sequence[int | None]], fields: dict[str, np.nd
                 raise EngineError(
                     f"{NAME}: {name} and {other} differ in {axis}", expected=size, got=side
                 )
-    for name, axis in (("image_position", 1), ("reference", 0)):
-        rows = shapes[list(INPUT_SHAPES).index(name)][axis]
+    for name, queries_axis in (("image_position", 1), ("reference", 0)):
+        rows = shapes[list(INPUT_SHAPES).index(name)][queries_axis]
         queries = sizes.get("q", ("", rows))[1]
         if rows not in (None, 1, queries):
             raise EngineError(f"{NAME}: rows of {name}", expected=(1, queries), got=rows)

@@ -81,6 +81,17 @@ class Sizes {
     return true;
   }
 
+  // Makes every size at least what the shape of an input has: the bounds of a profile need not agree
+  // with one another.
+  void grow(int32_t input, const Shape& shape) {
+    const char* axes = kInputAxes[input];
+    for (int32_t axis = 0; axis < shape.rank && axes[axis] != '\0'; ++axis) {
+      if (axes[axis] < 'a' || shape.side[axis] > INT32_MAX) continue;
+      int32_t& known = size(axes[axis]);
+      if (shape.side[axis] > known) known = static_cast<int32_t>(shape.side[axis]);
+    }
+  }
+
   // After all inputs: false, and `reason()` says why, where no kernel takes such a call.
   bool complete() {
     for (int32_t rows : {position_rows_, reference_rows_}) {

@@ -234,10 +234,8 @@ class AttentionPlugin final : public nvinfer1::IPluginV3,
                           const nvinfer1::DynamicPluginTensorDesc*,
                           int32_t) const noexcept override {
     Sizes sizes(attributes_);
-    for (int32_t input = 0; input < kInputs; ++input) {
-      if (!sizes.take(input, shape(inputs[input].max))) return 0;
-    }
-    return sizes.complete() ? workspace_bytes(sizes.call()) : 0;
+    for (int32_t input = 0; input < kInputs; ++input) sizes.grow(input, shape(inputs[input].max));
+    return workspace_bytes(sizes.call());
   }
 
   int32_t enqueue(const PluginTensorDesc* descriptions, const PluginTensorDesc*,
