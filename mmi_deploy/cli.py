@@ -21,6 +21,7 @@ from mmi_deploy.commands.evaluate import evaluate
 from mmi_deploy.commands.export import export
 from mmi_deploy.commands.generate import generate
 from mmi_deploy.commands.inspect import inspect
+from mmi_deploy.commands.plugins import app as plugins
 from mmi_deploy.commands.train import train
 from mmi_deploy.commands.verify import verify
 from mmi_deploy.errors import MmiError
@@ -143,6 +144,7 @@ app.command(
     epilog="Examples:  mmi bench --quick  ·  mmi bench bundles/tiny -m assets/tiny -o bench.json "
     "--plot bench.svg"
 )(bench)
+app.add_typer(plugins, name="plugins")
 app.command(
     epilog="Examples:  mmi inspect bundles/tiny --tensors  ·  mmi inspect assets/tiny  ·  "
     "mmi inspect --preset released_13b"

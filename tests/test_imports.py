@@ -16,14 +16,16 @@ ROOTS = {
     "mmi_export": "export",
     "mmi_train": "train",
     "mmi_bench": "bench",
+    "mmi_plugins": "plugins",
 }
 TRAINING = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "tensorboard"}
 
 FORBIDDEN = {
-    "mmi_deploy": {"mmi_export", "mmi_train", "mmi_bench", *TRAINING},
+    "mmi_deploy": {"mmi_export", "mmi_train", "mmi_bench", "mmi_plugins", *TRAINING},
     "mmi_train": {"mmi_export", "mmi_bench", "onnx", "onnxscript", "onnx_ir"},
     "mmi_export": {"mmi_bench"},
     "mmi_bench": set(),
+    "mmi_plugins": {"mmi_train", "mmi_bench", "diffusers", "transformers"},
 }
 """Top-level modules that no module of a package may import, not even inside a function."""
 

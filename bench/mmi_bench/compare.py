@@ -122,20 +122,22 @@ def run(
     repeats: int = 7,
     quick: bool = False,
     schedule: str | None = None,
+    library: Path | None = None,
     unproved: bool = False,
     progress: Progress = lambda what, done, of: None,
 ) -> Comparison:
     """Measure the runtime on `bundle` against PyTorch on the folder `model` it was exported from.
 
     Both get the same threads, fp32 weights, solver, guidance and forced counts. `schedule`: a
-    sampler of the bundle; None takes its first of 20 steps. `quick`: short documents and two
+    sampler of the bundle; None takes its first of 20 steps. `library`: kernels for the runtime;
+    None: it runs MMFS as standard operators. `quick`: short documents and two
     repeats, to see that it works; not for quoting. Raises `MmiError` when a side fails, or when the
     two do not write and draw the same, so that there is nothing to compare.
     """
     opened = Bundle.open(bundle, unproved=unproved)
     key = _schedule(opened, schedule)
     work = plan(opened.config, opened.limits.context, 2 if quick else repeats, quick)
-    settings = Settings(bundle, model, key, threads, unproved)
+    settings = Settings(bundle, model, key, threads, library, unproved)
     about = {
         "argv": sys.argv,
         "quick": quick,
@@ -148,6 +150,7 @@ def run(
         "config_sha256": hashlib.sha256(to_json(opened.config).encode()).hexdigest(),
         "bundle_sha256": opened.identity,
         "bundle_targets": list(opened.targets),
+        "kernels": library.parent.name if library else None,
         "machine": describe(),
     }
     with ExitStack() as stack:

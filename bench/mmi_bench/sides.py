@@ -27,14 +27,19 @@ class Settings:
     model: Path
     schedule: str
     threads: int
+    library: Path | None
     unproved: bool
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"bundle": str(self.bundle), "model": str(self.model)}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Settings:
-        return cls(**fields | {name: Path(fields[name]) for name in ("bundle", "model")})
+        paths = ("bundle", "model", "library")
+        return cls(**fields | {name: Path(fields[name]) for name in paths if fields[name]})
 
 
 def open_side(side: SideName, settings: Settings) -> Generate:
@@ -46,7 +51,12 @@ def _runtime(settings: Settings) -> Generate:
     from mmi_deploy.runtime.generation import generate
     from mmi_deploy.runtime.runtime import Runtime
 
-    runtime = Runtime.open(settings.bundle, threads=settings.threads, unproved=settings.unproved)
+    runtime = Runtime.open(
+        settings.bundle,
+        threads=settings.threads,
+        library=settings.library,
+        unproved=settings.unproved,
+    )
     runtime.load()
     runtime.schedule(settings.schedule)
     return lambda document, options: generate(runtime, document, options)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mmi_deploy.commands.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import print_json, results, staged
 from mmi_deploy.files import write_file
@@ -39,6 +40,7 @@ def bench(
         Path | None,
         typer.Option(help="Draw the result into this .svg or .png file.", dir_okay=False),
     ] = None,
+    kernels: Kernels = AUTO,
     unproved: Annotated[
         bool, typer.Option("--unproved", help="Run graphs that have no receipt.")
     ] = False,
@@ -62,6 +64,7 @@ def bench(
             repeats=repeats,
             quick=quick,
             schedule=schedule,
+            library=kernel_library(kernels),
             unproved=unproved,
             progress=stage,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress, TaskID
 
+from mmi_deploy.commands.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import counted, print_json, progress, remarks, results
 
@@ -58,6 +59,7 @@ def generate(
         float, typer.Option(min=0, help="How closely pictures follow the text; 1 is off.")
     ] = 3.5,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as cores.")] = 0,
+    kernels: Kernels = AUTO,
     unproved: Annotated[
         bool, typer.Option("--unproved", help="Run graphs that have no receipt.")
     ] = False,
@@ -94,7 +96,8 @@ def generate(
     )
     source = read_document(document)
     started = time.perf_counter()
-    runtime = Runtime.open(bundle, threads=threads, unproved=unproved)
+    library = kernel_library(kernels)
+    runtime = Runtime.open(bundle, threads=threads, library=library, unproved=unproved)
     used = runtime.schedule(schedule).schedule.key
     story = Story(source)
     finished: Finished | None = None

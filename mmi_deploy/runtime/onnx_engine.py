@@ -31,9 +31,10 @@ class OnnxRuntimeEngine(Engine):
     def __init__(self, path: Path, graph: Graph, options: OnnxOptions = OnnxOptions()) -> None:
         """Load `path`; raises `EngineError` when it cannot be loaded or is not `graph`."""
         super().__init__(graph, HOST)
+        settings = _session_options(options)
         try:
             self._session = ort.InferenceSession(
-                path, _session_options(options), providers=["CPUExecutionProvider"]
+                path, settings, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's exceptions share no narrower class
             reason = str(error).splitlines()[0]
@@ -77,7 +78,15 @@ def _session_options(options: OnnxOptions) -> ort.SessionOptions:
     # Several engines take turns: one whose turn is over must not keep the cores busy.
     session.add_session_config_entry("session.force_spinning_stop", "1")
     if options.library is not None:
-        session.register_custom_ops_library(str(options.library))
+        try:
+            session.register_custom_ops_library(str(options.library))
+        except Exception as error:  # as above
+            reason = str(error).splitlines()[0]
+            raise EngineError(
+                f"ONNX Runtime cannot load the kernel library {options.library}: {reason}",
+                fix="compile it again with `mmi plugins build onnxruntime`, or do without: "
+                "--kernels none",
+            ) from None
     return session
 
 

@@ -153,12 +153,12 @@ def test_a_side_that_is_killed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(remote.sys, "executable", str(tmp_path / "killed"))
     (tmp_path / "killed").write_text("#!/bin/sh\nkill -9 $$\n")
     (tmp_path / "killed").chmod(0o755)
-    settings = Settings(tmp_path, tmp_path, "ddim:20", 1, False)
+    settings = Settings(tmp_path, tmp_path, "ddim:20", 1, None, False)
     with pytest.raises(MmiError, match="pytorch side .* signal 9"), Remote("pytorch", settings):
         pass
 
 
 def test_an_error_of_a_side_reaches_the_caller_as_its_line(tmp_path: Path) -> None:
-    settings = Settings(tmp_path / "none", tmp_path, "ddim:20", 1, False)
+    settings = Settings(tmp_path / "none", tmp_path, "ddim:20", 1, None, False)
     with pytest.raises(MmiError, match="there is no bundle"), Remote("runtime", settings):
         pass
