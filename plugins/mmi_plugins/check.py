@@ -1,4 +1,4 @@
-"""Every implementation of the operator on every case of a folder: `python -m mmi_plugins.check DIR`.
+"""`python -m mmi_plugins.check DIR`: all implementations of the operator on all cases of a folder.
 
 A case is an `.npz` of the operator's inputs and attributes, an optional `dtype` and `expected` in
 float64 (`cases.read_case`). Exit code 1: something is wrong. 2: something could not be run.
