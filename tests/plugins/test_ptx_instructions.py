@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+
 from mmi_plugins.ptx import Fault, PtxError
 from references.ptx_programs import evaluate
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from mmi_plugins.ptx import PtxError, parse
+
+from mmi_plugins.ptx import GlobalMemory, Machine, PtxError, parse
 from references.ptx_programs import HEAD, entry
 
 EXAMPLE = """
@@ -15,35 +16,35 @@ EXAMPLE = """
 .address_size 64
 .file 1 "kernel.cu"
 .visible .entry _Z1kPf6Levels(
-	.param .u64 .ptr .align 1 _Z1kPf6Levels_param_0,
-	.param .align 8 .b8 _Z1kPf6Levels_param_1[48],
-	.param .u8 _Z1kPf6Levels_param_2,
-	.param .f32 _Z1kPf6Levels_param_3
+    .param .u64 .ptr .align 1 _Z1kPf6Levels_param_0,
+    .param .align 8 .b8 _Z1kPf6Levels_param_1[48],
+    .param .u8 _Z1kPf6Levels_param_2,
+    .param .f32 _Z1kPf6Levels_param_3
 )
 .maxntid 128, 1, 1
 .minnctapersm 4
 {
-	.reg .pred 	%p<3>;
-	.reg .b32 	%r<5>; /* and 64 bits */
-	.reg .b64 	%rd<2>, %wide;
-	// demoted variable
-	.shared .align 16 .b8 _ZZ1kE2sw[100];
-	.shared .align 8 .b8 small[3];
-	.local .align 16 .b8 	__local_depot0[32];
-	.loc	1 12 3
-	mov.u32 	%r1, %tid.x;
-	setp.lt.s32 	%p1|%p2, %r1,
-	    5;
-	@!%p1 bra 	$L__BB0_2;
-	{
-	.reg .b16 low;
-	mov.b32 {low, %rs1}, %r1;
-	}
-	{ .reg .b16 low; mov.b16 low, 7; }
+    .reg .pred     %p<3>;
+    .reg .b32     %r<5>; /* and 64 bits */
+    .reg .b64     %rd<2>, %wide;
+    // demoted variable
+    .shared .align 16 .b8 _ZZ1kE2sw[100];
+    .shared .align 8 .b8 small[3];
+    .local .align 16 .b8     __local_depot0[32];
+    .loc    1 12 3
+    mov.u32     %r1, %tid.x;
+    setp.lt.s32     %p1|%p2, %r1,
+        5;
+    @!%p1 bra     $L__BB0_2;
+    {
+    .reg .b16 low;
+    mov.b32 {low, %rs1}, %r1;
+    }
+    { .reg .b16 low; mov.b16 low, 7; }
 $L__BB0_2:
-	.pragma "nounroll";
-	ld.global.nc.L1::no_allocate.v2.u32 	{%r2, %r3}, [%rd1+-16];
-	ret;
+    .pragma "nounroll";
+    ld.global.nc.L1::no_allocate.v2.u32     {%r2, %r3}, [%rd1+-16];
+    ret;
 
 }
 """
@@ -88,17 +89,27 @@ def test_shared_memory_may_stand_outside_the_entries() -> None:
     assert kernel.shared == {"rest": 0, "table": 0} and kernel.shared_bytes == 24
 
 
+def test_a_module_variable_is_an_error_once_it_is_named() -> None:
+    table = HEAD + ".global .align 4 .u32 limit = 7;\n"
+    evaluate_nothing = entry("mov.u64 %rd1, 5;", 1).replace(HEAD, table)
+    memory = GlobalMemory(256)
+    parameters = memory.reserve(4, "output").to_bytes(8, "little")
+    Machine(parse(evaluate_nothing)["k"], memory, (1, 1, 1), (32, 1, 1), parameters).run()
+    named = parse(evaluate_nothing.replace("%rd1, 5", "%rd1, limit"))["k"]
+    with pytest.raises(PtxError, match="limit"):
+        Machine(named, memory, (1, 1, 1), (32, 1, 1), parameters).run()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("mov.u32 \t%r1, %tid.x;", "Mov %r1;"), "not understood"),
+        (("mov.u32     %r1, %tid.x;", "Mov %r1;"), "not understood"),
         (("$L__BB0_2:", "$L__BB0_3:"), "labels that are not there"),
         (('.pragma "nounroll";', ".callprototype _;"), "not supported"),
         ((".reg .b64", ".reg .b128"), "unknown type"),
         ((".target sm_90a", ""), "no .target"),
         (("ret;\n\n}", "ret;"), "a brace is missing"),
         ((".entry", ".func"), "no .entry"),
-        (('.file 1 "kernel.cu"', ".global .align 4 .b8 table[4];"), "Module variables"),
     ],
 )
 def test_what_is_not_understood_is_said(change: tuple[str, str], message: str) -> None:

@@ -363,21 +363,21 @@ def _permute(machine: Machine, instruction: Instruction) -> Action:
     """prmt.b32: four bytes picked out of eight, or their sign spread."""
     _allow(instruction, types=frozenset({"b32"}))
     out, *sources = _operands(instruction, 4)
-    a, b, pick = (np.asarray(read(machine, source, "u32")) for source in sources)
+    a, b, pick = (read(machine, source, "u32") for source in sources)
     target = destination(machine, out, "b32")
+    both = np.empty((machine.lanes, 2), np.uint32)
+    shifts = np.arange(0, 16, 4, dtype=np.uint32)
 
     def run(mask: Mask) -> None:
-        wide = b.astype(np.uint64) << np.uint64(32) | a.astype(np.uint64)
-        result = np.zeros(1, np.uint32)
-        for byte in range(4):
-            choice = (pick >> np.uint32(4 * byte)) & np.uint32(15)
-            chosen = (
-                wide >> ((choice & np.uint32(7)) * np.uint32(8)).astype(np.uint64)
-            ) & np.uint64(255)
-            sign = np.where(chosen >= 128, np.uint64(255), np.uint64(0))
-            chosen = np.where(choice >= 8, sign, chosen).astype(np.uint32)
-            result = result | chosen << np.uint32(8 * byte)
-        np.copyto(target, result, where=mask)
+        both[:, 0], both[:, 1] = a, b
+        choices = (np.broadcast_to(pick, machine.lanes)[:, None] >> shifts) & np.uint32(15)
+        chosen = np.take_along_axis(
+            both.view(np.uint8), (choices & np.uint32(7)).astype(np.intp), 1
+        )
+        if (choices >= 8).any():
+            sign = np.where(chosen >= 128, np.uint8(255), np.uint8(0))
+            chosen = np.where(choices >= 8, sign, chosen)
+        np.copyto(target, chosen.view(np.uint32)[:, 0], where=mask)
 
     return run
 

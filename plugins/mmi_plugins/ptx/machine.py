@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,28 @@ class _Block:
     actions: list[Action] = field(default_factory=list)
 
 
+class _Registers(dict[str, np.ndarray]):
+    """The registers that are used, full of garbage until they are written."""
+
+    def __init__(self, types: dict[str, str], lanes: int) -> None:
+        self._types, self._lanes = types, lanes
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self._types else default
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._types
+
+    def __missing__(self, name: str) -> np.ndarray:
+        width = WIDTHS[self._types[name]]
+        if self._types[name] == "pred":
+            register = np.zeros(self._lanes, bool)
+        else:
+            register = np.full(self._lanes, _GARBAGE[width], f"u{width}")
+        self[name] = register
+        return register
+
+
 class Machine:
     """One launch of `kernel`.
 
@@ -103,12 +126,7 @@ class Machine:
         self.specials = self._special_registers(thread)
         self._counter = np.where(thread < threads, 0, _LEFT).astype(np.int32)
         self._waiting = np.zeros(self.lanes, bool)
-        self.registers = {
-            name: np.zeros(self.lanes, bool)
-            if type_ == "pred"
-            else np.full(self.lanes, _GARBAGE[WIDTHS[type_]], f"u{WIDTHS[type_]}")
-            for name, type_ in kernel.registers.items()
-        }
+        self.registers = _Registers(kernel.registers, self.lanes)
         self.shared = SharedMemory(
             len(numbers), kernel.shared_bytes + dynamic_shared, self.width, _shared_unit(kernel)
         )

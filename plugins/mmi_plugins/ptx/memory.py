@@ -21,7 +21,7 @@ SHARED_WINDOW, LOCAL_WINDOW, PARAMETER_WINDOW = 1 << 50, 1 << 51, 1 << 52
 """Where shared, local and parameter memory lie among generic addresses."""
 
 _UNITS = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
-_NOBODY, _SEVERAL = -1, -2
+_NOBODY, _SEVERAL, _ELSEWHERE = -1, -2, -3
 _ROUND = 256
 
 
@@ -85,6 +85,11 @@ class GlobalMemory:
         content = self._bytes[found.offset : found.offset + found.size].view(dtype)
         known = np.repeat(found.known, 2)[: found.size].reshape(content.size, -1)
         return content.copy(), np.asarray(known.all(1))
+
+    def next_blocks(self) -> None:
+        """Blocks of the same launch follow, whose lanes are counted anew."""
+        for each in self._allocations:
+            each.writer[each.writer != _NOBODY] = _ELSEWHERE
 
     def next_launch(self) -> None:
         """What the last launch wrote is there for the next one to read."""

@@ -186,18 +186,18 @@ def _parameters(text: str, kernel: str) -> tuple[dict[str, int], int]:
 
 
 def _shared_outside(text: str) -> dict[str, tuple[int, int]]:
-    """Shared variables declared outside every entry: alignment and bytes (0: sized at launch)."""
+    """Shared variables declared outside every entry: alignment and bytes (0: sized at launch).
+
+    Other module variables (NVRTC declares every static constant) may be there as long as no
+    instruction names one: then its operand is not understood.
+    """
     found = {}
-    for match in re.finditer(
-        r"(?m)^\s*(?:\.extern\s+|\.visible\s+)?\.(shared|global|const)\s+([^;]*);", text
-    ):
-        variable = _VARIABLE.search(match[2])
+    for match in re.finditer(r"(?m)^\s*(?:\.extern\s+|\.visible\s+)?\.shared\s+([^;]*);", text):
         if text.count("{", 0, match.start()) != text.count("}", 0, match.start()):
-            continue
-        if match[1] != "shared" or not variable or variable[2] not in WIDTHS:
-            raise PtxError(
-                "Module variables other than shared memory are not supported", got=match[0].strip()
-            )
+            continue  # inside an entry
+        variable = _VARIABLE.search(match[1])
+        if not variable or variable[2] not in WIDTHS:
+            raise PtxError("A shared variable is not understood", got=match[0].strip())
         width = WIDTHS[variable[2]]
         count = int(variable[4]) if variable[4] else (0 if variable[4] == "" else 1)
         found[variable[3]] = int(variable[1] or width), width * count

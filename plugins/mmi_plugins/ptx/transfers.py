@@ -14,6 +14,7 @@ from mmi_plugins.ptx.values import (
     Mask,
     address,
     destination,
+    fixed_address,
     memory_of,
     parts,
     read,
@@ -50,6 +51,16 @@ def load(machine: Machine, instruction: Instruction) -> Action:
     where = address(machine, source)
     dtype = DTYPES[type_]
     targets = [_register(machine, name, type_) for name in names]
+    if memory == "param" and (place := fixed_address(machine, source)) is not None:
+        where_all = np.array([place], np.uint64)
+        constants = _parameters(machine, where_all, width, len(names), machine.lane[:1])
+
+        def fill(mask: Mask) -> None:
+            for target, values in zip(targets, constants, strict=True):
+                if target is not None:
+                    np.copyto(target, values.view(dtype), where=mask)
+
+        return fill
 
     def run(mask: Mask) -> None:
         lanes = selected(mask, machine.lane)
@@ -164,6 +175,8 @@ def _spaces(
 def _parameters(
     machine: Machine, inside: np.ndarray, width: int, count: int, lanes: np.ndarray
 ) -> list[np.ndarray]:
+    if (inside == inside[0]).all():  # as nearly always
+        inside = inside[:1]
     place = inside.astype(np.int64)
     bad = (place < 0) | (place + width * count > len(machine.parameters))
     bad |= place % (width * count) != 0
@@ -173,4 +186,4 @@ def _parameters(
     raw = np.frombuffer(machine.parameters, np.uint8)
     spread = raw[place[:, None] + np.arange(width * count)]
     columns = np.ascontiguousarray(spread).view(f"u{width}")
-    return [columns[:, part] for part in range(count)]
+    return [np.broadcast_to(columns[:, part], lanes.shape) for part in range(count)]

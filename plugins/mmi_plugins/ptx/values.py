@@ -178,16 +178,25 @@ def selected(mask: Mask, lane: np.ndarray) -> np.ndarray:
     return lane if mask is True else np.flatnonzero(mask)
 
 
+def fixed_address(machine: Machine, operand: str) -> int | None:
+    """The address `[name + offset]` where it is the same for all threads, else None."""
+    match = _ADDRESS.fullmatch(operand)
+    offset = 0 if not match or match[2] is None else number(match[2])
+    if not match or offset is None or match[1] in machine.registers:
+        return None
+    return (_constant(machine, match[1]) + offset) & (2**64 - 1)
+
+
 def address(machine: Machine, operand: str) -> Callable[[np.ndarray], np.ndarray]:
     """Reads an address operand `[base + offset]` for some lanes: uint64."""
     match = _ADDRESS.fullmatch(operand)
     offset = 0 if not match or match[2] is None else number(match[2])
     if not match or offset is None:
         raise PtxError(f"{machine.kernel.name}: an address is not understood", got=operand)
-    base = machine.registers.get(match[1])
-    if base is None:
-        fixed = np.uint64((_constant(machine, match[1]) + offset) & (2**64 - 1))
-        return lambda lanes: np.full(lanes.shape, fixed)
+    fixed = fixed_address(machine, operand)
+    if fixed is not None:
+        return lambda lanes: np.full(lanes.shape, np.uint64(fixed))
+    base = machine.registers[match[1]]
     if base.dtype.itemsize < 4:
         raise PtxError(f"{machine.kernel.name}: {match[1]} is too narrow for an address")
     wrapped = np.uint64(offset & (2**64 - 1))
