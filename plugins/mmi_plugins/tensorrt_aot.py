@@ -24,7 +24,7 @@ import numpy.typing as npt
 from mmi_deploy.errors import EngineError
 from mmi_plugins.launch_plan import TYPES, Variant, constant
 from mmi_plugins.nvrtc import compile_ptx
-from mmi_plugins.operator import DOMAIN, INPUT_SHAPES, MOST_LEVELS, NAME
+from mmi_plugins.operator import DOMAIN, INPUT_SHAPES, NAME
 from mmi_plugins.tensorrt_stand_in import FIELDS, check_shapes, checked_fields
 
 PTX_TARGETS = (80, 90, 100, 120)

@@ -26,6 +26,7 @@ RTX 40, H100, B100 and B200, RTX 50."""
 PORTABLE = "100"
 """The one whose PTX it holds too, for Thor (110) and all that come later."""
 
+TARGETS = ("mmi_tensorrt", "mmi_tensorrt_registered")
 HEADER = "NvInferRuntime.h"
 SYSTEM_INCLUDES = (
     "/usr/include/x86_64-linux-gnu",
@@ -33,6 +34,7 @@ SYSTEM_INCLUDES = (
     "/usr/local/tensorrt/include",
     "/opt/tensorrt/include",
 )
+STANDARD_CUDA = Path("/usr/local/cuda")
 LEAST_TENSORRT = (10, 12)
 
 
@@ -43,6 +45,9 @@ def build_tensorrt_plugin(
 ) -> Path:
     """Build the plugin for `architectures` into the folder `out` and return the library's path.
 
+    Beside it comes the same with `registered` in its name, for tools that only open a plugin
+    library and expect it to register itself (polygraphy --plugins).
+
     `include` is the folder of TensorRT's headers; else the environment variable TENSORRT_INCLUDE
     and the usual folders are searched. The name tells sources, headers, compiler and architectures
     apart: what is there already is not built again, and a build that is killed leaves nothing.
@@ -52,14 +57,14 @@ def build_tensorrt_plugin(
     nvcc, cmake = find_nvcc(), find_cmake()
     architectures = supported_architectures(nvcc, architectures)
     key = _key(version, _output_of([nvcc, "--version"]), *architectures)
-    library = out / f"libmmi_tensorrt-{version}-{key}.so"
-    if library.is_file():
-        return library
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as folder:
-        _compile(cmake, nvcc, headers, architectures, Path(folder))
-        (Path(folder) / "libmmi_tensorrt.so").replace(library)
-    return library
+    names = {target: f"lib{target}-{version}-{key}.so" for target in TARGETS}
+    if not all((out / name).is_file() for name in names.values()):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as folder:
+            _compile(cmake, nvcc, headers, architectures, Path(folder))
+            for target, name in names.items():
+                (Path(folder) / f"lib{target}.so").replace(out / name)
+    return out / names[TARGETS[0]]
 
 
 def find_tensorrt_headers(include: Path | None = None) -> tuple[Path, str]:
@@ -105,11 +110,9 @@ def _header_version(include: Path) -> str:
 
 def find_nvcc() -> Path:
     """CUDA's compiler: $CUDACXX, $CUDA_HOME, the search path, /usr/local/cuda."""
-    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates[1:1] = [f"{home}/bin/nvcc" for home in homes[:2] if home]
-    candidates.append(f"{homes[2]}/bin/nvcc")
-    for candidate in candidates:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    for candidate in (*candidates, "nvcc", str(STANDARD_CUDA / "bin" / "nvcc")):
         if candidate and (found := shutil.which(candidate)):
             return Path(found)
     raise EngineError(
@@ -160,7 +163,7 @@ def _compile(
         f"-DTENSORRT_INCLUDE={headers.resolve()}",
         f"-DMMI_ARCHITECTURES={';'.join(codes)}",
     ]
-    build: list[str | Path] = [cmake, "--build", folder, "--target", "mmi_tensorrt", "--parallel"]
+    build: list[str | Path] = [cmake, "--build", folder, "--target", *TARGETS, "--parallel"]
     for command in (configure, build):
         _output_of(command)
 

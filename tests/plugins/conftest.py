@@ -1,0 +1,39 @@
+"""What the TensorRT tests share: TensorRT-RTX, and our library built against the headers here."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmi_deploy.errors import EngineError
+from mmi_plugins.tensorrt_build import (
+    build_tensorrt_plugin,
+    find_cmake,
+    find_nvcc,
+    find_tensorrt_headers,
+)
+from mmi_plugins.tensorrt_load import INSTALL, import_tensorrt
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Any:
+    """TensorRT-RTX, which builds engines without a GPU."""
+    name = "tensorrt_rtx"
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: {INSTALL[name]}")
+    return import_tensorrt(name)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plugin, for one architecture: two minutes less than for all."""
+    try:
+        find_tensorrt_headers()
+        find_nvcc()
+        find_cmake()
+    except EngineError as error:
+        pytest.skip(f"the C++ plugin cannot be built here: {error}")
+    return build_tensorrt_plugin(None, tmp_path_factory.mktemp("plugins"), ("89",))
