@@ -9,6 +9,7 @@ out as rows of the table. Predictions of v need nothing special: they are conver
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -98,11 +99,13 @@ def parse_schedule(text: str, diffusion: DiffusionConfig) -> Schedule:
     """The table that the command line spells `NAME:STEPS`, or `NAME-SPACING:STEPS`."""
     name, _, steps = text.partition(":")
     solver, _, spacing = name.partition("-")
-    if not steps.isdecimal() or (spacing and spacing not in get_args(Spacing)):
+    counted = re.fullmatch("[0-9]{1,6}", steps)
+    if not counted or (spacing and spacing not in get_args(Spacing)):
         raise ConfigError(
             f"{text!r} is not a schedule",
             expected=f"NAME:STEPS or NAME-SPACING:STEPS, NAME one of {', '.join(SOLVERS)} "
             f"and SPACING one of {', '.join(get_args(Spacing))}",
+            fix="write ddim:20",
         )
     return schedule_table(solver, int(steps), diffusion, spacing or "leading")  # type: ignore[arg-type]
 

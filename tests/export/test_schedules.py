@@ -90,7 +90,7 @@ def test_every_column_that_a_solver_uses_matters(name: str) -> None:
 
 
 def test_ddpm_timesteps_are_stable_diffusions() -> None:
-    """architecture.md 5.7: `leading` spacing with an offset of 1."""
+    """Its published scheduler configuration: `leading` spacing with an offset of 1."""
     assert schedule_table("ddpm", 5, DiffusionConfig("epsilon")).timesteps.tolist() == [
         801,
         601,
@@ -119,6 +119,8 @@ def test_command_line_spelling() -> None:
         "unipc:1000",
         "plms:5",
         "ddim-upwards:4",
+        "ddim:٢٠",
+        "ddim:" + "9" * 5000,
     ):
         with pytest.raises(ConfigError):
             parse_schedule(wrong, diffusion)

@@ -64,7 +64,10 @@ TURNS = GenerationOptions(turn_tokens=3, max_images=2, max_tokens=6, temperature
 def test_every_turn_and_every_token_starts_anew(
     model: MMInterleaved, run: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """architecture.md Sec. 11: images and prefix per turn, MMFS values per token and step."""
+    """As in the published loop: images and prefix per turn, MMFS values per token and step.
+
+    What the runtime does instead: docs/architecture.md, "The life of a request".
+    """
     counts: Counter[str] = Counter()
     encoded: list[int] = []
     read: list[int] = []
