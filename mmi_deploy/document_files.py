@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from markdown_it import MarkdownIt
@@ -23,6 +23,7 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.rules_inline.image import image as image_rule
 from pydantic import TypeAdapter, ValidationError
 
+from mmi_deploy.config import first_flaw
 from mmi_deploy.document import Document, Draw, Image, Part, Text, document_of
 from mmi_deploy.errors import DocumentError
 
@@ -176,8 +177,14 @@ def parse_json(text: str, folder: Path) -> Document:
     """JSON parts, or the published code's annt.json with one entry; raises `DocumentError`."""
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise DocumentError(f"the document is not JSON: line {error.lineno}: {error.msg}") from None
+    except UnicodeEncodeError:
+        raise DocumentError(
+            "the document holds half a character, such as \\ud83d alone",
+            fix="write it whole, as \\ud83c\\udfa8 or as the character itself in UTF-8",
+        ) from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise DocumentError(f"the document is not JSON: {error}") from None
     parts = value.get("parts", value) if isinstance(value, dict) else value
@@ -222,16 +229,15 @@ class _Published:
     images: list[str]
     sentence_ixs: list[int]
     image_first: list[bool]
-    generate_mode: str = "generate_texts"
+    generate_mode: Literal["generate_texts", "generate_images"] = "generate_texts"
 
 
 def _published(value: object, folder: Path) -> Document:
     try:
         entry = TypeAdapter(_Published).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
         raise DocumentError(
-            f"the annt.json is malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            f"the annt.json is malformed: {first_flaw(error)}", fix="correct it in the file"
         ) from None
     slots = list(zip(entry.sentence_ixs, entry.image_first, strict=False))
     same = len(entry.images) == len(entry.sentence_ixs) == len(entry.image_first)
@@ -242,9 +248,18 @@ def _published(value: object, folder: Path) -> Document:
             got=f"{len(entry.sentences)} sentences, {len(entry.images)} images, sentence_ixs "
             f"{entry.sentence_ixs}, image_first {entry.image_first}",
         )
-    pictures: list[Part] = [Image(resolve_link(target, folder)) for target in entry.images]
-    if entry.generate_mode == "generate_images" and pictures:
-        pictures[-1] = Draw()
+    given, drawn = entry.images, entry.generate_mode == "generate_images"
+    if drawn:
+        if not given:
+            raise DocumentError(
+                "the annt.json asks for a picture without a place for it",
+                expected='with "generate_mode": "generate_images", an image that stands for it',
+                got="no images",
+                fix="add one to images, sentence_ixs and image_first; its file is not read",
+            )
+        given = given[:-1]
+    pictures: list[Part] = [Image(resolve_link(target, folder)) for target in given]
+    pictures += [Draw()] * drawn
     in_order = iter(pictures)  # the k-th slot in reading order takes the k-th image
     parts: list[Part] = []
     for index, sentence in enumerate(entry.sentences):

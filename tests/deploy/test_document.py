@@ -144,6 +144,8 @@ def test_reading_finds_a_damaged_picture_before_anything_runs(folder: Path) -> N
         ("a.json", b'[{"text": "a", "image": "b"}]', "part 1 .* is not understood"),
         ("a.json", b'[{"draw": false}]', "part 1 .* is not understood"),
         ("a.json", b'[{"image": "missing.png"}]', "there is no picture"),
+        ("a.json", rb'[{"text": "a \ud83d b"}]', "half a character"),
+        ("a.json", rb'[{"image": "\udc00.png"}]', "half a character"),
     ],
 )
 def test_unreadable_files_are_refused_in_one_line(
@@ -177,13 +179,21 @@ ANNT = {
 }
 
 
+NO_IMAGES: dict[str, object] = {"images": [], "sentence_ixs": [], "image_first": []}
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
         ({}, ["first.", "=a.png", "=b.png", "second."]),
         ({"image_first": [True, False]}, ["=a.png", "first. second.", "=b.png"]),
         ({"generate_mode": "generate_images"}, ["first.", "=a.png", "?", "second."]),
-        ({"images": [], "sentence_ixs": [], "image_first": []}, ["first. second."]),
+        # what stands for the picture to draw need not be there
+        (
+            {"generate_mode": "generate_images", "images": ["a.png", "none.png"]},
+            ["first.", "=a.png", "?", "second."],
+        ),
+        (NO_IMAGES, ["first. second."]),
         # the first place in reading order takes the first image, whatever sentence_ixs says
         ({"sentence_ixs": [1, 0]}, ["=a.png", "first. second.", "=b.png"]),
     ],
@@ -202,6 +212,14 @@ def test_the_published_annotation_format_is_read(
         ([{**ANNT, "sentence_ixs": [0, 2]}], "contradicts itself"),
         ([{**ANNT, "sentences": "first."}], "malformed: sentences"),
         ([{"sentences": ["a"]}], "malformed: images"),
+        (
+            [{**ANNT, "generate_mode": "generate_image"}],
+            "generate_mode: .* 'generate_texts' or 'generate_images'; got 'generate_image'",
+        ),
+        (
+            [{**ANNT, "generate_mode": "generate_images"} | NO_IMAGES],
+            "asks for a picture without a place for it",
+        ),
     ],
 )
 def test_a_wrong_annotation_is_refused(folder: Path, entries: object, reason: str) -> None:
