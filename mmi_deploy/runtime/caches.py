@@ -34,11 +34,17 @@ class ValuePool:
             tensor.name: memory.allocate(tensor.resolve(n=rows), tensor.dtype) for tensor in tensors
         }
 
-    def add(self) -> dict[str, Buffer]:
-        """Where to write the values of the next image: one row of each tensor."""
+    @property
+    def run(self) -> int:
+        """How many rows from that of the next image on lie side by side."""
+        return self.rows - self.slot(self.images)
+
+    def add(self, count: int) -> dict[str, Buffer]:
+        """Where to write the values of the next `count` images, at most `run`: so many rows of each
+        tensor."""
         row = self.slot(self.images)
-        self.images += 1
-        return {name: buffer.rows(row, row + 1) for name, buffer in self._buffers.items()}
+        self.images += count
+        return {name: buffer.rows(row, row + count) for name, buffer in self._buffers.items()}
 
     def slot(self, image: int) -> int:
         """The row of image number `image` of the document."""

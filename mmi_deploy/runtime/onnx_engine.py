@@ -33,9 +33,7 @@ class OnnxRuntimeEngine(Engine):
         super().__init__(graph, HOST)
         settings = _session_options(options)
         try:
-            self._session = ort.InferenceSession(
-                path, settings, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower class
             reason = str(error).splitlines()[0]
             raise EngineError(

@@ -52,7 +52,8 @@ class Session:
         self._logits = memory.allocate((1, 1, self.config.llama.vocab), np.float32)
         self._done = 0  # tokens that the LLM has seen
         self._marks: list[int] = []  # the `<s>` and begin-of-image tokens among them
-        self._unread: list[Buffer] = []  # visual tokens of the images among the waiting ones
+        self._unencoded: list[Array] = []  # pixels [3, side, side] of the images that wait
+        self._unread: list[Buffer] = []  # visual tokens of those that were encoded since
 
     @property
     def room(self) -> int:
@@ -62,7 +63,7 @@ class Session:
     @property
     def images(self) -> int:
         """Images in the document, given and drawn."""
-        return self._llm_values.images
+        return self._llm_values.images + len(self._unencoded)
 
     @property
     def image_open(self) -> bool:
@@ -84,7 +85,7 @@ class Session:
 
     def append_image(self, rgb: Rgb) -> None:
         """Append an image, uint8 [h, w, 3] of any size: its begin-of-image token unless the
-        document ends with one, and its visual tokens. It is encoded once, here.
+        document ends with one, and its visual tokens. It is encoded once, when it is first needed.
 
         Raises `DocumentError` when there is no room for it.
         """
@@ -95,7 +96,10 @@ class Session:
                 "the document has too many images", expected=f"at most {self.limits.images}"
             )
         self._append(ids)
-        self._unread.append(self._encode(rgb))
+        side = self.config.vision.image_size
+        self._unencoded.append(
+            to_pixels(rgb if rgb.shape == (side, side, 3) else resize(rgb, side))
+        )
 
     def _append(self, ids: list[int]) -> None:
         if len(ids) > self.room:
@@ -107,16 +111,19 @@ class Session:
             )
         self.token_ids += ids
 
-    def _encode(self, rgb: Rgb) -> Buffer:
-        """Values into the pools; returns the visual tokens [1, visual_tokens, c]."""
-        side = self.config.vision.image_size
-        if rgb.shape != (side, side, 3):
-            rgb = resize(rgb, side)
-        with self.timings.measure("encode"):
-            seen = self.runtime.engine("vision_encoder").run({"pixels": to_pixels(rgb)[None]})
-            rows = {**self._llm_values.add(), **self._unet_values.add()}
-            self.runtime.engine("image_values").run({"features": seen["features"]}, rows)
-        return seen["visual_tokens"]
+    def _encode_waiting(self) -> None:
+        """Values into the pools and visual tokens [n, visual_tokens, c] of the images that wait, as
+        many at a time as the graphs take and as lie side by side in the pools."""
+        pools = (self._llm_values, self._unet_values)
+        while self._unencoded:
+            count = min(self.limits.batch, len(self._unencoded), *(pool.run for pool in pools))
+            pixels = np.stack(self._unencoded[:count])
+            with self.timings.measure("encode", count):
+                seen = self.runtime.engine("vision_encoder").run({"pixels": pixels})
+                rows = {**self._llm_values.add(count), **self._unet_values.add(count)}
+                self.runtime.engine("image_values").run({"features": seen["features"]}, rows)
+            del self._unencoded[:count]
+            self._unread.append(seen["visual_tokens"])
 
     def next_logits(self) -> Logits:
         """Logits [vocab] of the token that follows. Valid until the document grows."""
@@ -132,6 +139,7 @@ class Session:
         ids = self.token_ids[self._done :]
         if not ids:
             return
+        self._encode_waiting()
         first, last, count = self._done, len(self.token_ids), len(ids)
         tokens, engine = self.config.tokens, self.runtime.engine("llm")
         visual_tokens, visual_index = self._visual(ids)

@@ -50,7 +50,9 @@ def full_document() -> tuple[Session, Log]:
 def test_a_prompt_is_one_run_and_every_image_is_encoded_once() -> None:
     session, log = full_document()
     session.next_logits()
-    assert log.counts() == {"vision_encoder": 3, "image_values": 3, "llm": 1}
+    assert log.counts() == {"vision_encoder": 2, "image_values": 2, "llm": 1}
+    at_once = [len(call["pixels"]) for call in log.of("vision_encoder")]
+    assert at_once == [2, 1]  # the U-Net's pool has two rows
     assert session.images == 3 and session.room == LIMITS.context - len(session.token_ids)
 
 
