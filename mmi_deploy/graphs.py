@@ -40,11 +40,17 @@ first."""
 
 @dataclass(frozen=True)
 class Range:
-    """What a dynamic dimension may be: the least, the likeliest and the greatest value."""
+    """What a dynamic dimension may be: the least, the likeliest and the greatest value.
+
+    A likeliest value beyond the greatest is cut to it.
+    """
 
     least: int
     likely: int
     greatest: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "likely", min(self.likely, self.greatest))
 
 
 @dataclass(frozen=True)

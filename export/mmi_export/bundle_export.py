@@ -35,6 +35,10 @@ MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
 
 DEFAULT_SCHEDULES = ("unipc:20",)
 
+_BESIDE_A_PICTURE = 4
+"""Tokens of the shortest useful document next to its visual tokens: `<s>`, the begin-of-image token
+and a word on either side."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is done next, how much is done and how much there is."""
 
@@ -99,13 +103,15 @@ def with_time_table(model: MMInterleaved, schedule: Schedule) -> Schedule:
 
 def _limits(model: MMInterleaved, context: int | None, batch: int, images: int) -> Limits:
     most = model.config.llama.context
+    least = model.config.visual_tokens + _BESIDE_A_PICTURE
     limits = Limits(context=most if context is None else context, batch=batch, images=images)
-    if not 1 <= limits.context <= most:
+    if not least <= limits.context <= most:
         raise ConfigError(
             "the context does not fit the model",
-            expected=f"1 to {most} tokens, which is as far as its positions reach",
+            expected=f"{least} to {most} tokens: from a picture and two words to as far as its "
+            "positions reach",
             got=limits.context,
-            fix=f"give --context {most} or less",
+            fix=f"give --context {most}",
         )
     if min(batch, images) < 1:
         raise ConfigError("a bundle needs room for one row and one image", got=f"{batch}, {images}")

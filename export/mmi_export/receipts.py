@@ -162,9 +162,10 @@ def _llm(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
 ) -> Comparison:
     most = min(limits.context, _MOST_TOKENS)
-    few = most // 8
+    few = max(most // 8, _DECODED + 1)
     images = max(1, min(4, limits.images))
-    plans = [(1, few, 0), (1, few, 1), (min(2, limits.batch), most // 2, images), (1, most, images)]
+    half = max(most // 2, few)
+    plans = [(1, few, 0), (1, few, 1), (min(2, limits.batch), half, images), (1, most, images)]
     for b, tokens, m in plans:
         rows = random_rows(model.config, draw, b, tokens, m)
         wanted = _read(model, rows)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from export.conftest import Exported
+from export.small_models import paper_reading, random_model
 from mmi_deploy.errors import BundleError, ConfigError, EngineError, WeightsError
-from mmi_deploy.graphs import GRAPHS
-from mmi_export.bundle_export import export_bundle
+from mmi_deploy.graphs import GRAPHS, Limits, graphs
+from mmi_export.bundle_export import MODULES, export_bundle
 from mmi_export.receipts import TOLERANCE, Arrays, onnx_runner, prove, relative_error
 from mmi_train.weights import TOKENIZER
 
@@ -74,6 +75,21 @@ def test_a_graph_with_a_slightly_wrong_output_gets_no_receipt(
         prove(*arguments, wrong)
 
 
+@pytest.mark.parametrize("name", ["llm", "image_condition"])
+def test_the_shortest_context_is_proved_too(name: str) -> None:
+    """A picture and two words; the modules themselves stand in for the exported files."""
+    model = random_model(paper_reading())
+    limits = Limits(context=model.config.visual_tokens + 4)
+    graph = graphs(model.config, limits)[name]
+    module = MODULES[name](model, graph)
+
+    def run(inputs: Arrays) -> Arrays:
+        tensors = {key: torch.from_numpy(value.copy()) for key, value in inputs.items()}
+        return {key: value.numpy() for key, value in module(tensors).items()}
+
+    assert all(case.passed for case in prove(model, graph, limits, run).cases)
+
+
 def test_a_number_that_is_not_finite_is_an_infinite_error() -> None:
     got = {"x": np.array([1.0, np.nan], np.float32)}
     assert relative_error(got, {"x": torch.ones(2)}) == float("inf")
@@ -88,8 +104,9 @@ def test_a_file_that_is_no_onnx_is_a_readable_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"context": 65}, ConfigError, "1 to 64 tokens"),
-        ({"context": 0}, ConfigError, "1 to 64 tokens"),
+        ({"context": 65}, ConfigError, "8 to 64 tokens"),
+        ({"context": 7}, ConfigError, "8 to 64 tokens: from a picture and two words"),
+        ({"context": 1}, ConfigError, "8 to 64 tokens"),
         ({"schedules": ()}, ConfigError, "needs a schedule"),
         ({"schedules": ("euler:4",)}, ConfigError, "euler"),
         ({"batch": 0}, ConfigError, "room for one row"),
