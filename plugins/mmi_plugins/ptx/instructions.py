@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmi_plugins.ptx import conversions, numbers, transfers
+from mmi_plugins.ptx.memory import Fault
 from mmi_plugins.ptx.parser import WIDTHS, Instruction, PtxError
 from mmi_plugins.ptx.values import (
     DTYPES,
@@ -43,6 +44,8 @@ def bind(machine: Machine, instruction: Instruction) -> Action:
         raise unsupported(instruction) from None
     try:
         return build(machine, instruction)
+    except Fault:
+        raise
     except PtxError as error:
         if instruction.text in str(error):
             raise
@@ -245,7 +248,7 @@ def _divide(machine: Machine, instruction: Instruction) -> Action:
     def run(mask: Mask) -> None:
         zero = np.broadcast_to(np.asarray(y) == 0, target.shape)
         if (zero & mask).any():
-            raise transfers.Fault("division by zero", int(np.flatnonzero(zero & mask)[0]))
+            raise Fault("division by zero", int(np.flatnonzero(zero & mask)[0]))
         safe = np.where(zero, np.ones((), y.dtype), y)
         rest = np.fmod(x, safe)
         if remainder:

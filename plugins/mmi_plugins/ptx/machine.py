@@ -181,9 +181,11 @@ class Machine:
         except Fault as fault:
             self._now = index
             raise self._located(fault) from None
-        if following is None or following >= stop:
-            if following is not None:
-                self._go(mask, following)
+        if following is None:
+            return None
+        # Others stand further on, or wait further back.
+        if following >= stop or (following <= index and self._waiting.any()):
+            self._go(mask, following)
             return None
         return following
 
@@ -248,7 +250,11 @@ class Machine:
                 break
             if end > start and end in self._leaders:
                 break
-            action = bind(self, instruction)
+            try:
+                action = bind(self, instruction)
+            except Fault as fault:
+                self._now = end
+                raise self._located(fault) from None
             if instruction.guard:
                 action = self._with_guard(end, instruction, action)
             actions.append(action)
