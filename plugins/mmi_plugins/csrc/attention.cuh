@@ -22,6 +22,10 @@
 namespace mmi {
 
 constexpr int kTable = 40;          // entries: 32 lanes, and what fp32 lane groups read beyond
+constexpr int kRowBlocks = 8;       // blocks an SM should hold: 64 registers a thread,
+constexpr int kRowLoads = 4;        // which is 4 loads of 128 bits in flight
+constexpr int kSplitBlocks = 2;     // 128 registers: a few rows cannot fill an SM,
+constexpr int kSplitLoads = 8;      // so that only loads in flight hide latency
 constexpr float kLowest = -3.0e38f; // below every logit; -inf would make NaN of a difference
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -55,6 +59,17 @@ MMI_DEVICE unsigned pack(BFloat16, float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
+// The 16 bytes at base + 16 * unit: one multiply-add for the 64-bit address. Volatile, so that
+// several are on their way before the first is used.
+MMI_DEVICE uint4 gather(const void* base, unsigned unit) {
+  uint4 x;
+  asm volatile(
+      "{\n .reg .u64 at;\n mad.wide.u32 at, %5, 16, %4;\n"
+      " ld.global.nc.v4.u32 {%0, %1, %2, %3}, [at];\n}"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(base), "r"(unit));
+  return x;
+}
 #define MMI_MMA(TYPE)                                                                      \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                      \
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \
@@ -69,6 +84,8 @@ MMI_DEVICE void multiply(BFloat16, float (&c)[4], uint4 a, unsigned b0, unsigned
 }
 #undef MMI_MMA
 #endif  // MMI_SHIM
+
+MMI_DEVICE int lane_of() { return threadIdx.x % kLanes; }
 
 MMI_DEVICE float to_float(float x) { return x; }
 MMI_DEVICE float to_float(BFloat16 x) { return __uint_as_float(unsigned{x.bits} << 16); }
@@ -182,21 +199,18 @@ struct alignas(16) Scratch {
   int2 image[kLanes];        // slot and table row of a visible image
 };
 
-// The weighted sum of one row over the lanes of a warp. 16-bit T: lane = 4 * octet + corner, where
+// The weighted sum of one row over the lanes of a warp; kLoads are in flight together. 16-bit T: lane = 4 * octet + corner, where
 // an octet is 8 channels; a second product where a row has more than 8 octets.
-template <class T, bool kWide>
+template <class T, bool kWide, int kLoads>
 struct Sum {
   static constexpr int kProducts = kWide ? 2 : 1;
-  static constexpr int kUnroll = kWide ? 4 : 8;  // entries whose loads are in flight together
+  static constexpr int kUnroll = kLoads / kProducts;
   float c[kProducts][4] = {};
   const uint4* base[kProducts];
   unsigned select0, select1;
-  int corner, octet, octets;
 
-  MMI_DEVICE Sum(const Problem& call, int h, int lane) {
-    corner = lane & 3;
-    octet = lane >> 2;
-    octets = call.d / 8;
+  MMI_DEVICE Sum(const Problem& call, int h) {
+    const int octet = lane_of() >> 2, octets = call.d / 8;
     const uint4* head = static_cast<const uint4*>(call.value) + h * octets;
     // Lanes beyond the last octet load it again: no predicate, no further cache line.
 #pragma unroll
@@ -220,15 +234,16 @@ struct Sum {
 
   // Adds the first `count` entries; those after them, up to a multiple of kUnroll, weigh nothing.
   MMI_DEVICE void add(const Corner (*table)[4], int count) {
+#pragma unroll 1
     for (int first = 0; first < count; first += kUnroll) {
       Corner at[kUnroll];
       uint4 loaded[kUnroll][kProducts];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) at[i] = table[first + i][corner];
+      for (int i = 0; i < kUnroll; ++i) at[i] = table[first + i][lane_of() & 3];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
 #pragma unroll
-        for (int j = 0; j < kProducts; ++j) loaded[i][j] = __ldg(base[j] + at[i].unit);
+        for (int j = 0; j < kProducts; ++j) loaded[i][j] = gather(base[j], at[i].unit);
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
@@ -240,7 +255,7 @@ struct Sum {
     }
   }
 
-  // Afterwards `c[i]` are the four channels from `channel(i)` on, in lanes where that is >= 0.
+  // Afterwards `c[i]` are the four channels from `channel(call, i)` on, in lanes where that is >= 0.
   MMI_DEVICE void collect() {
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
@@ -248,28 +263,26 @@ struct Sum {
       for (int j = 0; j < 4; ++j) c[i][j] += __shfl_xor_sync(kAll, c[i][j], 2);
     }
   }
-  MMI_DEVICE int channel(int i) const {
-    const int mine = octet + 8 * i;
-    return corner < 2 && mine < octets ? 8 * mine + 4 * corner : -1;
+  static MMI_DEVICE int channel(const Problem& call, int i) {
+    const int corner = lane_of() & 3, octet = (lane_of() >> 2) + 8 * i;
+    return corner < 2 && octet < call.d / 8 ? 8 * octet + 4 * corner : -1;
   }
 };
 
 // fp32: lanes in groups of d / 4, a point a group; lanes left over double the last group's work.
-template <bool kWide>
-struct Sum<float, kWide> {
+template <bool kWide, int kLoads>
+struct Sum<float, kWide, kLoads> {
   static constexpr int kProducts = 1;
-  static constexpr int kUnroll = 2;
+  static constexpr int kUnroll = kLoads / 4;
   float c[1][4] = {};
   const float4* base;
-  int lane, group, groups, size, place;
+  int group, groups, size;
 
-  MMI_DEVICE Sum(const Problem& call, int h, int lane_) {
-    lane = lane_;
+  MMI_DEVICE Sum(const Problem& call, int h) {
     size = call.d / 4;
     groups = kLanes / size;
-    group = min(lane / size, groups - 1);
-    place = lane % size;
-    base = static_cast<const float4*>(call.value) + h * size + place;
+    group = min(lane_of() / size, groups - 1);
+    base = static_cast<const float4*>(call.value) + h * size + lane_of() % size;
   }
 
   MMI_DEVICE void scale(float by) {
@@ -283,20 +296,19 @@ struct Sum<float, kWide> {
       for (int i = 0; i < kUnroll; ++i) {
         const uint4* at = reinterpret_cast<const uint4*>(table[first + i * groups]);
         const uint4 near = at[0], far = at[1];  // weight, unit, weight, unit
-        accumulate(near.x, __ldg(base + near.y));
-        accumulate(near.z, __ldg(base + near.w));
-        accumulate(far.x, __ldg(base + far.y));
-        accumulate(far.z, __ldg(base + far.w));
+        accumulate(near.x, gather(base, near.y));
+        accumulate(near.z, gather(base, near.w));
+        accumulate(far.x, gather(base, far.y));
+        accumulate(far.z, gather(base, far.w));
       }
     }
   }
 
-  MMI_DEVICE void accumulate(unsigned bits, float4 v) {
-    const float weight = __uint_as_float(bits);
-    c[0][0] = fmaf(weight, v.x, c[0][0]);
-    c[0][1] = fmaf(weight, v.y, c[0][1]);
-    c[0][2] = fmaf(weight, v.z, c[0][2]);
-    c[0][3] = fmaf(weight, v.w, c[0][3]);
+  MMI_DEVICE void accumulate(unsigned weight, uint4 v) {
+    c[0][0] = fmaf(__uint_as_float(weight), __uint_as_float(v.x), c[0][0]);
+    c[0][1] = fmaf(__uint_as_float(weight), __uint_as_float(v.y), c[0][1]);
+    c[0][2] = fmaf(__uint_as_float(weight), __uint_as_float(v.z), c[0][2]);
+    c[0][3] = fmaf(__uint_as_float(weight), __uint_as_float(v.w), c[0][3]);
   }
 
   MMI_DEVICE void collect() {
@@ -305,23 +317,25 @@ struct Sum<float, kWide> {
       const bool adds = group + half < left;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float other = __shfl_sync(kAll, c[0][j], lane + half * size);
+        const float other = __shfl_sync(kAll, c[0][j], lane_of() + half * size);
         c[0][j] += adds ? other : 0.0f;
       }
       left = half;
     }
   }
-  MMI_DEVICE int channel(int) const { return lane < size ? 4 * place : -1; }
+  static MMI_DEVICE int channel(const Problem& call, int) {
+    return 4 * lane_of() < call.d ? 4 * lane_of() : -1;
+  }
 };
 
 // Softmax and weighted sum so far: sums are relative to e^most.
-template <class T, bool kWide>
+template <class T, bool kWide, int kLoads>
 struct Running {
-  Sum<T, kWide> sum;
+  Sum<T, kWide, kLoads> sum;
   float most = kLowest;
   float total = 0.0f;  // this lane's share, until `collect`
 
-  MMI_DEVICE Running(const Problem& call, int h, int lane) : sum(call, h, lane) {}
+  MMI_DEVICE Running(const Problem& call, int h) : sum(call, h) {}
 
   MMI_DEVICE void raise(float logit) {
     const float before = most;
@@ -336,80 +350,98 @@ struct Running {
   }
 };
 
-// Adds to `run` what row (b, q, h) sees: of the visible (image, point) pairs of every 32 images,
-// `width` at a time, from `first` on in steps of `stride`.
-template <class T, bool kWide>
-MMI_DEVICE void attend(Running<T, kWide>& run, const Problem& call, Scratch& scratch, int b, int q,
-                       int h, int lane, int first, int stride, int width) {
+// Leaves the images of [start, start + 32) that (b, q) sees in `scratch.image`; returns a bit each.
+MMI_DEVICE unsigned list_images(const Problem& call, Scratch& scratch, int b, int q, int start) {
+  const int at = start + lane_of();
+  int slot = -1, position = 0;
+  if (at < call.m) {
+    const int query = call.position_queries == 1 ? 0 : q;
+    slot = call.image_slot[static_cast<long long>(b) * call.m + at];
+    position = call.image_position[(static_cast<long long>(b) * call.position_queries + query) *
+                                       call.m + at];
+  }
+  const bool seen = position > 0 && position < call.r && slot >= 0 && slot < call.n;
+  const unsigned visible = __ballot_sync(kAll, seen);
+  const unsigned below = (1u << lane_of()) - 1;
+  if (seen) scratch.image[__popc(visible & below)] = make_int2(slot, position);
+  __syncwarp();
+  return visible;
+}
+
+// Where this lane's point of an image lies, and the largest of its scores.
+struct Place {
+  Twofold x, y;
+  float most;
+};
+
+// Table row `position`; leaves the scores of all levels in `scratch.score`, for this lane alone.
+template <class T>
+MMI_DEVICE Place look_up(const Problem& call, Scratch& scratch, int b, int q, int h, int position,
+                         int point) {
   const long long row = (static_cast<long long>(b) * call.q + q) * call.h + h;
-  const T* offsets = static_cast<const T*>(call.offsets) + row * call.p * 2;
-  const T* logits = static_cast<const T*>(call.logits) + row * call.l * call.p;
+  const long long entry = static_cast<long long>(position) * call.h + h;
   const float2 reference =
       load_pair(call.reference + (call.reference_queries == 1 ? 0LL : 2LL * q));
-  const int* slots = call.image_slot + static_cast<long long>(b) * call.m;
-  const int shared_query = call.position_queries == 1 ? 0 : q;
-  const int* positions = call.image_position +
-                         (static_cast<long long>(b) * call.position_queries + shared_query) * call.m;
+  const float2 offset =
+      load_pair(static_cast<const T*>(call.offsets) + (row * call.p + point) * 2);
+  const float2 moved = load_pair(call.offset_table + (entry * call.p + point) * 2);
+  Place place{locate(offset.x, moved.x, reference.x, call),
+              locate(offset.y, moved.y, reference.y, call), kLowest};
+  const T* logits = static_cast<const T*>(call.logits) + row * call.l * call.p + point;
+  const float* table = call.logit_table + entry * call.l * call.p + point;
+#pragma unroll 1
+  for (int level = 0; level < call.l; ++level) {
+    const Twofold score =
+        two_sum(load(logits + level * call.p), __ldg(table + level * call.p));
+    place.most = fmaxf(place.most, score.whole);
+    scratch.score[level][lane_of()] = score;
+  }
+  return place;
+}
+
+// Adds to `run` what row (b, q, h) sees: of the visible (image, point) pairs of every 32 images,
+// `width` at a time, from `first` on in steps of `stride`.
+template <class T, bool kWide, int kLoads>
+MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scratch& scratch, int b, int q,
+                       int h, int first, int stride, int width) {
+  const int lane = lane_of();
   const unsigned below = (1u << lane) - 1;
-  const unsigned units = call.h * call.d * static_cast<unsigned>(sizeof(T)) / 16;  // of a cell
   // fp32 lane groups may read these entries, and nothing writes them later.
   if (lane < kTable - kLanes) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) scratch.corner[kLanes + lane][i] = {0, 0};
   }
-
+#pragma unroll 1
   for (int start = 0; start < call.m; start += kLanes) {
-    int slot = -1, position = 0;
-    if (start + lane < call.m) {
-      slot = slots[start + lane];
-      position = positions[start + lane];
-    }
-    const bool seen = position > 0 && position < call.r && slot >= 0 && slot < call.n;
-    const unsigned visible = __ballot_sync(kAll, seen);
-    if (seen) scratch.image[__popc(visible & below)] = make_int2(slot, position);
-    __syncwarp();
-
+    const unsigned visible = list_images(call, scratch, b, q, start);
     const int pairs = __popc(visible) * call.p;
+#pragma unroll 1
     for (int from = first; from < pairs; from += stride) {
       const bool mine = lane < width && from + lane < pairs;
       const unsigned pair = mine ? from + lane : from;
       const int2 image = scratch.image[pair / call.p];
-      const int point = pair % call.p;
-
-      const long long entry = static_cast<long long>(image.y) * call.h + h;
-      const float2 offset = load_pair(offsets + 2 * point);
-      const float2 moved = load_pair(call.offset_table + (entry * call.p + point) * 2);
-      const Twofold x = locate(offset.x, moved.x, reference.x, call);
-      const Twofold y = locate(offset.y, moved.y, reference.y, call);
-
-      float most = kLowest;
-      const float* table = call.logit_table + entry * call.l * call.p + point;
-      for (int level = 0; level < call.l; ++level) {
-        const Twofold score =
-            two_sum(load(logits + level * call.p + point), __ldg(table + level * call.p));
-        most = fmaxf(most, score.whole);
-        scratch.score[level][lane] = score;  // read by this lane alone
-      }
-      run.raise(warp_maximum(most));
+      const Place place = look_up<T>(call, scratch, b, q, h, image.y, pair % call.p);
+      run.raise(warp_maximum(place.most));
 
       unsigned cells = static_cast<unsigned>(image.x) * call.s;
+#pragma unroll 1
       for (int level = 0; level < call.l; ++level) {
-        const int height = pick(call.level_height, level), width_ = pick(call.level_width, level);
         const Twofold score = scratch.score[level][lane];
         const float weight = mine ? power(score.whole - run.most, score.rest) : 0.0f;
         run.total += weight;
-
-        const Between across = between(x, width_), down = between(y, height);
+        const int height = pick(call.level_height, level), width_ = pick(call.level_width, level);
+        const Between across = between(place.x, width_), down = between(place.y, height);
         const bool counts = across.touches && down.touches && weight != 0.0f;
         const unsigned live = __ballot_sync(kAll, counts);
         const int count = __popc(live);
         // Entries that count come first; the others follow with no weight, to fill up the table.
-        const int place = counts ? __popc(live & below) : count + __popc(~live & below);
+        const int slot = counts ? __popc(live & below) : count + __popc(~live & below);
         const float near = counts ? weight * down.near_share : 0.0f;
         const float far = counts ? weight * down.far_share : 0.0f;
+        const unsigned units = call.h * call.d * static_cast<unsigned>(sizeof(T)) / 16;  // a cell
         const unsigned upper = cells + down.near_cell * width_;
         const unsigned lower = cells + down.far_cell * width_;
-        Corner* corner = scratch.corner[place];
+        Corner* corner = scratch.corner[slot];
         corner[0] = {packed_weight<T>(near * across.near_share), (upper + across.near_cell) * units};
         corner[1] = {packed_weight<T>(near * across.far_share), (upper + across.far_cell) * units};
         corner[2] = {packed_weight<T>(far * across.near_share), (lower + across.near_cell) * units};
@@ -444,18 +476,18 @@ struct Finish {
 template <class T, bool kWide>
 MMI_DEVICE void attend_rows(const Problem& call) {
   MMI_SHARED(Scratch, scratch, kRowWarps);
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int warp = threadIdx.x / kLanes;
   const int b = blockIdx.z, q = blockIdx.x * kRowWarps + warp, h = blockIdx.y;
   if (q >= call.q) return;
-  Running<T, kWide> run(call, h, lane);
-  attend(run, call, scratch[warp], b, q, h, lane, 0, kLanes, kLanes);
+  Running<T, kWide, kRowLoads> run(call, h);
+  attend(run, call, scratch[warp], b, q, h, 0, kLanes, kLanes);
   run.collect();
   const Finish finish(run.most, run.total, call.null_slot);
   T* out = static_cast<T*>(call.output) +
            ((static_cast<long long>(b) * call.q + q) * call.h + h) * call.d;
 #pragma unroll
   for (int i = 0; i < run.sum.kProducts; ++i) {
-    const int channel = run.sum.channel(i);
+    const int channel = run.sum.channel(call, i);
     if (channel < 0) continue;
     const float4 null =
         __ldg(reinterpret_cast<const float4*>(call.null_value + h * call.d + channel));
@@ -498,21 +530,21 @@ template <class T, bool kWide>
 MMI_DEVICE void attend_split(const Problem& call) {
   MMI_SHARED(Scratch, scratch, kSplitWarps);
   MMI_SHARED(float, partial, kSplitWarps * (kMaximumChannels + 2));
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int warp = threadIdx.x / kLanes;
   const int b = blockIdx.z, q = blockIdx.x / call.parts, h = blockIdx.y;
   const int part = blockIdx.x % call.parts, stride = call.d + 2;
-  Running<T, kWide> run(call, h, lane);
-  attend(run, call, scratch[warp], b, q, h, lane, (part * kSplitWarps + warp) * kSplitPairs,
+  Running<T, kWide, kSplitLoads> run(call, h);
+  attend(run, call, scratch[warp], b, q, h, (part * kSplitWarps + warp) * kSplitPairs,
          call.parts * kSplitWarps * kSplitPairs, kSplitPairs);
   run.collect();
   float* mine = partial + warp * stride;
-  if (lane == 0) {
+  if (lane_of() == 0) {
     mine[0] = run.most;
     mine[1] = run.total;
   }
 #pragma unroll
   for (int i = 0; i < run.sum.kProducts; ++i) {
-    const int channel = run.sum.channel(i);
+    const int channel = run.sum.channel(call, i);
     if (channel < 0) continue;
 #pragma unroll
     for (int j = 0; j < 4; ++j) mine[2 + channel + j] = run.sum.c[i][j];
@@ -549,12 +581,12 @@ MMI_DEVICE void merge_parts(const Problem& call) {
 
 // The kernels of one variant: NAME_rows, NAME_split and NAME_merge.
 #define MMI_ROWS_KERNEL(NAME, T, WIDE)                                                    \
-  extern "C" __global__ void __launch_bounds__(mmi::kLanes * mmi::kRowWarps)              \
+  extern "C" __global__ void __launch_bounds__(mmi::kLanes * mmi::kRowWarps, mmi::kRowBlocks)              \
       NAME##_rows(const __grid_constant__ mmi::Problem call) {                            \
     mmi::attend_rows<T, WIDE>(call);                                                      \
   }
 #define MMI_SPLIT_KERNEL(NAME, T, WIDE)                                                   \
-  extern "C" __global__ void __launch_bounds__(mmi::kLanes * mmi::kSplitWarps)            \
+  extern "C" __global__ void __launch_bounds__(mmi::kLanes * mmi::kSplitWarps, mmi::kSplitBlocks)            \
       NAME##_split(const __grid_constant__ mmi::Problem call) {                           \
     mmi::attend_split<T, WIDE>(call);                                                     \
   }

@@ -117,6 +117,9 @@ inline float exp2_fast(float x) {
 }
 inline float reciprocal(float x) { return 1.0f / x; }
 
+inline uint4 gather(const void* base, unsigned unit) {
+  return static_cast<const uint4*>(base)[unit];
+}
 inline float to_float(Half x) { return shim::half_to_float(x.bits); }
 inline unsigned pack(Half, float low, float high) {
   return shim::float_to_half(low) | unsigned{shim::float_to_half(high)} << 16;
