@@ -70,7 +70,7 @@ def build(csrc: Path = CSRC, *further: str) -> Path:
         command = [*words, str(csrc / "shim" / "shim.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise EngineError("the shim does not compile", got=done.stderr.strip()[-2000:])
+            raise EngineError("the shim does not compile", got=done.stderr.strip()[:2000])
         os.replace(made, library)
     return library
 

@@ -16,7 +16,7 @@
 
 #define __global__
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define MMI_DEVICE inline
 #define MMI_SHARED(Type, name, count) \
   Type* const name = static_cast<Type*>(mmi::shim::shared(sizeof(Type) * (count), __LINE__))
