@@ -140,7 +140,7 @@ class Sizes {
       const char* other = first != nullptr ? first : "the attributes";
       return refuse(std::string(name) + " and " + other + " differ in " + letter, known, side);
     }
-    first = name;
+    if (first == nullptr) first = name;
     known = side;
     return true;
   }
