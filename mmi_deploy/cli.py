@@ -1,7 +1,7 @@
 """`mmi`: one command per stage, each importing its part only when it is called.
 
 Exit codes: 0 done; 2 something that the user can mend, said in one line; 1 a fault of ours; 130
-stopped by Ctrl-C.
+stopped by Ctrl-C; 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from mmi_deploy.commands.train import train
 from mmi_deploy.commands.verify import verify
 from mmi_deploy.errors import MmiError
 
-STOPPED = 130
+STOPPED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     name="mmi",
@@ -75,7 +76,7 @@ def run(arguments: list[str]) -> int:
         return _say(f"{line}. See `mmi {_command(arguments)}--help`", 2)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        return _say("stopped", STOPPED) if code == STOPPED else code
+        return _say("stopped", code) if code in (STOPPED, TERMINATED) else code
     except KeyboardInterrupt:
         return _say("stopped", STOPPED)
     except BrokenPipeError:
@@ -120,9 +121,15 @@ def _say(line: str, code: int) -> int:
     return code
 
 
+def _terminate(*_: object) -> None:
+    """Once: a second signal must not interrupt the cleaning up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(TERMINATED)
+
+
 def main() -> None:
     """The program. SIGTERM ends it as Ctrl-C does, so that temporary files go."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
 
 

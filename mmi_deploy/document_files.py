@@ -1,9 +1,11 @@
 """Documents in files: Markdown and JSON become parts, and parts become Markdown again.
 
 In Markdown an image link is a given picture, an image link without a target, `![]()`, is a place
-where the model draws one, and everything else is text, word for word. A literal `![` is written
-`\\![`. In JSON a document is a list such as `[{"text": "a red circle"}, {"image": "circle.png"},
-{"draw": true}]`; the published code's annt.json is read too.
+where the model draws one, and everything else is text, word for word. A link may be spelled
+`![alt](file.png)`, or `![alt][name]` with a line `[name]: file.png` somewhere, which is no text
+then. A literal `![` is written `\\![`. In JSON a document is a list such as
+`[{"text": "a red circle"}, {"image": "circle.png"}, {"draw": true}]`; the published code's
+annt.json is read too.
 
 Pictures are files beside the document: a link that leaves its folder is refused.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,9 @@ from mmi_deploy.document import Document, Draw, Image, Part, Text, document_of
 from mmi_deploy.errors import DocumentError
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:|//")
+_LIKE_A_LINK = re.compile(r"!\[[^\[\]]*\](?:\[[^\[\]]+\]|\([^()\n]*\))")
+_DEFINE = "add a line such as [name]: file.png, or write \\![ if it is text"
+_BRACKET = "put a name with spaces in <>, as in ![](<my file.png>), or write \\![ if it is text"
 _ESCAPED_IMAGE = re.compile(r"(?<!\\)((?:\\\\)*)\\!\[")
 
 
@@ -80,24 +85,34 @@ def resolve_link(target: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Link:
-    """An image link: where it stands in the text, and what it says."""
+    """An image link: where it stands in the text, and what it says. `name`: of its definition."""
 
     start: int
     end: int
     target: str
     alt: str
+    name: str = ""
 
 
 def _parser() -> MarkdownIt:
     """CommonMark that accepts every link target: we refuse bad ones ourselves, in words."""
-    markdown = MarkdownIt("commonmark")
+    markdown = MarkdownIt("commonmark", {"store_labels": True})
     markdown.validateLink = lambda url: True  # type: ignore[method-assign]
     markdown.normalizeLink = lambda url: url  # type: ignore[method-assign]
     return markdown
 
 
-def _links(text: str) -> Iterator[_Link]:
-    """Every image link of `text` in order, with its place; none inside code or alternative text.
+@dataclass(frozen=True)
+class _Definition:
+    """What defines the target of image links, `[name]: file.png`: no text, only its place."""
+
+    start: int
+    end: int
+
+
+def _links(text: str) -> list[_Link | _Definition]:
+    """Every image link of `text` and what defines its target, in order; no link inside code or
+    alternative text.
 
     The block parser says which lines are paragraphs, headings and so on; the inline parser says
     where the links are in those lines.
@@ -107,20 +122,25 @@ def _links(text: str) -> Iterator[_Link]:
     for line in lines:
         starts.append(starts[-1] + len(line) + 1)
     environment: dict[str, Any] = {}
+    found: list[_Link | _Definition] = []
     for block in _parser().parse(text, environment):
-        expected = sum(token.type == "image" for token in block.children or ())
-        if not expected or not block.map:
+        if block.type != "inline" or not block.map or "![" not in block.content:
             continue
         first, last = block.map
         links = _inline_links("\n".join(lines[first:last]), environment)
-        if len(links) != expected:
+        if len(links) != sum(token.type == "image" for token in block.children or ()):
             raise DocumentError(
                 f"the image links in line {first + 1} of the document are ambiguous",
                 fix="put each on a line of its own, as ![what it shows](file.png)",
             )
         offset = starts[first]
-        for link in links:
-            yield replace(link, start=link.start + offset, end=link.end + offset)
+        found += [replace(x, start=x.start + offset, end=x.end + offset) for x in links]
+    for name in {link.name for link in found if isinstance(link, _Link)} - {""}:
+        first, last = environment["references"][name]["map"]
+        while last < len(lines) and not lines[last].strip():  # the blank lines after it go too
+            last += 1
+        found.append(_Definition(starts[first], starts[last]))
+    return sorted(found, key=lambda place: place.start)
 
 
 def _inline_links(source: str, environment: dict[str, Any]) -> list[_Link]:
@@ -130,9 +150,17 @@ def _inline_links(source: str, environment: dict[str, Any]) -> list[_Link]:
     def rule(state: StateInline, silent: bool) -> bool:
         start = state.pos
         accepted = image_rule(state, silent)
-        if accepted and not silent and state.src == source:  # another source: alternative text
+        if state.src != source:  # alternative text
+            return accepted
+        if accepted and not silent:
             token = state.tokens[-1]
-            links.append(_Link(start, state.pos, str(token.attrs["src"]), token.content))
+            target, name = str(token.attrs["src"]), token.meta.get("label", "")
+            links.append(_Link(start, state.pos, target, token.content, name))
+        elif not accepted and (failed := _LIKE_A_LINK.match(source, start)):
+            raise DocumentError(
+                f"{failed[0]} looks like a picture link and is none",
+                fix=_DEFINE if failed[0].endswith("]") else _BRACKET,
+            )
         return accepted
 
     parser = _parser()
@@ -148,11 +176,25 @@ def parse_markdown(text: str, folder: Path) -> Document:
     end = 0
     for link in _links(text):
         parts.append(Text(_unescape(text[end : link.start])))
-        target = unquote(link.target).strip()
-        parts.append(Image(resolve_link(target, folder), link.alt) if target else Draw())
         end = link.end
+        if isinstance(link, _Link):
+            target = unquote(link.target).strip()
+            parts.append(Image(resolve_link(target, folder), link.alt) if target else Draw())
     parts.append(Text(_unescape(text[end:])))
     return document_of(*parts)
+
+
+def title_of(document: Document) -> str:
+    """The words of the first heading in the document's texts; empty when there is none."""
+    for part in document.parts:
+        if isinstance(part, Text):
+            blocks = iter(_parser().parse(part.text))
+            for block in blocks:
+                if block.type == "heading_open":
+                    words = next(blocks).children or ()
+                    if title := "".join(word.content for word in words).strip():
+                        return title
+    return ""
 
 
 def _unescape(text: str) -> str:

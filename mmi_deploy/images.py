@@ -44,8 +44,9 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> Rgb:
         raise DocumentError(
             f"there is no picture {called}", fix="correct the link or add the file"
         ) from None
-    except Image.DecompressionBombError as error:  # before we could see its size
-        raise _too_large(called, str(error)) from None
+    except Image.DecompressionBombError:  # before we could see its size
+        most = 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS) // 1_000_000
+        raise _too_large(called, f"more than {most} million") from None
     except UnidentifiedImageError:
         raise DocumentError(
             f"{called} is no picture that can be read",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -24,6 +25,11 @@ class Tokenizer:
         self._inner.encode_special_tokens = True  # `<s>` in a text is three characters
         self._reserved = {tokens.bos, tokens.eos, tokens.boi, tokens.image}
         unknown = getattr(inner.model, "unk_token", None)
+        marks = {inner.id_to_token(token) for token in self._reserved}
+        marks |= {
+            token.content for token in inner.get_added_tokens_decoder().values() if token.special
+        }
+        self._marks = re.compile("|".join(re.escape(mark) for mark in marks if mark) or r"(?!)")
         self._unknown = inner.token_to_id(unknown) if unknown else None
         largest = max(inner.get_vocab().values(), default=-1)
         if max(self._reserved) > largest:
@@ -49,24 +55,39 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none added at either end.
 
-        Raises `DocumentError` for words the model has no token for.
+        Raises `DocumentError` for words the model has no token for, among them the spellings of
+        special tokens unless the vocabulary has tokens for their letters.
         """
         encoding = self._inner.encode(text, add_special_tokens=False)
         unknown = [
-            text[start:end]
-            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            place
+            for token, place in zip(encoding.ids, encoding.offsets, strict=True)
             if token == self._unknown or token in self._reserved
         ]
-        if unknown:
-            listed = ", ".join(repr(word) for word in dict.fromkeys(unknown))
+        if not unknown:
+            return encoding.ids
+        marks = [
+            mark[0]
+            for mark in self._marks.finditer(text)
+            if any(start < mark.end() and mark.start() < end for start, end in unknown)
+        ]
+        if marks:
             raise DocumentError(
-                f"the model does not know {listed}", fix="say it with words that it was trained on"
+                f"the text holds {_listed(marks)}, which the model reserves for its own marks",
+                fix="write it in other words; a picture is linked as ![what it shows](file.png)",
             )
-        return encoding.ids
+        raise DocumentError(
+            f"the model does not know {_listed(text[start:end] for start, end in unknown)}",
+            fix="say it with words that it was trained on",
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`; special tokens are left out."""
         return self._inner.decode(list(token_ids), skip_special_tokens=True)
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(repr(word) for word in dict.fromkeys(words))
 
 
 class TextStream:

@@ -73,7 +73,7 @@ def generate(
     Picture links in Markdown are shown to the model; ![]() asks it to draw one there.
     """
     with extras("generate"):
-        from mmi_deploy.document_files import read_document
+        from mmi_deploy.document_files import read_document, title_of
         from mmi_deploy.files import check_replaceable, new_folder
         from mmi_deploy.page import page
         from mmi_deploy.runtime.events import Finished
@@ -100,11 +100,12 @@ def generate(
     runtime = Runtime.open(bundle, threads=threads, library=library, unproved=unproved)
     used = runtime.schedule(schedule).schedule.key
     story = Story(source)
+    events = events_of(runtime, source, options)  # refused before it is shown
     finished: Finished | None = None
     with new_folder(out, force, kind="story", inputs=inputs) as work:
         watch = _Nobody() if as_json else _Terminal(source)
         with watch:
-            for event in events_of(runtime, source, options):
+            for event in events:
                 _collect(story, event)
                 watch.show(event)
                 if isinstance(event, Finished):
@@ -113,7 +114,7 @@ def generate(
         seconds = time.perf_counter() - started
         facts = _facts(runtime.config.name, options.seed, used, guidance, finished, seconds)
         write_story(work, story.entries)
-        html = page(document.stem, story.entries, facts)
+        html = page(title_of(source) or document.stem, story.entries, facts)
         (work / PAGE_NAME).write_text(html, encoding="utf-8")
     if as_json:
         print_json(_report(out, story.entries, finished, seed, used, seconds))

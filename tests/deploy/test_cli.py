@@ -33,6 +33,7 @@ from mmi_deploy.images import to_png
 from mmi_deploy.presets import PRESETS, tiny
 from mmi_deploy.runtime.generation import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(
@@ -197,6 +198,26 @@ def test_wrong_arguments_are_told_in_a_line(
     assert "out" not in left_in(tmp_path)
 
 
+def test_a_refused_document_is_not_shown_first(mmi: Screen, bundle: Path, tmp_path: Path) -> None:
+    story = tmp_path / "words.md"
+    story.write_text("w5 nonsense\n")
+    assert mmi("generate", story, "-b", bundle, "-o", tmp_path / "deep" / "out") == 2
+    assert mmi.out == "" and "does not know 'nonsense'" in mmi.err
+    assert left_in(tmp_path) == {"bundle", "words.md"}
+
+
+def test_the_page_has_the_documents_heading_as_its_title(
+    mmi: Screen, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a document without one, its name."""
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_: [5])  # the fake one does not know `#`
+    arguments = ("-b", bundle, "-o", tmp_path / "out", "--max-tokens", 2, "--max-images", 0)
+    for text, title in (("w5", "words"), ("# A *blue* day\n\nw7", "A blue day")):
+        (tmp_path / "words.md").write_text(text)
+        assert mmi("generate", tmp_path / "words.md", *arguments) == 0
+        assert f"<title>{title}</title>" in (tmp_path / "out" / "index.html").read_text()
+
+
 # --- failures -------------------------------------------------------------------------------------
 
 
@@ -336,8 +357,8 @@ generation.generate = forever
         assert line, process.communicate()[1]
     assert left_in(tmp_path) != before
     process.send_signal(number)
-    process.communicate(timeout=30)
-    assert process.returncode == code
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (code, "mmi: stopped\n")
     assert left_in(tmp_path) == before
 
 

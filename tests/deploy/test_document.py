@@ -14,7 +14,13 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from mmi_deploy import presets
 from mmi_deploy.document import Document, Draw, Image, Text, document_of, encode_document
-from mmi_deploy.document_files import parse_json, parse_markdown, read_document, to_markdown
+from mmi_deploy.document_files import (
+    parse_json,
+    parse_markdown,
+    read_document,
+    title_of,
+    to_markdown,
+)
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.images import to_png
 from mmi_deploy.tokenizer import Tokenizer
@@ -93,6 +99,60 @@ def test_markdown_image_links_are_pictures_and_the_rest_is_text(
 )
 def test_markdown_text_stays_word_for_word(folder: Path, text: str) -> None:
     assert parse_markdown(text, folder).parts == (Text(text.strip()),)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("![x][one] moves.\n\n[one]: a.png\n", ["=a.png", "moves."]),
+        ("[one]: a.png\n\nfirst ![x][ONE] then\n", ["first", "=a.png", "then"]),
+        (
+            "![one][] and ![one]\n\n[one]: <my pic.png> 'a title'\n",
+            ["=my pic.png", "and", "=my pic.png"],
+        ),
+        (
+            "a\n\n[one]: a.png\n[two]: b.png\n\n![x][two] b ![x][one]",
+            ["a", "=b.png", "b", "=a.png"],
+        ),
+        ("a\n\n> [one]:\n>   a.png\n\nb ![x][one]", ["a\n\nb", "=a.png"]),
+        # a definition that no picture uses is text, and so is what is not a full link
+        ("[a page][one]\n\n[one]: a.png", ["[a page][one]\n\n[one]: a.png"]),
+        ("so ![surprising]", ["so ![surprising]"]),
+        ("`![x][one]`", ["`![x][one]`"]),
+    ],
+)
+def test_the_target_of_a_link_may_stand_elsewhere(
+    folder: Path, text: str, parts: list[str]
+) -> None:
+    assert markdown(text, folder) == parts
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("see ![x][one] there", "![x][one] looks like a picture link and is none. add a line such"),
+        ("![x](my pic.png)", "![x](my pic.png) looks like a picture link and is none. put a name"),
+    ],
+)
+def test_what_only_looks_like_a_link_is_refused(folder: Path, text: str, fix: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        parse_markdown(text, folder)
+    assert fix in str(caught.value) and "or write \\![ if it is text" in str(caught.value)
+    assert markdown(text.replace("![", "\\!["), folder) == [text]
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("# A *short* story\n\n![x](a.png)\n\n# Another", "A short story"),
+        ("![x](a.png)\n\nA `story`\n=======\n\nwords", "A story"),
+        ("#\n\n## Second", "Second"),
+        ("```\n# no title\n```\n\nwords", ""),
+        ("![]()", ""),
+    ],
+)
+def test_the_first_heading_is_the_title(folder: Path, text: str, title: str) -> None:
+    assert title_of(parse_markdown(text, folder)) == title
 
 
 def test_an_escaped_image_link_is_text(folder: Path) -> None:
@@ -274,8 +334,11 @@ def test_a_document_begins_with_bos_and_a_picture_is_boi_and_its_image_tokens(
 
 @pytest.mark.parametrize("text", ["<s>", "</s>", "<|beginofimage|>", "<|image|>", "red <|image|>"])
 def test_special_tokens_in_a_text_never_become_special(tokenizer: Tokenizer, text: str) -> None:
-    with pytest.raises(DocumentError, match="the model does not know"):
+    mark = text.removeprefix("red ")
+    with pytest.raises(DocumentError) as caught:
         encode(tokenizer, Text(text))
+    assert f"the text holds {mark!r}, which the model reserves" in str(caught.value)
+    assert "write it in other words" in str(caught.value)
 
 
 def test_special_tokens_in_a_text_are_plain_text_where_every_character_has_a_token() -> None:
@@ -295,6 +358,8 @@ def test_special_tokens_in_a_text_are_plain_text_where_every_character_has_a_tok
 def test_unknown_words_are_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(DocumentError, match="does not know 'elephant', 'pink'"):
         encode(tokenizer, Text("red elephant pink elephant moves"))
+    with pytest.raises(DocumentError, match="does not know '<', 's', '>'"):
+        encode(tokenizer, Text("red < s >"))
 
 
 def test_an_empty_document_is_refused(tokenizer: Tokenizer) -> None:
