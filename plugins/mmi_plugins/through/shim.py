@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import numpy as np
 from mmi_deploy.errors import EngineError
 from mmi_plugins.launch_plan import (
     CSRC,
+    Launch,
     device_arrays,
     launch_plan,
     output_array,
@@ -84,52 +86,57 @@ def load(library: Path) -> ctypes.CDLL:
     return loaded
 
 
-def run(
-    call: Call,
-    rows: np.ndarray,
-    *,
-    library: Path | None = None,
-    parts: int | None = None,
-    backwards: bool = False,
-) -> np.ndarray:
-    """Outputs [k, d] of `rows` (b, q, h) [k, 3].
+@dataclass(frozen=True)
+class Shim:
+    """A built library and how to run it. `backwards`: the threads of a block in the other order;
+    `without`: line of `attention.cuh` whose barrier is left out (0: none)."""
 
-    `parts` as in `launch_plan`; `backwards` runs the threads of a block in the other order. Raises
-    `EngineError` where threads do not meet as they should.
-    """
-    loaded = load(library or build())
-    arrays = {name: _aligned(array) for name, array in device_arrays(call).items()}
-    arrays["output"] = _aligned(output_array(call))
-    arrays["workspace"] = _aligned(np.full(workspace_shape(call, parts), np.nan, np.float32))
-    addresses = {name: array.ctypes.data for name, array in arrays.items()}
-    for launch in launch_plan(call, addresses, parts):
-        blocks = np.ascontiguousarray(launch.blocks(rows), np.uint32)
-        failure = loaded.mmi_shim_launch(
+    library: Path = field(default_factory=build)
+    backwards: bool = False
+    without: int = 0
+
+    def launch(self, launch: Launch, blocks: np.ndarray) -> None:
+        """Run the blocks (x, y, z) [k, 3] of one launch, whose addresses are this process's.
+        Raises `EngineError` where threads do not meet as they should."""
+        blocks = np.ascontiguousarray(blocks, np.uint32)
+        failure = load(self.library).mmi_shim_launch(
             launch.variant.name.encode(),
             launch.parameter,
             blocks.ctypes.data_as(ctypes.c_void_p),
             ctypes.c_long(len(blocks)),
             ctypes.c_uint(launch.variant.threads),
-            ctypes.c_bool(backwards),
+            ctypes.c_bool(self.backwards),
+            ctypes.c_int(self.without),
         )
         if failure:
             raise EngineError(f"{launch.variant.name}: {failure.decode()}")
-    sizes = call.sizes
-    output = widen(arrays["output"], call.dtype)
-    b, q, h = np.asarray(rows).T
-    return output.reshape(sizes["b"], sizes["q"], sizes["h"], sizes["d"])[b, q, h]
+
+    def run(self, call: Call, rows: np.ndarray, parts: int | None = None) -> np.ndarray:
+        """Outputs [k, d] of `rows` (b, q, h) [k, 3]; `parts` as in `launch_plan`."""
+        arrays = {name: aligned(array) for name, array in device_arrays(call).items()}
+        arrays["output"] = aligned(output_array(call))
+        arrays["workspace"] = aligned(np.full(workspace_shape(call, parts), np.nan, np.float32))
+        addresses = {name: array.ctypes.data for name, array in arrays.items()}
+        for launch in launch_plan(call, addresses, parts):
+            self.launch(launch, launch.blocks(rows))
+        sizes = call.sizes
+        output = widen(arrays["output"], call.dtype)
+        b, q, h = np.asarray(rows).T
+        return output.reshape(sizes["b"], sizes["q"], sizes["h"], sizes["d"])[b, q, h]
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """A copy in memory of its own, aligned to 16 bytes and not a byte longer."""
-    room = np.empty(array.nbytes + 16, np.uint8)
-    start = -room.ctypes.data % 16
-    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that starts at a multiple of 16 bytes."""
+    copy = np.array(array, order="C")
+    if copy.ctypes.data % 16:  # no C library of today does that
+        room = np.empty(array.nbytes + 16, np.uint8)
+        place = room[-room.ctypes.data % 16 :][: array.nbytes]
+        copy = place.view(array.dtype).reshape(array.shape)
+        copy[...] = array
     return copy
 
 
-class _Shim:
+class _Implementation:
     name = "shim"
     most_rows: int | None = 512
 
@@ -143,7 +150,7 @@ class _Shim:
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], by the kernels that the library would choose."""
-        return run(call, rows)
+        return Shim().run(call, rows)
 
 
-SHIM = _Shim()
+SHIM = _Implementation()

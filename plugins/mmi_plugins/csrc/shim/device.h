@@ -31,9 +31,11 @@ enum class Meeting { kWarp, kBlock, kShuffle, kVote, kMultiply };
 
 // Shared memory of this block: the same for all threads that ask from one line.
 void* shared(size_t bytes, int line);
-// Waits for all threads of the warp (of the block) to meet; reports and ends the process where they
-// meet at different kinds of points, or where one has left the kernel.
+// Waits for all threads of the warp (of the block) to meet. The launch fails where they meet at
+// different kinds of points, or where one has left the kernel.
 void meet(Meeting kind);
+// The same for a barrier on a line of the source, unless the launch leaves that line out.
+void barrier(Meeting kind, int line);
 // Gives `bytes` to the other lanes and meets them; `taken(lane)` is then what a lane has given.
 void exchange(Meeting kind, const void* given, size_t bytes);
 const void* taken(int lane);
@@ -92,8 +94,12 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned select) {
   return result;
 }
 
-inline void __syncwarp() { mmi::shim::meet(mmi::shim::Meeting::kWarp); }
-inline void __syncthreads() { mmi::shim::meet(mmi::shim::Meeting::kBlock); }
+inline void __syncwarp(int line = __builtin_LINE()) {
+  mmi::shim::barrier(mmi::shim::Meeting::kWarp, line);
+}
+inline void __syncthreads(int line = __builtin_LINE()) {
+  mmi::shim::barrier(mmi::shim::Meeting::kBlock, line);
+}
 template <class T>
 T __shfl_sync(unsigned, T value, int source) { return mmi::shim::from_lane(value, source & 31); }
 template <class T>
