@@ -32,11 +32,22 @@ pytestmark = pytest.mark.slow
 Drive = Callable[..., tuple[str, str]]
 
 
+def lean_of_the_headers() -> str:
+    """The module of TensorRT's runtime, if it has the major version of the headers here."""
+    name = "tensorrt_lean_bindings"
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: {INSTALL[name]}")
+    version, built = import_tensorrt(name).__version__, find_tensorrt_headers()[1]
+    if version.partition(".")[0] != built.partition(".")[0]:
+        pytest.skip(f"{name} is {version}, the headers here are {built}")
+    return name
+
+
 @pytest.fixture(scope="module", params=["tensorrt_rtx", "tensorrt_lean_bindings"])
 def trt(request: pytest.FixtureRequest, library: Path) -> Any:
-    if importlib.util.find_spec(request.param) is None:
-        pytest.skip(f"{request.param} is not installed: {INSTALL[request.param]}")
-    return import_tensorrt(request.param)
+    if request.param == "tensorrt_rtx":
+        return request.getfixturevalue("rtx")
+    return import_tensorrt(lean_of_the_headers())
 
 
 @pytest.fixture
@@ -217,22 +228,35 @@ def test_loading_twice_is_refused(trt: Any, plugin: PluginLibrary) -> None:
         load_tensorrt_plugin(plugin.path, trt)
 
 
-def test_the_other_form_registers_itself(rtx: Any, library: Path) -> None:
-    """As a tool that only opens plugin libraries would do it, in a process of its own."""
+def open_registered(library: Path, module: str, runtime: str) -> tuple[str, str]:
+    """What a tool that only opens plugin libraries gets, in a process of its own: the plugin that
+    is registered afterwards, and what was said."""
     registered = next(library.parent.glob("*_registered-*.so"))
     program = f"""
 import ctypes
 from mmi_plugins.tensorrt_load import import_tensorrt, plugin_creator
-rtx = import_tensorrt("tensorrt_rtx")
-ctypes.CDLL("libtensorrt_rtx.so.1", mode=ctypes.RTLD_GLOBAL)
+module = import_tensorrt({module!r})
+loaded = [line.split()[-1] for line in open("/proc/self/maps") if {runtime!r} in line]
+ctypes.CDLL(loaded[0], mode=ctypes.RTLD_GLOBAL)
 ctypes.CDLL({str(registered)!r})
-print(plugin_creator(rtx).name)
+print(getattr(plugin_creator(module), "name", None))
 """
-    path = os.pathsep.join(sys.path)
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert done.stdout.strip() == NAME, done.stderr
+    return done.stdout.strip(), done.stderr.strip()
+
+
+def test_the_other_form_registers_itself(library: Path) -> None:
+    module = lean_of_the_headers()
+    assert open_registered(library, module, "libnvinfer_lean") == (NAME, "")
+
+
+def test_the_other_form_is_no_danger_to_another_tensorrt(rtx: Any, library: Path) -> None:
+    """RTX 1.x is neither 10 nor 11, and its registry another class than that of 10."""
+    got, report = open_registered(library, rtx.__name__, "libtensorrt_rtx.so")
+    assert got == "None"
+    assert "built for another TensorRT; expected TensorRT 1" in report and "got 1." in report

@@ -3,8 +3,8 @@
 //
 // The library refers to no symbol of TensorRT, so one file serves TensorRT and TensorRT-RTX and can
 // be opened where neither is linked. With MMI_REGISTER_TENSORRT_PLUGIN it registers its creator as
-// it is opened instead, and then wants `getPluginRegistry` from the process: for tools that open
-// plugins with dlopen alone.
+// it is opened instead, and then wants `getPluginRegistry` and `getInferLibVersion` from the
+// process: for tools that open plugins with dlopen alone.
 #include <NvInferRuntime.h>
 
 #include <atomic>
@@ -383,8 +383,26 @@ MMI_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
 
 #if defined(MMI_REGISTER_TENSORRT_PLUGIN)
 namespace mmi {
-REGISTER_TENSORRT_PLUGIN(AttentionCreator);
-}
+namespace {
+
+// REGISTER_TENSORRT_PLUGIN, but into our namespace, and not where the registry of the process is
+// another class than the headers say: that call would end anywhere.
+struct Registrar {
+  Registrar() {
+    const int32_t version = getInferLibVersion();  // 110100: 11.1.0
+    if (version / 10000 == NV_TENSORRT_MAJOR) {
+      getPluginRegistry()->registerCreator(creator, kNamespace);
+    } else {
+      report(std::string("this library was built for another TensorRT; expected ") +
+             mmi_tensorrt_headers() + ", got " + std::to_string(version / 10000) + "." +
+             std::to_string(version / 100 % 100) + "; build it again");
+    }
+  }
+  AttentionCreator creator;
+} registrar;
+
+}  // namespace
+}  // namespace mmi
 #else
 MMI_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static mmi::AttentionCreator creator;
