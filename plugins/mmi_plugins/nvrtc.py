@@ -44,6 +44,7 @@ __all__ = [
     "launch_plan",
     "missing",
     "output_array",
+    "version",
     "widen",
     "workspace_shape",
 ]
@@ -75,6 +76,16 @@ def compile_cubin(source: str, architecture: int, compiler: str = "nvrtc") -> by
     if compiler == "nvcc":
         return _run_nvcc(source, "-cubin", f"-arch=sm_{architecture}")
     return _run_nvrtc(source, f"sm_{architecture}", "CUBIN")
+
+
+def version() -> str:
+    """The version of NVRTC. Raises `EngineError`."""
+    if reason := missing():
+        raise EngineError(reason)
+    library, major, minor = _nvrtc(), ctypes.c_int(), ctypes.c_int()
+    assert library
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
 
 
 @cache

@@ -33,7 +33,7 @@ from mmi_plugins.operator import Call
 OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-DMMI_SHIM")
 """Without contraction: the kernel's error-free sums are written for separate roundings."""
 
-SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 """The process must then have been started with `sanitizer_library()` preloaded."""
 
 

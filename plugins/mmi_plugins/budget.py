@@ -1,0 +1,240 @@
+"""Static figures of the compiled kernels, and the budget they must keep: `budgets.json`.
+
+`python -m mmi_plugins.budget` compiles every kernel for every architecture with NVRTC, takes the
+machine code apart with cuobjdump and prints the figures beside the budget; `--write` makes them the
+new budget. Nothing runs: what these figures mean for speed is in `docs/mmfs_kernel.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from mmi_deploy.errors import EngineError
+from mmi_plugins import nvrtc
+from mmi_plugins.launch_plan import VARIANTS, Variant
+
+ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+
+TARGETS = {80: 600, 86: 600, 87: 600, 89: 600, 90: 600, 100: 520, 120: 520}
+"""Lane-instructions per sampled point and 64 channels in the inner loop, 16-bit types."""
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What a streaming multiprocessor holds (CUDA C++ Programming Guide, compute capabilities)."""
+
+    warps: int
+    blocks: int
+    shared: int
+    """Bytes of shared memory; a block costs 1024 more than it asks for."""
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(64, 32, 164 * 1024),
+    86: Multiprocessor(48, 16, 100 * 1024),
+    87: Multiprocessor(48, 16, 164 * 1024),
+    89: Multiprocessor(48, 24, 100 * 1024),
+    90: Multiprocessor(64, 32, 228 * 1024),
+    100: Multiprocessor(64, 32, 228 * 1024),
+    120: Multiprocessor(48, 24, 100 * 1024),
+}
+
+_PARTITIONS, _PARTITION_REGISTERS, _REGISTER_UNIT, _RESERVED = 4, 16384, 256, 1024
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one kernel on one architecture. The last three are None for `merge`, which samples
+    nothing."""
+
+    registers: int
+    stack: int
+    spills: int
+    """Instructions that read or write local memory."""
+    shared: int
+    instructions: int
+    warps: int
+    """Resident on a multiprocessor."""
+    load_bits: int | None
+    """Of the narrowest load of values."""
+    loads_in_flight: int | None
+    """Loads of values before the first use of one."""
+    lane_instructions: float | None
+    """In the inner loop, per sampled point and 64 channels."""
+
+
+def missing() -> str | None:
+    """Why the figures cannot be taken here, or None."""
+    if reason := nvrtc.missing():
+        return reason
+    try:
+        _tool()
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+@cache
+def figures(architecture: int) -> dict[str, Figures]:
+    """Figures by kernel name. Raises `EngineError` where a tool is missing."""
+    kernels = "".join(variant.source.split("\n", 1)[1] for variant in VARIANTS)
+    source = f'#include "attention.cuh"\n{kernels}'
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        cubin.write_bytes(nvrtc.compile_cubin(source, architecture))
+        usage = _run("-res-usage", cubin)
+        code = _run("-sass", cubin)
+    pattern = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    resources = {name: tuple(map(int, rest)) for name, *rest in re.findall(pattern, usage)}
+    listings = {part.split()[0]: part for part in code.split("Function : ")[1:]}
+    return {
+        variant.name: _figures(
+            variant, architecture, resources[variant.name], listings[variant.name]
+        )
+        for variant in VARIANTS
+    }
+
+
+def occupancy(architecture: int, registers: int, shared: int, threads: int) -> int:
+    """Warps resident on a multiprocessor, with `shared` bytes and `threads` a block."""
+    limit, warps = MULTIPROCESSORS[architecture], -(-threads // 32)
+    each = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    by_registers = _PARTITIONS * (_PARTITION_REGISTERS // each) // warps
+    by_shared = limit.shared // (shared + _RESERVED) if shared else limit.blocks
+    return min(limit.blocks, limit.warps // warps, by_registers, by_shared) * warps
+
+
+def _figures(
+    variant: Variant, architecture: int, resources: tuple[int, ...], listing: str
+) -> Figures:
+    registers, stack, shared = resources
+    shared -= _RESERVED if architecture >= 90 and shared else 0
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)
+    code = [(int(address, 16), text.strip()) for address, text in found]
+    operations = [_operation(text) for _, text in code]
+    body = _inner_loop(code)
+    loads = [operation for operation in body if operation.startswith("LDG")]
+    bits = [int(width[1]) if (width := re.search(r"\.(64|128)\b", load)) else 32 for load in loads]
+    per_point = 2 if variant.dtype == "float32" else 1  # loads of a warp for a point's 64 channels
+    return Figures(
+        registers,
+        stack,
+        sum(operation.startswith(("LDL", "STL")) for operation in operations),
+        shared,
+        sum(not operation.startswith("NOP") for operation in operations),
+        occupancy(architecture, registers, shared, variant.threads),
+        min(bits) if loads else None,
+        _in_flight(body) if loads else None,
+        len(body) * 32 * per_point / len(loads) if loads else None,
+    )
+
+
+def _operation(text: str) -> str:
+    """The operation of an instruction, without its predicate."""
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+
+
+def _inner_loop(code: list[tuple[int, str]]) -> list[str]:
+    """Operations of the smallest loop that has 128-bit loads."""
+    bodies = []
+    for address, text in code:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < address:
+            first = int(back[1], 16)
+            bodies.append([_operation(t) for a, t in code if first <= a <= address])
+    sampling = [body for body in bodies if any(op.startswith("LDG.E.128") for op in body)]
+    return min(sampling, key=len, default=[])
+
+
+def _in_flight(body: list[str]) -> int:
+    """Loads before the first multiplication, which is the first to need one."""
+    first = next(i for i, op in enumerate(body) if op.startswith(("HMMA", "FFMA")))
+    return sum(op.startswith("LDG") for op in body[:first])
+
+
+@cache
+def _tool() -> str:
+    """cuobjdump of the package `nvidia-cuda-cuobjdump`, which takes nvdisasm from beside it."""
+    package = find_spec("nvidia")
+    for place in (package.submodule_search_locations or ()) if package else ():
+        for path in sorted(Path(place).glob("cu*/bin/cuobjdump"), reverse=True):
+            if path.with_name("nvdisasm").exists():
+                return str(path)
+    for path in (shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump"):
+        if path and Path(path).with_name("nvdisasm").exists():
+            return path
+    raise EngineError(
+        "cuobjdump is not installed",
+        fix="pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
+    )
+
+
+def _run(what: str, cubin: Path) -> str:
+    done = subprocess.run([_tool(), what, str(cubin)], capture_output=True, text=True)
+    if done.returncode:
+        raise EngineError(f"cuobjdump {what} failed", got=(done.stdout + done.stderr).strip())
+    return done.stdout + done.stderr
+
+
+def budgets() -> tuple[str, dict[str, dict[int, Figures]]]:
+    """The version of NVRTC that the budget was taken with, and the figures by kernel and
+    architecture."""
+    stored = json.loads(BUDGETS.read_text())
+    kernels = {
+        name: {int(architecture): Figures(**of) for architecture, of in by.items()}
+        for name, by in stored["kernels"].items()
+    }
+    return stored["nvrtc"], kernels
+
+
+def worse(now: Figures, budget: Figures) -> list[str]:
+    """What got worse than the budget, one line each."""
+    lines = []
+    for name, allowed in asdict(budget).items():
+        got = getattr(now, name)
+        if allowed is None:
+            continue
+        falls = name in ("warps", "load_bits", "loads_in_flight")
+        if got is None or (got < allowed if falls else got > allowed):
+            lines.append(f"{name}: {got}, budget {allowed}")
+    return lines
+
+
+def write() -> None:
+    """Make today's figures the budget."""
+    kernels: dict[str, dict[str, dict[str, float | None]]] = {}
+    for architecture in ARCHITECTURES:
+        for name, of in figures(architecture).items():
+            kernels.setdefault(name, {})[str(architecture)] = asdict(of)
+    text = json.dumps({"nvrtc": nvrtc.version(), "kernels": kernels}, indent=1)
+    text = re.sub(r"\n    +", " ", text).replace("\n   }", " }")  # a line an architecture
+    BUDGETS.write_text(text + "\n")
+
+
+def main(arguments: list[str]) -> None:
+    """Print every kernel's figures on every architecture."""
+    if reason := missing():
+        raise SystemExit(reason)
+    if "--write" in arguments:
+        write()
+    _, budget = budgets()
+    for name in budget:
+        for architecture in ARCHITECTURES:
+            now = figures(architecture)[name]
+            words = "  ".join(f"{key} {value}" for key, value in asdict(now).items())
+            print(f"{name} sm_{architecture}  {words}", *worse(now, budget[name][architecture]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
