@@ -2,8 +2,8 @@
 // header of CUDA's or of the host is needed) and, with MMI_SHIM, g++. docs/mmfs_kernel.md explains.
 //
 // What makes them fast: a warp works on one output row (b, q, h), or on a share of one. Lanes first
-// each own a (visible image, point) pair: they look up the tables, take the location once for all
-// levels and, level by level, leave the corners' weights and cells in shared memory, those that
+// each own a (visible image, point) pair and take its location, once for all levels; then each owns
+// an entry (pair, level) and leaves its corners' weights and cells in shared memory, entries that
 // touch the map first. Then all lanes gather, 128 bits a lane, several loads in flight. For 16-bit
 // values the weighted sum is a tensor-core product in fp32: the four lanes of a quad hold the four
 // corners of a point, so a load is an A fragment as it stands, and the weights are B, split into a
@@ -38,7 +38,7 @@ MMI_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-MMI_DEVICE float reciprocal(float x) {
+MMI_DEVICE float inverse_of(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -132,7 +132,7 @@ MMI_DEVICE Twofold two_sum(float a, float b) {  // exact (Knuth)
 }
 
 // reference + (offset + table) / base_grid
-MMI_DEVICE Twofold locate(float offset, float table, float reference, const Problem& call) {
+MMI_DEVICE Twofold moved_by(float reference, float offset, float table, const Problem& call) {
   const Twofold moved = two_sum(offset, table);
   const float step = __fmul_rn(moved.whole, call.inverse_grid);
   const float lost = fmaf(moved.whole, call.inverse_grid, -step) +
@@ -165,10 +165,6 @@ MMI_DEVICE Between between(Twofold location, int side) {
           near_inside || far_inside};
 }
 
-MMI_DEVICE int pick(const int (&of)[kMaximumLevels], int level) {
-  return level == 0 ? of[0] : level == 1 ? of[1] : level == 2 ? of[2] : of[3];
-}
-
 MMI_DEVICE float warp_maximum(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step >>= 1) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
@@ -195,8 +191,9 @@ MMI_DEVICE unsigned packed_weight<float>(float weight) { return __float_as_uint(
 // What a warp keeps in shared memory.
 struct alignas(16) Scratch {
   Corner corner[kTable][4];  // (near y, near x), (near y, far x), (far y, near x), (far y, far x)
-  Twofold score[kMaximumLevels][kLanes];
-  int2 image[kLanes];        // slot and table row of a visible image
+  Twofold score[kMaximumLevels * kLanes];
+  int4 level[kMaximumLevels];  // height, width, first cell
+  int2 image[kLanes];          // slot and table row of a visible image
 };
 
 // The weighted sum of one row over the lanes of a warp; kLoads are in flight together. 16-bit T: lane = 4 * octet + corner, where
@@ -368,85 +365,130 @@ MMI_DEVICE unsigned list_images(const Problem& call, Scratch& scratch, int b, in
   return visible;
 }
 
-// Where this lane's point of an image lies, and the largest of its scores.
-struct Place {
-  Twofold x, y;
-  float most;
-};
-
-// Table row `position`; leaves the scores of all levels in `scratch.score`, for this lane alone.
-template <class T>
-MMI_DEVICE Place look_up(const Problem& call, Scratch& scratch, int b, int q, int h, int position,
-                         int point) {
-  const long long row = (static_cast<long long>(b) * call.q + q) * call.h + h;
-  const long long entry = static_cast<long long>(position) * call.h + h;
-  const float2 reference =
-      load_pair(call.reference + (call.reference_queries == 1 ? 0LL : 2LL * q));
-  const float2 offset =
-      load_pair(static_cast<const T*>(call.offsets) + (row * call.p + point) * 2);
-  const float2 moved = load_pair(call.offset_table + (entry * call.p + point) * 2);
-  Place place{locate(offset.x, moved.x, reference.x, call),
-              locate(offset.y, moved.y, reference.y, call), kLowest};
-  const T* logits = static_cast<const T*>(call.logits) + row * call.l * call.p + point;
-  const float* table = call.logit_table + entry * call.l * call.p + point;
-#pragma unroll 1
-  for (int level = 0; level < call.l; ++level) {
-    const Twofold score =
-        two_sum(load(logits + level * call.p), __ldg(table + level * call.p));
-    place.most = fmaxf(place.most, score.whole);
-    scratch.score[level][lane_of()] = score;
-  }
-  return place;
-}
-
-// Adds to `run` what row (b, q, h) sees: of the visible (image, point) pairs of every 32 images,
-// `width` at a time, from `first` on in steps of `stride`.
-template <class T, bool kWide, int kLoads>
-MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scratch& scratch, int b, int q,
-                       int h, int first, int stride, int width) {
+// What every turn reads: the levels, and the entries beyond the last, which fp32 lane groups may
+// read and nothing writes later. Visible after the next barrier.
+MMI_DEVICE void prepare(const Problem& call, Scratch& scratch) {
   const int lane = lane_of();
-  const unsigned below = (1u << lane) - 1;
-  // fp32 lane groups may read these entries, and nothing writes them later.
   if (lane < kTable - kLanes) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) scratch.corner[kLanes + lane][i] = {0, 0};
   }
+  int cells = 0;
+#pragma unroll
+  for (int level = 0; level < kMaximumLevels; ++level) {
+    const int height = call.level_height[level], width = call.level_width[level];
+    if (lane == level) scratch.level[level] = make_int4(height, width, cells, 0);
+    cells += height * width;
+  }
+}
+
+// number / divisor where their product is below 2^16, with by = reciprocal(divisor).
+MMI_DEVICE unsigned reciprocal(int divisor) { return 65536u / static_cast<unsigned>(divisor) + 1; }
+MMI_DEVICE int divided(int number, unsigned by) { return static_cast<int>(number * by >> 16); }
+
+// A (visible image, point) pair by its number in `scratch.image`.
+struct Pair {
+  int slot, position, point;
+
+  MMI_DEVICE Pair(const Problem& call, const Scratch& scratch, int number, unsigned by_points) {
+    const int image = divided(number, by_points);
+    slot = scratch.image[image].x;
+    position = scratch.image[image].y;
+    point = number - image * call.p;
+  }
+};
+
+struct Location {
+  Twofold x, y;
+};
+
+template <class T>
+MMI_DEVICE Location locate(const Problem& call, const Pair& pair, unsigned row, int q, int h) {
+  const float2 reference =
+      load_pair(call.reference + (call.reference_queries == 1 ? 0LL : 2LL * q));
+  const float2 offset = load_pair(static_cast<const T*>(call.offsets) +
+                                  (static_cast<long long>(row) * call.p + pair.point) * 2);
+  const long long entry = static_cast<long long>(pair.position) * call.h + h;
+  const float2 table = load_pair(call.offset_table + (entry * call.p + pair.point) * 2);
+  return {moved_by(reference.x, offset.x, table.x, call),
+          moved_by(reference.y, offset.y, table.y, call)};
+}
+
+template <class T>
+MMI_DEVICE Twofold scored(const Problem& call, const Pair& pair, unsigned row, int h, int level) {
+  const long long entry = static_cast<long long>(pair.position) * call.h + h;
+  const int within = level * call.p + pair.point, size = call.l * call.p;
+  return two_sum(
+      load(static_cast<const T*>(call.logits) + static_cast<long long>(row) * size + within),
+      __ldg(call.logit_table + entry * size + within));
+}
+
+MMI_DEVICE Twofold from_lane(Twofold x, int lane) {
+  return {__shfl_sync(kAll, x.whole, lane), __shfl_sync(kAll, x.rest, lane)};
+}
+
+// Adds to `run` what row (b, q, h) sees: of the visible pairs of every 32 images, `width` at a turn,
+// from `first` on in steps of `stride`.
+template <class T, bool kWide, int kLoads>
+MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scratch& scratch, int b,
+                       int q, int h, int first, int stride, int width) {
+  const int lane = lane_of();
+  const unsigned below = (1u << lane) - 1;
+  const unsigned row = (static_cast<unsigned>(b) * call.q + q) * call.h + h;
+  const unsigned by_points = reciprocal(call.p);
+  prepare(call, scratch);
 #pragma unroll 1
   for (int start = 0; start < call.m; start += kLanes) {
     const unsigned visible = list_images(call, scratch, b, q, start);
     const int pairs = __popc(visible) * call.p;
 #pragma unroll 1
     for (int from = first; from < pairs; from += stride) {
-      const bool mine = lane < width && from + lane < pairs;
-      const unsigned pair = mine ? from + lane : from;
-      const int2 image = scratch.image[pair / call.p];
-      const Place place = look_up<T>(call, scratch, b, q, h, image.y, pair % call.p);
-      run.raise(warp_maximum(place.most));
+      const int held = min(width, pairs - from), entries = held * call.l;
+      // Of this lane's pair; lanes beyond the last double the first.
+      const Pair own(call, scratch, lane < held ? from + lane : from, by_points);
+      const Location location = locate<T>(call, own, row, q, h);
+      const unsigned cells = static_cast<unsigned>(own.slot) * call.s;
 
-      unsigned cells = static_cast<unsigned>(image.x) * call.s;
+      const unsigned by_held = reciprocal(held);  // an entry is level * held + pair
+      float most = kLowest;
 #pragma unroll 1
-      for (int level = 0; level < call.l; ++level) {
-        const Twofold score = scratch.score[level][lane];
+      for (int entry = lane; entry < entries; entry += kLanes) {
+        const int level = divided(entry, by_held);
+        const Pair pair(call, scratch, from + entry - level * held, by_points);
+        const Twofold score = scored<T>(call, pair, row, h, level);
+        most = fmaxf(most, score.whole);
+        scratch.score[entry] = score;  // read by this lane alone
+      }
+      run.raise(warp_maximum(most));
+
+#pragma unroll 1
+      for (int begin = 0; begin < entries; begin += kLanes) {
+        const bool mine = begin + lane < entries;
+        const int entry = mine ? begin + lane : begin;
+        const int level = divided(entry, by_held), owner = entry - level * held;
+        const Twofold score = scratch.score[mine ? entry : lane];
         const float weight = mine ? power(score.whole - run.most, score.rest) : 0.0f;
         run.total += weight;
-        const int height = pick(call.level_height, level), width_ = pick(call.level_width, level);
-        const Between across = between(place.x, width_), down = between(place.y, height);
+
+        const int4 map = scratch.level[level];
+        const Between across = between(from_lane(location.x, owner), map.y);
+        const Between down = between(from_lane(location.y, owner), map.x);
         const bool counts = across.touches && down.touches && weight != 0.0f;
         const unsigned live = __ballot_sync(kAll, counts);
         const int count = __popc(live);
         // Entries that count come first; the others follow with no weight, to fill up the table.
-        const int slot = counts ? __popc(live & below) : count + __popc(~live & below);
+        const int place = counts ? __popc(live & below) : count + __popc(~live & below);
         const float near = counts ? weight * down.near_share : 0.0f;
         const float far = counts ? weight * down.far_share : 0.0f;
         const unsigned units = call.h * call.d * static_cast<unsigned>(sizeof(T)) / 16;  // a cell
-        const unsigned upper = cells + down.near_cell * width_;
-        const unsigned lower = cells + down.far_cell * width_;
-        Corner* corner = scratch.corner[slot];
+        const unsigned level_cells = __shfl_sync(kAll, cells, owner) + map.z;
+        const unsigned upper = level_cells + down.near_cell * map.y;
+        const unsigned lower = level_cells + down.far_cell * map.y;
+        Corner* corner = scratch.corner[place];
         corner[0] = {packed_weight<T>(near * across.near_share), (upper + across.near_cell) * units};
         corner[1] = {packed_weight<T>(near * across.far_share), (upper + across.far_cell) * units};
         corner[2] = {packed_weight<T>(far * across.near_share), (lower + across.near_cell) * units};
         corner[3] = {packed_weight<T>(far * across.far_share), (lower + across.far_cell) * units};
-        cells += static_cast<unsigned>(height) * width_;
         __syncwarp();
         run.sum.add(scratch.corner, count);
         __syncwarp();
@@ -465,7 +507,7 @@ struct Finish {
     scale = power(most - top);
     null_weight = null_slot ? power(-top) : 0.0f;
     const float whole = fmaf(total, scale, null_weight);
-    inverse = whole == 0.0f ? 0.0f : reciprocal(whole);  // a row that sees nothing is 0
+    inverse = whole == 0.0f ? 0.0f : inverse_of(whole);  // a row that sees nothing is 0
   }
   MMI_DEVICE float operator()(float sum, float null_value) const {
     return fmaf(sum, scale, null_weight * null_value) * inverse;
