@@ -5,6 +5,9 @@
 // machines.
 #include "attention_cpu.h"
 
+#include <cstdlib>
+#include <cstring>
+
 namespace mmi {
 
 using Rows = void (*)(const Attention&, int32_t b, int32_t h, int32_t first, int32_t last);
@@ -23,17 +26,24 @@ void rows(const Attention&, int32_t b, int32_t h, int32_t first, int32_t last);
 
 namespace {
 
-constexpr int32_t kQueriesPerTask = 32;
+constexpr int32_t kQueriesPerTask = 256;  // a head's slice of an image is copied once for so many
 constexpr int64_t kSmall = 1 << 19;  // multiply-adds; about 20 microseconds of one core
 
+// The best instruction set of this processor; MMI_CPU=base or avx2 asks for a lesser one.
 Rows choose() {
 #ifdef MMI_X86
+  const char* asked = std::getenv("MMI_CPU");
+  const bool base_only = asked != nullptr && std::strcmp(asked, "base") == 0;
+  const bool no_avx512 = asked != nullptr && std::strcmp(asked, "avx2") == 0;
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
+  if (!base_only && !no_avx512 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw")) {
     return avx512::rows;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::rows;
+  if (!base_only && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return avx2::rows;
+  }
 #endif
   return base::rows;
 }

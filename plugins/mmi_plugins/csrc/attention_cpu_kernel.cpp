@@ -3,7 +3,14 @@
 // Written in the vector extensions of GCC and Clang: 16 floats at a time, which become whatever
 // registers the instruction set has. The points of one image fit into one vector, so locations and
 // corner shares are computed for all points at once; then every corner adds a row of channels.
+//
+// Few queries read the pool where it lies. Many first copy a head's slice of an image to one place,
+// as floats: in the pool its rows lie h*d numbers apart, often a power of two, so that they fall on
+// few lines of the caches and each on a page of its own.
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <type_traits>
 
 #include "attention.h"
 
@@ -151,16 +158,23 @@ MMI_INLINE Floats exp_of(Floats x) {
   return only(alive, y * bits_of(power));
 }
 
-MMI_INLINE float greatest(Floats x) {
-  float most = x[0];
-  for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+typedef float QuarterFloats __attribute__((vector_size(16)));
+
+// The lanes folded onto four by `join`, then the four.
+template <typename Join>
+MMI_INLINE float folded(Floats x, Join join) {
+  HalfFloats eight[2];
+  std::memcpy(eight, &x, sizeof(x));
+  const HalfFloats half = join(eight[0], eight[1]);
+  QuarterFloats four[2];
+  std::memcpy(four, &half, sizeof(half));
+  const QuarterFloats quarter = join(four[0], four[1]);
+  const float left = join(quarter[0], quarter[1]), right = join(quarter[2], quarter[3]);
+  return join(left, right);
 }
 
-MMI_INLINE float sum(Floats x) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
+MMI_INLINE float greatest(Floats x) {
+  return folded(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // ---- corners -------------------------------------------------------------------------------
@@ -202,36 +216,41 @@ MMI_INLINE void find_corners(Floats x, Floats y, Floats weight, int32_t height, 
 
 // ---- sums of channels ----------------------------------------------------------------------
 
-// The accumulator of one head of float channels in registers: kUnits vectors of type V.
+MMI_INLINE void write(const float* from, int count, float by, float* to) {
+  for (int i = 0; i < count; ++i) to[i] = from[i] * by;
+}
+
+template <typename T>
+MMI_INLINE void write(const float* from, int count, float by, T* to) {
+  for (int i = 0; i < count; ++i) narrow(from[i] * by, to + i);
+}
+
+// The sum of one head of float channels: kUnits vectors of type V, in registers.
 template <typename V, int kUnits>
 struct Registers {
-  using T = float;
+  using Element = float;
+  static constexpr int kWidth = sizeof(V) / sizeof(float);
   V sum[kUnits];
 
   MMI_INLINE void start(const float* null_value, int32_t) {
-    for (int i = 0; i < kUnits; ++i) {
-      sum[i] = null_value ? load<V>(null_value + i * (sizeof(V) / 4)) : V{};
-    }
+    for (int i = 0; i < kUnits; ++i) sum[i] = null_value ? load<V>(null_value + i * kWidth) : V{};
   }
   MMI_INLINE void scale(float by, int32_t) {
     for (int i = 0; i < kUnits; ++i) sum[i] *= by;
   }
   MMI_INLINE void add(const float* const row[4], const float share[4], int32_t) {
     for (int i = 0; i < kUnits; ++i) {
-      const int at = i * static_cast<int>(sizeof(V) / 4);
+      const int at = i * kWidth;
       sum[i] += share[0] * load<V>(row[0] + at) + share[1] * load<V>(row[1] + at);
       sum[i] += share[2] * load<V>(row[2] + at) + share[3] * load<V>(row[3] + at);
     }
   }
-  MMI_INLINE void write(float* to, float by, int32_t) {
-    for (int i = 0; i < kUnits; ++i) store(to + i * (sizeof(V) / 4), sum[i] * by);
-  }
 };
 
 // The same for any type and head size, 8 channels at a time.
-template <typename Element>
+template <typename T>
 struct Memory {
-  using T = Element;
+  using Element = T;
   HalfFloats sum[kMostChannels / 8];
 
   MMI_INLINE void start(const float* null_value, int32_t d) {
@@ -248,137 +267,261 @@ struct Memory {
       sum[i] += share[2] * channels(row[2] + 8 * i) + share[3] * channels(row[3] + 8 * i);
     }
   }
-  MMI_INLINE void write(T* to, float by, int32_t d) {
-    for (int i = 0; i < d; ++i) narrow(sum[i / 8][i % 8] * by, to + i);
+};
+
+// ---- one query and one image ---------------------------------------------------------------
+
+// `count` numbers as floats, 8 at a time; never reads beyond them.
+template <typename T>
+MMI_INLINE void widen(const T* from, int count, float* to) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8) store(to + i, channels(from + i));
+  for (; i < count; ++i) to[i] = scalar(from[i]);
+}
+
+// Pairs (x, y) of points as one vector of each.
+MMI_INLINE void unpair(const float* pairs, Floats* x, Floats* y) {
+  float xs[kLanes], ys[kLanes];
+  for (int p = 0; p < kLanes; ++p) {
+    xs[p] = pairs[2 * p];
+    ys[p] = pairs[2 * p + 1];
+  }
+  *x = load<Floats>(xs);
+  *y = load<Floats>(ys);
+}
+
+// What all queries of one head share.
+struct Head {
+  const Attention& call;
+  int32_t b, h;
+  int entries, vectors;  // logits of one image, and how many vectors they take
+  int64_t stride;        // numbers from one cell of the pool to the next
+
+  Head(const Attention& given, int32_t batch, int32_t head)
+      : call(given),
+        b(batch),
+        h(head),
+        entries(given.l * given.p),
+        vectors((entries + kLanes - 1) / kLanes),
+        stride(int64_t{given.h} * given.d) {}
+
+  int64_t row(int32_t q) const { return (int64_t{b} * call.q + q) * call.h + h; }
+
+  // Relative position of image m as query q sees it; 0 where it does not.
+  int32_t position(int32_t q, int32_t m) const {
+    const int32_t seen = call.position_queries == 1 ? 0 : q;
+    const int32_t r =
+        call.image_position[(int64_t{b} * call.position_queries + seen) * call.m + m];
+    const int32_t slot = call.image_slot[int64_t{b} * call.m + m];
+    return r > 0 && r < call.r && slot >= 0 && slot < call.n ? r : 0;
+  }
+
+  // The head's channels of the first cell of image m, which must be visible.
+  template <typename T>
+  const T* image(int32_t m) const {
+    const int64_t slot = call.image_slot[int64_t{b} * call.m + m];
+    return static_cast<const T*>(call.value) + slot * call.s * stride + int64_t{h} * call.d;
   }
 };
 
-// ---- rows ----------------------------------------------------------------------------------
-
-// What a query says before any image is looked at, in vectors.
-template <typename T>
+// A query's own numbers, and the running softmax of what it has seen.
+template <typename Sum>
 struct Query {
-  // Less their greatest, `zero`, so that adding a table's small numbers loses nothing of them when
-  // all are far from 0; kNever beyond the last.
-  float logits[kMostEntries];
-  float zero = kNever;
-  float x[kLanes] = {}, y[kLanes] = {};
+  // Less their greatest, so that adding a table's small numbers loses nothing of them when all are
+  // far from 0; kNever beyond the last.
+  Floats logits[kMostEntries / kLanes];
+  Floats x, y;  // offsets
   float reference_x, reference_y;
+  Sum sum;
+  float most, total;
 
-  MMI_INLINE Query(const Attention& call, int64_t row, int32_t q) {
-    const int entries = call.l * call.p;
-    const T* logit = static_cast<const T*>(call.logits) + row * entries;
-    const T* offset = static_cast<const T*>(call.offsets) + row * call.p * 2;
-    for (int i = 0; i < entries; ++i) {
-      logits[i] = scalar(logit[i]);
-      zero = logits[i] > zero ? logits[i] : zero;
+  template <typename T>
+  MMI_INLINE void start(const Head& head, int32_t q) {
+    const Attention& call = head.call;
+    const int64_t row = head.row(q);
+    float given[kMostEntries], pairs[2 * kLanes] = {};
+    for (int i = 0; i < head.vectors; ++i) store(given + i * kLanes, all(kNever));
+    widen(static_cast<const T*>(call.logits) + row * head.entries, head.entries, given);
+    widen(static_cast<const T*>(call.offsets) + row * call.p * 2, 2 * call.p, pairs);
+    unpair(pairs, &x, &y);
+    Floats highest = all(kNever);
+    for (int i = 0; i < head.vectors; ++i) {
+      logits[i] = load<Floats>(given + i * kLanes);
+      highest = logits[i] > highest ? logits[i] : highest;
     }
-    for (int i = 0; i < entries; ++i) logits[i] -= zero;
-    for (int i = entries; i < kMostEntries; ++i) logits[i] = kNever;
-    for (int p = 0; p < call.p; ++p) {
-      x[p] = scalar(offset[2 * p]);
-      y[p] = scalar(offset[2 * p + 1]);
-    }
+    const float zero = greatest(highest);
+    for (int i = 0; i < head.vectors; ++i) logits[i] -= zero;
     const float* point = call.reference + (call.reference_queries == 1 ? 0 : int64_t{q} * 2);
     reference_x = point[0];
     reference_y = point[1];
+    const float* null_value = call.null_value + int64_t{head.h} * call.d;
+    sum.start(call.null_slot ? null_value : nullptr, call.d);
+    most = call.null_slot ? -zero : kNever;
+    total = call.null_slot ? 1.0f : 0.0f;
   }
-};
 
-// One (b, q, h): a running softmax over the visible images, so that any number will do.
-template <typename Sum>
-MMI_INLINE void row(const Attention& call, int32_t b, int32_t q, int32_t h) {
-  using T = typename Sum::T;
-  const int64_t row = (int64_t{b} * call.q + q) * call.h + h;
-  const int entries = call.l * call.p;
-  const int vectors = (entries + kLanes - 1) / kLanes;
-  const float per_cell = 1.0f / call.base_grid;
-  const Query<T> query(call, row, q);
-  const int32_t* position =
-      call.image_position +
-      (int64_t{b} * call.position_queries + (call.position_queries == 1 ? 0 : q)) * call.m;
-  const int32_t* slots = call.image_slot + int64_t{b} * call.m;
-  const int64_t stride = int64_t{call.h} * call.d;
-
-  Sum accumulator;
-  accumulator.start(call.null_slot ? call.null_value + int64_t{h} * call.d : nullptr, call.d);
-  float most = call.null_slot ? -query.zero : kNever, total = call.null_slot ? 1.0f : 0.0f;
-  for (int32_t m = 0; m < call.m; ++m) {
-    const int32_t r = position[m], slot = slots[m];
-    if (r <= 0 || r >= call.r || slot < 0 || slot >= call.n) continue;
-
-    const int64_t table = int64_t{r} * call.h + h;
+  // Adds an image at relative position r; `image` holds its cells `stride` numbers apart.
+  MMI_INLINE void look(const Head& head, int32_t r, const typename Sum::Element* image,
+                       int64_t stride) {
+    const Attention& call = head.call;
+    const int64_t table = int64_t{r} * call.h + head.h;
     float weight[kMostEntries + kLanes] = {}, moved[2 * kLanes] = {};
-    std::memcpy(weight, call.logit_table + table * entries, sizeof(float) * entries);
-    std::memcpy(moved, call.offset_table + table * call.p * 2, sizeof(float) * 2 * call.p);
+    widen(call.logit_table + table * head.entries, head.entries, weight);
+    widen(call.offset_table + table * call.p * 2, 2 * call.p, moved);
 
     Floats score[kMostEntries / kLanes], highest = all(kNever);
-    for (int i = 0; i < vectors; ++i) {
-      score[i] = load<Floats>(query.logits + i * kLanes) + load<Floats>(weight + i * kLanes);
+    for (int i = 0; i < head.vectors; ++i) {
+      score[i] = logits[i] + load<Floats>(weight + i * kLanes);
       highest = score[i] > highest ? score[i] : highest;
     }
     const float new_most = greatest(highest);
     if (new_most > most) {
       const float fade = exp_of(all(most - new_most))[0];
-      accumulator.scale(fade, call.d);
+      sum.scale(fade, call.d);
       total *= fade;
       most = new_most;
     }
     Floats powers = {};
-    for (int i = 0; i < vectors; ++i) {
+    for (int i = 0; i < head.vectors; ++i) {
       score[i] = exp_of(score[i] - most);
       powers += score[i];
       store(weight + i * kLanes, score[i]);
     }
-    total += sum(powers);
+    total += folded(powers, [](auto a, auto b) { return a + b; });
 
-    Floats x, y;
-    for (int p = 0; p < kLanes; ++p) {
-      x[p] = moved[2 * p];
-      y[p] = moved[2 * p + 1];
-    }
-    x = query.reference_x + (x + load<Floats>(query.x)) * per_cell;
-    y = query.reference_y + (y + load<Floats>(query.y)) * per_cell;
-    const T* image =
-        static_cast<const T*>(call.value) + slot * call.s * stride + int64_t{h} * call.d;
+    const float per_cell = 1.0f / call.base_grid;
+    Floats moved_x, moved_y;
+    unpair(moved, &moved_x, &moved_y);
+    const Floats at_x = reference_x + (x + moved_x) * per_cell;
+    const Floats at_y = reference_y + (y + moved_y) * per_cell;
     for (int l = 0; l < call.l; ++l) {
       Corners corners;
-      find_corners(x, y, load<Floats>(weight + l * call.p), call.level_height[l],
+      find_corners(at_x, at_y, load<Floats>(weight + l * call.p), call.level_height[l],
                    call.level_width[l], &corners);
       for (int p = 0; p < call.p; ++p) {
         float share[4];
-        const T* corner[4];
+        const typename Sum::Element* corner[4];
         for (int c = 0; c < 4; ++c) {
           share[c] = corners.share[c][p];
           corner[c] = image + corners.cell[c][p] * stride;
         }
-        accumulator.add(corner, share, call.d);
+        sum.add(corner, share, call.d);
       }
       image += int64_t{call.level_height[l]} * call.level_width[l] * stride;
     }
   }
-  accumulator.write(static_cast<T*>(call.output) + row * call.d,
-                    total > 0.0f ? 1.0f / total : 0.0f, call.d);
+
+  template <typename T>
+  MMI_INLINE void finish(const Head& head, int32_t q) const {
+    float channels[kMostChannels];
+    std::memcpy(channels, &sum, sizeof(sum));
+    write(channels, head.call.d, total > 0.0f ? 1.0f / total : 0.0f,
+          static_cast<T*>(head.call.output) + head.row(q) * head.call.d);
+  }
+};
+
+// ---- many queries --------------------------------------------------------------------------
+
+// Memory of a thread, kept from call to call.
+struct Scratch {
+  std::unique_ptr<float, decltype(&std::free)> memory{nullptr, &std::free};
+  size_t held = 0;
+
+  // At least so many bytes on a cache line, or nullptr.
+  void* take(size_t bytes) {
+    if (bytes > held) {
+      memory.reset();
+      void* fresh = nullptr;
+      held = posix_memalign(&fresh, 64, bytes) == 0 ? bytes : 0;
+      memory.reset(static_cast<float*>(held ? fresh : nullptr));
+    }
+    return memory.get();
+  }
+};
+
+// Queries read where the pool lies.
+template <typename Sum, typename T>
+void look_in_pool(const Head& head, int32_t first, int32_t last) {
+  for (int32_t q = first; q < last; ++q) {
+    Query<Sum> query;
+    query.template start<T>(head, q);
+    for (int32_t m = 0; m < head.call.m; ++m) {
+      const int32_t r = head.position(q, m);
+      if (r != 0) query.look(head, r, head.image<T>(m), head.stride);
+    }
+    query.template finish<T>(head, q);
+  }
 }
 
-template <typename Sum>
-void all_rows(const Attention& call, int32_t b, int32_t h, int32_t first, int32_t last) {
-  for (int32_t q = first; q < last; ++q) row<Sum>(call, b, q, h);
+// Queries read copies, image by image. False where there is no memory for that.
+template <typename Sum, typename T>
+bool look_in_copies(const Head& head, int32_t first, int32_t last) {
+  const Attention& call = head.call;
+  const int32_t count = last - first;
+  const size_t state = sizeof(Query<Sum>) * count;
+  static thread_local Scratch scratch;
+  void* memory = scratch.take(state + sizeof(float) * call.s * call.d);
+  if (memory == nullptr) return false;
+  auto* queries = static_cast<Query<Sum>*>(memory);
+  auto* copy = reinterpret_cast<float*>(static_cast<char*>(memory) + state);
+
+  for (int32_t i = 0; i < count; ++i) queries[i].template start<T>(head, first + i);
+  for (int32_t m = 0; m < call.m; ++m) {
+    bool copied = false;
+    for (int32_t i = 0; i < count; ++i) {
+      const int32_t r = head.position(first + i, m);
+      if (r == 0) continue;
+      if (!copied) {
+        const T* image = head.image<T>(m);
+        for (int32_t cell = 0; cell < call.s; ++cell) {
+          widen(image + cell * head.stride, call.d, copy + int64_t{cell} * call.d);
+        }
+        copied = true;
+      }
+      queries[i].look(head, r, copy, call.d);
+    }
+  }
+  for (int32_t i = 0; i < count; ++i) queries[i].template finish<T>(head, first + i);
+  return true;
+}
+
+// Whether so many queries read more rows than a copy takes.
+bool worth_copying(const Attention& call, int32_t count) {
+  return int64_t{count} * call.l * call.p * 4 > 4 * int64_t{call.s};
+}
+
+template <typename Sum, typename T>
+void look_with(const Head& head, int32_t first, int32_t last) {
+  if (worth_copying(head.call, last - first) && look_in_copies<Sum, T>(head, first, last)) return;
+  if constexpr (std::is_same_v<T, float>) {
+    look_in_pool<Sum, T>(head, first, last);
+  } else {
+    look_in_pool<Memory<T>, T>(head, first, last);
+  }
+}
+
+template <typename T>
+void look(const Head& head, int32_t first, int32_t last) {
+  switch (head.call.d) {
+    case 16: return look_with<Registers<Floats, 1>, T>(head, first, last);
+    case 32: return look_with<Registers<Floats, 2>, T>(head, first, last);
+    case 40: return look_with<Registers<HalfFloats, 5>, T>(head, first, last);
+    case 64: return look_with<Registers<Floats, 4>, T>(head, first, last);
+    case 80: return look_with<Registers<Floats, 5>, T>(head, first, last);
+    case 128: return look_with<Registers<Floats, 8>, T>(head, first, last);
+    default: return look_with<Memory<float>, T>(head, first, last);
+  }
 }
 
 }  // namespace
 
+// Queries first to last (exclusive) of head h of row b.
 void rows(const Attention& call, int32_t b, int32_t h, int32_t first, int32_t last) {
-  if (call.type == DataType::kFloat16) return all_rows<Memory<Float16>>(call, b, h, first, last);
-  if (call.type == DataType::kBFloat16) return all_rows<Memory<BFloat16>>(call, b, h, first, last);
-  switch (call.d) {
-    case 16: return all_rows<Registers<Floats, 1>>(call, b, h, first, last);
-    case 32: return all_rows<Registers<Floats, 2>>(call, b, h, first, last);
-    case 40: return all_rows<Registers<HalfFloats, 5>>(call, b, h, first, last);
-    case 64: return all_rows<Registers<Floats, 4>>(call, b, h, first, last);
-    case 80: return all_rows<Registers<Floats, 5>>(call, b, h, first, last);
-    case 128: return all_rows<Registers<Floats, 8>>(call, b, h, first, last);
-    default: return all_rows<Memory<float>>(call, b, h, first, last);
+  const Head head(call, b, h);
+  switch (call.type) {
+    case DataType::kFloat32: return look<float>(head, first, last);
+    case DataType::kFloat16: return look<Float16>(head, first, last);
+    case DataType::kBFloat16: return look<BFloat16>(head, first, last);
   }
 }
 

@@ -102,6 +102,12 @@ class OnnxRuntimeKernel:
     def __init__(self, library: Path | None = None, threads: int = 2) -> None:
         self._library, self._threads = library, threads
 
+    @property
+    def library(self) -> Path:
+        """The library, once `missing()` has found nothing missing."""
+        assert self._library is not None, "ask missing() first"
+        return self._library
+
     def missing(self) -> str | None:
         """Why it cannot run here, or None; compiles the library where it never was."""
         try:
