@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
@@ -25,9 +26,9 @@ from mmi_plugins.tensorrt_graph import (
     with_decomposable_attention,
     with_plugin,
 )
-from mmi_plugins.tensorrt_load import PluginLibrary, load_tensorrt_plugin
-from mmi_plugins.tensorrt_stand_in import StandInPlugin, register_stand_in
-from references.tensorrt_builds import add_function, build, one_node, profile_of
+from mmi_plugins.tensorrt_load import PluginLibrary, load_tensorrt_plugin, plugin_creator
+from mmi_plugins.tensorrt_stand_in import FIELDS, StandInPlugin, register_stand_in
+from references.tensorrt_builds import ATTRIBUTES, add_function, build, one_node, profile_of
 
 ARCHITECTURES = ("SM80", "SM89", "SM120")
 TYPES = {
@@ -117,6 +118,31 @@ def test_without_the_plugin_the_parser_names_what_is_missing(rtx: Any) -> None:
 def test_a_second_plugin_of_that_name_is_refused(rtx: Any, plugin: Any) -> None:
     with pytest.raises(EngineError, match="has a plugin mmi::.* already"):
         register_stand_in(rtx)
+
+
+def test_the_stand_in_stores_what_the_library_stores(rtx: Any) -> None:
+    """The same names, types and values as in test_tensorrt_library, so that an engine built with
+    one is read by the other."""
+    kinds = {np.int32: rtx.PluginFieldType.INT32, np.float32: rtx.PluginFieldType.FLOAT32}
+    given = [
+        rtx.PluginField(name, np.atleast_1d(np.array(ATTRIBUTES[name], kind)), kinds[kind])
+        for name, kind in FIELDS.items()
+    ]
+    stand_in = register_stand_in(rtx)
+    try:
+        made = plugin_creator(rtx).create_plugin(
+            "", rtx.PluginFieldCollection(given), rtx.TensorRTPhase.BUILD
+        )
+        fields = list(made.get_fields_to_serialize())
+        stored = {field.name: np.array(field.data).tolist() for field in fields}
+        expected = {name: np.atleast_1d(value).tolist() for name, value in ATTRIBUTES.items()}
+        assert stored == {**expected, "plugin_version": [1]}
+        types = {field.name: field.type for field in fields}
+        assert types == {name: kinds[kind] for name, kind in FIELDS.items()} | {
+            "plugin_version": rtx.PluginFieldType.INT32
+        }
+    finally:
+        stand_in.unregister()
 
 
 # --- the exported graphs ------------------------------------------------------------------------
