@@ -27,7 +27,9 @@ from mmi_deploy.commands.verify import verify
 from mmi_deploy.errors import MmiError
 
 STOPPED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
+
+_signals: list[int] = []
+"""Those that asked us to stop."""
 
 app = typer.Typer(
     name="mmi",
@@ -68,7 +70,7 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="mmi", standalone_mode=False)
         code = code if isinstance(code, int) else 0
-        return _say("stopped", STOPPED) if code == STOPPED else code
+        return _stopped() if code == STOPPED else code
     except TyperException as error:
         if not arguments:
             return 2  # the help is on the screen
@@ -76,15 +78,17 @@ def run(arguments: list[str]) -> int:
         return _say(f"{line}. See `mmi {_command(arguments)}--help`", 2)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        return _say("stopped", code) if code in (STOPPED, TERMINATED) else code
+        return _stopped() if code == STOPPED else code
     except KeyboardInterrupt:
-        return _say("stopped", STOPPED)
+        return _stopped()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `mmi ... | head` is fine
         return 0
     except MmiError as error:
         return _say(str(error), error.exit_code)
     except Exception as error:
+        if _signals:  # a library made an error of its own of it, as imports do
+            return _stopped()
         if "--debug" in arguments:
             raise
         return _unexpected(error)
@@ -121,15 +125,19 @@ def _say(line: str, code: int) -> int:
     return code
 
 
-def _terminate(*_: object) -> None:
-    """Once: a second signal must not interrupt the cleaning up."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(TERMINATED)
+def _stopped() -> int:
+    return _say("stopped", 128 + _signals[0] if _signals else STOPPED)
+
+
+def _stop(number: int, _: object) -> None:
+    _signals.append(number)
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """The program. SIGTERM ends it as Ctrl-C does, so that temporary files go."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -34,6 +34,7 @@ from mmi_deploy.presets import PRESETS, tiny
 from mmi_deploy.runtime.generation import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.tokenizer import Tokenizer
+from mmi_plugins import onnxruntime_library
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(
@@ -74,6 +75,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with write_bundle(tmp_path / "bundle", tiny(), Limits(context=64)) as writer:
         fill(writer)
     monkeypatch.setattr(Runtime, "open", classmethod(lambda cls, *_, **__: fake_runtime()[0]))
+    monkeypatch.setattr(onnxruntime_library, "ensure", lambda: None)  # nothing is compiled
     return tmp_path / "bundle"
 
 
@@ -351,7 +353,7 @@ def forever(*_):
 generation.generate = forever
 """
     before = left_in(tmp_path)
-    process = program(slow, "generate", story, "-o", tmp_path / "out")
+    process = program(slow, "generate", story, "-o", tmp_path / "out", "--kernels", "none")
     assert process.stdout is not None
     while (line := process.stdout.readline()).strip() != "begun":
         assert line, process.communicate()[1]
@@ -360,6 +362,26 @@ generation.generate = forever
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (code, "mmi: stopped\n")
     assert left_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_makes_an_error_of_is_one_still(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """As in an import of compiled code, which ends in an ImportError."""
+    importing = f"""
+import os
+from mmi_deploy import presets
+def interrupted(name):
+    try:
+        os.kill(os.getpid(), {number})
+    except BaseException as error:
+        raise ImportError("initialization failed") from error
+presets.preset = interrupted
+"""
+    process = program(importing, "inspect", "--preset", "tiny")
+    assert process.communicate(timeout=60) == ("", "mmi: stopped\n")
+    assert process.returncode == code
 
 
 # --- inspect and verify ---------------------------------------------------------------------------
