@@ -1,8 +1,9 @@
-"""Static figures of the compiled kernels, and the budget they must keep: `budgets.json`.
+"""Figures of the compiled kernels, and the budget they must keep: `budgets.json`.
 
 `python -m mmi_plugins.budget` compiles every kernel for every architecture with NVRTC, takes the
-machine code apart with cuobjdump and prints the figures beside the budget; `--write` makes them the
-new budget. Nothing runs: what these figures mean for speed is in `docs/mmfs_kernel.md`.
+machine code apart with cuobjdump, counts what the PTX executes in the emulator, and prints the
+figures and what is worse than the budget; `--write` makes them the new budget. Nothing of this is a
+measured time: `docs/mmfs_kernel.md` says what the figures mean for speed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from mmi_deploy.errors import EngineError
 from mmi_plugins import nvrtc
-from mmi_plugins.launch_plan import VARIANTS, Variant
+from mmi_plugins.cases import draw
+from mmi_plugins.launch_plan import TYPES, VARIANTS, Variant
+from mmi_plugins.reference import all_rows
+from mmi_plugins.through.emulator import default_kernel, emulate, sampled_points
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
 
@@ -187,53 +193,109 @@ def _run(what: str, cubin: Path) -> str:
     return done.stdout + done.stderr
 
 
-def budgets() -> tuple[str, dict[str, dict[int, Figures]]]:
-    """The version of NVRTC that the budget was taken with, and the figures by kernel and
-    architecture."""
+@dataclass(frozen=True)
+class Executed:
+    """What the PTX executes for a sampled point of 64 channels, all phases of the kernels
+    together."""
+
+    lane_instructions: float
+    value_bytes: float
+    """Loaded by 128-bit loads, which only values are."""
+
+
+REGIMES: dict[str, tuple[int, dict[str, int]]] = {
+    "decode": (1, {"q": 1, "m": 4}),
+    "decode, 49 images": (13, {"q": 1, "m": 49}),
+    "prefill": (0, {"q": 16, "m": 4}),
+    "unet": (0, {"q": 16, "m": 1}),
+}
+"""Blocks that share a row (`launch_plan.default_parts` of the real sizes), and small sizes."""
+
+
+def executed(regime: str, dtype: str) -> Executed:
+    """Of a call with levels 32, 16 and 8 wide, 8 points and heads of 64 channels."""
+    parts, sizes = REGIMES[regime]
+    fixed = {"dtype": dtype, "b": 1, "n": 4, "h": 2, "p": 8, "d": 64, "r": 60, **sizes}
+    levels = [(32, 32), (16, 16), (8, 8)]
+    options = {"base_grid": 16.0, "null_slot": True, "per_query": True, "references": True}
+    call = draw(np.random.default_rng(3), levels=levels, **fixed, **options)
+    call.inputs["image_position"][:] = np.arange(1, sizes["m"] + 1)
+    done = emulate(call, all_rows(call), default_kernel, parts=parts)
+    points = sampled_points(call, all_rows(call))
+    value_bytes = done.bytes_by_kind["ld", "global", 16]
+    return Executed(round(done.lane_instructions / points, 1), round(value_bytes / points, 1))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was written: the version of NVRTC, figures by kernel and architecture, and what is
+    executed by regime and type."""
+
+    nvrtc: str
+    kernels: dict[str, dict[int, Figures]]
+    executed: dict[str, dict[str, Executed]]
+
+
+def budget() -> Budget:
+    """The budget to keep."""
     stored = json.loads(BUDGETS.read_text())
     kernels = {
         name: {int(architecture): Figures(**of) for architecture, of in by.items()}
         for name, by in stored["kernels"].items()
     }
-    return stored["nvrtc"], kernels
+    counted = {
+        regime: {dtype: Executed(**of) for dtype, of in by.items()}
+        for regime, by in stored["executed"].items()
+    }
+    return Budget(stored["nvrtc"], kernels, counted)
 
 
-def worse(now: Figures, budget: Figures) -> list[str]:
+def worse(now: Figures | Executed, allowed: Figures | Executed) -> list[str]:
     """What got worse than the budget, one line each."""
     lines = []
-    for name, allowed in asdict(budget).items():
+    for name, most in asdict(allowed).items():
         got = getattr(now, name)
-        if allowed is None:
+        if most is None:
             continue
         falls = name in ("warps", "load_bits", "loads_in_flight")
-        if got is None or (got < allowed if falls else got > allowed):
-            lines.append(f"{name}: {got}, budget {allowed}")
+        if got is None or (got < most if falls else got > most):
+            lines.append(f"{name}: {got}, budget {most}")
     return lines
 
 
 def write() -> None:
     """Make today's figures the budget."""
-    kernels: dict[str, dict[str, dict[str, float | None]]] = {}
-    for architecture in ARCHITECTURES:
-        for name, of in figures(architecture).items():
-            kernels.setdefault(name, {})[str(architecture)] = asdict(of)
-    text = json.dumps({"nvrtc": nvrtc.version(), "kernels": kernels}, indent=1)
+    today = Budget(
+        nvrtc.version(),
+        {
+            variant.name: {a: figures(a)[variant.name] for a in ARCHITECTURES}
+            for variant in VARIANTS
+        },
+        {regime: {dtype: executed(regime, dtype) for dtype in TYPES} for regime in REGIMES},
+    )
+    text = json.dumps(asdict(today), indent=1)
     text = re.sub(r"\n    +", " ", text).replace("\n   }", " }")  # a line an architecture
     BUDGETS.write_text(text + "\n")
 
 
 def main(arguments: list[str]) -> None:
-    """Print every kernel's figures on every architecture."""
+    """Print all figures."""
     if reason := missing():
         raise SystemExit(reason)
     if "--write" in arguments:
         write()
-    _, budget = budgets()
-    for name in budget:
-        for architecture in ARCHITECTURES:
-            now = figures(architecture)[name]
-            words = "  ".join(f"{key} {value}" for key, value in asdict(now).items())
-            print(f"{name} sm_{architecture}  {words}", *worse(now, budget[name][architecture]))
+    allowed = budget()
+    for name, by_architecture in allowed.kernels.items():
+        for architecture, most in by_architecture.items():
+            _print(f"{name} sm_{architecture}", figures(architecture)[name], most)
+    for regime, by_type in allowed.executed.items():
+        for dtype, counted in by_type.items():
+            _print(f"{regime} {dtype}", executed(regime, dtype), counted)
+
+
+def _print(name: str, now: Figures | Executed, most: Figures | Executed) -> None:
+    words = "  ".join(f"{key} {value}" for key, value in asdict(now).items())
+    print("  ".join([name, words, *(f"WORSE {line}" for line in worse(now, most))]))
 
 
 if __name__ == "__main__":

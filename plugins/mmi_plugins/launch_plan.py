@@ -137,6 +137,8 @@ def launch_plan(call: Call, addresses: Mapping[str, int], parts: int | None = No
     unit = sizes["h"] * sizes["d"] * (4 if call.dtype == "float32" else 2) // 16
     if sizes["n"] * sizes["s"] > 2**32 // unit:
         raise EngineError(f"{NAME}: value is larger than 64 GiB")
+    if call.rows >= 2**31:
+        raise EngineError(f"{NAME}: more than 2^31 output rows")
     if max(sizes["h"], sizes["b"]) > constant("kMostGrid"):
         raise EngineError(f"{NAME}: more than 65535 heads or batch rows")
     parameter = _problem(call, addresses, parts)

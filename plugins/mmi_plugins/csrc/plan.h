@@ -90,6 +90,7 @@ inline const char* plan_refusal(const Attention& call) {
   if (int64_t{call.n} * call.s > (int64_t{1} << 32) / units) {
     return "value is larger than 64 GiB";
   }
+  if (rows_of(call) > INT32_MAX) return "more than 2^31 output rows";
   if (call.h > kMostGrid || call.b > kMostGrid) return "more than 65535 heads or batch rows";
   const void* const wide[] = {call.value,       call.offsets,    call.logits, call.offset_table,
                               call.logit_table, call.null_value, call.output};
