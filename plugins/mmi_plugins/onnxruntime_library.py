@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -148,8 +149,12 @@ def _compile(program: str, scratch: Path) -> Path:
         if on_x86 or not flags:
             named = (f"-DMMI_VARIANT={variant}", *flags)
             jobs.append(("attention_cpu_kernel.cpp", named, f"kernel_{variant}.o"))
-    for source, flags, made in jobs:
-        _run([program, *_FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(scratch / made)])
+    commands = [
+        [program, *_FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(scratch / made)]
+        for source, flags, made in jobs
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, commands))
     library = scratch / NAME
     link = _LINK if platform.system() == "Linux" else _LINK[:1]
     _run([program, *link, *(str(scratch / made) for _, _, made in jobs), "-o", str(library)])

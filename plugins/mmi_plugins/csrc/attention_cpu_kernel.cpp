@@ -502,15 +502,15 @@ void look_with(const Head& head, int32_t first, int32_t last) {
 
 template <typename T>
 void look(const Head& head, int32_t first, int32_t last) {
+#ifdef __AVX2__  // otherwise too few registers to be worth the compiler's time
   switch (head.call.d) {
-    case 16: return look_with<Registers<Floats, 1>, T>(head, first, last);
     case 32: return look_with<Registers<Floats, 2>, T>(head, first, last);
-    case 40: return look_with<Registers<HalfFloats, 5>, T>(head, first, last);
     case 64: return look_with<Registers<Floats, 4>, T>(head, first, last);
     case 80: return look_with<Registers<Floats, 5>, T>(head, first, last);
     case 128: return look_with<Registers<Floats, 8>, T>(head, first, last);
-    default: return look_with<Memory<float>, T>(head, first, last);
   }
+#endif
+  look_with<Memory<float>, T>(head, first, last);
 }
 
 }  // namespace

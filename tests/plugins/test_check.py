@@ -1,0 +1,94 @@
+"""The checker finds what is wrong, says what it could not run, and knows its exit codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mmi_plugins import check as checker
+from mmi_plugins.cases import draws, write_case
+from mmi_plugins.operator import Call
+from mmi_plugins.reference import attention, output_of
+
+
+@dataclass
+class Fake:
+    """The reference, off by `off`."""
+
+    name: str = "fake"
+    off: float = 0.0
+    most_rows: int | None = None
+    lacks: str | None = None
+    seen: int = 0
+
+    def missing(self) -> str | None:
+        return self.lacks
+
+    def refuses(self, call: Call) -> str | None:
+        return "no float16 here" if call.dtype == "float16" else None
+
+    def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
+        self.seen = len(rows)
+        if self.off != self.off:
+            raise RuntimeError("it broke\nbadly")
+        return attention(call, rows) * (1 + self.off)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for index, dtype in enumerate(("float32", "float16", "bfloat16")):
+        for _, call in draws(index, 1, q=17, h=2, dtype=dtype, null_slot=True):
+            write_case(tmp_path / f"{dtype}.npz", call, output_of(call, attention(call)))
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake) -> tuple[int, str]:
+    monkeypatch.setattr(checker, "IMPLEMENTATIONS", {"fake": lambda: fake})
+    import typer
+
+    app = typer.Typer()
+    app.command()(checker.main)
+    result = CliRunner().invoke(app, [str(folder), "--through", "fake"])
+    return result.exit_code, result.output
+
+
+def test_what_is_right_passes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "float16.npz").unlink()
+    code, output = run(monkeypatch, folder, Fake(off=1e-7))
+    assert code == 0 and "2 passed, 0 failed, 0 not run" in output
+
+
+def test_the_tolerance_is_that_of_the_type(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    code, output = run(monkeypatch, folder, Fake(off=1e-3))
+    assert code == 1 and "1 passed, 1 failed, 1 not run" in output
+    code, output = run(monkeypatch, folder, Fake(off=1e-2))
+    assert code == 1 and "0 passed, 2 failed, 1 not run" in output
+
+
+def test_what_breaks_has_failed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    code, output = run(monkeypatch, folder, Fake(off=float("nan")))
+    assert code == 1 and "it broke" in output and "badly" not in output
+
+
+def test_what_is_missing_was_not_run(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    code, output = run(monkeypatch, folder, Fake(lacks="there is no such tool"))
+    assert code == 2 and "there is no such tool" in output and "3 not run" in output
+
+
+def test_large_cases_are_run_in_part(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    fake = Fake(most_rows=5)
+    code, output = run(monkeypatch, folder, fake)
+    assert fake.seen == 5 and "5 of" in output
+
+
+def test_what_cannot_be_read_has_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken.npz").write_bytes(b"?")
+    code, output = run(monkeypatch, tmp_path, Fake())
+    assert code == 1 and "1 failed" in output and "cannot be" in output
+    (tmp_path / "broken.npz").unlink()
+    code, output = run(monkeypatch, tmp_path, Fake())
+    assert code == 2 and "holds no case" in output
