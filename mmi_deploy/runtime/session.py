@@ -52,6 +52,8 @@ class Session:
         self._logits = memory.allocate((1, 1, self.config.llama.vocab), np.float32)
         self._done = 0  # tokens that the LLM has seen
         self._marks: list[int] = []  # the `<s>` and begin-of-image tokens among them
+        # What the next token sees, where the last one read was no such token: nothing has changed.
+        self._sight: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
         self._unencoded: list[Array] = []  # pixels [3, side, side] of the images that wait
         self._unread: list[Buffer] = []  # visual tokens of those that were encoded since
 
@@ -162,6 +164,7 @@ class Session:
             engine.run(inputs, {"logits": self._logits, "hidden": hidden})
         self._done = last
         self._marks += [token for token in ids if token in (tokens.bos, tokens.boi)]
+        self._sight = None if ids[-1] in (tokens.bos, tokens.boi) else (slot, position[:, -1:])
         self._unread.clear()
 
     def _visual(self, ids: list[int]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -179,8 +182,11 @@ class Session:
         Only where documents and images begin matters, so earlier tokens are left out except these:
         what is found for the new ones is the same as over the whole row.
         """
-        row = np.array([self._marks + ids])
         tokens, seen = self.config.tokens, self.config.llm_mmfs.images_seen
+        if self._sight is not None and tokens.bos not in ids and tokens.boi not in ids:
+            slot, position = self._sight
+            return slot, position.repeat(len(ids), axis=1)
+        row = np.array([self._marks + ids])
         begun = int((row == tokens.boi).sum())
         position = image_positions(row, tokens, begun, seen)[:, len(self._marks) :]
         images = np.flatnonzero(position.any(axis=(0, 1)))
