@@ -11,7 +11,7 @@ Letters are those of `operator`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -144,11 +144,16 @@ multi_image_deformable_attention.register_autograd(_differentiate, setup_context
 
 def _implementation(value: Tensor) -> Any:
     """The module whose `forward` and `backward` take tensors like `value`."""
-    if value.is_cuda and value.dtype != torch.float64 and find_spec("triton"):
+    if value.is_cuda and value.dtype != torch.float64 and _has_triton():
         from mmi_plugins import triton_kernels
 
         return triton_kernels
     return torch_kernel
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _check(problem: Problem) -> None:
