@@ -4,189 +4,24 @@
 // What makes them fast: a warp works on one output row (b, q, h), or on a share of one. Lanes first
 // each own a (visible image, point) pair and take its location, once for all levels; then each owns
 // an entry (pair, level) and leaves its corners' weights and cells in shared memory, entries that
-// touch the map first. Then all lanes gather, 128 bits a lane, several loads in flight. For 16-bit
-// values the weighted sum is a tensor-core product in fp32: the four lanes of a quad hold the four
-// corners of a point, so a load is an A fragment as it stands, and the weights are B, split into a
-// high and a low half so that they keep 22 bits (fp16) or 16 (bf16). For fp32 values it is FMAs.
+// touch the map first. Then all lanes gather, 128 bits a lane, several loads in flight, and sum on
+// the tensor cores (sum.cuh).
 //
-// Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
-// encoded images, s feature cells of one image, r rows of the tables. A unit is 16 bytes of value.
+// Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool
+// of encoded images, s feature cells of one image, r rows of the tables. A unit is 16 bytes of value.
 #pragma once
 
-#include "problem.h"
-
-#ifdef MMI_SHIM
-#include "shim/device.h"
-#endif
+#include "device.cuh"
+#include "location.cuh"
+#include "sum.cuh"
 
 namespace mmi {
 
-constexpr int kTable = 40;          // entries: 32 lanes, and what fp32 lane groups read beyond
-constexpr int kRowBlocks = 8;       // blocks an SM should hold: 64 registers a thread,
-constexpr int kRowLoads = 4;        // which is 4 loads of 128 bits in flight
-constexpr int kSplitBlocks = 2;     // 128 registers: a few rows cannot fill an SM,
-constexpr int kSplitLoads = 8;      // so that only loads in flight hide latency
-constexpr float kLowest = -3.0e38f; // below every logit; -inf would make NaN of a difference
-constexpr unsigned kAll = 0xffffffffu;
-
-#ifndef MMI_SHIM
-#define MMI_DEVICE __device__ __forceinline__
-#define MMI_SHARED(Type, name, count) __shared__ Type name[count]
-
-MMI_DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-MMI_DEVICE float inverse_of(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-MMI_DEVICE float to_float(Half x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-}
-// Two numbers rounded and packed, `low` in the lower 16 bits.
-MMI_DEVICE unsigned pack(Half, float low, float high) {
-  unsigned y;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
-MMI_DEVICE unsigned pack(BFloat16, float low, float high) {
-  unsigned y;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
-// The 16 bytes at base + 16 * unit: one multiply-add for the 64-bit address. Volatile, so that
-// several are on their way before the first is used.
-MMI_DEVICE uint4 gather(const void* base, unsigned unit) {
-  uint4 x;
-  asm volatile(
-      "{\n .reg .u64 at;\n mad.wide.u32 at, %5, 16, %4;\n"
-      " ld.global.nc.v4.u32 {%0, %1, %2, %3}, [at];\n}"
-      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-      : "l"(base), "r"(unit));
-  return x;
-}
-#define MMI_MMA(TYPE)                                                                      \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                      \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                            \
-               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1))
-// c += a b on the tensor cores, by all lanes together.
-MMI_DEVICE void multiply(Half, float (&c)[4], uint4 a, unsigned b0, unsigned b1) {
-  MMI_MMA("f16");
-}
-MMI_DEVICE void multiply(BFloat16, float (&c)[4], uint4 a, unsigned b0, unsigned b1) {
-  MMI_MMA("bf16");
-}
-#undef MMI_MMA
-#endif  // MMI_SHIM
-
-MMI_DEVICE int lane_of() { return threadIdx.x % kLanes; }
-
-MMI_DEVICE float to_float(float x) { return x; }
-MMI_DEVICE float to_float(BFloat16 x) { return __uint_as_float(unsigned{x.bits} << 16); }
-MMI_DEVICE unsigned pack(float, float weight, float) { return __float_as_uint(weight); }
-
-template <class T>
-MMI_DEVICE float load(const T* from) { return to_float(*from); }
-
-template <class T>
-MMI_DEVICE float2 load_pair(const T* from) {
-  const unsigned both = __ldg(reinterpret_cast<const unsigned*>(from));
-  const T x{static_cast<unsigned short>(both)}, y{static_cast<unsigned short>(both >> 16)};
-  return make_float2(to_float(x), to_float(y));
-}
-MMI_DEVICE float2 load_pair(const float* from) {
-  return __ldg(reinterpret_cast<const float2*>(from));
-}
-
-template <class T>
-MMI_DEVICE void store(T* to, const float (&x)[4]) {  // four channels, at a multiple of four
-  *reinterpret_cast<uint2*>(to) = make_uint2(pack(T{}, x[0], x[1]), pack(T{}, x[2], x[3]));
-}
-MMI_DEVICE void store(float* to, const float (&x)[4]) {
-  *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
-}
-
-// e^x to about 1 ulp for x <= 0; 0 below -87, NaN for NaN.
-MMI_DEVICE float power(float x, float rest = 0.0f) {
-  x = x < -120.0f ? -120.0f : x + rest;
-  const float scaled = __fmul_rn(x, 1.44269502f);
-  const float lost = fmaf(x, 1.92596303e-8f, fmaf(x, 1.44269502f, -scaled));
-  const float y = exp2_fast(scaled);
-  return fmaf(y, lost * 0.693147181f, y);
-}
-
-// A number as an unevaluated sum of two floats. Plain fp32 locations are 1e-6 pixels off on a map
-// 32 wide, which alone costs more than the 1e-6 that fp32 outputs are allowed.
-struct Twofold { float whole, rest; };
-
-MMI_DEVICE Twofold two_sum(float a, float b) {  // exact (Knuth)
-  const float sum = a + b;
-  const float part = sum - a;
-  return {sum, (a - (sum - part)) + (b - part)};
-}
-
-// reference + (offset + table) / base_grid
-MMI_DEVICE Twofold moved_by(float reference, float offset, float table, const Problem& call) {
-  const Twofold moved = two_sum(offset, table);
-  const float step = __fmul_rn(moved.whole, call.inverse_grid);
-  const float lost = fmaf(moved.whole, call.inverse_grid, -step) +
-                     fmaf(moved.rest, call.inverse_grid, moved.whole * call.inverse_grid_rest);
-  const Twofold location = two_sum(reference, step);
-  return {location.whole, location.rest + lost};
-}
-
-// The two cells that a location lies between along one side of a map, and their shares: 0 outside.
-struct Between {
-  float near_share, far_share;
-  int near_cell, far_cell;  // within the map always
-  bool touches;             // either cell is inside
-};
-
-MMI_DEVICE Between between(Twofold location, int side) {
-  const float length = static_cast<float>(side);
-  const float product = __fmul_rn(location.whole, length);
-  const float lost = fmaf(location.whole, length, -product) + location.rest * length;
-  const float pixel = product - 0.5f;
-  const float low = floorf(pixel);
-  // Not refloored: bilinear weights just below 0 or above 1 are right to first order.
-  const float part = (pixel - low) + lost;
-  // Clamped as float, where NaN turns into -2: any location makes a valid integer.
-  const int cell = static_cast<int>(fminf(fmaxf(low, -2.0f), length));
-  const bool near_inside = static_cast<unsigned>(cell) < static_cast<unsigned>(side);
-  const bool far_inside = static_cast<unsigned>(cell + 1) < static_cast<unsigned>(side);
-  return {near_inside ? 1.0f - part : 0.0f, far_inside ? part : 0.0f,
-          min(max(cell, 0), side - 1), min(max(cell + 1, 0), side - 1),
-          near_inside || far_inside};
-}
-
-MMI_DEVICE float warp_maximum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step >>= 1) x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
-  return x;
-}
-MMI_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(kAll, x, step);
-  return x;
-}
-
-// A corner of a sampled point. `weight` is float bits, or high | low << 16 in T.
-struct alignas(8) Corner { unsigned weight, unit; };
-
-template <class T>
-MMI_DEVICE unsigned packed_weight(float weight) {
-  const unsigned high = pack(T{}, weight, 0.0f);
-  const T rounded{static_cast<unsigned short>(high)};
-  return pack(T{}, weight, weight - to_float(rounded));
-}
-template <>
-MMI_DEVICE unsigned packed_weight<float>(float weight) { return __float_as_uint(weight); }
+constexpr int kRowBlocks = 8;    // blocks an SM should hold: 64 registers a thread,
+constexpr int kRowLoads = 4;     // which is 4 loads of 128 bits in flight
+constexpr int kSplitBlocks = 2;  // 128 registers: a few rows cannot fill an SM,
+constexpr int kSplitLoads = 8;   // so that only loads in flight hide latency
+constexpr float kLowest = -3.0e38f;  // below every logit; -inf would make NaN of a difference
 
 // What a warp keeps in shared memory.
 struct alignas(16) Scratch {
@@ -194,135 +29,6 @@ struct alignas(16) Scratch {
   Twofold score[kMaximumLevels * kLanes];
   int4 level[kMaximumLevels];  // height, width, first cell
   int2 image[kLanes];          // slot and table row of a visible image
-};
-
-// The weighted sum of one row over the lanes of a warp; kLoads are in flight together. 16-bit T: lane = 4 * octet + corner, where
-// an octet is 8 channels; a second product where a row has more than 8 octets.
-template <class T, bool kWide, int kLoads>
-struct Sum {
-  static constexpr int kProducts = kWide ? 2 : 1;
-  static constexpr int kUnroll = kLoads / kProducts;
-  float c[kProducts][4] = {};
-  const uint4* base[kProducts];
-  unsigned select0, select1;
-
-  MMI_DEVICE Sum(const Problem& call, int h) {
-    const int octet = lane_of() >> 2, octets = call.d / 8;
-    const uint4* head = static_cast<const uint4*>(call.value) + h * octets;
-    // Lanes beyond the last octet load it again: no predicate, no further cache line.
-#pragma unroll
-    for (int i = 0; i < kProducts; ++i) base[i] = head + min(octet + 8 * i, octets - 1);
-    // B[k][n], k = 2 corner + parity (+ 8 for channels 4..7 of an octet): columns 0 and 1 keep the
-    // even and odd channels of 0..3, columns 2 and 3 those of 4..7; 4..7 are the same for the low
-    // halves. This lane's column is `octet`, and __byte_perm's bytes 4..7 are zero.
-    const unsigned half = octet < 4 ? 0x10u : 0x32u;
-    const unsigned placed = octet & 1 ? half << 8 | 0x44u : half | 0x4400u;
-    select0 = octet & 2 ? 0x4444u : placed;
-    select1 = octet & 2 ? placed : 0x4444u;
-  }
-
-  MMI_DEVICE void scale(float by) {
-#pragma unroll
-    for (int i = 0; i < kProducts; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) c[i][j] *= by;
-    }
-  }
-
-  // Adds the first `count` entries; those after them, up to a multiple of kUnroll, weigh nothing.
-  MMI_DEVICE void add(const Corner (*table)[4], int count) {
-#pragma unroll 1
-    for (int first = 0; first < count; first += kUnroll) {
-      Corner at[kUnroll];
-      uint4 loaded[kUnroll][kProducts];
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) at[i] = table[first + i][lane_of() & 3];
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-#pragma unroll
-        for (int j = 0; j < kProducts; ++j) loaded[i][j] = gather(base[j], at[i].unit);
-      }
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const unsigned b0 = __byte_perm(at[i].weight, 0, select0);
-        const unsigned b1 = __byte_perm(at[i].weight, 0, select1);
-#pragma unroll
-        for (int j = 0; j < kProducts; ++j) multiply(T{}, c[j], loaded[i][j], b0, b1);
-      }
-    }
-  }
-
-  // Afterwards `c[i]` are the four channels from `channel(call, i)` on, in lanes where that is >= 0.
-  MMI_DEVICE void collect() {
-#pragma unroll
-    for (int i = 0; i < kProducts; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) c[i][j] += __shfl_xor_sync(kAll, c[i][j], 2);
-    }
-  }
-  static MMI_DEVICE int channel(const Problem& call, int i) {
-    const int corner = lane_of() & 3, octet = (lane_of() >> 2) + 8 * i;
-    return corner < 2 && octet < call.d / 8 ? 8 * octet + 4 * corner : -1;
-  }
-};
-
-// fp32: lanes in groups of d / 4, a point a group; lanes left over double the last group's work.
-template <bool kWide, int kLoads>
-struct Sum<float, kWide, kLoads> {
-  static constexpr int kProducts = 1;
-  static constexpr int kUnroll = kLoads / 4;
-  float c[1][4] = {};
-  const float4* base;
-  int group, groups, size;
-
-  MMI_DEVICE Sum(const Problem& call, int h) {
-    size = call.d / 4;
-    groups = kLanes / size;
-    group = min(lane_of() / size, groups - 1);
-    base = static_cast<const float4*>(call.value) + h * size + lane_of() % size;
-  }
-
-  MMI_DEVICE void scale(float by) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) c[0][j] *= by;
-  }
-
-  MMI_DEVICE void add(const Corner (*table)[4], int count) {
-    for (int first = group; first < count + group; first += kUnroll * groups) {
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const uint4* at = reinterpret_cast<const uint4*>(table[first + i * groups]);
-        const uint4 near = at[0], far = at[1];  // weight, unit, weight, unit
-        accumulate(near.x, gather(base, near.y));
-        accumulate(near.z, gather(base, near.w));
-        accumulate(far.x, gather(base, far.y));
-        accumulate(far.z, gather(base, far.w));
-      }
-    }
-  }
-
-  MMI_DEVICE void accumulate(unsigned weight, uint4 v) {
-    c[0][0] = fmaf(__uint_as_float(weight), __uint_as_float(v.x), c[0][0]);
-    c[0][1] = fmaf(__uint_as_float(weight), __uint_as_float(v.y), c[0][1]);
-    c[0][2] = fmaf(__uint_as_float(weight), __uint_as_float(v.z), c[0][2]);
-    c[0][3] = fmaf(__uint_as_float(weight), __uint_as_float(v.w), c[0][3]);
-  }
-
-  MMI_DEVICE void collect() {
-    for (int left = groups; left > 1;) {
-      const int half = (left + 1) / 2;
-      const bool adds = group + half < left;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float other = __shfl_sync(kAll, c[0][j], lane_of() + half * size);
-        c[0][j] += adds ? other : 0.0f;
-      }
-      left = half;
-    }
-  }
-  static MMI_DEVICE int channel(const Problem& call, int) {
-    return 4 * lane_of() < call.d ? 4 * lane_of() : -1;
-  }
 };
 
 // Softmax and weighted sum so far: sums are relative to e^most.
@@ -427,8 +133,8 @@ MMI_DEVICE Twofold from_lane(Twofold x, int lane) {
   return {__shfl_sync(kAll, x.whole, lane), __shfl_sync(kAll, x.rest, lane)};
 }
 
-// Adds to `run` what row (b, q, h) sees: of the visible pairs of every 32 images, `width` at a turn,
-// from `first` on in steps of `stride`.
+// Adds to `run` what row (b, q, h) sees: of the visible pairs of every 32 images, `width` at a
+// turn, from `first` on in steps of `stride`.
 template <class T, bool kWide, int kLoads>
 MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scratch& scratch, int b,
                        int q, int h, int first, int stride, int width) {
@@ -484,11 +190,12 @@ MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scra
         const unsigned level_cells = __shfl_sync(kAll, cells, owner) + map.z;
         const unsigned upper = level_cells + down.near_cell * map.y;
         const unsigned lower = level_cells + down.far_cell * map.y;
+        const unsigned left = across.near_cell, right = across.far_cell;
         Corner* corner = scratch.corner[place];
-        corner[0] = {packed_weight<T>(near * across.near_share), (upper + across.near_cell) * units};
-        corner[1] = {packed_weight<T>(near * across.far_share), (upper + across.far_cell) * units};
-        corner[2] = {packed_weight<T>(far * across.near_share), (lower + across.near_cell) * units};
-        corner[3] = {packed_weight<T>(far * across.far_share), (lower + across.far_cell) * units};
+        corner[0] = {packed_weight<T>(near * across.near_share), (upper + left) * units};
+        corner[1] = {packed_weight<T>(near * across.far_share), (upper + right) * units};
+        corner[2] = {packed_weight<T>(far * across.near_share), (lower + left) * units};
+        corner[3] = {packed_weight<T>(far * across.far_share), (lower + right) * units};
         __syncwarp();
         run.sum.add(scratch.corner, count);
         __syncwarp();
@@ -621,16 +328,20 @@ MMI_DEVICE void merge_parts(const Problem& call) {
 
 }  // namespace mmi
 
+// Threads of a block, and the registers that they may take.
+#define MMI_ROWS_BOUNDS __launch_bounds__(mmi::kLanes * mmi::kRowWarps, mmi::kRowBlocks)
+#define MMI_SPLIT_BOUNDS __launch_bounds__(mmi::kLanes * mmi::kSplitWarps, mmi::kSplitBlocks)
+
 // The kernels of one variant: NAME_rows, NAME_split and NAME_merge.
-#define MMI_ROWS_KERNEL(NAME, T, WIDE)                                                    \
-  extern "C" __global__ void __launch_bounds__(mmi::kLanes * mmi::kRowWarps, mmi::kRowBlocks)              \
-      NAME##_rows(const __grid_constant__ mmi::Problem call) {                            \
-    mmi::attend_rows<T, WIDE>(call);                                                      \
+#define MMI_ROWS_KERNEL(NAME, T, WIDE)                                  \
+  extern "C" __global__ void MMI_ROWS_BOUNDS NAME##_rows(               \
+      const __grid_constant__ mmi::Problem call) {                      \
+    mmi::attend_rows<T, WIDE>(call);                                    \
   }
-#define MMI_SPLIT_KERNEL(NAME, T, WIDE)                                                   \
-  extern "C" __global__ void __launch_bounds__(mmi::kLanes * mmi::kSplitWarps, mmi::kSplitBlocks)            \
-      NAME##_split(const __grid_constant__ mmi::Problem call) {                           \
-    mmi::attend_split<T, WIDE>(call);                                                     \
+#define MMI_SPLIT_KERNEL(NAME, T, WIDE)                                 \
+  extern "C" __global__ void MMI_SPLIT_BOUNDS NAME##_split(             \
+      const __grid_constant__ mmi::Problem call) {                      \
+    mmi::attend_split<T, WIDE>(call);                                   \
   }
 #define MMI_MERGE_KERNEL(NAME, T, WIDE)                                                   \
   extern "C" __global__ void __launch_bounds__(mmi::kMaximumChannels)                     \

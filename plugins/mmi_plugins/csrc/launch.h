@@ -16,8 +16,8 @@ size_t workspace_bytes(const Attention& call);
 
 // Puts the call on `stream` (of the current device) and returns at once; allocates nothing and may
 // be captured in a CUDA graph. Returns nullptr, or one line that says why not: a refusal, a pointer
-// that is not aligned (value, offsets, logits, tables, null_value and output to 16 bytes, indices
-// to 4, reference to 8), sizes beyond what addresses can hold, or CUDA's own error. The text is static.
+// that is not aligned (to 16 bytes; reference to 8, indices to 4), sizes beyond what addresses can
+// hold, or CUDA's own error. The text is static.
 const char* launch(const Attention& call, void* workspace, CUstream_st* stream);
 
 }  // namespace mmi

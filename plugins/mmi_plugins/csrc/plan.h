@@ -34,8 +34,9 @@ inline int parts_of(const Attention& call) {
 // Of the largest case within these sizes, so that it never shrinks when a call grows.
 inline size_t plan_bytes(const Attention& call) {
   const int64_t pairs = int64_t{call.m} * call.p, block = kSplitWarps * kSplitPairs;
-  const int64_t blocks = std::min<int64_t>((pairs + block - 1) / block * rows_of(call), kMostBlocks);
   if (pairs <= block) return 0;
+  const int64_t parts = (pairs + block - 1) / block;
+  const int64_t blocks = std::min<int64_t>(parts * rows_of(call), kMostBlocks);
   return static_cast<size_t>(blocks) * (call.d + 2) * sizeof(float);
 }
 

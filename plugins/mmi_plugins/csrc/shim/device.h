@@ -1,5 +1,5 @@
-// CUDA's device language for g++, as far as attention.cuh needs it: a fiber for every thread of a
-// block, and real meeting points where a warp or a block synchronises, shuffles, votes or multiplies.
+// CUDA's device language for g++, as far as the kernels need it: a fiber for every thread of a
+// block, and real meeting points where a warp or a block synchronises, shuffles, votes, multiplies.
 //
 // Fibers run one at a time, from one meeting point to the next, in the order of their numbers or
 // backwards: without its barrier a thread reads shared memory that no other has written yet, or
