@@ -7,8 +7,8 @@
 // touch the map first. Then all lanes gather, 128 bits a lane, several loads in flight, and sum on
 // the tensor cores (sum.cuh).
 //
-// Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool
-// of encoded images, s feature cells of one image, r rows of the tables. A unit is 16 bytes of value.
+// Letters: b batch, q queries, m images, l levels, h heads, p points, d channels a head, n pool of
+// encoded images, s cells of an image, r rows of the tables. A unit is 16 bytes of value.
 #pragma once
 
 #include "device.cuh"
