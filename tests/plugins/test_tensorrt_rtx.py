@@ -168,7 +168,6 @@ READINGS = {
     params=[
         ("paper", "llm"),
         ("paper", "denoise_step"),
-        pytest.param(("released", "llm"), marks=pytest.mark.slow),
         pytest.param(("released", "denoise_step"), marks=pytest.mark.slow),
         pytest.param(("tiny", "llm"), marks=pytest.mark.slow),
         pytest.param(("tiny", "denoise_step"), marks=pytest.mark.slow),
