@@ -81,8 +81,8 @@ class Sizes {
     return true;
   }
 
-  // Makes every size at least what the shape of an input has: the bounds of a profile need not agree
-  // with one another.
+  // Makes every size at least what the shape of an input has: the bounds of a profile need not
+  // agree with one another.
   void grow(int32_t input, const Shape& shape) {
     const char* axes = kInputAxes[input];
     for (int32_t axis = 0; axis < shape.rank && axes[axis] != '\0'; ++axis) {
