@@ -7,6 +7,7 @@
 // Few queries read the pool where it lies. Many first copy a head's slice of an image to one place,
 // as floats: in the pool its rows lie h*d numbers apart, often a power of two, so that they fall on
 // few lines of the caches and each on a page of its own.
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -61,6 +62,16 @@ MMI_INLINE Ints bits_of(Floats x) {
   Ints y;
   std::memcpy(&y, &x, sizeof(y));
   return y;
+}
+
+// x + y, and what rounding took from it: together exact.
+struct Exact {
+  Floats sum, rest;
+};
+
+MMI_INLINE Exact exact_sum(Floats x, Floats y) {
+  const Floats sum = x + y, part = sum - x;
+  return {sum, (x - (sum - part)) + (y - part)};
 }
 
 MMI_INLINE Floats only(Ints mask, Floats x) { return bits_of(mask & bits_of(x)); }
@@ -140,7 +151,7 @@ MMI_INLINE void narrow(float x, Float16* to) {
 
 // ---- the softmax ---------------------------------------------------------------------------
 
-// e^x for x <= 0; 0 below -87. What is not a number stays so.
+// e^x for x up to about 0; 0 below -87. What is not a number stays so.
 MMI_INLINE Floats exp_of(Floats x) {
   const Ints alive = ~(x <= -87.0f);
   x = only(alive, x);
@@ -184,21 +195,41 @@ struct Corners {
   float share[4][kLanes];   // weight times bilinear share; 0 outside the map
 };
 
-// The corners around points at (x, y) in [0, 1] on a map of height x width cells.
-MMI_INLINE void find_corners(Floats x, Floats y, Floats weight, int32_t height, int32_t width,
-                             Corners* corners) {
-  const float w = static_cast<float>(width), h = static_cast<float>(height);
-  Floats px = x * w - 0.5f, py = y * h - 0.5f;
+// Where points lie on a map, along one axis: the cell before each, and how far past its centre.
+//
+// A float's last bit is too coarse a part of a cell on a large map, so whole cells and parts are
+// added apart: those of the reference, and those of the offsets, which count cells of the base grid.
+MMI_INLINE void place(float reference, const Exact& offset, float per_cell, int32_t side,
+                      Ints* cell, Floats* part) {
   // Far outside, and not a number, become just outside: the integers stay small.
-  px = px > -2.0f ? px : all(-2.0f);
-  py = py > -2.0f ? py : all(-2.0f);
-  px = px < w ? px : all(w);
-  py = py < h ? py : all(h);
-  Ints x0 = __builtin_convertvector(px, Ints), y0 = __builtin_convertvector(py, Ints);
-  x0 += __builtin_convertvector(x0, Floats) > px;  // truncation was up: one less
-  y0 += __builtin_convertvector(y0, Floats) > py;
-  const Floats right = px - __builtin_convertvector(x0, Floats);
-  const Floats down = py - __builtin_convertvector(y0, Floats);
+  constexpr float kFar = 1 << 22;
+  double start = double{reference} * side - 0.5;
+  start = start > -kFar ? start : -kFar;
+  start = start < kFar ? start : kFar;
+  const double whole = std::floor(start);
+  const float scale = static_cast<float>(side) * per_cell;
+  Floats moved = offset.sum * scale;
+  moved = moved > -kFar ? moved : all(-kFar);
+  moved = moved < kFar ? moved : all(kFar);
+  Ints cells = __builtin_convertvector(moved, Ints);
+  const Floats past = moved - __builtin_convertvector(cells, Floats);
+  Floats parts = past + offset.rest * scale + static_cast<float>(start - whole);
+  const Ints back = parts < 0.0f, on = parts >= 1.0f;  // -1 where so
+  cells += back - on + static_cast<int32_t>(whole);
+  parts += only(back, all(1.0f)) - only(on, all(1.0f));
+  cells = cells > -2 ? cells : Ints{} - 2;
+  *cell = cells < side ? cells : Ints{} + side;
+  *part = parts;
+}
+
+// The corners around points on a map of height x width cells.
+MMI_INLINE void find_corners(float reference_x, const Exact& offset_x, float reference_y,
+                             const Exact& offset_y, float per_cell, Floats weight, int32_t height,
+                             int32_t width, Corners* corners) {
+  Ints x0, y0;
+  Floats right, down;
+  place(reference_x, offset_x, per_cell, width, &x0, &right);
+  place(reference_y, offset_y, per_cell, height, &y0, &down);
   const Ints x1 = x0 + 1, y1 = y0 + 1;
   const Ints in_x0 = (x0 >= 0) & (x0 < width), in_x1 = (x1 >= 0) & (x1 < width);
   const Ints in_y0 = (y0 >= 0) & (y0 < height), in_y1 = (y1 >= 0) & (y1 < height);
@@ -327,10 +358,8 @@ struct Head {
 // A query's own numbers, and the running softmax of what it has seen.
 template <typename Sum>
 struct Query {
-  // Less their greatest, so that adding a table's small numbers loses nothing of them when all are
-  // far from 0; kNever beyond the last.
-  Floats logits[kMostEntries / kLanes];
-  Floats x, y;  // offsets
+  Floats logits[kMostEntries / kLanes];  // kNever beyond the last
+  Floats x, y;                           // offsets
   float reference_x, reference_y;
   Sum sum;
   float most, total;
@@ -344,19 +373,13 @@ struct Query {
     widen(static_cast<const T*>(call.logits) + row * head.entries, head.entries, given);
     widen(static_cast<const T*>(call.offsets) + row * call.p * 2, 2 * call.p, pairs);
     unpair(pairs, &x, &y);
-    Floats highest = all(kNever);
-    for (int i = 0; i < head.vectors; ++i) {
-      logits[i] = load<Floats>(given + i * kLanes);
-      highest = logits[i] > highest ? logits[i] : highest;
-    }
-    const float zero = greatest(highest);
-    for (int i = 0; i < head.vectors; ++i) logits[i] -= zero;
+    for (int i = 0; i < head.vectors; ++i) logits[i] = load<Floats>(given + i * kLanes);
     const float* point = call.reference + (call.reference_queries == 1 ? 0 : int64_t{q} * 2);
     reference_x = point[0];
     reference_y = point[1];
     const float* null_value = call.null_value + int64_t{head.h} * call.d;
     sum.start(call.null_slot ? null_value : nullptr, call.d);
-    most = call.null_slot ? -zero : kNever;
+    most = call.null_slot ? 0.0f : kNever;
     total = call.null_slot ? 1.0f : 0.0f;
   }
 
@@ -369,10 +392,11 @@ struct Query {
     widen(call.logit_table + table * head.entries, head.entries, weight);
     widen(call.offset_table + table * call.p * 2, 2 * call.p, moved);
 
-    Floats score[kMostEntries / kLanes], highest = all(kNever);
+    Exact score[kMostEntries / kLanes];
+    Floats highest = all(kNever);
     for (int i = 0; i < head.vectors; ++i) {
-      score[i] = logits[i] + load<Floats>(weight + i * kLanes);
-      highest = score[i] > highest ? score[i] : highest;
+      score[i] = exact_sum(logits[i], load<Floats>(weight + i * kLanes));
+      highest = score[i].sum > highest ? score[i].sum : highest;
     }
     const float new_most = greatest(highest);
     if (new_most > most) {
@@ -383,21 +407,21 @@ struct Query {
     }
     Floats powers = {};
     for (int i = 0; i < head.vectors; ++i) {
-      score[i] = exp_of(score[i] - most);
-      powers += score[i];
-      store(weight + i * kLanes, score[i]);
+      const Floats power = exp_of((score[i].sum - most) + score[i].rest);
+      powers += power;
+      store(weight + i * kLanes, power);
     }
     total += folded(powers, [](auto a, auto b) { return a + b; });
 
     const float per_cell = 1.0f / call.base_grid;
     Floats moved_x, moved_y;
     unpair(moved, &moved_x, &moved_y);
-    const Floats at_x = reference_x + (x + moved_x) * per_cell;
-    const Floats at_y = reference_y + (y + moved_y) * per_cell;
+    const Exact offset_x = exact_sum(x, moved_x), offset_y = exact_sum(y, moved_y);
     for (int l = 0; l < call.l; ++l) {
       Corners corners;
-      find_corners(at_x, at_y, load<Floats>(weight + l * call.p), call.level_height[l],
-                   call.level_width[l], &corners);
+      find_corners(reference_x, offset_x, reference_y, offset_y, per_cell,
+                   load<Floats>(weight + l * call.p), call.level_height[l], call.level_width[l],
+                   &corners);
       for (int p = 0; p < call.p; ++p) {
         float share[4];
         const typename Sum::Element* corner[4];
