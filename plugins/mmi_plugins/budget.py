@@ -203,24 +203,34 @@ class Executed:
     """Loaded by 128-bit loads, which only values are."""
 
 
-REGIMES: dict[str, tuple[int, dict[str, int]]] = {
-    "decode": (1, {"q": 1, "m": 4}),
-    "decode, 49 images": (13, {"q": 1, "m": 49}),
-    "prefill": (0, {"q": 16, "m": 4}),
-    "unet": (0, {"q": 16, "m": 1}),
+@dataclass(frozen=True)
+class Regime:
+    """A small call of one kind: `parts` as `launch_plan.default_parts` of the real sizes."""
+
+    parts: int
+    queries: int
+    images: int
+    sides: tuple[int, ...] = (32, 16, 8)
+    """Of the square levels."""
+
+
+REGIMES = {
+    "decode": Regime(1, 1, 4),
+    "decode, 49 images": Regime(13, 1, 49),
+    "prefill": Regime(0, 16, 4),
+    "unet": Regime(0, 16, 1, (64, 32, 16, 8)),
 }
-"""Blocks that share a row (`launch_plan.default_parts` of the real sizes), and small sizes."""
 
 
-def executed(regime: str, dtype: str) -> Executed:
-    """Of a call with levels 32, 16 and 8 wide, 8 points and heads of 64 channels."""
-    parts, sizes = REGIMES[regime]
-    fixed = {"dtype": dtype, "b": 1, "n": 4, "h": 2, "p": 8, "d": 64, "r": 60, **sizes}
-    levels = [(32, 32), (16, 16), (8, 8)]
+def executed(name: str, dtype: str) -> Executed:
+    """In a regime, with 8 points and heads of 64 channels."""
+    regime = REGIMES[name]
+    fixed = {"dtype": dtype, "b": 1, "n": 4, "h": 2, "p": 8, "d": 64, "r": 60}
+    sizes = {"q": regime.queries, "m": regime.images, "levels": [(x, x) for x in regime.sides]}
     options = {"base_grid": 16.0, "null_slot": True, "per_query": True, "references": True}
-    call = draw(np.random.default_rng(3), levels=levels, **fixed, **options)
-    call.inputs["image_position"][:] = np.arange(1, sizes["m"] + 1)
-    done = emulate(call, all_rows(call), default_kernel, parts=parts)
+    call = draw(np.random.default_rng(3), **fixed, **sizes, **options)
+    call.inputs["image_position"][:] = np.arange(1, regime.images + 1)
+    done = emulate(call, all_rows(call), default_kernel, parts=regime.parts)
     points = sampled_points(call, all_rows(call))
     value_bytes = done.bytes_by_kind["ld", "global", 16]
     return Executed(round(done.lane_instructions / points, 1), round(value_bytes / points, 1))

@@ -139,6 +139,8 @@ def launch_plan(call: Call, addresses: Mapping[str, int], parts: int | None = No
         raise EngineError(f"{NAME}: value is larger than 64 GiB")
     if call.rows >= 2**31:
         raise EngineError(f"{NAME}: more than 2^31 output rows")
+    if sizes["h"] * sizes["p"] * max(sizes["l"], 2) > (2**31 - 1) // sizes["r"]:
+        raise EngineError(f"{NAME}: more than 2^31 numbers in a table")
     if max(sizes["h"], sizes["b"]) > constant("kMostGrid"):
         raise EngineError(f"{NAME}: more than 65535 heads or batch rows")
     parameter = _problem(call, addresses, parts)

@@ -281,6 +281,7 @@ def test_the_plan_in_c_plus_plus_is_the_plan_in_python(fixed: dict[str, int]) ->
         ({"s": 1}, "feature cells"),
         ({"n": 2**31 - 1}, "64 GiB"),
         ({"h": 70000}, "65535"),
+        ({"r": 2**30}, "a table"),
         ({"q": 2**30, "b": 9, "reference_queries": 1, "position_queries": 1}, "2^31"),
     ],
 )

@@ -53,15 +53,23 @@ struct Running {
   }
 };
 
+MMI_DEVICE unsigned long long product(unsigned a, unsigned b) {
+  return static_cast<unsigned long long>(a) * b;
+}
+
+// The number of output row (b, q, h).
+MMI_DEVICE unsigned row_of(const Problem& call, int b, int q, int h) {
+  return (b * call.q + q) * call.h + h;
+}
+
 // Leaves the images of [start, start + 32) that (b, q) sees in `scratch.image`; returns a bit each.
 MMI_DEVICE unsigned list_images(const Problem& call, Scratch& scratch, int b, int q, int start) {
   const int at = start + lane_of();
   int slot = -1, position = 0;
   if (at < call.m) {
-    const int query = call.position_queries == 1 ? 0 : q;
-    slot = call.image_slot[static_cast<long long>(b) * call.m + at];
-    position = call.image_position[(static_cast<long long>(b) * call.position_queries + query) *
-                                       call.m + at];
+    const unsigned line = call.position_queries == 1 ? b : b * call.q + q;
+    slot = call.image_slot[product(b, call.m) + at];
+    position = call.image_position[product(line, call.m) + at];
   }
   const bool seen = position > 0 && position < call.r && slot >= 0 && slot < call.n;
   const unsigned visible = __ballot_sync(kAll, seen);
@@ -88,8 +96,11 @@ MMI_DEVICE void prepare(const Problem& call, Scratch& scratch) {
   }
 }
 
-// number / divisor where their product is below 2^16, with by = reciprocal(divisor).
-MMI_DEVICE unsigned reciprocal(int divisor) { return 65536u / static_cast<unsigned>(divisor) + 1; }
+// number / divisor where their product is below 2^16, with by = reciprocal(divisor): exact, since
+// where 65536 / divisor is whole it may come out as itself or one more, and never as less.
+MMI_DEVICE unsigned reciprocal(int divisor) {
+  return static_cast<unsigned>(65536.0f * inverse_of(static_cast<float>(divisor))) + 1;
+}
 MMI_DEVICE int divided(int number, unsigned by) { return static_cast<int>(number * by >> 16); }
 
 // A (visible image, point) pair by its number in `scratch.image`.
@@ -110,23 +121,21 @@ struct Location {
 
 template <class T>
 MMI_DEVICE Location locate(const Problem& call, const Pair& pair, unsigned row, int q, int h) {
-  const float2 reference =
-      load_pair(call.reference + (call.reference_queries == 1 ? 0LL : 2LL * q));
-  const float2 offset = load_pair(static_cast<const T*>(call.offsets) +
-                                  (static_cast<long long>(row) * call.p + pair.point) * 2);
-  const long long entry = static_cast<long long>(pair.position) * call.h + h;
-  const float2 table = load_pair(call.offset_table + (entry * call.p + pair.point) * 2);
+  const float2 reference = load_pair(call.reference + (call.reference_queries == 1 ? 0u : 2u * q));
+  const float2 offset = load_pair(static_cast<const T*>(call.offsets) + product(row, 2 * call.p) +
+                                  2 * pair.point);
+  const unsigned entry = (pair.position * call.h + h) * call.p + pair.point;
+  const float2 table = load_pair(call.offset_table + 2 * entry);
   return {moved_by(reference.x, offset.x, table.x, call),
           moved_by(reference.y, offset.y, table.y, call)};
 }
 
 template <class T>
 MMI_DEVICE Twofold scored(const Problem& call, const Pair& pair, unsigned row, int h, int level) {
-  const long long entry = static_cast<long long>(pair.position) * call.h + h;
   const int within = level * call.p + pair.point, size = call.l * call.p;
-  return two_sum(
-      load(static_cast<const T*>(call.logits) + static_cast<long long>(row) * size + within),
-      __ldg(call.logit_table + entry * size + within));
+  const unsigned entry = (pair.position * call.h + h) * size + within;
+  return two_sum(load(static_cast<const T*>(call.logits) + product(row, size) + within),
+                 __ldg(call.logit_table + entry));
 }
 
 MMI_DEVICE Twofold from_lane(Twofold x, int lane) {
@@ -140,7 +149,7 @@ MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scra
                        int q, int h, int first, int stride, int width) {
   const int lane = lane_of();
   const unsigned below = (1u << lane) - 1;
-  const unsigned row = (static_cast<unsigned>(b) * call.q + q) * call.h + h;
+  const unsigned row = row_of(call, b, q, h);
   const unsigned by_points = reciprocal(call.p);
   prepare(call, scratch);
 #pragma unroll 1
@@ -232,8 +241,7 @@ MMI_DEVICE void attend_rows(const Problem& call) {
   attend(run, call, scratch[warp], b, q, h, 0, kLanes, kLanes);
   run.collect();
   const Finish finish(run.most, run.total, call.null_slot);
-  T* out = static_cast<T*>(call.output) +
-           ((static_cast<long long>(b) * call.q + q) * call.h + h) * call.d;
+  T* out = static_cast<T*>(call.output) + product(row_of(call, b, q, h), call.d);
 #pragma unroll
   for (int i = 0; i < run.sum.kProducts; ++i) {
     const int channel = run.sum.channel(call, i);
@@ -267,10 +275,10 @@ MMI_DEVICE void store_one(T* to, float x) {
 }
 
 template <class T>
-MMI_DEVICE void finish_channel(const Problem& call, const Merged& merged, long long row, int h,
+MMI_DEVICE void finish_channel(const Problem& call, const Merged& merged, unsigned row, int h,
                                int channel) {
   const Finish finish(merged.most, merged.total, call.null_slot);
-  store_one(static_cast<T*>(call.output) + row * call.d + channel,
+  store_one(static_cast<T*>(call.output) + product(row, call.d) + channel,
             finish(merged.sum, __ldg(call.null_value + h * call.d + channel)));
 }
 
@@ -302,12 +310,12 @@ MMI_DEVICE void attend_split(const Problem& call) {
   const int channel = threadIdx.x;
   if (channel >= call.d) return;
   const Merged merged(partial, kSplitWarps, stride, channel);
-  const long long row = (static_cast<long long>(b) * call.q + q) * call.h + h;
+  const unsigned row = row_of(call, b, q, h);
   if (call.parts == 1) {
     finish_channel<T>(call, merged, row, h, channel);
     return;
   }
-  float* out = call.partial + (row * call.parts + part) * stride;
+  float* out = call.partial + (row * call.parts + part) * stride;  // few rows: far below 2^31
   if (channel == 0) {
     out[0] = merged.most;
     out[1] = merged.total;
@@ -321,7 +329,7 @@ MMI_DEVICE void merge_parts(const Problem& call) {
   const int b = blockIdx.z, q = blockIdx.x, h = blockIdx.y, channel = threadIdx.x;
   if (channel >= call.d) return;
   const int stride = call.d + 2;
-  const long long row = (static_cast<long long>(b) * call.q + q) * call.h + h;
+  const unsigned row = row_of(call, b, q, h);
   const Merged merged(call.partial + row * call.parts * stride, call.parts, stride, channel);
   finish_channel<T>(call, merged, row, h, channel);
 }

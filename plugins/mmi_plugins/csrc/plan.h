@@ -92,6 +92,8 @@ inline const char* plan_refusal(const Attention& call) {
     return "value is larger than 64 GiB";
   }
   if (rows_of(call) > INT32_MAX) return "more than 2^31 output rows";
+  const int64_t table = int64_t{call.h} * call.p * std::max(call.l, 2);  // numbers of a table row
+  if (table > INT32_MAX / call.r) return "more than 2^31 numbers in a table";
   if (call.h > kMostGrid || call.b > kMostGrid) return "more than 65535 heads or batch rows";
   const void* const wide[] = {call.value,       call.offsets,    call.logits, call.offset_table,
                               call.logit_table, call.null_value, call.output};
