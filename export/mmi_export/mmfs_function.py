@@ -118,7 +118,9 @@ class _Points:
     runtimes can compute them once when they load it.
     """
 
-    location: ir.Value  # [2, b, q, h, m, p] in [0, 1], x first
+    reference: ir.Value  # [2, 1, q|1, 1, 1, 1] in [0, 1], x first
+    moved: ir.Value  # [2, b, q, h, m, p] from there, in cells of the base grid
+    base_grid: ir.Value  # cells of the base grid on a side
     weight: ir.Value  # [b, q, h, m, l, p]
     value: ir.Value  # [n, s, h, d]
     slot: ir.Value  # [b, m] within the pool
@@ -173,15 +175,18 @@ def _points(op: _Operators, inputs: dict[str, ir.Value], levels: int) -> tuple[_
     rows = op.Transpose(op.Gather(inputs["offset_table"], row), perm=[5, 0, 1, 3, 2, 4])
     moved = op.Add(op.Unsqueeze(moved, [4]), rows)  # [2, b, q, h, m, p], x first
     reference = op.Unsqueeze(op.Transpose(inputs["reference"], perm=[1, 0]), [1, 3, 4, 5])
-    location = op.Add(reference, op.Div(moved, op.attribute("base_grid", "value_float")))
 
-    scores = op.Unsqueeze(op.Cast(logits, to=ir.DataType.FLOAT), [3])  # [b, q, h, 1, l, p]
+    # Less their greatest, so that the table's small numbers lose nothing when all are far from 0.
+    scores = op.Cast(logits, to=ir.DataType.FLOAT)
+    zero = op.ReduceMax(scores, [3, 4])  # [b, q, h, 1, 1]
+    scores = op.Unsqueeze(op.Sub(scores, zero), [3])  # [b, q, h, 1, l, p]
     rows = op.Transpose(op.Gather(inputs["logit_table"], row), perm=[0, 1, 3, 2, 4, 5])
     scores = op.Where(op.Unsqueeze(visible, [2, 4, 5]), op.Add(scores, rows), float("-inf"))
     null_slot = op.Cast(op.attribute("null_slot", "value_int"), to=ir.DataType.BOOL)
     flat = op.Reshape(scores, op.shape(0, 0, 0, -1))  # [b, q, h, m*l*p]
-    flat = op.Pad(flat, [0, 0, 0, 0, 0, 0, 0, 1], op.Where(null_slot, 0.0, _UNSEEN))
-    weights = op.Softmax(flat, axis=-1)
+    null_score = op.Where(null_slot, op.Neg(op.Squeeze(zero, [4])), _UNSEEN)  # [b, q, h, 1]
+    null_score = op.Expand(null_score, op.shape(op.Shape(logits, start=0, end=3), 1))
+    weights = op.Softmax(op.Concat(flat, null_score, axis=-1), axis=-1)
     cut = op.shape(0, 0, 0, -1, op.Shape(inputs["logit_table"], start=2, end=4))
     weight = op.Reshape(op.Slice(weights, [0], [-1], [-1]), cut)  # [b, q, h, m, l, p]
     unseen = op.Slice(weights, [-1], [2**62], [-1])  # [b, q, h, 1]
@@ -189,7 +194,9 @@ def _points(op: _Operators, inputs: dict[str, ir.Value], levels: int) -> tuple[_
         op.attribute(f"level_{side}", "value_ints") for side in ("heights", "widths")
     )
     points = _Points(
-        location=location,
+        reference=reference,
+        moved=moved,
+        base_grid=op.attribute("base_grid", "value_float"),
         weight=weight,
         value=value,
         slot=slot,
@@ -223,10 +230,16 @@ def _gather(op: _Operators, points: _Points) -> ir.Value:
         op.Cast(sides, to=ir.DataType.FLOAT), [1, 2, 3, 4, 6]
     )  # [2, 1, 1, 1, 1, l, 1]
 
-    pixel = op.Sub(op.Mul(op.Unsqueeze(points.location, [5]), sides), 0.5)
-    pixel = op.Unsqueeze(pixel, [1])  # [2, 1, b, q, h, m, l, p]
-    low = op.Floor(pixel)
-    far = op.Sub(pixel, low)
+    # Whole cells and parts are added apart: a float's last bit is too coarse a part of a cell on a
+    # large map.
+    start_cell = op.Sub(op.Mul(op.Unsqueeze(points.reference, [5]), sides), 0.5)
+    first_cell = op.Floor(start_cell)  # [2, 1, q|1, 1, 1, l, 1]
+    moved = op.Mul(op.Unsqueeze(points.moved, [5]), op.Div(sides, points.base_grid))
+    cells = op.Floor(moved)  # [2, b, q, h, m, l, p]
+    part = op.Add(op.Sub(moved, cells), op.Sub(start_cell, first_cell))
+    on = op.Floor(part)
+    far = op.Unsqueeze(op.Sub(part, on), [1])  # [2, 1, b, q, h, m, l, p]
+    low = op.Unsqueeze(op.Add(op.Add(cells, on), first_cell), [1])
     corner = op.Concat(low, op.Add(low, 1.0), axis=1)  # [2 axes, 2 sides, b, q, h, m, l, p]
     share = op.Concat(op.Sub(1.0, far), far, axis=1)
     inside = op.Min(op.Max(corner, 0.0), op.Unsqueeze(op.Sub(sides, 1.0), [1]))
@@ -257,7 +270,8 @@ def _grid_sample(op: _Operators, points: _Points) -> ir.Value:
     maps = op.Transpose(pictures, perm=[0, 3, 1, 4, 2])  # [b, h, m, d, s]
     batch, width_d = op.Shape(maps, start=0, end=3), points.head_width
     count = op.ReduceProd(batch)  # [1] = b*h*m
-    grid = op.Transpose(points.location, perm=[1, 3, 4, 2, 5, 0])  # [b, h, m, q, p, 2]
+    location = op.Add(points.reference, op.Div(points.moved, points.base_grid))
+    grid = op.Transpose(location, perm=[1, 3, 4, 2, 5, 0])  # [b, h, m, q, p, 2]
     grid = op.Sub(op.Mul(grid, 2.0), 1.0)
     grid = op.Reshape(grid, op.shape(count, points.queries, -1, 2))  # [b*h*m, q, p, 2]
     weights = op.split(
