@@ -118,8 +118,9 @@ def draws(seed: int, count: int, **fixed: Any) -> Iterator[tuple[str, Call]]:
 
 def write_case(path: Path, call: Call, expected: np.ndarray) -> None:
     """An `.npz` of the inputs, the attributes, the type and `expected` [b, q, h*d]."""
-    attributes = {name: np.array(getattr(call, name)) for name in ATTRIBUTES}
-    np.savez(path, **call.inputs, **attributes, dtype=np.array(call.dtype), expected=expected)
+    arrays: dict[str, Any] = {name: np.array(getattr(call, name)) for name in ATTRIBUTES}
+    arrays |= {**call.inputs, "dtype": np.array(call.dtype), "expected": expected}
+    np.savez(path, **arrays)
 
 
 def read_case(path: Path) -> tuple[Call, np.ndarray]:

@@ -131,11 +131,13 @@ def table(verdicts: Sequence[Verdict]) -> Table:
     """What people read."""
     shown = Table("case", "through", "rows", "max error", "relative rms", "tolerance", "verdict")
     for verdict in verdicts:
-        rows = f"{verdict.rows}" + (f" of {verdict.of}" if verdict.rows < verdict.of else "")
-        numbers = (rows, f"{verdict.greatest:.1e}", f"{verdict.relative:.1e}")
-        numbers += (f"{verdict.tolerance:.0e}",)
-        if verdict.reason:
-            numbers = ("", "", "", "")
+        part = f" of {verdict.of}" if verdict.rows < verdict.of else ""
+        numbers = (
+            [f"{verdict.rows}{part}", f"{verdict.greatest:.1e}", f"{verdict.relative:.1e}"]
+            + [f"{verdict.tolerance:.0e}"]
+            if not verdict.reason
+            else [""] * 4
+        )
         word = f"{verdict.word}: {verdict.reason}" if verdict.reason else verdict.word
         shown.add_row(verdict.case, verdict.implementation, *numbers, word)
     return shown
