@@ -26,6 +26,12 @@ def train(
         int | None,
         typer.Option(min=1, help="Steps of the main stage.", show_default="the recipe's"),
     ] = None,
+    conditioning_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Steps before it, without the U-Net.", show_default="the recipe's"
+        ),
+    ] = None,
     world: Annotated[World, typer.Option(help="How hard the drawn scenes are.")] = "easy",
     start: Annotated[
         Path | None,
@@ -47,7 +53,7 @@ def train(
         int | None, typer.Option(min=1, help="CPU threads.", show_default="PyTorch's choice")
     ] = None,
 ) -> None:
-    """Train a model: first its autoencoder, then text and pictures together.
+    """Train a model: its autoencoder; then reading, and telling what to draw; then everything.
 
     Stop it whenever you like: the same command goes on from the last checkpoint and ends with the
     same weights. A usable model lies in OUT/model after every checkpoint.
@@ -75,6 +81,7 @@ def train(
         out,
         world=getattr(worlds, world)(),
         steps=steps,
+        conditioning_steps=conditioning_steps,
         seed=seed,
         run=RunConfig(precision=precision, accumulate=accumulate),
         start=start,
