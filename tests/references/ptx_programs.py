@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from mmi_plugins.ptx import GlobalMemory, Machine, parse
 
 HEAD = ".version 8.0\n.target sm_80\n.address_size 64\n"

@@ -106,13 +106,14 @@ def _wide(value: np.ndarray, type_: str) -> np.ndarray:
 def _integers(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Whole float64 numbers as integers: clamped, NaN as 0 (as the highest bit in 64 bits)."""
     limits = np.iinfo(dtype)
+    if limits.bits <= 32:  # all limits are float64 numbers
+        return np.clip(np.where(np.isnan(value), 0.0, value), limits.min, limits.max).astype(dtype)
     # Just below the limit, in float64 the limit of 64 bits is one too many.
     top = np.nextafter(2.0 ** (limits.bits - (dtype.kind == "i")), 0)
     inside = np.clip(value, float(limits.min), min(float(limits.max), top))
     result = np.nan_to_num(inside).astype(dtype)
     result = np.where(value > top, dtype.type(limits.max), result)
-    not_a_number = 1 << 63 if dtype.itemsize == 8 else 0
-    return np.where(np.isnan(value), np.array(not_a_number, np.uint64).astype(dtype), result)
+    return np.where(np.isnan(value), np.array(1 << 63, np.uint64).astype(dtype), result)
 
 
 def _pack(

@@ -182,7 +182,7 @@ def _parameters(
     bad |= place % (width * count) != 0
     if bad.any():
         what = f"{width * count} bytes at {int(place[bad][0])} of the parameters"
-        raise Fault(f"{what}: outside or misaligned", int(lanes[bad][0]))
+        raise Fault(f"{what}: outside or misaligned", int(lanes[np.argmax(bad)]))
     raw = np.frombuffer(machine.parameters, np.uint8)
     spread = raw[place[:, None] + np.arange(width * count)]
     columns = np.ascontiguousarray(spread).view(f"u{width}")

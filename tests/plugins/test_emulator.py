@@ -1,0 +1,253 @@
+"""The PTX that the compilers really emit, in the emulator, against float64.
+
+Every kernel, from NVRTC and from nvcc, for compute capabilities 80, 90, 100 and 120. Which kernels
+meet which compiler and capability rotates here; the slow test runs all of them in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+
+from mmi_deploy.errors import EngineError
+from mmi_plugins import cases, nvrtc, reference
+from mmi_plugins.launch_plan import VARIANTS, Variant, kernel_variants
+from mmi_plugins.operator import TOLERANCES, Call
+from mmi_plugins.ptx import Fault, Kernel, parse
+from mmi_plugins.through import emulator
+from mmi_plugins.through.emulator import EMULATOR, emulate
+
+COMPUTES = (80, 90, 100, 120)
+
+SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
+"""Smallest normal numbers: outputs below have no relative precision."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Several kernels, compiled together because compilers take longest to start."""
+
+    variants: tuple[Variant, ...]
+
+    @property
+    def source(self) -> str:
+        return "".join(variant.source for variant in self.variants)
+
+
+@cache
+def compiled(unit: Unit, compute: int, compiler: str) -> dict[str, Kernel]:
+    """The kernels of a unit by name; skips where the compiler is not installed."""
+    if reason := nvrtc.missing(compiler):
+        pytest.skip(reason)
+    return parse(nvrtc.compile_ptx(unit, compute, compiler))  # type: ignore[arg-type]
+
+
+def check(call: Call, kernels: dict[str, Kernel], parts: int, what: str) -> None:
+    """At most 24 rows of the call, drawn at random, are within the tolerance of their type."""
+    rows = reference.all_rows(call)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:24])
+    found = emulate(call, rows[chosen], lambda each: kernels[each.name], parts=parts).output
+    expected = reference.attention(call, rows[chosen])
+    assert np.isfinite(found).all(), what
+    error = np.sqrt(((found - expected) ** 2).mean())
+    scale = max(np.sqrt((expected**2).mean()), SMALLEST[call.dtype])
+    worst = np.abs(found - expected).max()
+    assert error <= TOLERANCES[call.dtype] * scale, (
+        f"{what}: relative error {error / scale:.2g}, largest {worst:.2g}; "
+        f"{call.dtype}, {parts} parts, {call.sizes}"
+    )
+
+
+def draws_for(variant: Variant, seed: int, count: int) -> Iterator[tuple[str, Call, int]]:
+    """Calls that run `variant`, every situation in turn, each with a number of parts."""
+    rng = np.random.default_rng([seed, VARIANTS.index(variant)])
+    widths = (128, 80, 72, 96) if variant.wide else (64, 24, 8, 40, 16, 32, 56, 48)
+    if variant.dtype == "float32":
+        widths = (64, 24, 8, 40, 128, 80, 16, 104)
+    for index in range(count):
+        situation = cases.SITUATIONS[(index + seed) % len(cases.SITUATIONS)]
+        d = widths[int(rng.integers(len(widths)))]
+        call = cases.draw(rng, situation, dtype=variant.dtype, d=d)
+        parts = {"rows": 0, "split": 1, "merge": 2 + index % 4}[variant.kind]
+        assert variant in kernel_variants(call, parts)
+        yield f"{variant.name}, {situation}", call, parts
+
+
+def with_helpers(variants: list[Variant]) -> tuple[Variant, ...]:
+    """`variants`, and what must run before a `merge`."""
+    further = [
+        Variant(variant.dtype, "split", wide)
+        for variant in variants
+        if variant.kind == "merge"
+        for wide in (False, True)
+        if not (wide and variant.dtype == "float32")
+    ]
+    return tuple(dict.fromkeys([*variants, *further]))
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("compiler", nvrtc.COMPILERS)
+def test_kernels_agree_with_float64(compiler: str, compute: int) -> None:
+    """A quarter of the kernels for each pair; each kernel meets all situations, half with each
+    compiler."""
+    turn = COMPUTES.index(compute) + 2 * nvrtc.COMPILERS.index(compiler)  # other ones with nvcc
+    variants = [variant for i, variant in enumerate(VARIANTS) if (i + turn) % 4 == 0]
+    kernels = compiled(Unit(with_helpers(variants)), compute, compiler)
+    for variant in variants:
+        for what, call, parts in draws_for(variant, 4 * nvrtc.COMPILERS.index(compiler), 4):
+            check(call, kernels, parts, what)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("compiler", nvrtc.COMPILERS)
+def test_all_kernels_in_all_situations(compiler: str, compute: int) -> None:
+    kernels = compiled(Unit(VARIANTS), compute, compiler)
+    for variant in VARIANTS:
+        for what, call, parts in draws_for(variant, 1000 + compute, 2 * len(cases.SITUATIONS)):
+            check(call, kernels, parts, what)
+
+
+KERNEL_TYPES = [pytest.param(dtype, id=dtype) for dtype in TOLERANCES]
+
+
+@pytest.fixture(scope="module", params=KERNEL_TYPES)
+def kernels(request: pytest.FixtureRequest) -> tuple[str, dict[str, Kernel]]:
+    """All kernels of one type."""
+    dtype = request.param
+    unit = Unit(tuple(variant for variant in VARIANTS if variant.dtype == dtype))
+    return dtype, compiled(unit, 90, emulator.compiler() or "nvrtc")
+
+
+@pytest.mark.parametrize("parts", [0, 1, 3])
+def test_every_size_of_head(kernels: tuple[str, dict[str, Kernel]], parts: int) -> None:
+    """All multiples of 8 up to 128, with all numbers of points and of levels along the way."""
+    dtype, compiled_ = kernels
+    rng = np.random.default_rng(parts)
+    all_levels = (
+        [(5, 7)],
+        [(6, 3), (1, 2)],
+        [(4, 4), (2, 2), (3, 1)],
+        [(4, 2), (2, 2), (1, 3), (1, 1)],
+    )
+    for index, d in enumerate(range(8, 129, 8)):
+        p, levels = index % 16 + 1, all_levels[index % 4]
+        call = cases.draw(rng, dtype=dtype, d=d, p=p, levels=levels, b=1 + index % 4, h=1, q=1)
+        check(call, compiled_, parts, f"head size {d}, {p} points, {len(levels)} levels")
+
+
+@pytest.mark.parametrize("parts", [0, 4])
+def test_many_images_and_many_queries(kernels: tuple[str, dict[str, Kernel]], parts: int) -> None:
+    """More images than a warp has lanes, more queries than a block has rows."""
+    dtype, compiled_ = kernels
+    rng = np.random.default_rng(3)
+    for m, q in ((1, 1), (49, 1), (70, 2), (2, 130)):
+        call = cases.draw(rng, dtype=dtype, d=32, p=4, m=m, q=q, r=9, b=1, h=2)
+        check(call, compiled_, parts, f"{m} images, {q} queries")
+
+
+def test_a_row_that_sees_nothing_is_its_null_value_or_zero(
+    kernels: tuple[str, dict[str, Kernel]],
+) -> None:
+    dtype, compiled_ = kernels
+    for null_slot in (False, True):
+        rng = np.random.default_rng(4)
+        call = cases.draw(rng, "all hidden", dtype=dtype, null_slot=null_slot, d=24, h=2, m=5)
+        rows = reference.all_rows(call)
+        for parts in (0, 1, 3):
+            found = emulate(call, rows, lambda each: compiled_[each.name], parts=parts).output
+            null = cases.rounded(call["null_value"], dtype)[rows[:, 2]]
+            np.testing.assert_array_equal(found, null if null_slot else np.zeros_like(null))
+
+
+def needs_emulator() -> None:
+    if reason := EMULATOR.missing():
+        pytest.skip(reason)
+
+
+def test_rows_are_run_on_demand() -> None:
+    """Only the blocks of the rows asked for; the rows come in the order asked for."""
+    needs_emulator()
+    call = cases.draw(np.random.default_rng(1), dtype="float16", b=2, q=17, h=5, d=64)
+    rows = reference.all_rows(call)[[160, 3, 77]]
+    part = emulate(call, rows, emulator.default_kernel)
+    whole = emulate(call, reference.all_rows(call), emulator.default_kernel)
+    np.testing.assert_array_equal(part.output, whole.output[[160, 3, 77]])
+    np.testing.assert_array_equal(part.output, EMULATOR.run(call, rows))
+    assert part.lane_instructions < whole.lane_instructions / 10
+
+
+def test_reading_outside_an_input_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is told of one more image in the pool, and of one more table row, than there
+    are: what the emulator must see."""
+    needs_emulator()
+    plan = emulator.launch_plan
+    call = cases.draw(np.random.default_rng(1), dtype="float32", n=2, r=2, m=2, b=1, q=2)
+    rows = reference.all_rows(call)
+
+    @dataclass(frozen=True)
+    class Boasting:
+        """A call whose sizes are larger than its arrays."""
+
+        call: Call
+        more: str
+
+        @property
+        def sizes(self) -> dict[str, int]:
+            return {**self.call.sizes, self.more: self.call.sizes[self.more] + 1}
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.call, name)
+
+        def __getitem__(self, name: str) -> np.ndarray:
+            return self.call[name]
+
+    for more, name in (("n", "image_slot"), ("r", "image_position")):
+        inputs = {**call.inputs, "image_slot": np.zeros((1, 2), np.int32)}
+        inputs["image_position"] = np.ones_like(call["image_position"])
+        inputs[name] = np.full_like(call[name], 2)
+        wrong = Call(inputs, call.level_heights, call.level_widths, 4.0, False, "float32")
+        emulate(wrong, rows, emulator.default_kernel, parts=0)  # out of range is hidden: no fault
+        monkeypatch.setattr(
+            emulator, "launch_plan", lambda c, a, p, more=more: plan(Boasting(c, more), a, p)
+        )
+        with pytest.raises(Fault, match="outside (value|offset_table|logit_table)"):
+            emulate(wrong, rows, emulator.default_kernel, parts=0)
+        monkeypatch.setattr(emulator, "launch_plan", plan)
+
+
+def test_dynamic_figures_are_of_the_order_of_the_static_ones() -> None:
+    """Each sampled point × 64 channels of fp16 loads its four corners once, 128 bits at a time, and
+    costs no more than the loop's budget and what lies around it."""
+    needs_emulator()
+    levels = [(32, 32), (16, 16), (8, 8)]
+    call = cases.draw(
+        np.random.default_rng(0),
+        **{"dtype": "float16", "b": 1, "q": 4, "h": 1, "m": 4, "n": 4, "r": 5, "p": 8, "d": 64},
+        levels=levels,
+        base_grid=8.0,
+        per_query=False,
+    )
+    position = np.array([[[1, 2, 3, 4]]], np.int32)
+    inputs = {**call.inputs, "image_position": position, "reference": np.full((1, 2), 0.5, "f4")}
+    inputs["offsets"] = call["offsets"] * 0.3
+    inputs["offset_table"] = call["offset_table"] * 0.3
+    call = Call(inputs, call.level_heights, call.level_widths, 8.0, True, "float16")
+    rows = reference.all_rows(call)
+    done = emulate(call, rows, emulator.default_kernel, parts=0)
+    points = emulator.sampled_points(call, rows)
+    assert points == 4 * 4 * 3 * 8
+    assert done.lane_instructions / points < 1000
+    value_bytes = done.bytes_by_kind["ld", "global", 16] / points
+    assert 4 * 64 * 2 <= value_bytes < 1.2 * 4 * 64 * 2
+
+
+def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "missing", lambda compiler="nvrtc": f"{compiler} is not installed")
+    assert EMULATOR.missing() == "nvrtc is not installed"
+    with pytest.raises(EngineError, match="nvrtc is not installed"):
+        nvrtc.compile_ptx.__wrapped__(VARIANTS[0], 90, "nvrtc")

@@ -1,0 +1,239 @@
+"""Why a changed kernel is the same kernel: what can be said without looking at its outputs.
+
+Accepted, and nothing else:
+* what is written is not read again;
+* the lanes of a butterfly sum or maximum meet in another order;
+* the changed instruction gave the same number every time that it ran, in all trials and in further
+  calls of every situation (signs of types that are never negative, limits that are never met,
+  branches for empty axes);
+* in kernels with 16-bit outputs: fp32 arithmetic that moves its result by less than 1e-5 and leaves
+  every bit of every output as it was. It is what makes fp32 kernels as exact as they are; there the
+  same changes count as missed.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+
+from mmi_plugins import cases, reference
+from mmi_plugins.launch_plan import Variant
+from mmi_plugins.operator import Call
+from mmi_plugins.ptx import Fault, Instruction, Kernel, Machine
+from mmi_plugins.ptx.instructions import bind
+from mmi_plugins.ptx.mutants import Mutant
+from mmi_plugins.ptx.parser import parse_instruction
+from mmi_plugins.ptx.values import Action, Mask, memory_of
+from mmi_plugins.ptx.warp import perform
+from mmi_plugins.through import emulator
+from references import mutant_trials
+
+_REGISTER = re.compile(r"[%$\w.]+")
+
+
+def equivalence(variant: Variant, kernel: Kernel, mutant: Mutant, unchanged: bool) -> str | None:
+    """The reason why `mutant`, which no trial caught, is equivalent; None where there is none.
+    `unchanged`: every bit of every output is as it was."""
+    before, after = kernel.instructions[mutant.index], parse_instruction(mutant.text)
+    swapped = _swapped(before, after)
+    if swapped and not _live_after(kernel, mutant.index) & set(swapped):
+        if not set(swapped) & _reads(before) and not set(swapped) & _reads(after):
+            return "what it writes is not read again"
+    if _moves_a_butterfly(kernel, mutant, before):
+        return "the lanes of a sum or maximum meet in another order"
+    change = _change(variant, kernel, mutant)
+    if change == 0:
+        signs = mutant.kind == "operation" and _unsigned(mutant.before) == _unsigned(mutant.text)
+        always = "its operands are never negative" if signs else "it always gives the same number"
+        return f"{always} ({_Probe.runs} runs)" if _Probe.runs else "it never runs"
+    if variant.dtype != "float32" and before.type == "f32" and unchanged and change < 1e-5:
+        return f"it moves fp32 numbers by {change:.1g}, outputs by nothing"
+    return None
+
+
+def _unsigned(text: str) -> str:
+    return re.sub(r"\.s(16|32|64)\b", r".u\1", text)
+
+
+def _swapped(before: Instruction, after: Instruction) -> list[str]:
+    """The registers that differ between two versions of an instruction."""
+    old, new = _REGISTER.findall(before.text), _REGISTER.findall(after.text)
+    if len(old) != len(new) or before.operation != after.operation:
+        return []
+    pairs = [pair for pair in zip(old, new, strict=True) if pair[0] != pair[1]]
+    return [name for pair in pairs for name in pair if name.startswith("%")]
+
+
+def _writes(instruction: Instruction) -> set[str]:
+    if instruction.name in ("st", "bra", "ret", "exit", "bar", "red"):
+        return set()
+    return set(_REGISTER.findall(instruction.operands[0]))
+
+
+def _reads(instruction: Instruction) -> set[str]:
+    stores = instruction.name in ("st", "bar", "red")
+    sources = instruction.operands if stores else instruction.operands[1:]
+    read = {name for operand in sources for name in _REGISTER.findall(operand)}
+    return read | ({instruction.guard} if instruction.guard else set())
+
+
+def _live_after(kernel: Kernel, index: int) -> set[str]:
+    """The registers that may be read after instruction `index` before they are written."""
+    instructions = kernel.instructions
+    following: list[list[int]] = []
+    for place, each in enumerate(instructions):
+        jumps = [kernel.labels[each.operands[0]]] if each.name == "bra" else []
+        goes_on = each.name not in ("bra", "ret", "exit") or each.guard
+        following.append(jumps + ([place + 1] if goes_on else []))
+    live: list[set[str]] = [set() for _ in range(len(instructions) + 1)]
+    changed = True
+    while changed:
+        changed = False
+        for place in range(len(instructions) - 1, -1, -1):
+            each = instructions[place]
+            after: set[str] = set().union(*(live[next_] for next_ in following[place]))
+            before = _reads(each) | (after - (set() if each.guard else _writes(each)))
+            if before != live[place]:
+                live[place], changed = before, True
+    return set().union(*(live[next_] for next_ in following[index]))
+
+
+def _moves_a_butterfly(kernel: Kernel, mutant: Mutant, before: Instruction) -> bool:
+    """Whether only the distance of a butterfly was changed, to one with which the five steps of
+    the warp still span all lanes: those of a sum or maximum over all 32."""
+    if before.name == "mov" and mutant.kind in ("constant", "register"):
+        users = [each for each in kernel.instructions if before.operands[0] in each.operands[1:]]
+    else:
+        users = [before]
+        changed = parse_instruction(mutant.text)
+        if (
+            changed.operands[:2] != before.operands[:2]
+            or changed.operands[3:] != before.operands[3:]
+        ):
+            return False
+    return bool(users) and all(each.operation[:3] == ("shfl", "sync", "bfly") for each in users)
+
+
+class _Probe(Machine):
+    """Runs the changed instruction beside the original, on the same registers."""
+
+    index: int
+    changed: Instruction
+    change: float  # the largest so far, infinite for what is no float
+    runs: int
+
+    def _bind(self, start: int):  # type: ignore[no-untyped-def]
+        block = super()._bind(start)
+        if start <= _Probe.index < start + len(block.actions):
+            place = _Probe.index - start
+            block.actions[place] = self._beside(block.actions[place])
+        return block
+
+    def _beside(self, original: Action) -> Action:
+        other = bind(self, _Probe.changed)
+
+        def run(mask: Mask) -> None:
+            taken = mask
+            if _Probe.changed.guard:
+                holds = self.predicate(_Probe.changed.guard) ^ _Probe.changed.negated
+                taken = holds if mask is True else holds & mask
+            self._compare(lambda: other(taken), lambda: original(mask))
+
+        return run
+
+    def _synchronise(self, index, instruction, mask, taken, lanes):  # type: ignore[no-untyped-def]
+        if index != _Probe.index:
+            return super()._synchronise(index, instruction, mask, taken, lanes)
+        result = None
+
+        def original() -> None:
+            nonlocal result
+            result = super(_Probe, self)._synchronise(index, instruction, mask, taken, lanes)
+
+        self._compare(lambda: perform(self, _Probe.changed, mask), original)
+        return result
+
+    def _last(self, index: int, mask: Mask, lanes: int) -> int | None:
+        instruction = (
+            self.kernel.instructions[index] if index < len(self.kernel.instructions) else None
+        )
+        if index == _Probe.index and instruction and instruction.name == "bra":
+            here = np.ones(self.lanes, bool) if mask is True else mask
+            jumps = self._guarded(instruction, here)
+            others = self._guarded(_Probe.changed, here)
+            differs = bool((jumps != others).any())
+            if _Probe.changed.operands != instruction.operands:
+                differs |= bool(jumps.any())
+            _Probe.change = np.inf if differs else _Probe.change
+            _Probe.runs += 1
+        return super()._last(index, mask, lanes)
+
+    def _compare(self, changed, original) -> None:  # type: ignore[no-untyped-def]
+        tokens = {*_REGISTER.findall(_Probe.changed.text)}
+        tokens |= {*_REGISTER.findall(self.kernel.instructions[_Probe.index].text)}
+        names = [name for name in tokens if name in self.registers]
+        before = {name: self.registers[name].copy() for name in names}
+        try:
+            changed()
+        except Fault:
+            _Probe.change = np.inf
+        after = {name: self.registers[name].copy() for name in names}
+        for name in names:
+            self.registers[name][...] = before[name]
+        original()
+        _Probe.runs += 1
+        for name in names:
+            mine, other = self.registers[name], after[name]
+            if (mine == other).all():
+                continue
+            floats = self.kernel.instructions[_Probe.index].type == "f32" and mine.itemsize == 4
+            old, new = (x.view(np.float32) if floats else x for x in (mine, other))
+            gap = np.inf
+            if floats and name == self.kernel.instructions[_Probe.index].operands[0]:
+                apart = np.abs(old - new)[mine != other] / np.maximum(1, np.abs(old[mine != other]))
+                gap = float(np.nan_to_num(apart, nan=np.inf).max())
+            _Probe.change = max(_Probe.change, gap)
+
+
+@cache
+def _further(variant: Variant) -> list[tuple[Call, np.ndarray, int]]:
+    """Calls of every situation, unlike the trials."""
+    made = []
+    widths = (128, 112, 72) if variant.wide else (64, 40, 16, 8, 56)
+    for index, situation in enumerate(cases.SITUATIONS * 2):
+        rng = np.random.default_rng([7, index])
+        d, m = widths[index % len(widths)], (1, 34, 2, 7)[index % 4]
+        call = cases.draw(rng, situation, dtype=variant.dtype, d=d, m=m)
+        rows = reference.all_rows(call)
+        chosen = rows[np.sort(rng.permutation(len(rows))[:12])]
+        made.append(
+            (
+                call,
+                chosen,
+                {"rows": 0, "split": 1 + index % 3, "merge": 2 + index % 8}[variant.kind],
+            )
+        )
+    return made
+
+
+def _change(variant: Variant, kernel: Kernel, mutant: Mutant) -> float:
+    """By how much the changed instruction's results differ, at most: relative to the original's, or
+    to 1 where that is less. 0 where they never do; infinite where that cannot be said."""
+    changed = parse_instruction(mutant.text)
+    if changed.name in ("st", "red", "atom", "bar", "mma"):
+        return np.inf
+    if changed.name == "ld" and memory_of(changed) == "shared":
+        return np.inf
+    _Probe.index, _Probe.changed, _Probe.change, _Probe.runs = mutant.index, changed, 0.0, 0
+    calls = [(each.call, each.rows, each.parts) for each in mutant_trials.trials(variant)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emulator, "Machine", _Probe)
+        for call, rows, parts in [*calls, *_further(variant)]:
+            emulate = emulator.emulate
+            emulate(call, rows, mutant_trials.kernels({variant.name: kernel}), parts=parts)
+            if _Probe.change == np.inf:
+                break
+    return _Probe.change
