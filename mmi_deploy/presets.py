@@ -112,9 +112,9 @@ def tiny() -> ModelConfig:
                 mid_attention=False,
                 patch=4,
             ),
-            # Stable Diffusion's 0.012 leaves a trace of the picture in the noisiest latents. On flat
-            # shapes the trace tells every colour, so the U-Net would learn to draw what it sees in
-            # the noise, and not what it is told.
+            # Stable Diffusion's 0.012 leaves a trace of the picture in the noisiest latents. On
+            # flat shapes it tells every colour: the U-Net would learn to draw what it sees in the
+            # noise, and not what it is told.
             diffusion=DiffusionConfig(prediction="v_prediction", beta_end=0.03),
         ),
     )
