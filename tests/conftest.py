@@ -1,4 +1,4 @@
-"""What all tests share: two threads per process, and the outputs of the published code.
+"""What all tests share: threads, exported bundles, and the outputs of the published code.
 
 The small ones lie in tests/golden. `MMI_GOLDEN_DIR` names a folder that holds the large ones too;
 tests that need those are skipped without it.
@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before numpy, torch and onnxruntime start their thread pools.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -21,6 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+if TYPE_CHECKING:
+    from exports import Exported
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -56,6 +60,16 @@ def same_threads() -> Iterator[None]:
 def repository() -> Path:
     """The folder that holds pyproject.toml."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def exported_once(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Exported]:
+    """`exported_once("paper")`: a model of exports.py and its bundle, made at the first call."""
+    from exports import export
+
+    return cache(lambda name: export(name, tmp_path_factory.mktemp(name), repository / "assets"))
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading
+from exports import Exported
 from mmi_deploy.cli import run
 from mmi_deploy.document_files import read_document
 from mmi_deploy.graphs import OPSET, Limits, graphs
 from mmi_deploy.images import read_rgb
-from mmi_train.data.vocabulary import build_tokenizer
-from mmi_train.weights import TOKENIZER, save_model
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -29,18 +29,8 @@ def mmi(*arguments: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(random_model(paper_reading()), folder)
-    build_tokenizer().save(str(folder / TOKENIZER))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bundles") / "small"
-    assert mmi("export", model, "-o", out, "--schedule", "unipc:3", "--schedule", "ddim:2") == 0
-    return out
+def bundle(exported_once: Callable[[str], Exported]) -> Path:
+    return exported_once("paper").bundle.folder
 
 
 def generate(bundle: Path, out: Path, *options: object) -> int:
@@ -81,15 +71,15 @@ def test_a_story_goes_on_with_pictures_the_same_for_the_same_seed(
 
 
 def test_another_sampler_of_the_bundle_can_be_chosen(bundle: Path, tmp_path: Path) -> None:
-    assert generate(bundle, tmp_path / "out", "--schedule", "ddim:2") == 0
-    assert "ddim:2" in (tmp_path / "out" / "index.html").read_text()
+    assert generate(bundle, tmp_path / "out", "--schedule", "ddpm:3") == 0
+    assert "ddpm:3" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_a_sampler_that_is_not_there_is_refused_with_those_that_are(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generate(bundle, tmp_path / "out", "--schedule", "ddpm:9") == 2
-    assert re.search(r"mmi: .*'ddpm:9'.*unipc:3 or ddim:2", capsys.readouterr().err)
+    assert re.search(r"mmi: .*'ddpm:9'.*unipc:4 or ddpm:3", capsys.readouterr().err)
 
 
 def test_weights_that_changed_after_the_export_are_refused(

@@ -4,38 +4,25 @@ both sides write and draw the same (20 steps, guidance 3.5, four pictures in con
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from export.small_models import random_model
+from exports import SHIPPED, Exported
 from mmi_bench import compare
 from mmi_bench.cases import DOCUMENT, TEXT, look_back
 from mmi_bench.sides import SIDES
-from mmi_deploy.presets import tiny
-from mmi_export.bundle_export import export_bundle
-from mmi_train.data.vocabulary import build_tokenizer
-from mmi_train.weights import CONFIG, TOKENIZER, save_model
-
-
-@pytest.fixture(scope="module")
-def model_folder(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained model, or in a checkout without it one of its size with random weights."""
-    trained = repository / "assets" / "tiny"
-    if (trained / CONFIG).exists():
-        return trained
-    folder = tmp_path_factory.mktemp("model")
-    save_model(random_model(tiny()), folder)
-    build_tokenizer().save(str(folder / TOKENIZER))
-    return folder
 
 
 @pytest.mark.slow
-def test_a_quick_comparison_of_the_shipped_model(model_folder: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(model_folder, tmp_path / "bundle", schedules=("ddim:4", "unipc:20"))
+def test_a_quick_comparison_of_the_shipped_model(
+    exported_once: Callable[[str], Exported],
+) -> None:
+    shipped = exported_once(SHIPPED)
+    bundle = shipped.bundle
     stages: list[tuple[str, int, int]] = []
     result = compare.run(
-        bundle.folder, model_folder, quick=True, progress=lambda *stage: stages.append(stage)
+        bundle.folder, shipped.folder, quick=True, progress=lambda *stage: stages.append(stage)
     )
     names = [DOCUMENT, TEXT, look_back(0), look_back(8)]
     assert [stage[0] for stage in stages] == 3 * names  # one round to warm up, two measured

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.conftest import Exported
 from export.small_models import paper_reading, random_model
+from exports import Exported
 from mmi_deploy.errors import BundleError, ConfigError, EngineError, WeightsError
 from mmi_deploy.graphs import GRAPHS, Limits, graphs
 from mmi_export.bundle_export import MODULES, export_bundle

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export.conftest import Exported
+from exports import Exported
 from mmi_deploy.graphs import (
     GRAPHS,
     IR_VERSION,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from export.conftest import Exported
+from exports import Exported
 from mmi_bench.sides import scheduler_of
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.document import Document, Draw, Image, Text, document_of

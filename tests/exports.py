@@ -1,0 +1,68 @@
+"""What the tests need exported, by `mmi export` as users run it, each model once in a session."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from export.small_models import paper_reading, random_model, released_reading
+from mmi_deploy.bundle import Bundle
+from mmi_deploy.cli import run
+from mmi_deploy.config import ModelConfig
+from mmi_deploy.presets import tiny
+from mmi_train.data.vocabulary import build_tokenizer
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.weights import CONFIG, TOKENIZER, load_model, save_model
+
+SHIPPED = "shipped"
+"""The trained model, or in a checkout without it one of its size with random weights."""
+
+CONFIGS: dict[str, Callable[[], ModelConfig]] = {
+    "paper": paper_reading,
+    "released": released_reading,
+    SHIPPED: tiny,
+}
+SCHEDULES = {
+    "paper": ("unipc:4", "ddpm:3"),
+    "released": ("unipc:4", "ddpm:3"),
+    SHIPPED: ("ddim:4", "unipc:20"),
+}
+
+_STAGE = re.compile(r"(.+) \((\d+) of (\d+) done\)")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model, its folder, its bundle, and the stages that the export told: what, how many of how
+    many done."""
+
+    model: MMInterleaved
+    folder: Path
+    bundle: Bundle
+    stages: list[tuple[str, int, int]]
+
+    def graph(self, name: str) -> onnx.ModelProto:
+        """The file of a graph, its weights not read."""
+        return onnx.load(self.bundle.graph_file(name), load_external_data=False)
+
+
+def export(name: str, work: Path, assets: Path) -> Exported:
+    """Export the model called `name` into `work`."""
+    folder = assets / "tiny"
+    if name != SHIPPED or not (folder / CONFIG).exists():
+        folder = work / "model"
+        save_model(random_model(CONFIGS[name]()), folder)
+        build_tokenizer().save(str(folder / TOKENIZER))
+    schedules = [word for key in SCHEDULES[name] for word in ("--schedule", key)]
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        code = run(["export", str(folder), "-o", str(work / "bundle"), *schedules])
+    assert code == 0, told.getvalue()
+    stages = [(what, int(done), int(all_)) for what, done, all_ in _STAGE.findall(told.getvalue())]
+    return Exported(load_model(folder), folder, Bundle.open(work / "bundle"), stages)
