@@ -2,8 +2,8 @@
 
 `python -m mmi_plugins.budget` compiles every kernel for every architecture with NVRTC, takes the
 machine code apart with cuobjdump, counts what the PTX executes in the emulator, and prints the
-figures and what is worse than the budget; `--write` makes them the new budget. Nothing of this is a
-measured time: `docs/mmfs_kernel.md` says what the figures mean for speed.
+figures and what is worse than the budget; `--write` makes them the new budget, `--table` prints the
+budget for `docs/mmfs_kernel.md`, which says what it means for speed. None of it is a measured time.
 """
 
 from __future__ import annotations
@@ -288,10 +288,35 @@ def write() -> None:
     BUDGETS.write_text(text + "\n")
 
 
+def table() -> str:
+    """The budget as the table of `docs/mmfs_kernel.md`."""
+    allowed = budget()
+    lines = [
+        "| kernel | " + " | ".join(f"sm_{architecture}" for architecture in ARCHITECTURES) + " |",
+        "|---" * (len(ARCHITECTURES) + 1) + "|",
+    ]
+    for name, by_architecture in allowed.kernels.items():
+        cells = [
+            f"{of.registers} · {of.warps} · {of.lane_instructions or 0:.0f}"
+            for of in by_architecture.values()
+            if of.lane_instructions
+        ]
+        if cells:
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    lines += ["", "| regime | " + " | ".join(TYPES) + " |", "|---" * (len(TYPES) + 1) + "|"]
+    for regime, by_type in allowed.executed.items():
+        counted = [f"{of.lane_instructions:.0f} · {of.value_bytes:.0f}" for of in by_type.values()]
+        lines.append(f"| {regime} | " + " | ".join(counted) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
     """Print all figures."""
     if reason := missing():
         raise SystemExit(reason)
+    if "--table" in arguments:
+        print(table())
+        return
     if "--write" in arguments:
         write()
     allowed = budget()

@@ -72,6 +72,11 @@ def test_every_figure_that_gets_worse_is_named() -> None:
     assert len(budget.worse(bad, good)) == 9
 
 
+def test_the_documentation_shows_this_budget() -> None:
+    document = Path(__file__).parents[2] / "docs" / "mmfs_kernel.md"
+    assert all(line in document.read_text() for line in budget.table().splitlines())
+
+
 _VENDOR = """
 #include <cstdio>
 #include <cuda_occupancy.h>
