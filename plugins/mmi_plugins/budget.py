@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -173,13 +174,15 @@ def _in_flight(body: list[str]) -> int:
 def _tool() -> str:
     """cuobjdump of the package `nvidia-cuda-cuobjdump`, which takes nvdisasm from beside it."""
     package = find_spec("nvidia")
-    for place in (package.submodule_search_locations or ()) if package else ():
-        for path in sorted(Path(place).glob("cu*/bin/cuobjdump"), reverse=True):
-            if path.with_name("nvdisasm").exists():
-                return str(path)
-    for path in (shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump"):
-        if path and Path(path).with_name("nvdisasm").exists():
-            return path
+    places = (package.submodule_search_locations or ()) if package else ()
+    packaged = [
+        str(path)
+        for place in places
+        for path in sorted(Path(place).glob("cu*/bin/cuobjdump"), reverse=True)
+    ]
+    for found in (*packaged, shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump"):
+        if found and Path(found).with_name("nvdisasm").exists():
+            return found
     raise EngineError(
         "cuobjdump is not installed",
         fix="pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
@@ -225,9 +228,18 @@ REGIMES = {
 def executed(name: str, dtype: str) -> Executed:
     """In a regime, with 8 points and heads of 64 channels."""
     regime = REGIMES[name]
-    fixed = {"dtype": dtype, "b": 1, "n": 4, "h": 2, "p": 8, "d": 64, "r": 60}
-    sizes = {"q": regime.queries, "m": regime.images, "levels": [(x, x) for x in regime.sides]}
-    options = {"base_grid": 16.0, "null_slot": True, "per_query": True, "references": True}
+    fixed: dict[str, Any] = {"dtype": dtype, "b": 1, "n": 4, "h": 2, "p": 8, "d": 64, "r": 60}
+    sizes: dict[str, Any] = {
+        "q": regime.queries,
+        "m": regime.images,
+        "levels": [(x, x) for x in regime.sides],
+    }
+    options: dict[str, Any] = {
+        "base_grid": 16.0,
+        "null_slot": True,
+        "per_query": True,
+        "references": True,
+    }
     call = draw(np.random.default_rng(3), **fixed, **sizes, **options)
     call.inputs["image_position"][:] = np.arange(1, regime.images + 1)
     done = emulate(call, all_rows(call), default_kernel, parts=regime.parts)
