@@ -65,9 +65,14 @@ def test_every_head_size(dtype: str, channels: int) -> None:
         assert error(call, shim.Shim().run(call, rows, parts), expected) <= TOLERANCES[dtype]
 
 
+LEVELS = [(6, 5), (4, 4), (3, 2), (1, 1)]
+
+
 @pytest.mark.parametrize("points", range(1, 17))
 def test_every_number_of_points(points: int) -> None:
-    call = cases.draw(np.random.default_rng(points), dtype="float32", p=points, m=7, q=3, b=1, d=24)
+    call = cases.draw(
+        np.random.default_rng(points), dtype="float32", p=points, m=7, q=3, b=1, d=24, levels=LEVELS
+    )
     rows = some_rows(call, 4)
     got = shim.Shim().run(call, rows, 0)
     assert error(call, got, attention(call, rows)) <= TOLERANCES["float32"]

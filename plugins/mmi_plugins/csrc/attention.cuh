@@ -79,11 +79,12 @@ MMI_DEVICE unsigned list_images(const Problem& call, Scratch& scratch, int b, in
   return visible;
 }
 
-// What every turn reads: the levels, and the entries beyond the last, which fp32 lane groups may
-// read and nothing writes later. Visible after the next barrier.
+// What every turn reads: the levels and, for fp32 lane groups, the entries beyond the last, which
+// nothing writes later. Visible after the next barrier.
+template <class T>
 MMI_DEVICE void prepare(const Problem& call, Scratch& scratch) {
   const int lane = lane_of();
-  if (lane < kTable - kLanes) {
+  if (sizeof(T) == sizeof(float) && lane < kTable - kLanes) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) scratch.corner[kLanes + lane][i] = {0, 0};
   }
@@ -151,7 +152,7 @@ MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scra
   const unsigned below = (1u << lane) - 1;
   const unsigned row = row_of(call, b, q, h);
   const unsigned by_points = reciprocal(call.p);
-  prepare(call, scratch);
+  prepare<T>(call, scratch);
 #pragma unroll 1
   for (int start = 0; start < call.m; start += kLanes) {
     const unsigned visible = list_images(call, scratch, b, q, start);
@@ -219,9 +220,10 @@ struct Finish {
   float scale, null_weight, inverse;
 
   MMI_DEVICE Finish(float most, float total, int null_slot) {
-    const float top = null_slot ? fmaxf(most, 0.0f) : most;
-    scale = power(most - top);
-    null_weight = null_slot ? power(-top) : 0.0f;
+    // Relative to the larger of the two maxima; one of the shares is 1.
+    const float smaller = power(-fabsf(most));
+    scale = null_slot && most < 0.0f ? smaller : 1.0f;
+    null_weight = !null_slot ? 0.0f : most < 0.0f ? 1.0f : smaller;
     const float whole = fmaf(total, scale, null_weight);
     inverse = whole == 0.0f ? 0.0f : inverse_of(whole);  // a row that sees nothing is 0
   }

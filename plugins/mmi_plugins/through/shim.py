@@ -138,7 +138,7 @@ def aligned(array: np.ndarray) -> np.ndarray:
 
 class _Implementation:
     name = "shim"
-    most_rows: int | None = 512
+    most_rows: int | None = 128
 
     def missing(self) -> str | None:
         """Why the shim cannot run here, or None."""
