@@ -27,6 +27,9 @@ def build(
         Path | None,
         typer.Option("--out", "-o", help="Folder to put it into.", show_default="the user's cache"),
     ] = None,
+    cuda: Annotated[
+        bool, typer.Option("--cuda", help="For ONNX Runtime: kernels for NVIDIA GPUs as well.")
+    ] = False,
     tensorrt_include: Annotated[
         Path | None,
         typer.Option(help="Folder of TensorRT's headers.", show_default="where they usually are"),
@@ -40,7 +43,7 @@ def build(
     from mmi_plugins import onnxruntime_library, tensorrt_build
 
     if target == Target.onnxruntime:
-        path = onnxruntime_library.build(out)
+        path = onnxruntime_library.build(out, cuda=cuda)
     else:
         folder = out or onnxruntime_library.cache_folder() / "tensorrt"
         path = tensorrt_build.build_tensorrt_plugin(tensorrt_include, folder)

@@ -16,10 +16,12 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from mmi_deploy.errors import EngineError
+from mmi_plugins.tensorrt_build import ARCHITECTURES, find_nvcc, supported_architectures
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ _FILES = (
     "onnxruntime_library.cpp",
     "sizes.h",
 )
-_SECONDS = 300
+_CUDA_FILES = ("attention.cu", "*.cuh", "launch.h", "plan.h", "problem.h")
+_SECONDS = 900
 
 
 def compiler() -> str | None:
@@ -74,31 +77,38 @@ def cache_folder() -> Path:
 
 
 @cache
-def _fingerprint() -> str:
+def _fingerprint(cuda: bool) -> str:
     """Of all that decides what is compiled, the compiler aside: a newer one makes nothing wrong."""
-    digest = hashlib.sha256(repr((_FLAGS, _LINK, _VARIANTS, platform.machine())).encode())
-    for name in _FILES:
-        digest.update((SOURCES / name).read_bytes())
+    settings = (_FLAGS, _LINK, _VARIANTS, platform.machine(), cuda and ARCHITECTURES)
+    digest = hashlib.sha256(repr(settings).encode())
+    for pattern in (*_FILES, *(_CUDA_FILES if cuda else ())):
+        for path in sorted(SOURCES.glob(pattern)):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def location() -> Path:
+def location(cuda: bool = False) -> Path:
     """Where the library of these sources is, or will be."""
-    return cache_folder() / f"onnxruntime-{platform.machine()}-{_fingerprint()}" / NAME
+    kind = f"onnxruntime{'-cuda' * cuda}-{platform.machine()}-{_fingerprint(cuda)}"
+    return cache_folder() / kind / NAME
 
 
-def find() -> Path | None:
+def find(cuda: bool = False) -> Path | None:
     """The compiled library, if there is one."""
-    path = location()
+    path = location(cuda)
     return path if path.is_file() else None
 
 
-def build(out: Path | None = None) -> Path:
+def build(
+    out: Path | None = None, *, cuda: bool = False, architectures: Sequence[str] = ARCHITECTURES
+) -> Path:
     """Compile the library, about 20 seconds, and put it into `out` (a folder) or the cache.
 
-    It appears whole or not at all. Raises `EngineError` where there is no compiler, or it fails.
+    `cuda`: with kernels for ONNX Runtime's CUDA provider as well, for these `architectures`; takes
+    CUDA's nvcc. It appears whole or not at all. Raises `EngineError` where there is no compiler, or
+    it fails.
     """
-    path = location() if out is None else out / NAME
+    path = location(cuda) if out is None else out / NAME
     if os.name != "posix":
         raise EngineError(
             "the kernel library can be compiled on Linux and macOS only",
@@ -114,7 +124,8 @@ def build(out: Path | None = None) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as scratch:
-            made = _compile(program, Path(scratch))
+            gpu = _Cuda(find_nvcc(), architectures) if cuda else None
+            made = _compile(program, gpu, Path(scratch))
             os.replace(made, path)
     except OSError as error:
         raise EngineError(
@@ -138,27 +149,53 @@ def ensure() -> Path | None:
         return None
 
 
-def _compile(program: str, scratch: Path) -> Path:
+@dataclass(frozen=True)
+class _Cuda:
+    """CUDA's compiler and what it makes code for."""
+
+    nvcc: Path
+    architectures: Sequence[str]
+
+    @property
+    def codes(self) -> list[str]:
+        """Machine code for each, and PTX of the last for those that come after it."""
+        known = supported_architectures(self.nvcc, self.architectures)
+        codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in known]
+        return [*codes, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+
+
+def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    host = ("-DMMI_X86",) if on_x86 else ()
-    jobs: list[tuple[str, Sequence[str], str]] = [
-        ("attention_cpu.cpp", host, "attention_cpu.o"),
-        ("onnxruntime_library.cpp", (), "onnxruntime_library.o"),
-    ]
+    jobs = [_job(program, scratch, "attention_cpu", ("-DMMI_X86",) if on_x86 else ())]
     for variant, flags in _VARIANTS.items():
         if on_x86 or not flags:
             named = (f"-DMMI_VARIANT={variant}", *flags)
-            jobs.append(("attention_cpu_kernel.cpp", named, f"kernel_{variant}.o"))
-    commands = [
-        [program, *_FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(scratch / made)]
-        for source, flags, made in jobs
-    ]
+            jobs.append(_job(program, scratch, "attention_cpu_kernel", named, variant))
+    if gpu is None:
+        jobs.append(_job(program, scratch, "onnxruntime_library", ()))
+        link = [program, *(_LINK if platform.system() == "Linux" else _LINK[:1])]
+    else:
+        host = ["-Xcompiler", ",".join(_FLAGS[1:])]
+        nvcc = [str(gpu.nvcc), "-ccbin", program, "-std=c++17", *host, "-c", "-o"]
+        source = str(SOURCES / "onnxruntime_library.cpp")
+        jobs.append([*nvcc, str(scratch / "onnxruntime_library.o"), "-DMMI_CUDA", source])
+        made = str(scratch / "attention.o")
+        jobs.append([*nvcc, made, *gpu.codes, str(SOURCES / "attention.cu")])
+        link = [str(gpu.nvcc), "-ccbin", program, "-cudart", "static", "-shared"]
+        link += ["-Xlinker", "--exclude-libs,ALL"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, commands))
+        list(pool.map(_run, jobs))
     library = scratch / NAME
-    link = _LINK if platform.system() == "Linux" else _LINK[:1]
-    _run([program, *link, *(str(scratch / made) for _, _, made in jobs), "-o", str(library)])
+    _run([*link, *map(str, sorted(scratch.glob("*.o"))), "-o", str(library)])
     return library
+
+
+def _job(
+    program: str, scratch: Path, source: str, flags: Sequence[str], variant: str = ""
+) -> list[str]:
+    """The command that compiles one source, for one instruction set."""
+    made = scratch / f"{source}{variant}.o"
+    return [program, *_FLAGS, *flags, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(made)]
 
 
 def _run(command: list[str]) -> None:

@@ -201,8 +201,19 @@ def test_a_library_appears_whole_or_not_at_all(
         onnxruntime_library.build()
 
 
+@pytest.mark.slow
+def test_with_kernels_for_gpus_it_compiles_and_serves_the_cpu_too(tmp_path: Path) -> None:
+    """Nothing here can run them; that ONNX Runtime opens the library and registers all is shown."""
+    try:
+        library = onnxruntime_library.build(tmp_path, cuda=True, architectures=("90",))
+    except EngineError as error:
+        pytest.skip(str(error))
+    call = draw(np.random.default_rng(0), q=3, d=64, dtype="float16", null_slot=True)
+    expected = output_of(call, attention(call))
+    np.testing.assert_allclose(run_session(session(library, call), call), expected, atol=5e-3)
+
+
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
-    from mmi_deploy.config import to_json  # noqa: F401  # the runtime's own package is enough
     from mmi_deploy.runtime.onnx_engine import OnnxOptions, _session_options
 
     path = tmp_path / "libwrong.so"
