@@ -14,8 +14,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -183,10 +183,9 @@ def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
         jobs.append([*nvcc, made, *gpu.codes, str(SOURCES / "attention.cu")])
         link = [str(gpu.nvcc), "-ccbin", program, "-cudart", "static", "-shared"]
         link += ["-Xlinker", "--exclude-libs,ALL"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, jobs))
+    _run(jobs)
     library = scratch / NAME
-    _run([*link, *map(str, sorted(scratch.glob("*.o"))), "-o", str(library)])
+    _run([[*link, *map(str, sorted(scratch.glob("*.o"))), "-o", str(library)]])
     return library
 
 
@@ -198,15 +197,38 @@ def _job(
     return [program, *_FLAGS, *flags, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(made)]
 
 
-def _run(command: list[str]) -> None:
+def _run(commands: Sequence[list[str]]) -> None:
+    """Run compilers, one a core at a time. When one fails, or this is broken off, all are stopped:
+    none goes on alone."""
+    waiting, running = list(reversed(commands)), deque[subprocess.Popen[str]]()
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                running.append(
+                    subprocess.Popen(
+                        waiting.pop(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                    )
+                )
+            _finish(running[0])
+            running.popleft()
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def _finish(process: subprocess.Popen[str]) -> None:
+    """Wait for a compiler; raises `EngineError` when it fails or takes too long."""
+    assert isinstance(process.args, list)
+    program = process.args[0]
+    try:
+        said = process.communicate(timeout=_SECONDS)[1]
     except subprocess.TimeoutExpired:
-        raise EngineError(f"{command[0]} took more than {_SECONDS} s and was stopped") from None
-    except subprocess.CalledProcessError as error:
-        lines = (error.stderr or "it said nothing").strip().splitlines()
+        raise EngineError(f"{program} took more than {_SECONDS} s and was stopped") from None
+    if process.returncode:
+        lines = said.strip().splitlines() or ["it said nothing"]
         first = next((line for line in lines if "error" in line), lines[0])
         raise EngineError(
-            f"{command[0]} cannot compile the kernel library: {first}",
+            f"{program} cannot compile the kernel library: {first}",
             fix="Set CXX to another compiler: GCC 10 or Clang 14, or newer.",
-        ) from None
+        )
