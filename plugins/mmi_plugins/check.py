@@ -25,6 +25,8 @@ from mmi_plugins.through import IMPLEMENTATIONS, Implementation
 
 WRONG, NOT_RUN = 1, 2
 
+SMALLEST_NORMAL = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -48,13 +50,12 @@ class Verdict:
         return "not run" if self.reason else "passed"
 
 
-def errors(got: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """(greatest absolute error, rms of error / rms of expected); where nothing but 0 is expected,
-    the second is the rms of the error itself."""
+def errors(got: np.ndarray, expected: np.ndarray, dtype: str) -> tuple[float, float]:
+    """(greatest absolute error, rms of error / rms of expected). Numbers smaller than the type's
+    smallest normal one cannot be held: they count as that small."""
     difference = got.astype(np.float64) - expected
-    scale = float(np.sqrt(np.mean(expected**2)))
-    rms = float(np.sqrt(np.mean(difference**2)))
-    return float(np.abs(difference).max()), rms / scale if scale else rms
+    scale = max(float(np.sqrt(np.mean(expected**2))), SMALLEST_NORMAL[dtype])
+    return float(np.abs(difference).max()), float(np.sqrt(np.mean(difference**2))) / scale
 
 
 def chosen_rows(call: Call, most: int | None, name: str) -> np.ndarray:
@@ -79,7 +80,7 @@ def check(name: str, call: Call, expected: np.ndarray, implementation: Implement
     except Exception as error:  # whatever it is, this case did not come out right
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return Verdict(name, implementation.name, reason=reason, wrong=True)
-    greatest, relative = errors(got, wanted)
+    greatest, relative = errors(got, wanted, call.dtype)
     tolerance = TOLERANCES[call.dtype]
     return Verdict(
         name,

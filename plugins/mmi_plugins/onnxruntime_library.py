@@ -12,10 +12,12 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -206,14 +208,19 @@ def _run(commands: Sequence[list[str]]) -> None:
             while waiting and len(running) < (os.cpu_count() or 1):
                 running.append(
                     subprocess.Popen(
-                        waiting.pop(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                        waiting.pop(),
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                        start_new_session=True,  # a compiler is several processes
                     )
                 )
             _finish(running[0])
             running.popleft()
     finally:
         for process in running:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
 
 

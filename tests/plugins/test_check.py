@@ -69,6 +69,13 @@ def test_the_tolerance_is_that_of_the_type(monkeypatch: pytest.MonkeyPatch, fold
     assert code == 1 and "0 passed, 2 failed, 1 not run" in output
 
 
+def test_what_the_type_cannot_hold_counts_as_the_least_it_can() -> None:
+    nothing, least = np.zeros(8), np.full(8, 4e-98)
+    assert checker.errors(nothing, least, "float16")[1] < 1e-6
+    assert checker.errors(nothing, np.full(8, 1e-3), "float16")[1] == 1
+    assert checker.errors(np.full(8, 1e-4), nothing, "float32")[1] > 1
+
+
 def test_what_breaks_has_failed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     code, output = run(monkeypatch, folder, Fake(off=float("nan")))
     assert code == 1 and "it broke" in output and "badly" not in output

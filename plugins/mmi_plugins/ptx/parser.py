@@ -48,7 +48,7 @@ class Instruction:
         return self.operation[-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One `.entry`. Offsets and sizes in bytes."""
 
