@@ -38,7 +38,7 @@ def tally(variant: Variant, count: int, seed: int) -> tuple[int, list[str], list
         what, why = verdict(variant, mutant.of(kernel))
         if what == "caught":
             caught += 1
-        elif reason := equivalence(variant, kernel, mutant, what == "same"):
+        elif reason := equivalence(variant, kernel, mutant):
             equivalent.append(f"{mutant}: {reason}")
         else:
             missed.append(f"{mutant}: {what}, {why}")
@@ -60,10 +60,10 @@ def judge(tallies: dict[str, tuple[int, list[str], list[str]]]) -> None:
 def test_a_sample_of_mutants_is_caught() -> None:
     """A row's kernel in fp32 and fp16, shares of a row in bf16, and the merging of shares."""
     chosen = {
-        Variant("float32", "rows"): 30,
-        Variant("float16", "rows"): 30,
-        Variant("bfloat16", "split", wide=True): 15,
-        Variant("float16", "merge"): 15,
+        Variant("float32", "rows"): 25,
+        Variant("float16", "rows"): 25,
+        Variant("bfloat16", "split", wide=True): 6,
+        Variant("float16", "merge"): 6,
     }
     judge({variant.name: tally(variant, count, 11) for variant, count in chosen.items()})
 
