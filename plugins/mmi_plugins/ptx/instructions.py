@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmi_plugins.ptx import conversions, numbers, transfers
+from mmi_plugins.ptx import bits, conversions, numbers, transfers
+from mmi_plugins.ptx.forms import INTEGERS, allow, elementwise, operands_of
 from mmi_plugins.ptx.memory import Fault
 from mmi_plugins.ptx.parser import WIDTHS, Instruction, PtxError
 from mmi_plugins.ptx.values import (
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from mmi_plugins.ptx.machine import Machine
 
 _WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
-_INTEGERS = frozenset({f"{kind}{bits}" for kind in "sub" for bits in (16, 32, 64)})
 _FLOATS = frozenset({"f16", "f16x2", "bf16", "bf16x2", "f32", "f32x2", "f64"})
 
 
@@ -52,21 +52,6 @@ def bind(machine: Machine, instruction: Instruction) -> Action:
         raise PtxError(f"`{instruction.text}`: {error}") from None
     except (KeyError, IndexError, ValueError) as error:
         raise unsupported(instruction, str(error)) from None
-
-
-def _allow(instruction: Instruction, *words: str, types: frozenset[str] | None = None) -> set[str]:
-    """The suffixes between name and type, all of which must be among `words`."""
-    suffixes = instruction.operation[1:-1]
-    unknown = [word for word in suffixes if word not in words]
-    if unknown or (types is not None and instruction.type not in types):
-        raise unsupported(instruction, ", ".join(unknown) or instruction.type)
-    return set(suffixes)
-
-
-def _operands(instruction: Instruction, count: int) -> tuple[str, ...]:
-    if len(instruction.operands) != count:
-        raise unsupported(instruction, f"{len(instruction.operands)} operands")
-    return instruction.operands
 
 
 def _floats(machine: Machine, operand: str, type_: str) -> Callable[[], np.ndarray]:
@@ -116,10 +101,10 @@ _ARITHMETIC: dict[str, np.ufunc] = {
 def _add_sub_mul(machine: Machine, instruction: Instruction) -> Action:
     type_, function = instruction.type, _ARITHMETIC[instruction.name]
     if type_ in _FLOATS:
-        words = _allow(instruction, "rn", "ftz", "sat")
-        out, a, b = _operands(instruction, 3)
+        words = allow(instruction, "rn", "ftz", "sat")
+        out, a, b = operands_of(instruction, 3)
         if type_ in ("f32", "f32x2", "f64") and not words - {"rn"}:
-            return _elementwise(machine, function, out, (a, b), type_)
+            return elementwise(machine, function, out, (a, b), type_)
         first, second = _floats(machine, a, type_), _floats(machine, b, type_)
         write = _float_result(machine, out, type_, words)
         if "ftz" in words and type_ == "f32":
@@ -128,31 +113,20 @@ def _add_sub_mul(machine: Machine, instruction: Instruction) -> Action:
         return lambda mask: write(function(first(), second()), mask)
     if instruction.name == "mul":
         return _multiply(machine, instruction, add=False)
-    _allow(instruction, types=_INTEGERS)
-    out, a, b = _operands(instruction, 3)
-    return _elementwise(machine, function, out, (a, b), type_)
-
-
-def _elementwise(
-    machine: Machine, function: np.ufunc, out: str, sources: tuple[str, ...], type_: str
-) -> Action:
-    """A NumPy function straight from registers into a register."""
-    target = destination(machine, out, type_)
-    values = [read(machine, source, type_) for source in sources]
-    if type_ in PACKED:
-        return lambda mask: function(*values, out=target, where=pairs(mask))
-    return lambda mask: function(*values, out=target, where=mask)
+    allow(instruction, types=INTEGERS)
+    out, a, b = operands_of(instruction, 3)
+    return elementwise(machine, function, out, (a, b), type_)
 
 
 def _multiply(machine: Machine, instruction: Instruction, add: bool) -> Action:
     """mul and mad of integers: `.lo`, `.hi`, `.wide`."""
     type_ = instruction.type
-    words = _allow(instruction, "lo", "hi", "wide", types=_INTEGERS - {"b16", "b32", "b64"})
+    words = allow(instruction, "lo", "hi", "wide", types=INTEGERS - {"b16", "b32", "b64"})
     if len(words) != 1:
         raise unsupported(instruction)
     (form,) = words
     result = _WIDER[type_] if form == "wide" else type_
-    operands = _operands(instruction, 4 if add else 3)
+    operands = operands_of(instruction, 4 if add else 3)
     a, b = (read(machine, operand, type_) for operand in operands[1:3])
     c = read(machine, operands[3], result) if add else None
     target = destination(machine, operands[0], result)
@@ -190,8 +164,8 @@ def _multiply_add(machine: Machine, instruction: Instruction) -> Action:
     type_ = instruction.type
     if type_ not in _FLOATS:
         return _multiply(machine, instruction, add=True)
-    words = _allow(instruction, "rn", "ftz", "sat", "relu", types=_FLOATS - {"f64"})
-    operands = _operands(instruction, 4)
+    words = allow(instruction, "rn", "ftz", "sat", "relu", types=_FLOATS - {"f64"})
+    operands = operands_of(instruction, 4)
     a, b, c = (_floats(machine, operand, type_) for operand in operands[1:])
     if type_ in ("f32", "f32x2") and not words - {"rn"}:
         target, twice = destination(machine, operands[0], type_), type_ in PACKED
@@ -208,17 +182,17 @@ def _multiply_add(machine: Machine, instruction: Instruction) -> Action:
 def _min_max(machine: Machine, instruction: Instruction) -> Action:
     type_ = instruction.type
     if type_ not in _FLOATS:
-        _allow(instruction, types=_INTEGERS)
-        out, *sources = _operands(instruction, 3)
-        return _elementwise(machine, _ARITHMETIC[instruction.name], out, tuple(sources), type_)
-    words = _allow(instruction, "NaN", "ftz", types=_FLOATS)
+        allow(instruction, types=INTEGERS)
+        out, *sources = operands_of(instruction, 3)
+        return elementwise(machine, _ARITHMETIC[instruction.name], out, tuple(sources), type_)
+    words = allow(instruction, "NaN", "ftz", types=_FLOATS)
     out, *sources = instruction.operands
     if len(sources) not in (2, 3):
         raise unsupported(instruction)
     names = {"min": (np.fmin, np.minimum), "max": (np.fmax, np.maximum)}[instruction.name]
     function = names["NaN" in words]
     if type_ in ("f32", "f64") and not words and len(sources) == 2:
-        return _elementwise(machine, function, out, tuple(sources), type_)
+        return elementwise(machine, function, out, tuple(sources), type_)
     values = [_floats(machine, source, type_) for source in sources]
     write = _float_result(machine, out, type_, words)
 
@@ -232,17 +206,17 @@ def _min_max(machine: Machine, instruction: Instruction) -> Action:
 def _divide(machine: Machine, instruction: Instruction) -> Action:
     """div and rem: integers towards zero; floats rounded, or approximately."""
     type_ = instruction.type
-    out, a, b = _operands(instruction, 3)
+    out, a, b = operands_of(instruction, 3)
     x, y = read(machine, a, type_), read(machine, b, type_)
     if type_ in ("f32", "f64"):
-        words = _allow(instruction, "rn", "approx", "full", "ftz")
+        words = allow(instruction, "rn", "approx", "full", "ftz")
         if instruction.name == "rem":
             raise unsupported(instruction)
         write = _float_result(machine, out, type_, words)
         if words & {"approx", "full"}:
             return lambda mask: write(numbers.approximate(np.divide(x, y, dtype="f8"), 2), mask)
         return lambda mask: write(np.divide(x, y), mask)
-    _allow(instruction, types=frozenset({"s16", "u16", "s32", "u32", "s64", "u64"}))
+    allow(instruction, types=frozenset({"s16", "u16", "s32", "u32", "s64", "u64"}))
     target, remainder = destination(machine, out, type_), instruction.name == "rem"
 
     def run(mask: Mask) -> None:
@@ -259,24 +233,14 @@ def _divide(machine: Machine, instruction: Instruction) -> Action:
     return run
 
 
-def _bitwise(machine: Machine, instruction: Instruction) -> Action:
-    type_ = instruction.type
-    _allow(instruction, types=frozenset({"pred", "b16", "b32", "b64"}))
-    function = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-    out, a, b = _operands(instruction, 3)
-    if type_ == "pred" and (a.startswith("!") or b.startswith("!")):
-        raise unsupported(instruction)
-    return _elementwise(machine, function[instruction.name], out, (a, b), type_)
-
-
 def _one_operand(machine: Machine, instruction: Instruction) -> Action:
     """not, neg, abs."""
     type_, name = instruction.type, instruction.name
-    out, a = _operands(instruction, 2)
+    out, a = operands_of(instruction, 2)
     if name == "not":
-        _allow(instruction, types=frozenset({"pred", "b16", "b32", "b64"}))
-        return _elementwise(machine, np.invert, out, (a,), type_)
-    words = _allow(instruction, "ftz")
+        allow(instruction, types=frozenset({"pred", "b16", "b32", "b64"}))
+        return elementwise(machine, np.invert, out, (a,), type_)
+    words = allow(instruction, "ftz")
     if type_.startswith("bf16"):
         sign, value = np.uint16(0x8000), read(machine, a, type_)
         write = writer(machine, out, type_)
@@ -287,152 +251,7 @@ def _one_operand(machine: Machine, instruction: Instruction) -> Action:
     if words:
         source, result = read(machine, a, type_), _float_result(machine, out, type_, words)
         return lambda mask: result(function(source), mask)
-    return _elementwise(machine, function, out, (a,), type_)
-
-
-def _shift(machine: Machine, instruction: Instruction) -> Action:
-    """shl, shr: a shift by the width or more leaves zeros, or signs."""
-    type_, name = instruction.type, instruction.name
-    _allow(instruction, types=_INTEGERS)
-    out, a, b = _operands(instruction, 3)
-    value, count = read(machine, a, type_), read(machine, b, "u32")
-    target = destination(machine, out, type_)
-    bits, dtype = 8 * WIDTHS[type_], DTYPES[type_]
-
-    def run(mask: Mask) -> None:
-        small = np.minimum(count, np.uint32(bits - 1)).astype(dtype)
-        shifted = np.left_shift(value, small) if name == "shl" else np.right_shift(value, small)
-        if name == "shl" or dtype.kind == "u":
-            shifted = np.where(count >= bits, np.zeros((), dtype), shifted)
-        np.copyto(target, shifted, where=mask)
-
-    return run
-
-
-def _funnel(machine: Machine, instruction: Instruction) -> Action:
-    """shf.{l,r}.{wrap,clamp}.b32: a window of 32 bits out of 64."""
-    words = _allow(instruction, "l", "r", "wrap", "clamp", types=frozenset({"b32"}))
-    out, low, high, count = _operands(instruction, 4)
-    a, b, c = (read(machine, operand, "u32") for operand in (low, high, count))
-    target = destination(machine, out, "b32")
-
-    def run(mask: Mask) -> None:
-        wide = np.asarray(b, np.uint64) << np.uint64(32) | np.asarray(a, np.uint64)
-        by = np.asarray(c & np.uint32(31) if "wrap" in words else np.minimum(c, np.uint32(32)))
-        by = by.astype(np.uint64)
-        moved = (wide << by) >> np.uint64(32) if "l" in words else wide >> by
-        np.copyto(target, moved.astype(np.uint32), where=mask)
-
-    return run
-
-
-def _bit_field(machine: Machine, instruction: Instruction) -> Action:
-    """bfe: `length` bits from `position`, zero or sign extended; bfi: put them in."""
-    type_ = instruction.type
-    _allow(instruction, types=frozenset({"u32", "s32", "u64", "s64", "b32", "b64"}))
-    width = 8 * WIDTHS[type_]
-    unsigned = np.dtype(f"u{WIDTHS[type_]}")
-    insert = instruction.name == "bfi"
-    operands = _operands(instruction, 5 if insert else 4)
-    sources = [read(machine, operand, f"b{width}") for operand in operands[1:-2]]
-    position, length = (read(machine, operand, "u32") for operand in operands[-2:])
-    target = destination(machine, operands[0], f"b{width}")
-    one, zero = unsigned.type(1), unsigned.type(0)
-
-    def run(mask: Mask) -> None:
-        start = np.asarray(position & np.uint32(255))
-        count = np.minimum(np.asarray(length & np.uint32(255)), width)
-        shift = np.minimum(start, width - 1).astype(unsigned)
-        field_ = np.where(
-            count >= width, ~zero, (one << np.minimum(count, width - 1).astype(unsigned)) - one
-        ).astype(unsigned)
-        inside = np.where(start < width, field_ << shift, zero)
-        if insert:
-            value = (sources[1] & ~inside) | ((sources[0] << shift) & inside)
-        else:
-            value = np.where(start < width, (sources[0] >> shift) & field_, zero)
-            if type_[0] == "s":
-                last = np.minimum(start + count - np.uint32(1), width - 1).astype(unsigned)
-                sign = (sources[0] >> last) & one
-                left = width - start.astype(np.int64)
-                kept = np.where(count < left, field_, np.where(left > 0, ~zero >> shift, zero))
-                value = np.where((sign == 1) & (count > 0), value | ~kept, value)
-        np.copyto(target, value, where=mask)
-
-    return run
-
-
-def _permute(machine: Machine, instruction: Instruction) -> Action:
-    """prmt.b32: four bytes picked out of eight, or their sign spread."""
-    _allow(instruction, types=frozenset({"b32"}))
-    out, *sources = _operands(instruction, 4)
-    a, b, pick = (read(machine, source, "u32") for source in sources)
-    target = destination(machine, out, "b32")
-    both = np.empty((machine.lanes, 2), np.uint32)
-    shifts = np.arange(0, 16, 4, dtype=np.uint32)
-
-    def run(mask: Mask) -> None:
-        both[:, 0], both[:, 1] = a, b
-        choices = (np.broadcast_to(pick, machine.lanes)[:, None] >> shifts) & np.uint32(15)
-        chosen = np.take_along_axis(
-            both.view(np.uint8), (choices & np.uint32(7)).astype(np.intp), 1
-        )
-        if (choices >= 8).any():
-            sign = np.where(chosen >= 128, np.uint8(255), np.uint8(0))
-            chosen = np.where(choices >= 8, sign, chosen)
-        np.copyto(target, chosen.view(np.uint32)[:, 0], where=mask)
-
-    return run
-
-
-def _logic(machine: Machine, instruction: Instruction) -> Action:
-    """lop3.b32: any function of three bits, by its table."""
-    _allow(instruction, types=frozenset({"b32"}))
-    out, *sources, table_text = _operands(instruction, 5)
-    a, b, c = (read(machine, source, "u32") for source in sources)
-    table = int(table_text, 0)
-    target = destination(machine, out, "b32")
-
-    def run(mask: Mask) -> None:
-        result = np.zeros(1, np.uint32)
-        for row in range(8):
-            if table >> row & 1:
-                bits = (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-                result = result | bits
-        np.copyto(target, result, where=mask)
-
-    return run
-
-
-def _count_bits(machine: Machine, instruction: Instruction) -> Action:
-    """popc, clz, brev, bfind."""
-    type_, name = instruction.type, instruction.name
-    words = _allow(instruction, "shiftamt")
-    width = 8 * WIDTHS[type_]
-    out, a = _operands(instruction, 2)
-    value = read(machine, a, f"u{width}")
-    target = destination(machine, out, f"b{width}" if name == "brev" else "u32")
-    if type_[0] == "s" or (name == "bfind") != (type_[0] == "u"):
-        raise unsupported(instruction)
-
-    def run(mask: Mask) -> None:
-        bits = (
-            np.asarray(value)[..., None] >> np.arange(width, dtype=value.dtype)
-        ) & value.dtype.type(1)
-        if name == "popc":
-            result: Any = bits.sum(-1)
-        elif name == "brev":
-            result = (bits << np.arange(width - 1, -1, -1, dtype=value.dtype)).sum(
-                -1, dtype=value.dtype
-            )
-        else:
-            highest = np.where(bits.any(-1), width - 1 - np.argmax(bits[..., ::-1], -1), -1)
-            result = width - 1 - highest if name == "clz" else highest
-            if words:
-                result = np.where(highest < 0, -1, width - 1 - highest)
-        np.copyto(target, np.asarray(result).astype(target.dtype), where=mask)
-
-    return run
+    return elementwise(machine, function, out, (a,), type_)
 
 
 _APPROXIMATE: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
@@ -447,9 +266,9 @@ _APPROXIMATE: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
 
 def _special_function(machine: Machine, instruction: Instruction) -> Action:
     """rcp, sqrt, rsqrt, ex2, lg2 of f32, rounded or as far off as `.approx` may be."""
-    words = _allow(instruction, "approx", "rn", "ftz", types=frozenset({"f32"}))
+    words = allow(instruction, "approx", "rn", "ftz", types=frozenset({"f32"}))
     function, ulps = _APPROXIMATE[instruction.name]
-    out, a = _operands(instruction, 2)
+    out, a = operands_of(instruction, 2)
     if ("rn" in words) == ("approx" in words) or (
         "rn" in words and instruction.name in ("ex2", "lg2")
     ):
@@ -514,7 +333,7 @@ def _set_predicate(machine: Machine, instruction: Instruction) -> Action:
     join = [word for word in instruction.operation[2:-1] if word in joins]
     if type_ in PACKED or len(join) > 1 or words - {*joins, "ftz"}:
         raise unsupported(instruction)
-    outs, a, b, *rest = _operands(instruction, 4 if join else 3)
+    outs, a, b, *rest = operands_of(instruction, 4 if join else 3)
     compare = _comparison(machine, instruction, type_, a, b)
     other = predicate(machine, rest[0]) if rest else None
     names = [name.strip() for name in outs.split("|")]
@@ -534,7 +353,7 @@ def _set(machine: Machine, instruction: Instruction) -> Action:
     if len(instruction.operation) != 4 or instruction.operation[2] not in ("u32", "s32", "f32"):
         raise unsupported(instruction)
     result, type_ = instruction.operation[2:]
-    out, a, b = _operands(instruction, 3)
+    out, a, b = operands_of(instruction, 3)
     compare, target = (
         _comparison(machine, instruction, type_, a, b),
         destination(machine, out, result),
@@ -547,8 +366,8 @@ def _set(machine: Machine, instruction: Instruction) -> Action:
 
 def _select(machine: Machine, instruction: Instruction) -> Action:
     type_ = instruction.type
-    _allow(instruction)
-    out, a, b, which = _operands(instruction, 4)
+    allow(instruction)
+    out, a, b, which = operands_of(instruction, 4)
     x, y = read(machine, a, type_), read(machine, b, type_)
     choose, target = predicate(machine, which), destination(machine, out, type_)
     return lambda mask: np.copyto(target, np.where(choose(), x, y), where=mask)
@@ -557,8 +376,8 @@ def _select(machine: Machine, instruction: Instruction) -> Action:
 def _move(machine: Machine, instruction: Instruction) -> Action:
     """mov, of a value or between a register and the parts of one."""
     type_ = instruction.type
-    _allow(instruction)
-    out, source = _operands(instruction, 2)
+    allow(instruction)
+    out, source = operands_of(instruction, 2)
     if out.startswith("{"):
         names = parts(out)
         part = f"b{8 * WIDTHS[type_] // len(names)}"
@@ -601,16 +420,16 @@ _BUILDERS: dict[str, Callable[[Machine, Instruction], Action]] = {
     **dict.fromkeys(("mad", "fma"), _multiply_add),
     **dict.fromkeys(("min", "max"), _min_max),
     **dict.fromkeys(("div", "rem"), _divide),
-    **dict.fromkeys(("and", "or", "xor"), _bitwise),
+    **dict.fromkeys(("and", "or", "xor"), bits.bitwise),
     **dict.fromkeys(("not", "neg", "abs"), _one_operand),
-    **dict.fromkeys(("shl", "shr"), _shift),
-    **dict.fromkeys(("bfe", "bfi"), _bit_field),
-    **dict.fromkeys(("popc", "clz", "brev", "bfind"), _count_bits),
+    **dict.fromkeys(("shl", "shr"), bits.shift),
+    **dict.fromkeys(("bfe", "bfi"), bits.bit_field),
+    **dict.fromkeys(("popc", "clz", "brev", "bfind"), bits.count_bits),
     **dict.fromkeys(_APPROXIMATE, _special_function),
     **dict.fromkeys(("membar", "fence", "griddepcontrol", "nanosleep"), _nothing),
-    "shf": _funnel,
-    "prmt": _permute,
-    "lop3": _logic,
+    "shf": bits.funnel,
+    "prmt": bits.permute,
+    "lop3": bits.logic,
     "setp": _set_predicate,
     "set": _set,
     "selp": _select,
