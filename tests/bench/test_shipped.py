@@ -36,5 +36,6 @@ def test_a_quick_comparison_of_the_shipped_model(
         assert len(document.step_gaps) == 19 and len(document.token_gaps) == 3
         assert 0 < document.first_token < document.seconds
         assert result.peak_bytes[side] > 50e6
-    assert len(result.samples["runtime"][DOCUMENT][0].stages["encode"]) == 4 + 1
+    # The four given images together; nothing asks for the drawn one.
+    assert len(result.samples["runtime"][DOCUMENT][0].stages["encode"]) == 1
     assert json.loads(json.dumps(result.to_json()))["metrics"]["whole document"]["speedup"]

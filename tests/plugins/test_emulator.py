@@ -1,7 +1,7 @@
 """The PTX that the compilers really emit, in the emulator, against float64.
 
 Every kernel, from NVRTC and from nvcc, for compute capabilities 80, 90, 100 and 120. Which kernels
-meet which compiler and capability rotates here; the slow test runs all of them in all.
+meet which compiler and capability rotates here; the exhaustive test runs all of them in all.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def test_kernels_agree_with_float64(compiler: str, compute: int) -> None:
             check(call, kernels, parts, what)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize("compiler", nvrtc.COMPILERS)
 def test_all_kernels_in_all_situations(compiler: str, compute: int) -> None:

@@ -63,7 +63,7 @@ def test_a_sample_of_mutants_is_caught() -> None:
     judge({variant.name: tally(variant, 28, 11) for variant in chosen})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_mutants_are_caught(variant: Variant) -> None:
     judge({variant.name: tally(variant, 150, 5)})
