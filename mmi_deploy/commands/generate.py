@@ -95,8 +95,8 @@ def generate(
         guidance=guidance,
     )
     source = read_document(document)
-    started = time.perf_counter()
     library = kernel_library(kernels)
+    started = time.perf_counter()
     runtime = Runtime.open(bundle, threads=threads, library=library, unproved=unproved)
     used = runtime.schedule(schedule).schedule.key
     story = Story(source)

@@ -1,5 +1,8 @@
-"""How a preset is trained from nothing: the autoencoder; then reading and, without the U-Net, telling
-from text what to draw; then everything together."""
+"""How a preset is trained from nothing, in three stages.
+
+The autoencoder; then reading and, without the U-Net, telling from text what to draw; then everything
+together.
+"""
 
 from __future__ import annotations
 
