@@ -1,6 +1,6 @@
 """How a preset is trained from nothing, in three stages.
 
-The autoencoder; then reading and, without the U-Net, telling from text what to draw; then everything
+First the autoencoder; then reading and, without the U-Net, telling from text what to draw; then all
 together.
 """
 
