@@ -229,7 +229,7 @@ class TargetWriter(_FolderWriter):
         self._graphs[graph] = f"{graph}{suffix}"
         return self.folder / self._graphs[graph]
 
-    def finish(self, made_for: str, recipe: Mapping[str, str]) -> None:
+    def finish(self, made_for: str, recipe: Mapping[str, str], activations: str) -> None:
         """Hash all files and write target.json."""
         manifest = TargetManifest(
             format=FORMAT,
@@ -240,6 +240,7 @@ class TargetWriter(_FolderWriter):
             target=self.target,
             made_for=made_for,
             recipe=dict(recipe),
+            activations=activations,
         )
         write_manifest(self.folder / TARGET_MANIFEST, manifest)
 
@@ -265,12 +266,14 @@ def write_bundle(
 
 
 @contextmanager
-def write_target(bundle: Bundle, target: str, recipe: Mapping[str, str]) -> Iterator[TargetWriter]:
+def write_target(
+    bundle: Bundle, target: str, recipe: Mapping[str, str], activations: str = "float32"
+) -> Iterator[TargetWriter]:
     """Write `engines/<target>` of a bundle, whole or not at all."""
     with new_folder(bundle.target_folder(target), kind="target") as work:
         writer = TargetWriter(work, target)
         yield writer
-        writer.finish(bundle.identity, recipe)
+        writer.finish(bundle.identity, recipe, activations)
 
 
 def tool_versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ v rows of visual tokens, x tokens of context for one picture.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mmi_deploy.config import MmfsConfig, ModelConfig
 
@@ -58,6 +58,8 @@ class Tensor:
     """Name, element type (numpy's name) and shape; a string in the shape is a dynamic dimension.
 
     Integers that index something lie in [least, below); a string is a dynamic dimension here too.
+    `activation`: whether a target of lower precision may hold it in its own type. What it is read
+    as, drawn from and counted by stays: pixels, logits, latents and the sampler's tables.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Tensor:
     shape: tuple[int | str, ...]
     least: int = 0
     below: int | str | None = None
+    activation: bool = False
 
     def resolve(self, **sizes: int) -> tuple[int, ...]:
         """The shape with dynamic dimensions replaced; a product such as `2*b` is understood."""
@@ -95,12 +98,28 @@ class Graph:
                 return tensor
         raise KeyError(f"{self.name} has no tensor {name}")
 
+    def typed(self, activations: str) -> Graph:
+        """The same graph for a target that holds activations as `activations` (numpy's name, or
+        bfloat16)."""
+
+        def of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(
+                replace(tensor, dtype=activations) if tensor.activation else tensor
+                for tensor in tensors
+            )
+
+        return replace(self, inputs=of(self.inputs), outputs=of(self.outputs))
+
     def names(self, prefix: str) -> list[str]:
         """The numbered tensors `prefix.00`, `prefix.01`, ... among inputs, or else outputs."""
         found = [tensor.name for tensor in self.inputs if tensor.name.startswith(prefix + ".")]
         return found or [
             tensor.name for tensor in self.outputs if tensor.name.startswith(prefix + ".")
         ]
+
+
+def _activation(name: str, *shape: int | str) -> Tensor:
+    return Tensor(name, "float32", shape, activation=True)
 
 
 def numbered(prefix: str, index: int) -> str:
@@ -130,7 +149,7 @@ def level_sides(config: ModelConfig, mmfs: MmfsConfig) -> tuple[int, ...]:
 
 def _values(prefix: str, count: int, config: ModelConfig, mmfs: MmfsConfig) -> Iterator[Tensor]:
     shape = ("n", feature_cells(config, mmfs), mmfs.heads, mmfs.head_width)
-    return (Tensor(numbered(prefix, index), "float32", shape) for index in range(count))
+    return (_activation(numbered(prefix, index), *shape) for index in range(count))
 
 
 def vision_encoder(config: ModelConfig, limits: Limits) -> Graph:
@@ -141,8 +160,8 @@ def vision_encoder(config: ModelConfig, limits: Limits) -> Graph:
         "vision_encoder",
         inputs=(Tensor("pixels", "float32", ("n", 3, side, side)),),
         outputs=(
-            Tensor("visual_tokens", "float32", ("n", config.visual_tokens, config.llama.width)),
-            Tensor("features", "float32", ("n", feature_cells(config), vision.width)),
+            _activation("visual_tokens", "n", config.visual_tokens, config.llama.width),
+            _activation("features", "n", feature_cells(config), vision.width),
         ),
         ranges={"n": Range(1, 1, limits.batch)},
     )
@@ -153,7 +172,7 @@ def image_values(config: ModelConfig, limits: Limits) -> Graph:
     llm, unet = config.llm_mmfs, config.image_decoder.mmfs
     return Graph(
         "image_values",
-        inputs=(Tensor("features", "float32", ("n", feature_cells(config), config.vision.width)),),
+        inputs=(_activation("features", "n", feature_cells(config), config.vision.width),),
         outputs=(
             *_values("llm_value", len(config.llama.mmfs_layers), config, llm),
             *_values("unet_value", config.image_decoder.unet.mmfs_blocks, config, unet),
@@ -172,12 +191,12 @@ def llm(config: ModelConfig, limits: Limits) -> Graph:
     cache = ("b", llama.kv_heads, limits.context, llama.head_width)
     layers = range(llama.layers)
     past = [
-        Tensor(numbered(f"past_{kind}", i), "float32", cache)
+        _activation(numbered(f"past_{kind}", i), *cache)
         for i in layers
         for kind in ("key", "value")
     ]
     present = [
-        Tensor(numbered(f"present_{kind}", i), "float32", cache)
+        _activation(numbered(f"present_{kind}", i), *cache)
         for i in layers
         for kind in ("key", "value")
     ]
@@ -185,7 +204,7 @@ def llm(config: ModelConfig, limits: Limits) -> Graph:
         "llm",
         inputs=(
             Tensor("token_ids", "int64", ("b", "t"), below=llama.vocab),
-            Tensor("visual_tokens", "float32", ("v", llama.width)),
+            _activation("visual_tokens", "v", llama.width),
             Tensor("visual_index", "int64", ("b", "t"), least=-1, below="v"),
             Tensor("position", "int64", ("b", "t"), below=limits.context),
             Tensor("write_index", "int64", ("b",), below=limits.context),
@@ -198,7 +217,7 @@ def llm(config: ModelConfig, limits: Limits) -> Graph:
         ),
         outputs=(
             Tensor("logits", "float32", ("b", "k", llama.vocab)),
-            Tensor("hidden", "float32", ("b", "t", llama.width)),
+            _activation("hidden", "b", "t", llama.width),
             *present,
         ),
         ranges={
@@ -223,14 +242,14 @@ def image_condition(config: ModelConfig, limits: Limits) -> Graph:
     decoder = config.image_decoder
     tokens = decoder.resampler.queries
     outputs = [
-        Tensor(numbered(f"condition_{kind}", index), "float32", ("2*b", tokens, width))
+        _activation(numbered(f"condition_{kind}", index), "2*b", tokens, width)
         for index, width in enumerate(decoder.unet.cross_attention_widths)
         for kind in ("key", "value")
     ]
     return Graph(
         "image_condition",
         inputs=(
-            Tensor("context", "float32", ("b", "x", config.llama.width)),
+            _activation("context", "b", "x", config.llama.width),
             Tensor("context_length", "int64", ("b",), least=1, below=limits.context + 1),
         ),
         outputs=tuple(outputs),

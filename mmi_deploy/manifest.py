@@ -128,12 +128,14 @@ class TargetManifest(FolderManifest):
     """`engines/<target>/target.json`: engines made from the portable graphs for one target.
 
     `made_for`: hash of the bundle.json that they were made from. `recipe`: whatever the builder's
-    cache key consists of (precision, architecture, flags).
+    cache key consists of (precision, architecture, flags). `activations`: the type in which its
+    graphs take and give what `graphs.py` calls activations.
     """
 
     target: str
     made_for: str
     recipe: dict[str, str]
+    activations: str = "float32"
 
 
 Manifest = TypeVar("Manifest", bound=FolderManifest)
