@@ -260,6 +260,27 @@ class UnetConfig:
     def mmfs_blocks(self) -> int:
         return len(self.mmfs_maps)
 
+    @property
+    def deep_width(self) -> int:
+        """Channels of the deep features, which the last up block is given; their side is that of
+        the latents."""
+        return self.block_widths[min(1, len(self.block_widths) - 1)]
+
+    @property
+    def outer_cross_attentions(self) -> tuple[int, ...]:
+        """Which of `cross_attention_widths` are in the first down and the last up block."""
+        layers, count = self.layers_per_block, len(self.cross_attention_widths)
+        if not self.attention_blocks[0]:
+            return ()
+        return (*range(layers), *range(count - layers - 1, count))
+
+    @property
+    def outer_mmfs_blocks(self) -> tuple[int, ...]:
+        """Which of `mmfs_maps` are in the first down and the last up block."""
+        if self.mmfs_at == "up_blocks":
+            return (self.mmfs_blocks - 1,)
+        return tuple(range(1 + self.layers_per_block))
+
 
 @dataclass(frozen=True, config=_STRICT)
 class VaeConfig:

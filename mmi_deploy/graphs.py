@@ -10,7 +10,7 @@ v rows of visual tokens, x tokens of context for one picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mmi_deploy.config import MmfsConfig, ModelConfig
@@ -32,6 +32,9 @@ STATE = 1 + HISTORY
 
 TERMS = 3 + HISTORY
 """Columns of it: latents, the U-Net's prediction, noise, then the history."""
+
+DEEP = "deep"
+"""What the U-Net's last up block is given, besides its skips: `denoise_shallow` uses it again."""
 
 UNET_BATCH_PER_PICTURE = 2
 """Guidance runs the conditional and the unconditional branch in one batch, conditional rows
@@ -147,9 +150,11 @@ def level_sides(config: ModelConfig, mmfs: MmfsConfig) -> tuple[int, ...]:
     return tuple(config.vision.level_sides[level] for level in mmfs.levels)
 
 
-def _values(prefix: str, count: int, config: ModelConfig, mmfs: MmfsConfig) -> Iterator[Tensor]:
+def _values(
+    prefix: str, blocks: Sequence[int], config: ModelConfig, mmfs: MmfsConfig
+) -> Iterator[Tensor]:
     shape = ("n", feature_cells(config, mmfs), mmfs.heads, mmfs.head_width)
-    return (_activation(numbered(prefix, index), *shape) for index in range(count))
+    return (_activation(numbered(prefix, index), *shape) for index in blocks)
 
 
 def vision_encoder(config: ModelConfig, limits: Limits) -> Graph:
@@ -174,8 +179,8 @@ def image_values(config: ModelConfig, limits: Limits) -> Graph:
         "image_values",
         inputs=(_activation("features", "n", feature_cells(config), config.vision.width),),
         outputs=(
-            *_values("llm_value", len(config.llama.mmfs_layers), config, llm),
-            *_values("unet_value", config.image_decoder.unet.mmfs_blocks, config, unet),
+            *_values("llm_value", range(len(config.llama.mmfs_layers)), config, llm),
+            *_values("unet_value", range(config.image_decoder.unet.mmfs_blocks), config, unet),
         ),
         ranges={"n": Range(1, 1, limits.batch)},
     )
@@ -212,7 +217,7 @@ def llm(config: ModelConfig, limits: Limits) -> Graph:
             Tensor("logit_index", "int64", ("b", "k"), below="t"),
             Tensor("image_slot", "int32", ("b", "m"), below="n"),
             Tensor("image_position", "int32", ("b", "t", "m"), below=mmfs.images),
-            *_values("llm_value", len(llama.mmfs_layers), config, mmfs),
+            *_values("llm_value", range(len(llama.mmfs_layers)), config, mmfs),
             *past,
         ),
         outputs=(
@@ -239,21 +244,26 @@ def image_condition(config: ModelConfig, limits: Limits) -> Graph:
     start of its document; rows from `context_length[b]` on are padding. Outputs hold the
     conditional rows, then the unconditional ones, which stem from the learned null condition.
     """
-    decoder = config.image_decoder
-    tokens = decoder.resampler.queries
-    outputs = [
-        _activation(numbered(f"condition_{kind}", index), "2*b", tokens, width)
-        for index, width in enumerate(decoder.unet.cross_attention_widths)
-        for kind in ("key", "value")
-    ]
+    widths = config.image_decoder.unet.cross_attention_widths
     return Graph(
         "image_condition",
         inputs=(
             _activation("context", "b", "x", config.llama.width),
             Tensor("context_length", "int64", ("b",), least=1, below=limits.context + 1),
         ),
-        outputs=tuple(outputs),
+        outputs=_condition(config, range(len(widths))),
         ranges={"b": Range(1, 1, limits.batch), "x": Range(1, 64, limits.context)},
+    )
+
+
+def _condition(config: ModelConfig, attentions: Sequence[int]) -> tuple[Tensor, ...]:
+    """Keys and values of some of the U-Net's cross-attentions."""
+    decoder = config.image_decoder
+    tokens, widths = decoder.resampler.queries, decoder.unet.cross_attention_widths
+    return tuple(
+        _activation(numbered(f"condition_{kind}", index), "2*b", tokens, widths[index])
+        for index in attentions
+        for kind in ("key", "value")
     )
 
 
@@ -263,35 +273,86 @@ def denoise_step(config: ModelConfig, limits: Limits) -> Graph:
     `coefficients[step]` [STATE, TERMS] times (latents, prediction, noise, history) is the next
     state; `time_table[step]` holds the time projection of every ResNet, one after another.
     """
-    decoder, unet = config.image_decoder, config.image_decoder.unet
-    latent = (unet.latent_channels, unet.latent_side, unet.latent_side)
-    condition = image_condition(config, limits).outputs
+    unet = config.image_decoder.unet
+    condition = range(len(unet.cross_attention_widths))
     return Graph(
         "denoise_step",
         inputs=(
-            Tensor("latents", "float32", ("b", *latent)),
-            Tensor("history", "float32", (HISTORY, "b", *latent)),
-            Tensor("noise", "float32", ("b", *latent)),
-            Tensor("step", "int64", (), below="steps"),
-            Tensor("guidance", "float32", ()),
-            Tensor("coefficients", "float32", ("steps", STATE, TERMS)),
-            Tensor("time_table", "float32", ("steps", sum(unet.resnet_widths))),
-            Tensor("image_slot", "int32", ("b", "m"), below="n"),
-            Tensor("image_position", "int32", ("b", "m"), below=decoder.mmfs.images),
-            *condition,
-            *_values("unet_value", unet.mmfs_blocks, config, decoder.mmfs),
+            *_denoise_inputs(config),
+            *_denoise_constants(config, condition, range(unet.mmfs_blocks)),
         ),
-        outputs=(
-            Tensor("next_latents", "float32", ("b", *latent)),
-            Tensor("next_history", "float32", (HISTORY, "b", *latent)),
-        ),
-        ranges={
-            "b": Range(1, 1, limits.batch),
-            "steps": Range(1, 20, 1000),
-            "n": Range(1, 4, limits.images),
-            "m": Range(1, 4, decoder.mmfs.images_seen),
-        },
+        outputs=(*_denoise_outputs(config), _deep(config)),
+        ranges=_denoise_ranges(config, limits),
     )
+
+
+def denoise_shallow(config: ModelConfig, limits: Limits) -> Graph:
+    """A step with the deep features of an earlier one: the U-Net's first down block and last up
+    block alone (DeepCache, Ma et al., CVPR 2024). An approximation of `denoise_step`."""
+    unet = config.image_decoder.unet
+    return Graph(
+        "denoise_shallow",
+        inputs=(
+            *_denoise_inputs(config),
+            _deep(config),
+            *_denoise_constants(config, unet.outer_cross_attentions, unet.outer_mmfs_blocks),
+        ),
+        outputs=_denoise_outputs(config),
+        ranges=_denoise_ranges(config, limits),
+    )
+
+
+def _latents(config: ModelConfig) -> tuple[int, int, int]:
+    unet = config.image_decoder.unet
+    return unet.latent_channels, unet.latent_side, unet.latent_side
+
+
+def _deep(config: ModelConfig) -> Tensor:
+    unet = config.image_decoder.unet
+    return _activation(DEEP, "2*b", unet.deep_width, unet.latent_side, unet.latent_side)
+
+
+def _denoise_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
+    decoder, latents = config.image_decoder, _latents(config)
+    return (
+        Tensor("latents", "float32", ("b", *latents)),
+        Tensor("history", "float32", (HISTORY, "b", *latents)),
+        Tensor("noise", "float32", ("b", *latents)),
+        Tensor("step", "int64", (), below="steps"),
+        Tensor("guidance", "float32", ()),
+        Tensor("coefficients", "float32", ("steps", STATE, TERMS)),
+        Tensor("time_table", "float32", ("steps", sum(decoder.unet.resnet_widths))),
+        Tensor("image_slot", "int32", ("b", "m"), below="n"),
+        Tensor("image_position", "int32", ("b", "m"), below=decoder.mmfs.images),
+    )
+
+
+def _denoise_constants(
+    config: ModelConfig, attentions: Sequence[int], blocks: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """What the condition and the images give, for some cross-attentions and MMFS blocks."""
+    decoder = config.image_decoder
+    return (
+        *_condition(config, attentions),
+        *_values("unet_value", blocks, config, decoder.mmfs),
+    )
+
+
+def _denoise_outputs(config: ModelConfig) -> tuple[Tensor, ...]:
+    latents = _latents(config)
+    return (
+        Tensor("next_latents", "float32", ("b", *latents)),
+        Tensor("next_history", "float32", (HISTORY, "b", *latents)),
+    )
+
+
+def _denoise_ranges(config: ModelConfig, limits: Limits) -> dict[str, Range]:
+    return {
+        "b": Range(1, 1, limits.batch),
+        "steps": Range(1, 20, 1000),
+        "n": Range(1, 4, limits.images),
+        "m": Range(1, 4, config.image_decoder.mmfs.images_seen),
+    }
 
 
 def vae_decoder(config: ModelConfig, limits: Limits) -> Graph:
@@ -311,7 +372,15 @@ def vae_decoder(config: ModelConfig, limits: Limits) -> Graph:
     )
 
 
-GRAPHS = (vision_encoder, image_values, llm, image_condition, denoise_step, vae_decoder)
+GRAPHS = (
+    vision_encoder,
+    image_values,
+    llm,
+    image_condition,
+    denoise_step,
+    denoise_shallow,
+    vae_decoder,
+)
 
 
 def graphs(config: ModelConfig, limits: Limits) -> dict[str, Graph]:

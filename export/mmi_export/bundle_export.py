@@ -14,7 +14,12 @@ from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.graphs import Graph, Limits, graphs
 from mmi_deploy.schedule import Schedule
 from mmi_deploy.tokenizer import Tokenizer
-from mmi_export.image_decoder import DenoiseStepGraph, ImageConditionGraph, VaeDecoderGraph
+from mmi_export.image_decoder import (
+    DenoiseShallowGraph,
+    DenoiseStepGraph,
+    ImageConditionGraph,
+    VaeDecoderGraph,
+)
 from mmi_export.llm import LlmGraph
 from mmi_export.onnx_from_module import onnx_from_module
 from mmi_export.receipts import onnx_runner, prove
@@ -29,6 +34,7 @@ MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
     "llm": LlmGraph,
     "image_condition": ImageConditionGraph,
     "denoise_step": DenoiseStepGraph,
+    "denoise_shallow": DenoiseShallowGraph,
     "vae_decoder": VaeDecoderGraph,
 }
 """What is exported for each graph: modules that map inputs by name to outputs by name."""
@@ -81,7 +87,7 @@ def export_bundle(
 
 
 def export_graphs(model: MMInterleaved, writer: BundleWriter, progress: Progress) -> None:
-    """Write the six graphs of `model` with their receipts."""
+    """Write the graphs of `model` with their receipts."""
     contract = graphs(model.config, writer.limits)
     total = 2 * len(contract)
     for index, (name, graph) in enumerate(contract.items()):

@@ -1,4 +1,4 @@
-"""The graphs that draw a picture: `image_condition`, `denoise_step` and `vae_decoder`.
+"""The graphs that draw a picture: `image_condition`, the two denoising steps and `vae_decoder`.
 
 Letters: b pictures, x context tokens, q condition tokens, n pool of encoded images, m images a
 picture looks at, z latent channels, c channels, w width of a cross-attention.
@@ -12,11 +12,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mmi_deploy.graphs import UNET_BATCH_PER_PICTURE, Graph
+from mmi_deploy.graphs import DEEP, UNET_BATCH_PER_PICTURE, Graph
 from mmi_export.folding import FoldedUnetLookBack
 from mmi_export.onnx_from_module import Tensors, sharing_copy
 from mmi_train.model.mm_interleaved import MMInterleaved
-from mmi_train.model.unet import LookBack
+from mmi_train.model.unet import KeyValue, LookBack
+
+Constants = tuple[Tensor, list[KeyValue], list[Tensor], Tensor, Tensor]
 
 
 class ImageConditionGraph(nn.Module):
@@ -49,8 +51,9 @@ class ImageConditionGraph(nn.Module):
         }
 
 
-class DenoiseStepGraph(nn.Module):
-    """One step of a tabulated sampler: the U-Net on both guidance branches, then the update."""
+class _DenoiseGraph(nn.Module):
+    """What a full and a shallow step share: the U-Net with its look-backs folded, on both guidance
+    branches, and the update of a tabulated sampler."""
 
     def __init__(self, model: MMInterleaved, graph: Graph) -> None:
         super().__init__()
@@ -63,32 +66,33 @@ class DenoiseStepGraph(nn.Module):
         self.keys_values = list(zip(keys, values, strict=True))
         self.values = graph.names("unet_value")
 
-    def forward(self, inputs: Tensors) -> Tensors:
-        prediction = self._guided(inputs)
-        latents, noise, history = (inputs[name] for name in ("latents", "noise", "history"))
-        terms = torch.cat(
-            [torch.stack([latents, prediction, noise]), history]
-        )  # [terms, b, z, ...]
-        coefficients = _row(inputs["coefficients"], inputs["step"]).squeeze(0)  # [state, terms]
-        state = (coefficients @ terms.flatten(1)).unflatten(1, latents.shape)  # [state, b, z, ...]
-        return {"next_latents": state[0], "next_history": state[1:]}
-
-    def _guided(self, inputs: Tensors) -> Tensor:
-        """unconditional + guidance (conditional - unconditional), from one batch of both."""
-
-        def both(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor] * UNET_BATCH_PER_PICTURE)
-
-        branches = self.unet.step(
-            both(inputs["latents"]),
+    def constants(self, inputs: Tensors) -> Constants:
+        """Time rows, condition and images, as `UNet.step` takes them, for both branches."""
+        return (
             _row(inputs["time_table"], inputs["step"]),
             [(inputs[key], inputs[value]) for key, value in self.keys_values],
             [inputs[name] for name in self.values],
-            both(inputs["image_slot"]),
-            both(inputs["image_position"]),
+            _both(inputs["image_slot"]),
+            _both(inputs["image_position"]),
         )
-        conditional, unconditional = branches.unflatten(0, (UNET_BATCH_PER_PICTURE, -1))
-        return unconditional + inputs["guidance"] * (conditional - unconditional)
+
+
+class DenoiseStepGraph(_DenoiseGraph):
+    """One step of a tabulated sampler, and the deep features that shallow steps use again."""
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        branches, deep = self.unet.step_and_deep(_both(inputs["latents"]), *self.constants(inputs))
+        return {**_next_state(inputs, branches), DEEP: deep}
+
+
+class DenoiseShallowGraph(_DenoiseGraph):
+    """One step of a tabulated sampler with the deep features of an earlier one."""
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        branches = self.unet.shallow_step(
+            _both(inputs["latents"]), inputs[DEEP], *self.constants(inputs)
+        )
+        return _next_state(inputs, branches)
 
 
 class VaeDecoderGraph(nn.Module):
@@ -100,6 +104,22 @@ class VaeDecoderGraph(nn.Module):
 
     def forward(self, inputs: Tensors) -> Tensors:
         return {"pixels": self.vae.decode(inputs["latents"])}
+
+
+def _both(tensor: Tensor) -> Tensor:
+    """A row for each guidance branch."""
+    return torch.cat([tensor] * UNET_BATCH_PER_PICTURE)
+
+
+def _next_state(inputs: Tensors, branches: Tensor) -> Tensors:
+    """The sampler's update by unconditional + guidance (conditional - unconditional)."""
+    conditional, unconditional = branches.unflatten(0, (UNET_BATCH_PER_PICTURE, -1))
+    prediction = unconditional + inputs["guidance"] * (conditional - unconditional)
+    latents, noise, history = (inputs[name] for name in ("latents", "noise", "history"))
+    terms = torch.cat([torch.stack([latents, prediction, noise]), history])  # [terms, b, z, ...]
+    coefficients = _row(inputs["coefficients"], inputs["step"]).squeeze(0)  # [state, terms]
+    state = (coefficients @ terms.flatten(1)).unflatten(1, latents.shape)  # [state, b, z, ...]
+    return {"next_latents": state[0], "next_history": state[1:]}
 
 
 def _row(table: Tensor, step: Tensor) -> Tensor:

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmi_deploy.errors import BundleError, EngineError
-from mmi_deploy.graphs import Graph, Limits
+from mmi_deploy.graphs import DEEP, Graph, Limits, numbered
 from mmi_deploy.manifest import Case
+from mmi_deploy.schedule import Schedule
 from mmi_export.llm_rows import LlmRows, random_rows
 from mmi_export.schedules import diffusers_scheduler, schedule_table
 from mmi_train.model.diffusion import ddim
-from mmi_train.model.image_decoder import DrawingStep, LookBackImages
+from mmi_train.model.image_decoder import DrawingStep, ImageDecoder, LookBackImages
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
 
 Arrays = dict[str, NDArray[Any]]
@@ -40,6 +41,7 @@ TOLERANCE = {
     "llm": 5e-5,
     "image_condition": 5e-5,
     "denoise_step": 5e-5,
+    "denoise_shallow": 5e-5,
     "vae_decoder": 5e-5,
 }
 """Greatest error in fp32, over the greatest value of the output: the same sums in another order,
@@ -52,6 +54,7 @@ COMPARED_WITH = {
     "llm": "MMInterleaved.read and head in PyTorch, row by row, without cache, padding or folding",
     "image_condition": "ImageDecoder.condition in PyTorch, picture by picture, without padding",
     "denoise_step": "ImageDecoder.draw in PyTorch with diffusers' schedulers, MMFS unfolded",
+    "denoise_shallow": "the same drawing with the deep features of its first step used again",
     "vae_decoder": "Vae.decode in PyTorch",
 }
 
@@ -252,26 +255,21 @@ def _image_condition(
         yield {"b": b, "x": x}, relative_error(got, wanted)
 
 
-def _denoise_step(
+def _denoise(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
 ) -> Comparison:
-    """Whole pictures of a few steps, so that what a solver remembers is proved too."""
+    """Whole pictures of a few steps, so that what a solver remembers is proved too. The graph runs
+    the steps of its kind; the others are taken from the model."""
     decoder = model.image_decoder
     diffusion = model.config.image_decoder.diffusion
-    seen = model.config.image_decoder.mmfs.images_seen
-    most = graph.ranges["m"].greatest
+    shallow = any(tensor.name == DEEP for tensor in graph.inputs)
     pair, pool = min(2, limits.batch), min(3, limits.images)
+    most = graph.ranges["m"].greatest
     for b, n, m, solver in ((1, 1, 0, "unipc"), (1, 1, 1, "ddpm"), (pair, pool, most, "unipc")):
         schedule = schedule_table(solver, _STEPS, diffusion)
         scheduler = ddim(diffusion) if solver == "ddpm" else diffusers_scheduler(solver, diffusion)
         scheduler.set_timesteps(_STEPS)
-        slots = max(m, 1)
-        position = np.broadcast_to(np.arange(m, 0, -1), (b, m)) if m else np.zeros((b, 1))
-        images = LookBackImages(
-            torch.from_numpy(_normal(draw, (n, *_feature_shape(model)))),
-            torch.from_numpy(draw.integers(0, n, (b, slots)).astype(np.int32)),
-            torch.from_numpy(np.where(position <= seen, position, 0).astype(np.int32)),
-        )
+        images = _look_back_images(model, draw, b, n, m)
         latents = _normal(draw, graph["latents"].resolve(b=b))
         noise = _normal(draw, (_STEPS, *latents.shape))
         condition = torch.from_numpy(_normal(draw, (b, *decoder.null_condition.shape[1:])))
@@ -282,23 +280,15 @@ def _denoise_step(
             torch.from_numpy(latents),
             scheduler,
             guidance=3.5,
+            full_every=_STEPS if shallow else 1,
             step_noise=list(torch.from_numpy(noise)) if solver == "ddpm" else None,
             on_step=steps.append,
         )
-        both = torch.cat([condition, decoder.null_condition.expand(b, -1, -1)])
-        keys_values = _condition_inputs(graph, decoder.unet.condition_keys_values(both))
-        values = decoder.unet.image_values(images.features)
-        inputs: Arrays = {
+        fixed = {
             "guidance": np.array(3.5, np.float32),
             "coefficients": schedule.coefficients,
             "time_table": decoder.unet.time_rows(torch.from_numpy(schedule.timesteps)).numpy(),
-            "image_slot": images.slot.numpy(),
-            "image_position": images.position.numpy(),
-            **{name: tensor.numpy() for name, tensor in keys_values.items()},
-            **{
-                name: value.numpy()
-                for name, value in zip(graph.names("unet_value"), values, strict=True)
-            },
+            **_drawing_constants(decoder, graph, condition, images),
         }
         state = {
             "latents": latents * np.float32(schedule.initial_sigma),
@@ -306,11 +296,57 @@ def _denoise_step(
         }
         worst = 0.0
         for index, step in enumerate(steps):
-            moment = {"step": np.array(index), "noise": noise[index]}
-            outputs = run(inputs | state | moment)
+            if shallow and index == 0:
+                state = _next_state(schedule, index, state, step.prediction, noise[index])
+                continue
+            moment: Arrays = {"step": np.array(index), "noise": noise[index]}
+            wanted = {"next_latents": step.latents}
+            if shallow:
+                moment[DEEP] = step.deep.numpy()
+            else:
+                wanted[DEEP] = step.deep
+            outputs = run(fixed | state | moment)
             state = {"latents": outputs["next_latents"], "history": outputs["next_history"]}
-            worst = max(worst, relative_error(outputs, {"next_latents": step.latents}))
-        yield {"b": b, "steps": _STEPS, "n": n, "m": slots}, worst
+            worst = max(worst, relative_error(outputs, wanted))
+        yield {"b": b, "steps": _STEPS, "n": n, "m": images.slot.shape[1]}, worst
+
+
+def _look_back_images(
+    model: MMInterleaved, draw: np.random.Generator, b: int, n: int, m: int
+) -> LookBackImages:
+    """A pool of `n` images of which each of `b` pictures sees `m`; one hidden slot for none."""
+    seen = model.config.image_decoder.mmfs.images_seen
+    position = np.broadcast_to(np.arange(m, 0, -1), (b, m)) if m else np.zeros((b, 1))
+    return LookBackImages(
+        torch.from_numpy(_normal(draw, (n, *_feature_shape(model)))),
+        torch.from_numpy(draw.integers(0, n, position.shape).astype(np.int32)),
+        torch.from_numpy(np.where(position <= seen, position, 0).astype(np.int32)),
+    )
+
+
+def _drawing_constants(
+    decoder: ImageDecoder, graph: Graph, condition: Tensor, images: LookBackImages
+) -> Arrays:
+    """What stays from step to step, of it what `graph` takes."""
+    pictures = len(condition)
+    both = torch.cat([condition, decoder.null_condition.expand(pictures, -1, -1)])
+    tensors = {"image_slot": images.slot, "image_position": images.position}
+    for index, pair in enumerate(decoder.unet.condition_keys_values(both)):
+        for kind, tensor in zip(("key", "value"), pair, strict=True):
+            tensors[numbered(f"condition_{kind}", index)] = tensor
+    for index, value in enumerate(decoder.unet.image_values(images.features)):
+        tensors[numbered("unet_value", index)] = value
+    taken = {tensor.name for tensor in graph.inputs}
+    return {name: tensor.numpy() for name, tensor in tensors.items() if name in taken}
+
+
+def _next_state(
+    schedule: Schedule, step: int, state: Arrays, prediction: Tensor, noise: NDArray[np.float32]
+) -> Arrays:
+    """What a step's row of the sampler's table makes of a prediction."""
+    terms = np.stack([state["latents"], prediction.numpy(), noise, *state["history"]])
+    latents, *history = np.tensordot(schedule.coefficients[step], terms, 1)
+    return {"latents": latents, "history": np.stack(history)}
 
 
 def _vae_decoder(
@@ -327,7 +363,8 @@ _COMPARISONS: dict[str, Callable[..., Comparison]] = {
     "image_values": _image_values,
     "llm": _llm,
     "image_condition": _image_condition,
-    "denoise_step": _denoise_step,
+    "denoise_step": _denoise,
+    "denoise_shallow": _denoise,
     "vae_decoder": _vae_decoder,
 }
 

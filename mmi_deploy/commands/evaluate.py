@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,9 @@ def evaluate(
     count: Annotated[int, typer.Option(min=1, help="Questions of each kind.")] = 96,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 20,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance of pictures.")] = 3.5,
+    full_every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Run the whole U-Net in every Nth step.")
+    ] = 1,
     without: Annotated[
         bool, typer.Option("--without/--only-with", help="Measure with MMFS switched off too.")
     ] = True,
@@ -37,6 +41,7 @@ def evaluate(
     with extras("evaluate"):
         from tokenizers import Tokenizer
 
+        from mmi_deploy.files import write_file
         from mmi_deploy.tokenizer import Tokenizer as TextTokenizer
         from mmi_train.contact_sheet import contact_sheet
         from mmi_train.data import world as worlds
@@ -54,13 +59,16 @@ def evaluate(
             count=count,
             steps=steps,
             guidance=guidance,
+            full_every=full_every,
             seed=seed,
             without=without,
             on_progress=lambda what: status.update(what),
         )
     found = evaluation.as_json()
     if pictures is not None:
-        contact_sheet(evaluation.samples).save(pictures)
+        sheet = io.BytesIO()
+        contact_sheet(evaluation.samples).save(sheet, "PNG")
+        write_file(pictures, sheet.getvalue())
     if as_json:
         print_json(found)
         return

@@ -16,6 +16,7 @@ from mmi_deploy.commands.screen import counted, print_json, progress, remarks, r
 if TYPE_CHECKING:
     from mmi_deploy.document import Document
     from mmi_deploy.runtime.events import Event, Finished
+    from mmi_deploy.runtime.options import GenerationOptions
     from mmi_deploy.story import Entry, Story
 
 BUNDLE = Path("bundles/tiny")
@@ -58,6 +59,15 @@ def generate(
     guidance: Annotated[
         float, typer.Option(min=0, help="How closely pictures follow the text; 1 is off.")
     ] = 3.5,
+    full_every: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Run the whole U-Net in every Nth step; between them its deep features are used "
+            "again: faster, less exact.",
+        ),
+    ] = 1,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as cores.")] = 0,
     kernels: Kernels = AUTO,
     unproved: Annotated[
@@ -93,6 +103,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         schedule=schedule,
         guidance=guidance,
+        full_every=full_every,
     )
     source = read_document(document)
     library = kernel_library(kernels)
@@ -112,7 +123,7 @@ def generate(
                     finished = event
         assert finished is not None, "generate ends with Finished"
         seconds = time.perf_counter() - started
-        facts = _facts(runtime.config.name, options.seed, used, guidance, finished, seconds)
+        facts = _facts(runtime.config.name, used, options, finished, seconds)
         write_story(work, story.entries)
         html = page(title_of(source) or document.stem, story.entries, facts)
         (work / PAGE_NAME).write_text(html, encoding="utf-8")
@@ -210,15 +221,16 @@ class _Terminal(_Nobody):
 
 
 def _facts(
-    model: str, seed: int, schedule: str, guidance: float, finished: Finished, seconds: float
+    model: str, schedule: str, options: GenerationOptions, finished: Finished, seconds: float
 ) -> dict[str, str]:
     """The foot of the page."""
     facts = {
         "model": model,
         "added": _added(finished),
         "ended": ENDS[finished.reason],
-        "seed": str(seed),
-        "sampler": f"{schedule}, guidance {guidance:g}",
+        "seed": str(options.seed),
+        "sampler": f"{schedule}, guidance {options.guidance:g}"
+        + (f", whole every {options.full_every} steps" if options.full_every > 1 else ""),
         "time": f"{seconds:.1f} s, loading included",
     }
     for stage, (spent, count) in finished.timings.totals().items():

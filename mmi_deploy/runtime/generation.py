@@ -149,7 +149,10 @@ class _Generation:
         session.append_text([self.tokens.boi])
         yield ImageStarted(index, self.steps)
         drawing = session.draw_steps(
-            self.options.schedule, self.options.guidance, self.options.seed
+            self.options.schedule,
+            self.options.guidance,
+            self.options.seed,
+            self.options.full_every,
         )
         while True:
             if self.cancelled():

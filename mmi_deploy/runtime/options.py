@@ -19,7 +19,9 @@ class GenerationOptions:
     generation; they are not given out. temperature, top_k, top_p, repetition_penalty: see
     `TextSampling`; the penalty counts the tokens of the current turn, as the published code does.
     schedule: which sampler draws, as in `ddim:20`; None is the bundle's first. guidance:
-    classifier-free guidance scale, 1 for none (the paper's evaluation uses 3.5).
+    classifier-free guidance scale, 1 for none (the paper's evaluation uses 3.5). full_every: of how
+    many denoising steps one runs the whole U-Net; the others use its deep features again, which is
+    faster and an approximation.
     """
 
     seed: int = 0
@@ -35,6 +37,7 @@ class GenerationOptions:
     repetition_penalty: float = 1.0
     schedule: str | None = None
     guidance: float = 3.5
+    full_every: int = 1
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` for a value out of range."""
@@ -43,6 +46,10 @@ class GenerationOptions:
                 raise ConfigError(
                     f"{name} is out of range", expected="0 or more", got=getattr(self, name)
                 )
+        if self.full_every < 1:
+            raise ConfigError(
+                "full_every is out of range", expected="1 or more", got=self.full_every
+            )
         if self.guidance > 100:
             raise ConfigError("guidance is out of range", expected="at most 100", got=self.guidance)
         if self.turn_tokens is not None and self.turn_tokens < 0:

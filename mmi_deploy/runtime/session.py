@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmi_deploy.errors import DocumentError, EngineError
-from mmi_deploy.graphs import HISTORY, IMAGE_SLOT_PADDING
+from mmi_deploy.graphs import DEEP, HISTORY, IMAGE_SLOT_PADDING
 from mmi_deploy.images import Rgb, resize, to_pixels, to_rgb
 from mmi_deploy.layout import image_positions, picture_positions
 from mmi_deploy.runtime.buffers import Array, Buffer
@@ -198,14 +198,17 @@ class Session:
         schedule: str | None = None,
         guidance: float = 1.0,
         seed: int = 0,
+        full_every: int = 1,
         on_step: Callable[[int, int], None] = lambda step, of: None,
     ) -> Rgb:
         """Draw the picture that the document's last token begins, and append it.
 
-        schedule: which sampler, as in `Runtime.schedule`. guidance: 1 is none. on_step(step, of)
-        is called after each step, `step` from 1. Returns uint8 [h, w, 3].
+        schedule: which sampler, as in `Runtime.schedule`. guidance: 1 is none. full_every: of how
+        many steps one runs the whole U-Net; the others use its deep features again, which is an
+        approximation. on_step(step, of) is called after each step, `step` from 1. Returns uint8
+        [h, w, 3].
         """
-        steps = self.draw_steps(schedule, guidance, seed)
+        steps = self.draw_steps(schedule, guidance, seed, full_every)
         while True:
             try:
                 on_step(*next(steps))
@@ -215,7 +218,7 @@ class Session:
                 return rgb
 
     def draw_steps(
-        self, schedule: str | None, guidance: float, seed: int
+        self, schedule: str | None, guidance: float, seed: int, full_every: int = 1
     ) -> Generator[tuple[int, int], None, Rgb]:
         """`draw` in steps: yields (step, of) after each and returns the picture, not appended.
 
@@ -233,7 +236,8 @@ class Session:
             condition = self.runtime.engine("image_condition").run(self._context())
         slot, position = self._earlier_pictures()
         shape = (1, unet.latent_channels, unet.latent_side, unet.latent_side)
-        memory, engine = self.runtime.memory, self.runtime.engine("denoise_step")
+        memory, full = self.runtime.memory, self.runtime.engine("denoise_step")
+        shallow = self.runtime.engine("denoise_shallow") if full_every > 1 else full
         latents = memory.hold(first_latents(seed, picture, shape) * bound.schedule.initial_sigma)
         history = memory.allocate((HISTORY, *shape), np.float32)
         spare = (
@@ -241,6 +245,7 @@ class Session:
             memory.allocate(history.shape, np.float32),
         )
         still = memory.allocate(shape, np.float32)
+        deep = memory.allocate(full.graph[DEEP].resolve(b=1), full.graph[DEEP].dtype)
         constant: dict[str, Buffer | Array] = {
             "guidance": memory.hold(np.array(guidance, np.float32)),
             "coefficients": bound.coefficients,
@@ -255,9 +260,13 @@ class Session:
             with self.timings.measure("denoise"):
                 noisy = bound.schedule.draws_noise(step)
                 noise = step_noise(seed, picture, step, shape) if noisy else still
-                state = {"latents": latents, "history": history, "noise": noise}
-                place = {"next_latents": spare[0], "next_history": spare[1]}
-                engine.run({**state, "step": np.array(step, np.int64), **constant}, place)
+                state = {"latents": latents, "history": history, "noise": noise, DEEP: deep}
+                place = {"next_latents": spare[0], "next_history": spare[1], DEEP: deep}
+                engine = full if step % full_every == 0 else shallow
+                given = {**state, "step": np.array(step, np.int64), **constant}
+                engine.run(
+                    {tensor.name: given[tensor.name] for tensor in engine.graph.inputs}, place
+                )
                 (latents, history), spare = spare, (latents, history)
             yield step + 1, steps
         with self.timings.measure("vae"):

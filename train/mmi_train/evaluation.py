@@ -156,11 +156,13 @@ class Evaluator:
         *,
         steps: int = 20,
         guidance: float = 3.5,
+        full_every: int = 1,
         seed: int = 0,
         batch: int = 16,
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.steps, self.guidance, self.seed, self.batch = steps, guidance, seed, batch
+        self.steps, self.guidance, self.full_every = steps, guidance, full_every
+        self.seed, self.batch = seed, batch
 
     def prompt(self, document: TaskDocument, target: int) -> TokenDocument:
         """The document up to `target`; for a picture, with its begin-of-image token."""
@@ -224,6 +226,7 @@ class Evaluator:
             noise,
             scheduler,
             guidance=self.guidance,
+            full_every=self.full_every,
         )
         return images_from_pixels(decoder.vae.decode(latents))
 
@@ -316,11 +319,14 @@ def evaluate(
     count: int = 96,
     steps: int = 20,
     guidance: float = 3.5,
+    full_every: int = 1,
     seed: int = 0,
     without: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """`count` held-out questions of every kind, with MMFS and, if `without`, with MMFS off."""
+    """`count` held-out questions of every kind, with MMFS and, if `without`, with MMFS off.
+
+    `full_every`: see `ImageDecoder.draw`."""
     seeing, blind, samples = Measures(), Measures(), []
     for name, subject, measures in (
         ("with MMFS", model, seeing),
@@ -328,7 +334,9 @@ def evaluate(
     ):
         if subject is None:
             continue
-        evaluator = Evaluator(subject, tokenizer, steps=steps, guidance=guidance, seed=seed)
+        evaluator = Evaluator(
+            subject, tokenizer, steps=steps, guidance=guidance, full_every=full_every, seed=seed
+        )
         for kind, questions in _questions(evaluator, world, count, seed):
             if on_progress is not None:
                 on_progress(f"{kind}, {name}")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mmi_deploy import layout
 from mmi_deploy.document import Document, encode_document
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.graphs import Limits
 from mmi_deploy.images import Rgb, resize, to_pixels, to_rgb
 from mmi_deploy.runtime.events import (
@@ -60,11 +61,15 @@ def generate(
 ) -> Iterator[Event]:
     """Read `document`, drawing what it asks for, then continue it; the last event is `Finished`.
 
+    Every step runs the whole U-Net; raises `ConfigError` where `options` asks for less.
+
     `scheduler`: one of diffusers', its timesteps set; `options.schedule` is not looked at. `eta`:
     of a DDIM scheduler; 1 is the ancestral sampler (`diffusion.ddim`). `kv_cache` False reads the
     whole row again for every token. `limits`: those of a bundle, where it allows less than the
     model.
     """
+    if options.full_every != 1:
+        raise ConfigError("this path runs the whole U-Net in every step", got=options.full_every)
     return _Generation(
         Row(model, limits), tokenizer, document, options, scheduler, eta, kv_cache
     ).run()

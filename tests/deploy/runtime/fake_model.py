@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 
 from mmi_deploy.config import ModelConfig
-from mmi_deploy.graphs import Graph, Limits
+from mmi_deploy.graphs import DEEP, Graph, Limits
 from mmi_deploy.presets import tiny
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
 from mmi_deploy.runtime.engine import Engine
@@ -139,10 +139,18 @@ def image_condition(config: ModelConfig, x: dict[str, Array], graph: Graph) -> d
 
 
 def denoise_step(config: ModelConfig, x: dict[str, Array]) -> dict[str, Array]:
-    latents, step = x["latents"], int(x["step"])
-    batch = len(latents)
     keys = x["condition_key.00"].mean(axis=(1, 2)) + x["condition_value.00"].mean(axis=(1, 2))
-    guided = keys[batch:] + x["guidance"] * (keys[:batch] - keys[batch:])
+    width = config.image_decoder.unet.deep_width
+    side = config.image_decoder.unet.latent_side
+    deep = np.broadcast_to(keys[:, None, None, None], (len(keys), width, side, side))
+    deep = deep + 0.1 * x["latents"].mean()
+    return {**denoise_shallow(config, {**x, DEEP: deep}), DEEP: deep}
+
+
+def denoise_shallow(config: ModelConfig, x: dict[str, Array]) -> dict[str, Array]:
+    latents, step = x["latents"], int(x["step"])
+    batch, deep = len(latents), x[DEEP].mean(axis=(1, 2, 3))
+    guided = deep[batch:] + x["guidance"] * (deep[:batch] - deep[batch:])
     looked = seen_images(x, "unet_value")[:, :, None, None]  # [b, 4, 1, 1]: the latents' channels
     bent = np.sin(2 * latents) + guided[:, None, None, None] + looked
     prediction = 0.5 * bent + x["time_table"][step].mean()
@@ -163,6 +171,7 @@ _GRAPHS = {
     "llm": llm,
     "image_condition": image_condition,
     "denoise_step": denoise_step,
+    "denoise_shallow": denoise_shallow,
     "vae_decoder": vae_decoder,
 }
 

@@ -18,7 +18,7 @@ from deploy.runtime.fake_model import (
     vae_decoder,
 )
 from mmi_deploy.errors import DocumentError, EngineError
-from mmi_deploy.graphs import IMAGE_SLOT_PADDING, Limits
+from mmi_deploy.graphs import DEEP, IMAGE_SLOT_PADDING, Limits
 from mmi_deploy.images import to_rgb
 from mmi_deploy.layout import image_positions, picture_positions
 from mmi_deploy.runtime.rng import first_latents, step_noise
@@ -226,6 +226,21 @@ def test_pictures_repeat_with_the_seed() -> None:
 
     np.testing.assert_array_equal(draw(1), draw(1))
     assert (draw(1) != draw(2)).any()
+
+
+@pytest.mark.parametrize("full_every", [1, 2, 3, 9])
+def test_steps_between_two_whole_ones_use_the_deep_features_of_the_last(full_every: int) -> None:
+    runtime, log = fake_runtime()
+    session = Session(runtime)
+    session.append_text([BOS, 5, BOI])
+    session.draw(full_every=full_every, guidance=2.0)
+    whole, shallow = log.of("denoise_step"), log.of("denoise_shallow")
+    assert [int(call["step"]) for call in whole] == list(range(0, 4, full_every))
+    assert [int(call["step"]) for call in shallow] == [s for s in range(4) if s % full_every]
+    for call in shallow:
+        last = whole[int(call["step"]) // full_every]
+        made = denoise_step(runtime.config, last)[DEEP]
+        np.testing.assert_allclose(call[DEEP], made, rtol=1e-6)
 
 
 def test_an_abandoned_picture_changes_nothing() -> None:

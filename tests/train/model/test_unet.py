@@ -126,6 +126,26 @@ def test_one_time_row_serves_all_pictures_of_a_step() -> None:
     torch.testing.assert_close(shared, each, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_a_shallow_step_with_its_own_deep_features_is_the_whole_step(config: UnetConfig) -> None:
+    """And with those of other latents it is not: they matter."""
+    model = build(config)
+    latents, timestep, condition = inputs(config)
+    pairs, values = model.condition_keys_values(condition), model.image_values(images())
+    slot, position = torch.tensor([[0, 1]] * 3), torch.tensor([[2, 1], [1, 0], [0, 0]])
+    rows = model.time_rows(timestep)
+    whole, deep = model.step_and_deep(latents, rows, pairs, values, slot, position)
+    assert deep.shape == (3, config.deep_width, config.latent_side, config.latent_side)
+    outer = (
+        [pairs[index] for index in config.outer_cross_attentions],
+        [values[index] for index in config.outer_mmfs_blocks],
+    )
+    shallow = model.shallow_step(latents, deep, rows, *outer, slot, position)
+    torch.testing.assert_close(shallow, whole, rtol=0, atol=1e-6)
+    stale = model.shallow_step(latents, deep.roll(1, 0), rows, *outer, slot, position)
+    assert (stale - whole).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("place", ["up_blocks", "skips"])
 def test_mmfs_blocks_add_nothing_before_training(place: str) -> None:
     """The published blocks end in a 1x1 convolution that starts at zero."""

@@ -63,11 +63,13 @@ class Draws:
 
 @dataclass(frozen=True)
 class DrawingStep:
-    """What one step of `ImageDecoder.draw` computed: the guided prediction and the next latents."""
+    """What one step of `ImageDecoder.draw` computed: the guided prediction, the next latents, and
+    the deep features [2b, c, side, side] that it made or used again."""
 
     timestep: int
     prediction: Tensor
     latents: Tensor
+    deep: Tensor
 
 
 class ImageDecoder(nn.Module):
@@ -148,6 +150,7 @@ class ImageDecoder(nn.Module):
         scheduler: SchedulerMixin,
         *,
         guidance: float,
+        full_every: int = 1,
         step_noise: Sequence[Tensor] | None = None,
         on_step: Callable[[DrawingStep], None] | None = None,
     ) -> Tensor:
@@ -156,6 +159,8 @@ class ImageDecoder(nn.Module):
         `scheduler`: one of diffusers', its timesteps set. `step_noise`: noise added after each
         step, which makes a DDIM scheduler the ancestral sampler (`diffusion.ddim`); None: no noise.
         Guidance extrapolates from the null condition; both branches look at the same images.
+        `full_every`: steps between two that run the whole U-Net; those between use the deep
+        features of the last again, which is an approximation.
         """
         pictures = len(latents)
         both = torch.cat(
@@ -164,13 +169,21 @@ class ImageDecoder(nn.Module):
         keys_values = self.unet.condition_keys_values(both)
         values = self.unet.image_values(images.features)
         slot, position = images.slot.repeat(2, 1), images.position.repeat(2, 1)
+        unet = self.config.unet
+        outer_keys_values = [keys_values[index] for index in unet.outer_cross_attentions]
+        outer_values = [values[index] for index in unet.outer_mmfs_blocks]
         latents = latents * scheduler.init_noise_sigma
         for index, timestep in enumerate(scheduler.timesteps):
-            noisy = scheduler.scale_model_input(latents, timestep)
+            noisy = scheduler.scale_model_input(latents, timestep).repeat(2, 1, 1, 1)
             time_rows = self.unet.time_rows(timestep[None].to(latents.device))
-            branches = self.unet.step(
-                noisy.repeat(2, 1, 1, 1), time_rows, keys_values, values, slot, position
-            )
+            if index % full_every == 0:
+                branches, deep = self.unet.step_and_deep(
+                    noisy, time_rows, keys_values, values, slot, position
+                )
+            else:
+                branches = self.unet.shallow_step(
+                    noisy, deep, time_rows, outer_keys_values, outer_values, slot, position
+                )
             conditional, unconditional = branches.float().chunk(2)
             prediction = unconditional + guidance * (conditional - unconditional)
             options = {}
@@ -179,5 +192,5 @@ class ImageDecoder(nn.Module):
                 options = {"eta": 1.0, "variance_noise": step_noise[index]}
             latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
             if on_step is not None:
-                on_step(DrawingStep(int(timestep), prediction, latents))
+                on_step(DrawingStep(int(timestep), prediction, latents, deep))
         return latents

@@ -11,8 +11,9 @@ n encoded images, s feature cells, h heads, d channels per head, c channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -94,19 +95,37 @@ class UNet(nn.Module):
         `time_rows` [b|1, sum of widths]. `image_slot` [b, m]: rows of the pool in `values`;
         `image_position` [b, m]: 0 hidden, 1 the nearest image. `values` None leaves MMFS out.
         """
+        return self.step_and_deep(
+            latents, time_rows, keys_values, values, image_slot, image_position
+        )[0]
+
+    def step_and_deep(
+        self,
+        latents: Tensor,
+        time_rows: Tensor,
+        keys_values: Sequence[KeyValue],
+        values: Sequence[Tensor] | None,
+        image_slot: Tensor | None = None,
+        image_position: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`step`, and the deep features: what its last up block is given, besides the skips.
+
+        They change little from step to step (DeepCache, Ma et al., CVPR 2024), so that
+        `shallow_step` may use them again.
+        """
         rows = iter(time_rows.split(self.config.resnet_widths, dim=1))
         pairs = iter(keys_values)
-        look_back = self._look_back(values, image_slot, image_position)
+        look_back = self._look_back(self.look_back, values, image_slot, image_position)
         at_skips = self.config.mmfs_at == "skips"
 
-        x = self.conv_in(latents)
-        skips = [x]
-        for block in self.down_blocks:
+        skips = self._outer_skips(latents, rows, pairs)
+        x = skips[-1]
+        for above, block in pairwise(self.down_blocks):
+            for downsample in above.downsamplers:
+                x = downsample(x)
+                skips.append(x)
             for index, resnet in enumerate(block.resnets):
                 x = self._layer(x, resnet, next(rows), _attention(block, index), pairs)
-                skips.append(x)
-            for downsample in block.downsamplers or ():
-                x = downsample(x)
                 skips.append(x)
 
         first, last = self.mid_block.resnets
@@ -116,15 +135,78 @@ class UNet(nn.Module):
             skips = [next(look_back)(skip) for skip in skips]
             x = next(look_back)(x)
 
-        for block in self.up_blocks:
-            for index, resnet in enumerate(block.resnets):
-                x = torch.cat([x, skips.pop()], dim=1)
-                x = self._layer(x, resnet, next(rows), _attention(block, index), pairs)
+        for block in list(self.up_blocks)[:-1]:
+            x = self._up(x, block, skips, rows, pairs)
             for upsample in block.upsamplers or ():
                 x = upsample(x)
             if not at_skips:
                 x = next(look_back)(x)
+        return self._outer_up(x, skips, rows, pairs, look_back), x
+
+    def shallow_step(
+        self,
+        latents: Tensor,
+        deep: Tensor,
+        time_rows: Tensor,
+        keys_values: Sequence[KeyValue],
+        values: Sequence[Tensor] | None,
+        image_slot: Tensor | None = None,
+        image_position: Tensor | None = None,
+    ) -> Tensor:
+        """`step` with the deep features [b, c, side, side] of an earlier one: the first down block
+        and the last up block alone. `keys_values` and `values`: those of
+        `config.outer_cross_attentions` and `config.outer_mmfs_blocks`.
+        """
+        layers = self.config.layers_per_block
+        widths = time_rows.split(self.config.resnet_widths, dim=1)
+        rows = iter((*widths[:layers], *widths[-layers - 1 :]))
+        pairs = iter(keys_values)
+        blocks = [self.look_back[index] for index in self.config.outer_mmfs_blocks]
+        look_back = self._look_back(blocks, values, image_slot, image_position)
+        skips = self._outer_skips(latents, rows, pairs)
+        if self.config.mmfs_at == "skips":
+            skips = [next(look_back)(skip) for skip in skips]
+        return self._outer_up(deep, skips, rows, pairs, look_back)
+
+    def _outer_skips(
+        self, latents: Tensor, rows: Iterator[Tensor], pairs: Iterator[KeyValue]
+    ) -> list[Tensor]:
+        """The maps of the latents' own side on the way down: all that the last up block joins."""
+        block = self.down_blocks[0]
+        skips = [self.conv_in(latents)]
+        for index, resnet in enumerate(block.resnets):
+            skips.append(
+                self._layer(skips[-1], resnet, next(rows), _attention(block, index), pairs)
+            )
+        return skips
+
+    def _outer_up(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        rows: Iterator[Tensor],
+        pairs: Iterator[KeyValue],
+        look_back: Iterator[Callable[[Tensor], Tensor]],
+    ) -> Tensor:
+        """The last up block and what follows it."""
+        x = self._up(x, self.up_blocks[-1], skips, rows, pairs)
+        if self.config.mmfs_at == "up_blocks":
+            x = next(look_back)(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _up(
+        self,
+        x: Tensor,
+        block: nn.Module,
+        skips: list[Tensor],
+        rows: Iterator[Tensor],
+        pairs: Iterator[KeyValue],
+    ) -> Tensor:
+        """The layers of an up block, each joined with the newest skip that is left."""
+        for index, resnet in enumerate(cast(Iterable[ResnetBlock2D], block.resnets)):
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = self._layer(x, resnet, next(rows), _attention(block, index), pairs)
+        return x
 
     def forward(
         self,
@@ -167,14 +249,15 @@ class UNet(nn.Module):
             return checkpoint(_run_layer, *arguments, use_reentrant=False)
         return _run_layer(*arguments)
 
+    @staticmethod
     def _look_back(
-        self,
+        blocks: Iterable[nn.Module],
         values: Sequence[Tensor] | None,
         image_slot: Tensor | None,
         image_position: Tensor | None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
-        """What to apply to each map of `config.mmfs_maps` in turn."""
-        for index, block in enumerate(self.look_back):
+        """What to apply to the map of each of `blocks` in turn, whose `values` are given."""
+        for index, block in enumerate(blocks):
             if values is None:
                 yield nn.Identity()
             else:
