@@ -10,7 +10,23 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mmi_deploy.errors import EngineError
+
 Array = NDArray[Any]
+
+
+def element_type(name: DTypeLike) -> np.dtype[Any]:
+    """numpy's type of that name; `bfloat16` is that of `ml_dtypes`. Raises `EngineError`."""
+    if name == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise EngineError(
+                "bfloat16 needs ml_dtypes, which is not installed",
+                fix="install it with: pip install ml_dtypes",
+            ) from None
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +58,23 @@ class Buffer:
         self.memory.write(self, array)
 
     def read(self) -> Array:
-        """The contents. On the host this is the memory itself: copy it to keep it."""
+        """The contents, once all that writes them is done. On the host this is the memory itself:
+        copy it to keep it."""
         return self.memory.read(self)
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes it takes."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class Memory(Protocol):
-    """Where buffers live. `device` is `cpu` or `cuda`, `device_id` counts from 0."""
+    """Where buffers live. `device` is `cpu` or `cuda`, `device_id` counts from 0.
+
+    A device works through what it is asked for in order and behind the caller's back: only `read`
+    and `wait` wait for it. What is given to `write` or `hold` may be changed afterwards on a
+    device, and is the memory itself on the host.
+    """
 
     device: str
     device_id: int
@@ -64,6 +91,21 @@ class Memory(Protocol):
     def read(self, buffer: Buffer) -> Array:
         """The contents of `buffer`; on the host its memory itself."""
 
+    def copy(self, source: Buffer, target: Buffer, backwards: bool = False) -> None:
+        """Copy `source` into `target`, of the same shape and type and not overlapping;
+        `backwards`: the last row of the outermost dimension first."""
+
+    def wait(self) -> None:
+        """Return when all that was asked for is done."""
+
+
+def check_alike(buffer: Buffer, other: Buffer | Array) -> None:
+    """Raise `ValueError` unless both have one shape and type, so that one may be copied."""
+    if buffer.shape != other.shape or buffer.dtype != other.dtype:
+        raise ValueError(
+            f"cannot copy {other.dtype} {other.shape} into {buffer.dtype} {buffer.shape}"
+        )
+
 
 class HostMemory:
     """Memory of the process: numpy arrays. Zeros cost nothing until they are touched."""
@@ -72,25 +114,29 @@ class HostMemory:
     device_id = 0
 
     def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
-        return self.hold(np.zeros(shape, dtype))
+        return self.hold(np.zeros(shape, element_type(dtype)))
 
     def hold(self, array: Array) -> Buffer:
         array = np.ascontiguousarray(array).reshape(np.shape(array))  # keeps scalars 0-dimensional
         return Buffer(self, array.ctypes.data, array.shape, array.dtype, array)
 
     def write(self, buffer: Buffer, array: Array) -> None:
-        if buffer.shape != array.shape or buffer.dtype != array.dtype:
-            raise ValueError(
-                f"cannot write {array.dtype} {array.shape} into {buffer.dtype} {buffer.shape}"
-            )
+        check_alike(buffer, array)
         buffer.read()[...] = array
 
     def read(self, buffer: Buffer) -> Array:
         assert isinstance(buffer.owner, np.ndarray)
         memory = buffer.owner.reshape(-1).view(np.uint8)
         first = buffer.pointer - buffer.owner.ctypes.data
-        last = first + prod(buffer.shape) * buffer.dtype.itemsize
-        return memory[first:last].view(buffer.dtype).reshape(buffer.shape)
+        return memory[first : first + buffer.bytes].view(buffer.dtype).reshape(buffer.shape)
+
+    def copy(self, source: Buffer, target: Buffer, backwards: bool = False) -> None:
+        check_alike(target, source)
+        rows = source.read()
+        target.read()[...] = rows[::-1] if backwards else rows
+
+    def wait(self) -> None:
+        return
 
 
 HOST = HostMemory()

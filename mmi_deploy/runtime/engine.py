@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from math import prod
 from threading import Lock
 
@@ -27,33 +28,41 @@ class Engine(ABC):
     def __init__(self, graph: Graph, memory: Memory) -> None:
         self.graph = graph
         self.memory = memory
-        self._turn = Lock()
+        self._turn: AbstractContextManager[object] = Lock()
         self._known_shapes: dict[tuple[object, ...], dict[str, int]] = {}
 
     def run(
         self, inputs: Buffers, outputs: Mapping[str, Buffer] | None = None
     ) -> dict[str, Buffer]:
-        """Run once and return all outputs that are not in place.
+        """Run once and return all outputs that are not in place; on a device it is only begun.
 
         `inputs`: every input of the graph; arrays are brought to the engine's memory (on the host
         they are used as they are). `outputs`: buffers to write to. Raises `EngineError` for what
         does not fit the contract: names, types, shapes, ranges, indices out of range.
         """
-        held = {
-            name: value if isinstance(value, Buffer) else self.memory.hold(value)
-            for name, value in inputs.items()
-        }
-        sizes = self._sizes(held)
-        check_indices(self.graph, inputs, sizes)
-        written = self._outputs(sizes, outputs or {})
-        shared = {new: held[old] for new, old in self.graph.in_place.items()}
         with self._turn:
+            held = {
+                name: value if isinstance(value, Buffer) else self._hold(name, value)
+                for name, value in inputs.items()
+            }
+            sizes = self._sizes(held)
+            check_indices(self.graph, inputs, sizes)
+            written = self._outputs(sizes, outputs or {})
+            shared = {new: held[old] for new, old in self.graph.in_place.items()}
             self._execute(held, {**written, **shared})
         return written
+
+    def _hold(self, name: str, array: Array) -> Buffer:
+        """The contents of `array` where the engine reads its input `name`."""
+        return self.memory.hold(array)
 
     @abstractmethod
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Run on checked buffers; an output in place has its input's buffer."""
+
+    def close(self) -> None:
+        """Give back what the engine holds; it is not run again."""
+        return
 
     def _sizes(self, held: Mapping[str, Buffer]) -> dict[str, int]:
         """Sizes of the dynamic dimensions; checked once for each combination of shapes."""

@@ -5,17 +5,18 @@ Letters: t tokens, m images, n rows of a value pool, c width of the LLM, x token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmi_deploy.errors import DocumentError, EngineError
-from mmi_deploy.graphs import DEEP, HISTORY, IMAGE_SLOT_PADDING
+from mmi_deploy.graphs import DEEP, Graph
 from mmi_deploy.images import Rgb, resize, to_pixels, to_rgb
 from mmi_deploy.layout import image_positions, picture_positions
-from mmi_deploy.runtime.buffers import Array, Buffer
-from mmi_deploy.runtime.caches import KvCache, ValuePool
+from mmi_deploy.runtime.buffers import Array, Buffer, Memory
+from mmi_deploy.runtime.caches import Drawing, HiddenStates, KvCache, ValuePool, padded
 from mmi_deploy.runtime.rng import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.timings import Timings
@@ -47,9 +48,13 @@ class Session:
             memory,
             min(unet.images_seen, self.limits.images),
         )
-        width = self.config.llama.width
-        self._hidden = memory.allocate((self.limits.context, width), np.float32)  # [context, c]
-        self._logits = memory.allocate((1, 1, self.config.llama.vocab), np.float32)
+        llm = runtime.graphs["llm"]
+        self._hidden = HiddenStates(llm, memory, self.limits.context)
+        # Where a run of one token reads and writes: it stays, so that such runs can be replayed.
+        self._one_hidden = _one(llm, "hidden", memory)
+        self._logits = _one(llm, "logits", memory)
+        self._no_visual = _one(llm, "visual_tokens", memory)
+        self._drawing: Drawing | None = None
         self._done = 0  # tokens that the LLM has seen
         self._marks: list[int] = []  # the `<s>` and begin-of-image tokens among them
         # What the next token sees, where the last one read was no such token: nothing has changed.
@@ -120,7 +125,7 @@ class Session:
         while self._unencoded:
             count = min(self.limits.batch, len(self._unencoded), *(pool.run for pool in pools))
             pixels = np.stack(self._unencoded[:count])
-            with self.timings.measure("encode", count):
+            with self._measure("encode", count):
                 seen = self.runtime.engine("vision_encoder").run({"pixels": pixels})
                 rows = {**self._llm_values.add(count), **self._unet_values.add(count)}
                 self.runtime.engine("image_values").run({"features": seen["features"]}, rows)
@@ -159,22 +164,31 @@ class Session:
             **self._llm_values.buffers(),
             **self._cache.buffers,
         }
-        hidden = self._hidden.rows(first, last).reshaped((1, count, self.config.llama.width))
-        with self.timings.measure("prefill" if count > 1 else "decode", count):
-            engine.run(inputs, {"logits": self._logits, "hidden": hidden})
+        outputs = {"logits": self._logits}
+        if count == 1:
+            outputs["hidden"] = self._one_hidden
+        with self._measure("prefill" if count > 1 else "decode", count):
+            hidden = engine.run(inputs, outputs)["hidden"]  # [1, t, c]
+            self._hidden.write(first, hidden.reshaped(hidden.shape[1:]))
         self._done = last
         self._marks += [token for token in ids if token in (tokens.bos, tokens.boi)]
         self._sight = None if ids[-1] in (tokens.bos, tokens.boi) else (slot, position[:, -1:])
         self._unread.clear()
 
-    def _visual(self, ids: list[int]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _visual(self, ids: list[int]) -> tuple[Buffer, NDArray[np.int64]]:
         """Visual tokens of the waiting images [v, c], and which of them each token is [1, t]."""
         is_image = np.array([ids]) == self.config.tokens.image
         index = np.where(is_image, is_image.cumsum() - 1, -1)
-        width = self.config.llama.width
-        if not self._unread:
-            return np.zeros((1, width), np.float32), index
-        return np.concatenate([tokens.read().reshape(-1, width) for tokens in self._unread]), index
+        images = sum(tokens.shape[0] for tokens in self._unread)
+        if not images:
+            return self._no_visual, index
+        memory, (count, width) = self.runtime.memory, self._unread[0].shape[1:]
+        joined = memory.allocate((images, count, width), self._unread[0].dtype)
+        first = 0
+        for tokens in self._unread:
+            memory.copy(tokens, joined.rows(first, first + tokens.shape[0]))
+            first += tokens.shape[0]
+        return joined.reshaped((images * count, width)), index
 
     def _visible_images(self, ids: list[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Rows of the pool [1, m] and relative positions [1, t, m] for the waiting tokens.
@@ -223,7 +237,7 @@ class Session:
         """`draw` in steps: yields (step, of) after each and returns the picture, not appended.
 
         The same document and seed give the same picture; nothing is appended, so abandoning it
-        leaves the document as it was.
+        leaves the document as it was. A session draws one picture at a time.
         """
         if not self.image_open:
             raise DocumentError(
@@ -231,61 +245,68 @@ class Session:
             )
         bound = self.runtime.schedule(schedule)
         self._read_waiting()
-        picture, unet = self.images, self.config.image_decoder.unet
-        with self.timings.measure("condition"):
-            condition = self.runtime.engine("image_condition").run(self._context())
+        picture = self.images
+        drawing = self._place_to_draw()
+        with self._measure("condition"):
+            self.runtime.engine("image_condition").run(self._context(), drawing.condition)
         slot, position = self._earlier_pictures()
-        shape = (1, unet.latent_channels, unet.latent_side, unet.latent_side)
-        memory, full = self.runtime.memory, self.runtime.engine("denoise_step")
+        shape = drawing.still.shape
+        drawing.begin(first_latents(seed, picture, shape) * bound.schedule.initial_sigma)
+        full = self.runtime.engine("denoise_step")
         shallow = self.runtime.engine("denoise_shallow") if full_every > 1 else full
-        latents = memory.hold(first_latents(seed, picture, shape) * bound.schedule.initial_sigma)
-        history = memory.allocate((HISTORY, *shape), np.float32)
-        spare = (
-            memory.allocate(latents.shape, np.float32),
-            memory.allocate(history.shape, np.float32),
-        )
-        still = memory.allocate(shape, np.float32)
-        deep = memory.allocate(full.graph[DEEP].resolve(b=1), full.graph[DEEP].dtype)
         constant: dict[str, Buffer | Array] = {
-            "guidance": memory.hold(np.array(guidance, np.float32)),
+            "guidance": np.array(guidance, np.float32),
             "coefficients": bound.coefficients,
             "time_table": bound.time_table,
             "image_slot": slot,
             "image_position": position,
-            **condition,
+            DEEP: drawing.deep,
+            **drawing.condition,
             **self._unet_values.buffers(),
         }
         steps = bound.schedule.steps
         for step in range(steps):
-            with self.timings.measure("denoise"):
+            with self._measure("denoise"):
                 noisy = bound.schedule.draws_noise(step)
-                noise = step_noise(seed, picture, step, shape) if noisy else still
-                state = {"latents": latents, "history": history, "noise": noise, DEEP: deep}
-                place = {"next_latents": spare[0], "next_history": spare[1], DEEP: deep}
+                noise = step_noise(seed, picture, step, shape) if noisy else drawing.still
+                given = {**constant, **drawing.state, "noise": noise}
+                given["step"] = np.array(step, np.int64)
                 engine = full if step % full_every == 0 else shallow
-                given = {**state, "step": np.array(step, np.int64), **constant}
-                engine.run(
-                    {tensor.name: given[tensor.name] for tensor in engine.graph.inputs}, place
-                )
-                (latents, history), spare = spare, (latents, history)
+                inputs = {tensor.name: given[tensor.name] for tensor in engine.graph.inputs}
+                engine.run(inputs, {**drawing.next_state, DEEP: drawing.deep})
+                drawing.swap()
             yield step + 1, steps
-        with self.timings.measure("vae"):
-            pixels = (
-                self.runtime.engine("vae_decoder").run({"latents": latents})["pixels"].read()[0]
-            )
+        with self._measure("vae"):
+            decoded = self.runtime.engine("vae_decoder").run({"latents": drawing.state["latents"]})
+            pixels = decoded["pixels"].read()[0]
         check_finite(pixels, f"the pixels of picture {picture}")
         return to_rgb(pixels)
 
-    def _context(self) -> dict[str, Array]:
+    def _place_to_draw(self) -> Drawing:
+        graphs = self.runtime.graphs
+        if self._drawing is None:
+            self._drawing = Drawing(
+                graphs["denoise_step"], graphs["image_condition"], self.runtime.memory
+            )
+        return self._drawing
+
+    def _context(self) -> dict[str, Buffer | Array]:
         """Hidden states from the last token backwards to its `<s>`: [1, x, c], and x."""
         bos = self.config.tokens.bos
         ids = self.token_ids
         first = len(ids) - 1 - ids[::-1].index(bos) if bos in ids else 0
-        context = self._hidden.rows(first, len(ids)).read()[::-1]
+        context = self._hidden.backwards(first, len(ids))
         return {
-            "context": np.ascontiguousarray(context)[None],
-            "context_length": np.array([len(context)], np.int64),
+            "context": context.reshaped((1, *context.shape)),
+            "context_length": np.array([len(ids) - first], np.int64),
         }
+
+    @contextmanager
+    def _measure(self, stage: str, count: int = 1) -> Iterator[None]:
+        """Time the block as a run of `stage`, until the device has done what the block asks for."""
+        with self.timings.measure(stage, count):
+            yield
+            self.runtime.memory.wait()
 
     def _earlier_pictures(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Rows of the U-Net's pool and relative positions, both [1, m], for the open picture."""
@@ -294,6 +315,12 @@ class Session:
         images = np.flatnonzero(position[0])
         slots = np.array([self._unet_values.slot(int(image)) for image in images], np.int32)
         return pad_images(slots, position[:, images], seen)
+
+
+def _one(graph: Graph, name: str, memory: Memory) -> Buffer:
+    """A place for tensor `name` of one row, token and logit."""
+    tensor = graph[name]
+    return memory.allocate(tensor.resolve(b=1, t=1, k=1, v=1), tensor.dtype)
 
 
 def check_finite(array: Array, what: str) -> None:
@@ -309,7 +336,6 @@ def pad_images(
     slot: NDArray[np.int32], position: NDArray[np.int32], most: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Slots [m] and positions [1, ..., m] with m padded by hidden images, so that few m occur."""
-    wanted = next((size for size in IMAGE_SLOT_PADDING if len(slot) <= size < most), most)
-    missing = wanted - len(slot)
+    missing = padded(len(slot), most) - len(slot)
     before = [(0, 0)] * (position.ndim - 1)
     return np.pad(slot, (0, missing))[None], np.pad(position, [*before, (0, missing)])

@@ -213,5 +213,10 @@ def test_buffers_are_views_of_one_memory() -> None:
         buffer.rows(2, 5)
     with pytest.raises(ValueError, match="cannot see"):
         buffer.reshaped((5, 3))
-    with pytest.raises(ValueError, match="cannot write float32"):
+    with pytest.raises(ValueError, match="cannot copy float32"):
         buffer.write(np.zeros((4, 3), np.float32))
+    turned = HOST.allocate((4, 3), np.int32)
+    HOST.copy(buffer, turned, backwards=True)
+    np.testing.assert_array_equal(turned.read(), buffer.read()[::-1])
+    HOST.copy(buffer, turned)
+    np.testing.assert_array_equal(turned.read(), buffer.read())

@@ -74,7 +74,10 @@ def test_growing_by_pieces_equals_one_run(split: str) -> None:
         [3, 4, 1, 4, 5, 4, 2] if split == "parts" else [1, 1, 1, 4, 1, 4, *[1] * 5, 4, 1, 1]
     )
     np.testing.assert_allclose(session.next_logits(), expected.next_logits(), atol=1e-6)
-    np.testing.assert_allclose(session._hidden.read(), expected._hidden.read(), atol=1e-6)
+    states, others = (
+        one._hidden.backwards(0, len(session.token_ids)).read() for one in (session, expected)
+    )
+    np.testing.assert_allclose(states, others, atol=1e-6)
     for name, buffer in session._cache.buffers.items():
         np.testing.assert_allclose(buffer.read(), expected._cache.buffers[name].read(), atol=1e-6)
 
@@ -149,8 +152,8 @@ def test_context_of_a_picture_runs_backwards_to_its_document() -> None:
     session.draw()
     assert log.calls[0][0] == "llm" and log.calls[1][0] == "image_condition"
     (call,) = log.of("image_condition")
-    hidden = session._hidden.read()
-    np.testing.assert_array_equal(call["context"][0], hidden[[6, 5, 4, 3]])
+    whole = fake_runtime()[0].engine("llm").run(log.of("llm")[0])["hidden"].read()[0]
+    np.testing.assert_array_equal(call["context"][0], whole[[6, 5, 4, 3]])
     assert call["context_length"].tolist() == [4]
 
 
