@@ -63,8 +63,10 @@ class MmfsConfig:
 
     `levels`: indices into the encoder's four maps (0 = finest), finest first.
     `value_width`: heads * channels per head. `base_grid`: offsets are in cells of a grid of this
-    side; None: of the query's own map. `images`: rows of the relative-position table (row 0 hidden,
-    1 the nearest image). `images_seen`: how many of the nearest images a query may look at.
+    side; None: of the query's own map, `grid_scale` times as fine (2 in the published U-Net with an
+    encoder at 448 pixels, whose maps are twice as large as those it was built for). `images`: rows
+    of the relative-position table (row 0 hidden, 1 the nearest image). `images_seen`: how many of
+    the nearest images a query may look at.
     """
 
     heads: Count
@@ -76,6 +78,7 @@ class MmfsConfig:
     images_seen: Count
     null_slot: bool
     offset_init: Finite
+    grid_scale: Count = 1
 
     @model_validator(mode="after")
     def _fits(self) -> MmfsConfig:

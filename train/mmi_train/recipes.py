@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from mmi_deploy.config import ModelConfig, VaeConfig
+from mmi_deploy.files import write_file
 from mmi_train.autoencoder_stage import AutoencoderStage
 from mmi_train.data.rows import TokenDocument, tokens_of
 from mmi_train.data.tasks import MAKERS
@@ -186,7 +187,7 @@ def train_from_scratch(
         current = {name: value.detach().clone() for name, value in model.state_dict().items()}
         _load(model, stage.model_state(average))
         save_model(model, folder, torch.float16)
-        tokenizer.save(str(folder / TOKENIZER))
+        write_file(folder / TOKENIZER, tokenizer.to_str(pretty=True))
         _load(model, current)
         log.info("model of step %d in %s", step, folder)
 

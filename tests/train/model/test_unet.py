@@ -14,6 +14,7 @@ from mmi_deploy.config import MmfsConfig, UnetConfig
 from mmi_deploy.presets import released_13b, tiny
 from mmi_train.convert_state import published_module
 from mmi_train.golden.configs import Section, unet
+from mmi_train.golden.unet import set_base_grids
 from mmi_train.model.unet import LookBack, UNet, diffusers_unet
 
 SIDES = (8, 4, 2, 1)
@@ -144,6 +145,16 @@ def test_a_shallow_step_with_its_own_deep_features_is_the_whole_step(config: Une
     torch.testing.assert_close(shallow, whole, rtol=0, atol=1e-6)
     stale = model.shallow_step(latents, deep.roll(1, 0), rows, *outer, slot, position)
     assert (stale - whole).abs().max() > 1e-3
+
+
+def test_an_encoder_at_448_pixels_has_the_published_base_grids() -> None:
+    """`grid_scale` says in the configuration what the published code computes from the sides."""
+    config, sides = SHAPES["published layout"], (128, 64, 32, 16)
+    config = replace(config, latent_side=64)
+    made = UNet(config, replace(MMFS, grid_scale=2), FEATURES, sides)
+    wanted = [block.mmfs.base_grid for block in made.look_back]
+    set_base_grids(made, 512, sides)
+    assert [block.mmfs.base_grid for block in made.look_back] == wanted
 
 
 @pytest.mark.parametrize("place", ["up_blocks", "skips"])

@@ -286,7 +286,7 @@ class LookBack(nn.Module):
     ) -> None:
         super().__init__()
         sides = [level_sides[level] for level in mmfs.levels]
-        base_grid = side if mmfs.base_grid is None else mmfs.base_grid
+        base_grid = mmfs.grid_scale * side if mmfs.base_grid is None else mmfs.base_grid
         self.query_norm = nn.LayerNorm(channels, eps=1e-6)
         self.value_norm = nn.LayerNorm(feature_width, eps=1e-6)
         self.mmfs = Mmfs(mmfs, channels, feature_width, channels, sides, base_grid)
