@@ -479,3 +479,20 @@ def test_endless_numbers_are_refused(
     assert mmi("generate", story, "-b", bundle, "-o", out, option, value) == 2
     assert "out of range" in mmi.err
     assert not out.exists()
+
+
+def test_ctrl_c_before_the_command_line_is_there_is_no_fault() -> None:
+    code = """
+import sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "mmi_deploy.cli":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from mmi_deploy.__main__ import main
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (130, "mmi: stopped\n")

@@ -1,0 +1,19 @@
+"""Where `mmi` starts: importing the command line takes a moment, in which Ctrl-C is no fault."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from mmi_deploy.cli import main as command_line
+    except KeyboardInterrupt:
+        print("mmi: stopped", file=sys.stderr)
+        sys.exit(130)
+    command_line()
+
+
+if __name__ == "__main__":
+    main()
