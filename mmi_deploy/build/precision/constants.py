@@ -94,6 +94,10 @@ class Constants:
     def __contains__(self, value: ir.Value) -> bool:
         return value in self._stored
 
+    def name(self, value: ir.Value) -> str:
+        """The name under which a constant is stored."""
+        return str(self._stored[value].name)
+
     def tensor(self, value: ir.Value) -> ir.TensorProtocol:
         """What is stored for a constant."""
         found = self._stored[value].const_value
@@ -134,4 +138,5 @@ class Constants:
             value.const_value = ir.LazyTensor(tensor, dtype=dtype, shape=shape, name=name)
             self._graph.register_initializer(value)
             self._made[key] = value
+            self._stored.setdefault(value, self._stored[source])
         return self._made[key]

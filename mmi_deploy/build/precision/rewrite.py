@@ -12,6 +12,7 @@ from mmi_deploy.build.precision.constants import FLOATS, ONNX, Constants
 from mmi_deploy.build.precision.ranges import Ranges, islands
 from mmi_deploy.build.precision.recipes import FLOAT32, GREATEST, Recipe
 from mmi_deploy.build.precision.types import F32, Typed, cast, insert_casts
+from mmi_deploy.build.precision.weight_only import quantise_products
 from mmi_deploy.build.precision.weights_file import write_weights
 from mmi_deploy.errors import BundleError
 from mmi_deploy.graphs import Graph
@@ -31,17 +32,22 @@ def rewrite(
     source: the portable file. out: what is written; its weights differ in the suffix alone. ranges:
     what the range check found, for types that are narrower than float32.
     Returns the contract as it is now. Raises `ConfigError` for a recipe that `runtime` cannot have,
-    `WeightsError` for weights that cannot be stored so, `BundleError` for a file that is no `graph`.
+    `WeightsError` for weights that cannot be stored so, `BundleError` for a file that is another
+    graph, or has nothing that the recipe could quantise.
     """
     activations = recipe.activations_on(runtime)
     typed_graph = graph.typed(activations)
     model = read_model(source, graph)
+    constants = Constants(model.graph)
     if activations != FLOAT32:
-        _lower(model.graph, typed_graph, recipe, activations, ranges)
+        _lower(model.graph, constants, typed_graph, recipe, activations, ranges)
+    if graph.name in recipe.weights:
+        quantise_products(model.graph, constants, recipe.weights[graph.name], runtime)
     _tidy(model)
     write_weights(model.graph, out.with_suffix(".safetensors"))
-    onnx.save(ir.to_proto(model), out)
-    check_model(out)
+    proto = ir.to_proto(model)
+    check_model(proto)
+    onnx.save(proto, out)
     return typed_graph
 
 
@@ -68,7 +74,8 @@ def read_model(source: Path, graph: Graph) -> ir.Model:
         wanted = {tensor.name: _ONNX_OF[tensor.dtype] for tensor in tensors}
         if wrong := sorted(name for name in got | wanted if got.get(name) != wanted.get(name)):
             raise BundleError(
-                f"{source} is no portable {graph.name}: its {kind} differ in {', '.join(wrong[:5])}",
+                f"{source} is no portable {graph.name}: its {kind} differ in "
+                + ", ".join(wrong[:5]),
                 fix="write it again with `mmi export`",
             )
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -79,12 +86,17 @@ _ONNX_OF = {FLOAT32: F32, "int64": ir.DataType.INT64, "int32": ir.DataType.INT32
 
 
 def _lower(
-    graph: ir.Graph, contract: Graph, recipe: Recipe, activations: str, ranges: Ranges | None
+    graph: ir.Graph,
+    constants: Constants,
+    contract: Graph,
+    recipe: Recipe,
+    activations: str,
+    ranges: Ranges | None,
 ) -> None:
     low = {tensor.name for tensor in (*contract.inputs, *contract.outputs) if tensor.activation}
     beyond = ranges.beyond(GREATEST[activations], recipe.margin) if ranges else set()
     _check_contract(graph.name, beyond & low, activations)
-    constants, dtype = Constants(graph), ONNX[activations]
+    dtype = ONNX[activations]
     typed = Typed(graph, constants, dtype, recipe.fp32_operators, islands(graph, beyond), low)
     for value in graph.inputs:
         if value.name in low:
@@ -123,9 +135,19 @@ def _tidy(model: ir.Model) -> None:
         tidy(model)
 
 
-def check_model(path: Path) -> None:
-    """Types and shapes of every node agree: what a strongly typed builder asks for."""
-    onnx.checker.check_model(path)
-    onnx.shape_inference.infer_shapes(
-        onnx.load(path, load_external_data=False), strict_mode=True, check_type=True
-    )
+def check_model(model: onnx.ModelProto) -> None:
+    """Types and shapes of every node agree: what a strongly typed builder asks for.
+
+    Weights are left out: the checker takes a hard link for an attack.
+    """
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.initializer[:]
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            bare.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+        else:
+            bare.graph.initializer.append(tensor)
+    onnx.checker.check_model(bare, full_check=True)

@@ -4,8 +4,8 @@ Every node that handles floats computes either in the activations' type or in fl
 inputs agree, as strongly typed builders want it. Float32 are
 
 * what the contract gives or takes in float32, up to the first and back to the last operator that
-  has weights, norms or attends: the sampler's update, the time table, scaled pixels, the bias of the
-  logits;
+  has weights, norms or attends: the sampler's update, the time table, scaled pixels, the bias of
+  the logits;
 * operators that the recipe names, and the sampling locations of GridSample up to their product;
 * what the range check found (`ranges.py`), both the nodes that make a value too great for the type
   and those that read it;
@@ -42,8 +42,6 @@ _BARRIERS = {
 _ALWAYS_FLOAT32 = {
     MMFS_OPERATOR: {4, 5, 7, 8},  # offset_table, logit_table, reference, null_value
     "Resize": {1, 2},  # roi and scales
-    "QuantizeLinear": {1},
-    "DequantizeLinear": {1},
 }
 """Inputs that are float32 whatever the node computes in."""
 
@@ -150,7 +148,7 @@ class Typed:
         node = value.producer()
         return (
             node is not None
-            and node.op_type in {"Transpose", "Reshape", "Identity", "DequantizeLinear"}
+            and node.op_type in {"Transpose", "Reshape", "Identity"}
             and node.inputs[0] is not None
             and self.is_constant(node.inputs[0])
         )

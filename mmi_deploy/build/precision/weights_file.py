@@ -21,7 +21,7 @@ import onnx_ir as ir
 from mmi_deploy.build.precision.constants import read
 
 ALIGNMENT = 64
-"""Bytes. Data starts at a multiple of it; the largest tensors come first and mostly keep to it."""
+"""Bytes. Data starts at a multiple of it, and tensors that are no multiple of it come last."""
 
 INLINE_BYTES = 256
 """Smaller initialisers, and those that are shapes or indices, stay in the ONNX file."""
@@ -107,7 +107,7 @@ def _external(value: ir.Value, file: Path, offset: int, length: int) -> ir.Exter
 
 def _write(file: Path, values: list[ir.Value]) -> None:
     """A safetensors file of `values`, which refer to it afterwards."""
-    order = sorted(values, key=lambda value: (-_tensor(value).nbytes, str(value.name)))
+    order = sorted(values, key=lambda value: _tensor(value).nbytes % ALIGNMENT != 0)
     header: dict[str, dict[str, object]] = {}
     end = 0
     for value in order:
@@ -144,7 +144,7 @@ def _append(handle: int, position: int, tensor: ir.TensorProtocol) -> None:
     for start in range(0, contents.size, _CHUNK):
         chunk = contents[start : start + _CHUNK]
         if chunk.any():
-            os.pwrite(handle, chunk, position + start)
+            os.pwrite(handle, chunk.data, position + start)
 
 
 def _bytes(tensor: ir.TensorProtocol) -> np.ndarray:
