@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mmi_deploy.commands.bench import bench
+from mmi_deploy.commands.build import build
 from mmi_deploy.commands.evaluate import evaluate
 from mmi_deploy.commands.export import export
 from mmi_deploy.commands.generate import generate
@@ -150,6 +151,10 @@ app.command(
     epilog="Examples:  mmi export assets/tiny -o bundles/tiny  ·  "
     "mmi export runs/tiny/model -o bundles/mine --schedule unipc:10 --schedule ddim:50"
 )(export)
+app.command(
+    epilog="Examples:  mmi build --target cpu --precision int8  ·  "
+    "mmi build bundles/tiny --arch sm89 --arch sm120  ·  mmi build --arch sm80 --dry-run"
+)(build)
 app.command(
     epilog="Examples:  mmi generate examples/story.md -o out  ·  "
     "mmi generate story.md --seed 7 --max-images 2 --temperature 0.7  ·  "

@@ -13,6 +13,7 @@ EXTRAS = {
     "train": "train",
     "evaluate": "train",
     "export": "export",
+    "build": "build",
     "bench": "bench",
 }
 """Which extra of the package brings all that a command needs."""

@@ -1,0 +1,229 @@
+"""Built engines, kept under the hash of all that they depend on.
+
+An entry is a folder that is written under a temporary name and renamed: a killed build, a full disk
+or Ctrl-C leaves nothing. Locks are the kernel's, so they end with the process that holds them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmi_deploy.errors import ConfigError, MmiError
+from mmi_deploy.files import write_file
+from mmi_deploy.manifest import sha256_of
+
+FOLDER = "MMI_CACHE"
+LIMIT = "MMI_ENGINE_CACHE_GB"
+DEFAULT_LIMIT = 50
+"""Gigabytes of engines that are kept where the variable `LIMIT` says nothing else."""
+
+_ENTRY = "entry.json"
+_WORK = ".work-"
+_LOCKS = ".locks"
+
+
+def key_of(parts: Mapping[str, str]) -> str:
+    """The name of the entry that depends on `parts`."""
+    return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class EngineCache:
+    """Engines in `folder`, at most `limit` bytes of them: those used longest ago go first."""
+
+    folder: Path
+    limit: int
+
+    @classmethod
+    def of_user(cls) -> EngineCache:
+        """`$MMI_CACHE/engines`, or `mmi_deploy/engines` in the user's cache folder."""
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmi_deploy"
+        folder = Path(os.environ.get(FOLDER) or root) / "engines"
+        text = os.environ.get(LIMIT) or str(DEFAULT_LIMIT)
+        try:
+            gigabytes = float(text)
+        except ValueError:
+            gigabytes = -1.0
+        if not 0 <= gigabytes < float("inf"):
+            raise ConfigError(f"{LIMIT} is no size", expected="gigabytes, such as 50", got=text)
+        return cls(folder, int(gigabytes * 1e9))
+
+    def has(self, key: str) -> bool:
+        """Whether an entry is there, its bytes not looked at."""
+        return (self.folder / key / _ENTRY).is_file()
+
+    def obtain(
+        self,
+        key: str,
+        make: Callable[[Path], None],
+        into: Path,
+        *,
+        parts: Mapping[str, str] | None = None,
+        afresh: bool = False,
+        waits: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Put the files of entry `key` into the folder `into`; True when they were there already.
+
+        Otherwise (or with `afresh`) `make(folder)` writes them. Who asks for an entry that another
+        process is making calls `waits()` and waits for it. Files are hard links where the file
+        system allows, so they must not be changed. `parts` is written down beside them.
+        """
+        self._prepare()
+        with self._lock(key, waits):
+            entry = self.folder / key
+            found = not afresh and self._sound(entry)
+            if not found:
+                self._make(entry, make, parts or {})
+            os.utime(entry / _ENTRY)
+            for name in _files_of(entry):
+                _link(entry / name, into / name)
+        self._trim()
+        return found
+
+    def _make(self, entry: Path, make: Callable[[Path], None], parts: Mapping[str, str]) -> None:
+        with self.work_folder() as work:
+            made = work / entry.name
+            made.mkdir()
+            make(made)
+            files = {
+                path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(made.iterdir())
+            }
+            about = {"files": files, "key": dict(parts)}
+            write_file(made / _ENTRY, json.dumps(about, indent=2) + "\n")
+            shutil.rmtree(entry, ignore_errors=True)
+            made.rename(entry)
+
+    def _sound(self, entry: Path) -> bool:
+        """Whether every file of an entry has the bytes that were written; if not, it goes."""
+        if not entry.exists():
+            return False
+        try:
+            files = json.loads((entry / _ENTRY).read_bytes())["files"]
+            if all(
+                (entry / name).stat().st_size == size and sha256_of(entry / name) == sha256
+                for name, (size, sha256) in files.items()
+            ):
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        shutil.rmtree(entry, ignore_errors=True)
+        return False
+
+    def _trim(self) -> None:
+        """Remove what was used longest ago until the rest fits; never what is in use."""
+        with self._lock("", lambda: None):
+            entries = sorted(
+                (path.stat().st_mtime, path.parent) for path in self.folder.glob(f"*/{_ENTRY}")
+            )
+            total = sum(_bytes_of(entry) for _, entry in entries)
+            for _, entry in entries:
+                if total <= self.limit:
+                    break
+                with self._try_lock(entry.name) as free:
+                    if free:
+                        total -= _bytes_of(entry)
+                        shutil.rmtree(entry, ignore_errors=True)
+
+    @contextmanager
+    def work_folder(self) -> Iterator[Path]:
+        """A temporary folder in the cache's file system. Those of killed processes go first."""
+        with temporary_folder(self.folder, _WORK) as work:
+            yield work
+
+    def _prepare(self) -> None:
+        try:
+            (self.folder / _LOCKS).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise MmiError(
+                f"the engine cache {self.folder} cannot be written: {error.strerror}",
+                fix=f"Name another folder in the environment variable {FOLDER}",
+            ) from None
+
+    @contextmanager
+    def _lock(self, key: str, waits: Callable[[], None]) -> Iterator[None]:
+        with (self.folder / _LOCKS / (key or "all")).open("w") as file:
+            if not _taken(file.fileno()):
+                waits()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _try_lock(self, key: str) -> Iterator[bool]:
+        with (self.folder / _LOCKS / key).open("w") as file:
+            yield _taken(file.fileno())
+
+
+@contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder below `parent` that goes at the end, or, when its process is killed, as soon as
+    another one is made here: whoever owns one holds a lock on it."""
+    for left in parent.glob(f"{prefix}*"):
+        with _opened(left) as descriptor:
+            if descriptor is not None and _taken(descriptor):
+                shutil.rmtree(left, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+    work = parent / new.name.replace(".new-", prefix)
+    with _opened(new) as descriptor:
+        try:
+            if descriptor is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            new.rename(work)  # seen by others only now that it is locked
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int | None]:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _taken(descriptor: int) -> bool:
+    """Whether the lock of an open file is ours now, without waiting."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _files_of(entry: Path) -> list[str]:
+    return sorted(path.name for path in entry.iterdir() if path.name != _ENTRY)
+
+
+def _bytes_of(entry: Path) -> int:
+    return sum(path.stat().st_size for path in entry.iterdir())
+
+
+def _link(source: Path, to: Path) -> None:
+    try:
+        os.link(source, to)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        try:
+            shutil.copyfile(source, to)
+        except BaseException:
+            to.unlink(missing_ok=True)
+            raise

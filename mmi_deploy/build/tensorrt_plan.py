@@ -1,0 +1,204 @@
+"""What a build would do, before it does it: one part per graph and target, with the key of its
+engine, its profiles, and what memory and disk it takes. Refuses what cannot be done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import onnx
+import psutil
+
+from mmi_deploy.build.cache import EngineCache, key_of
+from mmi_deploy.build.precision import Ranges, Recipe
+from mmi_deploy.build.profiles import Profile, profiles
+from mmi_deploy.build.target import Target
+from mmi_deploy.build.tensorrt import FLAGS, Plugin
+from mmi_deploy.bundle import Bundle
+from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.graphs import Graph, Limits
+from mmi_deploy.manifest import hash_of_files
+
+MEMORY_FACTOR = 1.5
+"""Memory of a build over the bytes of its weights, beyond `MEMORY_BASE`: TensorRT copies them once
+and holds the largest of them, or a piece of the engine, a second time."""
+
+MEMORY_BASE = 700 * 10**6
+"""Bytes that TensorRT takes for a graph without weights: its libraries and its compiler."""
+
+_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "float8_e4m3fn": 8}
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build: targets of one runtime and precision, graphs by name, and the limits to which
+    their profiles are narrowed (None: the bundle's). ranges: graph -> what the range check saw."""
+
+    bundle: Bundle
+    targets: tuple[Target, ...]
+    recipe: Recipe
+    graphs: tuple[str, ...]
+    plugin: Plugin
+    tensorrt: str
+    limits: Limits | None = None
+    ranges: dict[str, Ranges] | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One engine. parts: of its cache key. weights: bytes in the target's types. memory, disk: what
+    a build takes, in bytes: about, rather more."""
+
+    target: Target
+    graph: str
+    profiles: tuple[Profile, ...]
+    parts: dict[str, str]
+    weights: int
+
+    @property
+    def key(self) -> str:
+        return key_of(self.parts)
+
+    @property
+    def memory(self) -> int:
+        return MEMORY_BASE + int(MEMORY_FACTOR * self.weights)
+
+    @property
+    def disk(self) -> int:
+        """The rewritten weights and the engine, which the cache and the target share."""
+        return 2 * self.weights
+
+
+def parts_of(request: Request) -> list[Part]:
+    """The parts of `request`, graph by graph. Raises `ConfigError` for graphs or limits that the
+    bundle does not have."""
+    _check_limits(request)
+    parts = []
+    for name in request.graphs:
+        graph, weights = graph_of(request.bundle, name), weights_of(request, name)
+        shapes = profiles(graph, request.limits)
+        for target in request.targets:
+            keyed = key_parts(request, target, graph, shapes)
+            parts.append(Part(target, name, shapes, keyed, weights))
+    return parts
+
+
+def graph_of(bundle: Bundle, name: str) -> Graph:
+    """The contract of one graph; raises `ConfigError` that lists those there are."""
+    if name not in bundle.graphs:
+        raise ConfigError(f"there is no graph {name!r}", expected=", ".join(bundle.graphs))
+    return bundle.graphs[name]
+
+
+def key_parts(
+    request: Request, target: Target, graph: Graph, shapes: Sequence[Profile]
+) -> dict[str, str]:
+    """All that an engine depends on, by name."""
+    files = request.bundle.manifest.graph_files(graph.name)
+    ranges = (request.ranges or {}).get(graph.name)
+    return {
+        "graph": graph.name,
+        "source": hash_of_files(files),
+        "runtime": target.runtime,
+        "tensorrt": request.tensorrt,
+        "architecture": target.architecture or "",
+        "precision": target.precision,
+        "recipe": _digest(repr(request.recipe) + repr(ranges)),
+        "plugin": request.plugin.identity,
+        "profiles": json.dumps({shape.name: shape.record() for shape in shapes}),
+        "flags": ",".join(FLAGS),
+        "builder": builder_digest(),
+    }
+
+
+def builder_digest() -> str:
+    """Hash of the sources that rewrite and build: other code may make other engines."""
+    folder = Path(__file__).parent
+    sources = [folder / "tensorrt.py", *sorted(folder.glob("precision/*.py"))]
+    return _digest("".join(f"{path.relative_to(folder)}\0{path.read_text()}" for path in sources))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_of(request: Request, name: str) -> int:
+    """Bytes of a graph's weights in the target's types, from its file without them: at most, for
+    what a recipe keeps higher is small."""
+    model = onnx.load(request.bundle.graph_file(name), load_external_data=False)
+    bits = _BITS[request.recipe.activations]
+    scheme = request.recipe.weights.get(name)
+    total = 0
+    for tensor in model.graph.initializer:
+        if tensor.data_type not in _FLOATS:
+            continue
+        elements = prod(tensor.dims)
+        chosen = scheme.of(tensor.name, elements) if scheme and len(tensor.dims) == 2 else None
+        total += elements * (_BITS[chosen.dtype] if chosen else bits) // 8
+    return total
+
+
+def check_room(parts: Sequence[Part], bundle: Bundle, cache: EngineCache) -> None:
+    """Raise `EngineError` where memory or disk are too small for what is to be built."""
+    if not parts:
+        return
+    largest = max(parts, key=lambda part: part.memory)
+    free = free_memory()
+    if largest.memory > free:
+        raise EngineError(
+            f"too little memory to build {largest.graph} for {largest.target.architecture}",
+            expected=f"about {_gigabytes(largest.memory)} free",
+            got=_gigabytes(free),
+            fix="Close other programs, add swap, build the smaller graphs here with --graph, "
+            "or try all the same with --force",
+        )
+    needed = max(part.disk for part in parts) + sum(part.weights for part in parts)
+    for folder in (bundle.folder, cache.folder):
+        there = next(path for path in (folder, *folder.parents) if path.is_dir())
+        if (room := shutil.disk_usage(there).free) < needed:
+            raise EngineError(
+                f"too little room on the disk of {there}",
+                expected=f"about {_gigabytes(needed)} free",
+                got=_gigabytes(room),
+                fix="Free some space, or try all the same with --force",
+            )
+
+
+def free_memory() -> int:
+    """Bytes that a new process can have: memory and swap, or less in a container."""
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, limit - used)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _check_limits(request: Request) -> None:
+    wanted, allowed = request.limits, request.bundle.limits
+    if wanted is None:
+        return
+    for option, asked, most in (
+        ("--max-batch", wanted.batch, allowed.batch),
+        ("--max-images", wanted.images, allowed.images),
+    ):
+        if not 1 <= asked <= most:
+            raise ConfigError(
+                f"{option} is beyond what the bundle was exported for",
+                expected=f"1 to {most}",
+                got=asked,
+                fix=f"Give {option} {most}, or export the bundle for more",
+            )
