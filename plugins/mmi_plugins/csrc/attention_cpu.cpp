@@ -26,7 +26,7 @@ void rows(const Attention&, int32_t b, int32_t h, int32_t first, int32_t last);
 
 namespace {
 
-constexpr int32_t kQueriesPerTask = 256;  // a head's slice of an image is copied once for so many
+constexpr int32_t kQueriesPerTask = 2048;  // a head's slice of an image is copied once for so many
 constexpr int64_t kSmall = 1 << 19;  // multiply-adds; about 20 microseconds of one core
 
 // The best instruction set of this processor; MMI_CPU=base or avx2 asks for a lesser one.

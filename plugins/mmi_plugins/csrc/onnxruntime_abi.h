@@ -82,7 +82,7 @@ struct Api {
   Status* parallel_for(const KernelContext* context, void (*task)(void*, size_t), size_t count,
                        void* given) const {
     return slot<Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(
-        274)(context, task, count, 0, given);
+        274)(context, task, count, count, given);
   }
 };
 

@@ -1,0 +1,190 @@
+// Vectors of numbers for the CPU kernel, and numbers of 16 bits as vectors of floats.
+//
+// Written in the vector extensions of GCC and Clang: so many numbers at a time, which become
+// whatever registers the instruction set has. All of it is compiled once for each set, in the
+// namespace that MMI_VARIANT names.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace mmi {
+namespace MMI_VARIANT {
+namespace {
+
+#define MMI_INLINE inline __attribute__((always_inline))
+
+// N numbers of each kind.
+template <int N>
+struct Vector {
+  typedef float Floats __attribute__((vector_size(4 * N)));
+  typedef double Doubles __attribute__((vector_size(8 * N)));
+  typedef int32_t Ints __attribute__((vector_size(4 * N)));
+  typedef uint32_t Bits __attribute__((vector_size(4 * N)));
+  typedef uint16_t Shorts __attribute__((vector_size(2 * N)));
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename V, typename P>
+MMI_INLINE V load(const P* from) {
+  V vector;
+  std::memcpy(&vector, from, sizeof(V));
+  return vector;
+}
+
+template <typename V>
+MMI_INLINE void store(void* to, V vector) {
+  std::memcpy(to, &vector, sizeof(V));
+}
+
+// The same bits as numbers of another kind.
+template <typename To, typename From>
+MMI_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  return load<To>(&from);
+}
+
+// x where the mask is all ones, 0 where it is 0.
+template <typename Mask, typename V>
+MMI_INLINE V only(Mask mask, V x) {
+  return bits_as<V>(mask & bits_as<Mask>(x));
+}
+
+// ---- numbers of 16 bits --------------------------------------------------------------------
+
+// N numbers as floats.
+template <int N>
+MMI_INLINE auto widened(const float* from) {
+  return load<typename Vector<N>::Floats>(from);
+}
+
+template <int N>
+MMI_INLINE auto widened(const BFloat16* from) {
+  using V = Vector<N>;
+  const auto bits =
+      __builtin_convertvector(load<typename V::Shorts>(from), typename V::Bits);
+  return bits_as<typename V::Floats>(bits << 16);
+}
+
+template <int N>
+MMI_INLINE auto widened(const Float16* from) {
+  using V = Vector<N>;
+  using Bits = typename V::Bits;
+  const Bits bits = __builtin_convertvector(load<typename V::Shorts>(from), Bits);
+  const Bits sign = (bits & 0x8000u) << 16;
+  // The exponent's bias grows from 15 to 127 by a product, which is right for subnormals as well.
+  const auto scaled = bits_as<typename V::Floats>((bits & 0x7fffu) << 13) * 0x1p112f;
+  // Infinity and not-a-number keep their exponent of ones.
+  const Bits special = (bits & 0x7c00u) == 0x7c00u ? Bits{} + 0x7f800000u : Bits{};
+  return bits_as<typename V::Floats>(sign | bits_as<Bits>(scaled) | special);
+}
+
+// `count` numbers as floats; never reads or writes beyond them.
+template <typename T>
+MMI_INLINE void widen(const T* from, int count, float* to) {
+  int i = 0;
+  for (; i + 16 <= count; i += 16) {
+    asm("" : "+r"(i));  // or the loop becomes a call of memcpy, which is slow for so few
+    store(to + i, widened<16>(from + i));
+  }
+  if (i + 8 <= count) {
+    store(to + i, widened<8>(from + i));
+    i += 8;
+  }
+  for (; i < count; ++i) {
+    T eight[8] = {from[i]};
+    to[i] = widened<8>(eight)[0];
+  }
+}
+
+MMI_INLINE void narrow(float x, float* to) { *to = x; }
+
+MMI_INLINE void narrow(float x, BFloat16* to) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  to->bits = x == x ? static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : 0x7fc0;
+}
+
+MMI_INLINE void narrow(float x, Float16* to) {
+  uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;  // not a number
+  } else if (bits >= 0x477ff000u) {
+    half = 0x7c00u;  // rounds beyond 65504
+  } else if (bits < 0x38800000u) {
+    // Subnormal: an addition puts the last bit where half has it, and rounds to nearest even.
+    half = bits_as<uint32_t>(bits_as<float>(bits) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(sign | half);
+}
+
+// ---- arithmetic ----------------------------------------------------------------------------
+
+using Floats = Vector<16>::Floats;
+
+MMI_INLINE Floats all(float x) { return Floats{} + x; }
+
+// x + y, and what rounding took from it: together exact.
+struct Exact {
+  Floats sum, rest;
+};
+
+MMI_INLINE Exact exact_sum(Floats x, Floats y) {
+  const Floats sum = x + y, part = sum - x;
+  return {sum, (x - (sum - part)) + (y - part)};
+}
+
+// e^x for x up to about 0; 0 below -87. What is not a number stays so.
+MMI_INLINE Floats exp_of(Floats x) {
+  using Ints = Vector<16>::Ints;
+  const Ints alive = ~(x <= -87.0f);
+  x = only(alive, x);
+  const Floats shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to a whole number
+  const Floats n = shifted - 12582912.0f;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats y = all(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return only(alive, y * bits_as<Floats>(power));
+}
+
+// The lanes folded onto four by `join`, then the four.
+template <typename Join>
+MMI_INLINE float folded(Floats x, Join join) {
+  Vector<8>::Floats eight[2];
+  std::memcpy(eight, &x, sizeof(x));
+  const auto half = join(eight[0], eight[1]);
+  Vector<4>::Floats four[2];
+  std::memcpy(four, &half, sizeof(half));
+  const auto quarter = join(four[0], four[1]);
+  const float left = join(quarter[0], quarter[1]), right = join(quarter[2], quarter[3]);
+  return join(left, right);
+}
+
+MMI_INLINE float greatest(Floats x) {
+  return folded(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+MMI_INLINE float total_of(Floats x) {
+  return folded(x, [](auto a, auto b) { return a + b; });
+}
+
+}  // namespace
+}  // namespace MMI_VARIANT
+}  // namespace mmi
