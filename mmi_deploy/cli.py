@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from mmi_deploy.commands.bench import bench
 from mmi_deploy.commands.build import build
+from mmi_deploy.commands.convert import convert
 from mmi_deploy.commands.evaluate import evaluate
 from mmi_deploy.commands.export import export
 from mmi_deploy.commands.generate import generate
@@ -146,6 +147,10 @@ app.command(
     epilog="Examples:  mmi train -o runs/tiny  ·  mmi train -o runs/trial --steps 100  ·  "
     "mmi train -o runs/more --start assets/tiny --world medium"
 )(train)
+app.command(
+    epilog="Examples:  mmi convert mm_interleaved_13b/ -o models/13b --tokenizer vicuna-13b/  ·  "
+    "mmi convert mm_interleaved_13b/ -o models/13b --tokenizer vicuna-13b/ --dtype bfloat16"
+)(convert)
 app.command(epilog="Example:  mmi evaluate assets/tiny --count 32")(evaluate)
 app.command(
     epilog="Examples:  mmi export assets/tiny -o bundles/tiny  ·  "

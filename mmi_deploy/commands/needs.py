@@ -12,7 +12,11 @@ EXTRAS = {
     "verify --run": "cpu",
     "train": "train",
     "evaluate": "train",
+    "convert": "train",
+    "init": "init",
     "export": "export",
+    "inspect --cost": "build",
+    "inspect --memory": "build",
     "build": "build",
     "bench": "bench",
 }

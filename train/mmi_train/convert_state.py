@@ -1,9 +1,15 @@
-"""Published weights into our modules: strict, with every tensor accounted for."""
+"""Published weights into our modules: strict, with every tensor accounted for.
+
+`plan_state` compares names, shapes and types, and says where each of our tensors comes from. What
+it returns converts a whole dictionary in memory (`convert_state`) as well as tensors that are read
+from files one at a time (`Plan.stored`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +19,7 @@ from mmi_train.model.unet import UNet
 from mmi_train.model.vit_adapter import resize_positions
 from mmi_train.published import RELEASED_SKIPS, DerivedConstant, published_name, rename
 from mmi_train.published.vision import POSITION_IDS, POSITION_TABLE
+from mmi_train.stored import InMemory, Reshaped, StoredTensor
 from mmi_train.weights import kind_of
 
 _CONSTANT_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -25,64 +32,103 @@ _SINGLE_TOLERANCE = 1e-5
 Module = TypeVar("Module", bound=nn.Module)
 
 
+class Described(Protocol):
+    """What a plan needs to know of a tensor; those in memory and those in files tell it."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of our tensors comes from: the published `name`, in our `shape`. `grid`: CLIP's
+    positions, to be resized to this many patches along a side."""
+
+    name: str
+    shape: torch.Size
+    grid: int | None = None
+
+    def convert(self, value: Tensor) -> Tensor:
+        """The published tensor as ours."""
+        resized = value if self.grid is None else resize_positions(value, self.grid)
+        return resized.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`places`: by our name. `constants`: by published name, what its values must be."""
+
+    places: dict[str, Place]
+    constants: dict[str, Tensor]
+
+    def check_constants(self, read: Callable[[str], Tensor]) -> list[str]:
+        """What is wrong with the derived constants, which `read` gives by published name."""
+        return [
+            _NOT_FINITE.format(name)
+            if not _finite(value)
+            else f"{name} differs from the values that the configuration gives"
+            for name, expected in self.constants.items()
+            if not _finite(value := read(name)) or not _equal(value, expected)
+        ]
+
+    def stored(self, published: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Our tensors by name, still in the files of `published`, in its order. Raises
+        `WeightsError` when a derived constant there has other values."""
+        if problems := self.check_constants(lambda name: published[name].read()):
+            raise _misfit(problems)
+        order = {name: index for index, name in enumerate(published)}
+        places = sorted(self.places.items(), key=lambda item: order[item[1].name])
+        found: dict[str, StoredTensor] = {}
+        for name, place in places:
+            if place.grid is None:
+                found[name] = Reshaped(published[place.name], place.shape)
+            else:
+                found[name] = InMemory(place.convert(published[place.name].read()))
+        return found
+
+
+_NOT_FINITE = "{} holds NaN or infinity"
+
+
+def _misfit(problems: list[str]) -> WeightsError:
+    return WeightsError("the weights do not fit the configuration: " + "; ".join(problems))
+
+
+def plan_state(
+    module: nn.Module, published: Mapping[str, Described], *, theirs: str = "", ours: str = ""
+) -> Plan:
+    """Where the state of `module`, which may be a sketch on the meta device, comes from.
+
+    `theirs` and `ours` are the prefixes that `published` names and the names of `module` lack to be
+    names of the whole model. Raises `WeightsError` that names every tensor which is missing, extra,
+    misshapen or of another kind. Shapes may differ by leading dimensions of one, and CLIP's
+    position table may be that of another image size: it is resized, as the published code does for
+    448 pixels.
+    """
+    plan, problems = _plan(module, published, theirs, ours)
+    if problems:
+        raise _misfit(problems)
+    return plan
+
+
 def convert_state(
     module: nn.Module, published: Mapping[str, Tensor], *, theirs: str = "", ours: str = ""
 ) -> dict[str, Tensor]:
     """The state dict of `module` made of `published` tensors.
 
-    `theirs` and `ours` are the prefixes that `published` names and the names of `module` lack to be
-    names of the whole model. Raises `WeightsError` that names every tensor which is missing, extra,
-    misshapen, of another kind, not finite, or a derived constant of other values than the
-    configuration gives. Shapes may differ by leading dimensions of one, and CLIP's position table
-    may be that of another image size: it is resized, as the published code does for 448 pixels.
+    Raises `WeightsError` as `plan_state` does, and for tensors that are not finite and derived
+    constants of other values than the configuration gives.
     """
-    own = module.state_dict()
-    skips = _skips(module)
-    constants = dict(module.named_buffers())
-    published = _at_own_image_size({**own, **constants}, published, theirs, ours)
-    state: dict[str, Tensor] = {}
-    extra, wrong = [], []
-
-    def mismatch(name: str, value: Tensor, shape: torch.Size, expected_kind: str = "") -> bool:
-        if bare_shape(value.shape) != bare_shape(shape):
-            wrong.append(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
-        elif expected_kind and kind_of(value) != expected_kind:
-            wrong.append(f"{name} holds {kind_of(value)} numbers, expected {expected_kind}")
-        elif not _finite(value):
-            wrong.append(f"{name} holds NaN or infinity")
-        else:
-            return False
-        return True
-
-    for name, value in published.items():
-        try:
-            found = rename(theirs + name, skips)
-        except WeightsError:
-            extra.append(name)
-            continue
-        target = found.buffer if isinstance(found, DerivedConstant) else found
-        target = target.removeprefix(ours) if target.startswith(ours) else ""
-        if isinstance(found, DerivedConstant) and target in constants:
-            expected = constants[target]
-            if not mismatch(name, value, expected.shape) and not _equal(value, expected):
-                wrong.append(f"{name} differs from the values that the configuration gives")
-        elif isinstance(found, DerivedConstant) or target not in own or target in state:
-            extra.append(name)
-        else:
-            wrong_shape = mismatch(name, value, own[target].shape, kind_of(own[target]))
-            state[target] = value if wrong_shape else value.reshape(own[target].shape)
-    missing = [_their_name(ours + name, theirs, skips) for name in own if name not in state]
-    missing += [
-        name for name in _constants_of(module, theirs, ours, skips) if name not in published
-    ]
-    problems = [
-        *([f"missing: {', '.join(missing)}"] if missing else []),
-        *([f"unknown: {', '.join(extra)}"] if extra else []),
-        *wrong,
-    ]
+    plan, problems = _plan(module, published, theirs, ours)
+    taken = [place.name for place in plan.places.values()]
+    problems += [_NOT_FINITE.format(name) for name in taken if not _finite(published[name])]
+    problems += plan.check_constants(lambda name: published[name])
     if problems:
-        raise WeightsError("the weights do not fit the configuration: " + "; ".join(problems))
-    return state
+        raise _misfit(problems)
+    return {name: place.convert(published[place.name]) for name, place in plan.places.items()}
 
 
 def published_module(
@@ -98,31 +144,82 @@ def published_module(
     """
     with torch.device("meta"):
         sketch = build()
-    convert_state(sketch, published, theirs=theirs, ours=ours)
+    state = convert_state(sketch, published, theirs=theirs, ours=ours)
     module = build()
-    module.load_state_dict(convert_state(module, published, theirs=theirs, ours=ours))
+    module.load_state_dict(state)
     return module.eval()
 
 
-def _at_own_image_size(
-    own: Mapping[str, Tensor], published: Mapping[str, Tensor], theirs: str, ours: str
-) -> Mapping[str, Tensor]:
-    """`published` with CLIP's position table and ids for the image size of the module `own`."""
-    table_name, ids_name = (
-        str(published_name(name)).removeprefix(theirs) for name in (POSITION_TABLE, POSITION_IDS)
-    )
-    table = published.get(table_name)
+def _plan(
+    module: nn.Module, published: Mapping[str, Described], theirs: str, ours: str
+) -> tuple[Plan, list[str]]:
+    """The plan as far as it goes, and what is wrong."""
+    own, constants = module.state_dict(), dict(module.named_buffers())
+    skips = _skips(module)
+    grid = _other_grid(own, published, theirs, ours)
+    plan = Plan({}, {})
+    extra, wrong = [], []
+    for name in published:
+        try:
+            found = rename(theirs + name, skips)
+        except WeightsError:
+            extra.append(name)
+            continue
+        target = found.buffer if isinstance(found, DerivedConstant) else found
+        target = target.removeprefix(ours) if target.startswith(ours) else ""
+        given = published[name]
+        if isinstance(found, DerivedConstant) and target in constants:
+            expected = constants[target]
+            if target == POSITION_IDS.removeprefix(ours):
+                ids = expected.numel() if grid is None else 1 + grid.given**2
+                expected = torch.arange(ids, device="cpu")
+            if problem := _shape_problem(name, given.shape, expected.shape):
+                wrong.append(problem)
+            else:
+                plan.constants[name] = expected
+        elif isinstance(found, DerivedConstant) or target not in own or target in plan.places:
+            extra.append(name)
+        else:
+            resized = grid is not None and target == POSITION_TABLE.removeprefix(ours)
+            place = Place(name, own[target].shape, grid.own if grid and resized else None)
+            plan.places[target] = place
+            problem = None if resized else _shape_problem(name, given.shape, place.shape)
+            problem = problem or _kind_problem(name, given.dtype, own[target])
+            wrong += [problem] if problem else []
+    missing = [_their_name(ours + name, theirs, skips) for name in own if name not in plan.places]
+    missing += [
+        name for name in _constants_of(module, theirs, ours, skips) if name not in published
+    ]
+    problems = [
+        *([f"missing: {', '.join(missing)}"] if missing else []),
+        *([f"unknown: {', '.join(extra)}"] if extra else []),
+        *wrong,
+    ]
+    return plan, problems
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """Patches along a side: of the published position table, and of ours."""
+
+    given: int
+    own: int
+
+
+def _other_grid(
+    own: Mapping[str, Tensor], published: Mapping[str, Described], theirs: str, ours: str
+) -> _Grids | None:
+    """The grids, if CLIP's published position table is that of another image size."""
+    table = published.get(str(published_name(POSITION_TABLE)).removeprefix(theirs))
     wanted = own.get(POSITION_TABLE.removeprefix(ours))
-    if table is None or wanted is None or table.ndim != 2 or len(table) == len(wanted):
-        return published
-    if round((len(table) - 1) ** 0.5) ** 2 != len(table) - 1:
-        return published  # no square grid: refused for its shape
-    resized = {table_name: resize_positions(table, round((len(wanted) - 1) ** 0.5))}
-    ids = published.get(ids_name)
-    if ids is not None and bare_shape(ids.shape) == (len(table),):
-        if _equal(ids, torch.arange(len(table))):
-            resized[ids_name] = torch.arange(len(wanted))
-    return {**published, **resized}
+    if table is None or wanted is None or len(table.shape) != 2:
+        return None
+    if table.shape[0] == wanted.shape[0] or table.shape[1] != wanted.shape[1]:
+        return None
+    given = round((table.shape[0] - 1) ** 0.5)
+    if given**2 != table.shape[0] - 1:
+        return None  # no square grid: refused for its shape
+    return _Grids(given, round((wanted.shape[0] - 1) ** 0.5))
 
 
 def bare_shape(shape: torch.Size) -> tuple[int, ...]:
@@ -147,6 +244,17 @@ def _constants_of(module: nn.Module, theirs: str, ours: str, skips: int) -> list
     return [name.removeprefix(theirs) for name in names if name is not None]
 
 
+def _shape_problem(name: str, given: torch.Size, expected: torch.Size) -> str | None:
+    if bare_shape(given) == bare_shape(expected):
+        return None
+    return f"{name} has shape {list(given)}, expected {list(expected)}"
+
+
+def _kind_problem(name: str, dtype: torch.dtype, expected: Tensor) -> str | None:
+    given, kind = kind_of(torch.empty(0, dtype=dtype, device="meta")), kind_of(expected)
+    return None if given == kind else f"{name} holds {given} numbers, expected {kind}"
+
+
 def _finite(value: Tensor) -> bool:
     if value.is_meta or not value.is_floating_point():
         return True
@@ -154,7 +262,7 @@ def _finite(value: Tensor) -> bool:
 
 
 def _equal(value: Tensor, expected: Tensor) -> bool:
-    if value.is_meta or expected.is_meta:  # a sketch: only shapes are known
+    if value.is_meta or expected.is_meta:  # only shapes are known
         return True
     if not value.is_floating_point():
         return bool(torch.equal(value.reshape(expected.shape), expected.to(value.dtype)))
