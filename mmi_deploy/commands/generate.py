@@ -12,6 +12,15 @@ from rich.progress import Progress, TaskID
 from mmi_deploy.commands.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import counted, print_json, progress, remarks, results
+from mmi_deploy.commands.targets import (
+    CPU,
+    Device,
+    Resident,
+    TargetName,
+    check_engines,
+    groups,
+    say_memory,
+)
 
 if TYPE_CHECKING:
     from mmi_deploy.document import Document
@@ -68,6 +77,9 @@ def generate(
             "again: faster, less exact.",
         ),
     ] = 1,
+    target: TargetName = CPU,
+    device: Device = 0,
+    resident: Resident = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as cores.")] = 0,
     kernels: Kernels = AUTO,
     unproved: Annotated[
@@ -91,6 +103,8 @@ def generate(
         from mmi_deploy.runtime.generation import generate as events_of
         from mmi_deploy.runtime.runtime import Runtime
         from mmi_deploy.story import PAGE_NAME, Story, write_story
+
+        check_engines(target)
     inputs = (document, bundle)
     check_replaceable(out, force, kind="story", inputs=inputs)  # before minutes of work
     options = GenerationOptions(
@@ -106,9 +120,18 @@ def generate(
         full_every=full_every,
     )
     source = read_document(document)
-    library = kernel_library(kernels)
+    library = kernel_library(kernels, target)
     started = time.perf_counter()
-    runtime = Runtime.open(bundle, threads=threads, library=library, unproved=unproved)
+    runtime = Runtime.open(
+        bundle,
+        threads=threads,
+        target=target,
+        library=library,
+        unproved=unproved,
+        device=device,
+        resident=groups(resident),
+    )
+    say_memory(runtime, target)
     used = runtime.schedule(schedule).schedule.key
     story = Story(source)
     events = events_of(runtime, source, options)  # refused before it is shown
@@ -122,6 +145,7 @@ def generate(
                 if isinstance(event, Finished):
                     finished = event
         assert finished is not None, "generate ends with Finished"
+        runtime.close()
         seconds = time.perf_counter() - started
         facts = _facts(runtime.config.name, used, options, finished, seconds)
         write_story(work, story.entries)

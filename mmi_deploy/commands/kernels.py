@@ -16,15 +16,22 @@ Kernels = Annotated[
     typer.Option(
         metavar="auto|none|FILE",
         help="Our MMFS kernel for ONNX Runtime: compiled once where there is a C++ compiler, "
-        "left out, or a library of your own.",
+        "left out, or a library of your own. For TensorRT: our plugin.",
     ),
 ]
 
 
-def kernel_library(kernels: str) -> Path | None:
-    """The library to give to `Runtime.open`; may compile it, which it says on stderr."""
+def kernel_library(kernels: str, target: str = "cpu") -> Path | None:
+    """The library to give to `Runtime.open` for a target; may compile it for ONNX Runtime, which it
+    says on stderr."""
+    from mmi_deploy.runtime.tensorrt_target import runtime_of
+
     if kernels == NONE:
         return None
+    if kernels == AUTO and runtime_of(target) is not None:
+        from mmi_deploy.commands.tensorrt_plugin import newest_library
+
+        return newest_library()
     if kernels == AUTO:
         from mmi_plugins.onnxruntime_library import ensure
 

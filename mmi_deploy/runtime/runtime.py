@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from mmi_deploy.bundle import Bundle
+from mmi_deploy.bundle import BUILD, Bundle
 from mmi_deploy.config import ModelConfig
-from mmi_deploy.errors import EngineError
+from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.graphs import GRAPHS, Graph, Limits, graphs
 from mmi_deploy.manifest import PORTABLE
 from mmi_deploy.runtime.buffers import HOST, Buffer, Memory
 from mmi_deploy.runtime.engine import Engine
-from mmi_deploy.runtime.onnx_engine import OnnxOptions, OnnxRuntimeEngine
+from mmi_deploy.runtime.tensorrt_target import TensorRtTarget, runtime_of
 from mmi_deploy.schedule import Schedule
 from mmi_deploy.tokenizer import Tokenizer
 
@@ -46,12 +46,17 @@ class Runtime:
         load_engine: Callable[[Graph], Engine],
         load_schedule: Callable[[str | None], Schedule],
         memory: Memory = HOST,
+        contract: Mapping[str, Graph] | None = None,
+        target: TensorRtTarget | None = None,
     ) -> None:
+        """contract: the graphs as the target keeps them, those of the configuration by default.
+        target: where the engines are on a GPU."""
         self.config = config
         self.limits = limits
         self.tokenizer = tokenizer
         self.memory = memory
-        self.graphs = graphs(config, limits)
+        self.graphs = dict(contract or graphs(config, limits))
+        self.target = target
         self._loading = Lock()
         self._load_engine = load_engine
         self._load_schedule = load_schedule
@@ -67,23 +72,58 @@ class Runtime:
         target: str = CPU,
         library: Path | None = None,
         unproved: bool = False,
+        device: int = 0,
+        resident: Collection[str] | None = None,
     ) -> Runtime:
-        """Open a bundle for ONNX Runtime on the CPU.
+        """Open a bundle for one of its targets: `cpu` and the like for ONNX Runtime, or a name such
+        as `tensorrt-sm89-fp16` for a GPU.
 
-        threads: 0 lets ONNX Runtime choose. target: whose engines to take where there are any;
-        `portable` takes none. library: kernels for our operators. Raises `BundleError`.
+        threads: of the CPU; 0 lets ONNX Runtime choose. target: whose engines to take, on the CPU
+        where there are any; `portable` takes none. library: kernels for our operators, TensorRT's
+        plugin for its targets. device: which GPU. resident: which engines stay on it, as in
+        `tensorrt_engine.GROUPS`. Raises `MmiError`.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, unproved=unproved)
+        check_target(bundle, target)
+        if runtime_of(target) is not None:
+            gpu = TensorRtTarget.open(
+                bundle, target, plugin=library, device=device, resident=resident
+            )
+            return cls.on_gpu(gpu)
+        if resident is not None:
+            raise ConfigError("on the CPU all engines stay in memory", fix="leave out --resident")
         files = engine_files(bundle, target)
-        options = OnnxOptions(threads, library)
         return cls(
             bundle.config,
             bundle.limits,
             Tokenizer.open(bundle.tokenizer, bundle.config.tokens),
-            partial(_onnx_engine, files, options),
+            partial(_onnx_engine, files, threads, library),
             bundle.schedule,
         )
+
+    @classmethod
+    def on_gpu(cls, target: TensorRtTarget) -> Runtime:
+        """The runtime of an opened target; raises `EngineError` where it does not fit its GPU."""
+        target.plan().check()
+        bundle = target.bundle
+        return cls(
+            bundle.config,
+            target.limits,
+            Tokenizer.open(bundle.tokenizer, bundle.config.tokens),
+            target.load,
+            bundle.schedule,
+            target.memory,
+            target.graphs,
+            target,
+        )
+
+    def close(self) -> None:
+        """Give back what engines hold, and keep what they learned for the next time."""
+        with self._loading:
+            for engine in self._engines.values():
+                engine.close()
+            self._engines.clear()
 
     def engine(self, name: str) -> Engine:
         """The engine of one graph; loads it the first time."""
@@ -93,9 +133,10 @@ class Runtime:
             return self._engines[name]
 
     def load(self) -> None:
-        """Load every engine now, so that the first request does not wait."""
+        """Load every engine that stays now, so that the first request does not wait."""
         for name in self.graphs:
-            self.engine(name)
+            if self.target is None or self.target.residency.stays(name):
+                self.engine(name)
 
     def schedule(self, key: str | None = None) -> BoundSchedule:
         """One sampler (`ddim:20`), or the default; raises `BundleError` when there is none such."""
@@ -110,6 +151,19 @@ class Runtime:
         return self._schedules[key]
 
 
+def check_target(bundle: Bundle, target: str) -> None:
+    """Raise `ConfigError` for a target that was not built."""
+    if target in (CPU, PORTABLE, *bundle.targets):
+        return
+    runtime = runtime_of(target) or CPU
+    given = [f"--target {runtime}", *([] if runtime == CPU else ["--arch SM"]), "--precision NAME"]
+    raise ConfigError(
+        f"{bundle.folder} has no target {target!r}",
+        expected=" or ".join((CPU, *(name for name in bundle.targets if name != CPU))),
+        fix=f"build it with `{BUILD} {bundle.folder} {' '.join(given)}`",
+    )
+
+
 def engine_files(bundle: Bundle, target: str) -> dict[str, Path]:
     """The file of every graph: that of `target` where it has one, or else the portable one."""
     files = {make.__name__: bundle.graph_file(make.__name__) for make in GRAPHS}
@@ -119,8 +173,13 @@ def engine_files(bundle: Bundle, target: str) -> dict[str, Path]:
     return files | {name: folder / file for name, file in bundle.target(target).graphs.items()}
 
 
-def _onnx_engine(files: dict[str, Path], options: OnnxOptions, graph: Graph) -> Engine:
+def _onnx_engine(
+    files: dict[str, Path], threads: int, library: Path | None, graph: Graph
+) -> Engine:
+    # Imported here: a machine that runs TensorRT's engines alone need not have ONNX Runtime.
+    from mmi_deploy.runtime.onnx_engine import OnnxOptions, OnnxRuntimeEngine
+
     path = files[graph.name]
     if path.suffix != ".onnx":
         raise EngineError(f"{path} is no ONNX file, and this runtime runs on the CPU")
-    return OnnxRuntimeEngine(path, graph, options)
+    return OnnxRuntimeEngine(path, graph, OnnxOptions(threads, library))

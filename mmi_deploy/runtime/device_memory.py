@@ -1,0 +1,218 @@
+"""Memory of an NVIDIA GPU, by CUDA's runtime API (`cuda.bindings.runtime`).
+
+All work of a `DeviceMemory` is enqueued on one stream, in the order in which it is asked for:
+copies, engines, replayed graphs. So nothing needs to wait but the host, and whatever shares a place
+(the engines' scratch memory, an input that is staged) takes turns by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import weakref
+from collections.abc import Sequence
+from math import prod
+from threading import RLock
+from types import ModuleType, TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from mmi_deploy.errors import EngineError
+from mmi_deploy.runtime.buffers import Array, Buffer, check_alike, element_type
+
+ALIGNMENT = 256
+"""Bytes that an address given to TensorRT must be a multiple of; `cudaMalloc` gives no other."""
+
+STAGING = 1 << 20
+"""Bytes of pinned host memory that copies pass through, at first."""
+
+INSTALL = "install it with: pip install cuda-bindings"
+
+
+def import_cuda() -> Any:
+    """`cuda.bindings.runtime`; raises `EngineError` where it is not installed."""
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise EngineError(
+            f"CUDA's Python bindings cannot be imported: {error}", fix=INSTALL
+        ) from None
+
+
+class Cuda:
+    """CUDA's runtime API with every call checked: `cuda("cudaMalloc", 256)` gives the result
+    without the error code, and raises `EngineError` in its stead."""
+
+    def __init__(self, runtime: ModuleType | Any) -> None:
+        self.runtime = runtime
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        error, *results = getattr(self.runtime, name)(*arguments)
+        if error != self.runtime.cudaError_t.cudaSuccess:
+            raise self._failure(name, error)
+        return results[0] if len(results) == 1 else tuple(results) or None
+
+    def quietly(self, name: str, *arguments: Any) -> None:
+        """For what is given back: there is nobody to tell that it could not be."""
+        getattr(self.runtime, name)(*arguments)
+
+    def _failure(self, name: str, error: Any) -> EngineError:
+        if error == self.runtime.cudaError_t.cudaErrorMemoryAllocation:
+            self.quietly("cudaGetLastError")  # it would be found by whoever asks next
+            return EngineError(
+                "the GPU's memory is full",
+                fix="keep fewer engines in it with --resident, or build smaller ones with "
+                "`mmi build --precision int8`",
+            )
+        _, words = self.runtime.cudaGetErrorString(error)
+        return EngineError(f"CUDA's {name} failed: {words.decode()}")
+
+
+class Device:
+    """One GPU: its name and its architecture, such as `sm89`."""
+
+    def __init__(self, cuda: Cuda, number: int) -> None:
+        """Choose GPU `number`, from 0; raises `EngineError` where there is none."""
+        try:
+            count = cuda("cudaGetDeviceCount")
+        except EngineError as error:
+            raise EngineError(f"there is no usable NVIDIA GPU: {error}") from None
+        if not 0 <= number < count:
+            raise EngineError(f"there is no GPU {number}", expected=f"0 to {count - 1}", got=number)
+        self.cuda, self.number = cuda, number
+        self.choose()
+        properties = cuda("cudaGetDeviceProperties", number)
+        self.name = properties.name.decode().rstrip("\0")
+        self.architecture = f"sm{properties.major}{properties.minor}"
+
+    def choose(self) -> None:
+        """Make it the one that this thread talks to."""
+        self.cuda("cudaSetDevice", self.number)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free, and bytes there are."""
+        free, total = self.cuda("cudaMemGetInfo")
+        return free, total
+
+
+class Turn:
+    """A lock around all that is enqueued: two threads' kernels must not mix on the stream."""
+
+    def __init__(self, device: Device) -> None:
+        self._lock, self._device = RLock(), device
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._device.choose()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+
+class _Block:
+    """A piece of device or pinned host memory, given back when nothing refers to it any more."""
+
+    def __init__(self, cuda: Cuda, allocate: str, free: str, size: int) -> None:
+        self.size = size
+        self.pointer = int(cuda(allocate, max(size, 1)))
+        self._end = weakref.finalize(self, cuda.quietly, free, self.pointer)
+        self._end.atexit = False  # the process takes it along
+
+    def free(self) -> None:
+        """Give it back now."""
+        self._end()
+
+
+class DeviceMemory:
+    """Memory of one GPU and the stream on which all its work runs."""
+
+    device = "cuda"
+
+    def __init__(self, cuda: Cuda, device_id: int = 0) -> None:
+        self.cuda = cuda
+        self.device_id = device_id
+        self.gpu = Device(cuda, device_id)
+        self.turn = Turn(self.gpu)
+        kind = cuda.runtime.cudaMemcpyKind
+        self._to_device = kind.cudaMemcpyHostToDevice
+        self._to_host = kind.cudaMemcpyDeviceToHost
+        self._within = kind.cudaMemcpyDeviceToDevice
+        self.stream = int(cuda("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking))
+        weakref.finalize(self, cuda.quietly, "cudaStreamDestroy", self.stream).atexit = False
+        self._staging = self._pinned(STAGING)
+        self._staged = 0  # bytes of it that copies under way still read or write
+
+    def _pinned(self, size: int) -> _Block:
+        return _Block(self.cuda, "cudaMallocHost", "cudaFreeHost", size)
+
+    def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
+        kind = element_type(dtype)
+        buffer = self._allocate(tuple(shape), kind)
+        with self.turn:
+            self.cuda("cudaMemsetAsync", buffer.pointer, 0, buffer.bytes, self.stream)
+        return buffer
+
+    def _allocate(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> Buffer:
+        with self.turn:
+            block = _Block(self.cuda, "cudaMalloc", "cudaFree", prod(shape) * kind.itemsize)
+        return Buffer(self, block.pointer, shape, kind, block)
+
+    def hold(self, array: Array) -> Buffer:
+        buffer = self._allocate(array.shape, array.dtype)
+        self.write(buffer, array)
+        return buffer
+
+    def write(self, buffer: Buffer, array: Array) -> None:
+        check_alike(buffer, array)
+        array = np.ascontiguousarray(array)
+        with self.turn:
+            place = self._stage(array.nbytes)
+            ctypes.memmove(place, array.ctypes.data, array.nbytes)
+            self._copy(buffer.pointer, place, array.nbytes, self._to_device)
+
+    def read(self, buffer: Buffer) -> Array:
+        with self.turn:
+            place = self._stage(buffer.bytes)
+            self._copy(place, buffer.pointer, buffer.bytes, self._to_host)
+            self.wait()
+            array = np.empty(buffer.shape, buffer.dtype)
+            ctypes.memmove(array.ctypes.data, place, buffer.bytes)
+        return array
+
+    def copy(self, source: Buffer, target: Buffer, backwards: bool = False) -> None:
+        check_alike(target, source)
+        with self.turn:
+            if not backwards:
+                self._copy(target.pointer, source.pointer, source.bytes, self._within)
+                return
+            row, last = source.bytes // max(source.shape[0], 1), source.pointer + source.bytes
+            for index in range(source.shape[0]):
+                place = target.pointer + index * row
+                self._copy(place, last - (index + 1) * row, row, self._within)
+
+    def wait(self) -> None:
+        with self.turn:
+            self.cuda("cudaStreamSynchronize", self.stream)
+            self._staged = 0
+
+    def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
+        if size:
+            self.cuda("cudaMemcpyAsync", target, source, size, kind, self.stream)
+
+    def _stage(self, size: int) -> int:
+        """Pinned memory that no copy under way uses."""
+        if self._staged + size > self._staging.size:
+            self.wait()
+        if size > self._staging.size:
+            self._staging.free()
+            self._staging = self._pinned(1 << (size - 1).bit_length())
+        place = self._staging.pointer + self._staged
+        self._staged += -(-size // ALIGNMENT) * ALIGNMENT
+        return place
