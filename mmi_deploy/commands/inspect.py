@@ -14,6 +14,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import print_json, results, size
 from mmi_deploy.errors import ConfigError, WeightsError
 
@@ -33,9 +34,31 @@ def inspect(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List inputs and outputs of every graph too.")
     ] = False,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="FLOPs, bytes and roofline time of every graph.")
+    ] = False,
+    graph: Annotated[
+        str | None,
+        typer.Option(help="With --cost: one graph, by operator and module.", show_default=False),
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(metavar="t=1,m=4", help="With --cost: sizes of dynamic dimensions.")
+    ] = "",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="With --cost: as this recipe stores it.", show_default="as exported"),
+    ] = None,
+    card: Annotated[
+        list[str] | None,
+        typer.Option(help="With --cost: a card; several may be given.", show_default="l4, h100"),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw it too, as .svg or .png.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a bundle, a model folder or a preset is made of.
+    """Show what a bundle, a model folder or a preset is made of, and what it costs.
 
     Without an argument: the presets there are.
     """
@@ -45,6 +68,23 @@ def inspect(
 
     if folder and preset:
         raise ConfigError("a folder and --preset were given", expected="one of them")
+    if cost:
+        with extras("inspect --cost"):
+            from mmi_deploy.commands.inspect_cost import show_cost
+
+            named, files, contract = _graphs_of(folder, preset)
+            show_cost(
+                named,
+                files,
+                contract,
+                only=graph,
+                sizes=sizes,
+                precision=precision,
+                cards=card or (),
+                as_json=as_json,
+                plot=plot,
+            )
+        return
     if preset:
         results().print(to_json(preset_called(preset)), markup=False, end="")
     elif folder is None:
@@ -58,6 +98,27 @@ def inspect(
             f"{folder} is neither a bundle nor a model folder",
             expected="a folder that holds bundle.json or config.json",
         )
+
+
+def _graphs_of(
+    folder: Path | None, preset: str | None
+) -> tuple[str, dict[str, Path], dict[str, Graph]]:
+    """The name, the graph files and the contract of a bundle. Nothing is hashed and no weight is
+    read, so that a bundle of a hundred gigabytes is looked at in seconds."""
+    from mmi_deploy.bundle import EXPORT, MANIFEST
+    from mmi_deploy.graphs import graphs
+    from mmi_deploy.manifest import BundleManifest, read_manifest
+
+    if folder is None:
+        raise ConfigError(
+            "there are no graphs to count",
+            expected="a bundle",
+            fix=f"`mmi export --preset {preset or 'released_13b'} --sparse-weights -o DIR` makes "
+            "one that takes no room, then `mmi inspect DIR --cost`",
+        )
+    manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
+    files = {name: folder / path for name, path in manifest.graphs.items()}
+    return str(folder), files, graphs(manifest.config, manifest.limits)
 
 
 def _presets(as_json: bool, presets: dict[str, str]) -> None:

@@ -1,0 +1,210 @@
+"""What cards can do: peak rates, memory bandwidth and size, by the vendor's own figures.
+
+Rates are dense: where the vendor gives the figure with structured sparsity only, it is halved.
+GeForce cards run fp16 at half rate when they accumulate in fp32, as TensorRT does by default: that
+rate is given. A gigabyte is 10^9 bytes, which is no more than any card with that name has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmi_deploy.errors import ConfigError
+
+GB = 10**9
+TERA = 1e12
+
+DRIVER_RESERVE = 1 * GB
+"""Assumed, not computed: CUDA context, libraries' code and their workspaces."""
+
+SYSTEM_RESERVE = 4 * GB
+"""Assumed, not computed: the operating system and our process, where the CPU shares the memory."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """name: as on the command line. title: as people say it. memory: bytes. bandwidth: bytes/s.
+    matrix: type -> FLOP/s (or integer operations/s) of the tensor cores, for the types they have.
+    vector: FLOP/s of the ordinary fp32 units. shared: its memory is the CPU's too."""
+
+    name: str
+    title: str
+    architecture: str
+    memory: int
+    bandwidth: float
+    matrix: dict[str, float]
+    vector: float
+    source: str
+    shared: bool = False
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that are not ours, assumed."""
+        return DRIVER_RESERVE + (SYSTEM_RESERVE if self.shared else 0)
+
+    @property
+    def room(self) -> int:
+        """Bytes that a model may take."""
+        return self.memory - self.reserve
+
+    def peak(self, compute: str) -> float:
+        """FLOP/s of matrix products in `compute`, in the widest of its types that is no narrower
+        where it has no such units."""
+        for kind in (compute, "float16", "tf32"):
+            if kind in self.matrix:
+                return self.matrix[kind]
+        return self.vector
+
+
+def _rates(fp16: float, *, tf32: float, fp8: float | None, int8: float) -> dict[str, float]:
+    """Dense peak rates in tera-operations per second; bf16 runs as fp16 does on all of them."""
+    rates = {"float32": tf32, "tf32": tf32, "float16": fp16, "bfloat16": fp16, "int8": int8}
+    if fp8 is not None:
+        rates["float8_e4m3fn"] = fp8
+    return {kind: rate * TERA for kind, rate in rates.items()}
+
+
+_HOPPER = _rates(989.4, tf32=494.7, fp8=1978.9, int8=1978.9)
+_A100 = _rates(312, tf32=156, fp8=None, int8=624)
+_ORIN_BRIEF = (
+    "NVIDIA Jetson AGX Orin Series Technical Brief: GPU 170 sparse INT8 TOPS, 5.3 fp32 TFLOPS, "
+    "204.8 GB/s; github.com/NVIDIA/Deep-Learning-Accelerator-SW: GPU 171 sparse INT8 TOPS at MAXN"
+)
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card(
+            "orin-32",
+            "Jetson AGX Orin 32 GB",
+            "sm87",
+            32 * GB,
+            204.8 * GB,
+            _rates(27, tf32=13.5, fp8=None, int8=54),
+            3.33 * TERA,
+            "NVIDIA Jetson AGX Orin Series Technical Brief: GPU 108 sparse INT8 TOPS, 3.33 fp32 "
+            "TFLOPS, 204.8 GB/s",
+            shared=True,
+        ),
+        Card(
+            "orin-64",
+            "Jetson AGX Orin 64 GB",
+            "sm87",
+            64 * GB,
+            204.8 * GB,
+            _rates(42.5, tf32=21.2, fp8=None, int8=85),
+            5.3 * TERA,
+            _ORIN_BRIEF,
+            shared=True,
+        ),
+        Card(
+            "l4",
+            "L4",
+            "sm89",
+            24 * GB,
+            300 * GB,
+            _rates(121, tf32=60, fp8=242.5, int8=242.5),
+            30.3 * TERA,
+            "NVIDIA L4 datasheet, www.nvidia.com/en-us/data-center/l4: FP16 242, FP8 and INT8 485 "
+            "with sparsity, 300 GB/s",
+        ),
+        Card(
+            "l40s",
+            "L40S",
+            "sm89",
+            48 * GB,
+            864 * GB,
+            _rates(362, tf32=183, fp8=733, int8=733),
+            91.6 * TERA,
+            "NVIDIA L40S datasheet, www.nvidia.com/en-us/data-center/l40s: FP16 362, FP8 733 "
+            "dense, 864 GB/s",
+        ),
+        Card(
+            "rtx4090",
+            "GeForce RTX 4090",
+            "sm89",
+            24 * GB,
+            1008 * GB,
+            _rates(165.2, tf32=82.6, fp8=330.3, int8=660.6),
+            82.6 * TERA,
+            "NVIDIA Ada GPU Architecture whitepaper, appendix: FP16 with FP32 accumulate 165.2, "
+            "FP8 330.3, INT8 660.6 dense, 1008 GB/s",
+        ),
+        Card(
+            "rtx5090",
+            "GeForce RTX 5090",
+            "sm120",
+            32 * GB,
+            1792 * GB,
+            _rates(209.5, tf32=104.8, fp8=419, int8=838),
+            104.8 * TERA,
+            "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix: FP16 with FP32 accumulate "
+            "209.5, FP8 419, INT8 838 dense, 1792 GB/s",
+        ),
+        Card(
+            "a100-40",
+            "A100 40 GB",
+            "sm80",
+            40 * GB,
+            1555 * GB,
+            _A100,
+            19.5 * TERA,
+            "NVIDIA A100 datasheet, www.nvidia.com/en-us/data-center/a100: 312, INT8 624 dense, "
+            "1555 GB/s",
+        ),
+        Card(
+            "a100-80",
+            "A100 80 GB (SXM)",
+            "sm80",
+            80 * GB,
+            2039 * GB,
+            _A100,
+            19.5 * TERA,
+            "NVIDIA A100 datasheet, www.nvidia.com/en-us/data-center/a100: 312, INT8 624 dense, "
+            "2039 GB/s",
+        ),
+        Card(
+            "h100",
+            "H100 80 GB (SXM)",
+            "sm90",
+            80 * GB,
+            3350 * GB,
+            _HOPPER,
+            66.9 * TERA,
+            "NVIDIA H100 datasheet, www.nvidia.com/en-us/data-center/h100: FP16 1978.9, FP8 3957.8 "
+            "with sparsity, 3.35 TB/s",
+        ),
+        Card(
+            "h200",
+            "H200 141 GB (SXM)",
+            "sm90",
+            141 * GB,
+            4800 * GB,
+            _HOPPER,
+            66.9 * TERA,
+            "NVIDIA H200 datasheet, www.nvidia.com/en-us/data-center/h200: as H100, 4.8 TB/s",
+        ),
+        Card(
+            "b200",
+            "B200 180 GB (HGX)",
+            "sm100",
+            180 * GB,
+            8000 * GB,
+            _rates(2250, tf32=1125, fp8=4500, int8=4500),
+            75 * TERA,
+            "NVIDIA DGX B200 datasheet, www.nvidia.com/en-us/data-center/dgx-b200: 1440 GB, 64 "
+            "TB/s and 72 PFLOPS FP8 with sparsity for eight",
+        ),
+    )
+}
+"""Cards by name, small ones first."""
+
+SIZES = (8, 16, 24, 40, 80)
+"""Gigabytes of the cards that people ask about without a name."""
+
+
+def card(name: str) -> Card:
+    """The card called `name`; raises `ConfigError` that lists the known ones."""
+    if name not in CARDS:
+        raise ConfigError(f"there are no figures for a card {name!r}", expected=", ".join(CARDS))
+    return CARDS[name]

@@ -1,0 +1,184 @@
+"""`mmi inspect --cost`: FLOPs and bytes of every graph, and the time that a card needs at least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from mmi_deploy.commands.screen import print_json, results, size
+from mmi_deploy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmi_deploy.build.cards import Card
+    from mmi_deploy.build.cost import GraphCost, Total
+    from mmi_deploy.graphs import Graph
+
+SHOWN = 12
+"""Rows of the tables by operator and by module; `--json` has all of them and every node."""
+
+
+def parse_sizes(text: str, contract: Mapping[str, Graph]) -> dict[str, int]:
+    """`t=1,m=4,n=4`; raises `ConfigError` for what is none of the dynamic dimensions."""
+    known = sorted({letter for graph in contract.values() for letter in graph.ranges})
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        letter, equals, number = (word.strip() for word in part.partition("="))
+        if letter not in known or not equals or not number.isdecimal():
+            raise ConfigError(
+                f"--sizes: {part!r} is no size",
+                expected=f"LETTER=NUMBER with one of {', '.join(known)}",
+                fix="for example --sizes t=1,m=4,n=4",
+            )
+        sizes[letter] = int(number)
+    return sizes
+
+
+def show_cost(
+    title: str,
+    files: Mapping[str, Path],
+    contract: Mapping[str, Graph],
+    *,
+    only: str | None,
+    sizes: str,
+    precision: str | None,
+    cards: Sequence[str],
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """Print the cost of the graphs in `files`, or of the one called `only`."""
+    from mmi_deploy.build.cards import CARDS, card
+    from mmi_deploy.build.cost import cost_of_file
+    from mmi_deploy.build.precision.recipes import recipe
+
+    if only is not None and only not in files:
+        raise ConfigError(f"there is no graph {only!r}", expected=", ".join(files))
+    given = parse_sizes(sizes, contract)
+    chosen = [card(name) for name in cards] or [CARDS["l4"], CARDS["h100"]]
+    plan = recipe(precision) if precision else None
+    costs = [
+        cost_of_file(path, contract[name], _within(given, contract[name], only), plan)
+        for name, path in files.items()
+        if only in (None, name)
+    ]
+    if plot is not None:
+        from mmi_deploy.commands.inspect_plot import draw_roofline
+
+        draw_roofline(costs, chosen, plot)
+    if as_json:
+        print_json({"graphs": [as_dict(cost, chosen) for cost in costs]})
+        return
+    out = results()
+    out.print(_overview(title, costs, chosen))
+    if only is not None:
+        out.print(_parts("operator", costs[0].by_operator()))
+        out.print(_parts("module", costs[0].by_module()))
+    out.print(
+        "Floor: weights, inputs and outputs once, nothing in between. Times are rooflines, "
+        "computed from the vendor's figures and not measured"
+        + ("" if only else ". --graph NAME says more")
+    )
+
+
+def _within(given: Mapping[str, int], graph: Graph, only: str | None) -> dict[str, int]:
+    """Sizes that were given for all graphs may be beyond what one of them takes: it takes what it
+    can. Asked for alone, it refuses."""
+    if only is not None:
+        return dict(given)
+    return {
+        letter: min(max(number, graph.ranges[letter].least), graph.ranges[letter].greatest)
+        for letter, number in given.items()
+        if letter in graph.ranges
+    }
+
+
+def as_dict(cost: GraphCost, cards: Sequence[Card]) -> dict[str, Any]:
+    """Everything about one graph, for programs."""
+    total = cost.total
+    return {
+        "graph": cost.graph,
+        "sizes": dict(cost.sizes),
+        "stored": cost.storage,
+        "computed_in": cost.compute,
+        "matrix_flops": total.matrix,
+        "vector_flops": total.vector,
+        "bytes": {
+            "floor": cost.floor_bytes,
+            "weights": cost.weight_bytes,
+            "inputs": cost.input_bytes,
+            "outputs": cost.output_bytes,
+            "node_by_node": total.bytes,
+        },
+        "flops_per_byte": cost.intensity,
+        "roofline": {
+            card.name: {
+                "seconds": cost.seconds(card),
+                "bound": cost.bound(card),
+                "seconds_unfused": cost.seconds_unfused(card),
+            }
+            for card in cards
+        },
+        "operators": {name: vars(part) for name, part in cost.by_operator().items()},
+        "modules": {name: vars(part) for name, part in cost.by_module().items()},
+        "nodes": [vars(node) for node in cost.nodes],
+    }
+
+
+def _overview(title: str, costs: Sequence[GraphCost], cards: Sequence[Card]) -> Table:
+    stored = f"stored as {costs[0].storage}" if costs[0].storage != "as exported" else "as exported"
+    table = Table(box=box.SIMPLE_HEAD, title=f"{title}: what a run costs, {stored}")
+    table.title_justify = "left"
+    for heading in ("graph", "at"):
+        table.add_column(heading)
+    headings = ("matrix FLOPs", "vector FLOPs", "floor", "node by node", "FLOPs/byte")
+    for heading in (*headings, *(f"{card.title}, at least" for card in cards)):
+        table.add_column(heading, justify="right")
+    for cost in costs:
+        sizes = " ".join(f"{letter}={number}" for letter, number in cost.sizes.items())
+        total = cost.total
+        table.add_row(
+            cost.graph,
+            sizes,
+            flops(total.matrix),
+            flops(total.vector),
+            size(cost.floor_bytes),
+            size(total.bytes),
+            f"{cost.intensity:.1f}",
+            *(f"{duration(cost.seconds(card))} ({cost.bound(card)})" for card in cards),
+        )
+    return table
+
+
+def _parts(what: str, totals: Mapping[str, Total]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(what)
+    for heading in ("nodes", "matrix FLOPs", "vector FLOPs", "node by node"):
+        table.add_column(heading, justify="right")
+    rows = list(totals.items())
+    for name, total in rows[:SHOWN]:
+        row = (flops(total.matrix), flops(total.vector), size(total.bytes))
+        table.add_row(name or "(no weights)", str(total.nodes), *row)
+    if len(rows) > SHOWN:
+        table.add_row(f"and {len(rows) - SHOWN} more: see --json")
+    return table
+
+
+def flops(count: int) -> str:
+    """FLOPs for people: `26.2 G`."""
+    value, unit = float(count), ""
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 1000 or unit == "T":
+            break
+        value /= 1000
+    return f"{value:.0f}" if not unit else f"{value:.3g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """`7.9 ms`."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
