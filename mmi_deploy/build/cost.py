@@ -8,8 +8,8 @@ Two counts of bytes:
   is touched), its outputs are written once (of a cache the new rows), and what lies between never
   leaves the chip. No implementation of the graph moves less.
 
-The roofline's time is the greatest of bytes over bandwidth, matrix FLOPs over the rate of the tensor
-cores and vector FLOPs over that of the fp32 units. It is a limit, computed and not measured.
+The roofline's time is the greatest of bytes over bandwidth, matrix FLOPs over the rate of the
+tensor cores and vector FLOPs over that of the fp32 units. It is a limit, computed and not measured.
 """
 
 from __future__ import annotations
