@@ -22,6 +22,7 @@ from mmi_deploy.commands.convert import convert
 from mmi_deploy.commands.evaluate import evaluate
 from mmi_deploy.commands.export import export
 from mmi_deploy.commands.generate import generate
+from mmi_deploy.commands.init import init
 from mmi_deploy.commands.inspect import inspect
 from mmi_deploy.commands.plugins import app as plugins
 from mmi_deploy.commands.train import train
@@ -151,6 +152,10 @@ app.command(
     epilog="Examples:  mmi convert mm_interleaved_13b/ -o models/13b --tokenizer vicuna-13b/  ·  "
     "mmi convert mm_interleaved_13b/ -o models/13b --tokenizer vicuna-13b/ --dtype bfloat16"
 )(convert)
+app.command(
+    epilog="Examples:  mmi init -o models/mine --llm SmolLM2-135M/ --vision clip-base-patch16/  ·  "
+    "mmi init -o models/mine --llm smollm2.gguf --context 2048"
+)(init)
 app.command(epilog="Example:  mmi evaluate assets/tiny --count 32")(evaluate)
 app.command(
     epilog="Examples:  mmi export assets/tiny -o bundles/tiny  ·  "

@@ -1,0 +1,223 @@
+"""A LLaMA to build on, from a Hugging Face folder: its sizes, weights and tokenizer.
+
+What our blocks do not have (scaled rotary positions, sliding windows, biases, norms of queries and
+keys) is refused by name: such a model would load and talk nonsense.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from mmi_deploy.errors import ConfigError, WeightsError
+from mmi_train.stored import StoredTensor
+from mmi_train.stored.safetensors_files import read_folder
+from mmi_train.tokenizer_files import read_tokenizer
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+_FAMILY = ("llama", "mistral")
+_COMPUTED = "rotary_emb.inv_freq"
+"""What older checkpoints hold although the configuration determines it."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """`tensors` by Hugging Face's names. `tied`: the head is the embedding. `bos`, `eos`, `pad`:
+    ids, None where the model names none. `window`: how far back it was trained to look, if that is
+    limited."""
+
+    source: Path
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    context: int
+    eps: float
+    rope_theta: float
+    tied: bool
+    tensors: Mapping[str, StoredTensor]
+    tokenizer: Tokenizer
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.heads % self.kv_heads:
+            raise ConfigError(
+                f"{self.source}: {self.heads} heads and {self.kv_heads} key-value heads do not "
+                f"divide a width of {self.width}"
+            )
+        _check_tensors(self)
+
+    @property
+    def head(self) -> StoredTensor:
+        return self.tensors[EMBEDDING if self.tied else HEAD]
+
+
+def read_language_model(folder: Path, tokenizer: Path | None = None) -> LanguageModel:
+    """The model in `folder`: config.json, safetensors (or pickles), tokenizer (None: its own).
+
+    Raises `ConfigError` naming the first field of another architecture, and `WeightsError` naming
+    every tensor that is missing, extra or misshapen.
+    """
+    config = read_json(folder / "config.json")
+    _check_architecture(folder, config)
+    tensors = read_folder(folder, ("model", "pytorch_model"))
+    if not any(name.startswith("model.") for name in tensors):  # saved without its head's wrapper
+        tensors = {name if name == HEAD else f"model.{name}": t for name, t in tensors.items()}
+    tied = bool(config.get("tie_word_embeddings", False))
+    ignored = {HEAD} if tied else set()
+    heads = _number(folder, config, "num_attention_heads")
+    return LanguageModel(
+        source=folder,
+        width=_number(folder, config, "hidden_size"),
+        layers=_number(folder, config, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        mlp_width=_number(folder, config, "intermediate_size"),
+        context=_number(folder, config, "max_position_embeddings"),
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=_rope_theta(config),
+        tied=tied,
+        tensors={
+            name: tensor
+            for name, tensor in tensors.items()
+            if not name.endswith(_COMPUTED) and name not in ignored
+        },
+        tokenizer=read_tokenizer(folder if tokenizer is None else tokenizer),
+        bos=_id(config, "bos_token_id"),
+        eos=_id(config, "eos_token_id"),
+        pad=_id(config, "pad_token_id"),
+        window=config.get("sliding_window") or None,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; raises `ConfigError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", fix="give a folder that holds it"
+        ) from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is no JSON object", fix="download it again")
+    return value
+
+
+def refuse(source: Path, field: str, expected: object, got: object) -> ConfigError:
+    """The error for a `field` of another architecture than ours."""
+    return ConfigError(
+        f"{source}: our blocks do not have {field}",
+        expected=expected,
+        got=repr(got),
+        fix="build on a plain LLaMA",
+    )
+
+
+def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
+    kind = config.get("model_type")
+    if kind not in _FAMILY:
+        raise refuse(folder, f"model_type {kind}", " or ".join(_FAMILY), kind)
+    if "quantization_config" in config:
+        raise refuse(
+            folder, "quantization_config", "weights as they were trained", "quantised ones"
+        )
+    heads = config.get("num_attention_heads") or 1
+    plain: dict[str, tuple[object, ...]] = {
+        "hidden_act": ("silu", None),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "partial_rotary_factor": (1.0, None),
+        "head_dim": (int(config.get("hidden_size") or 0) // int(heads), None),
+        "use_qk_norm": (False, None),
+        "qk_layernorm": (False, None),
+    }
+    for field, allowed in plain.items():
+        if config.get(field) not in allowed:
+            raise refuse(folder, field, allowed[0], config[field])
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = config.get(field) or {}
+        form = rope.get("rope_type", rope.get("type", "default"))
+        if form != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise refuse(folder, f"{field} {form}", "rotary positions that are not scaled", rope)
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
+    nested = (config.get("rope_parameters") or {}).get("rope_theta")
+    return float(config.get("rope_theta") or nested or 10000.0)
+
+
+def _number(folder: Path, config: dict[str, Any], field: str) -> int:
+    value = config.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(
+            f"{folder / 'config.json'}: {field} is wrong", expected="a positive number", got=value
+        )
+    return value
+
+
+def _id(config: dict[str, Any], field: str) -> int | None:
+    """A token id; the first when a model has several."""
+    value = config.get(field)
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _check_tensors(model: LanguageModel) -> None:
+    """Raise `WeightsError` that names every tensor which is missing, extra or misshapen."""
+    expected = _shapes(model)
+    missing = [name for name in expected if name not in model.tensors]
+    extra = [name for name in model.tensors if name not in expected]
+    wrong = [
+        f"{name} has shape {list(tensor.shape)}, expected {list(expected[name])}"
+        for name, tensor in model.tensors.items()
+        if name in expected and tensor.shape != expected[name]
+    ]
+    wrong += [
+        f"{name} holds {str(tensor.dtype).removeprefix('torch.')} numbers"
+        for name, tensor in model.tensors.items()
+        if not tensor.dtype.is_floating_point
+    ]
+    problems = [
+        *([f"missing: {', '.join(missing)}"] if missing else []),
+        *([f"unknown: {', '.join(extra)}"] if extra else []),
+        *wrong,
+    ]
+    if problems:
+        raise WeightsError(f"{model.source} is no LLaMA of its config: " + "; ".join(problems))
+
+
+def _shapes(model: LanguageModel) -> dict[str, torch.Size]:
+    width, kv_width = model.width, model.width // model.heads * model.kv_heads
+    rows = model.tensors[EMBEDDING].shape[0] if EMBEDDING in model.tensors else 0
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (rows, width), "model.norm.weight": (width,)}
+    for layer in range(model.layers):
+        block = f"model.layers.{layer}."
+        shapes |= {
+            f"{block}self_attn.q_proj.weight": (width, width),
+            f"{block}self_attn.k_proj.weight": (kv_width, width),
+            f"{block}self_attn.v_proj.weight": (kv_width, width),
+            f"{block}self_attn.o_proj.weight": (width, width),
+            f"{block}mlp.gate_proj.weight": (model.mlp_width, width),
+            f"{block}mlp.up_proj.weight": (model.mlp_width, width),
+            f"{block}mlp.down_proj.weight": (width, model.mlp_width),
+            f"{block}input_layernorm.weight": (width,),
+            f"{block}post_attention_layernorm.weight": (width,),
+        }
+    if not model.tied:
+        shapes[HEAD] = (rows, width)
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
