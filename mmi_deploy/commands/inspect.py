@@ -14,13 +14,16 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from mmi_deploy.commands.inspect_memory import check_alone, show_fit, show_memory
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import print_json, results, size
 from mmi_deploy.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
+    from mmi_deploy.build.memory import Model
     from mmi_deploy.bundle import Bundle
     from mmi_deploy.graphs import Graph
+    from mmi_deploy.manifest import BundleManifest
 
 
 def inspect(
@@ -37,6 +40,15 @@ def inspect(
     cost: Annotated[
         bool, typer.Option("--cost", help="FLOPs, bytes and roofline time of every graph.")
     ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="What it takes of a card, by precision; what holds it.")
+    ] = False,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="24GB", help="The precision for this much memory.", show_default=False
+        ),
+    ] = None,
     graph: Annotated[
         str | None,
         typer.Option(help="With --cost: one graph, by operator and module.", show_default=False),
@@ -46,12 +58,31 @@ def inspect(
     ] = "",
     precision: Annotated[
         str | None,
-        typer.Option(help="With --cost: as this recipe stores it.", show_default="as exported"),
+        typer.Option(help="With --cost, --memory: as this recipe stores it.", show_default=False),
     ] = None,
     card: Annotated[
         list[str] | None,
-        typer.Option(help="With --cost: a card; several may be given.", show_default="l4, h100"),
+        typer.Option(
+            help="With --cost, --memory: a card; several may be given.", show_default=False
+        ),
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="With --memory: tokens of a document.", show_default="the bundle's"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --memory: documents at a time.")] = 1,
+    images: Annotated[int, typer.Option(min=1, help="With --memory: images of a document.")] = 4,
+    resident: Annotated[
+        str | None,
+        typer.Option(
+            metavar="encoder,llm",
+            help="With --memory: engines that stay in memory; the others take turns.",
+            show_default="all",
+        ),
+    ] = None,
+    on_cpu: Annotated[
+        bool, typer.Option("--cpu", help="With --memory: on the CPU, not on a GPU.")
+    ] = False,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw it too, as .svg or .png.", show_default=False),
@@ -68,15 +99,31 @@ def inspect(
 
     if folder and preset:
         raise ConfigError("a folder and --preset were given", expected="one of them")
+    check_alone(cost=cost, memory=memory, fit=bool(fit), tensors=tensors)
+    if memory or fit:
+        with extras("inspect --memory"):
+            model = _memory_model(folder, preset, context, batch, images, on_cpu)
+            if fit:
+                show_fit(model, fit, as_json)
+            else:
+                show_memory(
+                    model,
+                    precision=precision,
+                    resident=resident,
+                    cards=card or (),
+                    as_json=as_json,
+                )
+        return
     if cost:
         with extras("inspect --cost"):
             from mmi_deploy.commands.inspect_cost import show_cost
+            from mmi_deploy.graphs import graphs
 
-            named, files, contract = _graphs_of(folder, preset)
+            name, manifest, files = _graphs_of(folder, preset)
             show_cost(
-                named,
+                name,
                 files,
-                contract,
+                graphs(manifest.config, manifest.limits),
                 only=graph,
                 sizes=sizes,
                 precision=precision,
@@ -102,23 +149,38 @@ def inspect(
 
 def _graphs_of(
     folder: Path | None, preset: str | None
-) -> tuple[str, dict[str, Path], dict[str, Graph]]:
-    """The name, the graph files and the contract of a bundle. Nothing is hashed and no weight is
+) -> tuple[str, BundleManifest, dict[str, Path]]:
+    """The name, the manifest and the graph files of a bundle. Nothing is hashed and no weight is
     read, so that a bundle of a hundred gigabytes is looked at in seconds."""
     from mmi_deploy.bundle import EXPORT, MANIFEST
-    from mmi_deploy.graphs import graphs
     from mmi_deploy.manifest import BundleManifest, read_manifest
 
     if folder is None:
         raise ConfigError(
             "there are no graphs to count",
             expected="a bundle",
-            fix=f"`mmi export --preset {preset or 'released_13b'} --sparse-weights -o DIR` makes "
-            "one that takes no room, then `mmi inspect DIR --cost`",
+            fix=f"`{EXPORT} --preset {preset or 'released_13b'} --sparse-weights -o DIR` makes one "
+            "that takes no room; give its folder",
         )
     manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
-    files = {name: folder / path for name, path in manifest.graphs.items()}
-    return str(folder), files, graphs(manifest.config, manifest.limits)
+    return str(folder), manifest, {n: folder / path for n, path in manifest.graphs.items()}
+
+
+def _memory_model(
+    folder: Path | None,
+    preset: str | None,
+    context: int | None,
+    batch: int,
+    images: int,
+    on_cpu: bool,
+) -> Model:
+    from mmi_deploy.build.memory import Model, with_limits
+    from mmi_deploy.build.target import CPU, TENSORRT
+
+    _, manifest, files = _graphs_of(folder, preset)
+    limits = with_limits(manifest.limits, context, batch, min(images, manifest.limits.images))
+    runtime = CPU if on_cpu else TENSORRT
+    return Model(manifest.config, files, manifest.limits.context, limits, runtime)
 
 
 def _presets(as_json: bool, presets: dict[str, str]) -> None:
