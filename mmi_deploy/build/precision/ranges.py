@@ -128,7 +128,7 @@ def _watch(graph: ir.Graph) -> tuple[list[str], list[str]]:
         if values:
             output = tape.op("Concat", values, {"axis": 0})
         else:
-            output = tape.op("Constant", [], {"value_floats": []})
+            output = tape.op("Constant", [], {"value_floats": ir.AttrFloat32s("value_floats", [])})
         output.name = name
         output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([len(values)])
         graph.outputs.append(output)

@@ -1,0 +1,87 @@
+"""Targets of the CPU: graphs whose weights are stored in few bits, for ONNX Runtime."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+
+import onnx
+
+from mmi_deploy.build.inputs import samples_of
+from mmi_deploy.build.precision.recipes import RECIPES, Recipe, check_possible
+from mmi_deploy.build.precision.rewrite import rewrite
+from mmi_deploy.build.receipts import prove
+from mmi_deploy.build.report import REPORT, GraphReport, TargetReport
+from mmi_deploy.build.target import CPU, Target
+from mmi_deploy.bundle import Bundle, write_target
+from mmi_deploy.document import Document
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.files import write_file
+from mmi_deploy.manifest import belongs
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done next, how much is done, and how much there is."""
+
+
+def build_cpu_target(
+    bundle: Bundle,
+    recipe: Recipe,
+    progress: Progress = lambda what, done, total: None,
+    document: Document | None = None,
+) -> TargetReport:
+    """Write `engines/cpu-<recipe>` of `bundle`: the graphs that the recipe changes, with receipts.
+
+    A runtime takes the portable file for every other graph. document: what the comparison's inputs
+    are recorded on. Raises `ConfigError` for a recipe that makes no sense on a CPU, `BundleError`
+    where the error is greater than the recipe allows; nothing is written then.
+    """
+    check_possible(recipe, CPU, None)
+    names = [name for name in bundle.graphs if name in recipe.weights]
+    if not names:
+        useful = [r.name for r in RECIPES.values() if r.weights and r.on_cpu]
+        raise ConfigError(
+            f"precision {recipe.name} changes no graph on the CPU: the portable ones are that",
+            fix=f"choose --precision {' or '.join(useful)}",
+        )
+    target = Target(CPU, None, recipe.name)
+    total, reports = 1 + 2 * len(names), []
+    progress("recording inputs", 0, total)
+    samples = samples_of(bundle, document)
+    manifest = {"runtime": CPU, "precision": recipe.name, "recipe": repr(recipe.weights)}
+    with write_target(bundle, target.name, manifest) as writer:
+        for index, name in enumerate(names):
+            graph, started = bundle.graphs[name], time.perf_counter()
+            progress(f"writing {name} in {recipe.name}", 1 + 2 * index, total)
+            out = writer.engine_file(name, ".onnx")
+            rewrite(recipe, graph, bundle.graph_file(name), out, runtime=CPU)
+            progress(f"proving {name} in {recipe.name}", 2 + 2 * index, total)
+            proof = prove(recipe, graph, bundle.graph_file(name), out, CPU, samples[name])
+            proof.check(recipe.name)
+            writer.add_receipt(name, proof.compared_with, proof.cases)
+            files = [path for path in writer.folder.iterdir() if belongs(path.name, out.name)]
+            sizes = {path.suffix: path.stat().st_size for path in files}
+            nodes = onnx.load(out, load_external_data=False).graph.node
+            reports.append(
+                GraphReport(
+                    graph=name,
+                    layers=dict(Counter(node.op_type for node in nodes)),
+                    engine_bytes=sum(sizes.values()),
+                    weights_bytes=sum(sizes.values()) - sizes[".onnx"],
+                    seconds=round(time.perf_counter() - started, 2),
+                    compared_with=proof.compared_with,
+                    error=proof.error,
+                    tolerance=max(case.tolerance for case in proof.cases),
+                )
+            )
+        report = TargetReport(
+            target=target.name,
+            runtime=CPU,
+            version=version("onnxruntime"),
+            architecture=None,
+            precision=recipe.name,
+            graphs=tuple(reports),
+        )
+        write_file(writer.folder / REPORT, report.model_dump_json(indent=2) + "\n")
+    return report

@@ -1,0 +1,172 @@
+"""Proof that a rewritten graph computes what the portable one does: both run in ONNX Runtime on the
+same inputs, recorded ones and random ones, and the error is compared with what its type allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mmi_deploy.build.inputs import Arrays, Sample
+from mmi_deploy.build.precision.recipes import FLOAT32, Recipe
+from mmi_deploy.build.precision.simulate import simulated
+from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.graphs import Graph
+from mmi_deploy.manifest import Case
+
+TOLERANCE = {
+    "fp32": 1e-5,
+    "fp16": 5e-3,
+    "bf16": 4e-2,
+    "int8": 2e-2,
+    "fp8": 4e-2,
+    "int4": 1.5e-1,
+    "int4-128": 1.5e-1,
+    "mixed": 1.5e-1,
+}
+"""Greatest root mean square of the error over that of the output, by recipe, on recorded inputs.
+
+fp32: the same sums in another order. fp16: 2^-11 a rounding, through some hundred of them in a row
+that partly cancel. bf16: the same with 2^-8. int8, one scale a channel or 32 rows: 0.5 % of a
+weight, on the CPU as much of an activation again. fp8: 3 bits of fraction, 2 % of a weight. int4:
+8 % of a weight. What an error of that size means is measured on tasks; see docs/precision.md."""
+
+UNSTEADY = 4.0
+"""How much greater the error may be on random tokens. They are no text, and here and there one puts
+the model on an edge from which any rounding pushes it off."""
+
+COMPARED_WITH = "the portable graph in ONNX Runtime, recorded and random inputs, root mean square"
+SIMULATED = f"{COMPARED_WITH}; simulated: rounded to the type after every operator, float32 sums"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a graph was compared with, and how each comparison went."""
+
+    graph: str
+    compared_with: str
+    cases: tuple[Case, ...]
+
+    @property
+    def error(self) -> float:
+        return max(case.error for case in self.cases)
+
+    def check(self, recipe: str) -> None:
+        """Raise `BundleError` for the first case that failed."""
+        for case in self.cases:
+            if not case.passed:
+                raise BundleError(
+                    f"{self.graph} in {recipe} is too far from the portable graph at {case.sizes}",
+                    expected=f"a relative error of at most {case.tolerance:g}",
+                    got=f"{case.error:.3g}",
+                    fix="choose a higher precision, or measure ranges on documents like yours",
+                )
+
+
+Run = Callable[[Arrays], Arrays]
+
+
+def prove(
+    recipe: Recipe,
+    graph: Graph,
+    portable: Path,
+    rewritten: Path,
+    runtime: str,
+    samples: Sequence[Sample],
+    on_run: Callable[[], None] = lambda: None,
+) -> Proof:
+    """Compare `rewritten`, made for `runtime`, with the `portable` file of `graph`.
+
+    Narrow activations are simulated: ONNX Runtime's CPU kernels for them are few, and between those
+    that it replaces it leaves out the roundings. One file is loaded at a time.
+    """
+    simulate = recipe.activations_on(runtime) != FLOAT32
+    run = runner(portable)
+    wanted = []
+    for sample in samples:
+        wanted.append(_written(graph, sample.inputs, run(sample.inputs)))
+        on_run()
+    del run
+    run = model_runner(simulated(rewritten), rewritten.parent) if simulate else runner(rewritten)
+    cases = []
+    for sample, expected in zip(samples, wanted, strict=True):
+        error = relative_error(_written(graph, sample.inputs, run(sample.inputs)), expected)
+        tolerance = TOLERANCE[recipe.name] * (1.0 if sample.recorded else UNSTEADY)
+        sizes = _sizes_of(graph, sample.inputs)
+        cases.append(Case(sizes=sizes, error=error, tolerance=tolerance))
+        on_run()
+    return Proof(graph.name, SIMULATED if simulate else COMPARED_WITH, tuple(cases))
+
+
+def relative_error(got: Mapping[str, NDArray[Any]], wanted: Mapping[str, NDArray[Any]]) -> float:
+    """The greatest of all outputs' root mean square errors, over that of the output; infinite when
+    anything is not finite."""
+    worst = 0.0
+    for name, value in wanted.items():
+        difference = got[name].astype(np.float64) - value
+        scale = float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))) or 1.0
+        error = float(np.sqrt(np.mean(np.square(difference)))) / scale
+        worst = max(worst, error if np.isfinite(error) else float("inf"))
+    return worst
+
+
+def _written(graph: Graph, inputs: Arrays, outputs: Arrays) -> Arrays:
+    """Outputs; of those in place only what is new, which the rest would drown."""
+    found = {}
+    for name, value in outputs.items():
+        value = value.astype(np.float32)
+        if name in graph.in_place:
+            value = value - inputs[graph.in_place[name]].astype(np.float32)
+        found[name] = value
+    return found
+
+
+def _sizes_of(graph: Graph, inputs: Arrays) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for tensor in graph.inputs:
+        for side, found in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
+            if isinstance(side, str) and side.isalpha():
+                sizes.setdefault(side, found)
+    return sizes
+
+
+def runner(path: Path) -> Run:
+    """Runs an ONNX file on the CPU; `EngineError` if ONNX Runtime is missing or refuses it."""
+    return _session(path, str(path), None)
+
+
+def model_runner(model: ir.Model, folder: Path) -> Run:
+    """Runs a model in memory whose weights lie in `folder`."""
+    return _session(ir.to_proto(model).SerializeToString(), str(model.graph.name), folder)
+
+
+def _session(model: Path | bytes, what: str, folder: Path | None) -> Run:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise EngineError(
+            "receipts need ONNX Runtime", fix="pip install 'mmi_deploy[cpu]'"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if folder is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder.resolve())
+        )
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower class
+        reason = str(error).splitlines()[0]
+        raise EngineError(f"ONNX Runtime does not load {what}: {reason}") from None
+    names = [output.name for output in session.get_outputs()]
+
+    def run(inputs: Arrays) -> Arrays:
+        return dict(zip(names, session.run(names, inputs), strict=True))
+
+    return run
