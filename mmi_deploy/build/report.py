@@ -4,13 +4,14 @@ targets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmi_deploy.bundle import TARGET_MANIFEST, Bundle
 from mmi_deploy.errors import BundleError
-from mmi_deploy.manifest import TargetManifest, read_manifest
+from mmi_deploy.manifest import Case, TargetManifest, read_manifest
 
 REPORT = "report.json"
 PLUGIN_LAYER = "PLUGIN_V3"
@@ -30,7 +31,8 @@ class GraphReport(_Model):
     plugin_layers: those of our plugin. bindings: type of each input and output. seconds and the
     bytes of memory are those of the build, also when the engine now came out of the cache:
     peak_bytes with mapped weights, peak_private_bytes without, both above the process before it.
-    profiles: name -> letter -> least, likeliest, greatest."""
+    profiles: name -> letter -> least, likeliest, greatest. error: the worst of comparing the ONNX
+    file that it was made from with the portable graph, as compared_with says."""
 
     graph: str
     key: str = ""
@@ -45,6 +47,15 @@ class GraphReport(_Model):
     peak_private_bytes: int = 0
     profiles: dict[str, dict[str, list[int]]] = {}
     warnings: tuple[str, ...] = ()
+    compared_with: str = ""
+    error: float | None = None
+    tolerance: float | None = None
+
+    def with_proof(self, compared_with: str, cases: Sequence[Case]) -> GraphReport:
+        """With the worst case of a comparison of its ONNX file."""
+        worst = max(cases, key=lambda case: case.error / case.tolerance)
+        found = {"compared_with": compared_with, "error": worst.error, "tolerance": worst.tolerance}
+        return self.model_copy(update=found)
 
 
 class TargetReport(_Model):
@@ -118,3 +129,12 @@ def _summary(folder: Path, name: str, identity: str) -> TargetSummary:
 def _proof(manifest: TargetManifest, graph: str) -> str:
     receipt = manifest.receipt(graph)
     return "none" if receipt is None else "proved" if receipt.passed else "failed"
+
+
+def weight_bytes(graph_file: Path) -> int:
+    """Bytes of the weights beside an ONNX file: what differs from it in the suffix alone."""
+    return sum(
+        path.stat().st_size
+        for path in graph_file.parent.glob(f"{graph_file.stem}.*")
+        if path != graph_file and path.is_file()
+    )

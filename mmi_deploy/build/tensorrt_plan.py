@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ import onnx
 import psutil
 
 from mmi_deploy.build.cache import EngineCache, key_of
+from mmi_deploy.build.evidence import Evidence, islands_key
 from mmi_deploy.build.precision import Ranges, Recipe
 from mmi_deploy.build.profiles import Profile, profiles
 from mmi_deploy.build.target import Target
@@ -31,6 +33,13 @@ and holds the largest of them, or a piece of the engine, a second time."""
 MEMORY_BASE = 700 * 10**6
 """Bytes that TensorRT takes for a graph without weights: its libraries and its compiler."""
 
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "float8_e4m3fn": 8}
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
@@ -38,7 +47,8 @@ _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BF
 @dataclass(frozen=True)
 class Request:
     """What to build: targets of one runtime and precision, graphs by name, and the limits to which
-    their profiles are narrowed (None: the bundle's). ranges: graph -> what the range check saw."""
+    their profiles are narrowed (None: the bundle's). ranges: graph -> what the range check saw.
+    evidence: what proves the rewritten graphs, None to build without."""
 
     bundle: Bundle
     targets: tuple[Target, ...]
@@ -47,7 +57,8 @@ class Request:
     plugin: Plugin
     tensorrt: str
     limits: Limits | None = None
-    ranges: dict[str, Ranges] | None = None
+    ranges: Mapping[str, Ranges | None] | None = None
+    evidence: Evidence | None = None
     force: bool = False
 
 
@@ -110,7 +121,9 @@ def key_parts(
         "tensorrt": request.tensorrt,
         "architecture": target.architecture or "",
         "precision": target.precision,
-        "recipe": _digest(repr(request.recipe) + repr(ranges)),
+        "recipe": _digest(repr(request.recipe)),
+        "islands": islands_key(ranges, request.recipe, request.recipe.activations),
+        "proved": "yes" if request.evidence else "no",
         "plugin": request.plugin.identity,
         "profiles": json.dumps({shape.name: shape.record() for shape in shapes}),
         "flags": ",".join(FLAGS),
@@ -121,7 +134,11 @@ def key_parts(
 def builder_digest() -> str:
     """Hash of the sources that rewrite and build: other code may make other engines."""
     folder = Path(__file__).parent
-    sources = [folder / "tensorrt.py", *sorted(folder.glob("precision/*.py"))]
+    sources = [
+        folder / "tensorrt.py",
+        folder / "tensorrt_rewrites.py",
+        *sorted(folder.glob("precision/*.py")),
+    ]
     return _digest("".join(f"{path.relative_to(folder)}\0{path.read_text()}" for path in sources))
 
 
@@ -174,13 +191,10 @@ def check_room(parts: Sequence[Part], bundle: Bundle, cache: EngineCache) -> Non
 def free_memory() -> int:
     """Bytes that a new process can have: memory and swap, or less in a container."""
     free = psutil.virtual_memory().available + psutil.swap_memory().free
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, limit - used)
+    for limit, used in _CGROUP_FILES:
+        with suppress(OSError, ValueError):
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return free
 
 
 def _gigabytes(count: int) -> str:

@@ -12,12 +12,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,7 +29,9 @@ from mmi_deploy.errors import EngineError, MmiError
 
 _EVERY = 0.02  # seconds between two looks at the memory
 _TELL_EVERY = 0.1  # seconds between two lines of progress
+_GIVE_BACK_EVERY = 0.1  # seconds between two times that read weights are given back
 _PR_SET_PDEATHSIG = 1
+_MADV_DONTNEED = 4
 
 Watch = Callable[[str, int, int], None]
 """Called with (phase, steps done, steps in all)."""
@@ -135,11 +139,43 @@ def _child(job: Job, sender: Connection) -> None:
         trt = open_tensorrt(job.plugin, job.runtime, job.architecture)
         info = psutil.Process().memory_info()
         sender.send(("ready", (info.rss, getattr(info, "shared", 0))))
-        sender.send(("built", build_engine(trt, job, _Teller(sender))))
+        with _weights_given_back(job.source.parent):
+            built = build_engine(trt, job, _Teller(sender))
+        sender.send(("built", built))
     except (MmiError, OSError) as error:
         sender.send(("failed", error))
     except Exception as error:
         sender.send(("failed", RuntimeError(f"{type(error).__name__}: {error}")))
+
+
+@contextmanager
+def _weights_given_back(folder: Path) -> Iterator[None]:
+    """TensorRT maps the weights beside a graph and copies them; what it has read of the map is
+    given back while it works, so that the process holds them once (Linux).
+
+    Only read-only maps are touched, whose pages the system reads again when they are wanted.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_give_back, args=(str(folder.resolve()), done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _give_back(folder: str, done: threading.Event) -> None:
+    libc: Any = ctypes.CDLL(None)
+    while not done.wait(_GIVE_BACK_EVERY):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[1] == "r--p" and fields[5].startswith(f"{folder}/"):
+                start, end = (int(number, 16) for number in fields[0].split("-"))
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
 class _Teller:

@@ -16,6 +16,7 @@ import onnx
 
 from mmi_deploy.build.cache import EngineCache, temporary_folder
 from mmi_deploy.build.precision import rewrite
+from mmi_deploy.build.receipts import Proof
 from mmi_deploy.build.report import (
     NOT_RUN,
     PLUGIN_LAYER,
@@ -24,11 +25,13 @@ from mmi_deploy.build.report import (
     GraphReport,
     TargetReport,
     read_report,
+    weight_bytes,
 )
 from mmi_deploy.build.target import Target
 from mmi_deploy.build.tensorrt import Job
 from mmi_deploy.build.tensorrt_plan import Part, Request, graph_of, parts_of
 from mmi_deploy.build.tensorrt_process import Measured, build_in_process
+from mmi_deploy.build.tensorrt_rewrites import rewritten
 from mmi_deploy.bundle import TARGET_MANIFEST, Bundle, write_target
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.files import write_file
@@ -39,6 +42,9 @@ SUFFIX = ".engine"
 
 Watch = Callable[[str, int, int, str], None]
 """Called with (what is done, components done, components in all, the builder's phase)."""
+
+_Prepared = tuple[Graph, Path, Proof | None]
+"""The target's contract, its ONNX file, and how that compares with the portable one."""
 
 Build = Callable[[Job, Callable[[str, int, int], None]], Measured]
 
@@ -73,14 +79,13 @@ class _Workshop:
         self._request, self._cache, self._work = request, cache, work
         self._watch, self._build = watch, build
         self._done, self._of = 0, of
-        self._prepared: tuple[str, Graph, Path] | None = None
+        self._prepared: _Prepared | None = None
 
     def engine(self, part: Part) -> GraphReport:
         """The engine of `part`, in the work folder of its target."""
         label = f"{part.graph} for {part.target.architecture}"
         stage = self._work / part.target.name
         stage.mkdir(exist_ok=True)
-        self._say(label)
         found = self._cache.obtain(
             part.key,
             lambda folder: self._make(part, label, folder),
@@ -89,6 +94,8 @@ class _Workshop:
             afresh=self._request.force,
             waits=lambda: self._say(f"waiting for another build of {label}"),
         )
+        if found:
+            self._say(f"{label}: cached")
         self._done += 1
         report = GraphReport.model_validate_json((stage / _report_name(part.graph)).read_bytes())
         return report.model_copy(update={"cached": found})
@@ -99,7 +106,8 @@ class _Workshop:
     def _make(self, part: Part, label: str, folder: Path) -> None:
         if not self._request.force and _reuse(self._request.bundle, part, folder):
             return
-        typed, source = self._onnx(part)
+        typed, source, proof = self._onnx(part)
+        self._say(label)
         job = Job(
             part.graph,
             part.target.runtime,
@@ -113,27 +121,37 @@ class _Workshop:
             job, lambda phase, done, of: self._say(label, f"{phase} {done}/{of}")
         )
         check_bindings(typed, measured.built.bindings)
-        report = _graph_report(part, measured, _weight_bytes(source))
+        report = _graph_report(part, measured, weight_bytes(source))
+        if proof is not None:
+            report = report.with_proof(proof.compared_with, proof.cases)
         write_file(folder / _report_name(part.graph), report.model_dump_json(indent=2) + "\n")
 
-    def _onnx(self, part: Part) -> tuple[Graph, Path]:
+    def _onnx(self, part: Part) -> _Prepared:
         """The recipe's ONNX of a graph with TensorRT's attributes; one graph's at a time."""
-        if self._prepared is None or self._prepared[0] != part.graph:
+        if self._prepared is None or self._prepared[0].name != part.graph:
             if self._prepared is not None:
-                _remove(self._prepared[2])
-            self._say(f"writing {part.graph} in {part.target.precision}")
-            request, path = self._request, self._work / f"{part.graph}.onnx"
-            typed = rewrite(
-                request.recipe,
-                graph_of(request.bundle, part.graph),
-                request.bundle.graph_file(part.graph),
-                path,
-                runtime=part.target.runtime,
-                ranges=(request.ranges or {}).get(part.graph),
-            )
-            onnx.save(request.plugin.copy(onnx.load(path, load_external_data=False)), path)
-            self._prepared = (part.graph, typed, path)
-        return self._prepared[1], self._prepared[2]
+                _remove(self._prepared[1])
+            self._prepared = self._prepare(part)
+        return self._prepared
+
+    def _prepare(self, part: Part) -> _Prepared:
+        request, path = self._request, self._work / f"{part.graph}.onnx"
+        self._say(f"writing {part.graph} in {part.target.precision}")
+        typed = rewrite(
+            request.recipe,
+            graph_of(request.bundle, part.graph),
+            request.bundle.graph_file(part.graph),
+            path,
+            runtime=part.target.runtime,
+            ranges=(request.ranges or {}).get(part.graph),
+        )
+        proof = None
+        if request.evidence is not None:
+            self._say(f"proving {part.graph} in {part.target.precision}")
+            proof = request.evidence.prove(part.graph, request.recipe, part.target.runtime, path)
+        model = onnx.load(path, load_external_data=False)
+        onnx.save(rewritten(request.plugin.copy(model)), path)
+        return typed, path, proof
 
 
 def check_bindings(typed: Graph, bindings: Mapping[str, str]) -> None:
@@ -231,15 +249,6 @@ def _keep(
 
 def _report_name(graph: str) -> str:
     return f"{graph}.json"
-
-
-def _weight_bytes(source: Path) -> int:
-    """Bytes beside an ONNX file."""
-    return sum(
-        path.stat().st_size
-        for path in source.parent.glob(f"{source.stem}.*")
-        if path != source and path.is_file()
-    )
 
 
 def _remove(source: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -14,13 +15,20 @@ from rich.table import Table
 
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import print_json, remarks, results, size
+from mmi_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmi_deploy.build.cache import EngineCache
+    from mmi_deploy.build.evidence import Evidence
+    from mmi_deploy.build.precision import Recipe
     from mmi_deploy.build.report import TargetReport
     from mmi_deploy.build.target import Target
     from mmi_deploy.build.tensorrt_plan import Part, Request
     from mmi_deploy.bundle import Bundle
+    from mmi_deploy.graphs import Limits
+
+Watch = Callable[[str, int, int, str], None]
+"""Called with (what is done, components done, components in all or 0, the builder's phase)."""
 
 
 def build(
@@ -69,6 +77,12 @@ def build(
             "--force", help="Build again what is cached, and where memory or disk look too small."
         ),
     ] = False,
+    unproved: Annotated[
+        bool,
+        typer.Option(
+            "--unproved", help="Leave out the range check and the comparison with the bundle."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Build the engines of a bundle for one kind of card or more, or its graphs for a CPU.
@@ -80,16 +94,40 @@ def build(
 
     with extras("build"):
         from mmi_deploy.build.precision import check_possible, recipe
+        from mmi_deploy.build.tensorrt_plan import graph_of
     from mmi_deploy.build.target import CPU
+    from mmi_deploy.graphs import Limits
 
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, unproved=unproved)
     chosen = recipe(precision or ("fp32" if target == CPU else "fp16"))
     targets = _targets(target, arch, chosen.name)
     for one in targets:
         check_possible(chosen, one.runtime, one.architecture, graph)
     names = tuple(dict.fromkeys(graph or opened.graphs))
-    request = _request(opened, targets, chosen, names, plugin, max_batch, max_images, force)
-    _tensorrt(request, dry_run, as_json)
+    for name in names:
+        graph_of(opened, name)
+    limits = Limits(
+        opened.limits.context,
+        opened.limits.batch if max_batch is None else max_batch,
+        opened.limits.images if max_images is None else max_images,
+    )
+    options = _Options(limits, plugin, force, unproved, dry_run, as_json)
+    if target == CPU:
+        _cpu(opened, chosen, names, options)
+    else:
+        _tensorrt(opened, targets, chosen, names, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the command line says besides what to build."""
+
+    limits: Limits
+    plugin: Path | None
+    force: bool
+    unproved: bool
+    dry_run: bool
+    as_json: bool
 
 
 def _targets(runtime: str, architectures: list[str] | None, precision: str) -> tuple[Target, ...]:
@@ -104,58 +142,94 @@ def _targets(runtime: str, architectures: list[str] | None, precision: str) -> t
     return tuple(Target(runtime, name, precision) for name in named)
 
 
-def _request(
+def _cpu(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...], options: _Options) -> None:
+    from mmi_deploy.build.cache import EngineCache
+    from mmi_deploy.build.cpu_target import build_cpu
+
+    if options.plugin is not None:
+        raise ConfigError("the CPU target takes no --plugin", got=options.plugin)
+    if options.limits != bundle.limits:
+        raise ConfigError("the CPU target takes all sizes", got="--max-batch or --max-images")
+    if options.dry_run:
+        plan = {"bundle": str(bundle.folder), "target": f"cpu-{recipe.name}", "graphs": graphs}
+        if options.as_json:
+            print_json(plan)
+        else:
+            results().print(f"{plan['target']}: {recipe.what}; graphs {', '.join(graphs)}")
+        return
+    with _watched(len(graphs)) as watch:
+        evidence = _evidence(bundle, EngineCache.of_user(), watch, options)
+        report = build_cpu(bundle, recipe, graphs, evidence, watch)
+    _say_reports(bundle, [report], options.as_json)
+
+
+def _evidence(
+    bundle: Bundle, cache: EngineCache, watch: Watch, options: _Options
+) -> Evidence | None:
+    from mmi_deploy.build.evidence import Evidence, check_can_run
+    from mmi_deploy.build.tensorrt_plan import free_memory
+
+    if options.unproved:
+        return None
+    if not options.force:
+        check_can_run(bundle, free_memory())
+    return Evidence(bundle, cache.folder.parent / "ranges", lambda what: watch(what, 0, 0, ""))
+
+
+def _tensorrt(
     bundle: Bundle,
     targets: tuple[Target, ...],
-    recipe: Any,
+    recipe: Recipe,
     graphs: tuple[str, ...],
-    library: Path | None,
-    batch: int | None,
-    images: int | None,
-    force: bool,
-) -> Request:
+    options: _Options,
+) -> None:
+    from mmi_deploy.build.cache import EngineCache
     from mmi_deploy.build.tensorrt import open_tensorrt
-    from mmi_deploy.build.tensorrt_plan import Request
+    from mmi_deploy.build.tensorrt_plan import Request, check_room, parts_of
+    from mmi_deploy.build.tensorrt_target import build_targets
     from mmi_deploy.commands.tensorrt_plugin import plugin_for
-    from mmi_deploy.graphs import Limits
 
-    plugin = plugin_for(targets[0].runtime, library)
+    cache, runtime = EngineCache.of_user(), targets[0].runtime
+    plugin = plugin_for(runtime, options.plugin)
     for one in targets:
         trt = open_tensorrt(plugin, one.runtime, str(one.architecture))
-    limits = bundle.limits
-    narrowed = Limits(limits.context, batch or limits.batch, images or limits.images)
-    return Request(bundle, targets, recipe, graphs, plugin, trt.__version__, narrowed, None, force)
+    with _watched(len(graphs) * len(targets)) as watch:
+        evidence = _evidence(bundle, cache, watch, options)
+        ranges = {name: evidence.ranges(name, recipe, runtime) for name in graphs if evidence}
+        request = Request(
+            bundle, targets, recipe, graphs, plugin, trt.__version__, options.limits, ranges,
+            evidence, options.force,
+        )  # fmt: skip
+        parts = parts_of(request)
+        missing = [part for part in parts if options.force or not cache.has(part.key)]
+        if not options.dry_run:
+            _say_memory(missing, len(parts))
+            if not options.force:
+                check_room(missing, bundle, cache)
+            reports = build_targets(request, cache, watch)
+    if options.dry_run:
+        _say_plan(request, parts, missing, cache, options.as_json)
+    else:
+        _say_reports(bundle, reports, options.as_json)
 
 
-def _tensorrt(request: Request, dry_run: bool, as_json: bool) -> None:
-    from mmi_deploy.build.cache import EngineCache
-    from mmi_deploy.build.tensorrt_plan import check_room, parts_of
-    from mmi_deploy.build.tensorrt_target import build_targets
-
-    cache = EngineCache.of_user()
-    parts = parts_of(request)
-    missing = [part for part in parts if request.force or not cache.has(part.key)]
-    if dry_run:
-        _say_plan(request, parts, missing, cache, as_json)
-        return
+def _say_memory(missing: list[Part], of: int) -> None:
     if missing:
         largest = max(missing, key=lambda part: part.memory)
         remarks().print(
-            f"{len(missing)} of {len(parts)} engines to build; the largest, of {largest.graph}, "
+            f"{len(missing)} of {of} engines to build; the largest, of {largest.graph}, "
             f"takes about {size(largest.memory)} of memory"
         )
-    if not request.force:
-        check_room(missing, request.bundle, cache)
-    with _watched(len(parts)) as watch:
-        reports = build_targets(request, cache, watch)
+
+
+def _say_reports(bundle: Bundle, reports: list[TargetReport], as_json: bool) -> None:
     if as_json:
-        print_json(
-            {"bundle": str(request.bundle.folder), "targets": [r.model_dump() for r in reports]}
-        )
+        targets = [report.model_dump(mode="json") for report in reports]
+        print_json({"bundle": str(bundle.folder), "targets": targets})
         return
     for report in reports:
         results().print(_table(report))
-        results().print(f"{report.target}: {report.remark}")
+        results().print(f"{report.target}: {report.remark}" if report.remark else report.target)
 
 
 def _say_plan(
@@ -202,25 +276,27 @@ def _say_plan(
 
 
 def _table(report: TargetReport) -> Table:
+    card = report.architecture is not None
     table = Table(box=box.SIMPLE_HEAD, title=report.target, title_justify="left")
     table.add_column("graph")
-    for heading in ("layers", "plugin", "weights", "engine", "seconds", "peak memory"):
+    headings = ("layers", "plugin", "weights", "engine", "seconds", "peak memory", "error")
+    for heading in headings if card else ("nodes", "weights", "all", "seconds", "error"):
         table.add_column(heading, justify="right")
     for graph in report.graphs:
-        table.add_row(
-            graph.graph,
-            str(sum(graph.layers.values())),
-            str(graph.plugin_layers),
-            size(graph.weights_bytes),
-            size(graph.engine_bytes),
-            "cached" if graph.cached else f"{graph.seconds:.1f}",
-            size(graph.peak_bytes),
-        )
+        layers, seconds = str(sum(graph.layers.values())), f"{graph.seconds:.1f}"
+        error = "not compared" if graph.error is None else f"{graph.error:.1e}"
+        sizes = size(graph.weights_bytes), size(graph.engine_bytes)
+        if card:
+            seconds = "cached" if graph.cached else seconds
+            plugin, peak = str(graph.plugin_layers), size(graph.peak_bytes)
+            table.add_row(graph.graph, layers, plugin, *sizes, seconds, peak, error)
+        else:
+            table.add_row(graph.graph, layers, *sizes, seconds, error)
     return table
 
 
 @contextmanager
-def _watched(total: int) -> Iterator[Callable[[str, int, int, str], None]]:
+def _watched(total: int) -> Iterator[Watch]:
     """A bar with elapsed time and component n of N in a terminal, a line per component in a log."""
     console = remarks()
     if not console.is_terminal:
@@ -230,7 +306,7 @@ def _watched(total: int) -> Iterator[Callable[[str, int, int, str], None]]:
             nonlocal said
             if what != said:
                 said = what
-                console.print(f"{what} ({done + 1} of {of})")
+                console.print(f"{what} ({done + 1} of {of})" if of else what)
 
         yield line
         return
@@ -244,5 +320,5 @@ def _watched(total: int) -> Iterator[Callable[[str, int, int, str], None]]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=total, phase="")
         yield lambda what, done, of, phase: bar.update(
-            task, description=what, completed=done, total=of, phase=phase
+            task, description=what, completed=done, total=of or total, phase=phase
         )

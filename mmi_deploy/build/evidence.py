@@ -1,0 +1,96 @@
+"""What a build is judged by: inputs recorded from a run of the bundle, how great the numbers inside
+its graphs get on them, and the proofs of rewritten graphs.
+
+Recording runs the whole bundle, so it is done when it is first asked for; ranges are kept, under
+the bundle's identity, since every build of a narrow type asks for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import onnx
+
+from mmi_deploy.build.inputs import Arrays, input_sets
+from mmi_deploy.build.precision import Ranges, Recipe, measure_ranges
+from mmi_deploy.build.precision.recipes import FLOAT32, GREATEST
+from mmi_deploy.build.precision.rewrite import read_model
+from mmi_deploy.build.receipts import Proof, prove
+from mmi_deploy.bundle import Bundle
+from mmi_deploy.errors import BundleError, EngineError
+
+RUN_FACTOR = 2.5
+"""Memory of ONNX Runtime over the float32 weights of the graphs that it runs."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Inputs, ranges and proofs of one bundle. folder: where ranges are kept. say: told what is
+    done next."""
+
+    bundle: Bundle
+    folder: Path
+    say: Callable[[str], None] = lambda what: None
+
+    @cached_property
+    def inputs(self) -> dict[str, list[Arrays]]:
+        """Sets of inputs by graph. Raises what running the bundle raises."""
+        self.say("recording inputs")
+        return input_sets(self.bundle)
+
+    def ranges(self, graph: str, recipe: Recipe, runtime: str) -> Ranges | None:
+        """The range check of one graph, or None where `recipe` computes in float32."""
+        if recipe.activations_on(runtime) == FLOAT32:
+            return None
+        path = self.folder / f"{self.bundle.identity[:32]}-{graph}.json"
+        with suppress(BundleError):
+            return Ranges.load(path)
+        source = self.bundle.graph_file(graph)
+        runs = self.inputs[graph]
+        self.say(f"measuring ranges of {graph}")
+        model = read_model(source, self.bundle.graphs[graph])
+        found = measure_ranges(model, source.parent, runs)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found.save(path)
+        return found
+
+    def prove(self, graph: str, recipe: Recipe, runtime: str, rewritten: Path) -> Proof:
+        """Compare a rewritten graph with the portable one; raises `BundleError` when it is too far
+        from it."""
+        sets = self.inputs[graph]
+        self.say(f"proving {graph} in {recipe.name}")
+        contract, portable = self.bundle.graphs[graph], self.bundle.graph_file(graph)
+        proof = prove(recipe, contract, portable, rewritten, runtime, sets)
+        proof.check(recipe.name)
+        return proof
+
+
+def check_can_run(bundle: Bundle, free: int) -> None:
+    """Raise `EngineError` where the bundle is too large to be run with `free` bytes of memory."""
+    need = int(RUN_FACTOR * sum(_float32_bytes(bundle.graph_file(name)) for name in bundle.graphs))
+    if need > free:
+        raise EngineError(
+            "too little memory to run the bundle, which shows what a precision does to it",
+            expected=f"about {need / 1e9:.1f} GB free",
+            got=f"{free / 1e9:.1f} GB",
+            fix="Build on a larger machine, or give --unproved to build without ranges and proof",
+        )
+
+
+def islands_key(ranges: Ranges | None, recipe: Recipe, activations: str) -> str:
+    """What of the ranges matters to an engine: the tensors that its type cannot hold."""
+    if ranges is None:
+        return ""
+    beyond = sorted(ranges.beyond(GREATEST[activations], recipe.margin))
+    return hashlib.sha256("\n".join(beyond).encode()).hexdigest()[:16]
+
+
+def _float32_bytes(path: Path) -> int:
+    model = onnx.load(path, load_external_data=False)
+    return 4 * sum(prod(tensor.dims) for tensor in model.graph.initializer)
