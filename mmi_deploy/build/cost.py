@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,6 +166,21 @@ def cost_of_file(
     else:
         storage = storage_of(graph, contract, recipe, runtime)
     return cost(graph, sizes, storage)
+
+
+def unchanging(graph: Sized, costs: GraphCost, changing: Collection[str]) -> Total:
+    """The nodes that depend on none of the inputs `changing`: what a loop that gives the graph new
+    values of these alone computes again and again."""
+    depends = set(changing)
+    for step in graph.steps:
+        if any(value is not None and value.name in depends for value in step.inputs):
+            depends |= {value.name for value in step.outputs}
+    made_by = {step.node.name: step for step in graph.steps}
+    return _total(
+        node
+        for node in costs.nodes
+        if not any(value.name in depends for value in made_by[node.name].outputs)
+    )
 
 
 def cost(graph: Sized, sizes: Mapping[str, int], storage: Storage) -> GraphCost:

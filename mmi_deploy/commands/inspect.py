@@ -43,6 +43,10 @@ def inspect(
     memory: Annotated[
         bool, typer.Option("--memory", help="What it takes of a card, by precision; what holds it.")
     ] = False,
+    removed: Annotated[
+        bool,
+        typer.Option("--removed", help="FLOPs beside those of the model as it was published."),
+    ] = False,
     fit: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +103,14 @@ def inspect(
 
     if folder and preset:
         raise ConfigError("a folder and --preset were given", expected="one of them")
-    check_alone(cost=cost, memory=memory, fit=bool(fit), tensors=tensors)
+    check_alone(cost=cost, memory=memory, fit=bool(fit), removed=removed, tensors=tensors)
+    if removed:
+        with extras("inspect --removed"):
+            from mmi_deploy.commands.inspect_removed import show_removed
+
+            _, manifest, files = _graphs_of(folder, preset)
+            show_removed(manifest, files, as_json)
+        return
     if memory or fit:
         with extras("inspect --memory"):
             model = _memory_model(folder, preset, context, batch, images, on_cpu)

@@ -17,6 +17,7 @@ EXTRAS = {
     "export": "export",
     "inspect --cost": "build",
     "inspect --memory": "build",
+    "inspect --removed": "export",
     "build": "build",
     "bench": "bench",
 }

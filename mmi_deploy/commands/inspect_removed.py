@@ -1,0 +1,50 @@
+"""`mmi inspect --removed`: what the graphs no longer compute that the published model does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from mmi_deploy.commands.inspect_cost import flops
+from mmi_deploy.commands.screen import print_json, results
+
+if TYPE_CHECKING:
+    from mmi_deploy.manifest import BundleManifest
+
+
+def show_removed(manifest: BundleManifest, files: Mapping[str, Path], as_json: bool) -> None:
+    """Print FLOPs as published and as deployed, and what is computed again and again."""
+    from mmi_bench.removed import compare, repeated
+
+    rows = compare(manifest.config, manifest.limits, files)
+    again = repeated(manifest.config)
+    if as_json:
+        print_json(
+            {
+                "model": manifest.config.name,
+                "context": manifest.limits.context,
+                "rows": [{**vars(row), "ratio": row.ratio} for row in rows],
+                "repeated": again,
+            }
+        )
+        return
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{manifest.config.name}: matrix FLOPs at a context of {manifest.limits.context}",
+        title_justify="left",
+    )
+    table.add_column("what is done")
+    for heading in ("as published", "deployed", "times fewer"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        before = "-" if row.published is None else flops(row.published)
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        table.add_row(row.what, before, flops(row.deployed), ratio)
+    out = results()
+    out.print(table)
+    for what, count in again.items():
+        out.print(f"As published, {what}: {flops(count)}FLOP")
