@@ -70,10 +70,7 @@ def build_cpu_target(
                     engine_bytes=sum(sizes.values()),
                     weights_bytes=sum(sizes.values()) - sizes[".onnx"],
                     seconds=round(time.perf_counter() - started, 2),
-                    compared_with=proof.compared_with,
-                    error=proof.error,
-                    tolerance=max(case.tolerance for case in proof.cases),
-                )
+                ).with_proof(proof.compared_with, proof.cases)
             )
         report = TargetReport(
             target=target.name,

@@ -138,12 +138,10 @@ RECIPES = {
         ),
         Recipe(
             "mixed",
-            "weights of the LLM's large layers in int4, of all others that multiply in int8",
+            "as int4, with the products that suffer most from it in int8: see `sensitivity.py`",
             FLOAT16,
             weights=_llm(
-                Scheme(INT4, 32),
-                (_HEAD, Scheme(INT8)),
-                (r"o_proj|down_proj|look_back", Scheme(INT8)),
+                Scheme(INT4, 32), (_HEAD, Scheme(INT8)), (r"down_proj|look_back", Scheme(INT8))
             ),
             least_architecture=80,
         ),
