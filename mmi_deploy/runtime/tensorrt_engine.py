@@ -186,16 +186,22 @@ class TensorRtEngine(Engine):
                 return
             self._residency.make_room(self)
             self._engine = self._tensorrt.load(self._path, self._mend)
-            self._check(self._path)
-            host = self._tensorrt.module.TensorLocation.HOST
-            location, need = (
-                self._engine.get_tensor_location,
-                self._engine.get_device_memory_size_for_profile_v2,
-            )
-            self._on_host = {t.name for t in self.graph.inputs if location(t.name) == host}
-            count = self._engine.num_optimization_profiles
-            self._profiles = [self._profile(index) for index in range(count)]
-            self._scratch.provide(max(need(index) for index in range(count)))
+            try:
+                self._learn()
+            except BaseException:
+                self._engine = None  # it does not stay on the GPU
+                raise
+
+    def _learn(self) -> None:
+        """Read what the engine says of itself, and provide what it needs."""
+        self._check(self._path)
+        host = self._tensorrt.module.TensorLocation.HOST
+        location = self._engine.get_tensor_location
+        need = self._engine.get_device_memory_size_for_profile_v2
+        count = self._engine.num_optimization_profiles
+        self._on_host = {t.name for t in self.graph.inputs if location(t.name) == host}
+        self._profiles = [self._profile(index) for index in range(count)]
+        self._scratch.provide(max(need(index) for index in range(count)))
 
     def close(self) -> None:
         """Take the engine off the GPU, once what runs is done. It comes back when it is run."""

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from threading import RLock
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,6 +66,7 @@ class Stream:
     waiting: list[Callable[[], None]] = field(default_factory=list)
     recording: list[Callable[[], None]] | None = None
     spoiled: bool = False
+    busy: bool = False
 
 
 class FakeCuda:
@@ -88,6 +90,7 @@ class FakeCuda:
         self.faults: list[str] = []
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.launches = 0
+        self.lock = RLock()
         self._handles = iter(range(0x1000, 1 << 30, 0x10))
 
     def __getattribute__(self, name: str) -> Any:
@@ -96,8 +99,9 @@ class FakeCuda:
             return found
 
         def logged(*arguments: Any) -> Any:
-            self.calls.append((name, arguments))
-            return found(*arguments)
+            with self.lock:  # CUDA's calls are safe from several threads
+                self.calls.append((name, arguments))
+                return found(*arguments)
 
         return logged
 
@@ -119,8 +123,9 @@ class FakeCuda:
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
         """For the fake TensorRT: `work` runs when its turn on the stream has come."""
-        place = self.stream(stream)
-        (place.waiting if place.recording is None else place.recording).append(work)
+        with self.lock:
+            place = self.stream(stream)
+            (place.waiting if place.recording is None else place.recording).append(work)
 
     def stream(self, handle: int) -> Stream:
         if int(handle) not in self.streams:
@@ -152,8 +157,15 @@ class FakeCuda:
             return (cudaError_t.cudaErrorInvalidValue,)
         for stream in self.streams.values():
             self._drain(stream)  # so does cudaFree
-        self.live.pop(pointer).array[...] = GARBAGE
+        busy = [stream for stream in self.streams.values() if stream.busy]
+        if busy:  # python frees in the midst of what this thread waits for
+            busy[0].waiting.append(lambda: self._release(pointer))
+        else:
+            self._release(pointer)
         return (OK,)
+
+    def _release(self, pointer: int) -> None:
+        self.live.pop(pointer).array[...] = GARBAGE
 
     def cudaMalloc(self, size: int) -> tuple[cudaError_t, int | None]:
         return self._allocate(DEVICE, size)
@@ -237,8 +249,14 @@ class FakeCuda:
         return (OK,)
 
     def _drain(self, stream: Stream) -> None:
-        while stream.waiting:
-            stream.waiting.pop(0)()
+        if stream.busy:
+            return
+        stream.busy = True
+        try:
+            while stream.waiting:
+                stream.waiting.pop(0)()
+        finally:
+            stream.busy = False
 
     # Recording.
 

@@ -250,7 +250,8 @@ class ICudaEngine(Fake):
 def _unload(cuda: FakeCuda, graph: str, weights: int, contexts: Any) -> None:
     if contexts:
         cuda.faults.append(f"the engine of {graph} goes before its contexts")
-    object.__getattribute__(cuda, "_free")(DEVICE, weights)
+    with cuda.lock:
+        cuda._free(DEVICE, weights)
 
 
 class IRuntimeCache(Fake):

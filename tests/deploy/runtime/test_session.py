@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from deploy.runtime.fake_cuda import FakeCuda
 from deploy.runtime.fake_model import (
     LIMITS,
     Log,
@@ -17,12 +20,39 @@ from deploy.runtime.fake_model import (
     picture,
     vae_decoder,
 )
+from deploy.runtime.gpu_targets import add_target, fake_bundle, machine
+from mmi_deploy.config import ModelConfig
 from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.graphs import DEEP, IMAGE_SLOT_PADDING, Limits
 from mmi_deploy.images import to_rgb
 from mmi_deploy.layout import image_positions, picture_positions
 from mmi_deploy.runtime.rng import first_latents, step_noise
+from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session, pad_images
+
+
+@pytest.fixture(autouse=True, params=["host", "gpu"])
+def where(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Every claim here holds for a session on the host and for one on a GPU."""
+    if request.param == "host":
+        yield
+        return
+    gpus: list[FakeCuda] = []
+
+    def on_gpu(config: ModelConfig | None = None, limits: Limits = LIMITS) -> tuple[Runtime, Log]:
+        log, folder = Log(), tmp_path / str(len(gpus)) / "bundle"
+        folder.parent.mkdir()
+        bundle = fake_bundle(folder, config or fake_config(), limits)
+        found = machine(bundle, add_target(bundle), log=log)
+        gpus.append(found.cuda)
+        return found.runtime, log
+
+    monkeypatch.setattr(request.module, "fake_runtime", on_gpu)
+    yield
+    assert [gpu.faults for gpu in gpus] == [[]] * len(gpus)
+
 
 TOKENS = fake_config().tokens
 BOI, BOS = TOKENS.boi, TOKENS.bos
@@ -296,7 +326,9 @@ def test_numbers_that_are_not_finite_are_an_error(graph: str) -> None:
 
     def execute(inputs: Any, outputs: Any) -> None:
         real(inputs, outputs)
-        outputs[output].read().flat[-1] = np.nan
+        spoiled = outputs[output].read().copy()
+        spoiled.flat[-1] = np.nan
+        outputs[output].write(spoiled)
 
     engine._execute = execute  # type: ignore[method-assign]
     session = Session(runtime)
