@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 from mmi_deploy.config import ModelConfig
 from mmi_deploy.errors import BundleError
@@ -25,6 +26,7 @@ from mmi_deploy.manifest import (
     PORTABLE,
     BundleManifest,
     Case,
+    Hashes,
     Receipt,
     TargetManifest,
     check_files,
@@ -32,6 +34,7 @@ from mmi_deploy.manifest import (
     file_entries,
     hash_of_files,
     read_manifest,
+    remember_files,
     sha256_of,
     write_manifest,
 )
@@ -162,18 +165,35 @@ class _FolderWriter:
 
     folder: Path
     target: str
+    hashes: Hashes = field(default_factory=Hashes)
     _graphs: dict[str, str] = field(default_factory=dict)
+    _shared: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _receipts: list[Receipt] = field(default_factory=list)
 
-    def add_receipt(self, graph: str, compared_with: str, cases: Iterable[Case]) -> Receipt:
-        """Vouch for the file of `graph` and its weights, which differ from it in the suffix alone,
-        as they are now. They must not be changed afterwards."""
+    def share(self, graph: str, names: Iterable[str]) -> None:
+        """Say which files of weights `graph` refers to that are not its own, by their paths in the
+        folder."""
+        self._shared[graph] = tuple(sorted(names))
+
+    def add_receipt(
+        self,
+        graph: str,
+        compared_with: str,
+        cases: Iterable[Case],
+        scope: Literal["full", "slice"] = "full",
+    ) -> Receipt:
+        """Vouch for the file of `graph` and its weights, which differ from it in the suffix alone
+        or are shared, as they are now. They must not be changed afterwards."""
+        files = file_entries(
+            self.folder, self._graphs[graph], self._shared.get(graph, ()), self.hashes
+        )
         receipt = Receipt(
             graph=graph,
             target=self.target,
-            sha256=hash_of_files(file_entries(self.folder, self._graphs[graph])),
+            sha256=hash_of_files(files),
             compared_with=compared_with,
             cases=tuple(cases),
+            scope=scope,
         )
         self._receipts.append(receipt)
         return receipt
@@ -186,6 +206,7 @@ class BundleWriter(_FolderWriter):
         super().__init__(folder, PORTABLE)
         self.config = config
         self.limits = limits
+        self.weights: Literal["given", "empty", "random"] = "given"
         self.tokenizer = folder / "tokenizer.json"
         self._schedules: dict[str, str] = {}
         (folder / "graphs").mkdir()
@@ -209,7 +230,9 @@ class BundleWriter(_FolderWriter):
         manifest = BundleManifest(
             format=FORMAT,
             graphs=self._graphs,
-            files=file_entries(self.folder),
+            shared=self._shared,
+            files=file_entries(self.folder, hashed=self.hashes),
+            weights=self.weights,
             receipts=tuple(self._receipts),
             versions=tool_versions(),
             config=self.config,
@@ -219,6 +242,7 @@ class BundleWriter(_FolderWriter):
         )
         _check_parts(self.folder, manifest)
         write_manifest(self.folder / MANIFEST, manifest)
+        remember_files(self.folder, manifest.files)
 
 
 class TargetWriter(_FolderWriter):
@@ -234,7 +258,8 @@ class TargetWriter(_FolderWriter):
         manifest = TargetManifest(
             format=FORMAT,
             graphs=self._graphs,
-            files=file_entries(self.folder),
+            shared=self._shared,
+            files=file_entries(self.folder, hashed=self.hashes),
             receipts=tuple(self._receipts),
             versions=tool_versions(),
             target=self.target,

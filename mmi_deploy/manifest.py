@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
@@ -25,6 +25,9 @@ FORMAT = 1
 
 PORTABLE = "portable"
 """The target of a graph's own file, before any rewrite for an execution provider."""
+
+_BLOCK = 2**24
+"""Bytes that are hashed at a time."""
 
 _CHECKED = ".checked.json"
 """Remembers which hashes were checked at which size and times. Not part of the bundle."""
@@ -57,7 +60,8 @@ class Case(_Model):
 class Receipt(_Model):
     """Proof that the files of `graph` for `target` compute what `compared_with` computes.
 
-    `sha256`: of the graph and its weights together, see `hash_of_files`.
+    `sha256`: of the graph and its weights together, see `hash_of_files`. `scope`: `full` if these
+    files were run; `slice` if they were too large and the same code was run at a smaller size.
     """
 
     graph: str
@@ -65,6 +69,7 @@ class Receipt(_Model):
     sha256: str
     compared_with: str
     cases: tuple[Case, ...]
+    scope: Literal["full", "slice"] = "full"
 
     @property
     def passed(self) -> bool:
@@ -72,10 +77,14 @@ class Receipt(_Model):
 
 
 class FolderManifest(_Model):
-    """What the bundle and each of its targets say alike. Paths are relative, with `/`."""
+    """What the bundle and each of its targets say alike. Paths are relative, with `/`.
+
+    `shared`: files of weights that several graphs refer to, by graph.
+    """
 
     format: int
     graphs: dict[str, str]
+    shared: dict[str, tuple[str, ...]] = {}
     files: dict[str, FileEntry]
     receipts: tuple[Receipt, ...]
     versions: dict[str, str]
@@ -91,8 +100,12 @@ class FolderManifest(_Model):
 
     def graph_files(self, graph: str) -> dict[str, FileEntry]:
         """The file of `graph` and its weights, by name."""
-        path = self.graphs[graph]
-        return {name: entry for name, entry in self.files.items() if belongs(name, path)}
+        path, shared = self.graphs[graph], self.shared.get(graph, ())
+        return {
+            name: entry
+            for name, entry in self.files.items()
+            if belongs(name, path) or name in shared
+        }
 
     def receipt(self, graph: str) -> Receipt | None:
         """The receipt for the files of `graph` as they are now, if there is one."""
@@ -116,8 +129,10 @@ def hash_of_files(files: Mapping[str, FileEntry]) -> str:
 
 
 class BundleManifest(FolderManifest):
-    """`bundle.json`. `schedules` maps `NAME:STEPS` to a file; the first is the default."""
+    """`bundle.json`. `schedules` maps `NAME:STEPS` to a file; the first is the default. `weights`:
+    whether they are a model's or stand in for one, empty or random."""
 
+    weights: Literal["given", "empty", "random"] = "given"
     config: ModelConfig
     limits: Limits
     tokenizer: str
@@ -181,16 +196,59 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_entries(folder: Path, graph_file: str | None = None) -> dict[str, FileEntry]:
+class Hashes:
+    """Hashes of files, each computed once whatever names it has.
+
+    `told`: called with how many bytes of how many of a large file have been read.
+    """
+
+    def __init__(self, told: Callable[[Path, int, int], None] | None = None) -> None:
+        self.told = told
+        self._known: dict[tuple[int, ...], str] = {}
+
+    def __call__(self, path: Path) -> str:
+        status = path.stat()
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if key not in self._known:
+            self._known[key] = self._hash(path, status.st_size)
+        return self._known[key]
+
+    def _hash(self, path: Path, size: int) -> str:
+        found, done = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                found.update(block)
+                done += len(block)
+                if self.told is not None and size > _BLOCK:
+                    self.told(path, done, size)
+        return found.hexdigest()
+
+
+def file_entries(
+    folder: Path,
+    graph_file: str | None = None,
+    shared: Sequence[str] = (),
+    hashed: Callable[[Path], str] = sha256_of,
+) -> dict[str, FileEntry]:
     """Every file under `folder` that is not hidden, or those of one graph, with hash and size."""
     entries = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if graph_file and not belongs(name, graph_file):
+        if graph_file and not belongs(name, graph_file) and name not in shared:
             continue
         if path.is_file() and not path.name.startswith("."):
-            entries[name] = FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
+            entries[name] = FileEntry(sha256=hashed(path), size=path.stat().st_size)
     return entries
+
+
+def remember_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """What `check_files` would find out: `files` were hashed just now."""
+    _remember(folder, {name: _seen(folder / name, entry) for name, entry in files.items()})
+
+
+def _seen(path: Path, entry: FileEntry) -> list[object]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256]
 
 
 def check_files(
@@ -206,15 +264,15 @@ def check_files(
     now: dict[str, list[object]] = {}
     for name, entry in files.items():
         try:
-            status = (folder / name).stat()
+            now[name] = _seen(folder / name, entry)
         except OSError:
             raise BundleError(
                 f"{folder} is not complete: {name} is missing", fix=f"write it again with `{mend}`"
             ) from None
-        now[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256]
-        if status.st_size == entry.size and checked.get(name) == now[name]:
+        size = now[name][0]
+        if size == entry.size and checked.get(name) == now[name]:
             continue
-        if status.st_size != entry.size or sha256_of(folder / name) != entry.sha256:
+        if size != entry.size or sha256_of(folder / name) != entry.sha256:
             raise BundleError(
                 f"{folder / name} has changed since it was written", fix=f"write it with `{mend}`"
             )

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from mmi_deploy.graphs import Graph, numbered
 from mmi_export import operators
+from mmi_export.deployed_llama import DeployedAttention, FusedAttention, FusedMlp
 from mmi_export.folding import FoldedLlmLookBack
-from mmi_export.fused_llama import FusedAttention, FusedMlp
 from mmi_export.onnx_from_module import Tensors, sharing_copy
 from mmi_train.model.llama import Block, KvCache
+from mmi_train.model.lm_head import LmHead
 from mmi_train.model.mm_interleaved import MMInterleaved
 
 
@@ -43,25 +44,83 @@ class InPlaceCache:
         """The caller keeps count."""
 
 
-class LlmGraph(nn.Module):
-    """`MMInterleaved.llm` and its head, with MMFS, the head and the BoI vector folded."""
+class Words(nn.Module):
+    """Token ids [b, t] to embeddings [b, t, c], the learned vector added to begin-of-image."""
 
-    def __init__(self, model: MMInterleaved, graph: Graph) -> None:
+    def __init__(self, model: MMInterleaved) -> None:
+        super().__init__()
+        self.boi = model.config.tokens.boi
+        self.embedding, self.boi_embedding = model.llm.embed_tokens.weight, model.boi_embedding
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        words = F.embedding(token_ids, self.embedding)
+        is_boi = (token_ids == self.boi).unsqueeze(-1)
+        return torch.where(is_boi, words + self.boi_embedding, words)
+
+
+class FoldedWords(nn.Module):
+    """The same from one table."""
+
+    def __init__(self, model: MMInterleaved) -> None:
+        super().__init__()
+        row = torch.tensor([model.config.tokens.boi])
+        table = model.llm.embed_tokens.weight.detach().index_add(0, row, model.boi_embedding)
+        self.embedding = nn.Parameter(table.detach(), requires_grad=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.embedding)
+
+
+class Head(nn.Module):
+    """`LmHead`: the logits of the new ids are added to those of the frozen head."""
+
+    def __init__(self, head: LmHead) -> None:
+        super().__init__()
+        self.head, self.head_new = head.head, head.head_new
+        count = head.head_new.out_features
+        column = torch.full((head.head.out_features,), count)
+        column = column.index_copy(0, head.new_ids, torch.arange(count))
+        self.register_buffer("column", column)  # [vocab]: of the new logits; the last: none
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        new = F.pad(self.head_new(hidden), (0, 1))  # [b, k, new + 1], zeros at the end
+        return self.head(hidden) + new.index_select(-1, self.get_buffer("column"))
+
+
+class FoldedHead(nn.Module):
+    """The same as one linear map."""
+
+    def __init__(self, head: LmHead) -> None:
+        super().__init__()
+        weight, bias = head.folded()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+
+class LlmGraph(nn.Module):
+    """`MMInterleaved.llm` and its head, MMFS folded.
+
+    `fused`: with the head and the begin-of-image vector folded too, and linear maps of one input
+    stacked. Otherwise every large weight is used as the model's file holds it.
+    """
+
+    def __init__(self, model: MMInterleaved, graph: Graph, fused: bool = True) -> None:
         super().__init__()
         self.graph = graph
-        embedding = model.llm.embed_tokens.weight.detach().clone()
-        embedding[model.config.tokens.boi] += model.boi_embedding.detach()[0]
-        self.embedding = nn.Parameter(embedding, requires_grad=False)
+        self.words: nn.Module = FoldedWords(model) if fused else Words(model)
         self.llm = sharing_copy(model.llm)
         del self.llm.embed_tokens
+        attention = FusedAttention if fused else DeployedAttention
         for block in cast(Iterable[Block], self.llm.layers):
-            block.register_module("self_attn", FusedAttention(block.self_attn))
-            block.register_module("mlp", FusedMlp(block.mlp))
+            block.register_module("self_attn", attention(block.self_attn))
+            if fused:
+                block.register_module("mlp", FusedMlp(block.mlp))
             if block.look_back is not None:
                 block.register_module("look_back", FoldedLlmLookBack(block.look_back))
-        weight, bias = model.head.folded()
-        self.head_weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.head_bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self.head: nn.Module = FoldedHead(model.head) if fused else Head(model.head)
 
     def forward(self, inputs: Tensors) -> Tensors:
         cache = InPlaceCache(inputs)
@@ -75,14 +134,13 @@ class LlmGraph(nn.Module):
             inputs["image_position"],
         )
         wanted = operators.gather_rows(hidden, inputs["logit_index"])  # [b, k, c]
-        logits = F.linear(wanted, self.head_weight, self.head_bias)
-        outputs = {"logits": logits, "hidden": hidden, **cache.present}
+        outputs = {"logits": self.head(wanted), "hidden": hidden, **cache.present}
         return {tensor.name: outputs[tensor.name] for tensor in self.graph.outputs}
 
     def _embed(self, inputs: Tensors) -> Tensor:
         index = inputs["visual_index"]
         visual = F.embedding(index.clamp(min=0), inputs["visual_tokens"])
-        words = F.embedding(inputs["token_ids"], self.embedding)
+        words = self.words(inputs["token_ids"])
         return torch.where((index >= 0).unsqueeze(-1), visual, words)
 
     def _visible(self, inputs: Tensors) -> Tensor:

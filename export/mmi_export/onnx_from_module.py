@@ -10,11 +10,12 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -32,6 +33,8 @@ from mmi_deploy.graphs import (
     Range,
 )
 from mmi_export.mmfs_function import mmfs_function
+from mmi_export.stored_weights import Place
+from mmi_export.weight_sources import WeightSources
 from mmi_export.weights import externalise
 
 Tensors = dict[str, Tensor]
@@ -43,14 +46,20 @@ _EXAMPLE_SIZES = (2, 3, 5, 7, 11, 13, 17)
 """Sizes of the dynamic dimensions while tracing, all different, none taken for another."""
 
 
-def onnx_from_module(module: nn.Module, graph: Graph, path: Path) -> None:
-    """Write `module` as `path`, its weights beside it as safetensors."""
+def onnx_from_module(
+    module: nn.Module, graph: Graph, path: Path, weights: WeightSources | None = None
+) -> set[str]:
+    """Write `module` as `path`, its weights beside it as safetensors.
+
+    `weights`: where the numbers of a module without numbers come from, and which stay where they
+    are. Returns the names of the files beside `path` that hold those.
+    """
     sizes = example_sizes(graph)
-    inputs = {
-        tensor.name: torch.zeros(tensor.resolve(**sizes), dtype=getattr(torch, tensor.dtype))
-        for tensor in graph.inputs
-    }
-    with torch.no_grad(), _quiet():
+    with weights.tracing() if weights else torch.no_grad(), _quiet():
+        inputs = {
+            tensor.name: torch.zeros(tensor.resolve(**sizes), dtype=getattr(torch, tensor.dtype))
+            for tensor in graph.inputs
+        }
         # Not left to the ONNX exporter, which fixes a dimension silently where tracing asks for it.
         traced = torch.export.export(
             module,
@@ -72,28 +81,45 @@ def onnx_from_module(module: nn.Module, graph: Graph, path: Path) -> None:
     model = program.model
     assert model.opset_imports[""] == OPSET, f"exported at opset {model.opset_imports}"
     model.ir_version = IR_VERSION
+    linked = weights.attach(model, module) if weights else {}
     with _quiet():
-        _tidy(model)
+        _tidy(model, linked)
+    files = weights.link(model, linked, path.parent) if weights else set()
     _expand_masks(model)
     _state_contract(model, graph)
     _attach_function(model)
     externalise(model, path.with_suffix(".safetensors"))
-    onnx.save(ir.to_proto(model), path)
-    onnx.checker.check_model(path, full_check=True)
+    proto = ir.to_proto(model)
+    onnx.save(proto, path)
+    _check(proto)
+    return files
 
 
-def _tidy(model: ir.Model) -> None:
+def _check(proto: onnx.ModelProto) -> None:
+    """ONNX's own checks, strict shape inference among them, without opening a file of weights: the
+    checker refuses hard links, and none of its checks reads a weight."""
+    graph, inside = proto.graph, []
+    for tensor in graph.initializer:
+        if tensor.external_data:
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+        else:
+            inside.append(tensor)
+    del graph.initializer[:]
+    graph.initializer.extend(inside)
+    onnx.checker.check_model(proto, full_check=True)
+
+
+def _tidy(model: ir.Model, linked: Mapping[str, Place]) -> None:
     """Compute what is constant, share what is computed twice, drop what nobody reads.
 
     These are the exporter's own passes without its pattern rewriting, which takes a third of an
-    export and does what every runtime does again when it loads the file.
+    export and does what every runtime does again when it loads the file. Weights that stay where
+    they are (`linked`) are no constants here: nothing is computed from them.
     """
     passes.InlinePass()(model)
-    transposed = {
-        node.outputs[0].name: f"{node.inputs[0].name}.transposed"
-        for node in model.graph
-        if node.op_type == "Transpose" and node.inputs[0] in model.graph.initializers.values()
-    }
+    _transpose_weights(model, linked)
     fold_constants(model)
     for tidy in (
         passes.RemoveUnusedNodesPass(),
@@ -109,8 +135,38 @@ def _tidy(model: ir.Model) -> None:
         passes.ClearMetadataAndDocStringPass(),
     ):
         tidy(model)
-    for name, value in list(model.graph.initializers.items()):
-        value.name = transposed.get(name, name)
+
+
+def _transpose_weights(model: ir.Model, linked: Mapping[str, Place]) -> None:
+    """Let the file hold transposed what the graph would only ever read transposed."""
+    initializers = model.graph.initializers
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.name not in initializers or weight.name in linked:
+            continue
+        tensor = weight.const_value
+        if tensor is None or len(weight.uses()) > 1:
+            continue
+        order = node.attributes["perm"].as_ints()
+        name = f"{weight.name}.transposed"
+        turned = ir.Value(
+            name=name,
+            shape=ir.Shape(tensor.shape[axis] for axis in order),
+            type=ir.TensorType(tensor.dtype),
+            const_value=_transposed(tensor, order),
+        )
+        model.graph.register_initializer(turned)
+        node.outputs[0].replace_all_uses_with(turned)
+        model.graph.remove(node, safe=True)
+
+
+def _transposed(tensor: ir.TensorProtocol, order: Sequence[int]) -> ir.LazyTensor:
+    shape = ir.Shape(tensor.shape[axis] for axis in order)
+
+    def turn() -> ir.Tensor:
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(order)))
+
+    return ir.LazyTensor(turn, dtype=tensor.dtype, shape=shape)
 
 
 def _expand_masks(model: ir.Model) -> None:

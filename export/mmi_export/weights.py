@@ -1,7 +1,8 @@
 """The weights of a graph as one safetensors file, to which the ONNX file refers as external data.
 
 Both formats store plain rows of bytes, so nothing is converted: a runtime that maps the file maps
-the weights, and any safetensors reader can look at them.
+the weights, and any safetensors reader can look at them. Weights are made one at a time, while they
+are written; those that lie in another file already stay there.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mmi_export.stored_weights import SAFETENSORS_TYPES
+
 ALIGNMENT = 64
 """Bytes. Data starts at a multiple of it; the largest tensors come first and mostly keep to it."""
 
 INLINE_BYTES = 256
 """Smaller initialisers, and those that are shapes or indices, stay in the ONNX file."""
-
-_DTYPES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}
 
 
 def externalise(model: ir.Model, file: Path) -> None:
@@ -28,7 +29,8 @@ def externalise(model: ir.Model, file: Path) -> None:
         name: value.const_value
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
-        and value.const_value.dtype in _DTYPES
+        and not isinstance(value.const_value, ir.ExternalTensor)
+        and value.const_value.dtype in SAFETENSORS_TYPES
         and value.const_value.nbytes > INLINE_BYTES
     }
     if not weights:
@@ -40,7 +42,7 @@ def externalise(model: ir.Model, file: Path) -> None:
             offsets[name],
             tensor.nbytes,
             tensor.dtype,
-            shape=tensor.shape,
+            shape=ir.Shape(tensor.shape),
             name=name,
             base_dir=file.parent,
         )
@@ -55,7 +57,7 @@ def _write(file: Path, weights: Mapping[str, ir.TensorProtocol]) -> dict[str, in
         tensor = weights[name]
         start, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": SAFETENSORS_TYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

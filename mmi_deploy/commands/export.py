@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mmi_deploy import presets
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import print_json, results, staged
 from mmi_deploy.files import check_replaceable
@@ -32,6 +33,37 @@ def export(
             show_default="unipc:20",
         ),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Export a preset with stand-in weights instead of a model folder.",
+            show_default=False,
+        ),
+    ] = None,
+    sparse_weights: Annotated[
+        bool, typer.Option("--sparse-weights", help="With --preset: zeros that take no disk.")
+    ] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="With --preset: drawn numbers.")
+    ] = False,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --preset: cut the language model to so many layers.",
+            show_default="all",
+        ),
+    ] = None,
+    prove: Annotated[
+        str | None,
+        typer.Option(
+            metavar="full|slice|none",
+            help="What is run to prove the graphs: they themselves, the same code at a smaller "
+            "size, or nothing.",
+            show_default="full up to 2 GB of weights, else slice",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -43,14 +75,28 @@ def export(
     check_replaceable(out, force)
     with extras("export"):
         from mmi_export.bundle_export import DEFAULT_SCHEDULES, export_bundle
+        from mmi_export.stand_in import export_stand_in
+    options: dict[str, Any] = {"context": context, "schedules": schedule or DEFAULT_SCHEDULES}
+    options |= {"scope": prove, "force": force}
     with staged("loading") as stage:
-        bundle = export_bundle(
-            model, out, context, schedule or DEFAULT_SCHEDULES, force=force, progress=stage
-        )
+        if preset is None:
+            bundle = export_bundle(model, out, **options, progress=stage)
+        else:
+            bundle = export_stand_in(
+                presets.preset(preset),
+                out,
+                weights="random" if random_weights else "empty",
+                layers=layers,
+                **options,
+                progress=stage,
+            )
     if as_json:
         print_json({"bundle": str(out), **bundle.manifest.model_dump(mode="json")})
         return
     cases = [case for receipt in bundle.manifest.receipts for case in receipt.cases]
+    if not cases:
+        results().print(f"{out}: {len(bundle.graphs)} graphs, none of them proved")
+        return
     results().print(
         f"{out}: {len(bundle.graphs)} graphs, {len(cases)} comparisons, greatest error "
         f"{max(case.error for case in cases):.1e}. Look at it with `mmi inspect {out}`"

@@ -17,7 +17,7 @@ from mmi_export.folding import (
     FoldedUnetLookBack,
     FoldedValues,
 )
-from mmi_export.fused_llama import FusedAttention, FusedMlp
+from mmi_export.deployed_llama import FusedAttention, FusedMlp
 from mmi_train.model import llama, unet
 from mmi_train.model.mmfs import Mmfs
 from references.mmfs_float64 import equation_4
