@@ -17,7 +17,7 @@ from pathlib import Path
 
 import onnx
 
-from mmi_deploy.build.inputs import Arrays, input_sets
+from mmi_deploy.build.inputs import Sample, samples_of
 from mmi_deploy.build.precision import Ranges, Recipe, measure_ranges
 from mmi_deploy.build.precision.recipes import FLOAT32, GREATEST
 from mmi_deploy.build.precision.rewrite import read_model
@@ -39,34 +39,46 @@ class Evidence:
     say: Callable[[str], None] = lambda what: None
 
     @cached_property
-    def inputs(self) -> dict[str, list[Arrays]]:
+    def samples(self) -> dict[str, list[Sample]]:
         """Sets of inputs by graph. Raises what running the bundle raises."""
         self.say("recording inputs")
-        return input_sets(self.bundle)
+        return samples_of(self.bundle)
 
     def ranges(self, graph: str, recipe: Recipe, runtime: str) -> Ranges | None:
         """The range check of one graph, or None where `recipe` computes in float32."""
         if recipe.activations_on(runtime) == FLOAT32:
             return None
-        path = self.folder / f"{self.bundle.identity[:32]}-{graph}.json"
+        return self.known_ranges(graph) or self._measure(graph)
+
+    def known_ranges(self, graph: str) -> Ranges | None:
+        """The range check of an earlier build, if there was one."""
         with suppress(BundleError):
-            return Ranges.load(path)
-        source = self.bundle.graph_file(graph)
-        runs = self.inputs[graph]
+            return Ranges.load(self._path(graph))
+        return None
+
+    def _path(self, graph: str) -> Path:
+        return self.folder / f"{self.bundle.identity[:32]}-{graph}.json"
+
+    def _measure(self, graph: str) -> Ranges:
+        """On what was recorded; on random inputs for a graph that the recorded run had no use
+        for."""
+        samples = self.samples[graph]
+        runs = [sample.inputs for sample in samples if sample.recorded]
         self.say(f"measuring ranges of {graph}")
+        source = self.bundle.graph_file(graph)
         model = read_model(source, self.bundle.graphs[graph])
-        found = measure_ranges(model, source.parent, runs)
+        found = measure_ranges(model, source.parent, runs or [sample.inputs for sample in samples])
         self.folder.mkdir(parents=True, exist_ok=True)
-        found.save(path)
+        found.save(self._path(graph))
         return found
 
     def prove(self, graph: str, recipe: Recipe, runtime: str, rewritten: Path) -> Proof:
         """Compare a rewritten graph with the portable one; raises `BundleError` when it is too far
         from it."""
-        sets = self.inputs[graph]
+        samples = self.samples[graph]
         self.say(f"proving {graph} in {recipe.name}")
         contract, portable = self.bundle.graphs[graph], self.bundle.graph_file(graph)
-        proof = prove(recipe, contract, portable, rewritten, runtime, sets)
+        proof = prove(recipe, contract, portable, rewritten, runtime, samples)
         proof.check(recipe.name)
         return proof
 

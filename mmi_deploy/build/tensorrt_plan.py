@@ -90,7 +90,8 @@ class Part:
 def parts_of(request: Request) -> list[Part]:
     """The parts of `request`, graph by graph. Raises `ConfigError` for graphs or limits that the
     bundle does not have."""
-    _check_limits(request)
+    if request.limits is not None:
+        check_limits(request.bundle, request.limits)
     parts = []
     for name in request.graphs:
         graph, weights = graph_of(request.bundle, name), weights_of(request, name)
@@ -201,13 +202,11 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def _check_limits(request: Request) -> None:
-    wanted, allowed = request.limits, request.bundle.limits
-    if wanted is None:
-        return
+def check_limits(bundle: Bundle, wanted: Limits) -> None:
+    """Raise `ConfigError` for limits beyond those that the bundle was exported for."""
     for option, asked, most in (
-        ("--max-batch", wanted.batch, allowed.batch),
-        ("--max-images", wanted.images, allowed.images),
+        ("--max-batch", wanted.batch, bundle.limits.batch),
+        ("--max-images", wanted.images, bundle.limits.images),
     ):
         if not 1 <= asked <= most:
             raise ConfigError(

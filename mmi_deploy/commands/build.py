@@ -113,7 +113,7 @@ def build(
     )
     options = _Options(limits, plugin, force, unproved, dry_run, as_json)
     if target == CPU:
-        _cpu(opened, chosen, names, options)
+        _cpu(opened, chosen, options)
     else:
         _tensorrt(opened, targets, chosen, names, options)
 
@@ -142,24 +142,34 @@ def _targets(runtime: str, architectures: list[str] | None, precision: str) -> t
     return tuple(Target(runtime, name, precision) for name in named)
 
 
-def _cpu(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...], options: _Options) -> None:
-    from mmi_deploy.build.cache import EngineCache
-    from mmi_deploy.build.cpu_target import build_cpu
+def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
+    """Refuses options that mean nothing there, rather than leave them unheard."""
+    from mmi_deploy.build.cpu import build_cpu_target
 
-    if options.plugin is not None:
-        raise ConfigError("the CPU target takes no --plugin", got=options.plugin)
-    if options.limits != bundle.limits:
-        raise ConfigError("the CPU target takes all sizes", got="--max-batch or --max-images")
+    unheard = {
+        "--plugin": options.plugin is not None,
+        "--max-batch or --max-images": options.limits != bundle.limits,
+        "--unproved": options.unproved,
+    }
+    for option, given in unheard.items():
+        if given:
+            raise ConfigError(f"the CPU target takes no {option}", fix="leave it out")
     if options.dry_run:
-        plan = {"bundle": str(bundle.folder), "target": f"cpu-{recipe.name}", "graphs": graphs}
+        plan = {
+            "bundle": str(bundle.folder),
+            "target": f"cpu-{recipe.name}",
+            "graphs": [name for name in bundle.graphs if name in recipe.weights],
+        }
         if options.as_json:
             print_json(plan)
         else:
-            results().print(f"{plan['target']}: {recipe.what}; graphs {', '.join(graphs)}")
+            named = ", ".join(plan["graphs"]) or "no graph"
+            results().print(f"{plan['target']}: {recipe.what}; rewrites {named}")
         return
-    with _watched(len(graphs)) as watch:
-        evidence = _evidence(bundle, EngineCache.of_user(), watch, options)
-        report = build_cpu(bundle, recipe, graphs, evidence, watch)
+    with _watched(len(recipe.weights)) as watch:
+        report = build_cpu_target(
+            bundle, recipe, lambda what, done, of: watch(what, min(done, of - 1), of, "")
+        )
     _say_reports(bundle, [report], options.as_json)
 
 
@@ -171,7 +181,7 @@ def _evidence(
 
     if options.unproved:
         return None
-    if not options.force:
+    if not options.force and not options.dry_run:
         check_can_run(bundle, free_memory())
     return Evidence(bundle, cache.folder.parent / "ranges", lambda what: watch(what, 0, 0, ""))
 
@@ -185,17 +195,25 @@ def _tensorrt(
 ) -> None:
     from mmi_deploy.build.cache import EngineCache
     from mmi_deploy.build.tensorrt import open_tensorrt
-    from mmi_deploy.build.tensorrt_plan import Request, check_room, parts_of
+    from mmi_deploy.build.tensorrt_plan import Request, check_limits, check_room, parts_of
     from mmi_deploy.build.tensorrt_target import build_targets
     from mmi_deploy.commands.tensorrt_plugin import plugin_for
 
     cache, runtime = EngineCache.of_user(), targets[0].runtime
+    check_limits(bundle, options.limits)
     plugin = plugin_for(runtime, options.plugin)
     for one in targets:
         trt = open_tensorrt(plugin, one.runtime, str(one.architecture))
+    plugin.load(trt).unregister()  # refused here, not after minutes
     with _watched(len(graphs) * len(targets)) as watch:
         evidence = _evidence(bundle, cache, watch, options)
-        ranges = {name: evidence.ranges(name, recipe, runtime) for name in graphs if evidence}
+        ranges = {
+            name: evidence.known_ranges(name)
+            if options.dry_run
+            else evidence.ranges(name, recipe, runtime)
+            for name in graphs
+            if evidence
+        }
         request = Request(
             bundle, targets, recipe, graphs, plugin, trt.__version__, options.limits, ranges,
             evidence, options.force,
