@@ -85,7 +85,8 @@ class Recipe:
 _LOCATIONS = (r"look_back.*query_weight", None)
 """The product that gives MMFS its offsets and weights: small, and its error moves points."""
 
-_HEAD = r"head_weight"
+_HEAD = r"(^|\.)head(_new)?[_.]weight"
+"""The product that gives the logits."""
 
 
 def _llm(scheme: Scheme, *higher: tuple[str, Scheme | None]) -> Mapping[str, Weights]:

@@ -3,6 +3,10 @@
 ONNX Runtime has no kernels for bfloat16 on the CPU. A graph that was rewritten for a GPU is turned
 back into float32, with each of its narrow tensors rounded where it is made. That is what tensor
 cores do, which add up in float32 and round at the end; only the order of the sums differs.
+
+Attention keeps its logits in float32 in some kernels and in float16 in others, before the scale or
+after it. Here they have all their digits, but are infinite where float16 ends: a graph that needs
+the one kind of kernel is found out.
 """
 
 from __future__ import annotations
@@ -11,9 +15,13 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from mmi_deploy.build.precision.recipes import FLOAT16, GREATEST
 
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 _F32 = ir.TensorType(ir.DataType.FLOAT)
+_INFINITY = float("inf")
 
 
 def simulated(path: Path) -> ir.Model:
@@ -22,6 +30,9 @@ def simulated(path: Path) -> ir.Model:
     ir.external_data.set_base_dir(model.graph, path.parent)
     graph = model.graph
     outputs = {value: str(value.name) for value in graph.outputs if value.dtype in _NARROW}
+    for node in list(graph):
+        if node.op_type == "Attention" and node.outputs[0].dtype == ir.DataType.FLOAT16:
+            _overflowing_attention(graph, node)
     for node in list(graph):
         if node.op_type == "ConstantOfShape" and node.outputs[0].dtype in _NARROW:
             number = float(node.attributes["value"].as_tensor().numpy().reshape(-1)[0])
@@ -43,6 +54,7 @@ def simulated(path: Path) -> ir.Model:
         back = next(user for user, _ in rounded.uses()).outputs[0]
         back.name = name
         graph.outputs[index] = back
+    passes.NameFixPass()(model)
     return model
 
 
@@ -69,3 +81,55 @@ def _round(graph: ir.Graph, value: ir.Value, stored: bool = False) -> None:
         graph.insert_after(producer, steps)
     for reader, position in readers:
         reader.replace_input_with(position, last)
+
+
+def _overflowing_attention(graph: ir.Graph, node: ir.Node) -> None:
+    """Put operators in the place of an Attention on [b, h, t, d], its logits infinite where they
+    leave float16 before they are scaled. Softmax and products are in float32."""
+    query, key, value = node.inputs[:3]
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    assert query is not None and key is not None and value is not None
+    assert query.shape is not None and key.shape is not None and len(query.shape) == 4
+    heads, groups = int(query.shape[1]), int(key.shape[1])
+    width = int(query.shape[3])
+    tape = ir.tape.Tape()
+
+    def wide(tensor: ir.Value) -> ir.Value:
+        return tape.op("Cast", [tensor], {"to": ir.DataType.FLOAT})
+
+    def number(constant: float) -> ir.Value:
+        return tape.op("Constant", [], {"value_float": constant})
+
+    def per_head(tensor: ir.Value) -> ir.Value:
+        """[b, g, c, d] -> [b, h, c, d]"""
+        if heads == groups:
+            return tensor
+        axis = tape.op("Constant", [], {"value_ints": [2]})
+        tiled = tape.op(
+            "Concat", [tape.op("Unsqueeze", [tensor, axis])] * (heads // groups), {"axis": 2}
+        )
+        shape = tape.op("Constant", [], {"value_ints": [0, heads, -1, int(tensor.shape[3])]})
+        return tape.op("Reshape", [tiled, shape])
+
+    turned = tape.op("Transpose", [per_head(wide(key))], {"perm": [0, 1, 3, 2]})
+    logits = tape.op("MatMul", [wide(query), turned])
+    outside = tape.op("Greater", [tape.op("Abs", [logits]), number(GREATEST[FLOAT16])])
+    logits = tape.op("Where", [outside, tape.op("Mul", [logits, number(_INFINITY)]), logits])
+    scale = node.attributes.get_float("scale", width**-0.5)
+    logits = tape.op("Mul", [logits, number(scale)])
+    if mask is not None and mask.dtype == ir.DataType.BOOL:
+        logits = tape.op("Where", [mask, logits, number(-_INFINITY)])
+    elif mask is not None:
+        logits = tape.op("Add", [logits, wide(mask)])
+    weights = tape.op("Softmax", [logits], {"axis": -1})
+    attended = tape.op("MatMul", [weights, per_head(wide(value))])
+    output = tape.op("Cast", [attended], {"to": ir.DataType.FLOAT16})
+    for step in tape.nodes:
+        for made in step.outputs:
+            if made.type is None:
+                made.type = _F32
+    output.type, output.shape = node.outputs[0].type, node.outputs[0].shape
+    outside.type = ir.TensorType(ir.DataType.BOOL)
+    old = node.outputs[0]
+    output.name = old.name
+    ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, [old], [output])
