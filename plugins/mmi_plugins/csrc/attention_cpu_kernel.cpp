@@ -1,10 +1,10 @@
 // The CPU kernel for one instruction set, which the compiler's flags and MMI_VARIANT name.
 //
-// What makes it fast: nearly all the time goes into reading four rows of channels a point, so the
-// rest is done beforehand, for a block of queries at a time and 8 or 16 points at once, and leaves
-// a list of where to read and how much of it to add. Then the reading is nothing but loads and
-// multiply-adds into registers. Levels are read one after the other: the rows of a small level stay
-// in the first cache while a block reads it.
+// What makes it fast: nearly all work is to read four rows of channels for every point. So all else
+// is done beforehand, for a block of queries at a time and as many points at once as a register
+// holds, and leaves lists of where to read and how much of it to add: the reading is nothing but
+// loads and multiply-adds into registers. Levels are read one after the other, so that the rows of
+// a small one stay in the first cache while a block reads them.
 //
 // Few queries read the pool where it lies. Many first copy a head's slice of an image to one place,
 // as floats: in the pool its rows lie h*d numbers apart, often a power of two, so that they fall on
@@ -21,21 +21,13 @@ namespace {
 
 constexpr int kBlock = 32;                               // queries whose points are listed at once
 constexpr int kMostEntries = kMostLevels * kMostPoints;  // logits of one image: levels x points
-constexpr int kLanes = 8;                                // points located at once
-constexpr int kListed = kBlock * kMostPoints + 16;       // whole vectors may reach beyond the last
-constexpr float kNever = -3.0e38f;                       // a logit below every real one
-constexpr int kNowhere = -1;                             // a point that reads nothing
+constexpr int kPlaces = kWidth / 2;                      // points located at once, in doubles
+constexpr int kListed = kBlock * kMostPoints + kWidth;   // whole vectors may reach beyond the last
+constexpr int kMostUnits = 8;     // vectors of channels that are summed in registers at a time
+constexpr float kNever = -3.0e38f;  // a logit below every real one
+constexpr int kNowhere = -1;        // a point that reads nothing
 
-// Vectors of 16 channels that are summed in registers at a time.
-#if defined(__AVX512F__)
-constexpr int kMostUnits = 8;
-#elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int kMostUnits = 4;
-#else
-constexpr int kMostUnits = 2;
-#endif
-
-using Places = Vector<kLanes>;
+using Places = Vector<kPlaces>;
 
 // ---- what a call is to one head ------------------------------------------------------------
 
@@ -44,14 +36,14 @@ struct Head {
   int32_t b, h;
   int entries, vectors;  // logits of one image, and how many vectors they take
   int64_t stride;        // numbers from one cell of the pool to the next
-  Vector<16>::Ints real[kMostEntries / 16];  // all ones for logits, 0 beyond the last
+  Vector<kWidth>::Ints real[kMostEntries / kWidth];  // all ones for logits, 0 beyond the last
 
   Head(const Attention& given, int32_t batch, int32_t head)
       : call(given),
         b(batch),
         h(head),
         entries(given.l * given.p),
-        vectors((entries + 15) / 16),
+        vectors((entries + kWidth - 1) / kWidth),
         stride(int64_t{given.h} * given.d) {
     int32_t bits[kMostEntries] = {};
     for (int i = 0; i < entries; ++i) bits[i] = -1;
@@ -117,8 +109,8 @@ struct Points {
 // What the tables hold for images at one relative position.
 struct TableRow {
   int32_t position = 0;
-  Floats logits[kMostEntries / 16];
-  double x[kMostPoints], y[kMostPoints];
+  Floats logits[kMostEntries / kWidth];
+  double x[kMostPoints] = {}, y[kMostPoints] = {};
 
   void read(const Head& head, int32_t r) {
     const Attention& call = head.call;
@@ -128,9 +120,9 @@ struct TableRow {
     widen(call.logit_table + row * head.entries, head.entries, wide);
     std::memcpy(logits, wide, sizeof(logits));
     const float* offsets = call.offset_table + row * call.p * 2;
-    for (int j = 0; j < kMostPoints; ++j) {
-      x[j] = j < call.p ? offsets[2 * j] : 0.0;
-      y[j] = j < call.p ? offsets[2 * j + 1] : 0.0;
+    for (int j = 0; j < call.p; ++j) {
+      x[j] = offsets[2 * j];
+      y[j] = offsets[2 * j + 1];
     }
     position = r;
   }
@@ -139,37 +131,39 @@ struct TableRow {
 // Weights of a query's points in one image: e^(logit - the greatest so far).
 MMI_INLINE void weigh(const Head& head, const float* logits, const TableRow& table,
                       Running* running, float* weight) {
-  // Added exactly: the sum's rounding would be an error of the weight, however great the logits.
-  Exact score[kMostEntries / 16];
+  const int vectors = head.vectors;
+  const auto logit = [&](int i) {
+    return only(head.real[i], load<Floats>(logits + i * kWidth));
+  };
   Floats highest = all(kNever);
-  for (int i = 0; i < head.vectors; ++i) {
-    score[i] = exact_sum(only(head.real[i], load<Floats>(logits + 16 * i)), table.logits[i]);
-    highest = score[i].sum > highest ? score[i].sum : highest;
+  for (int i = 0; i < vectors; ++i) {
+    const Floats score = logit(i) + table.logits[i];
+    highest = score > highest ? score : highest;
   }
+  Running now = *running;
   const float most = greatest(highest);
-  running->fade = 1.0f;
-  if (most > running->most) {
-    running->fade = exp_of(all(running->most - most))[0];
-    running->total *= running->fade;
-    running->most = most;
+  now.fade = 1.0f;
+  if (most > now.most) {
+    now.fade = exp_of(all(now.most - most))[0];
+    now.most = most;
   }
   Floats powers = {};
-  for (int i = 0; i < head.vectors; ++i) {
-    const Floats power = exp_of((score[i].sum - running->most) + score[i].rest);
+  for (int i = 0; i < vectors; ++i) {
+    // Added exactly: the sum's rounding would be an error of the weight, however great the logits.
+    const Exact score = exact_sum(logit(i), table.logits[i]);
+    const Floats power = exp_of((score.sum - now.most) + score.rest);
     powers += power;
-    store(weight + 16 * i, power);
+    store(weight + i * kWidth, power);
   }
-  running->total += total_of(powers);
+  now.total = now.total * now.fade + total_of(powers);
+  *running = now;
 }
 
-// Where points lie along one axis of the image.
-MMI_INLINE void locate(const Head& head, float reference, const float* offsets,
-                       const double* table, double* location) {
-  const double per_cell = 1.0 / head.call.base_grid;
-  for (int j = 0; j < head.call.p; j += kLanes) {
-    const auto own = __builtin_convertvector(load<Places::Floats>(offsets + j), Places::Doubles);
-    store(location + j, (own + load<Places::Doubles>(table + j)) * per_cell + double{reference});
-  }
+// Where kPlaces points lie along one axis of the image.
+MMI_INLINE void locate(float reference, double per_cell, const float* offsets, const double* table,
+                       double* location) {
+  const auto own = __builtin_convertvector(load<Places::Floats>(offsets), Places::Doubles);
+  store(location, (own + load<Places::Doubles>(table)) * per_cell + double{reference});
 }
 
 // Lists the points of `count` queries, the first of which is number `first`, in image m. What whole
@@ -177,22 +171,29 @@ MMI_INLINE void locate(const Head& head, float reference, const float* offsets,
 void list_points(const Head& head, int32_t m, int32_t first, int count, const Queries& queries,
                  TableRow* table, Points* points) {
   const Attention& call = head.call;
-  const int p = call.p;
-  for (int i = 0; i < count; ++i) {
+  const int p = call.p, levels = call.l, entries = head.entries;
+  const double per_cell = 1.0 / call.base_grid;
+  const float* reference =
+      call.reference + (call.reference_queries == 1 ? 0 : int64_t{first} * 2);
+  const int next_reference = call.reference_queries == 1 ? 0 : 2;
+  float weight[kMostEntries + kPlaces] = {};
+  for (int i = 0; i < count; ++i, reference += next_reference) {
     const int32_t r = head.position(first + i, m);
     points->sees[i] = r != 0;
-    float weight[kMostEntries + 16] = {};
-    if (r != 0) {
+    if (r == 0) {
+      std::memset(weight, 0, sizeof(weight));
+    } else {
       if (r != table->position) table->read(head, r);
-      weigh(head, queries.logits + i * head.entries, *table, &queries.running[i], weight);
+      weigh(head, queries.logits + i * entries, *table, &queries.running[i], weight);
     }
-    for (int l = 0; l < call.l; ++l) {
-      store(points->weight[l] + i * p, load<Floats>(weight + l * p));
+    for (int j = 0; j < p; j += kPlaces) {
+      const int at = i * p + j;
+      for (int l = 0; l < levels; ++l) {
+        store(points->weight[l] + at, load<Places::Floats>(weight + l * p + j));
+      }
+      locate(reference[0], per_cell, queries.x + at, table->x + j, points->x + at);
+      locate(reference[1], per_cell, queries.y + at, table->y + j, points->y + at);
     }
-    const float* point =
-        call.reference + (call.reference_queries == 1 ? 0 : int64_t{first + i} * 2);
-    locate(head, point[0], queries.x + i * p, table->x, points->x + i * p);
-    locate(head, point[1], queries.y + i * p, table->y, points->y + i * p);
   }
 }
 
@@ -211,32 +212,25 @@ struct Neighbours {
 };
 
 MMI_INLINE Neighbours neighbours(const double* location, int32_t side) {
-  // Far outside, and not a number, become just outside: the integers stay small. In doubles: a
-  // float's last bit is too coarse a part of a cell on a large map.
-  Places::Doubles at = load<Places::Doubles>(location) * side - 0.5;
-  at = at > -2.0 ? at : Places::Doubles{} - 2.0;
-  at = at < side ? at : Places::Doubles{} + side;
-  Places::Ints cell = __builtin_convertvector(at + 2.0, Places::Ints) - 2;  // rounds down
-  const auto part = __builtin_convertvector(at - __builtin_convertvector(cell, Places::Doubles),
-                                            Places::Floats);
-  const Places::Ints last = Places::Ints{} + (side - 1);
-  const auto before = only((cell >= 0) & (cell <= last), 1.0f - part);
-  const auto after = only((cell >= -1) & (cell < last), part);
-  // At a border the pair is the one inside, and the cell that counts changes its place in it.
-  const Places::Ints left = cell < 0, right = cell >= last;
-  Neighbours found;
-  found.share[0] = only(~right, before) + only(left, after);
-  found.share[1] = only(~left, after) + only(right, before);
-  if (side == 1) found.share[0] = before + after, found.share[1] = Places::Floats{};
-  cell = left ? Places::Ints{} : cell;
-  found.first = cell < last ? cell : (side == 1 ? Places::Ints{} : last - 1);
-  return found;
+  // In doubles: a float's last bit is too coarse a part of a cell on a large map.
+  const Places::Doubles at = load<Places::Doubles>(location) * double(side) - 0.5;
+  const Places::Ints last = Places::Ints{} + (side > 1 ? side - 2 : 0);
+  Places::Ints first = __builtin_convertvector(at, Places::Ints);  // any, where it does not fit
+  first = first > 0 ? first : Places::Ints{};
+  first = first < last ? first : last;
+  const auto past = __builtin_convertvector(
+      at - __builtin_convertvector(first, Places::Doubles), Places::Floats);
+  // A cell's share falls from 1 at its centre to 0 at its neighbours'. So the pair is right at a
+  // border too, and far outside, and not a number, get nothing.
+  const Places::Floats near = 1.0f - magnitude(past);
+  const Places::Floats next = (side > 1 ? 1.0f : 0.0f) - magnitude(past - 1.0f);
+  return {first, {near > 0.0f ? near : Places::Floats{}, next > 0.0f ? next : Places::Floats{}}};
 }
 
 void find_corners(const Points& points, int level, int count, int32_t height, int32_t width,
                   Corners* corners) {
   const int32_t below = height > 1 ? width : 0;
-  for (int i = 0; i < count; i += kLanes) {
+  for (int i = 0; i < count; i += kPlaces) {
     const Neighbours x = neighbours(points.x + i, width), y = neighbours(points.y + i, height);
     const auto weight = load<Places::Floats>(points.weight[level] + i);
     const Places::Floats share[2] = {weight * y.share[0], weight * y.share[1]};
@@ -285,13 +279,13 @@ void add_channels(const Head& head, const Points& points, const Corners& corners
   }
 }
 
-// The same for `units` vectors of 16, at most kUnits.
+// The same for `units` vectors of a register each, at most kUnits.
 template <int kUnits, typename T, typename... Rest>
 MMI_INLINE void add_units(int units, const Rest&... rest) {
   if constexpr (kUnits > 1) {
     if (units < kUnits) return add_units<kUnits - 1, T>(units, rest...);
   }
-  add_channels<16, kUnits, T>(rest...);
+  add_channels<kWidth, kUnits, T>(rest...);
 }
 
 // The same for all channels.
@@ -300,12 +294,16 @@ void add_rows(const Head& head, const Points& points, const Corners& corners, in
               Cells<T> cells, const Queries& queries, bool fade) {
   const int d = head.call.d;
   int at = 0;
-  while (d - at >= 16) {
-    const int units = (d - at) / 16 < kMostUnits ? (d - at) / 16 : kMostUnits;
+  while (d - at >= kWidth) {
+    const int left = (d - at) / kWidth, units = left < kMostUnits ? left : kMostUnits;
     add_units<kMostUnits, T>(units, head, points, corners, count, cells, queries, at, fade);
-    at += 16 * units;
+    at += units * kWidth;
   }
-  if (at < d) add_channels<8, 1>(head, points, corners, count, cells, queries, at, fade);
+  if constexpr (kWidth > kChannelStep) {
+    if (at < d) {
+      add_channels<kChannelStep, 1>(head, points, corners, count, cells, queries, at, fade);
+    }
+  }
 }
 
 // ---- one head's queries --------------------------------------------------------------------
@@ -331,14 +329,18 @@ class Scratch {
 
 // Whether so many queries read so much of a level that a copy is worth its time.
 bool worth_copying(const Attention& call, int32_t count, int level) {
-  return int64_t{count} * call.p * 4 >
-         4 * int64_t{call.level_height[level]} * call.level_width[level];
+  const int64_t cells = int64_t{call.level_height[level]} * call.level_width[level];
+  return int64_t{count} * call.p * 4 > 2 * cells;
 }
 
 template <typename T>
 void copy_cells(const Head& head, const T* from, int64_t count, float* to) {
+  constexpr int kAhead = 8, kLine = 64 / sizeof(T);
   const int d = head.call.d;
   for (int64_t cell = 0; cell < count; ++cell) {
+    // The processor foresees nothing across so wide a stride.
+    const T* soon = from + (cell + kAhead < count ? kAhead : 0) * head.stride;
+    for (int c = 0; c < d; c += kLine) __builtin_prefetch(soon + c);
     widen(from, d, to);
     from += head.stride;
     to += d;
@@ -405,7 +407,14 @@ void read_query(const Head& head, int32_t q, const Queries& to) {
 template <typename T>
 void attend(const Head& head, int32_t first, int32_t count, const Queries& queries, float* copy) {
   const Attention& call = head.call;
-  for (int32_t i = 0; i < count; ++i) read_query<T>(head, first + i, queries.from(i, head));
+  constexpr int kAhead = 8;  // rows of a head lie far apart: the processor foresees none
+  for (int32_t i = 0; i < count; ++i) {
+    const int64_t soon = head.row(first + (i + kAhead < count ? i + kAhead : i));
+    __builtin_prefetch(static_cast<const T*>(call.logits) + soon * head.entries);
+    __builtin_prefetch(static_cast<const T*>(call.logits) + (soon + 1) * head.entries - 1);
+    __builtin_prefetch(static_cast<const T*>(call.offsets) + soon * call.p * 2);
+    read_query<T>(head, first + i, queries.from(i, head));
+  }
   for (int32_t m = 0; m < call.m; ++m) {
     if (!head.anyone_sees(m, first, first + count)) continue;
     look<T>(head, m, first, count, queries, copy);
@@ -414,6 +423,8 @@ void attend(const Head& head, int32_t first, int32_t count, const Queries& queri
     const float total = queries.running[i].total, by = total > 0.0f ? 1.0f / total : 0.0f;
     const float* from = queries.sums + int64_t{i} * call.d;
     T* to = static_cast<T*>(call.output) + head.row(first + i) * call.d;
+    const T* soon = to + (i + kAhead < count ? kAhead : 0) * head.stride;
+    for (int32_t c = 0; c < call.d; c += 64 / int{sizeof(T)}) __builtin_prefetch(soon + c, 1);
     for (int32_t c = 0; c < call.d; ++c) narrow(from[c] * by, to + c);
   }
 }
@@ -425,8 +436,8 @@ void attend(const Head& head, int32_t first, int32_t last) {
   static thread_local Scratch scratch;
   if (count > kBlock) {
     const size_t rows = count;
-    const size_t parts[] = {size_t(call.s) * call.d, rows * call.d, rows * head.entries + 16,
-                            rows * call.p + 16,      rows * call.p + 16};
+    const size_t parts[] = {size_t(call.s) * call.d, rows * call.d, rows * head.entries + kWidth,
+                            rows * call.p + kWidth, rows * call.p + kWidth};
     size_t floats = 0;
     for (size_t part : parts) floats += part;
     if (void* memory = scratch.take(floats * sizeof(float) + rows * sizeof(Running))) {
@@ -437,7 +448,7 @@ void attend(const Head& head, int32_t first, int32_t last) {
     }
   }
   // Few queries, or no memory: block by block, and nothing copied.
-  alignas(64) float sums[kBlock * kMostChannels], logits[kBlock * kMostEntries + 16];
+  alignas(64) float sums[kBlock * kMostChannels], logits[kBlock * kMostEntries + kWidth];
   alignas(64) float x[kListed], y[kListed];
   Running running[kBlock];
   for (; first < last; first += kBlock) {

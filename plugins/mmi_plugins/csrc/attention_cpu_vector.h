@@ -1,8 +1,8 @@
 // Vectors of numbers for the CPU kernel, and numbers of 16 bits as vectors of floats.
 //
-// Written in the vector extensions of GCC and Clang: so many numbers at a time, which become
-// whatever registers the instruction set has. All of it is compiled once for each set, in the
-// namespace that MMI_VARIANT names.
+// Written in the vector extensions of GCC and Clang: as many numbers at a time as a register of the
+// instruction set holds. (More at a time compile as well, but into loads and stores.) All of it is
+// compiled once for each set, in the namespace that MMI_VARIANT names.
 #pragma once
 
 #include <cmath>
@@ -14,6 +14,14 @@ namespace MMI_VARIANT {
 namespace {
 
 #define MMI_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;  // floats of a register
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
 
 // N numbers of each kind.
 template <int N>
@@ -57,6 +65,12 @@ MMI_INLINE V only(Mask mask, V x) {
   return bits_as<V>(mask & bits_as<Mask>(x));
 }
 
+template <typename V>
+MMI_INLINE V magnitude(V x) {
+  using Ints = decltype(x > x);
+  return only(Ints{} + 0x7fffffff, x);
+}
+
 // ---- numbers of 16 bits --------------------------------------------------------------------
 
 // N numbers as floats.
@@ -90,17 +104,14 @@ MMI_INLINE auto widened(const Float16* from) {
 template <typename T>
 MMI_INLINE void widen(const T* from, int count, float* to) {
   int i = 0;
-  for (; i + 16 <= count; i += 16) {
+  for (; i + kWidth <= count; i += kWidth) {
     asm("" : "+r"(i));  // or the loop becomes a call of memcpy, which is slow for so few
-    store(to + i, widened<16>(from + i));
+    store(to + i, widened<kWidth>(from + i));
   }
-  if (i + 8 <= count) {
-    store(to + i, widened<8>(from + i));
-    i += 8;
-  }
+  for (; i + 4 <= count; i += 4) store(to + i, widened<4>(from + i));
   for (; i < count; ++i) {
-    T eight[8] = {from[i]};
-    to[i] = widened<8>(eight)[0];
+    T four[4] = {from[i]};
+    to[i] = widened<4>(four)[0];
   }
 }
 
@@ -131,7 +142,7 @@ MMI_INLINE void narrow(float x, Float16* to) {
 
 // ---- arithmetic ----------------------------------------------------------------------------
 
-using Floats = Vector<16>::Floats;
+using Floats = Vector<kWidth>::Floats;
 
 MMI_INLINE Floats all(float x) { return Floats{} + x; }
 
@@ -147,7 +158,7 @@ MMI_INLINE Exact exact_sum(Floats x, Floats y) {
 
 // e^x for x up to about 0; 0 below -87. What is not a number stays so.
 MMI_INLINE Floats exp_of(Floats x) {
-  using Ints = Vector<16>::Ints;
+  using Ints = Vector<kWidth>::Ints;
   const Ints alive = ~(x <= -87.0f);
   x = only(alive, x);
   const Floats shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to a whole number
@@ -164,25 +175,25 @@ MMI_INLINE Floats exp_of(Floats x) {
   return only(alive, y * bits_as<Floats>(power));
 }
 
-// The lanes folded onto four by `join`, then the four.
-template <typename Join>
-MMI_INLINE float folded(Floats x, Join join) {
-  Vector<8>::Floats eight[2];
-  std::memcpy(eight, &x, sizeof(x));
-  const auto half = join(eight[0], eight[1]);
-  Vector<4>::Floats four[2];
-  std::memcpy(four, &half, sizeof(half));
-  const auto quarter = join(four[0], four[1]);
-  const float left = join(quarter[0], quarter[1]), right = join(quarter[2], quarter[3]);
-  return join(left, right);
+// The lanes, folded in halves by `join`.
+template <int N, typename Join>
+MMI_INLINE float folded(typename Vector<N>::Floats x, Join join) {
+  if constexpr (N == 4) {
+    const float left = join(x[0], x[1]), right = join(x[2], x[3]);
+    return join(left, right);
+  } else {
+    typename Vector<N / 2>::Floats half[2];
+    std::memcpy(half, &x, sizeof(x));
+    return folded<N / 2>(join(half[0], half[1]), join);
+  }
 }
 
 MMI_INLINE float greatest(Floats x) {
-  return folded(x, [](auto a, auto b) { return a > b ? a : b; });
+  return folded<kWidth>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 MMI_INLINE float total_of(Floats x) {
-  return folded(x, [](auto a, auto b) { return a + b; });
+  return folded<kWidth>(x, [](auto a, auto b) { return a + b; });
 }
 
 }  // namespace
