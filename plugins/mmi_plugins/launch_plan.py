@@ -137,8 +137,10 @@ def launch_plan(call: Call, addresses: Mapping[str, int], parts: int | None = No
     unit = sizes["h"] * sizes["d"] * (4 if call.dtype == "float32" else 2) // 16
     if sizes["n"] * sizes["s"] > 2**32 // unit:
         raise EngineError(f"{NAME}: value is larger than 64 GiB")
-    if call.rows >= 2**31:
-        raise EngineError(f"{NAME}: more than 2^31 output rows")
+    if call.rows > constant("kMostCounted"):
+        raise EngineError(f"{NAME}: more than 2^31 - 64 output rows")
+    if sizes["m"] > constant("kMostCounted"):
+        raise EngineError(f"{NAME}: more than 2^31 - 64 images")
     if sizes["h"] * sizes["p"] * max(sizes["l"], 2) > (2**31 - 1) // sizes["r"]:
         raise EngineError(f"{NAME}: more than 2^31 numbers in a table")
     if max(sizes["h"], sizes["b"]) > constant("kMostGrid"):

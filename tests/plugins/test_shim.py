@@ -278,16 +278,26 @@ def test_the_plan_in_c_plus_plus_is_the_plan_in_python(fixed: dict[str, int]) ->
         ({"value": 0x1008}, "not aligned to 16"),
         ({"reference": 0x1004}, "not aligned to 8"),
         ({"image_slot": 0x1002}, "not aligned to 4"),
+        ({"output": 0}, "a pointer is missing"),
+        ({"image_position": 0}, "indices is missing"),
+        ({"reference": 0}, "reference points is missing"),
+        ({"base_grid": float("inf")}, "base_grid"),
+        ({"base_grid": 0.0}, "base_grid"),
         ({"d": 20}, "head size"),
         ({"s": 1}, "feature cells"),
         ({"n": 2**31 - 1}, "64 GiB"),
         ({"h": 70000}, "65535"),
         ({"r": 2**30}, "a table"),
-        ({"q": 2**30, "b": 9, "reference_queries": 1, "position_queries": 1}, "2^31"),
+        ({"q": 2**30, "b": 9, "reference_queries": 1, "position_queries": 1}, "output rows"),
+        (
+            {"q": 2**31 - 4, "b": 1, "h": 1, "reference_queries": 1, "position_queries": 1},
+            "output rows",
+        ),
+        ({"m": 2**31 - 4}, "images"),
     ],
 )
 def test_calls_that_cannot_run_are_refused_with_a_reason(
-    change: dict[str, int], words: str
+    change: dict[str, float], words: str
 ) -> None:
     given = _attention(_a_call_and_addresses(d=128, levels=[(8, 8)])[0])
     for name, number in change.items():

@@ -116,9 +116,10 @@ def test_the_creator_names_the_operator_and_its_attributes(trt: Any, plugin: Any
 
 
 def test_fields_survive_being_stored(drive: Drive) -> None:
-    """In a build, in the plugin that an engine makes of them, and in a copy of that."""
-    first, second = drive("stored")[0].splitlines()
-    assert first == second
+    """In a build, in the plugin that an engine makes of them, and, after that is gone, in what a
+    context got of it and in a copy."""
+    first, second, third = drive("stored")[0].splitlines()
+    assert first == second == third
     assert first == "level_heights=4,2 level_widths=4,2 base_grid=16 null_slot=1 plugin_version=1"
 
 

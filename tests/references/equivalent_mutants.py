@@ -2,6 +2,10 @@
 
 Accepted, and nothing else:
 * what is written is not read again, on any path that a trial takes;
+* what is written, or stored, does not matter: with random bits in its place, different in every
+  thread and every time, all outputs are the same;
+* the limit below which the exponential's argument is clamped, moved to where the exponential is
+  0 in fp32 as well;
 * the lanes of a butterfly sum or maximum meet in another order;
 * the changed instruction gave the same number every time that it ran, in all trials and in further
   calls of every situation (signs of types that are never negative, limits that are never met,
@@ -21,7 +25,7 @@ import pytest
 from mmi_plugins import cases, reference
 from mmi_plugins.launch_plan import Variant
 from mmi_plugins.operator import Call
-from mmi_plugins.ptx import Fault, Instruction, Kernel, Machine
+from mmi_plugins.ptx import Fault, Instruction, Kernel, Machine, PtxError
 from mmi_plugins.ptx.instructions import bind
 from mmi_plugins.ptx.mutants import Mutant
 from mmi_plugins.ptx.parser import parse_instruction
@@ -42,6 +46,10 @@ def equivalence(variant: Variant, kernel: Kernel, mutant: Mutant) -> str | None:
             return "what it writes is not read again"
     if _moves_a_butterfly(kernel, mutant, before):
         return "the lanes of a sum or maximum meet in another order"
+    if _moves_a_limit(mutant):
+        return "the exponential is 0 at both limits, and between them"
+    if _does_not_matter(variant, kernel, mutant, before, after):
+        return "random bits in its place change nothing"
     change = _change(variant, kernel, mutant)
     if change == 0:
         signs = mutant.kind == "operation" and _unsigned(mutant.before) == _unsigned(mutant.text)
@@ -82,9 +90,8 @@ def _reads(instruction: Instruction) -> set[str]:
 def _executed(variant: Variant, name: str) -> np.ndarray:
     """How many threads ran each instruction of the unchanged kernel, in all trials; for a branch:
     took it."""
-    calls = [(each.call, each.rows, each.parts) for each in mutant_trials.trials(variant)]
     total: np.ndarray | int = 0
-    for call, rows, parts in [*calls, *_further(variant)]:
+    for call, rows, parts in _all_calls(variant):
         done = emulator.emulate(call, rows, mutant_trials.kernels({}), parts=parts)
         total = total + done.counts[variant].executed
     return np.asarray(total)
@@ -133,6 +140,91 @@ def _moves_a_butterfly(kernel: Kernel, mutant: Mutant, before: Instruction) -> b
         ):
             return False
     return bool(users) and all(each.operation[:3] == ("shfl", "sync", "bfly") for each in users)
+
+
+_LIMIT = "0fC2F00000"  # -120, of `power` in location.cuh
+_NOTHING = -104.0  # e^x is below half of fp32's least number
+
+
+def _moves_a_limit(mutant: Mutant) -> bool:
+    """Whether only the limit of the exponential's argument was changed, within what gives 0."""
+    old, new = mutant.before.split(), mutant.text.split()
+    changed = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
+    if len(old) != len(new) or len(changed) != 1 or not changed[0][0].startswith(_LIMIT):
+        return False
+    found = re.match(r"0f([0-9A-F]{8})", changed[0][1])
+    return bool(found) and np.uint32(int(found[1], 16)).view(np.float32) < _NOTHING  # type: ignore[index]
+
+
+class _Poison(Machine):
+    """Fills registers with random bits: those that instruction `index` of kernel `of` has written,
+    or, of a store, for as long as it takes what it reads."""
+
+    of: str
+    index: int
+    names: tuple[str, ...]
+    rng: np.random.Generator
+
+    def _bind(self, start: int):  # type: ignore[no-untyped-def]
+        block = super()._bind(start)
+        if self.kernel.name == _Poison.of and start <= _Poison.index < start + len(block.actions):
+            place = _Poison.index - start
+            block.actions[place] = self._spoiled(block.actions[place])
+        return block
+
+    def _spoiled(self, original: Action) -> Action:
+        store = self.kernel.instructions[_Poison.index].name == "st"
+
+        def run(mask: Mask) -> None:
+            kept = {name: self.registers[name].copy() for name in _Poison.names}
+            if not store:
+                original(mask)
+            for name in _Poison.names:
+                self._spoil(self.registers[name], mask)
+            if store:
+                original(mask)
+                for name, before in kept.items():
+                    self.registers[name][...] = before
+
+        return run
+
+    def _spoil(self, register: np.ndarray, mask: Mask) -> None:
+        lanes = ... if mask is True else mask
+        bits = _Poison.rng.integers(0, 256, register.nbytes, np.uint8)
+        random = bits > 127 if register.dtype == bool else bits.view(register.dtype)
+        register[lanes] = random[lanes]
+
+
+def _does_not_matter(
+    variant: Variant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
+) -> bool:
+    """Whether random bits in place of what the instruction writes, or of what alone the mutant
+    stores instead, leave all outputs as they are, in all trials and further calls."""
+    if before.name == "st":
+        names = _swapped(before, after)[:1]
+    elif before.name in ("bra", "ret", "exit", "red", "atom", *SYNCHRONISING) or before.guard:
+        return False
+    else:
+        written = _writes(before)
+        names = [name for name in written if name in kernel.registers]
+        if _writes(after) != written:
+            names = []
+    if not names:
+        return False
+    _Poison.of, _Poison.index, _Poison.names = kernel.name, mutant.index, tuple(names)
+    _Poison.rng = np.random.default_rng(mutant.index)
+    with pytest.MonkeyPatch.context() as patch:
+        for call, rows, parts in _all_calls(variant):
+            patch.undo()
+            expected = emulator.emulate(call, rows, mutant_trials.kernels({}), parts=parts).output
+            patch.setattr(emulator, "Machine", _Poison)
+            try:
+                found = emulator.emulate(call, rows, mutant_trials.kernels({}), parts=parts).output
+            except (PtxError, AssertionError):
+                return False
+            if not np.array_equal(found, expected):
+                return False
+    return True
 
 
 class _Probe(Machine):
@@ -218,6 +310,12 @@ class _Probe(Machine):
             _Probe.change = max(_Probe.change, gap)
 
 
+def _all_calls(variant: Variant) -> list[tuple[Call, np.ndarray, int]]:
+    """Call, rows and parts of every trial, and of further calls."""
+    trials = [(each.call, each.rows, each.parts) for each in mutant_trials.trials(variant)]
+    return [*trials, *_further(variant)]
+
+
 @cache
 def _further(variant: Variant) -> list[tuple[Call, np.ndarray, int]]:
     """Calls of every situation, unlike the trials."""
@@ -251,10 +349,9 @@ def _change(variant: Variant, kernel: Kernel, mutant: Mutant) -> float:
     _Probe.of, _Probe.index, _Probe.changed = kernel.name, mutant.index, changed
     _Probe.live = _live_after(variant, kernel)[mutant.index]
     _Probe.change, _Probe.runs = 0.0, 0
-    calls = [(each.call, each.rows, each.parts) for each in mutant_trials.trials(variant)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emulator, "Machine", _Probe)
-        for call, rows, parts in [*calls, *_further(variant)]:
+        for call, rows, parts in _all_calls(variant):
             emulate = emulator.emulate
             emulate(call, rows, mutant_trials.kernels({variant.name: kernel}), parts=parts)
             if _Probe.change == np.inf:

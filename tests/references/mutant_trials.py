@@ -28,8 +28,8 @@ _LEVELS = ([(8, 6), (4, 3), (2, 2), (1, 1)], [(6, 9), (3, 4)], [(5, 7)])
 
 @dataclass(frozen=True)
 class Trial:
-    """One call, how it is put on the GPU, what must come out, and what the unchanged kernel gives;
-    `sharp`: how far beyond rounding a result may be."""
+    """One call, how it is put on the GPU, what must come out, and what the unchanged kernel gives
+    and takes: `sharp`: how far beyond rounding a result may be; `work`: lane-instructions."""
 
     name: str
     call: Call
@@ -38,6 +38,12 @@ class Trial:
     expected: np.ndarray
     output: np.ndarray
     sharp: float = SHARP
+    work: int = 0
+
+
+MORE_WORK = 1.01
+"""A kernel that executes more than this times what the unchanged one does is noticed: figures of
+what is executed have a budget (`mmi_plugins.budget`)."""
 
 
 def _calls(dtype: str, wide: bool) -> Iterator[tuple[str, Call]]:
@@ -63,6 +69,12 @@ def _calls(dtype: str, wide: bool) -> Iterator[tuple[str, Call]]:
     yield draw("huge logits", **crowd, null_slot=False, per_query=True, references=True)
     name, call = draw("ordinary", **single, null_slot=False, references=False)
     yield "one pair", _changed(call, image_position=np.ones_like(call["image_position"]))
+    several_single = {**single, "q": 6, "null_slot": True, "references": True}
+    name, call = draw("ordinary", **several_single)
+    weak = {name: 0.3 * call[name] for name in ("logits", "logit_table")}
+    near_zero = _changed(call, image_position=np.ones_like(call["image_position"]), **weak)
+    yield "one pair beside the null slot", near_zero
+    yield "full turn", _full_turn(rng, dtype, sizes[0])
     yield draw("tiny logits", **large, null_slot=True, per_query=True, references=True)
     yield draw("tiny logits", **several, null_slot=False, per_query=True, references=True)
     yield draw("far outside", **several, null_slot=False, per_query=True, references=True)
@@ -79,6 +91,13 @@ def _calls(dtype: str, wide: bool) -> Iterator[tuple[str, Call]]:
     huge = np.sign(call["logits"]) * largest
     none = np.zeros_like(call["logit_table"])  # float64 would lose it in the sum
     yield "enormous logits", _changed(call, logits=huge, logit_table=none)
+    share = {"levels": _LEVELS[2], "p": 16, "m": 18, "b": 1, "h": 1, "q": 10, "d": 8, "r": 4}
+    shared = {**share, "d": sizes[2], "null_slot": False, "per_query": True}
+    yield draw("huge logits", **shared)  # whoever shares a row has the largest of some row
+    name, call = draw("ordinary", **shared)
+    table = call["logit_table"].copy()
+    table[1], table[2] = -2.5e38, 2.5e38  # and of some only what is too far below to be subtracted
+    yield "enormous tables", _changed(call, logits=np.zeros_like(call["logits"]), logit_table=table)
 
 
 def _changed(call: Call, **inputs: np.ndarray) -> Call:
@@ -114,29 +133,39 @@ def _near_ties(rng: np.random.Generator, dtype: str, d: int) -> Call:
     )
 
 
-def _faint(rng: np.random.Generator, null_slot: bool) -> Call:
-    """What weighs most is nothing, the null slot or a point outside its map, so that every output
-    is one small exponential or a sum of some: their relative error is the output's."""
-    fixed = {"dtype": "float32", "n": 2, "r": 3, "h": 2, "b": 1, "q": 8, "m": 9, "p": 8, "d": 8}
-    call = cases.draw(rng, levels=[(3, 5), (2, 2)], per_query=False, null_slot=null_slot, **fixed)
-    table, moved = 0.1 * call["logit_table"], 0.1 * call["offset_table"]
-    position = np.full((1, 1, 9), 1, np.int32)
-    if not null_slot:
-        table[2], moved[2], position[0, 0, 6] = (
-            50 + 14 * rng.random(table[2].shape),
-            1000,
-            2,
-        )  # seen after half of the others
+def _full_turn(rng: np.random.Generator, dtype: str, d: int) -> Call:
+    """32 visible pairs, all of which touch the map: a table of corners that is full."""
+    fixed = {"dtype": dtype, "n": 3, "r": 3, "h": 2, "b": 1, "q": 2, "m": 8, "p": 4, "d": d}
+    call = cases.draw(rng, levels=_LEVELS[2], base_grid=12.5, null_slot=False, **fixed)
     return _changed(
         call,
-        value=np.abs(call["value"]),
-        logits=0.1 * call["logits"] - 15 - 45 * rng.random((1, 8, 2, 1, 1)),
+        image_position=np.ones_like(call["image_position"]),
+        reference=np.full_like(call["reference"], 0.5),
+    )
+
+
+def _faint(rng: np.random.Generator, null_slot: bool) -> Call:
+    """What weighs most is nothing, the null slot or points outside their map, so that every output
+    is a sum of few small exponentials, those of one image: their relative error is the output's."""
+    fixed = {"dtype": "float32", "n": 2, "r": 3, "h": 2, "b": 9, "q": 1, "m": 9, "p": 8, "d": 8}
+    call = cases.draw(rng, levels=[(3, 5), (2, 2)], per_query=False, null_slot=null_slot, **fixed)
+    table, moved = 0.1 * call["logit_table"], 0.1 * call["offset_table"]
+    position = np.full((9, 1, 9), 1, np.int32)
+    if not null_slot:
+        table[2] = 50 + 14 * rng.random(table[2].shape)
+        moved[2], position[:, 0, 6] = 1000, 2  # seen after half of the others
+    value = np.abs(call["value"])
+    value[0] = 0
+    return _changed(
+        call,
+        value=value,
+        logits=0.1 * call["logits"] - 15 - 45 * rng.random((9, 1, 2, 1, 1)),
         logit_table=table,
         offsets=0.1 * call["offsets"],
         offset_table=moved,
         reference=np.full(call["reference"].shape, 0.5),
         null_value=np.zeros(call["null_value"].shape),
-        image_slot=np.zeros((1, 9), np.int32),
+        image_slot=np.eye(9, dtype=np.int32),
         image_position=position,
     )
 
@@ -154,7 +183,8 @@ def trials(variant: Variant) -> tuple[Trial, ...]:
         }[variant.kind]
         trial = Trial(name, call, parts, rows, reference.attention(call, rows), np.empty(0))
         loose = 3 * SHARP if name.startswith("faint") else SHARP
-        trial = replace(trial, output=run(trial), sharp=loose)
+        output, work = run(trial, variant)
+        trial = replace(trial, output=output, sharp=loose, work=work)
         assert wrong(trial, trial.output) is None, (variant.name, name)
         sharp = 1e-8 + 1.25 * max(0.0, beyond_rounding(trial, trial.output))
         made.append(replace(trial, sharp=sharp))
@@ -171,24 +201,31 @@ def kernels(changed: Mapping[str, Kernel]) -> Callable[[Variant], Kernel]:
     return kernel
 
 
-def run(trial: Trial, most: int = 10_000_000, **changed: Kernel) -> np.ndarray:
-    """Outputs [k, d] of the trial, with `changed` kernels (by name)."""
-    return emulator.emulate(
+def run(
+    trial: Trial, variant: Variant, most: int = 10_000_000, **changed: Kernel
+) -> tuple[np.ndarray, int]:
+    """Outputs [k, d] of the trial with `changed` kernels (by name), and how many lane-instructions
+    `variant` took."""
+    done = emulator.emulate(
         trial.call, trial.rows, kernels(changed), parts=trial.parts, most_instructions=most
-    ).output
+    )
+    return done.output, done.counts[variant].lane_instructions
 
 
 def verdict(variant: Variant, changed: Kernel, most: int = 200_000) -> tuple[str, str]:
-    """What becomes of a changed kernel, and why: `caught` (a fault or a wrong result in a case),
-    `same` (every bit of every output is as before) or `missed` (it differs, but by too little)."""
+    """What becomes of a changed kernel, and why: `caught` (a fault, a wrong result or more work in
+    a case), `same` (every bit of every output is as before) or `missed` (it differs, but by too
+    little)."""
     differs = ""
     for trial in trials(variant):
         try:
-            found = run(trial, most, **{variant.name: changed})
+            found, work = run(trial, variant, most, **{variant.name: changed})
         except (PtxError, AssertionError) as error:
             return "caught", f"{trial.name}: {error}"
         if message := wrong(trial, found):
             return "caught", f"{trial.name}: {message}"
+        if work > MORE_WORK * trial.work:
+            return "caught", f"{trial.name}: {work} lane-instructions, not {trial.work}"
         if not differs and not np.array_equal(found, trial.output):
             differs = f"{trial.name}: differs by {np.abs(found - trial.output).max():.2g}"
     return ("missed", differs) if differs else ("same", "all outputs are the same, bit for bit")
@@ -215,7 +252,7 @@ def beyond_rounding(trial: Trial, found: np.ndarray) -> float:
     exponent = np.frexp(np.maximum(np.abs(expected), SMALLEST[dtype]))[1]
     half = np.ldexp(0.5, exponent - bits)
     if trial.name.startswith("faint"):
-        largest = np.abs(expected)
+        largest = np.maximum(np.abs(expected), SMALLEST[dtype])
     else:
         largest = max(np.abs(trial.call["value"]).max(), np.abs(trial.call["null_value"]).max())
     return float(((np.abs(found - expected) - half) / largest).max())

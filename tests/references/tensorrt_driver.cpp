@@ -104,8 +104,11 @@ int main(int count, char** arguments) {
     print(stored);
     std::unique_ptr<IPluginV3> again(creator->createPlugin("", stored, TensorRTPhase::kRUNTIME));
     std::unique_ptr<IPluginV3> copy(again->clone());
-    again.reset();
     const auto kind = PluginCapabilityType::kRUNTIME;
+    std::unique_ptr<IPluginV3> attached(
+        interface_of<IPluginV3OneRuntime>(again.get(), kind)->attachToContext(nullptr));
+    again.reset();
+    print(interface_of<IPluginV3OneRuntime>(attached.get(), kind)->getFieldsToSerialize());
     print(interface_of<IPluginV3OneRuntime>(copy.get(), kind)->getFieldsToSerialize());
   } else if (command == "types") {  // T, then each tensor's type and format in turn
     described = tensors(static_cast<DataType>(numbers[0]), letters);

@@ -44,10 +44,21 @@ const char* start(Kernel kernel, Grid grid, Problem problem, cudaStream_t stream
 
 size_t workspace_bytes(const Attention& call) { return plan_bytes(call); }
 
+void preload() {
+  cudaFuncAttributes attributes;
+#define MMI_PRELOAD(KERNEL) \
+  cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(KERNEL));
+#define MMI_PRELOAD_BOTH(NAME, T, WIDE) MMI_PRELOAD(NAME##_rows) MMI_PRELOAD(NAME##_split)
+#define MMI_PRELOAD_MERGE(NAME, T, WIDE) MMI_PRELOAD(NAME##_merge)
+  MMI_ROWS_AND_SPLITS(MMI_PRELOAD_BOTH)
+  MMI_MERGES(MMI_PRELOAD_MERGE)
+  cudaGetLastError();  // who launches is told
+}
+
 const char* launch(const Attention& call, void* workspace, CUstream_st* stream) {
   if (const char* reason = plan_refusal(call)) return reason;
   const int parts = parts_of(call);
-  if (parts > 1 && (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16 != 0)) {
+  if (parts > 1 && (!workspace || !is_aligned(workspace, 16))) {
     return "the workspace is missing or not aligned to 16 bytes";
   }
   const Problem problem = problem_of(call, parts, workspace);

@@ -71,7 +71,8 @@ MMI_DEVICE unsigned list_images(const Problem& call, Scratch& scratch, int b, in
     slot = call.image_slot[product(b, call.m) + at];
     position = call.image_position[product(line, call.m) + at];
   }
-  const bool seen = position > 0 && position < call.r && slot >= 0 && slot < call.n;
+  const bool seen = static_cast<unsigned>(slot) < static_cast<unsigned>(call.n) &&
+                    static_cast<unsigned>(position) - 1 < static_cast<unsigned>(call.r) - 1;
   const unsigned visible = __ballot_sync(kAll, seen);
   const unsigned below = (1u << lane_of()) - 1;
   if (seen) scratch.image[__popc(visible & below)] = make_int2(slot, position);
@@ -79,12 +80,12 @@ MMI_DEVICE unsigned list_images(const Problem& call, Scratch& scratch, int b, in
   return visible;
 }
 
-// What every turn reads: the levels and, for fp32 lane groups, the entries beyond the last, which
-// nothing writes later. Visible after the next barrier.
+// What every turn reads: the levels and, where all 32 entries of a turn may count, what fp32 lane
+// groups read beyond them, which nothing writes later. Visible after the next barrier.
 template <class T>
-MMI_DEVICE void prepare(const Problem& call, Scratch& scratch) {
+MMI_DEVICE void prepare(const Problem& call, Scratch& scratch, int width) {
   const int lane = lane_of();
-  if (sizeof(T) == sizeof(float) && lane < kTable - kLanes) {
+  if (sizeof(T) == sizeof(float) && width == kLanes && lane < kTable - kLanes) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) scratch.corner[kLanes + lane][i] = {0, 0};
   }
@@ -143,8 +144,9 @@ MMI_DEVICE Twofold from_lane(Twofold x, int lane) {
   return {__shfl_sync(kAll, x.whole, lane), __shfl_sync(kAll, x.rest, lane)};
 }
 
-// Adds to `run` what row (b, q, h) sees: of the visible pairs of every 32 images, `width` at a
-// turn, from `first` on in steps of `stride`.
+// Adds to `run` what row (b, q, h) sees: of the visible pairs, `width` at a turn (32: the whole
+// row), from `first` on in steps of `stride`. A turn stays within 32 images; in the next 32 those
+// who share a row go on as they would in one long list, so that shares are equal.
 template <class T, bool kWide, int kLoads>
 MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scratch& scratch, int b,
                        int q, int h, int first, int stride, int width) {
@@ -152,13 +154,14 @@ MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scra
   const unsigned below = (1u << lane) - 1;
   const unsigned row = row_of(call, b, q, h);
   const unsigned by_points = reciprocal(call.p);
-  prepare<T>(call, scratch);
+  prepare<T>(call, scratch, width);
+  int from = first;
 #pragma unroll 1
   for (int start = 0; start < call.m; start += kLanes) {
     const unsigned visible = list_images(call, scratch, b, q, start);
     const int pairs = __popc(visible) * call.p;
 #pragma unroll 1
-    for (int from = first; from < pairs; from += stride) {
+    for (; from < pairs; from += stride) {
       const int held = min(width, pairs - from), entries = held * call.l;
       // Of this lane's pair; lanes beyond the last double the first.
       const Pair own(call, scratch, lane < held ? from + lane : from, by_points);
@@ -211,6 +214,7 @@ MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scra
         __syncwarp();
       }
     }
+    from = width == kLanes ? first : from - ((pairs + width - 1) & -width);
     __syncwarp();
   }
 }

@@ -4,6 +4,7 @@
 // encoded images, s feature cells of one image, r rows of the tables.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 namespace mmi {
@@ -59,7 +60,7 @@ inline const char* refusal(const Attention& call) {
     cells += int64_t{call.level_height[level]} * call.level_width[level];
   }
   if (cells != call.s) return "the levels do not make up the feature cells of value";
-  if (!(call.base_grid > 0)) return "base_grid is not positive";
+  if (!(call.base_grid > 0 && call.base_grid <= FLT_MAX)) return "base_grid is not positive";
   return nullptr;
 }
 

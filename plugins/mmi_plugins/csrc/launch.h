@@ -14,9 +14,13 @@ namespace mmi {
 // call of the same or smaller sizes wants more, so the largest shapes of a profile give the bound.
 size_t workspace_bytes(const Attention& call);
 
+// Loads every kernel onto the current device, where there is one. CUDA loads a kernel at its first
+// launch otherwise, which must not fall into the capture of a graph.
+void preload();
+
 // Puts the call on `stream` (of the current device) and returns at once; allocates nothing and may
 // be captured in a CUDA graph. Returns nullptr, or one line that says why not: a refusal, a pointer
-// that is not aligned (to 16 bytes; reference to 8, indices to 4), sizes beyond what addresses can
+// that is missing or not aligned (to 16 bytes; reference to 8, indices to 4), sizes beyond what addresses can
 // hold, or CUDA's own error. The text is static.
 const char* launch(const Attention& call, void* workspace, CUstream_st* stream);
 

@@ -12,6 +12,7 @@
 namespace mmi {
 
 static_assert(kMaximumLevels == kMostLevels && kMaximumChannels == kMostChannels, "one limit");
+static_assert(kManyRows <= kMostBlocks, "every row that is split has a block");
 
 struct Grid {
   unsigned x, y, z, threads;
@@ -84,6 +85,10 @@ inline Grid merge_grid(const Attention& call) {
   return {unsigned(call.q), unsigned(call.h), unsigned(call.b), kMaximumChannels};
 }
 
+inline bool is_aligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
 // Why the kernels cannot take a call, or nullptr: `refusal`, and what addresses and grids can hold.
 inline const char* plan_refusal(const Attention& call) {
   if (const char* reason = refusal(call)) return reason;
@@ -91,24 +96,24 @@ inline const char* plan_refusal(const Attention& call) {
   if (int64_t{call.n} * call.s > (int64_t{1} << 32) / units) {
     return "value is larger than 64 GiB";
   }
-  if (rows_of(call) > INT32_MAX) return "more than 2^31 output rows";
+  // A little less, so that kernels may count rows and images in steps and stay within 32 bits.
+  if (rows_of(call) > kMostCounted) return "more than 2^31 - 64 output rows";
+  if (call.m > kMostCounted) return "more than 2^31 - 64 images";
   const int64_t table = int64_t{call.h} * call.p * std::max(call.l, 2);  // numbers of a table row
   if (table > INT32_MAX / call.r) return "more than 2^31 numbers in a table";
   if (call.h > kMostGrid || call.b > kMostGrid) return "more than 65535 heads or batch rows";
   const void* const wide[] = {call.value,       call.offsets,    call.logits, call.offset_table,
                               call.logit_table, call.null_value, call.output};
   for (const void* pointer : wide) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) {
-      return "a pointer is not aligned to 16 bytes";
-    }
+    if (!pointer) return "a pointer is missing";
+    if (!is_aligned(pointer, 16)) return "a pointer is not aligned to 16 bytes";
   }
-  const void* const narrow[] = {call.image_slot, call.image_position};
-  for (const void* pointer : narrow) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 4 != 0) {
-      return "a pointer to indices is not aligned to 4 bytes";
-    }
+  for (const void* pointer : {call.image_slot, call.image_position}) {
+    if (!pointer) return "a pointer to indices is missing";
+    if (!is_aligned(pointer, 4)) return "a pointer to indices is not aligned to 4 bytes";
   }
-  if (reinterpret_cast<uintptr_t>(call.reference) % 8 != 0) {
+  if (!call.reference) return "the pointer to reference points is missing";
+  if (!is_aligned(call.reference, 8)) {
     return "the pointer to reference points is not aligned to 8 bytes";
   }
   return nullptr;

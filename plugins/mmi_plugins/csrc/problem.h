@@ -13,6 +13,7 @@ constexpr int kMaximumChannels = 128;
 constexpr int kManyRows = 2048;       // from this many (b, q, h) on, a warp a row fills a GPU
 constexpr int kMostBlocks = 2048;     // a split makes no more blocks than this
 constexpr int kMostGrid = 65535;      // CUDA's limit for heads and batch, axes y and z of a grid
+constexpr int kMostCounted = 2147483584;  // rows and images: 2^31 - 64
 
 struct Half { unsigned short bits; };
 struct BFloat16 { unsigned short bits; };

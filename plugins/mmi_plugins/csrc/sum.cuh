@@ -5,7 +5,7 @@
 
 namespace mmi {
 
-constexpr int kTable = 40;  // entries: 32 lanes, and what fp32 lane groups read beyond
+constexpr int kTable = 35;  // entries: 32 lanes, and what fp32 lane groups read beyond (5 groups)
 
 // A corner of a sampled point. `weight` is float bits, or high | low << 16 in T.
 struct alignas(8) Corner { unsigned weight, unit; };

@@ -158,6 +158,7 @@ class AttentionPlugin final : public nvinfer1::IPluginV3,
     return new (std::nothrow) AttentionPlugin(attributes_);
   }
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override {
+    preload();
     return clone();
   }
 
