@@ -14,9 +14,9 @@ from mmi_train.data.world import easy, split_of
 from mmi_train.evaluation import (
     Evaluator,
     Measures,
-    _questions,
     evaluate,
     measure_of,
+    questions_of,
     switched_off,
 )
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -53,7 +53,7 @@ class Oracle(Evaluator):
 def graded(model: MMInterleaved, shift: int) -> Measures:
     measures = Measures()
     oracle = Oracle(model, shift)
-    for _, questions in _questions(oracle, easy(), 8, seed=3):
+    for _, questions in questions_of(oracle, easy(), 8, seed=3):
         oracle.run(questions, measures)
     return measures
 
@@ -77,7 +77,7 @@ def test_answers_to_other_questions_are_graded_wrong(model):
 
 def test_questions_are_held_out_and_the_same_every_time(model):
     evaluator = Evaluator(model, build_tokenizer())
-    first, again = (list(_questions(evaluator, easy(), 4, seed=1)) for _ in range(2))
+    first, again = (list(questions_of(evaluator, easy(), 4, seed=1)) for _ in range(2))
     for (kind, questions), (_, others) in zip(first, again, strict=True):
         assert len(questions) == 4, kind
         for question, other in zip(questions, others, strict=True):
@@ -88,7 +88,7 @@ def test_questions_are_held_out_and_the_same_every_time(model):
 def test_a_prompt_stops_right_before_its_answer(model):
     evaluator = Evaluator(model, build_tokenizer())
     tokens = model.config.tokens
-    for _, questions in _questions(evaluator, easy(), 3, seed=2):
+    for _, questions in questions_of(evaluator, easy(), 3, seed=2):
         for question in questions:
             last = question.prompt.token_ids[-1]
             if isinstance(question.part, ImagePart):

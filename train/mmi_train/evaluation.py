@@ -12,12 +12,14 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from tokenizers import Tokenizer
 
+from mmi_deploy.config import ModelConfig
 from mmi_train.data.pixels import images_from_pixels
 from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
 from mmi_train.data.scene_reader import expected_segmentation, mean_iou, segmentation_of
@@ -100,7 +102,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Question:
+class Question:
     """One target of a document: the tokens before it, and how to grade what comes out."""
 
     document: TaskDocument
@@ -146,6 +148,21 @@ def measure_of(question: str) -> str:
     return next(f"answer: {kind}" for start, kind in kinds.items() if question.startswith(start))
 
 
+def prompt_of(
+    document: TaskDocument, target: int, tokenizer: Tokenizer, config: ModelConfig
+) -> TokenDocument:
+    """The document up to `target`; for a picture, with its begin-of-image token."""
+    part = document.parts[target]
+    end = target + 1 if isinstance(part, ImagePart) else target
+    cut = TaskDocument(document.kind, document.parts[:end], (), document.config)
+    made = tokens_of(cut, tokenizer, config.tokens, config.visual_tokens)
+    if isinstance(part, TextPart):  # the text goes on: it has not ended
+        made = TokenDocument(
+            made.token_ids[:-1], made.weight[:-1], made.images, made.encoded, made.drawn
+        )
+    return made
+
+
 class Evaluator:
     """Runs one model over questions; pictures are drawn with DPM-Solver++."""
 
@@ -166,16 +183,7 @@ class Evaluator:
 
     def prompt(self, document: TaskDocument, target: int) -> TokenDocument:
         """The document up to `target`; for a picture, with its begin-of-image token."""
-        config = self.model.config
-        part = document.parts[target]
-        end = target + 1 if isinstance(part, ImagePart) else target
-        cut = TaskDocument(document.kind, document.parts[:end], (), document.config)
-        made = tokens_of(cut, self.tokenizer, config.tokens, config.visual_tokens)
-        if isinstance(part, TextPart):  # the text goes on: it has not ended
-            made = TokenDocument(
-                made.token_ids[:-1], made.weight[:-1], made.images, made.encoded, made.drawn
-            )
-        return made
+        return prompt_of(document, target, self.tokenizer, self.model.config)
 
     @torch.inference_mode()
     def write(self, prompts: list[TokenDocument]) -> list[str]:
@@ -230,7 +238,7 @@ class Evaluator:
         )
         return images_from_pixels(decoder.vae.decode(latents))
 
-    def run(self, questions: list[_Question], measures: Measures) -> list[np.ndarray | str]:
+    def run(self, questions: list[Question], measures: Measures) -> list[np.ndarray | str]:
         """Answer and grade; returns what was produced, in order."""
         produced: list[np.ndarray | str] = []
         order = sorted(range(len(questions)), key=lambda index: questions[index].prompt.size)
@@ -247,7 +255,7 @@ class Evaluator:
         return produced
 
 
-def _grade(question: _Question, produced: np.ndarray | str, measures: Measures) -> None:
+def _grade(question: Question, produced: np.ndarray | str, measures: Measures) -> None:
     document, part = question.document, question.part
     objects = len(question.scene.objects)
     result = grade(document, question.target, produced)
@@ -279,23 +287,30 @@ def _grade(question: _Question, produced: np.ndarray | str, measures: Measures) 
     measures.add(f"{kind}: mIoU", objects, iou)
 
 
-def _questions(
-    evaluator: Evaluator, world: WorldConfig, count: int, seed: int
-) -> Iterator[tuple[str, list[_Question]]]:
+class Prompter(Protocol):
+    """What makes prompts: an `Evaluator`, or whatever else answers the same questions."""
+
+    def prompt(self, document: TaskDocument, target: int) -> TokenDocument:
+        """The document up to `target`."""
+
+
+def questions_of(
+    evaluator: Prompter, world: WorldConfig, count: int, seed: int
+) -> Iterator[tuple[str, list[Question]]]:
     """Held-out questions by kind, the same for every model."""
     for index, kind in enumerate(
         ("caption", "question", "referring", "drawing", "segmentation", "story")
     ):
         rng = np.random.default_rng([seed, index])
-        found: list[_Question] = []
+        found: list[Question] = []
         while len(found) < count:
             document = MAKERS[kind](rng, world, "held_out")
             for target in document.targets:
-                found.append(_Question(document, target, evaluator.prompt(document, target)))
+                found.append(Question(document, target, evaluator.prompt(document, target)))
         yield kind, found[:count]
 
 
-def _sample(question: _Question, produced: np.ndarray) -> Sample:
+def _sample(question: Question, produced: np.ndarray) -> Sample:
     parts = question.document.parts
     texts = [part.text for part in parts[: question.target] if isinstance(part, TextPart)]
     pictures = [part.image for part in parts[: question.target] if isinstance(part, ImagePart)]
@@ -337,7 +352,7 @@ def evaluate(
         evaluator = Evaluator(
             subject, tokenizer, steps=steps, guidance=guidance, full_every=full_every, seed=seed
         )
-        for kind, questions in _questions(evaluator, world, count, seed):
+        for kind, questions in questions_of(evaluator, world, count, seed):
             if on_progress is not None:
                 on_progress(f"{kind}, {name}")
             produced = evaluator.run(questions, measures)
