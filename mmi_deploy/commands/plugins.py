@@ -54,7 +54,7 @@ def build(
 def show() -> None:
     """Say which kernel libraries are there, and what it would take to compile them."""
     from mmi_deploy.errors import EngineError
-    from mmi_plugins import onnxruntime_library, tensorrt_build
+    from mmi_plugins import compilers, onnxruntime_library, tensorrt_build
 
     library = onnxruntime_library.find()
     compiler = onnxruntime_library.compiler()
@@ -72,6 +72,6 @@ def show() -> None:
     try:
         headers, version = tensorrt_build.find_tensorrt_headers()
         say(f"              headers: {version} in {headers}", soft_wrap=True)
-        say(f"              nvcc: {tensorrt_build.find_nvcc()}", soft_wrap=True)
+        say(f"              nvcc: {compilers.find_nvcc()}", soft_wrap=True)
     except EngineError as error:
         say(f"              {error}", soft_wrap=True)

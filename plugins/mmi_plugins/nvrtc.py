@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import shutil
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
 
 from mmi_deploy.errors import EngineError
+from mmi_plugins.compilers import find_nvcc
 from mmi_plugins.launch_plan import (
     CSRC,
     VARIANTS,
@@ -88,11 +88,11 @@ def version() -> str:
     return f"{major.value}.{minor.value}"
 
 
-@cache
-def _nvcc() -> str | None:
-    found = shutil.which("nvcc")
-    standard = Path("/usr/local/cuda/bin/nvcc")
-    return found or (str(standard) if standard.is_file() else None)
+def _nvcc() -> Path | None:
+    try:
+        return find_nvcc()
+    except EngineError:
+        return None
 
 
 def _run_nvcc(source: str, *options: str) -> bytes:

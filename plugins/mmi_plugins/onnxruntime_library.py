@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.tensorrt_build import ARCHITECTURES, find_nvcc, supported_architectures
+from mmi_plugins.compilers import ARCHITECTURES, find_nvcc, supported_architectures
 
 log = logging.getLogger(__name__)
 

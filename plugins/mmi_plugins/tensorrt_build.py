@@ -9,22 +9,22 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmi_deploy.errors import EngineError
+from mmi_plugins.compilers import (
+    ARCHITECTURES,
+    find_cmake,
+    find_nvcc,
+    output_of,
+    supported_architectures,
+)
 
 SOURCES = Path(__file__).parent / "csrc"
-ARCHITECTURES = ("80", "86", "87", "89", "90", "100", "120")
-"""Compute capabilities whose machine code the library holds: A100, A10 and RTX 30, Orin, L4 and
-RTX 40, H100, B100 and B200, RTX 50."""
-
 PORTABLE = "100"
-"""The one whose PTX it holds too, for Thor (110) and all that come later."""
+"""The architecture whose PTX the library holds too, for Thor (110) and all that come later."""
 
 TARGETS = ("mmi_tensorrt", "mmi_tensorrt_registered")
 HEADER = "NvInferRuntime.h"
@@ -34,7 +34,6 @@ SYSTEM_INCLUDES = (
     "/usr/local/tensorrt/include",
     "/opt/tensorrt/include",
 )
-STANDARD_CUDA = Path("/usr/local/cuda")
 LEAST_TENSORRT = (10, 12)
 
 
@@ -56,7 +55,7 @@ def build_tensorrt_plugin(
     headers, version = find_tensorrt_headers(include)
     nvcc, cmake = find_nvcc(), find_cmake()
     architectures = supported_architectures(nvcc, architectures)
-    key = _key(version, _output_of([nvcc, "--version"]), *architectures)
+    key = _key(version, output_of([nvcc, "--version"]), *architectures)
     names = {target: f"lib{target}-{version}-{key}.so" for target in TARGETS}
     if not all((out / name).is_file() for name in names.values()):
         out.mkdir(parents=True, exist_ok=True)
@@ -108,47 +107,6 @@ def _header_version(include: Path) -> str:
     return name
 
 
-def find_nvcc() -> Path:
-    """CUDA's compiler: $CUDACXX, $CUDA_HOME, the search path, /usr/local/cuda."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home)]
-    for candidate in (*candidates, "nvcc", str(STANDARD_CUDA / "bin" / "nvcc")):
-        if candidate and (found := shutil.which(candidate)):
-            return Path(found)
-    raise EngineError(
-        "CUDA's compiler nvcc was not found",
-        fix="Install the CUDA toolkit (12.8 or newer: cuda-nvcc and cuda-cudart-dev suffice) and "
-        "put nvcc on the PATH or set CUDACXX; without a compiler use the plugin's ahead-of-time "
-        "form, mmi_plugins.tensorrt_aot",
-    )
-
-
-def find_cmake() -> Path:
-    """cmake, on the search path or beside this Python."""
-    beside = Path(sys.executable).parent / "cmake"
-    for candidate in ("cmake", str(beside)):
-        if found := shutil.which(candidate):
-            return Path(found)
-    raise EngineError("cmake was not found", fix="Install it: pip install cmake")
-
-
-def supported_architectures(nvcc: Path, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Those of `wanted` that this compiler knows; at least one."""
-    listed = _output_of([nvcc, "--list-gpu-arch"])
-    known = set(re.findall(r"compute_(\w+)", listed))
-    if unknown := [name for name in wanted if not re.fullmatch(r"\d{2,3}", name)]:
-        raise EngineError("not a compute capability", expected="such as 89", got=unknown[0])
-    kept = tuple(name for name in dict.fromkeys(wanted) if name in known)
-    if not kept:
-        raise EngineError(
-            f"{nvcc} makes code for none of the architectures",
-            expected=", ".join(wanted),
-            got=", ".join(sorted(known, key=lambda name: (len(name), name))),
-            fix="Install a CUDA toolkit that knows them",
-        )
-    return kept
-
-
 def _compile(
     cmake: Path, nvcc: Path, headers: Path, architectures: Sequence[str], folder: Path
 ) -> None:
@@ -165,20 +123,7 @@ def _compile(
     ]
     build: list[str | Path] = [cmake, "--build", folder, "--target", *TARGETS, "--parallel"]
     for command in (configure, build):
-        _output_of(command)
-
-
-def _output_of(command: Sequence[str | Path]) -> str:
-    """Run a tool; its output, or an `EngineError` with its last lines."""
-    try:
-        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    except OSError as error:
-        raise EngineError(f"{command[0]} could not be started: {error}") from error
-    if done.returncode:
-        errors = [line.strip() for line in done.stdout.splitlines() if "rror" in line]
-        last = " | ".join((errors or done.stdout.splitlines())[:6])
-        raise EngineError(f"{Path(command[0]).name} failed: {last}")
-    return done.stdout
+        output_of(command)
 
 
 def _key(*parts: str) -> str:

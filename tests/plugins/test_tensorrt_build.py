@@ -5,16 +5,14 @@ from pathlib import Path
 import pytest
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins import tensorrt_build
-from mmi_plugins.tensorrt_build import (
+from mmi_plugins import compilers
+from mmi_plugins.compilers import (
     ARCHITECTURES,
-    TARGETS,
-    build_tensorrt_plugin,
     find_cmake,
     find_nvcc,
-    find_tensorrt_headers,
     supported_architectures,
 )
+from mmi_plugins.tensorrt_build import TARGETS, build_tensorrt_plugin, find_tensorrt_headers
 
 ENTERPRISE = "#define TRT_MAJOR_ENTERPRISE {}\n#define TRT_MINOR_ENTERPRISE {}\n"
 OLD = "#define NV_TENSORRT_MAJOR {} //!< major\n#define NV_TENSORRT_MINOR {}\n"
@@ -76,8 +74,8 @@ def test_missing_compilers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(tensorrt_build, "STANDARD_CUDA", tmp_path)
-    monkeypatch.setattr(tensorrt_build.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(compilers, "STANDARD_CUDA", tmp_path)
+    monkeypatch.setattr(compilers.sys, "executable", str(tmp_path / "python"))
     with pytest.raises(EngineError, match="nvcc was not found.*CUDA toolkit.*tensorrt_aot"):
         find_nvcc()
     with pytest.raises(EngineError, match="pip install cmake"):

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from mmi_deploy.errors import EngineError
+from mmi_plugins.compilers import find_nvcc
 from mmi_plugins.operator import NAME
-from mmi_plugins.tensorrt_build import find_nvcc, find_tensorrt_headers
+from mmi_plugins.tensorrt_build import find_tensorrt_headers
 from mmi_plugins.tensorrt_load import (
     INSTALL,
     PluginLibrary,
