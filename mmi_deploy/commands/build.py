@@ -277,16 +277,18 @@ def _say_plan(
             }
         )
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("target", "graph", "profiles"):
-        table.add_column(heading)
-    for heading in ("weights", "memory"):
-        table.add_column(heading, justify="right")
-    for part in parts:
-        names = ", ".join(profile.name for profile in part.profiles)
-        memory = size(part.memory) if part in missing else "cached"
-        table.add_row(part.target.name, part.graph, names, size(part.weights), memory)
-    results().print(table)
+    for target in request.targets:
+        table = Table(box=box.SIMPLE_HEAD, title=target.name, title_justify="left")
+        table.add_column("graph", no_wrap=True)
+        table.add_column("profiles", no_wrap=True)
+        for heading in ("weights", "memory to build"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for part in parts:
+            if part.target == target:
+                names = ", ".join(profile.name for profile in part.profiles)
+                memory = size(part.memory) if part in missing else "cached"
+                table.add_row(part.graph, names, size(part.weights), memory)
+        results().print(table)
     results().print(
         f"TensorRT {request.tensorrt}, plugin {request.plugin.identity}, cache {cache.folder}. "
         "Engines are built one after another, each in a process of its own"
@@ -295,14 +297,16 @@ def _say_plan(
 
 def _table(report: TargetReport) -> Table:
     card = report.architecture is not None
-    table = Table(box=box.SIMPLE_HEAD, title=report.target, title_justify="left")
-    table.add_column("graph")
-    headings = ("layers", "plugin", "weights", "engine", "seconds", "peak memory", "error")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=report.target, title_justify="left", collapse_padding=True
+    )
+    table.add_column("graph", no_wrap=True)
+    headings = ("layers", "plugin", "weights", "engine", "seconds", "memory", "error")
     for heading in headings if card else ("nodes", "weights", "all", "seconds", "error"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for graph in report.graphs:
         layers, seconds = str(sum(graph.layers.values())), f"{graph.seconds:.1f}"
-        error = "not compared" if graph.error is None else f"{graph.error:.1e}"
+        error = "none" if graph.error is None else f"{graph.error:.1e}"
         sizes = size(graph.weights_bytes), size(graph.engine_bytes)
         if card:
             seconds = "cached" if graph.cached else seconds
