@@ -1,0 +1,320 @@
+"""`make gpu-check`: everything that only a GPU can show, in one run, told in a report.
+
+Each step is tried whatever became of the others, and says in one line what came out or what is
+missing. Exit code 0: all passed. 1: something is wrong. 2: something could not be run here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from mmi_bench.gpu_kernel import GpuKernel, import_driver
+from mmi_bench.gpu_report import write_report
+from mmi_bench.gpu_target import Tried, compare, document, measure, write_receipts
+from mmi_bench.machine import describe
+from mmi_deploy.build.target import TENSORRT, Target
+from mmi_deploy.bundle import Bundle
+from mmi_deploy.errors import EngineError, MmiError
+from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory, import_cuda
+from mmi_deploy.runtime.tensorrt_runtime import import_tensorrt
+from mmi_deploy.runtime.tensorrt_target import TensorRtTarget
+
+WRONG, NOT_RUN = 1, 2
+PRECISIONS = ("fp32", "fp16")
+KERNEL_CASES = 48
+"""Drawn calls of the kernel: each situation six times."""
+
+State = Literal["passed", "FAILED", "not run"]
+
+
+class Missing(Exception):
+    """What a step needs and this machine lacks."""
+
+
+@dataclass
+class Step:
+    """What became of one step. `line`: for people. `detail`: all numbers."""
+
+    name: str
+    state: State
+    line: str
+    seconds: float
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+Builder = Callable[[Path, Target, Path | None], None]
+"""Builds the engines of a bundle for a target, with the plugin library if there is one."""
+
+
+@dataclass
+class Machine:
+    """What steps run with; tests put their own in its place."""
+
+    device: int = 0
+    cuda: Any = None
+    driver: Any = None
+    tensorrt: Any = None
+    build: Builder | None = None
+    build_plugin: Callable[[str], Path] | None = None
+    kernel: Callable[[DeviceMemory], Any] | None = None
+    _memory: DeviceMemory | None = None
+
+    def memory(self) -> DeviceMemory:
+        """The GPU; raises `Missing`."""
+        if self._memory is None:
+            try:
+                self._memory = DeviceMemory(Cuda(self.cuda or import_cuda()), self.device)
+            except EngineError as error:
+                raise Missing(str(error)) from None
+        return self._memory
+
+    def module(self, runtime: str) -> Any:
+        """TensorRT; raises `Missing`."""
+        try:
+            return self.tensorrt or import_tensorrt(runtime)
+        except EngineError as error:
+            raise Missing(str(error)) from None
+
+
+@dataclass
+class Check:
+    """One run of all steps on one bundle."""
+
+    bundle: Path
+    runtime: str
+    precisions: Sequence[str]
+    machine: Machine
+    say: Callable[[Step], None]
+    repeats: int = 5
+    cases: int = KERNEL_CASES
+    steps: list[Step] = field(default_factory=list)
+    plugin: Path | None = None
+
+    def run(self) -> int:
+        """Try every step; the exit code."""
+        self._try("machine", self._machine)
+        self._try("plugin", self._plugin)
+        self._try("kernel", self._kernel)
+        for precision in self.precisions:
+            opened: list[Tried] = []
+            self._try(f"build {precision}", lambda p=precision: self._build(p))
+            self._try(f"load {precision}", lambda p=precision, o=opened: self._load(p, o))
+            for name, work in (("compare", self._compare), ("document", document),
+                               ("measure", self._measure)):  # fmt: skip
+                self._try(f"{name} {precision}", lambda w=work, o=opened: w(_only(o)))
+            if opened:
+                opened[0].runtime.close()
+        states = [step.state for step in self.steps]
+        return WRONG if "FAILED" in states else NOT_RUN if "not run" in states else 0
+
+    def _try(self, name: str, work: Callable[[], tuple[str, dict[str, Any]]]) -> None:
+        start, detail = time.perf_counter(), {}
+        state: State = "passed"
+        try:
+            line, detail = work()
+        except Missing as missing:
+            state, line = "not run", str(missing)
+        except MmiError as error:
+            state, line = "FAILED", str(error)
+        except Exception as error:  # a step that breaks must not keep the others from being tried
+            words = " ".join(str(error).split())
+            state, line = "FAILED", f"unexpected {type(error).__name__}: {words}"
+            detail = {"traceback": traceback.format_exc()}
+        step = Step(name, state, line, round(time.perf_counter() - start, 3), detail)
+        self.steps.append(step)
+        self.say(step)
+
+    def _machine(self) -> tuple[str, dict[str, Any]]:
+        memory = self.machine.memory()
+        free, total = memory.gpu.memory()
+        facts = {
+            "gpu": memory.gpu.name,
+            "architecture": memory.gpu.architecture,
+            "memory_bytes": total,
+            "free_bytes": free,
+            "driver": _version(memory.cuda("cudaDriverGetVersion")),
+            "cuda": _version(memory.cuda("cudaRuntimeGetVersion")),
+        }
+        return f"{facts['gpu']}, {facts['architecture']}, {total / 1e9:.0f} GB", facts
+
+    def _plugin(self) -> tuple[str, dict[str, Any]]:
+        from mmi_plugins.onnxruntime_library import cache_folder
+        from mmi_plugins.tensorrt_build import build_tensorrt_plugin
+
+        architecture = self.machine.memory().gpu.architecture.removeprefix("sm")
+        folder = cache_folder() / "tensorrt"
+        build = self.machine.build_plugin or (lambda sm: build_tensorrt_plugin(None, folder, (sm,)))
+        try:
+            self.plugin = build(architecture)
+        except EngineError as error:
+            if self.runtime == TENSORRT and find_spec("tensorrt") is not None:
+                return f"ahead of time, by NVRTC, for the C++ one cannot be built: {error}", {}
+            raise Missing(str(error)) from None
+        return self.plugin.name, {"path": str(self.plugin)}
+
+    def _kernel(self) -> tuple[str, dict[str, Any]]:
+        from mmi_plugins.cases import draws
+        from mmi_plugins.check import check
+        from mmi_plugins.reference import all_rows, attention
+
+        memory = self.machine.memory()
+        make = self.machine.kernel or (
+            lambda memory: GpuKernel(memory, self.machine.driver or import_driver())
+        )
+        implementation = make(memory)
+        if reason := implementation.missing():
+            raise Missing(reason)
+        verdicts = []
+        for name, call in draws(0, self.cases):
+            expected = attention(call, all_rows(call)).reshape(call.sizes["b"], call.sizes["q"], -1)
+            verdicts.append(check(name, call, expected, implementation))
+        wrong = [verdict for verdict in verdicts if verdict.wrong]
+        worst = {}
+        for _, call in draws(0, self.cases):
+            worst.setdefault(call.dtype, 0.0)
+        for verdict, (_, call) in zip(verdicts, draws(0, self.cases), strict=True):
+            worst[call.dtype] = max(worst[call.dtype], verdict.relative)
+        detail = {"cases": len(verdicts), "greatest_relative_rms": worst}
+        if wrong:
+            raise EngineError(
+                f"the kernel is wrong in {len(wrong)} of {len(verdicts)} cases",
+                expected=f"a relative rms of at most {wrong[0].tolerance:g}",
+                got=wrong[0].reason or f"{wrong[0].relative:.1e} in {wrong[0].case!r}",
+            )
+        told = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
+        return f"{len(verdicts)} cases against float64; greatest relative rms: {told}", detail
+
+    def _target(self, precision: str) -> Target:
+        return Target(self.runtime, self.machine.memory().gpu.architecture, precision)
+
+    def _build(self, precision: str) -> tuple[str, dict[str, Any]]:
+        from mmi_deploy.build.report import read_report
+
+        target = self._target(precision)
+        self.machine.module(self.runtime)
+        build = self.machine.build or build_engines
+        build(self.bundle, target, self.plugin)
+        bundle = Bundle.open(self.bundle, unproved=True)
+        manifest = bundle.target(target.name)
+        size = sum(entry.size for entry in manifest.files.values())
+        report = read_report(bundle.target_folder(target.name))
+        detail = {"report": report.model_dump()} if report else {}
+        return f"{target.name}: {len(manifest.graphs)} engines, {size / 1e6:.1f} MB", detail
+
+    def _load(self, precision: str, opened: list[Tried]) -> tuple[str, dict[str, Any]]:
+        name = self._target(precision).name
+        bundle = Bundle.open(self.bundle, unproved=True)
+        if name not in bundle.targets:
+            raise Missing(f"there are no engines for {name}")
+        module = self.machine.module(self.runtime)
+
+        def target(record: bool) -> TensorRtTarget:
+            return TensorRtTarget.open(
+                bundle,
+                name,
+                plugin=self.plugin,
+                device=self.machine.device,
+                record=record,
+                cuda=self.machine.cuda,
+                tensorrt=module,
+            )
+
+        tried = Tried.open(bundle, precision, target)
+        opened.append(tried)
+        tried.runtime.load()
+        plan = tried.target.plan()
+        detail = {"plan": {**asdict(plan), "total": plan.total}, "lines": plan.lines()}
+        return f"{plan.total / 1e6:.1f} MB of the GPU's memory in all", detail
+
+    def _compare(self, tried: Tried) -> tuple[str, dict[str, Any]]:
+        line, detail, receipts = compare(tried)
+        write_receipts(tried, receipts)
+        if failed := [r.graph for r in receipts if not r.passed]:
+            raise EngineError(f"too far from ONNX Runtime: {', '.join(failed)}; {line}")
+        return line, detail
+
+    def _measure(self, tried: Tried) -> tuple[str, dict[str, Any]]:
+        return measure(tried, self.repeats)
+
+
+def _only(opened: list[Tried]) -> Tried:
+    if not opened:
+        raise Missing("the engines could not be loaded")
+    return opened[0]
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
+    """`mmi build`, in a process of its own: what the builder leaves behind does not meet what runs.
+
+    Without a library the plugin goes into TensorRT's engines ahead of time."""
+    if plugin is None and target.runtime == TENSORRT:
+        program = "from mmi_bench.gpu_ahead_of_time import main; main()"
+        words = [str(bundle), str(target.architecture), target.precision]
+    else:
+        program = "from mmi_deploy.cli import main; main()"
+        words = ["build", str(bundle), "--target", target.runtime, "--precision", target.precision]
+        words += ["--arch", str(target.architecture)]
+        words += ["--plugin", str(plugin)] if plugin else []
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise EngineError(said[-1].removeprefix("mmi: ") if said else "mmi build said nothing")
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for gpu_check.md and gpu_check.json.")
+    ] = Path("out"),
+    target: Annotated[
+        str, typer.Option(help="Who runs the engines: tensorrt or tensorrt-rtx.")
+    ] = TENSORRT,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="A recipe of `mmi build`; several may be given.", show_default="both"),
+    ] = None,
+    device: Annotated[int, typer.Option(min=0, help="Which GPU.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured documents.")] = 5,
+) -> None:
+    """Build, run, compare and measure the engines of a bundle on this machine's GPU."""
+    console = Console(highlight=False, soft_wrap=True)
+
+    def say(step: Step) -> None:
+        console.print(f"{step.state:<8} {step.name:<14} {step.line}", markup=False)
+
+    precisions = tuple(precision or PRECISIONS)
+    check = Check(bundle, target, precisions, Machine(device), say, repeats)
+    code = check.run()
+    with _no_full_disk(console):
+        paths = write_report(out, describe(), bundle, target, check.steps)
+        console.print(f"report: {' and '.join(map(str, paths))}", markup=False)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _no_full_disk(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        console.print(f"the report cannot be written: {error}", markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
