@@ -209,9 +209,11 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
     if not texts:
         raise WeightsError(f"{path} holds no tokenizer", fix="give --tokenizer the folder of one")
     kinds = own.get("token_type") or [Kind.NORMAL] * len(texts)
+    used = max((i + 1 for i, found in enumerate(kinds) if found != Kind.UNUSED), default=0)
+    texts, kinds = texts[:used], kinds[:used]  # the others only fill the embedding up
     if kind == "llama":
         scores = own.get("scores") or [0.0] * len(texts)
-        pieces = [Piece(*row) for row in zip(texts, scores, kinds, strict=True)]
+        pieces = [Piece(*row) for row in zip(texts, scores[:used], kinds, strict=True)]
         return byte_pair_tokenizer(
             pieces, Normaliser(add_space=bool(own.get("add_space_prefix", True)))
         )
