@@ -121,18 +121,6 @@ def _attention(step: Step) -> Work:
     return Work(matrix=2 * scores * (d + out_width), vector=(_SOFTMAX + 1 + masked) * scores)
 
 
-def _grouped_attention(step: Step) -> Work:
-    """ONNX Runtime's GroupQueryAttention over its whole cache, [b, h, k, d]; rotary included."""
-    query, cache = step.input(0), step.input(3)
-    b, t = query.shape[:2]
-    h = step.attribute("num_heads", 1)
-    keys, d = cache.shape[2:]
-    scores = b * h * t * keys
-    turned = 3 * query.elements if step.attribute("do_rotary", 0) else 0
-    written = 2 * b * cache.shape[1] * t * d + _out(step)
-    return Work(matrix=4 * scores * d, vector=(_SOFTMAX + 1) * scores + turned, written=written)
-
-
 def _mat_mul_n_bits(step: Step) -> Work:
     """ONNX Runtime's product with a weight in blocks: unpack it (2 per weight), then multiply."""
     inner, columns = step.attribute("K", 0), step.attribute("N", 0)
@@ -243,6 +231,5 @@ RULES: dict[str, Rule] = {
     "TensorScatter": _scatter,
     MMFS: _mmfs,
     "com.microsoft.MatMulNBits": _mat_mul_n_bits,
-    "com.microsoft.GroupQueryAttention": _grouped_attention,
 }
 """Operator, with its domain unless that is ONNX's own -> its rule."""

@@ -293,8 +293,16 @@ def _mmfs(node: NodeProto, inputs: tuple[Value | None, ...]) -> Shapes:
     return [(value.type, (*logits.shape[:2], value.shape[2] * value.shape[3]))]
 
 
+def _mat_mul_n_bits(node: NodeProto, inputs: tuple[Value | None, ...]) -> Shapes:
+    """x [..., K] -> [..., N]"""
+    columns = next(attribute.i for attribute in node.attribute if attribute.name == "N")
+    assert inputs[0] is not None
+    return [(inputs[0].type, (*inputs[0].shape[:-1], columns))]
+
+
 FOREIGN_SHAPES: dict[tuple[str, str], Callable[[NodeProto, tuple[Value | None, ...]], Shapes]] = {
-    (MMFS_DOMAIN, MMFS_OPERATOR): _mmfs
+    (MMFS_DOMAIN, MMFS_OPERATOR): _mmfs,
+    ("com.microsoft", "MatMulNBits"): _mat_mul_n_bits,
 }
 """(domain, operator) -> element type and shape of each output, for operators that are not ONNX's
 own."""

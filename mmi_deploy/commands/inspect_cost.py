@@ -21,6 +21,12 @@ SHOWN = 12
 """Rows of the tables by operator and by module; `--json` has all of them and every node."""
 
 
+FLOOR = (
+    "Floor: weights, inputs and outputs once, nothing in between. Times are rooflines, computed "
+    "from the vendor's figures and not measured"
+)
+
+
 def parse_sizes(text: str, contract: Mapping[str, Graph]) -> dict[str, int]:
     """`t=1,m=4,n=4`; raises `ConfigError` for what is none of the dynamic dimensions."""
     known = sorted({letter for graph in contract.values() for letter in graph.ranges})
@@ -76,11 +82,12 @@ def show_cost(
     if only is not None:
         out.print(_parts("operator", costs[0].by_operator()))
         out.print(_parts("module", costs[0].by_module()))
-    out.print(
-        "Floor: weights, inputs and outputs once, nothing in between. Times are rooflines, "
-        "computed from the vendor's figures and not measured"
-        + ("" if only else ". --graph NAME says more")
-    )
+        at = " ".join(f"{letter}={number}" for letter, number in costs[0].sizes.items())
+        bounds = ", ".join(f"{one.title}: {costs[0].bound(one)}" for one in chosen)
+        out.print(f"At {at}. What bounds it: {bounds}")
+    else:
+        out.print("Sizes are the likeliest; --sizes t=1,m=4 sets them. --graph NAME says more")
+    out.print(FLOOR)
 
 
 def _within(given: Mapping[str, int], graph: Graph, only: str | None) -> dict[str, int]:
@@ -128,35 +135,32 @@ def as_dict(cost: GraphCost, cards: Sequence[Card]) -> dict[str, Any]:
 
 
 def _overview(title: str, costs: Sequence[GraphCost], cards: Sequence[Card]) -> Table:
-    stored = f"stored as {costs[0].storage}" if costs[0].storage != "as exported" else "as exported"
+    stored = costs[0].storage if costs[0].storage == "as exported" else f"in {costs[0].storage}"
     table = Table(box=box.SIMPLE_HEAD, title=f"{title}: what a run costs, {stored}")
     table.title_justify = "left"
-    for heading in ("graph", "at"):
-        table.add_column(heading)
-    headings = ("matrix FLOPs", "vector FLOPs", "floor", "node by node", "FLOPs/byte")
-    for heading in (*headings, *(f"{card.title}, at least" for card in cards)):
-        table.add_column(heading, justify="right")
+    table.add_column("graph", no_wrap=True)
+    headings = ("matrix\nFLOPs", "vector\nFLOPs", "floor", "node\nby node", "FLOPs\n/byte")
+    for heading in (*headings, *(f"{card.name},\nat least" for card in cards)):
+        table.add_column(heading, justify="right", no_wrap=True)
     for cost in costs:
-        sizes = " ".join(f"{letter}={number}" for letter, number in cost.sizes.items())
         total = cost.total
         table.add_row(
             cost.graph,
-            sizes,
             flops(total.matrix),
             flops(total.vector),
             size(cost.floor_bytes),
             size(total.bytes),
             f"{cost.intensity:.1f}",
-            *(f"{duration(cost.seconds(card))} ({cost.bound(card)})" for card in cards),
+            *(duration(cost.seconds(card)) for card in cards),
         )
     return table
 
 
 def _parts(what: str, totals: Mapping[str, Total]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(what)
-    for heading in ("nodes", "matrix FLOPs", "vector FLOPs", "node by node"):
-        table.add_column(heading, justify="right")
+    table.add_column(what, overflow="fold")
+    for heading in ("nodes", "matrix\nFLOPs", "vector\nFLOPs", "node\nby node"):
+        table.add_column(heading, justify="right", no_wrap=True)
     rows = list(totals.items())
     for name, total in rows[:SHOWN]:
         row = (flops(total.matrix), flops(total.vector), size(total.bytes))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from mmi_deploy.commands.screen import print_json, results, size
+from mmi_deploy.commands.screen import counted, print_json, results, size
 from mmi_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def show_memory(
     out = results()
     out.print(_overview(model, memories, cards))
     if precision:
-        out.print(_graphs(memories[0]))
+        out.print(_detail(memories[0]))
     out.print(BASIS)
 
 
@@ -111,15 +111,15 @@ def _about(model: Model) -> dict[str, Any]:
 
 
 def _holding(memory: Memory, cards: Sequence[str]) -> dict[str, Any]:
-    return {"holds": {name: fits for name, fits in holders(memory, cards).items()}}
+    return {"holds": holders(memory, cards)}
 
 
 def holders(memory: Memory, cards: Sequence[str]) -> dict[str, bool]:
     """Sizes of memory and named cards -> whether `memory` fits, the assumed reserve left free."""
-    from mmi_deploy.build.cards import CARDS, DRIVER_RESERVE, GB, SIZES, card
+    from mmi_deploy.build.cards import DRIVER_RESERVE, GB, SIZES, card
 
     rooms: Mapping[str, int] = {f"{gb} GB": gb * GB - DRIVER_RESERVE for gb in SIZES}
-    named = {name: card(name).room for name in cards or [n for n in CARDS if CARDS[n].shared]}
+    named = {name: card(name).room for name in cards}
     return {name: memory.total <= room for name, room in {**rooms, **named}.items()}
 
 
@@ -128,35 +128,37 @@ def _overview(model: Model, memories: Sequence[Memory], cards: Sequence[str]) ->
     stay = "all engines in memory" if resident is None else f"{', '.join(resident) or 'none'} stay"
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"{model.config.name} on {model.runtime}: {limits.batch} document"
-        f"{'s' if limits.batch > 1 else ''} of {limits.context} tokens and {limits.images} images, "
-        f"{stay}",
+        title=f"{model.config.name} on {model.runtime}: {counted(limits.batch, 'document')} of "
+        f"{limits.context} tokens, {counted(limits.images, 'image')}; {stay}",
         title_justify="left",
     )
-    table.add_column("precision")
-    for heading in ("weights", "KV cache", "image values", "other", "workspace", "in all"):
-        table.add_column(heading, justify="right")
-    for name in holders(memories[0], cards):
-        table.add_column(name, justify="center")
+    table.add_column("precision", no_wrap=True)
+    for heading in ("weights", "documents", "workspace", "in all", "a card of", *cards):
+        table.add_column(heading, justify="right", no_wrap=True)
     for memory in memories:
-        kept = dict(memory.documents)
-        cache, values = kept.pop("KV cache"), kept.pop("image values")
+        held = holders(memory, cards)
+        anonymous = [name for name, fits in held.items() if fits and name not in cards]
         table.add_row(
             memory.recipe,
-            *(size(count) for count in (memory.weights, cache, values, sum(kept.values()))),
+            size(memory.weights),
+            size(sum(memory.documents.values())),
             f"~{size(memory.workspace)}",
             size(memory.total),
-            *("yes" if fits else "-" for fits in holders(memory, cards).values()),
+            anonymous[0] if anonymous else f"> {list(held)[len(held) - len(cards) - 1]}",
+            *("yes" if held[name] else "no" for name in cards),
         )
     return table
 
 
-def _graphs(memory: Memory) -> Table:
+def _detail(memory: Memory) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("graph", "weights", "workspace"):
         table.add_column(heading, justify="left" if heading == "graph" else "right")
     for graph in memory.graphs:
         table.add_row(graph.graph, size(graph.weights), f"~{size(graph.workspace)}")
+    table.add_section()
+    for what, count in memory.documents.items():
+        table.add_row(f"documents: {what}", size(count))
     return table
 
 

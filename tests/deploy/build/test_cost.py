@@ -301,7 +301,7 @@ def test_recipes_change_bytes_and_not_flops(exported: Exported) -> None:
     half = cost_of_file(path, contract, {}, RECIPES["fp16"])
     four = cost_of_file(path, contract, {}, RECIPES["int4"])
     assert half.total.flops == four.total.flops == plain.total.flops
-    assert half.weight_bytes == pytest.approx(plain.weight_bytes / 2, rel=1e-3)
+    assert half.weight_bytes == pytest.approx(plain.weight_bytes / 2, rel=0.01)
     assert four.weight_bytes < 0.35 * half.weight_bytes
     assert plain.compute == "float32" and half.compute == "float16"
 
