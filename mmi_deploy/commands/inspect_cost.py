@@ -84,7 +84,8 @@ def show_cost(
         out.print(_parts("module", costs[0].by_module()))
         at = " ".join(f"{letter}={number}" for letter, number in costs[0].sizes.items())
         bounds = ", ".join(f"{one.title}: {costs[0].bound(one)}" for one in chosen)
-        out.print(f"At {at}. What bounds it: {bounds}")
+        out.print(f"At {at}. {costs[0].intensity:.1f} FLOPs per byte of the floor")
+        out.print(f"What bounds it: {bounds}")
     else:
         out.print("Sizes are the likeliest; --sizes t=1,m=4 sets them. --graph NAME says more")
     out.print(FLOOR)
@@ -139,8 +140,8 @@ def _overview(title: str, costs: Sequence[GraphCost], cards: Sequence[Card]) -> 
     table = Table(box=box.SIMPLE_HEAD, title=f"{title}: what a run costs, {stored}")
     table.title_justify = "left"
     table.add_column("graph", no_wrap=True)
-    headings = ("matrix\nFLOPs", "vector\nFLOPs", "floor", "node\nby node", "FLOPs\n/byte")
-    for heading in (*headings, *(f"{card.name},\nat least" for card in cards)):
+    headings = ("matrix\nFLOPs", "vector\nFLOPs", "floor", "node\nby node")
+    for heading in (*headings, *(f"at least\n{card.name}" for card in cards)):
         table.add_column(heading, justify="right", no_wrap=True)
     for cost in costs:
         total = cost.total
@@ -150,7 +151,6 @@ def _overview(title: str, costs: Sequence[GraphCost], cards: Sequence[Card]) -> 
             flops(total.vector),
             size(cost.floor_bytes),
             size(total.bytes),
-            f"{cost.intensity:.1f}",
             *(duration(cost.seconds(card)) for card in cards),
         )
     return table
