@@ -26,7 +26,10 @@ void rows(const Attention&, int32_t b, int32_t h, int32_t first, int32_t last);
 
 namespace {
 
-constexpr int32_t kQueriesPerTask = 2048;  // a head's slice of an image is copied once for so many
+// A task is so many of a head's queries: many, for each task copies the images it reads; but few
+// enough to make kTasks tasks, so that many cores have work.
+constexpr int32_t kMostQueries = 2048, kFewestQueries = 128;
+constexpr int64_t kTasks = 16;
 constexpr int64_t kSmall = 1 << 19;  // multiply-adds; about 20 microseconds of one core
 
 // The best instruction set of this processor; MMI_CPU=base or avx2 asks for a lesser one.
@@ -48,7 +51,13 @@ Rows choose() {
   return base::rows;
 }
 
-int32_t blocks(const Attention& call) { return (call.q + kQueriesPerTask - 1) / kQueriesPerTask; }
+int32_t queries_per_task(const Attention& call) {
+  const int64_t even = (int64_t{call.b} * call.h * call.q + kTasks - 1) / kTasks;
+  if (even < kFewestQueries) return kFewestQueries;
+  return even < kMostQueries ? static_cast<int32_t>(even) : kMostQueries;
+}
+
+int32_t blocks(const Attention& call) { return (call.q - 1) / queries_per_task(call) + 1; }
 
 }  // namespace
 
@@ -64,8 +73,8 @@ void cpu_run(const Attention& call, int64_t task) {
   // A head's queries follow one another: they read the same slice of the images.
   const int32_t block = static_cast<int32_t>(task % blocks(call));
   const int64_t bh = task / blocks(call);
-  const int32_t first = block * kQueriesPerTask;
-  const int32_t last = first + kQueriesPerTask < call.q ? first + kQueriesPerTask : call.q;
+  const int32_t some = queries_per_task(call), first = block * some;
+  const int32_t last = call.q - first < some ? call.q : first + some;
   rows(call, static_cast<int32_t>(bh / call.h), static_cast<int32_t>(bh % call.h), first, last);
 }
 
