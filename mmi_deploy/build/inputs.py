@@ -61,7 +61,8 @@ def record(
 
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
     runtime = Runtime(bundle.config, bundle.limits, tokenizer, load, bundle.schedule)
-    options = GenerationOptions(seed=seed, max_tokens=RECORDED_TOKENS, max_images=0)
+    # Every second step is a shallow one, so that both kinds are recorded.
+    options = GenerationOptions(seed=seed, max_tokens=RECORDED_TOKENS, max_images=0, full_every=2)
     for _ in generate(runtime, document or _made_up(bundle, tokenizer), options):
         pass
     return kept

@@ -1,0 +1,119 @@
+"""Time of one decoded token, precision against precision, on the CPU.
+
+    python -m mmi_bench.decode bundles/tiny --precisions int8 int4
+
+Only the language model is run, token after token, its cache written in place as the runtime does
+it. The precisions take turns in one process, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mmi_bench.spread import Spread, ratios
+from mmi_deploy.build.precision import recipe, rewrite
+from mmi_deploy.build.target import CPU
+from mmi_deploy.bundle import Bundle
+from mmi_deploy.errors import MmiError
+from mmi_deploy.graphs import Graph
+from mmi_deploy.runtime.buffers import HOST, Buffer
+from mmi_deploy.runtime.onnx_engine import OnnxOptions, OnnxRuntimeEngine
+
+PLAIN = "fp32"
+WARM_UP = 3
+
+
+class Decoder:
+    """One file of the LLM, decoding from slot `start` on with one hidden image."""
+
+    def __init__(self, path: Path, graph: Graph, threads: int, start: int) -> None:
+        self._engine = OnnxRuntimeEngine(path, graph, OnnxOptions(threads=threads))
+        sizes = dict.fromkeys(graph.ranges, 1)
+        draw = np.random.default_rng(0)
+        self._buffers: dict[str, Buffer] = {}
+        for tensor in graph.inputs:
+            shape = tensor.resolve(**sizes)
+            if tensor.dtype == "float32":
+                array = draw.standard_normal(shape, np.float32)
+            else:
+                array = np.full(shape, max(tensor.least, 0), tensor.dtype)
+            self._buffers[tensor.name] = HOST.hold(array)
+        self._buffers["visual_index"].read()[...] = -1
+        self._slot = start
+        outputs = [tensor for tensor in graph.outputs if tensor.name not in graph.in_place]
+        self._outputs = {t.name: HOST.allocate(t.resolve(**sizes), t.dtype) for t in outputs}
+
+    def token(self) -> float:
+        """Decode one token; seconds."""
+        for name in ("position", "write_index"):
+            self._buffers[name].read()[...] = self._slot
+        self._slot += 1
+        began = time.perf_counter()
+        self._engine.run(self._buffers, self._outputs)
+        return time.perf_counter() - began
+
+
+def compare(
+    portable: Path, graph: Graph, precisions: Sequence[str], tokens: int, threads: int, start: int
+) -> dict[str, list[float]]:
+    """Seconds of each of `tokens` tokens, by precision; the n-th tokens of all came in turn."""
+    with tempfile.TemporaryDirectory(dir=portable.parent) as folder:
+        decoders = {PLAIN: Decoder(portable, graph, threads, start)}
+        for name in precisions:
+            out = Path(folder) / name / portable.name
+            out.parent.mkdir()
+            rewrite(recipe(name), graph, portable, out, runtime=CPU)
+            decoders[name] = Decoder(out, graph, threads, start)
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    for count in range(WARM_UP + tokens):
+        for name, decoder in decoders.items():
+            spent = decoder.token()
+            if count >= WARM_UP:
+                seconds[name].append(spent)
+    return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mmi_bench.decode", description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--precisions", nargs="+", default=["int8", "int4"], metavar="NAME")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--start", type=int, default=128, help="tokens that are in the cache")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write all times here too")
+    given = parser.parse_args(arguments)
+    try:
+        bundle = Bundle.open(given.bundle)
+        graph = bundle.graphs["llm"]
+        tokens = min(given.tokens, bundle.limits.context - given.start - WARM_UP)
+        portable = bundle.graph_file("llm")
+        found = compare(portable, graph, given.precisions, tokens, given.threads, given.start)
+    except MmiError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    for name, seconds in found.items():
+        print(line(name, seconds, found[PLAIN]))
+    if given.json:
+        given.json.write_text(json.dumps(found))
+    return 0
+
+
+def line(name: str, seconds: Sequence[float], plain: Sequence[float]) -> str:
+    """Median and quartiles of a token's milliseconds, and of how many times faster it is."""
+    each, faster = Spread.of([1000 * one for one in seconds]), ratios(plain, seconds)
+    return (
+        f"{name:8} {each.median:8.2f} ms ({each.low:.2f} to {each.high:.2f})   "
+        f"{faster.median:.2f} times as fast ({faster.low:.2f} to {faster.high:.2f})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
