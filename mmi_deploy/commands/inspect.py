@@ -47,6 +47,16 @@ def inspect(
         bool,
         typer.Option("--removed", help="FLOPs beside those of the model as it was published."),
     ] = False,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity", help="Which weights suffer most from few bits (--graph llm)."
+        ),
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(help="One of the bundle's targets, by graph.", show_default=False),
+    ] = None,
     fit: Annotated[
         str | None,
         typer.Option(
@@ -103,7 +113,27 @@ def inspect(
 
     if folder and preset:
         raise ConfigError("a folder and --preset were given", expected="one of them")
-    check_alone(cost=cost, memory=memory, fit=bool(fit), removed=removed, tensors=tensors)
+    check_alone(
+        cost=cost,
+        memory=memory,
+        fit=bool(fit),
+        removed=removed,
+        tensors=tensors,
+        sensitivity=sensitivity,
+        target=bool(target),
+    )
+    if sensitivity:
+        with extras("inspect --sensitivity"):
+            from mmi_deploy.commands.inspect_sensitivity import show_sensitivity
+
+            show_sensitivity(_bundle_folder(folder), graph or "llm", precision or "int4", as_json)
+        return
+    if target:
+        from mmi_deploy.bundle import Bundle
+        from mmi_deploy.commands.inspect_targets import show_target
+
+        show_target(Bundle.open(_bundle_folder(folder), unproved=True), target, as_json)
+        return
     if removed:
         with extras("inspect --removed"):
             from mmi_deploy.commands.inspect_removed import show_removed
@@ -177,6 +207,12 @@ def _graphs_of(
     return str(folder), manifest, {n: folder / path for n, path in manifest.graphs.items()}
 
 
+def _bundle_folder(folder: Path | None) -> Path:
+    if folder is None:
+        raise ConfigError("no bundle was given", expected="the folder of one")
+    return folder
+
+
 def _memory_model(
     folder: Path | None,
     preset: str | None,
@@ -246,8 +282,12 @@ def _bundle(folder: Path, tensors: bool, as_json: bool) -> None:
     from mmi_deploy.bundle import Bundle
 
     bundle = Bundle.open(folder, unproved=True)
+    from mmi_deploy.build.report import describe_targets
+
+    targets = describe_targets(bundle)
     if as_json:
-        print_json(bundle.manifest.model_dump(mode="json"))
+        told = [target.model_dump(mode="json") for target in targets]
+        print_json({**bundle.manifest.model_dump(mode="json"), "targets": told})
         return
     out, limits = results(), bundle.limits
     out.print(
@@ -256,6 +296,11 @@ def _bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         f"engines for {', '.join(bundle.targets) or 'no target beyond the portable graphs'}"
     )
     out.print(_graph_table(bundle))
+    if targets:
+        from mmi_deploy.commands.inspect_targets import target_table
+
+        out.print(target_table(targets))
+        out.print("--target NAME says more of one")
     for receipt in bundle.manifest.receipts:
         proof = escape(receipt.compared_with)
         out.print(f"[bold]{receipt.graph}[/bold] was compared with: {proof}")

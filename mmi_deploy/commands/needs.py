@@ -18,6 +18,7 @@ EXTRAS = {
     "inspect --cost": "build",
     "inspect --memory": "build",
     "inspect --removed": "export",
+    "inspect --sensitivity": "build,cpu",
     "build": "build",
     "bench": "bench",
 }

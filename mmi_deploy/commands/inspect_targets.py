@@ -1,0 +1,98 @@
+"""`mmi inspect BUNDLE`: the targets that were built, and with --target one of them by graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from mmi_deploy.commands.screen import print_json, results, size
+from mmi_deploy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmi_deploy.build.report import GraphReport, TargetSummary
+    from mmi_deploy.bundle import Bundle
+
+SHOWN = 8
+"""Types of layers that a table names, the most frequent ones."""
+
+
+def target_table(summaries: Sequence[TargetSummary]) -> Table:
+    """A row per target: what it is for, its size and how much of it is proved."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("target", no_wrap=True)
+    for heading in ("graphs", "size", "activations", "proved"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("remark")
+    for one in summaries:
+        proved = sum(proof == "proved" for proof in one.receipts.values())
+        remark = "stale: built from another export. " if one.stale and one.graphs else ""
+        table.add_row(
+            one.target,
+            str(len(one.graphs)),
+            size(one.bytes),
+            _activations(one),
+            f"{proved} of {len(one.graphs)}",
+            escape(remark + one.remark),
+        )
+    return table
+
+
+def _activations(one: TargetSummary) -> str:
+    """The narrowest float type that its engines take or give."""
+    graphs = one.report.graphs if one.report else ()
+    types = {name.lower() for graph in graphs for name in graph.bindings.values()}
+    for name, shown in (("half", "float16"), ("bf16", "bfloat16"), ("float", "float32")):
+        if types & {name, shown}:
+            return shown
+    return ""
+
+
+def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
+    """Print one target: per graph its layers, sizes, what building it took, and its receipt."""
+    from mmi_deploy.build.report import describe_targets
+
+    found = {summary.target: summary for summary in describe_targets(bundle)}
+    if name not in found:
+        raise ConfigError(
+            f"{bundle.folder} has no target {name!r}",
+            expected=" or ".join(found) or "one that `mmi build` made",
+        )
+    summary = found[name]
+    if as_json:
+        print_json(summary.model_dump(mode="json"))
+        return
+    out = results()
+    out.print(target_table([summary]))
+    if summary.report is None:
+        out.print("There is no report beside it that says more")
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("graph", no_wrap=True)
+    for heading in ("engine", "weights", "built in", "peak memory", "error", "receipt"):
+        table.add_column(heading, justify="right")
+    for graph in summary.report.graphs:
+        table.add_row(
+            graph.graph,
+            size(graph.engine_bytes),
+            size(graph.weights_bytes),
+            f"{graph.seconds:.0f} s",
+            size(graph.peak_bytes),
+            "" if graph.error is None else f"{graph.error:.1e}",
+            summary.receipts.get(graph.graph, "none"),
+        )
+    out.print(table)
+    for graph in summary.report.graphs:
+        out.print(f"[bold]{graph.graph}[/bold]: {_layers(graph)}")
+
+
+def _layers(graph: GraphReport) -> str:
+    most = sorted(graph.layers.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{count} {kind}" for kind, count in most[:SHOWN])
+    more = f" and {len(most) - SHOWN} more types" if len(most) > SHOWN else ""
+    ours = f"; {graph.plugin_layers} of our plugin" if graph.plugin_layers else ""
+    warnings = f"; {len(graph.warnings)} warnings, see --json" if graph.warnings else ""
+    return f"layers: {named}{more}{ours}{warnings}"
