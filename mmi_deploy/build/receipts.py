@@ -155,6 +155,8 @@ def _session(model: Path | bytes, what: str, folder: Path | None) -> Run:
         ) from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # Behind a DequantizeLinear it would round activations too, as TensorRT does not.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder.resolve())
