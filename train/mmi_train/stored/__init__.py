@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmi_deploy.errors import WeightsError
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 """Of one piece, unless a single row is larger."""
 
 PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
