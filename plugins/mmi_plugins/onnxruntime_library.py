@@ -54,6 +54,7 @@ _FILES = (
     "attention_cpu.h",
     "attention_cpu.cpp",
     "attention_cpu_kernel.cpp",
+    "attention_cpu_points.h",
     "attention_cpu_vector.h",
     "onnxruntime_abi.h",
     "onnxruntime_library.cpp",
