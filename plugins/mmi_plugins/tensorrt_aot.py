@@ -90,7 +90,7 @@ class AheadOfTimeVariant(Variant):
         wide = "true" if self.wide else "false"
         return (
             '#include "attention.cuh"\n'
-            f'extern "C" __global__ void __launch_bounds__({self.threads}) {self.name}('
+            f'extern "C" __global__ void MMI_{self.kind.upper()}_BOUNDS {self.name}('
             f"{parameters}) {{\n"
             f"  mmi::Problem call{{}};\n{fill}"
             f"  mmi::{_BODIES[self.kind]}<{TYPES[self.dtype]}, {wide}>(call);\n}}\n"

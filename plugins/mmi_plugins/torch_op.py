@@ -5,6 +5,10 @@ installed, it runs the fused kernels of `triton_kernels`; anywhere else, and in 
 `torch_kernel`. For the backward pass nothing is kept but the inputs. It cannot be differentiated
 again.
 
+The model has a definition of its own (`mmi_train.model.deformable`), in tensor algebra that
+autograd and the exporter follow. Kernels and exported graphs are compared with that one, and with
+float64; so the two share no code.
+
 Letters are those of `operator`.
 """
 
@@ -22,7 +26,7 @@ from torch import Tensor
 from mmi_deploy.errors import EngineError
 from mmi_plugins import torch_kernel
 from mmi_plugins.operator import INDEX_INPUTS, INPUT_SHAPES, NAME, NARROW_INPUTS, Call
-from mmi_plugins.torch_kernel import Problem
+from mmi_plugins.torch_kernel import Gradients, Problem
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types T of value, offsets and logits. With fp64, for checks, all floating inputs are fp64."""
@@ -82,41 +86,20 @@ def _(*inputs: Any) -> Tensor:
     return tensors["value"].new_empty(b, q, h * tensors["value"].shape[3])
 
 
-@torch.library.custom_op("mmi::multi_image_deformable_attention_backward", mutates_args=())
-def multi_image_deformable_attention_backward(
-    grad: Tensor,
-    value: Tensor,
-    image_slot: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    offset_table: Tensor,
-    logit_table: Tensor,
-    image_position: Tensor,
-    reference: Tensor,
-    null_value: Tensor,
-    level_heights: Sequence[int],
-    level_widths: Sequence[int],
-    base_grid: float,
-    null_slot: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+_BACKWARD = (
+    f"(Tensor grad, {', '.join(f'Tensor {name}' for name in INPUT_SHAPES)}, int[] level_heights, "
+    f"int[] level_widths, float base_grid, bool null_slot) -> ({', '.join(['Tensor'] * 7)})"
+)
+
+
+@torch.library.custom_op(
+    "mmi::multi_image_deformable_attention_backward", mutates_args=(), schema=_BACKWARD
+)
+def multi_image_deformable_attention_backward(grad: Tensor, *call: Any) -> Gradients:
     """Gradients of the floating inputs, in their order, from `grad` [b,q,h*d]. The other arguments
     are those of a call that has gone forward: they are not checked again."""
-    problem = Problem(
-        value,
-        image_slot,
-        offsets,
-        logits,
-        offset_table,
-        logit_table,
-        image_position,
-        reference,
-        null_value,
-        tuple(level_heights),
-        tuple(level_widths),
-        base_grid,
-        null_slot,
-    )
-    return _implementation(value).backward(grad, problem)
+    problem = Problem(*call)
+    return _implementation(problem.value).backward(grad, problem)
 
 
 @multi_image_deformable_attention_backward.register_fake

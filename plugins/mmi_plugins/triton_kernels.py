@@ -9,7 +9,8 @@ The backward pass starts from the inputs alone. Gradients that several rows shar
 tables, reference, null value) are added with fp32 atomics: in a different order every time.
 
 Roundings of fp32 that would grow with the numbers are kept small: a location is a cell near the
-reference point and the distance from there, a score is a sum with its rounding error beside it.
+reference point and the distance from there, which is, as a score is, a sum with its rounding error
+beside it. Going backward locations are rounded as they come: gradients are used to a few digits.
 
 `TRITON_INTERPRET=1`, set before triton is imported, runs the same kernels on the CPU.
 """
@@ -21,12 +22,17 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmi_plugins.torch_kernel import Gradients, Problem
+
+# Of a level: height, width, first cell; cells that an offset of 1 moves down and across, each as
+# the bits of two floats: the upper 12 bits of the number, and the rest.
+_WORDS = tl.constexpr(7)
 
 # Sizes of a call, for every kernel and the functions that it calls.
 _SIZES = ("Q", "M", "H", "L", "P", "D", "N", "S", "R")
@@ -54,12 +60,17 @@ def _image(image_slot, image_position, N, R):
 
 
 @triton.jit
+def _sum(a, b):
+    """a + b as two numbers: the sum in fp32, and what its rounding left out (Knuth)."""
+    whole = a + b
+    part = whole - a
+    return whole, (a - (whole - part)) + (b - part)
+
+
+@triton.jit
 def _score(logit, rows, place, live):
-    """logit + rows[place] as two numbers: the sum in fp32, and what its rounding left out."""
-    other = tl.load(rows + place, mask=live, other=0.0)
-    score = logit + other
-    part = score - logit
-    rest = (logit - (score - part)) + (other - part)
+    """logit + rows[place], and what its rounding left out."""
+    score, rest = _sum(logit, tl.load(rows + place, mask=live, other=0.0))
     return tl.where(live, score, float("-inf")), rest
 
 
@@ -89,14 +100,59 @@ def _softmax(
 
 
 @triton.jit
-def _axis(reference, moved, side, base_grid):
+def _offsets(offsets, point, live):
+    """A row's own offsets along x and along y."""
+    x = tl.load(offsets + point * 2, mask=live, other=0.0).to(tl.float32)
+    y = tl.load(offsets + point * 2 + 1, mask=live, other=0.0).to(tl.float32)
+    return x, y
+
+
+@triton.jit
+def _level(level, number, position, logits, logit_table, point, live, most, total, H, L, P):
+    """Of level `number` of an image: height, width, first cell, where its logits lie in the table,
+    and the weights of its points."""
+    height = tl.load(level)
+    width = tl.load(level + 1)
+    start = tl.load(level + 2)
+    logit = tl.load(logits + number * P + point, mask=live, other=0.0).to(tl.float32)
+    place = (position * H * L + number) * P + point
+    score, rest = _score(logit, logit_table, place, live)
+    return height, width, start, place, tl.exp((score - most) + rest) / total
+
+
+@triton.jit
+def _upper_bits(x):
+    """`x` without the lower half of its 24 bits, so that a product of two such is exact."""
+    return (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _step(bits):
+    """The number whose two parts begin at `bits`: the upper one, the lower one."""
+    upper = tl.load(bits).to(tl.float32, bitcast=True)
+    return upper, tl.load(bits + 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _axis(reference, offset, table, side, step, EXACT: tl.constexpr):
     """Along one axis of a level: the lower neighbour's cell, the upper one's share, and which of
-    them are inside."""
+    them are inside. `EXACT`: without the roundings of fp32, at the cost of some registers."""
     near = tl.load(reference).to(tl.float64) * side - 0.5  # fp64 for a few numbers of a row
     whole = tl.floor(near)
-    place = (near - whole).to(tl.float32) + moved * (side / base_grid)
-    low = tl.floor(place)
-    share = place - low
+    part = (near - whole).to(tl.float32)
+    step_upper, step_lower = _step(step)
+    if EXACT:
+        moved, rest = _sum(offset, table)
+        upper = _upper_bits(moved)
+        lower = (moved - upper) + rest
+        cells, lost = _sum(upper * step_upper, lower * step_upper + moved * step_lower)
+        place, rest = _sum(part, cells)
+        low = tl.floor(place)
+        share = (place - low) + (rest + lost)  # just below 0 or above 1 is right to first order
+    else:
+        place = part + (offset + table) * (step_upper + step_lower)
+        low = tl.floor(place)
+        share = place - low
     low += whole.to(tl.float32)
     inside_low = (low >= 0) & (low < side)
     inside_high = (low >= -1) & (low < side - 1)
@@ -107,7 +163,7 @@ def _axis(reference, moved, side, base_grid):
 @triton.jit
 def _forward(
     value, image_slot, offsets, logits, offset_table, logit_table, image_position, reference,
-    null_value, levels, output, base_grid, Q, M, H, L, P, D, N, S, R, POSITIONS, REFERENCES,
+    null_value, levels, output, Q, M, H, L, P, D, N, S, R, POSITIONS, REFERENCES,
     NULL_SLOT: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row, head, slots, positions, own_reference = _row(Q, M, H, POSITIONS, REFERENCES)
@@ -127,27 +183,26 @@ def _forward(
     live = point < P
     channel = tl.arange(0, CHANNELS)
     in_head = channel < D
-    offset_x = tl.load(offsets + point * 2, mask=live, other=0.0).to(tl.float32)
-    offset_y = tl.load(offsets + point * 2 + 1, mask=live, other=0.0).to(tl.float32)
+    offset_x, offset_y = _offsets(offsets, point, live)
     looked = tl.zeros([POINTS, CHANNELS], tl.float32)
     for image in range(M):
         slot, position, visible = _image(image_slot + image, image_position + image, N, R)
         if visible:
             place = (position * H * P + point) * 2
-            moved_x = offset_x + tl.load(offset_table + place, mask=live, other=0.0)
-            moved_y = offset_y + tl.load(offset_table + place + 1, mask=live, other=0.0)
+            table_x = tl.load(offset_table + place, mask=live, other=0.0)
+            table_y = tl.load(offset_table + place + 1, mask=live, other=0.0)
             picture = value + (slot * S * H + head) * D
             for level in range(L):
-                height = tl.load(levels + level * 3)
-                width = tl.load(levels + level * 3 + 1)
-                start = tl.load(levels + level * 3 + 2)
-                logit = tl.load(logits + level * P + point, mask=live, other=0.0).to(tl.float32)
-                place = (position * H * L + level) * P + point
-                score, rest = _score(logit, logit_table, place, live)
-                weight = tl.exp((score - most) + rest) / total
-
-                x, right, in_left, in_right = _axis(reference, moved_x, width, base_grid)
-                y, lower, in_upper, in_lower = _axis(reference + 1, moved_y, height, base_grid)
+                own = levels + level * _WORDS
+                height, width, start, place, weight = _level(
+                    own, level, position, logits, logit_table, point, live, most, total, H, L, P
+                )
+                x, right, in_left, in_right = _axis(
+                    reference, offset_x, table_x, width, own + 5, EXACT=True
+                )
+                y, lower, in_upper, in_lower = _axis(
+                    reference + 1, offset_y, table_y, height, own + 3, EXACT=True
+                )
                 for down in tl.static_range(2):
                     for across in tl.static_range(2):
                         inside = live & (in_lower if down else in_upper)
@@ -204,8 +259,7 @@ def _backward(
 
     grad_offset_table += head * P * 2
     grad_logit_table += head * L * P
-    offset_x = tl.load(offsets + point * 2, mask=live, other=0.0).to(tl.float32)
-    offset_y = tl.load(offsets + point * 2 + 1, mask=live, other=0.0).to(tl.float32)
+    offset_x, offset_y = _offsets(offsets, point, live)
     to_offset_x = tl.zeros([POINTS], tl.float32)
     to_offset_y = tl.zeros([POINTS], tl.float32)
     every_level = tl.arange(0, LEVELS)[:, None]
@@ -214,22 +268,22 @@ def _backward(
         slot, position, visible = _image(image_slot + image, image_position + image, N, R)
         if visible:
             own_row = (position * H * P + point) * 2
-            moved_x = offset_x + tl.load(offset_table + own_row, mask=live, other=0.0)
-            moved_y = offset_y + tl.load(offset_table + own_row + 1, mask=live, other=0.0)
+            table_x = tl.load(offset_table + own_row, mask=live, other=0.0)
+            table_y = tl.load(offset_table + own_row + 1, mask=live, other=0.0)
             to_moved_x = tl.zeros([POINTS], tl.float32)
             to_moved_y = tl.zeros([POINTS], tl.float32)
             picture = (slot * S * H + head) * D
             for level in range(L):
-                height = tl.load(levels + level * 3)
-                width = tl.load(levels + level * 3 + 1)
-                start = tl.load(levels + level * 3 + 2)
-                logit = tl.load(logits + level * P + point, mask=live, other=0.0).to(tl.float32)
-                place = (position * H * L + level) * P + point
-                score, rest = _score(logit, logit_table, place, live)
-                weight = tl.exp((score - most) + rest) / total
-
-                x, right, in_left, in_right = _axis(reference, moved_x, width, base_grid)
-                y, lower, in_upper, in_lower = _axis(reference + 1, moved_y, height, base_grid)
+                own = levels + level * _WORDS
+                height, width, start, place, weight = _level(
+                    own, level, position, logits, logit_table, point, live, most, total, H, L, P
+                )
+                x, right, in_left, in_right = _axis(
+                    reference, offset_x, table_x, width, own + 5, EXACT=False
+                )
+                y, lower, in_upper, in_lower = _axis(
+                    reference + 1, offset_y, table_y, height, own + 3, EXACT=False
+                )
                 to_weight = tl.zeros([POINTS], tl.float32)
                 to_x = tl.zeros([POINTS], tl.float32)
                 to_y = tl.zeros([POINTS], tl.float32)
@@ -258,8 +312,10 @@ def _backward(
                 worth += tl.sum(to_weight, 0)
                 to_logits += tl.where(every_level == level, to_weight[None, :], 0.0)
                 tl.atomic_add(grad_logit_table + place, to_weight, mask=live, sem="relaxed")
-                to_moved_x += weight * to_x * (width / base_grid)
-                to_moved_y += weight * to_y * (height / base_grid)
+                step_x, rest_x = _step(own + 5)
+                step_y, rest_y = _step(own + 3)
+                to_moved_x += weight * to_x * (step_x + rest_x)
+                to_moved_y += weight * to_y * (step_y + rest_y)
             to_offset_x += to_moved_x
             to_offset_y += to_moved_y
             to_row = grad_offset_table + own_row
@@ -324,7 +380,12 @@ def backward(grad: Tensor, problem: Problem) -> Gradients:
     )
     with torch.cuda.device_of(grad):
         _backward[b * q * h,](
-            grad.contiguous(), *_inputs(problem), _levels(problem), *gradients, **_settings(problem)
+            grad.contiguous(),
+            *_inputs(problem),
+            _levels(problem),
+            *gradients,
+            float(problem.base_grid),
+            **_settings(problem),
         )
     return (shared["value"].to(problem.value.dtype), *gradients[1:])
 
@@ -352,18 +413,26 @@ def _inputs(problem: Problem) -> tuple[Tensor, ...]:
 
 def _levels(problem: Problem) -> Tensor:
     return _levels_on(
-        tuple(problem.level_heights), tuple(problem.level_widths), problem.value.device
+        tuple(problem.level_heights),
+        tuple(problem.level_widths),
+        float(problem.base_grid),
+        problem.value.device,
     )
 
 
 @lru_cache(maxsize=64)
-def _levels_on(heights: tuple[int, ...], widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """[l, 3]: height, width and first cell of every level."""
-    rows, start = [], 0
-    for height, width in zip(heights, widths, strict=True):
-        rows.append((height, width, start))
-        start += height * width
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+def _levels_on(
+    heights: tuple[int, ...], widths: tuple[int, ...], base_grid: float, device: torch.device
+) -> Tensor:
+    """[l, 7]: what the kernels want to know of every level, `_WORDS`."""
+    sides = np.stack([heights, widths], 1)  # [l, 2]
+    steps = sides / base_grid
+    parts = np.empty((*sides.shape, 2), np.float32)
+    parts[..., 0] = (steps.astype(np.float32).view(np.int32) & -4096).view(np.float32)
+    parts[..., 1] = steps - parts[..., 0]
+    cells = sides.prod(1)
+    rows = [sides, (cells.cumsum() - cells)[:, None], parts.reshape(-1, 4).view(np.int32)]
+    return torch.from_numpy(np.concatenate(rows, 1).astype(np.int32)).to(device)
 
 
 def _settings(problem: Problem) -> dict[str, object]:
@@ -373,7 +442,6 @@ def _settings(problem: Problem) -> dict[str, object]:
     levels, points, channels = (triton.next_power_of_2(size) for size in (l, p, d))
     sizes = (q, problem.image_slot.shape[1], h, l, p, d, n, s, problem.offset_table.shape[0])
     return {
-        "base_grid": float(problem.base_grid),
         **dict(zip(_SIZES, sizes, strict=True)),
         "POSITIONS": problem.image_position.shape[1],
         "REFERENCES": problem.reference.shape[0],

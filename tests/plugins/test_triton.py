@@ -74,6 +74,16 @@ def test_every_situation_is_within_the_tolerance_of_its_type(interpreted: Run) -
         assert error <= tolerance(dtype), f"{situation}, {dtype}: {error:.1e}"
 
 
+def test_wide_maps_cost_no_accuracy(interpreted: Run) -> None:
+    """Offsets in one fp32 number are 1e-6 of a cell off on a map 64 wide, which alone is as much
+    as fp32 outputs are allowed."""
+    fixed = {"levels": [(64, 64), (32, 32)], "base_grid": 12.5, "p": 8, "d": 32, "q": 6, "r": 9}
+    call = small(3, "ordinary", "float32", **fixed, references=True)
+    call.inputs["offsets"] *= 4
+    error = relative(interpreted(mmfs_triton.forward, call), output_of(call, attention(call)))
+    assert error <= 5e-7
+
+
 def test_queries_have_their_own_positions_and_references(interpreted: Run) -> None:
     call = small(0, "ordinary", "float32", b=2, q=3, h=1, per_query=True, references=True)
     error = relative(interpreted(mmfs_triton.forward, call), output_of(call, attention(call)))
