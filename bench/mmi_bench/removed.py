@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmi_deploy.build.cost import cost_of_file
+from mmi_deploy.build.cost import Total, chosen_sizes, cost, cost_of_file, unchanging
+from mmi_deploy.build.shapes import read_graph, sized
+from mmi_deploy.build.storage import as_in_file
 from mmi_deploy.config import ModelConfig
 from mmi_deploy.graphs import UNET_BATCH_PER_PICTURE, Limits, feature_cells, graphs
 from mmi_train.as_published import as_published
@@ -28,6 +30,9 @@ from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import MMInterleaved
 
 META = torch.device("meta")
+
+CHANGING = ("latents", "history", "noise", "step")
+"""What a denoising step is given anew every time. All else is the same for a whole picture."""
 
 IMAGES = (0, 1, 2, 4)
 """Images in context that tokens are counted with."""
@@ -135,6 +140,14 @@ class Row:
     @property
     def ratio(self) -> float | None:
         return None if self.published is None else self.published / self.deployed
+
+
+def repeated_in_step(config: ModelConfig, limits: Limits, file: Path) -> Total:
+    """What the graph `denoise_step` in `file` computes from nothing that changes between steps."""
+    contract = graphs(config, limits)["denoise_step"]
+    sizes = chosen_sizes(contract, {})
+    graph = sized(read_graph(file), contract, sizes)
+    return unchanging(graph, cost(graph, sizes, as_in_file(graph)), CHANGING)
 
 
 def repeated(config: ModelConfig) -> dict[str, int]:

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 def show_removed(manifest: BundleManifest, files: Mapping[str, Path], as_json: bool) -> None:
     """Print FLOPs as published and as deployed, and what is computed again and again."""
-    from mmi_bench.removed import compare, repeated
+    from mmi_bench.removed import compare, repeated, repeated_in_step
 
     rows = compare(manifest.config, manifest.limits, files)
     again = repeated(manifest.config)
+    left = repeated_in_step(manifest.config, manifest.limits, files["denoise_step"])
     if as_json:
         print_json(
             {
@@ -29,6 +30,7 @@ def show_removed(manifest: BundleManifest, files: Mapping[str, Path], as_json: b
                 "context": manifest.limits.context,
                 "rows": [{**vars(row), "ratio": row.ratio} for row in rows],
                 "repeated": again,
+                "repeated_in_a_deployed_step": left.flops,
             }
         )
         return
@@ -48,3 +50,7 @@ def show_removed(manifest: BundleManifest, files: Mapping[str, Path], as_json: b
     out.print(table)
     for what, count in again.items():
         out.print(f"As published, {what}: {flops(count)}FLOP")
+    out.print(
+        f"Deployed, all that a denoising step computes from what does not change between steps: "
+        f"{flops(left.flops)} FLOP"
+    )
