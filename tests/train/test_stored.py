@@ -110,3 +110,21 @@ def test_progress_is_told_a_few_times_whatever_the_number_of_tensors(tmp_path):
         tmp_path / "x.safetensors", tensors, progress=lambda *stage: told.append(stage)
     )
     assert 10 <= len(told) <= 21
+
+
+def test_a_file_has_no_name_until_it_is_whole(tmp_path):
+    """So that a process that is killed leaves nothing, however it is killed."""
+    seen: list[list[str]] = []
+    write_safetensors(
+        tmp_path / "x.safetensors",
+        {"a": InMemory(torch.ones(5))},
+        progress=lambda *_: seen.append(os.listdir(tmp_path)),
+    )
+    assert seen and all(not names for names in seen)
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_file_systems_without_unnamed_files_are_written_to_as_well(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_TMPFILE")
+    write_safetensors(tmp_path / "x.safetensors", {"a": InMemory(torch.ones(5))})
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], torch.ones(5))

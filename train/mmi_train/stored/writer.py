@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -64,7 +65,7 @@ def write_safetensors(
     first = 8 + len(text)
     total = first + end
     check_room(path.parent, total)
-    with path.open("wb") as file:
+    with _appearing(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         done, told = 0, -1
         for name, tensor in tensors.items():
@@ -78,6 +79,25 @@ def write_safetensors(
         file.flush()
         os.fsync(file.fileno())
     return total
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that has no name until it is whole, so that even a killed process leaves
+    nothing behind; where the file system cannot do that, a plain new file."""
+    try:
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
+    except (OSError, AttributeError):  # not Linux, or a file system over the network
+        with path.open("wb") as file:
+            yield file
+        return
+    with os.fdopen(descriptor, "wb") as file:
+        yield file
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:  # Python follows the link of /proc only if it is told a folder
+            os.link(f"/proc/self/fd/{descriptor}", path.name, dst_dir_fd=folder)
+        finally:
+            os.close(folder)
 
 
 def check_room(folder: Path, needed: int) -> None:
