@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mmi_deploy.errors import EngineError
 from mmi_plugins.compilers import ARCHITECTURES, find_nvcc, supported_architectures
+from mmi_plugins.seal import damage, is_sealed, seal
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +99,9 @@ def location(cuda: bool = False) -> Path:
 
 
 def find(cuda: bool = False) -> Path | None:
-    """The compiled library, if there is one."""
+    """The compiled library, if there is one and it is whole."""
     path = location(cuda)
-    return path if path.is_file() else None
+    return path if is_sealed(path) else None
 
 
 def build(
@@ -130,6 +131,7 @@ def build(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as scratch:
             gpu = _Cuda(find_nvcc(), architectures) if cuda else None
             made = _compile(program, gpu, Path(scratch))
+            seal(made)
             os.replace(made, path)
     except OSError as error:
         raise EngineError(
@@ -145,6 +147,8 @@ def ensure() -> Path | None:
     if compiler() is None:
         log.info("no C++ compiler: ONNX Runtime runs MMFS as standard operators, which is slower")
         return None
+    if location().is_file():
+        log.warning("the compiled kernel library is damaged: %s", damage(location()) or "no seal")
     log.warning("compiling the MMFS kernel for ONNX Runtime, once, about 20 seconds")
     try:
         return build()

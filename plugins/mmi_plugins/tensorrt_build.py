@@ -21,6 +21,7 @@ from mmi_plugins.compilers import (
     output_of,
     supported_architectures,
 )
+from mmi_plugins.seal import is_sealed, seal
 
 SOURCES = Path(__file__).parent / "csrc"
 PORTABLE = "100"
@@ -49,7 +50,8 @@ def build_tensorrt_plugin(
 
     `include` is the folder of TensorRT's headers; else the environment variable TENSORRT_INCLUDE
     and the usual folders are searched. The name tells sources, headers, compiler and architectures
-    apart: what is there already is not built again, and a build that is killed leaves nothing.
+    apart: what is there already, and whole, is not built again, and a build that is killed leaves
+    nothing.
     Raises `EngineError` where a header or tool is missing or the compiler fails.
     """
     headers, version = find_tensorrt_headers(include)
@@ -57,12 +59,14 @@ def build_tensorrt_plugin(
     architectures = supported_architectures(nvcc, architectures)
     key = _key(version, output_of([nvcc, "--version"]), *architectures)
     names = {target: f"lib{target}-{version}-{key}.so" for target in TARGETS}
-    if not all((out / name).is_file() for name in names.values()):
+    if not all(is_sealed(out / name) for name in names.values()):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as folder:
             _compile(cmake, nvcc, headers, architectures, Path(folder))
             for target, name in names.items():
-                (Path(folder) / f"lib{target}.so").replace(out / name)
+                made = Path(folder) / f"lib{target}.so"
+                seal(made)
+                made.replace(out / name)
     return out / names[TARGETS[0]]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from mmi_deploy.errors import EngineError
 from mmi_plugins.operator import DOMAIN, NAME, VERSION
+from mmi_plugins.seal import damage
 
 INSTALL = {
     "tensorrt": "pip install tensorrt",
@@ -105,6 +106,8 @@ def load_tensorrt_plugin(path: Path, tensorrt: ModuleType | None = None) -> Plug
     mend = "Build it with `mmi plugins build`"
     if not path.is_file():
         raise EngineError(f"there is no TensorRT plugin {path}", fix=mend)
+    if harm := damage(path):
+        raise EngineError(f"the TensorRT plugin {path} is damaged: {harm}", fix=mend)
     try:
         library = ctypes.CDLL(str(path.resolve()))
         headers = _headers_of(library)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from mmi_deploy.errors import EngineError
 from mmi_plugins import onnxruntime_library
 from mmi_plugins.cases import SITUATIONS, draw, draws
 from mmi_plugins.check import check
-from mmi_plugins.operator import INPUT_SHAPES, Call
+from mmi_plugins.operator import INPUT_SHAPES, NARROW_INPUTS, Call
 from mmi_plugins.reference import attention, output_of
 from mmi_plugins.through.onnxruntime_kernel import (
     OnnxRuntimeKernel,
@@ -204,6 +205,90 @@ def test_a_library_appears_whole_or_not_at_all(
     monkeypatch.setenv("CXX", str(tmp_path / "absent"))
     with pytest.raises(EngineError, match="no C\\+\\+ compiler"):
         onnxruntime_library.build()
+
+
+def fake_compiler(folder: Path) -> Path:
+    """Makes every output that it is asked for, after a while; each run is a line in `runs`."""
+    program = folder / "c++"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {folder}/runs\n'
+        'while [ "$1" != -o ]; do shift; done\nsleep 0.05\necho compiled > "$2"\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+def test_a_damaged_library_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MMI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path)))
+    made = onnxruntime_library.ensure()
+    assert made is not None and made == onnxruntime_library.find()
+    runs = (tmp_path / "runs").read_text()
+    assert onnxruntime_library.ensure() == made and (tmp_path / "runs").read_text() == runs
+    whole = made.read_bytes()
+    made.write_bytes(whole.replace(b"compiled", b"compilex"))
+    assert onnxruntime_library.find() is None
+    assert onnxruntime_library.ensure() == made and made.read_bytes() == whole
+    assert "is damaged: its content is not what was compiled" in caplog.text
+
+
+def test_two_that_compile_at_once_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path)))
+    program = "from mmi_plugins.onnxruntime_library import ensure; print(ensure())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = {process.communicate()[0].strip() for process in both}
+    made = onnxruntime_library.find()
+    assert made is not None and said == {str(made)}
+    assert list(made.parent.iterdir()) == [made]
+
+
+def test_an_onnx_runtime_that_is_too_old_is_refused(library: Path) -> None:
+    """It has no table of functions of the version that the library asks for."""
+    said: list[str] = []
+    fail = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(
+        lambda code, text: said.append(text.decode()) or 1
+    )
+    table = (ctypes.c_void_p * 1)(ctypes.cast(fail, ctypes.c_void_p).value)
+    tables = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(
+        lambda version: ctypes.addressof(table) if version == 1 else None
+    )
+    base = (ctypes.c_void_p * 2)(ctypes.cast(tables, ctypes.c_void_p).value, None)
+    register = ctypes.CDLL(str(library)).RegisterCustomOps
+    register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p]
+    assert register(None, ctypes.addressof(base)) == 1
+    assert said == ["mmi: this library needs ONNX Runtime 1.17 or newer"]
+
+
+@pytest.mark.parametrize("queries", [3, 300])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_inputs_need_no_alignment_on_a_cpu(library: Path, dtype: str, queries: int) -> None:
+    """Every input begins at an odd address: the results are those of aligned ones."""
+    fixed = {"b": 1, "q": queries, "h": 2, "d": 64, "p": 4, "m": 2, "n": 3, "r": 4}
+    call = draw(np.random.default_rng(0), dtype=dtype, **fixed)
+    runs = session(library, call)
+    binding, kept = runs.io_binding(), []
+    for name in INPUT_SHAPES:
+        array = call[name].astype(dtype if name in NARROW_INPUTS else call[name].dtype)
+        room = np.empty(array.nbytes + 2, np.uint8)
+        start = 1 - room.ctypes.data % 2
+        room[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        address = room.ctypes.data + start
+        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, address)
+        kept.append(room)
+    binding.bind_output("output")
+    runs.run_with_iobinding(binding)
+    assert np.array_equal(binding.get_outputs()[0].numpy(), run_session(runs, call))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Finding what the TensorRT plugin is built from and with, or saying what to get."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mmi_plugins.compilers import (
     find_nvcc,
     supported_architectures,
 )
+from mmi_plugins.seal import is_sealed
 from mmi_plugins.tensorrt_build import TARGETS, build_tensorrt_plugin, find_tensorrt_headers
 
 ENTERPRISE = "#define TRT_MAJOR_ENTERPRISE {}\n#define TRT_MINOR_ENTERPRISE {}\n"
@@ -105,6 +107,25 @@ def test_the_build_is_for_every_architecture_and_ptx_and_is_kept(
     assert (tmp_path / "runs").read_text() == runs
     assert build_tensorrt_plugin(include, out, ("89",)) != built
     assert build_tensorrt_plugin(headers(tmp_path / "new", ENTERPRISE, 11, 2), out) != built
+
+
+def test_a_damaged_library_is_built_again(tools: Path, tmp_path: Path) -> None:
+    include, out = headers(tmp_path / "include", ENTERPRISE, 11, 1), tmp_path / "out"
+    built = build_tensorrt_plugin(include, out)
+    whole = built.read_bytes()
+    built.write_bytes(whole[:-1])
+    assert build_tensorrt_plugin(include, out) == built
+    assert built.read_bytes() == whole
+
+
+def test_two_builds_at_once_do_not_disturb_each_other(tools: Path, tmp_path: Path) -> None:
+    outputs = " ".join(f"$2/lib{target}.so" for target in TARGETS)
+    tool(tools / "cmake", f'if [ "$1" = --build ]; then sleep 0.2; touch {outputs}; fi')
+    include, out = headers(tmp_path / "include", ENTERPRISE, 11, 1), tmp_path / "out"
+    with ThreadPoolExecutor(3) as pool:
+        builds = [pool.submit(build_tensorrt_plugin, include, out) for _ in range(3)]
+    (built,) = {build.result() for build in builds}
+    assert is_sealed(built) and len(list(out.iterdir())) == len(TARGETS)
 
 
 def test_a_failed_build_leaves_nothing_and_shows_the_compilers_words(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mmi_deploy.errors import EngineError
+from mmi_plugins.seal import seal
 from mmi_plugins.tensorrt_load import import_tensorrt, load_tensorrt_plugin
 
 MODULE: Any = SimpleNamespace(__name__="tensorrt", __version__="11.1.0")
@@ -22,6 +23,16 @@ def test_a_file_that_is_no_library(tmp_path: Path) -> None:
     path = tmp_path / "text.so"
     path.write_text("text")
     with pytest.raises(EngineError, match="no TensorRT plugin of ours: .*mmi plugins build"):
+        load_tensorrt_plugin(path, MODULE)
+
+
+def test_a_damaged_library(tmp_path: Path) -> None:
+    """It is not opened: that could end the process."""
+    path = tmp_path / "cut.so"
+    path.write_bytes(b"plugin")
+    seal(path)
+    path.write_bytes(path.read_bytes().replace(b"plugin", b"plugim"))
+    with pytest.raises(EngineError, match="is damaged: its content is not .*mmi plugins build"):
         load_tensorrt_plugin(path, MODULE)
 
 
