@@ -15,9 +15,19 @@ import pytest
 
 from mmi_deploy.errors import EngineError
 from mmi_plugins import cases, nvrtc, reference
-from mmi_plugins.launch_plan import VARIANTS, Variant, kernel_variants
+from mmi_plugins.launch_plan import (
+    VARIANTS,
+    Variant,
+    constant,
+    default_parts,
+    device_arrays,
+    kernel_variants,
+    launch_plan,
+    output_array,
+    workspace_shape,
+)
 from mmi_plugins.operator import TOLERANCES, Call
-from mmi_plugins.ptx import Fault, Kernel, parse
+from mmi_plugins.ptx import Fault, GlobalMemory, Kernel, Machine, parse
 from mmi_plugins.through import emulator
 from mmi_plugins.through.emulator import EMULATOR, emulate
 
@@ -148,6 +158,34 @@ def test_many_images_and_many_queries(kernels: tuple[str, dict[str, Kernel]], pa
     for m, q in ((1, 1), (49, 1), (70, 2), (2, 130)):
         call = cases.draw(rng, dtype=dtype, d=32, p=4, m=m, q=q, r=9, b=1, h=2)
         check(call, compiled_, parts, f"{m} images, {q} queries")
+
+
+def test_blocks_share_a_row_of_many_images_equally() -> None:
+    """Also where the images are more than a warp looks at together: no warp takes two turns where
+    each could take one."""
+    if reason := EMULATOR.missing():
+        pytest.skip(reason)
+    sizes = {"m": 49, "p": 8, "q": 1, "b": 1, "h": 1, "d": 64, "n": 3, "r": 50, "levels": [(8, 8)]}
+    call = cases.draw(np.random.default_rng(4), dtype="float16", **sizes)
+    call.inputs["image_position"][:] = np.arange(1, 50)
+    parts, per_block = default_parts(call), constant("kSplitWarps") * constant("kSplitPairs")
+    assert parts == -(-49 * 8 // per_block)
+    arrays, output = device_arrays(call), output_array(call)
+    memory = GlobalMemory(2**22)
+    addresses = {name: memory.allocate(array, name) for name, array in arrays.items()}
+    addresses["output"] = memory.reserve(output.nbytes, "output")
+    addresses["workspace"] = memory.reserve(4 * int(np.prod(workspace_shape(call))), "workspace")
+    launch = launch_plan(call, addresses)[0]
+    kernel = emulator.default_kernel(launch.variant)
+    taken = []
+    for block in range(parts):
+        machine = Machine(
+            kernel, memory, launch.grid, launch.block, launch.parameter, blocks=[block]
+        )
+        taken.append(machine.run().by_name()["mma"])
+        memory.next_blocks()
+    full = taken[0]  # 8 warps, a turn each
+    assert taken[:-1] == [full] * (parts - 1) and 0 < taken[-1] <= full
 
 
 def test_a_row_that_sees_nothing_is_its_null_value_or_zero(
