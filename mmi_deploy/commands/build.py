@@ -149,7 +149,6 @@ def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
     unheard = {
         "--plugin": options.plugin is not None,
         "--max-batch or --max-images": options.limits != bundle.limits,
-        "--unproved": options.unproved,
     }
     for option, given in unheard.items():
         if given:
@@ -168,7 +167,11 @@ def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
         return
     with _watched(len(recipe.weights)) as watch:
         report = build_cpu_target(
-            bundle, recipe, lambda what, done, of: watch(what, min(done, of - 1), of, "")
+            bundle,
+            recipe,
+            lambda what, done, of: watch(what, min(done, of - 1), of, ""),
+            unproved=options.unproved,
+            force=options.force,
         )
     _say_reports(bundle, [report], options.as_json)
 

@@ -431,7 +431,6 @@ def test_a_dry_run_says_what_it_would_take_and_builds_nothing(
         (("--arch", "sm89", "--precision", "fp1"), "no precision 'fp1'"),
         (("--arch", "sm89", "--max-images", "99"), "--max-images .* got 99"),
         (("--target", "cpu", "--arch", "sm89", "--precision", "int8"), "takes no --arch"),
-        (("--target", "cpu", "--precision", "int8", "--unproved"), "takes no --unproved"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(
