@@ -23,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from mmi_train.sentencepiece_model import Piece
+
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "t"), ("c", "at"), ("Ġ", "cat")]
 
@@ -124,14 +126,25 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
 
+def _random_blocks(shape: tuple[int, ...]) -> np.ndarray:
+    """Rows of Q4_K blocks (256 numbers in 144 bytes: two scales, then packed bits), which the gguf
+    package can read and not write. Scales make the numbers about N(0, 0.05)."""
+    draw = np.random.default_rng(shape[0])
+    blocks = draw.integers(0, 256, (shape[0], shape[1] // 256, 144), np.uint8)
+    blocks[..., :4] = np.array([2e-4, 1.5e-3], np.float16).view(np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
 def write_gguf(
     path: Path,
     model: LlamaForCausalLM,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     fields: dict[str, Any] | None = None,
     words: str = "smollm",
+    pieces: list[Piece] | None = None,
 ) -> Path:
-    """As llama.cpp's converter writes it; matrices quantised as `kind`. `fields`: more of them."""
+    """As llama.cpp's converter writes it; matrices quantised as `kind`. `fields`: more of them.
+    `pieces`: of a SentencePiece tokenizer, in place of the byte-level one."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -144,14 +157,19 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
-    padding = [f"<pad{index}>" for index in range(config.vocab_size - KNOWN)]
-    texts = byte_tokens() + padding
-    kinds = [3] * len(SPECIAL) + [1] * (KNOWN - len(SPECIAL)) + [5] * len(padding)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words)
-    writer.add_token_list(texts)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in MERGES])
+    if pieces is None:
+        padding = [f"<pad{index}>" for index in range(config.vocab_size - KNOWN)]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(words)
+        writer.add_token_list(byte_tokens() + padding)
+        known = [3] * len(SPECIAL) + [1] * (KNOWN - len(SPECIAL))
+        writer.add_token_types(known + [5] * len(padding))
+        writer.add_token_merges([" ".join(pair) for pair in MERGES])
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([piece.text for piece in pieces])
+        writer.add_token_scores([piece.score for piece in pieces])
+        writer.add_token_types([piece.kind for piece in pieces])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, value in (fields or {}).items():
@@ -167,7 +185,9 @@ def write_gguf(
         if value.ndim == 1:
             writer.add_tensor(_gguf_name(name), value)
         else:
-            writer.add_tensor(_gguf_name(name), gguf.quantize(value, kind), raw_dtype=kind)
+            blocks = kind == gguf.GGMLQuantizationType.Q4_K
+            data = _random_blocks(value.shape) if blocks else gguf.quantize(value, kind)
+            writer.add_tensor(_gguf_name(name), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

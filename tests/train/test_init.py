@@ -93,11 +93,14 @@ def test_a_hugging_face_folder_writes_as_before(init, tmp_path, tied):
     assert rows.std().item() == pytest.approx(0.02, rel=0.15)
 
 
-F32, F16, Q8 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "Q8_0"))
+F32, F16, BF16, Q8, Q4 = (
+    getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_K")
+)
 
 
-@pytest.mark.parametrize("kind", [F32, F16, Q8])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "tied"), [(F32, False), (F16, True), (BF16, False), (Q8, True), (Q4, False)]
+)
 def test_a_gguf_file_writes_as_in_transformers(init, tmp_path, kind, tied):
     """transformers reads GGUF on its own: dequantised, rows in Hugging Face's order."""
     path = parts.write_gguf(tmp_path / "llama.gguf", parts.llama(tied), kind)
@@ -127,6 +130,34 @@ def test_rows_are_dequantised_in_pieces_as_in_one(tmp_path, monkeypatch):
         pieces = list(model.tensors[name].pieces())
         assert len(pieces) > 3
         assert torch.equal(torch.cat(pieces), model.tensors[name].read().flatten())
+
+
+def test_a_gguf_file_may_hold_sentencepiece(init, tmp_path, repository):
+    from mmi_train.sentencepiece_model import read_pieces
+    from mmi_train.tokenizer_files import read_tokenizer
+
+    source = repository / "tests/references/sentencepiece.model"
+    pieces, _ = read_pieces(source)
+    llama = parts.llama(vocab_size=len(pieces))
+    model = built(
+        init, parts.write_gguf(tmp_path / "x.gguf", llama, pieces=pieces), tmp_path / "out"
+    )
+    assert model.config.tokens.boi == len(pieces)
+    tokenizer = Tokenizer.open(tmp_path / "out" / TOKENIZER, model.config.tokens)
+    theirs = read_tokenizer(source)
+    theirs.encode_special_tokens = True
+    assert tokenizer.encode(TEXT) == theirs.encode(TEXT, add_special_tokens=False).ids
+
+
+def test_older_folders_hold_pickles_and_rotary_constants(init, tmp_path):
+    theirs = parts.llama()
+    folder = parts.write_llama(tmp_path / "llama", theirs)
+    for path in folder.glob("model*"):
+        path.unlink()
+    state = dict(theirs.state_dict())
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(32)
+    torch.save(state, folder / "pytorch_model.bin")
+    assert_same_text(built(init, folder, tmp_path / "out"), theirs, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
@@ -427,9 +458,17 @@ def test_documents_need_two_different_ends(init, tmp_path):
     assert code == 2 and "the tokenizer has no bos token '<s>'" in said
 
 
-def test_a_tokenizer_of_another_model_is_refused(init, tmp_path, repository):
+def test_a_tokenizer_of_another_model_is_refused(init, tmp_path):
     folder = parts.write_llama(tmp_path / "llama", parts.llama(vocab_size=parts.KNOWN - 1))
-    refused(init, folder, "the tokenizer does not belong to")
+    refused(init, folder, "the tokenizer does not belong to", f"got {parts.KNOWN}")
+
+
+def test_a_language_model_that_knows_pictures_is_refused(init, tmp_path):
+    folder = parts.write_llama(tmp_path / "llama", parts.llama())
+    tokenizer = parts.byte_tokenizer()
+    tokenizer.add_special_tokens(["<|image|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    refused(init, folder, "has one of our marks already")
 
 
 @pytest.mark.parametrize(

@@ -116,20 +116,29 @@ def extend_tokenizer(parts: Parts) -> tuple[TokenConfig, int, Tokenizer]:
             got=repr(tokenizer.id_to_token(bos)),
             fix="give another one for one of them with --bos or --eos",
         )
-    boi, image = add_marks(tokenizer, (BEGIN_OF_IMAGE, IMAGE))
-    pad = llm.pad
-    if pad is None or pad in (bos, eos):
-        (pad,) = add_marks(tokenizer, (PAD,))
-    vocab = max(tokenizer.get_vocab().values()) + 1
-    known = vocab - len({boi, image, pad} - {llm.pad})
-    if known > llm.tensors[EMBEDDING].shape[0] or boi < known:
+    marks = [BEGIN_OF_IMAGE, IMAGE]
+    pad = llm.pad if llm.pad not in (bos, eos) else None
+    if pad is None:
+        marks.append(PAD)
+    known, rows = max(tokenizer.get_vocab().values()) + 1, llm.tensors[EMBEDDING].shape[0]
+    if known > rows:
         raise ConfigError(
             f"the tokenizer does not belong to {llm.source}",
-            expected=f"at most {llm.tensors[EMBEDDING].shape[0]} ids and none of our marks",
-            got=f"{known} ids, {BEGIN_OF_IMAGE} is {boi}",
+            expected=f"at most {rows} ids",
+            got=known,
             fix="give --tokenizer the folder of the language model",
         )
-    return TokenConfig(bos=bos, eos=eos, pad=pad, boi=boi, image=image), vocab, tokenizer
+    ids = add_marks(tokenizer, marks)
+    if ids != list(range(known, known + len(marks))):
+        raise ConfigError(
+            f"the tokenizer of {llm.source} has one of our marks already, or ids that it skips",
+            expected=f"{', '.join(marks)} to become {known} and the next",
+            got=", ".join(map(str, ids)),
+            fix="build on a language model that knows no pictures",
+        )
+    pad = ids[2] if pad is None else pad
+    tokens = TokenConfig(bos=bos, eos=eos, pad=pad, boi=ids[0], image=ids[1])
+    return tokens, known + len(marks), tokenizer
 
 
 def _token(tokenizer: Tokenizer, asked: str | None, own: int | None, role: str) -> int:
@@ -253,8 +262,7 @@ def taken_tensors(parts: Parts, config: ModelConfig, seed: int) -> dict[str, Sto
 
     The rows of new tokens: N(0, 0.02) in the embedding, silent in the head, as published.
     """
-    llm, ids = parts.llm, config.tokens
-    known = config.llama.vocab - len({ids.boi, ids.image, ids.pad} - {llm.pad})
+    llm, known = parts.llm, config.tokens.boi  # the marks come after all that it knew
     new = config.llama.vocab - known
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(new, llm.width, generator=generator) * 0.02

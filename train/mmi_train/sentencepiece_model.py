@@ -53,6 +53,11 @@ class Normaliser:
 
 def read_sentencepiece(path: Path) -> Tokenizer:
     """The tokenizer in a SentencePiece model file; raises `WeightsError`."""
+    return byte_pair_tokenizer(*read_pieces(path))
+
+
+def read_pieces(path: Path) -> tuple[list[Piece], Normaliser]:
+    """What a SentencePiece model file of byte pairs holds; raises `WeightsError`."""
     try:
         model = _Message(path.read_bytes())
         pieces = [_piece(_Message(text)) for text in model.texts.get(1, [])]
@@ -74,7 +79,7 @@ def read_sentencepiece(path: Path) -> Tokenizer:
         )
     charsmap = b"".join(rules.texts.get(2, []))
     add_space, one_space = (bool(rules.numbers.get(field, 1)) for field in (3, 4))
-    return byte_pair_tokenizer(pieces, Normaliser(charsmap, add_space, one_space))
+    return pieces, Normaliser(charsmap, add_space, one_space)
 
 
 def byte_pair_tokenizer(pieces: Sequence[Piece], rules: Normaliser) -> Tokenizer:
