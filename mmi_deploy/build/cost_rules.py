@@ -168,8 +168,9 @@ def _mmfs(step: Step) -> Work:
     with the softmax weight (4); then 4 multiply-adds for each of d channels. At the end d divisions
     per (b, t, h), and with a null slot d multiply-adds more.
 
-    A cell that several samples read is fetched once at best, so the values touched are the corners
-    or all cells of the images looked at, whichever is less.
+    A cell that several samples read is fetched once at best, and rows of a batch may look at the
+    same images, as both branches of guidance do. So the values touched are the corners or all cells
+    of m images, whichever is less.
     """
     value, offsets, logits = step.input(0), step.input(2), step.input(3)
     n, cells, h, d = value.shape
@@ -179,7 +180,7 @@ def _mmfs(step: Step) -> Work:
     samples = per_image * levels
     end = d * (3 if step.attribute("null_slot", 0) else 1)
     vector = 6 * per_image + samples * (_SOFTMAX + 1 + 18 + 8 * d) + b * t * h * end
-    pool = min(n, b * images) * cells * h * d
+    pool = min(n, images) * cells * h * d
     assert offsets.elements == b * t * h * points * 2
     return Work(vector=vector, touched={0: min(4 * samples * d, pool)})
 
