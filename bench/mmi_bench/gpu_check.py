@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,14 +23,27 @@ from rich.console import Console
 
 from mmi_bench.gpu_kernel import GpuKernel, import_driver
 from mmi_bench.gpu_report import write_report
-from mmi_bench.gpu_target import Tried, compare, document, measure, write_receipts
+from mmi_bench.gpu_target import Detail, Tried, compare, document, measure, write_receipts
 from mmi_bench.machine import describe
+from mmi_deploy.build.report import read_report
 from mmi_deploy.build.target import TENSORRT, Target
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.errors import EngineError, MmiError
 from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt_runtime import import_tensorrt
 from mmi_deploy.runtime.tensorrt_target import TensorRtTarget
+from mmi_plugins import nvrtc
+from mmi_plugins.cases import draws
+from mmi_plugins.check import Verdict, check
+from mmi_plugins.onnxruntime_library import cache_folder
+from mmi_plugins.operator import TOLERANCES
+from mmi_plugins.reference import all_rows, attention
+from mmi_plugins.tensorrt_build import (
+    build_tensorrt_plugin,
+    find_cmake,
+    find_nvcc,
+    find_tensorrt_headers,
+)
 
 WRONG, NOT_RUN = 1, 2
 PRECISIONS = ("fp32", "fp16")
@@ -108,19 +122,28 @@ class Check:
         self._try("plugin", self._plugin)
         self._try("kernel", self._kernel)
         for precision in self.precisions:
-            opened: list[Tried] = []
-            self._try(f"build {precision}", lambda p=precision: self._build(p))
-            self._try(f"load {precision}", lambda p=precision, o=opened: self._load(p, o))
-            for name, work in (("compare", self._compare), ("document", document),
-                               ("measure", self._measure)):  # fmt: skip
-                self._try(f"{name} {precision}", lambda w=work, o=opened: w(_only(o)))
-            if opened:
-                opened[0].runtime.close()
+            self._precision(precision)
         states = [step.state for step in self.steps]
         return WRONG if "FAILED" in states else NOT_RUN if "not run" in states else 0
 
-    def _try(self, name: str, work: Callable[[], tuple[str, dict[str, Any]]]) -> None:
-        start, detail = time.perf_counter(), {}
+    def _precision(self, precision: str) -> None:
+        """What is tried with the engines of one precision."""
+        opened: list[Tried] = []
+
+        def with_engines(work: Callable[[Tried], Detail]) -> Callable[[], Detail]:
+            return lambda: work(self._opened(opened))
+
+        self._try(f"build {precision}", partial(self._build, precision))
+        self._try(f"load {precision}", partial(self._load, precision, opened))
+        self._try(f"compare {precision}", with_engines(self._compare))
+        self._try(f"document {precision}", with_engines(document))
+        self._try(f"measure {precision}", with_engines(self._measure))
+        if opened:
+            opened[0].runtime.close()
+
+    def _try(self, name: str, work: Callable[[], Detail]) -> None:
+        start = time.perf_counter()
+        detail: dict[str, Any] = {}
         state: State = "passed"
         try:
             line, detail = work()
@@ -136,7 +159,7 @@ class Check:
         self.steps.append(step)
         self.say(step)
 
-    def _machine(self) -> tuple[str, dict[str, Any]]:
+    def _machine(self) -> Detail:
         memory = self.machine.memory()
         free, total = memory.gpu.memory()
         facts = {
@@ -149,43 +172,57 @@ class Check:
         }
         return f"{facts['gpu']}, {facts['architecture']}, {total / 1e9:.0f} GB", facts
 
-    def _plugin(self) -> tuple[str, dict[str, Any]]:
-        from mmi_plugins.onnxruntime_library import cache_folder
-        from mmi_plugins.tensorrt_build import build_tensorrt_plugin
-
-        architecture = self.machine.memory().gpu.architecture.removeprefix("sm")
+    def _plugin(self) -> Detail:
         folder = cache_folder() / "tensorrt"
         build = self.machine.build_plugin or (lambda sm: build_tensorrt_plugin(None, folder, (sm,)))
+        lacking = self._lacking(gpu=True)
         try:
-            self.plugin = build(architecture)
+            if lacking and self.machine.build_plugin is None:
+                find_tensorrt_headers()
+                find_nvcc()
+                find_cmake()
+            self._require(lacking)
+            self.plugin = build(self.machine.memory().gpu.architecture.removeprefix("sm"))
         except EngineError as error:
-            if self.runtime == TENSORRT and find_spec("tensorrt") is not None:
-                return f"ahead of time, by NVRTC, for the C++ one cannot be built: {error}", {}
-            raise Missing(str(error)) from None
+            if self.runtime != TENSORRT or find_spec("tensorrt") is None or lacking:
+                raise Missing("; ".join([*lacking, str(error)])) from None
+            return f"goes into the engines ahead of time: the library cannot be built: {error}", {}
         return self.plugin.name, {"path": str(self.plugin)}
 
-    def _kernel(self) -> tuple[str, dict[str, Any]]:
-        from mmi_plugins.cases import draws
-        from mmi_plugins.check import check
-        from mmi_plugins.reference import all_rows, attention
+    def _lacking(self, *, gpu: bool = False, tensorrt: bool = False) -> list[str]:
+        """What of these this machine lacks."""
+        lines = []
+        for wanted, find in (
+            (gpu, self.machine.memory),
+            (tensorrt, partial(self.machine.module, self.runtime)),
+        ):
+            try:
+                if wanted:
+                    find()
+            except Missing as missing:
+                lines.append(str(missing))
+        return lines
 
-        memory = self.machine.memory()
+    @staticmethod
+    def _require(lacking: list[str]) -> None:
+        if lacking:
+            raise Missing("; ".join(lacking))
+
+    def _kernel(self) -> Detail:
+
+        no_compiler = nvrtc.missing("nvrtc") if self.machine.kernel is None else None
+        self._require([*self._lacking(gpu=True), *([no_compiler] if no_compiler else [])])
         make = self.machine.kernel or (
             lambda memory: GpuKernel(memory, self.machine.driver or import_driver())
         )
-        implementation = make(memory)
-        if reason := implementation.missing():
-            raise Missing(reason)
-        verdicts = []
+        implementation = make(self.machine.memory())
+        verdicts: list[Verdict] = []
+        worst: dict[str, float] = dict.fromkeys(TOLERANCES, 0.0)
         for name, call in draws(0, self.cases):
             expected = attention(call, all_rows(call)).reshape(call.sizes["b"], call.sizes["q"], -1)
             verdicts.append(check(name, call, expected, implementation))
+            worst[call.dtype] = max(worst[call.dtype], verdicts[-1].relative)
         wrong = [verdict for verdict in verdicts if verdict.wrong]
-        worst = {}
-        for _, call in draws(0, self.cases):
-            worst.setdefault(call.dtype, 0.0)
-        for verdict, (_, call) in zip(verdicts, draws(0, self.cases), strict=True):
-            worst[call.dtype] = max(worst[call.dtype], verdict.relative)
         detail = {"cases": len(verdicts), "greatest_relative_rms": worst}
         if wrong:
             raise EngineError(
@@ -199,11 +236,9 @@ class Check:
     def _target(self, precision: str) -> Target:
         return Target(self.runtime, self.machine.memory().gpu.architecture, precision)
 
-    def _build(self, precision: str) -> tuple[str, dict[str, Any]]:
-        from mmi_deploy.build.report import read_report
-
+    def _build(self, precision: str) -> Detail:
+        self._require(self._lacking(gpu=True, tensorrt=True))
         target = self._target(precision)
-        self.machine.module(self.runtime)
         build = self.machine.build or build_engines
         build(self.bundle, target, self.plugin)
         bundle = Bundle.open(self.bundle, unproved=True)
@@ -213,7 +248,8 @@ class Check:
         detail = {"report": report.model_dump()} if report else {}
         return f"{target.name}: {len(manifest.graphs)} engines, {size / 1e6:.1f} MB", detail
 
-    def _load(self, precision: str, opened: list[Tried]) -> tuple[str, dict[str, Any]]:
+    def _load(self, precision: str, opened: list[Tried]) -> Detail:
+        self._require(self._lacking(gpu=True, tensorrt=True))
         name = self._target(precision).name
         bundle = Bundle.open(self.bundle, unproved=True)
         if name not in bundle.targets:
@@ -238,21 +274,21 @@ class Check:
         detail = {"plan": {**asdict(plan), "total": plan.total}, "lines": plan.lines()}
         return f"{plan.total / 1e6:.1f} MB of the GPU's memory in all", detail
 
-    def _compare(self, tried: Tried) -> tuple[str, dict[str, Any]]:
+    def _opened(self, opened: list[Tried]) -> Tried:
+        if not opened:
+            loading = next(step for step in reversed(self.steps) if step.name.startswith("load"))
+            raise Missing(f"no engines were loaded: {loading.line}")
+        return opened[0]
+
+    def _compare(self, tried: Tried) -> Detail:
         line, detail, receipts = compare(tried)
         write_receipts(tried, receipts)
         if failed := [r.graph for r in receipts if not r.passed]:
             raise EngineError(f"too far from ONNX Runtime: {', '.join(failed)}; {line}")
         return line, detail
 
-    def _measure(self, tried: Tried) -> tuple[str, dict[str, Any]]:
+    def _measure(self, tried: Tried) -> Detail:
         return measure(tried, self.repeats)
-
-
-def _only(opened: list[Tried]) -> Tried:
-    if not opened:
-        raise Missing("the engines could not be loaded")
-    return opened[0]
 
 
 def _version(number: int) -> str:

@@ -66,8 +66,11 @@ class Cuda:
                 fix="keep fewer engines in it with --resident, or build smaller ones with "
                 "`mmi build --precision int8`",
             )
-        _, words = self.runtime.cudaGetErrorString(error)
-        return EngineError(f"CUDA's {name} failed: {words.decode()}")
+        return EngineError(f"CUDA's {name} failed: {self.words(error)}")
+
+    def words(self, error: Any) -> str:
+        """What an error code means."""
+        return str(self.runtime.cudaGetErrorString(error)[1].decode())
 
 
 class Device:
@@ -75,10 +78,9 @@ class Device:
 
     def __init__(self, cuda: Cuda, number: int) -> None:
         """Choose GPU `number`, from 0; raises `EngineError` where there is none."""
-        try:
-            count = cuda("cudaGetDeviceCount")
-        except EngineError as error:
-            raise EngineError(f"there is no usable NVIDIA GPU: {error}") from None
+        error, count = cuda.runtime.cudaGetDeviceCount()
+        if error != cuda.runtime.cudaError_t.cudaSuccess:
+            raise EngineError(f"there is no usable NVIDIA GPU: {cuda.words(error)}")
         if not 0 <= number < count:
             raise EngineError(f"there is no GPU {number}", expected=f"0 to {count - 1}", got=number)
         self.cuda, self.number = cuda, number
@@ -105,7 +107,11 @@ class Turn:
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        self._device.choose()
+        try:
+            self._device.choose()
+        except BaseException:
+            self._lock.release()
+            raise
 
     def __exit__(
         self,

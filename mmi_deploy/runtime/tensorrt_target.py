@@ -25,6 +25,9 @@ from mmi_deploy.runtime.tensorrt_runtime import TensorRt, default_cache, import_
 STAND_IN = "stand-in"
 """How the plugin's identity begins in a target that was only built to see that it can be."""
 
+AHEAD_OF_TIME = "ahead-of-time"
+"""How it begins where the engines hold the plugin themselves."""
+
 
 def runtime_of(target: str) -> str | None:
     """`tensorrt` or `tensorrt-rtx` for a target's name, None for one that runs on the CPU."""
@@ -70,13 +73,14 @@ class TensorRtTarget:
         memory = DeviceMemory(Cuda(cuda or import_cuda()), device)
         module = tensorrt or import_tensorrt(runtime)
         check_made_for(bundle, manifest, memory.gpu, module.__version__, plugin)
-        made_with = manifest.recipe.get("plugin", "")
+        made_with = manifest.recipe.get("plugin", AHEAD_OF_TIME)
+        needed = None if made_with.startswith(AHEAD_OF_TIME) else plugin
         return cls(
             bundle,
             name,
             manifest,
             _limits(bundle, name),
-            TensorRt(module, runtime, plugin if made_with else None, cache or default_cache()),
+            TensorRt(module, runtime, needed, cache or default_cache()),
             memory,
             residency,
             Scratch(memory),
@@ -162,6 +166,8 @@ def check_made_for(
             fix=f"build it again with `{mend}`, or install that version",
         )
     made_with = recipe.get("plugin", "")
+    if made_with.startswith(AHEAD_OF_TIME):
+        return
     if made_with.startswith(STAND_IN):
         raise EngineError(
             f"{name} was built with a stand-in for our plugin, to see that it can be built",

@@ -223,6 +223,12 @@ class FakeCuda:
         major, minor = self.capability
         return OK, SimpleNamespace(name=b"Fake GPU\0\0", major=major, minor=minor)
 
+    def cudaDriverGetVersion(self) -> tuple[cudaError_t, int]:
+        return OK, 13020
+
+    def cudaRuntimeGetVersion(self) -> tuple[cudaError_t, int]:
+        return OK, 13050
+
     def cudaGetErrorString(self, error: cudaError_t) -> tuple[cudaError_t, bytes]:
         return OK, error.name.encode()
 

@@ -59,13 +59,14 @@ def add_target(
             if graph.name in leave_out:
                 continue
             decode = {"t": Range(1, 1, 1), "k": Range(1, 1, 1)}
-            write_plan(
-                writer.engine_file(graph.name, ".engine"),
-                graph.typed(activations),
-                bundle.graph_file(graph.name) if onnx else None,
-                profiles=[{}, decode] if graph.name == "llm" else None,
-                **{"scratch": SCRATCH.get(graph.name, 4096), **(engines or {}).get(graph.name, {})},
-            )
+            options: dict[str, Any] = {
+                "onnx": bundle.graph_file(graph.name) if onnx else None,
+                "profiles": [{}, decode] if graph.name == "llm" else None,
+                "scratch": SCRATCH.get(graph.name, 4096),
+            }
+            path = writer.engine_file(graph.name, ".engine")
+            changed = (engines or {}).get(graph.name, {})
+            write_plan(path, graph.typed(activations), **{**options, **changed})
             writer.add_receipt(graph.name, "nothing", PROVED)
     return name
 

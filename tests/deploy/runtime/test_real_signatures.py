@@ -67,6 +67,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         memory.allocate((gpu.cuda.capacity,), np.uint8)
     with pytest.raises(EngineError, match="cudaSetDevice failed"):
         memory.cuda("cudaSetDevice", 7)
+    assert memory.cuda("cudaDriverGetVersion") and memory.cuda("cudaRuntimeGetVersion")
     return request.param, gpu
 
 
@@ -115,6 +116,7 @@ def _results(name: str) -> int:
             (
                 "cudaMalloc", "cudaMallocHost", "cudaGetDeviceCount", "cudaGetDeviceProperties",
                 "cudaStreamCreateWithFlags", "cudaStreamEndCapture", "cudaGetErrorString",
+                "cudaDriverGetVersion", "cudaRuntimeGetVersion",
             ),
             2,
         ),
