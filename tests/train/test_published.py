@@ -12,7 +12,7 @@ from torch import nn
 
 from mmi_deploy.errors import WeightsError
 from mmi_deploy.presets import released_13b
-from mmi_train.convert_state import bare_shape, convert_state, published_module
+from mmi_train.convert_state import bare_shape, compact, convert_state, published_module
 from mmi_train.golden import configs
 from mmi_train.golden.configs import PUBLISHED, Section
 from mmi_train.golden.units import read_unit
@@ -130,6 +130,27 @@ def test_every_wrong_tensor_is_named_at_once(tokenizer):
     assert "unknown: proj.scale" in text
     assert "proj.weight has shape [128, 47], expected [128, 48]" in text
     assert "pos_ln.bias holds NaN or infinity" in text
+
+
+def test_names_that_differ_in_a_number_are_told_together():
+    lines = [f"a.{k}.b.{k}.c" for k in (0, 1)] + [f"x.{k}.y" for k in (7, 3, 4, 5, 0)]
+    assert compact([*lines, "z", "x.1.w"]) == [
+        "a.0.b.0.c",
+        "a.1.b.1.c",
+        "x.{0,3-5,7}.y",
+        "z",
+        "x.1.w",
+    ]
+
+
+def test_a_checkpoint_of_another_model_is_told_in_a_line(tokenizer):
+    build, _ = tokenizer
+    other = {f"transformer.h.{k}.weight": torch.ones(1) for k in range(500)}
+    with pytest.raises(
+        WeightsError, match="none of its 500 tensors belongs to this model"
+    ) as error:
+        convert_state(build(), other, **TOKENIZER)
+    assert len(str(error.value)) < 200
 
 
 def test_names_of_another_part_are_extra(tokenizer):

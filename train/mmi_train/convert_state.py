@@ -7,7 +7,8 @@ from files one at a time (`Plan.stored`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -90,6 +91,7 @@ class Plan:
         return found
 
 
+_FIRST_NUMBER = re.compile(r"\.(\d+)\.")
 _NOT_FINITE = "{} holds NaN or infinity"
 
 
@@ -190,10 +192,14 @@ def _plan(
     missing += [
         name for name in _constants_of(module, theirs, ours, skips) if name not in published
     ]
+    if extra and not plan.places:
+        return plan, [
+            f"none of its {len(published)} tensors belongs to this model, {extra[0]} first"
+        ]
     problems = [
-        *([f"missing: {', '.join(missing)}"] if missing else []),
-        *([f"unknown: {', '.join(extra)}"] if extra else []),
-        *wrong,
+        *([f"missing: {', '.join(compact(missing))}"] if missing else []),
+        *([f"unknown: {', '.join(compact(extra))}"] if extra else []),
+        *compact(wrong),
     ]
     return plan, problems
 
@@ -242,6 +248,29 @@ def _constants_of(module: nn.Module, theirs: str, ours: str, skips: int) -> list
     """Published names of the derived constants that `module` holds as buffers."""
     names = (published_name(ours + name, skips) for name, _ in module.named_buffers())
     return [name.removeprefix(theirs) for name in names if name is not None]
+
+
+def compact(lines: Sequence[str]) -> list[str]:
+    """`lines` with those that differ in their first number alone made into one:
+    `layers.{0-39}.norm`."""
+    groups: dict[str, list[int]] = {}
+    for line in lines:
+        found = _FIRST_NUMBER.search(line)
+        template = line if found is None else f"{line[: found.start()]}.{{}}.{line[found.end() :]}"
+        groups.setdefault(template, []).extend([int(found[1])] if found else [])
+    return [
+        template.replace("{}", _spans(numbers), 1) if numbers else template
+        for template, numbers in groups.items()
+    ]
+
+
+def _spans(numbers: list[int]) -> str:
+    """`3`, `{0-39}`, `{0,4-7}`."""
+    ordered = sorted(set(numbers))
+    starts = [n for n in ordered if n - 1 not in ordered]
+    ends = [n for n in ordered if n + 1 not in ordered]
+    spans = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return spans[0] if len(ordered) == 1 else "{" + ",".join(spans) + "}"
 
 
 def _shape_problem(name: str, given: torch.Size, expected: torch.Size) -> str | None:

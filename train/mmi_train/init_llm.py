@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from mmi_deploy.errors import ConfigError, WeightsError
+from mmi_train.convert_state import compact
 from mmi_train.stored import StoredTensor
 from mmi_train.stored.safetensors_files import read_folder
 from mmi_train.tokenizer_files import read_tokenizer
@@ -193,9 +194,9 @@ def _check_tensors(model: LanguageModel) -> None:
         if not tensor.dtype.is_floating_point
     ]
     problems = [
-        *([f"missing: {', '.join(missing)}"] if missing else []),
-        *([f"unknown: {', '.join(extra)}"] if extra else []),
-        *wrong,
+        *([f"missing: {', '.join(compact(missing))}"] if missing else []),
+        *([f"unknown: {', '.join(compact(extra))}"] if extra else []),
+        *compact(wrong),
     ]
     if problems:
         raise WeightsError(f"{model.source} is no LLaMA of its config: " + "; ".join(problems))
