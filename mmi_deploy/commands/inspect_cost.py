@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from mmi_deploy.commands.screen import print_json, results, size
@@ -78,10 +79,10 @@ def show_cost(
         print_json({"graphs": [as_dict(cost, chosen) for cost in costs]})
         return
     out = results()
-    out.print(_overview(title, costs, chosen))
+    print_table(out, _overview(title, costs, chosen))
     if only is not None:
-        out.print(_parts("operator", costs[0].by_operator()))
-        out.print(_parts("module", costs[0].by_module()))
+        print_table(out, _parts("operator", costs[0].by_operator()))
+        print_table(out, _parts("module", costs[0].by_module()))
         at = " ".join(f"{letter}={number}" for letter, number in costs[0].sizes.items())
         bounds = ", ".join(f"{one.title}: {costs[0].bound(one)}" for one in chosen)
         out.print(f"At {at}. {costs[0].intensity:.1f} FLOPs per byte of the floor")
@@ -168,6 +169,12 @@ def _parts(what: str, totals: Mapping[str, Total]) -> Table:
     if len(rows) > SHOWN:
         table.add_row(f"and {len(rows) - SHOWN} more: see --json")
     return table
+
+
+def print_table(out: Console, table: Table) -> None:
+    """Whole, where nobody's terminal limits it."""
+    wide = table.__rich_measure__(out, out.options.update(max_width=1000)).maximum
+    out.print(table, width=None if out.is_terminal else max(wide, out.width))
 
 
 def flops(count: int) -> str:

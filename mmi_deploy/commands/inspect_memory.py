@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from mmi_deploy.commands.inspect_cost import print_table
 from mmi_deploy.commands.screen import counted, print_json, results, size
 from mmi_deploy.errors import ConfigError
 
@@ -49,7 +50,7 @@ def show_memory(
         )
         return
     out = results()
-    out.print(_overview(model, memories, cards))
+    print_table(out, _overview(model, memories, cards))
     if precision:
         out.print(_detail(memories[0]))
     out.print(BASIS)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from mmi_deploy.commands.inspect_cost import flops
+from mmi_deploy.commands.inspect_cost import flops, print_table
 from mmi_deploy.commands.screen import print_json, results
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def show_removed(manifest: BundleManifest, files: Mapping[str, Path], as_json: b
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         table.add_row(row.what, before, flops(row.deployed), ratio)
     out = results()
-    out.print(table)
+    print_table(out, table)
     for what, count in again.items():
         out.print(f"As published, {what}: {flops(count)}FLOP")
     out.print(
