@@ -116,6 +116,35 @@ class Bundle:
         return self.folder / self.manifest.graphs[graph]
 
     @property
+    def remarks(self) -> list[str]:
+        """What whoever runs it should know: what stands in for weights, and what a smaller model
+        proves."""
+        found = []
+        if self.manifest.weights != "given":
+            found.append(
+                f"{self.folder} holds {self.manifest.weights} weights: it shows what the model "
+                "needs, and computes nothing of meaning"
+            )
+        sliced = [
+            graph
+            for graph in self.manifest.graphs
+            if (receipt := self.manifest.receipt(graph)) and receipt.scope == "slice"
+        ]
+        if sliced:
+            found.append(
+                f"proved by a slice, the same code on a smaller model: {', '.join(sliced)}"
+            )
+        return found
+
+    def check_runs(self) -> None:
+        """Raise `BundleError` when its weights are not those of a model, unless `unproved`."""
+        if self.manifest.weights != "given" and not self.unproved:
+            raise BundleError(
+                f"{self.folder} holds {self.manifest.weights} weights, which mean nothing",
+                fix="export the model itself, or run it all the same with --unproved",
+            )
+
+    @property
     def identity(self) -> str:
         """Hash of bundle.json, and with it of all that the bundle was exported with."""
         return sha256_of(self.folder / MANIFEST)

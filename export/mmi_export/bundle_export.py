@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,13 +27,17 @@ from mmi_export.image_decoder import (
 )
 from mmi_export.llm import LlmGraph
 from mmi_export.onnx_from_module import onnx_from_module
-from mmi_export.receipts import onnx_runner, prove
+from mmi_export.plan import Layout, Plan, Scope, plan_export
+from mmi_export.receipts import Proof, onnx_runner, prove
 from mmi_export.schedules import parse_schedule
-from mmi_export.stored_weights import StoredWeights, link_file, stored_weights
+from mmi_export.slices import difference, slice_of
+from mmi_export.stand_in import Weights, stand_in, write_stand_in
+from mmi_export.stored_weights import StoredWeights, link_file, load_stored, stored_weights
 from mmi_export.vision import ImageValuesGraph, VisionEncoderGraph
-from mmi_export.weight_sources import WeightSources
+from mmi_export.watch import GIGABYTE, Progress, Stage, Watch
+from mmi_export.weight_sources import ONNX_TYPES, WeightSources
 from mmi_train.model.mm_interleaved import MMInterleaved
-from mmi_train.weights import CONFIG, TOKENIZER, load_model
+from mmi_train.weights import CONFIG, TOKENIZER
 
 MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
     "vision_encoder": VisionEncoderGraph,
@@ -50,24 +56,22 @@ _BESIDE_A_PICTURE = 4
 """Tokens of the shortest useful document next to its visual tokens: `<s>`, the begin-of-image token
 and a word on either side."""
 
-Layout = Literal["fused", "linked"]
-"""How weights lie in the bundle. `fused`: copied in float32, as the fastest graph on a CPU wants
-them. `linked`: whatever folding leaves as it is stays in the model's own files and their type, to
-which the bundle holds hard links."""
 
-Scope = Literal["full", "slice", "none"]
-"""What is run to prove the graphs: they themselves, the same code at a smaller size, or nothing."""
+@dataclass(frozen=True)
+class Export:
+    """A model folder that was looked at and can be exported: what is known before the work."""
 
-Weights = Literal["given", "empty", "random"]
-
-LINKED_FROM = 2 * 10**9
-"""Bytes of weights above which they are linked rather than copied."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done next, how much is done and how much there is."""
+    folder: Path
+    config: ModelConfig
+    limits: Limits
+    schedules: tuple[Schedule, ...]
+    model: BlankModel
+    stored: StoredWeights
+    plan: Plan
+    weights: Weights
 
 
-def export_bundle(
+def prepare_export(
     model_folder: Path,
     out_folder: Path,
     context: int | None = None,
@@ -78,77 +82,169 @@ def export_bundle(
     layout: Layout | None = None,
     scope: Scope | None = None,
     weights: Weights = "given",
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Bundle:
-    """Export the model in `model_folder` and prove each graph against it in ONNX Runtime.
-
-    `context`: slots of the KV cache, a constant of the `llm` graph (None: as many as the model has
-    positions). `schedules`: samplers `NAME:STEPS`, the first the default. `batch`, `images`: the
-    most rows and pool images that the bundle allows. `layout`, `scope`: see `Layout` and `Scope`
-    (None: what suits the size of the weights). `weights`: what the model's are, for the manifest.
-    `out_folder` is written whole or not at all.
-
-    Raises `ConfigError`, `WeightsError`, `EngineError` for what cannot be exported, and
-    `BundleError` for a graph that does not compute what the model does.
-    """
-    progress = progress or _silent
+) -> Export:
+    """Look at `model_folder` and plan its export; arguments and errors as `export_bundle`."""
     tokenizer = model_folder / TOKENIZER
     if not tokenizer.is_file():
         raise WeightsError(f"{model_folder} holds no {TOKENIZER}", fix="give a whole model folder")
     config = read_config(model_folder / CONFIG)
-    Tokenizer.open(tokenizer, config.tokens)  # refused before minutes of work
+    Tokenizer.open(tokenizer, config.tokens)
     limits = _limits(config, context, batch, images)
     tables = _tables(config, schedules)
-    blank = BlankModel(config)
-    stored = stored_weights(model_folder, blank.weights)
-    layout = layout or ("linked" if stored.bytes > LINKED_FROM else "fused")
-    scope = scope or ("slice" if stored.bytes > LINKED_FROM else "full")
-    with write_bundle(out_folder, config, limits, force=force, inputs=[model_folder]) as writer:
-        writer.weights = weights
-        shutil.copyfile(tokenizer, writer.tokenizer)
-        for table in tables:
-            writer.add_schedule(_with_time_table(blank, stored, table))
-        model = load_model(model_folder) if scope == "full" else None
-        sources = WeightSources(blank, stored, link_file if layout == "linked" else None)
-        _export_graphs(sources, writer, model, progress)
-    return Bundle.open(out_folder, unproved=scope != "full")
+    model = BlankModel(config)
+    stored = stored_weights(model_folder, model.weights)
+    if scope is None and weights != "given":
+        scope = "slice"
+    plan = plan_export(config, model.weights, stored, out_folder, layout, scope)
+    return Export(model_folder, config, limits, tables, model, stored, plan, weights)
 
 
-def _export_graphs(
-    sources: WeightSources,
-    writer: BundleWriter,
-    model: MMInterleaved | None,
-    progress: Progress,
-) -> None:
-    """Write the graphs with their receipts."""
-    blank = sources.model
-    contract = graphs(blank.module.config, writer.limits)
-    total = 2 * len(contract)
-    for index, (name, graph) in enumerate(contract.items()):
-        path = writer.graph_file(name)
-        progress(f"exporting {name}", 2 * index, total)
-        with blank.building():
-            module = _module(name, blank.module, graph, fused=not sources.links)
-        shared = onnx_from_module(module, graph, path, sources)
-        writer.share(name, (f"{path.parent.name}/{file}" for file in shared))
-        if model is not None:
-            progress(f"proving {name}", 2 * index + 1, total)
-            proof = prove(model, graph, writer.limits, onnx_runner(path))
-            writer.add_receipt(name, proof.compared_with, proof.cases)
-    progress("writing the bundle", total, total)
+def export_bundle(
+    model_folder: Path,
+    out_folder: Path,
+    context: int | None = None,
+    schedules: Sequence[str] = DEFAULT_SCHEDULES,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Bundle:
+    """Export the model in `model_folder` and prove its graphs in ONNX Runtime.
+
+    `context`: slots of the KV cache, a constant of the `llm` graph (None: as many as the model has
+    positions). `schedules`: samplers `NAME:STEPS`, the first the default. Of `options`, as
+    `prepare_export` takes them: `batch`, `images`: the most rows and pool images that the bundle
+    allows; `layout`, `scope`: see `plan` (None: what suits the size of the weights and the memory
+    of this machine); `weights`: what the model's are, for the manifest. `out_folder` is written
+    whole or not at all.
+
+    Raises `ConfigError`, `WeightsError`, `EngineError` for what cannot be exported, `MmiError` for
+    too little room, and `BundleError` for a graph that does not compute what the model does.
+    """
+    export = prepare_export(model_folder, out_folder, context, schedules, **options)
+    return run_export(export, out_folder, force=force, progress=progress).bundle
 
 
-def _module(name: str, model: MMInterleaved, graph: Graph, fused: bool) -> nn.Module:
-    if name == "llm":
+@dataclass(frozen=True)
+class Exported:
+    """A new bundle, and what each stage of its making took."""
+
+    bundle: Bundle
+    stages: tuple[Stage, ...]
+
+
+def run_export(
+    export: Export, out_folder: Path, *, force: bool = False, progress: Progress | None = None
+) -> Exported:
+    """Do what was planned."""
+    export.plan.check_room()
+    config, stored = export.config, export.stored
+    watch = Watch(progress or _silent, len(graphs(config, export.limits)))
+    with write_bundle(
+        out_folder, config, export.limits, force=force, inputs=[export.folder]
+    ) as writer:
+        writer.weights = export.weights
+        writer.hashes.told = lambda path, done, size: _tell_bytes(
+            watch, f"hashing {path.name}", done, size
+        )
+        if export.weights == "given":
+            watch.begin("looking through the weights", 0)
+            stored.check_finite(
+                lambda done: _tell_bytes(watch, "looking through the weights", done, stored.bytes)
+            )
+        shutil.copyfile(export.folder / TOKENIZER, writer.tokenizer)
+        for table in export.schedules:
+            writer.add_schedule(_time_table(export.model, stored, table))
+        _write_graphs(export, writer, watch)
+        watch.begin("writing the bundle", watch.total)
+    watch.end()
+    bundle = Bundle.open(out_folder, unproved=export.plan.scope == "none")
+    return Exported(bundle, tuple(watch.stages))
+
+
+def export_stand_in(
+    config: ModelConfig,
+    out_folder: Path,
+    *,
+    weights: Weights = "empty",
+    layers: int | None = None,
+    dtype: torch.dtype = torch.float16,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Bundle:
+    """`export_bundle` of a model of `config` that nobody has: its weights are made here.
+
+    `weights`: `empty` (zeros that take no disk) or `random`. `layers`: cut the language model to
+    its first so many. `dtype`: what the weights are stored in. `options`: those of `export_bundle`.
+    """
+    options = {"layout": "linked", "weights": weights} | options
+    with stand_in(config, out_folder, weights, layers, dtype) as folder:
+        return export_bundle(folder, out_folder, force=force, progress=progress, **options)
+
+
+def _write_graphs(export: Export, writer: BundleWriter, watch: Watch) -> None:
+    """The graphs with their receipts."""
+    scope = export.plan.scope
+    sources = _sources(export.model, export.stored, export.plan.layout)
+    whole = load_stored(export.config, export.stored) if scope == "full" else None
+    with tempfile.TemporaryDirectory(prefix="mmi-slice-") as scratch:
+        small = _Slice(export, Path(scratch)) if scope == "slice" else None
+        for index, (name, graph) in enumerate(graphs(export.config, export.limits).items()):
+            watch.graph("exporting", name, index, 0)
+            path = writer.graph_file(name)
+            files = export_graph(sources, graph, path)
+            writer.share(name, (f"{path.parent.name}/{file}" for file in files))
+            if whole is not None or small is not None:
+                watch.graph("proving", name, index, 1)
+            if whole is not None:
+                proof = prove(whole, graph, export.limits, onnx_runner(path))
+                writer.add_receipt(name, proof.compared_with, proof.cases)
+            if small is not None:
+                proof = small.prove(name)
+                writer.add_receipt(name, proof.compared_with, proof.cases, "slice")
+
+
+def export_graph(sources: WeightSources, graph: Graph, path: Path) -> set[str]:
+    """Write one graph; returns the files of shared weights that it refers to."""
+    with sources.model.building():
+        module = _module(graph, sources.model.module, fused=not sources.links)
+    return onnx_from_module(module, graph, path, sources)
+
+
+def _module(graph: Graph, model: MMInterleaved, fused: bool) -> nn.Module:
+    if graph.name == "llm":
         return LlmGraph(model, graph, fused)
-    return MODULES[name](model, graph)
+    return MODULES[graph.name](model, graph)
 
 
-def _with_time_table(model: BlankModel, stored: StoredWeights, schedule: Schedule) -> Schedule:
-    with model.building():
-        rows = model.module.image_decoder.unet.time_rows(torch.from_numpy(schedule.timesteps))
-    return schedule.with_time_table(model.compute(rows, stored.read).numpy())
+def _sources(model: BlankModel, stored: StoredWeights, layout: Layout) -> WeightSources:
+    return WeightSources(model, stored, link_file if layout == "linked" else None)
+
+
+class _Slice:
+    """A slice of an export's model, exported as the model is and proved in its place."""
+
+    def __init__(self, export: Export, folder: Path) -> None:
+        self.folder = folder
+        self.config = slice_of(export.config)
+        context = min(export.limits.context, self.config.llama.context)
+        self.limits = Limits(context, export.limits.batch, export.limits.images)
+        self.graphs = graphs(self.config, self.limits)
+        dtype = export.stored.dtype if export.stored.dtype in ONNX_TYPES else torch.float32
+        write_stand_in(self.config, folder, "random", dtype)
+        model = BlankModel(self.config)
+        stored = stored_weights(folder, model.weights)
+        self.sources = _sources(model, stored, export.plan.layout)
+        self.whole = load_stored(self.config, stored)
+        self.difference = difference(export.config)
+
+    def prove(self, name: str) -> Proof:
+        """The proof of the slice's graph of that name."""
+        graph, path = self.graphs[name], self.folder / f"{name}.onnx"
+        export_graph(self.sources, graph, path)
+        proof = prove(self.whole, graph, self.limits, onnx_runner(path))
+        return Proof(f"{proof.compared_with}, of {self.difference}", proof.cases)
 
 
 def with_time_table(model: MMInterleaved, schedule: Schedule) -> Schedule:
@@ -156,6 +252,12 @@ def with_time_table(model: MMInterleaved, schedule: Schedule) -> Schedule:
     with torch.no_grad():
         rows = model.image_decoder.unet.time_rows(torch.from_numpy(schedule.timesteps))
     return schedule.with_time_table(rows.numpy())
+
+
+def _time_table(model: BlankModel, stored: StoredWeights, schedule: Schedule) -> Schedule:
+    with model.building():
+        rows = model.module.image_decoder.unet.time_rows(torch.from_numpy(schedule.timesteps))
+    return schedule.with_time_table(model.compute(rows, stored.read).numpy())
 
 
 def _limits(config: ModelConfig, context: int | None, batch: int, images: int) -> Limits:
@@ -175,13 +277,18 @@ def _limits(config: ModelConfig, context: int | None, batch: int, images: int) -
     return limits
 
 
-def _tables(config: ModelConfig, schedules: Sequence[str]) -> list[Schedule]:
+def _tables(config: ModelConfig, schedules: Sequence[str]) -> tuple[Schedule, ...]:
     if not schedules:
         raise ConfigError(
             "a bundle needs a schedule", fix=f"give --schedule {DEFAULT_SCHEDULES[0]}"
         )
     diffusion = config.image_decoder.diffusion
-    return [parse_schedule(text, diffusion) for text in dict.fromkeys(schedules)]
+    return tuple(parse_schedule(text, diffusion) for text in dict.fromkeys(schedules))
+
+
+def _tell_bytes(watch: Watch, what: str, done: int, size: int) -> None:
+    """A word for every gigabyte."""
+    watch.more_every(what, done // GIGABYTE, size // GIGABYTE)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -45,9 +45,9 @@ def affine(layer: nn.Linear | nn.Conv2d) -> Affine:
 
 
 class FoldedMmfs(nn.Module):
-    """`Mmfs.forward` with its projections folded, and the affine map `then` after its output."""
+    """`Mmfs.forward` with its projections folded, `output` in place of its output projection."""
 
-    def __init__(self, mmfs: Mmfs, then: Affine) -> None:
+    def __init__(self, mmfs: Mmfs, output: Affine) -> None:
         super().__init__()
         config = mmfs.config
         self.heads, self.points = config.heads, config.points
@@ -63,7 +63,6 @@ class FoldedMmfs(nn.Module):
         self.offset_table = _constant(offset_table)
         self.logit_table = _constant(logit_table)
         self.null_value = _constant(mmfs.null_value.detach().view(self.heads, -1))
-        output = then.after(affine(mmfs.output_proj))
         self.output_weight, self.output_bias = _constant(output.weight), _constant(output.bias)
 
     def forward(
@@ -101,9 +100,8 @@ class FoldedLlmLookBack(nn.Module):
         super().__init__()
         self.query_norm = look_back.query_norm
         gate = look_back.gate.detach().double().tanh()
-        width = look_back.mmfs.output_proj.out_features
-        identity = torch.eye(width, dtype=torch.float64)
-        self.mmfs = FoldedMmfs(look_back.mmfs, Affine(gate * identity, torch.zeros(width).double()))
+        output = affine(look_back.mmfs.output_proj)
+        self.mmfs = FoldedMmfs(look_back.mmfs, Affine(gate * output.weight, gate * output.bias))
         self.centre = _constant(torch.full((1, 2), 0.5))
 
     def forward(
@@ -119,7 +117,8 @@ class FoldedUnetLookBack(nn.Module):
     def __init__(self, look_back: unet.LookBack) -> None:
         super().__init__()
         self.query_norm = look_back.query_norm
-        self.mmfs = FoldedMmfs(look_back.mmfs, affine(look_back.conv))
+        output = affine(look_back.conv).after(affine(look_back.mmfs.output_proj))
+        self.mmfs = FoldedMmfs(look_back.mmfs, output)
         self.positions = _constant(look_back.get_buffer("positions"))
         self.reference = _constant(look_back.get_buffer("reference"))
 
@@ -146,13 +145,11 @@ class FoldedValues(nn.Module):
         for look_back in look_backs:
             norm = look_back.value_norm
             assert type(norm) is type(first) and norm.eps == first.eps
-            scale = norm.weight.detach().double()
-            shift = (
-                norm.bias.double() if isinstance(norm, nn.LayerNorm) else torch.zeros_like(scale)
-            )
-            folded = affine(look_back.mmfs.value_proj).after(Affine(scale.diag(), shift.detach()))
-            self.weights.append(_constant(folded.weight))
-            self.biases.append(_constant(folded.bias))
+            weight, bias = affine(look_back.mmfs.value_proj)
+            if isinstance(norm, nn.LayerNorm):
+                bias = bias + weight @ norm.bias.detach().double()
+            self.weights.append(_constant(weight * norm.weight.detach().double()))
+            self.biases.append(_constant(bias))
 
     def forward(self, features: Tensor) -> list[Tensor]:
         """Features [n, s, c] of the levels that the layers read -> [n, s, h, d] per layer."""

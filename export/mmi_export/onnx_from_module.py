@@ -33,9 +33,9 @@ from mmi_deploy.graphs import (
     Range,
 )
 from mmi_export.mmfs_function import mmfs_function
-from mmi_export.stored_weights import Place
 from mmi_export.weight_sources import WeightSources
 from mmi_export.weights import externalise
+from mmi_train.stored import InFile
 
 Tensors = dict[str, Tensor]
 """What exported modules take and give: tensors by the names of the contract."""
@@ -111,7 +111,7 @@ def _check(proto: onnx.ModelProto) -> None:
     onnx.checker.check_model(proto, full_check=True)
 
 
-def _tidy(model: ir.Model, linked: Mapping[str, Place]) -> None:
+def _tidy(model: ir.Model, linked: Mapping[str, InFile]) -> None:
     """Compute what is constant, share what is computed twice, drop what nobody reads.
 
     These are the exporter's own passes without its pattern rewriting, which takes a third of an
@@ -137,7 +137,7 @@ def _tidy(model: ir.Model, linked: Mapping[str, Place]) -> None:
         tidy(model)
 
 
-def _transpose_weights(model: ir.Model, linked: Mapping[str, Place]) -> None:
+def _transpose_weights(model: ir.Model, linked: Mapping[str, InFile]) -> None:
     """Let the file hold transposed what the graph would only ever read transposed."""
     initializers = model.graph.initializers
     for node in list(model.graph):

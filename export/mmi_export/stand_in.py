@@ -9,50 +9,43 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from mmi_deploy.bundle import Bundle
 from mmi_deploy.config import ModelConfig, to_json
 from mmi_deploy.errors import ConfigError
 from mmi_export.blank_model import BlankModel
-from mmi_export.bundle_export import Weights, export_bundle
+from mmi_train.stored import Computed, StoredTensor
+from mmi_train.stored.writer import ALIGNMENT, write_safetensors
 from mmi_train.weights import CONFIG, TOKENIZER, WEIGHTS
 
-TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-"""What a stand-in may be stored in, and what safetensors calls it."""
+Weights = Literal["given", "empty", "random"]
+"""What the weights of a bundle are: a model's, or those of a stand-in."""
 
-_DEVIATION = 0.02
-_ALIGNMENT = 64
+_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def export_stand_in(
-    config: ModelConfig,
-    out_folder: Path,
-    *,
-    weights: Weights = "empty",
-    layers: int | None = None,
-    dtype: str = "float16",
-    **options: Any,
-) -> Bundle:
-    """`export_bundle` of a model of `config` that nobody has: its weights are made here.
-
-    `layers`: cut the language model to its first so many. `options`: those of `export_bundle`.
-    """
+@contextmanager
+def stand_in(
+    config: ModelConfig, beside: Path, weights: Weights, layers: int | None, dtype: torch.dtype
+) -> Iterator[Path]:
+    """A model folder for the time of an export, on the disk of `beside`, so that its weights can be
+    linked from there. `layers`: cut the language model to its first so many."""
     config = config if layers is None else cut(config, layers)
-    out_folder.parent.mkdir(parents=True, exist_ok=True)
+    beside.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-        prefix=f".{out_folder.name}.model.", suffix=".tmp", dir=out_folder.parent
+        prefix=f".{beside.name}.model.", suffix=".tmp", dir=beside.parent
     ) as folder:
         write_stand_in(config, Path(folder), weights, dtype)
-        options = {"layout": "linked", "scope": "slice"} | options
-        return export_bundle(Path(folder), out_folder, weights=weights, **options)
+        yield Path(folder)
 
 
 def cut(config: ModelConfig, layers: int) -> ModelConfig:
@@ -69,39 +62,52 @@ def cut(config: ModelConfig, layers: int) -> ModelConfig:
     )
 
 
-def write_stand_in(config: ModelConfig, folder: Path, weights: Weights, dtype: str) -> None:
+def write_stand_in(config: ModelConfig, folder: Path, weights: Weights, dtype: torch.dtype) -> None:
     """Write a model folder of `config`: configuration, a tokenizer of numbered words, weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(to_json(config))
     _tokenizer(config).save(str(folder / TOKENIZER))
     shapes = BlankModel(config).weights
+    if weights == "random":
+        write_safetensors(folder / WEIGHTS, _drawn(shapes), dtype)
+    else:
+        _write_empty(folder / WEIGHTS, shapes, dtype)
+
+
+def _write_empty(file: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """A safetensors file of zeros, whose data are a hole."""
     header: dict[str, object] = {}
     end = 0
     for name, tensor in shapes.items():
-        start, end = end, end + tensor.numel() * getattr(torch, dtype).itemsize
-        header[name] = {
-            "dtype": TYPES[dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        start, end = end, end + tensor.numel() * dtype.itemsize
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    with (folder / WEIGHTS).open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        if weights == "random":
-            for part in _drawn(shapes, dtype):
-                file.write(part)
-        file.truncate(8 + len(text) + end)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        out.truncate(8 + len(text) + end)
 
 
-def _drawn(shapes: Mapping[str, Tensor], dtype: str, seed: int = 0) -> Any:
-    """The bytes of every weight, drawn one after another: norms around 1, the rest around 0."""
+def _drawn(shapes: Mapping[str, Tensor], seed: int = 0) -> dict[str, StoredTensor]:
+    """Every weight drawn when it is written, so that no part of a model is silent: maps keep the
+    size of what they map, norms scale by about 1, tables are as large as activations."""
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in shapes.items():
-        value = torch.randn(tensor.shape, generator=generator).mul_(_DEVIATION)
+
+    def draw(name: str, shape: torch.Size) -> Tensor:
+        value = torch.randn(shape, generator=generator)
         if "norm" in name and name.endswith("weight"):
-            value += 1
-        yield value.to(getattr(torch, dtype)).view(torch.uint8).numpy().data
+            return 1 + 0.2 * value
+        if len(shape) < 2:
+            return 0.2 * value
+        if "embed" in name or "image_index" in name or name.endswith("queries"):
+            return value
+        return value * shape[1:].numel() ** -0.5
+
+    return {
+        name: Computed(tensor.shape, torch.float32, partial(draw, name, tensor.shape))
+        for name, tensor in shapes.items()
+    }
 
 
 def _tokenizer(config: ModelConfig) -> Tokenizer:

@@ -1,100 +1,68 @@
-"""Weights that stay in their files: read one at a time, or referred to by their place."""
+"""The weights of a model folder where they lie: looked at before the work, read one at a time."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor
+from transformers.initialization import no_init_weights
 
+from mmi_deploy.config import ModelConfig
 from mmi_deploy.errors import WeightsError
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.stored import PLAIN_TYPES, InFile
+from mmi_train.stored.pickles import weight_map
+from mmi_train.stored.safetensors_files import read_safetensors
+from mmi_train.weights import WEIGHTS
 
-INDEX = "model.safetensors.index.json"
+INDEX = f"{WEIGHTS}.index.json"
 """Names the file of every tensor where there are several, as Hugging Face writes it."""
-
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-ONNX_TYPES = {
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-}
-SAFETENSORS_TYPES = {onnx: name for name, onnx in ONNX_TYPES.items()}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: its file, its first byte and how many, its type and shape."""
-
-    file: Path
-    start: int
-    size: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_header(file: Path) -> dict[str, Place]:
-    """The places of all tensors in a safetensors file; `WeightsError` if it is cut short or no such
-    file."""
-    try:
-        length = file.stat().st_size
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            if size > length - 8:
-                raise ValueError(f"it ends after {length} bytes, within its header")
-            header = json.loads(stream.read(size))
-        places = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            first, stop = entry["data_offsets"]
-            start = 8 + size + first
-            if start + stop - first > length:
-                raise ValueError(f"it ends after {length} bytes, before the end of {name}")
-            places[name] = Place(file, start, stop - first, entry["dtype"], (*entry["shape"],))
-    except OSError as error:
-        raise WeightsError(f"cannot read {file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise WeightsError(
-            f"{file} is no whole safetensors file: {error}", fix="copy it again, or convert anew"
-        ) from None
-    return places
 
 
 class StoredWeights:
-    """The tensors of a model folder, by name, where they lie on the disk."""
+    """The tensors of a model, by name, in files."""
 
-    def __init__(self, places: Mapping[str, Place]) -> None:
+    def __init__(self, places: Mapping[str, InFile]) -> None:
         self.places = places
 
     def read(self, name: str) -> Tensor:
         """One weight in float32."""
-        place = self.places[name]
-        data = np.fromfile(place.file, np.uint8, place.size, offset=place.start)
-        if len(data) != place.size:
-            raise WeightsError(f"{place.file} became shorter while it was read")
-        return torch.from_numpy(data).view(_TYPES[place.dtype]).view(place.shape).float()
+        return self.places[name].read().float()
+
+    def check_finite(self, told: Callable[[int], None]) -> None:
+        """Raise `WeightsError` for the first weight that holds NaN or infinity. `told`: is given
+        the bytes that were read."""
+        done = 0
+        for name, place in self.places.items():
+            for piece in place.pieces():
+                if not bool(torch.isfinite(piece).all()):
+                    raise WeightsError(
+                        f"{place.path}: {name} holds NaN or infinity",
+                        fix="use an intact checkpoint",
+                    )
+                done += piece.nbytes
+                told(done)
 
     @property
     def bytes(self) -> int:
         """Of all weights together."""
-        return sum(place.size for place in self.places.values())
+        return sum(_bytes(place) for place in self.places.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of most of it."""
+        sizes: dict[torch.dtype, int] = {}
+        for place in self.places.values():
+            sizes[place.dtype] = sizes.get(place.dtype, 0) + _bytes(place)
+        return max(sizes, key=sizes.__getitem__)
 
     @property
     def files(self) -> list[Path]:
-        return sorted({place.file for place in self.places.values()})
+        return sorted({place.path for place in self.places.values()})
 
 
 def stored_weights(folder: Path, wanted: Mapping[str, Tensor]) -> StoredWeights:
@@ -103,53 +71,79 @@ def stored_weights(folder: Path, wanted: Mapping[str, Tensor]) -> StoredWeights:
     Only headers are read.
     """
     index = folder / INDEX
-    files = [folder / "model.safetensors"]
-    if index.is_file():
-        try:
-            names = json.loads(index.read_bytes())["weight_map"].values()
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise WeightsError(f"cannot read {index}: {error}") from None
-        files = [folder / os.path.basename(name) for name in sorted({*names})]
-    places: dict[str, Place] = {}
-    for file in files:
-        places |= read_header(file)
+    names = sorted({*weight_map(index).values()}) if index.is_file() else [WEIGHTS]
+    places: dict[str, InFile] = {}
+    for name in names:
+        for key, tensor in read_safetensors(folder / name).items():
+            assert isinstance(tensor, InFile)
+            places[key] = tensor
     _check(places, wanted, folder)
     return StoredWeights(places)
 
 
-def _check(places: Mapping[str, Place], wanted: Mapping[str, Tensor], folder: Path) -> None:
-    if missing := sorted(wanted.keys() - places.keys()):
-        raise WeightsError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}")
-    if extra := sorted(places.keys() - wanted.keys()):
-        raise WeightsError(f"{folder} has {len(extra)} unknown tensors: {_some(extra)}")
-    for name, place in places.items():
-        shape = tuple(wanted[name].shape)
-        if place.shape != shape:
-            raise WeightsError(
-                f"{place.file}: {name} has the wrong shape",
-                expected=list(shape),
-                got=list(place.shape),
-            )
-        if place.dtype not in _TYPES:
-            raise WeightsError(
-                f"{place.file}: {name} holds another kind of numbers",
-                expected=" or ".join(_TYPES),
-                got=place.dtype,
-            )
-
-
-def _some(names: list[str], shown: int = 5) -> str:
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
+def load_stored(config: ModelConfig, stored: StoredWeights) -> MMInterleaved:
+    """The model with its numbers, in float32 and evaluation mode."""
+    with no_init_weights():
+        model = MMInterleaved(config).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(stored.read(name))
+    return model
 
 
 def link_file(file: Path, folder: Path) -> str:
     """Give `file` a name in `folder` too, and return it: a hard link, or a copy on another disk."""
     own = folder / file.name
-    if own.exists():
-        return own.name
-    try:
-        os.link(file.resolve(), own)
-    except OSError:
-        shutil.copyfile(file, own)
+    if not own.exists():
+        try:
+            os.link(file.resolve(), own)
+        except OSError:
+            shutil.copyfile(file, own)
     return own.name
+
+
+def can_link(file: Path, folder: Path) -> bool:
+    """Whether `link_file` would link: not to another disk, nor to somebody else's file."""
+    probe = folder / f".{file.name}.{os.getpid()}.probe"
+    try:
+        os.link(file.resolve(), probe)
+    except OSError:
+        return False
+    probe.unlink()
+    return True
+
+
+def _check(places: Mapping[str, InFile], wanted: Mapping[str, Tensor], folder: Path) -> None:
+    if missing := sorted(wanted.keys() - places.keys()):
+        raise WeightsError(
+            f"{folder} lacks {len(missing)} tensors: {_some(missing)}",
+            fix="give the folder of the model that its config.json describes",
+        )
+    if extra := sorted(places.keys() - wanted.keys()):
+        raise WeightsError(
+            f"{folder} has {len(extra)} unknown tensors: {_some(extra)}",
+            fix="give the folder of the model that its config.json describes",
+        )
+    for name, place in places.items():
+        if place.shape != wanted[name].shape:
+            raise WeightsError(
+                f"{place.path}: {name} has the wrong shape",
+                expected=list(wanted[name].shape),
+                got=list(place.shape),
+            )
+        if place.dtype not in PLAIN_TYPES:
+            raise WeightsError(
+                f"{place.path}: {name} holds another kind of numbers",
+                expected="floating point",
+                got=str(place.dtype).removeprefix("torch."),
+                fix="use an intact checkpoint of this model",
+            )
+
+
+def _bytes(place: InFile) -> int:
+    return place.shape.numel() * place.dtype.itemsize
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")

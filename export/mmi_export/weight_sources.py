@@ -11,11 +11,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mmi_export.blank_model import BlankModel
-from mmi_export.stored_weights import ONNX_TYPES, Place, StoredWeights
+from mmi_export.stored_weights import StoredWeights
+from mmi_train.stored import InFile
+
+ONNX_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
 
 Link = Callable[[Path, Path], str]
 """(a file, a folder) to the name under which the file is found in the folder."""
@@ -36,7 +44,7 @@ class WeightSources:
         """While a module without numbers is traced."""
         return self.model.tracing()
 
-    def attach(self, model: ir.Model, module: nn.Module) -> dict[str, Place]:
+    def attach(self, model: ir.Model, module: nn.Module) -> dict[str, InFile]:
         """Give the initialisers of `model`, which was traced from `module`, their numbers; returns
         those that stay where they are, which get none yet."""
         tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
@@ -54,7 +62,7 @@ class WeightSources:
                 value.const_value = self._lazy(tensor, value)
         return linked
 
-    def link(self, model: ir.Model, linked: Mapping[str, Place], folder: Path) -> set[str]:
+    def link(self, model: ir.Model, linked: Mapping[str, InFile], folder: Path) -> set[str]:
         """Let the weights that stay where they are be read from there, as float32; returns the
         files that they lie in."""
         files = set()
@@ -62,12 +70,12 @@ class WeightSources:
             value = model.graph.initializers.get(name)
             if value is None or self._link is None:
                 continue
-            file = self._link(place.file, folder)
+            file = self._link(place.path, folder)
             files.add(file)
             value.const_value = ir.ExternalTensor(
                 file,
-                place.start,
-                place.size,
+                place.offset,
+                place.shape.numel() * place.dtype.itemsize,
                 ONNX_TYPES[place.dtype],
                 shape=ir.Shape(place.shape),
                 name=name,
@@ -77,13 +85,13 @@ class WeightSources:
                 _read_as_float32(model.graph, value, ONNX_TYPES[place.dtype])
         return files
 
-    def _place(self, tensor: Tensor) -> Place | None:
+    def _place(self, tensor: Tensor) -> InFile | None:
         """Where a weight can stay; None for what is computed or cannot be read in place."""
         name = self.model.name(tensor)
         if name is None or self._link is None:
             return None
         place = self.stored.places[name]
-        if place.dtype not in ONNX_TYPES or place.start % ONNX_TYPES[place.dtype].itemsize:
+        if place.dtype not in ONNX_TYPES or place.offset % place.dtype.itemsize:
             return None
         return place
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from mmi_export.stored_weights import SAFETENSORS_TYPES
-
 ALIGNMENT = 64
 """Bytes. Data starts at a multiple of it; the largest tensors come first and mostly keep to it."""
 
 INLINE_BYTES = 256
 """Smaller initialisers, and those that are shapes or indices, stay in the ONNX file."""
+
+_DTYPES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}
 
 
 def externalise(model: ir.Model, file: Path) -> None:
@@ -30,7 +30,7 @@ def externalise(model: ir.Model, file: Path) -> None:
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
         and not isinstance(value.const_value, ir.ExternalTensor)
-        and value.const_value.dtype in SAFETENSORS_TYPES
+        and value.const_value.dtype in _DTYPES
         and value.const_value.nbytes > INLINE_BYTES
     }
     if not weights:
@@ -57,7 +57,7 @@ def _write(file: Path, weights: Mapping[str, ir.TensorProtocol]) -> dict[str, in
         tensor = weights[name]
         start, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": SAFETENSORS_TYPES[tensor.dtype],
+            "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

@@ -95,6 +95,7 @@ def generate(
     Picture links in Markdown are shown to the model; ![]() asks it to draw one there.
     """
     with extras("generate"):
+        from mmi_deploy.bundle import Bundle
         from mmi_deploy.document_files import read_document, title_of
         from mmi_deploy.files import check_replaceable, new_folder
         from mmi_deploy.page import page
@@ -122,12 +123,14 @@ def generate(
     source = read_document(document)
     library = kernel_library(kernels, target)
     started = time.perf_counter()
+    opened = Bundle.open(bundle, unproved=unproved)
+    for remark in opened.remarks:
+        remarks().print(remark, markup=False)
     runtime = Runtime.open(
-        bundle,
+        opened,
         threads=threads,
         target=target,
         library=library,
-        unproved=unproved,
         device=device,
         resident=groups(resident),
     )

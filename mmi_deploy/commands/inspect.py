@@ -295,6 +295,8 @@ def _bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         f"batch {limits.batch}, {limits.images} images; samplers {', '.join(bundle.schedules)}; "
         f"engines for {', '.join(bundle.targets) or 'no target beyond the portable graphs'}"
     )
+    for remark in bundle.remarks:
+        out.print(f"[yellow]{escape(remark)}[/yellow]")
     out.print(_graph_table(bundle))
     if targets:
         from mmi_deploy.commands.inspect_targets import target_table

@@ -49,6 +49,8 @@ def verify(
         wrote = counted(found["tokens"], "token"), counted(found["pictures"], "picture")
         line += f"; wrote {wrote[0]} and drew {wrote[1]}"
     results().print(line)
+    for remark in opened.remarks:
+        remarks().print(remark, markup=False)
 
 
 def _smoke(runtime: Any) -> tuple[int, int]:

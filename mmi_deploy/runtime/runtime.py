@@ -85,6 +85,7 @@ class Runtime:
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, unproved=unproved)
+        bundle.check_runs()
         check_target(bundle, target)
         if runtime_of(target) is not None:
             gpu = TensorRtTarget.open(

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from mmi_deploy.config import LlamaConfig, MmfsConfig
+from mmi_export.deployed_llama import FusedAttention, FusedMlp
 from mmi_export.folding import (
     Affine,
     FoldedLlmLookBack,
     FoldedMmfs,
     FoldedUnetLookBack,
     FoldedValues,
+    affine,
 )
-from mmi_export.deployed_llama import FusedAttention, FusedMlp
 from mmi_train.model import llama, unet
 from mmi_train.model.mmfs import Mmfs
 from references.mmfs_float64 import equation_4
@@ -69,7 +70,7 @@ def seed() -> None:
 def test_folded_mmfs_equals_mmfs_and_what_follows_it(null_slot: bool) -> None:
     mmfs = drawn(Mmfs(replace(MMFS, null_slot=null_slot), WIDTH, FEATURES, 5, SIDES, 4))
     then = Affine(torch.randn(7, 5).double(), torch.randn(7).double())
-    folded = FoldedMmfs(mmfs, then)
+    folded = FoldedMmfs(mmfs, then.after(affine(mmfs.output_proj)))
     arguments = (torch.randn(2, 3, WIDTH), *seen(3), torch.rand(3, 2))
     wanted = mmfs(*arguments).double() @ then.weight.T + then.bias
     assert_same(folded(*arguments), wanted.float())
@@ -78,7 +79,7 @@ def test_folded_mmfs_equals_mmfs_and_what_follows_it(null_slot: bool) -> None:
 @torch.no_grad()
 def test_folded_mmfs_equals_equation_4_written_out() -> None:
     mmfs = drawn(Mmfs(MMFS, WIDTH, FEATURES, 5, SIDES, 4))
-    folded = FoldedMmfs(mmfs, Affine(torch.eye(5).double(), torch.zeros(5).double()))
+    folded = FoldedMmfs(mmfs, affine(mmfs.output_proj))
     query, features = torch.randn(1, 1, WIDTH), torch.randn(2, CELLS, FEATURES)
     slot = torch.tensor([[0, 1]], dtype=torch.int32)
     position = torch.tensor([[[2, 1]]], dtype=torch.int32)  # image 1 is the nearest
@@ -104,7 +105,7 @@ def test_folded_mmfs_equals_equation_4_written_out() -> None:
 
 def test_the_dead_outputs_of_the_null_slot_are_dropped() -> None:
     mmfs = Mmfs(replace(MMFS, null_slot=True), WIDTH, FEATURES, 5, SIDES, 4)
-    folded = FoldedMmfs(mmfs, Affine(torch.eye(5).double(), torch.zeros(5).double()))
+    folded = FoldedMmfs(mmfs, affine(mmfs.output_proj))
     assert mmfs.weight_proj.out_features == 2 * 2 * 4
     assert len(folded.query_weight) == 2 * 3 * 2 + 2 * 2 * 3
     assert folded.logit_table.shape == (6, 2, 2, 3)

@@ -1,0 +1,110 @@
+"""Large models: weights stay in the model's files, and what folding makes is computed alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from export.small_models import paper_reading, released_reading
+from mmi_deploy.config import ModelConfig
+from mmi_deploy.graphs import Graph, Limits, graphs
+from mmi_export.blank_model import BlankModel
+from mmi_export.bundle_export import export_graph
+from mmi_export.receipts import onnx_runner, prove
+from mmi_export.stand_in import write_stand_in
+from mmi_export.stored_weights import link_file, load_stored, stored_weights
+from mmi_export.weight_sources import WeightSources
+from mmi_train.stored.safetensors_files import read_safetensors
+from mmi_train.weights import WEIGHTS
+
+TYPES = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Linked:
+    """A model folder in 16 bits, and graphs that refer to it."""
+
+    config: ModelConfig
+    model: Path
+    graphs: Path
+    sources: WeightSources
+    limits: Limits
+
+    def contract(self, name: str) -> Graph:
+        return graphs(self.config, self.limits)[name]
+
+    def proto(self, name: str) -> onnx.ModelProto:
+        return onnx.load(self.graphs / f"{name}.onnx", load_external_data=False)
+
+
+@pytest.fixture(
+    scope="module", params=[(torch.float16, paper_reading), (torch.bfloat16, released_reading)]
+)
+def linked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Linked:
+    dtype, reading = request.param
+    return linked_graphs(reading(), dtype, tmp_path_factory.mktemp("linked"))
+
+
+def linked_graphs(config: ModelConfig, dtype: torch.dtype, folder: Path) -> Linked:
+    write_stand_in(config, folder / "model", "random", dtype)
+    model = BlankModel(config)
+    stored = stored_weights(folder / "model", model.weights)
+    sources = WeightSources(model, stored, link_file)
+    (folder / "graphs").mkdir()
+    made = Linked(config, folder / "model", folder / "graphs", sources, Limits(64))
+    for name in ("image_values", "llm"):
+        export_graph(sources, made.contract(name), made.graphs / f"{name}.onnx")
+    return made
+
+
+@pytest.mark.parametrize("name", ["image_values", "llm"])
+def test_linked_graphs_compute_what_the_model_does(linked: Linked, name: str) -> None:
+    whole = load_stored(linked.config, linked.sources.stored)
+    run = onnx_runner(linked.graphs / f"{name}.onnx")
+    assert all(
+        case.passed for case in prove(whole, linked.contract(name), linked.limits, run).cases
+    )
+
+
+def test_weights_are_neither_copied_nor_widened(linked: Linked) -> None:
+    """Everything that folding leaves alone is read in place, from the model's own bytes."""
+    link = linked.graphs / WEIGHTS
+    assert link.stat().st_ino == (linked.model / WEIGHTS).stat().st_ino
+    places = read_safetensors(link)
+    stored = linked.sources.stored.dtype
+    referred = {
+        tensor.name: {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in linked.proto("llm").graph.initializer
+        if any(entry.value == WEIGHTS for entry in tensor.external_data)
+    }
+    types = {t.name: t.data_type for t in linked.proto("llm").graph.initializer}
+    offsets = {
+        (place.offset, place.shape.numel() * place.dtype.itemsize) for place in places.values()
+    }
+    for name, entry in referred.items():
+        assert (int(entry["offset"]), int(entry["length"])) in offsets, name
+        assert types[name] == TYPES[stored]
+    layers = linked.config.llama.layers
+    mats = [name for name in referred if "proj" in name or "head" in name or "embedding" in name]
+    assert len(mats) >= 7 * layers + 2
+    own = read_safetensors(linked.graphs / "llm.safetensors")
+    folded = ("llm.cos", "llm.sin")
+    assert all("look_back" in name or name.startswith(folded) for name in own), sorted(own)
+
+
+def test_sixteen_bits_are_cast_before_use_and_tables_after_the_look_up(linked: Linked) -> None:
+    graph = linked.proto("llm").graph
+    weights = {t.name for t in graph.initializer if t.external_data and t.data_type != 1}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in weights:
+                assert node.op_type == "Cast" or (node.op_type == "Gather" and index == 0), node
+
+
+def test_the_file_of_a_graph_holds_no_weight(linked: Linked) -> None:
+    size = (linked.graphs / "llm.onnx").stat().st_size
+    assert size < 200_000
