@@ -2,6 +2,7 @@
 
 The baseline is the usual decomposition, a GridSample a level, and is spared everything but the
 sampling: locations and weights are given to it ready-made. Our kernel computes those as well.
+Both take `value` as the model holds it, channels last; GridSample's has to be turned for that.
 `python -m mmi_bench.kernel` prints the table.
 """
 
@@ -179,6 +180,8 @@ def bound(model: bytes, inputs: dict[str, np.ndarray], threads: int, library: Pa
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    # Or threads of the side that rests keep the cores busy, waiting, while the other is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if library is not None:
         options.register_custom_ops_library(str(library))
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

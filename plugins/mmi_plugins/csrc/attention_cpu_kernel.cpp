@@ -20,7 +20,12 @@ namespace mmi {
 namespace MMI_VARIANT {
 namespace {
 
-constexpr int kMostUnits = 8;  // vectors of channels that are summed in registers at a time
+// Vectors of channels that are summed in registers at a time.
+#if defined(__aarch64__)
+constexpr int kMostUnits = 16;
+#else
+constexpr int kMostUnits = 8;
+#endif
 
 // ---- reading -------------------------------------------------------------------------------
 
