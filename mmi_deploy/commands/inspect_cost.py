@@ -173,8 +173,10 @@ def _parts(what: str, totals: Mapping[str, Total]) -> Table:
 
 def print_table(out: Console, table: Table) -> None:
     """Whole, where nobody's terminal limits it."""
-    wide = table.__rich_measure__(out, out.options.update(max_width=1000)).maximum
-    out.print(table, width=None if out.is_terminal else max(wide, out.width))
+    if not out.is_terminal:
+        wide = table.__rich_measure__(out, out.options.update(max_width=1000)).maximum
+        out.width = max(wide, out.width)
+    out.print(table)
 
 
 def flops(count: int) -> str:
