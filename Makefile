@@ -10,7 +10,7 @@ OUT ?= out
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train-tiny smollm bench clean
+.PHONY: help install demo test lint format train-tiny smollm bench gpu-check clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ smollm: $(INSTALLED) ## install the small language model that one slow test uses
 
 bench: $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
 	$(BIN)/mmi bench $(BUNDLE)
+
+gpu-check: $(BUNDLE)/bundle.json ## build, run, compare and measure the engines on this GPU
+	$(BIN)/python -m mmi_bench.gpu_check $(BUNDLE) -o $(OUT)
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(OUT) bundles build dist .mypy_cache .pytest_cache .ruff_cache

@@ -18,6 +18,7 @@ from mmi_bench.remote import Answer, Remote
 from mmi_bench.samples import Output, Sample
 from mmi_bench.sides import SIDES, Settings, SideName
 from mmi_bench.spread import Spread, ratios
+from mmi_deploy.build.target import CPU
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.config import to_json
 from mmi_deploy.errors import ConfigError, MmiError
@@ -124,20 +125,23 @@ def run(
     schedule: str | None = None,
     library: Path | None = None,
     unproved: bool = False,
+    target: str = CPU,
+    device: int = 0,
     progress: Progress = lambda what, done, of: None,
 ) -> Comparison:
     """Measure the runtime on `bundle` against PyTorch on the folder `model` it was exported from.
 
     Both get the same threads, fp32 weights, solver, guidance and forced counts. `schedule`: a
     sampler of the bundle; None takes its first of 20 steps. `library`: kernels for the runtime;
-    None: it runs MMFS as standard operators. `quick`: short documents and two
+    None: it runs MMFS as standard operators. `target`: whose engines the runtime takes, on GPU
+    `device` where they are for one; PyTorch stays on the CPU. `quick`: short documents and two
     repeats, to see that it works; not for quoting. Raises `MmiError` when a side fails, or when the
     two do not write and draw the same, so that there is nothing to compare.
     """
     opened = Bundle.open(bundle, unproved=unproved)
     key = _schedule(opened, schedule)
     work = plan(opened.config, opened.limits.context, 2 if quick else repeats, quick)
-    settings = Settings(bundle, model, key, threads, library, unproved)
+    settings = Settings(bundle, model, key, threads, library, unproved, target, device)
     about = {
         "argv": sys.argv,
         "quick": quick,
@@ -146,6 +150,7 @@ def run(
         "schedule": key,
         "guidance": GUIDANCE,
         "precision": "float32",
+        "target": target,
         "model": opened.config.name,
         "config_sha256": hashlib.sha256(to_json(opened.config).encode()).hexdigest(),
         "bundle_sha256": opened.identity,
@@ -155,7 +160,7 @@ def run(
     }
     with ExitStack() as stack:
         remotes = {side: stack.enter_context(Remote(side, settings)) for side in SIDES}
-        answers, difference = _measure(remotes, work, progress)
+        answers, difference = _measure(remotes, work, progress, settings.exact)
         return Comparison(
             about,
             work,
@@ -173,7 +178,7 @@ Answers = dict[SideName, dict[str, list[Answer]]]
 
 
 def _measure(
-    remotes: dict[SideName, Remote], work: Plan, progress: Progress
+    remotes: dict[SideName, Remote], work: Plan, progress: Progress, exact: bool = True
 ) -> tuple[Answers, int]:
     """Every case once to warm up, then round after round, the sides taking turns to go first."""
     answers: Answers = {side: {case.name: [] for case in work.cases} for side in remotes}
@@ -184,19 +189,21 @@ def _measure(
         for index, case in enumerate(work.cases):
             progress(case.name, round_ * len(work.cases) + index, total)
             got = {side: remotes[side].run(case) for side in order}
-            difference = max(difference, _same(case, got["runtime"].output, got["pytorch"].output))
+            outputs = (got["runtime"].output, got["pytorch"].output)
+            difference = max(difference, _same(case, *outputs, exact))
             if round_:
                 for side, answer in got.items():
                     answers[side][case.name].append(answer)
     return answers, difference
 
 
-def _same(case: Case, runtime: Output, pytorch: Output) -> int:
-    """The greatest difference of a pixel, of 255; raises `MmiError` when it is another document."""
+def _same(case: Case, runtime: Output, pytorch: Output, exact: bool) -> int:
+    """The greatest difference of a pixel, of 255; raises `MmiError` when it is another document.
+    Not `exact`: a type that rounds may choose another word where two are as likely."""
     pairs = list(zip(runtime.pictures, pytorch.pictures, strict=False))
     difference = max((int(np.abs(a.astype(int) - b).max()) for a, b in pairs), default=0)
     same_count = len(pairs) == len(runtime.pictures) == len(pytorch.pictures)
-    if runtime.text == pytorch.text and same_count and difference <= 1:
+    if same_count and (not exact or (runtime.text == pytorch.text and difference <= 1)):
         return difference
     raise MmiError(
         f"the two sides do not make the same of {case.name!r}: nothing to compare",

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mmi_deploy.build.target import CPU
 from mmi_deploy.config import DiffusionConfig
 from mmi_deploy.document import Document
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.manifest import PORTABLE
 from mmi_deploy.runtime.events import Event
 from mmi_deploy.runtime.options import GenerationOptions
 
@@ -29,6 +31,13 @@ class Settings:
     threads: int
     library: Path | None
     unproved: bool
+    target: str = CPU
+    device: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the runtime computes in float32, so that both sides must do the same."""
+        return self.target in (CPU, PORTABLE) or self.target.endswith("fp32")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,6 +65,8 @@ def _runtime(settings: Settings) -> Generate:
         threads=settings.threads,
         library=settings.library,
         unproved=settings.unproved,
+        target=settings.target,
+        device=settings.device,
     )
     runtime.load()
     runtime.schedule(settings.schedule)

@@ -11,6 +11,7 @@ import typer
 from mmi_deploy.commands.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import print_json, results, staged
+from mmi_deploy.commands.targets import CPU, Device, TargetName
 from mmi_deploy.files import write_file
 
 
@@ -40,6 +41,8 @@ def bench(
         Path | None,
         typer.Option(help="Draw the result into this .svg or .png file.", dir_okay=False),
     ] = None,
+    target: TargetName = CPU,
+    device: Device = 0,
     kernels: Kernels = AUTO,
     unproved: Annotated[
         bool, typer.Option("--unproved", help="Run graphs that have no receipt.")
@@ -64,8 +67,10 @@ def bench(
             repeats=repeats,
             quick=quick,
             schedule=schedule,
-            library=kernel_library(kernels),
+            library=kernel_library(kernels, target),
             unproved=unproved,
+            target=target,
+            device=device,
             progress=stage,
         )
     report = comparison.to_json()

@@ -114,6 +114,22 @@ def test_a_difference_of_one_level_is_let_pass_and_reported() -> None:
     assert _measure(sides, PLAN, lambda *_: None)[1] == 1
 
 
+def test_a_target_that_rounds_may_choose_another_word_but_draws_as_many_pictures() -> None:
+    sides = fakes([])
+    sides["pytorch"].output = Output("another text", [np.full((2, 2, 3), 9, np.uint8)])
+    assert _measure(sides, PLAN, lambda *_: None, exact=False)[1] == 9
+    sides["pytorch"].output = Output("text", [])
+    with pytest.raises(MmiError, match="nothing to compare"):
+        _measure(sides, PLAN, lambda *_: None, exact=False)
+
+
+def test_settings_reach_the_other_process_whole() -> None:
+    for target, exact in (("cpu", True), ("tensorrt-sm89-fp32", True), ("cpu-int8", False)):
+        settings = Settings(Path("b"), Path("m"), "ddim:20", 1, None, False, target, 1)
+        assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+        assert settings.exact is exact
+
+
 def test_the_report_says_ratios_goals_and_memory() -> None:
     console = Console(file=io.StringIO(), width=200)
     console.print(report.table(comparison()))

@@ -4,6 +4,7 @@ does not belong together is refused before anything is loaded."""
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from deploy.runtime.fake_model import LIMITS, fake_config, fake_runtime, picture
 from deploy.runtime.gpu_targets import PLUGIN, Machine, add_target, fake_bundle, machine
 from mmi_deploy.build.report import REPORT, GraphReport, TargetReport
 from mmi_deploy.bundle import Bundle
+from mmi_deploy.cli import run
 from mmi_deploy.document import Document, Draw, Image, Text, document_of
 from mmi_deploy.errors import BundleError, ConfigError, DocumentError, EngineError
 from mmi_deploy.graphs import Limits
 from mmi_deploy.images import Rgb
 from mmi_deploy.manifest import sha256_of
+from mmi_deploy.runtime import tensorrt_target
 from mmi_deploy.runtime.events import Finished, ImageDone, TextDelta
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.options import GenerationOptions
@@ -323,3 +326,37 @@ def copy_of(bundle: Bundle, folder: Path) -> Bundle:
     """The same bundle, into which targets may be written."""
     shutil.copytree(bundle.folder, folder, ignore=shutil.ignore_patterns("engines"))
     return Bundle.open(folder)
+
+
+def test_a_target_that_was_not_built_on_the_command_line(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "story.md").write_text("w5 w6")
+    words = ["generate", tmp_path / "story.md", "-o", tmp_path / "out", "-b", bundle.folder]
+    options = ["--target", "tensorrt-rtx-sm120-int4", "--device", "1", "--resident", "llm"]
+    assert run([*map(str, words), *options]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "has no target 'tensorrt-rtx-sm120-int4'; expected cpu. build it with" in line
+
+
+def test_generate_says_what_the_gpu_holds_before_it_loads(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The command on the fake GPU, as a user runs it."""
+    name = add_target(bundle)
+    gpu = machine(bundle, name)
+    monkeypatch.setattr(tensorrt_target, "import_cuda", lambda: gpu.cuda)
+    monkeypatch.setattr(tensorrt_target, "import_tensorrt", lambda runtime: gpu.tensorrt)
+    (tmp_path / "story.md").write_text("w5 w6 ![]()")
+    words = ["generate", tmp_path / "story.md", "-o", tmp_path / "out", "-b", bundle.folder]
+    options = ["--target", name, "--resident", "encoder, llm", "--max-tokens", "4", "--json"]
+    assert run([*map(str, words), *options]) == 0
+    told = capsys.readouterr()
+    assert f"{name} on Fake GPU:" in told.err and "weights of vae, in turns" in told.err
+    assert json.loads(told.out)["images"] >= 1
+    assert gpu.tensorrt.loads.count("llm") == 1
+    options[3] = "unet"
+    words[3] = tmp_path / "other"
+    assert run([*map(str, words), *options]) == 2
+    assert "no engines are called 'unet'; expected encoder, llm" in capsys.readouterr().err
