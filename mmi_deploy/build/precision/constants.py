@@ -8,7 +8,7 @@ stored bytes, any other gets a converted copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -32,6 +32,9 @@ NUMPY = {
 ONNX = {str(dtype): name for name, dtype in NUMPY.items()}
 """`float16` -> ir.DataType.FLOAT16."""
 
+CHUNK = 2**18
+"""Numbers that are worked on at once."""
+
 INFINITE = 1e30
 """Numbers beyond it stand for infinity: a mask's -3.4e38."""
 
@@ -53,12 +56,17 @@ def converted(values: Array, dtype: ir.DataType, name: str) -> Array:
 
     Raises `WeightsError` for what is not finite or does not fit.
     """
-    check_finite(values, name)
     wanted = NUMPY[dtype]
-    if values.dtype == wanted:
-        return values
+    found = np.empty(values.shape, wanted)
+    for part in slices(values.shape):
+        found[part] = _converted(values[part], wanted, name)
+    return found
+
+
+def _converted(values: Array, wanted: np.dtype, name: str) -> Array:
+    check_finite(values, name)
     greatest = GREATEST[str(wanted)]
-    peak = float(np.abs(values).max(initial=0.0)) if dtype == ir.DataType.FLOAT16 else 0.0
+    peak = float(np.abs(values).max(initial=0.0)) if wanted == np.float16 else 0.0
     if greatest < peak < INFINITE:
         raise WeightsError(
             f"{name} does not fit into {wanted}",
@@ -66,14 +74,25 @@ def converted(values: Array, dtype: ir.DataType, name: str) -> Array:
             got=f"{peak:g}",
             fix="choose --precision bf16",
         )
-    if peak >= INFINITE or dtype != ir.DataType.FLOAT16:
+    if peak >= INFINITE or wanted != np.float16:
         values = np.clip(values, np.float32(-greatest), np.float32(greatest))
     return values.astype(wanted)
 
 
+def slices(shape: Sequence[int], axis: int = 0) -> Iterator[tuple[slice, ...]]:
+    """Parts of an array along one axis, each of about `CHUNK` numbers: what is computed on one is
+    small, however large the array."""
+    if not shape:
+        yield ()
+        return
+    rows = max(1, CHUNK // max(1, math.prod(shape) // max(1, shape[axis])))
+    for start in range(0, shape[axis], rows):
+        yield (*[slice(None)] * axis, slice(start, start + rows))
+
+
 def check_finite(values: Array, name: str) -> None:
     """Raise `WeightsError` when `values` holds NaN or infinity."""
-    if not np.isfinite(values).all():
+    if not all(np.isfinite(values[part]).all() for part in slices(values.shape)):
         raise WeightsError(
             f"{name} holds numbers that are not finite", fix="train or convert the model again"
         )

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mmi_deploy.build.precision.constants import slices
 from mmi_deploy.build.precision.recipes import FP8, GREATEST, INT4, INT8, Scheme
 
 Array = NDArray[Any]
@@ -20,7 +21,7 @@ Array = NDArray[Any]
 _GREATEST = {INT8: 127.0, INT4: 7.0, FP8: GREATEST[FP8]}
 _LEAST = {INT8: -127.0, INT4: -8.0, FP8: -GREATEST[FP8]}
 
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+SHRINK = (0.95, 0.9, 0.85, 0.8, 0.75)
 """Factors by which the range of an int4 block is cut on trial: losing the greatest number a little
 can leave the others finer. The one with the smallest squared error is taken."""
 
@@ -57,31 +58,38 @@ def quantise(weight: Array, scheme: Scheme, scale_type: DTypeLike = np.float32) 
     """`weight` [in, out] by a scheme whose block divides `in`; scales rounded to `scale_type`."""
     rows, columns = weight.shape
     block = scheme.block or rows
-    blocks = weight.reshape(rows // block, block, columns).astype(np.float32)
-    peak = np.abs(blocks).max(1)  # [in / block, out]
-    shrinks = SHRINK if scheme.dtype == INT4 else SHRINK[:1]
-    best: tuple[Array, Array, Array] | None = None
-    for shrink in shrinks:
-        scales = _rounded(peak * (shrink / _GREATEST[scheme.dtype]), scale_type)
-        numbers = _numbers(blocks, scales, scheme.dtype)
-        if len(shrinks) == 1:
-            best = numbers, scales, peak
-            break
-        rest = numbers * scales.astype(np.float32)[:, None] - blocks
-        error = np.einsum("ibo,ibo->io", rest, rest)
-        if best is None:
-            best = numbers, scales, error
-            continue
-        better = error < best[2]
-        best = (
-            np.where(better[:, None], numbers, best[0]),
-            np.where(better, scales, best[1]),
-            np.minimum(error, best[2]),
-        )
-    assert best is not None
     stored = ml_dtypes.float8_e4m3fn if scheme.dtype == FP8 else np.int8
-    numbers = best[0].reshape(rows, columns).astype(stored)
-    return Quantised(numbers, best[1] if scheme.block else best[1][0])
+    numbers = np.empty((rows, columns), stored)
+    scales = np.empty((rows // block, columns), scale_type)
+    for part in slices(weight.shape, axis=1):
+        blocks = weight[part].astype(np.float32).reshape(rows // block, block, -1)
+        found, scales[part] = _best(blocks, scheme.dtype, scale_type)
+        numbers[part] = found.reshape(rows, -1).astype(stored)
+    return Quantised(numbers, scales if scheme.block else scales[0])
+
+
+def _best(blocks: Array, dtype: str, scale_type: DTypeLike) -> tuple[Array, Array]:
+    """Numbers [in / block, block, out] and scales [in / block, out] of the least squared error."""
+    peak = np.abs(blocks).max(1)
+    scales = _rounded(peak / _GREATEST[dtype], scale_type)
+    numbers = _numbers(blocks, scales, dtype)
+    if dtype != INT4:
+        return numbers, scales
+    error = _squares(numbers, scales, blocks)
+    for shrink in SHRINK:
+        other = _rounded(peak * (shrink / _GREATEST[dtype]), scale_type)
+        tried = _numbers(blocks, other, dtype)
+        found = _squares(tried, other, blocks)
+        better = found < error
+        numbers = np.where(better[:, None], tried, numbers)
+        scales, error = np.where(better, other, scales), np.minimum(found, error)
+    return numbers, scales
+
+
+def _squares(numbers: Array, scales: Array, blocks: Array) -> Array:
+    rest = numbers * scales.astype(np.float32)[:, None] - blocks
+    squares: Array = np.einsum("ibo,ibo->io", rest, rest)
+    return squares
 
 
 def _rounded(scales: Array, scale_type: DTypeLike) -> Array:
@@ -102,7 +110,7 @@ def packed_blocks(quantised: Quantised, bits: int) -> tuple[Array, Array]:
     zero at the middle, two int4 a byte, the first in the low half; scales [out * in / block]."""
     count, columns = quantised.scales.shape
     middle = 2 ** (bits - 1)
-    numbers = (quantised.numbers.T.astype(np.int16) + middle).astype(np.uint8)  # [out, in]
+    numbers: Array = quantised.numbers.T.astype(np.uint8) + np.uint8(middle)  # [out, in], mod 256
     if bits == 4:
         numbers = numbers[:, 0::2] | (numbers[:, 1::2] << 4)
     return numbers.reshape(columns, count, -1), np.ascontiguousarray(quantised.scales.T).reshape(-1)

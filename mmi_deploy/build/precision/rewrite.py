@@ -14,6 +14,7 @@ from mmi_deploy.build.precision.recipes import FLOAT32, GREATEST, Recipe
 from mmi_deploy.build.precision.types import F32, Typed, cast, insert_casts
 from mmi_deploy.build.precision.weight_only import quantise_products
 from mmi_deploy.build.precision.weights_file import write_weights
+from mmi_deploy.build.target import CPU
 from mmi_deploy.errors import BundleError
 from mmi_deploy.graphs import Graph
 
@@ -44,7 +45,8 @@ def rewrite(
     if graph.name in recipe.weights:
         quantise_products(model.graph, constants, recipe.weights[graph.name], runtime)
     _tidy(model)
-    write_weights(model.graph, out.with_suffix(".safetensors"))
+    # An engine holds its weights itself: the file that it is built from does not stay.
+    write_weights(model.graph, out.with_suffix(".safetensors"), link_all=runtime != CPU)
     proto = ir.to_proto(model)
     check_model(proto)
     onnx.save(proto, out)

@@ -164,9 +164,7 @@ class Typed:
         }
         if self._low in found or self._starts_anew(node):
             return self._low
-        if F32 in found:
-            return F32
-        return None if node.op_type != "Cast" or node.outputs[0].dtype not in FLOATS else F32
+        return F32 if F32 in found or (node.op_type == "Cast" and not found) else None
 
     def _type_of(self, value: ir.Value) -> ir.DataType | None:
         if value in self._constants:
@@ -201,6 +199,8 @@ def insert_casts(graph: ir.Graph, constants: Constants, typed: Typed) -> int:
     for node in nodes:
         if node.op_type == "ConstantOfShape" and node.outputs[0].dtype in FLOATS:
             _retype_fill(node, typed.of(node))
+        if node.op_type == "Cast" and node.outputs[0] in before:
+            _retype_cast(node, typed.of(node))
         for position, value, wanted in typed.typed_inputs(node):
             if value in constants:
                 node.replace_input_with(position, constants.as_type(value, wanted))
@@ -239,6 +239,16 @@ def _retype_fill(node: ir.Node, dtype: ir.DataType) -> None:
     fill = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else None
     number = 0.0 if fill is None else float(fill.reshape(-1)[0])
     node.attributes["value"] = ir.AttrTensor("value", ir.tensor([number], dtype=dtype))
+
+
+def _retype_cast(node: ir.Node, dtype: ir.DataType) -> None:
+    """What was stored in 16 bits and read as float32: gone where it is computed in as stored."""
+    value, output = node.inputs[0], node.outputs[0]
+    assert value is not None
+    if value.dtype == dtype and not output.is_graph_output():
+        output.replace_all_uses_with(value)
+        return
+    node.attributes["to"] = ir.AttrInt64("to", dtype)
 
 
 def _attributes(node: ir.Node) -> list[ir.Attr]:

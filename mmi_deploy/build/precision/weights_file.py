@@ -38,12 +38,17 @@ _SAFETENSORS = {
 _PACKED = (ir.DataType.INT4, ir.DataType.UINT4)
 """Two numbers a byte: a plain row of bytes to safetensors."""
 
+LINK_BYTES = 2**20
+"""What is copied rather than linked, even for a folder that does not last: a link is there for the
+whole file, and some tools take one for an attack."""
+
 _CHUNK = 2**24
 
 
-def write_weights(graph: ir.Graph, file: Path) -> list[Path]:
+def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> list[Path]:
     """Write the weights of `graph` as `file` and links beside it; its initialisers refer to them.
 
+    link_all: link every file that more than a little is needed of, for a folder that does not last.
     Returns the files that there are now.
     """
     new: list[ir.Value] = []
@@ -59,7 +64,7 @@ def write_weights(graph: ir.Graph, file: Path) -> list[Path]:
     written = []
     for number, (source, values) in enumerate(sorted(kept.items())):
         link = file.with_suffix(f".portable{number or ''}{source.suffix}")
-        if not _mostly_needed(source, values) or not _link(source, link):
+        if not (_worth_a_link(source, values, link_all) and _link(source, link)):
             new.extend(values)
             continue
         written.append(link)
@@ -78,9 +83,9 @@ def _goes_out(tensor: ir.TensorProtocol) -> bool:
     return known and tensor.nbytes > INLINE_BYTES
 
 
-def _mostly_needed(source: Path, values: Iterable[ir.Value]) -> bool:
-    needed = sum(value.const_value.nbytes for value in values if value.const_value is not None)
-    return 2 * needed >= source.stat().st_size
+def _worth_a_link(source: Path, values: Iterable[ir.Value], link_all: bool) -> bool:
+    needed = sum(_tensor(value).nbytes for value in values)
+    return needed > LINK_BYTES if link_all else 2 * needed >= source.stat().st_size
 
 
 def _link(source: Path, link: Path) -> bool:

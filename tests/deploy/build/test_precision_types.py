@@ -124,7 +124,9 @@ def _ancestors(model: onnx.ModelProto, node: onnx.NodeProto) -> set[str]:
 
 def test_what_is_stored_in_16_bits_is_linked_and_its_cast_goes(tmp_path: Path) -> None:
     """No byte of it is copied; the norm's float32 scale becomes float16."""
-    path, graph, _ = product(tmp_path / "llm.onnx", stored=np.float16)
+    path, graph, _ = product(
+        tmp_path / "llm.onnx", np.ones((1024, 640), np.float32), stored=np.float16
+    )
     out = tmp_path / "target" / "llm.onnx"
     out.parent.mkdir()
     model = rewritten(path, graph, "fp16", out)
@@ -135,6 +137,23 @@ def test_what_is_stored_in_16_bits_is_linked_and_its_cast_goes(tmp_path: Path) -
         (node.input[0], node.attribute[0].i) for node in model.graph.node if node.op_type == "Cast"
     ]
     assert casts == [("product", TensorProto.FLOAT)]  # the logits' bias is added in float32
+
+
+def test_a_cast_behind_a_table_goes_with_those_behind_weights(tmp_path: Path) -> None:
+    """Exported from linked files words are Gather(table in 16 bits), and then a Cast."""
+    y, ids = hidden("y", 8), Tensor("ids", "int64", ("b",), below=4)
+    graph = contract([ids], [y])
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["words"], name="read"),
+        helper.make_node("Cast", ["words"], ["words32"], to=TensorProto.FLOAT, name="cast"),
+        helper.make_node("Add", ["words32", "shift"], ["y"], name="shifted"),
+    ]
+    weights = {"table": np.ones((4, 8), np.float16), "shift": np.ones(8, np.float32)}
+    path = write(tmp_path / "llm.onnx", nodes, weights, graph)
+    for name, kind in (("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)):
+        model = rewritten(path, graph, name, tmp_path / f"{name}.onnx")
+        assert [node.op_type for node in model.graph.node] == ["Gather", "Add"]
+        assert {tensor.data_type for tensor in model.graph.initializer} == {kind}
 
 
 def test_weights_of_another_type_are_converted_and_nothing_is_linked(tmp_path: Path) -> None:
