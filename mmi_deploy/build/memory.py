@@ -121,6 +121,8 @@ class Model:
             )
         self.config, self.limits, self.runtime = config, limits, runtime
         self.exported = replace(limits, context=context)
+        self.exported_contract = graphs(config, self.exported)
+        self._everything: dict[str, Memory] = {}
         self.files = {name: path for name, path in files.items() if shallow or name != SHALLOW}
         self.contract = graphs(config, limits)
 
@@ -129,7 +131,7 @@ class Model:
         """Every graph at the greatest sizes that its engine allows, with the logits of one
         position and no more tokens than are allowed."""
         found = {}
-        for name, contract in graphs(self.config, self.exported).items():
+        for name, contract in self.exported_contract.items():
             if name not in self.files:
                 continue
             path, ranges = self.files[name], profiles(self.contract[name])[0].ranges
@@ -141,8 +143,12 @@ class Model:
 
     def memory(self, recipe: Recipe, resident: Sequence[str] | None = None) -> Memory:
         """What it all takes with `recipe`; raises `ConfigError` for a group that there is not."""
-        if unknown := sorted(set(resident or ()) - set(GROUPS)):
-            raise ConfigError(f"no engines are called {unknown[0]!r}", expected=", ".join(GROUPS))
+        stay = _groups(None if resident is None else tuple(resident))
+        if recipe.name not in self._everything:
+            self._everything[recipe.name] = self._count(recipe)
+        return replace(self._everything[recipe.name], resident=stay)
+
+    def _count(self, recipe: Recipe) -> Memory:
         needs = []
         for name, graph in self.sized.items():
             storage = storage_of(graph, self.contract[name], recipe, self.runtime)
@@ -156,9 +162,7 @@ class Model:
             what: size * self.limits.batch
             for what, size in document_bytes(typed, self.limits, seen).items()
         }
-        return Memory(
-            recipe.name, tuple(needs), documents, None if resident is None else tuple(resident)
-        )
+        return Memory(recipe.name, tuple(needs), documents, None)
 
     def recipe_for(self, budget: int) -> Choice:
         """The most faithful recipe whose `Memory.total` is within `budget` bytes, with all engines
@@ -179,6 +183,13 @@ class Model:
             fix=f"allow fewer than {self.limits.context} tokens (--context) or "
             f"{self.limits.images} images (--images)",
         )
+
+
+def _groups(resident: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Checked; raises `ConfigError`."""
+    if unknown := sorted(set(resident or ()) - set(GROUPS)):
+        raise ConfigError(f"no engines are called {unknown[0]!r}", expected=", ".join(GROUPS))
+    return resident
 
 
 def recipe_for(

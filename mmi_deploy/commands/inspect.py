@@ -57,6 +57,10 @@ def inspect(
         str | None,
         typer.Option(help="One of the bundle's targets, by graph.", show_default=False),
     ] = None,
+    cards: Annotated[
+        bool,
+        typer.Option("--cards", help="For every card: what fits it, and the times it cannot beat."),
+    ] = False,
     fit: Annotated[
         str | None,
         typer.Option(
@@ -116,6 +120,7 @@ def inspect(
     check_alone(
         cost=cost,
         memory=memory,
+        cards=cards,
         fit=bool(fit),
         removed=removed,
         tensors=tensors,
@@ -141,10 +146,14 @@ def inspect(
             _, manifest, files = _graphs_of(folder, preset)
             show_removed(manifest, files, as_json)
         return
-    if memory or fit:
+    if memory or fit or cards:
         with extras("inspect --memory"):
             model = _memory_model(folder, preset, context, batch, images, on_cpu)
-            if fit:
+            if cards:
+                from mmi_deploy.commands.inspect_cards import show_cards
+
+                show_cards(model, card or (), as_json)
+            elif fit:
                 show_fit(model, fit, as_json)
             else:
                 show_memory(

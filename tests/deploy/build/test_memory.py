@@ -200,6 +200,25 @@ def test_the_command_tells_what_the_model_does(
     assert "--precision int8 and keep all engines" in capsys.readouterr().out
 
 
+def test_every_card_gets_what_fits_it_and_floors(
+    exported: Exported, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture is 20 steps and what is done once; twice the bandwidth is half the time of what
+    memory bounds."""
+    assert run(["inspect", str(exported.bundle.folder), "--cards", "--json"]) == 0
+    rows = {row["card"]: row for row in json.loads(capsys.readouterr().out)["cards"]}
+    assert rows.keys() == CARDS.keys()
+    for row in rows.values():
+        assert row["recipe"] == "fp16" and row["resident"] is None
+        assert row["bytes"] == model.memory(RECIPES["fp16"]).total
+        assert row["seconds"]["picture"] > 20 * row["seconds"]["step"]
+    token = {name: row["seconds"]["token"] for name, row in rows.items()}
+    faster = CARDS["h200"].bandwidth / CARDS["h100"].bandwidth
+    assert token["h100"] / token["h200"] == pytest.approx(faster)
+    assert run(["inspect", str(exported.bundle.folder), "--cards", "--card", "l4"]) == 0
+    assert "not measured" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
