@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from mmi_deploy.build.target import build_options
 from mmi_deploy.config import ModelConfig
 from mmi_deploy.errors import BundleError
 from mmi_deploy.files import new_folder
@@ -159,9 +160,13 @@ class Bundle:
     def target_folder(self, target: str) -> Path:
         return self.folder / "engines" / target
 
+    def build_command(self, target: str) -> str:
+        """The command that builds `target`."""
+        return f"{BUILD} {self.folder} {build_options(target)}"
+
     def target(self, target: str, *, fresh: bool = False) -> TargetManifest:
         """What was built for `target`; raises `BundleError` if missing, changed or stale."""
-        folder, mend = self.target_folder(target), f"{BUILD} --target {target}"
+        folder, mend = self.target_folder(target), self.build_command(target)
         manifest = read_manifest(folder / TARGET_MANIFEST, TargetManifest, mend)
         if manifest.made_for != self.identity:
             raise BundleError(

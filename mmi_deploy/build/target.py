@@ -54,3 +54,12 @@ class Target:
     def name(self) -> str:
         """The folder of its engines: runtime, architecture and precision."""
         return "-".join(part for part in (self.runtime, self.architecture, self.precision) if part)
+
+
+def build_options(name: str) -> str:
+    """The options of `mmi build` that make the target called `name`."""
+    gpu = max((r for r in RUNTIMES if name.startswith(f"{r}-sm")), key=len, default=None)
+    runtime, rest = (gpu, name.removeprefix(f"{gpu}-")) if gpu else (CPU, name)
+    architecture, _, precision = rest.partition("-")
+    words = [f"--target {runtime}", *([f"--arch {architecture}"] if gpu else [])]
+    return " ".join([*words, *([f"--precision {precision}"] if precision else [])])

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from mmi_deploy.bundle import BUILD, Bundle
+from mmi_deploy.bundle import Bundle
 from mmi_deploy.config import ModelConfig
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.graphs import GRAPHS, Graph, Limits, graphs
@@ -156,12 +156,10 @@ def check_target(bundle: Bundle, target: str) -> None:
     """Raise `ConfigError` for a target that was not built."""
     if target in (CPU, PORTABLE, *bundle.targets):
         return
-    runtime = runtime_of(target) or CPU
-    given = [f"--target {runtime}", *([] if runtime == CPU else ["--arch SM"]), "--precision NAME"]
     raise ConfigError(
         f"{bundle.folder} has no target {target!r}",
         expected=" or ".join((CPU, *(name for name in bundle.targets if name != CPU))),
-        fix=f"build it with `{BUILD} {bundle.folder} {' '.join(given)}`",
+        fix=f"build it with `{bundle.build_command(target)}`",
     )
 
 

@@ -6,7 +6,7 @@ TensorRT, another plugin, too little memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mmi_deploy.build.target import ARCHITECTURES, RUNTIMES, TENSORRT
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.graphs import Graph, Limits, graphs
-from mmi_deploy.manifest import TargetManifest, sha256_of
+from mmi_deploy.manifest import TargetManifest, check_receipts, sha256_of
 from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.memory_plan import SHALLOW, MemoryPlan, document_bytes
 from mmi_deploy.runtime.tensorrt_engine import GROUPS, Residency, Scratch, TensorRtEngine, group_of
@@ -33,6 +33,10 @@ def runtime_of(target: str) -> str | None:
     """`tensorrt` or `tensorrt-rtx` for a target's name, None for one that runs on the CPU."""
     gpu = [name for name in RUNTIMES if target.startswith(f"{name}-") and name.startswith(TENSORRT)]
     return max(gpu, key=len, default=None)
+
+
+CHECK = "make gpu-check"
+"""What writes the receipts of a GPU's engines."""
 
 
 @dataclass
@@ -67,8 +71,10 @@ class TensorRtTarget:
         engines that stay on it (`GROUPS`); None: all. record: launch repeated runs as CUDA graphs.
         cache: where RTX's compiled kernels are kept, the user's cache folder by default. cuda,
         tensorrt: the Python modules. Raises `MmiError` for whatever does not fit."""
-        manifest, runtime = bundle.target(name), runtime_of(name)
+        manifest, runtime = replace(bundle, unproved=True).target(name), runtime_of(name)
         assert runtime is not None, name
+        if not bundle.unproved:
+            check_receipts(manifest, manifest.graphs, bundle.target_folder(name), CHECK)
         residency = Residency(resident)
         memory = DeviceMemory(Cuda(cuda or import_cuda()), device)
         module = tensorrt or import_tensorrt(runtime)
@@ -95,7 +101,7 @@ class TensorRtTarget:
 
     def load(self, graph: Graph) -> TensorRtEngine:
         """The engine of one graph, on the GPU."""
-        mend = build_command(self.bundle, self.manifest)
+        mend = self.bundle.build_command(self.name)
         if graph.name not in self.manifest.graphs:
             raise BundleError(
                 f"{self.name} has no engine of {graph.name}",
@@ -134,15 +140,6 @@ class TensorRtTarget:
         )
 
 
-def build_command(bundle: Bundle, manifest: TargetManifest, **changed: str) -> str:
-    """The command that builds a target again, or one that differs from it."""
-    recipe: Mapping[str, str] = {**manifest.recipe, **changed}
-    words = [f"mmi build {bundle.folder}", f"--target {runtime_of(manifest.target)}"]
-    words += [f"--arch {recipe['architecture']}"] if recipe.get("architecture") else []
-    words += [f"--precision {recipe['precision']}"] if recipe.get("precision") else []
-    return " ".join(words)
-
-
 def check_made_for(
     bundle: Bundle, manifest: TargetManifest, gpu: Any, version: str, plugin: Path | None
 ) -> None:
@@ -155,9 +152,9 @@ def check_made_for(
             f"{name} was built for another card",
             expected=f"{wanted} ({cards})" if cards else wanted,
             got=f"{gpu.architecture} ({gpu.name})",
-            fix=f"build for it: `{build_command(bundle, manifest, architecture=gpu.architecture)}`",
+            fix=f"build for it: `{bundle.build_command(name.replace(wanted, gpu.architecture))}`",
         )
-    mend = build_command(bundle, manifest)
+    mend = bundle.build_command(name)
     if recipe.get("tensorrt", version) != version:
         raise EngineError(
             f"{name} was built with another version of {runtime_of(name)}",

@@ -19,6 +19,7 @@ from deploy.runtime.fake_cuda import FakeCuda
 from deploy.runtime.fake_model import LIMITS, fake_config, fake_runtime, picture
 from deploy.runtime.gpu_targets import PLUGIN, Machine, add_target, fake_bundle, machine
 from mmi_deploy.build.report import REPORT, GraphReport, TargetReport
+from mmi_deploy.build.target import build_options
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.cli import run
 from mmi_deploy.document import Document, Draw, Image, Text, document_of
@@ -213,9 +214,23 @@ def test_limits_are_those_that_the_engines_were_built_for(bundle: Bundle) -> Non
         session.append_image(picture(3))
 
 
+def test_engines_that_nothing_proves_are_refused(bundle: Bundle) -> None:
+    name = add_target(bundle, proved=False)
+    line = refusal(bundle, name)
+    assert "vision_encoder in" in line and "`make gpu-check`, or run it all the same" in line
+    machine(replace(bundle, unproved=True), name).runtime.load()
+
+
 def test_names_of_targets() -> None:
     names = ("tensorrt-sm89-fp16", "tensorrt-rtx-sm120-int4-128", "cpu-int8", "cpu", "portable")
     assert [runtime_of(name) for name in names] == ["tensorrt", "tensorrt-rtx", None, None, None]
+    assert [build_options(name) for name in names] == [
+        "--target tensorrt --arch sm89 --precision fp16",
+        "--target tensorrt-rtx --arch sm120 --precision int4-128",
+        "--target cpu --precision int8",
+        "--target cpu",
+        "--target cpu",
+    ]
 
 
 def refusal(bundle: Bundle, name: str, **options: Any) -> str:
@@ -286,7 +301,7 @@ def test_a_target_that_was_not_built_is_refused(bundle: Bundle) -> None:
         Runtime.open(bundle, target="tensorrt-sm90-fp16")
     assert str(error.value) == (
         f"{bundle.folder} has no target 'tensorrt-sm90-fp16'; expected cpu or tensorrt-sm89-fp32. "
-        f"build it with `mmi build {bundle.folder} --target tensorrt --arch SM --precision NAME`"
+        f"build it with `mmi build {bundle.folder} --target tensorrt --arch sm90 --precision fp16`"
     )
     with pytest.raises(ConfigError, match="leave out --resident"):
         Runtime.open(bundle, resident=["llm"])
