@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -209,7 +210,9 @@ def export_graph(sources: WeightSources, graph: Graph, path: Path) -> set[str]:
     """Write one graph; returns the files of shared weights that it refers to."""
     with sources.model.building():
         module = _module(graph, sources.model.module, fused=not sources.links)
-    return onnx_from_module(module, graph, path, sources)
+    files = onnx_from_module(module, graph, path, sources)
+    gc.collect()  # traced programs refer to themselves, and the next one needs their room
+    return files
 
 
 def _module(graph: Graph, model: MMInterleaved, fused: bool) -> nn.Module:
