@@ -114,11 +114,13 @@ def _ancestors(model: onnx.ModelProto, node: onnx.NodeProto) -> set[str]:
     if node.op_type != "MatMul" or {t.name for t in model.graph.initializer} & set(node.input):
         return set()
     makers = {value: maker for maker in model.graph.node for value in maker.output}
-    names, open_names = set(), list(node.input)
-    while open_names:
-        name = open_names.pop()
-        names.add(name)
-        open_names += list(makers[name].input) if name in makers else []
+    names: set[str] = set()
+    waiting = list(node.input)
+    while waiting:
+        name = waiting.pop()
+        if name not in names:
+            names.add(name)
+            waiting += list(makers[name].input) if name in makers else []
     return names
 
 
