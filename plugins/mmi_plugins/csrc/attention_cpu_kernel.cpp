@@ -112,10 +112,11 @@ class Scratch {
   size_t held_ = 0;
 };
 
-// Whether so many queries read so much of a level that a copy is worth its time.
+// Whether so many queries read a level's rows so often, twice each, that a copy is worth its time.
 bool worth_copying(const Attention& call, int32_t count, int level) {
   const int64_t cells = int64_t{call.level_height[level]} * call.level_width[level];
-  return int64_t{count} * call.p * 4 > 2 * cells;
+  const int64_t passes = (call.d - 1) / (kMostUnits * kWidth) + 1;  // over the channels
+  return int64_t{count} * call.p * 4 * passes > 2 * cells;
 }
 
 template <typename T>
