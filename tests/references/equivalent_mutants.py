@@ -6,6 +6,7 @@ Accepted, and nothing else:
   thread and every time, all outputs are the same;
 * the limit below which the exponential's argument is clamped, moved to where the exponential is
   0 in fp32 as well;
+* what `_ARGUED` lists, recognised by the instructions around it, where all outputs are the same;
 * the lanes of a butterfly sum or maximum meet in another order;
 * the changed instruction gave the same number every time that it ran, in all trials and in further
   calls of every situation (signs of types that are never negative, limits that are never met,
@@ -23,8 +24,8 @@ import numpy as np
 import pytest
 
 from mmi_plugins import cases, reference
-from mmi_plugins.launch_plan import Variant
-from mmi_plugins.operator import Call
+from mmi_plugins.launch_plan import Variant, constant
+from mmi_plugins.operator import MOST_LEVELS, MOST_POINTS, Call
 from mmi_plugins.ptx import Fault, Instruction, Kernel, Machine, PtxError
 from mmi_plugins.ptx.instructions import bind
 from mmi_plugins.ptx.mutants import Mutant
@@ -37,8 +38,9 @@ from references import mutant_trials
 _REGISTER = re.compile(r"[%$\w.]+")
 
 
-def equivalence(variant: Variant, kernel: Kernel, mutant: Mutant) -> str | None:
-    """The reason why `mutant`, which no trial caught, is equivalent; None where there is none."""
+def equivalence(variant: Variant, kernel: Kernel, mutant: Mutant, same: bool) -> str | None:
+    """The reason why `mutant`, which no trial caught, is equivalent; None where there is none.
+    `same`: all outputs are the same, bit for bit."""
     before, after = kernel.instructions[mutant.index], parse_instruction(mutant.text)
     swapped = _swapped(before, after)
     if swapped and not _live_after(variant, kernel)[mutant.index] & set(swapped):
@@ -48,6 +50,9 @@ def equivalence(variant: Variant, kernel: Kernel, mutant: Mutant) -> str | None:
         return "the lanes of a sum or maximum meet in another order"
     if _moves_a_limit(mutant):
         return "the exponential is 0 at both limits, and between them"
+    for holds, reason in _ARGUED:
+        if same and holds(variant, kernel, mutant, before, after):
+            return reason
     if _does_not_matter(variant, kernel, mutant, before, after):
         return "random bits in its place change nothing"
     change = _change(variant, kernel, mutant)
@@ -198,33 +203,120 @@ class _Poison(Machine):
 def _does_not_matter(
     variant: Variant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
 ) -> bool:
-    """Whether random bits in place of what the instruction writes, or of what alone the mutant
-    stores instead, leave all outputs as they are, in all trials and further calls."""
+    """Whether random bits in place of what the instruction writes, or of what the mutant alone
+    stores, leave all outputs as they are, in all trials and further calls."""
     if before.name == "st":
-        names = _swapped(before, after)[:1]
+        names = set(_swapped(before, after)[1:2]) - set(_REGISTER.findall(before.text))
     elif before.name in ("bra", "ret", "exit", "red", "atom", *SYNCHRONISING) or before.guard:
         return False
     else:
-        written = _writes(before)
-        names = [name for name in written if name in kernel.registers]
-        if _writes(after) != written:
-            names = []
+        names = {name for name in _writes(before) | _writes(after) if name in kernel.registers}
     if not names:
         return False
-    _Poison.of, _Poison.index, _Poison.names = kernel.name, mutant.index, tuple(names)
+    run = mutant.of(kernel) if before.name == "st" else kernel
+    _Poison.of, _Poison.index, _Poison.names = kernel.name, mutant.index, tuple(sorted(names))
     _Poison.rng = np.random.default_rng(mutant.index)
+    poisoned = mutant_trials.kernels({variant.name: run})
     with pytest.MonkeyPatch.context() as patch:
         for call, rows, parts in _all_calls(variant):
             patch.undo()
             expected = emulator.emulate(call, rows, mutant_trials.kernels({}), parts=parts).output
             patch.setattr(emulator, "Machine", _Poison)
             try:
-                found = emulator.emulate(call, rows, mutant_trials.kernels({}), parts=parts).output
+                found = emulator.emulate(call, rows, poisoned, parts=parts).output
             except (PtxError, AssertionError):
                 return False
             if not np.array_equal(found, expected):
                 return False
     return True
+
+
+def _of_the_same_stores(
+    variant: Variant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
+) -> bool:
+    """In `prepare`: which lane writes a level's height, width and first cell."""
+    if before.name != "setp" or _writes(after) != _writes(before):
+        return False
+    first = mutant.index + 1
+    near = kernel.instructions[first : first + 6]
+    jump = next((place for place, each in enumerate(near) if each.name == "bra"), None)
+    if jump is None or near[jump].guard not in _writes(before):
+        return False
+    block = kernel.instructions[first + jump + 1 : kernel.labels[near[jump].operands[0]]]
+    stores = [each for each in block if each.operation[:2] == ("st", "shared")]
+    return (
+        0 < len(block) <= 4
+        and bool(stores)
+        and all(each in stores or each.name in ("mov", "add", "mad") for each in block)
+    )
+
+
+def _of_a_reciprocal(
+    variant: Variant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
+) -> bool:
+    """In `reciprocal`: what is added to 65536 / divisor, as long as all quotients are right."""
+    cut = kernel.instructions[mutant.index - 1]
+    if cut.operation != ("cvt", "rzi", "u32", "f32") or before.operands[1] != cut.operands[0]:
+        return False
+    if before.operation != ("add", "s32") or after.operands[:2] != before.operands[:2]:
+        return False
+    pairs = np.arange(32 * MOST_POINTS)
+    added = int(after.operands[2], 0)
+    return all(
+        (((65536 // by + added) * pairs[: most * by]) >> 16 == pairs[: most * by] // by).all()
+        for by, most in [(points, 32) for points in range(1, MOST_POINTS + 1)]
+        + [(held, MOST_LEVELS) for held in range(1, 33)]
+    )
+
+
+def _of_lanes_left_over(
+    variant: Variant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
+) -> bool:
+    """In fp32 `Sum`: that lanes which make up no whole group sum what the last group sums."""
+    groups, follows = (kernel.instructions[mutant.index + step] for step in (-3, 1))
+    return (
+        variant.dtype == "float32"
+        and (before.operation, follows.operation) == (("add", "s32"), ("min", "s32"))
+        and groups.operation == ("div", "s32")
+        and before.operands[1:] == (groups.operands[0], "-1")
+        and after.operands[1:] == (groups.operands[0], "-0")
+    )
+
+
+def _of_lanes_without_an_entry(
+    variant: Variant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
+) -> bool:
+    """In `attend`: which entry a lane without one looks at."""
+    follows = kernel.instructions[mutant.index + 1]
+    return (
+        before.operation == ("selp", "b32")
+        and before.operands[2] == "0"
+        and after.operands[2] == "1"
+        and follows.operation == ("add", "s32")
+        and before.operands[0] in follows.operands[1:]
+    )
+
+
+def _of_the_upper_half_of_a_warp(
+    variant: Variant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
+) -> bool:
+    """In kernels that split a row: a step between the halves of a warp, of which the upper one has
+    no entry."""
+    if variant.kind != "split" or constant("kSplitPairs") * MOST_LEVELS > 16:
+        return False
+    near = kernel.instructions[max(0, mutant.index - 6) : mutant.index + 1]
+    steps = {each.operands[0] for each in near if each.name == "mov" and each.operands[1] == "16"}
+    return before.operation[:3] == ("shfl", "sync", "bfly") and before.operands[2] in steps
+
+
+_ARGUED = (
+    (_of_the_same_stores, "every lane would write the same"),
+    (_of_a_reciprocal, "all quotients that there are stay the same"),
+    (_of_lanes_left_over, "no one takes their sums"),
+    (_of_lanes_without_an_entry, "what it finds weighs nothing"),
+    (_of_the_upper_half_of_a_warp, "the upper half of the warp has nothing to add"),
+)
+"""Changes that were thought through, once and for all kernels, and why they change nothing."""
 
 
 class _Probe(Machine):

@@ -75,6 +75,7 @@ def _calls(dtype: str, wide: bool) -> Iterator[tuple[str, Call]]:
     near_zero = _changed(call, image_position=np.ones_like(call["image_position"]), **weak)
     yield "one pair beside the null slot", near_zero
     yield "full turn", _full_turn(rng, dtype, sizes[0])
+    yield "last cell", _last_cell(rng, dtype, 80 if wide else 24)
     yield draw("tiny logits", **large, null_slot=True, per_query=True, references=True)
     yield draw("tiny logits", **several, null_slot=False, per_query=True, references=True)
     yield draw("far outside", **several, null_slot=False, per_query=True, references=True)
@@ -141,6 +142,20 @@ def _full_turn(rng: np.random.Generator, dtype: str, d: int) -> Call:
         call,
         image_position=np.ones_like(call["image_position"]),
         reference=np.full_like(call["reference"], 0.5),
+    )
+
+
+def _last_cell(rng: np.random.Generator, dtype: str, d: int) -> Call:
+    """Points at the very end of `value`, of which nothing beyond may be read."""
+    fixed = {"dtype": dtype, "n": 2, "r": 3, "h": 2, "b": 1, "q": 2, "m": 1, "p": 4, "d": d}
+    call = cases.draw(rng, levels=_LEVELS[2], null_slot=False, **fixed)
+    return _changed(
+        call,
+        image_slot=np.ones_like(call["image_slot"]),
+        image_position=np.ones_like(call["image_position"]),
+        offsets=0.1 * call["offsets"],
+        offset_table=np.zeros_like(call["offset_table"]),
+        reference=np.ones_like(call["reference"]),
     )
 
 
