@@ -78,7 +78,8 @@ struct Api {
   Status* gpu_stream(const KernelContext* context, void** stream) const {
     return slot<Status*(const KernelContext*, void**)>(193)(context, stream);
   }
-  // Calls `task` for 0 .. count - 1 on the session's threads, this one among them.
+  // Calls `task` for 0 .. count - 1 on the session's threads, this one among them; each takes the
+  // next as soon as it is free.
   Status* parallel_for(const KernelContext* context, void (*task)(void*, size_t), size_t count,
                        void* given) const {
     return slot<Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(
