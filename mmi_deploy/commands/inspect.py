@@ -204,14 +204,19 @@ def _graphs_of(
     read, so that a bundle of a hundred gigabytes is looked at in seconds."""
     from mmi_deploy.bundle import EXPORT, MANIFEST
     from mmi_deploy.manifest import BundleManifest, read_manifest
+    from mmi_deploy.presets import preset as preset_called
 
+    if folder is None and preset:
+        preset_called(preset)
+        folder = Path("bundles") / preset
+        if not (folder / MANIFEST).exists():
+            raise ConfigError(
+                f"the graphs of {preset} are looked for in {folder}, and are not there",
+                fix=f"make them, without weights: `{EXPORT} --preset {preset} --sparse-weights "
+                f"-o {folder}`",
+            )
     if folder is None:
-        raise ConfigError(
-            "there are no graphs to count",
-            expected="a bundle",
-            fix=f"`{EXPORT} --preset {preset or 'released_13b'} --sparse-weights -o DIR` makes one "
-            "that takes no room; give its folder",
-        )
+        raise ConfigError("no graphs were given", expected="the folder of a bundle, or --preset")
     manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
     return str(folder), manifest, {n: folder / path for n, path in manifest.graphs.items()}
 

@@ -65,11 +65,10 @@ def _times(axes: Any, costs: Sequence[GraphCost], cards: Sequence[Card]) -> None
         fused = [1000 * cost.seconds(card) for cost in costs]
         unfused = [1000 * cost.seconds_unfused(card) for cost in costs]
         axes.barh(places, unfused, height, color=colour, alpha=0.3)
-        axes.barh(places, fused, height, color=colour, label=card.title)
+        axes.barh(places, fused, height, color=colour)
     axes.set_yticks([row + 0.4 - height / 2 for row in range(len(costs))])
     axes.set_yticklabels([cost.graph for cost in costs])
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds at least (pale: nothing fused), computed")
-    axes.set_title(f"One run, {costs[0].storage}")
-    axes.legend(frameon=False, fontsize=7)
+    axes.set_title(f"One run, {costs[0].storage}; colours as on the left")

@@ -350,6 +350,34 @@ def test_wrong_questions_get_one_line(
     assert line in capsys.readouterr().err
 
 
+def test_graphs_of_a_preset_are_those_in_bundles(
+    exported: Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["inspect", "--preset", "tiny", "--cost"]
+    assert run(asked) == 2
+    mend = "`mmi export --preset tiny --sparse-weights -o bundles/tiny`"
+    assert mend in capsys.readouterr().err
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "tiny").symlink_to(exported.bundle.folder)
+    assert run(asked) == 0
+    assert "denoise_step" in capsys.readouterr().out
+    assert run(["inspect", "--cost"]) == 2
+    assert "no graphs were given" in capsys.readouterr().err
+    assert run(["inspect", "--preset", "huge", "--cost"]) == 2
+    assert "there is no preset 'huge'" in capsys.readouterr().err
+
+
+def test_a_picture_of_the_costs_is_drawn(exported: Exported, tmp_path: Path) -> None:
+    folder, picture = str(exported.bundle.folder), tmp_path / "cost.svg"
+    assert run(["inspect", folder, "--cost", "--plot", str(picture)]) == 0
+    assert "<svg" in picture.read_text()
+    assert run(["inspect", folder, "--cost", "--plot", str(tmp_path / "cost.gif")]) == 2
+
+
 def test_a_broken_graph_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "llm.onnx").write_bytes(b"no graph at all")
     with pytest.raises(BundleError, match=r"llm\.onnx is no ONNX file"):
