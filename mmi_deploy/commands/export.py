@@ -135,14 +135,16 @@ def export(
         made: Weights = "empty" if dry_run else weights
         dtype = getattr(torch, storage.value)
         folder = stand_in(presets.preset(preset), out, made, layers, dtype)
-    with folder as read, staged("loading") as stage:
-        planned = prepare_export(read, out, context, schedule or DEFAULT_SCHEDULES, **options)
+    with folder as read:
+        with staged("looking at the model"):
+            planned = prepare_export(read, out, context, schedule or DEFAULT_SCHEDULES, **options)
         if dry_run:
             _print_plan(planned, out, as_json)
             return
         if planned.plan.layout == "linked":
             remarks().print(_planned(planned))
-        done = run_export(planned, out, force=force, progress=stage)
+        with staged("starting") as stage:
+            done = run_export(planned, out, force=force, progress=stage)
     _print_done(planned, done, out, as_json)
 
 
