@@ -54,12 +54,12 @@ def sensitivity(
         raise ConfigError(f"there is no graph {graph!r}", expected=" or ".join(bundle.graphs))
     scheme = _scheme(recipe(precision))
     contract, path = bundle.graphs[graph], bundle.graph_file(graph)
-    runs = record(bundle, document)[graph][-_RUNS:]
     model = read_model(path, contract)
     constants = Constants(model.graph)
     found = products(model.graph, constants)
     if not found:
         raise ConfigError(f"{graph} has no matrix product with a weight")
+    runs = record(bundle, document)[graph][-_RUNS:]
     weights = {_input_of(model.graph, product): product for product in found}
     run = model_runner(model, path.parent)
     plain: Arrays = {name: _weight(product, constants) for name, product in weights.items()}

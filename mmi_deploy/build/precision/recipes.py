@@ -182,7 +182,9 @@ def check_possible(
         raise ConfigError(
             f"precision {chosen.name} quantises the weights of {', '.join(chosen.weights)} alone",
             got=", ".join(graphs),
-            fix=f"choose --precision {plain.name if runtime != CPU else 'fp32'} for these graphs",
+            fix="on the CPU the portable file runs for the others"
+            if runtime == CPU
+            else f"choose --precision {plain.name} for these graphs",
         )
 
 

@@ -22,7 +22,7 @@ from mmi_deploy.build.sensitivity import sensitivity
 from mmi_deploy.build.target import CPU
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.document import Draw, Text, document_of
-from mmi_deploy.errors import BundleError, ConfigError
+from mmi_deploy.errors import BundleError, ConfigError, MmiError
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
@@ -132,9 +132,9 @@ def test_weights_that_are_not_finite_leave_nothing(bundle: Bundle, tmp_path: Pat
     data[4096 * 8 : 4096 * 8 + 4] = np.float32(np.nan).tobytes()
     weights.write_bytes(data)
     broken = Bundle(folder, bundle.manifest, unproved=True)
-    with pytest.raises((BundleError, Exception), match="not finite|NaN"):
+    with pytest.raises(MmiError, match="not finite"):
         build_cpu_target(broken, recipe("int8"))
-    assert not (folder / "engines").exists() or not list((folder / "engines").iterdir())
+    assert not broken.targets
 
 
 def test_the_error_of_a_receipt_is_relative_and_infinite_for_nan() -> None:
