@@ -115,9 +115,9 @@ def init(
             inputs=inputs,
             progress=stage,
         )
-    for given, what in ((vision, "vision encoder"), (diffusion, "U-Net and autoencoder")):
+    for given, what in ((vision, "vision encoder is"), (diffusion, "U-Net and autoencoder are")):
         if given is None:
-            remarks().print(f"the {what} is new and small: give a trained one for real use")
+            remarks().print(f"the {what} new and small: give trained parts for real use")
     if as_json:
         numbers = {"taken": done.taken, "new": done.new, "bytes": done.size}
         print_json({"model": str(out), **numbers})

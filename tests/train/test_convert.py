@@ -295,7 +295,7 @@ def test_a_full_disk_is_told_before_anything_is_written(convert, checkpoint, mon
     from mmi_train.stored import writer
 
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: _Free)
-    refused(convert, checkpoint, "is too full; expected room for")
+    refused(convert, checkpoint, "the disk is too full for model.safetensors; expected 19 MB")
 
 
 class _Free:

@@ -130,6 +130,12 @@ def refuse(source: Path, field: str, expected: object, got: object) -> ConfigErr
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
+    if kind is None:
+        raise ConfigError(
+            f"{folder / 'config.json'} has no model_type",
+            expected=" or ".join(_FAMILY),
+            fix="give the folder of a language model as Hugging Face stores it",
+        )
     if kind not in _FAMILY:
         raise refuse(folder, f"model_type {kind}", " or ".join(_FAMILY), kind)
     if "quantization_config" in config:

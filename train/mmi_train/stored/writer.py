@@ -64,7 +64,7 @@ def write_safetensors(
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     first = 8 + len(text)
     total = first + end
-    check_room(path.parent, total)
+    check_room(path, total)
     with _appearing(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         done, told = 0, -1
@@ -100,14 +100,14 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raise `MmiError` unless the disk of `folder` has room for `needed` bytes."""
-    free = shutil.disk_usage(folder).free
+def check_room(path: Path, needed: int) -> None:
+    """Raise `MmiError` unless the disk has room for a file `path` of `needed` bytes."""
+    free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise MmiError(
-            f"the disk of {folder} is too full",
-            expected=f"room for {needed / 1e9:.1f} GB",
-            got=f"{free / 1e9:.1f} GB",
+            f"the disk is too full for {path.name}",
+            expected=f"{needed / 1e6:,.0f} MB of room",
+            got=f"{free / 1e6:,.0f} MB",
             fix="free some space, or choose another place with --out",
         )
 
