@@ -134,17 +134,7 @@ def launch_plan(call: Call, addresses: Mapping[str, int], parts: int | None = No
     `workspace_shape` is not empty, `workspace`. Raises `EngineError` for a call too large."""
     parts = default_parts(call) if parts is None else parts
     sizes = call.sizes
-    unit = sizes["h"] * sizes["d"] * (4 if call.dtype == "float32" else 2) // 16
-    if sizes["n"] * sizes["s"] > 2**32 // unit:
-        raise EngineError(f"{NAME}: value is larger than 64 GiB")
-    if call.rows > constant("kMostCounted"):
-        raise EngineError(f"{NAME}: more than 2^31 - 64 output rows")
-    if sizes["m"] > constant("kMostCounted"):
-        raise EngineError(f"{NAME}: more than 2^31 - 64 images")
-    if sizes["h"] * sizes["p"] * max(sizes["l"], 2) > (2**31 - 1) // sizes["r"]:
-        raise EngineError(f"{NAME}: more than 2^31 numbers in a table")
-    if max(sizes["h"], sizes["b"]) > constant("kMostGrid"):
-        raise EngineError(f"{NAME}: more than 65535 heads or batch rows")
+    check_limits(sizes, call.dtype)
     parameter = _problem(call, addresses, parts)
     b, q, h = (sizes[letter] for letter in "bqh")
     launches = []
@@ -153,6 +143,23 @@ def launch_plan(call: Call, addresses: Mapping[str, int], parts: int | None = No
         across = q * parts if variant.kind == "split" else -(-q // queries)
         launches.append(Launch(variant, (across, h, b), parameter, queries, parts))
     return launches
+
+
+def check_limits(sizes: Mapping[str, int], dtype: str) -> None:
+    """Raise `EngineError` where sizes, by letter, are beyond what addresses and grids can hold."""
+    unit = sizes["h"] * sizes["d"] * (4 if dtype == "float32" else 2) // 16
+    most = constant("kMostCounted")
+    reasons = {
+        "value is larger than 64 GiB": sizes["n"] * sizes["s"] > 2**32 // unit,
+        "more than 2^31 - 64 output rows": sizes["b"] * sizes["q"] * sizes["h"] > most,
+        "more than 2^31 - 64 images": sizes["m"] > most,
+        "more than 2^31 numbers in a table": sizes["h"] * sizes["p"] * max(sizes["l"], 2)
+        > (2**31 - 1) // sizes["r"],
+        "more than 65535 heads or batch rows": max(sizes["h"], sizes["b"]) > constant("kMostGrid"),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise EngineError(f"{NAME}: {reason}")
 
 
 def _problem(call: Call, addresses: Mapping[str, int], parts: int) -> bytes:

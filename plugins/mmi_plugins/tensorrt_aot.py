@@ -6,7 +6,9 @@ built. The engine holds the PTX and needs nothing of ours when it runs.
 
 What TensorRT passes to such a kernel: the inputs' addresses, then 32-bit integers, then the
 output's address, and no workspace. So the attributes are constants of the PTX, and a row is never
-shared by several blocks: with few queries and many images the library is faster.
+shared by several blocks: with few queries and many images the library is faster. And TensorRT
+launches it unasked: what only the run tells, whether its shapes fit each other, is for whoever
+binds the inputs to check, as our runtime does.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.launch_plan import TYPES, Variant, constant
+from mmi_plugins.launch_plan import TYPES, Variant, check_limits, constant
 from mmi_plugins.nvrtc import compile_ptx
 from mmi_plugins.operator import DOMAIN, INPUT_SHAPES, NAME
 from mmi_plugins.tensorrt_stand_in import FIELDS, check_shapes, checked_fields
@@ -161,6 +163,7 @@ def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> No
         variant = choose_variant(
             dtype, fields, likely_rows=b * q * h, channels=_sides(inputs["value"])[3]
         )
+        check_limits(_greatest(inputs), dtype)
         launch = plugin.KernelLaunchParams()
         queries, heads, batch = (inputs["offsets"].shape_expr[axis] for axis in (1, 2, 0))
         rows = constant("kRowWarps")
@@ -181,6 +184,16 @@ def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> No
 
 def _sides(tensor: Any) -> list[int | None]:
     return [None if side < 0 else int(side) for side in tensor.shape]
+
+
+def _greatest(tensors: dict[str, Any]) -> dict[str, int]:
+    """The greatest size of every letter that a profile allows."""
+    sizes: dict[str, int] = {}
+    for name, axes in INPUT_SHAPES.items():
+        shape = tensors[name].shape
+        for letter, side in zip(axes, shape.max if shape.is_dynamic else shape, strict=True):
+            sizes[letter] = max(sizes.get(letter, 1), int(side))
+    return sizes
 
 
 def _signed(function: Callable[..., Any], kinds: dict[str, Any], result: Any) -> Callable[..., Any]:

@@ -14,13 +14,20 @@ import pytest
 from mmi_deploy.errors import EngineError
 from mmi_plugins import nvrtc
 from mmi_plugins.cases import draw
-from mmi_plugins.launch_plan import constant, device_arrays, output_array, widen
+from mmi_plugins.launch_plan import (
+    check_limits,
+    constant,
+    device_arrays,
+    output_array,
+    widen,
+)
 from mmi_plugins.operator import INPUT_SHAPES, NAME, TOLERANCES, Call
 from mmi_plugins.ptx import GlobalMemory, Machine, parse
 from mmi_plugins.reference import attention, output_of
 from mmi_plugins.tensorrt_aot import (
     PTX_TARGETS,
     SIZES,
+    _greatest,
     choose_variant,
     ptx_target,
     register_ahead_of_time,
@@ -114,6 +121,30 @@ def test_unknown_head_size_takes_the_kernel_for_all() -> None:
     assert choose_variant("float16", fields, likely_rows=1, channels=None).wide
     assert not choose_variant("float16", fields, likely_rows=1, channels=64).wide
     assert not choose_variant("float32", fields, likely_rows=1, channels=None).wide
+
+
+def test_a_profile_beyond_what_the_kernels_can_address_is_refused() -> None:
+    """Nothing of ours is asked when such an engine runs."""
+    call = draw(np.random.default_rng(1), dtype="float16", b=2, h=2, d=64)
+    shapes = {name: call[name].shape for name in INPUT_SHAPES}
+
+    def tensors(**changed: tuple[int, ...]) -> dict[str, Any]:
+        class Dynamic(tuple[int, ...]):
+            is_dynamic = True
+            max = property(tuple)
+
+        given = {**shapes, **changed}
+        return {name: SimpleNamespace(shape=Dynamic(shape)) for name, shape in given.items()}
+
+    check_limits(_greatest(tensors()), "float16")
+    value, offsets = shapes["value"], shapes["offsets"]
+    for reason, changed in {
+        "64 GiB": tensors(value=(2**28, *value[1:])),
+        "65535": tensors(image_slot=(70000, 1)),
+        "output rows": tensors(offsets=(2, 2**30, *offsets[2:])),
+    }.items():
+        with pytest.raises(EngineError, match=reason):
+            check_limits(_greatest(changed), "float16")
 
 
 # --- through NVIDIA's own Python code -----------------------------------------------------------
@@ -219,7 +250,7 @@ def test_tensorrts_own_code_takes_the_plugin(tensorrt: ModuleType, likely: int, 
         for shape, type_ in zip([*shapes, (2, 3, 16)], [*types, trt.float16], strict=True)
     ]
     offsets = described[list(INPUT_SHAPES).index("offsets")]
-    offsets.opt = (2, likely, *offsets.desc.dims[2:])
+    offsets.opt = offsets.max = (2, likely, *offsets.desc.dims[2:])
     offsets.desc.dims = (2, -1, *offsets.desc.dims[2:])
     launch, integers = SimpleNamespace(), Integers()
     made._tactic = 0
