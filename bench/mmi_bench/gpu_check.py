@@ -238,6 +238,8 @@ class Check:
 
     def _build(self, precision: str) -> Detail:
         self._require(self._lacking(gpu=True, tensorrt=True))
+        if self.plugin is None and self.runtime != TENSORRT:
+            raise Missing(f"{self.runtime} needs the compiled plugin, and it was not built")
         target = self._target(precision)
         build = self.machine.build or build_engines
         build(self.bundle, target, self.plugin)

@@ -65,6 +65,7 @@ class Scratch:
 
     def provide(self, size: int) -> None:
         """Make it at least so large; where it was smaller, it lies elsewhere afterwards."""
+        size = max(size, ALIGNMENT)  # an engine that needs none wants an address all the same
         if size > self.size:
             self._memory.wait()
             self._block = None  # gone before the larger one comes

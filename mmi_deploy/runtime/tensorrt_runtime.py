@@ -6,6 +6,7 @@ are first needed, and keeps them in a cache between runs of the program.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import mmap
 import os
@@ -49,7 +50,9 @@ class TensorRt:
         self._logger = _logger(module, self.errors)
         self._cache = cache
         self._runtime = module.Runtime(self._logger)
-        if self.errors:  # it would be an empty shell, and crash when it is used
+        if self.errors:
+            # An empty shell, as without a driver: it would crash when it is used or deleted.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._runtime))
             raise EngineError(f"{module.__name__} {self.version} cannot start{self.reason()}")
         if plugin is not None:
             self._load_plugin(plugin)
