@@ -177,6 +177,7 @@ app.command(
 app.add_typer(plugins, name="plugins")
 app.command(
     epilog="Examples:  mmi inspect bundles/tiny --tensors  ·  mmi inspect assets/tiny  ·  "
-    "mmi inspect --preset released_13b"
+    "mmi inspect --preset released_13b  ·  mmi inspect bundles/tiny --cost --graph llm  ·  "
+    "mmi inspect bundles/tiny --memory  ·  mmi inspect bundles/tiny --fit 24GB"
 )(inspect)
 app.command(epilog="Example:  mmi verify bundles/tiny --run")(verify)

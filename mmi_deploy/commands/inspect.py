@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mmi_deploy.commands.inspect_memory import check_alone, show_fit, show_memory
+from mmi_deploy.commands.inspect_memory import show_fit, show_memory
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import print_json, results, size
 from mmi_deploy.errors import ConfigError, WeightsError
@@ -117,16 +118,27 @@ def inspect(
 
     if folder and preset:
         raise ConfigError("a folder and --preset were given", expected="one of them")
-    check_alone(
-        cost=cost,
-        memory=memory,
-        cards=cards,
-        fit=bool(fit),
-        removed=removed,
-        tensors=tensors,
-        sensitivity=sensitivity,
-        target=bool(target),
-    )
+    views = {
+        "cost": cost,
+        "memory": memory,
+        "cards": cards,
+        "fit": bool(fit),
+        "removed": removed,
+        "tensors": tensors,
+        "sensitivity": sensitivity,
+        "target": bool(target),
+    }
+    given = {
+        "graph": graph,
+        "sizes": sizes,
+        "precision": precision,
+        "card": card,
+        "plot": plot,
+        "context": context,
+        "resident": resident,
+        "cpu": on_cpu or None,
+    }
+    check_options(views, [name for name, value in given.items() if value not in (None, "", [])])
     if sensitivity:
         with extras("inspect --sensitivity"):
             from mmi_deploy.commands.inspect_sensitivity import show_sensitivity
@@ -195,6 +207,31 @@ def inspect(
             f"{folder} is neither a bundle nor a model folder",
             expected="a folder that holds bundle.json or config.json",
         )
+
+
+GOES_WITH = {
+    "graph": ("cost", "sensitivity"),
+    "sizes": ("cost",),
+    "precision": ("cost", "memory", "sensitivity"),
+    "card": ("cost", "memory", "cards"),
+    "plot": ("cost",),
+    "context": ("memory", "fit", "cards"),
+    "resident": ("memory",),
+    "cpu": ("memory", "fit"),
+}
+"""Option -> the views that it says something about."""
+
+
+def check_options(views: Mapping[str, bool], given: Sequence[str]) -> None:
+    """Raise `ConfigError` for more than one view, or an option that the view does not take."""
+    asked = [name for name, wanted in views.items() if wanted]
+    if len(asked) > 1:
+        names = " and ".join(f"--{name}" for name in asked)
+        raise ConfigError(f"{names} were given", expected="one of them")
+    for name in given:
+        if not set(asked) & set(GOES_WITH[name]):
+            goes_with = " or ".join(f"--{view}" for view in GOES_WITH[name])
+            raise ConfigError(f"--{name} says nothing here", expected=f"it with {goes_with}")
 
 
 def _graphs_of(

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from mmi_deploy.commands.inspect_cost import print_table
 from mmi_deploy.commands.screen import counted, print_json, results, size
-from mmi_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmi_deploy.build.memory import Choice, Memory, Model
@@ -161,10 +160,3 @@ def _detail(memory: Memory) -> Table:
     for what, count in memory.documents.items():
         table.add_row(f"documents: {what}", size(count))
     return table
-
-
-def check_alone(**asked: bool) -> None:
-    """Raise `ConfigError` when more than one view was asked for."""
-    names = [f"--{name}" for name, given in asked.items() if given]
-    if len(names) > 1:
-        raise ConfigError(f"{' and '.join(names)} were given", expected="one of them")

@@ -223,6 +223,8 @@ def test_every_card_gets_what_fits_it_and_floors(
     ("arguments", "line"),
     [
         (["--memory", "--cost"], "--cost and --memory were given; expected one of them"),
+        (["--resident", "llm"], "--resident says nothing here; expected it with --memory"),
+        (["--cost", "--context", "9"], "expected it with --memory or --fit or --cards"),
         (["--memory", "--resident", "everything"], "no engines are called 'everything'"),
         (["--memory", "--context", "9999"], "the graphs have a smaller KV cache"),
         (["--memory", "--cpu", "--precision", "fp16"], "precision fp16 is not for the CPU"),
