@@ -68,11 +68,12 @@ def _timings(step: Step) -> list[str]:
         "|---|---|---|",
     ]
     for name in recorded:
-        if name != "launches":
+        if name not in ("launches", "refusals"):
             cells = (_spread(side[name]) for side in (recorded, plain))
             lines.append(f"| {name} | {' | '.join(cells)} |")
     launches = ", ".join(f"{name} {count}" for name, count in recorded["launches"].items() if count)
-    return [*lines, "", f"Launched from recordings: {launches or 'nothing'}."]
+    lines += ["", f"Launched from recordings: {launches or 'nothing'}."]
+    return lines + [f"Not recorded: {name}: {why}." for name, why in recorded["refusals"].items()]
 
 
 def _spread(found: dict[str, float]) -> str:

@@ -157,12 +157,9 @@ def measure(tried: Tried, repeats: int) -> Detail:
         runtime = tried.runtime if record else Runtime.on_gpu(tried.again(False))
         _taken(runtime, case, schedule)  # to warm up
         taken = [_taken(runtime, case, schedule) for _ in range(repeats)]
-        launches = {
-            name: engine.graphs.launches  # type: ignore[attr-defined]
-            for name, engine in runtime._engines.items()
-        }
+        recorded = runtime.recordings()
         numbers = _numbers([sample for sample, _, _ in taken], [first for *_, first in taken])
-        detail["cuda graphs" if record else "without"] = numbers | {"launches": launches}
+        detail["cuda graphs" if record else "without"] = numbers | recorded
         decode, step = (numbers[name]["median"] for name in ("per token", "per step"))
         lines.append(f"{1 / decode:.1f} tokens/s and {1000 * step:.2f} ms per step")
         if not record:

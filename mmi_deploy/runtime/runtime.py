@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.config import ModelConfig
@@ -15,6 +16,7 @@ from mmi_deploy.graphs import GRAPHS, Graph, Limits, graphs
 from mmi_deploy.manifest import PORTABLE
 from mmi_deploy.runtime.buffers import HOST, Buffer, Memory
 from mmi_deploy.runtime.engine import Engine
+from mmi_deploy.runtime.tensorrt_engine import TensorRtEngine
 from mmi_deploy.runtime.tensorrt_target import TensorRtTarget, runtime_of
 from mmi_deploy.schedule import Schedule
 from mmi_deploy.tokenizer import Tokenizer
@@ -132,6 +134,19 @@ class Runtime:
             if name not in self._engines:
                 self._engines[name] = self._load_engine(self.graphs[name])
             return self._engines[name]
+
+    def recordings(self) -> dict[str, dict[str, Any]]:
+        """Of engines on a GPU: how often each was launched from a CUDA graph (`launches`), and why
+        some runs could not be recorded (`refusals`)."""
+        graphs = {
+            name: engine.graphs
+            for name, engine in self._engines.items()
+            if isinstance(engine, TensorRtEngine)
+        }
+        return {
+            "launches": {name: found.launches for name, found in graphs.items()},
+            "refusals": {name: found.refusal for name, found in graphs.items() if found.refusal},
+        }
 
     def load(self) -> None:
         """Load every engine that stays now, so that the first request does not wait."""

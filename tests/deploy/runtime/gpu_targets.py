@@ -85,10 +85,7 @@ class Machine:
     @property
     def launches(self) -> dict[str, int]:
         """How often each engine was launched from a recording."""
-        return {
-            name: engine.graphs.launches  # type: ignore[attr-defined]
-            for name, engine in self.runtime._engines.items()
-        }
+        return self.runtime.recordings()["launches"]
 
 
 def machine(

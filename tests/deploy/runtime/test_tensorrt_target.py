@@ -266,6 +266,10 @@ def test_the_plugin_must_be_the_one_they_were_built_with(bundle: Bundle, tmp_pat
     library.write_bytes(PLUGIN + b" changed")
     line = refusal(bundle, name, plugin=library)
     assert "was built with another plugin" in line and "--kernels FILE" in line
+    inside = add_target(bundle, "float16", recipe={"plugin": "ahead-of-time-sm80:0123"})
+    for given in (None, library):  # the engines hold the plugin themselves
+        gpu = machine(bundle, inside, plugin=given)
+        assert gpu.runtime.schedule() and not gpu.tensorrt.plugins
     missing = refusal(bundle, name, plugin=tmp_path / "none.so")
     assert "cannot load the plugin" in missing and "`mmi plugins build tensorrt`" in missing
 
