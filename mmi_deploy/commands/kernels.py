@@ -41,4 +41,11 @@ def kernel_library(kernels: str, target: str = "cpu") -> Path | None:
         raise ConfigError(
             "--kernels names no file", expected=f"{AUTO}, {NONE} or a library", got=kernels
         )
+    from mmi_plugins.seal import damage
+
+    if harm := damage(path):  # to open it could end the process
+        raise ConfigError(
+            f"the kernel library {kernels} is damaged: {harm}",
+            fix="Compile it again: mmi plugins build",
+        )
     return path.resolve()

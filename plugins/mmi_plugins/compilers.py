@@ -29,8 +29,8 @@ def find_nvcc() -> Path:
     raise EngineError(
         "CUDA's compiler nvcc was not found",
         fix="Install the CUDA toolkit (12.8 or newer: cuda-nvcc and cuda-cudart-dev suffice) and "
-        "put nvcc on the PATH or set CUDACXX; without a compiler use the plugin's ahead-of-time "
-        "form, mmi_plugins.tensorrt_aot",
+        "put nvcc on the PATH or set CUDACXX. TensorRT takes the operator without a compiler too, "
+        "ahead of time: mmi_plugins.tensorrt_aot",
     )
 
 

@@ -60,13 +60,18 @@ def build_tensorrt_plugin(
     key = _key(version, output_of([nvcc, "--version"]), *architectures)
     names = {target: f"lib{target}-{version}-{key}.so" for target in TARGETS}
     if not all(is_sealed(out / name) for name in names.values()):
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as folder:
-            _compile(cmake, nvcc, headers, architectures, Path(folder))
-            for target, name in names.items():
-                made = Path(folder) / f"lib{target}.so"
-                seal(made)
-                made.replace(out / name)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as folder:
+                _compile(cmake, nvcc, headers, architectures, Path(folder))
+                for target, name in names.items():
+                    made = Path(folder) / f"lib{target}.so"
+                    seal(made)
+                    made.replace(out / name)
+        except OSError as error:
+            raise EngineError(
+                f"the TensorRT plugin cannot be written to {out}: {error.strerror}"
+            ) from error
     return out / names[TARGETS[0]]
 
 
@@ -89,7 +94,13 @@ def find_tensorrt_headers(include: Path | None = None) -> tuple[Path, str]:
 
 
 def _header_version(include: Path) -> str:
-    text = (include / "NvInferVersion.h").read_text()
+    try:
+        text = (include / "NvInferVersion.h").read_text()
+    except OSError as error:
+        raise EngineError(
+            f"the TensorRT headers in {include} are incomplete: NvInferVersion.h: {error.strerror}",
+            fix="Install them again, or pass --tensorrt-include",
+        ) from error
     numbers = {name: int(number) for name, number in re.findall(r"#define (\w+) (\d+)", text)}
     for kind in ("RTX", "ENTERPRISE"):
         if f"TRT_MAJOR_{kind}" in numbers:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mmi_deploy.commands.kernels import kernel_library
+from mmi_deploy.errors import ConfigError
 from mmi_plugins.seal import damage, is_sealed, seal
 
 FOLDERS = ("/lib/x86_64-linux-gnu", "/lib64", "/usr/lib", "/lib/aarch64-linux-gnu")
@@ -31,6 +33,12 @@ def test_a_sealed_library_is_one_still(library: Path) -> None:
     root = ctypes.CDLL(str(library)).sqrt
     root.restype, root.argtypes = ctypes.c_double, [ctypes.c_double]
     assert root(9.0) == 3.0
+
+
+def test_a_damaged_library_that_a_user_names_is_refused(library: Path) -> None:
+    library.write_bytes(library.read_bytes()[:5000])
+    with pytest.raises(ConfigError, match="is damaged: .* bytes are missing .*mmi plugins build"):
+        kernel_library(str(library))
 
 
 @pytest.mark.parametrize("sealed", [False, True])

@@ -72,6 +72,18 @@ def test_old_headers_are_refused(tmp_path: Path) -> None:
         find_tensorrt_headers(headers(tmp_path, ENTERPRISE, 10, 9))
 
 
+def test_headers_without_a_version_are_refused(tmp_path: Path) -> None:
+    (headers(tmp_path, ENTERPRISE, 11, 1) / "NvInferVersion.h").unlink()
+    with pytest.raises(EngineError, match="incomplete: NvInferVersion.h: No such file"):
+        find_tensorrt_headers(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tools: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(EngineError, match="plugin cannot be written to .*/out: File exists"):
+        build_tensorrt_plugin(headers(tmp_path / "include", ENTERPRISE, 11, 1), tmp_path / "out")
+
+
 def test_missing_compilers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
