@@ -18,7 +18,7 @@ EXTRAS = {
     "inspect --cost": "build",
     "inspect --memory": "build",
     "inspect --removed": "export",
-    "inspect --sensitivity": "build,cpu",
+    "inspect --sensitivity": "build",
     "build": "build",
     "bench": "bench",
 }
