@@ -1,6 +1,7 @@
 """How well a bundle's target does what its portable graphs do: held-out questions, asked of both.
 
     python -m mmi_bench.quality bundles/tiny --target cpu-int8
+    python -m mmi_bench.quality bundles/tiny --simulate fp16
 
 Every question is put to both, so that what differs is not the luck of the draw: only questions that
 one of them alone gets right tell them apart. Pictures start from the same noise.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from mmi_bench.simulated import simulated_runtime
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.manifest import PORTABLE
@@ -141,7 +144,7 @@ class Answers:
 
 def compare(
     bundle: Bundle,
-    target: str,
+    other: Runtime,
     *,
     kinds: Sequence[str] = KINDS,
     count: int = 96,
@@ -151,17 +154,15 @@ def compare(
     threads: int = 0,
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Paired]:
-    """Ask the portable graphs and `target` the same `count` questions of each kind, `pictures` of
+    """Ask the portable graphs and `other` the same `count` questions of each kind, `pictures` of
     those that want one drawn. Raises `ConfigError` for a kind that there is not."""
     if unknown := sorted(set(kinds) - set(KINDS)):
         raise ConfigError(
             f"there are no questions of the kind {unknown[0]!r}", expected=" or ".join(KINDS)
         )
     tokenizer = tokenizers.Tokenizer.from_file(str(bundle.tokenizer))
-    sides = [
-        Answers(Runtime.open(bundle, target=name, threads=threads), tokenizer, guidance)
-        for name in (PORTABLE, target)
-    ]
+    portable = Runtime.open(bundle, target=PORTABLE, threads=threads)
+    sides = [Answers(runtime, tokenizer, guidance) for runtime in (portable, other)]
     found = {}
     for kind, questions in questions_of(sides[0], worlds.easy(), max(count, pictures), seed):
         if kind not in kinds:
@@ -180,7 +181,9 @@ def compare(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mmi_bench.quality", description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--target", required=True, help="such as cpu-int8")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--target", help="such as cpu-int8")
+    which.add_argument("--simulate", metavar="PRECISION", help="as a GPU would compute, rounded")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), metavar="KIND")
     parser.add_argument("--count", type=int, default=96, help="questions of each kind")
     parser.add_argument("--pictures", type=int, default=32, help="pictures of each kind")
@@ -190,20 +193,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     given = parser.parse_args(arguments)
     try:
-        found = compare(
-            Bundle.open(given.bundle),
-            given.target,
-            kinds=given.kinds,
-            count=given.count,
-            pictures=given.pictures,
-            seed=given.seed,
-            threads=given.threads,
-            on_progress=_say if sys.stderr.isatty() else lambda what: None,
-        )
+        bundle = Bundle.open(given.bundle)
+        with tempfile.TemporaryDirectory(dir=given.bundle) as folder:
+            if given.simulate:
+                other = simulated_runtime(bundle, given.simulate, Path(folder), given.threads)
+            else:
+                other = Runtime.open(bundle, target=given.target, threads=given.threads)
+            found = compare(
+                bundle,
+                other,
+                kinds=given.kinds,
+                count=given.count,
+                pictures=given.pictures,
+                seed=given.seed,
+                threads=given.threads,
+                on_progress=_say if sys.stderr.isatty() else lambda what: None,
+            )
     except MmiError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    band = given.band or BAND.get(given.target.rpartition("-")[2], min(BAND.values()))
+    band = given.band or BAND.get(
+        (given.simulate or given.target).rpartition("-")[2], min(BAND.values())
+    )
     texts = [pairs for kind, pairs in found.items() if kind in KINDS[:3]]
     drawn = [pairs for kind, pairs in found.items() if kind not in KINDS[:3]]
     rows = dict(found)
