@@ -101,7 +101,7 @@ def _run_nvcc(source: str, *options: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         unit, out = Path(folder, "kernel.cu"), Path(folder, "out")
         unit.write_text(source)
-        command = [nvcc, "-std=c++17", f"-I{CSRC}", *options, str(unit), "-o", str(out)]
+        command = [str(nvcc), "-std=c++17", f"-I{CSRC}", *options, str(unit), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise EngineError("nvcc refused the kernels", got=done.stderr.strip())
