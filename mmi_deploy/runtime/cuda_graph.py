@@ -15,14 +15,15 @@ from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.device_memory import Cuda
 
 MOST = 16
-"""Recordings kept for an engine. The least recently used one goes."""
+"""Recordings kept for a context. The least recently used one goes."""
 
 MOST_SEEN = 1024
 """Keys remembered that have run once; then they are forgotten, and runs are recorded later."""
 
 
 class CudaGraphs:
-    """Recordings by key: everything that the launched kernels depend on but the contents of memory.
+    """Recordings of one context, by key: everything that the launched kernels depend on but the
+    contents of memory. When the context is given other shapes they are worth nothing: `clear`.
 
     The first run with a key is an ordinary one, in which TensorRT does what may not be recorded
     (new shapes, allocations); the second is recorded; later ones are launched from the recording.
@@ -32,7 +33,6 @@ class CudaGraphs:
         self._cuda, self._stream, self._most = cuda, stream, most
         self._seen: set[Hashable] = set()
         self._recorded: OrderedDict[Hashable, object | None] = OrderedDict()
-        self.launches = 0
         self.refusal = ""
         """Why the last run that could not be recorded could not: it is enqueued each time."""
 
@@ -43,22 +43,22 @@ class CudaGraphs:
             return False
         self._recorded.move_to_end(key)
         self._cuda("cudaGraphLaunch", graph, self._stream)
-        self.launches += 1
         return True
 
-    def enqueue(self, key: Hashable, run: Callable[[], None], may_record: bool) -> None:
+    def enqueue(self, key: Hashable, run: Callable[[], None], may_record: bool) -> bool:
         """A run that has no recording: make one and launch it, or `run` it, which raises when it
-        fails."""
+        fails. Whether it was launched."""
         if may_record and key in self._seen and key not in self._recorded:
             self._recorded[key] = self._record(run)
             if len(self._recorded) > self._most:
                 self._drop(self._recorded.popitem(last=False)[1])
             if self.launch(key):
-                return
+                return True
         run()
         if len(self._seen) == MOST_SEEN:
             self._seen.clear()
         self._seen.add(key)
+        return False
 
     def clear(self) -> None:
         """Forget all recordings."""

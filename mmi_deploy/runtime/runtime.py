@@ -138,14 +138,10 @@ class Runtime:
     def recordings(self) -> dict[str, dict[str, Any]]:
         """Of engines on a GPU: how often each was launched from a CUDA graph (`launches`), and why
         some runs could not be recorded (`refusals`)."""
-        graphs = {
-            name: engine.graphs
-            for name, engine in self._engines.items()
-            if isinstance(engine, TensorRtEngine)
-        }
+        engines = {n: e for n, e in self._engines.items() if isinstance(e, TensorRtEngine)}
         return {
-            "launches": {name: found.launches for name, found in graphs.items()},
-            "refusals": {name: found.refusal for name, found in graphs.items() if found.refusal},
+            "launches": {name: engine.launches for name, engine in engines.items()},
+            "refusals": {name: e.refusal for name, e in engines.items() if e.refusal},
         }
 
     def load(self) -> None:

@@ -133,6 +133,7 @@ class _Context:
 
     inner: Any
     cache: Any
+    graphs: CudaGraphs
     scratch: int = 0
     bound: dict[str, tuple[int, Shape, bytes]] = field(default_factory=dict)
 
@@ -177,7 +178,10 @@ class TensorRtEngine(Engine):
         self._places: dict[str, _Place] = {}
         self._chosen: dict[tuple[Shape, ...], int] = {}
         self._contexts: dict[int, _Context] = {}
-        self.graphs = CudaGraphs(memory.cuda, memory.stream)
+        self.launches = 0
+        """How many runs were launched from a recording."""
+        self.refusal = ""
+        """Why the last run that could not be recorded could not: it is enqueued each time."""
         self.open()
 
     def open(self) -> None:
@@ -208,8 +212,8 @@ class TensorRtEngine(Engine):
         """Take the engine off the GPU, once what runs is done. It comes back when it is run."""
         with self.memory.turn:
             self.memory.wait()
-            self.graphs.clear()
             for context in self._contexts.values():
+                context.graphs.clear()
                 self._tensorrt.save(context.cache, self._cache_name)
             self._contexts.clear()  # before the engine that they belong to
             self._places.clear()
@@ -320,24 +324,25 @@ class TensorRtEngine(Engine):
         return block, block.read()
 
     def _run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        profile = self._profile_of(inputs)
+        context = self._context(self._profile_of(inputs))
         tensors = {**inputs, **outputs}
         key = (
-            profile,
             self._scratch.pointer,
             tuple((buffer.pointer, buffer.shape) for buffer in tensors.values()),
             tuple(inputs[name].read().tobytes() for name in sorted(self._on_host)),
         )
-        if self._record and self.graphs.launch(key):
+        if context.graphs.launch(key):
+            self.launches += 1
             return
-        context = self._context(profile)
         reshaped = self._bind(context, inputs, outputs)
-        ready = (
-            self._record
-            and not reshaped
-            and self._tensorrt.may_record(context.inner, self.memory.stream)
-        )
-        self.graphs.enqueue(key, partial(self._enqueue, context), ready)
+        if reshaped:
+            # TensorRT may now hold other numbers where a recorded run reads its sizes.
+            context.graphs.clear()
+        stream = self.memory.stream
+        ready = self._record and not reshaped and self._tensorrt.may_record(context.inner, stream)
+        launched = context.graphs.enqueue(key, partial(self._enqueue, context), ready)
+        self.launches += launched
+        self.refusal = context.graphs.refusal or self.refusal
 
     def _profile_of(self, inputs: Mapping[str, Buffer]) -> int:
         key = tuple(buffer.shape for buffer in inputs.values())
@@ -364,7 +369,8 @@ class TensorRtEngine(Engine):
             inner, cache = self._tensorrt.context(self._engine, self._cache_name)
             if profile and not inner.set_optimization_profile_async(profile, self.memory.stream):
                 raise self._failure(f"cannot take its profile {profile}")
-            self._contexts[profile] = _Context(inner, cache)
+            graphs = CudaGraphs(self.memory.cuda, self.memory.stream)
+            self._contexts[profile] = _Context(inner, cache, graphs)
         context = self._contexts[profile]
         if context.scratch != self._scratch.pointer:
             context.inner.set_device_memory(self._scratch.pointer, self._scratch.size)

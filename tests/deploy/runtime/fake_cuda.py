@@ -297,6 +297,8 @@ class FakeCuda:
             raise Fault("a graph is launched that was destroyed")
         if self.recording:
             raise Fault("a graph is launched while another is recorded")
+        for work in self.graphs[graphExec]:
+            getattr(work, "launched", lambda: None)()
         self.stream(stream).waiting.extend(self.graphs[graphExec])
         self.launches += 1
         return (OK,)

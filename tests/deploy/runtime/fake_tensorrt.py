@@ -286,6 +286,7 @@ class IExecutionContext(Fake):
         self._addresses: dict[str, int] = {}
         self._scratch = (0, 0)
         self._unsettled = True  # shapes are new: TensorRT allocates at the next run
+        self._reshaped = 0  # how often they were
         self._asked = 0
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
@@ -314,6 +315,7 @@ class IExecutionContext(Fake):
             return False
         if self._shapes.get(name) != shape:
             self._unsettled = True
+            self._reshaped += 1
         self._shapes[name] = shape
         return True
 
@@ -347,6 +349,7 @@ class IExecutionContext(Fake):
         self._unsettled = False
         run = _Run(self._world, about, dict(self._shapes), dict(self._addresses), self._scratch)
         run.check()
+        run.context, run.reshaped = self, self._reshaped
         cuda.enqueue(stream_handle, run)
         return True
 
@@ -364,6 +367,8 @@ class _Run:
     ) -> None:
         self.world, self.about, self.scratch = world, about, scratch
         self.addresses = addresses
+        self.context: IExecutionContext | None = None
+        self.reshaped = 0
         self.shapes = shapes | _output_shapes(about, shapes)
         self.host = {name: self._view(name).copy() for name in about["host"]}
 
@@ -390,6 +395,11 @@ class _Run:
                     raise Fault(f"{name} is written over {other}")
             if name in aliases and self.addresses[name] != self.addresses[aliases[name]]:
                 raise Fault(f"{name} does not lie where {aliases[name]} lies")
+
+    def launched(self) -> None:
+        """From a recording: what TensorRT holds for it must be that of its shapes."""
+        if self.context is None or self.context._reshaped != self.reshaped:
+            raise Fault("a recording is launched after its context was given other shapes")
 
     def __call__(self) -> None:
         self.check()

@@ -95,24 +95,27 @@ def test_repeated_runs_are_launched_from_a_recording(bench: Bench) -> None:
         engine.run(given, {"total": total})
         expected = 0.5 * sum(range(1, index + 2)) + 2
         np.testing.assert_allclose(total.read(), expected)
-        assert engine.graphs.launches == index
+        assert engine.launches == index
     runs = [call for call in bench.module.used if call[1] == "execute_async_v3"]
     assert len(runs) == 2  # ordinary, and while it was recorded
     other = bench.memory.allocate((1, 2, 3), np.float32)
     engine.run({**given, "write_index": np.array([0])}, {"total": other})
     np.testing.assert_array_equal(other.read()[0, 0], total.read()[0, 0] + 0.5 * 4)
-    assert engine.graphs.launches == SLOTS - 1 and engine.graphs.refusal == ""
+    assert engine.launches == SLOTS - 1 and engine.refusal == ""
 
 
 def test_shapes_that_are_new_are_not_recorded(bench: Bench) -> None:
-    """TensorRT must have run once after a shape changed: the fake refuses anything else."""
+    """TensorRT must have run once after a shape changed, and a recording is not launched any more
+    once its context had others: the fake refuses anything else."""
     bench.module.recordable_after = 0
     engine = bench.engine()
     caches = {batch: bench.memory.allocate((batch, 2, SLOTS, 3), np.float32) for batch in (1, 2)}
     totals = {batch: bench.memory.allocate((batch, 2, 3), np.float32) for batch in (1, 2)}
-    for batch in (1, 2, 1, 2, 1, 1, 2, 2):
+    launches = []
+    for batch in (1, 2, 1, 2, 1, 1, 2, 2, 2, 1, 1, 1):
         engine.run({**inputs(batch), "past": caches[batch]}, {"total": totals[batch]})
-    assert engine.graphs.launches == 2
+        launches.append(engine.launches)
+    assert launches == [0, 0, 0, 0, 0, 1, 1, 2, 3, 3, 4, 5]
 
 
 def test_rtx_is_asked_whether_it_can_be_recorded(tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_rtx_is_asked_whether_it_can_be_recorded(tmp_path: Path) -> None:
     total = bench.memory.allocate((1, 2, 3), np.float32)
     for _ in range(6):
         engine.run(given, {"total": total})
-    assert engine.graphs.launches == 2
+    assert engine.launches == 2
 
 
 def test_what_cannot_be_recorded_runs_all_the_same(
@@ -145,13 +148,13 @@ def test_what_cannot_be_recorded_runs_all_the_same(
         total.write(np.zeros((1, 2, 3), np.float32))
         engine.run(given, {"total": total})
         np.testing.assert_array_equal(total.read(), expected)
-    assert engine.graphs.launches == 0 and "StreamCaptureUnsupported" in engine.graphs.refusal
+    assert engine.launches == 0 and "StreamCaptureUnsupported" in engine.refusal
 
 
 def test_recordings_are_few_and_given_back(bench: Bench) -> None:
     bench.module.recordable_after = 0
     engine = bench.engine()
-    engine.graphs._most = 2
+    engine._context(0).graphs._most = 2
     places = [bench.memory.allocate((1, 2, 3), np.float32) for _ in range(4)]
     given = on_device(bench, inputs())
     for place in places:
@@ -205,7 +208,7 @@ def test_inputs_that_shapes_depend_on_stay_on_the_host(bench: Bench, name: str) 
         factor = value if name == "scale" else 0.5
         expected = factor * given["new"][:, :, 0] + 2
         np.testing.assert_allclose(total.read(), expected, rtol=1e-6)
-    assert engine.graphs.launches >= 2
+    assert engine.launches >= 2
 
 
 def test_the_narrowest_profile_that_fits_is_taken(bench: Bench) -> None:
@@ -243,7 +246,7 @@ def test_engines_share_one_block_to_compute_in(bench: Bench) -> None:
     for _ in range(3):
         for engine in (first, second, smaller):
             engine.run(given, {"total": total})
-    assert [engine.graphs.launches for engine in (first, second, smaller)] == [4, 2, 2]
+    assert [engine.launches for engine in (first, second, smaller)] == [4, 2, 2]
 
 
 def test_engines_that_do_not_stay_take_turns(bench: Bench) -> None:
