@@ -129,12 +129,3 @@ def _summary(folder: Path, name: str, identity: str) -> TargetSummary:
 def _proof(manifest: TargetManifest, graph: str) -> str:
     receipt = manifest.receipt(graph)
     return "none" if receipt is None else "proved" if receipt.passed else "failed"
-
-
-def weight_bytes(graph_file: Path) -> int:
-    """Bytes of the weights beside an ONNX file: what differs from it in the suffix alone."""
-    return sum(
-        path.stat().st_size
-        for path in graph_file.parent.glob(f"{graph_file.stem}.*")
-        if path != graph_file and path.is_file()
-    )

@@ -24,8 +24,9 @@ from mmi_deploy.errors import ConfigError, EngineError
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
 """Python modules of the runtimes."""
 
-LEAST_VERSION = {TENSORRT: (10, 15, 1), TENSORRT_RTX: (1, 3)}
-"""Attention, rotary embedding and the KV cache in place are known from here on."""
+LEAST_VERSION = {TENSORRT: (10, 15, 1), TENSORRT_RTX: (1, 7)}
+"""Attention, rotary embedding and the KV cache in place are known from here on (TensorRT-RTX: the
+first that was tried)."""
 
 DROPPED = "Unused Input"
 """What TensorRT's parser logs when it leaves out an input that it does not know how to use: the

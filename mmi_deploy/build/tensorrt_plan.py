@@ -163,6 +163,17 @@ def weights_of(request: Request, name: str) -> int:
     return total
 
 
+def weight_bytes(graph_file: Path) -> int:
+    """Bytes of the weights of an ONNX file, wherever they lie."""
+    model = onnx.load(graph_file, load_external_data=False)
+    total = 0
+    for tensor in model.graph.initializer:
+        packed = tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        total += prod(tensor.dims) * (4 if packed else 8 * dtype.itemsize) // 8
+    return total
+
+
 def check_room(parts: Sequence[Part], bundle: Bundle, cache: EngineCache) -> None:
     """Raise `EngineError` where memory or disk are too small for what is to be built."""
     if not parts:

@@ -25,11 +25,10 @@ from mmi_deploy.build.report import (
     GraphReport,
     TargetReport,
     read_report,
-    weight_bytes,
 )
 from mmi_deploy.build.target import Target
 from mmi_deploy.build.tensorrt import Job
-from mmi_deploy.build.tensorrt_plan import Part, Request, graph_of, parts_of
+from mmi_deploy.build.tensorrt_plan import Part, Request, graph_of, parts_of, weight_bytes
 from mmi_deploy.build.tensorrt_process import Measured, build_in_process
 from mmi_deploy.build.tensorrt_rewrites import rewritten
 from mmi_deploy.bundle import TARGET_MANIFEST, Bundle, write_target
@@ -150,7 +149,7 @@ class _Workshop:
             self._say(f"proving {part.graph} in {part.target.precision}")
             proof = request.evidence.prove(part.graph, request.recipe, part.target.runtime, path)
         model = onnx.load(path, load_external_data=False)
-        onnx.save(rewritten(request.plugin.copy(model)), path)
+        onnx.save(rewritten(request.plugin.copy(model), path), path)
         return typed, path, proof
 
 

@@ -181,7 +181,7 @@ def test_the_report_gives_layers_plugin_sizes_time_and_memory(
     assert report.remark == STAND_IN and report.version == "1.7.1"
     llm = report.graphs[0]
     assert (llm.graph, llm.layers, llm.plugin_layers) == ("llm", {"CAST": 4, "PLUGIN_V3": 3}, 3)
-    assert (llm.engine_bytes, llm.weights_bytes) == (8, 2 * ELEMENTS)
+    assert (llm.engine_bytes, llm.weights_bytes) == (8, 4 * ELEMENTS)
     assert (llm.seconds, llm.peak_bytes, llm.peak_private_bytes) == (1.5, 300, 100)
     assert set(llm.profiles) == {"prefill", "decode"} and llm.profiles["decode"]["t"] == [1, 1, 1]
     assert llm.warnings == ("be careful",) and not llm.cached

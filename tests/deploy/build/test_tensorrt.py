@@ -151,7 +151,7 @@ def test_progress_that_says_stop_ends_the_build(job: Job) -> None:
         (TENSORRT, "10.3.0", True),
         (TENSORRT, "11.0.0.114", False),
         (TENSORRT_RTX, "1.7.1.116", False),
-        (TENSORRT_RTX, "1.0", True),
+        (TENSORRT_RTX, "1.6.2", True),
     ],
 )
 def test_versions(runtime: str, version: str, old: bool) -> None:
