@@ -350,9 +350,10 @@ def _bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         out.print(f"[yellow]{escape(remark)}[/yellow]")
     out.print(_graph_table(bundle))
     if targets:
+        from mmi_deploy.commands.inspect_cost import print_table
         from mmi_deploy.commands.inspect_targets import target_table
 
-        out.print(target_table(targets))
+        print_table(out, target_table(targets))
         out.print("--target NAME says more of one")
     for receipt in bundle.manifest.receipts:
         proof = escape(receipt.compared_with)

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from mmi_deploy.commands.inspect_cost import print_table
 from mmi_deploy.commands.screen import print_json, results, staged
 
 SHOWN = 25
@@ -37,6 +38,6 @@ def show_sensitivity(folder: Path, graph: str, precision: str, as_json: bool) ->
         stored = f"{one.dtype}, block {one.block}" if one.block else one.dtype
         table.add_row(one.name, f"{one.rows} × {one.columns}", stored, f"{one.error:.1e}")
     out = results()
-    out.print(table)
+    print_table(out, table)
     more = f"{len(layers) - SHOWN} more weights are in --json. " if len(layers) > SHOWN else ""
     out.print(f"{more}Error: root mean square of the difference over that of the results")

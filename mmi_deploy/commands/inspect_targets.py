@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from mmi_deploy.commands.inspect_cost import print_table
 from mmi_deploy.commands.screen import print_json, results, size
 from mmi_deploy.errors import ConfigError
 
@@ -66,7 +67,7 @@ def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
         print_json(summary.model_dump(mode="json"))
         return
     out = results()
-    out.print(target_table([summary]))
+    print_table(out, target_table([summary]))
     if summary.report is None:
         out.print("There is no report beside it that says more")
         return
@@ -84,7 +85,7 @@ def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
             "" if graph.error is None else f"{graph.error:.1e}",
             summary.receipts.get(graph.graph, "none"),
         )
-    out.print(table)
+    print_table(out, table)
     for graph in summary.report.graphs:
         out.print(f"[bold]{graph.graph}[/bold]: {_layers(graph)}")
 
