@@ -30,6 +30,17 @@ from mmi_train.weights import CONFIG, TOKENIZER, WEIGHTS
 Weights = Literal["given", "empty", "random"]
 """What the weights of a bundle are: a model's, or those of a stand-in."""
 
+_TABLES = (
+    "embed_tokens",
+    "boi_embedding",
+    "position_embedding",
+    "level_embed",
+    "image_index",
+    "queries",
+    "null_condition",
+)
+"""Weights that are looked up or taken as they are, and multiply nothing."""
+
 _TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -100,7 +111,7 @@ def _drawn(shapes: Mapping[str, Tensor], seed: int = 0) -> dict[str, StoredTenso
             return 1 + 0.2 * value
         if len(shape) < 2:
             return 0.2 * value
-        if "embed" in name or "image_index" in name or name.endswith("queries"):
+        if any(part in name for part in _TABLES):
             return value
         return value * shape[1:].numel() ** -0.5
 
