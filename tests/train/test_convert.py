@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer as Inner
+from tokenizers.models import BPE
 from torch import Tensor
 
 from mmi_deploy.cli import run
 from mmi_deploy.config import read_config, to_json
 from mmi_deploy.tokenizer import Tokenizer
+from mmi_train.golden import full
+from mmi_train.golden.units import read_unit
 from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.stored import writer
 from mmi_train.weights import CONFIG, TOKENIZER, WEIGHTS, load_model
 from train import published_checkpoint as published
 
@@ -82,6 +87,27 @@ def test_a_sharded_checkpoint_becomes_the_same_model(convert, checkpoint, model)
     assert loaded.keys() == own.keys()
     assert all(torch.equal(loaded[name], own[name]) for name in own)
     assert read_config(out / CONFIG) == published.config()
+
+
+def test_weights_of_the_published_code_become_what_the_golden_checker_runs(
+    convert, checkpoint, golden_file
+):
+    """Names and shapes here are the published code's own; with these weights our model gives the
+    published outputs (`test_golden_whole`)."""
+
+    unit = read_unit(golden_file("full_forward.safetensors").with_suffix(""))
+    wanted = full.load(unit).model
+    config = wanted.config
+    published.write_shards(checkpoint, dict(unit.state), 3)
+    (checkpoint.parent / CONFIG).write_text(to_json(config))
+    ids = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{k}": k for k in range(3, config.tokens.boi)}
+    Inner(BPE(vocab=ids, merges=[])).save(str(checkpoint / "tokenizer.json"))
+    code, said = convert(checkpoint)
+    assert code == 0, said
+    own = wanted.state_dict()
+    found = stored(checkpoint.parent / "out")
+    assert found.keys() == own.keys()
+    assert all(torch.equal(value, own[name]) for name, value in found.items())
 
 
 def test_one_file_and_no_index(convert, checkpoint, state, model):
@@ -277,8 +303,6 @@ def test_an_index_cannot_reach_outside_of_its_folder(convert, checkpoint):
 
 
 def test_another_tokenizer_is_refused(convert, checkpoint):
-    from tokenizers import Tokenizer as Inner
-    from tokenizers.models import BPE
 
     Inner(BPE(vocab={"<s>": 0, "</s>": 1}, merges=[])).save(str(checkpoint / "tokenizer.json"))
     refused(convert, checkpoint, "is not the one of this model", "got bos 0, eos 1, pad None")
@@ -292,7 +316,6 @@ def test_another_tokenizer_is_refused(convert, checkpoint):
 
 
 def test_a_full_disk_is_told_before_anything_is_written(convert, checkpoint, monkeypatch):
-    from mmi_train.stored import writer
 
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: _Free)
     refused(convert, checkpoint, "the disk is too full for model.safetensors; expected 19 MB")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,16 @@ from transformers import LlamaForCausalLM
 
 from mmi_deploy.cli import run
 from mmi_deploy.config import ModelConfig, read_config
+from mmi_deploy.presets import preset as preset_called
+from mmi_deploy.presets import released_13b
 from mmi_deploy.tokenizer import Tokenizer
+from mmi_train import stored
+from mmi_train.init_fresh import fresh_tensors
+from mmi_train.init_gguf import read_gguf
 from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.published import rename
+from mmi_train.sentencepiece_model import read_pieces
+from mmi_train.tokenizer_files import read_tokenizer
 from mmi_train.weights import CONFIG, TOKENIZER, load_model
 from train import small_parts as parts
 
@@ -121,8 +131,6 @@ def test_f32_gguf_and_folder_are_the_same_model(init, tmp_path):
 
 
 def test_rows_are_dequantised_in_pieces_as_in_one(tmp_path, monkeypatch):
-    from mmi_train import stored
-    from mmi_train.init_gguf import read_gguf
 
     model = read_gguf(parts.write_gguf(tmp_path / "x.gguf", parts.llama(), Q8))
     monkeypatch.setattr(stored, "PIECE_BYTES", 5000)
@@ -133,8 +141,6 @@ def test_rows_are_dequantised_in_pieces_as_in_one(tmp_path, monkeypatch):
 
 
 def test_a_gguf_file_may_hold_sentencepiece(init, tmp_path, repository):
-    from mmi_train.sentencepiece_model import read_pieces
-    from mmi_train.tokenizer_files import read_tokenizer
 
     source = repository / "tests/references/sentencepiece.model"
     pieces, _ = read_pieces(source)
@@ -245,8 +251,6 @@ def test_an_autoencoder_under_its_old_names(init, tmp_path, llama_folder):
 
 @pytest.mark.parametrize("preset", ["released_13b", "paper_13b", "tiny"])
 def test_the_preset_gives_the_form_and_the_parts_the_sizes(init, tmp_path, llama_folder, preset):
-    from mmi_deploy.presets import preset as preset_called
-
     model = built(init, llama_folder, tmp_path / "out", "--preset", preset, "--context", 80)
     config, form = model.config, preset_called(preset)
     assert config.vision_resampler.form == form.vision_resampler.form
@@ -280,8 +284,6 @@ def test_the_written_type(init, tmp_path, llama_folder):
 
 def golden_config(published: ModelConfig) -> ModelConfig:
     """The sizes of the model that the published code was started with for the statistics."""
-    from dataclasses import replace
-
     decoder = published.image_decoder
     vision = replace(published.vision, width=64, layers=24, heads=4, mlp_width=96, adapter_heads=4)
     reads = replace(
@@ -313,11 +315,6 @@ def golden_config(published: ModelConfig) -> ModelConfig:
 def test_new_weights_start_as_published(repository):
     """Mean, deviation and greatest magnitude of 618 tensors of the published model before its
     training. (The null condition is the text encoder's, and not among them.)"""
-    import json
-
-    from mmi_deploy.presets import released_13b
-    from mmi_train.init_fresh import fresh_tensors
-    from mmi_train.published import rename
 
     config = golden_config(released_13b())
     with torch.device("meta"):

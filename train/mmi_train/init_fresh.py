@@ -27,20 +27,26 @@ Build = Callable[[], nn.Module]
 
 
 class FreshPart:
-    """The weights of a module that is built when the first of them is asked for, and let go as
+    """Some weights of a module that is built when the first of them is asked for, and let go as
     they are taken."""
 
     def __init__(self, build: Build, seed: int) -> None:
         self._build, self._seed = build, seed
+        self._wanted: set[str] = set()
         self._state: dict[str, Tensor] | None = None
 
-    def take(self, name: str) -> Tensor:
-        """The tensor `name`, once."""
+    def promise(self, name: str, shape: torch.Size) -> StoredTensor:
+        """The tensor `name`, which can be read once."""
+        self._wanted.add(name)
+        return Computed(shape, torch.float32, lambda: self._take(name))
+
+    def _take(self, name: str) -> Tensor:
         if self._state is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed)
                 module = self._build()
-            self._state = dict(module.state_dict())
+            state = module.state_dict()
+            self._state = {name: state[name] for name in self._wanted}
         return self._state.pop(name)
 
 
@@ -57,13 +63,9 @@ def fresh_tensors(
     for prefix, part in parts.items():
         for name, shape in shapes.items():
             if name.startswith(prefix) and name not in found:
-                found[name] = _taken_from(part, name.removeprefix(prefix), shape)
+                found[name] = part.promise(name.removeprefix(prefix), shape)
     assert found.keys() == shapes.keys(), shapes.keys() - found.keys()
     return found
-
-
-def _taken_from(part: FreshPart, name: str, shape: torch.Size) -> StoredTensor:
-    return Computed(shape, torch.float32, lambda: part.take(name))
 
 
 def _builds(config: ModelConfig, taken: set[str]) -> dict[str, Build]:
