@@ -2,7 +2,8 @@
 
 Rates are dense: where the vendor gives the figure with structured sparsity only, it is halved.
 GeForce cards run fp16 at half rate when they accumulate in fp32, as TensorRT does by default: that
-rate is given. A gigabyte is 10^9 bytes, which is no more than any card with that name has.
+rate is given. Products in fp32 are taken in TF32, TensorRT's default. A gigabyte is 10^9 bytes,
+which is no more than any card with that name has.
 """
 
 from __future__ import annotations
@@ -48,17 +49,13 @@ class Card:
         return self.memory - self.reserve
 
     def peak(self, compute: str) -> float:
-        """FLOP/s of matrix products in `compute`, in the widest of its types that is no narrower
-        where it has no such units."""
-        for kind in (compute, "float16", "tf32"):
-            if kind in self.matrix:
-                return self.matrix[kind]
-        return self.vector
+        """FLOP/s of matrix products in `compute`; in fp16 where it has no units for that type."""
+        return self.matrix.get(compute, self.matrix["float16"])
 
 
 def _rates(fp16: float, *, tf32: float, fp8: float | None, int8: float) -> dict[str, float]:
     """Dense peak rates in tera-operations per second; bf16 runs as fp16 does on all of them."""
-    rates = {"float32": tf32, "tf32": tf32, "float16": fp16, "bfloat16": fp16, "int8": int8}
+    rates = {"float32": tf32, "float16": fp16, "bfloat16": fp16, "int8": int8}
     if fp8 is not None:
         rates["float8_e4m3fn"] = fp8
     return {kind: rate * TERA for kind, rate in rates.items()}

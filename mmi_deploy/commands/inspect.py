@@ -1,29 +1,21 @@
-"""`mmi inspect`: what a preset, a model folder or a bundle is made of."""
+"""`mmi inspect`: what a preset, a model folder or a bundle is made of, and what it costs."""
 
 from __future__ import annotations
 
-import json
-import struct
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from mmi_deploy.commands.inspect_memory import show_fit, show_memory
+from mmi_deploy.commands.inspect_parts import show_bundle, show_model, show_presets
 from mmi_deploy.commands.needs import extras
-from mmi_deploy.commands.screen import print_json, results, size
-from mmi_deploy.errors import ConfigError, WeightsError
+from mmi_deploy.commands.screen import results
+from mmi_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmi_deploy.build.memory import Model
-    from mmi_deploy.bundle import Bundle
-    from mmi_deploy.graphs import Graph
     from mmi_deploy.manifest import BundleManifest
 
 
@@ -197,11 +189,13 @@ def inspect(
     if preset:
         results().print(to_json(preset_called(preset)), markup=False, end="")
     elif folder is None:
-        _presets(as_json, {name: (make.__doc__ or "").strip() for name, make in PRESETS.items()})
+        show_presets(
+            as_json, {name: (make.__doc__ or "").strip() for name, make in PRESETS.items()}
+        )
     elif (folder / "bundle.json").exists():
-        _bundle(folder, tensors, as_json)
+        show_bundle(folder, tensors, as_json)
     elif (folder / "config.json").exists():
-        _model(folder, as_json)
+        show_model(folder, as_json)
     else:
         raise ConfigError(
             f"{folder} is neither a bundle nor a model folder",
@@ -279,126 +273,3 @@ def _memory_model(
     limits = with_limits(manifest.limits, context, batch, min(images, manifest.limits.images))
     runtime = CPU if on_cpu else TENSORRT
     return Model(manifest.config, files, manifest.limits.context, limits, runtime)
-
-
-def _presets(as_json: bool, presets: dict[str, str]) -> None:
-    first_lines = {name: text.partition("\n")[0] for name, text in presets.items()}
-    if as_json:
-        print_json(first_lines)
-        return
-    table = _table("preset", "what it is")
-    for name, text in first_lines.items():
-        table.add_row(name, text)
-    results().print(table)
-
-
-def parameter_counts(path: Path) -> dict[str, int]:
-    """Parameters of each part of a model, from the header of its safetensors file alone."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError
-            header: dict[str, Any] = json.loads(file.read(length))
-        counts: Counter[str] = Counter()
-        for name, entry in header.items():
-            if name != "__metadata__":
-                counts[name.partition(".")[0]] += prod(entry["shape"])
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, struct.error):
-        raise WeightsError(f"{path} is no safetensors file", fix="copy it again") from None
-    return dict(counts)
-
-
-def _model(folder: Path, as_json: bool) -> None:
-    from mmi_deploy.config import read_config
-
-    config = read_config(folder / "config.json")
-    path = folder / "model.safetensors"
-    counts = parameter_counts(path)
-    total, file_size = sum(counts.values()), path.stat().st_size
-    if as_json:
-        print_json({"model": config.name, "parameters": counts, "bytes": file_size})
-        return
-    table = _table("part", ">parameters", ">share", title=escape(f"{folder}: {config.name}"))
-    for part, count in sorted(counts.items(), key=lambda item: -item[1]):
-        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
-    table.add_section()
-    table.add_row("all", f"{total:,}", size(file_size))
-    results().print(table)
-
-
-def _bundle(folder: Path, tensors: bool, as_json: bool) -> None:
-    from mmi_deploy.bundle import Bundle
-
-    bundle = Bundle.open(folder, unproved=True)
-    from mmi_deploy.build.report import describe_targets
-
-    targets = describe_targets(bundle)
-    if as_json:
-        told = [target.model_dump(mode="json") for target in targets]
-        print_json({**bundle.manifest.model_dump(mode="json"), "targets": told})
-        return
-    out, limits = results(), bundle.limits
-    out.print(
-        f"[bold]{escape(str(folder))}[/bold]: {bundle.config.name}, context {limits.context}, "
-        f"batch {limits.batch}, {limits.images} images; samplers {', '.join(bundle.schedules)}; "
-        f"engines for {', '.join(bundle.targets) or 'no target beyond the portable graphs'}"
-    )
-    for remark in bundle.remarks:
-        out.print(f"[yellow]{escape(remark)}[/yellow]")
-    out.print(_graph_table(bundle))
-    if targets:
-        from mmi_deploy.commands.inspect_cost import print_table
-        from mmi_deploy.commands.inspect_targets import target_table
-
-        print_table(out, target_table(targets))
-        out.print("--target NAME says more of one")
-    for receipt in bundle.manifest.receipts:
-        proof = escape(receipt.compared_with)
-        out.print(f"[bold]{receipt.graph}[/bold] was compared with: {proof}")
-    out.print(
-        f"Files were checked by size and time, and hashed if these are new; `mmi verify "
-        f"{escape(str(folder))}` hashes every byte"
-    )
-    if tensors:
-        for graph in bundle.graphs.values():
-            out.print(_tensor_table(graph))
-
-
-def _graph_table(bundle: Bundle) -> Table:
-    table = _table("graph", ">in", ">out", ">size", ">cases", ">worst error", ">allowed")
-    for name, graph in bundle.graphs.items():
-        own = bundle.manifest.graph_files(name).values()
-        receipt = bundle.manifest.receipt(name)
-        proof = ("none", "[red]no receipt[/red]", "")
-        if receipt:
-            worst = max(receipt.cases, key=lambda case: case.error / case.tolerance)
-            proof = (str(len(receipt.cases)), f"{worst.error:.1e}", f"{worst.tolerance:.0e}")
-        counts = (str(len(graph.inputs)), str(len(graph.outputs)))
-        table.add_row(name, *counts, size(sum(entry.size for entry in own)), *proof)
-    return table
-
-
-def _tensor_table(graph: Graph) -> Table:
-    ranges = ", ".join(
-        f"{letter} {r.least}-{r.greatest}" for letter, r in sorted(graph.ranges.items())
-    )
-    table = _table("", "tensor", "type", "shape", title=f"{graph.name} ({ranges})")
-    for side, listed in (("in", graph.inputs), ("out", graph.outputs)):
-        for tensor in listed:
-            shared = graph.in_place.get(tensor.name)
-            place = f" in place of {shared}" if shared else ""
-            shape = " × ".join(map(str, tensor.shape)) or "scalar"
-            table.add_row(side, f"{tensor.name}{place}", tensor.dtype, shape)
-    return table
-
-
-def _table(*columns: str, title: str | None = None) -> Table:
-    """`>` before a heading aligns its column to the right."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for column in columns:
-        right = column.startswith(">")
-        table.add_column(column.removeprefix(">"), justify="right" if right else "left")
-    return table
