@@ -33,7 +33,8 @@ DROPPED = "Unused Input"
 engine would compute something else, and say nothing."""
 
 FLAGS: tuple[str, ...] = ()
-"""Names of builder flags. None: TF32 changes numbers, refitting doubles an engine."""
+"""Names of builder flags beyond the defaults, of which TF32 is cleared: it changes numbers. REFIT
+and STRIP_PLAN need a GPU while they build; WEIGHT_STREAMING makes no difference to a build."""
 
 _FIRST_ERRORS = 3
 _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from exports import SHIPPED, Exported
+from mmi_deploy.bundle import Bundle
 from mmi_deploy.cli import run
 
 pytestmark = [
@@ -26,20 +29,25 @@ MMFS = {"llm": 3, "denoise_step": 3, "denoise_shallow": 1}
 
 
 @pytest.fixture(scope="module")
-def shipped(exported_once: Callable[[str], Exported]) -> Exported:
-    return exported_once(SHIPPED)
+def bundle(
+    exported_once: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """A copy: what is built into it is no other test's."""
+    folder = tmp_path_factory.mktemp("built") / "bundle"
+    shutil.copytree(exported_once(SHIPPED).bundle.folder, folder, copy_function=os.link)
+    return Bundle.open(folder)
 
 
 @pytest.fixture
 def build(
-    shipped: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> Callable[..., dict[str, Any]]:
     """Runs `mmi build BUNDLE --json ...` with a cache of its own and gives the only target."""
     monkeypatch.setenv("MMI_CACHE", str(tmp_path / "cache"))
 
     def call(*arguments: str) -> dict[str, Any]:
         options = ["--target", "tensorrt-rtx", "--arch", "sm89", "--unproved", "--json"]
-        code = run(["build", str(shipped.bundle.folder), *options, *arguments])
+        code = run(["build", str(bundle.folder), *options, *arguments])
         said = capsys.readouterr()
         assert code == 0, said.err
         (target,) = json.loads(said.out)["targets"]
@@ -49,10 +57,10 @@ def build(
 
 
 def test_every_graph_is_built_in_half_precision_with_our_plugin_inside(
-    shipped: Exported, build: Callable[..., dict[str, Any]]
+    bundle: Bundle, build: Callable[..., dict[str, Any]]
 ) -> None:
     """All but the vision encoder, which takes as long as the others together."""
-    names = [name for name in shipped.bundle.graphs if name != "vision_encoder"]
+    names = [name for name in bundle.graphs if name != "vision_encoder"]
     target = build("--precision", "fp16", *(word for name in names for word in ("--graph", name)))
     reports = {graph["graph"]: graph for graph in target["graphs"]}
     assert list(reports) == names
@@ -60,25 +68,25 @@ def test_every_graph_is_built_in_half_precision_with_our_plugin_inside(
         name: MMFS.get(name, 0) for name in names
     }
     for name, report in reports.items():
-        activations = {t.name for t in shipped.bundle.graphs[name].inputs if t.activation}
+        activations = {t.name for t in bundle.graphs[name].inputs if t.activation}
         assert {report["bindings"][one] for one in activations} <= {"half"}, name
         assert report["peak_bytes"] > 0 and report["seconds"] > 0
     layers = reports["llm"]["layers"]
-    assert layers["KV_CACHE_UPDATE"] == 2 * shipped.bundle.config.llama.layers
+    assert layers["KV_CACHE_UPDATE"] == 2 * bundle.config.llama.layers
     assert set(reports["llm"]["profiles"]) == {"prefill", "decode"}
     assert "stand-in" in target["remark"] or "gpu-check" in target["remark"]
 
 
 def test_prefill_and_decode_share_one_copy_of_the_weights(
-    shipped: Exported, build: Callable[..., dict[str, Any]]
+    bundle: Bundle, build: Callable[..., dict[str, Any]]
 ) -> None:
     """Bytes from the middle of each of the largest weights occur once in the engine."""
     from safetensors.numpy import load_file
 
     target = build("--precision", "fp32", "--graph", "llm")
-    engine = shipped.bundle.target_folder(target["target"]) / "llm.engine"
+    engine = bundle.target_folder(target["target"]) / "llm.engine"
     data = engine.read_bytes()
-    weights = load_file(shipped.bundle.graph_file("llm").with_suffix(".safetensors"))
+    weights = load_file(bundle.graph_file("llm").with_suffix(".safetensors"))
     largest = sorted(weights.values(), key=lambda weight: -weight.nbytes)[:6]
     middles = [weight.tobytes()[4096 : 4096 + 64] for weight in largest]
     assert [data.count(middle) for middle in middles] == [1] * 6
