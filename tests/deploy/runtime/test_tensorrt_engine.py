@@ -185,6 +185,21 @@ def test_addresses_that_tensorrt_does_not_take_are_gone_round(
     assert not store.read()[[0, 2]].any() and not caches.read()[[0, 2]].any()
 
 
+def test_an_input_that_is_the_same_again_is_copied_where_its_place_has_changed(
+    bench: Bench, on_cpu: OnnxRuntimeEngine
+) -> None:
+    """Its place held another buffer meanwhile, or is the cache, which the run wrote into."""
+    engine, given = bench.engine(), inputs()
+    pair, others = given["pair"], bench.memory.hold(np.full((3, 1), 7, np.float32))
+    for there in (pair, others.rows(1, 3), pair, pair):
+        past = np.zeros((1, 2, SLOTS, 3), np.float32)
+        here = pair if there is pair else np.full((2, 1), 7, np.float32)
+        expected = on_cpu.run({**given, "pair": here, "past": past.copy()})["total"].read()
+        given["write_index"] = (given["write_index"] + 1) % SLOTS
+        total = engine.run({**given, "pair": there, "past": past})["total"].read()
+        np.testing.assert_array_equal(total, expected)
+
+
 def test_buffers_on_the_host_are_brought_over(bench: Bench, on_cpu: OnnxRuntimeEngine) -> None:
     given = inputs()
     expected = on_cpu.run(given)["total"].read()
