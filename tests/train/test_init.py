@@ -352,6 +352,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"head_dim": 32}, "head_dim"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_scaling"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
 ]
 
@@ -361,6 +362,26 @@ def test_what_our_blocks_do_not_have_is_refused_by_name(init, tmp_path, changes,
     folder = parts.write_llama(tmp_path / "llama", parts.llama())
     parts.edit_json(folder / "config.json", **changes)
     refused(init, folder, f"our blocks do not have {named}", "build on a plain LLaMA")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": "large"}, "hidden_size is wrong"),
+        ({"num_attention_heads": 3, "head_dim": None}, "do not divide a width of 256"),
+        ({"num_key_value_heads": 3}, "do not divide a width of 256"),
+        ({"rms_norm_eps": "small"}, "cannot be built on"),
+        ({"rope_scaling": "no"}, "cannot be built on"),
+        (
+            {"intermediate_size": 500},
+            "model.layers.{0-2}.mlp.gate_proj.weight has shape [512, 256]",
+        ),
+    ],
+)
+def test_configs_that_contradict_themselves(init, tmp_path, changes, named):
+    folder = parts.write_llama(tmp_path / "llama", parts.llama())
+    parts.edit_json(folder / "config.json", **changes)
+    refused(init, folder, named)
 
 
 def test_a_window_is_refused_only_if_documents_are_longer(init, tmp_path):
@@ -460,6 +481,14 @@ def test_a_tokenizer_of_another_model_is_refused(init, tmp_path):
     refused(init, folder, "the tokenizer does not belong to", f"got {parts.KNOWN}")
 
 
+def test_a_padding_id_that_is_no_token_is_replaced(init, tmp_path):
+    """Some name an id behind their vocabulary: there our own marks will be."""
+    folder = parts.write_llama(tmp_path / "llama", parts.llama())
+    parts.edit_json(folder / "config.json", pad_token_id=parts.KNOWN)
+    model = built(init, folder, tmp_path / "out")
+    assert model.config.tokens.pad == parts.KNOWN + 2
+
+
 def test_a_language_model_that_knows_pictures_is_refused(init, tmp_path):
     folder = parts.write_llama(tmp_path / "llama", parts.llama())
     tokenizer = parts.byte_tokenizer()
@@ -476,6 +505,12 @@ def test_a_language_model_that_knows_pictures_is_refused(init, tmp_path):
         ("unet", {"transformer_layers_per_block": [1, 2, 2]}, "transformer_layers_per_block"),
         ("unet", {"in_channels": 9}, "out_channels; expected 9; got 4"),
         ("unet", {"new_switch": True}, "new_switch"),
+        ("unet", {"attention_head_dim": 7}, "block width 32 is no multiple of 7"),
+        ("unet", {"block_out_channels": "many"}, "block_out_channels is wrong"),
+        ("unet", {"sample_size": None}, "sample_size is wrong"),
+        ("vae", {"block_out_channels": [32, 32, 32]}, "down_block_types"),
+        ("vae", {"scaling_factor": "x"}, "scaling_factor"),
+        ("scheduler", {"beta_start": 3}, "beta_start"),
         ("vae", {"use_quant_conv": False}, "use_quant_conv"),
         ("vae", {"act_fn": "gelu"}, "act_fn"),
         ("vae", {"shift_factor": 0.1}, "shift_factor"),
@@ -485,7 +520,8 @@ def test_diffusion_fields_of_other_models_are_refused_by_name(
     init, tmp_path, llama_folder, part, changes, named
 ):
     parts.write_diffusion(tmp_path / "sd", text=False)
-    parts.edit_json(tmp_path / "sd" / part / "config.json", **changes)
+    file = "scheduler_config.json" if part == "scheduler" else "config.json"
+    parts.edit_json(tmp_path / "sd" / part / file, **changes)
     code, said = init(llama_folder, "--diffusion", tmp_path / "sd")
     assert code == 2 and named in said.splitlines()[-1], said
 
@@ -496,6 +532,12 @@ def test_a_clip_that_does_not_fit_is_refused(init, tmp_path, llama_folder):
     parts.edit_json(config, num_hidden_layers=8)
     code, said = init(llama_folder, "--vision", tmp_path / "clip")
     assert code == 2 and "missing: vision.encoder.layers.{4-7}." in said.splitlines()[-1]
+    parts.edit_json(config, num_hidden_layers=4, image_size=40)
+    code, said = init(llama_folder, "--vision", tmp_path / "clip")
+    assert code == 2 and "must be an even number of patches wide" in said.splitlines()[-1]
+    parts.edit_json(config, image_size=32, num_attention_heads=3)
+    code, said = init(llama_folder, "--vision", tmp_path / "clip")
+    assert code == 2 and "width 64 is no multiple of 3" in said.splitlines()[-1]
     parts.edit_json(config, model_type="siglip_vision_model")
     code, said = init(llama_folder, "--vision", tmp_path / "clip")
     assert code == 2 and "is no CLIP" in said.splitlines()[-1]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmi_deploy.config import DiffusionConfig, UnetConfig, VaeConfig
 from mmi_deploy.errors import ConfigError
-from mmi_train.init_llm import read_json
+from mmi_train.init_fields import Fields, count, fitting, read_json
 from mmi_train.model.unet import diffusers_unet
 from mmi_train.model.vae import Vae
 from mmi_train.stored import Reshaped, StoredTensor
@@ -75,48 +75,50 @@ def read_diffusion(folder: Path, like: UnetConfig, prediction: DiffusionConfig) 
 
 
 def _unet(folder: Path, like: UnetConfig) -> UnetConfig:
-    fields = read_json(folder / "config.json")
-    widths = _counts(folder, fields, "block_out_channels")
+    path = folder / "config.json"
+    fields = read_json(path)
+    widths = _counts(path, fields, "block_out_channels")
     heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
-    down = fields.get("down_block_types", [])
-    config = UnetConfig(
-        latent_side=_count(folder, fields, "sample_size"),
-        latent_channels=_count(folder, fields, "in_channels"),
-        block_widths=widths,
-        layers_per_block=_count(folder, fields, "layers_per_block"),
-        condition_width=_count(folder, fields, "cross_attention_dim"),
-        attention_heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(widths),
-        attention_blocks=tuple(kind == "CrossAttnDownBlock2D" for kind in down),
-        mmfs_at=like.mmfs_at,
-        norm_groups=fields.get("norm_num_groups", 32),
-        linear_projection=fields.get("use_linear_projection", False),
-    )
-    with torch.device("meta"):
-        _compare(folder, fields, diffusers_unet(config).config)
+    down = fields.get("down_block_types") or []
+    with fitting(path), torch.device("meta"):
+        config = UnetConfig(
+            latent_side=count(path, fields, "sample_size"),
+            latent_channels=count(path, fields, "in_channels"),
+            block_widths=widths,
+            layers_per_block=count(path, fields, "layers_per_block"),
+            condition_width=count(path, fields, "cross_attention_dim"),
+            attention_heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(widths),
+            attention_blocks=tuple(kind == "CrossAttnDownBlock2D" for kind in down),
+            mmfs_at=like.mmfs_at,
+            norm_groups=fields.get("norm_num_groups", 32),
+            linear_projection=fields.get("use_linear_projection", False),
+        )
+        _compare(path, fields, diffusers_unet(config).config)
     return config
 
 
 def _vae(folder: Path) -> VaeConfig:
-    fields = read_json(folder / "config.json")
+    path = folder / "config.json"
+    fields = read_json(path)
     shift = fields.get("shift_factor") or fields.get("latents_mean")
     if shift is not None:
         raise ConfigError(
             f"{folder}: our autoencoder does not have shift_factor or latents_mean", got=shift
         )
-    config = VaeConfig(
-        block_widths=_counts(folder, fields, "block_out_channels"),
-        layers_per_block=fields.get("layers_per_block", 1),
-        latent_channels=_count(folder, fields, "latent_channels"),
-        scaling_factor=fields.get("scaling_factor", 0.18215),
-        norm_groups=fields.get("norm_num_groups", 32),
-        mid_attention=fields.get("mid_block_add_attention", True),
-    )
-    with torch.device("meta"):
-        _compare(folder, fields, Vae(config).autoencoder.config)
+    with fitting(path), torch.device("meta"):
+        config = VaeConfig(
+            block_widths=_counts(path, fields, "block_out_channels"),
+            layers_per_block=fields.get("layers_per_block", 1),
+            latent_channels=count(path, fields, "latent_channels"),
+            scaling_factor=fields.get("scaling_factor", 0.18215),
+            norm_groups=fields.get("norm_num_groups", 32),
+            mid_attention=fields.get("mid_block_add_attention", True),
+        )
+        _compare(path, fields, Vae(config).autoencoder.config)
     return config
 
 
-def _compare(folder: Path, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _compare(path: Path, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a field of `given` that changes what `own` computes."""
     for name, value in given.items():
         if name.startswith("_") or name in _NO_EFFECT:
@@ -126,26 +128,17 @@ def _compare(folder: Path, given: Mapping[str, Any], own: Mapping[str, Any]) -> 
         ours = tuple(ours) if isinstance(ours, list) else ours
         if plain != ours and not (name not in own and not value):
             raise ConfigError(
-                f"{folder / 'config.json'}: our U-Net and autoencoder do not have this {name}",
+                f"{path}: our U-Net and autoencoder do not have this {name}",
                 expected=repr(ours),
                 got=repr(plain),
                 fix="build on a Stable Diffusion 1 or 2",
             )
 
 
-def _count(folder: Path, fields: dict[str, Any], name: str) -> int:
-    value = fields.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(
-            f"{folder / 'config.json'}: {name} is wrong", expected="a positive number", got=value
-        )
-    return value
-
-
-def _counts(folder: Path, fields: dict[str, Any], name: str) -> tuple[int, ...]:
+def _counts(path: Path, fields: Fields, name: str) -> tuple[int, ...]:
     value = fields.get(name)
     if not isinstance(value, list) or not value:
-        raise ConfigError(f"{folder / 'config.json'}: {name} is wrong", got=value)
+        raise ConfigError(f"{path}: {name} is wrong", expected="a list of numbers", got=value)
     return tuple(value)
 
 
@@ -160,13 +153,14 @@ def _schedule(path: Path, default: DiffusionConfig) -> DiffusionConfig:
         )
     if fields.get("trained_betas") is not None or fields.get("rescale_betas_zero_snr"):
         raise ConfigError(f"{path}: trained_betas and rescale_betas_zero_snr are not known")
-    return DiffusionConfig(
-        prediction=kind,
-        steps=fields.get("num_train_timesteps", 1000),
-        beta_start=fields.get("beta_start", 0.0001),
-        beta_end=fields.get("beta_end", 0.02),
-        beta_schedule=fields.get("beta_schedule", "linear"),
-    )
+    with fitting(path):
+        return DiffusionConfig(
+            prediction=kind,
+            steps=fields.get("num_train_timesteps", 1000),
+            beta_start=fields.get("beta_start", 0.0001),
+            beta_end=fields.get("beta_end", 0.02),
+            beta_schedule=fields.get("beta_schedule", "linear"),
+        )
 
 
 def _renamed(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

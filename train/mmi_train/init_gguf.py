@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 
 from mmi_deploy.errors import ConfigError, WeightsError
-from mmi_train.init_llm import EMBEDDING, HEAD, LanguageModel, refuse
+from mmi_train.init_fields import refuse
+from mmi_train.init_llm import EMBEDDING, HEAD, LanguageModel
 from mmi_train.sentencepiece_model import Kind, Normaliser, Piece, byte_pair_tokenizer
 from mmi_train.stored import Computed, InFile, StoredTensor
 from mmi_train.tokenizer_files import read_tokenizer

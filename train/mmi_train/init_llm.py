@@ -6,17 +6,17 @@ keys) is refused by name: such a model would load and talk nonsense.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import floordiv
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_train.convert_state import compact
+from mmi_train.init_fields import Fields, count, fitting, read_json, refuse
 from mmi_train.stored import StoredTensor
 from mmi_train.stored.safetensors_files import read_folder
 from mmi_train.tokenizer_files import read_tokenizer
@@ -71,22 +71,28 @@ def read_language_model(folder: Path, tokenizer: Path | None = None) -> Language
     Raises `ConfigError` naming the first field of another architecture, and `WeightsError` naming
     every tensor that is missing, extra or misshapen.
     """
-    config = read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = read_json(path)
+    with fitting(path):
+        return _read(folder, path, config, tokenizer)
+
+
+def _read(folder: Path, path: Path, config: Fields, tokenizer: Path | None) -> LanguageModel:
     _check_architecture(folder, config)
     tensors = read_folder(folder, ("model", "pytorch_model"))
     if not any(name.startswith("model.") for name in tensors):  # saved without its head's wrapper
         tensors = {name if name == HEAD else f"model.{name}": t for name, t in tensors.items()}
     tied = bool(config.get("tie_word_embeddings", False))
     ignored = {HEAD} if tied else set()
-    heads = _number(folder, config, "num_attention_heads")
+    heads = count(path, config, "num_attention_heads")
     return LanguageModel(
         source=folder,
-        width=_number(folder, config, "hidden_size"),
-        layers=_number(folder, config, "num_hidden_layers"),
+        width=count(path, config, "hidden_size"),
+        layers=count(path, config, "num_hidden_layers"),
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
-        mlp_width=_number(folder, config, "intermediate_size"),
-        context=_number(folder, config, "max_position_embeddings"),
+        mlp_width=count(path, config, "intermediate_size"),
+        context=count(path, config, "max_position_embeddings"),
         eps=float(config.get("rms_norm_eps", 1e-6)),
         rope_theta=_rope_theta(config),
         tied=tied,
@@ -103,32 +109,7 @@ def read_language_model(folder: Path, tokenizer: Path | None = None) -> Language
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; raises `ConfigError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}", fix="give a folder that holds it"
-        ) from None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is no JSON object", fix="download it again")
-    return value
-
-
-def refuse(source: Path, field: str, expected: object, got: object) -> ConfigError:
-    """The error for a `field` of another architecture than ours."""
-    return ConfigError(
-        f"{source}: our blocks do not have {field}",
-        expected=expected,
-        got=repr(got),
-        fix="build on a plain LLaMA",
-    )
-
-
-def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
+def _check_architecture(folder: Path, config: Fields) -> None:
     kind = config.get("model_type")
     if kind is None:
         raise ConfigError(
@@ -142,13 +123,14 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
         raise refuse(
             folder, "quantization_config", "weights as they were trained", "quantised ones"
         )
-    heads = config.get("num_attention_heads") or 1
+    path = folder / "config.json"
+    sizes = (count(path, config, name) for name in ("hidden_size", "num_attention_heads"))
     plain: dict[str, tuple[object, ...]] = {
         "hidden_act": ("silu", None),
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
         "partial_rotary_factor": (1.0, None),
-        "head_dim": (int(config.get("hidden_size") or 0) // int(heads), None),
+        "head_dim": (floordiv(*sizes), None),
         "use_qk_norm": (False, None),
         "qk_layernorm": (False, None),
     }
@@ -162,21 +144,12 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
             raise refuse(folder, f"{field} {form}", "rotary positions that are not scaled", rope)
 
 
-def _rope_theta(config: dict[str, Any]) -> float:
+def _rope_theta(config: Fields) -> float:
     nested = (config.get("rope_parameters") or {}).get("rope_theta")
     return float(config.get("rope_theta") or nested or 10000.0)
 
 
-def _number(folder: Path, config: dict[str, Any], field: str) -> int:
-    value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(
-            f"{folder / 'config.json'}: {field} is wrong", expected="a positive number", got=value
-        )
-    return value
-
-
-def _id(config: dict[str, Any], field: str) -> int | None:
+def _id(config: Fields, field: str) -> int | None:
     """A token id; the first when a model has several."""
     value = config.get(field)
     if isinstance(value, list):

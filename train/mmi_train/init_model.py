@@ -31,6 +31,7 @@ from mmi_deploy.presets import tiny
 from mmi_train.convert import FOLDER_KIND
 from mmi_train.convert_state import compact
 from mmi_train.init_diffusion import DiffusionPart
+from mmi_train.init_fields import fitting
 from mmi_train.init_fresh import fresh_tensors
 from mmi_train.init_llm import EMBEDDING, HEAD, LanguageModel
 from mmi_train.init_vision import VisionPart
@@ -87,8 +88,8 @@ def build_model(
     """
     with new_folder(out, force, kind=FOLDER_KIND, inputs=inputs) as work:
         tokens, vocab, tokenizer = extend_tokenizer(parts)
-        config = derive_config(out.name, parts, form, tokens, vocab)
-        with torch.device("meta"):
+        with fitting("what was given"), torch.device("meta"):
+            config = derive_config(out.name, parts, form, tokens, vocab)
             sketch = MMInterleaved(config)
         shapes = {name: value.shape for name, value in sketch.state_dict().items()}
         del sketch
@@ -118,8 +119,9 @@ def extend_tokenizer(parts: Parts) -> tuple[TokenConfig, int, Tokenizer]:
             fix="give another one for one of them with --bos or --eos",
         )
     marks = [BEGIN_OF_IMAGE, IMAGE]
-    pad = llm.pad if llm.pad not in (bos, eos) else None
-    if pad is None:
+    pad = llm.pad
+    if pad is None or pad in (bos, eos) or tokenizer.id_to_token(pad) is None:
+        pad = None
         marks.append(PAD)
     known, rows = max(tokenizer.get_vocab().values()) + 1, llm.tensors[EMBEDDING].shape[0]
     if known > rows:

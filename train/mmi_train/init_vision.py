@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import ConfigError
-from mmi_train.init_llm import read_json
+from mmi_train.init_fields import count, read_json
 from mmi_train.model.vit_adapter import resize_positions
 from mmi_train.stored import InMemory, StoredTensor
 from mmi_train.stored.safetensors_files import read_folder
@@ -59,7 +59,8 @@ def read_vision(folder: Path, image_size: int | None = None) -> VisionPart:
 
     Raises `ConfigError` for another kind of model; whether the weights fit is for the caller.
     """
-    config = read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = read_json(path)
     inner = config.get("vision_config", config)
     kind = inner.get("model_type", config.get("model_type"))
     if kind not in ("clip_vision_model", "clip"):
@@ -75,9 +76,10 @@ def read_vision(folder: Path, image_size: int | None = None) -> VisionPart:
         )
     pixels = folder / "preprocessor_config.json"
     scale = read_json(pixels) if pixels.is_file() else {}
-    size, patch = image_size or fields["image_size"], fields["patch_size"]
+    own, patch = (count(path, fields, name) for name in ("image_size", "patch_size"))
+    size = image_size or own
     tensors = _named(read_folder(folder, ("model", "pytorch_model")))
-    if size != fields["image_size"] and _POSITIONS in tensors:
+    if size != own and _POSITIONS in tensors:
         table = tensors[_POSITIONS].read().float()
         tensors[_POSITIONS] = InMemory(resize_positions(table, size // patch))
     return VisionPart(
