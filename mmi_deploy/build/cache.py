@@ -86,7 +86,7 @@ class EngineCache:
                 self._make(entry, make, parts or {})
             os.utime(entry / _ENTRY)
             for name in _files_of(entry):
-                _link(entry / name, into / name)
+                link_or_copy(entry / name, into / name)
         self._trim()
         return found
 
@@ -216,7 +216,8 @@ def _bytes_of(entry: Path) -> int:
     return sum(path.stat().st_size for path in entry.iterdir())
 
 
-def _link(source: Path, to: Path) -> None:
+def link_or_copy(source: Path, to: Path) -> None:
+    """Give a file a second name, or where that cannot be, its bytes."""
     try:
         os.link(source, to)
     except OSError as error:

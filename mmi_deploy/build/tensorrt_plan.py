@@ -33,6 +33,9 @@ and holds the largest of them, or a piece of the engine, a second time."""
 MEMORY_BASE = 700 * 10**6
 """Bytes that TensorRT takes for a graph without weights: its libraries and its compiler."""
 
+KERNELS = 20 * 10**6
+"""Bytes of an engine beyond its weights, about: compiled kernels, which depend on the layers."""
+
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     (
@@ -84,7 +87,7 @@ class Part:
     @property
     def disk(self) -> int:
         """The rewritten weights and the engine, which the cache and the target share."""
-        return 2 * self.weights
+        return 2 * self.weights + KERNELS
 
 
 def parts_of(request: Request) -> list[Part]:
@@ -188,7 +191,7 @@ def check_room(parts: Sequence[Part], bundle: Bundle, cache: EngineCache) -> Non
             fix="Close other programs, add swap, build the smaller graphs here with --graph, "
             "or try all the same with --force",
         )
-    needed = max(part.disk for part in parts) + sum(part.weights for part in parts)
+    needed = max(part.disk for part in parts) + sum(part.weights + KERNELS for part in parts)
     for folder in (bundle.folder, cache.folder):
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
         if (room := shutil.disk_usage(there).free) < needed:

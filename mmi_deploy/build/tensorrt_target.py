@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx
 
-from mmi_deploy.build.cache import EngineCache, temporary_folder
+from mmi_deploy.build.cache import EngineCache, link_or_copy, temporary_folder
 from mmi_deploy.build.precision import rewrite
 from mmi_deploy.build.receipts import Proof
 from mmi_deploy.build.report import (
@@ -77,7 +77,7 @@ class _Workshop:
     ) -> None:
         self._request, self._cache, self._work = request, cache, work
         self._watch, self._build = watch, build
-        self._done, self._of = 0, of
+        self._done, self._of, self._built = 0, of, False
         self._prepared: _Prepared | None = None
 
     def engine(self, part: Part) -> GraphReport:
@@ -85,7 +85,8 @@ class _Workshop:
         label = f"{part.graph} for {part.target.architecture}"
         stage = self._work / part.target.name
         stage.mkdir(exist_ok=True)
-        found = self._cache.obtain(
+        self._built = False
+        self._cache.obtain(
             part.key,
             lambda folder: self._make(part, label, folder),
             stage,
@@ -93,11 +94,11 @@ class _Workshop:
             afresh=self._request.force,
             waits=lambda: self._say(f"waiting for another build of {label}"),
         )
-        if found:
+        if not self._built:
             self._say(f"{label}: cached")
         self._done += 1
         report = GraphReport.model_validate_json((stage / _report_name(part.graph)).read_bytes())
-        return report.model_copy(update={"cached": found})
+        return report.model_copy(update={"cached": not self._built})
 
     def _say(self, what: str, phase: str = "") -> None:
         self._watch(what, self._done, self._of, phase)
@@ -105,6 +106,7 @@ class _Workshop:
     def _make(self, part: Part, label: str, folder: Path) -> None:
         if not self._request.force and _reuse(self._request.bundle, part, folder):
             return
+        self._built = True
         typed, source, proof = self._onnx(part)
         self._say(label)
         job = Job(
@@ -197,7 +199,7 @@ def _reuse(bundle: Bundle, part: Part, folder: Path) -> bool:
         manifest = read_manifest(there / TARGET_MANIFEST, TargetManifest, "mmi build")
         name = manifest.graphs[part.graph]
         if sha256_of(there / name) == manifest.files[name].sha256:
-            os.link(there / name, folder / f"{part.graph}{SUFFIX}")
+            link_or_copy(there / name, folder / f"{part.graph}{SUFFIX}")
             write_file(folder / _report_name(part.graph), same[0].model_dump_json(indent=2) + "\n")
             return True
     return False

@@ -223,8 +223,8 @@ def test_without_the_cache_the_targets_own_engines_are_taken(
 ) -> None:
     build(request_for(), EngineCache(tmp_path / "one", 0), Builder())
     again = Builder()
-    build(request_for(), EngineCache(tmp_path / "two", 0), again)
-    assert not again.jobs
+    (report,) = build(request_for(), EngineCache(tmp_path / "two", 0), again)
+    assert not again.jobs and all(graph.cached for graph in report.graphs)
     engine = bundle.target_folder("tensorrt-rtx-sm89-fp16") / "llm.engine"
     engine.write_bytes(b"~" * engine.stat().st_size)
     build(request_for(), EngineCache(tmp_path / "three", 0), again)
