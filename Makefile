@@ -54,7 +54,7 @@ bench: $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
 	$(BIN)/mmi bench $(BUNDLE)
 
 gpu-check: $(BUNDLE)/bundle.json ## build, run, compare and measure the engines on this GPU
-	$(BIN)/python -m mmi_bench.gpu_check $(BUNDLE) -o $(OUT)
+	$(BIN)/python -m mmi_bench.gpu_check $(BUNDLE)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(OUT) bundles build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OUT) bundles gpu_check build dist .mypy_cache .pytest_cache .ruff_cache

@@ -319,8 +319,8 @@ def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
 def main(
     bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for gpu_check.md and gpu_check.json.")
-    ] = Path("out"),
+        Path, typer.Option("--out", "-o", help="Folder for report.md and report.json.")
+    ] = Path("gpu_check"),
     target: Annotated[
         str, typer.Option(help="Who runs the engines: tensorrt or tensorrt-rtx.")
     ] = TENSORRT,

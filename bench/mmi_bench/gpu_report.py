@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def write_report(
     out: Path, machine: dict[str, Any], bundle: Path, target: str, steps: Sequence[Step]
 ) -> tuple[Path, Path]:
-    """Write gpu_check.md and gpu_check.json into `out`; their paths."""
+    """Write report.md and report.json into `out`; their paths."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = out / "gpu_check.md", out / "gpu_check.json"
+    paths = out / "report.md", out / "report.json"
     write_file(paths[0], markdown(machine, bundle, target, steps))
     told = {
         "machine": machine,

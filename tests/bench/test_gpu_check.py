@@ -197,7 +197,7 @@ def test_the_program_on_this_machine(
     lines = result.stdout.splitlines()
     assert result.exit_code == 2 and len(lines) == 9, result.stdout
     assert all(line.startswith("not run") for line in lines[:-1])
-    assert (tmp_path / "out" / "gpu_check.md").is_file() and lines[-1].startswith("report: ")
+    assert (tmp_path / "out" / "report.md").is_file() and lines[-1].startswith("report: ")
 
 
 @pytest.mark.parametrize("library", [True, False], ids=["library", "ahead of time"])
