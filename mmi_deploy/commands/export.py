@@ -178,6 +178,8 @@ def _planned(export: Export) -> str:
     if plan.layout == "linked":
         parts.append(f"{'copied' if plan.copies else 'linked'}, {size(plan.computed)} computed")
     parts.append(f"{size(plan.disk)} of disk, {size(plan.disk_free)} free")
+    if export.weights == "random":
+        parts.append(f"and {size(plan.weights)} for the random weights")
     parts.append(f"about {size(plan.memory)} of memory")
     parts.append(
         {"full": "proved whole", "slice": "proved by a slice", "none": "not proved"}[plan.scope]
