@@ -25,12 +25,13 @@ from mmi_bench.gpu_kernel import GpuKernel, import_driver
 from mmi_bench.gpu_report import write_report
 from mmi_bench.gpu_target import Detail, Tried, compare, document, measure, write_receipts
 from mmi_bench.machine import describe
+from mmi_deploy.build.precision import recipe
 from mmi_deploy.build.report import read_report
 from mmi_deploy.build.target import TENSORRT, Target
 from mmi_deploy.bundle import Bundle
-from mmi_deploy.errors import EngineError, MmiError
+from mmi_deploy.errors import ConfigError, EngineError, MmiError
 from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory, import_cuda
-from mmi_deploy.runtime.tensorrt_runtime import import_tensorrt
+from mmi_deploy.runtime.tensorrt_runtime import MODULES, import_tensorrt
 from mmi_deploy.runtime.tensorrt_target import TensorRtTarget
 from mmi_plugins import nvrtc
 from mmi_plugins.cases import draws
@@ -316,6 +317,15 @@ def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
         raise EngineError(said[-1].removeprefix("mmi: ") if said else "mmi build said nothing")
 
 
+def check_arguments(bundle: Path, runtime: str, precisions: Sequence[str]) -> None:
+    """Raise `MmiError` for what no machine could run."""
+    if runtime not in MODULES:
+        raise ConfigError(f"{runtime!r} runs no engines", expected=" or ".join(MODULES))
+    for precision in precisions:
+        recipe(precision)
+    Bundle.open(bundle, unproved=True)
+
+
 def main(
     bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
     out: Annotated[
@@ -338,6 +348,11 @@ def main(
         console.print(f"{step.state:<8} {step.name:<14} {step.line}", markup=False)
 
     precisions = tuple(precision or PRECISIONS)
+    try:
+        check_arguments(bundle, target, precisions)
+    except MmiError as error:
+        typer.echo(f"mmi: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
     check = Check(bundle, target, precisions, Machine(device), say, repeats)
     code = check.run()
     with _no_full_disk(console):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from deploy.runtime.fake_cuda import FakeCuda
 from deploy.runtime.fake_tensorrt import FakeTensorRt
@@ -185,9 +187,6 @@ def test_the_program_on_this_machine(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever it has: a line for each step, a report, and an exit code that fits them."""
-    import typer
-    from typer.testing import CliRunner
-
     if Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU here: run `make gpu-check`")
     app = typer.Typer()
@@ -198,6 +197,21 @@ def test_the_program_on_this_machine(
     assert result.exit_code == 2 and len(lines) == 9, result.stdout
     assert all(line.startswith("not run") for line in lines[:-1])
     assert (tmp_path / "out" / "report.md").is_file() and lines[-1].startswith("report: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--target", "cpu"], "mmi: 'cpu' runs no engines; expected tensorrt or tensorrt-rtx"),
+        (["--precision", "fp17"], "mmi: there is no precision 'fp17'; expected fp32"),
+        ([], "mmi: there is no bundle none"),
+    ],
+)
+def test_what_no_machine_could_run_is_refused_at_once(options: list[str], line: str) -> None:
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, ["none", *options])
+    assert result.exit_code == 2 and result.stderr.startswith(line) and not result.stdout
 
 
 @pytest.mark.parametrize("library", [True, False], ids=["library", "ahead of time"])
