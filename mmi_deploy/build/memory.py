@@ -108,10 +108,8 @@ class Model:
         context: int,
         limits: Limits,
         runtime: str = TENSORRT,
-        shallow: bool = False,
     ) -> None:
-        """shallow: count the engine of cached denoising too, which only --full-every needs. Raises
-        `ConfigError` for more slots than the graphs have."""
+        """Raises `ConfigError` for more slots than the graphs have."""
         if limits.context > context:
             raise ConfigError(
                 "the graphs have a smaller KV cache",
@@ -123,7 +121,8 @@ class Model:
         self.exported = replace(limits, context=context)
         self.exported_contract = graphs(config, self.exported)
         self._everything: dict[str, Memory] = {}
-        self.files = {name: path for name, path in files.items() if shallow or name != SHALLOW}
+        # As the runtime plans it: the engine of cached denoising is for --full-every alone.
+        self.files = {name: path for name, path in files.items() if name != SHALLOW}
         self.contract = graphs(config, limits)
 
     @cached_property
@@ -186,10 +185,10 @@ class Model:
 
 
 def _groups(resident: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Checked; raises `ConfigError`."""
+    """Each once; raises `ConfigError` for a group that there is not."""
     if unknown := sorted(set(resident or ()) - set(GROUPS)):
         raise ConfigError(f"no engines are called {unknown[0]!r}", expected=", ".join(GROUPS))
-    return resident
+    return None if resident is None else tuple(dict.fromkeys(resident))
 
 
 def recipe_for(

@@ -138,6 +138,7 @@ def test_engines_in_turns_take_no_more_than_the_largest(model: Model) -> None:
     assert in_turns.weights == max(encoder, by_graph["denoise_step"], by_graph["llm"])
     keeping = model.memory(RECIPES["fp16"], ("llm",))
     assert in_turns.weights < keeping.weights < everything.weights
+    assert model.memory(RECIPES["fp16"], ("llm", "llm")) == keeping
     with pytest.raises(ConfigError, match="no engines are called 'lm'; expected encoder"):
         model.memory(RECIPES["fp16"], ("lm",))
 
