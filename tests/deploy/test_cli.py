@@ -437,7 +437,7 @@ def test_inspect_refuses_what_is_neither(mmi: Screen, tmp_path: Path) -> None:
 def test_verify_finds_a_changed_byte(mmi: Screen, bundle: Path) -> None:
     assert mmi("verify", bundle, "--json") == 0
     assert json.loads(mmi.out)["ok"] is True
-    assert mmi("verify", bundle) == 0 and "6 receipts" in mmi.out
+    assert mmi("verify", bundle) == 0 and "7 receipts" in mmi.out
     weights = bundle / "graphs" / "llm.safetensors"
     times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
     weights.write_bytes(b"Weights")
