@@ -22,24 +22,27 @@ from mmi_deploy.manifest import Case
 
 TOLERANCE = {
     "fp32": 1e-5,
-    "fp16": 5e-3,
-    "bf16": 4e-2,
-    "int8": 2e-2,
-    "fp8": 4e-2,
-    "int4": 1.5e-1,
-    "int4-128": 1.5e-1,
-    "mixed": 1.5e-1,
+    "fp16": 1e-2,
+    "bf16": 6e-2,
+    "int8": 6e-2,
+    "fp8": 1.5e-1,
+    "int4": 5e-1,
+    "int4-128": 5e-1,
+    "mixed": 5e-1,
 }
 """Greatest root mean square of the error over that of the output, by recipe, on recorded inputs.
 
 fp32: the same sums in another order. fp16: 2^-11 a rounding, through some hundred of them in a row
 that partly cancel. bf16: the same with 2^-8. int8, one scale a channel or 32 rows: 0.5 % of a
 weight, on the CPU as much of an activation again. fp8: 3 bits of fraction, 2 % of a weight. int4:
-8 % of a weight. What an error of that size means is measured on tasks; see docs/precision.md."""
+8 % of a weight. All but fp32 leave room for models whose activations are less even than those of
+the tiny one, up to twice what SmolLM2-135M shows: see docs/precision.md. What an error of that size
+means is measured on tasks."""
 
-UNSTEADY = 4.0
+UNSTEADY = 5.0
 """How much greater the error may be on random tokens. They are no text, and here and there one puts
-the model on an edge from which any rounding pushes it off."""
+the model on an edge from which any rounding pushes it off. An error as great as the output, which
+tells nothing, is never allowed."""
 
 COMPARED_WITH = "the portable graph in ONNX Runtime, recorded and random inputs, root mean square"
 SIMULATED = f"{COMPARED_WITH}; simulated: rounded to the type after every operator, float32 sums"
@@ -71,6 +74,8 @@ class Proof:
 
 Run = Callable[[Arrays], Arrays]
 
+_CACHES = "caches"
+
 
 def prove(
     recipe: Recipe,
@@ -97,7 +102,8 @@ def prove(
     cases = []
     for sample, expected in zip(samples, wanted, strict=True):
         error = relative_error(_written(graph, sample.inputs, run(sample.inputs)), expected)
-        tolerance = TOLERANCE[recipe.name] * (1.0 if sample.recorded else UNSTEADY)
+        allowed = TOLERANCE[recipe.name]
+        tolerance = allowed if sample.recorded else min(UNSTEADY * allowed, 0.99)
         sizes = _sizes_of(graph, sample.inputs)
         cases.append(Case(sizes=sizes, error=error, tolerance=tolerance))
         on_run()
@@ -117,13 +123,12 @@ def relative_error(got: Mapping[str, NDArray[Any]], wanted: Mapping[str, NDArray
 
 
 def _written(graph: Graph, inputs: Arrays, outputs: Arrays) -> Arrays:
-    """Outputs; of those in place only what is new, which the rest would drown."""
-    found = {}
-    for name, value in outputs.items():
-        value = value.astype(np.float32)
-        if name in graph.in_place:
-            value = value - inputs[graph.in_place[name]].astype(np.float32)
-        found[name] = value
+    """Outputs. Those in place are taken as one, since each of them went into the others already;
+    and of them only what is new, which the rest would drown."""
+    found = {name: value for name, value in outputs.items() if name not in graph.in_place}
+    new = [outputs[name] - inputs[old] for name, old in graph.in_place.items()]
+    if new:
+        found[_CACHES] = np.concatenate([value.reshape(-1) for value in new])
     return found
 
 

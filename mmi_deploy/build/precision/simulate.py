@@ -29,10 +29,10 @@ def simulated(path: Path) -> ir.Model:
     model = ir.from_proto(onnx.load(path, load_external_data=False))
     ir.external_data.set_base_dir(model.graph, path.parent)
     graph = model.graph
-    outputs = {value: str(value.name) for value in graph.outputs if value.dtype in _NARROW}
     for node in list(graph):
         if node.op_type == "Attention" and node.outputs[0].dtype == ir.DataType.FLOAT16:
             _overflowing_attention(graph, node)
+    outputs = {value: str(value.name) for value in graph.outputs if value.dtype in _NARROW}
     for node in list(graph):
         if node.op_type == "ConstantOfShape" and node.outputs[0].dtype in _NARROW:
             number = float(node.attributes["value"].as_tensor().numpy().reshape(-1)[0])
@@ -89,7 +89,8 @@ def _overflowing_attention(graph: ir.Graph, node: ir.Node) -> None:
     query, key, value = node.inputs[:3]
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     assert query is not None and key is not None and value is not None
-    assert query.shape is not None and key.shape is not None and len(query.shape) == 4
+    assert query.shape is not None and key.shape is not None and value.shape is not None
+    assert len(query.shape) == 4, "attention is exported on [b, h, t, d]"
     heads, groups = int(query.shape[1]), int(key.shape[1])
     width = int(query.shape[3])
     tape = ir.tape.Tape()
@@ -100,18 +101,19 @@ def _overflowing_attention(graph: ir.Graph, node: ir.Node) -> None:
     def number(constant: float) -> ir.Value:
         return tape.op("Constant", [], {"value_float": constant})
 
-    def per_head(tensor: ir.Value) -> ir.Value:
-        """[b, g, c, d] -> [b, h, c, d]"""
+    def per_head(tensor: ir.Value, channels: int) -> ir.Value:
+        """[b, g, c, d] -> [b, h, c, d], in float32"""
+        tensor = wide(tensor)
         if heads == groups:
             return tensor
         axis = tape.op("Constant", [], {"value_ints": [2]})
         tiled = tape.op(
             "Concat", [tape.op("Unsqueeze", [tensor, axis])] * (heads // groups), {"axis": 2}
         )
-        shape = tape.op("Constant", [], {"value_ints": [0, heads, -1, int(tensor.shape[3])]})
+        shape = tape.op("Constant", [], {"value_ints": [0, heads, -1, channels]})
         return tape.op("Reshape", [tiled, shape])
 
-    turned = tape.op("Transpose", [per_head(wide(key))], {"perm": [0, 1, 3, 2]})
+    turned = tape.op("Transpose", [per_head(key, width)], {"perm": [0, 1, 3, 2]})
     logits = tape.op("MatMul", [wide(query), turned])
     outside = tape.op("Greater", [tape.op("Abs", [logits]), number(GREATEST[FLOAT16])])
     logits = tape.op("Where", [outside, tape.op("Mul", [logits, number(_INFINITY)]), logits])
@@ -122,7 +124,7 @@ def _overflowing_attention(graph: ir.Graph, node: ir.Node) -> None:
     elif mask is not None:
         logits = tape.op("Add", [logits, wide(mask)])
     weights = tape.op("Softmax", [logits], {"axis": -1})
-    attended = tape.op("MatMul", [weights, per_head(wide(value))])
+    attended = tape.op("MatMul", [weights, per_head(value, int(value.shape[3]))])
     output = tape.op("Cast", [attended], {"to": ir.DataType.FLOAT16})
     for step in tape.nodes:
         for made in step.outputs:

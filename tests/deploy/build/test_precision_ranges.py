@@ -18,7 +18,7 @@ from mmi_deploy.build.precision.simulate import simulated
 from mmi_deploy.build.receipts import TOLERANCE, Proof, model_runner, prove, runner
 from mmi_deploy.build.target import TENSORRT
 from mmi_deploy.errors import BundleError, EngineError
-from mmi_deploy.graphs import Graph
+from mmi_deploy.graphs import Graph, Tensor
 
 OVERFLOWING = 250.0
 """How loud queries and keys must be for logits beyond 65504 before the scale."""
@@ -169,3 +169,26 @@ def test_simulation_rounds_after_every_operator(name: str, dtype: type, tmp_path
     expected = rounded(rounded(rounded(x) * rounded(third)) + rounded(x))
     np.testing.assert_array_equal(got, expected)
     assert np.abs(got - runner(path)({"x": x})["y"]).max() > 0
+
+
+def test_simulated_attention_is_attention_where_nothing_overflows(tmp_path: Path) -> None:
+    """Four heads share two keys and values, and a mask hides some: against ONNX Runtime's own
+    operator on numbers that float16 holds exactly."""
+    tensors = [
+        Tensor("query", "float32", ("b", 4, 3, 8), activation=True),
+        Tensor("key", "float32", ("b", 2, 5, 8), activation=True),
+        Tensor("value", "float32", ("b", 2, 5, 8), activation=True),
+    ]
+    graph = contract(tensors, [Tensor("y", "float32", ("b", 4, 3, 8), activation=True)])
+    nodes = [helper.make_node("Attention", ["query", "key", "value", "mask"], ["y"], name="a")]
+    mask = np.tril(np.ones((1, 1, 3, 5), bool), 2)
+    path = write(tmp_path / "llm.onnx", nodes, {"mask": mask}, graph)
+    rewrite(recipe("fp16"), graph, path, tmp_path / "out.onnx", runtime=TENSORRT)
+    draw = np.random.default_rng(3)
+    inputs = {
+        tensor.name: draw.integers(-8, 9, tensor.resolve(b=2)).astype(np.float32) / 4
+        for tensor in tensors
+    }
+    got = model_runner(simulated(tmp_path / "out.onnx"), tmp_path)(inputs)["y"]
+    expected = runner(path)(inputs)["y"].astype(np.float16).astype(np.float32)
+    np.testing.assert_allclose(got, expected, rtol=2.0**-10, atol=1e-6)
