@@ -185,8 +185,8 @@ class Typed:
         return F32
 
 
-def insert_casts(graph: ir.Graph, constants: Constants, typed: Typed) -> int:
-    """Give every node inputs of its type; returns how many casts there are now."""
+def insert_casts(graph: ir.Graph, constants: Constants, typed: Typed) -> None:
+    """Give every node inputs of its type."""
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     nodes = list(graph)
     before: dict[ir.Value, ir.DataType] = {}
@@ -206,7 +206,6 @@ def insert_casts(graph: ir.Graph, constants: Constants, typed: Typed) -> int:
                 node.replace_input_with(position, constants.as_type(value, wanted))
             elif value.dtype != wanted:
                 node.replace_input_with(position, cast(graph, value, wanted, casts))
-    return len(casts)
 
 
 def cast(
