@@ -26,9 +26,12 @@ from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.graphs import Graph, Limits
 from mmi_deploy.manifest import hash_of_files
 
-MEMORY_FACTOR = 1.5
-"""Memory of a build over the bytes of its weights, beyond `MEMORY_BASE`: TensorRT copies them once
-and holds the largest of them, or a piece of the engine, a second time."""
+MEMORY_FACTOR = 2.0
+"""Memory of a build over the bytes of its weights, beyond `MEMORY_BASE`: TensorRT copies them once,
+and those of convolutions twice."""
+
+LLM_FACTOR = 1.5
+"""The same for the language model, which has no convolutions."""
 
 MEMORY_BASE = 700 * 10**6
 """Bytes that TensorRT takes for a graph without weights: its libraries and its compiler."""
@@ -82,7 +85,8 @@ class Part:
 
     @property
     def memory(self) -> int:
-        return MEMORY_BASE + int(MEMORY_FACTOR * self.weights)
+        factor = LLM_FACTOR if self.graph == "llm" else MEMORY_FACTOR
+        return MEMORY_BASE + int(factor * self.weights)
 
     @property
     def disk(self) -> int:
