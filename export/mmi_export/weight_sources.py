@@ -121,7 +121,7 @@ def _read_as_float32(graph: ir.Graph, weight: ir.Value, stored: ir.DataType) -> 
     cast = _cast(weight, f"{weight.name}.float32")
     for user, index in uses:
         user.replace_input_with(index, cast.outputs[0])
-    first = min((node for node, _ in uses), key=_position(graph))
+    first = uses[0][0] if len(uses) == 1 else min((user for user, _ in uses), key=_position(graph))
     graph.insert_before(first, cast)
 
 
