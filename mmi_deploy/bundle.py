@@ -137,6 +137,11 @@ class Bundle:
             )
         return found
 
+    def remember(self) -> None:
+        """Spare the next opening its hashes: only names were taken from the files since they were
+        hashed, as when the model folder that they are linked to goes."""
+        remember_files(self.folder, self.manifest.files)
+
     def check_runs(self) -> None:
         """Raise `BundleError` when its weights are not those of a model, unless `unproved`."""
         if self.manifest.weights != "given" and not self.unproved:

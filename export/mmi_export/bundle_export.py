@@ -181,7 +181,9 @@ def export_stand_in(
     """
     options = {"layout": "linked", "weights": weights} | options
     with stand_in(config, out_folder, weights, layers, dtype) as folder:
-        return export_bundle(folder, out_folder, force=force, progress=progress, **options)
+        bundle = export_bundle(folder, out_folder, force=force, progress=progress, **options)
+    bundle.remember()
+    return bundle
 
 
 def _write_graphs(export: Export, writer: BundleWriter, watch: Watch) -> None:

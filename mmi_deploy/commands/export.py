@@ -145,6 +145,8 @@ def export(
             remarks().print(_planned(planned))
         with staged("starting") as stage:
             done = run_export(planned, out, force=force, progress=stage)
+    if preset:
+        done.bundle.remember()
     _print_done(planned, done, out, as_json)
 
 
