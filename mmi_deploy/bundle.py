@@ -73,11 +73,18 @@ class Bundle:
             check_receipts(manifest, manifest.graphs, folder, EXPORT)
         return cls(folder, manifest, unproved)
 
-    def verify(self) -> None:
-        """Hash every file again, all targets included; raises `BundleError` at the first flaw."""
+    def verify(self) -> tuple[str, ...]:
+        """Hash every file again, all targets included; raises `BundleError` at the first flaw.
+
+        Returns the targets of which a graph has no receipt: engines that have not been run yet.
+        """
         check_files(self.folder, self.manifest.files, EXPORT, fresh=True)
-        for target in self.targets:
-            self.target(target, fresh=True)
+        built = {name: self.target(name, fresh=True, unproved=True) for name in self.targets}
+        return tuple(
+            name
+            for name, manifest in built.items()
+            if any(manifest.receipt(graph) is None for graph in manifest.graphs)
+        )
 
     @property
     def config(self) -> ModelConfig:
@@ -169,8 +176,9 @@ class Bundle:
         """The command that builds `target`."""
         return f"{BUILD} {self.folder} {build_options(target)}"
 
-    def target(self, target: str, *, fresh: bool = False) -> TargetManifest:
-        """What was built for `target`; raises `BundleError` if missing, changed or stale."""
+    def target(self, target: str, *, fresh: bool = False, unproved: bool = False) -> TargetManifest:
+        """What was built for `target`; raises `BundleError` if missing, changed, stale, or (unless
+        `unproved`) without receipts."""
         folder, mend = self.target_folder(target), self.build_command(target)
         manifest = read_manifest(folder / TARGET_MANIFEST, TargetManifest, mend)
         if manifest.made_for != self.identity:
@@ -179,7 +187,7 @@ class Bundle:
                 fix=f"build them again with `{mend}`",
             )
         check_files(folder, manifest.files, mend, fresh)
-        if not self.unproved:
+        if not (unproved or self.unproved):
             check_receipts(manifest, manifest.graphs, folder, mend)
         return manifest
 

@@ -26,13 +26,14 @@ def verify(
     from mmi_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    opened.verify()
+    unproved = opened.verify()
     manifest = opened.manifest
     found: dict[str, Any] = {
         "bundle": str(bundle),
         "files": len(manifest.files),
         "receipts": len(manifest.receipts),
         "targets": list(opened.targets),
+        "targets_without_receipts": list(unproved),
     }
     if run:
         with extras("verify --run"):
@@ -45,12 +46,20 @@ def verify(
         return
     line = f"{bundle} is whole: {counted(found['files'], 'file')} unchanged, "
     line += counted(found["receipts"], "receipt")
+    if opened.targets:
+        line += f", {counted(len(opened.targets), 'target')}"
     if run:
         wrote = counted(found["tokens"], "token"), counted(found["pictures"], "picture")
         line += f"; wrote {wrote[0]} and drew {wrote[1]}"
     results().print(line)
     for remark in opened.remarks:
         remarks().print(remark, markup=False)
+    if unproved:
+        names = ", ".join(unproved)
+        remarks().print(
+            f"never run, and so without receipts: {names}. `make gpu-check` runs them on the card",
+            markup=False,
+        )
 
 
 def _smoke(runtime: Any) -> tuple[int, int]:

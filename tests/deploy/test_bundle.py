@@ -242,3 +242,16 @@ def test_targets_are_checked_and_never_stale(folder: Path) -> None:
     edit_manifest(folder, versions={"mmi_deploy": "another"})
     with pytest.raises(BundleError, match="built from another export"):
         Bundle.open(folder).target("cpu")
+
+
+def test_engines_that_were_never_run_are_whole_all_the_same(folder: Path) -> None:
+    """No receipt is not a flaw of the files, so `verify` tells it; running them is refused."""
+    bundle = Bundle.open(folder)
+    with write_target(bundle, "tensorrt-sm89-fp16", {}, "float16") as writer:
+        writer.engine_file("llm", ".engine").write_bytes(b"engine")
+    assert bundle.verify() == ("tensorrt-sm89-fp16",)
+    with pytest.raises(BundleError, match="llm in .* has no receipt"):
+        bundle.target("tensorrt-sm89-fp16")
+    (folder / "engines/tensorrt-sm89-fp16/llm.engine").write_bytes(b"enginE")
+    with pytest.raises(BundleError, match="llm.engine has changed"):
+        bundle.verify()
