@@ -32,9 +32,11 @@ DROPPED = "Unused Input"
 """What TensorRT's parser logs when it leaves out an input that it does not know how to use: the
 engine would compute something else, and say nothing."""
 
-FLAGS: tuple[str, ...] = ()
-"""Names of builder flags beyond the defaults, of which TF32 is cleared: it changes numbers. REFIT
-and STRIP_PLAN need a GPU while they build; WEIGHT_STREAMING makes no difference to a build."""
+FLAGS: dict[str, tuple[str, ...]] = {TENSORRT: (), TENSORRT_RTX: ("REQUIRE_USER_ALLOCATION",)}
+"""Names of builder flags beyond the defaults, of which TF32 is cleared: it changes numbers. An engine
+of TensorRT-RTX that requires user allocation allocates nothing when it runs, so that it can be
+recorded into a CUDA graph. REFIT and STRIP_PLAN need a GPU while they build; WEIGHT_STREAMING makes no
+difference to a build."""
 
 _FIRST_ERRORS = 3
 _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
@@ -242,7 +244,7 @@ def _config(trt: Any, builder: Any, job: Job) -> Any:
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, job.architecture.upper())
         config.set_compute_capability(capability, 0)
-    for flag in FLAGS:
+    for flag in FLAGS[job.runtime]:
         config.set_flag(getattr(trt.BuilderFlag, flag))
     config.clear_flag(trt.BuilderFlag.TF32)
     for profile in job.profiles:

@@ -134,7 +134,7 @@ def key_parts(
         "proved": "yes" if request.evidence else "no",
         "plugin": request.plugin.identity,
         "profiles": json.dumps({shape.name: shape.record() for shape in shapes}),
-        "flags": ",".join(FLAGS),
+        "flags": ",".join(FLAGS[target.runtime]),
         "builder": builder_digest(),
     }
 

@@ -47,7 +47,8 @@ def build(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="A recipe: fp32, fp16, bf16, int8, int4, fp8, mixed.", show_default="fp16"
+            help="A recipe: fp32, fp16, bf16, int8, int4, fp8, mixed.",
+            show_default="fp16; int8 on the CPU",
         ),
     ] = None,
     graph: Annotated[
@@ -99,7 +100,7 @@ def build(
     from mmi_deploy.graphs import Limits
 
     opened = Bundle.open(bundle, unproved=unproved)
-    chosen = recipe(precision or ("fp32" if target == CPU else "fp16"))
+    chosen = recipe(precision or ("int8" if target == CPU else "fp16"))
     targets = _targets(target, arch, chosen.name)
     for one in targets:
         check_possible(chosen, one.runtime, one.architecture, graph)
@@ -304,11 +305,11 @@ def _table(report: TargetReport) -> Table:
         box=box.SIMPLE_HEAD, title=report.target, title_justify="left", collapse_padding=True
     )
     table.add_column("graph", no_wrap=True)
-    headings = ("layers", "plugin", "weights", "engine", "seconds", "memory", "error")
-    for heading in headings if card else ("nodes", "weights", "all", "seconds", "error"):
+    headings = ("layers", "plugin", "weights", "engine", "time", "memory", "error")
+    for heading in headings if card else ("nodes", "weights", "all", "time", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     for graph in report.graphs:
-        layers, seconds = str(sum(graph.layers.values())), f"{graph.seconds:.1f}"
+        layers, seconds = str(sum(graph.layers.values())), f"{graph.seconds:.0f} s"
         error = "none" if graph.error is None else f"{graph.error:.1e}"
         sizes = size(graph.weights_bytes), size(graph.engine_bytes)
         if card:

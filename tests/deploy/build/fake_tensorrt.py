@@ -42,6 +42,9 @@ def fake_tensorrt(script: Script, version: str = "1.7.1") -> Any:
         def clear_flag(self, flag: str) -> None:
             script.seen["cleared"] = flag
 
+        def set_flag(self, flag: str) -> None:
+            script.seen["flag"] = flag
+
         def add_optimization_profile(self, profile: Any) -> int:
             self.profiles.append(profile.shapes)
             return len(self.profiles) - 1
@@ -115,7 +118,7 @@ def fake_tensorrt(script: Script, version: str = "1.7.1") -> Any:
         Builder=Builder,
         OnnxParser=OnnxParser,
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
-        BuilderFlag=SimpleNamespace(TF32="TF32"),
+        BuilderFlag=SimpleNamespace(TF32="TF32", REQUIRE_USER_ALLOCATION="REQUIRE_USER_ALLOCATION"),
         ComputeCapability=SimpleNamespace(SM80="80", SM86="86", SM89="89", SM120="120"),
     )
 

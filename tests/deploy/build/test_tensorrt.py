@@ -77,6 +77,7 @@ def test_the_network_is_strongly_typed_and_both_profiles_are_given(job: Job) -> 
     run(script, job)
     config = script.seen["config"]
     assert script.seen["flags"] == 1 << 1 and script.seen["cleared"] == "TF32"
+    assert script.seen["flag"] == "REQUIRE_USER_ALLOCATION", "or no CUDA graph can hold it"
     assert config.capabilities == ["89"] and config.num_compute_capabilities == 1
     tokens = [profile["token_ids"] for profile in config.profiles]
     assert tokens == [((1, 1), (1, 64), (4, 64)), ((1, 1), (1, 1), (4, 1))]
