@@ -34,9 +34,9 @@ engine would compute something else, and say nothing."""
 
 FLAGS: dict[str, tuple[str, ...]] = {TENSORRT: (), TENSORRT_RTX: ("REQUIRE_USER_ALLOCATION",)}
 """Names of builder flags beyond the defaults, of which TF32 is cleared: it changes numbers. An
-engine of TensorRT-RTX that requires user allocation allocates nothing when it runs, so that it can be
-recorded into a CUDA graph. REFIT and STRIP_PLAN need a GPU while they build; WEIGHT_STREAMING makes
-no difference to a build."""
+engine of TensorRT-RTX that requires user allocation allocates nothing when it runs, so that it can
+be recorded into a CUDA graph. REFIT and STRIP_PLAN need a GPU while they build; WEIGHT_STREAMING
+makes no difference to a build."""
 
 _FIRST_ERRORS = 3
 _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
