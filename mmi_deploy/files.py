@@ -15,6 +15,8 @@ from pathlib import Path
 
 from mmi_deploy.errors import MmiError
 
+_ELSEWHERE = "give another output folder"
+
 MARKER = ".mmi"
 """A folder that holds this file was written by us and may be replaced by us."""
 
@@ -45,20 +47,25 @@ def check_replaceable(
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise MmiError(f"{folder} is not a folder", fix="give another output folder")
+        raise MmiError(f"{folder} is not a folder", fix=_ELSEWHERE)
     if Path.cwd().resolve().is_relative_to(folder.resolve()):
-        raise MmiError(f"{folder} is the folder you are in", fix="give another output folder")
+        raise MmiError(f"{folder} is the folder you are in, or above it", fix=_ELSEWHERE)
     for path in inputs:
         if path.resolve().is_relative_to(folder.resolve()):
             raise MmiError(
                 f"{folder} holds {path}, which is read to write it",
-                fix="give another output folder",
+                fix=_ELSEWHERE,
             )
-    if force or not any(folder.iterdir()):
+    if not any(folder.iterdir()):
         return
     marker = folder / MARKER
     written = marker.read_text().strip() if marker.is_file() else ""
     if written == kind:
+        return
+    for path in inputs:
+        if path.is_dir() and folder.resolve().is_relative_to(path.resolve()):
+            raise MmiError(f"{folder} is part of {path}, which is read to write it", fix=_ELSEWHERE)
+    if force:
         return
     if written:
         raise MmiError(
@@ -69,6 +76,16 @@ def check_replaceable(
         f"{folder} exists and holds files that mmi did not write",
         fix="give another output folder, or replace it with --force",
     )
+
+
+def size(count: int) -> str:
+    """Bytes for people: `9.3 MB`."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmi_deploy.config import ModelConfig
 from mmi_deploy.errors import ConfigError, MmiError
+from mmi_deploy.files import size
 from mmi_export.stored_weights import StoredWeights, can_link
 from mmi_export.watch import GIGABYTE
 
@@ -59,8 +60,8 @@ class Plan:
         if self.disk > self.disk_free:
             raise MmiError(
                 "the bundle does not fit on the disk",
-                expected=f"{self.disk / GIGABYTE:.1f} GB",
-                got=f"{self.disk_free / GIGABYTE:.1f} GB that are free",
+                expected=size(self.disk),
+                got=f"{size(self.disk_free)} that are free",
                 fix="make room"
                 + (", or write it on the disk of the model, where links do" if self.copies else ""),
             )

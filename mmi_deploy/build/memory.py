@@ -14,6 +14,7 @@ not named take turns in memory, see `mmi_deploy.runtime.tensorrt_engine.GROUPS`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -275,9 +276,10 @@ def parse_bytes(text: str) -> int:
     """`24GB` or `512 MB` in bytes; raises `ConfigError`."""
     word = text.strip().upper().removesuffix("B").removesuffix("I")
     factor = {"G": GB, "M": 10**6, "K": 10**3}.get(word[-1:], 0)
-    try:
-        return round(float(word[:-1]) * factor) if factor else int(word)
-    except ValueError:
-        raise ConfigError(
-            f"{text!r} is no amount of memory", fix="for example --fit 24GB, or the name of a card"
-        ) from None
+    with suppress(ValueError, OverflowError):
+        found = round(float(word[:-1]) * factor) if factor else int(word)
+        if found > 0:
+            return found
+    raise ConfigError(
+        f"{text!r} is no amount of memory", fix="for example --fit 24GB, or the name of a card"
+    )

@@ -23,6 +23,7 @@ from mmi_deploy.build.target import Target
 from mmi_deploy.build.tensorrt import FLAGS, Plugin
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.files import size
 from mmi_deploy.graphs import Graph, Limits
 from mmi_deploy.manifest import hash_of_files
 
@@ -190,8 +191,8 @@ def check_room(parts: Sequence[Part], bundle: Bundle, cache: EngineCache) -> Non
     if largest.memory > free:
         raise EngineError(
             f"too little memory to build {largest.graph} for {largest.target.architecture}",
-            expected=f"about {_gigabytes(largest.memory)} free",
-            got=_gigabytes(free),
+            expected=f"about {size(largest.memory)} free",
+            got=size(free),
             fix="Close other programs, add swap, build the smaller graphs here with --graph, "
             "or try all the same with --force",
         )
@@ -201,8 +202,8 @@ def check_room(parts: Sequence[Part], bundle: Bundle, cache: EngineCache) -> Non
         if (room := shutil.disk_usage(there).free) < needed:
             raise EngineError(
                 f"too little room on the disk of {there}",
-                expected=f"about {_gigabytes(needed)} free",
-                got=_gigabytes(room),
+                expected=f"about {size(needed)} free",
+                got=size(room),
                 fix="Free some space, or try all the same with --force",
             )
 
@@ -214,10 +215,6 @@ def free_memory() -> int:
         with suppress(OSError, ValueError):
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
     return free
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 def check_limits(bundle: Bundle, wanted: Limits) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from mmi_deploy.commands.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.commands.needs import extras
-from mmi_deploy.commands.screen import print_json, results, staged
+from mmi_deploy.commands.screen import MOST_THREADS, print_json, results, staged
 from mmi_deploy.commands.targets import CPU, Device, TargetName
 from mmi_deploy.files import write_file
 
@@ -24,7 +24,9 @@ def bench(
         bool, typer.Option("--quick", help="Short documents, to see that it works.")
     ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 7,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of both sides.")] = 2,
+    threads: Annotated[
+        int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of both sides.")
+    ] = 2,
     schedule: Annotated[
         str | None,
         typer.Option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mmi_deploy.commands.needs import extras
-from mmi_deploy.commands.screen import print_json, remarks, results, size
-from mmi_deploy.errors import ConfigError
+from mmi_deploy.commands.screen import print_json, remarks, results
+from mmi_deploy.errors import BundleError, ConfigError
+from mmi_deploy.files import size
 
 if TYPE_CHECKING:
     from mmi_deploy.build.cache import EngineCache
@@ -47,13 +48,16 @@ def build(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="A recipe: fp32, fp16, bf16, int8, int4, fp8, mixed.",
+            help="A recipe: fp32, fp16, bf16, int8, int4, int4-128, fp8, mixed.",
             show_default="fp16; int8 on the CPU",
         ),
     ] = None,
     graph: Annotated[
         list[str] | None,
-        typer.Option(help="Only this graph; several may be given.", show_default="all"),
+        typer.Option(
+            help="Only this graph, and what is there already; several may be given.",
+            show_default="all",
+        ),
     ] = None,
     plugin: Annotated[
         Path | None,
@@ -104,9 +108,10 @@ def build(
     targets = _targets(target, arch, chosen.name)
     for one in targets:
         check_possible(chosen, one.runtime, one.architecture, graph)
-    names = tuple(dict.fromkeys(graph or opened.graphs))
-    for name in names:
+    for name in graph or ():
         graph_of(opened, name)
+    kept = _built(opened, targets)
+    names = tuple(name for name in opened.graphs if not graph or name in {*graph, *kept})
     limits = Limits(
         opened.limits.context,
         opened.limits.batch if max_batch is None else max_batch,
@@ -117,6 +122,15 @@ def build(
         _cpu(opened, chosen, options)
     else:
         _tensorrt(opened, targets, chosen, names, options)
+
+
+def _built(bundle: Bundle, targets: tuple[Target, ...]) -> set[str]:
+    """Graphs that the targets hold already: they stay beside the one that is asked for."""
+    found: set[str] = set()
+    for target in targets:
+        with suppress(BundleError):  # of another export, or not there
+            found |= set(bundle.target(target.name, unproved=True).graphs)
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import typer
 
 from mmi_deploy import presets
 from mmi_deploy.commands.needs import extras
-from mmi_deploy.commands.screen import print_json, remarks, results, size, staged
+from mmi_deploy.commands.screen import print_json, remarks, results, staged
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.files import check_replaceable
+from mmi_deploy.files import check_replaceable, size
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle import Bundle

@@ -11,7 +11,7 @@ from rich.progress import Progress, TaskID
 
 from mmi_deploy.commands.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.commands.needs import extras
-from mmi_deploy.commands.screen import counted, print_json, progress, remarks, results
+from mmi_deploy.commands.screen import MOST_THREADS, counted, print_json, progress, remarks, results
 from mmi_deploy.commands.targets import (
     CPU,
     Device,
@@ -80,7 +80,9 @@ def generate(
     target: TargetName = CPU,
     device: Device = 0,
     resident: Resident = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as cores.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, max=MOST_THREADS, help="CPU threads; 0: as many as cores.")
+    ] = 0,
     kernels: Kernels = AUTO,
     unproved: Annotated[
         bool, typer.Option("--unproved", help="Run graphs that have no receipt.")

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from mmi_deploy.commands.needs import extras
-from mmi_deploy.commands.screen import print_json, remarks, results, size, staged
-from mmi_deploy.files import check_replaceable
+from mmi_deploy.commands.screen import print_json, remarks, results, staged
+from mmi_deploy.files import check_replaceable, size
 from mmi_deploy.presets import preset as preset_called
 
 Dtype = Literal["keep", "float16", "bfloat16", "float32"]

@@ -81,7 +81,9 @@ def inspect(
         int | None,
         typer.Option(help="With --memory: tokens of a document.", show_default="the bundle's"),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="With --memory: documents at a time.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, max=1024, help="With --memory: documents at a time.")
+    ] = 1,
     images: Annotated[int, typer.Option(min=1, help="With --memory: images of a document.")] = 4,
     resident: Annotated[
         str | None,

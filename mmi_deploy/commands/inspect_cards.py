@@ -10,8 +10,9 @@ from rich import box
 from rich.table import Table
 
 from mmi_deploy.commands.inspect_cost import duration, print_table
-from mmi_deploy.commands.screen import print_json, results, size
+from mmi_deploy.commands.screen import print_json, results
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.files import size
 
 if TYPE_CHECKING:
     from mmi_deploy.build.cards import Card

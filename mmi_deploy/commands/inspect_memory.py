@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 
 from mmi_deploy.commands.inspect_cost import print_table
-from mmi_deploy.commands.screen import counted, print_json, results, size
+from mmi_deploy.commands.screen import counted, print_json, results
+from mmi_deploy.files import size
 
 if TYPE_CHECKING:
     from mmi_deploy.build.memory import Choice, Memory, Model

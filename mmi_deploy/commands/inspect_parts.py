@@ -13,8 +13,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mmi_deploy.commands.screen import print_json, results, size
+from mmi_deploy.commands.screen import print_json, results
 from mmi_deploy.errors import WeightsError
+from mmi_deploy.files import size
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle import Bundle

@@ -12,6 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+MOST_THREADS = 8 * (os.cpu_count() or 1)
+"""More make everything slower, and many more never begin."""
+
 
 class _Pipe(Console):
     """A console whose reader may leave: `mmi generate ... | head` still writes its folder."""
@@ -70,13 +73,3 @@ def print_json(value: Any) -> None:
 def counted(count: int, noun: str) -> str:
     """`1 picture`, `2 pictures`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def size(count: int) -> str:
-    """Bytes for people: `9.3 MB`."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from mmi_deploy.commands.needs import extras
-from mmi_deploy.commands.screen import results
+from mmi_deploy.commands.screen import MOST_THREADS, results
 from mmi_deploy.errors import ConfigError
 
 World = Literal["easy", "medium", "hard"]
@@ -50,7 +50,8 @@ def train(
         bool, typer.Option("--checkpoint-gradients", help="Less memory, more time.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default="PyTorch's choice")
+        int | None,
+        typer.Option(min=1, max=MOST_THREADS, help="CPU threads.", show_default="PyTorch's choice"),
     ] = None,
 ) -> None:
     """Train a model: its autoencoder; then reading, and telling what to draw; then everything.

@@ -137,3 +137,17 @@ def test_a_folder_that_holds_what_is_read_is_never_replaced(tmp_path: Path) -> N
         ):
             raise AssertionError("must not begin")
     assert document.read_text() == "precious"
+
+
+def test_part_of_a_folder_that_is_read_is_never_replaced(tmp_path: Path) -> None:
+    """With --force too: a story in the place of a bundle's graphs would be the end of it."""
+    part = tmp_path / "bundle" / "graphs"
+    part.mkdir(parents=True)
+    (part / "llm.onnx").write_text("precious")
+    for force in (False, True):
+        with (
+            pytest.raises(MmiError, match="is part of .*, which is read to write it"),
+            new_folder(part, force, kind="story", inputs=[part.parent]),
+        ):
+            raise AssertionError("must not begin")
+    assert (part / "llm.onnx").read_text() == "precious"

@@ -325,7 +325,7 @@ def test_too_little_memory_or_disk_is_refused_before_anything_is_built(
     check_room(parts, bundle, cache)
     check_room([], bundle, cache)
     monkeypatch.setattr(tensorrt_plan, "free_memory", lambda: 10**8)
-    line = "too little memory to build .* expected about 0.7 GB free; got 0.1 GB.*--force"
+    line = "too little memory to build .* expected about 700.0 MB free; got 100.0 MB.*--force"
     with pytest.raises(EngineError, match=line):
         check_room(parts, bundle, cache)
     monkeypatch.setattr(tensorrt_plan, "free_memory", lambda: 10**12)
@@ -403,6 +403,17 @@ def test_the_report_is_printed_for_programs(command: Callable[..., tuple[int, st
     assert [target["architecture"] for target in targets] == ["sm89", "sm80"]
     assert targets[0]["graphs"][0]["layers"] == {"CAST": 4, "PLUGIN_V3": 3}
     assert targets[0]["graphs"][0]["plugin_layers"] == 3
+
+
+def test_engines_built_one_by_one_stay_beside_each_other(
+    bundle: Bundle, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """They come from the cache; those of another precision have a folder of their own."""
+    assert command(*ONE)[0] == 0
+    code, _, err = command(*ONE[:-1], "vae_decoder")
+    assert code == 0 and "llm for sm89: cached (1 of 2)" in err.splitlines()
+    held = bundle.target("tensorrt-rtx-sm89-fp16", unproved=True).graphs
+    assert set(held) == {"llm", "vae_decoder"}
 
 
 def test_a_dry_run_says_what_it_would_take_and_builds_nothing(

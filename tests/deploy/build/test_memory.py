@@ -175,7 +175,7 @@ def test_amounts_of_memory_are_read(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["lots", "", "GB", "12 apples"])
+@pytest.mark.parametrize("text", ["lots", "", "GB", "12 apples", "1e400GB", "nan", "-5GB", "0GB"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is no amount of memory"):
         parse_bytes(text)
