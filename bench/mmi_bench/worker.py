@@ -16,12 +16,12 @@ from typing import IO, Any
 import numpy as np
 
 from mmi_bench.cases import Case
-from mmi_bench.machine import peak_bytes
 from mmi_bench.samples import Output, Sample, take
 from mmi_bench.sides import Settings, SideName, open_side
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.errors import MmiError
 from mmi_deploy.images import Rgb
+from mmi_deploy.own_memory import peak_bytes
 from mmi_deploy.tokenizer import Tokenizer
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from mmi_deploy.own_memory import memory_bytes, peak_bytes
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done next, how much is done and how much there is."""
@@ -77,18 +76,3 @@ class Watch:
     def seconds(self) -> float:
         """Since the watch began."""
         return time.monotonic() - self._began
-
-
-def memory_bytes() -> int:
-    """What this process holds now; where the system does not tell, the most that it ever held."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return peak_bytes()
-    return pages * resource.getpagesize()
-
-
-def peak_bytes() -> int:
-    """The most memory that this process ever held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

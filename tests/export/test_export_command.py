@@ -143,7 +143,7 @@ from mmi_export.blank_model import BlankModel
 from mmi_export.bundle_export import export_graph
 from mmi_export.stand_in import cut, write_stand_in
 from mmi_export.stored_weights import link_file, stored_weights
-from mmi_export.watch import peak_bytes
+from mmi_deploy.own_memory import peak_bytes
 from mmi_export.weight_sources import WeightSources
 folder, config = Path(sys.argv[1]), cut(released_13b(), 2)
 write_stand_in(config, folder, "empty", torch.float16)
