@@ -25,6 +25,9 @@ ARCHITECTURES = {
 }
 """Architectures that are known, and cards that have them."""
 
+TENSORRT_RTX_ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
+"""Those of them that TensorRT-RTX 1.7 compiles for; the one installed is asked before a build."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -43,9 +46,10 @@ class Target:
         if self.runtime == CPU and self.architecture is not None:
             raise ConfigError("the CPU target takes no --arch", got=self.architecture)
         if self.runtime != CPU and self.architecture not in ARCHITECTURES:
+            compiled = TENSORRT_RTX_ARCHITECTURES
             raise ConfigError(
                 f"{self.runtime} engines are built for an architecture",
-                expected=", ".join(ARCHITECTURES),
+                expected=", ".join(compiled if self.runtime == TENSORRT_RTX else ARCHITECTURES),
                 got=self.architecture or "none",
                 fix="give --arch, for example --arch sm89",
             )

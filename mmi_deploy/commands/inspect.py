@@ -84,7 +84,10 @@ def inspect(
     batch: Annotated[
         int, typer.Option(min=1, max=1024, help="With --memory: documents at a time.")
     ] = 1,
-    images: Annotated[int, typer.Option(min=1, help="With --memory: images of a document.")] = 4,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --memory: images of a document.", show_default="4"),
+    ] = None,
     resident: Annotated[
         str | None,
         typer.Option(
@@ -265,13 +268,16 @@ def _memory_model(
     preset: str | None,
     context: int | None,
     batch: int,
-    images: int,
+    images: int | None,
     on_cpu: bool,
 ) -> Model:
     from mmi_deploy.build.memory import Model, with_limits
     from mmi_deploy.build.target import CPU, TENSORRT
 
     _, manifest, files = _graphs_of(folder, preset)
-    limits = with_limits(manifest.limits, context, batch, min(images, manifest.limits.images))
+    most = manifest.limits.images
+    if images is not None and images > most:
+        raise ConfigError("--images is beyond the bundle", expected=f"1 to {most}", got=images)
+    limits = with_limits(manifest.limits, context, batch, images or min(4, most))
     runtime = CPU if on_cpu else TENSORRT
     return Model(manifest.config, files, manifest.limits.context, limits, runtime)
