@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.runtime.device_memory import Cuda
+from mmi_deploy.runtime.device_memory import DeviceMemory
 
 MOST = 16
 """Recordings kept for a context. The least recently used one goes."""
@@ -29,8 +29,9 @@ class CudaGraphs:
     (new shapes, allocations); the second is recorded; later ones are launched from the recording.
     """
 
-    def __init__(self, cuda: Cuda, stream: int, most: int = MOST) -> None:
-        self._cuda, self._stream, self._most = cuda, stream, most
+    def __init__(self, memory: DeviceMemory, most: int = MOST) -> None:
+        self._cuda, self._stream, self._turn = memory.cuda, memory.stream, memory.turn
+        self._most = most
         self._seen: set[Hashable] = set()
         self._recorded: OrderedDict[Hashable, object | None] = OrderedDict()
         self.refusal = ""
@@ -49,7 +50,8 @@ class CudaGraphs:
         """A run that has no recording: make one and launch it, or `run` it, which raises when it
         fails. Whether it was launched."""
         if may_record and key in self._seen and key not in self._recorded:
-            self._recorded[key] = self._record(run)
+            with self._turn.recording():
+                self._recorded[key] = self._record(run)
             if len(self._recorded) > self._most:
                 self._drop(self._recorded.popitem(last=False)[1])
             if self.launch(key):

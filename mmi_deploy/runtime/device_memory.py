@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import importlib
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from threading import RLock
 from types import ModuleType, TracebackType
@@ -100,10 +102,16 @@ class Device:
 
 
 class Turn:
-    """A lock around all that is enqueued: two threads' kernels must not mix on the stream."""
+    """A lock around all that is enqueued: two threads' kernels must not mix on the stream.
+
+    Memory may be dropped at any moment, by any thread: Python's garbage collector does it. It is
+    given back here, but not while a graph is recorded, in which no memory may be freed.
+    """
 
     def __init__(self, device: Device) -> None:
         self._lock, self._device = RLock(), device
+        self._recording = False
+        self._dropped: deque[tuple[str, int]] = deque()
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -120,15 +128,42 @@ class Turn:
         traceback: TracebackType | None,
     ) -> None:
         self._lock.release()
+        self._give_back()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """A turn in which a graph is recorded."""
+        with self:
+            self._recording = True
+            try:
+                yield
+            finally:
+                self._recording = False
+
+    def drop(self, free: str, pointer: int) -> None:
+        """Give memory back by CUDA's function `free`: now, or after another thread's turn."""
+        self._dropped.append((free, pointer))
+        self._give_back()
+
+    def _give_back(self) -> None:
+        # Whoever has the lock comes by here once it is released: nobody waits, nothing is lost.
+        while self._dropped and self._lock.acquire(blocking=False):
+            try:
+                if self._recording:
+                    return
+                while self._dropped:
+                    self._device.cuda.quietly(*self._dropped.popleft())
+            finally:
+                self._lock.release()
 
 
 class _Block:
     """A piece of device or pinned host memory, given back when nothing refers to it any more."""
 
-    def __init__(self, cuda: Cuda, allocate: str, free: str, size: int) -> None:
+    def __init__(self, cuda: Cuda, turn: Turn, allocate: str, free: str, size: int) -> None:
         self.size = size
         self.pointer = int(cuda(allocate, max(size, 1)))
-        self._end = weakref.finalize(self, cuda.quietly, free, self.pointer)
+        self._end = weakref.finalize(self, turn.drop, free, self.pointer)
         self._end.atexit = False  # the process takes it along
 
     def free(self) -> None:
@@ -156,7 +191,7 @@ class DeviceMemory:
         self._staged = 0  # bytes of it that copies under way still read or write
 
     def _pinned(self, size: int) -> _Block:
-        return _Block(self.cuda, "cudaMallocHost", "cudaFreeHost", size)
+        return _Block(self.cuda, self.turn, "cudaMallocHost", "cudaFreeHost", size)
 
     def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         kind = element_type(dtype)
@@ -167,7 +202,9 @@ class DeviceMemory:
 
     def _allocate(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> Buffer:
         with self.turn:
-            block = _Block(self.cuda, "cudaMalloc", "cudaFree", prod(shape) * kind.itemsize)
+            block = _Block(
+                self.cuda, self.turn, "cudaMalloc", "cudaFree", prod(shape) * kind.itemsize
+            )
         return Buffer(self, block.pointer, shape, kind, block)
 
     def hold(self, array: Array) -> Buffer:

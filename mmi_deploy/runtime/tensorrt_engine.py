@@ -369,7 +369,7 @@ class TensorRtEngine(Engine):
             inner, cache = self._tensorrt.context(self._engine, self._cache_name)
             if profile and not inner.set_optimization_profile_async(profile, self.memory.stream):
                 raise self._failure(f"cannot take its profile {profile}")
-            graphs = CudaGraphs(self.memory.cuda, self.memory.stream)
+            graphs = CudaGraphs(self.memory)
             self._contexts[profile] = _Context(inner, cache, graphs)
         context = self._contexts[profile]
         if context.scratch != self._scratch.pointer:

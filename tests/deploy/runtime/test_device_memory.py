@@ -126,3 +126,23 @@ def test_threads_take_turns(memory: DeviceMemory) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_nothing_is_given_back_while_a_graph_is_recorded(
+    gpu: FakeCuda, memory: DeviceMemory
+) -> None:
+    """Whoever drops it: another thread, or Python's garbage collector in the one that records."""
+    before = gpu.held()
+    buffers = [memory.allocate((1000,), np.uint8) for _ in range(3)]
+    other = threading.Thread(target=buffers.pop)
+    with memory.turn.recording():
+        held = gpu.held()
+        other.start()
+        other.join()
+        buffers.pop()
+        gc.collect()
+        assert gpu.held() == held
+    assert gpu.held() == before + 1000
+    with memory.turn:  # an ordinary turn of the same thread does not keep it
+        buffers.pop()
+        assert gpu.held() == before
