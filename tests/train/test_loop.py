@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import subprocess
 import sys
@@ -131,15 +130,41 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
         torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, caplog):
-    class Diverging(Regression):
-        calls = 0
+class Diverging(Regression):
+    """From step 7 on the loss is no number; from step 4 on, before a checkpoint, its gradient."""
 
-        def losses(self, rng):
-            self.calls += 1
-            losses = super().losses(rng)
-            return {"total": losses["total"] * (float("nan") if self.calls > 15 else 1.0)}
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.calls = what, 0
 
-    with caplog.at_level(logging.INFO), pytest.raises(WeightsError, match="not finite at step 7"):
-        train(Diverging(), OPTIMISER, RUN, tmp_path)
-    assert latest_checkpoint(tmp_path) is not None
+    def losses(self, rng):
+        self.calls += 1
+        total = super().losses(rng)["total"]
+        if self.what == "loss" and self.calls > 15:
+            total = total * float("nan")
+        if self.what == "gradient" and self.calls > 9:
+            nothing = 0 * next(self.module.parameters()).sum()
+            total = total + nothing.square().sqrt()  # d sqrt(0) is infinite, times 0
+        return {"total": total}
+
+
+@pytest.mark.parametrize(("what", "step", "kept"), [("loss", 7, 1), ("gradient", 4, 0)])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(tmp_path, what, step, kept):
+    with pytest.raises(WeightsError, match=f"{what} of regression is not finite at step {step}"):
+        train(Diverging(what), OPTIMISER, RUN, tmp_path)
+    assert len(list(tmp_path.glob("step-*"))) == kept
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_model_makes_the_model(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def killed_at_the_end(step, average):
+        if step == OPTIMISER.steps:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(Regression(), OPTIMISER, RUN, tmp_path, killed_at_the_end)
+    made = []
+    average = train(Regression(), OPTIMISER, RUN, tmp_path, lambda *what: made.append(what))
+    assert made == [(OPTIMISER.steps, average)]

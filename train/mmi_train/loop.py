@@ -73,6 +73,16 @@ def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def _check_finite(value: Tensor, what: str, step: int, losses: dict[str, Tensor]) -> None:
+    """Raise `WeightsError`, which tells the `losses`, unless `value` is finite."""
+    if not bool(torch.isfinite(value)):
+        raise WeightsError(
+            f"the {what} is not finite at step {step}",
+            got={name: float(loss.detach()) for name, loss in losses.items()},
+            fix="lower the rate or train in fp32; the last checkpoint is intact",
+        )
+
+
 class _Meter:
     """Means of the losses since the last report."""
 
@@ -102,7 +112,8 @@ def train(
     """Train `stage` to its last step, going on from the newest checkpoint in `out`.
 
     Curves go to `out/curves` (TensorBoard). Returns the averaged weights, which are also called
-    back at every checkpoint. Raises `WeightsError` when a loss is not finite, or when `out` belongs
+    back at every checkpoint, that which the run goes on from included: it may have been killed in
+    between. Raises `WeightsError` when a loss or its gradient is not finite, or when `out` belongs
     to a run with other settings.
     """
     module = stage.module
@@ -113,6 +124,8 @@ def train(
     if (path := latest_checkpoint(out)) is not None:
         step = load_checkpoint(path, module, average, optimiser, mark)
         log.info("%s: going on from %s", stage.name, path)
+        if on_checkpoint is not None:
+            on_checkpoint(step, average)
     parameters = list(trainable(module))
     learning = [name for name, value in module.named_parameters() if value.requires_grad]
     device = parameters[0].device
@@ -127,15 +140,11 @@ def train(
                 torch.manual_seed(int(rng.integers(2**62)))
                 with _autocast(run.precision, device):
                     losses = stage.losses(rng)
-                if not bool(torch.isfinite(losses["total"])):
-                    raise WeightsError(
-                        f"the loss of {stage.name} is not finite at step {step}",
-                        got={name: float(value.detach()) for name, value in losses.items()},
-                        fix="lower the rate or train in fp32; the last checkpoint is intact",
-                    )
+                _check_finite(losses["total"], f"loss of {stage.name}", step, losses)
                 (losses["total"] / run.accumulate).backward()
                 meter.add(losses)
             norm = torch.nn.utils.clip_grad_norm_(parameters, optimiser_config.clip)
+            _check_finite(norm, f"gradient of {stage.name}", step, losses)
             meter.add({"gradient_norm": norm})
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
