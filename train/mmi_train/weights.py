@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from mmi_deploy.config import read_config, to_json
 from mmi_deploy.errors import WeightsError
+from mmi_deploy.files import write_file
 from mmi_train.model.mm_interleaved import MMInterleaved
 
 WEIGHTS = "model.safetensors"
@@ -84,12 +84,10 @@ def save_model(model: MMInterleaved, folder: Path, dtype: torch.dtype = torch.fl
         name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
         for name, value in model.state_dict().items()
     }
-    scratch = folder / f".{WEIGHTS}.{os.getpid()}"
+    scratch = folder / f".{WEIGHTS}.tmp"  # of this one name: what a killed run left goes too
     try:
         save_file(state, scratch)
         scratch.replace(folder / WEIGHTS)
     finally:
         scratch.unlink(missing_ok=True)
-    config = folder / f".{CONFIG}.{os.getpid()}"
-    config.write_text(to_json(model.config))
-    config.replace(folder / CONFIG)
+    write_file(folder / CONFIG, to_json(model.config))
