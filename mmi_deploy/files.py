@@ -6,6 +6,7 @@ Ctrl-C, a full disk or a crash leaves what was there before.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -13,7 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmi_deploy.errors import MmiError
+from mmi_deploy.errors import ConfigError, MmiError
+
+CACHE = "MMI_CACHE"
+"""The variable that names the folder of what is made once and used again."""
 
 _ELSEWHERE = "give another output folder"
 
@@ -76,6 +80,31 @@ def check_replaceable(
         f"{folder} exists and holds files that mmi did not write",
         fix="give another output folder, or replace it with --force",
     )
+
+
+def cache_folder(*, writes: bool = False) -> Path:
+    """Where compiled kernels and built engines are kept: `$MMI_CACHE`, or `mmi_deploy` in the
+    user's cache folder. It need not be there yet.
+
+    With `writes`: raises `ConfigError` where `$MMI_CACHE` cannot be written. Who only reads may
+    have it on a read-only disk.
+    """
+    named = os.environ.get(CACHE)
+    if not named:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmi_deploy"
+    folder = Path(named)
+    if writes:
+        there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise ConfigError(
+                f"{CACHE} names {folder}, which cannot be written: {error.strerror}",
+                fix="name another folder in it, or none",
+            ) from None
+    return folder
 
 
 def size(count: int) -> str:

@@ -30,13 +30,13 @@ from mmi_deploy.build.report import read_report
 from mmi_deploy.build.target import TENSORRT, Target
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.errors import ConfigError, EngineError, MmiError
+from mmi_deploy.files import cache_folder
 from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt_runtime import MODULES, import_tensorrt
-from mmi_deploy.runtime.tensorrt_target import TensorRtTarget
+from mmi_deploy.runtime.tensorrt_target import AHEAD_OF_TIME, TensorRtTarget
 from mmi_plugins import nvrtc
 from mmi_plugins.cases import draws
 from mmi_plugins.check import Verdict, check
-from mmi_plugins.onnxruntime_library import cache_folder
 from mmi_plugins.operator import TOLERANCES
 from mmi_plugins.reference import all_rows, attention
 from mmi_plugins.tensorrt_build import (
@@ -302,14 +302,9 @@ def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
     """`mmi build`, in a process of its own: what the builder leaves behind does not meet what runs.
 
     Without a library the plugin goes into TensorRT's engines ahead of time."""
-    if plugin is None and target.runtime == TENSORRT:
-        program = "from mmi_bench.gpu_ahead_of_time import main; main()"
-        words = [str(bundle), str(target.architecture), target.precision]
-    else:
-        program = "from mmi_deploy.cli import main; main()"
-        words = ["build", str(bundle), "--target", target.runtime, "--precision", target.precision]
-        words += ["--arch", str(target.architecture)]
-        words += ["--plugin", str(plugin)] if plugin else []
+    program = "from mmi_deploy.cli import main; main()"
+    words = ["build", str(bundle), "--target", target.runtime, "--precision", target.precision]
+    words += ["--arch", str(target.architecture), "--plugin", str(plugin or AHEAD_OF_TIME)]
     command = [sys.executable, "-c", program, *words]
     done = subprocess.run(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmi_deploy.errors import ConfigError, MmiError
-from mmi_deploy.files import write_file
+from mmi_deploy.files import CACHE, cache_folder, write_file
 from mmi_deploy.manifest import sha256_of
 
-FOLDER = "MMI_CACHE"
 LIMIT = "MMI_ENGINE_CACHE_GB"
 DEFAULT_LIMIT = 50
 """Gigabytes of engines that are kept where the variable `LIMIT` says nothing else."""
@@ -46,9 +45,8 @@ class EngineCache:
 
     @classmethod
     def of_user(cls) -> EngineCache:
-        """`$MMI_CACHE/engines`, or `mmi_deploy/engines` in the user's cache folder."""
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmi_deploy"
-        folder = Path(os.environ.get(FOLDER) or root) / "engines"
+        """`engines` in the cache folder; raises `ConfigError` where that or `LIMIT` is wrong."""
+        folder = cache_folder(writes=True) / "engines"
         text = os.environ.get(LIMIT) or str(DEFAULT_LIMIT)
         try:
             gigabytes = float(text)
@@ -149,7 +147,7 @@ class EngineCache:
                 raise
             raise MmiError(
                 f"the engine cache {self.folder} cannot be written: {error.strerror}",
-                fix=f"Name another folder in the environment variable {FOLDER}",
+                fix=f"Name another folder in the environment variable {CACHE}",
             ) from None
 
     @contextmanager

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mmi_deploy.commands.screen import results
+from mmi_deploy.files import cache_folder
 
 app = typer.Typer(no_args_is_help=True, help="Compile our kernels for ONNX Runtime and TensorRT.")
 
@@ -45,7 +46,7 @@ def build(
     if target == Target.onnxruntime:
         path = onnxruntime_library.build(out, cuda=cuda)
     else:
-        folder = out or onnxruntime_library.cache_folder() / "tensorrt"
+        folder = out or cache_folder(writes=True) / "tensorrt"
         path = tensorrt_build.build_tensorrt_plugin(tensorrt_include, folder)
     results().print(str(path), soft_wrap=True)
 
@@ -63,7 +64,7 @@ def show() -> None:
     say(
         f"              C++ compiler: {compiler or 'none (install one, as with `apt install g++`)'}"
     )
-    folder = onnxruntime_library.cache_folder() / "tensorrt"
+    folder = cache_folder() / "tensorrt"
     found = sorted(folder.glob("*.so"))
     for path in found:
         say(f"TensorRT      {path}", soft_wrap=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import mmap
-import os
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +128,6 @@ class TensorRt:
         if "memory" in said:
             return "keep fewer engines on the GPU with --resident, or build smaller ones: " + mend
         return f"build it again on this machine with `{mend}`"
-
-
-def default_cache() -> Path:
-    """Where RTX's compiled kernels are kept: the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "mmi_deploy" / "tensorrt-rtx"
 
 
 def _logger(module: Any, errors: list[str]) -> Any:

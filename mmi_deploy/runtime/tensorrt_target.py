@@ -15,12 +15,13 @@ from mmi_deploy.build.report import read_report
 from mmi_deploy.build.target import ARCHITECTURES, RUNTIMES, TENSORRT
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.files import cache_folder
 from mmi_deploy.graphs import Graph, Limits, graphs
 from mmi_deploy.manifest import TargetManifest, check_receipts, sha256_of
 from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.memory_plan import SHALLOW, MemoryPlan, document_bytes
 from mmi_deploy.runtime.tensorrt_engine import GROUPS, Residency, Scratch, TensorRtEngine, group_of
-from mmi_deploy.runtime.tensorrt_runtime import TensorRt, default_cache, import_tensorrt
+from mmi_deploy.runtime.tensorrt_runtime import TensorRt, import_tensorrt
 
 STAND_IN = "stand-in"
 """How the plugin's identity begins in a target that was only built to see that it can be."""
@@ -86,7 +87,7 @@ class TensorRtTarget:
             name,
             manifest,
             _limits(bundle, name),
-            TensorRt(module, runtime, needed, cache or default_cache()),
+            TensorRt(module, runtime, needed, cache or cache_folder() / "tensorrt-rtx"),
             memory,
             residency,
             Scratch(memory),

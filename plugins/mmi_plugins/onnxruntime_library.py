@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from mmi_deploy.errors import EngineError
+from mmi_deploy.files import CACHE, cache_folder
 from mmi_plugins.compilers import ARCHITECTURES, find_nvcc, supported_architectures
 from mmi_plugins.seal import damage, is_sealed, seal
 
@@ -73,14 +74,6 @@ def compiler() -> str | None:
     )
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: `$MMI_CACHE`, or `mmi_deploy` in the user's cache folder."""
-    if named := os.environ.get("MMI_CACHE"):
-        return Path(named)
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "mmi_deploy"
-
-
 @cache
 def _fingerprint(cuda: bool) -> str:
     """Of all that decides what is compiled, the compiler aside: a newer one makes nothing wrong."""
@@ -111,8 +104,10 @@ def build(
 
     `cuda`: with kernels for ONNX Runtime's CUDA provider as well, for these `architectures`; takes
     CUDA's nvcc. It appears whole or not at all. Raises `EngineError` where there is no compiler, or
-    it fails.
+    it fails, `ConfigError` where `$MMI_CACHE` cannot be written.
     """
+    if out is None:
+        cache_folder(writes=True)
     path = location(cuda) if out is None else out / NAME
     if os.name != "posix":
         raise EngineError(
@@ -135,7 +130,8 @@ def build(
             os.replace(made, path)
     except OSError as error:
         raise EngineError(
-            f"the kernel library cannot be written to {path.parent}: {error}"
+            f"the kernel library cannot be written to {path.parent}: {error.strerror}",
+            fix=f"Name another folder in the environment variable {CACHE}." if out is None else "",
         ) from None
     return path
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmi_deploy.errors import MmiError
-from mmi_deploy.files import new_folder, write_file
+from mmi_deploy.errors import ConfigError, MmiError
+from mmi_deploy.files import cache_folder, new_folder, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -151,3 +151,28 @@ def test_part_of_a_folder_that_is_read_is_never_replaced(tmp_path: Path) -> None
         ):
             raise AssertionError("must not begin")
     assert (part / "llm.onnx").read_text() == "precious"
+
+
+def test_a_cache_folder_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMI_CACHE", str(tmp_path / "deep" / "cache"))
+    assert cache_folder(writes=True) == tmp_path / "deep" / "cache"
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/self")):
+        monkeypatch.setenv("MMI_CACHE", str(wrong))
+        assert cache_folder() == wrong
+        with pytest.raises(ConfigError, match=f"MMI_CACHE names {wrong}, which cannot be written"):
+            cache_folder(writes=True)
+
+
+def test_without_the_variable_the_cache_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MMI_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "mmi_deploy"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "mmi_deploy"
