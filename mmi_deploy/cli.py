@@ -75,10 +75,11 @@ def run(arguments: list[str]) -> int:
         code = code if isinstance(code, int) else 0
         return _stopped() if code == STOPPED else code
     except TyperException as error:
-        if not arguments:
+        line = " ".join(error.format_message().split()).rstrip(".")
+        if not line:
             return 2  # the help is on the screen
-        line = error.format_message().rstrip(".")
-        return _say(f"{line}. See `mmi {_command(arguments)}--help`", 2)
+        context = getattr(error, "ctx", None)
+        return _say(f"{line}. See `{context.command_path if context else 'mmi'} --help`", 2)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         return _stopped() if code == STOPPED else code
@@ -95,12 +96,6 @@ def run(arguments: list[str]) -> int:
         if "--debug" in arguments:
             raise
         return _unexpected(error)
-
-
-def _command(arguments: list[str]) -> str:
-    """The command that was asked for, if there is such a one, and a space."""
-    known = {item.callback.__name__ for item in app.registered_commands if item.callback}
-    return next((f"{word} " for word in arguments if word in known), "")
 
 
 def _unexpected(error: Exception) -> int:

@@ -457,6 +457,26 @@ def test_a_wrong_option_is_one_line_that_names_the_help(mmi: Screen) -> None:
     assert mmi.err.count("\n") == 1
     assert mmi.err.startswith("mmi: Invalid value for '--seed'")
     assert mmi.err.endswith("See `mmi generate --help`\n")
+    assert mmi("plugins", "build", "nope") == 2
+    assert mmi.err.endswith("See `mmi plugins build --help`\n")
+    assert mmi("--debug", "plugins", "build") == 2  # the choices are not one a line
+    assert mmi.err.count("\n") == 1
+
+
+def test_without_a_command_there_is_help_alone(mmi: Screen) -> None:
+    for group in ((), ("plugins",)):
+        assert mmi(*group) == 2
+        assert "Usage: mmi" in mmi.out and mmi.err == ""
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "tensorrt"])
+def test_a_wrong_cache_folder_is_told_before_anything_is_compiled(
+    mmi: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MMI_CACHE", str(tmp_path / "file"))
+    assert mmi("plugins", "build", kind) == 2
+    assert mmi.err.startswith(f"mmi: MMI_CACHE names {tmp_path / 'file'}, which cannot be written")
 
 
 def test_the_output_never_replaces_the_document_or_the_bundle(
