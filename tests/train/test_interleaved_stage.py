@@ -12,7 +12,7 @@ from mmi_deploy.presets import tiny
 from mmi_train.data.rows import make_rows, tokens_of
 from mmi_train.data.tasks import MAKERS, ImagePart
 from mmi_train.data.vocabulary import build_tokenizer
-from mmi_train.data.world import easy
+from mmi_train.data.world import easy, hard
 from mmi_train.interleaved_stage import InterleavedStage, batch_of, isolated
 from mmi_train.losses import IGNORE
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -127,11 +127,21 @@ def test_a_few_steps_lower_both_losses():
 def test_the_paper_s_stage_packs_rows_of_the_context_length_and_leaves_first_images_out(model):
     """Sec. 4.1: an image right after `<s>` has nothing to be drawn from and no loss."""
     source = partial(endless_documents, CONFIG, build_tokenizer(), easy())
-    stage = PackedStage(model, source, length=150, rows=3)
+    stage = PackedStage(model, source, str(easy()), length=150, rows=3)
     losses = stage.losses(np.random.default_rng(0))
     assert torch.isfinite(losses["total"])
     total = losses["text"] + 10 * losses["image"]
     torch.testing.assert_close(losses["total"], total)
+
+
+def test_a_stage_of_another_world_is_another_stage(model):
+    """Or a run would go on with other data than it was begun with."""
+    source = partial(endless_documents, CONFIG, build_tokenizer())
+    packed = {PackedStage(model, source, str(w), length=150).describe() for w in (easy(), hard())}
+    kept_apart = {
+        InterleavedStage(model, build_tokenizer(), w).describe() for w in (easy(), hard())
+    }
+    assert len(packed) == len(kept_apart) == 2
 
 
 def test_checkpointing_gradients_changes_no_gradient(model):

@@ -62,10 +62,11 @@ def packed_batch(
 @dataclass
 class PackedStage:
     """Rows of `length` tokens and at most `max_images` images, `rows` of them in one part of a
-    step."""
+    step. `data`: what `source` draws its documents from, so that a run goes on with no other."""
 
     model: MMInterleaved
     source: DocumentSource
+    data: str
     length: int
     rows: int = 4
     max_images: int | None = None
@@ -84,6 +85,7 @@ class PackedStage:
 
     def describe(self) -> str:
         settings = (
+            self.data,
             self.length,
             self.rows,
             self.max_images,

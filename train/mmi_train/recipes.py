@@ -174,7 +174,7 @@ def train_from_scratch(
     stage: InterleavedStage | PackedStage
     if packed:
         source = partial(endless_documents, model.config, tokenizer, world)
-        stage = PackedStage(model, source, length=model.config.llama.context)
+        stage = PackedStage(model, source, str(world), length=model.config.llama.context)
     else:
         stage = InterleavedStage(model, tokenizer, world, image_weight=IMAGE_WEIGHT)
         if conditioning_steps != 0:
