@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,8 +65,9 @@ class Remote:
     def run(self, case: Case) -> Answer:
         """Run one case; raises `MmiError` when the side cannot."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(case.to_json()) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # `_read` says how the process ended
+            self._process.stdin.write(json.dumps(case.to_json()) + "\n")
+            self._process.stdin.flush()
         answer = self._read()
         pictures = [unpacked(picture) for picture in answer["pictures"]]
         return Answer(
@@ -89,7 +91,8 @@ class Remote:
 
     def _end(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -165,13 +165,19 @@ def test_a_bundle_that_is_not_there_is_refused_before_anything_is_loaded(tmp_pat
         compare.run(tmp_path / "none", tmp_path)
 
 
-def test_a_side_that_is_killed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", ["", "echo '{\"load_seconds\": 1}'; exec <&-; "])
+def test_a_side_that_is_killed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """While it loads, or while it waits for a case."""
     monkeypatch.setattr(remote.sys, "executable", str(tmp_path / "killed"))
-    (tmp_path / "killed").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "killed").write_text(f"#!/bin/sh\n{before}kill -9 $$\n")
     (tmp_path / "killed").chmod(0o755)
     settings = Settings(tmp_path, tmp_path, "ddim:20", 1, None, False)
-    with pytest.raises(MmiError, match="pytorch side .* signal 9"), Remote("pytorch", settings):
-        pass
+    killed = pytest.raises(MmiError, match="pytorch side .* signal 9")
+    with killed, Remote("pytorch", settings) as side:
+        side._process.wait()
+        side.run(PLAN.cases[0])
 
 
 def test_an_error_of_a_side_reaches_the_caller_as_its_line(tmp_path: Path) -> None:
