@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,5 +227,5 @@ def _schedule(bundle: Bundle, asked: str | None) -> str:
     )
 
 
-def _peak(cases: dict[str, Sequence[Answer]] | dict[str, list[Answer]]) -> int:
+def _peak(cases: dict[str, list[Answer]]) -> int:
     return max(answer.peak_bytes for runs in cases.values() for answer in runs)

@@ -22,7 +22,8 @@ from mmi_bench.spread import Spread, ratios
 from mmi_deploy.build.precision import recipe, rewrite
 from mmi_deploy.build.target import CPU
 from mmi_deploy.bundle import Bundle
-from mmi_deploy.errors import MmiError
+from mmi_deploy.errors import ConfigError, MmiError
+from mmi_deploy.files import write_file
 from mmi_deploy.graphs import Graph
 from mmi_deploy.runtime.buffers import HOST, Buffer
 from mmi_deploy.runtime.onnx_engine import OnnxOptions, OnnxRuntimeEngine
@@ -94,6 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bundle = Bundle.open(given.bundle)
         graph = bundle.graphs["llm"]
         tokens = min(given.tokens, bundle.limits.context - given.start - WARM_UP)
+        if tokens < 1:
+            raise ConfigError(
+                f"{given.bundle} has no room for a token there",
+                expected=f"--start of at most {bundle.limits.context - WARM_UP - 1}",
+                got=given.start,
+            )
         portable = bundle.graph_file("llm")
         found = compare(portable, graph, given.precisions, tokens, given.threads, given.start)
     except MmiError as error:
@@ -102,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, seconds in found.items():
         print(line(name, seconds, found[PLAIN]))
     if given.json:
-        given.json.write_text(json.dumps(found))
+        write_file(given.json, json.dumps(found))
     return 0
 
 

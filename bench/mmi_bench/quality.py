@@ -24,19 +24,27 @@ import tokenizers
 from mmi_bench.simulated import simulated_runtime
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.errors import ConfigError, MmiError
+from mmi_deploy.files import write_file
 from mmi_deploy.manifest import PORTABLE
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
 from mmi_train.data import world as worlds
 from mmi_train.data.rows import TokenDocument
 from mmi_train.data.tasks import ImagePart, TaskDocument, grade
-from mmi_train.evaluation import MAX_ANSWER, Question, prompt_of, questions_of
+from mmi_train.evaluation import (
+    KINDS,
+    MAX_ANSWER,
+    PICTURES,
+    TEXTS,
+    Question,
+    prompt_of,
+    questions_of,
+)
 
 BAND = {"int8": 1.0, "int4": 3.0}
 """Points by which a recipe may differ from the portable graphs, up or down. Other recipes have the
 narrower one."""
 
-KINDS = ("caption", "question", "referring", "drawing", "segmentation", "story")
 SURE = 1.96
 """Standard errors of a 95 % interval."""
 
@@ -104,9 +112,8 @@ class Answers:
 
     def right(self, question: Question) -> bool:
         """Whether the answer, or the picture, is exactly what was asked for."""
-        draws = isinstance(question.part, ImagePart)
         session = self._read(question.prompt)
-        if draws:
+        if isinstance(question.part, ImagePart):
             produced: str | np.ndarray = session.draw(guidance=self.guidance)
         else:
             produced = self._write(session)
@@ -155,10 +162,17 @@ def compare(
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Paired]:
     """Ask the portable graphs and `other` the same `count` questions of each kind, `pictures` of
-    those that want one drawn. Raises `ConfigError` for a kind that there is not."""
+    those that want one drawn. Raises `ConfigError` for a kind that there is not, and for none."""
     if unknown := sorted(set(kinds) - set(KINDS)):
         raise ConfigError(
             f"there are no questions of the kind {unknown[0]!r}", expected=" or ".join(KINDS)
+        )
+    if min(count, pictures) < 1:
+        raise ConfigError(
+            "there must be a question of each kind",
+            expected="at least 1",
+            got=min(count, pictures),
+            fix="leave kinds out with --kinds",
         )
     tokenizer = tokenizers.Tokenizer.from_file(str(bundle.tokenizer))
     portable = Runtime.open(bundle, target=PORTABLE, threads=threads)
@@ -167,8 +181,7 @@ def compare(
     for kind, questions in questions_of(sides[0], worlds.easy(), max(count, pictures), seed):
         if kind not in kinds:
             continue
-        draws = isinstance(questions[0].part, ImagePart)
-        chosen = questions[: pictures if draws else count]
+        chosen = questions[: pictures if kind in PICTURES else count]
         right: tuple[list[bool], list[bool]] = ([], [])
         for index, question in enumerate(chosen):
             on_progress(f"{kind} {index + 1} of {len(chosen)}")
@@ -212,19 +225,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MmiError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    band = given.band or BAND.get(
-        (given.simulate or given.target).rpartition("-")[2], min(BAND.values())
-    )
-    texts = [pairs for kind, pairs in found.items() if kind in KINDS[:3]]
-    drawn = [pairs for kind, pairs in found.items() if kind not in KINDS[:3]]
+    band = given.band
+    if band is None:
+        band = BAND.get((given.simulate or given.target).rpartition("-")[2], min(BAND.values()))
     rows = dict(found)
-    for name, some in (("all texts", texts), ("all pictures", drawn)):
+    for name, kinds in (("all texts", TEXTS), ("all pictures", PICTURES)):
+        some = [found[kind] for kind in kinds if kind in found]
         if len(some) > 1:
             rows[name] = sum(some[1:], some[0])
     for name, pairs in rows.items():
         print(_line(name, pairs, band))
     if given.json:
-        given.json.write_text(json.dumps({name: asdict(pairs) for name, pairs in rows.items()}))
+        write_file(given.json, json.dumps({name: asdict(pairs) for name, pairs in rows.items()}))
     return int(any(pairs.verdict(band) == "no" for pairs in rows.values()))
 
 

@@ -23,9 +23,16 @@ def test_ratios_are_of_tokens_that_came_in_turn() -> None:
     assert "2.00 times as fast (2.00 to 2.00)" in line("int8", other, plain)
 
 
-def test_an_unknown_precision_is_one_line(
-    exported_once, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--precisions", "int9", "--start", "8"], "there is no precision 'int9'"),
+        (["--start", "100000"], "no room for a token there; expected --start of at most"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    exported_once, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
     folder = str(exported_once("paper").bundle.folder)
-    assert main([folder, "--precisions", "int9", "--start", "8"]) == 2
-    assert "there is no precision 'int9'" in capsys.readouterr().err
+    assert main([folder, *options]) == 2
+    assert said in capsys.readouterr().err

@@ -69,6 +69,8 @@ def test_wrong_questions_and_targets_are_one_line(
     bundle: Bundle = exported_once("shipped").bundle
     with pytest.raises(ConfigError, match="no questions of the kind 'poem'; expected caption or"):
         compare(bundle, Runtime.open(bundle), kinds=("poem",))
+    with pytest.raises(ConfigError, match="question of each kind; expected at least 1; got 0"):
+        compare(bundle, Runtime.open(bundle), pictures=0)
     for arguments, message in (
         ([str(tmp_path / "none"), "--target", "cpu-int8"], "there is no bundle"),
         ([str(bundle.folder), "--target", "cpu-int9"], "cpu-int9"),

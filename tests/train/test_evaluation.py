@@ -12,6 +12,7 @@ from mmi_train.data.tasks import ImagePart
 from mmi_train.data.vocabulary import build_tokenizer
 from mmi_train.data.world import easy, split_of
 from mmi_train.evaluation import (
+    Evaluation,
     Evaluator,
     Measures,
     evaluate,
@@ -116,6 +117,15 @@ def test_question_kinds_are_told_from_their_words():
     assert measure_of("what is at top left?") == "answer: object"
     with pytest.raises(StopIteration):
         measure_of("why?")
+
+
+def test_what_was_not_measured_is_not_in_the_table():
+    """JSON has no number for it."""
+    seeing, blind = Measures(), Measures()
+    seeing.add("caption: exact", 1, 1.0)
+    assert "without_mmfs" not in Evaluation(seeing, blind, ()).as_json()["caption: exact"]
+    blind.add("caption: exact", 1, 0.0)
+    assert Evaluation(seeing, blind, ()).as_json()["caption: exact"]["without_mmfs"] == 0.0
 
 
 @pytest.mark.slow

@@ -38,6 +38,11 @@ from mmi_train.model.mm_interleaved import MMInterleaved
 MAX_ANSWER = 32
 """Tokens after which a text that has not ended is taken as it is."""
 
+TEXTS = ("caption", "question", "referring")
+PICTURES = ("drawing", "segmentation", "story")
+KINDS = TEXTS + PICTURES
+"""Of questions, by what is asked for."""
+
 ATTRIBUTES = ("background", "count", "shape", "colour", "place")
 
 
@@ -87,15 +92,16 @@ class Evaluation:
     samples: tuple[Sample, ...]
 
     def as_json(self) -> dict:
-        """Measures as nested plain values."""
+        """Measures as nested plain values; `without_mmfs` where that was measured."""
         table = {}
         for name in self.measures.names():
             objects = sorted({count for measure, count in self.measures.values if measure == name})
             value, count = self.measures.mean(name)
+            blind, asked = self.without.mean(name)
             table[name] = {
                 "value": value,
                 "count": count,
-                "without_mmfs": self.without.mean(name)[0],
+                **({"without_mmfs": blind} if asked else {}),
                 "by_objects": {str(o): self.measures.mean(name, o)[0] for o in objects},
             }
         return table
@@ -298,9 +304,7 @@ def questions_of(
     evaluator: Prompter, world: WorldConfig, count: int, seed: int
 ) -> Iterator[tuple[str, list[Question]]]:
     """Held-out questions by kind, the same for every model."""
-    for index, kind in enumerate(
-        ("caption", "question", "referring", "drawing", "segmentation", "story")
-    ):
+    for index, kind in enumerate(KINDS):
         rng = np.random.default_rng([seed, index])
         found: list[Question] = []
         while len(found) < count:

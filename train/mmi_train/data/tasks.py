@@ -33,7 +33,6 @@ from mmi_train.data.world import (
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 BOX_PIXELS = 2  # a box token counts in steps of this many pixels: <0>..<32>
-KINDS = ("reading", "caption", "question", "referring", "drawing", "segmentation", "story")
 
 
 @dataclass(frozen=True)
