@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,30 +126,58 @@ def write_case(path: Path, call: Call, expected: np.ndarray) -> None:
 
 def read_case(path: Path) -> tuple[Call, np.ndarray]:
     """The call and the expected output of a file. Raises `EngineError` for a file that is none."""
+    if not zipfile.is_zipfile(path):
+        raise EngineError(f"{path} cannot be read as .npz: it is no whole archive")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+            arrays = {name: np.asarray(file[name]) for name in file.files}
+    except Exception as error:  # NumPy, zipfile and zlib have many for a damaged file
         raise EngineError(f"{path} cannot be read as .npz: {error}") from None
     wanted = {*INPUT_SHAPES, *ATTRIBUTES, "expected"}
     if missing := wanted - set(arrays):
         raise EngineError(f"{path}: arrays are missing: {', '.join(sorted(missing))}")
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _case(arrays)
+    except (EngineError, ValueError) as error:
+        raise EngineError(f"{path}: {error}") from None
+
+
+def _case(arrays: Mapping[str, np.ndarray]) -> tuple[Call, np.ndarray]:
+    """`arrays` as a call and its expected output; raises where they are none."""
+    for name in ("base_grid", "null_slot", "dtype"):
+        if name in arrays and arrays[name].size != 1:
+            raise EngineError(f"{name} must be one value", got=f"{arrays[name].size} of them")
+    dtype = str(arrays["dtype"].astype(str).item()) if "dtype" in arrays else "float32"
     inputs = {
-        name: np.ascontiguousarray(arrays[name], np.int32 if name in INDEX_INPUTS else np.float32)
+        name: _numbers(arrays, name, np.int32 if name in INDEX_INPUTS else np.float32)
         for name in INPUT_SHAPES
     }
-    call = Call(
-        inputs,
-        tuple(np.atleast_1d(arrays["level_heights"]).astype(int).tolist()),
-        tuple(np.atleast_1d(arrays["level_widths"]).astype(int).tolist()),
-        float(arrays["base_grid"].reshape(-1)[0]),
-        bool(arrays["null_slot"].reshape(-1)[0]),
-        str(arrays["dtype"].reshape(-1)[0]) if "dtype" in arrays else "float32",
+    inputs |= {name: rounded(inputs[name], dtype) for name in NARROW_INPUTS}
+    heights, widths = (
+        tuple(_numbers(arrays, name, np.int32).ravel().tolist())
+        for name in ("level_heights", "level_widths")
     )
-    sizes = call.sizes
+    base_grid = _numbers(arrays, "base_grid", np.float32).item()
+    null_slot = _numbers(arrays, "null_slot", np.int32).item()
+    if null_slot not in (0, 1):
+        raise EngineError("null_slot must be 0 or 1", got=null_slot)
+    call = Call(inputs, heights, widths, base_grid, bool(null_slot), dtype)
+    expected, sizes = _numbers(arrays, "expected", np.float64), call.sizes
     shape = (sizes["b"], sizes["q"], sizes["h"] * sizes["d"])
-    if arrays["expected"].shape != shape:
-        raise EngineError(
-            f"{path}: wrong shape of expected", expected=shape, got=arrays["expected"].shape
-        )
-    return call, arrays["expected"].astype(np.float64)
+    if expected.shape != shape:
+        raise EngineError("wrong shape of expected", expected=shape, got=expected.shape)
+    if not np.isfinite(expected).all():
+        raise EngineError("expected holds numbers that are not finite")
+    return call, expected
+
+
+def _numbers(arrays: Mapping[str, np.ndarray], name: str, kind: type) -> np.ndarray:
+    """An array in the type `kind`; raises where it holds no such numbers."""
+    array = arrays[name]
+    if array.dtype.kind not in "biuf":
+        raise EngineError(f"{name} must hold real numbers", got=array.dtype)
+    numbers: np.ndarray = np.ascontiguousarray(array, kind)
+    if kind is np.int32 and np.any(numbers != array):
+        raise EngineError(f"{name} must hold whole numbers of 32 bits")
+    return numbers

@@ -6,6 +6,7 @@ float64 (`cases.read_case`). Exit code 1: something is wrong. 2: something could
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
+from typer.exceptions import TyperException
 
 from mmi_deploy.errors import EngineError, MmiError
 from mmi_plugins.cases import read_case
@@ -100,7 +104,10 @@ def check_folder(folder: Path, names: Sequence[str]) -> Iterator[Verdict]:
     Raises `EngineError` where there is no such folder, no case in it, or no such implementation.
     """
     if unknown := [name for name in names if name not in IMPLEMENTATIONS]:
-        raise EngineError("unknown implementation", expected=list(IMPLEMENTATIONS), got=unknown)
+        known = ", ".join(IMPLEMENTATIONS)
+        raise EngineError("unknown implementation", expected=known, got=", ".join(unknown))
+    if not folder.is_dir():
+        raise EngineError(f"there is no folder {folder}")
     files = sorted(folder.glob("*.npz"))
     if not files:
         raise EngineError(f"{folder} holds no case", expected="files ending in .npz")
@@ -140,23 +147,23 @@ def table(verdicts: Sequence[Verdict]) -> Table:
             else [""] * 4
         )
         word = f"{verdict.word}: {verdict.reason}" if verdict.reason else verdict.word
-        shown.add_row(verdict.case, verdict.implementation, *numbers, word)
+        shown.add_row(*map(escape, (verdict.case, verdict.implementation, *numbers, word)))
     return shown
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Folder of .npz cases.", exists=True)],
+    folder: Annotated[Path, typer.Argument(help="Folder of .npz cases.")],
     through: Annotated[str, typer.Option(help="Implementations, separated by commas.")] = ",".join(
         IMPLEMENTATIONS
     ),
-) -> None:
+) -> int:
     """Compare implementations of the MMFS operator with float64 on every case of a folder."""
     console = Console(width=None if Console().is_terminal else 160)
-    try:
-        verdicts = list(check_folder(folder, [name.strip() for name in through.split(",")]))
-    except MmiError as error:
-        typer.echo(f"mmi: {error}", err=True)
-        raise typer.Exit(NOT_RUN) from None
+    checked = check_folder(folder, [name.strip() for name in through.split(",")])
+    screen = Console(stderr=True)
+    verdicts = list(
+        track(checked, "checking", console=screen, transient=True, disable=not screen.is_terminal)
+    )
     console.print(table(verdicts))
     words = [verdict.word for verdict in verdicts]
     console.print(
@@ -164,10 +171,24 @@ def main(
         f"{words.count('not run')} not run"
     )
     if "FAILED" in words:
-        raise typer.Exit(WRONG)
-    if "not run" in words:
-        raise typer.Exit(NOT_RUN)
+        return WRONG
+    return NOT_RUN if "not run" in words else 0
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; errors are one line on stderr."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    program = "python -m mmi_plugins.check"
+    try:
+        return int(app(list(arguments), prog_name=program, standalone_mode=False))
+    except TyperException as error:
+        line = f"{error.format_message().rstrip('.')}. See `{program} --help`"
+    except MmiError as error:
+        line = str(error)
+    print(f"mmi: {line}", file=sys.stderr)
+    return NOT_RUN
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(run(sys.argv[1:]))

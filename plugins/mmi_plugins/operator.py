@@ -117,6 +117,8 @@ def _check(call: Call) -> None:
                     )
             elif letter == "2" and side != 2:
                 raise EngineError(f"{NAME}: {name} must end in (x, y)", expected=2, got=side)
+    if empty := [letter for letter, (_, size) in first.items() if size < 1]:
+        raise EngineError(f"{NAME}: empty axes {', '.join(empty)}; every axis has at least one")
     queries = first["q"][1]
     for name, axis in (("image_position", 1), ("reference", 0)):
         if call.inputs[name].shape[axis] not in (1, queries):
@@ -139,9 +141,6 @@ def _check(call: Call) -> None:
             expected=first["s"][1],
             got=cells,
         )
-    if min(size for _, size in first.values()) < 1:
-        empty = [letter for letter, (_, size) in first.items() if size < 1]
-        raise EngineError(f"{NAME}: empty axes {', '.join(empty)}; every axis has at least one")
     if not (np.isfinite(call.base_grid) and call.base_grid > 0):
         raise EngineError(f"{NAME}: base_grid must be positive", got=call.base_grid)
     channels = first["d"][1]

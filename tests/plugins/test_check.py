@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from mmi_plugins import check as checker
 from mmi_plugins.cases import draws, write_case
 from mmi_plugins.operator import Call
 from mmi_plugins.reference import attention, output_of
+
+Run = Callable[..., tuple[int, str]]
 
 
 @dataclass
@@ -46,26 +48,28 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, fake: Fake) -> tuple[int, str]:
-    monkeypatch.setattr(checker, "IMPLEMENTATIONS", {"fake": lambda: fake})
-    import typer
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """The checker with one implementation: exit code, and all that it says."""
 
-    app = typer.Typer()
-    app.command()(checker.main)
-    result = CliRunner().invoke(app, [str(folder), "--through", "fake"])
-    return result.exit_code, result.output
+    def run(folder: Path, fake: Fake) -> tuple[int, str]:
+        monkeypatch.setattr(checker, "IMPLEMENTATIONS", {"fake": lambda: fake})
+        code = checker.run([str(folder), "--through", "fake"])
+        return code, "".join(capfd.readouterr())
+
+    return run
 
 
-def test_what_is_right_passes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_what_is_right_passes(run: Run, folder: Path) -> None:
     (folder / "float16.npz").unlink()
-    code, output = run(monkeypatch, folder, Fake(off=1e-7))
+    code, output = run(folder, Fake(off=1e-7))
     assert code == 0 and "2 passed, 0 failed, 0 not run" in output
 
 
-def test_the_tolerance_is_that_of_the_type(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    code, output = run(monkeypatch, folder, Fake(off=1e-3))
+def test_the_tolerance_is_that_of_the_type(run: Run, folder: Path) -> None:
+    code, output = run(folder, Fake(off=1e-3))
     assert code == 1 and "1 passed, 1 failed, 1 not run" in output
-    code, output = run(monkeypatch, folder, Fake(off=1e-2))
+    code, output = run(folder, Fake(off=1e-2))
     assert code == 1 and "0 passed, 2 failed, 1 not run" in output
 
 
@@ -76,26 +80,48 @@ def test_what_the_type_cannot_hold_counts_as_the_least_it_can() -> None:
     assert checker.errors(np.full(8, 1e-4), nothing, "float32")[1] > 1
 
 
-def test_what_breaks_has_failed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    code, output = run(monkeypatch, folder, Fake(off=float("nan")))
+def test_what_breaks_has_failed(run: Run, folder: Path) -> None:
+    code, output = run(folder, Fake(off=float("nan")))
     assert code == 1 and "it broke" in output and "badly" not in output
 
 
-def test_what_is_missing_was_not_run(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    code, output = run(monkeypatch, folder, Fake(lacks="there is no such tool"))
+def test_what_is_missing_was_not_run(run: Run, folder: Path) -> None:
+    code, output = run(folder, Fake(lacks="there is no such tool"))
     assert code == 2 and "there is no such tool" in output and "3 not run" in output
 
 
-def test_large_cases_are_run_in_part(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_large_cases_are_run_in_part(run: Run, folder: Path) -> None:
     fake = Fake(most_rows=5)
-    code, output = run(monkeypatch, folder, fake)
+    code, output = run(folder, fake)
     assert fake.seen == 5 and "5 of" in output
 
 
-def test_what_cannot_be_read_has_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "broken.npz").write_bytes(b"?")
-    code, output = run(monkeypatch, tmp_path, Fake())
-    assert code == 1 and "1 failed" in output and "cannot be" in output
-    (tmp_path / "broken.npz").unlink()
-    code, output = run(monkeypatch, tmp_path, Fake())
-    assert code == 2 and "holds no case" in output
+def test_what_cannot_be_read_has_failed(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "[red]broken.npz").write_bytes(b"?")
+    code, output = run(tmp_path, Fake())
+    assert code == 1 and "1 failed" in output and "[red]broken" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere"], "there is no folder nowhere"),
+        (["."], ". holds no case; expected files ending in .npz"),
+        (
+            [".", "--through", "shim,mine"],
+            f"unknown implementation; expected {', '.join(checker.IMPLEMENTATIONS)}; got mine",
+        ),
+        ([".", "--fast"], "No such option: --fast. See `python -m mmi_plugins.check --help`"),
+        ([], "Missing argument 'folder'. See `python -m mmi_plugins.check --help`"),
+    ],
+)
+def test_bad_usage_is_one_line(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert checker.run(arguments) == 2
+    assert capfd.readouterr() == ("", f"mmi: {says}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,20 @@ def test_contradictions_are_refused_in_one_line() -> None:
                 call, image_slot=slot[:, :0], image_position=call["image_position"][..., :0]
             ),
         ),
+        (
+            "empty axes s, l",
+            lambda: replace(
+                call,
+                inputs={
+                    **call.inputs,
+                    "value": value[:, :0],
+                    "logits": logits[..., :0, :],
+                    "logit_table": call["logit_table"][:, :, :0],
+                },
+                level_heights=(),
+                level_widths=(),
+            ),
+        ),
         ("head size", lambda: draw(np.random.default_rng(0), d=20)),
         ("head size", lambda: draw(np.random.default_rng(0), d=136)),
         ("too many points", lambda: draw(np.random.default_rng(0), p=17)),
@@ -94,17 +109,79 @@ def test_contradictions_are_refused_in_one_line() -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_cases_are_refused(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.npz"
-    broken.write_bytes(b"no archive")
-    partial = tmp_path / "partial.npz"
-    np.savez(partial, value=np.zeros(3))
-    pickled = tmp_path / "pickled.npz"
-    np.savez(pickled, value=np.array([{}], dtype=object))
-    for path, message in (
-        (broken, "cannot be read"),
-        (partial, "are missing"),
-        (pickled, "cannot be read"),
-    ):
-        with pytest.raises(EngineError, match=message):
-            read_case(path)
+@pytest.fixture
+def arrays(tmp_path: Path) -> dict[str, Any]:
+    """A case in bfloat16 as it lies in its file."""
+    call = draw(np.random.default_rng(0), levels=[(4, 4), (2, 2)], dtype="bfloat16")
+    write_case(tmp_path / "case.npz", call, output_of(call, attention(call)))
+    with np.load(tmp_path / "case.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_a_case_may_be_stored_in_other_ways(arrays: dict[str, Any], tmp_path: Path) -> None:
+    kinds: dict[str, Any] = {"f": ">f8", "i": "i8"}
+    other: dict[str, Any] = {
+        name: np.asfortranarray(array, kinds.get(array.dtype.kind))
+        for name, array in arrays.items()
+    }
+    other["value"] = other["value"] * (1 + 2**-12)  # rounds to what it was
+    other |= {name: arrays[name].reshape(1) for name in ("base_grid", "null_slot", "dtype")}
+    np.savez(tmp_path / "one.npz", **arrays)
+    np.savez(tmp_path / "other.npz", **other)
+    (one, expected), (call, found) = (read_case(tmp_path / f"{x}.npz") for x in ("one", "other"))
+    np.testing.assert_array_equal(found, expected)
+    assert attributes(call) == attributes(one) and call.dtype == one.dtype == "bfloat16"
+    for name in INPUT_SHAPES:
+        np.testing.assert_array_equal(call[name], one[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("dtype", lambda x: np.array("float8"), "unknown type.* got float8"),
+        ("dtype", lambda x: np.zeros(0), "dtype must be one value; got 0"),
+        ("base_grid", lambda x: np.array(1e300), "base_grid must be positive; got inf"),
+        ("null_slot", lambda x: np.array(2), "null_slot must be 0 or 1; got 2"),
+        ("level_heights", lambda x: x + 0.5, "level_heights must hold whole numbers"),
+        ("level_heights", lambda x: x * np.nan, "level_heights must hold whole numbers"),
+        (
+            "image_slot",
+            lambda x: x.astype(np.int64) + 2**32,
+            "image_slot must hold whole numbers of 32 bits",
+        ),
+        ("logits", lambda x: x.astype(complex), "logits must hold real numbers; got complex128"),
+        ("logits", lambda x: x.astype(str), "logits must hold real numbers; got <U"),
+        ("value", lambda x: x[0], "wrong rank of value"),
+        ("expected", lambda x: x[..., 1:], "wrong shape of expected"),
+        ("expected", lambda x: x * np.nan, "expected holds numbers that are not finite"),
+    ],
+)
+def test_arrays_that_are_no_case_are_refused_in_one_line(
+    name: str,
+    change: Callable[[np.ndarray], np.ndarray],
+    says: str,
+    arrays: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "case.npz"
+    np.savez(path, **{**arrays, name: change(arrays[name])})
+    with pytest.raises(EngineError, match=f"^{path}: .*{says}") as caught:
+        read_case(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_cases_are_refused(arrays: dict[str, Any], tmp_path: Path) -> None:
+    whole = (tmp_path / "case.npz").read_bytes()
+    half = len(whole) // 2
+    contents = {"text": b"no archive", "empty": b"", "short": whole[:half]}
+    contents["changed"] = whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :]
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    np.savez(tmp_path / "pickled.npz", value=np.array([{}], dtype=object))
+    for name in (*contents, "pickled.npz", "nowhere"):
+        with pytest.raises(EngineError, match=f"{name} cannot be read as .npz") as caught:
+            read_case(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    np.savez(tmp_path / "partial.npz", value=np.zeros(3))
+    with pytest.raises(EngineError, match="arrays are missing: base_grid, expected"):
+        read_case(tmp_path / "partial.npz")
