@@ -13,6 +13,7 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mmi_deploy.commands.kernels import AUTO
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import print_json, remarks, results
 from mmi_deploy.errors import BundleError, ConfigError
@@ -60,11 +61,13 @@ def build(
         ),
     ] = None,
     plugin: Annotated[
-        Path | None,
+        str,
         typer.Option(
-            help="Our plugin for TensorRT.", show_default="the one that `mmi plugins build` made"
+            metavar="auto|ahead-of-time|FILE",
+            help="Our plugin for TensorRT: what `mmi plugins build` made, inside the engines, or a "
+            "library of your own.",
         ),
-    ] = None,
+    ] = AUTO,
     max_batch: Annotated[
         int | None,
         typer.Option(min=1, help="The most rows that engines take.", show_default="the bundle's"),
@@ -138,7 +141,7 @@ class _Options:
     """What the command line says besides what to build."""
 
     limits: Limits
-    plugin: Path | None
+    plugin: str
     force: bool
     unproved: bool
     dry_run: bool
@@ -162,7 +165,7 @@ def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
     from mmi_deploy.build.cpu import build_cpu_target
 
     unheard = {
-        "--plugin": options.plugin is not None,
+        "--plugin": options.plugin != AUTO,
         "--max-batch or --max-images": options.limits != bundle.limits,
     }
     for option, given in unheard.items():
@@ -219,7 +222,7 @@ def _tensorrt(
 
     cache, runtime = EngineCache.of_user(), targets[0].runtime
     check_limits(bundle, options.limits)
-    plugin = plugin_for(runtime, options.plugin)
+    plugin = plugin_for(runtime, str(targets[0].architecture), options.plugin)
     for one in targets:
         trt = open_tensorrt(plugin, one.runtime, str(one.architecture))
     plugin.load(trt).unregister()  # refused here, not after minutes

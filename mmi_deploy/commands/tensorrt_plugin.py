@@ -1,62 +1,51 @@
-"""The MMFS plugin for `mmi build`: the compiled library where there is one, else the stand-in."""
+"""The MMFS plugin for `mmi build`: a compiled library, PTX inside the engines, or a stand-in."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmi_deploy.errors import EngineError
+from mmi_deploy.commands.kernels import AUTO
+from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.files import cache_folder
+from mmi_deploy.manifest import file_entries, hash_of_files, sha256_of
 
 if TYPE_CHECKING:
     import onnx
 
     from mmi_deploy.build.tensorrt import Plugin
 
+_COMPILE = "compile the plugin with `mmi plugins build tensorrt`"
 
-def plugin_for(runtime: str, library: Path | None) -> Plugin:
-    """What the builder needs of `mmi_plugins`. library: `--plugin`, or None for the newest that
-    `mmi plugins build` made. TensorRT-RTX takes the stand-in where there is none: its engines are
-    not run on the machine that builds them. Raises `EngineError` where nothing will do."""
+
+def plugin_for(runtime: str, architecture: str, choice: str = AUTO) -> Plugin:
+    """What the builder needs of `mmi_plugins`, for engines of `runtime` on `architecture`.
+
+    choice: a library; `ahead-of-time`, for TensorRT alone; or `auto`, the newest library that
+    `mmi plugins build` made. Where there is none, TensorRT takes the plugin ahead of time, and
+    TensorRT-RTX a stand-in: engines that prove the graph, and do not run. Raises `EngineError`
+    where nothing will do, `ConfigError` for a choice that the runtime does not have.
+    """
     from mmi_deploy.build.target import TENSORRT
-    from mmi_deploy.build.tensorrt import Plugin
-    from mmi_deploy.manifest import sha256_of
-    from mmi_plugins import tensorrt_stand_in
-    from mmi_plugins.tensorrt_graph import check_plugin_layers
-    from mmi_plugins.tensorrt_load import import_tensorrt
+    from mmi_deploy.runtime.tensorrt_target import AHEAD_OF_TIME
 
-    if library is not None and not library.is_file():
-        raise EngineError(
-            f"there is no TensorRT plugin {library}",
-            fix="Build it with `mmi plugins build tensorrt`",
-        )
-    library = library or newest_library()
-    if library is None and runtime == TENSORRT:
-        raise EngineError(
-            "TensorRT needs our plugin, and there is none",
-            fix="Build it with `mmi plugins build tensorrt`, or name one with --plugin",
-        )
-    stand_in = library is None
-    source = Path(tensorrt_stand_in.__file__) if library is None else library
-    return Plugin(
-        identity=f"{'stand-in' if stand_in else source.name}:{sha256_of(source)[:16]}",
-        stand_in=stand_in,
-        import_tensorrt=import_tensorrt,
-        load=_stand_in if library is None else partial(_library, library.resolve()),
-        copy=tensorrt_copy,
-        check=check_plugin_layers,
-    )
+    if choice == AHEAD_OF_TIME:
+        return _ahead_of_time(runtime, architecture)
+    library = newest_library() if choice == AUTO else Path(choice)
+    if library is None:
+        return _ahead_of_time(runtime, architecture) if runtime == TENSORRT else _stand_in()
+    if not library.is_file():
+        raise EngineError(f"there is no TensorRT plugin {library}", fix=_COMPILE)
+    load = partial(_load_library, library.resolve())
+    return _plugin(library.name, sha256_of(library), load)
 
 
 def newest_library() -> Path | None:
     """The plugin library that `mmi plugins build tensorrt` made last."""
-    from mmi_plugins.onnxruntime_library import cache_folder
-
-    found = [
-        path
-        for path in (cache_folder() / "tensorrt").glob("libmmi_tensorrt-*.so")
-        if path.is_file()
-    ]
+    libraries = (cache_folder() / "tensorrt").glob("libmmi_tensorrt-*.so")
+    found = [path for path in libraries if path.is_file()]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -70,13 +59,62 @@ def tensorrt_copy(model: onnx.ModelProto) -> onnx.ModelProto:
     return with_decomposable_attention(model)
 
 
-def _stand_in(tensorrt: Any) -> Any:
+def _stand_in() -> Plugin:
+    from mmi_plugins import tensorrt_stand_in
+
+    version = sha256_of(Path(tensorrt_stand_in.__file__))
+    return _plugin("stand-in", version, _load_stand_in, stand_in=True)
+
+
+def _ahead_of_time(runtime: str, architecture: str) -> Plugin:
+    from mmi_deploy.build.target import TENSORRT
+    from mmi_deploy.runtime.tensorrt_target import AHEAD_OF_TIME
+    from mmi_plugins import nvrtc, tensorrt_aot
+    from mmi_plugins.launch_plan import CSRC
+
+    if runtime != TENSORRT:
+        raise ConfigError(f"{runtime} takes no plugin ahead of time", fix=_COMPILE)
+    if missing := nvrtc.missing():
+        raise EngineError(
+            f"TensorRT needs our plugin: there is no library, and {missing}",
+            fix=f"{_COMPILE}, or install NVRTC: then it goes into the engines ahead of time",
+        )
+    capability = divmod(int(architecture.removeprefix("sm")), 10)
+    name = f"{AHEAD_OF_TIME}-sm{tensorrt_aot.ptx_target(capability)}"
+    version = hash_of_files(file_entries(CSRC))
+    return _plugin(name, version, partial(_load_ahead_of_time, capability))
+
+
+def _plugin(
+    name: str, version: str, load: Callable[[Any], Any], *, stand_in: bool = False
+) -> Plugin:
+    from mmi_deploy.build.tensorrt import Plugin
+    from mmi_plugins.tensorrt_graph import check_plugin_layers
+    from mmi_plugins.tensorrt_load import import_tensorrt
+
+    return Plugin(
+        identity=f"{name}:{version[:16]}",
+        stand_in=stand_in,
+        import_tensorrt=import_tensorrt,
+        load=load,
+        copy=tensorrt_copy,
+        check=check_plugin_layers,
+    )
+
+
+def _load_library(path: Path, tensorrt: Any) -> Any:
+    from mmi_plugins.tensorrt_load import load_tensorrt_plugin
+
+    return load_tensorrt_plugin(path, tensorrt)
+
+
+def _load_stand_in(tensorrt: Any) -> Any:
     from mmi_plugins.tensorrt_stand_in import register_stand_in
 
     return register_stand_in(tensorrt)
 
 
-def _library(path: Path, tensorrt: Any) -> Any:
-    from mmi_plugins.tensorrt_load import load_tensorrt_plugin
+def _load_ahead_of_time(capability: tuple[int, int], tensorrt: Any) -> Any:
+    from mmi_plugins.tensorrt_aot import register_ahead_of_time
 
-    return load_tensorrt_plugin(path, tensorrt)
+    return register_ahead_of_time(tensorrt, capability)

@@ -27,6 +27,7 @@ from mmi_deploy.errors import EngineError
 from mmi_plugins.launch_plan import TYPES, Variant, check_limits, constant
 from mmi_plugins.nvrtc import compile_ptx
 from mmi_plugins.operator import DOMAIN, INPUT_SHAPES, NAME
+from mmi_plugins.tensorrt_load import plugin_creator
 from mmi_plugins.tensorrt_stand_in import FIELDS, check_shapes, checked_fields
 
 PTX_TARGETS = (80, 90, 100, 120)
@@ -130,13 +131,41 @@ def ptx_target(capability: tuple[int, int]) -> int:
     return max(target for target in PTX_TARGETS if target <= number)
 
 
-def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> None:
-    """Register the operator with `trt.plugin` (`trt`: the module tensorrt, 10.12 or newer) for
+class AheadOfTimePlugin:
+    """The operator, known to `tensorrt.plugin` for as long as the process lives."""
+
+    def __init__(self) -> None:
+        self._report = ""
+
+    def last_report(self) -> str:
+        """The last refusal, or "": TensorRT itself says only that a call failed."""
+        return self._report
+
+    def unregister(self) -> None:
+        """Nothing: `tensorrt.plugin` has no way to forget a plugin."""
+
+    def noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose refusals are remembered."""
+
+        def noted(*arguments: Any, **attributes: Any) -> Any:
+            try:
+                return function(*arguments, **attributes)
+            except EngineError as error:
+                self._report = str(error)
+                raise
+
+        return noted
+
+
+def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> AheadOfTimePlugin:
+    """Make the operator known to `trt.plugin` (`trt`: the module tensorrt, 10.12 or newer) for
     GPUs of compute capability (major, minor) and newer.
 
-    Parse with the flag `NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS`. The GPU's driver
-    must be as new as NVRTC. Raises `EngineError` where NVRTC is missing.
+    The GPU's driver must be as new as NVRTC. Raises `EngineError` where a plugin of that name is
+    known already.
     """
+    if plugin_creator(trt) is not None:
+        raise EngineError(f"{trt.__name__} has a plugin {DOMAIN}::{NAME} already")
     plugin: Any = importlib.import_module(f"{trt.__name__}.plugin")
     target = ptx_target(capability)
     names = {trt.float32: "float32", trt.float16: "float16", trt.bfloat16: "bfloat16"}
@@ -179,7 +208,10 @@ def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> No
     results = GenericAlias(tuple, (text, text, *launches))
     outputs = {"outputs": GenericAlias(tuple, (plugin.TensorDesc,)), "tactic": int}
     plugin.register(identifier)(_signed(describe, {**tensors, **arrays}, plugin.TensorDesc))
-    plugin.aot_impl(identifier)(_signed(implement, {**tensors, **arrays, **outputs}, results))
+    made = AheadOfTimePlugin()
+    implement = _signed(made.noting(implement), {**tensors, **arrays, **outputs}, results)
+    plugin.aot_impl(identifier)(implement)
+    return made
 
 
 def _sides(tensor: Any) -> list[int | None]:

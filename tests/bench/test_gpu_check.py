@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ from deploy.runtime.fake_cuda import FakeCuda
 from deploy.runtime.fake_tensorrt import FakeTensorRt
 from deploy.runtime.gpu_targets import PLUGIN, add_target
 from deploy.runtime.test_tensorrt_target import copy_of
-from mmi_bench.gpu_ahead_of_time import plugin as ahead_of_time
 from mmi_bench.gpu_check import Check, Machine, Step, build_engines, main
 from mmi_bench.gpu_kernel import GpuKernel
 from mmi_bench.gpu_report import write_report
@@ -31,7 +29,7 @@ from mmi_deploy.errors import EngineError
 from mmi_deploy.manifest import sha256_of
 from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_plugins import nvrtc, tensorrt_aot
+from mmi_plugins import nvrtc
 from mmi_plugins.cases import draw
 from mmi_plugins.launch_plan import launch_plan
 from mmi_plugins.reference import all_rows, attention
@@ -221,22 +219,6 @@ def test_what_the_builder_refuses_is_told_in_its_words(tmp_path: Path, library: 
     with pytest.raises(EngineError, match="^there is no bundle .*none. make one with `mmi export`"):
         target = Target(TENSORRT, "sm89", "fp16")
         build_engines(tmp_path / "none", target, plugin if library else None)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "capability", "ptx"),
-    [("sm89", (8, 9), "sm80"), ("sm90", (9, 0), "sm90"), ("sm120", (12, 0), "sm120")],
-)
-def test_the_plugin_goes_into_the_engines_ahead_of_time(
-    monkeypatch: pytest.MonkeyPatch, architecture: str, capability: tuple[int, int], ptx: str
-) -> None:
-    """As the builder takes it: it is sent to a process of its own, and registered there."""
-    made = pickle.loads(pickle.dumps(ahead_of_time(architecture)))
-    assert made.identity.startswith(f"ahead-of-time-{ptx}:") and not made.stand_in
-    asked = []
-    monkeypatch.setattr(tensorrt_aot, "register_ahead_of_time", lambda *given: asked.append(given))
-    registered = made.load("tensorrt")
-    assert asked == [("tensorrt", capability)] and registered.last_report() == ""
 
 
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")

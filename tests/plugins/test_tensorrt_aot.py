@@ -213,7 +213,9 @@ def test_tensorrts_own_code_takes_the_plugin(tensorrt: ModuleType, likely: int, 
     """Types, shape, kernel, launch and integers as `tensorrt.plugin` passes them on, for a profile
     whose likeliest number of queries is `likely`; then the kernel runs with them on three."""
     trt: Any = tensorrt
-    register_ahead_of_time(trt)
+    plugin = register_ahead_of_time(trt)
+    with pytest.raises(EngineError, match="has a plugin mmi::.* already"):
+        register_ahead_of_time(trt)
     call = draw(np.random.default_rng(5), dtype="float16", d=8, b=2, q=3, h=2, m=2, n=2, p=1, r=4)
     fields = [
         trt.PluginField(
@@ -261,3 +263,9 @@ def test_tensorrts_own_code_takes_the_plugin(tensorrt: ModuleType, likely: int, 
     sizes = [integers[index].expr.value for index in range(len(integers))]
     assert sizes == sizes_of(call)
     assert_right(call, run(call, ptx.decode(), name, grid, launch.block_x.expr.value, sizes))
+
+    assert plugin.last_report() == ""
+    described[0].desc.type = trt.int8
+    with pytest.raises(EngineError):
+        made.get_launch_params(sides, described, len(shapes), launch, integers, Numbers())
+    assert "unsupported type" in plugin.last_report()

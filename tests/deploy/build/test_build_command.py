@@ -362,7 +362,7 @@ def command(
 
     monkeypatch.setenv("MMI_CACHE", str(tmp_path / "cache"))
     plugin = Plugin("stand-in:1", True, no_module, register, same, accept)
-    monkeypatch.setattr(tensorrt_plugin, "plugin_for", lambda runtime, library: plugin)
+    monkeypatch.setattr(tensorrt_plugin, "plugin_for", lambda *_: plugin)
     builder = Builder()
     Builder.contract = {name: graph.typed("float16") for name, graph in bundle.graphs.items()}
     real = build_targets
