@@ -9,7 +9,7 @@ engines/<target>/          what one target needs beyond the portable graphs, wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -57,8 +57,14 @@ class Bundle:
     unproved: bool = False
 
     @classmethod
-    def open(cls, folder: Path | str, *, unproved: bool = False) -> Bundle:
-        """Read `folder` and check that it is whole.
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        unproved: bool = False,
+        hashed: Callable[[Path], str] = sha256_of,
+    ) -> Bundle:
+        """Read `folder` and check that it is whole. `hashed` gives the hash of a file.
 
         Raises `BundleError`, one line with the command that mends it: a file is missing or has
         changed, the format is another, a graph is missing, or (unless `unproved`) has no receipt.
@@ -68,18 +74,21 @@ class Bundle:
             raise BundleError(f"there is no bundle {folder}", fix=f"make one with `{EXPORT}`")
         manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
         _check_parts(folder, manifest)
-        check_files(folder, manifest.files, EXPORT)
+        check_files(folder, manifest.files, EXPORT, hashed=hashed)
         if not unproved:
             check_receipts(manifest, manifest.graphs, folder, EXPORT)
         return cls(folder, manifest, unproved)
 
-    def verify(self) -> tuple[str, ...]:
+    def verify(self, hashed: Callable[[Path], str] = sha256_of) -> tuple[str, ...]:
         """Hash every file again, all targets included; raises `BundleError` at the first flaw.
 
         Returns the targets of which a graph has no receipt: engines that have not been run yet.
         """
-        check_files(self.folder, self.manifest.files, EXPORT, fresh=True)
-        built = {name: self.target(name, fresh=True, unproved=True) for name in self.targets}
+        check_files(self.folder, self.manifest.files, EXPORT, fresh=True, hashed=hashed)
+        built = {
+            name: self.target(name, unproved=True, fresh=True, hashed=hashed)
+            for name in self.targets
+        }
         return tuple(
             name
             for name, manifest in built.items()
@@ -176,9 +185,16 @@ class Bundle:
         """The command that builds `target`."""
         return f"{BUILD} {self.folder} {build_options(target)}"
 
-    def target(self, target: str, *, fresh: bool = False, unproved: bool = False) -> TargetManifest:
+    def target(
+        self,
+        target: str,
+        *,
+        unproved: bool = False,
+        fresh: bool = False,
+        hashed: Callable[[Path], str] = sha256_of,
+    ) -> TargetManifest:
         """What was built for `target`; raises `BundleError` if missing, changed, stale, or (unless
-        `unproved`) without receipts."""
+        `unproved`) without receipts. `fresh`, `hashed`: see `check_files`."""
         folder, mend = self.target_folder(target), self.build_command(target)
         manifest = read_manifest(folder / TARGET_MANIFEST, TargetManifest, mend)
         if manifest.made_for != self.identity:
@@ -186,7 +202,7 @@ class Bundle:
                 f"the engines in {folder} were built from another export of this bundle",
                 fix=f"build them again with `{mend}`",
             )
-        check_files(folder, manifest.files, mend, fresh)
+        check_files(folder, manifest.files, mend, fresh=fresh, hashed=hashed)
         if not (unproved or self.unproved):
             check_receipts(manifest, manifest.graphs, folder, mend)
         return manifest

@@ -252,7 +252,12 @@ def _seen(path: Path, entry: FileEntry) -> list[object]:
 
 
 def check_files(
-    folder: Path, files: Mapping[str, FileEntry], mend: str, fresh: bool = False
+    folder: Path,
+    files: Mapping[str, FileEntry],
+    mend: str,
+    *,
+    fresh: bool = False,
+    hashed: Callable[[Path], str] = sha256_of,
 ) -> None:
     """Raise `BundleError` for the first file that is missing or changed.
 
@@ -272,7 +277,7 @@ def check_files(
         size = now[name][0]
         if size == entry.size and checked.get(name) == now[name]:
             continue
-        if size != entry.size or sha256_of(folder / name) != entry.sha256:
+        if size != entry.size or hashed(folder / name) != entry.sha256:
             raise BundleError(
                 f"{folder / name} has changed since it was written", fix=f"write it with `{mend}`"
             )

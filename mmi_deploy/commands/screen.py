@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 MOST_THREADS = 8 * (os.cpu_count() or 1)
 """More make everything slower, and many more never begin."""
@@ -34,12 +41,12 @@ def remarks() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def progress(console: Console) -> Progress:
-    """A bar that goes when it is done."""
+def progress(console: Console, count: ProgressColumn | None = None) -> Progress:
+    """A bar that goes when it is done. `count`: how it says how much is done."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        count or MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,

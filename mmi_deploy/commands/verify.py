@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import DownloadColumn
 
 from mmi_deploy.commands.needs import extras
-from mmi_deploy.commands.screen import counted, print_json, remarks, results
+from mmi_deploy.commands.screen import counted, print_json, progress, remarks, results
 
 
 def verify(
@@ -24,9 +25,17 @@ def verify(
     runs once too, and numbers that are not finite are an error.
     """
     from mmi_deploy.bundle import Bundle
+    from mmi_deploy.manifest import Hashes
 
-    opened = Bundle.open(bundle)
-    unproved = opened.verify()
+    with progress(remarks(), DownloadColumn()) as bar:
+        task = bar.add_task("hashing", total=None)
+
+        def tell(path: Path, done: int, size: int) -> None:
+            bar.update(task, description=f"hashing {path.name}", completed=done, total=size)
+
+        hashes = Hashes(tell)
+        opened = Bundle.open(bundle, hashed=hashes)
+        unproved = opened.verify(hashes)
     manifest = opened.manifest
     found: dict[str, Any] = {
         "bundle": str(bundle),

@@ -12,7 +12,7 @@ import pytest
 from mmi_deploy.bundle import Bundle, BundleWriter, write_bundle, write_target
 from mmi_deploy.errors import BundleError
 from mmi_deploy.graphs import GRAPHS, STATE, TERMS, Limits
-from mmi_deploy.manifest import Case
+from mmi_deploy.manifest import Case, sha256_of
 from mmi_deploy.presets import tiny
 from mmi_deploy.schedule import Schedule
 
@@ -73,27 +73,21 @@ def test_a_missing_or_changed_file_is_refused(folder: Path, name: str) -> None:
         Bundle.open(folder)
 
 
-def test_hashes_are_remembered_until_a_file_is_touched(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hashes_are_remembered_until_a_file_is_touched(folder: Path) -> None:
     """A second opening hashes nothing; `verify` always hashes."""
     Bundle.open(folder)
     hashed: list[str] = []
 
     def spy(path: Path) -> str:
         hashed.append(path.name)
-        return real(path)
+        return sha256_of(path)
 
-    import mmi_deploy.manifest as manifest
-
-    real = manifest.sha256_of
-    monkeypatch.setattr(manifest, "sha256_of", spy)
-    bundle = Bundle.open(folder)
+    bundle = Bundle.open(folder, hashed=spy)
     assert hashed == []
     (folder / "graphs/llm.onnx").touch()
-    Bundle.open(folder)
+    Bundle.open(folder, hashed=spy)
     assert hashed == ["llm.onnx"]
-    bundle.verify()
+    bundle.verify(spy)
     assert sorted(hashed[1:]) == sorted(Path(name).name for name in bundle.manifest.files)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import json
 import os
 import re
@@ -18,11 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from deploy.runtime.fake_model import fake_runtime
 from deploy.test_bundle import fill
+from mmi_deploy import manifest
 from mmi_deploy.bundle import write_bundle
 from mmi_deploy.cli import app, run
+from mmi_deploy.commands import verify as verify_command
 from mmi_deploy.commands.generate import ENDS
 from mmi_deploy.commands.generate import generate as generate_command
 from mmi_deploy.commands.needs import EXTRAS
@@ -444,6 +448,20 @@ def test_verify_finds_a_changed_byte(mmi: Screen, bundle: Path) -> None:
     os.utime(weights, ns=times)  # only the bytes tell
     assert mmi("verify", bundle) == 2
     assert "llm.safetensors has changed" in mmi.err
+
+
+def test_verify_shows_a_bar_while_it_hashes_large_files(
+    mmi: Screen, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a terminal; a log and a program are spared it."""
+    monkeypatch.setattr(manifest, "_BLOCK", 2)
+    assert mmi("verify", bundle, "--json") == 0
+    assert json.loads(mmi.out)["ok"] is True and mmi.err == ""
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(verify_command, "remarks", lambda: terminal)
+    assert mmi("verify", bundle) == 0
+    assert re.search(r"hashing \S+\.(json|onnx|safetensors) .* bytes", screen.getvalue())
 
 
 def test_verify_can_run_every_graph(mmi: Screen, bundle: Path) -> None:
