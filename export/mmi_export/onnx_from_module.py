@@ -23,6 +23,7 @@ import torch
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
+from mmi_deploy.build.precision.weights_file import goes_out, write_values
 from mmi_deploy.graphs import (
     IR_VERSION,
     MMFS_DOMAIN,
@@ -34,7 +35,6 @@ from mmi_deploy.graphs import (
 )
 from mmi_export.mmfs_function import mmfs_function
 from mmi_export.weight_sources import WeightSources
-from mmi_export.weights import externalise
 from mmi_train.stored import InFile
 
 Tensors = dict[str, Tensor]
@@ -88,7 +88,7 @@ def onnx_from_module(
     _expand_masks(model)
     _state_contract(model, graph)
     _attach_function(model)
-    externalise(model, path.with_suffix(".safetensors"))
+    _externalise(model, path.with_suffix(".safetensors"))
     proto = ir.to_proto(model)
     onnx.save(proto, path)
     _check(proto)
@@ -280,6 +280,19 @@ def _attach_function(model: ir.Model) -> None:
     function = ir.serde.deserialize_function(mmfs_function(levels.pop()))
     model.functions[function.identifier()] = function
     model.opset_imports[MMFS_DOMAIN] = MMFS_VERSION
+
+
+def _externalise(model: ir.Model, file: Path) -> None:
+    """Write the weights of `model` that lie nowhere yet to `file`, one at a time."""
+    weights = [
+        value
+        for value in model.graph.initializers.values()
+        if (tensor := value.const_value) is not None
+        and not isinstance(tensor, ir.ExternalTensor)
+        and goes_out(tensor)
+    ]
+    if weights:
+        write_values(file, weights)
 
 
 @contextmanager

@@ -6,8 +6,6 @@ weights are all zeros and take no disk; random ones are drawn.
 
 from __future__ import annotations
 
-import json
-import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +20,10 @@ from torch import Tensor
 
 from mmi_deploy.config import ModelConfig, to_json
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.safetensors_writer import Stored, write_safetensors_file
 from mmi_export.blank_model import BlankModel
 from mmi_train.stored import Computed, StoredTensor
-from mmi_train.stored.writer import ALIGNMENT, write_safetensors
+from mmi_train.stored.writer import NAMES, write_safetensors
 from mmi_train.weights import CONFIG, TOKENIZER, WEIGHTS
 
 Weights = Literal["given", "empty", "random"]
@@ -40,8 +39,6 @@ _TABLES = (
     "null_condition",
 )
 """Weights that are looked up or taken as they are, and multiply nothing."""
-
-_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 @contextmanager
@@ -82,22 +79,11 @@ def write_stand_in(config: ModelConfig, folder: Path, weights: Weights, dtype: t
     if weights == "random":
         write_safetensors(folder / WEIGHTS, _drawn(shapes), dtype)
     else:
-        _write_empty(folder / WEIGHTS, shapes, dtype)
-
-
-def _write_empty(file: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """A safetensors file of zeros, whose data are a hole."""
-    header: dict[str, object] = {}
-    end = 0
-    for name, tensor in shapes.items():
-        start, end = end, end + tensor.numel() * dtype.itemsize
-        shape = list(tensor.shape)
-        header[name] = {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        out.truncate(8 + len(text) + end)
+        empty = {
+            name: Stored(NAMES[dtype], value.shape, value.numel() * dtype.itemsize)
+            for name, value in shapes.items()
+        }
+        write_safetensors_file(folder / WEIGHTS, empty)
 
 
 def _drawn(shapes: Mapping[str, Tensor], seed: int = 0) -> dict[str, StoredTensor]:

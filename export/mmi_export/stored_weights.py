@@ -92,8 +92,11 @@ def load_stored(config: ModelConfig, stored: StoredWeights) -> MMInterleaved:
 
 
 def link_file(file: Path, folder: Path) -> str:
-    """Give `file` a name in `folder` too, and return it: a hard link, or a copy on another disk."""
-    own = folder / file.name
+    """Give `file` a name in `folder` too, and return it: a hard link, or a copy on another disk.
+
+    No graph's own weights may have that name: they would be taken for it.
+    """
+    own = folder / (file.name if file.name.startswith("model") else f"weights.{file.name}")
     if not own.exists():
         try:
             os.link(file.resolve(), own)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from export.small_models import paper_reading, released_reading
 from mmi_deploy.config import ModelConfig
@@ -16,7 +18,7 @@ from mmi_export.blank_model import BlankModel
 from mmi_export.bundle_export import export_graph
 from mmi_export.receipts import onnx_runner, prove
 from mmi_export.stand_in import write_stand_in
-from mmi_export.stored_weights import link_file, load_stored, stored_weights
+from mmi_export.stored_weights import INDEX, link_file, load_stored, stored_weights
 from mmi_export.weight_sources import WeightSources
 from mmi_train.stored.safetensors_files import read_safetensors
 from mmi_train.weights import WEIGHTS
@@ -108,3 +110,23 @@ def test_sixteen_bits_are_cast_before_use_and_tables_after_the_look_up(linked: L
 def test_the_file_of_a_graph_holds_no_weight(linked: Linked) -> None:
     size = (linked.graphs / "llm.onnx").stat().st_size
     assert size < 200_000
+
+
+def test_a_file_of_weights_called_as_a_graph_is_left_as_it_is(tmp_path: Path) -> None:
+    """The graph writes weights of its own, and under that name."""
+    model = tmp_path / "model"
+    write_stand_in(paper_reading(), model, "random", torch.float16)
+    state = load_file(model / WEIGHTS)
+    files = {name: "llm.safetensors" if name.startswith("llm.") else WEIGHTS for name in state}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in state if files[name] == file}, model / file)
+    (model / INDEX).write_text(json.dumps({"weight_map": files}))
+    before = (model / "llm.safetensors").read_bytes()
+    blank = BlankModel(paper_reading())
+    sources = WeightSources(blank, stored_weights(model, blank.weights), link_file)
+    (tmp_path / "graphs").mkdir()
+    contract = graphs(paper_reading(), Limits(64))["llm"]
+    shared = export_graph(sources, contract, tmp_path / "graphs" / "llm.onnx")
+    assert (model / "llm.safetensors").read_bytes() == before
+    assert shared == {WEIGHTS, "weights.llm.safetensors"}
+    onnx_runner(tmp_path / "graphs" / "llm.onnx")

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from mmi_deploy.graphs import IR_VERSION, OPSET, Graph, Range, Tensor
+from mmi_deploy.safetensors_writer import ALIGNMENT
 from mmi_export.onnx_from_module import Tensors, example_sizes, onnx_from_module, sharing_copy
-from mmi_export.weights import ALIGNMENT
 
 GRAPH = Graph(
     "doubling",

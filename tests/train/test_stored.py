@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmi_deploy.errors import MmiError
+from mmi_deploy.safetensors_writer import ALIGNMENT
 from mmi_train import stored
 from mmi_train.stored import InFile, InMemory, Rows, Stacked
 from mmi_train.stored.pickles import read_pickles
 from mmi_train.stored.safetensors_files import read_safetensors
-from mmi_train.stored.writer import ALIGNMENT, write_safetensors
+from mmi_train.stored.writer import write_safetensors
 
 EMBEDDING = (32002, 5120)
 """The largest tensor of the published checkpoint."""

@@ -8,9 +8,7 @@ data, so a runtime that maps the file maps the weights.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mmi_deploy.build.precision.constants import read
-
-ALIGNMENT = 64
-"""Bytes. Data starts at a multiple of it, and tensors that are no multiple of it come last."""
+from mmi_deploy.safetensors_writer import Stored, write_safetensors_file
 
 INLINE_BYTES = 256
 """Smaller initialisers, and those that are shapes or indices, stay in the ONNX file."""
@@ -42,8 +38,6 @@ LINK_BYTES = 2**20
 """What is copied rather than linked, even for a folder that does not last: a link is there for the
 whole file, and some tools take one for an attack."""
 
-_CHUNK = 2**24
-
 
 def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> list[Path]:
     """Write the weights of `graph` as `file` and links beside it; its initialisers refer to them.
@@ -57,7 +51,7 @@ def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> list[P
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             kept[Path(tensor.path)].append(value)
-        elif tensor is not None and _goes_out(tensor):
+        elif tensor is not None and goes_out(tensor):
             new.append(value)
         elif isinstance(tensor, ir.LazyTensor):
             value.const_value = tensor.raw()
@@ -73,12 +67,13 @@ def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> list[P
             assert isinstance(tensor, ir.ExternalTensor)
             value.const_value = _external(value, link, tensor.offset or 0, tensor.nbytes)
     if new:
-        _write(file, new)
+        write_values(file, new)
         written.append(file)
     return written
 
 
-def _goes_out(tensor: ir.TensorProtocol) -> bool:
+def goes_out(tensor: ir.TensorProtocol) -> bool:
+    """Whether a weight is large enough to stand outside the ONNX file, and of a type that can."""
     known = tensor.dtype in _SAFETENSORS or tensor.dtype in _PACKED
     return known and tensor.nbytes > INLINE_BYTES
 
@@ -110,47 +105,28 @@ def _external(value: ir.Value, file: Path, offset: int, length: int) -> ir.Exter
     )
 
 
-def _write(file: Path, values: list[ir.Value]) -> None:
-    """A safetensors file of `values`, which refer to it afterwards."""
-    order = sorted(values, key=lambda value: _tensor(value).nbytes % ALIGNMENT != 0)
-    header: dict[str, dict[str, object]] = {}
-    end = 0
-    for value in order:
-        tensor = _tensor(value)
-        start, end = end, end + tensor.nbytes
-        packed = tensor.dtype in _PACKED
-        header[str(value.name)] = {
-            "dtype": "U8" if packed else _SAFETENSORS[tensor.dtype],
-            "shape": [tensor.nbytes] if packed else [int(side) for side in tensor.shape],
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)))
-        out.write(text)
-        for value in order:
-            position = out.tell()
-            _append(out.fileno(), position, _tensor(value))
-            out.seek(position + _tensor(value).nbytes)
-            value.const_value = _external(value, file, position, _tensor(value).nbytes)
-        out.truncate()
+def write_values(file: Path, values: Iterable[ir.Value]) -> None:
+    """A safetensors file of `values`, which refer to it afterwards. Each is read, or computed, when
+    it is written."""
+    named = {str(value.name): value for value in values}
+    stored = {name: _stored(_tensor(value)) for name, value in named.items()}
+    positions = write_safetensors_file(file, stored)
+    for name, value in named.items():
+        value.const_value = _external(value, file, positions[name], stored[name].bytes)
+
+
+def _stored(tensor: ir.TensorProtocol) -> Stored:
+    if tensor.dtype in _PACKED:
+        return Stored(
+            "U8",
+            [tensor.nbytes],
+            tensor.nbytes,
+            lambda: [np.frombuffer(tensor.tobytes(), np.uint8)],
+        )
+    dtype = _SAFETENSORS[tensor.dtype]
+    return Stored(dtype, tensor.shape.numpy(), tensor.nbytes, lambda: [read(tensor)])
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:
     assert value.const_value is not None
     return value.const_value
-
-
-def _append(handle: int, position: int, tensor: ir.TensorProtocol) -> None:
-    """Bytes of a tensor; zeros are left out, so that a sparse file stays one."""
-    packed = tensor.dtype in _PACKED
-    contents = np.frombuffer(tensor.tobytes(), np.uint8) if packed else _bytes(tensor)
-    for start in range(0, contents.size, _CHUNK):
-        chunk = contents[start : start + _CHUNK]
-        if chunk.any():
-            os.pwrite(handle, chunk.data, position + start)
-
-
-def _bytes(tensor: ir.TensorProtocol) -> np.ndarray:
-    return np.ascontiguousarray(read(tensor)).reshape(-1).view(np.uint8)

@@ -1,0 +1,113 @@
+"""One safetensors file of any size, written tensor by tensor.
+
+The format is a header of types, shapes and places, then plain rows of bytes. ONNX refers to the
+same bytes as external data, so a runtime that maps the file maps the weights. Contents are asked
+for while they are written, and where they are zeros the file has a hole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+ALIGNMENT = 64
+"""Bytes. Data start at a multiple of it, and so does every tensor whose bytes are one."""
+
+_CHUNK = 2**24
+"""Bytes that are written, or left out as zeros, at once."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a file holds it. dtype: as the format calls it. bytes: of all of it. pieces:
+    gives its contents in row-major order, as arrays of any type and shape; None: all zeros."""
+
+    dtype: str
+    shape: Sequence[int]
+    bytes: int
+    pieces: Callable[[], Iterable[NDArray]] | None = None
+
+
+def write_safetensors_file(
+    path: Path, tensors: Mapping[str, Stored], on_tensor: Callable[[int], None] = lambda done: None
+) -> dict[str, int]:
+    """Write `tensors` to `path`, whole or not at all; returns the position of each in it.
+
+    Their contents are taken in the order of the mapping. on_tensor: is given the bytes that are
+    done before each of them. Raises `OSError`, and what `pieces` raise.
+    """
+    header: dict[str, dict[str, object]] = {}
+    starts: dict[str, int] = {}
+    end = 0
+    # By the power of two that divides its bytes, each starts at a multiple of its own.
+    for name in sorted(tensors, key=lambda name: -math.gcd(tensors[name].bytes, ALIGNMENT)):
+        tensor = tensors[name]
+        starts[name], end = end, end + tensor.bytes
+        shape, place = list(tensor.shape), [starts[name], end]
+        header[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": place}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    first, done = 8 + len(text), 0
+    with _appearing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors.items():
+            on_tensor(done)
+            done += tensor.bytes
+            if tensor.pieces is not None:
+                file.seek(first + starts[name])
+                _write(file, tensor.pieces())
+                written = file.tell() - first - starts[name]
+                assert written == tensor.bytes, f"{name}: {written} bytes for {tensor.bytes}"
+        file.truncate(first + end)
+    return {name: first + start for name, start in starts.items()}
+
+
+def _write(file: BinaryIO, pieces: Iterable[NDArray]) -> None:
+    for piece in pieces:
+        contents = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+        for start in range(0, contents.size, _CHUNK):
+            chunk = contents[start : start + _CHUNK]
+            if chunk.any():
+                file.write(chunk.data)
+            else:
+                file.seek(chunk.size, os.SEEK_CUR)
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when it is whole. On Linux it has no name
+    before, so that even a killed process leaves nothing behind."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
+        named = False
+    except (OSError, AttributeError):  # another system, or a file system over the network
+        descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+        named = True
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            if not named:
+                _name(descriptor, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _name(descriptor: int, path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:  # Python follows the link of /proc only if it is told a folder
+        os.link(f"/proc/self/fd/{descriptor}", path.name, dst_dir_fd=folder)
+    finally:
+        os.close(folder)
