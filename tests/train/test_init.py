@@ -407,6 +407,19 @@ def test_gguf_fields_of_other_blocks_are_refused_by_name(init, tmp_path, field, 
     refused(init, path, f"our blocks do not have {field}")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("attention.head_count", 0, "llama.attention.head_count is wrong; expected a positive"),
+        ("attention.head_count_kv", 0, "4 heads and 0 key-value heads"),
+        ("rope.freq_base", "many", "could not convert string to float"),
+    ],
+)
+def test_gguf_sizes_that_cannot_be(init, tmp_path, field, value, said):
+    fields = {f"llama.{field}": value}
+    refused(init, parts.write_gguf(tmp_path / "x.gguf", parts.llama(), fields=fields), said)
+
+
 def test_an_unknown_tokenizer_in_a_gguf_needs_another(init, tmp_path, llama_folder):
     path = parts.write_gguf(tmp_path / "x.gguf", parts.llama(), words="tekken")
     refused(init, path, "tokenizer.ggml.pre tekken", "give --tokenizer")
@@ -526,6 +539,38 @@ def test_diffusion_fields_of_other_models_are_refused_by_name(
     assert code == 2 and named in said.splitlines()[-1], said
 
 
+def without_a_layer(sd: Path) -> None:
+    path = sd / "text_encoder" / "model.safetensors"
+    state = {name: t for name, t in load_file(path).items() if "layers.1.mlp" not in name}
+    save_file(state, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without_a_layer, "lacks tensors: encoder.layers.1.mlp.fc1.bias"),
+        (lambda sd: cut(sd / "text_encoder" / "model.safetensors"), "cannot read"),
+        (lambda sd: cut(sd / "tokenizer" / "vocab.json"), "cannot read"),
+        (lambda sd: (sd / "text_encoder" / "config.json").write_text("[]"), "cannot read"),
+        (
+            lambda sd: [path.unlink() for path in (sd / "tokenizer").iterdir()],
+            "is not the tokenizer of",
+        ),
+    ],
+)
+def test_a_damaged_text_encoder_is_refused(init, tmp_path, llama_folder, damage, said):
+    """transformers draws what is missing at random, and goes on."""
+    parts.write_diffusion(tmp_path / "sd")
+    damage(tmp_path / "sd")
+    code, printed = init(llama_folder, "--diffusion", tmp_path / "sd")
+    last = printed.splitlines()[-1]
+    assert code == 2 and said in last and "leave out text_encoder and tokenizer" in last, printed
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
 def test_a_clip_that_does_not_fit_is_refused(init, tmp_path, llama_folder):
     parts.write_clip_vision(tmp_path / "clip")
     config = tmp_path / "clip" / "config.json"
@@ -541,3 +586,9 @@ def test_a_clip_that_does_not_fit_is_refused(init, tmp_path, llama_folder):
     parts.edit_json(config, model_type="siglip_vision_model")
     code, said = init(llama_folder, "--vision", tmp_path / "clip")
     assert code == 2 and "is no CLIP" in said.splitlines()[-1]
+    parts.write_clip_vision(tmp_path / "clip")
+    code, said = init(llama_folder, "--vision", tmp_path / "clip", "--image-size", 4)
+    assert code == 2 and "position_grid" in said.splitlines()[-1]
+    parts.edit_json(config, vision_config=None)
+    code, said = init(llama_folder, "--vision", tmp_path / "clip")
+    assert code == 2 and "config.json cannot be built on" in said.splitlines()[-1]

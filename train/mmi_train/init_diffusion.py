@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmi_deploy.config import DiffusionConfig, UnetConfig, VaeConfig
-from mmi_deploy.errors import ConfigError
+from mmi_deploy.errors import ConfigError, WeightsError
+from mmi_train.convert_state import compact
 from mmi_train.init_fields import Fields, count, fitting, read_json
 from mmi_train.model.unet import diffusers_unet
 from mmi_train.model.vae import Vae
@@ -21,6 +22,8 @@ from mmi_train.stored import Reshaped, StoredTensor
 from mmi_train.stored.safetensors_files import read_folder
 
 _STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
+
+_WHOLE = "download the folder whole, or leave out text_encoder and tokenizer"
 
 _OLD_ATTENTION = {
     "query": "to_q",
@@ -61,7 +64,7 @@ class DiffusionPart:
 def read_diffusion(folder: Path, like: UnetConfig, prediction: DiffusionConfig) -> DiffusionPart:
     """The parts of the pipeline in `folder`. `like`: where MMFS goes. `prediction`: the noise
     schedule where the folder has none. Raises `ConfigError` naming the first field that our U-Net
-    or autoencoder does not have."""
+    or autoencoder does not have, and `WeightsError`."""
     unet = _unet(folder / "unet", like)
     vae = _vae(folder / "vae")
     return DiffusionPart(
@@ -176,15 +179,31 @@ def _renamed(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _null_condition(folder: Path) -> Tensor | None:
-    """[1, tokens, width]: what the text encoder makes of an empty text."""
-    if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
+    """[1, tokens, width]: what the text encoder makes of an empty text; raises `WeightsError`."""
+    words, weights = folder / "tokenizer", folder / "text_encoder"
+    if not words.is_dir() or not weights.is_dir():
         return None
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    encoder: nn.Module = CLIPTextModel.from_pretrained(
-        folder / "text_encoder", local_files_only=True, dtype=torch.float32
-    ).eval()
+    encoder: nn.Module
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
+        encoder, found = CLIPTextModel.from_pretrained(
+            weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # `tokenizers` raises plain Exception
+        line = " ".join(str(error).split())
+        raise WeightsError(f"cannot read {weights} and {words}: {line}", fix=_WHOLE) from None
+    if missing := compact(sorted(found["missing_keys"])):  # transformers draws them at random
+        raise WeightsError(f"{weights} lacks tensors: {', '.join(missing)}", fix=_WHOLE)
     ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    length = encoder.config.max_position_embeddings
+    if ids.shape[1] != length:
+        raise WeightsError(
+            f"{words} is not the tokenizer of {weights}",
+            expected=f"texts padded to {length} tokens",
+            got=ids.shape[1],
+            fix=_WHOLE,
+        )
     with torch.no_grad():
-        return encoder(ids).last_hidden_state
+        return encoder.eval()(ids).last_hidden_state

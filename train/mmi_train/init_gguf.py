@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 
 from mmi_deploy.errors import ConfigError, WeightsError
-from mmi_train.init_fields import refuse
+from mmi_train.init_fields import count, fitting, refuse
 from mmi_train.init_llm import EMBEDDING, HEAD, LanguageModel
 from mmi_train.sentencepiece_model import Kind, Normaliser, Piece, byte_pair_tokenizer
 from mmi_train.stored import Computed, InFile, StoredTensor
@@ -93,6 +93,13 @@ def read_gguf(path: Path, tokenizer: Path | None = None) -> LanguageModel:
         raise WeightsError(
             f"{path} is no GGUF file, or it is cut off or damaged", fix="download it again"
         ) from None
+    with fitting(path):
+        return _read(path, reader, fields, tokenizer)
+
+
+def _read(
+    path: Path, reader: gguf.GGUFReader, fields: dict[str, Any], tokenizer: Path | None
+) -> LanguageModel:
     sizes = _sizes(path, fields)
     heads, width = sizes["attention.head_count"], sizes["embedding_length"]
     kv_heads = sizes.get("attention.head_count_kv", heads)
@@ -134,10 +141,7 @@ def _sizes(path: Path, fields: dict[str, Any]) -> dict[str, int]:
             raise refuse(path, prefix + name, "no such field", value)
     needed = ("block_count", "context_length", "embedding_length", "feed_forward_length")
     for name in (*needed, "attention.head_count"):
-        if not isinstance(own.get(name), int):
-            raise ConfigError(
-                f"{path}: {prefix}{name} is wrong", expected="a number", got=own.get(name)
-            )
+        count(path, fields, prefix + name)
     head_width = own["embedding_length"] // own["attention.head_count"]
     for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         if own.get(name, head_width) != head_width:

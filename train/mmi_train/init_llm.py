@@ -53,7 +53,7 @@ class LanguageModel:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.heads % self.kv_heads:
+        if self.kv_heads < 1 or self.width % self.heads or self.heads % self.kv_heads:
             raise ConfigError(
                 f"{self.source}: {self.heads} heads and {self.kv_heads} key-value heads do not "
                 f"divide a width of {self.width}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import ConfigError
-from mmi_train.init_fields import count, read_json
+from mmi_train.init_fields import Fields, count, fitting, read_json
 from mmi_train.model.vit_adapter import resize_positions
 from mmi_train.stored import InMemory, StoredTensor
 from mmi_train.stored.safetensors_files import read_folder
@@ -61,6 +61,11 @@ def read_vision(folder: Path, image_size: int | None = None) -> VisionPart:
     """
     path = folder / "config.json"
     config = read_json(path)
+    with fitting(path):
+        return _read(folder, path, config, image_size)
+
+
+def _read(folder: Path, path: Path, config: Fields, image_size: int | None) -> VisionPart:
     inner = config.get("vision_config", config)
     kind = inner.get("model_type", config.get("model_type"))
     if kind not in ("clip_vision_model", "clip"):
@@ -79,7 +84,7 @@ def read_vision(folder: Path, image_size: int | None = None) -> VisionPart:
     own, patch = (count(path, fields, name) for name in ("image_size", "patch_size"))
     size = image_size or own
     tensors = _named(read_folder(folder, ("model", "pytorch_model")))
-    if size != own and _POSITIONS in tensors:
+    if size != own and size >= patch and _POSITIONS in tensors:  # no patch: refused when built
         table = tensors[_POSITIONS].read().float()
         tensors[_POSITIONS] = InMemory(resize_positions(table, size // patch))
     return VisionPart(
