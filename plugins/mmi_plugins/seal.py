@@ -2,13 +2,14 @@
 
 To open a shared library of which a part is missing can end the process. So what we compile and keep
 is sealed: after the library, where no loader looks, follows a hash of all before it. It is one file
-still, and appears whole or not at all.
+still, and appears whole or not at all. CMake seals what it links with `python -I seal.py LIBRARY`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+import sys
 from pathlib import Path
 
 _MARK = b"mmi seal"
@@ -52,3 +53,7 @@ def is_sealed(path: Path) -> bool:
         if file.read(len(_MARK)) != _MARK:
             return False
     return damage(path) is None
+
+
+if __name__ == "__main__":
+    seal(Path(sys.argv[1]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from mmi_plugins.compilers import (
     output_of,
     supported_architectures,
 )
-from mmi_plugins.seal import is_sealed, seal
+from mmi_plugins.seal import is_sealed
 
 SOURCES = Path(__file__).parent / "csrc"
 PORTABLE = "100"
@@ -65,9 +66,7 @@ def build_tensorrt_plugin(
             with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as folder:
                 _compile(cmake, nvcc, headers, architectures, Path(folder))
                 for target, name in names.items():
-                    made = Path(folder) / f"lib{target}.so"
-                    seal(made)
-                    made.replace(out / name)
+                    Path(folder, f"lib{target}.so").replace(out / name)
         except OSError as error:
             raise EngineError(
                 f"the TensorRT plugin cannot be written to {out}: {error.strerror}"
@@ -133,6 +132,7 @@ def _compile(
         *("-S", SOURCES, "-B", folder),
         "-DCMAKE_BUILD_TYPE=Release",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DPython3_EXECUTABLE={sys.executable}",  # which seals the libraries
         f"-DTENSORRT_INCLUDE={headers.resolve()}",
         f"-DMMI_ARCHITECTURES={';'.join(codes)}",
     ]

@@ -1,12 +1,13 @@
 """Finding what the TensorRT plugin is built from and with, or saying what to get."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins import compilers
+from mmi_plugins import compilers, seal
 from mmi_plugins.compilers import (
     ARCHITECTURES,
     find_cmake,
@@ -19,6 +20,12 @@ from mmi_plugins.tensorrt_build import TARGETS, build_tensorrt_plugin, find_tens
 ENTERPRISE = "#define TRT_MAJOR_ENTERPRISE {}\n#define TRT_MINOR_ENTERPRISE {}\n"
 OLD = "#define NV_TENSORRT_MAJOR {} //!< major\n#define NV_TENSORRT_MINOR {}\n"
 RTX = "#define TRT_MAJOR_RTX {}\n#define TRT_MINOR_RTX {}\n"
+
+SEALED_LIBRARIES = f"""if [ "$1" = --build ]; then
+for library in {" ".join(TARGETS)}; do
+touch $2/lib$library.so && {sys.executable} -I {seal.__file__} $2/lib$library.so
+done; fi"""
+"""What cmake leaves in its folder, as shell."""
 
 
 def headers(folder: Path, form: str, major: int, minor: int) -> Path:
@@ -41,11 +48,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tools"
     knows = "".join(f"compute_{name}\\n" for name in (75, *ARCHITECTURES))
     nvcc = tool(folder / "nvcc", f'printf "{knows}"')
-    outputs = " ".join(f"$2/lib{target}.so" for target in TARGETS)
-    tool(
-        folder / "cmake",
-        f'echo "$@" >> {tmp_path}/runs; if [ "$1" = --build ]; then touch {outputs}; fi',
-    )
+    tool(folder / "cmake", f'echo "$@" >> {tmp_path}/runs; {SEALED_LIBRARIES}')
     monkeypatch.setenv("CUDACXX", str(nvcc))
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     return folder
@@ -131,8 +134,7 @@ def test_a_damaged_library_is_built_again(tools: Path, tmp_path: Path) -> None:
 
 
 def test_two_builds_at_once_do_not_disturb_each_other(tools: Path, tmp_path: Path) -> None:
-    outputs = " ".join(f"$2/lib{target}.so" for target in TARGETS)
-    tool(tools / "cmake", f'if [ "$1" = --build ]; then sleep 0.2; touch {outputs}; fi')
+    tool(tools / "cmake", f"sleep 0.2; {SEALED_LIBRARIES}")
     include, out = headers(tmp_path / "include", ENTERPRISE, 11, 1), tmp_path / "out"
     with ThreadPoolExecutor(3) as pool:
         builds = [pool.submit(build_tensorrt_plugin, include, out) for _ in range(3)]

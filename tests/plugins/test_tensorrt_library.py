@@ -17,6 +17,7 @@ import pytest
 from mmi_deploy.errors import EngineError
 from mmi_plugins.compilers import find_nvcc
 from mmi_plugins.operator import NAME
+from mmi_plugins.seal import is_sealed
 from mmi_plugins.tensorrt_build import find_tensorrt_headers
 from mmi_plugins.tensorrt_load import (
     INSTALL,
@@ -100,6 +101,10 @@ def drive(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Drive:
         return done.stdout.strip(), done.stderr.strip()
 
     return call
+
+
+def test_cmake_seals_what_it_links(library: Path) -> None:
+    assert is_sealed(library)
 
 
 def test_the_library_needs_no_symbol_of_tensorrt(library: Path) -> None:
