@@ -319,6 +319,33 @@ def test_the_workspace_never_shrinks_when_a_call_grows() -> None:
         assert rooms == sorted(rooms)
 
 
+_GREATEST_LEVELS = """
+#include <cstdio>
+#include "sizes.h"
+
+int main() {
+  mmi::Attributes attributes;
+  attributes.levels = mmi::kMostLevels;
+  attributes.base_grid = 1;
+  for (int level = 0; level < mmi::kMostLevels; ++level) {
+    attributes.level_height[level] = attributes.level_width[level] = INT32_MAX;
+  }
+  mmi::Sizes sizes(attributes);
+  std::puts(sizes.complete() ? "taken" : sizes.reason().c_str());
+}
+"""
+
+
+def test_the_greatest_levels_are_refused_without_an_overflow(tmp_path: Path) -> None:
+    source, program = tmp_path / "levels.cpp", tmp_path / "levels"
+    source.write_text(_GREATEST_LEVELS)
+    options = ["-std=c++17", "-fsanitize=undefined", f"-I{shim.CSRC}", "-o", str(program)]
+    subprocess.run([str(shim.compiler()), *options, str(source)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
+    assert done.stdout == "the levels do not make up the feature cells of value\n"
+    assert not done.stderr
+
+
 _SANITIZED = """
 import sys
 import numpy as np

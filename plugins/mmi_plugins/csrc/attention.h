@@ -1,7 +1,7 @@
 // One call of mmi::MultiImageDeformableAttention, version 1: what every implementation is given.
 //
-// Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
-// encoded images, s feature cells of one image, r rows of the tables.
+// Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool
+// of encoded images, s feature cells of one image, r rows of the tables.
 #pragma once
 
 #include <cfloat>
@@ -54,12 +54,12 @@ inline const char* refusal(const Attention& call) {
   if (call.reference_queries != 1 && call.reference_queries != call.q) {
     return "reference has neither one row nor one for each query";
   }
-  int64_t cells = 0;
+  uint64_t cells = 0;  // four of the greatest levels fit
   for (int32_t level = 0; level < call.l; ++level) {
     if (call.level_height[level] < 1 || call.level_width[level] < 1) return "a level is empty";
-    cells += int64_t{call.level_height[level]} * call.level_width[level];
+    cells += uint64_t(call.level_height[level]) * uint64_t(call.level_width[level]);
   }
-  if (cells != call.s) return "the levels do not make up the feature cells of value";
+  if (cells != uint64_t(call.s)) return "the levels do not make up the feature cells of value";
   if (!(call.base_grid > 0 && call.base_grid <= FLT_MAX)) return "base_grid is not positive";
   return nullptr;
 }

@@ -51,11 +51,11 @@ class Sizes {
     call_.b = call_.q = call_.m = call_.h = call_.p = call_.n = call_.r = 1;
     call_.d = kChannelStep;
     call_.l = attributes.levels;
-    int64_t cells = 0;
+    uint64_t cells = 0;
     for (int32_t level = 0; level < attributes.levels; ++level) {
       call_.level_height[level] = attributes.level_height[level];
       call_.level_width[level] = attributes.level_width[level];
-      cells += int64_t{attributes.level_height[level]} * attributes.level_width[level];
+      cells += uint64_t(attributes.level_height[level]) * uint64_t(attributes.level_width[level]);
     }
     call_.s = cells > INT32_MAX ? INT32_MAX : static_cast<int32_t>(cells);
     call_.base_grid = attributes.base_grid;
@@ -74,7 +74,8 @@ class Sizes {
       const int64_t side = shape.side[axis];
       if (side == kUnknown) continue;
       if (side < 1 || side > INT32_MAX) {
-        return refuse("axis " + std::to_string(axis) + " of " + kInputNames[input], 1, side);
+        return refuse("axis " + std::to_string(axis) + " of " + kInputNames[input],
+                      side < 1 ? 1 : INT32_MAX, side);
       }
       if (!take(input, axes[axis], static_cast<int32_t>(side))) return false;
     }
