@@ -20,8 +20,8 @@ void preload();
 
 // Puts the call on `stream` (of the current device) and returns at once; allocates nothing and may
 // be captured in a CUDA graph. Returns nullptr, or one line that says why not: a refusal, a pointer
-// that is missing or not aligned (to 16 bytes; reference to 8, indices to 4), sizes beyond what addresses can
-// hold, or CUDA's own error. The text is static.
+// that is missing or not aligned (to 16 bytes; reference to 8, indices to 4), sizes beyond what
+// addresses can hold, or CUDA's own error. The text is static.
 const char* launch(const Attention& call, void* workspace, CUstream_st* stream);
 
 }  // namespace mmi

@@ -216,29 +216,21 @@ TypedOperator make(DataType type, ElementType element, bool cuda) {
   return op;
 }
 
-struct Types {
-  DataType type;
-  ElementType element;
-};
-constexpr Types kTypes[] = {{DataType::kFloat32, ort::kFloat},
-                            {DataType::kFloat16, ort::kFloat16},
-                            {DataType::kBFloat16, ort::kBFloat16}};
-
 Status* register_all(const Api* api, ort::SessionOptions* options) {
   // Sessions keep pointers to operators and domain for as long as they live: so do we.
-  static TypedOperator cpu[3], gpu[3];
+  static const TypedOperator operators[] = {
+      make(DataType::kFloat32, ort::kFloat, false),
+      make(DataType::kFloat16, ort::kFloat16, false),
+      make(DataType::kBFloat16, ort::kBFloat16, false),
+#ifdef MMI_CUDA
+      make(DataType::kFloat32, ort::kFloat, true),
+      make(DataType::kFloat16, ort::kFloat16, true),
+      make(DataType::kBFloat16, ort::kBFloat16, true),
+#endif
+  };
   ort::Domain* domain = nullptr;
   MMI_TRY(api->create_domain(kDomain, &domain));
-  for (int i = 0; i < 3; ++i) {
-    cpu[i] = make(kTypes[i].type, kTypes[i].element, false);
-    MMI_TRY(api->add_operator(domain, &cpu[i]));
-#ifdef MMI_CUDA
-    gpu[i] = make(kTypes[i].type, kTypes[i].element, true);
-    MMI_TRY(api->add_operator(domain, &gpu[i]));
-#else
-    static_cast<void>(gpu);
-#endif
-  }
+  for (const TypedOperator& op : operators) MMI_TRY(api->add_operator(domain, &op));
   return api->add_domain(options, domain);
 }
 
