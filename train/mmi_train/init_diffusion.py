@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmi_deploy.config import DiffusionConfig, UnetConfig, VaeConfig
 from mmi_deploy.errors import ConfigError, WeightsError
@@ -185,18 +185,17 @@ def _null_condition(folder: Path) -> Tensor | None:
         return None
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    encoder: nn.Module
     try:
         tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
         encoder, found = CLIPTextModel.from_pretrained(
             weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
+        ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids
     except Exception as error:  # `tokenizers` raises plain Exception
         line = " ".join(str(error).split())
         raise WeightsError(f"cannot read {weights} and {words}: {line}", fix=_WHOLE) from None
     if missing := compact(sorted(found["missing_keys"])):  # transformers draws them at random
         raise WeightsError(f"{weights} lacks tensors: {', '.join(missing)}", fix=_WHOLE)
-    ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids
     length = encoder.config.max_position_embeddings
     if ids.shape[1] != length:
         raise WeightsError(
