@@ -24,7 +24,7 @@ from typer.exceptions import TyperException
 from mmi_deploy.errors import EngineError, MmiError
 from mmi_plugins.cases import read_case
 from mmi_plugins.operator import TOLERANCES, Call
-from mmi_plugins.reference import all_rows
+from mmi_plugins.reference import all_rows, rows_of
 from mmi_plugins.through import IMPLEMENTATIONS, Implementation
 
 WRONG, NOT_RUN = 1, 2
@@ -76,15 +76,12 @@ def check(name: str, call: Call, expected: np.ndarray, implementation: Implement
     if reason := implementation.refuses(call):
         return Verdict(name, implementation.name, reason=reason)
     rows = chosen_rows(call, implementation.most_rows, name)
-    b, q, h = rows.T
-    sizes = call.sizes
-    wanted = expected.reshape(sizes["b"], sizes["q"], sizes["h"], -1)[b, q, h]
     try:
         got = implementation.run(call, rows)
     except Exception as error:  # whatever it is, this case did not come out right
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return Verdict(name, implementation.name, reason=reason, wrong=True)
-    greatest, relative = errors(got, wanted, call.dtype)
+    greatest, relative = errors(got, rows_of(expected, call, rows), call.dtype)
     tolerance = TOLERANCES[call.dtype]
     return Verdict(
         name,

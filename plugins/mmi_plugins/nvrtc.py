@@ -17,37 +17,7 @@ from pathlib import Path
 
 from mmi_deploy.errors import EngineError
 from mmi_plugins.compilers import find_nvcc
-from mmi_plugins.launch_plan import (
-    CSRC,
-    VARIANTS,
-    Launch,
-    Variant,
-    default_parts,
-    device_arrays,
-    kernel_variants,
-    launch_plan,
-    output_array,
-    widen,
-    workspace_shape,
-)
-
-__all__ = [
-    "COMPILERS",
-    "VARIANTS",
-    "Launch",
-    "Variant",
-    "compile_cubin",
-    "compile_ptx",
-    "default_parts",
-    "device_arrays",
-    "kernel_variants",
-    "launch_plan",
-    "missing",
-    "output_array",
-    "version",
-    "widen",
-    "workspace_shape",
-]
+from mmi_plugins.launch_plan import CSRC, Variant
 
 COMPILERS = ("nvrtc", "nvcc")
 
@@ -55,7 +25,7 @@ COMPILERS = ("nvrtc", "nvcc")
 def missing(compiler: str = "nvrtc") -> str | None:
     """Why `compiler` cannot be used here, or None."""
     if compiler == "nvcc":
-        return None if _nvcc() else "nvcc is not installed (CUDA toolkit 12.9 or later)"
+        return None if _nvcc() else "nvcc is not installed (CUDA toolkit 12.8 or newer)"
     return None if _nvrtc() else "NVRTC is not installed: pip install nvidia-cuda-nvrtc"
 
 

@@ -36,6 +36,14 @@ def output_of(call: Call, rows: np.ndarray) -> np.ndarray:
     return rows.reshape(sizes["b"], sizes["q"], sizes["h"] * sizes["d"])
 
 
+def rows_of(output: np.ndarray, call: Call, rows: np.ndarray) -> np.ndarray:
+    """`rows` [k, 3] of an output [b, q, h*d], [k, d]."""
+    b, q, h = rows.T
+    sizes = call.sizes
+    picked: np.ndarray = output.reshape(sizes["b"], sizes["q"], sizes["h"], -1)[b, q, h]
+    return picked
+
+
 def _attend(call: Call, rows: np.ndarray) -> np.ndarray:
     b, q, h = rows.T
     wide = {

@@ -24,6 +24,7 @@ from mmi_plugins.launch_plan import (
 )
 from mmi_plugins.operator import Call
 from mmi_plugins.ptx import Counts, GlobalMemory, Kernel, Machine, parse
+from mmi_plugins.reference import rows_of
 
 COMPUTE = 90
 """The compute capability whose PTX is run unless another is asked for."""
@@ -93,12 +94,10 @@ def emulate(
         memory.next_launch()
 
     bits, known = memory.written(addresses["output"], output.dtype)
-    shape = [call.sizes[letter] for letter in "bqhd"]
-    b, q, h = np.asarray(rows).T
-    missed = ~known.reshape(shape)[b, q, h].all(-1)
+    missed = ~rows_of(known, call, rows).all(-1)
     if missed.any():
         raise AssertionError(f"row (b, q, h) {rows[missed][0]} was not written")
-    done.output = widen(bits, call.dtype).reshape(shape)[b, q, h]
+    done.output = rows_of(widen(bits, call.dtype), call, rows)
     return done
 
 

@@ -9,13 +9,22 @@ from typing import Any
 import numpy as np
 
 from mmi_deploy.errors import EngineError
+from mmi_deploy.graphs import IR_VERSION, OPSET
 from mmi_plugins import onnxruntime_library
-from mmi_plugins.operator import DOMAIN, INDEX_INPUTS, INPUT_SHAPES, NAME, NARROW_INPUTS, Call
+from mmi_plugins.launch_plan import device_arrays, widen
+from mmi_plugins.operator import (
+    DOMAIN,
+    INDEX_INPUTS,
+    INPUT_SHAPES,
+    NAME,
+    NARROW_INPUTS,
+    VERSION,
+    Call,
+)
+from mmi_plugins.reference import rows_of
 
 _ELEMENTS = {"float32": 1, "int32": 6, "float16": 10, "bfloat16": 16}
 """ONNX's numbers of element types."""
-
-_OPSET, _IR_VERSION = 24, 10
 
 
 def element_of(call: Call, name: str) -> int:
@@ -49,8 +58,8 @@ def one_node_model(call: Call, function: Any = None) -> bytes:
     model = oh.make_model(
         oh.make_graph([node], "one_node", inputs, [output]),
         functions=[] if function is None else [function],
-        opset_imports=[oh.make_opsetid("", _OPSET), oh.make_opsetid(DOMAIN, 1)],
-        ir_version=_IR_VERSION,
+        opset_imports=[oh.make_opsetid("", OPSET), oh.make_opsetid(DOMAIN, VERSION)],
+        ir_version=IR_VERSION,
     )
     return bytes(model.SerializeToString())
 
@@ -60,37 +69,19 @@ def run_session(session: Any, call: Call) -> np.ndarray:
     import onnxruntime as ort
 
     binding = session.io_binding()
-    for name in INPUT_SHAPES:
-        element = element_of(call, name)
-        array = np.ascontiguousarray(_stored(call[name], element))
-        value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
+    for name, array in device_arrays(call).items():
+        value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            np.ascontiguousarray(array), element_of(call, name)
+        )
         binding.bind_ortvalue_input(name, value)
     binding.bind_output("output")
     session.run_with_iobinding(binding)
     value = binding.get_outputs()[0]
     if call.dtype != "bfloat16":
         return np.asarray(value.numpy(), np.float32)
-    shape = tuple(value.shape())  # NumPy has no bfloat16: its bits are the upper half of float32's
+    # NumPy has no bfloat16, but its bits lie there.
     pointer = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_uint16))
-    bits = np.ctypeslib.as_array(pointer, (int(np.prod(shape)),)).astype(np.uint32) << 16
-    return bits.view(np.float32).reshape(shape)
-
-
-def _stored(array: np.ndarray, element: int) -> np.ndarray:
-    """Numbers as they lie in memory; those of bfloat16 as their bits."""
-    if element == _ELEMENTS["float16"]:
-        return array.astype(np.float16)
-    if element == _ELEMENTS["bfloat16"]:
-        return (array.view(np.uint32) >> 16).astype(np.uint16)
-    return array
-
-
-def rows_of(output: np.ndarray, call: Call, rows: np.ndarray) -> np.ndarray:
-    """The rows [k, d] of an output [b, q, h*d]."""
-    b, q, h = rows.T
-    sizes = call.sizes
-    picked: np.ndarray = output.reshape(sizes["b"], sizes["q"], sizes["h"], -1)[b, q, h]
-    return picked
+    return widen(np.ctypeslib.as_array(pointer, tuple(value.shape())), call.dtype)
 
 
 class OnnxRuntimeKernel:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mmi_deploy.errors import EngineError
+from mmi_deploy.files import cache_folder
 from mmi_plugins.launch_plan import (
     CSRC,
     Launch,
@@ -29,17 +30,13 @@ from mmi_plugins.launch_plan import (
     workspace_shape,
 )
 from mmi_plugins.operator import Call
+from mmi_plugins.reference import rows_of
 
 OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-DMMI_SHIM")
 """Without contraction: the kernel's error-free sums are written for separate roundings."""
 
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 """The process must then have been started with `sanitizer_library()` preloaded."""
-
-
-def cache_folder() -> Path:
-    """Where built libraries are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmi_plugins"
 
 
 def compiler() -> str | None:
@@ -63,7 +60,7 @@ def build(csrc: Path = CSRC, *further: str) -> Path:
     key = hashlib.sha256("\0".join(words).encode())
     for source in sources:
         key.update(source.read_bytes())
-    library = cache_folder() / f"shim_{key.hexdigest()[:24]}.so"
+    library = cache_folder(writes=True) / "shim" / f"{key.hexdigest()[:24]}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +116,7 @@ class Shim:
         addresses = {name: array.ctypes.data for name, array in arrays.items()}
         for launch in launch_plan(call, addresses, parts):
             self.launch(launch, launch.blocks(rows))
-        sizes = call.sizes
-        output = widen(arrays["output"], call.dtype)
-        b, q, h = np.asarray(rows).T
-        return output.reshape(sizes["b"], sizes["q"], sizes["h"], sizes["d"])[b, q, h]
+        return rows_of(widen(arrays["output"], call.dtype), call, rows)
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from mmi_plugins.operator import INPUT_SHAPES, NARROW_INPUTS, Call
+from mmi_plugins.reference import rows_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class TorchOp:
             base_grid=call.base_grid,
             null_slot=call.null_slot,
         )
-        b, q, h = rows.T
-        return output.float().numpy().reshape(*(call.sizes[x] for x in "bqhd"))[b, q, h]
+        return rows_of(output.float().numpy(), call, rows)
 
 
 TORCH_OP = TorchOp()
