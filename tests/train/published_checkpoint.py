@@ -20,7 +20,6 @@ WORDS = ["▁a", "▁th", "▁the", "in", "er", "on", "▁s", "at", "▁c", "▁
 """In the order in which they would have been learned: the earlier, the higher the score."""
 
 SPECIAL, BYTES = 3, 256
-WORDS_FROM = SPECIAL + BYTES
 OWN = SPECIAL + BYTES + len(WORDS) + len(LETTERS)
 """How many ids the tokenizer has without the marks for pictures."""
 

@@ -6,7 +6,7 @@ Letters: b rows, t tokens, m images of a row, n encoded images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,11 +88,6 @@ def tokens_of(
     return TokenDocument(
         np.array(ids), np.array(weight, np.float32), tuple(images), tuple(encoded), tuple(drawn)
     )
-
-
-def without_pictures(document: TokenDocument) -> TokenDocument:
-    """The same document, nothing of it to be drawn."""
-    return replace(document, drawn=(False,) * len(document.drawn))
 
 
 def _assign(documents: Sequence[TokenDocument], length: int) -> list[list[TokenDocument]]:

@@ -34,7 +34,6 @@ T = TypeVar("T")
 PUBLISHED = released_13b()
 
 CLIP_NAME = "encoder.vision_model."
-QUERIES_NAME = "perceiver_resampler.queries"
 
 
 class Section:

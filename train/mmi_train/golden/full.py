@@ -20,13 +20,12 @@ from mmi_train.golden.compare import Checks
 from mmi_train.golden.configs import Section
 from mmi_train.golden.gradients import check_gradients
 from mmi_train.golden.hooks import recorded
-from mmi_train.golden.llama import visible_keys
 from mmi_train.golden.unet import set_base_grids
 from mmi_train.golden.units import Unit, UnitError
 from mmi_train.losses import IGNORE, text_loss, text_targets
+from mmi_train.model.generation import visible_keys
 from mmi_train.model.image_decoder import CONDITION_DROP, Draws
-from mmi_train.model.llama import KvCache
-from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
+from mmi_train.model.mm_interleaved import LOOKS_BACK, EncodedImages, MMInterleaved
 
 _GRADIENT_OF = "mmc4"
 """The data set whose total loss the stored gradients are of."""
@@ -90,25 +89,16 @@ def rows(unit: Unit, tokens: TokenConfig) -> Rows:
     return Rows(ids, real, slot, torch.tensor(pictures).view(-1, 2), bounds)
 
 
-def read(
-    model: MMInterleaved,
-    data: Rows,
-    images: EncodedImages,
-    position: Tensor | None = None,
-    cache: KvCache | None = None,
-) -> Tensor:
-    """Hidden states [b, t, c] of rows that may be padded on either side. `position` [b, t]; None:
-    counted from the row's first column."""
-    if position is None:
-        position = torch.arange(data.ids.shape[1]).expand_as(data.ids)
+def read(model: MMInterleaved, data: Rows, images: EncodedImages) -> Tensor:
+    """Hidden states [b, t, c] of rows that may be padded on either side; positions count from the
+    row's first column."""
     return model.llm(
         model.embed_rows(data.ids, images, data.slot),
-        position,
+        torch.arange(data.ids.shape[1]).expand_as(data.ids),
         visible_keys(data.real),
-        cache,
-        model.llm.image_values(images.features),
-        data.slot.clamp(min=0),
-        model.image_positions(data.ids, data.slot),
+        values=model.llm.image_values(images.features),
+        image_slot=data.slot.clamp(min=0),
+        image_position=model.image_positions(data.ids, data.slot),
     )
 
 
@@ -184,7 +174,8 @@ def _image_loss(
     pixels = unit.inputs.get("image_tensors_dec", unit.input("image_tensors"))
     section = weights.arguments.section("image_decoder_config")
     draws = _draws(unit, len(data.pictures), section.get("uncond_prob", CONDITION_DROP))
-    losses = decoder.losses(decoder.encode(pixels), condition, look_back, draws) * (length > 2)
+    drawn = length > LOOKS_BACK
+    losses = decoder.losses(decoder.encode(pixels), condition, look_back, draws) * drawn
     return (losses * unit.inputs.get("image_loss_mask", torch.ones(len(losses)))).mean()
 
 

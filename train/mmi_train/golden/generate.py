@@ -1,7 +1,6 @@
 """Generation with the whole model: units `full_generate_texts`, `_scores` and `_images`.
 
-Letters: b rows, t tokens, m images of a row, k pictures, o options, n encoded images, c channels,
-v vocabulary.
+Letters: b rows, t tokens, o options, v vocabulary.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from mmi_train.golden.configs import Section, under
 from mmi_train.golden.full import Weights
 from mmi_train.golden.units import Unit, UnitError
 from mmi_train.model.diffusion import ddim
+from mmi_train.model.generation import Reading
 from mmi_train.model.image_decoder import DrawingStep
-from mmi_train.model.llama import KvCache
-from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.model.vae import Vae
 
 _PUBLISHED_BEAMS = 5
@@ -43,13 +41,12 @@ def check_texts(unit: Unit, checks: Checks, weights: Weights) -> None:
     least = config.get("min_length", 8)
     penalty = config.get("repetition_penalty", 1.0)
     ends = torch.tensor([tokens.eos, tokens.boi])
-    decoder = _Decoder(model, full.rows(unit, tokens), unit.input("image_tensors"), steps)
-    logits = decoder.first
-    batch = len(logits)
-    ids = torch.full((batch, 1), tokens.bos)
-    open_rows = torch.ones(batch, dtype=torch.bool)
+    data, pixels = full.rows(unit, tokens), unit.input("image_tensors")
+    reading = Reading(model, data.ids, pixels, data.slot, data.real, room=steps)
+    ids = torch.full((len(data.ids), 1), tokens.bos)
+    open_rows = torch.ones(len(ids), dtype=torch.bool)
     for step in range(steps):
-        logits = _penalised(logits, ids, penalty)
+        logits = _penalised(reading.logits, ids, penalty)
         if ids.shape[1] < least:  # the published length counts the `<s>` in front
             logits[:, ends] = -torch.inf
         chosen = torch.where(open_rows, logits.argmax(-1), tokens.pad)
@@ -57,7 +54,7 @@ def check_texts(unit: Unit, checks: Checks, weights: Weights) -> None:
         open_rows &= ~torch.isin(chosen, ends)
         if not open_rows.any() or step == steps - 1:
             break
-        logits = decoder.step(chosen)
+        reading.append(chosen)
     checks.compare("text_ids", ids, "exact")
 
 
@@ -67,39 +64,6 @@ def _penalised(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
         return logits
     taken = logits.gather(1, ids)
     return logits.scatter(1, ids, torch.where(taken < 0, taken * penalty, taken / penalty))
-
-
-class _Decoder:
-    """Rows read once, then one token after another. Every new token sees what the last one of the
-    prompt saw, as in the published code. `first`: logits [b, v] after the prompt."""
-
-    def __init__(self, model: MMInterleaved, data: full.Rows, pixels: Tensor, steps: int) -> None:
-        batch, tokens = data.ids.shape
-        self.model, self.real = model, data.real
-        self.cache = KvCache(model.config.llama, batch, tokens + steps)
-        images = model.encode_images(pixels)
-        position = (data.real.long().cumsum(1) - 1).masked_fill(~data.real, 1)
-        hidden = full.read(model, data, images, position, self.cache)
-        self.first = model.head(hidden[:, -1])
-        self.values = model.llm.image_values(images.features)
-        self.slot = data.slot.clamp(min=0)
-        self.seen = model.image_positions(data.ids, data.slot)[:, -1:]
-        self.position = position[:, -1:]
-
-    def step(self, chosen: Tensor) -> Tensor:
-        """Logits [b, v] after the new token of each row, [b]."""
-        self.position = self.position + 1
-        self.real = torch.cat([self.real, torch.ones(len(chosen), 1, dtype=torch.bool)], 1)
-        hidden = self.model.llm(
-            self.model.llm.embed_tokens(chosen[:, None]),
-            self.position,
-            self.real[:, None, None],
-            self.cache,
-            self.values,
-            self.slot,
-            self.seen,
-        )
-        return self.model.head(hidden[:, -1])
 
 
 def check_scores(unit: Unit, checks: Checks, weights: Weights) -> None:

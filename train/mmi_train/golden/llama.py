@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from mmi_train.convert_state import published_module
 from mmi_train.golden import configs
@@ -17,20 +16,10 @@ from mmi_train.golden.configs import PUBLISHED, Section
 from mmi_train.golden.hooks import recorded
 from mmi_train.golden.mmfs import image_positions
 from mmi_train.golden.units import Unit
+from mmi_train.model.generation import visible_keys
 from mmi_train.model.llama import KvCache, Llama
 
 _HEAD = "lm_head.weight"
-
-
-def visible_keys(attention_mask: Tensor) -> Tensor:
-    """Which keys each query may see, [b, 1, t, k]: those before it that are no padding.
-
-    A padding token sees itself, so that no row of the softmax is empty; it is never compared.
-    """
-    tokens = attention_mask.shape[1]
-    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-    own = torch.eye(tokens, dtype=torch.bool)
-    return causal & (attention_mask.bool()[:, None, None] | own)
 
 
 def check(unit: Unit, checks: Checks) -> None:

@@ -20,6 +20,15 @@ from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import MMInterleaved
 
 
+def visible_keys(real: Tensor) -> Tensor:
+    """Which keys each query may see, bool [b, 1, t, t]: those up to its own that are no padding,
+    where `real` [b, t] is true. A padding token sees itself, so that no row of the softmax is
+    empty; nothing is done with what comes of it."""
+    own = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+    causal = torch.ones_like(own).tril()
+    return causal & (real.bool()[:, None, None] | own)
+
+
 class Reading:
     """Rows that the language model has read and that can be continued token by token.
 
@@ -49,14 +58,10 @@ class Reading:
         self.next_position = position[:, -1:] + 1
         seen = model.image_positions(token_ids, image_slot)
         self.last_seen = seen[:, -1:]  # [b, 1, m]: what follows sees the same images
-        # A padding token sees itself, so that no row of the softmax is empty.
-        own = torch.eye(tokens, dtype=torch.bool, device=device)
-        causal = torch.ones_like(own).tril()
-        mask = causal & (real.bool()[:, None, None] | own)  # [b, 1, t, t]
         hidden = model.llm(
             model.embed_rows(token_ids, self.images, image_slot),
             position,
-            mask,
+            visible_keys(real),
             self.cache,
             self.values,
             self.slot,
