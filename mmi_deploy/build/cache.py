@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,16 +120,17 @@ class EngineCache:
     def _trim(self) -> None:
         """Remove what was used longest ago until the rest fits; never what is in use."""
         with self._lock("", lambda: None):
-            entries = sorted(
-                (path.stat().st_mtime, path.parent) for path in self.folder.glob(f"*/{_ENTRY}")
-            )
-            total = sum(_bytes_of(entry) for _, entry in entries)
-            for _, entry in entries:
+            entries = []
+            for path in self.folder.glob(f"*/{_ENTRY}"):
+                with suppress(FileNotFoundError):  # another process makes it again just now
+                    entries.append((path.stat().st_mtime, path.parent, _bytes_of(path.parent)))
+            total = sum(size for _, _, size in entries)
+            for _, entry, size in sorted(entries):
                 if total <= self.limit:
                     break
                 with self._try_lock(entry.name) as free:
                     if free:
-                        total -= _bytes_of(entry)
+                        total -= size
                         shutil.rmtree(entry, ignore_errors=True)
 
     @contextmanager
@@ -219,7 +220,7 @@ def link_or_copy(source: Path, to: Path) -> None:
     try:
         os.link(source, to)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EEXIST):
             raise
         try:
             shutil.copyfile(source, to)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mmi_deploy.build import cache as cache_module
 from mmi_deploy.build.cache import EngineCache, key_of, temporary_folder
 from mmi_deploy.errors import ConfigError, MmiError
 
@@ -172,6 +174,22 @@ def test_an_entry_beyond_the_limit_is_given_out_but_not_kept(tmp_path: Path, out
     cache = EngineCache(tmp_path / "engines", 10)
     cache.obtain("k", writes(data=b"x" * 200), out)
     assert (out / "a.engine").stat().st_size == 200 and not cache.has("k")
+
+
+def test_an_entry_that_another_process_makes_again_meanwhile_is_passed_over(
+    cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_of = cache_module._bytes_of
+
+    def gone(entry: Path) -> int:
+        shutil.rmtree(cache.folder / "a", ignore_errors=True)
+        return bytes_of(entry)
+
+    for key in "ab":
+        (tmp_path / key).mkdir()
+        cache.obtain(key, writes(), tmp_path / key)
+        monkeypatch.setattr(cache_module, "_bytes_of", gone)
+    assert left(cache) == {"b"} and (tmp_path / "b" / "a.engine").exists()
 
 
 def test_two_that_want_the_same_build_it_once(cache: EngineCache, tmp_path: Path) -> None:
