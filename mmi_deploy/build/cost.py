@@ -248,7 +248,7 @@ class _Count:
         for index, value in enumerate(step.inputs):
             if value is None or not value.elements:
                 continue
-            part = found.touched.get(index, value.elements) / value.elements
+            part = min(found.touched.get(index, value.elements) / value.elements, 1.0)
             for source in self._sources(value):
                 share = round(self.storage.bytes(source) * part)
                 self.touched[source.name] = max(self.touched[source.name], share)

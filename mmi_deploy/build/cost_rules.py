@@ -24,7 +24,8 @@ MMFS = f"{MMFS_DOMAIN}.{MMFS_OPERATOR}"
 @dataclass(frozen=True)
 class Work:
     """matrix, vector: FLOPs. touched: input index -> elements read, for inputs read in part.
-    written: elements of all outputs that are written, None for all of them."""
+    Elements touched more than once count once: no more than there are. written: elements of all
+    outputs that are written, None for all of them."""
 
     matrix: int = 0
     vector: int = 0
@@ -138,7 +139,7 @@ def _grid_sample(step: Step) -> Work:
     locations = n * prod(cells)
     return Work(
         vector=locations * (14 + 8 * channels),
-        touched={0: min(step.input(0).elements, 4 * locations * channels)},
+        touched={0: 4 * locations * channels},
     )
 
 

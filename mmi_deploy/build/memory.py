@@ -39,6 +39,8 @@ TURNS: tuple[tuple[str, ...] | None, ...] = (None, ("llm", "denoise"), ("llm",),
 """Which engines stay in memory, from all of them to none. A turn reads an engine from disk for
 every image read or picture drawn, so fewer bits are tried before turns."""
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": GB, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
 
 @dataclass(frozen=True)
 class GraphMemory:
@@ -273,11 +275,11 @@ def with_limits(
 
 
 def parse_bytes(text: str) -> int:
-    """`24GB` or `512 MB` in bytes; raises `ConfigError`."""
-    word = text.strip().upper().removesuffix("B").removesuffix("I")
-    factor = {"G": GB, "M": 10**6, "K": 10**3}.get(word[-1:], 0)
+    """`24GB`, `512 MB` or `8GiB` in bytes; raises `ConfigError`."""
+    word = text.strip().upper().removesuffix("B")
+    unit = word.lstrip("0123456789. ")
     with suppress(ValueError, OverflowError):
-        found = round(float(word[:-1]) * factor) if factor else int(word)
+        found = round(float(word.removesuffix(unit)) * _UNITS.get(unit, 0))
         if found > 0:
             return found
     raise ConfigError(

@@ -19,6 +19,7 @@ from mmi_deploy.build.cache import EngineCache, key_of
 from mmi_deploy.build.evidence import Evidence, islands_key
 from mmi_deploy.build.precision import Ranges, Recipe
 from mmi_deploy.build.profiles import Profile, profiles
+from mmi_deploy.build.storage import BITS, quantised_bytes
 from mmi_deploy.build.target import Target
 from mmi_deploy.build.tensorrt import FLAGS, Plugin
 from mmi_deploy.bundle import Bundle
@@ -47,7 +48,6 @@ _CGROUP_FILES = (
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
     ),
 )
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "float8_e4m3fn": 8}
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
@@ -102,7 +102,8 @@ def parts_of(request: Request) -> list[Part]:
         check_limits(request.bundle, request.limits)
     parts = []
     for name in request.graphs:
-        graph, weights = graph_of(request.bundle, name), weights_of(request, name)
+        graph = graph_of(request.bundle, name)
+        weights = weights_of(request.bundle, request.recipe, name)
         shapes = profiles(graph, request.limits)
         for target in request.targets:
             keyed = key_parts(request, target, graph, shapes)
@@ -155,19 +156,26 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def weights_of(request: Request, name: str) -> int:
-    """Bytes of a graph's weights in the target's types, from its file without them: at most, for
-    what a recipe keeps higher is small."""
-    model = onnx.load(request.bundle.graph_file(name), load_external_data=False)
-    bits = _BITS[request.recipe.activations]
-    scheme = request.recipe.weights.get(name)
+def weights_of(bundle: Bundle, recipe: Recipe, name: str) -> int:
+    """Bytes of a graph's weights in the target's types, scales included, from its file without
+    them: about, for what a recipe keeps in float32 is small. Tables that are looked up are in the
+    type of activations."""
+    graph = onnx.load(bundle.graph_file(name), load_external_data=False).graph
+    bits, schemes = BITS[recipe.activations], recipe.weights.get(name)
+    tables = {node.input[0] for node in graph.node if node.op_type == "Gather"}
     total = 0
-    for tensor in model.graph.initializer:
+    for tensor in graph.initializer:
         if tensor.data_type not in _FLOATS:
             continue
-        elements = prod(tensor.dims)
-        chosen = scheme.of(tensor.name, elements) if scheme and len(tensor.dims) == 2 else None
-        total += elements * (_BITS[chosen.dtype] if chosen else bits) // 8
+        elements, multiplied = (
+            prod(tensor.dims),
+            len(tensor.dims) == 2 and tensor.name not in tables,
+        )
+        scheme = schemes.of(tensor.name, elements) if schemes and multiplied else None
+        if scheme is None:
+            total += elements * bits // 8
+        else:
+            total += quantised_bytes((tensor.dims[0], tensor.dims[1]), scheme, bits)
     return total
 
 

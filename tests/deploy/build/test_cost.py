@@ -255,12 +255,14 @@ def test_the_floor_of_a_product_is_its_three_matrices() -> None:
     assert found.total.bytes == found.floor_bytes
 
 
-def test_a_gather_reads_the_rows_that_it_takes() -> None:
+@pytest.mark.parametrize(("table", "read"), [(1000, 3), (2, 2)])
+def test_a_gather_reads_the_rows_that_it_takes(table: int, read: int) -> None:
+    """Three rows; of a table that has fewer all of them, once."""
     node = helper.make_node("Gather", ["table", "rows"], ["y"])
     types = {"table": TensorProto.FLOAT, "rows": TensorProto.INT64}
-    graph = one_node(node, {"table": (1000, 8), "rows": (3,)}, types)
+    graph = one_node(node, {"table": (table, 8), "rows": (3,)}, types)
     found = cost(graph, {}, as_in_file(graph))
-    assert found.input_bytes == 4 * 3 * 8 + 8 * 3 and found.output_bytes == 4 * 3 * 8
+    assert found.input_bytes == 4 * read * 8 + 8 * 3 and found.output_bytes == 4 * 3 * 8
 
 
 def test_a_cache_is_written_where_the_new_rows_go() -> None:

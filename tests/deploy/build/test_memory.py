@@ -18,6 +18,7 @@ from mmi_deploy.build.precision import RECIPES, rewrite
 from mmi_deploy.build.shapes import read_graph, sized
 from mmi_deploy.build.storage import as_in_file, storage_of
 from mmi_deploy.build.target import CPU, TENSORRT
+from mmi_deploy.build.tensorrt_plan import weights_of
 from mmi_deploy.cli import run
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.graphs import Graph, Tensor
@@ -56,6 +57,9 @@ def test_weights_take_what_the_rewritten_graph_stores(
     written = sized(read_graph(out), typed, sizes)
     planned = storage_of(portable, contract, RECIPES[precision], runtime)
     stored = weight_bytes(written, as_in_file(written))
+    if runtime == TENSORRT:  # what a build plans with, from names and sizes alone
+        planned_build = weights_of(exported.bundle, RECIPES[precision], graph)
+        assert planned_build == pytest.approx(stored, rel=0.05)
     assert weight_bytes(portable, planned) == pytest.approx(stored, rel=1e-3)
     on_disk = sum(path.stat().st_size for path in tmp_path.iterdir() if path != out)
     assert stored == pytest.approx(on_disk, rel=0.05)
@@ -169,7 +173,8 @@ def test_more_slots_than_were_exported_are_refused(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GB", 24 * GB), ("512 MB", 512 * 10**6), ("1.5g", 1_500_000_000)]
+    ("text", "size"),
+    [("24GB", 24 * GB), ("512 MB", 512 * 10**6), ("1.5g", 1_500_000_000), ("8GiB", 2**33)],
 )
 def test_amounts_of_memory_are_read(text: str, size: int) -> None:
     assert parse_bytes(text) == size
