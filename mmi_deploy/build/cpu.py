@@ -75,13 +75,13 @@ def build_cpu_target(
                 proof.check(recipe.name)
                 writer.add_receipt(name, proof.compared_with, proof.cases)
             files = [path for path in writer.folder.iterdir() if belongs(path.name, out.name)]
-            sizes = {path.suffix: path.stat().st_size for path in files}
+            total_bytes = sum(path.stat().st_size for path in files)
             nodes = onnx.load(out, load_external_data=False).graph.node
             one = GraphReport(
                 graph=name,
                 layers=dict(Counter(node.op_type for node in nodes)),
-                engine_bytes=sum(sizes.values()),
-                weights_bytes=sum(sizes.values()) - sizes[".onnx"],
+                engine_bytes=total_bytes,
+                weights_bytes=total_bytes - out.stat().st_size,
                 seconds=round(time.perf_counter() - started, 2),
             )
             if proof is not None:

@@ -6,7 +6,6 @@ one engine per architecture through the cache; at the end each target's folder, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -229,7 +228,7 @@ def _write(
     activations = request.recipe.activations_on(target.runtime)
     with write_target(request.bundle, target.name, recipe, activations) as writer:
         for part, _ in made:
-            os.link(stage / f"{part.graph}{SUFFIX}", writer.engine_file(part.graph, SUFFIX))
+            (stage / f"{part.graph}{SUFFIX}").rename(writer.engine_file(part.graph, SUFFIX))
         write_file(writer.folder / REPORT, report.model_dump_json(indent=2) + "\n")
     return report
 

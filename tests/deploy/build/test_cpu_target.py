@@ -85,6 +85,8 @@ def test_a_cpu_target_is_proved_and_runs(bundle: Bundle, name: str) -> None:
     assert manifest.activations == "float32" and list(manifest.graphs) == ["llm"]
     portable = bundle.graph_file("llm").with_suffix(".safetensors").stat().st_size
     assert report.graphs[0].weights_bytes < portable / 2
+    written = sum(entry.size for entry in manifest.graph_files("llm").values())
+    assert report.engine_bytes == written > report.graphs[0].weights_bytes
     assert told == ["recording inputs", f"writing llm in {name}", f"proving llm in {name}"]
     runtime = Runtime.open(bundle, target=f"cpu-{name}", threads=1)
     options = GenerationOptions(max_tokens=4, max_images=0)
@@ -127,10 +129,12 @@ def test_recipes_that_are_none_for_the_cpu_leave_nothing(
 def test_weights_that_are_not_finite_leave_nothing(bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(bundle.folder, folder, ignore=shutil.ignore_patterns("engines"))
-    weights = folder / "graphs" / "llm.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[4096 * 8 : 4096 * 8 + 4] = np.float32(np.nan).tobytes()
-    weights.write_bytes(data)
+    graph = onnx.load(folder / "graphs" / "llm.onnx", load_external_data=False).graph
+    weight = next(tensor for tensor in graph.initializer if "down_proj" in tensor.name)
+    place = {entry.key: entry.value for entry in weight.external_data}
+    with (folder / "graphs" / place["location"]).open("r+b") as file:
+        file.seek(int(place["offset"]))
+        file.write(np.float32(np.nan).tobytes())
     broken = Bundle(folder, bundle.manifest, unproved=True)
     with pytest.raises(MmiError, match="not finite"):
         build_cpu_target(broken, recipe("int8"))
