@@ -165,7 +165,7 @@ def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
         raise BundleError(
             f"{path.parent} is not complete: it holds no {path.name}", fix=f"write it with `{mend}`"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
             f"cannot read {path}: {error}", fix=f"write it again with `{mend}`"
         ) from None
@@ -288,7 +288,7 @@ def check_files(
 def _read_checked(folder: Path) -> dict[str, list[object]]:
     try:
         found = json.loads((folder / _CHECKED).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -92,7 +92,7 @@ def read_schedule(path: Path) -> Schedule:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         return Schedule(
             name=metadata["name"],
             timesteps=tensors["timesteps"],

@@ -127,7 +127,7 @@ def generate(
     started = time.perf_counter()
     opened = Bundle.open(bundle, unproved=unproved)
     for remark in opened.remarks:
-        remarks().print(remark, markup=False)
+        remarks().print(remark)
     runtime = Runtime.open(
         opened,
         threads=threads,
@@ -235,13 +235,13 @@ class _Terminal(_Nobody):
             self._bar = None
 
     def _write(self, text: str, style: str = "") -> None:
-        self._out.print(text, end="", markup=False, style=style)
+        self._out.print(text, end="", style=style)
         self._out.file.flush()
         self._in_line = True
 
     def _line(self, text: str, style: str = "") -> None:
         self._end_line()
-        self._out.print(text, markup=False, style=style)
+        self._out.print(text, style=style)
 
     def _end_line(self) -> None:
         if self._in_line:

@@ -82,8 +82,9 @@ def inspect(
         typer.Option(help="With --memory: tokens of a document.", show_default="the bundle's"),
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, max=1024, help="With --memory: documents at a time.")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, max=1024, help="With --memory: documents at a time.", show_default="1"),
+    ] = None,
     images: Annotated[
         int | None,
         typer.Option(min=1, help="With --memory: images of a document.", show_default="4"),
@@ -92,7 +93,7 @@ def inspect(
         str | None,
         typer.Option(
             metavar="encoder,llm",
-            help="With --memory: engines that stay in memory; the others take turns.",
+            help="With --memory: engines that stay in memory; the others take turns. none: all do.",
             show_default="all",
         ),
     ] = None,
@@ -132,6 +133,8 @@ def inspect(
         "card": card,
         "plot": plot,
         "context": context,
+        "batch": batch,
+        "images": images,
         "resident": resident,
         "cpu": on_cpu or None,
     }
@@ -157,7 +160,7 @@ def inspect(
         return
     if memory or fit or cards:
         with extras("inspect --memory"):
-            model = _memory_model(folder, preset, context, batch, images, on_cpu)
+            model = _memory_model(folder, preset, context, batch or 1, images, on_cpu)
             if cards:
                 from mmi_deploy.commands.inspect_cards import show_cards
 
@@ -192,7 +195,7 @@ def inspect(
             )
         return
     if preset:
-        results().print(to_json(preset_called(preset)), markup=False, end="")
+        results().print(to_json(preset_called(preset)), end="")
     elif folder is None:
         show_presets(
             as_json, {name: (make.__doc__ or "").strip() for name, make in PRESETS.items()}
@@ -215,6 +218,8 @@ GOES_WITH = {
     "card": ("cost", "memory", "cards"),
     "plot": ("cost",),
     "context": ("memory", "fit", "cards"),
+    "batch": ("memory", "fit", "cards"),
+    "images": ("memory", "fit", "cards"),
     "resident": ("memory",),
     "cpu": ("memory", "fit"),
 }

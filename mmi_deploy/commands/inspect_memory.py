@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mmi_deploy.commands.inspect_cost import print_table
 from mmi_deploy.commands.screen import counted, print_json, results
+from mmi_deploy.commands.targets import groups
 from mmi_deploy.files import size
 
 if TYPE_CHECKING:
@@ -34,13 +35,12 @@ def show_memory(
     from mmi_deploy.build.precision.recipes import RECIPES, recipe
     from mmi_deploy.build.target import CPU
 
-    groups = None if resident is None else tuple(filter(None, resident.split(",")))
     wanted = (
         [recipe(precision)]
         if precision
         else [r for r in RECIPES.values() if model.runtime != CPU or r.on_cpu]
     )
-    memories = [model.memory(one, groups) for one in wanted]
+    memories = [model.memory(one, groups(resident)) for one in wanted]
     if as_json:
         print_json(
             {
@@ -80,7 +80,7 @@ def _residency(choice: Choice) -> str:
     if choice.resident is None:
         return " and keep all engines in memory"
     if not choice.resident:
-        return " and run it with --resident '' (all engines in turns)"
+        return " and run it with --resident none (all engines in turns)"
     return f" and run it with --resident {','.join(choice.resident)}"
 
 

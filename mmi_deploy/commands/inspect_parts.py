@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections import Counter
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
 
 from mmi_deploy.commands.screen import print_json, results
 from mmi_deploy.errors import WeightsError
@@ -36,19 +35,14 @@ def show_presets(as_json: bool, presets: dict[str, str]) -> None:
 
 def parameter_counts(path: Path) -> dict[str, int]:
     """Parameters of each part of a model, from the header of its safetensors file alone."""
+    counts: Counter[str] = Counter()
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError
-            header: dict[str, Any] = json.loads(file.read(length))
-        counts: Counter[str] = Counter()
-        for name, entry in header.items():
-            if name != "__metadata__":
-                counts[name.partition(".")[0]] += prod(entry["shape"])
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():
+                counts[name.partition(".")[0]] += prod(file.get_slice(name).get_shape())
     except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, struct.error):
+        raise WeightsError(f"cannot read {path}: {error}") from None
+    except SafetensorError:
         raise WeightsError(f"{path} is no safetensors file", fix="copy it again") from None
     return dict(counts)
 
@@ -64,7 +58,7 @@ def show_model(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json({"model": config.name, "parameters": counts, "bytes": file_size})
         return
-    table = _table("part", ">parameters", ">share", title=escape(f"{folder}: {config.name}"))
+    table = _table("part", ">parameters", ">share", title=f"{folder}: {config.name}")
     for part, count in sorted(counts.items(), key=lambda item: -item[1]):
         table.add_row(part, f"{count:,}", f"{count / total:.1%}")
     table.add_section()
@@ -85,13 +79,14 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         print_json({**bundle.manifest.model_dump(mode="json"), "targets": told})
         return
     out, limits = results(), bundle.limits
-    out.print(
-        f"[bold]{escape(str(folder))}[/bold]: {bundle.config.name}, context {limits.context}, "
-        f"batch {limits.batch}, {limits.images} images; samplers {', '.join(bundle.schedules)}; "
+    about = (
+        f": {bundle.config.name}, context {limits.context}, batch {limits.batch}, "
+        f"{limits.images} images; samplers {', '.join(bundle.schedules)}; "
         f"engines for {', '.join(bundle.targets) or 'no target beyond the portable graphs'}"
     )
+    out.print(Text.assemble((str(folder), "bold"), about))
     for remark in bundle.remarks:
-        out.print(f"[yellow]{escape(remark)}[/yellow]")
+        out.print(remark, style="yellow")
     out.print(_graph_table(bundle))
     if targets:
         from mmi_deploy.commands.inspect_cost import print_table
@@ -100,11 +95,11 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         print_table(out, target_table(targets))
         out.print("--target NAME says more of one")
     for receipt in bundle.manifest.receipts:
-        proof = escape(receipt.compared_with)
-        out.print(f"[bold]{receipt.graph}[/bold] was compared with: {proof}")
+        proof = f" was compared with: {receipt.compared_with}"
+        out.print(Text.assemble((receipt.graph, "bold"), proof))
     out.print(
         f"Files were checked by size and time, and hashed if these are new; `mmi verify "
-        f"{escape(str(folder))}` hashes every byte"
+        f"{folder}` hashes every byte"
     )
     if tensors:
         for graph in bundle.graphs.values():
@@ -116,8 +111,8 @@ def _graph_table(bundle: Bundle) -> Table:
     for name, graph in bundle.graphs.items():
         own = bundle.manifest.graph_files(name).values()
         receipt = bundle.manifest.receipt(name)
-        proof = ("none", "[red]no receipt[/red]", "")
-        if receipt:
+        proof: tuple[str | Text, ...] = ("none", Text("no receipt", style="red"), "")
+        if receipt and receipt.cases:
             worst = max(receipt.cases, key=lambda case: case.error / case.tolerance)
             proof = (str(len(receipt.cases)), f"{worst.error:.1e}", f"{worst.tolerance:.0e}")
         counts = (str(len(graph.inputs)), str(len(graph.outputs)))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mmi_deploy.commands.inspect_cost import print_table
 from mmi_deploy.commands.screen import print_json, results
@@ -38,7 +38,7 @@ def target_table(summaries: Sequence[TargetSummary]) -> Table:
             size(one.bytes),
             _activations(one),
             f"{proved} of {len(one.graphs)}",
-            escape(remark + one.remark),
+            remark + one.remark,
         )
     return table
 
@@ -88,7 +88,7 @@ def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
         )
     print_table(out, table)
     for graph in summary.report.graphs:
-        out.print(f"[bold]{graph.graph}[/bold]: {_layers(graph)}")
+        out.print(Text.assemble((graph.graph, "bold"), f": {_layers(graph)}"))
 
 
 def _layers(graph: GraphReport) -> str:

@@ -32,19 +32,20 @@ class _Pipe(Console):
 
 
 def results() -> Console:
-    """For what was asked for; never wraps or colours what is piped on."""
-    return _Pipe(highlight=False, soft_wrap=True)
+    """For what was asked for; never wraps or colours what is piped on. Brackets in it, as names of
+    files have them, are no markup."""
+    return _Pipe(markup=False, highlight=False, soft_wrap=True)
 
 
 def remarks() -> Console:
     """For people who watch; silent about progress when stderr is no terminal."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 def progress(console: Console, count: ProgressColumn | None = None) -> Progress:
     """A bar that goes when it is done. `count`: how it says how much is done."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         count or MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,11 +32,11 @@ Resident = Annotated[
 ]
 
 
-def groups(resident: str | None) -> Sequence[str] | None:
-    """What `--resident` names."""
+def groups(resident: str | None) -> tuple[str, ...] | None:
+    """What `--resident` names; None is all of them."""
     if resident is None or resident == "all":
         return None
-    return [] if resident == "none" else [name.strip() for name in resident.split(",")]
+    return () if resident == "none" else tuple(name.strip() for name in resident.split(","))
 
 
 def check_engines(target: str) -> None:
@@ -53,6 +52,6 @@ def say_memory(runtime: Runtime, target: str) -> None:
     if runtime.target is None:
         return
     console = remarks()
-    console.print(f"{target} on {runtime.target.memory.gpu.name}:", markup=False)
+    console.print(f"{target} on {runtime.target.memory.gpu.name}:")
     for line in runtime.target.plan().lines():
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}")

@@ -62,12 +62,11 @@ def verify(
         line += f"; wrote {wrote[0]} and drew {wrote[1]}"
     results().print(line)
     for remark in opened.remarks:
-        remarks().print(remark, markup=False)
+        remarks().print(remark)
     if unproved:
         names = ", ".join(unproved)
         remarks().print(
-            f"never run, and so without receipts: {names}. `make gpu-check` runs them on the card",
-            markup=False,
+            f"never run, and so without receipts: {names}. `make gpu-check` runs them on the card"
         )
 
 

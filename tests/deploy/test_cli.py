@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,9 @@ from mmi_deploy.cli import app, run
 from mmi_deploy.commands import verify as verify_command
 from mmi_deploy.commands.generate import ENDS
 from mmi_deploy.commands.generate import generate as generate_command
+from mmi_deploy.commands.inspect_memory import _residency
 from mmi_deploy.commands.needs import EXTRAS
+from mmi_deploy.commands.targets import groups
 from mmi_deploy.config import from_json, to_json
 from mmi_deploy.document_files import read_document
 from mmi_deploy.graphs import Limits
@@ -436,6 +439,50 @@ def test_inspect_refuses_what_is_neither(mmi: Screen, tmp_path: Path) -> None:
     assert mmi("inspect", tmp_path, "--preset", "tiny") == 2
     assert mmi("inspect", "--preset", "huge") == 2
     assert "there is no preset 'huge'" in mmi.err
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_that_is_nested_without_end_is_told_in_a_line(
+    mmi: Screen, bundle: Path, tmp_path: Path, opening: str
+) -> None:
+    deep = opening * 100_000
+    (tmp_path / "deep.json").write_text(deep)
+    (bundle / ".checked.json").write_text(deep)  # only remembers, so that it is no error
+    assert mmi("generate", tmp_path / "deep.json", "-b", bundle, "-o", tmp_path / "out") == 2
+    assert mmi.err.startswith("mmi: the document is not JSON") and mmi.err.count("\n") == 1
+    assert mmi("inspect", bundle) == 0
+    (bundle / "bundle.json").write_text(deep)
+    for command in ("inspect", "verify"):
+        assert mmi(command, bundle) == 2
+        assert mmi.err.startswith(f"mmi: cannot read {bundle / 'bundle.json'}")
+        assert mmi.err.count("\n") == 1
+
+
+def test_brackets_in_a_name_are_shown_as_they_are(
+    mmi: Screen, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    named = bundle.rename(bundle.parent / "b[bold][oops]")
+    for command in ("verify", "inspect"):
+        assert mmi(command, named) == 0
+        assert mmi.out.startswith(str(named))
+
+
+@pytest.mark.parametrize("option", [("--images", 3), ("--batch", 1), ("--context", 9)])
+def test_inspect_refuses_sizes_that_its_view_does_not_have(
+    mmi: Screen, bundle: Path, option: tuple[str, int]
+) -> None:
+    assert mmi("inspect", bundle, *option) == 2
+    assert f"{option[0]} says nothing here; expected it with --memory" in mmi.err
+
+
+def test_engines_that_take_turns_are_named_alike_everywhere() -> None:
+    """What `mmi inspect --fit` advises is what `mmi generate` takes."""
+    assert groups("none") == () and groups("all") is None and groups(None) is None
+    assert groups("llm, vae") == ("llm", "vae")
+    choice = SimpleNamespace(resident=())
+    advice = _residency(choice)  # type: ignore[arg-type]
+    assert re.findall(r"--resident (\S+)", advice) == ["none"]
 
 
 def test_verify_finds_a_changed_byte(mmi: Screen, bundle: Path) -> None:
