@@ -204,6 +204,8 @@ def _known(dims: Any) -> list[int | None]:
 
 
 def checked_fields(given: dict[str, np.ndarray], needs_version: bool) -> dict[str, np.ndarray]:
+    """The attributes among the fields `given`. Raises `EngineError` where one is missing or wrong,
+    and, with `needs_version`, where they are stored in another version."""
     version = given.pop(VERSION_FIELD, None)
     if needs_version and (version is None or version.tolist() != [FIELDS_VERSION]):
         raise EngineError(
@@ -213,21 +215,21 @@ def checked_fields(given: dict[str, np.ndarray], needs_version: bool) -> dict[st
             fix="Build the engine again",
         )
     for name, kind in FIELDS.items():
-        data = given.get(name)
-        if data is None or data.dtype != kind or not data.size:
+        data = given.get(name, np.empty(0, kind))
+        most = MOST_LEVELS if name.startswith("level") else 1
+        if data.dtype != kind or not 1 <= data.size <= most:
             raise EngineError(
                 f"{NAME}: attribute {name}",
-                expected=np.dtype(kind),
-                got=getattr(data, "dtype", None),
+                expected=f"{'one' if most == 1 else f'1 to {most}'} {np.dtype(kind)}",
+                got=f"{data.size} {data.dtype}",
             )
     heights, widths = given["level_heights"], given["level_widths"]
-    if len(heights) != len(widths) or len(heights) > MOST_LEVELS:
+    if len(heights) != len(widths):
         raise EngineError(
-            f"{NAME}: level_heights and level_widths",
-            expected=f"1 to {MOST_LEVELS} of both",
-            got=(len(heights), len(widths)),
+            f"{NAME}: level_heights and level_widths differ in length",
+            got=f"{len(heights)} and {len(widths)}",
         )
-    if min(*heights, *widths) < 1 or not given["base_grid"][0] > 0:
+    if min(*heights, *widths) < 1 or not 0 < given["base_grid"][0] < np.inf:
         raise EngineError(f"{NAME}: an empty level, or base_grid is not positive")
     return {name: given[name] for name in FIELDS}
 
@@ -236,11 +238,14 @@ def check_shapes(shapes: Sequence[Sequence[int | None]], fields: dict[str, np.nd
     """Raise `EngineError` where the input shapes (None: known only at run time) contradict each
     other or the fields, or no kernel takes them."""
     heights, widths = fields["level_heights"], fields["level_widths"]
-    sizes = {"l": ("the attributes", len(heights)), "s": ("the attributes", int(heights @ widths))}
+    cells = int(heights.astype(np.int64) @ widths)
+    sizes = {"l": ("the attributes", len(heights)), "s": ("the attributes", cells)}
     for (name, axes), shape in zip(INPUT_SHAPES.items(), shapes, strict=True):
         if len(shape) != len(axes):
             raise EngineError(f"{NAME}: wrong rank of {name}", expected=len(axes), got=len(shape))
         for axis, side in zip(axes, shape, strict=True):
+            if side == 0:
+                raise EngineError(f"{NAME}: {name} is empty", got=list(shape))
             if side is None or axis == "*":
                 continue
             other, size = ("(x, y)", 2) if axis == "2" else sizes.setdefault(axis, (name, side))

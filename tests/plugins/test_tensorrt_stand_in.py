@@ -32,10 +32,13 @@ def test_right_fields_and_shapes_pass() -> None:
 @pytest.mark.parametrize(
     ("changed", "needs_version", "reason"),
     [
-        ({"null_slot": None}, False, "attribute null_slot; expected int32"),
-        ({"base_grid": np.array([8])}, False, "attribute base_grid; expected float32; got int64"),
-        ({"level_widths": np.array([4], np.int32)}, False, r"1 to 4 of both; got \(2, 1\)"),
+        ({"null_slot": None}, False, "null_slot; expected one int32; got 0 int32"),
+        ({"base_grid": np.array([8])}, False, "base_grid; expected one float32; got 1 int64"),
+        ({"base_grid": np.ones(2, np.float32)}, False, "expected one float32; got 2 float32"),
+        ({"level_widths": np.ones(5, np.int32)}, False, "expected 1 to 4 int32; got 5 int32"),
+        ({"level_widths": np.array([4], np.int32)}, False, "differ in length; got 2 and 1"),
         ({"base_grid": np.array([0], np.float32)}, False, "base_grid is not positive"),
+        ({"base_grid": np.array([np.inf], np.float32)}, False, "base_grid is not positive"),
         ({}, True, "other fields; expected version 1.*Build the engine again"),
         ({"plugin_version": np.array([2], np.int32)}, True, r"version 1; got \[2\]"),
     ],
@@ -54,12 +57,19 @@ def test_wrong_fields_are_refused(
         ({"p": 17}, "too many points; expected 1..16; got 17"),
         ({"s": 21}, "value and the attributes differ in s; expected 20; got 21"),
         ({"l": 3}, "logits and the attributes differ in l; expected 2; got 3"),
+        ({"m": 0}, r"image_slot is empty; got \[1, 0\]"),
         ({"*": 3}, r"rows of image_position; expected \(1, 7\); got 3"),
     ],
 )
 def test_wrong_shapes_are_refused(changed: dict[str, int], reason: str) -> None:
     with pytest.raises(EngineError, match=reason):
         check_shapes(shapes(**changed), checked_fields(fields(), needs_version=False))
+
+
+def test_the_area_of_a_level_may_need_more_than_32_bits() -> None:
+    sides = {name: np.array([2**16], np.int32) for name in ("level_heights", "level_widths")}
+    with pytest.raises(EngineError, match=f"differ in s; expected {2**32}; got 1"):
+        check_shapes(shapes(s=1, l=1), checked_fields(fields(**sides), needs_version=False))
 
 
 def test_inputs_that_contradict_each_other_are_refused() -> None:
