@@ -21,8 +21,6 @@ from mmi_train.model.interactions import EXTRA_EXTRACTORS, Extractor, Injector
 from mmi_train.model.positions import cell_centres, resize_table, table_2d
 from mmi_train.model.spatial_prior import SpatialPrior, map_to_tokens, resize_map, tokens_to_map
 
-_POSITIONS = "embeddings.position_embedding.weight"
-
 
 class Interaction(nn.Module):
     """Injector, a group of CLIP layers, extractor (the last interaction has two more of these)."""
@@ -62,11 +60,8 @@ class Interaction(nn.Module):
 
 
 class VitAdapter(nn.Module):
-    """CLIP without its last norm, and the adapter around it.
-
-    A checkpoint of another image size loads too: `load_state_dict` resizes its position table to
-    this grid, bicubic with align_corners=True as the published code does for 448 pixels.
-    """
+    """CLIP without its last norm, and the adapter around it. `resize_positions` makes the position
+    table of another image size fit."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -107,7 +102,6 @@ class VitAdapter(nn.Module):
         )
         self.upsample = nn.ConvTranspose2d(config.width, config.width, 2, 2)
         self._reset_clip()
-        self.register_load_state_dict_pre_hook(_resize_positions)
 
     def _reset_clip(self) -> None:
         """CLIP's own scales, for training from scratch; patch positions start as sin/cos."""
@@ -171,15 +165,8 @@ class VitAdapter(nn.Module):
         return torch.cat([class_token, patches], 1), maps
 
 
-def _resize_positions(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    assert isinstance(module, VitAdapter)
-    table, wanted = state.get(prefix + _POSITIONS), module.embeddings.num_positions
-    if table is not None and table.shape[0] != wanted:
-        state[prefix + _POSITIONS] = resize_positions(table, module.config.grid)
-
-
 def resize_positions(table: Tensor, grid: int) -> Tensor:
     """CLIP's position table [1 + s * s, c], the class token's first -> [1 + grid * grid, c],
-    bicubic with align_corners=True, so that the corner patches keep their positions."""
+    bicubic with align_corners=True as published: the corner patches keep their positions."""
     patches = resize_table(table[1:], grid, align_corners=True)
     return torch.cat([table[:1], patches])
