@@ -40,10 +40,6 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> Rgb:
                 _check_size(image.size, called)
                 upright = ImageOps.exif_transpose(image)
                 return np.asarray(_opaque(upright))
-    except FileNotFoundError:
-        raise DocumentError(
-            f"there is no picture {called}", fix="correct the link or add the file"
-        ) from None
     except Image.DecompressionBombError:  # before we could see its size
         most = 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS) // 1_000_000
         raise _too_large(called, f"more than {most} million") from None
@@ -53,9 +49,11 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> Rgb:
             expected=", ".join(FORMATS),
             fix="save it again as PNG",
         ) from None
-    except DocumentError:
+    except (DocumentError, MemoryError):
         raise
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # decoders stumble over damage in many ways
+        if isinstance(error, OSError) and error.strerror:  # the system's own
+            raise DocumentError(f"cannot read the picture {called}: {error.strerror}") from None
         raise DocumentError(
             f"the picture {called} is damaged ({error})", fix="replace the file"
         ) from None
@@ -78,6 +76,8 @@ def _too_large(called: str, got: str) -> DocumentError:
 
 def _opaque(image: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white."""
+    if image.mode.startswith("I;16"):  # greys beyond 255 would all become white
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, "white")

@@ -82,11 +82,18 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     np.testing.assert_array_equal(images.read_rgb(tmp_path / "phone.png"), upright)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
 def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     name = "a.tiff"
-    Image.fromarray(noise(6, 8)).convert("L" if mode == "I;16" else mode).save(tmp_path / name)
+    Image.fromarray(noise(6, 8)).convert(mode).save(tmp_path / name)
     assert images.read_rgb(tmp_path / name).shape == (6, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff"])
+def test_greys_of_16_bits_are_brought_to_8(tmp_path: Path, name: str) -> None:
+    grey = noise(6, 8)[..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / name)
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / name), np.stack([grey] * 3, axis=2))
 
 
 def test_transparent_parts_are_white(tmp_path: Path) -> None:
@@ -120,8 +127,23 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
         images.read_rgb(tmp_path / "a.png")
 
 
-def test_a_missing_picture_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="there is no picture"):
+def test_a_missing_picture_is_not_called_damaged(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "a.png", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(DocumentError, match=rf"cannot read the picture {path}: {reason}"):
+            images.read_rgb(path)
+
+
+def test_whatever_a_decoder_stumbles_over_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TypeError, which some damaged TIFF files lead to."""
+    Image.fromarray(noise(6, 8)).save(tmp_path / "a.png")
+
+    def stumble(image: Image.Image) -> None:
+        raise TypeError("'float' object cannot be interpreted as an integer")
+
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", stumble)
+    with pytest.raises(DocumentError, match=r"a\.png is damaged \('float' object"):
         images.read_rgb(tmp_path / "a.png")
 
 
