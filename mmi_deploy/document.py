@@ -86,13 +86,17 @@ def document_of(*parts: Part) -> Document:
 
 
 def encode_document(
-    document: Document, tokenizer: Tokenizer, config: ModelConfig, context: int | None = None
+    document: Document,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    context: int | None = None,
+    images: int | None = None,
 ) -> EncodedDocument:
     """Tokens and pictures of `document` for the model `config`.
 
-    `context`: token positions that there are (a bundle may have fewer than the model). Raises
-    `DocumentError` when the document is empty, too long, or has more pictures than the model can
-    tell apart.
+    `context`, `images`: token positions and pictures that there is room for (a bundle may have less
+    than the model). Raises `DocumentError` when the document is empty, too long, or has more
+    pictures than that or than the model can tell apart.
     """
     tokens = config.tokens
     picture = [tokens.boi, *[tokens.image] * config.visual_tokens]
@@ -109,10 +113,12 @@ def encode_document(
             got=f"{len(ids)} ({len(document.images)} pictures take {len(picture)} each)",
             fix="shorten it",
         )
-    if len(document.images) > config.llm_mmfs.images - 1:
+    most = config.llm_mmfs.images - 1
+    most = most if images is None else min(images, most)
+    if len(document.images) > most:
         raise DocumentError(
             "the document has too many pictures for the model",
-            expected=f"at most {config.llm_mmfs.images - 1}",
+            expected=f"at most {most}",
             got=len(document.images),
             fix="leave some out",
         )

@@ -61,8 +61,9 @@ class _Generation:
         self.session = Session(runtime)
         self.tokens = runtime.config.tokens
         self.steps = runtime.schedule(options.schedule).schedule.steps
+        limits = runtime.limits
         self.encoded = encode_document(
-            document, runtime.tokenizer, runtime.config, runtime.limits.context
+            document, runtime.tokenizer, runtime.config, limits.context, limits.images
         )
         self.stream = TextStream(runtime.tokenizer)
         self.stop_text = StopText(options.stop)

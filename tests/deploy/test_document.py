@@ -381,3 +381,5 @@ def test_more_pictures_than_the_model_can_tell_apart_are_refused(tokenizer: Toke
     encode_document(document_of(Draw(), Draw()), tokenizer, config)
     with pytest.raises(DocumentError, match="too many pictures .* at most 2; got 3"):
         encode_document(document_of(Draw(), Draw(), Draw()), tokenizer, config)
+    with pytest.raises(DocumentError, match="too many pictures .* at most 1; got 2"):
+        encode_document(document_of(Draw(), Draw()), tokenizer, config, images=1)

@@ -252,4 +252,7 @@ def test_a_document_that_does_not_fit_is_refused_before_anything_runs() -> None:
     runtime, log = fake_runtime(limits=Limits(context=8, images=6))
     with pytest.raises(DocumentError, match="too long"):
         list(generate(runtime, document_of(Text("w5 " * 20))))
+    runtime, log = fake_runtime(limits=Limits(context=64, images=1))
+    with pytest.raises(DocumentError, match="too many pictures for the model; expected at most 1"):
+        list(generate(runtime, document_of(Draw(), Draw())))
     assert not log.calls
