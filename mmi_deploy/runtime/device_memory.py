@@ -163,12 +163,8 @@ class _Block:
     def __init__(self, cuda: Cuda, turn: Turn, allocate: str, free: str, size: int) -> None:
         self.size = size
         self.pointer = int(cuda(allocate, max(size, 1)))
-        self._end = weakref.finalize(self, turn.drop, free, self.pointer)
-        self._end.atexit = False  # the process takes it along
-
-    def free(self) -> None:
-        """Give it back now."""
-        self._end()
+        end = weakref.finalize(self, turn.drop, free, self.pointer)
+        end.atexit = False  # the process takes it along
 
 
 class DeviceMemory:
@@ -254,7 +250,6 @@ class DeviceMemory:
         if self._staged + size > self._staging.size:
             self.wait()
         if size > self._staging.size:
-            self._staging.free()
             self._staging = self._pinned(1 << (size - 1).bit_length())
         place = self._staging.pointer + self._staged
         self._staged += -(-size // ALIGNMENT) * ALIGNMENT

@@ -21,6 +21,10 @@ from mmi_deploy.runtime.buffers import Array, Buffer, Memory
 
 Buffers = Mapping[str, Buffer | Array]
 
+MOST_SHAPES = 256
+"""Combinations of shapes that an engine remembers; then it forgets them: documents never stop
+differing, and one of the largest LLM takes 20 kB."""
+
 
 class Engine(ABC):
     """One graph, ready to run. Several threads may share it: they take turns."""
@@ -68,6 +72,8 @@ class Engine(ABC):
         """Sizes of the dynamic dimensions; checked once for each combination of shapes."""
         key = tuple((name, buffer.shape, buffer.dtype) for name, buffer in held.items())
         if key not in self._known_shapes:
+            if len(self._known_shapes) == MOST_SHAPES:
+                self._known_shapes.clear()
             self._known_shapes[key] = dynamic_sizes(self.graph, held)
         return self._known_shapes[key]
 

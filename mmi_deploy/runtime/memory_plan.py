@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from math import prod
 
 from mmi_deploy.errors import EngineError
+from mmi_deploy.files import size as readable
 from mmi_deploy.graphs import DEEP, Graph, Limits, Tensor
 from mmi_deploy.runtime.buffers import element_type
 
 SHALLOW = "denoise_shallow"
 """The engine that only documents with `--full-every` need."""
-
-_UNITS = ("B", "kB", "MB", "GB")
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,3 @@ def _bytes(tensors: Iterable[Tensor], sizes: Mapping[str, int]) -> int:
     return sum(
         prod(tensor.resolve(**sizes)) * element_type(tensor.dtype).itemsize for tensor in tensors
     )
-
-
-def readable(size: int) -> str:
-    """Bytes for people: `9.3 MB`."""
-    value = float(size)
-    for unit in _UNITS:
-        if value < 1000 or unit == _UNITS[-1]:
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

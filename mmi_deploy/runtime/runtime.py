@@ -152,15 +152,16 @@ class Runtime:
 
     def schedule(self, key: str | None = None) -> BoundSchedule:
         """One sampler (`ddim:20`), or the default; raises `BundleError` when there is none such."""
-        if key not in self._schedules:
-            schedule = self._load_schedule(key)
-            assert schedule.time_table is not None, "a bundle's schedules have time tables"
-            tables = (
-                self.memory.hold(schedule.coefficients),
-                self.memory.hold(schedule.time_table),
-            )
-            self._schedules[key] = BoundSchedule(schedule, *tables)
-        return self._schedules[key]
+        with self._loading:
+            if key not in self._schedules:
+                schedule = self._load_schedule(key)
+                assert schedule.time_table is not None, "a bundle's schedules have time tables"
+                tables = (
+                    self.memory.hold(schedule.coefficients),
+                    self.memory.hold(schedule.time_table),
+                )
+                self._schedules[key] = BoundSchedule(schedule, *tables)
+            return self._schedules[key]
 
 
 def check_target(bundle: Bundle, target: str) -> None:

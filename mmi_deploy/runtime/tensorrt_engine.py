@@ -20,7 +20,7 @@ from mmi_deploy.graphs import Graph
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
 from mmi_deploy.runtime.cuda_graph import CudaGraphs
 from mmi_deploy.runtime.device_memory import ALIGNMENT, DeviceMemory
-from mmi_deploy.runtime.engine import Buffers, Engine
+from mmi_deploy.runtime.engine import MOST_SHAPES, Buffers, Engine
 from mmi_deploy.runtime.tensorrt_runtime import TensorRt
 
 TYPES = {
@@ -360,6 +360,8 @@ class TensorRtEngine(Engine):
                     got=inputs[name].shape,
                     fix=f"build it for more with `{self._mend}`",
                 )
+            if len(self._chosen) == MOST_SHAPES:
+                self._chosen.clear()
             self._chosen[key] = min(fitting, key=lambda profile: profile.width).index
         return self._chosen[key]
 

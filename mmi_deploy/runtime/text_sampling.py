@@ -6,7 +6,6 @@ cumulative distribution.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -34,8 +33,9 @@ class TextSampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        warmth = self.temperature  # nearer to 0 or infinity, logits would be no numbers
         for name, good, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("temperature", warmth == 0 or 0.001 <= warmth <= 1000, "0, or 0.001 to 1000"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),

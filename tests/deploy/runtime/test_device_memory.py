@@ -60,6 +60,17 @@ def test_an_array_larger_than_the_staging_memory(gpu: FakeCuda, memory: DeviceMe
     assert gpu.held(PINNED) == 4 * STAGING
 
 
+def test_staging_memory_is_left_as_it_was_where_there_is_no_more(
+    gpu: FakeCuda, memory: DeviceMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = memory.hold(np.arange(8, dtype=np.int32))
+    refused = (gpu.cudaError_t.cudaErrorMemoryAllocation, None)
+    with monkeypatch.context() as patched, pytest.raises(EngineError, match="memory is full"):
+        patched.setattr(gpu, "cudaMallocHost", lambda size: refused)
+        memory.hold(np.zeros(STAGING, np.int32))
+    assert buffer.read().tolist() == list(range(8)) and gpu.held(PINNED) == STAGING
+
+
 def test_rows_and_copies(memory: DeviceMemory) -> None:
     whole = memory.hold(np.arange(12, dtype=np.float32).reshape(4, 3))
     other = memory.allocate((4, 3), np.float32)

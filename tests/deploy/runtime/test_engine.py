@@ -114,6 +114,16 @@ def test_inputs_are_read_where_they_lie(engine: OnnxRuntimeEngine) -> None:
     np.testing.assert_allclose(engine.run(given)["total"].read(), before + 6, rtol=1e-6)
 
 
+def test_few_combinations_of_shapes_are_remembered(
+    engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmi_deploy.runtime.engine.MOST_SHAPES", 2)
+    engine._known_shapes.clear()
+    for batch, count in ((1, 1), (1, 2), (2, 1), (2, 2), (2, 1), (1, 1)):
+        assert engine.run(inputs(batch, count))["total"].shape == (batch, 2, 3)
+        assert len(engine._known_shapes) <= 2
+
+
 def test_a_pool_that_grows_at_one_address_is_seen_whole(engine: OnnxRuntimeEngine) -> None:
     pool = HOST.hold(np.array([[1], [2], [4], [8]], np.float32))
     past = HOST.allocate((2, 2, SLOTS, 3), np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.graphs import GRAPHS, Limits
 from mmi_deploy.manifest import Case
 from mmi_deploy.runtime.runtime import Runtime, engine_files
+from mmi_deploy.schedule import Schedule
 
 PROVED = [Case(sizes={}, error=0.0, tolerance=1e-4)]
 
@@ -40,6 +43,23 @@ def test_a_runtime_reads_the_bundle_and_loads_engines_when_needed(bundle: Bundle
         runtime.schedule("unipc:3")
     with pytest.raises(EngineError, match=r"cannot load .*llm\.onnx.* `mmi verify`"):
         runtime.engine("llm")
+
+
+def test_threads_that_ask_at_once_share_one_sampler(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, loads = Bundle.schedule, []
+
+    def slow(self: Bundle, key: str | None = None) -> Schedule:
+        loads.append(key)
+        time.sleep(0.05)
+        return read(self, key)
+
+    monkeypatch.setattr(Bundle, "schedule", slow)
+    runtime = Runtime.open(bundle)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(runtime.schedule, ["plain:4"] * 4))
+    assert loads == ["plain:4"] and all(one is found[0] for one in found)
 
 
 def test_engines_of_the_target_are_taken_graph_by_graph(bundle: Bundle) -> None:

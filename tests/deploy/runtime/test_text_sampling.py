@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from deploy.runtime.fake_model import fake_config
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.text_sampling import (
     TextSampling,
     inverse_cumulative,
@@ -82,6 +83,16 @@ def test_temperature_zero_takes_the_likeliest_after_penalty_and_bans() -> None:
     assert sample(logits, greedy, 0.99) == 1
     assert sample(logits, greedy, 0.99, banned=[1]) == 2
     assert sample(logits, TextSampling(0, repetition_penalty=2.0), 0.5, seen=[1, 2]) == 3
+
+
+@pytest.mark.parametrize(("temperature", "beyond"), [(0.001, 0.0009), (1000.0, 1001.0)])
+def test_extreme_temperatures_give_probabilities(temperature: float, beyond: float) -> None:
+    logits = np.array([3, 9, -2, 8.5], np.float32) * np.float32(1e4)
+    how = TextSampling(temperature=temperature, repetition_penalty=100)
+    with np.errstate(all="raise", under="ignore"):
+        assert sample(logits, how, 0.5, seen=[2, 0], banned=[1]) == 3
+    with pytest.raises(ConfigError, match="temperature is out of range"):
+        TextSampling(temperature=beyond)
 
 
 def test_logits_are_left_as_they_were() -> None:
