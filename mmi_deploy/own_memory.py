@@ -22,10 +22,8 @@ def peak_bytes() -> int:
     Linux: VmHWM, because `ru_maxrss` also counts the parent's memory at the time of the fork.
     """
     try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):  # another system, or a sandbox that leaves it out
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return next(
-        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")
-    )
