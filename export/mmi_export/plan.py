@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from mmi_deploy.config import ModelConfig
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.files import size
+from mmi_deploy.free_memory import free_memory
 from mmi_export.stored_weights import StoredWeights, can_link
 from mmi_export.watch import GIGABYTE
 
@@ -88,7 +88,7 @@ def plan_export(
     copies = layout == "linked" and not all(can_link(file, place) for file in stored.files)
     base = int(_BASE * GIGABYTE) + _FOLDING * config.llama.width**2
     full = base + 3 * numbers * _FLOAT32
-    available = memory_available()
+    available = free_memory(swap=False)
     if scope is None:
         scope = "full" if full <= available else "slice"
     elif scope == "full" and full > available:
@@ -128,18 +128,6 @@ def folded_bytes(config: ModelConfig) -> int:
     numbers += config.llama.context * config.llama.width
     numbers += sum(side**2 for side in config.vision.level_sides) * config.vision.width
     return numbers * _FLOAT32
-
-
-def memory_available() -> int:
-    """Bytes that a process can still take without swapping; what is installed where the system
-    does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _existing(folder: Path) -> Path:

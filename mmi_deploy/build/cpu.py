@@ -16,11 +16,11 @@ from mmi_deploy.build.precision.rewrite import rewrite
 from mmi_deploy.build.receipts import prove
 from mmi_deploy.build.report import REPORT, GraphReport, TargetReport
 from mmi_deploy.build.target import CPU, Target
-from mmi_deploy.build.tensorrt_plan import free_memory
 from mmi_deploy.bundle import Bundle, write_target
 from mmi_deploy.document import Document
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.files import write_file
+from mmi_deploy.free_memory import free_memory
 from mmi_deploy.manifest import belongs
 
 Progress = Callable[[str, int, int], None]

@@ -7,13 +7,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import onnx
-import psutil
 
 from mmi_deploy.build.cache import EngineCache, key_of
 from mmi_deploy.build.evidence import Evidence, islands_key
@@ -25,6 +23,7 @@ from mmi_deploy.build.tensorrt import FLAGS, Plugin
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.files import size
+from mmi_deploy.free_memory import free_memory
 from mmi_deploy.graphs import Graph, Limits
 from mmi_deploy.manifest import hash_of_files
 
@@ -41,13 +40,6 @@ MEMORY_BASE = 700 * 10**6
 KERNELS = 20 * 10**6
 """Bytes of an engine beyond its weights, about: compiled kernels, which depend on the layers."""
 
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
@@ -214,15 +206,6 @@ def check_room(parts: Sequence[Part], bundle: Bundle, cache: EngineCache) -> Non
                 got=size(room),
                 fix="Free some space, or try all the same with --force",
             )
-
-
-def free_memory() -> int:
-    """Bytes that a new process can have: memory and swap, or less in a container."""
-    free = psutil.virtual_memory().available + psutil.swap_memory().free
-    for limit, used in _CGROUP_FILES:
-        with suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return free
 
 
 def check_limits(bundle: Bundle, wanted: Limits) -> None:

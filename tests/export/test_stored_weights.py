@@ -130,7 +130,7 @@ def test_what_does_not_fit_into_memory_is_proved_by_a_slice(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert prepare_export(drawn, tmp_path / "bundle").plan.scope == "full"
-    monkeypatch.setattr(plan, "memory_available", lambda: 10**6)
+    monkeypatch.setattr(plan, "free_memory", lambda swap: 10**6)
     assert prepare_export(drawn, tmp_path / "bundle").plan.scope == "slice"
     with pytest.raises(ConfigError, match="too large to be proved whole.*--prove slice"):
         prepare_export(drawn, tmp_path / "bundle", scope="full")
