@@ -32,7 +32,7 @@ from mmi_export.plan import Layout, Plan, Scope, plan_export
 from mmi_export.receipts import Proof, onnx_runner, prove
 from mmi_export.schedules import parse_schedule
 from mmi_export.slices import difference, slice_of
-from mmi_export.stand_in import Weights, stand_in, write_stand_in
+from mmi_export.stand_in import Weights, write_stand_in
 from mmi_export.stored_weights import StoredWeights, link_file, load_stored, stored_weights
 from mmi_export.vision import ImageValuesGraph, VisionEncoderGraph
 from mmi_export.watch import GIGABYTE, Progress, Stage, Watch
@@ -161,29 +161,6 @@ def run_export(
     watch.end()
     bundle = Bundle.open(out_folder, unproved=export.plan.scope == "none")
     return Exported(bundle, tuple(watch.stages))
-
-
-def export_stand_in(
-    config: ModelConfig,
-    out_folder: Path,
-    *,
-    weights: Weights = "empty",
-    layers: int | None = None,
-    dtype: torch.dtype = torch.float16,
-    force: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Bundle:
-    """`export_bundle` of a model of `config` that nobody has: its weights are made here.
-
-    `weights`: `empty` (zeros that take no disk) or `random`. `layers`: cut the language model to
-    its first so many. `dtype`: what the weights are stored in. `options`: those of `export_bundle`.
-    """
-    options = {"layout": "linked", "weights": weights} | options
-    with stand_in(config, out_folder, weights, layers, dtype) as folder:
-        bundle = export_bundle(folder, out_folder, force=force, progress=progress, **options)
-    bundle.remember()
-    return bundle
 
 
 def _write_graphs(export: Export, writer: BundleWriter, watch: Watch) -> None:

@@ -71,8 +71,3 @@ class Watch:
             what, began = self._now
             self.stages.append(Stage(what, time.monotonic() - began, peak_bytes()))
             self._now = None
-
-    @property
-    def seconds(self) -> float:
-        """Since the watch began."""
-        return time.monotonic() - self._began

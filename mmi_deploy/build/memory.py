@@ -62,10 +62,6 @@ class Memory:
     resident: tuple[str, ...] | None
 
     @property
-    def all_weights(self) -> int:
-        return sum(graph.weights for graph in self.graphs)
-
-    @property
     def weights(self) -> int:
         """Those that are there at once: what stays, and the largest group that takes turns."""
         groups = {

@@ -71,7 +71,9 @@ class Typed:
         self._islands = self._fixed_islands(fp32_operators, fp32_outputs)
         self._types: dict[ir.Node, ir.DataType | None] = {}
         for node in graph:
-            if any(attribute.type == ir.AttributeType.GRAPH for attribute in _attributes(node)):
+            if any(
+                attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()
+            ):
                 raise BundleError(
                     f"{graph.name} holds a {node.op_type} with a graph of its own, to which no "
                     "precision is known",
@@ -81,11 +83,6 @@ class Typed:
         for node in reversed(list(graph)):
             if self._types[node] is None:
                 self._types[node] = self._readers_type(node)
-
-    @property
-    def islands(self) -> list[ir.Node]:
-        """Nodes that compute floats in float32."""
-        return [node for node in self._graph if self._types[node] == F32 and _floats(node.outputs)]
 
     def of(self, node: ir.Node) -> ir.DataType:
         """The type in which `node` computes."""
@@ -248,11 +245,3 @@ def _retype_cast(node: ir.Node, dtype: ir.DataType) -> None:
         output.replace_all_uses_with(value)
         return
     node.attributes["to"] = ir.AttrInt64("to", dtype)
-
-
-def _attributes(node: ir.Node) -> list[ir.Attr]:
-    return list(node.attributes.values())
-
-
-def _floats(values: Collection[ir.Value]) -> bool:
-    return any(value.dtype in FLOATS for value in values)
