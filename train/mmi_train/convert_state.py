@@ -99,18 +99,15 @@ def _misfit(problems: list[str]) -> WeightsError:
     return WeightsError("the weights do not fit the configuration: " + "; ".join(problems))
 
 
-def plan_state(
-    module: nn.Module, published: Mapping[str, Described], *, theirs: str = "", ours: str = ""
-) -> Plan:
-    """Where the state of `module`, which may be a sketch on the meta device, comes from.
+def plan_state(module: nn.Module, published: Mapping[str, Described]) -> Plan:
+    """Where the state of the whole model `module`, which may be a sketch on the meta device, comes
+    from.
 
-    `theirs` and `ours` are the prefixes that `published` names and the names of `module` lack to be
-    names of the whole model. Raises `WeightsError` that names every tensor which is missing, extra,
-    misshapen or of another kind. Shapes may differ by leading dimensions of one, and CLIP's
-    position table may be that of another image size: it is resized, as the published code does for
-    448 pixels.
+    Raises `WeightsError` that names every tensor which is missing, extra, misshapen or of another
+    kind. Shapes may differ by leading dimensions of one, and CLIP's position table may be that of
+    another image size: it is resized, as the published code does for 448 pixels.
     """
-    plan, problems = _plan(module, published, theirs, ours)
+    plan, problems = _plan(module, published, "", "")
     if problems:
         raise _misfit(problems)
     return plan
@@ -119,10 +116,11 @@ def plan_state(
 def convert_state(
     module: nn.Module, published: Mapping[str, Tensor], *, theirs: str = "", ours: str = ""
 ) -> dict[str, Tensor]:
-    """The state dict of `module` made of `published` tensors.
+    """The state dict of `module`, a part of the model or all of it, made of `published` tensors.
 
-    Raises `WeightsError` as `plan_state` does, and for tensors that are not finite and derived
-    constants of other values than the configuration gives.
+    `theirs` and `ours` are the prefixes that `published` names and the names of `module` lack to be
+    names of the whole model. Raises `WeightsError` as `plan_state` does, and for tensors that are
+    not finite and derived constants of other values than the configuration gives.
     """
     plan, problems = _plan(module, published, theirs, ours)
     taken = [place.name for place in plan.places.values()]

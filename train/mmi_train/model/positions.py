@@ -1,7 +1,7 @@
 """Sin/cos position tables and their bicubic resizing.
 
 Tables come from NumPy, so they hold numbers even when a module is built on the meta device.
-Every table is [positions, width] in fp32; angles are position / base^(2i/width).
+Every table is [positions, width] in fp32; angles are position / 10000^(2i/width).
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def _sin_cos(positions: np.ndarray, width: int, base: float) -> np.ndarray:
+def _sin_cos(positions: np.ndarray, width: int) -> np.ndarray:
     """[positions, width]: the sines of all frequencies, then their cosines."""
     if width % 2:
         raise ValueError(f"a sin/cos table needs an even width, got {width}")
-    frequency = base ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
+    frequency = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
     angle = positions.astype(np.float64)[:, None] * frequency
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
 
-def table_1d(positions: int, width: int, base: float = 10000.0) -> Tensor:
+def table_1d(positions: int, width: int) -> Tensor:
     """[positions, width]: the place in a sequence."""
-    return torch.from_numpy(_sin_cos(np.arange(positions), width, base).astype(np.float32))
+    return torch.from_numpy(_sin_cos(np.arange(positions), width).astype(np.float32))
 
 
-def table_2d(side: int, width: int, base: float = 10000.0, cells: int | None = None) -> Tensor:
+def table_2d(side: int, width: int, cells: int | None = None) -> Tensor:
     """[side * side, width], row-major: half of the channels for the row, half for the column.
 
     `cells`: how many unit cells the side spans; None: `side`. A coarser table (side < cells) holds
@@ -34,7 +34,7 @@ def table_2d(side: int, width: int, base: float = 10000.0, cells: int | None = N
     """
     cells = side if cells is None else cells
     place = (np.arange(side) + 0.5) * (cells / side) - 0.5
-    line = _sin_cos(place, width // 2, base)
+    line = _sin_cos(place, width // 2)
     grid = np.concatenate([np.repeat(line, side, axis=0), np.tile(line, (side, 1))], axis=1)
     return torch.from_numpy(grid.astype(np.float32))
 
