@@ -95,12 +95,11 @@ def check_can_run(bundle: Bundle, free: int) -> None:
         )
 
 
-def islands_key(ranges: Ranges | None, recipe: Recipe, activations: str) -> str:
-    """What of the ranges matters to an engine: the tensors that its type cannot hold."""
-    if ranges is None:
-        return ""
-    beyond = sorted(ranges.beyond(GREATEST[activations], recipe.margin))
-    return hashlib.sha256("\n".join(beyond).encode()).hexdigest()[:16]
+def islands_key(ranges: Ranges | None, recipe: Recipe) -> str:
+    """What of the ranges matters to an engine: the tensors that its type cannot hold. Empty where
+    there are none, whether or not ranges were asked for."""
+    beyond = ranges.beyond(GREATEST[recipe.activations], recipe.margin) if ranges else set()
+    return hashlib.sha256("\n".join(sorted(beyond)).encode()).hexdigest()[:16] if beyond else ""
 
 
 def _float32_bytes(path: Path) -> int:

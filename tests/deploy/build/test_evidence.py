@@ -64,12 +64,18 @@ def test_a_rewritten_graph_is_proved_and_a_wrong_one_refused(
 def test_the_key_knows_which_tensors_stay_in_float32_and_nothing_else() -> None:
     """So that the last digits of a measurement make no other engine."""
     fp16 = recipe("fp16")
-    calm = Ranges({"a": 1.0, "b": 2.0}, {}, 3)
-    key = islands_key(calm, fp16, "float16")
-    assert key == islands_key(replace(calm, peaks={"a": 1.1, "b": 2.1}, runs=9), fp16, "float16")
-    assert key != islands_key(replace(calm, peaks={"a": 1e6, "b": 2.0}), fp16, "float16")
-    assert key == islands_key(replace(calm, peaks={"a": 1e6, "b": 2.0}), fp16, "bfloat16")
-    assert islands_key(None, fp16, "float16") == ""
+    loud = Ranges({"a": 1e6, "b": 2.0}, {}, 3)
+    key = islands_key(loud, fp16)
+    assert key == islands_key(replace(loud, peaks={"a": 1.1e6, "b": 2.1}, runs=9), fp16)
+    assert key != islands_key(replace(loud, peaks={"a": 1e6, "b": 2e6}), fp16)
+    assert "" != key != islands_key(replace(loud, peaks={"c": 1e6}), fp16)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ranges_of_another_type_change_no_key(precision: str) -> None:
+    """A build in float32 asks for none, a dry run finds those of an earlier build."""
+    loud = Ranges({"a": 1e6, "b": 2.0}, {}, 3)
+    assert islands_key(loud, recipe(precision)) == islands_key(None, recipe(precision)) == ""
 
 
 def test_a_bundle_too_large_to_run_is_refused_with_the_way_around(bundle: Bundle) -> None:
