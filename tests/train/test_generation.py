@@ -16,6 +16,7 @@ import torch
 from export.small_models import random_model, released_reading
 from mmi_deploy.config import ModelConfig
 from mmi_deploy.document import Document, Draw, Image, Text, document_of
+from mmi_deploy.errors import DocumentError
 from mmi_deploy.graphs import Limits
 from mmi_deploy.presets import tiny
 from mmi_deploy.runtime.events import Event, Finished, ImageDone, ImageStarted, TextDelta
@@ -145,6 +146,12 @@ def test_the_limits_of_a_bundle_end_it(
     last = list(run(STORY, TURNS, limits=limits))[-1]
     assert isinstance(last, Finished)
     assert (last.reason, last.tokens) == (reason, tokens)
+
+
+def test_more_images_than_a_bundle_takes_are_refused(run: Generate) -> None:
+    """As the runtime does, with which it is compared."""
+    with pytest.raises(DocumentError, match="images"):
+        list(run(STORY, TURNS, limits=Limits(context=512, images=1)))
 
 
 @pytest.mark.parametrize("config", [tiny(), released_reading()], ids=lambda config: config.name)

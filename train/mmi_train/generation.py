@@ -215,7 +215,9 @@ class _Generation:
         self.options = options
         self.scheduler, self.eta, self.kv_cache = scheduler, eta, kv_cache
         self.row, self.tokens = row, row.config.tokens
-        self.encoded = encode_document(document, tokenizer, row.config, row.context)
+        self.encoded = encode_document(
+            document, tokenizer, row.config, row.context, row.most_images
+        )
         self.tokenizer, self.stream = tokenizer, TextStream(tokenizer)
         self.stop_text = StopText(options.stop)
         self.turn: TextTurn | None = None
