@@ -5,7 +5,6 @@
 // compiled once for each set, in the namespace that MMI_VARIANT names.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 

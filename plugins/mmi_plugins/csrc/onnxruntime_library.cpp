@@ -3,8 +3,6 @@
 //
 // A session that loads it runs these kernels in place of the function that every model file
 // carries for the operator; a session that does not runs the function.
-#include <cstring>
-#include <exception>
 #include <string>
 
 #include "attention.h"

@@ -439,6 +439,3 @@ _BUILDERS: dict[str, Callable[[Machine, Instruction], Action]] = {
     "ld": transfers.load,
     "st": transfers.store,
 }
-
-SUPPORTED = frozenset(_BUILDERS)
-"""First words of the instructions that a thread runs by itself."""

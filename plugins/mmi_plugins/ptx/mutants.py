@@ -88,8 +88,7 @@ class Mutant:
 
     def of(self, kernel: Kernel) -> Kernel:
         """The changed kernel."""
-        changed = kernel.with_instruction(self.index, self.text)
-        return changed
+        return kernel.with_instruction(self.index, self.text)
 
     def __str__(self) -> str:
         return f"{self.index}: {self.before} -> {self.text} ({self.kind})"

@@ -22,9 +22,6 @@ class Implementation(Protocol):
     def missing(self) -> str | None:
         """Why it cannot run on this machine, or None."""
 
-    def refuses(self, call: Call) -> str | None:
-        """Why it does not take this call, or None."""
-
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -33,12 +33,12 @@ _LANES = 2**14
 """Threads emulated side by side: enough for NumPy to work well, few enough for the caches."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Emulation:
     """Outputs [k, d] of the rows, and what was executed for them, by kernel."""
 
     output: np.ndarray
-    counts: dict[Variant, Counts] = field(default_factory=dict)
+    counts: dict[Variant, Counts]
 
     @property
     def lane_instructions(self) -> int:
@@ -87,18 +87,18 @@ def emulate(
     addresses["output"] = memory.reserve(output.nbytes, "output")
     addresses["workspace"] = memory.reserve(sizes[-1], "workspace")
 
-    done = Emulation(np.empty(0))
+    counts: dict[Variant, Counts] = {}
     for launch in launch_plan(call, addresses, parts):
-        counts = _run(launch, kernel(launch.variant), memory, rows, most_instructions)
-        done.counts[launch.variant] = counts
+        counts[launch.variant] = _run(
+            launch, kernel(launch.variant), memory, rows, most_instructions
+        )
         memory.next_launch()
 
     bits, known = memory.written(addresses["output"], output.dtype)
     missed = ~rows_of(known, call, rows).all(-1)
     if missed.any():
         raise AssertionError(f"row (b, q, h) {rows[missed][0]} was not written")
-    done.output = rows_of(widen(bits, call.dtype), call, rows)
-    return done
+    return Emulation(rows_of(widen(bits, call.dtype), call, rows), counts)
 
 
 def _run(
@@ -143,10 +143,6 @@ class _Emulator:
     def missing(self) -> str | None:
         """Why the emulator cannot run here, or None."""
         return None if compiler() else nvrtc.missing("nvrtc")
-
-    def refuses(self, call: Call) -> str | None:
-        """The emulator takes every call."""
-        return None
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], by the kernels that the library would choose."""

@@ -33,10 +33,6 @@ class Function:
             return f"{', '.join(absent)} not installed: pip install 'mmi_deploy[cpu,export]'"
         return None
 
-    def refuses(self, call: Call) -> str | None:
-        """Why it does not take `call`, or None: it takes all."""
-        return None
-
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
         import onnxruntime as ort

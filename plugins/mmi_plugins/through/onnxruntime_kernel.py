@@ -113,10 +113,6 @@ class OnnxRuntimeKernel:
                 return str(error)
         return None
 
-    def refuses(self, call: Call) -> str | None:
-        """It takes every call."""
-        return None
-
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3]; all are computed."""
         import onnxruntime as ort

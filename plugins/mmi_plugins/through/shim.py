@@ -138,10 +138,6 @@ class _Implementation:
         """Why the shim cannot run here, or None."""
         return None if compiler() else "g++ is not installed"
 
-    def refuses(self, call: Call) -> str | None:
-        """The shim takes every call."""
-        return None
-
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], by the kernels that the library would choose."""
         return Shim().run(call, rows)

@@ -24,10 +24,6 @@ class TorchOp:
             return None
         return "PyTorch is not installed: pip install 'mmi_deploy[train]'"
 
-    def refuses(self, call: Call) -> str | None:
-        """Why it does not take `call`, or None: it takes all."""
-        return None
-
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
         import torch
