@@ -66,10 +66,6 @@ class TaskDocument:
     targets: tuple[int, ...]
     config: WorldConfig
 
-    def context(self, target: int) -> tuple[Part, ...]:
-        """What the model is given when it is to produce the part with this index."""
-        return self.parts[:target]
-
 
 @dataclass(frozen=True)
 class Grade:

@@ -45,13 +45,6 @@ class Diffusion(nn.Module):
         signal, sigma = self.rates(timestep)
         return signal * noise - sigma * latents
 
-    def epsilon(self, prediction: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """The noise that a prediction implies."""
-        if self.config.prediction == "epsilon":
-            return prediction
-        signal, sigma = self.rates(timestep)
-        return signal * prediction + sigma * noisy
-
 
 def betas(config: DiffusionConfig) -> Tensor:
     """[steps] in fp64; raises `ConfigError` for an unknown schedule."""
