@@ -39,6 +39,22 @@ def write_file(path: Path, data: bytes | str) -> None:
         raise
 
 
+def prepare_file(path: Path, *endings: str) -> None:
+    """Make the folder of a file that will be written after minutes of work.
+
+    Raises `MmiError` where no file can be written there, or its name has none of `endings`.
+    """
+    if endings and path.suffix not in endings:
+        raise MmiError(
+            f"cannot write {path.name}", expected=f"a name that ends in {' or '.join(endings)}"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise MmiError(f"{path} cannot be written: {error.strerror}") from None
+
+
 def check_replaceable(
     folder: Path, force: bool = False, *, kind: str = "folder", inputs: Sequence[Path] = ()
 ) -> None:

@@ -12,7 +12,7 @@ from mmi_deploy.commands.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import MOST_THREADS, print_json, results, staged
 from mmi_deploy.commands.targets import CPU, Device, TargetName
-from mmi_deploy.files import write_file
+from mmi_deploy.files import prepare_file, write_file
 
 
 def bench(
@@ -61,6 +61,10 @@ def bench(
 
         from mmi_bench.compare import run
         from mmi_bench.report import table
+    if out:
+        prepare_file(out)
+    if plot:
+        prepare_file(plot, ".svg", ".png")
     with staged("loading") as stage:
         comparison = run(
             bundle,

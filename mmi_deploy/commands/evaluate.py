@@ -13,6 +13,7 @@ from rich.table import Table
 from mmi_deploy.commands.needs import extras
 from mmi_deploy.commands.screen import print_json, remarks, results
 from mmi_deploy.commands.train import World
+from mmi_deploy.files import prepare_file, write_file
 
 
 def evaluate(
@@ -41,12 +42,13 @@ def evaluate(
     with extras("evaluate"):
         from tokenizers import Tokenizer
 
-        from mmi_deploy.files import write_file
         from mmi_deploy.tokenizer import Tokenizer as TextTokenizer
         from mmi_train.contact_sheet import contact_sheet
         from mmi_train.data import world as worlds
         from mmi_train.evaluation import evaluate as evaluation_of
         from mmi_train.weights import TOKENIZER, load_model
+    if pictures is not None:
+        prepare_file(pictures)
     loaded = load_model(model)
     TextTokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses what cannot be read
     tokenizer = Tokenizer.from_file(str(model / TOKENIZER))

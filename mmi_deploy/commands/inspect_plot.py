@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmi_deploy.errors import MmiError
+from mmi_deploy.files import prepare_file
 
 if TYPE_CHECKING:
     from mmi_deploy.build.cards import Card
@@ -25,8 +26,7 @@ def draw_roofline(costs: Sequence[GraphCost], cards: Sequence[Card], path: Path)
         raise MmiError(
             "plots need matplotlib, which is not installed", fix="pip install matplotlib"
         ) from None
-    if path.suffix not in (".svg", ".png"):
-        raise MmiError(f"cannot draw {path.name}", expected="a name that ends in .svg or .png")
+    prepare_file(path, ".svg", ".png")
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     roof, times = figure.subplots(1, 2)
     _roofs(roof, costs, cards)

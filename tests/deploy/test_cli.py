@@ -566,6 +566,22 @@ def test_endless_numbers_are_refused(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "name", "reason"),
+    [
+        ("bench", "--out", "file/a.json", "file/a.json cannot be written: "),
+        ("bench", "--plot", "a.gif", "cannot write a.gif; expected a name that ends in .svg or "),
+        ("evaluate", "--pictures", "file/a.png", "file/a.png cannot be written: "),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_minutes_of_work(
+    mmi: Screen, tmp_path: Path, command: str, option: str, name: str, reason: str
+) -> None:
+    (tmp_path / "file").touch()
+    assert mmi(command, "absent", option, tmp_path / name) == 2  # it would fail later, too
+    assert reason in mmi.err and left_in(tmp_path) == {"file"}
+
+
 def test_ctrl_c_before_the_command_line_is_there_is_no_fault() -> None:
     code = """
 import sys

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmi_deploy.errors import ConfigError, MmiError
-from mmi_deploy.files import cache_folder, new_folder, write_file
+from mmi_deploy.files import cache_folder, new_folder, prepare_file, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -151,6 +151,11 @@ def test_part_of_a_folder_that_is_read_is_never_replaced(tmp_path: Path) -> None
         ):
             raise AssertionError("must not begin")
     assert (part / "llm.onnx").read_text() == "precious"
+
+
+def test_the_folder_of_a_file_that_will_be_written_is_made_first(tmp_path: Path) -> None:
+    prepare_file(tmp_path / "deep" / "a.svg", ".svg")
+    assert (tmp_path / "deep").is_dir() and names(tmp_path) == []
 
 
 def test_a_cache_folder_that_cannot_be_written_is_refused_before_any_work(
