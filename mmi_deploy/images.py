@@ -26,26 +26,24 @@ MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a small file can unpack to gigabytes."""
 
 
-def read_rgb(source: Path | bytes, name: str | None = None) -> Rgb:
+def read_rgb(path: Path) -> Rgb:
     """Decode a picture whole, upright (EXIF orientation), transparent parts on white: [h, w, 3].
 
-    `name` is what an error calls it. Raises `DocumentError` when it cannot be read.
+    Raises `DocumentError` when it cannot be read.
     """
-    called = name or (str(source) if isinstance(source, Path) else "the picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit comes below Pillow's warning
-            file = source if isinstance(source, Path) else io.BytesIO(source)
-            with Image.open(file, formats=FORMATS) as image:
-                _check_size(image.size, called)
+            with Image.open(path, formats=FORMATS) as image:
+                _check_size(image.size, path)
                 upright = ImageOps.exif_transpose(image)
                 return np.asarray(_opaque(upright))
     except Image.DecompressionBombError:  # before we could see its size
         most = 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS) // 1_000_000
-        raise _too_large(called, f"more than {most} million") from None
+        raise _too_large(path, f"more than {most} million") from None
     except UnidentifiedImageError:
         raise DocumentError(
-            f"{called} is no picture that can be read",
+            f"{path} is no picture that can be read",
             expected=", ".join(FORMATS),
             fix="save it again as PNG",
         ) from None
@@ -53,21 +51,21 @@ def read_rgb(source: Path | bytes, name: str | None = None) -> Rgb:
         raise
     except Exception as error:  # decoders stumble over damage in many ways
         if isinstance(error, OSError) and error.strerror:  # the system's own
-            raise DocumentError(f"cannot read the picture {called}: {error.strerror}") from None
+            raise DocumentError(f"cannot read the picture {path}: {error.strerror}") from None
         raise DocumentError(
-            f"the picture {called} is damaged ({error})", fix="replace the file"
+            f"the picture {path} is damaged ({error})", fix="replace the file"
         ) from None
 
 
-def _check_size(size: tuple[int, int], called: str) -> None:
+def _check_size(size: tuple[int, int], path: Path) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
-        raise _too_large(called, f"{width} x {height}")
+        raise _too_large(path, f"{width} x {height}")
 
 
-def _too_large(called: str, got: str) -> DocumentError:
+def _too_large(path: Path, got: str) -> DocumentError:
     return DocumentError(
-        f"the picture {called} is too large",
+        f"the picture {path} is too large",
         expected=f"at most {MAX_PIXELS // 1_000_000} million pixels",
         got=got,
         fix="scale it down",

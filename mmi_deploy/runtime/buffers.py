@@ -69,7 +69,7 @@ class Buffer:
 
 
 class Memory(Protocol):
-    """Where buffers live. `device` is `cpu` or `cuda`, `device_id` counts from 0.
+    """Where buffers live. `device` is `cpu` or `cuda`.
 
     A device works through what it is asked for in order and behind the caller's back: only `read`
     and `wait` wait for it. What is given to `write` or `hold` may be changed afterwards on a
@@ -77,7 +77,6 @@ class Memory(Protocol):
     """
 
     device: str
-    device_id: int
 
     def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         """A new buffer of zeros."""
@@ -111,7 +110,6 @@ class HostMemory:
     """Memory of the process: numpy arrays. Zeros cost nothing until they are touched."""
 
     device = "cpu"
-    device_id = 0
 
     def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         return self.hold(np.zeros(shape, element_type(dtype)))

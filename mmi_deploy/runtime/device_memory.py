@@ -172,10 +172,10 @@ class DeviceMemory:
 
     device = "cuda"
 
-    def __init__(self, cuda: Cuda, device_id: int = 0) -> None:
+    def __init__(self, cuda: Cuda, number: int = 0) -> None:
+        """number: which GPU, from 0. Raises `EngineError` where there is none."""
         self.cuda = cuda
-        self.device_id = device_id
-        self.gpu = Device(cuda, device_id)
+        self.gpu = Device(cuda, number)
         self.turn = Turn(self.gpu)
         kind = cuda.runtime.cudaMemcpyKind
         self._to_device = kind.cudaMemcpyHostToDevice

@@ -21,7 +21,6 @@ class OnnxOptions:
 
     threads: int = 0
     library: Path | None = None
-    optimise: bool = True
 
 
 class OnnxRuntimeEngine(Engine):
@@ -71,8 +70,6 @@ def _session_options(options: OnnxOptions) -> ort.SessionOptions:
     session.log_severity_level = 4  # errors are raised, which is enough
     # It would keep a block of memory for each set of shapes, and documents never stop differing.
     session.enable_mem_pattern = False
-    if not options.optimise:
-        session.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # Several engines take turns: one whose turn is over must not keep the cores busy.
     session.add_session_config_entry("session.force_spinning_stop", "1")
     if options.library is not None:
