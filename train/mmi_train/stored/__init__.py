@@ -78,12 +78,19 @@ class InFile:
     shape: torch.Size
     strides: tuple[int, ...] | None = None
 
-    def read(self) -> Tensor:
-        if self.strides is None:
-            return self._numbers(0, prod(self.shape)).view(self.shape)
+    @property
+    def span(self) -> int:
+        """Numbers from the first to the last of them, gaps included."""
+        if self.strides is None or not prod(self.shape):
+            return prod(self.shape)
         steps = zip(self.shape, self.strides, strict=True)
-        span = 1 + sum((side - 1) * step for side, step in steps) if prod(self.shape) else 0
-        return self._numbers(0, span).as_strided(self.shape, self.strides).contiguous()
+        return 1 + sum((side - 1) * step for side, step in steps)
+
+    def read(self) -> Tensor:
+        numbers = self._numbers(0, self.span)
+        if self.strides is None:
+            return numbers.view(self.shape)
+        return numbers.as_strided(self.shape, self.strides).contiguous()
 
     def pieces(self) -> Iterator[Tensor]:
         if self.strides is not None:

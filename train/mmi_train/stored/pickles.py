@@ -23,6 +23,9 @@ from mmi_train.stored import PLAIN_TYPES, InFile, StoredTensor
 _NO_WEIGHTS = {"training_args.bin", "optimizer.bin", "scheduler.bin"}
 """What trainers leave beside the weights; never opened."""
 
+_TYPES = (*PLAIN_TYPES, torch.int64, torch.int32)
+"""Whole numbers: position ids are kept beside the weights."""
+
 _ZIP = b"PK\x03\x04"
 _OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How files begin that PyTorch wrote before version 1.6: one stream, which cannot be read in
@@ -155,16 +158,7 @@ def _check_container(path: Path) -> None:
 
 def _stored(path: Path, size: int, name: str, value: Tensor) -> StoredTensor:
     """Where `value`, a fake tensor, lies in the file at `path` of `size` bytes."""
-    if (
-        value.is_quantized
-        or value.layout != torch.strided
-        or value.dtype
-        not in (
-            *PLAIN_TYPES,
-            torch.int64,
-            torch.int32,
-        )
-    ):
+    if value.is_quantized or value.layout != torch.strided or value.dtype not in _TYPES:
         kind = "quantised" if value.is_quantized else str(value.dtype).removeprefix("torch.")
         raise WeightsError(
             f"{path}: {name} is {kind}",
@@ -176,8 +170,7 @@ def _stored(path: Path, size: int, name: str, value: Tensor) -> StoredTensor:
         raise WeightsError(f"{path}: {name} lies in no record of the file", fix=_AGAIN)
     offset = start + value.storage_offset() * value.dtype.itemsize
     strides = None if value.is_contiguous() else tuple(value.stride())
-    steps = zip(value.shape, value.stride(), strict=True)
-    span = 1 + sum((side - 1) * step for side, step in steps) if value.numel() else 0
-    if offset + span * value.dtype.itemsize > size:
+    found = InFile(path, offset, value.dtype, value.shape, strides)
+    if offset + found.span * found.dtype.itemsize > size:
         raise WeightsError(f"{path}: {name} reaches beyond the end of the file", fix=_AGAIN)
-    return InFile(path, offset, value.dtype, value.shape, strides)
+    return found
