@@ -23,6 +23,7 @@ import torch
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
+from mmi_deploy.build.precision.rewrite import check_model
 from mmi_deploy.build.precision.weights_file import goes_out, write_values
 from mmi_deploy.graphs import (
     IR_VERSION,
@@ -90,25 +91,9 @@ def onnx_from_module(
     _attach_function(model)
     _externalise(model, path.with_suffix(".safetensors"))
     proto = ir.to_proto(model)
+    check_model(proto)
     onnx.save(proto, path)
-    _check(proto)
     return files
-
-
-def _check(proto: onnx.ModelProto) -> None:
-    """ONNX's own checks, strict shape inference among them, without opening a file of weights: the
-    checker refuses hard links, and none of its checks reads a weight."""
-    graph, inside = proto.graph, []
-    for tensor in graph.initializer:
-        if tensor.external_data:
-            graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            )
-        else:
-            inside.append(tensor)
-    del graph.initializer[:]
-    graph.initializer.extend(inside)
-    onnx.checker.check_model(proto, full_check=True)
 
 
 def _tidy(model: ir.Model, linked: Mapping[str, InFile]) -> None:

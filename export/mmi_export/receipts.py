@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.build.run_onnx import Run, runner
+from mmi_deploy.errors import BundleError
 from mmi_deploy.graphs import DEEP, Graph, Limits, numbered
 from mmi_deploy.manifest import Case
 from mmi_deploy.schedule import Schedule
@@ -32,8 +33,6 @@ from mmi_train.model.image_decoder import DrawingStep, ImageDecoder, LookBackIma
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
 
 Arrays = dict[str, NDArray[Any]]
-Run = Callable[[Arrays], Arrays]
-"""Runs a graph: all of its inputs by name to its outputs by name."""
 
 TOLERANCE = {
     "vision_encoder": 5e-5,
@@ -96,26 +95,8 @@ def prove(model: MMInterleaved, graph: Graph, limits: Limits, run: Run, seed: in
 
 
 def onnx_runner(path: Path) -> Run:
-    """Runs an ONNX file on the CPU; `EngineError` if ONNX Runtime is missing or refuses it."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise EngineError(
-            "receipts need ONNX Runtime", fix="pip install 'mmi_deploy[cpu]'"
-        ) from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise EngineError(f"ONNX Runtime does not load {path}: {error}") from None
-    names = [output.name for output in session.get_outputs()]
-
-    def run(inputs: Arrays) -> Arrays:
-        return dict(zip(names, session.run(names, inputs), strict=True))
-
-    return run
+    """Runs an ONNX file on as many threads as torch does; raises as `runner` does."""
+    return runner(path, torch.get_num_threads())
 
 
 def relative_error(got: Mapping[str, NDArray[Any]], wanted: Mapping[str, Tensor]) -> float:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mmi_deploy.build.inputs import Arrays, Sample
 from mmi_deploy.build.precision.recipes import FLOAT32, Recipe
 from mmi_deploy.build.precision.simulate import simulated
-from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.build.run_onnx import model_runner, runner
+from mmi_deploy.errors import BundleError
 from mmi_deploy.graphs import Graph
 from mmi_deploy.manifest import Case
 
@@ -71,8 +71,6 @@ class Proof:
                     fix="choose a higher precision, or measure ranges on documents like yours",
                 )
 
-
-Run = Callable[[Arrays], Arrays]
 
 _CACHES = "caches"
 
@@ -139,41 +137,3 @@ def _sizes_of(graph: Graph, inputs: Arrays) -> dict[str, int]:
             if isinstance(side, str) and side.isalpha():
                 sizes.setdefault(side, found)
     return sizes
-
-
-def runner(path: Path) -> Run:
-    """Runs an ONNX file on the CPU; `EngineError` if ONNX Runtime is missing or refuses it."""
-    return _session(path, str(path), None)
-
-
-def model_runner(model: ir.Model, folder: Path) -> Run:
-    """Runs a model in memory whose weights lie in `folder`."""
-    return _session(ir.to_proto(model).SerializeToString(), str(model.graph.name), folder)
-
-
-def _session(model: Path | bytes, what: str, folder: Path | None) -> Run:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise EngineError(
-            "receipts need ONNX Runtime", fix="pip install 'mmi_deploy[cpu]'"
-        ) from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    # Behind a DequantizeLinear it would round activations too, as TensorRT does not.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if folder is not None:
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(folder.resolve())
-        )
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no narrower class
-        reason = str(error).splitlines()[0]
-        raise EngineError(f"ONNX Runtime does not load {what}: {reason}") from None
-    names = [output.name for output in session.get_outputs()]
-
-    def run(inputs: Arrays) -> Arrays:
-        return dict(zip(names, session.run(names, inputs), strict=True))
-
-    return run

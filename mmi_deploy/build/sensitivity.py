@@ -14,7 +14,8 @@ from mmi_deploy.build.precision.quantise import fitting, quantise
 from mmi_deploy.build.precision.recipes import RECIPES, Recipe, Scheme, recipe
 from mmi_deploy.build.precision.rewrite import read_model
 from mmi_deploy.build.precision.weight_only import Product, products
-from mmi_deploy.build.receipts import Run, model_runner, relative_error
+from mmi_deploy.build.receipts import relative_error
+from mmi_deploy.build.run_onnx import Run, model_runner
 from mmi_deploy.bundle import Bundle
 from mmi_deploy.document import Document
 from mmi_deploy.errors import ConfigError

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mmi_deploy.build.precision.constants import FLOATS, INFINITE
+from mmi_deploy.build.run_onnx import model_runner
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.files import write_file
 
@@ -78,12 +79,12 @@ def measure_ranges(
     `model` gets outputs that it had not. Raises `EngineError` when ONNX Runtime cannot run it.
     """
     names, attentions = _watch(model.graph)
-    run = _runner(model, folder)
+    run = model_runner(model, folder, [_PEAKS, _LOGITS])
     peaks, logits, count = np.zeros(len(names)), np.zeros(len(attentions)), 0
     for inputs in runs:
         found = run(inputs)
-        peaks = np.fmax(peaks, _nan_to_inf(found[0]))
-        logits = np.fmax(logits, _nan_to_inf(found[1]))
+        peaks = np.maximum(peaks, found[_PEAKS])
+        logits = np.maximum(logits, found[_LOGITS])
         count += 1
         on_run()
     if not count:
@@ -93,10 +94,6 @@ def measure_ranges(
         dict(zip(attentions, logits.tolist(), strict=True)),
         count,
     )
-
-
-def _nan_to_inf(values: NDArray[Any]) -> NDArray[Any]:
-    return np.where(np.isnan(values), np.inf, values)
 
 
 def _watch(graph: ir.Graph) -> tuple[list[str], list[str]]:
@@ -136,25 +133,3 @@ def _watch(graph: ir.Graph) -> tuple[list[str], list[str]]:
     return [str(value.name) for value in watched], [
         str(node.outputs[0].name) for node in attentions
     ]
-
-
-def _runner(model: ir.Model, folder: Path) -> Callable[[Arrays], list[NDArray[Any]]]:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise EngineError(
-            "the range check needs ONNX Runtime", fix="pip install 'mmi_deploy[cpu]'"
-        ) from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(folder.resolve())
-    )
-    try:
-        session = onnxruntime.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # ONNX Runtime's exceptions share no narrower class
-        reason = str(error).splitlines()[0]
-        raise EngineError(f"ONNX Runtime does not load {model.graph.name}: {reason}") from None
-    return lambda inputs: session.run([_PEAKS, _LOGITS], dict(inputs))

@@ -140,7 +140,8 @@ def _tidy(model: ir.Model) -> None:
 def check_model(model: onnx.ModelProto) -> None:
     """Types and shapes of every node agree: what a strongly typed builder asks for.
 
-    Weights are left out: the checker takes a hard link for an attack.
+    Weights are left out: none of the checks reads one, and the checker takes a hard link for an
+    attack.
     """
     bare = onnx.ModelProto()
     bare.CopyFrom(model)

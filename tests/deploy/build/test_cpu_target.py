@@ -17,7 +17,8 @@ from mmi_deploy.build.inputs import Sample, random_inputs, samples_of
 from mmi_deploy.build.precision import recipe, rewrite
 from mmi_deploy.build.precision.quantise import fitting, quantise
 from mmi_deploy.build.precision.recipes import INT4, Scheme
-from mmi_deploy.build.receipts import prove, relative_error, runner
+from mmi_deploy.build.receipts import prove, relative_error
+from mmi_deploy.build.run_onnx import runner
 from mmi_deploy.build.sensitivity import sensitivity
 from mmi_deploy.build.target import CPU
 from mmi_deploy.bundle import Bundle

@@ -15,7 +15,8 @@ from mmi_deploy.build.inputs import Sample
 from mmi_deploy.build.precision import Ranges, measure_ranges, recipe, rewrite
 from mmi_deploy.build.precision.rewrite import read_model
 from mmi_deploy.build.precision.simulate import simulated
-from mmi_deploy.build.receipts import TOLERANCE, Proof, model_runner, prove, runner
+from mmi_deploy.build.receipts import TOLERANCE, Proof, prove
+from mmi_deploy.build.run_onnx import model_runner, runner
 from mmi_deploy.build.target import TENSORRT
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.graphs import Graph, Tensor

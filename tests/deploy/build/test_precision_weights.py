@@ -16,7 +16,7 @@ from deploy.build.precision_graphs import contract, hidden, product, write
 from mmi_deploy.build.precision import check_possible, recipe, rewrite
 from mmi_deploy.build.precision.quantise import fitting, packed_blocks, quantise
 from mmi_deploy.build.precision.recipes import FP8, INT4, INT8, RECIPES, Scheme
-from mmi_deploy.build.receipts import runner
+from mmi_deploy.build.run_onnx import runner
 from mmi_deploy.build.target import CPU, TENSORRT
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.graphs import Graph, Tensor

@@ -1,0 +1,59 @@
+"""ONNX graphs run on the CPU as they are, to be compared and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mmi_deploy.errors import EngineError
+
+Run = Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]
+"""Runs a graph: all of its inputs by name to its outputs by name."""
+
+
+def runner(path: Path, threads: int = 0) -> Run:
+    """Runs an ONNX file, on as many threads as there are cores or on `threads`; `EngineError` if
+    ONNX Runtime is missing or refuses it."""
+    return _session(path, str(path), threads=threads)
+
+
+def model_runner(model: ir.Model, folder: Path, outputs: Sequence[str] | None = None) -> Run:
+    """Runs a model in memory whose weights lie in `folder`; gives all outputs or those named."""
+    return _session(
+        ir.to_proto(model).SerializeToString(), str(model.graph.name), folder, outputs=outputs
+    )
+
+
+def _session(
+    model: Path | bytes,
+    what: str,
+    folder: Path | None = None,
+    threads: int = 0,
+    outputs: Sequence[str] | None = None,
+) -> Run:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise EngineError(
+            "a graph is compared in ONNX Runtime", fix="pip install 'mmi_deploy[cpu]'"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    # Behind a DequantizeLinear it would round activations too, as TensorRT does not.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if folder is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder.resolve())
+        )
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower class
+        reason = str(error).splitlines()[0]
+        raise EngineError(f"ONNX Runtime does not load {what}: {reason}") from None
+    names = outputs or [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True))
