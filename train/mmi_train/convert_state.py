@@ -194,12 +194,7 @@ def _plan(
         return plan, [
             f"none of its {len(published)} tensors belongs to this model, {extra[0]} first"
         ]
-    problems = [
-        *([f"missing: {', '.join(compact(missing))}"] if missing else []),
-        *([f"unknown: {', '.join(compact(extra))}"] if extra else []),
-        *compact(wrong),
-    ]
-    return plan, problems
+    return plan, misfits(missing, extra, wrong)
 
 
 @dataclass(frozen=True)
@@ -246,6 +241,16 @@ def _constants_of(module: nn.Module, theirs: str, ours: str, skips: int) -> list
     """Published names of the derived constants that `module` holds as buffers."""
     names = (published_name(ours + name, skips) for name, _ in module.named_buffers())
     return [name.removeprefix(theirs) for name in names if name is not None]
+
+
+def misfits(missing: Sequence[str], unknown: Sequence[str], wrong: Sequence[str]) -> list[str]:
+    """What is wrong with a set of tensors: names that are missing, names of no tensor of ours, and
+    lines about the others."""
+    return [
+        *([f"missing: {', '.join(compact(missing))}"] if missing else []),
+        *([f"unknown: {', '.join(compact(unknown))}"] if unknown else []),
+        *compact(wrong),
+    ]
 
 
 def compact(lines: Sequence[str]) -> list[str]:

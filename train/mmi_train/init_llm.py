@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from mmi_deploy.errors import ConfigError, WeightsError
-from mmi_train.convert_state import compact
+from mmi_train.convert_state import misfits
 from mmi_train.init_fields import Fields, count, fitting, read_json, refuse
 from mmi_train.stored import StoredTensor
 from mmi_train.stored.safetensors_files import read_folder
@@ -172,12 +172,7 @@ def _check_tensors(model: LanguageModel) -> None:
         for name, tensor in model.tensors.items()
         if not tensor.dtype.is_floating_point
     ]
-    problems = [
-        *([f"missing: {', '.join(compact(missing))}"] if missing else []),
-        *([f"unknown: {', '.join(compact(extra))}"] if extra else []),
-        *compact(wrong),
-    ]
-    if problems:
+    if problems := misfits(missing, extra, wrong):
         raise WeightsError(f"{model.source} is no LLaMA of its config: " + "; ".join(problems))
 
 

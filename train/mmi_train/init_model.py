@@ -29,7 +29,7 @@ from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.files import new_folder
 from mmi_deploy.presets import tiny
 from mmi_train.convert import FOLDER_KIND
-from mmi_train.convert_state import compact
+from mmi_train.convert_state import misfits
 from mmi_train.init_diffusion import DiffusionPart
 from mmi_train.init_fields import fitting
 from mmi_train.init_fresh import fresh_tensors
@@ -305,17 +305,13 @@ def _check_fit(taken: dict[str, StoredTensor], shapes: dict[str, torch.Size]) ->
         names = [name for name in shapes if name.startswith("image_decoder.unet.")]
         given += [name for name in names if not name.startswith("image_decoder.unet.look_back.")]
     missing = [n for n in shapes if n.startswith(tuple(given)) and n not in taken]
-    problems = [f"missing: {', '.join(compact(missing))}"] if missing else []
-    if extra := [name for name in taken if name not in shapes]:
-        problems.append(f"unknown: {', '.join(compact(extra))}")
-    problems += compact(
-        [
-            f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}"
-            for name, tensor in taken.items()
-            if name in shapes and tensor.shape != shapes[name]
-        ]
-    )
-    if problems:
+    extra = [name for name in taken if name not in shapes]
+    wrong = [
+        f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}"
+        for name, tensor in taken.items()
+        if name in shapes and tensor.shape != shapes[name]
+    ]
+    if problems := misfits(missing, extra, wrong):
         raise WeightsError(
             "the weights do not fit their configuration (by our names): " + "; ".join(problems)
         )
