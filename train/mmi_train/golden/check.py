@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from mmi_deploy.config import first_flaw
 from mmi_deploy.errors import MmiError
 from mmi_train.golden import full, generate, llama, mmfs, unet, vision
 from mmi_train.golden.compare import Checks, Comparison
@@ -137,8 +138,6 @@ class _WeightPool:
 def one_line(error: Exception) -> str:
     """An error of ours as it is; any other with its kind, on one line."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        return f"its configuration cannot be: {field}{': ' if field else ''}{first['msg']}"
+        return f"its configuration cannot be: {first_flaw(error)}"
     text = " ".join(str(error).split())
     return text if isinstance(error, MmiError) else f"{type(error).__name__}: {text}"
