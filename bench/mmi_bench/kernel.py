@@ -202,7 +202,7 @@ def bound(model: bytes, inputs: dict[str, np.ndarray], threads: int, library: Pa
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy that begins on a cache line, as the runtime's own buffers do."""
+    """A copy that begins on a cache line: where numpy puts one differs from run to run."""
     raw = np.empty(array.nbytes + _ALIGNED, np.uint8)
     first = -raw.ctypes.data % _ALIGNED
     copy = raw[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
