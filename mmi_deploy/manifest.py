@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
@@ -294,8 +294,8 @@ def _read_checked(folder: Path) -> dict[str, list[object]]:
 
 
 def _remember(folder: Path, checked: dict[str, list[object]]) -> None:
-    """Best effort: a read-only bundle is hashed each time."""
-    if os.access(folder, os.W_OK):
+    """Best effort: a bundle that cannot be written to is hashed each time."""
+    with suppress(OSError):
         write_file(folder / _CHECKED, json.dumps(checked))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmi_deploy import manifest
 from mmi_deploy.bundle import Bundle, BundleWriter, write_bundle, write_target
 from mmi_deploy.errors import BundleError
 from mmi_deploy.graphs import GRAPHS, STATE, TERMS, Limits
@@ -89,6 +91,23 @@ def test_hashes_are_remembered_until_a_file_is_touched(folder: Path) -> None:
     assert hashed == ["llm.onnx"]
     bundle.verify(spy)
     assert sorted(hashed[1:]) == sorted(Path(name).name for name in bundle.manifest.files)
+
+
+def test_a_bundle_that_cannot_be_written_to_is_hashed_each_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, data: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def refuse_to_hash(path: Path) -> str:
+        raise RuntimeError("it was hashed")
+
+    (folder / ".checked.json").unlink()
+    monkeypatch.setattr(manifest, "write_file", refuse)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="hashed"):
+            Bundle.open(folder, hashed=refuse_to_hash)
+        Bundle.open(folder)
 
 
 def test_a_change_that_keeps_size_and_time_is_found(folder: Path) -> None:
