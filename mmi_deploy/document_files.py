@@ -72,13 +72,17 @@ def resolve_link(target: str, folder: Path) -> Path:
             f"the picture {target} is not a file beside the document",
             fix="save it there and link it by name",
         )
-    path = (folder / target).resolve()
+    try:
+        path = (folder / target).resolve()
+        there = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name without end, or a link to itself
+        raise DocumentError(f"the picture {target} cannot be looked up: {error}") from None
     if Path(target).is_absolute() or not path.is_relative_to(folder.resolve()):
         raise DocumentError(
             f"the picture {target} lies outside the document's folder",
             fix="copy it there and link it by name",
         )
-    if not path.is_file():
+    if not there:
         raise DocumentError(f"there is no picture {path}", fix="correct the link or add the file")
     return path
 

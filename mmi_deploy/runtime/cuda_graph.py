@@ -77,6 +77,9 @@ class CudaGraphs:
             run()
         except EngineError as error:
             refusal = str(error)
+        except BaseException:  # Ctrl-C: the stream must not go on recording
+            self._cuda.quietly("cudaStreamEndCapture", self._stream)
+            raise
         try:
             graph = self._cuda("cudaStreamEndCapture", self._stream)
         except EngineError as error:

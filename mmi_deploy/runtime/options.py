@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.runtime.text_sampling import TextSampling
+from mmi_deploy.runtime.text_sampling import TextSampling, check_ranges
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,15 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` for a value out of range."""
-        for name in ("max_tokens", "min_tokens", "max_images", "guidance"):
-            if getattr(self, name) < 0:
-                raise ConfigError(
-                    f"{name} is out of range", expected="0 or more", got=getattr(self, name)
-                )
-        if self.full_every < 1:
-            raise ConfigError(
-                "full_every is out of range", expected="1 or more", got=self.full_every
-            )
-        if self.guidance > 100:
-            raise ConfigError("guidance is out of range", expected="at most 100", got=self.guidance)
-        if self.turn_tokens is not None and self.turn_tokens < 0:
-            raise ConfigError("turn_tokens is out of range", expected="0 or more")
+        check_ranges(
+            self,
+            ("max_tokens", self.max_tokens >= 0, "0 or more"),
+            ("min_tokens", self.min_tokens >= 0, "0 or more"),
+            ("max_images", self.max_images >= 0, "0 or more"),
+            ("turn_tokens", self.turn_tokens is None or self.turn_tokens >= 0, "0 or more"),
+            ("full_every", self.full_every >= 1, "1 or more"),
+            ("guidance", 0 <= self.guidance <= 100, "0 to 100"),
+        )
         if "" in self.stop:
             raise ConfigError("an empty stop text would stop everything")
         _ = self.sampling

@@ -34,16 +34,23 @@ class TextSampling:
 
     def __post_init__(self) -> None:
         warmth = self.temperature  # nearer to 0 or infinity, logits would be no numbers
-        for name, good, expected in (
+        check_ranges(
+            self,
             ("temperature", warmth == 0 or 0.001 <= warmth <= 1000, "0, or 0.001 to 1000"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
-        ):
-            if not good:
-                raise ConfigError(
-                    f"{name} is out of range", expected=expected, got=getattr(self, name)
-                )
+        )
+
+
+def check_ranges(options: object, *rules: tuple[str, bool, str]) -> None:
+    """Raise `ConfigError` for the first of (field, whether it is good, what is expected) that is
+    not. Not a number is in no range: comparisons say what is good."""
+    for name, good, expected in rules:
+        if not good:
+            raise ConfigError(
+                f"{name} is out of range", expected=expected, got=getattr(options, name)
+            )
 
 
 def never_sampled(tokens: TokenConfig) -> frozenset[int]:

@@ -217,6 +217,14 @@ def test_unreadable_files_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["loop.png", "x" * 5000])
+def test_names_that_lead_nowhere_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(DocumentError, match="cannot be looked up|there is no picture") as caught:
+        parse_markdown(f"![a]({name})", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_missing_document_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match="cannot read .*: No such file"):
         read_document(tmp_path / "a.md")

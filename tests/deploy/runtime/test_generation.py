@@ -235,6 +235,8 @@ def test_the_penalty_counts_the_current_turn_alone() -> None:
     [
         {"max_tokens": -1},
         {"guidance": -0.5},
+        {"guidance": float("nan")},
+        {"temperature": float("nan")},
         {"temperature": -1.0},
         {"top_p": 0.0},
         {"top_k": -2},

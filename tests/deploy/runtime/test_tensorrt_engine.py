@@ -18,6 +18,7 @@ from mmi_deploy.build.target import TENSORRT, TENSORRT_RTX
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.graphs import Graph, Range, Tensor
 from mmi_deploy.runtime.buffers import HOST
+from mmi_deploy.runtime.cuda_graph import CudaGraphs
 from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory
 from mmi_deploy.runtime.onnx_engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.tensorrt_engine import Residency, Scratch, TensorRtEngine
@@ -163,6 +164,20 @@ def test_recordings_are_few_and_given_back(bench: Bench) -> None:
     assert len(bench.cuda.graphs) == 2
     engine.close()
     assert not bench.cuda.graphs
+
+
+def test_ctrl_c_does_not_leave_the_stream_recording(bench: Bench) -> None:
+    graphs = CudaGraphs(bench.memory)
+
+    def run() -> None:
+        if bench.cuda.recording:
+            raise KeyboardInterrupt
+
+    assert not graphs.enqueue("key", run, may_record=True)
+    with pytest.raises(KeyboardInterrupt):
+        graphs.enqueue("key", run, may_record=True)
+    assert not bench.cuda.recording
+    assert bench.memory.hold(np.arange(3)).read().tolist() == [0, 1, 2]
 
 
 def test_addresses_that_tensorrt_does_not_take_are_gone_round(
