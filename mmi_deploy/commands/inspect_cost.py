@@ -184,15 +184,20 @@ def flops(count: int) -> str:
     """FLOPs for people: `26.2 G`."""
     value, unit = float(count), ""
     for unit in ("", "k", "M", "G", "T"):
-        if value < 1000 or unit == "T":
+        if value < 999.5 or unit == "T":
             break
         value /= 1000
-    return f"{value:.0f}" if not unit else f"{value:.3g} {unit}"
+    return f"{value:.0f}" if not unit else f"{_three_digits(value)} {unit}"
 
 
 def duration(seconds: float) -> str:
     """`7.9 ms`."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+        if seconds >= 0.9995 * scale:
+            return f"{_three_digits(seconds / scale)} {unit}"
+    return f"{_three_digits(seconds / 1e-9)} ns"
+
+
+def _three_digits(value: float) -> str:
+    """At least; never with an exponent."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

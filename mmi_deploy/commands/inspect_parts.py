@@ -60,7 +60,7 @@ def show_model(folder: Path, as_json: bool) -> None:
         return
     table = _table("part", ">parameters", ">share", title=f"{folder}: {config.name}")
     for part, count in sorted(counts.items(), key=lambda item: -item[1]):
-        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
+        table.add_row(part, f"{count:,}", f"{count / max(total, 1):.1%}")
     table.add_section()
     table.add_row("all", f"{total:,}", size(file_size))
     results().print(table)

@@ -30,6 +30,7 @@ from mmi_deploy.cli import app, run
 from mmi_deploy.commands import verify as verify_command
 from mmi_deploy.commands.generate import ENDS
 from mmi_deploy.commands.generate import generate as generate_command
+from mmi_deploy.commands.inspect_cost import duration, flops
 from mmi_deploy.commands.inspect_memory import _residency
 from mmi_deploy.commands.needs import EXTRAS
 from mmi_deploy.commands.targets import groups
@@ -474,6 +475,15 @@ def test_inspect_refuses_sizes_that_its_view_does_not_have(
 ) -> None:
     assert mmi("inspect", bundle, *option) == 2
     assert f"{option[0]} says nothing here; expected it with --memory" in mmi.err
+
+
+def test_numbers_for_people_have_no_exponents() -> None:
+    assert [flops(n) for n in (999, 999_900, 26_200_000_000, 10**16)] == [
+        "999", "1 M", "26.2 G", "10000 T"
+    ]  # fmt: skip
+    assert [duration(s) for s in (1234.5, 0.99996, 0.0079, 0.0)] == [
+        "1234 s", "1 s", "7.9 ms", "0 ns"
+    ]  # fmt: skip
 
 
 def test_engines_that_take_turns_are_named_alike_everywhere() -> None:
