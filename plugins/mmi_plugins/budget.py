@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins import nvrtc
+from mmi_plugins import compilers, nvrtc
 from mmi_plugins.cases import draw
 from mmi_plugins.launch_plan import TYPES, VARIANTS, Variant
 from mmi_plugins.reference import all_rows
 from mmi_plugins.through.emulator import default_kernel, emulate, sampled_points
 
-ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
+ARCHITECTURES = tuple(map(int, compilers.ARCHITECTURES))
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 

@@ -136,7 +136,7 @@ class _Implementation:
 
     def missing(self) -> str | None:
         """Why the shim cannot run here, or None."""
-        return None if compiler() else "g++ is not installed"
+        return None if compiler() else "there is no C++ compiler: install g++, or set CXX"
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], by the kernels that the library would choose."""
