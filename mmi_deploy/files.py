@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmi_deploy.errors import ConfigError, MmiError
@@ -61,13 +61,18 @@ def check_replaceable(
     """Raise `MmiError` when writing `folder` would destroy something that we did not write.
 
     Absent and empty folders are free to take; so is one whose marker says that we wrote it and that
-    it is of the same `kind`, and, with `force`, any other folder. Never a file, the current folder,
-    one that contains it, or one that contains any of `inputs`.
+    it is of the same `kind`, and, with `force`, any other folder. Never a file, a mount point, the
+    current folder, one that contains it, or one that contains any of `inputs`.
     """
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_symlink() or not folder.is_dir():
         raise MmiError(f"{folder} is not a folder", fix=_ELSEWHERE)
+    if folder.is_mount():
+        raise MmiError(
+            f"{folder} is where a disk is mounted, and cannot be replaced",
+            fix="give a folder in it",
+        )
     if Path.cwd().resolve().is_relative_to(folder.resolve()):
         raise MmiError(f"{folder} is the folder you are in, or above it", fix=_ELSEWHERE)
     for path in inputs:
@@ -159,11 +164,14 @@ def _swap(work: Path, folder: Path) -> None:
         work.rename(folder)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", suffix=".tmp", dir=folder.parent))
-    old = folder.rename(aside / folder.name)
     try:
-        work.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        old = folder.rename(aside / folder.name)
+        try:
+            work.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # what is still in it must not go
+            aside.rmdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmi_deploy.errors import ConfigError, MmiError
-from mmi_deploy.files import cache_folder, new_folder, prepare_file, write_file
+from mmi_deploy.files import cache_folder, check_replaceable, new_folder, prepare_file, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -46,6 +46,32 @@ def test_whatever_goes_wrong_leaves_what_was_there(
         raise error
     assert (tmp_path / "out" / "a.txt").read_text() == "before"
     assert names(tmp_path) == ["out/.mmi", "out/a.txt"]
+
+
+def test_a_mount_point_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a container has them: it could be filled, and not be replaced at the end."""
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "disk")
+    with pytest.raises(MmiError, match="disk is where a disk is mounted.* give a folder in it"):
+        check_replaceable(tmp_path / "disk", force=True)
+    fill(tmp_path / "disk" / "out", "new")
+
+
+def test_a_folder_that_cannot_be_moved_leaves_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "out", "before")
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError("busy")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="busy"):
+        fill(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out/.mmi", "out/a.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_failing_rename_puts_the_old_folder_back(
