@@ -33,6 +33,7 @@ from mmi_train.data.tasks import (
 from mmi_train.data.world import Scene, WorldConfig
 from mmi_train.interleaved_stage import batch_of
 from mmi_train.model.diffusion import scheduler_options
+from mmi_train.model.generation import draw_pictures
 from mmi_train.model.mm_interleaved import MMInterleaved
 
 MAX_ANSWER = 32
@@ -224,25 +225,24 @@ class Evaluator:
     def draw(self, prompts: list[TokenDocument]) -> list[np.ndarray]:
         """The picture that each prompt's last begin-of-image token announces."""
         model, config = self.model, self.model.config
-        rows = make_rows(prompts, config.tokens)
-        batch = batch_of(rows, config.tokens)
-        images = model.encode_images(batch.pixels)
-        hidden = model.read(batch.token_ids, images, batch.image_slot)
+        batch = batch_of(make_rows(prompts, config.tokens), config.tokens)
         last = torch.tensor([[row, len(prompt.images) - 1] for row, prompt in enumerate(prompts)])
-        decoder = model.image_decoder
         scheduler = DPMSolverMultistepScheduler(**scheduler_options(config.image_decoder.diffusion))
         scheduler.set_timesteps(self.steps)
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn((len(prompts), *decoder.latent_shape), generator=generator)
-        latents = decoder.draw(
-            model.condition(hidden, batch.token_ids, last),
-            model.look_back_images(images, batch.token_ids, batch.image_slot, last),
+        noise = torch.randn((len(prompts), *model.image_decoder.latent_shape), generator=generator)
+        pixels = draw_pictures(
+            model,
+            batch.token_ids,
+            batch.pixels,
+            batch.image_slot,
+            last,
             noise,
             scheduler,
             guidance=self.guidance,
             full_every=self.full_every,
         )
-        return images_from_pixels(decoder.vae.decode(latents))
+        return images_from_pixels(pixels)
 
     def run(self, questions: list[Question], measures: Measures) -> list[np.ndarray | str]:
         """Answer and grade; returns what was produced, in order."""

@@ -154,6 +154,7 @@ def draw_pictures(
     scheduler: SchedulerMixin,
     *,
     guidance: float,
+    full_every: int = 1,
     step_noise: Sequence[Tensor] | None = None,
     on_step: Callable[[DrawingStep], None] | None = None,
 ) -> Tensor:
@@ -170,6 +171,7 @@ def draw_pictures(
         latents,
         scheduler,
         guidance=guidance,
+        full_every=full_every,
         step_noise=step_noise,
         on_step=on_step,
     )
