@@ -414,7 +414,7 @@ def first_flaw(error: ValidationError) -> str:
     field = ".".join(str(part) for part in first["loc"]) or "the whole"
     line = f"{field}: {first['msg'].removeprefix('Value error, ')}"
     shown = isinstance(first["input"], int | float | str) and first["type"] != "json_invalid"
-    return f"{line}; got {first['input']!r}" if shown else line
+    return f"{line}; got {first['input']!r:.80}" if shown else line
 
 
 def from_json(text: str | bytes, source: str = "configuration") -> ModelConfig:

@@ -16,6 +16,9 @@ FILE_NAME = "tokenizer.json"
 _CONTEXT = 8
 """Tokens before a stream that decide how it begins; one character takes at most four."""
 
+_LISTED = 8
+"""Words that an error names."""
+
 
 class Tokenizer:
     """A tokenizer that never makes special tokens out of what a user wrote."""
@@ -87,7 +90,10 @@ class Tokenizer:
 
 
 def _listed(words: Iterable[str]) -> str:
-    return ", ".join(repr(word) for word in dict.fromkeys(words))
+    """The first of the different words, and how many more there are."""
+    different = list(dict.fromkeys(words))
+    more = f" and {len(different) - _LISTED} more" if len(different) > _LISTED else ""
+    return ", ".join(map(repr, different[:_LISTED])) + more
 
 
 class TextStream:

@@ -368,6 +368,9 @@ def test_unknown_words_are_named(tokenizer: Tokenizer) -> None:
         encode(tokenizer, Text("red elephant pink elephant moves"))
     with pytest.raises(DocumentError, match="does not know '<', 's', '>'"):
         encode(tokenizer, Text("red < s >"))
+    words = " ".join(f"w{index} w{index}" for index in range(100))
+    with pytest.raises(DocumentError, match=r"does not know 'w0', .*, 'w7' and 92 more\. say"):
+        encode(tokenizer, Text(words))
 
 
 def test_an_empty_document_is_refused(tokenizer: Tokenizer) -> None:
