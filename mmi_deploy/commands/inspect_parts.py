@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,6 +89,8 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
     for remark in bundle.remarks:
         out.print(remark, style="yellow")
     out.print(_graph_table(bundle))
+    for line in _shared_files(bundle):
+        out.print(line)
     if targets:
         from mmi_deploy.commands.inspect_cost import print_table
         from mmi_deploy.commands.inspect_targets import target_table
@@ -109,7 +112,9 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
 def _graph_table(bundle: Bundle) -> Table:
     table = _table("graph", ">in", ">out", ">size", ">cases", ">worst error", ">allowed")
     for name, graph in bundle.graphs.items():
-        own = bundle.manifest.graph_files(name).values()
+        shared = bundle.manifest.shared.get(name, ())
+        files = bundle.manifest.graph_files(name).items()
+        own = [entry for file, entry in files if file not in shared]
         receipt = bundle.manifest.receipt(name)
         proof: tuple[str | Text, ...] = ("none", Text("no receipt", style="red"), "")
         if receipt and receipt.cases:
@@ -118,6 +123,15 @@ def _graph_table(bundle: Bundle) -> Table:
         counts = (str(len(graph.inputs)), str(len(graph.outputs)))
         table.add_row(name, *counts, size(sum(entry.size for entry in own)), *proof)
     return table
+
+
+def _shared_files(bundle: Bundle) -> Iterator[str]:
+    users: dict[str, list[str]] = {}
+    for graph, files in bundle.manifest.shared.items():
+        for file in files:
+            users.setdefault(file, []).append(graph)
+    for file, graphs in users.items():
+        yield f"{file}, {size(bundle.manifest.files[file].size)}, is shared by {', '.join(graphs)}"
 
 
 def _tensor_table(graph: Graph) -> Table:

@@ -11,6 +11,7 @@ import pytest
 from deploy.test_bundle import GOOD, NAMES, fill
 from mmi_deploy import manifest
 from mmi_deploy.bundle import Bundle, write_bundle
+from mmi_deploy.cli import run
 from mmi_deploy.errors import BundleError
 from mmi_deploy.graphs import Limits
 from mmi_deploy.manifest import Hashes
@@ -59,6 +60,17 @@ def test_a_receipt_covers_the_weights_that_a_graph_shares(tmp_path: Path) -> Non
     other = bundle.manifest.model_copy(update={"files": files})
     unproved = [name for name in NAMES if other.receipt(name) is None]
     assert sorted(unproved) == ["llm", "vae_decoder"]
+
+
+def test_inspect_counts_a_shared_file_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["inspect", str(write(tmp_path / "bundle"))]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"{SHARED}, 5 B, is shared by llm, vae_decoder" in lines
+    own = (tmp_path / "bundle" / "graphs" / "llm.onnx").stat().st_size
+    assert any(line.startswith("llm ") and f" {own} B " in line for line in lines)
 
 
 def test_a_new_bundle_is_opened_without_hashing_anything(
