@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from mmi_plugins.cases import SITUATIONS, draw, draws
-from mmi_plugins.check import check, check_folder
+from mmi_plugins.check import check
 from mmi_plugins.operator import Call
 from mmi_plugins.reference import attention, output_of
 from mmi_plugins.through import IMPLEMENTATIONS, Implementation
@@ -50,8 +48,3 @@ def test_within_the_tolerance_of_its_type(name: str) -> None:
         if verdict.word != "passed":
             wrong.append((case, call.dtype, verdict.word, verdict.relative, verdict.reason))
     assert not wrong
-
-
-def test_a_folder_without_cases_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="holds no case"):
-        list(check_folder(tmp_path, ["function"]))

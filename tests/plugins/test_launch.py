@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 
 import pytest
 
 from mmi_plugins import nvrtc
+from mmi_plugins.compilers import find_nvcc
 from mmi_plugins.launch_plan import CSRC
-
-NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
 
 if reason := nvrtc.missing("nvcc"):
     pytest.skip(reason, allow_module_level=True)
@@ -63,7 +61,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
     program = folder / "launch"
     sources = [str(CSRC / "attention.cu"), str(folder / "main.cpp")]
     strict = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
-    command = [NVCC, "-std=c++17", "-arch=sm_80", *strict, f"-I{CSRC}", *sources]
+    command = [str(find_nvcc()), "-std=c++17", "-arch=sm_80", *strict, f"-I{CSRC}", *sources]
     subprocess.run([*command, "-o", str(program)], check=True, capture_output=True)
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([str(program)], env=hidden, check=True, capture_output=True, text=True)
