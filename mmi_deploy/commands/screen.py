@@ -32,14 +32,14 @@ class _Pipe(Console):
 
 
 def results() -> Console:
-    """For what was asked for; never wraps or colours what is piped on. Brackets in it, as names of
-    files have them, are no markup."""
-    return _Pipe(markup=False, highlight=False, soft_wrap=True)
+    """For what was asked for; never wraps or colours what is piped on. Brackets and colons in it, as
+    names of files and texts have them, are neither markup nor emoji."""
+    return _Pipe(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def remarks() -> Console:
     """For people who watch; silent about progress when stderr is no terminal."""
-    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def progress(console: Console, count: ProgressColumn | None = None) -> Progress:

@@ -463,7 +463,7 @@ def test_brackets_in_a_name_are_shown_as_they_are(
     mmi: Screen, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    named = bundle.rename(bundle.parent / "b[bold][oops]")
+    named = bundle.rename(bundle.parent / "b[bold][oops]:bug:")
     for command in ("verify", "inspect"):
         assert mmi(command, named) == 0
         assert mmi.out.startswith(str(named))
