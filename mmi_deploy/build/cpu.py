@@ -17,7 +17,6 @@ from mmi_deploy.build.receipts import prove
 from mmi_deploy.build.report import REPORT, GraphReport, TargetReport
 from mmi_deploy.build.target import CPU, Target
 from mmi_deploy.bundle import Bundle, write_target
-from mmi_deploy.document import Document
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.files import write_file
 from mmi_deploy.free_memory import free_memory
@@ -31,18 +30,16 @@ def build_cpu_target(
     bundle: Bundle,
     recipe: Recipe,
     progress: Progress = lambda what, done, total: None,
-    document: Document | None = None,
     *,
     unproved: bool = False,
     force: bool = False,
 ) -> TargetReport:
     """Write `engines/cpu-<recipe>` of `bundle`: the graphs that the recipe changes, with receipts.
 
-    A runtime takes the portable file for every other graph. document: what the comparison's inputs
-    are recorded on. unproved: compare nothing, write no receipt. force: compare even where memory
-    looks too small for it. Raises `ConfigError` for a recipe that makes no sense on a CPU,
-    `EngineError` where the bundle is too large to be run here, `BundleError` where the error is
-    greater than the recipe allows; nothing is written then.
+    A runtime takes the portable file for every other graph. unproved: compare nothing, write no
+    receipt. force: compare even where memory looks too small for it. Raises `ConfigError` for a
+    recipe that makes no sense on a CPU, `EngineError` where the bundle is too large to be run here,
+    `BundleError` where the error is greater than the recipe allows; nothing is written then.
     """
     check_possible(recipe, CPU, None)
     names = [name for name in bundle.graphs if name in recipe.weights]
@@ -59,7 +56,7 @@ def build_cpu_target(
         if not force:
             check_can_run(bundle, free_memory())
         progress("recording inputs", 0, total)
-        samples = samples_of(bundle, document)
+        samples = samples_of(bundle)
     manifest = {"runtime": CPU, "precision": recipe.name, "recipe": repr(recipe.weights)}
     with write_target(bundle, target.name, manifest) as writer:
         for index, name in enumerate(names):

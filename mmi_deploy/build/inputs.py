@@ -5,7 +5,7 @@ Letters as in `graphs.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,12 @@ _TOKENS = (1, 17)
 """Tokens of a run: decode and prefill."""
 
 
-def record(
-    bundle: Bundle, document: Document | None = None, seed: int = 0
-) -> dict[str, list[Arrays]]:
-    """Continue a document with the portable graphs; returns inputs by graph.
+def record(bundle: Bundle) -> dict[str, list[Arrays]]:
+    """Continue a document with the portable graphs: two pictures, words that the tokenizer knows,
+    and a picture to draw. Returns inputs by graph.
 
     Of the runs of a graph those whose number is a power of two are kept: the first ones, where
-    little is in the caches, and ever later ones. document: by default two pictures, words that the
-    tokenizer knows, and a picture to draw.
+    little is in the caches, and ever later ones.
     """
     kept: dict[str, list[Arrays]] = {name: [] for name in bundle.graphs}
 
@@ -62,8 +60,8 @@ def record(
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
     runtime = Runtime(bundle.config, bundle.limits, tokenizer, load, bundle.schedule)
     # Every second step is a shallow one, so that both kinds are recorded.
-    options = GenerationOptions(seed=seed, max_tokens=RECORDED_TOKENS, max_images=0, full_every=2)
-    for _ in generate(runtime, document or _made_up(bundle, tokenizer), options):
+    options = GenerationOptions(max_tokens=RECORDED_TOKENS, max_images=0, full_every=2)
+    for _ in generate(runtime, _made_up(bundle, tokenizer), options):
         pass
     return kept
 
@@ -188,18 +186,12 @@ def _drawn(
     return np.ascontiguousarray(values, np.float32).reshape(shape)
 
 
-def samples_of(
-    bundle: Bundle,
-    document: Document | None = None,
-    on_graph: Callable[[str], None] = lambda name: None,
-    seed: int = 0,
-) -> dict[str, list[Sample]]:
+def samples_of(bundle: Bundle) -> dict[str, list[Sample]]:
     """Recorded, then random inputs of every graph."""
-    recorded = record(bundle, document, seed)
+    recorded = record(bundle)
     samples = {}
     for name, graph in bundle.graphs.items():
-        on_graph(name)
-        drawn = random_inputs(graph, recorded[name], np.random.default_rng(seed))
+        drawn = random_inputs(graph, recorded[name], np.random.default_rng(0))
         samples[name] = [
             *(Sample(inputs, True) for inputs in recorded[name]),
             *(Sample(inputs, False) for inputs in drawn),

@@ -4,7 +4,7 @@ same inputs, recorded ones and random ones, and the error is compared with what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,6 @@ def prove(
     rewritten: Path,
     runtime: str,
     samples: Sequence[Sample],
-    on_run: Callable[[], None] = lambda: None,
 ) -> Proof:
     """Compare `rewritten`, made for `runtime`, with the `portable` file of `graph`.
 
@@ -91,10 +90,7 @@ def prove(
     """
     simulate = recipe.activations_on(runtime) != FLOAT32
     run = runner(portable)
-    wanted = []
-    for sample in samples:
-        wanted.append(_written(graph, sample.inputs, run(sample.inputs)))
-        on_run()
+    wanted = [_written(graph, sample.inputs, run(sample.inputs)) for sample in samples]
     del run
     run = model_runner(simulated(rewritten), rewritten.parent) if simulate else runner(rewritten)
     cases = []
@@ -104,7 +100,6 @@ def prove(
         tolerance = allowed if sample.recorded else min(UNSTEADY * allowed, 0.99)
         sizes = _sizes_of(graph, sample.inputs)
         cases.append(Case(sizes=sizes, error=error, tolerance=tolerance))
-        on_run()
     return Proof(graph.name, SIMULATED if simulate else COMPARED_WITH, tuple(cases))
 
 

@@ -17,7 +17,6 @@ from mmi_deploy.build.precision.weight_only import Product, products
 from mmi_deploy.build.receipts import relative_error
 from mmi_deploy.build.run_onnx import Run, model_runner
 from mmi_deploy.bundle import Bundle
-from mmi_deploy.document import Document
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.graphs import Graph
 
@@ -42,7 +41,6 @@ def sensitivity(
     bundle: Bundle,
     graph: str = "llm",
     precision: str = "int4",
-    document: Document | None = None,
     on_layer: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> list[Layer]:
     """Quantise one weight of `graph` at a time; returns all, the most sensitive first.
@@ -60,7 +58,7 @@ def sensitivity(
     found = products(model.graph, constants)
     if not found:
         raise ConfigError(f"{graph} has no matrix product with a weight")
-    runs = record(bundle, document)[graph][-_RUNS:]
+    runs = record(bundle)[graph][-_RUNS:]
     weights = {_input_of(model.graph, product): product for product in found}
     run = model_runner(model, path.parent)
     plain: Arrays = {name: _weight(product, constants) for name, product in weights.items()}

@@ -9,7 +9,7 @@ float16 in the U-Net of Stable Diffusion 2.1 and makes its pictures black.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,7 @@ def islands(graph: ir.Graph, beyond: Collection[str]) -> set[str]:
     return names
 
 
-def measure_ranges(
-    model: ir.Model,
-    folder: Path,
-    runs: Iterable[Arrays],
-    on_run: Callable[[], None] = lambda: None,
-) -> Ranges:
+def measure_ranges(model: ir.Model, folder: Path, runs: Iterable[Arrays]) -> Ranges:
     """Run a portable graph, whose weights lie in `folder`, on each of `runs`.
 
     `model` gets outputs that it had not. Raises `EngineError` when ONNX Runtime cannot run it.
@@ -86,7 +81,6 @@ def measure_ranges(
         peaks = np.maximum(peaks, found[_PEAKS])
         logits = np.maximum(logits, found[_LOGITS])
         count += 1
-        on_run()
     if not count:
         raise EngineError(f"{model.graph.name} has no inputs to measure ranges on")
     return Ranges(

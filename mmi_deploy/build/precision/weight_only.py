@@ -6,7 +6,6 @@ rows; ONNX Runtime has one operator for both, MatMulNBits, on weights turned rou
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -77,21 +76,15 @@ def products(graph: ir.Graph, constants: Constants) -> list[Product]:
 
 
 def quantise_products(
-    graph: ir.Graph,
-    constants: Constants,
-    weights: Weights,
-    runtime: str,
-    only: Callable[[str], bool] = lambda name: True,
-) -> dict[str, Scheme]:
-    """Store the weights of `graph` by their schemes; returns the scheme of each, by name.
-
-    only: which weights, by name. Raises `BundleError` when there is no product at all to quantise.
-    """
-    chosen: dict[str, Scheme] = {}
+    graph: ir.Graph, constants: Constants, weights: Weights, runtime: str
+) -> None:
+    """Store the weights of `graph` by their schemes. Raises `BundleError` when there is no product
+    at all to quantise."""
+    quantised = False
     latest = _Latest(constants)
     for product in products(graph, constants):
         scheme = weights.of(product.name, product.rows * product.columns)
-        if scheme is None or not only(product.name):
+        if scheme is None:
             continue
         if runtime == CPU:
             scheme = fitting(Scheme(scheme.dtype, scheme.block or CPU_BLOCK), product.rows)
@@ -101,14 +94,13 @@ def quantise_products(
         else:
             scheme = fitting(scheme, product.rows)
             _behind_dequantise(graph, constants, product, scheme, latest)
-        chosen[product.name] = scheme
-    if not chosen:
+        quantised = True
+    if not quantised:
         raise BundleError(
             f"{graph.name} has no matrix product to quantise",
             expected=f"weights of {weights.least} numbers or more",
             fix="choose --precision fp16, or fp32 on the CPU",
         )
-    return chosen
 
 
 def _behind_dequantise(
