@@ -32,8 +32,8 @@ class _Pipe(Console):
 
 
 def results() -> Console:
-    """For what was asked for; never wraps or colours what is piped on. Brackets and colons in it, as
-    names of files and texts have them, are neither markup nor emoji."""
+    """For what was asked for; never wraps or colours what is piped on. Brackets and colons in texts
+    and names of files are neither markup nor emoji."""
     return _Pipe(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
