@@ -245,9 +245,9 @@ def _of_the_same_stores(
     block = kernel.instructions[first + jump + 1 : kernel.labels[near[jump].operands[0]]]
     stores = [each for each in block if each.operation[:2] == ("st", "shared")]
     return (
-        0 < len(block) <= 4
+        0 < len(block) <= 5
         and bool(stores)
-        and all(each in stores or each.name in ("mov", "add", "mad") for each in block)
+        and all(each in stores or each.name in ("mov", "add", "mad", "ld") for each in block)
     )
 
 

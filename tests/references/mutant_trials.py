@@ -99,6 +99,15 @@ def _calls(dtype: str, wide: bool) -> Iterator[tuple[str, Call]]:
     table = call["logit_table"].copy()
     table[1], table[2] = -2.5e38, 2.5e38  # and of some only what is too far below to be subtracted
     yield "enormous tables", _changed(call, logits=np.zeros_like(call["logits"]), logit_table=table)
+    name, call = draw("ordinary", **several, null_slot=True, per_query=True, references=True)
+    seen = np.ones_like(call["image_position"])
+    slot = np.array([[-1, 0, 3], [1, -(2**31), 2]], np.int32)  # of a pool of three
+    yield "visible without a slot", _changed(call, image_slot=slot, image_position=seen)
+    name, call = draw("ordinary", **many, null_slot=True, references=False)
+    seen = np.ones_like(call["image_position"])
+    yield "whole turns, then the next 32 images", _changed(call, image_position=seen)
+    if dtype == "float32":
+        yield draw("ordinary", **{**several, "d": 64}, null_slot=True)  # two groups of lanes
 
 
 def _changed(call: Call, **inputs: np.ndarray) -> Call:
