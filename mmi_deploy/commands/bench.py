@@ -56,15 +56,15 @@ def bench(
     Both sides get the same weights, threads and counts and take turns; they must write the same
     text and draw the same pictures, or nothing is reported. With the defaults this takes minutes.
     """
+    if out:
+        prepare_file(out)
+    if plot:
+        prepare_file(plot, ".svg", ".png")
     with extras("bench"):
         import torch  # noqa: F401  # the other side runs in a process that could only fail
 
         from mmi_bench.compare import run
         from mmi_bench.report import table
-    if out:
-        prepare_file(out)
-    if plot:
-        prepare_file(plot, ".svg", ".png")
     with staged("loading") as stage:
         comparison = run(
             bundle,

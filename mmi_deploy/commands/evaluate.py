@@ -39,6 +39,8 @@ def evaluate(
 
     The column without MMFS shows what the model knows when it cannot look back at pictures.
     """
+    if pictures is not None:
+        prepare_file(pictures)
     with extras("evaluate"):
         from tokenizers import Tokenizer
 
@@ -47,8 +49,6 @@ def evaluate(
         from mmi_train.data import world as worlds
         from mmi_train.evaluation import evaluate as evaluation_of
         from mmi_train.weights import TOKENIZER, load_model
-    if pictures is not None:
-        prepare_file(pictures)
     loaded = load_model(model)
     TextTokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses what cannot be read
     tokenizer = Tokenizer.from_file(str(model / TOKENIZER))
