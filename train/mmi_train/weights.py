@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from mmi_deploy.config import read_config, to_json
 from mmi_deploy.errors import WeightsError
 from mmi_deploy.files import write_file
 from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.stored import InMemory
+from mmi_train.stored.writer import write_safetensors
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -78,16 +80,9 @@ def load_model(folder: Path) -> MMInterleaved:
 
 
 def save_model(model: MMInterleaved, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write configuration and weights of `model` into `folder`, each file atomically."""
+    """Write configuration and weights of `model` into `folder`, each file atomically. Raises
+    `WeightsError` when a weight is not finite in `dtype`."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
-        for name, value in model.state_dict().items()
-    }
-    scratch = folder / f".{WEIGHTS}.tmp"  # of this one name: what a killed run left goes too
-    try:
-        save_file(state, scratch)
-        scratch.replace(folder / WEIGHTS)
-    finally:
-        scratch.unlink(missing_ok=True)
+    state = {name: InMemory(value) for name, value in model.state_dict().items()}
+    write_safetensors(folder / WEIGHTS, state, dtype)
     write_file(folder / CONFIG, to_json(model.config))
