@@ -16,6 +16,8 @@ ARCHITECTURES = ("80", "86", "87", "89", "90", "100", "120")
 """Compute capabilities whose machine code a library holds: A100, A10 and RTX 30, Orin, L4 and
 RTX 40, H100, B100 and B200, RTX 50."""
 
+_PORTABLE = "100"
+
 STANDARD_CUDA = Path("/usr/local/cuda")
 
 
@@ -58,6 +60,12 @@ def supported_architectures(nvcc: Path, wanted: Sequence[str]) -> tuple[str, ...
             fix="Install a CUDA toolkit that knows them",
         )
     return kept
+
+
+def portable(architectures: Sequence[str]) -> str:
+    """The architecture whose PTX a library holds too, for GPUs without machine code in it: 100,
+    for Thor (110) and all that come later, or else the last."""
+    return _PORTABLE if _PORTABLE in architectures else architectures[-1]
 
 
 def output_of(command: Sequence[str | Path]) -> str:

@@ -24,7 +24,12 @@ from pathlib import Path
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.files import CACHE, cache_folder
-from mmi_plugins.compilers import ARCHITECTURES, find_nvcc, supported_architectures
+from mmi_plugins.compilers import (
+    ARCHITECTURES,
+    find_nvcc,
+    portable,
+    supported_architectures,
+)
 from mmi_plugins.seal import damage, is_sealed, seal
 
 log = logging.getLogger(__name__)
@@ -162,10 +167,11 @@ class _Cuda:
 
     @property
     def codes(self) -> list[str]:
-        """Machine code for each, and PTX of the last for those that come after it."""
+        """Machine code for each, and PTX of one."""
         known = supported_architectures(self.nvcc, self.architectures)
+        ptx = portable(known)
         codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in known]
-        return [*codes, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+        return [*codes, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
 
 
 def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:

@@ -20,14 +20,12 @@ from mmi_plugins.compilers import (
     find_cmake,
     find_nvcc,
     output_of,
+    portable,
     supported_architectures,
 )
 from mmi_plugins.seal import is_sealed
 
 SOURCES = Path(__file__).parent / "csrc"
-PORTABLE = "100"
-"""The architecture whose PTX the library holds too, for Thor (110) and all that come later."""
-
 TARGETS = ("mmi_tensorrt", "mmi_tensorrt_registered")
 HEADER = "NvInferRuntime.h"
 SYSTEM_INCLUDES = (
@@ -124,9 +122,8 @@ def _header_version(include: Path) -> str:
 def _compile(
     cmake: Path, nvcc: Path, headers: Path, architectures: Sequence[str], folder: Path
 ) -> None:
-    # The newest of a list without Thor's own carries PTX for what comes after it.
-    portable = PORTABLE if PORTABLE in architectures else architectures[-1]
-    codes = [name if name == portable else f"{name}-real" for name in architectures]
+    with_ptx = portable(architectures)
+    codes = [name if name == with_ptx else f"{name}-real" for name in architectures]
     configure: list[str | Path] = [
         cmake,
         *("-S", SOURCES, "-B", folder),

@@ -291,6 +291,15 @@ def test_inputs_need_no_alignment_on_a_cpu(library: Path, dtype: str, queries: i
     assert np.array_equal(binding.get_outputs()[0].numpy(), run_session(runs, call))
 
 
+def test_code_for_gpus_is_machine_code_for_each_and_ptx_for_all_others(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_90\\ncompute_100\\ncompute_120\\n'\n")
+    nvcc.chmod(0o755)
+    codes = onnxruntime_library._Cuda(nvcc, ("90", "100", "120")).codes
+    made = ["sm_90", "sm_100", "sm_120", "compute_100"]
+    assert [code.rpartition("=")[2] for code in codes] == made
+
+
 @pytest.mark.slow
 def test_with_kernels_for_gpus_it_compiles_and_serves_the_cpu_too(tmp_path: Path) -> None:
     """Nothing here can run them; that ONNX Runtime opens the library and registers all is shown."""

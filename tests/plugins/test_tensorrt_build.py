@@ -12,6 +12,7 @@ from mmi_plugins.compilers import (
     ARCHITECTURES,
     find_cmake,
     find_nvcc,
+    portable,
     supported_architectures,
 )
 from mmi_plugins.seal import is_sealed
@@ -106,6 +107,10 @@ def test_only_architectures_that_the_compiler_knows_are_built(tmp_path: Path) ->
         supported_architectures(nvcc, ("120",))
     with pytest.raises(EngineError, match="not a compute capability"):
         supported_architectures(nvcc, ("sm_80",))
+
+
+def test_gpus_without_machine_code_of_their_own_have_ptx_that_serves_thor_too() -> None:
+    assert portable(ARCHITECTURES) == "100" and portable(("80", "90")) == "90"
 
 
 def test_the_build_is_for_every_architecture_and_ptx_and_is_kept(
