@@ -32,6 +32,16 @@ def test_sample_dense_and_its_gradients_equal_sample_levels(agree, levels):
         agree(mine, other, 1e-12)
 
 
+def test_a_location_that_is_no_number_gives_none_to_its_query_alone():
+    """As in `sample_levels`: the training loop says that the loss is not finite."""
+    value, weight = torch.ones(1, 26, 1, 2), torch.ones(1, 3, 1, 3, 4)
+    location = torch.full((1, 3, 1, 3, 4, 2), 0.5)
+    location[0, 1, 0, 2, 0, 0] = torch.nan
+    for sample in (sample_dense, sample_levels):
+        found = sample(value, SIDES, location, weight)[0]
+        assert found[1].isnan().all() and found[[0, 2]].isfinite().all(), sample.__name__
+
+
 def test_it_pays_only_in_training_and_over_few_cells():
     few, many = (torch.zeros(1, cells, 1, 1) for cells in (MOST_CELLS, MOST_CELLS + 1))
     place = torch.zeros(1, 1, 1, 1, 1, 2)

@@ -62,7 +62,8 @@ class _Mixing(torch.autograd.Function):
         low = pixel.floor().minimum(size - 1)
         x, y = (pixel - low).unbind(-1)
         first = low[..., 1] * stride + low[..., 0] + (stride + 1)  # the upper left of four cells
-        first = first.long() + F.pad(end, (1, -1))[:, None]
+        # A NaN has a cell too, and its share is NaN: that a loss is not finite is told elsewhere.
+        first = first.long().clamp_(min=0) + F.pad(end, (1, -1))[:, None]
         corner = torch.stack([stride * 0, stride * 0 + 1, stride, stride + 1], -1).long()
         cells = (first[..., None] + corner).flatten(-3)  # [..., l * p * 4]
 
