@@ -150,9 +150,8 @@ class LlmGraph(nn.Module):
         """
         tokens = inputs["token_ids"].shape[1]
         slots = inputs[numbered("past_key", 0)].shape[2]
-        last = (inputs["write_index"].unsqueeze(1) + torch.arange(tokens)).unsqueeze(
-            -1
-        )  # [b, t, 1]
+        last = inputs["write_index"].unsqueeze(1) + torch.arange(tokens)  # [b, t]
+        last = last.unsqueeze(-1)  # [b, t, 1]
         first = torch.minimum(inputs["start"][:, None, None], last)
         slot = torch.arange(slots)
         return ((slot >= first) & (slot <= last)).unsqueeze(1)

@@ -77,9 +77,8 @@ class _Operators:
 
     def attribute(self, name: str, field: str) -> ir.Value:
         """The function's own attribute `name` as a tensor."""
-        return self._record("Constant", [], {field: ir.RefAttr(field, name, ATTRIBUTES[name])}, 1)[
-            0
-        ]
+        reference = ir.RefAttr(field, name, ATTRIBUTES[name])
+        return self._record("Constant", [], {field: reference}, 1)[0]
 
     def shape(self, *sides: object) -> ir.Value:
         """A 1-D tensor of sides, each an int or a 1-D tensor."""
@@ -226,9 +225,8 @@ def _gather(op: _Operators, points: _Points) -> ir.Value:
     start = op.CumSum(points.cells, 0, exclusive=1)
     start, width = op.Unsqueeze(start, [1]), op.Unsqueeze(points.widths, [1])  # [l, 1]
     sides = op.Concat(op.Unsqueeze(points.widths, [0]), op.Unsqueeze(points.heights, [0]), axis=0)
-    sides = op.Unsqueeze(
-        op.Cast(sides, to=ir.DataType.FLOAT), [1, 2, 3, 4, 6]
-    )  # [2, 1, 1, 1, 1, l, 1]
+    sides = op.Cast(sides, to=ir.DataType.FLOAT)
+    sides = op.Unsqueeze(sides, [1, 2, 3, 4, 6])  # [2, 1, 1, 1, 1, l, 1]
 
     # Whole cells and parts are added apart: a float's last bit is too coarse a part of a cell on a
     # large map.
@@ -264,9 +262,8 @@ def _gather(op: _Operators, points: _Points) -> ir.Value:
 
 def _grid_sample(op: _Operators, points: _Points) -> ir.Value:
     """GridSample on every level of the images looked at: [b, q, h, d]."""
-    pictures = op.Cast(
-        op.Gather(points.value, points.slot, axis=0), to=ir.DataType.FLOAT
-    )  # [b, m, s, h, d]
+    pictures = op.Gather(points.value, points.slot, axis=0)  # [b, m, s, h, d]
+    pictures = op.Cast(pictures, to=ir.DataType.FLOAT)
     maps = op.Transpose(pictures, perm=[0, 3, 1, 4, 2])  # [b, h, m, d, s]
     batch, width_d = op.Shape(maps, start=0, end=3), points.head_width
     count = op.ReduceProd(batch)  # [1] = b*h*m
@@ -282,12 +279,9 @@ def _grid_sample(op: _Operators, points: _Points) -> ir.Value:
     widths = op.split(points.widths, 0, points.levels)
     total: ir.Value | None = None
     for level, weight, height, width in zip(levels, weights, heights, widths, strict=True):
-        image = op.Reshape(
-            level, op.shape(count, width_d, height, width)
-        )  # [b*h*m, d, height, width]
-        found = op.GridSample(
-            image, grid, mode="linear", padding_mode="zeros", align_corners=0
-        )  # [b*h*m, d, q, p]
+        image = op.Reshape(level, op.shape(count, width_d, height, width))
+        # [b*h*m, d, height, width] at [b*h*m, q, p, 2]: [b*h*m, d, q, p]
+        found = op.GridSample(image, grid, mode="linear", padding_mode="zeros", align_corners=0)
         share = op.Mul(found, op.Reshape(weight, op.shape(count, 1, points.queries, -1)))
         part = op.ReduceSum(share, [-1], keepdims=0)  # [b*h*m, d, q]
         total = part if total is None else op.Add(total, part)

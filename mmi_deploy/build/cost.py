@@ -99,22 +99,20 @@ class GraphCost:
 
     def seconds(self, card: Card) -> float:
         """The roofline of the whole graph: what the floor's traffic and its FLOPs take at least."""
-        total = self.total
-        return max(
-            self.floor_bytes / card.bandwidth,
-            total.matrix / card.peak(self.compute),
-            total.vector / card.vector,
-        )
+        return max(self._times(card).values())
 
     def bound(self, card: Card) -> str:
         """What the roofline is: `memory`, `matrix` or `vector`."""
+        times = self._times(card)
+        return max(times, key=times.__getitem__)
+
+    def _times(self, card: Card) -> dict[str, float]:
         total = self.total
-        times = {
+        return {
             "memory": self.floor_bytes / card.bandwidth,
             "matrix": total.matrix / card.peak(self.compute),
             "vector": total.vector / card.vector,
         }
-        return max(times, key=lambda name: times[name])
 
     def seconds_unfused(self, card: Card) -> float:
         """The sum of the rooflines of all nodes: the limit of a runtime that fuses nothing."""

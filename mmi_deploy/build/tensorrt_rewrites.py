@@ -175,8 +175,7 @@ def _stacked(weights: list[TensorProto], path: Path, file: BinaryIO) -> TensorPr
         dims=[rows * len(weights), columns],
         data_location=TensorProto.EXTERNAL,
     )
-    where = {"location": file.name.rpartition("/")[2], "offset": start,
-             "length": file.tell() - start}  # fmt: skip
+    where = {"location": Path(file.name).name, "offset": start, "length": file.tell() - start}
     for key, value in where.items():
         merged.external_data.add(key=key, value=str(value))
     return merged
