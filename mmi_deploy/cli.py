@@ -7,6 +7,7 @@ stopped by Ctrl-C; 143 stopped by SIGTERM.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -136,6 +137,8 @@ def main() -> None:
     """The program. SIGTERM ends it as Ctrl-C does, so that temporary files go."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
     sys.exit(run(sys.argv[1:]))
 
 

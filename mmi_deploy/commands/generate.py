@@ -155,7 +155,7 @@ def generate(
         facts = _facts(runtime.config.name, used, options, finished, seconds)
         write_story(work, story.entries)
         html = page(title_of(source) or document.stem, story.entries, facts)
-        (work / PAGE_NAME).write_text(html, encoding="utf-8")
+        (work / PAGE_NAME).write_text(html, encoding="utf-8", errors="replace")
     if as_json:
         print_json(_report(out, story.entries, finished, seed, used, seconds))
     else:

@@ -74,7 +74,7 @@ def staged(first: str) -> Iterator[Callable[[str, int, int], None]]:
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout, for programs."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    json.dump(value, sys.stdout, indent=2)  # ASCII: whole in whatever encoding stdout has
     sys.stdout.write("\n")
 
 

@@ -592,6 +592,21 @@ def test_a_file_that_cannot_be_written_is_told_before_minutes_of_work(
     assert reason in mmi.err and left_in(tmp_path) == {"file"}
 
 
+def test_letters_that_a_terminal_lacks_do_not_end_the_program() -> None:
+    process = program("", "inspect", "--help", PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == ""
+    assert "Examples:" in out and "\\xb7" in out
+
+
+def test_a_name_in_another_encoding_is_no_fault(
+    mmi: Screen, bundle: Path, story: Path, tmp_path: Path
+) -> None:
+    named = story.rename(story.parent / os.fsdecode(b"\xe9t\xe9.md"))
+    assert mmi("generate", named, "-b", bundle, "-o", tmp_path / "out", "--max-tokens", 2) == 0
+    assert "<title>?t?</title>" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_ctrl_c_before_the_command_line_is_there_is_no_fault() -> None:
     code = """
 import sys
