@@ -39,11 +39,10 @@ LINK_BYTES = 2**20
 whole file, and some tools take one for an attack."""
 
 
-def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> list[Path]:
+def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> None:
     """Write the weights of `graph` as `file` and links beside it; its initialisers refer to them.
 
     link_all: link every file that more than a little is needed of, for a folder that does not last.
-    Returns the files that there are now.
     """
     new: list[ir.Value] = []
     kept: dict[Path, list[ir.Value]] = defaultdict(list)
@@ -55,21 +54,17 @@ def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> list[P
             new.append(value)
         elif isinstance(tensor, ir.LazyTensor):
             value.const_value = tensor.raw()
-    written = []
     for number, (source, values) in enumerate(sorted(kept.items())):
         link = file.with_suffix(f".portable{number or ''}{source.suffix}")
         if not (_worth_a_link(source, values, link_all) and _link(source, link)):
             new.extend(values)
             continue
-        written.append(link)
         for value in values:
             tensor = value.const_value
             assert isinstance(tensor, ir.ExternalTensor)
             value.const_value = _external(value, link, tensor.offset or 0, tensor.nbytes)
     if new:
         write_values(file, new)
-        written.append(file)
-    return written
 
 
 def goes_out(tensor: ir.TensorProtocol) -> bool:
