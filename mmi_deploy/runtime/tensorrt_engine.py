@@ -68,8 +68,13 @@ class Scratch:
         size = max(size, ALIGNMENT)  # an engine that needs none wants an address all the same
         if size > self.size:
             self._memory.wait()
-            self._block = None  # gone before the larger one comes
-            self._block = self._memory.allocate((size,), np.uint8)
+            before, self._block = self.size, None  # gone before the larger one comes
+            try:
+                self._block = self._memory.allocate((size,), np.uint8)
+            except EngineError:
+                if before:  # the engines that are there run on
+                    self._block = self._memory.allocate((before,), np.uint8)
+                raise
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,16 @@ def test_engines_share_one_block_to_compute_in(bench: Bench) -> None:
         for engine in (first, second, smaller):
             engine.run(given, {"total": total})
     assert [engine.launches for engine in (first, second, smaller)] == [4, 2, 2]
+
+
+def test_engines_run_on_where_another_has_no_room(bench: Bench, on_cpu: OnnxRuntimeEngine) -> None:
+    engine = bench.engine(scratch=1000)
+    given, expected = on_device(bench, inputs()), on_cpu.run(inputs())["total"].read()
+    engine.run(given)
+    bench.cuda.capacity = bench.cuda.held() + 2**20
+    with pytest.raises(EngineError, match="memory is full"):
+        bench.engine(replace(CACHE, name="other"), scratch=2**24)
+    np.testing.assert_array_equal(engine.run(given)["total"].read(), expected)
 
 
 def test_engines_that_do_not_stay_take_turns(bench: Bench) -> None:
