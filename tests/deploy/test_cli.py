@@ -605,6 +605,8 @@ def test_a_name_in_another_encoding_is_no_fault(
     named = story.rename(story.parent / os.fsdecode(b"\xe9t\xe9.md"))
     assert mmi("generate", named, "-b", bundle, "-o", tmp_path / "out", "--max-tokens", 2) == 0
     assert "<title>?t?</title>" in (tmp_path / "out" / "index.html").read_text()
+    assert mmi("generate", named, "-b", bundle, "-o", tmp_path / "été", "--json") == 0
+    assert mmi.out.isascii() and json.loads(mmi.out)["out"] == str(tmp_path / "été")
 
 
 def test_ctrl_c_before_the_command_line_is_there_is_no_fault() -> None:
