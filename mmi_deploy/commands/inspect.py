@@ -194,6 +194,8 @@ def inspect(
                 plot=plot,
             )
         return
+    if tensors and not (folder and (folder / "bundle.json").exists()):
+        raise ConfigError("--tensors says nothing here", expected="it with a bundle")
     if preset:
         results().print(to_json(preset_called(preset)), end="")
     elif folder is None:

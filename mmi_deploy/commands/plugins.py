@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mmi_deploy.commands.screen import results
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.files import cache_folder
 
 app = typer.Typer(no_args_is_help=True, help="Compile our kernels for ONNX Runtime and TensorRT.")
@@ -43,6 +44,12 @@ def build(
     """
     from mmi_plugins import onnxruntime_library, tensorrt_build
 
+    for option, given, of in (
+        ("--cuda", cuda, Target.onnxruntime),
+        ("--tensorrt-include", tensorrt_include, Target.tensorrt),
+    ):
+        if given and target != of:
+            raise ConfigError(f"{option} says nothing here", expected=f"it with {of}")
     if target == Target.onnxruntime:
         path = onnxruntime_library.build(out, cuda=cuda)
     else:

@@ -477,6 +477,20 @@ def test_inspect_refuses_sizes_that_its_view_does_not_have(
     assert f"{option[0]} says nothing here; expected it with --memory" in mmi.err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "--preset", "tiny", "--tensors"),
+        ("inspect", "--tensors"),
+        ("plugins", "build", "tensorrt", "--cuda"),
+        ("plugins", "build", "onnxruntime", "--tensorrt-include", "."),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(mmi: Screen, words: tuple[str, ...]) -> None:
+    assert mmi(*words) == 2
+    assert mmi.err.startswith("mmi: --") and "says nothing here; expected it with" in mmi.err
+
+
 def test_numbers_for_people_have_no_exponents() -> None:
     assert [flops(n) for n in (999, 999_900, 26_200_000_000, 10**16)] == [
         "999", "1 M", "26.2 G", "10000 T"
