@@ -25,6 +25,10 @@ _WIDTH = 128
 
 _HEADS = 2
 
+_GROUPS = 8
+"""Of the U-Net's norms. Over one channel of a few cells a norm magnifies rounding, as none of a
+whole model does."""
+
 
 def slice_of(config: ModelConfig) -> ModelConfig:
     """The slice of `config`; a model that is no larger than its slice in some part keeps it."""
@@ -119,6 +123,7 @@ def _unet(config: UnetConfig) -> UnetConfig:
         layers_per_block=1,
         condition_width=min(config.condition_width, _WIDTH),
         attention_heads=tuple(min(heads, _HEADS) for heads in config.attention_heads),
+        norm_groups=min(config.norm_groups, _GROUPS),
     )
 
 
