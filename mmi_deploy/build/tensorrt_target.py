@@ -237,10 +237,7 @@ def _keep(
     request: Request, target: Target, made: set[str], stage: Path
 ) -> list[tuple[Part, GraphReport]]:
     others = tuple(name for name in request.bundle.graphs if name not in made)
-    known = (
-        {name: request.evidence.known_ranges(name) for name in others} if request.evidence else {}
-    )
-    rest = replace(request, targets=(target,), graphs=others, ranges=known, force=False)
+    rest = replace(request, targets=(target,), graphs=others, force=False)
     kept = []
     for part in parts_of(rest):
         if _reuse(request.bundle, part, stage):

@@ -194,15 +194,11 @@ def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
     _say_reports(bundle, [report], options.as_json)
 
 
-def _evidence(
-    bundle: Bundle, cache: EngineCache, watch: Watch, options: _Options
-) -> Evidence | None:
+def _evidence(bundle: Bundle, cache: EngineCache, watch: Watch, options: _Options) -> Evidence:
     from mmi_deploy.build.evidence import Evidence, check_can_run
-    from mmi_deploy.build.tensorrt_plan import free_memory
+    from mmi_deploy.free_memory import free_memory
 
-    if options.unproved:
-        return None
-    if not options.force and not options.dry_run:
+    if not (options.unproved or options.force or options.dry_run):
         check_can_run(bundle, free_memory())
     return Evidence(bundle, cache.folder.parent / "ranges", lambda what: watch(what, 0, 0, ""))
 
@@ -228,16 +224,16 @@ def _tensorrt(
     plugin.load(trt).unregister()  # refused here, not after minutes
     with _watched(len(graphs) * len(targets)) as watch:
         evidence = _evidence(bundle, cache, watch, options)
+        measured = () if options.unproved or options.dry_run else graphs
         ranges = {
-            name: evidence.known_ranges(name)
-            if options.dry_run
-            else evidence.ranges(name, recipe, runtime)
-            for name in graphs
-            if evidence
+            name: evidence.ranges(name, recipe, runtime)
+            if name in measured
+            else evidence.known_ranges(name)
+            for name in bundle.graphs
         }
         request = Request(
             bundle, targets, recipe, graphs, plugin, trt.__version__, options.limits, ranges,
-            evidence, options.force,
+            None if options.unproved else evidence, options.force,
         )  # fmt: skip
         parts = parts_of(request)
         missing = [part for part in parts if options.force or not cache.has(part.key)]
@@ -268,7 +264,8 @@ def _say_reports(bundle: Bundle, reports: list[TargetReport], as_json: bool) -> 
         return
     for report in reports:
         results().print(_table(report))
-        results().print(f"{report.target}: {report.remark}" if report.remark else report.target)
+        if report.remark:
+            results().print(report.remark)
 
 
 def _say_plan(

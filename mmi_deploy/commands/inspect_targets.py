@@ -23,7 +23,8 @@ SHOWN = 8
 
 
 def target_table(summaries: Sequence[TargetSummary]) -> Table:
-    """A row per target: what it is for, its size and how much of it is proved."""
+    """A row per target: what it is for, its size, how much of it is proved, and a remark in a few
+    words: what comes before its colon."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("target", no_wrap=True)
     for heading in ("graphs", "size", "activations", "proved"):
@@ -31,16 +32,21 @@ def target_table(summaries: Sequence[TargetSummary]) -> Table:
     table.add_column("remark")
     for one in summaries:
         proved = sum(proof == "proved" for proof in one.receipts.values())
-        remark = "stale: built from another export. " if one.stale and one.graphs else ""
         table.add_row(
             one.target,
             str(len(one.graphs)),
             size(one.bytes),
             _activations(one),
             f"{proved} of {len(one.graphs)}",
-            remark + one.remark,
+            _remark(one).partition(":")[0],
         )
     return table
+
+
+def _remark(one: TargetSummary) -> str:
+    if one.stale and one.graphs:
+        return f"stale, built from another export: {one.remark or 'build it again'}"
+    return one.remark
 
 
 def _activations(one: TargetSummary) -> str:
@@ -69,6 +75,8 @@ def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
         return
     out = results()
     print_table(out, target_table([summary]))
+    if _remark(summary):
+        out.print(_remark(summary))
     if summary.report is None:
         out.print("There is no report beside it that says more")
         return
@@ -82,7 +90,7 @@ def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
             size(graph.engine_bytes),
             size(graph.weights_bytes),
             f"{graph.seconds:.0f} s",
-            size(graph.peak_bytes),
+            size(graph.peak_bytes) if graph.peak_bytes else "",
             "" if graph.error is None else f"{graph.error:.1e}",
             summary.receipts.get(graph.graph, "none"),
         )

@@ -61,6 +61,11 @@ def train(
     """
     from mmi_deploy.presets import preset as preset_called
 
+    if packed and conditioning_steps is not None:
+        raise ConfigError(
+            "--packed has no conditioning stage", fix="leave --conditioning-steps out"
+        )
+
     config = preset_called(preset)
     if preset != FROM_NOTHING:
         raise ConfigError(

@@ -24,7 +24,7 @@ def read_json(path: Path) -> Fields:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", fix="give a folder that holds it"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is no JSON object", fix="download it again")

@@ -77,7 +77,7 @@ class Recipe:
         if self.on_cpu is None:
             raise ConfigError(
                 f"precision {self.name} is not for the CPU: {self.why_not_on_cpu}",
-                fix=f"choose {_named(r.name for r in RECIPES.values() if r.on_cpu)}",
+                fix=f"choose {_named(r.name for r in RECIPES.values() if r.on_cpu and r.weights)}",
             )
         return self.on_cpu
 
@@ -139,7 +139,7 @@ RECIPES = {
         ),
         Recipe(
             "mixed",
-            "as int4, with the products that suffer most from it in int8: see `sensitivity.py`",
+            "as int4, with the second product of each MLP and those that look back in int8",
             FLOAT16,
             weights=_llm(
                 Scheme(INT4, 32), (_HEAD, Scheme(INT8)), (r"down_proj|look_back", Scheme(INT8))

@@ -21,7 +21,7 @@ from deploy.build.fake_tensorrt import FakePlugin, Script, fake_tensorrt
 from deploy.test_bundle import GOOD, NAMES, fill
 from mmi_deploy.build import tensorrt_plan, tensorrt_target
 from mmi_deploy.build.cache import EngineCache
-from mmi_deploy.build.precision import recipe
+from mmi_deploy.build.precision import Ranges, recipe
 from mmi_deploy.build.report import STAND_IN, describe_targets, read_report
 from mmi_deploy.build.target import TENSORRT_RTX, Target
 from mmi_deploy.build.tensorrt import Built, Job, Plugin
@@ -280,6 +280,15 @@ def test_building_one_graph_keeps_the_others_that_are_up_to_date(
     assert [graph.graph for graph in report.graphs] == ["vae_decoder"], "llm's is stale now"
 
 
+def test_a_graph_with_islands_of_float32_is_kept_as_others_are(
+    cache: EngineCache, request_for: Callable[..., Request]
+) -> None:
+    ranges = {"llm": Ranges({"x": 1e6}, {}, 1), "vae_decoder": None}
+    build(request_for(ranges=ranges), cache, Builder())
+    (report,) = build(request_for(graphs=("vae_decoder",), ranges=ranges), cache, Builder())
+    assert [graph.graph for graph in report.graphs] == ["llm", "vae_decoder"]
+
+
 # --- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -394,6 +403,24 @@ def test_the_command_says_memory_first_and_shows_a_table(
     assert "tensorrt-rtx-sm89-fp16" in out and "stand-in plugin" in out and "llm" in out
     code, _, err = command(*ONE)
     assert code == 0 and err.splitlines() == ["llm for sm89: cached (1 of 1)"]
+
+
+def test_ranges_that_are_known_count_without_proofs(
+    command: Callable[..., tuple[int, str, str]], bundle: Bundle, tmp_path: Path
+) -> None:
+    """A card's own machine may be too small to run the bundle; another one's ranges will do."""
+
+    def key(*options: str) -> str:
+        code, out, err = command(*ONE, "--dry-run", "--json", *options)
+        assert code == 0, err
+        return str(json.loads(out)["parts"][0]["key"])
+
+    without, wide = key(), key("--precision", "bf16")
+    folder = tmp_path / "cache" / "ranges"
+    folder.mkdir(parents=True)
+    Ranges({"x": 1e6}, {}, 1).save(folder / f"{bundle.identity[:32]}-llm.json")
+    assert key() != without, "float16 cannot hold x"
+    assert key("--precision", "bf16") == wide
 
 
 def test_the_report_is_printed_for_programs(command: Callable[..., tuple[int, str, str]]) -> None:

@@ -82,7 +82,7 @@ def test_a_target_of_another_export_is_called_stale(
     manifest = bundle / "bundle.json"
     manifest.write_text(manifest.read_text() + " ")
     assert run(["inspect", str(bundle)]) == 0
-    assert "stale: built from another export" in capsys.readouterr().out
+    assert "stale, built from another export" in capsys.readouterr().out
 
 
 def test_the_weights_that_suffer_most_come_first(

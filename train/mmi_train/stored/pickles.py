@@ -64,7 +64,7 @@ def weight_map(index: Path) -> dict[str, str]:
         files = json.loads(index.read_text())["weight_map"]
         if all(isinstance(file, str) and Path(file).name == file for file in files.values()):
             return files
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
         pass
     raise WeightsError(f"{index} is no index of a checkpoint", fix=_AGAIN)
 

@@ -41,7 +41,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         end = first + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
         raise WeightsError(
             f"{path} is no safetensors file, or it is damaged", fix="download it again"
         ) from None
