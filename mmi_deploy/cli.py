@@ -6,17 +6,12 @@ stopped by Ctrl-C; 143 stopped by SIGTERM.
 
 from __future__ import annotations
 
-import errno
-import io
-import os
-import signal
-import sys
 from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
-from typer.exceptions import TyperException
 
+from mmi_deploy import command_line
 from mmi_deploy.commands.bench import bench
 from mmi_deploy.commands.build import build
 from mmi_deploy.commands.convert import convert
@@ -28,12 +23,6 @@ from mmi_deploy.commands.inspect import inspect
 from mmi_deploy.commands.plugins import app as plugins
 from mmi_deploy.commands.train import train
 from mmi_deploy.commands.verify import verify
-from mmi_deploy.errors import MmiError
-
-STOPPED = 128 + signal.SIGINT
-
-_signals: list[int] = []
-"""Those that asked us to stop."""
 
 app = typer.Typer(
     name="mmi",
@@ -72,74 +61,21 @@ def options(
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors are one line on stderr."""
     try:
-        code = app(arguments, prog_name="mmi", standalone_mode=False)
-        code = code if isinstance(code, int) else 0
-        return _stopped() if code == STOPPED else code
-    except TyperException as error:
-        line = " ".join(error.format_message().split()).rstrip(".")
-        if not line:
-            return 2  # the help is on the screen
-        context = getattr(error, "ctx", None)
-        return _say(f"{line}. See `{context.command_path if context else 'mmi'} --help`", 2)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        return _stopped() if code == STOPPED else code
-    except KeyboardInterrupt:
-        return _stopped()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `mmi ... | head` is fine
-        return 0
-    except MmiError as error:
-        return _say(str(error), error.exit_code)
+        return command_line.run(app, "mmi", arguments)
     except Exception as error:
-        if _signals:  # a library made an error of its own of it, as imports do
-            return _stopped()
         if "--debug" in arguments:
             raise
-        return _unexpected(error)
-
-
-def _unexpected(error: Exception) -> int:
-    if _disk_is_full(error):
-        return _say("the disk is full. Free some space and run the command again", 2)
-    if isinstance(error, OSError) and error.filename:
-        return _say(f"{error.filename}: {error.strerror}", 2)
-    line = " ".join(str(error).split()) or "no message"
-    return _say(
-        f"unexpected {type(error).__name__}: {line}. Run it again as `mmi --debug ...` and report "
-        "the traceback",
-        1,
-    )
-
-
-def _disk_is_full(error: Exception) -> bool:
-    """Libraries that are not Python's own say it in their text alone."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    known = isinstance(error, OSError) and error.errno in full
-    return known or any(os.strerror(number) in str(error) for number in full)
-
-
-def _say(line: str, code: int) -> int:
-    print(f"mmi: {line}", file=sys.stderr)
-    return code
-
-
-def _stopped() -> int:
-    return _say("stopped", 128 + _signals[0] if _signals else STOPPED)
-
-
-def _stop(number: int, _: object) -> None:
-    _signals.append(number)
-    raise KeyboardInterrupt
+        line = " ".join(str(error).split()) or "no message"
+        return command_line.say(
+            f"unexpected {type(error).__name__}: {line}. Run it again as `mmi --debug ...` and "
+            "report the traceback",
+            1,
+        )
 
 
 def main() -> None:
-    """The program. SIGTERM ends it as Ctrl-C does, so that temporary files go."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
-    sys.exit(run(sys.argv[1:]))
+    """The program."""
+    command_line.main(run)
 
 
 app.command(

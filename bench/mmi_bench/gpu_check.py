@@ -25,6 +25,7 @@ from mmi_bench.gpu_kernel import GpuKernel, import_driver
 from mmi_bench.gpu_report import write_report
 from mmi_bench.gpu_target import Detail, Tried, compare, document, measure, write_receipts
 from mmi_bench.machine import describe
+from mmi_deploy import command_line
 from mmi_deploy.build.precision import recipe
 from mmi_deploy.build.report import read_report
 from mmi_deploy.build.target import TENSORRT, Target
@@ -335,7 +336,7 @@ def main(
     ] = None,
     device: Annotated[int, typer.Option(min=0, help="Which GPU.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Measured documents.")] = 5,
-) -> None:
+) -> int:
     """Build, run, compare and measure the engines of a bundle on this machine's GPU."""
     console = Console(highlight=False, soft_wrap=True)
 
@@ -343,17 +344,13 @@ def main(
         console.print(f"{step.state:<8} {step.name:<14} {step.line}", markup=False)
 
     precisions = tuple(precision or PRECISIONS)
-    try:
-        check_arguments(bundle, target, precisions)
-    except MmiError as error:
-        typer.echo(f"mmi: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+    check_arguments(bundle, target, precisions)
     check = Check(bundle, target, precisions, Machine(device), say, repeats)
     code = check.run()
     with _no_full_disk(console):
         paths = write_report(out, describe(), bundle, target, check.steps)
         console.print(f"report: {' and '.join(map(str, paths))}", markup=False)
-    raise typer.Exit(code)
+    return code
 
 
 @contextmanager
@@ -364,5 +361,8 @@ def _no_full_disk(console: Console) -> Iterator[None]:
         console.print(f"the report cannot be written: {error}", markup=False)
 
 
+run = command_line.program("python -m mmi_bench.gpu_check", main)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.main(run)

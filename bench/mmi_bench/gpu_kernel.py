@@ -23,6 +23,7 @@ from mmi_plugins.launch_plan import (
     workspace_shape,
 )
 from mmi_plugins.operator import Call
+from mmi_plugins.reference import rows_of
 
 
 def import_driver() -> Any:
@@ -48,10 +49,6 @@ class GpuKernel:
         """Why it cannot run on this machine, or None."""
         return nvrtc.missing("nvrtc")
 
-    def refuses(self, call: Call) -> str | None:
-        """It takes every call."""
-        return None
-
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
         buffers = {name: self.memory.hold(array) for name, array in device_arrays(call).items()}
@@ -60,9 +57,7 @@ class GpuKernel:
             buffers["workspace"] = self.memory.allocate((prod,), np.float32)
         for launch in launch_plan(call, _addresses(buffers), self.parts):
             self._launch(launch)
-        output = widen(buffers["output"].read(), call.dtype)
-        b, q, h = np.asarray(rows).T
-        return output.reshape([call.sizes[letter] for letter in "bqhd"])[b, q, h]
+        return rows_of(widen(buffers["output"].read(), call.dtype), call, rows)
 
     def _launch(self, launch: Launch) -> None:
         parameter = ctypes.create_string_buffer(launch.parameter, len(launch.parameter))

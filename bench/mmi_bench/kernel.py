@@ -23,7 +23,8 @@ from rich.table import Table
 
 from mmi_bench.machine import describe
 from mmi_bench.spread import Spread, ratios
-from mmi_deploy.errors import EngineError, MmiError
+from mmi_deploy import command_line
+from mmi_deploy.errors import EngineError
 from mmi_deploy.files import write_file
 from mmi_deploy.graphs import IR_VERSION, OPSET
 from mmi_plugins.cases import draw
@@ -271,24 +272,21 @@ def main(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the samples to this JSON file.")
     ] = None,
-) -> None:
+) -> int:
     """Measure our MMFS kernel against GridSample in ONNX Runtime."""
     kernel = OnnxRuntimeKernel(threads=threads)
-    try:
-        if reason := kernel.missing():
-            raise EngineError(f"our kernel cannot run here: {reason}")
-        done = [
-            compare(queries, kernel.library, threads, repeats)
-            for queries in track(QUERIES, "measuring", console=Console(stderr=True))
-        ]
-    except MmiError as error:
-        typer.echo(f"mmi: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+    if reason := kernel.missing():
+        raise EngineError(f"our kernel cannot run here: {reason}")
+    done = [
+        compare(queries, kernel.library, threads, repeats)
+        for queries in track(QUERIES, "measuring", console=Console(stderr=True))
+    ]
     Console().print(table(done, threads))
     if out:
         report = {"machine": describe(), "threads": threads, "sizes": [x.to_json() for x in done]}
         write_file(out, json.dumps(report, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.main(command_line.program("python -m mmi_bench.kernel", main))

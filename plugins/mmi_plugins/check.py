@@ -6,7 +6,6 @@ float64 (`cases.read_case`). Exit code 1: something is wrong. 2: something could
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
-from typer.exceptions import TyperException
 
+from mmi_deploy import command_line
 from mmi_deploy.errors import EngineError, MmiError
 from mmi_plugins.cases import read_case
 from mmi_plugins.operator import TOLERANCES, Call
@@ -170,20 +169,8 @@ def main(
     return NOT_RUN if "not run" in words else 0
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; errors are one line on stderr."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    program = "python -m mmi_plugins.check"
-    try:
-        return int(app(list(arguments), prog_name=program, standalone_mode=False))
-    except TyperException as error:
-        line = f"{error.format_message().rstrip('.')}. See `{program} --help`"
-    except MmiError as error:
-        line = str(error)
-    print(f"mmi: {line}", file=sys.stderr)
-    return NOT_RUN
+run = command_line.program("python -m mmi_plugins.check", main)
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    command_line.main(run)

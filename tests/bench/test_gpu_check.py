@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from deploy.runtime.fake_cuda import FakeCuda
 from deploy.runtime.fake_tensorrt import FakeTensorRt
 from deploy.runtime.gpu_targets import PLUGIN, add_target
 from deploy.runtime.test_tensorrt_target import copy_of
-from mmi_bench.gpu_check import Check, Machine, Step, build_engines, main
+from mmi_bench.gpu_check import Check, Machine, Step, build_engines
+from mmi_bench.gpu_check import run as run_program
 from mmi_bench.gpu_kernel import GpuKernel
 from mmi_bench.gpu_report import write_report
 from mmi_bench.machine import describe
@@ -49,9 +48,6 @@ class ReferenceKernel:
         self.factor = factor
 
     def missing(self) -> None:
-        return None
-
-    def refuses(self, call: Any) -> None:
         return None
 
     def run(self, call: Any, rows: np.ndarray) -> np.ndarray:
@@ -187,12 +183,10 @@ def test_the_program_on_this_machine(
     """Whatever it has: a line for each step, a report, and an exit code that fits them."""
     if Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU here: run `make gpu-check`")
-    app = typer.Typer()
-    app.command()(main)
     arguments = [str(bundle.folder), "-o", str(tmp_path / "out"), "--precision", "fp16"]
-    result = CliRunner().invoke(app, arguments)
-    lines = result.stdout.splitlines()
-    assert result.exit_code == 2 and len(lines) == 9, result.stdout
+    code = run_program(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 2 and len(lines) == 9, lines
     assert all(line.startswith("not run") for line in lines[:-1])
     assert (tmp_path / "out" / "report.md").is_file() and lines[-1].startswith("report: ")
 
@@ -202,14 +196,16 @@ def test_the_program_on_this_machine(
     [
         (["--target", "cpu"], "mmi: 'cpu' runs no engines; expected tensorrt or tensorrt-rtx"),
         (["--precision", "fp17"], "mmi: there is no precision 'fp17'; expected fp32"),
+        (["--repeats", "0"], "mmi: Invalid value for '--repeats'"),
         ([], "mmi: there is no bundle none"),
     ],
 )
-def test_what_no_machine_could_run_is_refused_at_once(options: list[str], line: str) -> None:
-    app = typer.Typer()
-    app.command()(main)
-    result = CliRunner().invoke(app, ["none", *options])
-    assert result.exit_code == 2 and result.stderr.startswith(line) and not result.stdout
+def test_what_no_machine_could_run_is_refused_at_once(
+    options: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program(["none", *options]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(line) and len(told.err.splitlines()) == 1 and not told.out
 
 
 @pytest.mark.parametrize("library", [True, False], ids=["library", "ahead of time"])

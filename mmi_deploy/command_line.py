@@ -1,0 +1,98 @@
+"""One command line: results on stdout, errors one line on stderr, and an exit code that fits.
+
+Exit codes: 0 done; 2 something that the user can mend; 130 stopped by Ctrl-C; 143 stopped by
+SIGTERM. Faults of ours are raised.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import typer
+from typer.exceptions import TyperException
+
+from mmi_deploy.errors import MmiError
+
+STOPPED = 128 + signal.SIGINT
+
+_signals: list[int] = []
+"""Those that asked us to stop."""
+
+
+def program(name: str, command: Callable[..., int]) -> Callable[[Sequence[str]], int]:
+    """`run` for a program that has this command alone, which returns its exit code."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    return partial(run, app, name)
+
+
+def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
+    """Run one command line of the program called `name` and return its exit code. Raises what
+    nobody expected."""
+    try:
+        code = app(list(arguments), prog_name=name, standalone_mode=False)
+        code = code if isinstance(code, int) else 0
+        return _stopped() if code == STOPPED else code
+    except TyperException as error:
+        line = " ".join(error.format_message().split()).rstrip(".")
+        if not line:
+            return 2  # the help is on the screen
+        context = getattr(error, "ctx", None)
+        return say(f"{line}. See `{context.command_path if context else name} --help`", 2)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return _stopped() if code == STOPPED else code
+    except KeyboardInterrupt:
+        return _stopped()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `mmi ... | head` is fine
+        return 0
+    except MmiError as error:
+        return say(str(error), error.exit_code)
+    except Exception as error:
+        if _signals:  # a library made an error of its own of it, as imports do
+            return _stopped()
+        if "--debug" in arguments:
+            raise
+        if _disk_is_full(error):
+            return say("the disk is full. Free some space and run the command again", 2)
+        if isinstance(error, OSError) and error.filename:
+            return say(f"{error.filename}: {error.strerror}", 2)
+        raise
+
+
+def say(line: str, code: int) -> int:
+    """Tell people on stderr; returns `code`."""
+    print(f"mmi: {line}", file=sys.stderr)
+    return code
+
+
+def main(run: Callable[[list[str]], int]) -> None:
+    """The program that `run` runs. SIGTERM ends it as Ctrl-C does, so that temporary files go."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
+    sys.exit(run(sys.argv[1:]))
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Libraries that are not Python's own say it in their text alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    known = isinstance(error, OSError) and error.errno in full
+    return known or any(os.strerror(number) in str(error) for number in full)
+
+
+def _stopped() -> int:
+    return say("stopped", 128 + _signals[0] if _signals else STOPPED)
+
+
+def _stop(number: int, _: object) -> None:
+    _signals.append(number)
+    raise KeyboardInterrupt
