@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from exports import SHIPPED, Exported
 from mmi_deploy import presets
 from mmi_deploy.document import Draw, Image, Text, encode_document
 from mmi_deploy.document_files import read_document
@@ -20,6 +22,7 @@ from mmi_train.data.vocabulary import build_tokenizer
 from mmi_train.data.world import easy, split_of
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+DOCS = EXAMPLES.parent / "docs"
 DOCUMENTS = sorted(EXAMPLES.glob("*.md"))
 
 
@@ -58,3 +61,20 @@ def test_the_scene_is_held_out_of_training_and_captioned_right(maker: ModuleType
     for path in DOCUMENTS:
         captions |= set(re.findall(r"!\[(.*)\]\(pictures/scene\.png\)", path.read_text()))
     assert captions == {caption_of(maker.SCENE, easy()).removesuffix(".")}
+
+
+@pytest.mark.slow
+def test_the_service_of_the_docs_answers(
+    exported_once: Callable[[str], Exported],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", (DOCS / "serving.md").read_text(), re.DOTALL)
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "tiny").symlink_to(exported_once(SHIPPED).bundle.folder)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "serving.md", "exec"), {})
+    assert "max_images: {" in capsys.readouterr().out
+    assert read_rgb(tmp_path / "picture-0.png").std() > 0
