@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmi_deploy.errors import ConfigError, MmiError
+from mmi_deploy.temporary_folder import temporary_folder
 
 CACHE = "MMI_CACHE"
 """The variable that names the folder of what is made once and used again."""
@@ -142,20 +143,18 @@ def size(count: int) -> str:
 def new_folder(
     folder: Path, force: bool = False, *, kind: str = "folder", inputs: Sequence[Path] = ()
 ) -> Iterator[Path]:
-    """A temporary folder to fill; when the block ends well it takes the place of `folder`.
+    """A temporary folder to fill; when the block ends well it takes the place of `folder`. What a
+    killed process left of one goes.
 
     Raises as `check_replaceable` does, before anything is written.
     """
     check_replaceable(folder, force, kind=kind, inputs=inputs)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
+    with temporary_folder(folder.parent, f".{folder.name}.new-") as work:
         yield work
         (work / MARKER).write_text(kind + "\n")
         work.chmod(0o755)
         _swap(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _swap(work: Path, folder: Path) -> None:

@@ -6,7 +6,6 @@ weights are all zeros and take no disk; random ones are drawn.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from torch import Tensor
 from mmi_deploy.config import ModelConfig, to_json
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.safetensors_writer import Stored, write_safetensors_file
+from mmi_deploy.temporary_folder import temporary_folder
 from mmi_export.blank_model import BlankModel
 from mmi_train.stored import Computed, StoredTensor
 from mmi_train.stored.writer import NAMES, write_safetensors
@@ -49,11 +49,9 @@ def stand_in(
     linked from there. `layers`: cut the language model to its first so many."""
     config = config if layers is None else cut(config, layers)
     beside.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{beside.name}.model.", suffix=".tmp", dir=beside.parent
-    ) as folder:
-        write_stand_in(config, Path(folder), weights, dtype)
-        yield Path(folder)
+    with temporary_folder(beside.parent, f".{beside.name}.model-") as folder:
+        write_stand_in(config, folder, weights, dtype)
+        yield folder
 
 
 def cut(config: ModelConfig, layers: int) -> ModelConfig:

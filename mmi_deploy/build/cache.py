@@ -21,6 +21,7 @@ from pathlib import Path
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.files import CACHE, cache_folder, write_file
 from mmi_deploy.manifest import sha256_of
+from mmi_deploy.temporary_folder import taken, temporary_folder
 
 LIMIT = "MMI_ENGINE_CACHE_GB"
 DEFAULT_LIMIT = 50
@@ -154,7 +155,7 @@ class EngineCache:
     @contextmanager
     def _lock(self, key: str, waits: Callable[[], None]) -> Iterator[None]:
         with (self.folder / _LOCKS / (key or "all")).open("w") as file:
-            if not _taken(file.fileno()):
+            if not taken(file.fileno()):
                 waits()
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -162,49 +163,7 @@ class EngineCache:
     @contextmanager
     def _try_lock(self, key: str) -> Iterator[bool]:
         with (self.folder / _LOCKS / key).open("w") as file:
-            yield _taken(file.fileno())
-
-
-@contextmanager
-def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A folder below `parent` that goes at the end, or, when its process is killed, as soon as
-    another one is made here: whoever owns one holds a lock on it."""
-    for left in parent.glob(f"{prefix}*"):
-        with _opened(left) as descriptor:
-            if descriptor is not None and _taken(descriptor):
-                shutil.rmtree(left, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
-    work = parent / new.name.replace(".new-", prefix)
-    with _opened(new) as descriptor:
-        try:
-            if descriptor is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            new.rename(work)  # seen by others only now that it is locked
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[int | None]:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield None
-        return
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _taken(descriptor: int) -> bool:
-    """Whether the lock of an open file is ours now, without waiting."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+            yield taken(file.fileno())
 
 
 def _files_of(entry: Path) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx
 
-from mmi_deploy.build.cache import EngineCache, link_or_copy, temporary_folder
+from mmi_deploy.build.cache import EngineCache, link_or_copy
 from mmi_deploy.build.precision import rewrite
 from mmi_deploy.build.receipts import Proof
 from mmi_deploy.build.report import (
@@ -35,6 +35,7 @@ from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.files import write_file
 from mmi_deploy.graphs import Graph
 from mmi_deploy.manifest import TargetManifest, read_manifest, sha256_of
+from mmi_deploy.temporary_folder import temporary_folder
 
 SUFFIX = ".engine"
 

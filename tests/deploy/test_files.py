@@ -63,9 +63,12 @@ def test_a_folder_that_cannot_be_moved_leaves_nothing_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(tmp_path / "out", "before")
+    rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
-        raise OSError("busy")
+        if self == tmp_path / "out":
+            raise OSError("busy")
+        return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError, match="busy"):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mmi_deploy.build import cache as cache_module
-from mmi_deploy.build.cache import EngineCache, key_of, temporary_folder
+from mmi_deploy.build.cache import EngineCache, key_of
 from mmi_deploy.errors import ConfigError, MmiError
 
 
@@ -144,14 +144,6 @@ def test_a_killed_build_leaves_no_entry_and_its_rest_goes_with_the_next(
     assert len(left(cache)) == 1, "the half-written engine"
     assert cache.obtain("k", writes(), out) is False
     assert left(cache) == {"k"}
-
-
-def test_a_folder_in_use_is_not_taken_for_a_killed_builds(tmp_path: Path) -> None:
-    with temporary_folder(tmp_path, ".work-") as first:
-        (first / "half").write_text("")
-        with temporary_folder(tmp_path, ".work-") as second:
-            assert (first / "half").exists() and second != first
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_entries_used_longest_ago_go_first(tmp_path: Path) -> None:
