@@ -106,6 +106,14 @@ def _calls(dtype: str, wide: bool) -> Iterator[tuple[str, Call]]:
     name, call = draw("ordinary", **many, null_slot=True, references=False)
     seen = np.ones_like(call["image_position"])
     yield "whole turns, then the next 32 images", _changed(call, image_position=seen)
+    name, call = draw("ordinary", **{**shared, "q": 9})
+    table = np.zeros_like(call["logit_table"])
+    table[2] = 200
+    own = 1 + (np.arange(18) // 2 == np.arange(9)[:, None])  # two images a part, one part a row
+    yield (
+        "each part the largest of a row",
+        _changed(call, image_position=own[None], logit_table=table),
+    )
     if dtype == "float32":
         yield draw("ordinary", **{**several, "d": 64}, null_slot=True)  # two groups of lanes
 
