@@ -20,8 +20,8 @@ from references.ptx_programs import entry
 
 WANTED = 0.95
 
-MOST_EQUIVALENT = {"rows": 0.25, "split": 0.25, "merge": 0.4}
-"""Of what counts, at most. `merge` is mostly corrections of exponentials, which 16 bits hide."""
+MOST_EQUIVALENT = 0.2
+"""Of what counts, at most: who explains more explains too much."""
 
 
 def kernel_of(variant: Variant) -> Kernel:
@@ -58,8 +58,8 @@ def judge(tallies: dict[str, tuple[int, list[str], list[str]]]) -> None:
     print(*(f"equivalent: {line}" for line in equivalent), sep="\n")
     assert caught >= WANTED * (caught + len(missed)), "\n".join(missed)
     for name, (found, left, explained) in tallies.items():
-        most = MOST_EQUIVALENT[name.rpartition("_")[2]]
-        assert len(explained) <= most * (found + len(left)), f"{name}: too many called equivalent"
+        counted = found + len(left)
+        assert len(explained) <= MOST_EQUIVALENT * counted, f"{name}: too many called equivalent"
 
 
 def test_a_sample_of_mutants_is_caught() -> None:
