@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,17 @@ def names(folder: Path) -> list[str]:
 def fill(folder: Path, text: str, force: bool = False) -> None:
     with new_folder(folder, force) as work:
         (work / "a.txt").write_text(text)
+
+
+def refuse_renames(monkeypatch: pytest.MonkeyPatch, refused: Callable[[Path, Path], bool]) -> None:
+    rename = Path.rename
+
+    def some(self: Path, target: Path) -> Path:
+        if refused(self, target):
+            raise OSError("busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", some)
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -62,17 +74,11 @@ def test_a_mount_point_is_refused_before_any_work(
 def test_a_folder_that_cannot_be_moved_leaves_nothing_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(tmp_path / "out", "before")
-    rename = Path.rename
-
-    def refuse(self: Path, target: Path) -> Path:
-        if self == tmp_path / "out":
-            raise OSError("busy")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", refuse)
+    out = tmp_path / "out"
+    fill(out, "before")
+    refuse_renames(monkeypatch, lambda source, target: source == out)
     with pytest.raises(OSError, match="busy"):
-        fill(tmp_path / "out", "new")
+        fill(out, "new")
     assert names(tmp_path) == ["out/.mmi", "out/a.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -80,18 +86,15 @@ def test_a_folder_that_cannot_be_moved_leaves_nothing_beside_it(
 def test_a_failing_rename_puts_the_old_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(tmp_path / "out", "before")
-    rename = Path.rename
-
-    def fail_for_new(self: Path, target: Path) -> Path:
-        if target == tmp_path / "out" and not self.parent.name.startswith(".out.old"):
-            raise OSError("no")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(OSError, match="no"):
-        fill(tmp_path / "out", "after")
-    assert (tmp_path / "out" / "a.txt").read_text() == "before"
+    out = tmp_path / "out"
+    fill(out, "before")
+    refuse_renames(
+        monkeypatch,
+        lambda source, target: target == out and not source.parent.name.startswith(".out.old"),
+    )
+    with pytest.raises(OSError, match="busy"):
+        fill(out, "after")
+    assert (out / "a.txt").read_text() == "before"
     assert names(tmp_path) == ["out/.mmi", "out/a.txt"]
 
 
