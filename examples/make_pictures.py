@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mmi_deploy.files import write_file
-from mmi_deploy.images import to_png
-from mmi_train.data.world import Object, Scene, ordered_scene, render
+from mmi_deploy.documents.images import to_png
+from mmi_deploy.system.files import write_file
+from mmi_train.data.synthetic.world import Object, Scene, ordered_scene, render
 
 PICTURES = Path(__file__).parent / "pictures"
 

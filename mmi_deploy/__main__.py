@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line."""
     try:
-        from mmi_deploy.cli import main as command_line
+        from mmi_deploy.cli.app import main as command_line
     except KeyboardInterrupt:
         print("mmi: stopped", file=sys.stderr)
         sys.exit(130)

@@ -12,13 +12,13 @@ from pathlib import Path
 import onnx
 
 from export.small_models import paper_reading, random_model, released_reading
-from mmi_deploy.bundle import Bundle
-from mmi_deploy.cli import run
-from mmi_deploy.config import ModelConfig
-from mmi_deploy.presets import tiny
-from mmi_train.data.vocabulary import build_tokenizer
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.cli.app import run
+from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.presets import tiny
+from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import MMInterleaved
-from mmi_train.weights import CONFIG, TOKENIZER, load_model, save_model
+from mmi_train.weights.model_folder import CONFIG, TOKENIZER, load_model, save_model
 
 SHIPPED = "shipped"
 """The trained model, or in a checkout without it one of its size with random weights."""

@@ -14,10 +14,10 @@ import pytest
 
 from export.small_models import paper_reading
 from exports import Exported
-from mmi_deploy.cli import run
-from mmi_deploy.document_files import read_document
-from mmi_deploy.graphs import OPSET, Limits, graphs
-from mmi_deploy.images import read_rgb
+from mmi_deploy.cli.app import run
+from mmi_deploy.documents.files import read_document
+from mmi_deploy.documents.images import read_rgb
+from mmi_deploy.spec.graphs import OPSET, Limits, graphs
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

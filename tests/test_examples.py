@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from exports import SHIPPED, Exported
-from mmi_deploy import presets
-from mmi_deploy.document import Draw, Image, Text, encode_document
-from mmi_deploy.document_files import read_document
-from mmi_deploy.images import read_rgb
-from mmi_deploy.tokenizer import Tokenizer
-from mmi_train.data.tasks import caption_of
-from mmi_train.data.vocabulary import build_tokenizer
-from mmi_train.data.world import easy, split_of
+from mmi_deploy.documents.document import Draw, Image, Text, encode_document
+from mmi_deploy.documents.files import read_document
+from mmi_deploy.documents.images import read_rgb
+from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.spec import presets
+from mmi_train.data.synthetic.tasks import caption_of
+from mmi_train.data.synthetic.vocabulary import build_tokenizer
+from mmi_train.data.synthetic.world import easy, split_of
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DOCS = EXAMPLES.parent / "docs"

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mmi_bench.spread import Spread, ratios
-from mmi_deploy.build.precision import recipe, rewrite
-from mmi_deploy.build.target import CPU
-from mmi_deploy.bundle import Bundle
+from mmi_bench.statistics import Spread, ratios
+from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError, MmiError
-from mmi_deploy.files import write_file
-from mmi_deploy.graphs import Graph
 from mmi_deploy.runtime.buffers import HOST, Buffer
-from mmi_deploy.runtime.onnx_engine import OnnxOptions, OnnxRuntimeEngine
+from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
+from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.spec.target import CPU
+from mmi_deploy.system.files import write_file
+from mmi_deploy.targets.precision import recipe, rewrite
 
 PLAIN = "fp32"
 WARM_UP = 3

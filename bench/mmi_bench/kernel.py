@@ -22,15 +22,15 @@ from rich.progress import track
 from rich.table import Table
 
 from mmi_bench.machine import describe
-from mmi_bench.spread import Spread, ratios
-from mmi_deploy import command_line
+from mmi_bench.statistics import Spread, ratios
+from mmi_deploy.cli import program
 from mmi_deploy.errors import EngineError
-from mmi_deploy.files import write_file
-from mmi_deploy.graphs import IR_VERSION, OPSET
-from mmi_plugins.cases import draw
+from mmi_deploy.spec.graphs import IR_VERSION, OPSET
+from mmi_deploy.system.files import write_file
+from mmi_plugins.conformance.calls import draw
+from mmi_plugins.conformance.onnxruntime_kernel import OnnxRuntimeKernel, one_node_model
 from mmi_plugins.operator import INPUT_SHAPES, Call
 from mmi_plugins.reference import all_rows, attention
-from mmi_plugins.through.onnxruntime_kernel import OnnxRuntimeKernel, one_node_model
 
 HEADS, CHANNELS, POINTS, IMAGES = 16, 64, 8, 4
 LEVELS = ((32, 32), (16, 16), (8, 8))
@@ -289,4 +289,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command_line.main(command_line.program("python -m mmi_bench.kernel", main))
+    program.main(program.program("python -m mmi_bench.kernel", main))

@@ -21,17 +21,17 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from mmi_bench.simulated import simulated_runtime
-from mmi_deploy.bundle import Bundle
+from mmi_bench.emulated_precision import simulated_runtime
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.bundle.manifest import PORTABLE
 from mmi_deploy.errors import ConfigError, MmiError
-from mmi_deploy.files import write_file
-from mmi_deploy.manifest import PORTABLE
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
-from mmi_train.data import world as worlds
+from mmi_deploy.system.files import write_file
 from mmi_train.data.rows import TokenDocument
-from mmi_train.data.tasks import ImagePart, TaskDocument, grade
-from mmi_train.evaluation import (
+from mmi_train.data.synthetic import world as worlds
+from mmi_train.data.synthetic.tasks import ImagePart, TaskDocument, grade
+from mmi_train.evaluation.synthetic_tasks import (
     KINDS,
     MAX_ANSWER,
     PICTURES,

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mmi_deploy.config import ModelConfig
 from mmi_deploy.errors import ConfigError, MmiError
-from mmi_deploy.files import size
-from mmi_deploy.free_memory import free_memory
-from mmi_export.stored_weights import StoredWeights, can_link
-from mmi_export.watch import GIGABYTE
+from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.system.files import size
+from mmi_deploy.system.memory import free_memory
+from mmi_export.progress import GIGABYTE
+from mmi_export.tracing.stored_weights import StoredWeights, can_link
 
 Layout = Literal["fused", "linked"]
 """How weights lie in the bundle. `fused`: copied in float32, as the fastest graph on a CPU wants

@@ -22,10 +22,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from mmi_deploy.config import DiffusionConfig
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.graphs import STATE, TERMS
-from mmi_deploy.schedule import HISTORY_START, LATENTS, NOISE, PREDICTION, Schedule
+from mmi_deploy.spec.config import DiffusionConfig
+from mmi_deploy.spec.graphs import STATE, TERMS
+from mmi_deploy.spec.schedule import HISTORY_START, LATENTS, NOISE, PREDICTION, Schedule
 from mmi_train.model.diffusion import scheduler_options
 
 Spacing = Literal["leading", "trailing", "linspace"]

@@ -1,0 +1,1 @@
+"""The autoregressive text-and-image loop over the engines of a bundle."""

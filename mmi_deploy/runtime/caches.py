@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mmi_deploy.graphs import DEEP, IMAGE_SLOT_PADDING, Graph, Tensor
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
+from mmi_deploy.spec.graphs import DEEP, IMAGE_SLOT_PADDING, Graph, Tensor
 
 _STATE = {"latents": "next_latents", "history": "next_history"}
 """What a step of denoising reads, and where it writes the same for the next step."""

@@ -1,8 +1,8 @@
 """What runs a graph: one interface, whatever executes it.
 
-An engine takes named buffers, checks them against the contract (`mmi_deploy.graphs`) and runs. What
-a `Graph` declares in place shares its buffer with the input; all other outputs go where the caller
-says, or into new buffers.
+An engine takes named buffers, checks them against the contract (`mmi_deploy.spec.graphs`) and runs.
+What a `Graph` declares in place shares its buffer with the input; all other outputs go where the
+caller says, or into new buffers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from threading import Lock
 import numpy as np
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.graphs import Graph, Tensor
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
+from mmi_deploy.spec.graphs import Graph, Tensor
 
 Buffers = Mapping[str, Buffer | Array]
 

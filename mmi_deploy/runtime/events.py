@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mmi_deploy.images import Rgb
+from mmi_deploy.documents.images import Rgb
 from mmi_deploy.runtime.timings import Timings
 
 Reason = Literal["end", "stop", "max_tokens", "max_images", "context", "cancelled"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 
-from mmi_deploy.document import Document, encode_document
+from mmi_deploy.documents.document import Document, encode_document
+from mmi_deploy.documents.tokenizer import TextStream
 from mmi_deploy.runtime.events import (
     Event,
     Finished,
@@ -18,13 +19,12 @@ from mmi_deploy.runtime.events import (
     Reason,
     TextDelta,
 )
+from mmi_deploy.runtime.keyed_random import text_uniform
 from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
-from mmi_deploy.runtime.rng import text_uniform
 from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.runtime.sampling import never_sampled, sample
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.runtime.stop_text import StopText
-from mmi_deploy.runtime.text_sampling import never_sampled, sample
-from mmi_deploy.tokenizer import TextStream
 
 
 def generate(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.files import size as readable
-from mmi_deploy.graphs import DEEP, Graph, Limits, Tensor
 from mmi_deploy.runtime.buffers import element_type
+from mmi_deploy.spec.graphs import DEEP, Graph, Limits, Tensor
+from mmi_deploy.system.files import size as readable
 
 SHALLOW = "denoise_shallow"
 """The engine that only documents with `--full-every` need."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.runtime.text_sampling import TextSampling, check_ranges
+from mmi_deploy.runtime.sampling import TextSampling, check_ranges
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from mmi_deploy.bundle import Bundle
-from mmi_deploy.config import ModelConfig
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.bundle.manifest import PORTABLE
+from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError, EngineError
-from mmi_deploy.graphs import GRAPHS, Graph, Limits, graphs
-from mmi_deploy.manifest import PORTABLE
 from mmi_deploy.runtime.buffers import HOST, Buffer, Memory
 from mmi_deploy.runtime.engine import Engine
-from mmi_deploy.runtime.tensorrt_engine import TensorRtEngine
-from mmi_deploy.runtime.tensorrt_target import TensorRtTarget, runtime_of
-from mmi_deploy.schedule import Schedule
-from mmi_deploy.tokenizer import Tokenizer
+from mmi_deploy.runtime.tensorrt.backend import TensorRtTarget, runtime_of
+from mmi_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, graphs
+from mmi_deploy.spec.schedule import Schedule
 
 CPU = "cpu"
 """The target whose engines are taken, graph by graph, where the bundle has them."""
@@ -188,7 +188,7 @@ def _onnx_engine(
     files: dict[str, Path], threads: int, library: Path | None, graph: Graph
 ) -> Engine:
     # Imported here: a machine that runs TensorRT's engines alone need not have ONNX Runtime.
-    from mmi_deploy.runtime.onnx_engine import OnnxOptions, OnnxRuntimeEngine
+    from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 
     path = files[graph.name]
     if path.suffix != ".onnx":

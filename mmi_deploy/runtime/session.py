@@ -11,15 +11,15 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from mmi_deploy.documents.images import Rgb, resize, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
-from mmi_deploy.graphs import DEEP, Graph
-from mmi_deploy.images import Rgb, resize, to_pixels, to_rgb
-from mmi_deploy.layout import image_positions, picture_positions
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
 from mmi_deploy.runtime.caches import Drawing, HiddenStates, KvCache, ValuePool, padded
-from mmi_deploy.runtime.rng import first_latents, step_noise
+from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.timings import Timings
+from mmi_deploy.spec.graphs import DEEP, Graph
+from mmi_deploy.spec.token_layout import image_positions, picture_positions
 
 Logits = NDArray[np.float32]
 

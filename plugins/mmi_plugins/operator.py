@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.graphs import MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
+from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
 
 DOMAIN, NAME, VERSION = MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mmi_bench.decode import compare, line, main
-from mmi_deploy.bundle import Bundle
+from mmi_deploy.bundle.bundle import Bundle
 
 
 def test_precisions_take_turns_and_decode_the_same_number_of_tokens(exported_once) -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mmi_bench import kernel
-from mmi_bench.spread import ratios
+from mmi_bench.statistics import ratios
 from mmi_deploy.errors import EngineError
+from mmi_plugins.conformance.onnxruntime_kernel import OnnxRuntimeKernel
 from mmi_plugins.operator import Call
-from mmi_plugins.through.onnxruntime_kernel import OnnxRuntimeKernel
 
 pytest.importorskip("onnxruntime")
 

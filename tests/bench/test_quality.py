@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmi_bench.quality import Paired, compare, main
-from mmi_deploy.bundle import Bundle
+from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.runtime import Runtime
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from mmi_deploy.config import ModelConfig
-from mmi_deploy.presets import tiny
+from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.presets import tiny
 from mmi_train.model.mm_interleaved import MMInterleaved
 
 

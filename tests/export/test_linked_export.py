@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.small_models import paper_reading, released_reading
-from mmi_deploy.config import ModelConfig
-from mmi_deploy.graphs import Graph, Limits, graphs
-from mmi_export.blank_model import BlankModel
-from mmi_export.bundle_export import export_graph
-from mmi_export.receipts import onnx_runner, prove
-from mmi_export.stand_in import write_stand_in
-from mmi_export.stored_weights import INDEX, link_file, load_stored, stored_weights
-from mmi_export.weight_sources import WeightSources
-from mmi_train.stored.safetensors_files import read_safetensors
-from mmi_train.weights import WEIGHTS
+from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.graphs import Graph, Limits, graphs
+from mmi_export.export import export_graph
+from mmi_export.parity.receipts import onnx_runner, prove
+from mmi_export.placeholder_model import write_stand_in
+from mmi_export.tracing.fake_weights_model import BlankModel
+from mmi_export.tracing.stored_weights import INDEX, link_file, load_stored, stored_weights
+from mmi_export.tracing.weight_sources import WeightSources
+from mmi_train.weights.model_folder import WEIGHTS
+from mmi_train.weights.safetensors_files import read_safetensors
 
 TYPES = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.cases import SITUATIONS, draw, draws, read_case, rounded, write_case
+from mmi_plugins.conformance.calls import SITUATIONS, draw, draws, read_case, rounded, write_case
 from mmi_plugins.operator import INPUT_SHAPES, Call
 from mmi_plugins.reference import all_rows, attention, output_of
-from references.mmfs_float64 import operator
+from oracles.mmfs_float64 import operator
 
 
 def attributes(call: Call) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from mmi_train.sentencepiece_model import Piece
+from mmi_train.checkpoint_import.sentencepiece_model import Piece
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "t"), ("c", "at"), ("Ġ", "cat")]

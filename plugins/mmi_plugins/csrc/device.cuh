@@ -5,7 +5,7 @@
 #include "problem.h"
 
 #ifdef MMI_SHIM
-#include "shim/device.h"
+#include "shim_device.h"
 #endif
 
 namespace mmi {

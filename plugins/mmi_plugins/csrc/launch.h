@@ -1,10 +1,10 @@
 // How a call is put on a GPU: the TensorRT plugin and ONNX Runtime's CUDA kernel call this and
-// nothing else. Needs none of CUDA's headers; attention.cu defines it.
+// nothing else. Needs none of CUDA's headers; mmfs.cu defines it.
 #pragma once
 
 #include <cstddef>
 
-#include "attention.h"
+#include "mmfs.h"
 
 struct CUstream_st;  // cudaStream_t is CUstream_st*
 

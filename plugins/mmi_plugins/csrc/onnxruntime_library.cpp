@@ -5,8 +5,8 @@
 // carries for the operator; a session that does not runs the function.
 #include <string>
 
-#include "attention.h"
-#include "attention_cpu.h"
+#include "mmfs.h"
+#include "mmfs_cpu.h"
 #include "onnxruntime_abi.h"
 #include "sizes.h"
 #ifdef MMI_CUDA

@@ -1,4 +1,4 @@
-// From a call to kernel launches: host code without CUDA, shared by attention.cu and the shim.
+// From a call to kernel launches: host code without CUDA, shared by mmfs.cu and the shim.
 // launch_plan.py says the same in Python; a test compares the two byte by byte.
 #pragma once
 
@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "attention.h"
+#include "mmfs.h"
 #include "problem.h"
 
 namespace mmi {

@@ -8,7 +8,7 @@ constexpr int kLanes = 32;
 constexpr int kRowWarps = 4;          // rows of a block where queries are many
 constexpr int kSplitWarps = 8;        // shares of a row of a block where queries are few
 constexpr int kSplitPairs = 4;        // (image, point) pairs that a warp then takes at a time
-constexpr int kMaximumLevels = 4;     // kMostLevels and kMostChannels of attention.h
+constexpr int kMaximumLevels = 4;     // kMostLevels and kMostChannels of mmfs.h
 constexpr int kMaximumChannels = 128;
 constexpr int kManyRows = 2048;       // from this many (b, q, h) on, a warp a row fills a GPU
 constexpr int kMostBlocks = 2048;     // a split makes no more blocks than this
@@ -18,7 +18,7 @@ constexpr int kMostCounted = 2147483584;  // rows and images: 2^31 - 64
 struct Half { unsigned short bits; };
 struct BFloat16 { unsigned short bits; };
 
-// The parameter of every kernel. Letters as in attention.h; a block takes one head and one b.
+// The parameter of every kernel. Letters as in mmfs.h; a block takes one head and one b.
 struct Problem {
   const void* value;          // [n, s, h, d]
   const int* image_slot;      // [b, m]

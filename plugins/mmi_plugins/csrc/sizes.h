@@ -1,14 +1,14 @@
 // The sizes of a call, found in the shapes of its inputs, or why they contradict each other.
 //
 // A build knows some sides only as ranges: what is not known yet counts as the least that is
-// allowed, so that all the rest is checked before an engine is built. Letters as in attention.h.
+// allowed, so that all the rest is checked before an engine is built. Letters as in mmfs.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <string>
 
-#include "attention.h"
+#include "mmfs.h"
 
 namespace mmi {
 

@@ -14,7 +14,7 @@
 #include <new>
 #include <string>
 
-#include "attention.h"
+#include "mmfs.h"
 #include "launch.h"
 #include "sizes.h"
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import tokenizers
 
-from mmi_deploy.config import ModelConfig
-from mmi_deploy.graphs import DEEP, Graph, Limits
-from mmi_deploy.presets import tiny
+from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.schedule import Schedule
-from mmi_deploy.tokenizer import Tokenizer
+from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.graphs import DEEP, Graph, Limits
+from mmi_deploy.spec.presets import tiny
+from mmi_deploy.spec.schedule import Schedule
 
 VOCAB = 32
 LIMITS = Limits(context=64, images=6)

@@ -15,17 +15,17 @@ import torch
 
 from deploy.runtime.fake_model import fake_tokenizer, picture
 from export.small_models import random_model, released_reading
-from mmi_deploy.config import ModelConfig
-from mmi_deploy.graphs import Graph, Limits
-from mmi_deploy.images import to_pixels, to_rgb
-from mmi_deploy.presets import tiny
+from mmi_deploy.documents.images import to_pixels, to_rgb
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
 from mmi_deploy.runtime.engine import Engine
-from mmi_deploy.runtime.rng import first_latents, step_noise
+from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
-from mmi_deploy.schedule import Schedule
-from mmi_export.bundle_export import MODULES, with_time_table
+from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.graphs import Graph, Limits
+from mmi_deploy.spec.presets import tiny
+from mmi_deploy.spec.schedule import Schedule
+from mmi_export.export import MODULES, with_time_table
 from mmi_export.schedules import diffusers_scheduler, parse_schedule
 from mmi_train.model.diffusion import ddim
 from mmi_train.model.generation import draw_pictures

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from deploy.runtime.fake_model import VOCAB, Log, fake_config, fake_runtime, picture
-from mmi_deploy.document import Document, Draw, Image, Text, document_of
+from mmi_deploy.documents.document import Document, Draw, Image, Text, document_of
 from mmi_deploy.errors import ConfigError, DocumentError
-from mmi_deploy.graphs import Limits
 from mmi_deploy.runtime.events import (
     Event,
     Finished,
@@ -21,10 +20,11 @@ from mmi_deploy.runtime.events import (
     TextDelta,
 )
 from mmi_deploy.runtime.generation import GenerationOptions, generate
-from mmi_deploy.runtime.rng import text_uniform
+from mmi_deploy.runtime.keyed_random import text_uniform
 from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.runtime.sampling import never_sampled, sample
 from mmi_deploy.runtime.session import Session
-from mmi_deploy.runtime.text_sampling import never_sampled, sample
+from mmi_deploy.spec.graphs import Limits
 
 TOKENS = fake_config().tokens
 PROMPT = document_of(Text("w5 w6"))

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from deploy.runtime.fake_model import fake_config, fake_schedule, fake_tokenizer
-from mmi_deploy.bundle import Bundle, write_bundle, write_target
+from mmi_deploy.bundle.bundle import Bundle, write_bundle, write_target
+from mmi_deploy.bundle.manifest import Case
 from mmi_deploy.errors import BundleError, EngineError
-from mmi_deploy.graphs import GRAPHS, Limits
-from mmi_deploy.manifest import Case
 from mmi_deploy.runtime.runtime import Runtime, engine_files
-from mmi_deploy.schedule import Schedule
+from mmi_deploy.spec.graphs import GRAPHS, Limits
+from mmi_deploy.spec.schedule import Schedule
 
 PROVED = [Case(sizes={}, error=0.0, tolerance=1e-4)]
 

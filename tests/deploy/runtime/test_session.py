@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.runtime.fake_cuda import FakeCuda
 from deploy.runtime.fake_model import (
     LIMITS,
     Log,
@@ -20,15 +19,16 @@ from deploy.runtime.fake_model import (
     picture,
     vae_decoder,
 )
-from deploy.runtime.gpu_targets import add_target, fake_bundle, machine
-from mmi_deploy.config import ModelConfig
+from deploy.runtime.tensorrt.fake_cuda import FakeCuda
+from deploy.runtime.tensorrt.gpu_targets import add_target, fake_bundle, machine
+from mmi_deploy.documents.images import to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
-from mmi_deploy.graphs import DEEP, IMAGE_SLOT_PADDING, Limits
-from mmi_deploy.images import to_rgb
-from mmi_deploy.layout import image_positions, picture_positions
-from mmi_deploy.runtime.rng import first_latents, step_noise
+from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session, pad_images
+from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.graphs import DEEP, IMAGE_SLOT_PADDING, Limits
+from mmi_deploy.spec.token_layout import image_positions, picture_positions
 
 
 @pytest.fixture(autouse=True, params=["host", "gpu"])

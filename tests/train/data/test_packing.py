@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mmi_deploy.config import TokenConfig
+from mmi_deploy.spec.config import TokenConfig
 from mmi_train.data.packing import pack
 
 TOKENS = TokenConfig(bos=1, eos=2, pad=0, boi=3, image=4)

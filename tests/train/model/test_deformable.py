@@ -12,7 +12,7 @@ from mmi_train.model.deformable import (
     sample_levels,
     sample_pool,
 )
-from references import mmfs_float64
+from oracles import mmfs_float64
 
 SHAPES = [(5, 3), (2, 4)]
 CELLS = 5 * 3 + 2 * 4

@@ -11,9 +11,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmi_deploy.config import DiffusionConfig, VaeConfig
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.presets import PRESETS, released_13b, tiny
+from mmi_deploy.spec.config import DiffusionConfig, VaeConfig
+from mmi_deploy.spec.presets import PRESETS, released_13b, tiny
 from mmi_train.model.diffusion import Diffusion, ddim, scheduler_options
 from mmi_train.model.image_decoder import (
     CONDITION_DROP,

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import LlamaConfig as HuggingFaceConfig
 from transformers import LlamaModel
 
-from mmi_deploy.config import LlamaConfig, MmfsConfig
 from mmi_deploy.errors import DocumentError
+from mmi_deploy.spec.config import LlamaConfig, MmfsConfig
+from mmi_train.checkpoint_import.published.llm import RULES
 from mmi_train.model.llama import KvCache, Llama
 from mmi_train.model.lm_head import LmHead
-from mmi_train.published.llm import RULES
 
 CONFIG = LlamaConfig(
     vocab=50, width=32, layers=4, heads=4, kv_heads=4, mlp_width=48, context=24, mmfs_every=2

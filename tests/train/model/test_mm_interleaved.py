@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from mmi_deploy.errors import DocumentError
-from mmi_deploy.presets import tiny
-from mmi_train.convert_state import published_module
+from mmi_deploy.spec.presets import tiny
+from mmi_train.checkpoint_import.published import rename
+from mmi_train.checkpoint_import.state_dict import published_module
 from mmi_train.golden.configs import Section
 from mmi_train.golden.configs import model as published_config
-from mmi_train.losses import text_targets
 from mmi_train.model.diffusion import ddim
 from mmi_train.model.generation import draw_pictures, generate_texts, score_options
 from mmi_train.model.image_decoder import DrawingStep, Draws
+from mmi_train.model.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.model.vae import Posterior
-from mmi_train.published import rename
 
 Run = tuple[dict[str, Tensor], dict[str, Tensor]]
 

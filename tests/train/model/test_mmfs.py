@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmi_deploy.config import MmfsConfig
+from mmi_deploy.spec.config import MmfsConfig
+from mmi_train.checkpoint_import.published.llm import mmfs_rules
 from mmi_train.model.deformable import multi_image_deformable_attention
 from mmi_train.model.mmfs import Mmfs, take_levels
-from mmi_train.published.llm import mmfs_rules
-from references import mmfs_float64
+from oracles import mmfs_float64
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from mmi_deploy.config import ResamplerConfig
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.presets import tiny
+from mmi_deploy.spec.config import ResamplerConfig
+from mmi_deploy.spec.presets import tiny
+from mmi_train.checkpoint_import.published.vision import qformer_rules
 from mmi_train.model import resampler as module
 from mmi_train.model.attention import attend
 from mmi_train.model.positions import table_1d
 from mmi_train.model.resampler import Resampler
-from mmi_train.published.vision import qformer_rules
-from references import resampler_float64
+from oracles import resampler_float64
 
 PERCEIVER = ResamplerConfig(
     form="perceiver",

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmi_deploy.config import MmfsConfig, UnetConfig
-from mmi_deploy.presets import released_13b, tiny
-from mmi_train.convert_state import published_module
+from mmi_deploy.spec.config import MmfsConfig, UnetConfig
+from mmi_deploy.spec.presets import released_13b, tiny
+from mmi_train.checkpoint_import.state_dict import published_module
 from mmi_train.golden.configs import Section, unet
 from mmi_train.golden.unet import set_base_grids
 from mmi_train.model.unet import LookBack, UNet, diffusers_unet

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from mmi_deploy.config import ResamplerConfig, VisionConfig
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.presets import paper_13b, tiny
+from mmi_deploy.spec.config import ResamplerConfig, VisionConfig
+from mmi_deploy.spec.presets import paper_13b, tiny
+from mmi_train.checkpoint_import.published import DerivedConstant, rename
 from mmi_train.model.interactions import DeformableAttention
 from mmi_train.model.positions import resize_table, table_1d, table_2d
 from mmi_train.model.spatial_prior import map_to_tokens
 from mmi_train.model.visual_tokenizer import VisualTokenizer, flatten_maps
 from mmi_train.model.vit_adapter import VitAdapter, resize_positions
-from mmi_train.published import DerivedConstant, rename
 
 SMALL = VisionConfig(
     image_size=56,

@@ -1,1 +1,1 @@
-"""The tiny model's training data: a drawn world, its documents, their checkers and vocabulary."""
+"""Training data: token rows, packing, pixels."""

@@ -12,7 +12,7 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
-from mmi_deploy.config import TokenConfig
+from mmi_deploy.spec.config import TokenConfig
 
 ImageT = TypeVar("ImageT")
 Truncation = Literal["image", "document"]

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mmi_deploy.config import TokenConfig
-from mmi_train.data.tasks import ImagePart, TaskDocument, TextPart
+from mmi_deploy.spec.config import TokenConfig
+from mmi_train.data.synthetic.tasks import ImagePart, TaskDocument, TextPart
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from mmi_deploy.config import first_flaw
 from mmi_deploy.errors import MmiError
+from mmi_deploy.spec.config import first_flaw
 from mmi_train.golden import full, generate, llama, mmfs, unet, vision
 from mmi_train.golden.compare import Checks, Comparison
 from mmi_train.golden.full import Weights

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from mmi_deploy.config import (
+from mmi_deploy.spec.config import (
     DiffusionConfig,
     ImageDecoderConfig,
     LlamaConfig,
@@ -25,7 +25,7 @@ from mmi_deploy.config import (
     VaeConfig,
     VisionConfig,
 )
-from mmi_deploy.presets import released_13b
+from mmi_deploy.spec.presets import released_13b
 from mmi_train.golden.units import UnitError
 
 State = Mapping[str, Tensor]

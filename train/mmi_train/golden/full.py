@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmi_deploy.config import TokenConfig
-from mmi_train.convert_state import published_module
+from mmi_deploy.spec.config import TokenConfig
+from mmi_train.checkpoint_import.state_dict import published_module
 from mmi_train.golden import configs
 from mmi_train.golden.compare import Checks
 from mmi_train.golden.configs import Section
@@ -22,9 +22,9 @@ from mmi_train.golden.gradients import check_gradients
 from mmi_train.golden.hooks import recorded
 from mmi_train.golden.unet import set_base_grids
 from mmi_train.golden.units import Unit, UnitError
-from mmi_train.losses import IGNORE, text_loss, text_targets
 from mmi_train.model.generation import visible_keys
 from mmi_train.model.image_decoder import CONDITION_DROP, Draws
+from mmi_train.model.losses import IGNORE, text_loss, text_targets
 from mmi_train.model.mm_interleaved import LOOKS_BACK, EncodedImages, MMInterleaved
 
 _GRADIENT_OF = "mmc4"

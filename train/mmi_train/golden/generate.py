@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmi_train.convert_state import published_module
+from mmi_train.checkpoint_import.state_dict import published_module
 from mmi_train.golden import full
 from mmi_train.golden.compare import Checks
 from mmi_train.golden.configs import Section, under

@@ -15,12 +15,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from mmi_train.checkpoint_import.published import DerivedConstant, rename
 from mmi_train.golden.compare import Checks, Comparison, compare
 from mmi_train.golden.units import UnitError
 from mmi_train.model.interactions import DeformableAttention
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.model.mmfs import Mmfs
-from mmi_train.published import DerivedConstant, rename
 
 _PREFIX = "grad."
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmi_train.convert_state import published_module
+from mmi_train.checkpoint_import.state_dict import published_module
 from mmi_train.golden import configs
 from mmi_train.golden.compare import Checks
 from mmi_train.golden.configs import PUBLISHED, Section

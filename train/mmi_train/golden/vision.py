@@ -5,7 +5,7 @@ Letters: n images, c vision width, s cells of a map.
 
 from __future__ import annotations
 
-from mmi_train.convert_state import published_module
+from mmi_train.checkpoint_import.state_dict import published_module
 from mmi_train.golden import configs
 from mmi_train.golden.compare import Checks
 from mmi_train.golden.configs import PUBLISHED, Section

@@ -8,7 +8,7 @@ A sampled value is a weighted sum of rows of `value`, so a whole query is one ba
 share it, and no [queries, points, channels] tensor exists. On a CPU core, forward and
 backward together take 25 to 60 % of the time of one `grid_sample` per level.
 
-`mmi_plugins.torch_op` is the same operator as one opaque op, with a backward pass written by hand
+`mmi_plugins.torch.op` is the same operator as one opaque op, with a backward pass written by hand
 and Triton kernels for CUDA. It is another program on purpose: this one is what kernels and exported
 graphs are compared with, it is plain tensor algebra that autograd and the exporter can follow, and
 model code depends on no package but the configuration.

@@ -12,8 +12,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from mmi_deploy.config import DiffusionConfig
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.config import DiffusionConfig
 
 
 class Diffusion(nn.Module):

@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmi_deploy.config import ModelConfig
+from mmi_deploy.spec.config import ModelConfig
 from mmi_train.model.diffusion import Diffusion
 from mmi_train.model.positions import table_1d
 from mmi_train.model.resampler import Resampler

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmi_deploy.config import LlamaConfig, MmfsConfig
 from mmi_deploy.errors import DocumentError
+from mmi_deploy.spec.config import LlamaConfig, MmfsConfig
 from mmi_train.model.mmfs import Mmfs, take_levels
 
 

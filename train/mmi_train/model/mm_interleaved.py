@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmi_deploy import layout
-from mmi_deploy.config import ModelConfig
-from mmi_train.losses import IGNORE, text_loss, text_targets
+from mmi_deploy.spec import token_layout
+from mmi_deploy.spec.config import ModelConfig
 from mmi_train.model.image_decoder import Draws, ImageDecoder, LookBackImages
 from mmi_train.model.llama import Llama
 from mmi_train.model.lm_head import LmHead
+from mmi_train.model.losses import IGNORE, text_loss, text_targets
 from mmi_train.model.vae import Posterior
 from mmi_train.model.visual_tokenizer import VisualTokenizer, flatten_maps
 
@@ -112,7 +112,7 @@ class MMInterleaved(nn.Module):
 
     def embed(self, token_ids: Tensor, visual_tokens: Tensor, visual_index: Tensor) -> Tensor:
         """[b, t, c]: embeddings, the learned vector added to BoI, visual tokens [n, tokens, c]
-        where `visual_index` [b, t] (`layout.visual_index`) is not -1."""
+        where `visual_index` [b, t] (`token_layout.visual_index`) is not -1."""
         embeddings = self.llm.embed_tokens(token_ids)
         is_boi = (token_ids == self.config.tokens.boi)[..., None]
         embeddings = embeddings + is_boi * self.boi_embedding
@@ -122,14 +122,14 @@ class MMInterleaved(nn.Module):
     def embed_rows(self, token_ids: Tensor, images: EncodedImages, image_slot: Tensor) -> Tensor:
         """[b, t, c]: embeddings of whole rows with their images' visual tokens in place."""
         ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
-        index = layout.visual_index(ids, self.config.tokens, slots, self.config.visual_tokens)
+        index = token_layout.visual_index(ids, self.config.tokens, slots, self.config.visual_tokens)
         return self.embed(token_ids, images.tokens, _like(index, token_ids))
 
     def image_positions(self, token_ids: Tensor, image_slot: Tensor) -> Tensor:
         """[b, t, m]: how far back each image lies from each token, 0 hidden; see `layout`."""
         ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
         seen = self.config.llm_mmfs.images_seen
-        position = layout.image_positions(ids, self.config.tokens, slots.shape[1], seen)
+        position = token_layout.image_positions(ids, self.config.tokens, slots.shape[1], seen)
         return _like(position * (slots >= 0)[:, None], token_ids)
 
     def read(
@@ -149,7 +149,7 @@ class MMInterleaved(nn.Module):
         if position is None:
             rows, columns = token_ids.shape
             position = torch.arange(columns, device=token_ids.device).expand(rows, -1)
-        slot, image_position = layout.only_seen(
+        slot, image_position = token_layout.only_seen(
             image_slot.cpu().numpy(), self.image_positions(token_ids, image_slot).cpu().numpy()
         )
         return self.llm(
@@ -166,8 +166,8 @@ class MMInterleaved(nn.Module):
         backwards to its `<s>`, zeros after that, and how many they are, [k]."""
         row, image = pictures.cpu().numpy().T
         ids = token_ids.cpu().numpy()
-        ranges = layout.context_ranges(
-            ids, self.config.tokens, layout.image_count(ids, self.config.tokens)
+        ranges = token_layout.context_ranges(
+            ids, self.config.tokens, token_layout.image_count(ids, self.config.tokens)
         )
         start, stop = ranges[row, image].T
         length = stop - start
@@ -185,8 +185,8 @@ class MMInterleaved(nn.Module):
         ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
         row, image = pictures.cpu().numpy().T
         seen = self.config.image_decoder.mmfs.images_seen
-        positions = layout.picture_positions(ids, self.config.tokens, slots.shape[1], seen)
-        slot, position = layout.only_seen(
+        positions = token_layout.picture_positions(ids, self.config.tokens, slots.shape[1], seen)
+        slot, position = token_layout.only_seen(
             slots[row], positions[row, image] * (slots[row] >= 0)
         )  # [k, m]
         used = np.unique(slot[position > 0])

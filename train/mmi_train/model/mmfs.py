@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmi_deploy.config import MmfsConfig
+from mmi_deploy.spec.config import MmfsConfig
 from mmi_train.model.deformable import multi_image_deformable_attention
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmi_deploy.config import ResamplerConfig
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.config import ResamplerConfig
 from mmi_train.model.attention import attend, join_heads, split_heads
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mmi_deploy.config import MmfsConfig, UnetConfig
+from mmi_deploy.spec.config import MmfsConfig, UnetConfig
 from mmi_train.model.attention import attend, join_heads, split_heads
 from mmi_train.model.group_norm import with_exact_group_norms
 from mmi_train.model.mmfs import Mmfs, take_levels

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmi_deploy.config import VaeConfig
+from mmi_deploy.spec.config import VaeConfig
 from mmi_train.model.group_norm import with_exact_group_norms
 
 

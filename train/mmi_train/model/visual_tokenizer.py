@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmi_deploy.config import ResamplerConfig, VisionConfig
+from mmi_deploy.spec.config import ResamplerConfig, VisionConfig
 from mmi_train.model.positions import resize_table, table_2d
 from mmi_train.model.resampler import Resampler
 from mmi_train.model.spatial_prior import map_to_tokens, tokens_to_map

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
-from mmi_deploy.config import VisionConfig
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.config import VisionConfig
 from mmi_train.model.attention import CLIP_IMPLEMENTATION
 from mmi_train.model.interactions import EXTRA_EXTRACTORS, Extractor, Injector
 from mmi_train.model.positions import cell_centres, resize_table, table_2d

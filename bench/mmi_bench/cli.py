@@ -1,0 +1,92 @@
+"""`mmi bench`: the runtime against the same weights in PyTorch, on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmi_deploy.cli.console import MOST_THREADS, print_json, results, staged
+from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
+from mmi_deploy.cli.target_options import CPU, Device, TargetName
+from mmi_deploy.system.files import prepare_file, write_file
+
+
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
+    model: Annotated[
+        Path, typer.Option("--model", "-m", help="The model folder it was exported from.")
+    ] = Path("assets/tiny"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Short documents, to see that it works.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 7,
+    threads: Annotated[
+        int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of both sides.")
+    ] = 2,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME:STEPS",
+            help="Sampler of the bundle.",
+            show_default="the first of 20 steps",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write every sample to this JSON file.", dir_okay=False),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the result into this .svg or .png file.", dir_okay=False),
+    ] = None,
+    target: TargetName = CPU,
+    device: Device = 0,
+    kernels: Kernels = AUTO,
+    unproved: Annotated[
+        bool, typer.Option("--unproved", help="Run graphs that have no receipt.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare the runtime with PyTorch: whole documents, tokens, denoising steps, memory.
+
+    Both sides get the same weights, threads and counts and take turns; they must write the same
+    text and draw the same pictures, or nothing is reported. With the defaults this takes minutes.
+    """
+    if out:
+        prepare_file(out)
+    if plot:
+        prepare_file(plot, ".svg", ".png")
+    with extras("bench"):
+        import torch  # noqa: F401  # the other side runs in a process that could only fail
+
+        from mmi_bench.compare.compare import run
+        from mmi_bench.compare.report import table
+    with staged("loading") as stage:
+        comparison = run(
+            bundle,
+            model,
+            threads=threads,
+            repeats=repeats,
+            quick=quick,
+            schedule=schedule,
+            library=kernel_library(kernels, target),
+            unproved=unproved,
+            target=target,
+            device=device,
+            progress=stage,
+        )
+    report = comparison.to_json()
+    if out:
+        write_file(out, json.dumps(report, indent=2) + "\n")
+    if plot:
+        from mmi_bench.compare.plot import draw
+
+        draw(comparison, plot)
+    if as_json:
+        print_json(report)
+    else:
+        results().print(table(comparison))

@@ -1,0 +1,115 @@
+"""The two sides of the comparison, each a function from (document, options) to events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmi_deploy.bundle.manifest import PORTABLE
+from mmi_deploy.documents.document import Document
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.runtime.events import Event
+from mmi_deploy.runtime.options import GenerationOptions
+from mmi_deploy.spec.config import DiffusionConfig
+from mmi_deploy.spec.target import CPU
+
+SideName = Literal["runtime", "pytorch"]
+SIDES: tuple[SideName, ...] = ("runtime", "pytorch")
+
+Generate = Callable[[Document, GenerationOptions], Iterator[Event]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides are given. `bundle` and `model` hold the same weights."""
+
+    bundle: Path
+    model: Path
+    schedule: str
+    threads: int
+    library: Path | None
+    unproved: bool
+    target: str = CPU
+    device: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the runtime computes in float32, so that both sides must do the same."""
+        return self.target in (CPU, PORTABLE) or self.target.endswith("fp32")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Settings:
+        paths = ("bundle", "model", "library")
+        return cls(**fields | {name: Path(fields[name]) for name in paths if fields[name]})
+
+
+def open_side(side: SideName, settings: Settings) -> Generate:
+    """Load everything that the first document would otherwise wait for."""
+    return {"runtime": _runtime, "pytorch": _pytorch}[side](settings)
+
+
+def _runtime(settings: Settings) -> Generate:
+    from mmi_deploy.runtime.generation import generate
+    from mmi_deploy.runtime.runtime import Runtime
+
+    runtime = Runtime.open(
+        settings.bundle,
+        threads=settings.threads,
+        library=settings.library,
+        unproved=settings.unproved,
+        target=settings.target,
+        device=settings.device,
+    )
+    runtime.load()
+    runtime.schedule(settings.schedule)
+    return lambda document, options: generate(runtime, document, options)
+
+
+def _pytorch(settings: Settings) -> Generate:
+    import torch
+
+    from mmi_deploy.bundle.bundle import Bundle
+    from mmi_deploy.documents.tokenizer import Tokenizer
+    from mmi_train.baseline.generation import generate
+    from mmi_train.baseline.published_mmfs import as_published
+    from mmi_train.weights.model_folder import load_model
+
+    torch.set_num_threads(settings.threads)
+    bundle = Bundle.open(settings.bundle, unproved=settings.unproved)
+    model = as_published(load_model(settings.model))
+    if model.config != bundle.config:
+        raise ConfigError(
+            f"{settings.bundle} was not exported from {settings.model}: they are different models",
+            fix="give the model folder with --model, or export again",
+        )
+    tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
+    scheduler, eta = scheduler_of(settings.schedule, model.config.image_decoder.diffusion)
+    return lambda document, options: generate(
+        model, tokenizer, document, options, scheduler, eta=eta, limits=bundle.limits
+    )
+
+
+def scheduler_of(key: str, diffusion: DiffusionConfig) -> tuple[Any, float]:
+    """diffusers' own scheduler for a table's key, its timesteps set, and the eta to run it with.
+
+    The ancestral sampler takes its noise explicitly, as DDIM with eta 1.
+    """
+    from mmi_export.schedules import diffusers_scheduler
+    from mmi_train.model.diffusion import ddim
+
+    name, _, steps = key.partition(":")
+    solver, _, spacing = name.partition("-")
+    if (solver, spacing) == ("ddpm", ""):
+        scheduler: Any = ddim(diffusion)
+    else:
+        scheduler = diffusers_scheduler(solver, diffusion, spacing or "leading")  # type: ignore[arg-type]
+    scheduler.set_timesteps(int(steps))
+    return scheduler, float(solver == "ddpm")

@@ -1,0 +1,135 @@
+"""What is measured: documents of exact lengths, and how much both sides must write and draw."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mmi_deploy.documents.document import Document, Image, Part, Text, document_of
+from mmi_deploy.documents.images import Rgb
+from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.errors import ConfigError, DocumentError
+from mmi_deploy.runtime.options import GenerationOptions
+from mmi_deploy.spec.config import ModelConfig
+
+IMAGES = 4
+"""Images in the context of the whole document."""
+
+GUIDANCE = 3.5
+"""The scale of the paper's evaluation."""
+
+_WORDS = ("a", "the", "red", "one")
+"""Fillers; the first that the tokenizer turns into one token each is taken."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One document and what follows it.
+
+    The context has `images` images and `text_tokens` tokens of text, then either `turns` turns of
+    `tokens` tokens and a picture each, or `tokens` tokens and no picture.
+    """
+
+    name: str
+    images: int
+    text_tokens: int
+    tokens: int
+    turns: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def context_tokens(self, config: ModelConfig) -> int:
+        """Tokens before the first generated one."""
+        return 1 + self.images * (1 + config.visual_tokens) + self.text_tokens
+
+    def length(self, config: ModelConfig) -> int:
+        """Tokens at the end of it all."""
+        turn = self.tokens + 1 + config.visual_tokens
+        return self.context_tokens(config) + (self.turns * turn or self.tokens)
+
+    def document(self, tokenizer: Tokenizer, config: ModelConfig) -> Document:
+        """Text and images in turn, so that the tokens come out exactly."""
+        word = one_token_word(tokenizer)
+        pieces = np.array_split(np.arange(self.text_tokens), self.images + 1)
+        parts: list[Part] = []
+        for index, piece in enumerate(pieces):
+            if len(piece):
+                parts.append(Text(" ".join([word] * len(piece))))
+            if index < self.images:
+                parts.append(Image(picture(index, config.vision.image_size)))
+        return document_of(*parts)
+
+    def options(self, schedule: str) -> GenerationOptions:
+        """Greedy, with forced counts: both sides do the same work."""
+        total = self.tokens * max(self.turns, 1)
+        return GenerationOptions(
+            max_tokens=total,
+            min_tokens=total if not self.turns else 0,
+            turn_tokens=self.tokens if self.turns else None,
+            max_images=self.turns,
+            temperature=0.0,
+            schedule=schedule,
+            guidance=GUIDANCE,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cases of a comparison, and how often each is measured after one run to warm up."""
+
+    cases: tuple[Case, ...]
+    repeats: int
+
+
+DOCUMENT, TEXT = "document", "text"
+
+
+def look_back(images: int) -> str:
+    """The case whose context holds `images` images."""
+    return f"text after {images} images"
+
+
+def plan(config: ModelConfig, context: int, repeats: int, quick: bool) -> Plan:
+    """The cases for a bundle of `context` tokens.
+
+    `quick`: less of everything, to see that it runs. Raises `ConfigError` when they do not fit.
+    """
+    turns, tokens, counts = (1, 4, (0, 8)) if quick else (3, 16, (0, 1, 2, 4, 8))
+    several = 8 * IMAGES
+    cases = [
+        Case(DOCUMENT, IMAGES, several, tokens, turns),
+        Case(TEXT, IMAGES, several, tokens * turns),
+    ]
+    taken = 1 + config.visual_tokens
+    for count in counts:
+        filler = several + (max(counts) - count) * taken
+        cases.append(Case(look_back(count), count, filler, 2 * tokens))
+    longest = max(case.length(config) for case in cases)
+    if longest > context:
+        raise ConfigError(
+            "the bundle is too small for the benchmark's documents",
+            expected=f"room for {longest} tokens",
+            got=context,
+            fix=f"export it with --context {longest} or more",
+        )
+    return Plan(tuple(cases), repeats)
+
+
+def one_token_word(tokenizer: Tokenizer) -> str:
+    """A word that is one token, however often it is repeated; raises `ConfigError` without one."""
+    for word in _WORDS:
+        try:
+            if len(tokenizer.encode(" ".join([word] * 5))) == 5:
+                return word
+        except DocumentError:  # not in its vocabulary
+            continue
+    raise ConfigError("the tokenizer has no word that is one token", expected=" or ".join(_WORDS))
+
+
+def picture(seed: int, side: int) -> Rgb:
+    """Coloured squares, uint8 [side, side, 3]."""
+    cells = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    return np.kron(cells, np.ones((-(-side // 8),) * 2 + (1,), np.uint8))[:side, :side]

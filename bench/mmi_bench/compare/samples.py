@@ -1,0 +1,74 @@
+"""One timed run of a case: what a person who waits would measure with a stopwatch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mmi_deploy.documents.images import Rgb
+from mmi_deploy.runtime.events import (
+    Event,
+    Finished,
+    ImageDone,
+    ImageProgress,
+    TextDelta,
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds. `token_gaps`: from one token of a turn to the next. `step_gaps`: from one denoising
+    step of a picture to the next. `stages`: what the side itself says about its parts, by name."""
+
+    seconds: float
+    first_token: float
+    token_gaps: list[float]
+    step_gaps: list[float]
+    stages: dict[str, list[float]]
+
+    @property
+    def per_token(self) -> float:
+        return sum(self.token_gaps) / len(self.token_gaps)
+
+    @property
+    def per_step(self) -> float:
+        return sum(self.step_gaps) / len(self.step_gaps)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Output:
+    """What was written and drawn, to see that both sides did the same."""
+
+    text: str = ""
+    pictures: list[Rgb] = field(default_factory=list)
+
+
+def take(events: Iterator[Event]) -> tuple[Sample, Output]:
+    """Run a generation to its end. The clock starts here: the generator has not begun."""
+    start = time.perf_counter()
+    output = Output()
+    first, before = 0.0, None
+    token_gaps, step_gaps = [], []
+    stages: dict[str, list[float]] = {}
+    last = start
+    for event in events:
+        now = time.perf_counter()
+        if isinstance(event, TextDelta):
+            output.text += event.text
+            first = first or now - start
+            if before is TextDelta:
+                token_gaps.append(now - last)
+        elif isinstance(event, ImageProgress) and before is ImageProgress:
+            step_gaps.append(now - last)
+        elif isinstance(event, ImageDone):
+            output.pictures.append(event.rgb)
+        elif isinstance(event, Finished):
+            for run in event.timings.runs:
+                stages.setdefault(run.stage, []).append(run.seconds)
+        last, before = now, type(event)
+    return Sample(last - start, first, token_gaps, step_gaps, stages), output

@@ -1,0 +1,44 @@
+"""A precision that no processor here computes in, run all the same: the graphs that a GPU would
+get, in float32 with every number rounded to its type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.runtime.engine import Engine
+from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
+from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.spec.target import TENSORRT
+from mmi_deploy.targets.precision import measure_ranges, recipe, rewrite
+from mmi_deploy.targets.precision.emulation import simulated
+from mmi_deploy.targets.precision.recipes import FLOAT32
+from mmi_deploy.targets.precision.rewrite import read_model
+from mmi_deploy.targets.sample_inputs import samples_of
+
+
+def simulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int = 0) -> Runtime:
+    """A runtime of `bundle` on the graphs of a GPU recipe, which are written into `folder`.
+
+    Raises `MmiError` for an unknown recipe or a bundle that cannot be rewritten or run.
+    """
+    chosen = recipe(precision)
+    samples = samples_of(bundle) if chosen.activations != FLOAT32 else {}
+    for name, graph in bundle.graphs.items():
+        portable, out = bundle.graph_file(name), folder / f"{name}.onnx"
+        ranges = None
+        if runs := [sample.inputs for sample in samples.get(name, []) if sample.recorded]:
+            ranges = measure_ranges(read_model(portable, graph), portable.parent, runs)
+        rewrite(chosen, graph, portable, out, runtime=TENSORRT, ranges=ranges)
+        onnx.save(ir.to_proto(simulated(out)), out)
+
+    def load(graph: Graph) -> Engine:
+        return OnnxRuntimeEngine(folder / f"{graph.name}.onnx", graph, OnnxOptions(threads))
+
+    tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
+    return Runtime(bundle.config, bundle.limits, tokenizer, load, bundle.schedule)

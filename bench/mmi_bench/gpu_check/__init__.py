@@ -1,0 +1,1 @@
+"""`make gpu-check`: build, run, compare and measure on an NVIDIA GPU."""

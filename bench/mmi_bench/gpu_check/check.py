@@ -1,0 +1,364 @@
+"""`make gpu-check`: everything that only a GPU can show, in one run, told in a report.
+
+Each step is tried whatever became of the others, and says in one line what came out or what is
+missing. Exit code 0: all passed. 1: something is wrong. 2: something could not be run here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from mmi_bench.gpu_check.kernel import GpuKernel, import_driver
+from mmi_bench.gpu_check.report import write_report
+from mmi_bench.gpu_check.target import Detail, Tried, compare, document, measure, write_receipts
+from mmi_bench.machine import describe
+from mmi_deploy.bundle.build_report import read_report
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.cli import program
+from mmi_deploy.errors import ConfigError, EngineError, MmiError
+from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, TensorRtTarget
+from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
+from mmi_deploy.runtime.tensorrt.module import MODULES, import_tensorrt
+from mmi_deploy.spec.target import TENSORRT, Target
+from mmi_deploy.system.files import cache_folder
+from mmi_deploy.targets.precision import recipe
+from mmi_plugins.compile import nvrtc
+from mmi_plugins.conformance.calls import draws
+from mmi_plugins.conformance.check import Verdict, check
+from mmi_plugins.operator import TOLERANCES
+from mmi_plugins.reference import all_rows, attention
+from mmi_plugins.tensorrt.build_plugin import (
+    build_tensorrt_plugin,
+    find_cmake,
+    find_nvcc,
+    find_tensorrt_headers,
+)
+
+WRONG, NOT_RUN = 1, 2
+PRECISIONS = ("fp32", "fp16")
+KERNEL_CASES = 48
+"""Drawn calls of the kernel: each situation six times."""
+
+State = Literal["passed", "FAILED", "not run"]
+
+
+class Missing(Exception):
+    """What a step needs and this machine lacks."""
+
+
+@dataclass
+class Step:
+    """What became of one step. `line`: for people. `detail`: all numbers."""
+
+    name: str
+    state: State
+    line: str
+    seconds: float
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+Builder = Callable[[Path, Target, Path | None], None]
+"""Builds the engines of a bundle for a target, with the plugin library if there is one."""
+
+
+@dataclass
+class Machine:
+    """What steps run with; tests put their own in its place."""
+
+    device: int = 0
+    cuda: Any = None
+    driver: Any = None
+    tensorrt: Any = None
+    build: Builder | None = None
+    build_plugin: Callable[[str], Path] | None = None
+    kernel: Callable[[DeviceMemory], Any] | None = None
+    _memory: DeviceMemory | None = None
+
+    def memory(self) -> DeviceMemory:
+        """The GPU; raises `Missing`."""
+        if self._memory is None:
+            try:
+                self._memory = DeviceMemory(Cuda(self.cuda or import_cuda()), self.device)
+            except EngineError as error:
+                raise Missing(str(error)) from None
+        return self._memory
+
+    def module(self, runtime: str) -> Any:
+        """TensorRT; raises `Missing`."""
+        try:
+            return self.tensorrt or import_tensorrt(runtime)
+        except EngineError as error:
+            raise Missing(str(error)) from None
+
+
+@dataclass
+class Check:
+    """One run of all steps on one bundle."""
+
+    bundle: Path
+    runtime: str
+    precisions: Sequence[str]
+    machine: Machine
+    say: Callable[[Step], None]
+    repeats: int = 5
+    cases: int = KERNEL_CASES
+    steps: list[Step] = field(default_factory=list)
+    plugin: Path | None = None
+
+    def run(self) -> int:
+        """Try every step; the exit code."""
+        self._try("machine", self._machine)
+        self._try("plugin", self._plugin)
+        self._try("kernel", self._kernel)
+        for precision in self.precisions:
+            self._precision(precision)
+        states = [step.state for step in self.steps]
+        return WRONG if "FAILED" in states else NOT_RUN if "not run" in states else 0
+
+    def _precision(self, precision: str) -> None:
+        """What is tried with the engines of one precision."""
+        opened: list[Tried] = []
+
+        def with_engines(work: Callable[[Tried], Detail]) -> Callable[[], Detail]:
+            return lambda: work(self._opened(opened))
+
+        self._try(f"build {precision}", partial(self._build, precision))
+        self._try(f"load {precision}", partial(self._load, precision, opened))
+        self._try(f"compare {precision}", with_engines(self._compare))
+        self._try(f"document {precision}", with_engines(document))
+        self._try(f"measure {precision}", with_engines(self._measure))
+        if opened:
+            opened[0].runtime.close()
+
+    def _try(self, name: str, work: Callable[[], Detail]) -> None:
+        start = time.perf_counter()
+        detail: dict[str, Any] = {}
+        state: State = "passed"
+        try:
+            line, detail = work()
+        except Missing as missing:
+            state, line = "not run", str(missing)
+        except MmiError as error:
+            state, line = "FAILED", str(error)
+        except Exception as error:  # a step that breaks must not keep the others from being tried
+            words = " ".join(str(error).split())
+            state, line = "FAILED", f"unexpected {type(error).__name__}: {words}"
+            detail = {"traceback": traceback.format_exc()}
+        step = Step(name, state, line, round(time.perf_counter() - start, 3), detail)
+        self.steps.append(step)
+        self.say(step)
+
+    def _machine(self) -> Detail:
+        memory = self.machine.memory()
+        free, total = memory.gpu.memory()
+        facts = {
+            "gpu": memory.gpu.name,
+            "architecture": memory.gpu.architecture,
+            "memory_bytes": total,
+            "free_bytes": free,
+            "driver": _version(memory.cuda("cudaDriverGetVersion")),
+            "cuda": _version(memory.cuda("cudaRuntimeGetVersion")),
+        }
+        return f"{facts['gpu']}, {facts['architecture']}, {total / 1e9:.0f} GB", facts
+
+    def _plugin(self) -> Detail:
+        folder = cache_folder() / "tensorrt"
+        build = self.machine.build_plugin or (lambda sm: build_tensorrt_plugin(None, folder, (sm,)))
+        lacking = self._lacking(gpu=True)
+        try:
+            if lacking and self.machine.build_plugin is None:
+                find_tensorrt_headers()
+                find_nvcc()
+                find_cmake()
+            self._require(lacking)
+            self.plugin = build(self.machine.memory().gpu.architecture.removeprefix("sm"))
+        except EngineError as error:
+            if self.runtime != TENSORRT or find_spec("tensorrt") is None or lacking:
+                raise Missing("; ".join([*lacking, str(error)])) from None
+            return f"goes into the engines ahead of time: the library cannot be built: {error}", {}
+        return self.plugin.name, {"path": str(self.plugin)}
+
+    def _lacking(self, *, gpu: bool = False, tensorrt: bool = False) -> list[str]:
+        """What of these this machine lacks."""
+        lines = []
+        for wanted, find in (
+            (gpu, self.machine.memory),
+            (tensorrt, partial(self.machine.module, self.runtime)),
+        ):
+            try:
+                if wanted:
+                    find()
+            except Missing as missing:
+                lines.append(str(missing))
+        return lines
+
+    @staticmethod
+    def _require(lacking: list[str]) -> None:
+        if lacking:
+            raise Missing("; ".join(lacking))
+
+    def _kernel(self) -> Detail:
+
+        no_compiler = nvrtc.missing("nvrtc") if self.machine.kernel is None else None
+        self._require([*self._lacking(gpu=True), *([no_compiler] if no_compiler else [])])
+        make = self.machine.kernel or (
+            lambda memory: GpuKernel(memory, self.machine.driver or import_driver())
+        )
+        implementation = make(self.machine.memory())
+        verdicts: list[Verdict] = []
+        worst: dict[str, float] = dict.fromkeys(TOLERANCES, 0.0)
+        for name, call in draws(0, self.cases):
+            expected = attention(call, all_rows(call)).reshape(call.sizes["b"], call.sizes["q"], -1)
+            verdicts.append(check(name, call, expected, implementation))
+            worst[call.dtype] = max(worst[call.dtype], verdicts[-1].relative)
+        wrong = [verdict for verdict in verdicts if verdict.wrong]
+        detail = {"cases": len(verdicts), "greatest_relative_rms": worst}
+        if wrong:
+            raise EngineError(
+                f"the kernel is wrong in {len(wrong)} of {len(verdicts)} cases",
+                expected=f"a relative rms of at most {wrong[0].tolerance:g}",
+                got=wrong[0].reason or f"{wrong[0].relative:.1e} in {wrong[0].case!r}",
+            )
+        told = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
+        return f"{len(verdicts)} cases against float64; greatest relative rms: {told}", detail
+
+    def _target(self, precision: str) -> Target:
+        return Target(self.runtime, self.machine.memory().gpu.architecture, precision)
+
+    def _build(self, precision: str) -> Detail:
+        self._require(self._lacking(gpu=True, tensorrt=True))
+        if self.plugin is None and self.runtime != TENSORRT:
+            raise Missing(f"{self.runtime} needs the compiled plugin, and it was not built")
+        target = self._target(precision)
+        build = self.machine.build or build_engines
+        build(self.bundle, target, self.plugin)
+        bundle = Bundle.open(self.bundle, unproved=True)
+        manifest = bundle.target(target.name)
+        size = sum(entry.size for entry in manifest.files.values())
+        report = read_report(bundle.target_folder(target.name))
+        detail = {"report": report.model_dump()} if report else {}
+        return f"{target.name}: {len(manifest.graphs)} engines, {size / 1e6:.1f} MB", detail
+
+    def _load(self, precision: str, opened: list[Tried]) -> Detail:
+        self._require(self._lacking(gpu=True, tensorrt=True))
+        name = self._target(precision).name
+        bundle = Bundle.open(self.bundle, unproved=True)
+        if name not in bundle.targets:
+            raise Missing(f"there are no engines for {name}")
+        module = self.machine.module(self.runtime)
+
+        def target(record: bool) -> TensorRtTarget:
+            return TensorRtTarget.open(
+                bundle,
+                name,
+                plugin=self.plugin,
+                device=self.machine.device,
+                record=record,
+                cuda=self.machine.cuda,
+                tensorrt=module,
+            )
+
+        tried = Tried.open(bundle, precision, target)
+        opened.append(tried)
+        tried.runtime.load()
+        plan = tried.target.plan()
+        detail = {"plan": {**asdict(plan), "total": plan.total}, "lines": plan.lines()}
+        return f"{plan.total / 1e6:.1f} MB of the GPU's memory in all", detail
+
+    def _opened(self, opened: list[Tried]) -> Tried:
+        if not opened:
+            loading = next(step for step in reversed(self.steps) if step.name.startswith("load"))
+            raise Missing(f"no engines were loaded: {loading.line}")
+        return opened[0]
+
+    def _compare(self, tried: Tried) -> Detail:
+        line, detail, receipts = compare(tried)
+        write_receipts(tried, receipts)
+        if failed := [r.graph for r in receipts if not r.passed]:
+            raise EngineError(f"too far from ONNX Runtime: {', '.join(failed)}; {line}")
+        return line, detail
+
+    def _measure(self, tried: Tried) -> Detail:
+        return measure(tried, self.repeats)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
+    """`mmi build`, in a process of its own: what the builder leaves behind does not meet what runs.
+
+    Without a library the plugin goes into TensorRT's engines ahead of time."""
+    code = "from mmi_deploy.cli.app import main; main()"
+    words = ["build", str(bundle), "--target", target.runtime, "--precision", target.precision]
+    words += ["--arch", str(target.architecture), "--plugin", str(plugin or AHEAD_OF_TIME)]
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise EngineError(said[-1].removeprefix("mmi: ") if said else "mmi build said nothing")
+
+
+def check_arguments(bundle: Path, runtime: str, precisions: Sequence[str]) -> None:
+    """Raise `MmiError` for what no machine could run."""
+    if runtime not in MODULES:
+        raise ConfigError(f"{runtime!r} runs no engines", expected=" or ".join(MODULES))
+    for precision in precisions:
+        recipe(precision)
+    Bundle.open(bundle, unproved=True)
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for report.md and report.json.")
+    ] = Path("gpu_check"),
+    target: Annotated[
+        str, typer.Option(help="Who runs the engines: tensorrt or tensorrt-rtx.")
+    ] = TENSORRT,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="A recipe of `mmi build`; several may be given.", show_default="both"),
+    ] = None,
+    device: Annotated[int, typer.Option(min=0, help="Which GPU.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured documents.")] = 5,
+) -> int:
+    """Build, run, compare and measure the engines of a bundle on this machine's GPU."""
+    console = Console(highlight=False, soft_wrap=True)
+
+    def say(step: Step) -> None:
+        console.print(f"{step.state:<8} {step.name:<14} {step.line}", markup=False)
+
+    precisions = tuple(precision or PRECISIONS)
+    check_arguments(bundle, target, precisions)
+    check = Check(bundle, target, precisions, Machine(device), say, repeats)
+    code = check.run()
+    with _no_full_disk(console):
+        paths = write_report(out, describe(), bundle, target, check.steps)
+        console.print(f"report: {' and '.join(map(str, paths))}", markup=False)
+    return code
+
+
+@contextmanager
+def _no_full_disk(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        console.print(f"the report cannot be written: {error}", markup=False)
+
+
+run = program.program("python -m mmi_bench.gpu_check", main)

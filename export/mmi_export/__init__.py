@@ -1,0 +1,1 @@
+"""Export of a model folder to a bundle of ONNX graphs."""

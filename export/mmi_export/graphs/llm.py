@@ -1,0 +1,157 @@
+"""The `llm` graph: tokens to logits and hidden states, KV cache in place.
+
+Letters: b batch, t tokens, k positions whose logits are wanted, c cache slots, m images, n pool of
+encoded images, s feature cells, h heads, d channels per head, v rows of visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmi_deploy.spec.graphs import Graph, numbered
+from mmi_export.graphs import operators
+from mmi_export.graphs.folding import FoldedLlmLookBack
+from mmi_export.graphs.fused_llama import DeployedAttention, FusedAttention, FusedMlp
+from mmi_export.tracing.onnx_from_module import Tensors, sharing_copy
+from mmi_train.model.llama import Block, KvCache
+from mmi_train.model.lm_head import LmHead
+from mmi_train.model.mm_interleaved import MMInterleaved
+
+
+class InPlaceCache:
+    """Stands for `KvCache`: keys and values of all slots, the new ones written at `write_index`."""
+
+    def __init__(self, inputs: Tensors) -> None:
+        self.inputs = inputs
+        self.present: Tensors = {}
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value [b, h, t, d] of one layer into its cache; returns it, [b, h, c, d]."""
+        return self._write("key", layer, key), self._write("value", layer, value)
+
+    def _write(self, kind: str, layer: int, new: Tensor) -> Tensor:
+        past = self.inputs[numbered(f"past_{kind}", layer)]
+        present = operators.tensor_scatter(past, new, self.inputs["write_index"])
+        self.present[numbered(f"present_{kind}", layer)] = present
+        return present
+
+    def advance(self, tokens: int) -> None:
+        """The caller keeps count."""
+
+
+class Words(nn.Module):
+    """Token ids [b, t] to embeddings [b, t, c], the learned vector added to begin-of-image."""
+
+    def __init__(self, model: MMInterleaved) -> None:
+        super().__init__()
+        self.boi = model.config.tokens.boi
+        self.embedding, self.boi_embedding = model.llm.embed_tokens.weight, model.boi_embedding
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        words = F.embedding(token_ids, self.embedding)
+        is_boi = (token_ids == self.boi).unsqueeze(-1)
+        return torch.where(is_boi, words + self.boi_embedding, words)
+
+
+class FoldedWords(nn.Module):
+    """The same from one table."""
+
+    def __init__(self, model: MMInterleaved) -> None:
+        super().__init__()
+        row = torch.tensor([model.config.tokens.boi])
+        table = model.llm.embed_tokens.weight.detach().index_add(0, row, model.boi_embedding)
+        self.embedding = nn.Parameter(table.detach(), requires_grad=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.embedding)
+
+
+class Head(nn.Module):
+    """`LmHead`: the logits of the new ids are added to those of the frozen head."""
+
+    def __init__(self, head: LmHead) -> None:
+        super().__init__()
+        self.head, self.head_new = head.head, head.head_new
+        count = head.head_new.out_features
+        column = torch.full((head.head.out_features,), count)
+        column = column.index_copy(0, head.new_ids, torch.arange(count))
+        self.register_buffer("column", column)  # [vocab]: of the new logits; the last: none
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        new = F.pad(self.head_new(hidden), (0, 1))  # [b, k, new + 1], zeros at the end
+        return self.head(hidden) + new.index_select(-1, self.get_buffer("column"))
+
+
+class FoldedHead(nn.Module):
+    """The same as one linear map."""
+
+    def __init__(self, head: LmHead) -> None:
+        super().__init__()
+        weight, bias = head.folded()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+
+class LlmGraph(nn.Module):
+    """`MMInterleaved.llm` and its head, MMFS folded.
+
+    `fused`: with the head and the begin-of-image vector folded too, and linear maps of one input
+    stacked. Otherwise every large weight is used as the model's file holds it.
+    """
+
+    def __init__(self, model: MMInterleaved, graph: Graph, fused: bool = True) -> None:
+        super().__init__()
+        self.graph = graph
+        self.words: nn.Module = FoldedWords(model) if fused else Words(model)
+        self.llm = sharing_copy(model.llm)
+        del self.llm.embed_tokens
+        attention = FusedAttention if fused else DeployedAttention
+        for block in cast(Iterable[Block], self.llm.layers):
+            block.register_module("self_attn", attention(block.self_attn))
+            if fused:
+                block.register_module("mlp", FusedMlp(block.mlp))
+            if block.look_back is not None:
+                block.register_module("look_back", FoldedLlmLookBack(block.look_back))
+        self.head: nn.Module = FoldedHead(model.head) if fused else Head(model.head)
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        cache = InPlaceCache(inputs)
+        hidden = self.llm(
+            self._embed(inputs),
+            inputs["position"],
+            self._visible(inputs),
+            cast(KvCache, cache),
+            [inputs[name] for name in self.graph.names("llm_value")],
+            inputs["image_slot"],
+            inputs["image_position"],
+        )
+        wanted = operators.gather_rows(hidden, inputs["logit_index"])  # [b, k, c]
+        outputs = {"logits": self.head(wanted), "hidden": hidden, **cache.present}
+        return {tensor.name: outputs[tensor.name] for tensor in self.graph.outputs}
+
+    def _embed(self, inputs: Tensors) -> Tensor:
+        index = inputs["visual_index"]
+        visual = F.embedding(index.clamp(min=0), inputs["visual_tokens"])
+        words = self.words(inputs["token_ids"])
+        return torch.where((index >= 0).unsqueeze(-1), visual, words)
+
+    def _visible(self, inputs: Tensors) -> Tensor:
+        """[b, 1, t, c]: query t of row b sees key j iff start[b] <= j <= write_index[b] + t.
+
+        A query before `start` is padding; it sees its own key, so that its softmax is no 0 / 0.
+        """
+        tokens = inputs["token_ids"].shape[1]
+        slots = inputs[numbered("past_key", 0)].shape[2]
+        last = inputs["write_index"].unsqueeze(1) + torch.arange(tokens)  # [b, t]
+        last = last.unsqueeze(-1)  # [b, t, 1]
+        first = torch.minimum(inputs["start"][:, None, None], last)
+        slot = torch.arange(slots)
+        return ((slot >= first) & (slot <= last)).unsqueeze(1)

@@ -1,0 +1,100 @@
+"""ONNX operators that PyTorch has no name for, as functions of tensors.
+
+While a module is exported each emits one node; run eagerly it computes the same, so that the
+modules which use them can be tested without ONNX.
+
+Letters: b batch, q queries, t tokens, k rows taken, m images, h heads, d channels per head, n pool,
+s cells of one image, c cache slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION, OPSET
+from mmi_train.model.deformable import multi_image_deformable_attention
+
+
+def mmfs(
+    value: Tensor,
+    image_slot: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    offset_table: Tensor,
+    logit_table: Tensor,
+    image_position: Tensor,
+    reference: Tensor,
+    null_value: Tensor,
+    *,
+    level_sides: Sequence[int],
+    base_grid: float,
+    null_slot: bool,
+) -> Tensor:
+    """The MMFS operator on square maps; shapes as in `multi_image_deformable_attention`."""
+    inputs = (
+        value,
+        image_slot,
+        offsets,
+        logits,
+        offset_table,
+        logit_table,
+        image_position,
+        reference,
+        null_value,
+    )
+    if not torch.compiler.is_exporting():
+        return multi_image_deformable_attention(
+            *inputs,
+            level_heights=level_sides,
+            level_widths=level_sides,
+            base_grid=base_grid,
+            null_slot=null_slot,
+        )
+    sides = list(level_sides)
+    attributes: dict[str, int | float | Sequence[int]] = {
+        "level_heights": sides,
+        "level_widths": sides,
+        "base_grid": float(base_grid),
+        "null_slot": int(null_slot),
+    }
+    batch, queries = logits.shape[:2]
+    return torch.onnx.ops.symbolic(
+        f"{MMFS_DOMAIN}::{MMFS_OPERATOR}",
+        inputs,
+        attributes,  # type: ignore[arg-type]
+        dtype=value.dtype,
+        shape=(batch, queries, value.shape[2] * value.shape[3]),
+        version=MMFS_VERSION,
+    )
+
+
+def tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+    """`cache` [b, h, c, d] with `update` [b, h, t, d] written from slot `write_index[b]` on."""
+    if torch.compiler.is_exporting():
+        return torch.onnx.ops.symbolic(
+            "TensorScatter",
+            (cache, update, write_index),
+            {"axis": 2, "mode": "linear"},
+            dtype=cache.dtype,
+            shape=cache.shape,
+            version=OPSET,
+        )
+    slots = write_index[:, None] + torch.arange(update.shape[2])  # [b, t]
+    return cache.scatter(2, slots[:, None, :, None].expand_as(update), update)
+
+
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows [b, t, c] at `index` [b, k] of each batch entry: [b, k, c]."""
+    if torch.compiler.is_exporting():
+        return torch.onnx.ops.symbolic(
+            "GatherND",
+            (rows, index.unsqueeze(-1)),
+            {"batch_dims": 1},
+            dtype=rows.dtype,
+            shape=(*index.shape, rows.shape[2]),
+            version=OPSET,
+        )
+    return rows.take_along_dim(index.unsqueeze(-1), 1)

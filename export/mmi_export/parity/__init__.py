@@ -1,0 +1,1 @@
+"""Comparison of exported graphs with the PyTorch model: receipts."""

@@ -1,0 +1,369 @@
+"""Proof that a graph computes what the PyTorch model does, by different code.
+
+Every graph is run on random inputs at several sizes and compared with the model as it is trained:
+MMFS with its projections unfolded, the language model over whole rows without a cache, each
+picture's context without padding, pictures drawn by diffusers' own schedulers. Whatever runs the
+graph is passed in, so that engines made from the portable files are proved by the same code.
+
+Letters: b rows or pictures, t tokens, k positions whose logits are wanted, n encoded images,
+m images a row may look at, x context tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmi_deploy.bundle.manifest import Case
+from mmi_deploy.errors import BundleError
+from mmi_deploy.runtime.onnxruntime.run_graph import Run, runner
+from mmi_deploy.spec.graphs import DEEP, Graph, Limits, numbered
+from mmi_deploy.spec.schedule import Schedule
+from mmi_export.parity.llm_rows import LlmRows, random_rows
+from mmi_export.schedules import diffusers_scheduler, schedule_table
+from mmi_train.model.diffusion import ddim
+from mmi_train.model.image_decoder import DrawingStep, ImageDecoder, LookBackImages
+from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
+
+Arrays = dict[str, NDArray[Any]]
+
+TOLERANCE = {
+    "vision_encoder": 5e-5,
+    "image_values": 2e-5,
+    "llm": 5e-5,
+    "image_condition": 5e-5,
+    "denoise_step": 5e-5,
+    "denoise_shallow": 5e-5,
+    "vae_decoder": 5e-5,
+}
+"""Greatest error in fp32, over the greatest value of the output: the same sums in another order,
+through as many layers as the graph has. The tiny preset stays below 5e-6; deeper models need the
+rest."""
+
+COMPARED_WITH = {
+    "vision_encoder": "MMInterleaved.encode_images in PyTorch",
+    "image_values": "image_values of Llama and UNet in PyTorch, norms and projections unfolded",
+    "llm": "MMInterleaved.read and head in PyTorch, row by row, without cache, padding or folding",
+    "image_condition": "ImageDecoder.condition in PyTorch, picture by picture, without padding",
+    "denoise_step": "ImageDecoder.draw in PyTorch with diffusers' schedulers, MMFS unfolded",
+    "denoise_shallow": "the same drawing with the deep features of its first step used again",
+    "vae_decoder": "Vae.decode in PyTorch",
+}
+
+_MOST_TOKENS = 512
+"""The greatest size that is tried is cut to this many tokens, so that a proof stays quick."""
+
+_DECODED = 3
+"""Tokens of each row that are fed one at a time."""
+
+_STEPS = 3
+"""Steps of each picture: enough for a second-order solver to use its whole history."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a graph was compared with, and how each comparison went."""
+
+    compared_with: str
+    cases: tuple[Case, ...]
+
+
+def prove(model: MMInterleaved, graph: Graph, limits: Limits, run: Run, seed: int = 0) -> Proof:
+    """Compare `run` with `model`; raises `BundleError` at the first sizes that fail."""
+    draw = np.random.default_rng(seed)
+    cases = []
+    with torch.no_grad():
+        for sizes, error in _COMPARISONS[graph.name](model, graph, limits, run, draw):
+            case = Case(sizes=sizes, error=error, tolerance=TOLERANCE[graph.name])
+            if not case.passed:
+                raise BundleError(
+                    f"{graph.name} does not compute what the model does at {sizes}",
+                    expected=f"a relative error of at most {case.tolerance:g}",
+                    got=f"{error:.3g}",
+                    fix="install the versions of torch, onnxscript and onnxruntime that "
+                    "pyproject.toml names",
+                )
+            cases.append(case)
+    return Proof(COMPARED_WITH[graph.name], tuple(cases))
+
+
+def onnx_runner(path: Path) -> Run:
+    """Runs an ONNX file on as many threads as torch does; raises as `runner` does."""
+    return runner(path, torch.get_num_threads())
+
+
+def relative_error(got: Mapping[str, NDArray[Any]], wanted: Mapping[str, Tensor]) -> float:
+    """The greatest difference of any output over that output's greatest value; infinite for NaN."""
+    worst = 0.0
+    for name, tensor in wanted.items():
+        value = tensor.numpy()
+        if got[name].shape != value.shape:
+            raise BundleError(
+                f"{name} has the wrong shape", expected=value.shape, got=got[name].shape
+            )
+        difference = float(np.abs(got[name] - value).max(initial=0.0))
+        scale = float(np.abs(value).max(initial=0.0)) or 1.0
+        if not np.isfinite(difference):
+            return float("inf")
+        worst = max(worst, difference / scale)
+    return worst
+
+
+Comparison = Iterator[tuple[dict[str, int], float]]
+
+
+def _vision_encoder(
+    model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
+) -> Comparison:
+    for n in _batches(limits):
+        pixels = draw.random(graph["pixels"].resolve(n=n), np.float32)
+        images = model.encode_images(torch.from_numpy(pixels))
+        wanted = {"visual_tokens": images.tokens, "features": images.features}
+        yield {"n": n}, relative_error(run({"pixels": pixels}), wanted)
+
+
+def _image_values(
+    model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
+) -> Comparison:
+    for n in _batches(limits):
+        features = _normal(draw, graph["features"].resolve(n=n))
+        tensor = torch.from_numpy(features)
+        llm = model.llm.image_values(tensor)
+        unet = model.image_decoder.unet.image_values(tensor)
+        names = graph.names("llm_value") + graph.names("unet_value")
+        wanted = dict(zip(names, llm + unet, strict=True))
+        yield {"n": n}, relative_error(run({"features": features}), wanted)
+
+
+def _llm(
+    model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
+) -> Comparison:
+    most = min(limits.context, _MOST_TOKENS)
+    few = max(most // 8, _DECODED + 1)
+    images = max(1, min(4, limits.images))
+    half = max(most // 2, few)
+    plans = [(1, few, 0), (1, few, 1), (min(2, limits.batch), half, images), (1, most, images)]
+    for b, tokens, m in plans:
+        rows = random_rows(model.config, draw, b, tokens, m)
+        wanted = _read(model, rows)
+        values = model.llm.image_values(torch.from_numpy(rows.features))
+        fixed = {
+            "visual_tokens": rows.visual_tokens.reshape(-1, model.config.llama.width),
+            "image_slot": rows.image_slot,
+            **{
+                name: value.numpy()
+                for name, value in zip(graph.names("llm_value"), values, strict=True)
+            },
+        }
+        caches = {
+            name: np.zeros(graph[name].resolve(b=b), np.float32) for name in graph.in_place.values()
+        }
+        tokens = rows.token_ids.shape[1]
+        first = tokens - _DECODED
+        for start, stop in [(0, first), *((at, at + 1) for at in range(first, tokens))]:
+            inputs = fixed | caches | rows.inputs(start, stop, draw)
+            outputs = run(inputs)
+            caches = {old: outputs[new] for new, old in graph.in_place.items()}
+            sizes = {
+                "b": b,
+                "t": stop - start,
+                "k": inputs["logit_index"].shape[1],
+                "v": len(fixed["visual_tokens"]),
+                "n": len(rows.features),
+                "m": rows.image_slot.shape[1],
+            }
+            yield sizes, _error_of_rows(model, rows, start, outputs, inputs["logit_index"], wanted)
+
+
+def _read(model: MMInterleaved, rows: LlmRows) -> list[Tensor]:
+    """Hidden states [t, c] of each row without its padding, from one pass over the whole row."""
+    images = EncodedImages(torch.from_numpy(rows.visual_tokens), torch.from_numpy(rows.features))
+    return [
+        model.read(
+            torch.from_numpy(rows.token_ids[row, start:][None]),
+            images,
+            torch.from_numpy(rows.own_images[row][None]),
+        )[0]
+        for row, start in enumerate(rows.start)
+    ]
+
+
+def _error_of_rows(
+    model: MMInterleaved,
+    rows: LlmRows,
+    first: int,
+    outputs: Arrays,
+    logit_index: NDArray[np.int64],
+    wanted: list[Tensor],
+) -> float:
+    """Error of the hidden states and logits of columns from `first` on, padding left out."""
+    worst = 0.0
+    for row, (start, hidden) in enumerate(zip(rows.start, wanted, strict=True)):
+        got = outputs["hidden"][row]
+        padding = max(int(start) - first, 0)
+        begin = first + padding - int(start)
+        own = hidden[begin : begin + len(got) - padding]
+        worst = max(worst, relative_error({"hidden": got[padding:]}, {"hidden": own}))
+        real = logit_index[row] >= padding
+        logits = model.head(own[torch.from_numpy(logit_index[row][real] - padding)])
+        worst = max(
+            worst, relative_error({"logits": outputs["logits"][row][real]}, {"logits": logits})
+        )
+    return worst
+
+
+def _image_condition(
+    model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
+) -> Comparison:
+    decoder = model.image_decoder
+    most = min(limits.context, _MOST_TOKENS)
+    for b, x in ((1, 1), (1, min(64, most)), (min(2, limits.batch), most)):
+        context = _normal(draw, graph["context"].resolve(b=b, x=x))
+        length = draw.integers(1, x + 1, b)
+        length[0] = x
+        rows = [torch.from_numpy(context[row : row + 1, :end]) for row, end in enumerate(length)]
+        alone = [decoder.condition(row, torch.tensor([row.shape[1]])) for row in rows]
+        both = torch.cat([*alone, decoder.null_condition.expand(b, -1, -1)])
+        wanted = _condition_inputs(graph, decoder.unet.condition_keys_values(both))
+        got = run({"context": context, "context_length": length})
+        yield {"b": b, "x": x}, relative_error(got, wanted)
+
+
+def _denoise(
+    model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
+) -> Comparison:
+    """Whole pictures of a few steps, so that what a solver remembers is proved too. The graph runs
+    the steps of its kind; the others are taken from the model."""
+    decoder = model.image_decoder
+    diffusion = model.config.image_decoder.diffusion
+    shallow = any(tensor.name == DEEP for tensor in graph.inputs)
+    pair, pool = min(2, limits.batch), min(3, limits.images)
+    most = graph.ranges["m"].greatest
+    for b, n, m, solver in ((1, 1, 0, "unipc"), (1, 1, 1, "ddpm"), (pair, pool, most, "unipc")):
+        schedule = schedule_table(solver, _STEPS, diffusion)
+        scheduler = ddim(diffusion) if solver == "ddpm" else diffusers_scheduler(solver, diffusion)
+        scheduler.set_timesteps(_STEPS)
+        images = _look_back_images(model, draw, b, n, m)
+        latents = _normal(draw, graph["latents"].resolve(b=b))
+        noise = _normal(draw, (_STEPS, *latents.shape))
+        condition = torch.from_numpy(_normal(draw, (b, *decoder.null_condition.shape[1:])))
+        steps: list[DrawingStep] = []
+        decoder.draw(
+            condition,
+            images,
+            torch.from_numpy(latents),
+            scheduler,
+            guidance=3.5,
+            full_every=_STEPS if shallow else 1,
+            step_noise=list(torch.from_numpy(noise)) if solver == "ddpm" else None,
+            on_step=steps.append,
+        )
+        fixed = {
+            "guidance": np.array(3.5, np.float32),
+            "coefficients": schedule.coefficients,
+            "time_table": decoder.unet.time_rows(torch.from_numpy(schedule.timesteps)).numpy(),
+            **_drawing_constants(decoder, graph, condition, images),
+        }
+        state = {
+            "latents": latents * np.float32(schedule.initial_sigma),
+            "history": np.zeros(graph["history"].resolve(b=b), np.float32),
+        }
+        worst = 0.0
+        for index, step in enumerate(steps):
+            if shallow and index == 0:
+                state = _next_state(schedule, index, state, step.prediction, noise[index])
+                continue
+            moment: Arrays = {"step": np.array(index), "noise": noise[index]}
+            wanted = {"next_latents": step.latents}
+            if shallow:
+                moment[DEEP] = step.deep.numpy()
+            else:
+                wanted[DEEP] = step.deep
+            outputs = run(fixed | state | moment)
+            state = {"latents": outputs["next_latents"], "history": outputs["next_history"]}
+            worst = max(worst, relative_error(outputs, wanted))
+        yield {"b": b, "steps": _STEPS, "n": n, "m": images.slot.shape[1]}, worst
+
+
+def _look_back_images(
+    model: MMInterleaved, draw: np.random.Generator, b: int, n: int, m: int
+) -> LookBackImages:
+    """A pool of `n` images of which each of `b` pictures sees `m`; one hidden slot for none."""
+    seen = model.config.image_decoder.mmfs.images_seen
+    position = np.broadcast_to(np.arange(m, 0, -1), (b, m)) if m else np.zeros((b, 1))
+    return LookBackImages(
+        torch.from_numpy(_normal(draw, (n, *_feature_shape(model)))),
+        torch.from_numpy(draw.integers(0, n, position.shape).astype(np.int32)),
+        torch.from_numpy(np.where(position <= seen, position, 0).astype(np.int32)),
+    )
+
+
+def _drawing_constants(
+    decoder: ImageDecoder, graph: Graph, condition: Tensor, images: LookBackImages
+) -> Arrays:
+    """What stays from step to step, of it what `graph` takes."""
+    pictures = len(condition)
+    both = torch.cat([condition, decoder.null_condition.expand(pictures, -1, -1)])
+    tensors = {"image_slot": images.slot, "image_position": images.position}
+    for index, pair in enumerate(decoder.unet.condition_keys_values(both)):
+        for kind, tensor in zip(("key", "value"), pair, strict=True):
+            tensors[numbered(f"condition_{kind}", index)] = tensor
+    for index, value in enumerate(decoder.unet.image_values(images.features)):
+        tensors[numbered("unet_value", index)] = value
+    taken = {tensor.name for tensor in graph.inputs}
+    return {name: tensor.numpy() for name, tensor in tensors.items() if name in taken}
+
+
+def _next_state(
+    schedule: Schedule, step: int, state: Arrays, prediction: Tensor, noise: NDArray[np.float32]
+) -> Arrays:
+    """What a step's row of the sampler's table makes of a prediction."""
+    terms = np.stack([state["latents"], prediction.numpy(), noise, *state["history"]])
+    latents, *history = np.tensordot(schedule.coefficients[step], terms, 1)
+    return {"latents": latents, "history": np.stack(history)}
+
+
+def _vae_decoder(
+    model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
+) -> Comparison:
+    for b in _batches(limits):
+        latents = _normal(draw, graph["latents"].resolve(b=b))
+        wanted = {"pixels": model.image_decoder.vae.decode(torch.from_numpy(latents))}
+        yield {"b": b}, relative_error(run({"latents": latents}), wanted)
+
+
+_COMPARISONS: dict[str, Callable[..., Comparison]] = {
+    "vision_encoder": _vision_encoder,
+    "image_values": _image_values,
+    "llm": _llm,
+    "image_condition": _image_condition,
+    "denoise_step": _denoise,
+    "denoise_shallow": _denoise,
+    "vae_decoder": _vae_decoder,
+}
+
+
+def _condition_inputs(graph: Graph, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    keys, values = graph.names("condition_key"), graph.names("condition_value")
+    named = dict(zip(keys, (key for key, _ in pairs), strict=True))
+    return named | dict(zip(values, (value for _, value in pairs), strict=True))
+
+
+def _feature_shape(model: MMInterleaved) -> tuple[int, int]:
+    vision = model.config.vision
+    return sum(side * side for side in vision.level_sides), vision.width
+
+
+def _batches(limits: Limits) -> list[int]:
+    return sorted({1, min(2, limits.batch)})
+
+
+def _normal(draw: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return draw.standard_normal(shape, np.float32)

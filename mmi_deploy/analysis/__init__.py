@@ -1,0 +1,1 @@
+"""Analysis of graphs without running them: shapes, FLOPs, bytes, memory, roofline."""

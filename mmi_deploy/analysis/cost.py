@@ -1,0 +1,296 @@
+"""What a graph costs, node by node: FLOPs, bytes, and the time that no card can beat.
+
+Two counts of bytes:
+
+* *node by node*: every node reads its inputs from memory and writes its outputs there. What a
+  runtime without fusion moves.
+* *floor*: weights and the graph's inputs are read once (of tables, pools and caches the part that
+  is touched), its outputs are written once (of a cache the new rows), and what lies between never
+  leaves the chip. No implementation of the graph moves less.
+
+The roofline's time is the greatest of bytes over bandwidth, matrix FLOPs over the rate of the
+tensor cores and vector FLOPs over that of the fp32 units. It is a limit, computed and not measured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmi_deploy.analysis.flop_rules import IN_PLACE, VIEWS, Work, work
+from mmi_deploy.analysis.gpu_specs import Card
+from mmi_deploy.analysis.shapes import INPUT, WEIGHT, Sized, Step, Value, read_graph, sized
+from mmi_deploy.analysis.stored_bytes import Storage, as_in_file, storage_of
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.spec.target import TENSORRT
+from mmi_deploy.targets.precision.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """One node. module: the weights it uses, or those of what it works on. bytes: node by node."""
+
+    name: str
+    operator: str
+    module: str
+    matrix: int
+    vector: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum over some nodes."""
+
+    nodes: int
+    matrix: int
+    vector: int
+    bytes: int
+
+    @property
+    def flops(self) -> int:
+        return self.matrix + self.vector
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """One graph at one choice of sizes. weight_bytes, input_bytes, output_bytes: the floor's."""
+
+    graph: str
+    sizes: Mapping[str, int]
+    storage: str
+    compute: str
+    nodes: tuple[NodeCost, ...]
+    weight_bytes: int
+    input_bytes: int
+    output_bytes: int
+
+    @property
+    def total(self) -> Total:
+        return _total(self.nodes)
+
+    @property
+    def floor_bytes(self) -> int:
+        return self.weight_bytes + self.input_bytes + self.output_bytes
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte of the floor."""
+        return self.total.flops / max(self.floor_bytes, 1)
+
+    def by_operator(self) -> dict[str, Total]:
+        """Totals by operator, most FLOPs first."""
+        return self._by(lambda node: node.operator)
+
+    def by_module(self) -> dict[str, Total]:
+        """Totals by module, layers of one kind together, most FLOPs first."""
+        return self._by(lambda node: node.module)
+
+    def _by(self, key: Callable[[NodeCost], str]) -> dict[str, Total]:
+        groups: dict[str, list[NodeCost]] = defaultdict(list)
+        for node in self.nodes:
+            groups[key(node)].append(node)
+        totals = {name: _total(nodes) for name, nodes in groups.items()}
+        return dict(sorted(totals.items(), key=lambda item: (-item[1].flops, -item[1].bytes)))
+
+    def seconds(self, card: Card) -> float:
+        """The roofline of the whole graph: what the floor's traffic and its FLOPs take at least."""
+        return max(self._times(card).values())
+
+    def bound(self, card: Card) -> str:
+        """What the roofline is: `memory`, `matrix` or `vector`."""
+        times = self._times(card)
+        return max(times, key=times.__getitem__)
+
+    def _times(self, card: Card) -> dict[str, float]:
+        total = self.total
+        return {
+            "memory": self.floor_bytes / card.bandwidth,
+            "matrix": total.matrix / card.peak(self.compute),
+            "vector": total.vector / card.vector,
+        }
+
+    def seconds_unfused(self, card: Card) -> float:
+        """The sum of the rooflines of all nodes: the limit of a runtime that fuses nothing."""
+        peak = card.peak(self.compute)
+        return sum(
+            max(node.bytes / card.bandwidth, node.matrix / peak, node.vector / card.vector)
+            for node in self.nodes
+        )
+
+
+def _total(nodes: Iterable[NodeCost]) -> Total:
+    nodes = tuple(nodes)
+    return Total(
+        len(nodes),
+        sum(node.matrix for node in nodes),
+        sum(node.vector for node in nodes),
+        sum(node.bytes for node in nodes),
+    )
+
+
+def chosen_sizes(graph: Graph, given: Mapping[str, int]) -> dict[str, int]:
+    """The likeliest size of every dynamic dimension, but for those `given`; raises `ConfigError`
+    for one outside its range. Letters that the graph does not have are left out."""
+    sizes = {}
+    for letter, allowed in graph.ranges.items():
+        size = given.get(letter, allowed.likely)
+        if not allowed.least <= size <= allowed.greatest:
+            raise ConfigError(
+                f"{graph.name} cannot be run with {letter}={size}",
+                expected=f"{allowed.least} to {allowed.greatest}",
+            )
+        sizes[letter] = size
+    return sizes
+
+
+def cost_of_file(
+    path: Path,
+    contract: Graph,
+    given: Mapping[str, int],
+    recipe: Recipe | None = None,
+    runtime: str = TENSORRT,
+) -> GraphCost:
+    """The cost of the graph in `path` at `given` sizes (the others: their likeliest), in the file's
+    own types or in those that `recipe` would give it on `runtime`."""
+    sizes = chosen_sizes(contract, given)
+    graph = sized(read_graph(path), contract, sizes)
+    if recipe is None:
+        storage = as_in_file(graph)
+    else:
+        storage = storage_of(graph, contract, recipe, runtime)
+    return cost(graph, sizes, storage)
+
+
+def unchanging(graph: Sized, costs: GraphCost, changing: Collection[str]) -> Total:
+    """The nodes that depend on none of the inputs `changing`: what a loop that gives the graph new
+    values of these alone computes again and again."""
+    depends = set(changing)
+    for step in graph.steps:
+        if any(value is not None and value.name in depends for value in step.inputs):
+            depends |= {value.name for value in step.outputs}
+    made_by = {step.node.name: step for step in graph.steps}
+    return _total(
+        node
+        for node in costs.nodes
+        if not any(value.name in depends for value in made_by[node.name].outputs)
+    )
+
+
+def cost(graph: Sized, sizes: Mapping[str, int], storage: Storage) -> GraphCost:
+    """The cost of `graph`, its values stored as `storage` says."""
+    return _Count(graph, storage).result(sizes)
+
+
+class _Count:
+    """One walk. `sources`: for every value the weights and inputs that it merely renames or
+    unpacks; reading it is reading them."""
+
+    def __init__(self, graph: Sized, storage: Storage) -> None:
+        self.graph, self.storage = graph, storage
+        self.sources: dict[str, tuple[Value, ...]] = {
+            value.name: (value,) for value in (*graph.inputs, *graph.weights)
+        }
+        self.modules = {value.name: _module(value.name) for value in graph.weights}
+        self.touched: dict[str, int] = defaultdict(int)
+        """Bytes of every weight and input that the most thorough of its readers touches."""
+        self.nodes: list[NodeCost] = []
+
+    def result(self, sizes: Mapping[str, int]) -> GraphCost:
+        for step in self.graph.steps:
+            self._count(step)
+        floor = {
+            origin: sum(self.touched[value.name] for value in values)
+            for origin, values in ((WEIGHT, self.graph.weights), (INPUT, self.graph.inputs))
+        }
+        return GraphCost(
+            self.graph.name,
+            dict(sizes),
+            self.storage.name,
+            self.storage.compute,
+            tuple(self.nodes),
+            floor[WEIGHT],
+            floor[INPUT],
+            self._written(),
+        )
+
+    def _count(self, step: Step) -> None:
+        module = self._module_of(step)
+        for output in step.outputs:
+            self.modules[output.name] = module
+        if _free(step):
+            kept = [value for value in step.inputs if value is not None]
+            renamed = kept if step.outputs and step.outputs[0].constant else kept[:1]
+            for output in step.outputs:
+                self.sources[output.name] = tuple(
+                    source for value in renamed for source in self._sources(value)
+                )
+            return
+        found = work(step)
+        moved = self._read(step, found) + self._bytes_written(step, found)
+        place = IN_PLACE.get(step.operator)
+        if place is not None:
+            self.sources[step.outputs[0].name] = self._sources(step.input(place))
+        node = NodeCost(step.node.name, step.operator, module, found.matrix, found.vector, moved)
+        self.nodes.append(node)
+
+    def _sources(self, value: Value) -> tuple[Value, ...]:
+        return self.sources.get(value.name, (value,))
+
+    def _read(self, step: Step, found: Work) -> int:
+        read = 0
+        for index, value in enumerate(step.inputs):
+            if value is None or not value.elements:
+                continue
+            part = min(found.touched.get(index, value.elements) / value.elements, 1.0)
+            for source in self._sources(value):
+                share = round(self.storage.bytes(source) * part)
+                self.touched[source.name] = max(self.touched[source.name], share)
+                read += share
+        return read
+
+    def _bytes_written(self, step: Step, found: Work) -> int:
+        whole = sum(self.storage.bytes(value) for value in step.outputs)
+        if found.written is None:
+            return whole
+        elements = sum(value.elements for value in step.outputs)
+        return round(whole * found.written / max(elements, 1))
+
+    def _written(self) -> int:
+        """Outputs of the graph; of one that is written in place the new rows alone."""
+        makers = {value.name: step for step in self.graph.steps for value in step.outputs}
+        written = 0
+        for value in self.graph.outputs:
+            step = makers.get(value.name)
+            if step is not None and step.operator in IN_PLACE:
+                written += self._bytes_written(step, work(step))
+            else:
+                written += self.storage.bytes(value)
+        return written
+
+    def _module_of(self, step: Step) -> str:
+        """Of the first weight, or else of whatever the node works on."""
+        names = [value.name for value in step.inputs if value is not None]
+        for value in step.inputs:
+            if value is not None and value.constant:
+                for source in self._sources(value):
+                    if source.origin == WEIGHT and _module(source.name):
+                        return _module(source.name)
+        return next((self.modules[name] for name in names if self.modules.get(name)), "")
+
+
+def _free(step: Step) -> bool:
+    """Nothing is computed when the graph runs: another name, shape arithmetic, or something made of
+    weights alone, which is made once or as the weight is read."""
+    known = all(value.data is not None or value.constant for value in step.outputs)
+    return step.operator in VIEWS or known
+
+
+def _module(weight: str) -> str:
+    """`llm.layers.7.mlp.down_proj.weight` -> `llm.layers.*.mlp.down_proj`."""
+    parts = weight.removesuffix(".transposed").split(".")
+    return ".".join(re.sub(r"^\d+$", "*", part) for part in parts[:-1])

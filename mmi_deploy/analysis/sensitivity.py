@@ -1,0 +1,109 @@
+"""Which weights suffer most from few bits: each is quantised alone, and what comes out compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.runtime.onnxruntime.run_graph import Run, model_runner
+from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.targets.precision.constants import Constants
+from mmi_deploy.targets.precision.quantise import fitting, quantise
+from mmi_deploy.targets.precision.recipes import RECIPES, Recipe, Scheme, recipe
+from mmi_deploy.targets.precision.rewrite import read_model
+from mmi_deploy.targets.precision.weight_only import Product, products
+from mmi_deploy.targets.sample_inputs import Arrays, record
+from mmi_deploy.targets.verify_target import relative_error
+
+_RUNS = 3
+"""Sets of inputs: the last ones recorded, where caches are full."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight: its name, its size as [rows, columns], how it was stored, and the root mean
+    square of the error of the graph's results over that of the results."""
+
+    name: str
+    rows: int
+    columns: int
+    dtype: str
+    block: int
+    error: float
+
+
+def sensitivity(
+    bundle: Bundle,
+    graph: str = "llm",
+    precision: str = "int4",
+    on_layer: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> list[Layer]:
+    """Quantise one weight of `graph` at a time; returns all, the most sensitive first.
+
+    precision: whose scheme is tried on every weight, also on those that the recipe keeps higher.
+    Results are the logits, or a graph's latents or pixels; where it has neither all outputs. Raises
+    `ConfigError` for an unknown graph and for a recipe that quantises nothing.
+    """
+    if graph not in bundle.graphs:
+        raise ConfigError(f"there is no graph {graph!r}", expected=" or ".join(bundle.graphs))
+    scheme = _scheme(recipe(precision))
+    contract, path = bundle.graphs[graph], bundle.graph_file(graph)
+    model = read_model(path, contract)
+    constants = Constants(model.graph)
+    found = products(model.graph, constants)
+    if not found:
+        raise ConfigError(f"{graph} has no matrix product with a weight")
+    runs = record(bundle)[graph][-_RUNS:]
+    weights = {_input_of(model.graph, product): product for product in found}
+    run = model_runner(model, path.parent)
+    plain: Arrays = {name: _weight(product, constants) for name, product in weights.items()}
+    results = [_results(contract, run, {**inputs, **plain}) for inputs in runs]
+    layers = []
+    for index, (name, product) in enumerate(weights.items()):
+        on_layer(product.name, index, len(weights))
+        chosen = fitting(scheme, product.rows)
+        changed = quantise(plain[name], chosen).restored()
+        error = max(
+            relative_error(_results(contract, run, {**inputs, **plain, name: changed}), wanted)
+            for inputs, wanted in zip(runs, results, strict=True)
+        )
+        layers.append(
+            Layer(product.name, product.rows, product.columns, chosen.dtype, chosen.block, error)
+        )
+    return sorted(layers, key=lambda layer: -layer.error)
+
+
+def _scheme(chosen: Recipe) -> Scheme:
+    for weights in chosen.weights.values():
+        return weights.scheme
+    able = [name for name, other in RECIPES.items() if other.weights]
+    raise ConfigError(
+        f"precision {chosen.name} quantises no weights", fix=f"choose {' or '.join(able)}"
+    )
+
+
+def _input_of(graph: ir.Graph, product: Product) -> str:
+    """Let the weight of a product be an input, so that another can be given without loading all."""
+    value = ir.Value(
+        name=f"{product.name}.weight",
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape([product.rows, product.columns]),
+    )
+    graph.inputs.append(value)
+    product.node.replace_input_with(1, value)
+    return str(value.name)
+
+
+def _weight(product: Product, constants: Constants) -> np.ndarray:
+    return np.ascontiguousarray(product.weight(constants), np.float32)
+
+
+def _results(contract: Graph, run: Run, inputs: Arrays) -> Arrays:
+    outputs = run(inputs)
+    names: Sequence[str] = [t.name for t in contract.outputs if not t.activation]
+    return {name: outputs[name] for name in names or outputs}

@@ -1,0 +1,375 @@
+"""A bundle: the folder that is deployed.
+
+bundle.json                configuration, limits, hashes, receipts; see `manifest.py`
+graphs/*.onnx              the portable graphs, weights as safetensors beside them
+schedules/*.safetensors    samplers as tables
+tokenizer.json
+engines/<target>/          what one target needs beyond the portable graphs, with its target.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from mmi_deploy.bundle.manifest import (
+    FORMAT,
+    PORTABLE,
+    BundleManifest,
+    Case,
+    Hashes,
+    Receipt,
+    TargetManifest,
+    check_files,
+    check_receipts,
+    file_entries,
+    hash_of_files,
+    read_manifest,
+    remember_files,
+    sha256_of,
+    write_manifest,
+)
+from mmi_deploy.errors import BundleError
+from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, graphs
+from mmi_deploy.spec.schedule import Schedule, read_schedule
+from mmi_deploy.spec.target import build_options
+from mmi_deploy.system.files import new_folder
+
+MANIFEST = "bundle.json"
+TARGET_MANIFEST = "target.json"
+EXPORT = "mmi export"
+BUILD = "mmi build"
+_TOOLS = ("mmi_deploy", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle, whose files are there and unchanged."""
+
+    folder: Path
+    manifest: BundleManifest
+    unproved: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        unproved: bool = False,
+        hashed: Callable[[Path], str] = sha256_of,
+    ) -> Bundle:
+        """Read `folder` and check that it is whole. `hashed` gives the hash of a file.
+
+        Raises `BundleError`, one line with the command that mends it: a file is missing or has
+        changed, the format is another, a graph is missing, or (unless `unproved`) has no receipt.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise BundleError(f"there is no bundle {folder}", fix=f"make one with `{EXPORT}`")
+        manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
+        _check_parts(folder, manifest)
+        check_files(folder, manifest.files, EXPORT, hashed=hashed)
+        if not unproved:
+            check_receipts(manifest, manifest.graphs, folder, EXPORT)
+        return cls(folder, manifest, unproved)
+
+    def verify(self, hashed: Callable[[Path], str] = sha256_of) -> tuple[str, ...]:
+        """Hash every file again, all targets included; raises `BundleError` at the first flaw.
+
+        Returns the targets of which a graph has no receipt: engines that have not been run yet.
+        """
+        check_files(self.folder, self.manifest.files, EXPORT, fresh=True, hashed=hashed)
+        built = {
+            name: self.target(name, unproved=True, fresh=True, hashed=hashed)
+            for name in self.targets
+        }
+        return tuple(
+            name
+            for name, manifest in built.items()
+            if any(manifest.receipt(graph) is None for graph in manifest.graphs)
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.manifest.config
+
+    @property
+    def limits(self) -> Limits:
+        return self.manifest.limits
+
+    @cached_property
+    def graphs(self) -> dict[str, Graph]:
+        """The contract of every graph at this bundle's configuration and limits."""
+        return graphs(self.config, self.limits)
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / self.manifest.tokenizer
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The samplers in it, as the command line spells them; the first is the default."""
+        return tuple(self.manifest.schedules)
+
+    def schedule(self, key: str | None = None) -> Schedule:
+        """One sampler, or the default; raises `BundleError` that lists those there are."""
+        key = key or self.schedules[0]
+        if key not in self.manifest.schedules:
+            raise BundleError(
+                f"{self.folder} has no schedule {key!r}",
+                expected=" or ".join(self.schedules),
+                fix=f"choose one of them, or add it with `{EXPORT} --schedule {key}`",
+            )
+        return read_schedule(self.folder / self.manifest.schedules[key])
+
+    def graph_file(self, graph: str) -> Path:
+        """The portable file of `graph`."""
+        return self.folder / self.manifest.graphs[graph]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What whoever runs it should know: what stands in for weights, and what a smaller model
+        proves."""
+        found = []
+        if self.manifest.weights != "given":
+            found.append(
+                f"{self.folder} holds {self.manifest.weights} weights: it shows what the model "
+                "needs, and computes nothing of meaning"
+            )
+        sliced = [
+            graph
+            for graph in self.manifest.graphs
+            if (receipt := self.manifest.receipt(graph)) and receipt.scope == "slice"
+        ]
+        if sliced:
+            found.append(
+                f"proved by a slice, the same code on a smaller model: {', '.join(sliced)}"
+            )
+        return found
+
+    def remember(self) -> None:
+        """Spare the next opening its hashes: only names were taken from the files since they were
+        hashed, as when the model folder that they are linked to goes."""
+        remember_files(self.folder, self.manifest.files)
+
+    def check_runs(self) -> None:
+        """Raise `BundleError` when its weights are not those of a model, unless `unproved`."""
+        if self.manifest.weights != "given" and not self.unproved:
+            raise BundleError(
+                f"{self.folder} holds {self.manifest.weights} weights, which mean nothing",
+                fix="export the model itself, or run it all the same with --unproved",
+            )
+
+    @property
+    def identity(self) -> str:
+        """Hash of bundle.json, and with it of all that the bundle was exported with."""
+        return sha256_of(self.folder / MANIFEST)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Targets that engines were built for."""
+        return tuple(
+            sorted(path.parent.name for path in self.folder.glob(f"engines/*/{TARGET_MANIFEST}"))
+        )
+
+    def target_folder(self, target: str) -> Path:
+        return self.folder / "engines" / target
+
+    def build_command(self, target: str) -> str:
+        """The command that builds `target`."""
+        return f"{BUILD} {self.folder} {build_options(target)}"
+
+    def target(
+        self,
+        target: str,
+        *,
+        unproved: bool = False,
+        fresh: bool = False,
+        hashed: Callable[[Path], str] = sha256_of,
+    ) -> TargetManifest:
+        """What was built for `target`; raises `BundleError` if missing, changed, stale, or (unless
+        `unproved`) without receipts. `fresh`, `hashed`: see `check_files`."""
+        folder, mend = self.target_folder(target), self.build_command(target)
+        manifest = read_manifest(folder / TARGET_MANIFEST, TargetManifest, mend)
+        if manifest.made_for != self.identity:
+            raise BundleError(
+                f"the engines in {folder} were built from another export of this bundle",
+                fix=f"build them again with `{mend}`",
+            )
+        check_files(folder, manifest.files, mend, fresh=fresh, hashed=hashed)
+        if not (unproved or self.unproved):
+            check_receipts(manifest, manifest.graphs, folder, mend)
+        return manifest
+
+
+def _check_parts(folder: Path, manifest: BundleManifest) -> None:
+    """All that the manifest points at must be among its files."""
+    missing = [make.__name__ for make in GRAPHS if make.__name__ not in manifest.graphs]
+    if missing or not manifest.schedules:
+        raise BundleError(
+            f"{folder} is not complete: it has no {', '.join(missing) or 'schedule'}",
+            fix=f"write it again with `{EXPORT}`",
+        )
+    named = (*manifest.graphs.values(), *manifest.schedules.values(), manifest.tokenizer)
+    for name in named:
+        if name not in manifest.files:
+            raise BundleError(f"{folder / MANIFEST} knows no hash of {name}", fix=f"run `{EXPORT}`")
+
+
+@dataclass
+class _FolderWriter:
+    """Collects what goes into a manifest while the caller writes files under `folder`."""
+
+    folder: Path
+    target: str
+    hashes: Hashes = field(default_factory=Hashes)
+    _graphs: dict[str, str] = field(default_factory=dict)
+    _shared: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _receipts: list[Receipt] = field(default_factory=list)
+
+    def share(self, graph: str, names: Iterable[str]) -> None:
+        """Say which files of weights `graph` refers to that are not its own, by their paths in the
+        folder."""
+        self._shared[graph] = tuple(sorted(names))
+
+    def add_receipt(
+        self,
+        graph: str,
+        compared_with: str,
+        cases: Iterable[Case],
+        scope: Literal["full", "slice"] = "full",
+    ) -> Receipt:
+        """Vouch for the file of `graph` and its weights, which differ from it in the suffix alone
+        or are shared, as they are now. They must not be changed afterwards."""
+        files = file_entries(
+            self.folder, self._graphs[graph], self._shared.get(graph, ()), self.hashes
+        )
+        receipt = Receipt(
+            graph=graph,
+            target=self.target,
+            sha256=hash_of_files(files),
+            compared_with=compared_with,
+            cases=tuple(cases),
+            scope=scope,
+        )
+        self._receipts.append(receipt)
+        return receipt
+
+
+class BundleWriter(_FolderWriter):
+    """Fills a new bundle. Use `write_bundle`, which puts it in place when all went well."""
+
+    def __init__(self, folder: Path, config: ModelConfig, limits: Limits) -> None:
+        super().__init__(folder, PORTABLE)
+        self.config = config
+        self.limits = limits
+        self.weights: Literal["given", "empty", "random"] = "given"
+        self.tokenizer = folder / "tokenizer.json"
+        self._schedules: dict[str, str] = {}
+        (folder / "graphs").mkdir()
+        (folder / "schedules").mkdir()
+
+    def graph_file(self, graph: str) -> Path:
+        """Where to write the portable file of `graph`; its weights go into the same folder."""
+        self._graphs[graph] = f"graphs/{graph}.onnx"
+        return self.folder / self._graphs[graph]
+
+    def add_schedule(self, schedule: Schedule) -> None:
+        """Add a sampler with its time table; the first one added is the default."""
+        if schedule.time_table is None:
+            raise BundleError(f"schedule {schedule.key} has no time table")
+        name = f"schedules/{schedule.name}-{schedule.steps}.safetensors"
+        schedule.save(self.folder / name)
+        self._schedules[schedule.key] = name
+
+    def finish(self) -> None:
+        """Hash all files and write bundle.json."""
+        manifest = BundleManifest(
+            format=FORMAT,
+            graphs=self._graphs,
+            shared=self._shared,
+            files=file_entries(self.folder, hashed=self.hashes),
+            weights=self.weights,
+            receipts=tuple(self._receipts),
+            versions=tool_versions(),
+            config=self.config,
+            limits=self.limits,
+            tokenizer=self.tokenizer.relative_to(self.folder).as_posix(),
+            schedules=self._schedules,
+        )
+        _check_parts(self.folder, manifest)
+        write_manifest(self.folder / MANIFEST, manifest)
+        remember_files(self.folder, manifest.files)
+
+
+class TargetWriter(_FolderWriter):
+    """Fills the folder of one target. Use `write_target`."""
+
+    def engine_file(self, graph: str, suffix: str) -> Path:
+        """Where to write the engine of `graph`; what else it needs goes into the same folder."""
+        self._graphs[graph] = f"{graph}{suffix}"
+        return self.folder / self._graphs[graph]
+
+    def finish(self, made_for: str, recipe: Mapping[str, str], activations: str) -> None:
+        """Hash all files and write target.json."""
+        manifest = TargetManifest(
+            format=FORMAT,
+            graphs=self._graphs,
+            shared=self._shared,
+            files=file_entries(self.folder, hashed=self.hashes),
+            receipts=tuple(self._receipts),
+            versions=tool_versions(),
+            target=self.target,
+            made_for=made_for,
+            recipe=dict(recipe),
+            activations=activations,
+        )
+        write_manifest(self.folder / TARGET_MANIFEST, manifest)
+
+
+@contextmanager
+def write_bundle(
+    folder: Path,
+    config: ModelConfig,
+    limits: Limits,
+    *,
+    force: bool = False,
+    inputs: Sequence[Path] = (),
+) -> Iterator[BundleWriter]:
+    """Write a bundle into a temporary folder that takes the place of `folder` at the end.
+
+    Whatever goes wrong, Ctrl-C included, leaves what was there before. `inputs`: what is read on
+    the way, and must not be replaced.
+    """
+    with new_folder(folder, force, kind="bundle", inputs=inputs) as work:
+        writer = BundleWriter(work, config, limits)
+        yield writer
+        writer.finish()
+
+
+@contextmanager
+def write_target(
+    bundle: Bundle, target: str, recipe: Mapping[str, str], activations: str = "float32"
+) -> Iterator[TargetWriter]:
+    """Write `engines/<target>` of a bundle, whole or not at all."""
+    with new_folder(bundle.target_folder(target), kind="target") as work:
+        writer = TargetWriter(work, target)
+        yield writer
+        writer.finish(bundle.identity, recipe, activations)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the installed packages that shape a bundle."""
+    found = {}
+    for tool in _TOOLS:
+        try:
+            found[tool] = version(tool)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,311 @@
+"""What is written about a deployment: hashes of its files, and receipts that prove its graphs.
+
+A receipt says against what a graph was compared, at which sizes and with what error. It holds one
+hash of the compared graph and its weights, so that it cannot vouch for any others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from mmi_deploy.errors import BundleError
+from mmi_deploy.spec.config import ModelConfig, first_flaw
+from mmi_deploy.spec.graphs import Limits
+from mmi_deploy.system.files import write_file
+
+FORMAT = 1
+"""Version of the folder's layout; a runtime reads exactly one."""
+
+PORTABLE = "portable"
+"""The target of a graph's own file, before any rewrite for an execution provider."""
+
+_BLOCK = 2**24
+"""Bytes that are hashed at a time."""
+
+_CHECKED = ".checked.json"
+"""Remembers which hashes were checked at which size and times. Not part of the bundle."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class FileEntry(_Model):
+    """Hash and size in bytes of one file of the folder."""
+
+    sha256: str
+    size: int
+
+
+class Case(_Model):
+    """One comparison: sizes of the dynamic dimensions, greatest error, the error allowed."""
+
+    sizes: dict[str, int]
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """A NaN error is no pass."""
+        return self.error <= self.tolerance
+
+
+class Receipt(_Model):
+    """Proof that the files of `graph` for `target` compute what `compared_with` computes.
+
+    `sha256`: of the graph and its weights together, see `hash_of_files`. `scope`: `full` if these
+    files were run; `slice` if they were too large and the same code was run at a smaller size.
+    """
+
+    graph: str
+    target: str
+    sha256: str
+    compared_with: str
+    cases: tuple[Case, ...]
+    scope: Literal["full", "slice"] = "full"
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.cases) and all(case.passed for case in self.cases)
+
+
+class FolderManifest(_Model):
+    """What the bundle and each of its targets say alike. Paths are relative, with `/`.
+
+    `shared`: files of weights that several graphs refer to, by graph.
+    """
+
+    format: int
+    graphs: dict[str, str]
+    shared: dict[str, tuple[str, ...]] = {}
+    files: dict[str, FileEntry]
+    receipts: tuple[Receipt, ...]
+    versions: dict[str, str]
+
+    @field_validator("files", "graphs")
+    @classmethod
+    def _stay_inside(cls, value: dict[str, object]) -> dict[str, object]:
+        paths = [*value, *(entry for entry in value.values() if isinstance(entry, str))]
+        for path in map(PurePosixPath, paths):
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{path} leaves the folder")
+        return value
+
+    def graph_files(self, graph: str) -> dict[str, FileEntry]:
+        """The file of `graph` and its weights, by name."""
+        path, shared = self.graphs[graph], self.shared.get(graph, ())
+        return {
+            name: entry
+            for name, entry in self.files.items()
+            if belongs(name, path) or name in shared
+        }
+
+    def receipt(self, graph: str) -> Receipt | None:
+        """The receipt for the files of `graph` as they are now, if there is one."""
+        sha256 = hash_of_files(self.graph_files(graph))
+        for receipt in self.receipts:
+            if receipt.graph == graph and receipt.sha256 == sha256:
+                return receipt
+        return None
+
+
+def belongs(name: str, graph_file: str) -> bool:
+    """Whether `name` is `graph_file` or differs from it in the suffix alone, as its weights do."""
+    return f"{name}.".startswith(f"{PurePosixPath(graph_file).with_suffix('')}.")
+
+
+def hash_of_files(files: Mapping[str, FileEntry]) -> str:
+    """One hash of the names and contents of `files`: that of the lines which `sha256sum` prints for
+    them in the order of their names."""
+    lines = (f"{entry.sha256}  {name}\n" for name, entry in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+class BundleManifest(FolderManifest):
+    """`bundle.json`. `schedules` maps `NAME:STEPS` to a file; the first is the default. `weights`:
+    whether they are a model's or stand in for one, empty or random."""
+
+    weights: Literal["given", "empty", "random"] = "given"
+    config: ModelConfig
+    limits: Limits
+    tokenizer: str
+    schedules: dict[str, str]
+
+
+class TargetManifest(FolderManifest):
+    """`engines/<target>/target.json`: engines made from the portable graphs for one target.
+
+    `made_for`: hash of the bundle.json that they were made from. `recipe`: whatever the builder's
+    cache key consists of (precision, architecture, flags). `activations`: the type in which its
+    graphs take and give what `graphs.py` calls activations.
+    """
+
+    target: str
+    made_for: str
+    recipe: dict[str, str]
+    activations: str = "float32"
+
+
+Manifest = TypeVar("Manifest", bound=FolderManifest)
+
+
+def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
+    """Read a manifest; raises `BundleError` that ends with the command `mend`."""
+    try:
+        text = path.read_bytes()
+        found = json.loads(text)
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path.parent} is not complete: it holds no {path.name}", fix=f"write it with `{mend}`"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(
+            f"cannot read {path}: {error}", fix=f"write it again with `{mend}`"
+        ) from None
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != FORMAT:
+        raise BundleError(
+            f"{path} has another format",
+            expected=FORMAT,
+            got=version,
+            fix=f"write it with `{mend}`",
+        )
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise BundleError(
+            f"{path} is damaged: {first_flaw(error)}", fix=f"write it again with `{mend}`"
+        ) from None
+
+
+def write_manifest(path: Path, manifest: FolderManifest) -> None:
+    """Write `path` whole or not at all."""
+    write_file(path, manifest.model_dump_json(indent=2) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Hashes:
+    """Hashes of files, each computed once whatever names it has.
+
+    `told`: called with how many bytes of how many of a large file have been read.
+    """
+
+    def __init__(self, told: Callable[[Path, int, int], None] | None = None) -> None:
+        self.told = told
+        self._known: dict[tuple[int, ...], str] = {}
+
+    def __call__(self, path: Path) -> str:
+        status = path.stat()
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if key not in self._known:
+            self._known[key] = self._hash(path, status.st_size)
+        return self._known[key]
+
+    def _hash(self, path: Path, size: int) -> str:
+        found, done = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                found.update(block)
+                done += len(block)
+                if self.told is not None and size > _BLOCK:
+                    self.told(path, done, size)
+        return found.hexdigest()
+
+
+def file_entries(
+    folder: Path,
+    graph_file: str | None = None,
+    shared: Sequence[str] = (),
+    hashed: Callable[[Path], str] = sha256_of,
+) -> dict[str, FileEntry]:
+    """Every file under `folder` that is not hidden, or those of one graph, with hash and size."""
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if graph_file and not belongs(name, graph_file) and name not in shared:
+            continue
+        if path.is_file() and not path.name.startswith("."):
+            entries[name] = FileEntry(sha256=hashed(path), size=path.stat().st_size)
+    return entries
+
+
+def remember_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """What `check_files` would find out: `files` were hashed just now."""
+    _remember(folder, {name: _seen(folder / name, entry) for name, entry in files.items()})
+
+
+def _seen(path: Path, entry: FileEntry) -> list[object]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256]
+
+
+def check_files(
+    folder: Path,
+    files: Mapping[str, FileEntry],
+    mend: str,
+    *,
+    fresh: bool = False,
+    hashed: Callable[[Path], str] = sha256_of,
+) -> None:
+    """Raise `BundleError` for the first file that is missing or changed.
+
+    Hashes are computed for files whose size or times are not those of the last check, or for all
+    when `fresh`. The times are that of the content and that of the file's entry, which programs
+    cannot set back; what remains is a disk that forgets, and for that there is `fresh`.
+    """
+    checked = {} if fresh else _read_checked(folder)
+    now: dict[str, list[object]] = {}
+    for name, entry in files.items():
+        try:
+            now[name] = _seen(folder / name, entry)
+        except OSError:
+            raise BundleError(
+                f"{folder} is not complete: {name} is missing", fix=f"write it again with `{mend}`"
+            ) from None
+        size = now[name][0]
+        if size == entry.size and checked.get(name) == now[name]:
+            continue
+        if size != entry.size or hashed(folder / name) != entry.sha256:
+            raise BundleError(
+                f"{folder / name} has changed since it was written", fix=f"write it with `{mend}`"
+            )
+    if now != checked:
+        _remember(folder, now)
+
+
+def _read_checked(folder: Path) -> dict[str, list[object]]:
+    try:
+        found = json.loads((folder / _CHECKED).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(folder: Path, checked: dict[str, list[object]]) -> None:
+    """Best effort: a bundle that cannot be written to is hashed each time."""
+    with suppress(OSError):
+        write_file(folder / _CHECKED, json.dumps(checked))
+
+
+def check_receipts(manifest: FolderManifest, graphs: Iterable[str], where: Path, mend: str) -> None:
+    """Raise `BundleError` for the first graph that nothing proves."""
+    for graph in graphs:
+        receipt = manifest.receipt(graph)
+        if receipt is None or not receipt.passed:
+            state = "no receipt" if receipt is None else "a receipt with too large an error"
+            raise BundleError(
+                f"{graph} in {where} has {state}: nothing shows that it does what the model does",
+                fix=f"write it with `{mend}`, or run it all the same with --unproved",
+            )

@@ -1,0 +1,311 @@
+"""`mmi generate`: continue a document, live in the terminal, then as a folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress, TaskID
+
+from mmi_deploy.cli.console import MOST_THREADS, counted, print_json, progress, remarks, results
+from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
+from mmi_deploy.cli.target_options import (
+    CPU,
+    Device,
+    Resident,
+    TargetName,
+    check_engines,
+    groups,
+    say_memory,
+)
+
+if TYPE_CHECKING:
+    from mmi_deploy.documents.document import Document
+    from mmi_deploy.documents.story import Entry, Story
+    from mmi_deploy.runtime.events import Event, Finished
+    from mmi_deploy.runtime.options import GenerationOptions
+
+BUNDLE = Path("bundles/tiny")
+
+ENDS = {
+    "end": "the model ended the document",
+    "stop": "a stop text came",
+    "max_tokens": "--max-tokens was reached",
+    "max_images": "--max-images was reached",
+    "context": "the model's context is full",
+    "cancelled": "it was cancelled",
+}
+
+
+def generate(
+    document: Annotated[
+        Path, typer.Argument(help="A Markdown or JSON document.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for story.md, pictures and index.html.")
+    ] = Path("out"),
+    bundle: Annotated[
+        Path, typer.Option("--bundle", "-b", help="What `mmi export` wrote.")
+    ] = BUNDLE,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same story.")] = 0,
+    max_images: Annotated[int, typer.Option(min=0, help="Pictures to add at most.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Text tokens to add at most.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 always takes the likeliest word.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest of this total mass.")] = 0.9,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes repeated words less likely.")
+    ] = 1.0,
+    schedule: Annotated[
+        str | None,
+        typer.Option(metavar="NAME:STEPS", help="Sampler of the bundle, as in ddim:20."),
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(min=0, help="How closely pictures follow the text; 1 is off.")
+    ] = 3.5,
+    full_every: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Run the whole U-Net in every Nth step; between them its deep features are used "
+            "again: faster, less exact.",
+        ),
+    ] = 1,
+    target: TargetName = CPU,
+    device: Device = 0,
+    resident: Resident = None,
+    threads: Annotated[
+        int, typer.Option(min=0, max=MOST_THREADS, help="CPU threads; 0: as many as cores.")
+    ] = 0,
+    kernels: Kernels = AUTO,
+    unproved: Annotated[
+        bool, typer.Option("--unproved", help="Run graphs that have no receipt.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, nothing live.")
+    ] = False,
+) -> None:
+    """Continue a document: the model writes text and draws pictures.
+
+    Picture links in Markdown are shown to the model; ![]() asks it to draw one there.
+    """
+    with extras("generate"):
+        from mmi_deploy.bundle.bundle import Bundle
+        from mmi_deploy.documents.files import read_document, title_of
+        from mmi_deploy.documents.html import page
+        from mmi_deploy.documents.story import PAGE_NAME, Story, write_story
+        from mmi_deploy.runtime.events import Finished
+        from mmi_deploy.runtime.generation import GenerationOptions
+        from mmi_deploy.runtime.generation import generate as events_of
+        from mmi_deploy.runtime.runtime import Runtime
+        from mmi_deploy.system.files import check_replaceable, new_folder
+
+        check_engines(target)
+    inputs = (document, bundle)
+    check_replaceable(out, force, kind="story", inputs=inputs)  # before minutes of work
+    options = GenerationOptions(
+        seed=seed,
+        max_images=max_images,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        schedule=schedule,
+        guidance=guidance,
+        full_every=full_every,
+    )
+    source = read_document(document)
+    library = kernel_library(kernels, target)
+    started = time.perf_counter()
+    opened = Bundle.open(bundle, unproved=unproved)
+    for remark in opened.remarks:
+        remarks().print(remark)
+    runtime = Runtime.open(
+        opened,
+        threads=threads,
+        target=target,
+        library=library,
+        device=device,
+        resident=groups(resident),
+    )
+    say_memory(runtime, target)
+    used = runtime.schedule(schedule).schedule.key
+    story = Story(source)
+    events = events_of(runtime, source, options)  # refused before it is shown
+    finished: Finished | None = None
+    with new_folder(out, force, kind="story", inputs=inputs) as work:
+        watch = _Nobody() if as_json else _Terminal(source)
+        with watch:
+            for event in events:
+                _collect(story, event)
+                watch.show(event)
+                if isinstance(event, Finished):
+                    finished = event
+        assert finished is not None, "generate ends with Finished"
+        runtime.close()
+        seconds = time.perf_counter() - started
+        facts = _facts(runtime.config.name, used, options, finished, seconds)
+        write_story(work, story.entries)
+        html = page(title_of(source) or document.stem, story.entries, facts)
+        (work / PAGE_NAME).write_text(html, encoding="utf-8", errors="replace")
+    if as_json:
+        print_json(_report(out, story.entries, finished, seed, used, seconds))
+    else:
+        remarks().print(f"\n{_summary(finished, seconds)}\nRead it in {out / PAGE_NAME}")
+
+
+def _collect(story: Story, event: Event) -> None:
+    from mmi_deploy.runtime.events import ImageDone, TextDelta
+
+    if isinstance(event, TextDelta):
+        story.add_text(event.text)
+    elif isinstance(event, ImageDone):
+        story.add_picture(event.rgb)
+
+
+class _Nobody:
+    """Nobody watches."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def show(self, event: Event) -> None:
+        return None
+
+
+class _Terminal(_Nobody):
+    """The document as it grows on stdout; a bar for each picture on stderr."""
+
+    def __init__(self, document: Document) -> None:
+        self._out, self._err = results(), remarks()
+        self._given = iter(document.parts)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._in_line = False
+        self._show_given()
+
+    def __exit__(self, *_: object) -> None:
+        self._end_bar()
+        self._end_line()
+
+    def show(self, event: Event) -> None:
+        from mmi_deploy.runtime.events import ImageDone, ImageProgress, ImageStarted, TextDelta
+
+        match event:
+            case TextDelta(text):
+                self._write(text)
+            case ImageStarted(index, steps):
+                self._end_line()
+                self._bar = progress(self._err)
+                self._task = self._bar.add_task(f"drawing picture {index + 1}", total=steps)
+                self._bar.start()
+            case ImageProgress(_, step, _) if self._bar:
+                self._bar.update(self._task, completed=step)
+            case ImageDone(index, _):
+                self._end_bar()
+                self._line(f"[picture {index + 1}: drawn]")
+                self._show_given()
+
+    def _show_given(self) -> None:
+        """What the document says up to the next picture that the model has to draw."""
+        from mmi_deploy.documents.document import Draw, Text
+
+        for part in self._given:
+            if isinstance(part, Draw):
+                return
+            if isinstance(part, Text):
+                self._write(part.text, style="dim")
+            else:
+                self._line("[picture: given]", style="dim")
+
+    def _end_bar(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _write(self, text: str, style: str = "") -> None:
+        self._out.print(text, end="", style=style)
+        self._out.file.flush()
+        self._in_line = True
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._end_line()
+        self._out.print(text, style=style)
+
+    def _end_line(self) -> None:
+        if self._in_line:
+            self._out.print()
+            self._in_line = False
+
+
+def _facts(
+    model: str, schedule: str, options: GenerationOptions, finished: Finished, seconds: float
+) -> dict[str, str]:
+    """The foot of the page."""
+    facts = {
+        "model": model,
+        "added": _added(finished),
+        "ended": ENDS[finished.reason],
+        "seed": str(options.seed),
+        "sampler": f"{schedule}, guidance {options.guidance:g}"
+        + (f", whole every {options.full_every} steps" if options.full_every > 1 else ""),
+        "time": f"{seconds:.1f} s, loading included",
+    }
+    for stage, (spent, count) in finished.timings.totals().items():
+        facts[stage] = f"{spent / count * 1000:.1f} ms each, {count} in all"
+    return facts
+
+
+def _added(finished: Finished) -> str:
+    return f"{counted(finished.tokens, 'token')} and {counted(finished.images, 'picture')}"
+
+
+def _summary(finished: Finished, seconds: float) -> str:
+    return f"{_added(finished)} in {seconds:.1f} s; {ENDS[finished.reason]}."
+
+
+def _report(
+    out: Path,
+    entries: tuple[Entry, ...],
+    finished: Finished,
+    seed: int,
+    schedule: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """What `--json` prints."""
+    from mmi_deploy.documents.document import Text
+    from mmi_deploy.documents.story import picture_names
+
+    names = picture_names(entries)
+    parts = [
+        {
+            **({"text": entry.part.text} if isinstance(entry.part, Text) else {"image": names[i]}),
+            "generated": entry.generated,
+        }
+        for i, entry in enumerate(entries)
+    ]
+    return {
+        "out": str(out),
+        "parts": parts,
+        "reason": finished.reason,
+        "tokens": finished.tokens,
+        "images": finished.images,
+        "seed": seed,
+        "schedule": schedule,
+        "seconds": round(seconds, 3),
+        "stages": {
+            stage: {"seconds": round(spent, 6), "count": count}
+            for stage, (spent, count) in finished.timings.totals().items()
+        },
+    }

@@ -1,0 +1,1 @@
+"""`mmi inspect`: parts, cost, memory, GPUs, targets and sensitivity of a model."""

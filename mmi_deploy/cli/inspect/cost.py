@@ -1,0 +1,203 @@
+"""`mmi inspect --cost`: FLOPs and bytes of every graph, and the time that a card needs at least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mmi_deploy.cli.console import print_json, results
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.files import size
+
+if TYPE_CHECKING:
+    from mmi_deploy.analysis.cost import GraphCost, Total
+    from mmi_deploy.analysis.gpu_specs import Card
+    from mmi_deploy.spec.graphs import Graph
+
+SHOWN = 12
+"""Rows of the tables by operator and by module; `--json` has all of them and every node."""
+
+
+FLOOR = (
+    "Floor: weights, inputs and outputs once, nothing in between. Times are rooflines, computed "
+    "from the vendor's figures and not measured"
+)
+
+
+def parse_sizes(text: str, contract: Mapping[str, Graph]) -> dict[str, int]:
+    """`t=1,m=4,n=4`; raises `ConfigError` for what is none of the dynamic dimensions."""
+    known = sorted({letter for graph in contract.values() for letter in graph.ranges})
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        letter, equals, number = (word.strip() for word in part.partition("="))
+        if letter not in known or not equals or not number.isdecimal():
+            raise ConfigError(
+                f"--sizes: {part!r} is no size",
+                expected=f"LETTER=NUMBER with one of {', '.join(known)}",
+                fix="for example --sizes t=1,m=4,n=4",
+            )
+        sizes[letter] = int(number)
+    return sizes
+
+
+def show_cost(
+    title: str,
+    files: Mapping[str, Path],
+    contract: Mapping[str, Graph],
+    *,
+    only: str | None,
+    sizes: str,
+    precision: str | None,
+    cards: Sequence[str],
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """Print the cost of the graphs in `files`, or of the one called `only`."""
+    from mmi_deploy.analysis.cost import cost_of_file
+    from mmi_deploy.analysis.gpu_specs import CARDS, card
+    from mmi_deploy.targets.precision.recipes import recipe
+
+    if only is not None and only not in files:
+        raise ConfigError(f"there is no graph {only!r}", expected=", ".join(files))
+    given = parse_sizes(sizes, contract)
+    chosen = [card(name) for name in cards] or [CARDS["l4"], CARDS["h100"]]
+    plan = recipe(precision) if precision else None
+    costs = [
+        cost_of_file(path, contract[name], _within(given, contract[name], only), plan)
+        for name, path in files.items()
+        if only in (None, name)
+    ]
+    if plot is not None:
+        from mmi_deploy.cli.inspect.plot import draw_roofline
+
+        draw_roofline(costs, chosen, plot)
+    if as_json:
+        print_json({"graphs": [as_dict(cost, chosen) for cost in costs]})
+        return
+    out = results()
+    print_table(out, _overview(title, costs, chosen))
+    if only is not None:
+        print_table(out, _parts("operator", costs[0].by_operator()))
+        print_table(out, _parts("module", costs[0].by_module()))
+        at = " ".join(f"{letter}={number}" for letter, number in costs[0].sizes.items())
+        bounds = ", ".join(f"{one.title}: {costs[0].bound(one)}" for one in chosen)
+        out.print(f"At {at}. {costs[0].intensity:.1f} FLOPs per byte of the floor")
+        out.print(f"What bounds it: {bounds}")
+    else:
+        out.print("Sizes are the likeliest; --sizes t=1,m=4 sets them. --graph NAME says more")
+    out.print(FLOOR)
+
+
+def _within(given: Mapping[str, int], graph: Graph, only: str | None) -> dict[str, int]:
+    """Sizes that were given for all graphs may be beyond what one of them takes: it takes what it
+    can. Asked for alone, it refuses."""
+    if only is not None:
+        return dict(given)
+    return {
+        letter: min(max(number, graph.ranges[letter].least), graph.ranges[letter].greatest)
+        for letter, number in given.items()
+        if letter in graph.ranges
+    }
+
+
+def as_dict(cost: GraphCost, cards: Sequence[Card]) -> dict[str, Any]:
+    """Everything about one graph, for programs."""
+    total = cost.total
+    return {
+        "graph": cost.graph,
+        "sizes": dict(cost.sizes),
+        "stored": cost.storage,
+        "computed_in": cost.compute,
+        "matrix_flops": total.matrix,
+        "vector_flops": total.vector,
+        "bytes": {
+            "floor": cost.floor_bytes,
+            "weights": cost.weight_bytes,
+            "inputs": cost.input_bytes,
+            "outputs": cost.output_bytes,
+            "node_by_node": total.bytes,
+        },
+        "flops_per_byte": cost.intensity,
+        "roofline": {
+            card.name: {
+                "seconds": cost.seconds(card),
+                "bound": cost.bound(card),
+                "seconds_unfused": cost.seconds_unfused(card),
+            }
+            for card in cards
+        },
+        "operators": {name: vars(part) for name, part in cost.by_operator().items()},
+        "modules": {name: vars(part) for name, part in cost.by_module().items()},
+        "nodes": [vars(node) for node in cost.nodes],
+    }
+
+
+def _overview(title: str, costs: Sequence[GraphCost], cards: Sequence[Card]) -> Table:
+    stored = costs[0].storage if costs[0].storage == "as exported" else f"in {costs[0].storage}"
+    table = Table(box=box.SIMPLE_HEAD, title=f"{title}: what a run costs, {stored}")
+    table.title_justify = "left"
+    table.add_column("graph", no_wrap=True)
+    headings = ("matrix\nFLOPs", "vector\nFLOPs", "floor", "node\nby node")
+    for heading in (*headings, *(f"at least\n{card.name}" for card in cards)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cost in costs:
+        total = cost.total
+        table.add_row(
+            cost.graph,
+            flops(total.matrix),
+            flops(total.vector),
+            size(cost.floor_bytes),
+            size(total.bytes),
+            *(duration(cost.seconds(card)) for card in cards),
+        )
+    return table
+
+
+def _parts(what: str, totals: Mapping[str, Total]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(what, overflow="fold")
+    for heading in ("nodes", "matrix\nFLOPs", "vector\nFLOPs", "node\nby node"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = list(totals.items())
+    for name, total in rows[:SHOWN]:
+        row = (flops(total.matrix), flops(total.vector), size(total.bytes))
+        table.add_row(name or "(no weights)", str(total.nodes), *row)
+    if len(rows) > SHOWN:
+        table.add_row(f"and {len(rows) - SHOWN} more: see --json")
+    return table
+
+
+def print_table(out: Console, table: Table) -> None:
+    """Whole, where nobody's terminal limits it."""
+    if not out.is_terminal:
+        wide = table.__rich_measure__(out, out.options.update(max_width=1000)).maximum
+        out.width = max(wide, out.width)
+    out.print(table)
+
+
+def flops(count: int) -> str:
+    """FLOPs for people: `26.2 G`."""
+    value, unit = float(count), ""
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 999.5 or unit == "T":
+            break
+        value /= 1000
+    return f"{value:.0f}" if not unit else f"{_three_digits(value)} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """`7.9 ms`."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= 0.9995 * scale:
+            return f"{_three_digits(seconds / scale)} {unit}"
+    return f"{_three_digits(seconds / 1e-9)} ns"
+
+
+def _three_digits(value: float) -> str:
+    """At least; never with an exponent."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

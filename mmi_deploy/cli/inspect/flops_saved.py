@@ -1,0 +1,56 @@
+"""`mmi inspect --removed`: what the graphs no longer compute that the published model does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from mmi_deploy.cli.console import print_json, results
+from mmi_deploy.cli.inspect.cost import flops, print_table
+
+if TYPE_CHECKING:
+    from mmi_deploy.bundle.manifest import BundleManifest
+
+
+def show_removed(manifest: BundleManifest, files: Mapping[str, Path], as_json: bool) -> None:
+    """Print FLOPs as published and as deployed, and what is computed again and again."""
+    from mmi_bench.flops_saved import compare, repeated, repeated_in_step
+
+    rows = compare(manifest.config, manifest.limits, files)
+    again = repeated(manifest.config)
+    left = repeated_in_step(manifest.config, manifest.limits, files["denoise_step"])
+    if as_json:
+        print_json(
+            {
+                "model": manifest.config.name,
+                "context": manifest.limits.context,
+                "rows": [{**vars(row), "ratio": row.ratio} for row in rows],
+                "repeated": again,
+                "repeated_in_a_deployed_step": left.flops,
+            }
+        )
+        return
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{manifest.config.name}: matrix FLOPs at a context of {manifest.limits.context}",
+        title_justify="left",
+    )
+    table.add_column("what is done")
+    for heading in ("as published", "deployed", "times fewer"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        before = "-" if row.published is None else flops(row.published)
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        table.add_row(row.what, before, flops(row.deployed), ratio)
+    out = results()
+    print_table(out, table)
+    for what, count in again.items():
+        out.print(f"As published, {what}: {flops(count)}FLOP")
+    out.print(
+        f"Deployed, all that a denoising step computes from what does not change between steps: "
+        f"{flops(left.flops)} FLOP"
+    )

@@ -1,0 +1,122 @@
+"""`mmi inspect --cards`: the recipe that fits each card, and the times that it cannot beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from mmi_deploy.cli.console import print_json, results
+from mmi_deploy.cli.inspect.cost import duration, print_table
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.files import size
+
+if TYPE_CHECKING:
+    from mmi_deploy.analysis.cost import GraphCost
+    from mmi_deploy.analysis.gpu_specs import Card
+    from mmi_deploy.analysis.memory_estimate import Model
+
+STEPS = 20
+"""Denoising steps of a picture, as the default sampler has."""
+
+BASIS = (
+    "Computed from the graphs and the vendors' figures, not measured: floors that no "
+    "implementation beats. A token at a full context; a picture: its condition, "
+    f"{STEPS} steps with guidance and the VAE"
+)
+
+
+def show_cards(model: Model, names: Sequence[str], as_json: bool) -> None:
+    """Print a row per card, or for those in `names`."""
+    from mmi_deploy.analysis.gpu_specs import CARDS, card
+
+    costs = cache(partial(run_costs, model))
+    rows = [card_row(model, card(name), costs) for name in names or CARDS]
+    if as_json:
+        print_json({"model": model.config.name, "steps": STEPS, "cards": rows})
+        return
+    limits = model.limits
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{model.config.name}, a document of {limits.context} tokens and {limits.images} "
+        "images: at least",
+        title_justify="left",
+    )
+    for heading in ("card", "precision", "stay in memory"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("in all", "a token", "tokens/s", "an image read", "a picture"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row["recipe"] is None:
+            table.add_row(row["title"], "none fits", "", f"> {size(row['room'])}")
+            continue
+        stay = "all" if row["resident"] is None else ", ".join(row["resident"]) or "none"
+        token = row["seconds"]["token"]
+        table.add_row(
+            row["title"],
+            row["recipe"],
+            stay,
+            size(row["bytes"]),
+            duration(token),
+            f"{1 / token:.1f}",
+            duration(row["seconds"]["image"]),
+            duration(row["seconds"]["picture"]),
+        )
+    out = results()
+    print_table(out, table)
+    out.print(BASIS)
+
+
+def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
+    """What one run of each graph costs for one document at the model's limits."""
+    from mmi_deploy.analysis.cost import cost_of_file
+    from mmi_deploy.targets.precision.recipes import recipe
+
+    images = model.limits.images
+    looked_at = {"n": images, "m": images}
+    wanted: dict[str, dict[str, int]] = {
+        "vision_encoder": {"n": 1},
+        "image_values": {"n": 1},
+        "llm": {"b": 1, "t": 1, "k": 1, **looked_at},
+        "image_condition": {"b": 1},
+        "denoise_step": {"b": 1, **looked_at},
+        "vae_decoder": {"b": 1},
+    }
+    found = {}
+    for name, sizes in wanted.items():
+        contract = model.exported_contract[name]
+        given = {
+            letter: min(count, contract.ranges[letter].greatest) for letter, count in sizes.items()
+        }
+        chosen = recipe(precision)
+        found[name] = cost_of_file(model.files[name], contract, given, chosen, model.runtime)
+    return found
+
+
+def card_row(
+    model: Model, card: Card, costs: Callable[[str], Mapping[str, GraphCost]]
+) -> dict[str, Any]:
+    """What fits `card`, and the floors of a token, an image that is read and a picture. costs:
+    precision -> what each graph costs."""
+    about: dict[str, Any] = {"card": card.name, "title": card.title, "room": card.room}
+    try:
+        choice = model.recipe_for(card.room)
+    except ConfigError:
+        return {**about, "recipe": None}
+    seconds = {name: cost.seconds(card) for name, cost in costs(choice.recipe).items()}
+    step, once = seconds["denoise_step"], seconds["image_condition"] + seconds["vae_decoder"]
+    return {
+        **about,
+        "recipe": choice.recipe,
+        "resident": choice.resident,
+        "bytes": choice.memory.total,
+        "seconds": {
+            "token": seconds["llm"],
+            "image": seconds["vision_encoder"] + seconds["image_values"],
+            "step": step,
+            "picture": STEPS * step + once,
+        },
+    }

@@ -1,0 +1,163 @@
+"""`mmi inspect --memory` and `--fit`: what a model takes of a card, and which card holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from mmi_deploy.cli.console import counted, print_json, results
+from mmi_deploy.cli.inspect.cost import print_table
+from mmi_deploy.cli.target_options import groups
+from mmi_deploy.system.files import size
+
+if TYPE_CHECKING:
+    from mmi_deploy.analysis.memory_estimate import Choice, Memory, Model
+
+BASIS = (
+    "Weights and what documents keep are exact; the workspace is an estimate (values that live at "
+    "once, nothing fused). Cards hold it when 1 GB is left for the driver (assumed), and 4 GB more "
+    "for the system where the CPU shares the memory"
+)
+
+
+def show_memory(
+    model: Model,
+    *,
+    precision: str | None,
+    resident: str | None,
+    cards: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Print a row per recipe: what it takes, and what holds it."""
+    from mmi_deploy.spec.target import CPU
+    from mmi_deploy.targets.precision.recipes import RECIPES, recipe
+
+    wanted = (
+        [recipe(precision)]
+        if precision
+        else [r for r in RECIPES.values() if model.runtime != CPU or r.on_cpu]
+    )
+    memories = [model.memory(one, groups(resident)) for one in wanted]
+    if as_json:
+        print_json(
+            {
+                **_about(model),
+                "recipes": [{**as_dict(memory), **_holding(memory, cards)} for memory in memories],
+            }
+        )
+        return
+    out = results()
+    print_table(out, _overview(model, memories, cards))
+    if precision:
+        out.print(_detail(memories[0]))
+    out.print(BASIS)
+
+
+def show_fit(model: Model, budget: str, as_json: bool) -> None:
+    """Print the recipe for `budget`: an amount of memory that is free, or the name of a card."""
+    from mmi_deploy.analysis.gpu_specs import CARDS
+    from mmi_deploy.analysis.memory_estimate import parse_bytes
+
+    room = CARDS[budget].room if budget in CARDS else parse_bytes(budget)
+    choice = model.recipe_for(room)
+    if as_json:
+        told = {"recipe": choice.recipe, "resident": choice.resident, "spare": choice.spare}
+        print_json({**_about(model), **told, **as_dict(choice.memory)})
+        return
+    results().print(
+        f"{model.config.name} in {budget}: build it with --precision {choice.recipe}"
+        f"{_residency(choice)}. It takes {size(choice.memory.total)}, of which weights "
+        f"{size(choice.memory.weights)}, what a document keeps "
+        f"{size(sum(choice.memory.documents.values()))} and the workspace "
+        f"{size(choice.memory.workspace)} (an estimate); {size(choice.spare)} are left"
+    )
+
+
+def _residency(choice: Choice) -> str:
+    if choice.resident is None:
+        return " and keep all engines in memory"
+    if not choice.resident:
+        return " and run it with --resident none (all engines in turns)"
+    return f" and run it with --resident {','.join(choice.resident)}"
+
+
+def as_dict(memory: Memory) -> dict[str, Any]:
+    """Bytes, for programs."""
+    return {
+        "recipe": memory.recipe,
+        "resident": memory.resident,
+        "bytes": memory.total,
+        "weights": memory.weights,
+        "workspace": memory.workspace,
+        "documents": dict(memory.documents),
+        "graphs": {
+            graph.graph: {"weights": graph.weights, "workspace": graph.workspace}
+            for graph in memory.graphs
+        },
+    }
+
+
+def _about(model: Model) -> dict[str, Any]:
+    limits = model.limits
+    return {
+        "model": model.config.name,
+        "runtime": model.runtime,
+        "context": limits.context,
+        "batch": limits.batch,
+        "images": limits.images,
+    }
+
+
+def _holding(memory: Memory, cards: Sequence[str]) -> dict[str, Any]:
+    return {"holds": holders(memory, cards)}
+
+
+def holders(memory: Memory, cards: Sequence[str]) -> dict[str, bool]:
+    """Sizes of memory and named cards -> whether `memory` fits, the assumed reserve left free."""
+    from mmi_deploy.analysis.gpu_specs import DRIVER_RESERVE, GB, SIZES, card
+
+    rooms: Mapping[str, int] = {f"{gb} GB": gb * GB - DRIVER_RESERVE for gb in SIZES}
+    named = {name: card(name).room for name in cards}
+    return {name: memory.total <= room for name, room in {**rooms, **named}.items()}
+
+
+def _overview(model: Model, memories: Sequence[Memory], cards: Sequence[str]) -> Table:
+    limits, resident = model.limits, memories[0].resident
+    stay = "all engines in memory" if resident is None else f"{', '.join(resident) or 'none'} stay"
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{model.config.name} on {model.runtime}: {counted(limits.batch, 'document')} of "
+        f"{limits.context} tokens, {counted(limits.images, 'image')}; {stay}",
+        title_justify="left",
+    )
+    table.add_column("precision", no_wrap=True)
+    for heading in ("weights", "documents", "workspace", "in all", "a card of", *cards):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for memory in memories:
+        held = holders(memory, cards)
+        anonymous = [name for name, fits in held.items() if fits and name not in cards]
+        table.add_row(
+            memory.recipe,
+            size(memory.weights),
+            size(sum(memory.documents.values())),
+            f"~{size(memory.workspace)}",
+            size(memory.total),
+            anonymous[0] if anonymous else f"> {list(held)[len(held) - len(cards) - 1]}",
+            *("yes" if held[name] else "no" for name in cards),
+        )
+    return table
+
+
+def _detail(memory: Memory) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("graph", "weights", "workspace"):
+        table.add_column(heading, justify="left" if heading == "graph" else "right")
+    for graph in memory.graphs:
+        table.add_row(graph.graph, size(graph.weights), f"~{size(graph.workspace)}")
+    table.add_section()
+    for what, count in memory.documents.items():
+        table.add_row(f"documents: {what}", size(count))
+    return table

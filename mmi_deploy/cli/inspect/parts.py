@@ -1,0 +1,157 @@
+"""`mmi inspect` without an option: the parts of a preset, a model folder or a bundle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+
+from mmi_deploy.cli.console import print_json, results
+from mmi_deploy.errors import WeightsError
+from mmi_deploy.system.files import size
+
+if TYPE_CHECKING:
+    from mmi_deploy.bundle.bundle import Bundle
+    from mmi_deploy.spec.graphs import Graph
+
+
+def show_presets(as_json: bool, presets: dict[str, str]) -> None:
+    """Print name and first line of every preset."""
+    first_lines = {name: text.partition("\n")[0] for name, text in presets.items()}
+    if as_json:
+        print_json(first_lines)
+        return
+    table = _table("preset", "what it is")
+    for name, text in first_lines.items():
+        table.add_row(name, text)
+    results().print(table)
+
+
+def parameter_counts(path: Path) -> dict[str, int]:
+    """Parameters of each part of a model, from the header of its safetensors file alone."""
+    counts: Counter[str] = Counter()
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():
+                counts[name.partition(".")[0]] += prod(file.get_slice(name).get_shape())
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error}") from None
+    except SafetensorError:
+        raise WeightsError(f"{path} is no safetensors file", fix="copy it again") from None
+    return dict(counts)
+
+
+def show_model(folder: Path, as_json: bool) -> None:
+    """Print the parameters of each part of a model folder."""
+    from mmi_deploy.spec.config import read_config
+
+    config = read_config(folder / "config.json")
+    path = folder / "model.safetensors"
+    counts = parameter_counts(path)
+    total, file_size = sum(counts.values()), path.stat().st_size
+    if as_json:
+        print_json({"model": config.name, "parameters": counts, "bytes": file_size})
+        return
+    table = _table("part", ">parameters", ">share", title=f"{folder}: {config.name}")
+    for part, count in sorted(counts.items(), key=lambda item: -item[1]):
+        table.add_row(part, f"{count:,}", f"{count / max(total, 1):.1%}")
+    table.add_section()
+    table.add_row("all", f"{total:,}", size(file_size))
+    results().print(table)
+
+
+def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
+    """Print the graphs of a bundle, their receipts and its targets."""
+    from mmi_deploy.bundle.bundle import Bundle
+
+    bundle = Bundle.open(folder, unproved=True)
+    from mmi_deploy.bundle.build_report import describe_targets
+
+    targets = describe_targets(bundle)
+    if as_json:
+        told = [target.model_dump(mode="json") for target in targets]
+        print_json({**bundle.manifest.model_dump(mode="json"), "targets": told})
+        return
+    out, limits = results(), bundle.limits
+    about = (
+        f": {bundle.config.name}, context {limits.context}, batch {limits.batch}, "
+        f"{limits.images} images; samplers {', '.join(bundle.schedules)}; "
+        f"engines for {', '.join(bundle.targets) or 'no target beyond the portable graphs'}"
+    )
+    out.print(Text.assemble((str(folder), "bold"), about))
+    for remark in bundle.remarks:
+        out.print(remark, style="yellow")
+    out.print(_graph_table(bundle))
+    for line in _shared_files(bundle):
+        out.print(line)
+    if targets:
+        from mmi_deploy.cli.inspect.cost import print_table
+        from mmi_deploy.cli.inspect.target import target_table
+
+        print_table(out, target_table(targets))
+        out.print("--target NAME says more of one")
+    for receipt in bundle.manifest.receipts:
+        proof = f" was compared with: {receipt.compared_with}"
+        out.print(Text.assemble((receipt.graph, "bold"), proof))
+    out.print(
+        f"Files were checked by size and time, and hashed if these are new; `mmi verify "
+        f"{folder}` hashes every byte"
+    )
+    if tensors:
+        for graph in bundle.graphs.values():
+            out.print(_tensor_table(graph))
+
+
+def _graph_table(bundle: Bundle) -> Table:
+    table = _table("graph", ">in", ">out", ">size", ">cases", ">worst error", ">allowed")
+    for name, graph in bundle.graphs.items():
+        shared = bundle.manifest.shared.get(name, ())
+        files = bundle.manifest.graph_files(name).items()
+        own = [entry for file, entry in files if file not in shared]
+        receipt = bundle.manifest.receipt(name)
+        proof: tuple[str | Text, ...] = ("none", Text("no receipt", style="red"), "")
+        if receipt and receipt.cases:
+            worst = max(receipt.cases, key=lambda case: case.error / case.tolerance)
+            proof = (str(len(receipt.cases)), f"{worst.error:.1e}", f"{worst.tolerance:.0e}")
+        counts = (str(len(graph.inputs)), str(len(graph.outputs)))
+        table.add_row(name, *counts, size(sum(entry.size for entry in own)), *proof)
+    return table
+
+
+def _shared_files(bundle: Bundle) -> Iterator[str]:
+    users: dict[str, list[str]] = {}
+    for graph, files in bundle.manifest.shared.items():
+        for file in files:
+            users.setdefault(file, []).append(graph)
+    for file, graphs in users.items():
+        yield f"{file}, {size(bundle.manifest.files[file].size)}, is shared by {', '.join(graphs)}"
+
+
+def _tensor_table(graph: Graph) -> Table:
+    ranges = ", ".join(
+        f"{letter} {r.least}-{r.greatest}" for letter, r in sorted(graph.ranges.items())
+    )
+    table = _table("", "tensor", "type", "shape", title=f"{graph.name} ({ranges})")
+    for side, listed in (("in", graph.inputs), ("out", graph.outputs)):
+        for tensor in listed:
+            shared = graph.in_place.get(tensor.name)
+            place = f" in place of {shared}" if shared else ""
+            shape = " × ".join(map(str, tensor.shape)) or "scalar"
+            table.add_row(side, f"{tensor.name}{place}", tensor.dtype, shape)
+    return table
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """`>` before a heading aligns its column to the right."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left")
+    return table

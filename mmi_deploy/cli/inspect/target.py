@@ -1,0 +1,108 @@
+"""`mmi inspect BUNDLE`: the targets that were built, and with --target one of them by graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from mmi_deploy.cli.console import print_json, results
+from mmi_deploy.cli.inspect.cost import print_table
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.files import size
+
+if TYPE_CHECKING:
+    from mmi_deploy.bundle.build_report import GraphReport, TargetSummary
+    from mmi_deploy.bundle.bundle import Bundle
+
+SHOWN = 8
+"""Types of layers that a table names, the most frequent ones."""
+
+
+def target_table(summaries: Sequence[TargetSummary]) -> Table:
+    """A row per target: what it is for, its size, how much of it is proved, and a remark in a few
+    words: what comes before its colon."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("target", no_wrap=True)
+    for heading in ("graphs", "size", "activations", "proved"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("remark")
+    for one in summaries:
+        proved = sum(proof == "proved" for proof in one.receipts.values())
+        table.add_row(
+            one.target,
+            str(len(one.graphs)),
+            size(one.bytes),
+            _activations(one),
+            f"{proved} of {len(one.graphs)}",
+            _remark(one).partition(":")[0],
+        )
+    return table
+
+
+def _remark(one: TargetSummary) -> str:
+    if one.stale and one.graphs:
+        return f"stale, built from another export: {one.remark or 'build it again'}"
+    return one.remark
+
+
+def _activations(one: TargetSummary) -> str:
+    """The narrowest float type that its engines take or give."""
+    graphs = one.report.graphs if one.report else ()
+    types = {name.lower() for graph in graphs for name in graph.bindings.values()}
+    for name, shown in (("half", "float16"), ("bf16", "bfloat16"), ("float", "float32")):
+        if types & {name, shown}:
+            return shown
+    return ""
+
+
+def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
+    """Print one target: per graph its layers, sizes, what building it took, and its receipt."""
+    from mmi_deploy.bundle.build_report import describe_targets
+
+    found = {summary.target: summary for summary in describe_targets(bundle)}
+    if name not in found:
+        raise ConfigError(
+            f"{bundle.folder} has no target {name!r}",
+            expected=" or ".join(found) or "one that `mmi build` made",
+        )
+    summary = found[name]
+    if as_json:
+        print_json(summary.model_dump(mode="json"))
+        return
+    out = results()
+    print_table(out, target_table([summary]))
+    if _remark(summary):
+        out.print(_remark(summary))
+    if summary.report is None:
+        out.print("There is no report beside it that says more")
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("graph", no_wrap=True)
+    for heading in ("engine", "weights", "built in", "peak memory", "error", "receipt"):
+        table.add_column(heading, justify="right")
+    for graph in summary.report.graphs:
+        table.add_row(
+            graph.graph,
+            size(graph.engine_bytes),
+            size(graph.weights_bytes),
+            f"{graph.seconds:.0f} s",
+            size(graph.peak_bytes) if graph.peak_bytes else "",
+            "" if graph.error is None else f"{graph.error:.1e}",
+            summary.receipts.get(graph.graph, "none"),
+        )
+    print_table(out, table)
+    for graph in summary.report.graphs:
+        out.print(Text.assemble((graph.graph, "bold"), f": {_layers(graph)}"))
+
+
+def _layers(graph: GraphReport) -> str:
+    most = sorted(graph.layers.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{count} {kind}" for kind, count in most[:SHOWN])
+    more = f" and {len(most) - SHOWN} more types" if len(most) > SHOWN else ""
+    ours = f"; {graph.plugin_layers} of our plugin" if graph.plugin_layers else ""
+    warnings = f"; {len(graph.warnings)} warnings, see --json" if graph.warnings else ""
+    return f"layers: {named}{more}{ours}{warnings}"

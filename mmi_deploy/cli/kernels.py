@@ -1,0 +1,51 @@
+"""The option `--kernels`: our own kernels for ONNX Runtime, or the operator's function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmi_deploy.errors import ConfigError
+
+AUTO, NONE = "auto", "none"
+
+Kernels = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|none|FILE",
+        help="Our MMFS kernel for ONNX Runtime: compiled once where there is a C++ compiler, "
+        "left out, or a library of your own. For TensorRT: our plugin.",
+    ),
+]
+
+
+def kernel_library(kernels: str, target: str = "cpu") -> Path | None:
+    """The library to give to `Runtime.open` for a target; may compile it for ONNX Runtime, which it
+    says on stderr."""
+    from mmi_deploy.runtime.tensorrt.backend import runtime_of
+
+    if kernels == NONE:
+        return None
+    if kernels == AUTO and runtime_of(target) is not None:
+        from mmi_plugins.tensorrt.plugin import newest_library
+
+        return newest_library()
+    if kernels == AUTO:
+        from mmi_plugins.onnxruntime.library import ensure
+
+        return ensure()
+    path = Path(kernels)
+    if not path.is_file():
+        raise ConfigError(
+            "--kernels names no file", expected=f"{AUTO}, {NONE} or a library", got=kernels
+        )
+    from mmi_plugins.compile.checksum import damage
+
+    if harm := damage(path):  # to open it could end the process
+        raise ConfigError(
+            f"the kernel library {kernels} is damaged: {harm}",
+            fix="Compile it again: mmi plugins build",
+        )
+    return path.resolve()

@@ -1,0 +1,1 @@
+"""Interleaved documents: parts, files, pictures, tokens, and the HTML page."""

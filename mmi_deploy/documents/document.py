@@ -1,0 +1,126 @@
+"""Interleaved documents: parts in reading order, and how they become tokens.
+
+Three kinds of part: `Text`, `Image` (a picture that is given) and `Draw` (the model draws here).
+`document_files.py` reads and writes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmi_deploy.documents.images import Rgb, read_rgb
+from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.errors import DocumentError
+from mmi_deploy.spec.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text, not empty."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture that is given: a file, or uint8 [h, w, 3]."""
+
+    source: Path | Rgb
+    alt: str = ""
+
+    @cached_property
+    def rgb(self) -> Rgb:
+        """The picture, uint8 [h, w, 3]; raises `DocumentError` when the file cannot be read."""
+        return read_rgb(self.source) if isinstance(self.source, Path) else self.source
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A place where the model is to draw a picture."""
+
+
+Part = Text | Image | Draw
+
+
+@dataclass(frozen=True)
+class Document:
+    """Parts in reading order. Use `document_of` to build one: it merges texts and drops blanks."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def images(self) -> tuple[Image | Draw, ...]:
+        """Every picture, given or to be drawn, in order."""
+        return tuple(part for part in self.parts if not isinstance(part, Text))
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as the model reads it.
+
+    `token_ids` int64 [t]: `<s>`, then texts and pictures; each picture is one begin-of-image token
+    and `ModelConfig.visual_tokens` image tokens. `images`: the pictures in the same order; None is
+    one that the model has to draw before it reads on.
+    """
+
+    token_ids: NDArray[np.int64]
+    images: tuple[Image | None, ...]
+
+
+def document_of(*parts: Part) -> Document:
+    """A document of `parts`: neighbouring texts become one, whitespace next to pictures and at both
+    ends goes (the published code strips it too), and so do texts that are empty then."""
+    merged: list[Part] = []
+    for part in parts:
+        if isinstance(part, Text) and merged and isinstance(merged[-1], Text):
+            merged[-1] = Text(merged[-1].text + part.text)
+        else:
+            merged.append(part)
+    stripped = (Text(part.text.strip()) if isinstance(part, Text) else part for part in merged)
+    return Document(tuple(part for part in stripped if part != Text("")))
+
+
+def encode_document(
+    document: Document,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    context: int | None = None,
+    images: int | None = None,
+) -> EncodedDocument:
+    """Tokens and pictures of `document` for the model `config`.
+
+    `context`, `images`: token positions and pictures that there is room for (a bundle may have less
+    than the model). Raises `DocumentError` when the document is empty, too long, or has more
+    pictures than that or than the model can tell apart.
+    """
+    tokens = config.tokens
+    picture = [tokens.boi, *[tokens.image] * config.visual_tokens]
+    ids = [tokens.bos]
+    for part in document.parts:
+        ids += tokenizer.encode(part.text) if isinstance(part, Text) else picture
+    if len(ids) == 1:
+        raise DocumentError("the document is empty", fix="write some text or link a picture")
+    limit = min(context or config.llama.context, config.llama.context)
+    if len(ids) > limit:
+        raise DocumentError(
+            "the document is too long for the model",
+            expected=f"at most {limit} tokens",
+            got=f"{len(ids)} ({len(document.images)} pictures take {len(picture)} each)",
+            fix="shorten it",
+        )
+    most = config.llm_mmfs.images - 1
+    most = most if images is None else min(images, most)
+    if len(document.images) > most:
+        raise DocumentError(
+            "the document has too many pictures for the model",
+            expected=f"at most {most}",
+            got=len(document.images),
+            fix="leave some out",
+        )
+    given = tuple(image if isinstance(image, Image) else None for image in document.images)
+    return EncodedDocument(np.asarray(ids, dtype=np.int64), given)

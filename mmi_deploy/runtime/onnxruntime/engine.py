@@ -1,0 +1,119 @@
+"""ONNX Runtime behind the `Engine` interface, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+
+from mmi_deploy.errors import EngineError
+from mmi_deploy.runtime.buffers import HOST, Buffer
+from mmi_deploy.runtime.engine import Engine
+from mmi_deploy.spec.graphs import Graph, Tensor
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """threads: 0 lets ONNX Runtime choose. library: a file with kernels for our operators; without
+    it the functions inside the model files are run."""
+
+    threads: int = 0
+    library: Path | None = None
+
+
+class OnnxRuntimeEngine(Engine):
+    """Binds buffers by address: nothing is copied on the way in or out, and the KV cache is written
+    where it lies."""
+
+    def __init__(self, path: Path, graph: Graph, options: OnnxOptions = OnnxOptions()) -> None:
+        """Load `path`; raises `EngineError` when it cannot be loaded or is not `graph`."""
+        super().__init__(graph, HOST)
+        settings = _session_options(options)
+        try:
+            self._session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower class
+            reason = str(error).splitlines()[0]
+            raise EngineError(
+                f"ONNX Runtime cannot load {path}: {reason}", fix="check it with `mmi verify`"
+            ) from None
+        check_interface(path, graph, self._session)
+        self._binding = self._session.io_binding()
+        self._bound: dict[str, Buffer] = {}
+
+    def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        for named, bind in (
+            (inputs, self._binding.bind_input),
+            (outputs, self._binding.bind_output),
+        ):
+            for name, buffer in named.items():
+                if self._is_bound(name, buffer):
+                    continue
+                bind(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.pointer)
+                self._bound[name] = buffer
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            self._bound.clear()
+            raise EngineError(f"{self.graph.name} failed: {str(error).splitlines()[0]}") from error
+
+    def _is_bound(self, name: str, buffer: Buffer) -> bool:
+        """Binding costs microseconds a tensor, and most stay where they are from run to run."""
+        old = self._bound.get(name)
+        return old is not None and (old.pointer, old.shape) == (buffer.pointer, buffer.shape)
+
+
+def _session_options(options: OnnxOptions) -> ort.SessionOptions:
+    session = ort.SessionOptions()
+    session.intra_op_num_threads = options.threads
+    session.log_severity_level = 4  # errors are raised, which is enough
+    # It would keep a block of memory for each set of shapes, and documents never stop differing.
+    session.enable_mem_pattern = False
+    # Several engines take turns: one whose turn is over must not keep the cores busy.
+    session.add_session_config_entry("session.force_spinning_stop", "1")
+    if options.library is not None:
+        try:
+            session.register_custom_ops_library(str(options.library))
+        except Exception as error:  # as above
+            reason = str(error).splitlines()[0]
+            raise EngineError(
+                f"ONNX Runtime cannot load the kernel library {options.library}: {reason}",
+                fix="compile it again with `mmi plugins build onnxruntime`, or do without: "
+                "--kernels none",
+            ) from None
+    return session
+
+
+def check_interface(path: Path, graph: Graph, session: ort.InferenceSession) -> None:
+    """Raise `EngineError` unless the file's inputs and outputs are those of the contract."""
+    for kind, wanted, found in (
+        ("inputs", graph.inputs, session.get_inputs()),
+        ("outputs", graph.outputs, session.get_outputs()),
+    ):
+        expected = {tensor.name: tensor for tensor in wanted}
+        got = {argument.name: argument for argument in found}
+        if wrong := sorted(set(expected) ^ set(got)):
+            raise EngineError(
+                f"{path} is no {graph.name}: its {kind} differ in {', '.join(wrong)}",
+                fix="write it again with `mmi export`",
+            )
+        for name, tensor in expected.items():
+            if not _same(tensor, got[name]):
+                raise EngineError(
+                    f"{path} is no {graph.name}: {name} differs",
+                    expected=f"{tensor.dtype} {tensor.shape}",
+                    got=f"{got[name].type} {tuple(got[name].shape)}",
+                    fix="write it again with `mmi export`",
+                )
+
+
+_ELEMENT = {"float32": "tensor(float)", "int64": "tensor(int64)", "int32": "tensor(int32)"}
+
+
+def _same(tensor: Tensor, argument: ort.NodeArg) -> bool:
+    """Type and rank agree, and so does every side that both know."""
+    if argument.type != _ELEMENT[tensor.dtype] or len(argument.shape) != len(tensor.shape):
+        return False
+    pairs = zip(tensor.shape, argument.shape, strict=True)
+    return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))

@@ -1,0 +1,128 @@
+"""From logits to the next token, in numpy and in the order of transformers' processors.
+
+Repetition penalty, bans, temperature, top-k, top-p, then one uniform number through the inverse
+cumulative distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.config import TokenConfig
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TextSampling:
+    """How text is sampled.
+
+    temperature: 0 takes the likeliest token. top_k: 0 keeps all. top_p: keeps the smallest set of
+    tokens with at least this mass. repetition_penalty: factor on the logits of tokens seen before
+    (Keskar et al. 2019), 1 for none.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        warmth = self.temperature  # nearer to 0 or infinity, logits would be no numbers
+        check_ranges(
+            self,
+            ("temperature", warmth == 0 or 0.001 <= warmth <= 1000, "0, or 0.001 to 1000"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
+        )
+
+
+def check_ranges(options: object, *rules: tuple[str, bool, str]) -> None:
+    """Raise `ConfigError` for the first of (field, whether it is good, what is expected) that is
+    not. Not a number is in no range: comparisons say what is good."""
+    for name, good, expected in rules:
+        if not good:
+            raise ConfigError(
+                f"{name} is out of range", expected=expected, got=getattr(options, name)
+            )
+
+
+def never_sampled(tokens: TokenConfig) -> frozenset[int]:
+    """Ids that no generation samples: `<|image|>`, which stands for an image that is there, and
+    `<s>` and padding, which are never targets in training."""
+    return frozenset((tokens.image, tokens.bos, tokens.pad))
+
+
+def sample(
+    logits: Logits,
+    how: TextSampling,
+    uniform: float,
+    *,
+    seen: Collection[int] = (),
+    banned: Collection[int] = (),
+) -> int:
+    """The next token's id from `logits` [vocab]; `uniform` in [0, 1) decides among the candidates.
+
+    `seen`: ids that the repetition penalty applies to. `banned`: ids that never come out.
+    """
+    scores = without(penalised(logits, seen, how.repetition_penalty), banned)
+    if how.temperature == 0:
+        return int(scores.argmax())
+    scores = nucleus(largest(scores / np.float32(how.temperature), how.top_k), how.top_p)
+    return inverse_cumulative(softmax(scores), uniform)
+
+
+def penalised(logits: Logits, seen: Collection[int], penalty: float) -> Logits:
+    """Make seen tokens less likely: positive logits divided by the penalty, others multiplied."""
+    if penalty == 1 or not seen:
+        return logits
+    scores, ids = logits.copy(), list(set(seen))
+    scores[ids] = np.where(scores[ids] < 0, scores[ids] * penalty, scores[ids] / penalty)
+    return scores
+
+
+def without(logits: Logits, banned: Collection[int]) -> Logits:
+    """Minus infinity for the banned ids."""
+    if not banned:
+        return logits
+    scores = logits.copy()
+    scores[list(banned)] = -np.inf
+    return scores
+
+
+def largest(logits: Logits, count: int) -> Logits:
+    """Keep the `count` largest logits, and those equal to the least of them; 0 keeps all."""
+    if not 0 < count < len(logits):
+        return logits
+    least = np.partition(logits, -count)[-count]
+    return np.where(logits < least, -np.inf, logits).astype(logits.dtype)
+
+
+def nucleus(logits: Logits, mass: float) -> Logits:
+    """Keep the likeliest tokens until their probabilities reach `mass`, one at least."""
+    if mass >= 1:
+        return logits
+    order = np.argsort(logits, kind="stable")  # least likely first
+    tail = np.cumsum(softmax(logits[order]))
+    dropped = order[:-1][tail[:-1] <= 1 - mass]
+    return without(logits, dropped.tolist())
+
+
+def softmax(logits: Logits) -> NDArray[np.float64]:
+    """Probabilities in float64, so that their sum does not depend on the size of the vocabulary."""
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    return powers / powers.sum()
+
+
+def inverse_cumulative(probabilities: NDArray[np.float64], uniform: float) -> int:
+    """The first id whose cumulative probability exceeds `uniform`; never one of probability 0."""
+    cumulative = np.cumsum(probabilities)
+    chosen = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    last = np.flatnonzero(probabilities)[-1]  # where rounding brings the product up to the sum
+    return int(min(chosen, last))

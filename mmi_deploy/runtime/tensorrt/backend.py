@@ -1,0 +1,201 @@
+"""The engines of one TensorRT target of a bundle, and the GPU that they run on.
+
+What does not belong together is refused here, before anything is loaded: another card, another
+TensorRT, another plugin, too little memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmi_deploy.bundle.build_report import read_report
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.bundle.manifest import TargetManifest, check_receipts, sha256_of
+from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.runtime.memory_plan import SHALLOW, MemoryPlan, document_bytes
+from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
+from mmi_deploy.runtime.tensorrt.engine import GROUPS, Residency, Scratch, TensorRtEngine, group_of
+from mmi_deploy.runtime.tensorrt.module import TensorRt, import_tensorrt
+from mmi_deploy.spec.graphs import Graph, Limits, graphs
+from mmi_deploy.spec.target import ARCHITECTURES, RUNTIMES, TENSORRT
+from mmi_deploy.system.files import cache_folder
+
+STAND_IN = "stand-in"
+"""How the plugin's identity begins in a target that was only built to see that it can be."""
+
+AHEAD_OF_TIME = "ahead-of-time"
+"""How it begins where the engines hold the plugin themselves."""
+
+
+def runtime_of(target: str) -> str | None:
+    """`tensorrt` or `tensorrt-rtx` for a target's name, None for one that runs on the CPU."""
+    gpu = [name for name in RUNTIMES if target.startswith(f"{name}-") and name.startswith(TENSORRT)]
+    return max(gpu, key=len, default=None)
+
+
+CHECK = "make gpu-check"
+"""What writes the receipts of a GPU's engines."""
+
+
+@dataclass
+class TensorRtTarget:
+    """What a `Runtime` needs of a target: memory, engines, limits, and what it says of memory."""
+
+    bundle: Bundle
+    name: str
+    manifest: TargetManifest
+    limits: Limits
+    tensorrt: TensorRt
+    memory: DeviceMemory
+    residency: Residency
+    scratch: Scratch
+    record: bool = True
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle,
+        name: str,
+        *,
+        plugin: Path | None = None,
+        device: int = 0,
+        resident: Collection[str] | None = None,
+        record: bool = True,
+        cache: Path | None = None,
+        cuda: Any = None,
+        tensorrt: Any = None,
+    ) -> TensorRtTarget:
+        """plugin: our library, for engines that need it. device: which GPU, from 0. resident: the
+        engines that stay on it (`GROUPS`); None: all. record: launch repeated runs as CUDA graphs.
+        cache: where RTX's compiled kernels are kept, the user's cache folder by default. cuda,
+        tensorrt: the Python modules. Raises `MmiError` for whatever does not fit."""
+        manifest, runtime = replace(bundle, unproved=True).target(name), runtime_of(name)
+        assert runtime is not None, name
+        if not bundle.unproved:
+            check_receipts(manifest, manifest.graphs, bundle.target_folder(name), CHECK)
+        residency = Residency(resident)
+        memory = DeviceMemory(Cuda(cuda or import_cuda()), device)
+        module = tensorrt or import_tensorrt(runtime)
+        check_made_for(bundle, manifest, memory.gpu, module.__version__, plugin)
+        made_with = manifest.recipe.get("plugin", AHEAD_OF_TIME)
+        needed = None if made_with.startswith(AHEAD_OF_TIME) else plugin
+        return cls(
+            bundle,
+            name,
+            manifest,
+            _limits(bundle, name),
+            TensorRt(module, runtime, needed, cache or cache_folder() / "tensorrt-rtx"),
+            memory,
+            residency,
+            Scratch(memory),
+            record,
+        )
+
+    @property
+    def graphs(self) -> dict[str, Graph]:
+        """The contract as the target keeps it: its limits, its types."""
+        wide = graphs(self.bundle.config, self.limits)
+        return {name: graph.typed(self.manifest.activations) for name, graph in wide.items()}
+
+    def load(self, graph: Graph) -> TensorRtEngine:
+        """The engine of one graph, on the GPU."""
+        mend = self.bundle.build_command(self.name)
+        if graph.name not in self.manifest.graphs:
+            raise BundleError(
+                f"{self.name} has no engine of {graph.name}",
+                fix=f"build it with `{mend} --graph {graph.name}`",
+            )
+        file = self.manifest.graphs[graph.name]
+        return TensorRtEngine(
+            self.bundle.target_folder(self.name) / file,
+            graph,
+            self.tensorrt,
+            self.memory,
+            self.scratch,
+            mend=mend,
+            residency=self.residency,
+            cache_name=f"{graph.name}-{self.manifest.files[file].sha256[:16]}",
+            record=self.record,
+        )
+
+    def plan(self) -> MemoryPlan:
+        """What it all takes of the GPU's memory, as far as is known before it is loaded."""
+        needed = {name: file for name, file in self.manifest.graphs.items() if name != SHALLOW}
+        sizes = {name: self.manifest.files[file].size for name, file in needed.items()}
+        stays = {name: size for name, size in sizes.items() if self.residency.stays(name)}
+        guests: dict[str, int] = {}
+        for name in sizes.keys() - stays.keys():
+            guests[group_of(name)] = guests.get(group_of(name), 0) + sizes[name]
+        config = self.bundle.config
+        seen = min(config.image_decoder.mmfs.images_seen, self.limits.images)
+        free, _ = self.memory.gpu.memory()
+        return MemoryPlan(
+            stays,
+            {group: guests[group] for group in GROUPS if group in guests},
+            document_bytes(self.graphs, self.limits, seen),
+            self.scratch.size or None,
+            free,
+        )
+
+
+def check_made_for(
+    bundle: Bundle, manifest: TargetManifest, gpu: Any, version: str, plugin: Path | None
+) -> None:
+    """Raise `EngineError` for engines that were made for another card, TensorRT or plugin."""
+    recipe, name = manifest.recipe, manifest.target
+    wanted = recipe.get("architecture", gpu.architecture)
+    if wanted != gpu.architecture:
+        cards = ARCHITECTURES.get(wanted)
+        raise EngineError(
+            f"{name} was built for another card",
+            expected=f"{wanted} ({cards})" if cards else wanted,
+            got=f"{gpu.architecture} ({gpu.name})",
+            fix=f"build for it: `{bundle.build_command(name.replace(wanted, gpu.architecture))}`",
+        )
+    mend = bundle.build_command(name)
+    if recipe.get("tensorrt", version) != version:
+        raise EngineError(
+            f"{name} was built with another version of {runtime_of(name)}",
+            expected=recipe["tensorrt"],
+            got=version,
+            fix=f"build it again with `{mend}`, or install that version",
+        )
+    made_with = recipe.get("plugin", "")
+    if made_with.startswith(AHEAD_OF_TIME):
+        return
+    if made_with.startswith(STAND_IN):
+        raise EngineError(
+            f"{name} was built with a stand-in for our plugin, to see that it can be built",
+            fix=f"compile the plugin with `mmi plugins build tensorrt`, then run `{mend}`",
+        )
+    if made_with and plugin is None:
+        raise EngineError(
+            f"{name} needs our TensorRT plugin, and there is none",
+            expected=made_with,
+            fix="compile it with `mmi plugins build tensorrt`, or name it with --kernels FILE",
+        )
+    if made_with and plugin is not None and plugin.is_file():
+        given = f"{plugin.name}:{sha256_of(plugin)[:16]}"
+        if given.rpartition(":")[2] != made_with.rpartition(":")[2]:
+            raise EngineError(
+                f"{name} was built with another plugin",
+                expected=made_with,
+                got=given,
+                fix=f"name that one with --kernels FILE, or build it again with `{mend}`",
+            )
+
+
+def _limits(bundle: Bundle, target: str) -> Limits:
+    """The bundle's, narrowed to what the engines were built for."""
+    limits, report = bundle.limits, read_report(bundle.target_folder(target))
+    for graph in report.graphs if report else ():
+        for profile in graph.profiles.values():
+            most = {letter: ends[-1] for letter, ends in profile.items()}
+            batch = most.get("b") or most.get("n") or limits.batch
+            limits = replace(limits, batch=min(limits.batch, batch))
+            if graph.graph == "llm":
+                limits = replace(limits, images=min(limits.images, most["n"], most["m"]))
+    return limits

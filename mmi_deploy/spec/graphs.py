@@ -1,0 +1,388 @@
+"""The contract: every graph of a bundle, its inputs and outputs, their types, shapes and ranges.
+
+Exporters name tensors from here, builders take their profiles from here, runtimes allocate from
+here, and tests walk over it. No tensor name is written anywhere else.
+
+Letters: b batch, t tokens, k positions whose logits are wanted, c cache slots, n encoded images
+(the pool), m images a row may look at, s feature cells of one image, h heads, d channels per head,
+v rows of visual tokens, x tokens of context for one picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from mmi_deploy.spec.config import MmfsConfig, ModelConfig
+
+OPSET = 24
+IR_VERSION = 10
+MMFS_DOMAIN = "mmi"
+MMFS_OPERATOR = "MultiImageDeformableAttention"
+MMFS_VERSION = 1
+
+IMAGE_SLOT_PADDING = (1, 2, 4, 8, 16, 32, 49)
+"""Numbers of image slots that the runtime pads to, so that few shapes occur."""
+
+HISTORY = 3
+"""Latents that a solver may carry: its last corrected sample and its last two data predictions."""
+
+STATE = 1 + HISTORY
+"""Rows of a step of the coefficient table: the next latents, then the next history."""
+
+TERMS = 3 + HISTORY
+"""Columns of it: latents, the U-Net's prediction, noise, then the history."""
+
+DEEP = "deep"
+"""What the U-Net's last up block is given, besides its skips: `denoise_shallow` uses it again."""
+
+UNET_BATCH_PER_PICTURE = 2
+"""Guidance runs the conditional and the unconditional branch in one batch, conditional rows
+first."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a dynamic dimension may be: the least, the likeliest and the greatest value.
+
+    A likeliest value beyond the greatest is cut to it.
+    """
+
+    least: int
+    likely: int
+    greatest: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "likely", min(self.likely, self.greatest))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Name, element type (numpy's name) and shape; a string in the shape is a dynamic dimension.
+
+    Integers that index something lie in [least, below); a string is a dynamic dimension here too.
+    `activation`: whether a target of lower precision may hold it in its own type. What it is read
+    as, drawn from and counted by stays: pixels, logits, latents and the sampler's tables.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    least: int = 0
+    below: int | str | None = None
+    activation: bool = False
+
+    def resolve(self, **sizes: int) -> tuple[int, ...]:
+        """The shape with dynamic dimensions replaced; a product such as `2*b` is understood."""
+        return tuple(_size(side, sizes) for side in self.shape)
+
+
+def _size(side: int | str, sizes: Mapping[str, int]) -> int:
+    if isinstance(side, int):
+        return side
+    factor, star, letter = side.rpartition("*")
+    return (int(factor) if star else 1) * sizes[letter]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph: inputs and outputs in order, ranges of its dynamic dimensions, and which output
+    shares its buffer with which input (`in_place`: output name -> input name)."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    ranges: Mapping[str, Range]
+    in_place: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.name == name:
+                return tensor
+        raise KeyError(f"{self.name} has no tensor {name}")
+
+    def typed(self, activations: str) -> Graph:
+        """The same graph for a target that holds activations as `activations` (numpy's name, or
+        bfloat16)."""
+
+        def of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(
+                replace(tensor, dtype=activations) if tensor.activation else tensor
+                for tensor in tensors
+            )
+
+        return replace(self, inputs=of(self.inputs), outputs=of(self.outputs))
+
+    def names(self, prefix: str) -> list[str]:
+        """The numbered tensors `prefix.00`, `prefix.01`, ... among inputs, or else outputs."""
+        found = [tensor.name for tensor in self.inputs if tensor.name.startswith(prefix + ".")]
+        return found or [
+            tensor.name for tensor in self.outputs if tensor.name.startswith(prefix + ".")
+        ]
+
+
+def _activation(name: str, *shape: int | str) -> Tensor:
+    return Tensor(name, "float32", shape, activation=True)
+
+
+def numbered(prefix: str, index: int) -> str:
+    """The name of one of several alike tensors: `past_key.07`."""
+    return f"{prefix}.{index:02d}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an exported bundle allows: cache slots per row, rows, images in the pool."""
+
+    context: int
+    batch: int = 4
+    images: int = 49
+
+
+def feature_cells(config: ModelConfig, mmfs: MmfsConfig | None = None) -> int:
+    """Cells of one image's feature maps, all four levels or those that `mmfs` reads."""
+    levels = range(4) if mmfs is None else mmfs.levels
+    return sum(config.vision.level_sides[level] ** 2 for level in levels)
+
+
+def level_sides(config: ModelConfig, mmfs: MmfsConfig) -> tuple[int, ...]:
+    """Sides of the maps that `mmfs` reads, finest first."""
+    return tuple(config.vision.level_sides[level] for level in mmfs.levels)
+
+
+def _values(
+    prefix: str, blocks: Sequence[int], config: ModelConfig, mmfs: MmfsConfig
+) -> Iterator[Tensor]:
+    shape = ("n", feature_cells(config, mmfs), mmfs.heads, mmfs.head_width)
+    return (_activation(numbered(prefix, index), *shape) for index in blocks)
+
+
+def vision_encoder(config: ModelConfig, limits: Limits) -> Graph:
+    """Pixels in [0, 1] to the visual tokens of the LLM and the multi-scale features, all levels one
+    after another (finest first, row-major)."""
+    side, vision = config.vision.image_size, config.vision
+    return Graph(
+        "vision_encoder",
+        inputs=(Tensor("pixels", "float32", ("n", 3, side, side)),),
+        outputs=(
+            _activation("visual_tokens", "n", config.visual_tokens, config.llama.width),
+            _activation("features", "n", feature_cells(config), vision.width),
+        ),
+        ranges={"n": Range(1, 1, limits.batch)},
+    )
+
+
+def image_values(config: ModelConfig, limits: Limits) -> Graph:
+    """Features to the MMFS values of every LLM layer and U-Net block that looks at images."""
+    llm, unet = config.llm_mmfs, config.image_decoder.mmfs
+    return Graph(
+        "image_values",
+        inputs=(_activation("features", "n", feature_cells(config), config.vision.width),),
+        outputs=(
+            *_values("llm_value", range(len(config.llama.mmfs_layers)), config, llm),
+            *_values("unet_value", range(config.image_decoder.unet.mmfs_blocks), config, unet),
+        ),
+        ranges={"n": Range(1, 1, limits.batch)},
+    )
+
+
+def llm(config: ModelConfig, limits: Limits) -> Graph:
+    """Tokens to logits and hidden states, with the KV cache in place. Prefill and decode alike.
+
+    `visual_index[b,t]`: row of `visual_tokens` that replaces the token's embedding, -1 for none.
+    Key j is visible to query t of row b iff start[b] <= j <= write_index[b] + t.
+    """
+    llama, mmfs = config.llama, config.llm_mmfs
+    cache = ("b", llama.kv_heads, limits.context, llama.head_width)
+    layers = range(llama.layers)
+    past = [
+        _activation(numbered(f"past_{kind}", i), *cache)
+        for i in layers
+        for kind in ("key", "value")
+    ]
+    present = [
+        _activation(numbered(f"present_{kind}", i), *cache)
+        for i in layers
+        for kind in ("key", "value")
+    ]
+    return Graph(
+        "llm",
+        inputs=(
+            Tensor("token_ids", "int64", ("b", "t"), below=llama.vocab),
+            _activation("visual_tokens", "v", llama.width),
+            Tensor("visual_index", "int64", ("b", "t"), least=-1, below="v"),
+            Tensor("position", "int64", ("b", "t"), below=limits.context),
+            Tensor("write_index", "int64", ("b",), below=limits.context),
+            Tensor("start", "int64", ("b",), below=limits.context),
+            Tensor("logit_index", "int64", ("b", "k"), below="t"),
+            Tensor("image_slot", "int32", ("b", "m"), below="n"),
+            Tensor("image_position", "int32", ("b", "t", "m"), below=mmfs.images),
+            *_values("llm_value", range(len(llama.mmfs_layers)), config, mmfs),
+            *past,
+        ),
+        outputs=(
+            Tensor("logits", "float32", ("b", "k", llama.vocab)),
+            _activation("hidden", "b", "t", llama.width),
+            *present,
+        ),
+        ranges={
+            "b": Range(1, 1, limits.batch),
+            "t": Range(1, 1, limits.context),
+            "k": Range(1, 1, limits.context),
+            "v": Range(1, config.visual_tokens, limits.context),
+            "n": Range(1, 4, limits.images),
+            "m": Range(1, 4, limits.images),
+        },
+        in_place={new.name: old.name for new, old in zip(present, past, strict=True)},
+    )
+
+
+def image_condition(config: ModelConfig, limits: Limits) -> Graph:
+    """Hidden states of the context to the keys and values of each U-Net cross-attention.
+
+    `context`: LLM hidden states from the picture's begin-of-image token backwards (row 0) to the
+    start of its document; rows from `context_length[b]` on are padding. Outputs hold the
+    conditional rows, then the unconditional ones, which stem from the learned null condition.
+    """
+    widths = config.image_decoder.unet.cross_attention_widths
+    return Graph(
+        "image_condition",
+        inputs=(
+            _activation("context", "b", "x", config.llama.width),
+            Tensor("context_length", "int64", ("b",), least=1, below=limits.context + 1),
+        ),
+        outputs=_condition(config, range(len(widths))),
+        ranges={"b": Range(1, 1, limits.batch), "x": Range(1, 64, limits.context)},
+    )
+
+
+def _condition(config: ModelConfig, attentions: Sequence[int]) -> tuple[Tensor, ...]:
+    """Keys and values of some of the U-Net's cross-attentions."""
+    decoder = config.image_decoder
+    tokens, widths = decoder.resampler.queries, decoder.unet.cross_attention_widths
+    return tuple(
+        _activation(numbered(f"condition_{kind}", index), "2*b", tokens, widths[index])
+        for index in attentions
+        for kind in ("key", "value")
+    )
+
+
+def denoise_step(config: ModelConfig, limits: Limits) -> Graph:
+    """One step of any linear solver, both guidance branches inside.
+
+    `coefficients[step]` [STATE, TERMS] times (latents, prediction, noise, history) is the next
+    state; `time_table[step]` holds the time projection of every ResNet, one after another.
+    """
+    unet = config.image_decoder.unet
+    condition = range(len(unet.cross_attention_widths))
+    return Graph(
+        "denoise_step",
+        inputs=(
+            *_denoise_inputs(config),
+            *_denoise_constants(config, condition, range(unet.mmfs_blocks)),
+        ),
+        outputs=(*_denoise_outputs(config), _deep(config)),
+        ranges=_denoise_ranges(config, limits),
+    )
+
+
+def denoise_shallow(config: ModelConfig, limits: Limits) -> Graph:
+    """A step with the deep features of an earlier one: the U-Net's first down block and last up
+    block alone (DeepCache, Ma et al., CVPR 2024). An approximation of `denoise_step`."""
+    unet = config.image_decoder.unet
+    return Graph(
+        "denoise_shallow",
+        inputs=(
+            *_denoise_inputs(config),
+            _deep(config),
+            *_denoise_constants(config, unet.outer_cross_attentions, unet.outer_mmfs_blocks),
+        ),
+        outputs=_denoise_outputs(config),
+        ranges=_denoise_ranges(config, limits),
+    )
+
+
+def _latents(config: ModelConfig) -> tuple[int, int, int]:
+    unet = config.image_decoder.unet
+    return unet.latent_channels, unet.latent_side, unet.latent_side
+
+
+def _deep(config: ModelConfig) -> Tensor:
+    unet = config.image_decoder.unet
+    return _activation(DEEP, "2*b", unet.deep_width, unet.latent_side, unet.latent_side)
+
+
+def _denoise_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
+    decoder, latents = config.image_decoder, _latents(config)
+    return (
+        Tensor("latents", "float32", ("b", *latents)),
+        Tensor("history", "float32", (HISTORY, "b", *latents)),
+        Tensor("noise", "float32", ("b", *latents)),
+        Tensor("step", "int64", (), below="steps"),
+        Tensor("guidance", "float32", ()),
+        Tensor("coefficients", "float32", ("steps", STATE, TERMS)),
+        Tensor("time_table", "float32", ("steps", sum(decoder.unet.resnet_widths))),
+        Tensor("image_slot", "int32", ("b", "m"), below="n"),
+        Tensor("image_position", "int32", ("b", "m"), below=decoder.mmfs.images),
+    )
+
+
+def _denoise_constants(
+    config: ModelConfig, attentions: Sequence[int], blocks: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """What the condition and the images give, for some cross-attentions and MMFS blocks."""
+    decoder = config.image_decoder
+    return (
+        *_condition(config, attentions),
+        *_values("unet_value", blocks, config, decoder.mmfs),
+    )
+
+
+def _denoise_outputs(config: ModelConfig) -> tuple[Tensor, ...]:
+    latents = _latents(config)
+    return (
+        Tensor("next_latents", "float32", ("b", *latents)),
+        Tensor("next_history", "float32", (HISTORY, "b", *latents)),
+    )
+
+
+def _denoise_ranges(config: ModelConfig, limits: Limits) -> dict[str, Range]:
+    return {
+        "b": Range(1, 1, limits.batch),
+        "steps": Range(1, 20, 1000),
+        "n": Range(1, 4, limits.images),
+        "m": Range(1, 4, config.image_decoder.mmfs.images_seen),
+    }
+
+
+def vae_decoder(config: ModelConfig, limits: Limits) -> Graph:
+    """Latents to pixels in [0, 1]."""
+    unet, side = config.image_decoder.unet, config.image_decoder.image_size
+    return Graph(
+        "vae_decoder",
+        inputs=(
+            Tensor(
+                "latents",
+                "float32",
+                ("b", unet.latent_channels, unet.latent_side, unet.latent_side),
+            ),
+        ),
+        outputs=(Tensor("pixels", "float32", ("b", 3, side, side)),),
+        ranges={"b": Range(1, 1, limits.batch)},
+    )
+
+
+GRAPHS = (
+    vision_encoder,
+    image_values,
+    llm,
+    image_condition,
+    denoise_step,
+    denoise_shallow,
+    vae_decoder,
+)
+
+
+def graphs(config: ModelConfig, limits: Limits) -> dict[str, Graph]:
+    """Every graph of a bundle of `config`, by name, in the order in which a document meets them."""
+    return {make.__name__: make(config, limits) for make in GRAPHS}

@@ -1,0 +1,106 @@
+"""A sampler as data: coefficients that `denoise_step` multiplies, no solver code in the runtime.
+
+A bundle holds one file per (solver, steps). Tables are made from diffusers' own schedulers by
+`mmi_export.schedules`; every solver here is linear in (latents, prediction, noise, history).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from mmi_deploy.errors import BundleError
+from mmi_deploy.spec.graphs import STATE, TERMS
+from mmi_deploy.system.files import write_file
+
+LATENTS, PREDICTION, NOISE, HISTORY_START = 0, 1, 2, 3
+"""Columns of a step's coefficients; the history takes the rest."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One solver at one number of steps.
+
+    timesteps [steps] int64: training steps that the U-Net is asked about, noisiest first.
+    coefficients [steps, STATE, TERMS] float32: rows are the next latents, then the next history
+    (last corrected sample, last and second last data prediction); columns are the latents, the
+    prediction (of whatever kind the model makes), noise, then the history.
+    initial_sigma: standard deviation of the first latents.
+    time_table [steps, sum of ResNet widths] float32: the U-Net's time projections of `timesteps`;
+    added by the exporter, which owns the weights.
+    """
+
+    name: str
+    timesteps: NDArray[np.int64]
+    coefficients: NDArray[np.float32]
+    initial_sigma: float = 1.0
+    time_table: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        if self.coefficients.shape != (self.steps, STATE, TERMS):
+            raise BundleError(
+                f"the coefficients of schedule {self.key} have the wrong shape",
+                expected=(self.steps, STATE, TERMS),
+                got=self.coefficients.shape,
+            )
+        if self.time_table is not None and (
+            self.time_table.ndim != 2 or len(self.time_table) != self.steps
+        ):
+            raise BundleError(
+                f"the time table of schedule {self.key} has the wrong shape",
+                expected=f"({self.steps}, width)",
+                got=self.time_table.shape,
+            )
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def key(self) -> str:
+        """How the command line and the manifest spell it: `ddim:20`."""
+        return f"{self.name}:{self.steps}"
+
+    def draws_noise(self, step: int) -> bool:
+        """Whether this step adds fresh noise; deterministic solvers never do."""
+        return bool(self.coefficients[step, :, NOISE].any())
+
+    def with_time_table(self, time_table: NDArray[np.float32]) -> Schedule:
+        """The same schedule with the U-Net's time projections [steps, width]."""
+        return replace(self, time_table=np.ascontiguousarray(time_table, np.float32))
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors; `read_schedule` reads it back."""
+        tensors: dict[str, NDArray[Any]] = {
+            "timesteps": self.timesteps,
+            "coefficients": self.coefficients,
+        }
+        if self.time_table is not None:
+            tensors["time_table"] = self.time_table
+        about = {"name": self.name, "initial_sigma": repr(self.initial_sigma)}
+        write_file(path, save(tensors, about))
+
+
+def read_schedule(path: Path) -> Schedule:
+    """Read what `Schedule.save` wrote; raises `BundleError`."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return Schedule(
+            name=metadata["name"],
+            timesteps=tensors["timesteps"],
+            coefficients=tensors["coefficients"],
+            initial_sigma=float(metadata["initial_sigma"]),
+            time_table=tensors.get("time_table"),
+        )
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise BundleError(
+            f"{path} is not a schedule: {error}", fix="export the bundle again"
+        ) from None

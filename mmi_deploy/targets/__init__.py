@@ -1,0 +1,1 @@
+"""Building targets: rewritten CPU graphs and TensorRT engines from portable graphs."""

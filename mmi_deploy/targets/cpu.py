@@ -1,0 +1,96 @@
+"""Targets of the CPU: graphs whose weights are stored in few bits, for ONNX Runtime."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+
+import onnx
+
+from mmi_deploy.bundle.build_report import REPORT, GraphReport, TargetReport
+from mmi_deploy.bundle.bundle import Bundle, write_target
+from mmi_deploy.bundle.manifest import belongs
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.target import CPU, Target
+from mmi_deploy.system.files import write_file
+from mmi_deploy.system.memory import free_memory
+from mmi_deploy.targets.calibration import check_can_run
+from mmi_deploy.targets.precision.recipes import RECIPES, Recipe, check_possible
+from mmi_deploy.targets.precision.rewrite import rewrite
+from mmi_deploy.targets.sample_inputs import Sample, samples_of
+from mmi_deploy.targets.verify_target import prove
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done next, how much is done, and how much there is."""
+
+
+def build_cpu_target(
+    bundle: Bundle,
+    recipe: Recipe,
+    progress: Progress = lambda what, done, total: None,
+    *,
+    unproved: bool = False,
+    force: bool = False,
+) -> TargetReport:
+    """Write `engines/cpu-<recipe>` of `bundle`: the graphs that the recipe changes, with receipts.
+
+    A runtime takes the portable file for every other graph. unproved: compare nothing, write no
+    receipt. force: compare even where memory looks too small for it. Raises `ConfigError` for a
+    recipe that makes no sense on a CPU, `EngineError` where the bundle is too large to be run here,
+    `BundleError` where the error is greater than the recipe allows; nothing is written then.
+    """
+    check_possible(recipe, CPU, None)
+    names = [name for name in bundle.graphs if name in recipe.weights]
+    if not names:
+        useful = [r.name for r in RECIPES.values() if r.weights and r.on_cpu]
+        raise ConfigError(
+            f"precision {recipe.name} changes no graph on the CPU: the portable ones are that",
+            fix=f"choose --precision {' or '.join(useful)}",
+        )
+    target = Target(CPU, None, recipe.name)
+    total, reports = 1 + 2 * len(names), []
+    samples: dict[str, list[Sample]] = {}
+    if not unproved:
+        if not force:
+            check_can_run(bundle, free_memory())
+        progress("recording inputs", 0, total)
+        samples = samples_of(bundle)
+    manifest = {"runtime": CPU, "precision": recipe.name, "recipe": repr(recipe.weights)}
+    with write_target(bundle, target.name, manifest) as writer:
+        for index, name in enumerate(names):
+            graph, started = bundle.graphs[name], time.perf_counter()
+            progress(f"writing {name} in {recipe.name}", 1 + 2 * index, total)
+            out = writer.engine_file(name, ".onnx")
+            rewrite(recipe, graph, bundle.graph_file(name), out, runtime=CPU)
+            proof = None
+            if not unproved:
+                progress(f"proving {name} in {recipe.name}", 2 + 2 * index, total)
+                portable = bundle.graph_file(name)
+                proof = prove(recipe, graph, portable, out, CPU, samples[name])
+                proof.check(recipe.name)
+                writer.add_receipt(name, proof.compared_with, proof.cases)
+            files = [path for path in writer.folder.iterdir() if belongs(path.name, out.name)]
+            total_bytes = sum(path.stat().st_size for path in files)
+            nodes = onnx.load(out, load_external_data=False).graph.node
+            one = GraphReport(
+                graph=name,
+                layers=dict(Counter(node.op_type for node in nodes)),
+                engine_bytes=total_bytes,
+                weights_bytes=total_bytes - out.stat().st_size,
+                seconds=round(time.perf_counter() - started, 2),
+            )
+            if proof is not None:
+                one = one.with_proof(proof.compared_with, proof.cases)
+            reports.append(one)
+        report = TargetReport(
+            target=target.name,
+            runtime=CPU,
+            version=version("onnxruntime"),
+            architecture=None,
+            precision=recipe.name,
+            graphs=tuple(reports),
+        )
+        write_file(writer.folder / REPORT, report.model_dump_json(indent=2) + "\n")
+    return report

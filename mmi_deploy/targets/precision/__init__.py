@@ -1,0 +1,15 @@
+"""Precision of a target: recipes as data, and the ONNX that they make of a portable graph."""
+
+from mmi_deploy.targets.precision.ranges import Ranges, measure_ranges
+from mmi_deploy.targets.precision.recipes import RECIPES, Recipe, check_possible, recipe
+from mmi_deploy.targets.precision.rewrite import rewrite
+
+__all__ = [
+    "RECIPES",
+    "Ranges",
+    "Recipe",
+    "check_possible",
+    "measure_ranges",
+    "recipe",
+    "rewrite",
+]

@@ -1,0 +1,129 @@
+"""The range check: how great the numbers inside a graph get, and what float16 therefore cannot do.
+
+The portable graph is run in ONNX Runtime with the greatest magnitude of every float tensor as an
+extra output. Attention keeps its logits to itself; they are bounded by the norms of its queries and
+keys, before the scale, since kernels differ in when they apply it. That product is what leaves
+float16 in the U-Net of Stable Diffusion 2.1 and makes its pictures black.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.runtime.onnxruntime.run_graph import model_runner
+from mmi_deploy.system.files import write_file
+from mmi_deploy.targets.precision.constants import FLOATS, INFINITE
+
+Arrays = Mapping[str, NDArray[Any]]
+
+_PEAKS, _LOGITS = "mmi.peaks", "mmi.logits"
+_ATTENTION = "Attention"
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """peaks: name of a tensor -> its greatest magnitude. logits: name of an Attention's output ->
+    bound of its logits before the scale. runs: how many sets of inputs they were seen on."""
+
+    peaks: Mapping[str, float]
+    logits: Mapping[str, float]
+    runs: int
+
+    def save(self, path: Path) -> None:
+        write_file(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Ranges:
+        """Raises `BundleError` for what `save` did not write."""
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise BundleError(f"{path} holds no ranges: {error}") from None
+
+    def beyond(self, greatest: float, margin: float) -> set[str]:
+        """Tensors whose numbers could pass `greatest` on inputs `margin` times as large, and
+        outputs of attentions whose logits could."""
+        found = {**self.peaks}
+        for name, bound in self.logits.items():
+            found[name] = max(bound, found.get(name, 0.0))
+        return {name for name, peak in found.items() if not peak * margin <= greatest}
+
+
+def islands(graph: ir.Graph, beyond: Collection[str]) -> set[str]:
+    """Outputs of all nodes that make or read one of the tensors `beyond`."""
+    names = set(beyond)
+    for node in graph:
+        touched = (*node.inputs, *node.outputs)
+        if any(value is not None and value.name in beyond for value in touched):
+            names |= {str(value.name) for value in node.outputs}
+    return names
+
+
+def measure_ranges(model: ir.Model, folder: Path, runs: Iterable[Arrays]) -> Ranges:
+    """Run a portable graph, whose weights lie in `folder`, on each of `runs`.
+
+    `model` gets outputs that it had not. Raises `EngineError` when ONNX Runtime cannot run it.
+    """
+    names, attentions = _watch(model.graph)
+    run = model_runner(model, folder, [_PEAKS, _LOGITS])
+    peaks, logits, count = np.zeros(len(names)), np.zeros(len(attentions)), 0
+    for inputs in runs:
+        found = run(inputs)
+        peaks = np.maximum(peaks, found[_PEAKS])
+        logits = np.maximum(logits, found[_LOGITS])
+        count += 1
+    if not count:
+        raise EngineError(f"{model.graph.name} has no inputs to measure ranges on")
+    return Ranges(
+        dict(zip(names, peaks.tolist(), strict=True)),
+        dict(zip(attentions, logits.tolist(), strict=True)),
+        count,
+    )
+
+
+def _watch(graph: ir.Graph) -> tuple[list[str], list[str]]:
+    """Add the outputs; returns the tensors they speak of, in order."""
+    tape = ir.tape.Tape()
+    shape = tape.op("Constant", [], {"value_ints": [1]})
+    limit = tape.op("Constant", [], {"value_float": INFINITE})
+    zero = tape.op("Constant", [], {"value_float": 0.0})
+
+    def peak(value: ir.Value) -> ir.Value:
+        size = tape.op("Abs", [value])
+        size = tape.op("Where", [tape.op("Less", [size, limit]), size, zero])
+        return tape.op("Reshape", [tape.op("ReduceMax", [size], {"keepdims": 0}), shape])
+
+    def longest(value: ir.Value) -> ir.Value:
+        norms = tape.op("ReduceL2", [value, tape.op("Constant", [], {"value_ints": [-1]})])
+        return peak(norms)
+
+    watched = [value for value in graph.inputs if value.dtype in FLOATS]
+    attentions = []
+    for node in graph:
+        watched += [value for value in node.outputs if value.dtype in FLOATS]
+        if node.op_type == _ATTENTION:
+            attentions.append(node)
+    bounds = [
+        tape.op("Mul", [longest(node.inputs[0]), longest(node.inputs[1])]) for node in attentions
+    ]
+    for name, values in ((_PEAKS, [peak(value) for value in watched]), (_LOGITS, bounds)):
+        if values:
+            output = tape.op("Concat", values, {"axis": 0})
+        else:
+            output = tape.op("Constant", [], {"value_floats": ir.AttrFloat32s("value_floats", [])})
+        output.name = name
+        output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([len(values)])
+        graph.outputs.append(output)
+    graph.extend(tape.nodes)
+    return [str(value.name) for value in watched], [
+        str(node.outputs[0].name) for node in attentions
+    ]

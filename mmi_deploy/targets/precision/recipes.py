@@ -1,0 +1,198 @@
+"""Precision recipes, as data: in which type a target computes, and how its weights are stored.
+
+A recipe names a type for activations, operators that stay in float32 whatever the type, and for
+some graphs a scheme for the weights of their matrix products. What the range check finds is added
+when the graph is rewritten; see `ranges.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.target import CPU, RUNTIMES
+
+FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
+INT8, INT4, FP8 = "int8", "int4", "float8_e4m3fn"
+
+GREATEST = {FLOAT32: 3.4028234e38, FLOAT16: 65504.0, BFLOAT16: 3.3895314e38, FP8: 448.0}
+"""The greatest finite number of each type."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weight of one matrix product is stored. dtype: int8, int4 or float8_e4m3fn. block:
+    rows of the weight [in, out] that share a scale, 0 for one scale per output channel."""
+
+    dtype: str
+    block: int = 0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Schemes for the matrix products of one graph.
+
+    `scheme` is for those whose weight has at least `least` elements; `higher` are patterns of
+    weight names, first match wins, with the scheme that they have instead (None: not quantised).
+    """
+
+    scheme: Scheme
+    least: int = 4096
+    higher: tuple[tuple[str, Scheme | None], ...] = ()
+
+    def of(self, name: str, elements: int) -> Scheme | None:
+        """The scheme of the weight called `name`."""
+        for pattern, scheme in self.higher:
+            if re.search(pattern, name):
+                return scheme
+        return self.scheme if elements >= self.least else None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """activations: type of the activations on a GPU. on_cpu: on the CPU, None where it makes no
+    sense there (`why_not_on_cpu` says why). weights: graph -> schemes, for GPU and CPU.
+    least_architecture: the first SM number that has the types. fp32_operators: stay in float32.
+    margin: how much greater than those of the range check numbers may get."""
+
+    name: str
+    what: str
+    activations: str
+    on_cpu: str | None = FLOAT32
+    why_not_on_cpu: str = ""
+    weights: Mapping[str, Weights] = field(default_factory=lambda: MappingProxyType({}))
+    least_architecture: int = 0
+    fp32_operators: tuple[str, ...] = ("Softmax", "GridSample")
+    margin: float = 4.0
+
+    def activations_on(self, runtime: str) -> str:
+        """The type of activations on one of `target.RUNTIMES`; raises `ConfigError`."""
+        if runtime not in RUNTIMES:
+            raise ConfigError(f"there is no runtime {runtime!r}", expected=" or ".join(RUNTIMES))
+        if runtime != CPU:
+            return self.activations
+        if self.on_cpu is None:
+            raise ConfigError(
+                f"precision {self.name} is not for the CPU: {self.why_not_on_cpu}",
+                fix=f"choose {_named(r.name for r in RECIPES.values() if r.on_cpu and r.weights)}",
+            )
+        return self.on_cpu
+
+
+_LOCATIONS = (r"look_back.*query_weight", None)
+"""The product that gives MMFS its offsets and weights: small, and its error moves points."""
+
+_HEAD = r"(^|\.)head(_new)?[_.]weight"
+"""The product that gives the logits."""
+
+
+def _llm(scheme: Scheme, *higher: tuple[str, Scheme | None]) -> Mapping[str, Weights]:
+    return MappingProxyType({"llm": Weights(scheme, higher=(_LOCATIONS, *higher))})
+
+
+_UPCAST = "ONNX Runtime computes it in float32 there, at twice the memory and no gain"
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("fp32", "float32 throughout, as exported", FLOAT32),
+        Recipe("fp16", "float16 with islands of float32", FLOAT16, None, _UPCAST),
+        Recipe(
+            "bf16",
+            "bfloat16 with islands of float32",
+            BFLOAT16,
+            None,
+            _UPCAST,
+            least_architecture=80,
+        ),
+        Recipe(
+            "int8",
+            "weights of the LLM in int8, one scale per channel (GPU) or per 32 rows (CPU)",
+            FLOAT16,
+            weights=_llm(Scheme(INT8)),
+        ),
+        Recipe(
+            "int4",
+            "weights of the LLM in int4, one scale per 32 rows; its head in int8",
+            FLOAT16,
+            weights=_llm(Scheme(INT4, 32), (_HEAD, Scheme(INT8))),
+            least_architecture=80,
+        ),
+        Recipe(
+            "int4-128",
+            "weights of the LLM in int4, one scale per 128 rows; its head in int8",
+            FLOAT16,
+            weights=_llm(Scheme(INT4, 128), (_HEAD, Scheme(INT8))),
+            least_architecture=80,
+        ),
+        Recipe(
+            "fp8",
+            "weights of the LLM in float8 (E4M3), one scale per channel",
+            FLOAT16,
+            None,
+            "no processor here computes with float8",
+            weights=_llm(Scheme(FP8)),
+            least_architecture=89,
+        ),
+        Recipe(
+            "mixed",
+            "as int4, with the second product of each MLP and those that look back in int8",
+            FLOAT16,
+            weights=_llm(
+                Scheme(INT4, 32), (_HEAD, Scheme(INT8)), (r"down_proj|look_back", Scheme(INT8))
+            ),
+            least_architecture=80,
+        ),
+    )
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`; raises `ConfigError` that lists those there are."""
+    if name not in RECIPES:
+        raise ConfigError(
+            f"there is no precision {name!r}", expected=_named(RECIPES), fix="choose one of them"
+        )
+    return RECIPES[name]
+
+
+def check_possible(
+    chosen: Recipe, runtime: str, architecture: str | None, graphs: Iterable[str] | None = None
+) -> None:
+    """Raise `ConfigError` when `chosen` cannot be built for a target.
+
+    architecture: `sm89`, None on the CPU. graphs: those that were asked for by name, None for all
+    of a bundle; a recipe that leaves all of them as another one would is a misunderstanding.
+    """
+    chosen.activations_on(runtime)
+    if (
+        architecture is not None
+        and int(architecture.removeprefix("sm")) < chosen.least_architecture
+    ):
+        raise ConfigError(
+            f"precision {chosen.name} cannot be built for {architecture}",
+            expected=f"sm{chosen.least_architecture} or later",
+            fix="choose " + _named(_possible(architecture)),
+        )
+    if graphs is not None and chosen.weights and not set(graphs) & set(chosen.weights):
+        plain = next(r for r in RECIPES.values() if r.activations == chosen.activations)
+        raise ConfigError(
+            f"precision {chosen.name} quantises the weights of {', '.join(chosen.weights)} alone",
+            got=", ".join(graphs),
+            fix="on the CPU the portable file runs for the others"
+            if runtime == CPU
+            else f"choose --precision {plain.name} for these graphs",
+        )
+
+
+def _possible(architecture: str) -> list[str]:
+    number = int(architecture.removeprefix("sm"))
+    return [r.name for r in RECIPES.values() if r.least_architecture <= number]
+
+
+def _named(names: Iterable[str]) -> str:
+    found = list(names)
+    return " or ".join(filter(None, (", ".join(found[:-1]), found[-1])))

@@ -1,0 +1,156 @@
+"""From a portable graph to the graph of one recipe: `rewrite`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+
+from mmi_deploy.errors import BundleError
+from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.spec.target import CPU
+from mmi_deploy.targets.precision.constants import FLOATS, ONNX, Constants
+from mmi_deploy.targets.precision.ranges import Ranges, islands
+from mmi_deploy.targets.precision.recipes import FLOAT32, GREATEST, Recipe
+from mmi_deploy.targets.precision.types import F32, Typed, cast, insert_casts
+from mmi_deploy.targets.precision.weight_only import quantise_products
+from mmi_deploy.targets.precision.weights_file import write_weights
+
+
+def rewrite(
+    recipe: Recipe,
+    graph: Graph,
+    source: Path,
+    out: Path,
+    *,
+    runtime: str,
+    ranges: Ranges | None = None,
+) -> Graph:
+    """Write the ONNX of `graph` for a target of `runtime` with `recipe`, its weights beside it.
+
+    source: the portable file. out: what is written; its weights differ in the suffix alone. ranges:
+    what the range check found, for types that are narrower than float32.
+    Returns the contract as it is now. Raises `ConfigError` for a recipe that `runtime` cannot have,
+    `WeightsError` for weights that cannot be stored so, `BundleError` for a file that is another
+    graph, or has nothing that the recipe could quantise.
+    """
+    activations = recipe.activations_on(runtime)
+    typed_graph = graph.typed(activations)
+    model = read_model(source, graph)
+    constants = Constants(model.graph)
+    if activations != FLOAT32:
+        _lower(model.graph, constants, typed_graph, recipe, activations, ranges)
+    if graph.name in recipe.weights:
+        quantise_products(model.graph, constants, recipe.weights[graph.name], runtime)
+    _tidy(model)
+    # An engine holds its weights itself: the file that it is built from does not stay.
+    write_weights(model.graph, out.with_suffix(".safetensors"), link_all=runtime != CPU)
+    proto = ir.to_proto(model)
+    check_model(proto)
+    onnx.save(proto, out)
+    return typed_graph
+
+
+def read_model(source: Path, graph: Graph) -> ir.Model:
+    """A portable graph, every value with its type; weights stay in their files.
+
+    Raises `BundleError` unless it is `graph`, by the names and types of its inputs and outputs.
+    """
+    try:
+        proto = onnx.load(source, load_external_data=False)
+        proto = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=False)
+    except Exception as error:  # protobuf's and the checker's exceptions share no narrower class
+        raise BundleError(
+            f"cannot read {source}: {str(error).splitlines()[0]}",
+            fix="write it again with `mmi export`",
+        ) from None
+    model = ir.from_proto(proto)
+    ir.external_data.set_base_dir(model.graph, source.parent)
+    for kind, values, tensors in (
+        ("inputs", model.graph.inputs, graph.inputs),
+        ("outputs", model.graph.outputs, graph.outputs),
+    ):
+        got = {str(value.name): value.dtype for value in values}
+        wanted = {tensor.name: _ONNX_OF[tensor.dtype] for tensor in tensors}
+        if wrong := sorted(name for name in got | wanted if got.get(name) != wanted.get(name)):
+            raise BundleError(
+                f"{source} is no portable {graph.name}: its {kind} differ in "
+                + ", ".join(wrong[:5]),
+                fix="write it again with `mmi export`",
+            )
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model
+
+
+_ONNX_OF = {FLOAT32: F32, "int64": ir.DataType.INT64, "int32": ir.DataType.INT32}
+
+
+def _lower(
+    graph: ir.Graph,
+    constants: Constants,
+    contract: Graph,
+    recipe: Recipe,
+    activations: str,
+    ranges: Ranges | None,
+) -> None:
+    low = {tensor.name for tensor in (*contract.inputs, *contract.outputs) if tensor.activation}
+    beyond = ranges.beyond(GREATEST[activations], recipe.margin) if ranges else set()
+    _check_contract(graph.name, beyond & low, activations)
+    dtype = ONNX[activations]
+    typed = Typed(graph, constants, dtype, recipe.fp32_operators, islands(graph, beyond), low)
+    for value in graph.inputs:
+        if value.name in low:
+            value.type = ir.TensorType(dtype)
+    insert_casts(graph, constants, typed)
+    _give_outputs(graph, low, dtype)
+
+
+def _check_contract(name: str | None, beyond: set[str], activations: str) -> None:
+    if beyond:
+        raise BundleError(
+            f"{name} gives or takes numbers that {activations} cannot hold in "
+            + ", ".join(sorted(beyond)),
+            fix="choose --precision bf16",
+        )
+
+
+def _give_outputs(graph: ir.Graph, low: set[str], activations: ir.DataType) -> None:
+    """Outputs in the contract's types and under its names."""
+    for index, value in enumerate(graph.outputs):
+        wanted = activations if value.name in low else F32
+        if value.dtype not in FLOATS or value.dtype == wanted:
+            continue
+        name = str(value.name)
+        value.name = f"{name}.computed"
+        output = cast(graph, value, wanted, {})
+        output.name = name
+        graph.outputs[index] = output
+
+
+def _tidy(model: ir.Model) -> None:
+    for tidy in (
+        passes.RemoveUnusedNodesPass(),
+        passes.NameFixPass(),
+    ):
+        tidy(model)
+
+
+def check_model(model: onnx.ModelProto) -> None:
+    """Types and shapes of every node agree: what a strongly typed builder asks for.
+
+    Weights are left out: none of the checks reads one, and the checker takes a hard link for an
+    attack.
+    """
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.initializer[:]
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            bare.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+        else:
+            bare.graph.initializer.append(tensor)
+    onnx.checker.check_model(bare, full_check=True)

@@ -1,0 +1,124 @@
+"""Optimisation profiles: for which shapes an engine is made, and which it takes best.
+
+They come from the ranges of `mmi_deploy.spec.graphs` alone. `llm` has two, prefill and decode, in
+one engine, so that its weights exist once. Letters as in `graphs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.spec.graphs import Graph, Limits, Range
+
+Shape = tuple[int, ...]
+
+DEFAULT = "default"
+PREFILL = "prefill"
+DECODE = "decode"
+
+LIKELY_PREFILL = 256
+"""Tokens of a prompt for which prefill is tuned, where the context allows so many."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Ranges of the dynamic dimensions, and for each input that has any: its least, likeliest and
+    greatest shape."""
+
+    name: str
+    ranges: Mapping[str, Range]
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether a request of these sizes lies within."""
+        return not self.misfits(sizes)
+
+    def misfits(self, sizes: Mapping[str, int]) -> list[str]:
+        """The letters of `sizes` that lie outside."""
+        return [
+            letter
+            for letter, allowed in self.ranges.items()
+            if not allowed.least <= sizes[letter] <= allowed.greatest
+        ]
+
+    def record(self) -> dict[str, list[int]]:
+        """Ranges as plain numbers, for reports and cache keys."""
+        return {
+            letter: [allowed.least, allowed.likely, allowed.greatest]
+            for letter, allowed in sorted(self.ranges.items())
+        }
+
+
+def profiles(graph: Graph, limits: Limits | None = None) -> tuple[Profile, ...]:
+    """The profiles of `graph`, narrowed to `limits` where an engine is to take less than the bundle
+    allows: fewer rows or images need less memory when it runs.
+
+    Raises `ConfigError` for limits beyond those of the graph.
+    """
+    ranges = dict(graph.ranges) if limits is None else _narrowed(graph, limits)
+    if "t" not in ranges:
+        return (_profile(graph, DEFAULT, ranges),)
+    prompt = {**ranges, "t": replace(ranges["t"], likely=LIKELY_PREFILL)}
+    one = Range(1, 1, 1)
+    return (
+        _profile(graph, PREFILL, prompt),
+        _profile(graph, DECODE, {**ranges, "t": one, "k": one}),
+    )
+
+
+def choose(offered: Sequence[Profile], graph: str, sizes: Mapping[str, int]) -> int:
+    """The narrowest profile for a request of these sizes: its index. Raises `EngineError` that
+    names what no profile takes, and how to build one that does."""
+    fitting = [index for index, profile in enumerate(offered) if profile.holds(sizes)]
+    if fitting:
+        return min(fitting, key=lambda index: _width(offered[index]))
+    nearest = min(offered, key=lambda profile: len(profile.misfits(sizes)))
+    letter = nearest.misfits(sizes)[0]
+    allowed = nearest.ranges[letter]
+    raise EngineError(
+        f"no profile of the engine of {graph} takes {letter} = {sizes[letter]}",
+        expected=f"{allowed.least} to {allowed.greatest}",
+        fix=f"build it for more with `mmi build {_OPTIONS.get(letter, '--graph ' + graph)}`",
+    )
+
+
+_OPTIONS = {"b": "--max-batch", "n": "--max-images", "m": "--max-images"}
+
+
+def _narrowed(graph: Graph, limits: Limits) -> dict[str, Range]:
+    """Batches are letters b, and n where images are the batch; n is the pool where rows look at
+    images (m)."""
+    pooled = "m" in graph.ranges
+    most = {
+        "b": limits.batch,
+        "n": limits.images if pooled else limits.batch,
+        "m": limits.images,
+    }
+    narrowed = {}
+    for letter, allowed in graph.ranges.items():
+        greatest = most.get(letter, allowed.greatest)
+        if greatest < allowed.least:
+            raise ConfigError(
+                f"{graph.name} takes no fewer than {allowed.least} for {letter}", got=greatest
+            )
+        narrowed[letter] = replace(allowed, greatest=min(greatest, allowed.greatest))
+    return narrowed
+
+
+def _profile(graph: Graph, name: str, ranges: Mapping[str, Range]) -> Profile:
+    def sizes(end: str) -> dict[str, int]:
+        return {letter: getattr(allowed, end) for letter, allowed in ranges.items()}
+
+    ends = [sizes(end) for end in ("least", "likely", "greatest")]
+    shapes = {
+        tensor.name: tuple(tensor.resolve(**end) for end in ends)
+        for tensor in graph.inputs
+        if any(isinstance(side, str) for side in tensor.shape)
+    }
+    return Profile(name, dict(ranges), shapes)  # type: ignore[arg-type]
+
+
+def _width(profile: Profile) -> int:
+    return sum(allowed.greatest - allowed.least for allowed in profile.ranges.values())

@@ -1,0 +1,258 @@
+"""From a bundle's portable graphs to the engines of one or more TensorRT targets.
+
+For each graph: the recipe's ONNX, written once for all architectures; TensorRT's own copy of it;
+one engine per architecture through the cache; at the end each target's folder, whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+
+from mmi_deploy.bundle.build_report import (
+    NOT_RUN,
+    PLUGIN_LAYER,
+    REPORT,
+    STAND_IN,
+    GraphReport,
+    TargetReport,
+    read_report,
+)
+from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle, write_target
+from mmi_deploy.bundle.manifest import TargetManifest, read_manifest, sha256_of
+from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.spec.target import Target
+from mmi_deploy.system.files import write_file
+from mmi_deploy.system.temporary_folder import temporary_folder
+from mmi_deploy.targets.cache import EngineCache, link_or_copy
+from mmi_deploy.targets.precision import rewrite
+from mmi_deploy.targets.tensorrt_build import Job
+from mmi_deploy.targets.tensorrt_plan import Part, Request, graph_of, parts_of, weight_bytes
+from mmi_deploy.targets.tensorrt_process import Measured, build_in_process
+from mmi_deploy.targets.tensorrt_rewrites import rewritten
+from mmi_deploy.targets.verify_target import Proof
+
+SUFFIX = ".engine"
+
+Watch = Callable[[str, int, int, str], None]
+"""Called with (what is done, components done, components in all, the builder's phase)."""
+
+_Prepared = tuple[Graph, Path, Proof | None]
+"""The target's contract, its ONNX file, and how that compares with the portable one."""
+
+Build = Callable[[Job, Callable[[str, int, int], None]], Measured]
+
+
+def build_targets(
+    request: Request, cache: EngineCache, watch: Watch, build: Build = build_in_process
+) -> list[TargetReport]:
+    """Build all engines of `request` and write its targets into the bundle.
+
+    Engines that are finished stay in the cache when a later one fails, so that a second try goes
+    on from there. Raises `EngineError`, `BundleError` or `OSError`; the bundle's targets are then
+    as they were.
+    """
+    parts = parts_of(request)
+    engines = request.bundle.folder / "engines"
+    engines.mkdir(exist_ok=True)
+    with temporary_folder(engines, ".build-") as work:
+        workshop = _Workshop(request, cache, work, watch, build, len(parts))
+        made = [(part, workshop.engine(part)) for part in parts]
+        return [
+            _write(request, target, [m for m in made if m[0].target == target], work)
+            for target in request.targets
+        ]
+
+
+class _Workshop:
+    """Makes engines one after another; parts of one graph share its rewritten ONNX."""
+
+    def __init__(
+        self, request: Request, cache: EngineCache, work: Path, watch: Watch, build: Build, of: int
+    ) -> None:
+        self._request, self._cache, self._work = request, cache, work
+        self._watch, self._build = watch, build
+        self._done, self._of, self._built = 0, of, False
+        self._prepared: _Prepared | None = None
+
+    def engine(self, part: Part) -> GraphReport:
+        """The engine of `part`, in the work folder of its target."""
+        label = f"{part.graph} for {part.target.architecture}"
+        stage = self._work / part.target.name
+        stage.mkdir(exist_ok=True)
+        self._built = False
+        self._cache.obtain(
+            part.key,
+            lambda folder: self._make(part, label, folder),
+            stage,
+            parts=part.parts,
+            afresh=self._request.force,
+            waits=lambda: self._say(f"waiting for another build of {label}"),
+        )
+        if not self._built:
+            self._say(f"{label}: cached")
+        self._done += 1
+        report = GraphReport.model_validate_json((stage / _report_name(part.graph)).read_bytes())
+        return report.model_copy(update={"cached": not self._built})
+
+    def _say(self, what: str, phase: str = "") -> None:
+        self._watch(what, self._done, self._of, phase)
+
+    def _make(self, part: Part, label: str, folder: Path) -> None:
+        if not self._request.force and _reuse(self._request.bundle, part, folder):
+            return
+        self._built = True
+        typed, source, proof = self._onnx(part)
+        self._say(label)
+        job = Job(
+            part.graph,
+            part.target.runtime,
+            str(part.target.architecture),
+            source,
+            folder / f"{part.graph}{SUFFIX}",
+            part.profiles,
+            self._request.plugin,
+        )
+        measured = self._build(
+            job, lambda phase, done, of: self._say(label, f"{phase} {done}/{of}")
+        )
+        check_bindings(typed, measured.built.bindings)
+        report = _graph_report(part, measured, weight_bytes(source))
+        if proof is not None:
+            report = report.with_proof(proof.compared_with, proof.cases)
+        write_file(folder / _report_name(part.graph), report.model_dump_json(indent=2) + "\n")
+
+    def _onnx(self, part: Part) -> _Prepared:
+        """The recipe's ONNX of a graph with TensorRT's attributes; one graph's at a time."""
+        if self._prepared is None or self._prepared[0].name != part.graph:
+            if self._prepared is not None:
+                _remove(self._prepared[1])
+            self._prepared = self._prepare(part)
+        return self._prepared
+
+    def _prepare(self, part: Part) -> _Prepared:
+        request, path = self._request, self._work / f"{part.graph}.onnx"
+        self._say(f"writing {part.graph} in {part.target.precision}")
+        typed = rewrite(
+            request.recipe,
+            graph_of(request.bundle, part.graph),
+            request.bundle.graph_file(part.graph),
+            path,
+            runtime=part.target.runtime,
+            ranges=(request.ranges or {}).get(part.graph),
+        )
+        proof = None
+        if request.evidence is not None:
+            self._say(f"proving {part.graph} in {part.target.precision}")
+            proof = request.evidence.prove(part.graph, request.recipe, part.target.runtime, path)
+        model = onnx.load(path, load_external_data=False)
+        onnx.save(rewritten(request.plugin.copy(model), path), path)
+        return typed, path, proof
+
+
+def check_bindings(typed: Graph, bindings: Mapping[str, str]) -> None:
+    """Raise `EngineError` unless an engine takes and gives what the target's contract says."""
+    names = {"float32": "float", "float16": "half", "bfloat16": "bf16"}
+    expected = {tensor.name: tensor.dtype for tensor in (*typed.inputs, *typed.outputs)}
+    for name, dtype in expected.items():
+        if bindings.get(name) not in (dtype, names.get(dtype, dtype)):
+            raise EngineError(
+                f"the engine of {typed.name} has another {name} than its contract",
+                expected=dtype,
+                got=bindings.get(name, "none"),
+            )
+    if extra := set(bindings) - set(expected):
+        raise EngineError(f"the engine of {typed.name} has a tensor too many", got=min(extra))
+
+
+def _graph_report(part: Part, measured: Measured, weights: int) -> GraphReport:
+    built = measured.built
+    return GraphReport(
+        graph=part.graph,
+        key=part.key,
+        layers=dict(built.layers),
+        plugin_layers=built.layers.get(PLUGIN_LAYER, 0),
+        bindings=dict(built.bindings),
+        engine_bytes=built.engine_bytes,
+        weights_bytes=weights,
+        seconds=round(measured.seconds, 2),
+        peak_bytes=measured.memory.added,
+        peak_private_bytes=measured.memory.private_added,
+        profiles={profile.name: profile.record() for profile in part.profiles},
+        warnings=built.warnings,
+    )
+
+
+def _reuse(bundle: Bundle, part: Part, folder: Path) -> bool:
+    """Take the engine from the bundle's own target, where the same build put it."""
+    there = bundle.target_folder(part.target.name)
+    found = read_report(there)
+    same = [graph for graph in found.graphs if graph.key == part.key] if found else []
+    if not same:
+        return False
+    with suppress(BundleError, OSError, KeyError):
+        manifest = read_manifest(there / TARGET_MANIFEST, TargetManifest, "mmi build")
+        name = manifest.graphs[part.graph]
+        if sha256_of(there / name) == manifest.files[name].sha256:
+            link_or_copy(there / name, folder / f"{part.graph}{SUFFIX}")
+            write_file(folder / _report_name(part.graph), same[0].model_dump_json(indent=2) + "\n")
+            return True
+    return False
+
+
+def _write(
+    request: Request, target: Target, made: Sequence[tuple[Part, GraphReport]], work: Path
+) -> TargetReport:
+    """Write the folder of one target: what was made, and beside it the graphs that were not asked
+    for now and are as they would be built."""
+    stage = work / target.name
+    kept = _keep(request, target, {part.graph for part, _ in made}, stage)
+    made = sorted([*made, *kept], key=lambda one: list(request.bundle.graphs).index(one[0].graph))
+    shared = ("runtime", "tensorrt", "architecture", "precision", "recipe", "plugin", "flags")
+    recipe = {name: made[0][0].parts[name] for name in shared}
+    recipe |= {f"key.{part.graph}": part.key for part, _ in made}
+    report = TargetReport(
+        target=target.name,
+        runtime=target.runtime,
+        version=request.tensorrt,
+        architecture=target.architecture,
+        precision=target.precision,
+        plugin=request.plugin.identity,
+        remark=STAND_IN if request.plugin.stand_in else NOT_RUN,
+        graphs=tuple(graph for _, graph in made),
+    )
+    activations = request.recipe.activations_on(target.runtime)
+    with write_target(request.bundle, target.name, recipe, activations) as writer:
+        for part, _ in made:
+            (stage / f"{part.graph}{SUFFIX}").rename(writer.engine_file(part.graph, SUFFIX))
+        write_file(writer.folder / REPORT, report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def _keep(
+    request: Request, target: Target, made: set[str], stage: Path
+) -> list[tuple[Part, GraphReport]]:
+    others = tuple(name for name in request.bundle.graphs if name not in made)
+    rest = replace(request, targets=(target,), graphs=others, force=False)
+    kept = []
+    for part in parts_of(rest):
+        if _reuse(request.bundle, part, stage):
+            path = stage / _report_name(part.graph)
+            report = GraphReport.model_validate_json(path.read_bytes())
+            kept.append((part, report.model_copy(update={"cached": True})))
+    return kept
+
+
+def _report_name(graph: str) -> str:
+    return f"{graph}.json"
+
+
+def _remove(source: Path) -> None:
+    for path in source.parent.glob(f"{source.stem}.*"):
+        if path.is_file():
+            path.unlink()

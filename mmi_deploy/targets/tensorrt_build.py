@@ -1,0 +1,345 @@
+"""From an ONNX file to an engine: one builder for TensorRT and TensorRT-RTX, which differ in how
+they are told the architecture and in nothing else here.
+
+Networks are strongly typed: precision is what the file says. Weights are never read into Python:
+the parser maps the file beside the graph, and the engine leaves in pieces while it is written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.spec.target import ARCHITECTURES, TENSORRT, TENSORRT_RTX
+from mmi_deploy.targets.profiles import Profile
+
+MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
+"""Python modules of the runtimes."""
+
+LEAST_VERSION = {TENSORRT: (10, 15, 1), TENSORRT_RTX: (1, 7)}
+"""Attention, rotary embedding and the KV cache in place are known from here on (TensorRT-RTX: the
+first that was tried)."""
+
+DROPPED = "Unused Input"
+"""What TensorRT's parser logs when it leaves out an input that it does not know how to use: the
+engine would compute something else, and say nothing."""
+
+FLAGS: dict[str, tuple[str, ...]] = {TENSORRT: (), TENSORRT_RTX: ("REQUIRE_USER_ALLOCATION",)}
+"""Names of builder flags beyond the defaults, of which TF32 is cleared: it changes numbers. An
+engine of TensorRT-RTX that requires user allocation allocates nothing when it runs, so that it can
+be recorded into a CUDA graph. REFIT and STRIP_PLAN need a GPU while they build; WEIGHT_STREAMING
+makes no difference to a build."""
+
+_FIRST_ERRORS = 3
+_CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """The MMFS plugin, as the command passes it in: this package knows no plugin sources.
+
+    `import_tensorrt(module name)`: the module, ready to parse plugins. `load(module)`: registers
+    the plugin; the result has `last_report()`. `copy(model)`: TensorRT's own copy of a graph.
+    `check(network, model)`: raises unless every MMFS node became a plugin layer. All can be
+    pickled. `identity` names its bytes. `stand_in`: it only builds.
+    """
+
+    identity: str
+    stand_in: bool
+    import_tensorrt: Callable[[str], Any]
+    load: Callable[[Any], Any]
+    copy: Callable[[onnx.ModelProto], onnx.ModelProto]
+    check: Callable[[Any, onnx.ModelProto], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to build: `source`, an ONNX file with weights beside it, becomes `engine`."""
+
+    graph: str
+    runtime: str
+    architecture: str
+    source: Path
+    engine: Path
+    profiles: tuple[Profile, ...]
+    plugin: Plugin
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came out: layers of the parsed network by type, inputs and outputs by name with type,
+    bytes of the engine, and what the builder warned of."""
+
+    layers: Mapping[str, int]
+    bindings: Mapping[str, str]
+    engine_bytes: int
+    tensorrt: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class Log:
+    """Lines of TensorRT's logger by severity."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, severity: str, line: str) -> None:
+        line = " ".join(line.split())
+        if severity in ("ERROR", "INTERNAL_ERROR"):
+            self.errors.append(line)
+        elif severity == "WARNING" or DROPPED in line:
+            self.warnings.append(line)
+
+    def dropped(self) -> str | None:
+        """The first line that says that an input was left out."""
+        return next((line for line in [*self.errors, *self.warnings] if DROPPED in line), None)
+
+
+Progress = Callable[[str, int, int], bool]
+"""Called with (phase, steps done, steps in all); False stops the build."""
+
+
+def open_tensorrt(plugin: Plugin, runtime: str, architecture: str) -> Any:
+    """The module of `runtime`, of a version that will do, which builds for `architecture`.
+
+    Raises `EngineError` where it is not installed or too old, `ConfigError` where it cannot build
+    for that architecture here.
+    """
+    trt = plugin.import_tensorrt(MODULES[runtime])
+    check_version(runtime, trt.__version__)
+    check_architecture(trt, runtime, architecture)
+    return trt
+
+
+def check_version(runtime: str, version: str) -> None:
+    """Raise `EngineError` for a TensorRT that is too old for our graphs."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    least = LEAST_VERSION[runtime]
+    if numbers < least:
+        package = "tensorrt" if runtime == TENSORRT else "tensorrt-rtx-cu13"
+        raise EngineError(
+            f"{MODULES[runtime]} is too old: its parser does not know all operators of our graphs",
+            expected=f"{'.'.join(map(str, least))} or newer",
+            got=version,
+            fix=f"pip install --upgrade {package}",
+        )
+
+
+def check_architecture(trt: Any, runtime: str, architecture: str) -> None:
+    """Raise `ConfigError` where `trt` does not build for `architecture` on this machine.
+
+    TensorRT-RTX compiles for any card that it knows; TensorRT measures kernels, and so builds for
+    the card in the machine alone.
+    """
+    if runtime == TENSORRT_RTX:
+        known = rtx_architectures(trt)
+        if architecture not in known:
+            raise ConfigError(
+                f"TensorRT-RTX {trt.__version__} does not build for {architecture} "
+                f"({ARCHITECTURES.get(architecture, 'unknown')})",
+                expected=", ".join(known),
+                fix="give one of these with --arch, or build with --target tensorrt on the card",
+            )
+        return
+    here = device_architecture()
+    if here != architecture:
+        raise ConfigError(
+            f"TensorRT builds engines on the card that runs them, and {architecture} is not it",
+            expected=here or "a machine with an NVIDIA GPU and its driver",
+            got=architecture,
+            fix=f"give --arch {here}"
+            if here
+            else "run this on that card, or build with --target tensorrt-rtx, which needs no GPU",
+        )
+
+
+def rtx_architectures(trt: Any) -> list[str]:
+    """Those of `ARCHITECTURES` that this TensorRT-RTX compiles for."""
+    return [name for name in ARCHITECTURES if hasattr(trt.ComputeCapability, name.upper())]
+
+
+def device_architecture() -> str | None:
+    """`sm89` for the first GPU of this machine, or None without one."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, numbers = ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for number, attribute in zip(numbers, (_CUDA_MAJOR, _CUDA_MINOR), strict=True):
+        if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return None
+    return f"sm{numbers[0].value}{numbers[1].value}"
+
+
+def build_engine(trt: Any, job: Job, progress: Progress) -> Built:
+    """Parse `job.source`, check what the parser made of it, and write `job.engine`.
+
+    Raises `EngineError` for whatever TensorRT refuses, with its own words and the node, and
+    `OSError` where the engine cannot be written.
+    """
+    model = onnx.load(job.source, load_external_data=False)
+    log = Log()
+    registered = job.plugin.load(trt)
+    try:
+        builder = trt.Builder(_logger(trt, log))
+        network = builder.create_network(strongly_typed(trt))
+        parser = trt.OnnxParser(network, builder.logger)
+        if not parser.parse_from_file(str(job.source)):
+            raise _parse_error(job, parser, registered)
+        if line := log.dropped():
+            raise EngineError(f"TensorRT left out an input of {job.graph}: {line}")
+        job.plugin.check(network, model)
+        config = _config(trt, builder, job)
+        config.progress_monitor = _monitor(trt, progress)
+        writer = _writer(trt, job.engine)
+        with writer:
+            done = builder.build_serialized_network_to_stream(network, config, writer)
+        if writer.failure is not None:
+            raise writer.failure
+        if not done or not writer.written:
+            raise _build_error(job, log, registered)
+        return Built(
+            layers=layers_of(network),
+            bindings=_bindings(network),
+            engine_bytes=writer.written,
+            tensorrt=trt.__version__,
+            warnings=tuple(dict.fromkeys(log.warnings)),
+        )
+    finally:
+        registered.unregister()
+
+
+def strongly_typed(trt: Any) -> int:
+    """The network flags; TensorRT 11 knows no other networks and may drop the flag."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def layers_of(network: Any) -> dict[str, int]:
+    """How many layers of each type."""
+    counts = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
+    return dict(counts.most_common())
+
+
+def _bindings(network: Any) -> dict[str, str]:
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    return {tensor.name: tensor.dtype.name.lower() for tensor in [*inputs, *outputs]}
+
+
+def _config(trt: Any, builder: Any, job: Job) -> Any:
+    config = builder.create_builder_config()
+    if job.runtime == TENSORRT_RTX:
+        config.num_compute_capabilities = 1
+        capability = getattr(trt.ComputeCapability, job.architecture.upper())
+        config.set_compute_capability(capability, 0)
+    for flag in FLAGS[job.runtime]:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    config.clear_flag(trt.BuilderFlag.TF32)
+    for profile in job.profiles:
+        if not profile.shapes:
+            continue
+        shapes = builder.create_optimization_profile()
+        for name, ends in profile.shapes.items():
+            shapes.set_shape(name, *ends)
+        if config.add_optimization_profile(shapes) < 0:
+            raise EngineError(
+                f"TensorRT refuses the profile {profile.name} of {job.graph}",
+                got=profile.record(),
+            )
+    return config
+
+
+def _parse_error(job: Job, parser: Any, registered: Any) -> EngineError:
+    said = [parser.get_error(index) for index in range(parser.num_errors)]
+    lines = [
+        f"{_node(error)}{' '.join(error.desc().split())}" for error in said[:_FIRST_ERRORS]
+    ] or ["no reason given"]
+    if report := registered.last_report():
+        lines.append(report)
+    more = f" (and {len(said) - _FIRST_ERRORS} more)" if len(said) > _FIRST_ERRORS else ""
+    return EngineError(
+        f"TensorRT cannot parse {job.graph} for {job.architecture}: {' | '.join(lines)}{more}"
+    )
+
+
+def _node(error: Any) -> str:
+    name, operator = error.node_name(), error.node_operator()
+    return f"node {name} ({operator}): " if name or operator else ""
+
+
+def _build_error(job: Job, log: Log, registered: Any) -> EngineError:
+    lines = list(dict.fromkeys(log.errors))[:_FIRST_ERRORS] or ["no reason given"]
+    if report := registered.last_report():
+        lines.append(report)
+    return EngineError(
+        f"TensorRT cannot build {job.graph} for {job.architecture}: {' | '.join(lines)}"
+    )
+
+
+def _logger(trt: Any, log: Log) -> Any:
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, line: str) -> None:
+            log.add(severity.name, line)
+
+    return Logger()
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+            progress(phase, 0, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return progress(phase, step + 1, self.steps.get(phase, step + 1))
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    return Monitor()
+
+
+def _writer(trt: Any, path: Path) -> Any:
+    """Writes the engine as it comes; what goes wrong is kept, for TensorRT swallows it."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.written = 0
+            self.failure: BaseException | None = None
+
+        def __enter__(self) -> None:
+            self.file = path.open("wb")
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, data: bytes) -> int:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.failure = error
+                return 0
+            self.written += len(data)
+            return len(data)
+
+    return Writer()

@@ -1,0 +1,306 @@
+// The kernels as a library for this machine's processor, for ctypes: see device.h.
+#include "shim_device.h"
+
+#include <csetjmp>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <ucontext.h>
+
+#include "mmfs.cuh"
+#include "plan.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+mmi::shim::Index threadIdx, blockIdx;
+
+MMI_ROWS_AND_SPLITS(MMI_ROWS_KERNEL)
+MMI_ROWS_AND_SPLITS(MMI_SPLIT_KERNEL)
+MMI_MERGES(MMI_MERGE_KERNEL)
+
+namespace mmi::shim {
+namespace {
+
+constexpr size_t kStack = 64 * 1024;
+constexpr size_t kMostGiven = 48;  // bytes that a lane gives at once
+
+// One thread of the block.
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  ucontext_t begin;
+  jmp_buf at;
+  bool started = false, waits = false, left = false;
+  Meeting kind = Meeting::kWarp;
+  // Two, by turns: who gives for the second time knows that all have taken the first.
+  alignas(16) unsigned char given[2][kMostGiven];
+  unsigned turn = 0;
+};
+
+std::vector<Fiber> fibers;
+std::map<int, std::unique_ptr<char[]>> arrays;  // shared memory by line
+jmp_buf scheduler;
+unsigned current;
+int left_out;  // the line of a barrier that is passed over
+void (*body)(Problem);
+Problem parameter;
+std::string failure;
+
+#if defined(__SANITIZE_ADDRESS__)
+const void* main_stack;
+size_t main_size;
+void leaves(const void* bottom, size_t size) {
+  __sanitizer_start_switch_fiber(nullptr, bottom, size);
+}
+void arrives() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr); }
+void first_arrives() { __sanitizer_finish_switch_fiber(nullptr, &main_stack, &main_size); }
+void leaves_to_scheduler() { leaves(main_stack, main_size); }
+#else
+void leaves(const void*, size_t) {}
+void arrives() {}
+void first_arrives() {}
+void leaves_to_scheduler() {}
+#endif
+
+void to_scheduler() {
+  leaves_to_scheduler();
+  _longjmp(scheduler, 1);
+}
+
+void enter() {
+  first_arrives();
+  body(parameter);
+  fibers[current].left = true;
+  to_scheduler();
+}
+
+// Runs a fiber up to its next meeting point, or to its end.
+void resume(unsigned thread) {
+  current = thread;
+  threadIdx = {thread, 0, 0};
+  Fiber& fiber = fibers[thread];
+  fiber.waits = false;
+  if (_setjmp(scheduler) == 0) {
+    leaves(fiber.stack.get(), kStack);
+    if (fiber.started) _longjmp(fiber.at, 1);
+    fiber.started = true;
+    setcontext(&fiber.begin);
+  }
+  arrives();
+}
+
+void prepare(Fiber& fiber) {
+  fiber.started = fiber.waits = fiber.left = false;
+  fiber.turn = 0;
+  getcontext(&fiber.begin);
+  fiber.begin.uc_stack.ss_sp = fiber.stack.get();
+  fiber.begin.uc_stack.ss_size = kStack;
+  fiber.begin.uc_link = nullptr;
+  makecontext(&fiber.begin, enter, 0);
+}
+
+// Lets the threads [first, last) go on if all of them wait at points of one kind.
+bool release(unsigned first, unsigned last, bool block) {
+  unsigned waiting = 0, left = 0;
+  for (unsigned i = first; i < last; ++i) {
+    waiting += fibers[i].waits;
+    left += fibers[i].left;
+  }
+  if (waiting == 0) return false;
+  for (unsigned i = first; i < last; ++i) {
+    if (fibers[i].waits && (fibers[i].kind == Meeting::kBlock) != block) return false;
+  }
+  if (left > 0) {
+    failure = "a thread has left the kernel where others wait for it";
+    return false;
+  }
+  if (waiting < last - first) return false;
+  for (unsigned i = first; i < last; ++i) {
+    if (fibers[i].kind != fibers[first].kind) {
+      failure = "threads of a warp meet at different points";
+      return false;
+    }
+  }
+  for (unsigned i = first; i < last; ++i) fibers[i].waits = false;
+  return true;
+}
+
+void run_block(unsigned threads, bool backwards) {
+  arrays.clear();
+  for (unsigned i = 0; i < threads; ++i) prepare(fibers[i]);
+  for (;;) {
+    bool ran = false;
+    for (unsigned i = 0; i < threads; ++i) {
+      const unsigned thread = backwards ? threads - 1 - i : i;
+      if (fibers[thread].waits || fibers[thread].left) continue;
+      resume(thread);
+      ran = true;
+      if (!failure.empty()) return;
+    }
+    bool released = release(0, threads, true);
+    for (unsigned warp = 0; warp < threads && !released; warp += kLanes) {
+      released = release(warp, warp + kLanes, false);
+    }
+    if (!failure.empty()) return;
+    if (ran || released) continue;
+    for (unsigned i = 0; i < threads; ++i) {
+      if (!fibers[i].left) failure = "threads wait for others that never come";
+    }
+    return;
+  }
+}
+
+template <class T>
+void widen(unsigned word, float* pair) {
+  pair[0] = to_float(T{static_cast<unsigned short>(word)});
+  pair[1] = to_float(T{static_cast<unsigned short>(word >> 16)});
+}
+
+struct Fragments {
+  float a[4][2], b[2][2];  // registers, each a pair
+};
+
+// mma.m16n8k16 with fragments laid out as PTX says: c += a b, the sums in fp32.
+template <class T>
+void multiply_fragments(float (&c)[4], uint4 a, unsigned b0, unsigned b1) {
+  Fragments mine;
+  const unsigned words[6] = {a.x, a.y, a.z, a.w, b0, b1};
+  for (int i = 0; i < 4; ++i) widen<T>(words[i], mine.a[i]);
+  for (int i = 0; i < 2; ++i) widen<T>(words[4 + i], mine.b[i]);
+  exchange(Meeting::kMultiply, &mine, sizeof mine);
+  const int group = lane() / 4, place = lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = group + 8 * (i / 2), column = 2 * place + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const auto* of_a = static_cast<const Fragments*>(taken(4 * (row % 8) + k % 8 / 2));
+      const auto* of_b = static_cast<const Fragments*>(taken(4 * column + k % 8 / 2));
+      sum += of_a->a[row / 8 + 2 * (k / 8)][k % 2] * of_b->b[k / 8][k % 2];
+    }
+    c[i] += sum;
+  }
+}
+
+}  // namespace
+
+int lane() { return static_cast<int>(current % kLanes); }
+
+void* shared(size_t bytes, int line) {
+  std::unique_ptr<char[]>& array = arrays[line];
+  if (!array) {
+    array.reset(new char[bytes]);
+    std::memset(array.get(), 0xff, bytes);
+  }
+  return array.get();
+}
+
+void meet(Meeting kind) {
+  Fiber& fiber = fibers[current];
+  fiber.waits = true;
+  fiber.kind = kind;
+  if (_setjmp(fiber.at) == 0) to_scheduler();
+  arrives();
+}
+
+void barrier(Meeting kind, int line) {
+  if (line != left_out) meet(kind);
+}
+
+void exchange(Meeting kind, const void* given, size_t bytes) {
+  Fiber& fiber = fibers[current];
+  std::memcpy(fiber.given[++fiber.turn % 2], given, bytes);
+  meet(kind);
+}
+
+const void* taken(int lane) {
+  const Fiber& mine = fibers[current];
+  return fibers[current / kLanes * kLanes + lane].given[mine.turn % 2];
+}
+
+float half_to_float(uint16_t bits) {
+  const unsigned sign = unsigned{bits} >> 15 << 31, exponent = bits >> 10 & 31, part = bits & 1023;
+  if (exponent == 0) {
+    const float small = std::ldexp(static_cast<float>(part), -24);
+    return sign ? -small : small;
+  }
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | part << 13);
+  return __uint_as_float(sign | (exponent + 112) << 23 | part << 13);
+}
+
+uint16_t float_to_half(float x) {
+  const unsigned bits = __float_as_uint(x);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  const float size = std::fabs(x);
+  if (x != x) return 0x7fff;
+  if (size >= 65520.0f) return sign | 0x7c00;
+  if (size < 6.103515625e-5f) {  // subnormal: rounded to a multiple of 2^-24
+    return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(size, 24)));
+  }
+  const unsigned rounded = (bits & 0x7fffffffu) + 0xfff + (bits >> 13 & 1);
+  return sign | static_cast<uint16_t>((rounded >> 13) - (112 << 10));
+}
+
+uint16_t float_to_bfloat16(float x) {
+  if (x != x) return 0x7fff;
+  const unsigned bits = __float_as_uint(x);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace mmi::shim
+
+namespace mmi {
+
+void multiply(Half, float (&c)[4], uint4 a, unsigned b0, unsigned b1) {
+  shim::multiply_fragments<Half>(c, a, b0, b1);
+}
+void multiply(BFloat16, float (&c)[4], uint4 a, unsigned b0, unsigned b1) {
+  shim::multiply_fragments<BFloat16>(c, a, b0, b1);
+}
+
+}  // namespace mmi
+
+// Runs the given blocks (x, y, z each) of a kernel, without the barrier on line `without` of
+// mmfs.cuh (0: with all). Returns nullptr, or what went wrong.
+extern "C" const char* mmi_shim_launch(const char* kernel, const mmi::Problem* problem,
+                                       const unsigned* blocks, long count, unsigned threads,
+                                       bool backwards, int without) {
+  using namespace mmi::shim;
+#define MMI_NAME_ROWS(NAME, T, WIDE) {#NAME "_rows", NAME##_rows},
+#define MMI_NAME_SPLIT(NAME, T, WIDE) {#NAME "_split", NAME##_split},
+#define MMI_NAME_MERGE(NAME, T, WIDE) {#NAME "_merge", NAME##_merge},
+  static const std::map<std::string, void (*)(mmi::Problem)> kernels = {
+      MMI_ROWS_AND_SPLITS(MMI_NAME_ROWS) MMI_ROWS_AND_SPLITS(MMI_NAME_SPLIT)
+          MMI_MERGES(MMI_NAME_MERGE)};
+  const auto found = kernels.find(kernel);
+  if (found == kernels.end()) return "no such kernel";
+  if (threads % mmi::kLanes != 0) return "a block is made of whole warps";
+  body = found->second;
+  parameter = *problem;
+  left_out = without;
+  failure.clear();
+  if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+  for (long i = 0; i < count && failure.empty(); ++i) {
+    blockIdx = {blocks[3 * i], blocks[3 * i + 1], blocks[3 * i + 2]};
+    run_block(threads, backwards);
+  }
+  arrays.clear();
+  return failure.empty() ? nullptr : failure.c_str();
+}
+
+// What mmfs.cu does with a call: the parameter, the blocks that share a row, the workspace's
+// bytes and the three grids. Returns nullptr, or why the call cannot be run.
+extern "C" const char* mmi_shim_plan(const mmi::Attention* call, void* workspace,
+                                     mmi::Problem* problem, int* parts, size_t* bytes,
+                                     mmi::Grid* grids) {
+  if (const char* reason = mmi::plan_refusal(*call)) return reason;
+  *parts = mmi::parts_of(*call);
+  *bytes = mmi::plan_bytes(*call);
+  *problem = mmi::problem_of(*call, *parts, workspace);
+  grids[0] = mmi::rows_grid(*call);
+  grids[1] = mmi::split_grid(*call, *parts);
+  grids[2] = mmi::merge_grid(*call);
+  return nullptr;
+}

@@ -1,0 +1,88 @@
+"""`mmi plugins`: the kernels of our operator, compiled for the runtimes of this machine."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmi_deploy.cli.console import results
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.files import cache_folder
+
+app = typer.Typer(no_args_is_help=True, help="Compile our kernels for ONNX Runtime and TensorRT.")
+
+
+class Target(StrEnum):
+    """What a library is compiled for."""
+
+    onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+
+
+@app.command()
+def build(
+    target: Annotated[Target, typer.Argument(help="The runtime that will load it.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder to put it into.", show_default="the user's cache"),
+    ] = None,
+    cuda: Annotated[
+        bool, typer.Option("--cuda", help="For ONNX Runtime: kernels for NVIDIA GPUs as well.")
+    ] = False,
+    tensorrt_include: Annotated[
+        Path | None,
+        typer.Option(help="Folder of TensorRT's headers.", show_default="where they usually are"),
+    ] = None,
+) -> None:
+    """Compile a kernel library and print where it is.
+
+    For ONNX Runtime `mmi generate` does this by itself the first time, where there is a C++
+    compiler. TensorRT's takes CUDA's nvcc and TensorRT's headers, which pip does not bring.
+    """
+    from mmi_plugins.onnxruntime import library
+    from mmi_plugins.tensorrt import build_plugin
+
+    for option, given, of in (
+        ("--cuda", cuda, Target.onnxruntime),
+        ("--tensorrt-include", tensorrt_include, Target.tensorrt),
+    ):
+        if given and target != of:
+            raise ConfigError(f"{option} says nothing here", expected=f"it with {of}")
+    if target == Target.onnxruntime:
+        path = library.build(out, cuda=cuda)
+    else:
+        folder = out or cache_folder(writes=True) / "tensorrt"
+        path = build_plugin.build_tensorrt_plugin(tensorrt_include, folder)
+    results().print(str(path), soft_wrap=True)
+
+
+@app.command("list")
+def show() -> None:
+    """Say which kernel libraries are there, and what it would take to compile them."""
+    from mmi_deploy.errors import EngineError
+    from mmi_plugins.compile import compilers
+    from mmi_plugins.onnxruntime import library
+    from mmi_plugins.tensorrt import build_plugin
+
+    compiled = library.find()
+    compiler = library.compiler()
+    say = results().print
+    say(f"ONNX Runtime  {compiled or 'not compiled'}", soft_wrap=True)
+    say(
+        f"              C++ compiler: {compiler or 'none (install one, as with `apt install g++`)'}"
+    )
+    folder = cache_folder() / "tensorrt"
+    found = sorted(folder.glob("*.so"))
+    for path in found:
+        say(f"TensorRT      {path}", soft_wrap=True)
+    if not found:
+        say("TensorRT      not compiled")
+    try:
+        headers, version = build_plugin.find_tensorrt_headers()
+        say(f"              headers: {version} in {headers}", soft_wrap=True)
+        say(f"              nvcc: {compilers.find_nvcc()}", soft_wrap=True)
+    except EngineError as error:
+        say(f"              {error}", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Compilation of the CUDA and C++ sources in `csrc`: compilers, NVRTC, launch plans, checksums."""

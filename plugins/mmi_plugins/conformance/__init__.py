@@ -1,0 +1,1 @@
+"""Conformance tests of the MMFS operator: calls, implementations under test, comparison."""

@@ -1,0 +1,172 @@
+"""`python -m mmi_plugins.check DIR`: all implementations of the operator on all cases of a folder.
+
+A case is an `.npz` of the operator's inputs and attributes, an optional `dtype` and `expected` in
+float64 (`cases.read_case`). Exit code 1: something is wrong. 2: something could not be run.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from mmi_deploy.cli import program
+from mmi_deploy.errors import EngineError, MmiError
+from mmi_plugins.conformance.calls import read_case
+from mmi_plugins.conformance.implementations import IMPLEMENTATIONS, Implementation
+from mmi_plugins.operator import TOLERANCES, Call
+from mmi_plugins.reference import all_rows, rows_of
+
+WRONG, NOT_RUN = 1, 2
+
+SMALLEST_NORMAL = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One implementation on one case. `reason`: why there is no number, empty where there is."""
+
+    case: str
+    implementation: str
+    tolerance: float = 0.0
+    greatest: float = np.nan
+    relative: float = np.nan
+    rows: int = 0
+    of: int = 0
+    reason: str = ""
+    wrong: bool = False
+
+    @property
+    def word(self) -> str:
+        """The verdict in a word."""
+        if self.wrong:
+            return "FAILED"
+        return "not run" if self.reason else "passed"
+
+
+def errors(got: np.ndarray, expected: np.ndarray, dtype: str) -> tuple[float, float]:
+    """(greatest absolute error, rms of error / rms of expected). Numbers smaller than the type's
+    smallest normal one cannot be held: they count as that small."""
+    difference = got.astype(np.float64) - expected
+    scale = max(float(np.sqrt(np.mean(expected**2))), SMALLEST_NORMAL[dtype])
+    return float(np.abs(difference).max()), float(np.sqrt(np.mean(difference**2))) / scale
+
+
+def chosen_rows(call: Call, most: int | None, name: str) -> np.ndarray:
+    """All rows, or `most` of them, the same for the same case name."""
+    rows = all_rows(call)
+    if most is None or len(rows) <= most:
+        return rows
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return rows[np.sort(rng.choice(len(rows), most, replace=False))]
+
+
+def check(name: str, call: Call, expected: np.ndarray, implementation: Implementation) -> Verdict:
+    """Run one case; `expected` [b, q, h*d]. An implementation that fails is a wrong one."""
+    rows = chosen_rows(call, implementation.most_rows, name)
+    try:
+        got = implementation.run(call, rows)
+    except Exception as error:  # whatever it is, this case did not come out right
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return Verdict(name, implementation.name, reason=reason, wrong=True)
+    greatest, relative = errors(got, rows_of(expected, call, rows), call.dtype)
+    tolerance = TOLERANCES[call.dtype]
+    return Verdict(
+        name,
+        implementation.name,
+        tolerance,
+        greatest,
+        relative,
+        len(rows),
+        call.rows,
+        wrong=not relative <= tolerance,  # not-a-number is wrong
+    )
+
+
+def check_folder(folder: Path, names: Sequence[str]) -> Iterator[Verdict]:
+    """Every case of `folder` through the implementations called `names`.
+
+    Raises `EngineError` where there is no such folder, no case in it, or no such implementation.
+    """
+    if unknown := [name for name in names if name not in IMPLEMENTATIONS]:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise EngineError("unknown implementation", expected=known, got=", ".join(unknown))
+    if not folder.is_dir():
+        raise EngineError(f"there is no folder {folder}")
+    files = sorted(folder.glob("*.npz"))
+    if not files:
+        raise EngineError(f"{folder} holds no case", expected="files ending in .npz")
+    ready: list[Implementation] = []
+    absent: dict[str, str] = {}
+    for name in names:
+        try:
+            implementation = IMPLEMENTATIONS[name]()
+            reason = implementation.missing()
+        except ImportError as error:
+            reason = f"{error.name} is not installed"
+        if reason:
+            absent[name] = reason
+        else:
+            ready.append(implementation)
+    for file in files:
+        try:
+            call, expected = read_case(file)
+        except MmiError as error:
+            yield Verdict(file.stem, "reading", reason=str(error), wrong=True)
+            continue
+        for implementation in ready:
+            yield check(file.stem, call, expected, implementation)
+        for name, reason in absent.items():
+            yield Verdict(file.stem, name, reason=reason)
+
+
+def table(verdicts: Sequence[Verdict]) -> Table:
+    """What people read."""
+    shown = Table("case", "through", "rows", "max error", "relative rms", "tolerance", "verdict")
+    for verdict in verdicts:
+        part = f" of {verdict.of}" if verdict.rows < verdict.of else ""
+        numbers = (
+            [f"{verdict.rows}{part}", f"{verdict.greatest:.1e}", f"{verdict.relative:.1e}"]
+            + [f"{verdict.tolerance:.0e}"]
+            if not verdict.reason
+            else [""] * 4
+        )
+        word = f"{verdict.word}: {verdict.reason}" if verdict.reason else verdict.word
+        shown.add_row(*map(escape, (verdict.case, verdict.implementation, *numbers, word)))
+    return shown
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder of .npz cases.")],
+    through: Annotated[str, typer.Option(help="Implementations, separated by commas.")] = ",".join(
+        IMPLEMENTATIONS
+    ),
+) -> int:
+    """Compare implementations of the MMFS operator with float64 on every case of a folder."""
+    console = Console(width=None if Console().is_terminal else 160)
+    checked = check_folder(folder, [name.strip() for name in through.split(",")])
+    screen = Console(stderr=True)
+    verdicts = list(
+        track(checked, "checking", console=screen, transient=True, disable=not screen.is_terminal)
+    )
+    console.print(table(verdicts))
+    words = [verdict.word for verdict in verdicts]
+    console.print(
+        f"{words.count('passed')} passed, {words.count('FAILED')} failed, "
+        f"{words.count('not run')} not run"
+    )
+    if "FAILED" in words:
+        return WRONG
+    return NOT_RUN if "not run" in words else 0
+
+
+run = program.program("python -m mmi_plugins.check", main)

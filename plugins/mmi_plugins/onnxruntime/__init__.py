@@ -1,0 +1,1 @@
+"""The MMFS operator as a custom-op library for ONNX Runtime."""

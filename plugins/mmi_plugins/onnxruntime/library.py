@@ -1,0 +1,249 @@
+"""ONNX Runtime's library of our operators: compiled once on the user's machine, found from then on.
+
+A session that loads it (`SessionOptions.register_custom_ops_library`) runs our kernels; one that
+does not runs the function inside the model file. So the library is never required, and no wheel of
+ours carries machine code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mmi_deploy.errors import EngineError
+from mmi_deploy.system.files import CACHE, cache_folder
+from mmi_plugins.compile.checksum import damage, is_sealed, seal
+from mmi_plugins.compile.compilers import (
+    ARCHITECTURES,
+    find_nvcc,
+    portable,
+    supported_architectures,
+)
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parents[1] / "csrc"
+NAME = "libmmi_onnxruntime.so"
+
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+)
+_LINK = ("-shared", "-static-libgcc", "-static-libstdc++")
+_VARIANTS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
+}
+"""Instruction sets that the kernel is compiled for; the library picks one when it runs."""
+
+_FILES = (
+    "mmfs.h",
+    "mmfs_cpu.h",
+    "mmfs_cpu.cpp",
+    "mmfs_cpu_kernel.cpp",
+    "mmfs_cpu_points.h",
+    "mmfs_cpu_vector.h",
+    "onnxruntime_abi.h",
+    "onnxruntime_library.cpp",
+    "sizes.h",
+)
+_CUDA_FILES = ("mmfs.cu", "*.cuh", "launch.h", "plan.h", "problem.h")
+_SECONDS = 900
+
+
+def compiler() -> str | None:
+    """The C++ compiler: `$CXX`, or the first of the usual ones; None where there is none."""
+    named = os.environ.get("CXX")
+    return next(
+        filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None
+    )
+
+
+@cache
+def _fingerprint(cuda: bool) -> str:
+    """Of all that decides what is compiled, the compiler aside: a newer one makes nothing wrong."""
+    settings = (_FLAGS, _LINK, _VARIANTS, platform.machine(), cuda and ARCHITECTURES)
+    digest = hashlib.sha256(repr(settings).encode())
+    for pattern in (*_FILES, *(_CUDA_FILES if cuda else ())):
+        for path in sorted(SOURCES.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def location(cuda: bool = False) -> Path:
+    """Where the library of these sources is, or will be."""
+    kind = f"onnxruntime{'-cuda' * cuda}-{platform.machine()}-{_fingerprint(cuda)}"
+    return cache_folder() / kind / NAME
+
+
+def find(cuda: bool = False) -> Path | None:
+    """The compiled library, if there is one and it is whole."""
+    path = location(cuda)
+    return path if is_sealed(path) else None
+
+
+def build(
+    out: Path | None = None, *, cuda: bool = False, architectures: Sequence[str] = ARCHITECTURES
+) -> Path:
+    """Compile the library, about 20 seconds, and put it into `out` (a folder) or the cache.
+
+    `cuda`: with kernels for ONNX Runtime's CUDA provider as well, for these `architectures`; takes
+    CUDA's nvcc. It appears whole or not at all. Raises `EngineError` where there is no compiler, or
+    it fails, `ConfigError` where `$MMI_CACHE` cannot be written.
+    """
+    if out is None:
+        cache_folder(writes=True)
+    path = location(cuda) if out is None else out / NAME
+    if os.name != "posix":
+        raise EngineError(
+            "the kernel library can be compiled on Linux and macOS only",
+            got=platform.system(),
+            fix="Without it ONNX Runtime runs the operator's function: right, but slower.",
+        )
+    program = compiler()
+    if program is None:
+        raise EngineError(
+            "no C++ compiler was found (c++, g++, clang++ or $CXX)",
+            fix="Install one, as with `apt install g++`.",
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as scratch:
+            gpu = _Cuda(find_nvcc(), architectures) if cuda else None
+            made = _compile(program, gpu, Path(scratch))
+            seal(made)
+            os.replace(made, path)
+    except OSError as error:
+        raise EngineError(
+            f"the kernel library cannot be written to {path.parent}: {error.strerror}",
+            fix=f"Name another folder in the environment variable {CACHE}." if out is None else "",
+        ) from None
+    return path
+
+
+def ensure() -> Path | None:
+    """The library, compiled now if it never was; None, with a remark, where that fails."""
+    if (path := find()) is not None:
+        return path
+    if compiler() is None:
+        log.info("no C++ compiler: ONNX Runtime runs MMFS as standard operators, which is slower")
+        return None
+    if location().is_file():
+        log.warning("the compiled kernel library is damaged: %s", damage(location()) or "no seal")
+    log.warning("compiling the MMFS kernel for ONNX Runtime, once, about 20 seconds")
+    try:
+        return build()
+    except EngineError as error:
+        log.warning("%s ONNX Runtime runs MMFS as standard operators, which is slower", error)
+        return None
+
+
+@dataclass(frozen=True)
+class _Cuda:
+    """CUDA's compiler and what it makes code for."""
+
+    nvcc: Path
+    architectures: Sequence[str]
+
+    @property
+    def codes(self) -> list[str]:
+        """Machine code for each, and PTX of one."""
+        known = supported_architectures(self.nvcc, self.architectures)
+        ptx = portable(known)
+        codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in known]
+        return [*codes, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+
+
+def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    jobs = [_job(program, scratch, "attention_cpu", ("-DMMI_X86",) if on_x86 else ())]
+    for variant, flags in _VARIANTS.items():
+        if on_x86 or not flags:
+            named = (f"-DMMI_VARIANT={variant}", *flags)
+            jobs.append(_job(program, scratch, "attention_cpu_kernel", named, variant))
+    if gpu is None:
+        jobs.append(_job(program, scratch, "onnxruntime_library", ()))
+        link = [program, *(_LINK if platform.system() == "Linux" else _LINK[:1])]
+    else:
+        host = ["-Xcompiler", ",".join(_FLAGS[1:])]
+        nvcc = [str(gpu.nvcc), "-ccbin", program, "-std=c++17", *host, "-c", "-o"]
+        source = str(SOURCES / "onnxruntime_library.cpp")
+        jobs.append([*nvcc, str(scratch / "onnxruntime_library.o"), "-DMMI_CUDA", source])
+        made = str(scratch / "attention.o")
+        jobs.append([*nvcc, made, *gpu.codes, str(SOURCES / "mmfs.cu")])
+        link = [str(gpu.nvcc), "-ccbin", program, "-cudart", "static", "-shared"]
+        link += ["-Xlinker", "--exclude-libs,ALL"]
+    _run(jobs)
+    library = scratch / NAME
+    _run([[*link, *map(str, sorted(scratch.glob("*.o"))), "-o", str(library)]])
+    return library
+
+
+def _job(
+    program: str, scratch: Path, source: str, flags: Sequence[str], variant: str = ""
+) -> list[str]:
+    """The command that compiles one source, for one instruction set."""
+    made = scratch / f"{source}{variant}.o"
+    return [program, *_FLAGS, *flags, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(made)]
+
+
+def _run(commands: Sequence[list[str]]) -> None:
+    """Run compilers, one a core at a time. When one fails, or this is broken off, all are stopped:
+    none goes on alone."""
+    waiting, running = list(reversed(commands)), deque[subprocess.Popen[str]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                running.append(
+                    subprocess.Popen(
+                        waiting.pop(),
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                        start_new_session=True,  # a compiler is several processes
+                    )
+                )
+            _finish(running[0])
+            running.popleft()
+    finally:
+        for process in running:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def _finish(process: subprocess.Popen[str]) -> None:
+    """Wait for a compiler; raises `EngineError` when it fails or takes too long."""
+    assert isinstance(process.args, list)
+    program = process.args[0]
+    try:
+        said = process.communicate(timeout=_SECONDS)[1]
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"{program} took more than {_SECONDS} s and was stopped") from None
+    if process.returncode:
+        lines = said.strip().splitlines() or ["it said nothing"]
+        first = next((line for line in lines if "error" in line), lines[0])
+        raise EngineError(
+            f"{program} cannot compile the kernel library: {first}",
+            fix="Set CXX to another compiler: GCC 10 or Clang 14, or newer.",
+        )

@@ -1,0 +1,1 @@
+"""The MMFS operator as a TensorRT plugin: compiled, ahead of time, or for building only."""

@@ -1,0 +1,121 @@
+"""The MMFS plugin for `mmi build`: a compiled library, PTX inside the engines, or a stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmi_deploy.bundle.manifest import file_entries, hash_of_files, sha256_of
+from mmi_deploy.cli.kernels import AUTO
+from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.system.files import cache_folder
+
+if TYPE_CHECKING:
+    import onnx
+
+    from mmi_deploy.targets.tensorrt_build import Plugin
+
+_COMPILE = "compile the plugin with `mmi plugins build tensorrt`"
+
+
+def plugin_for(runtime: str, architecture: str, choice: str = AUTO) -> Plugin:
+    """What the builder needs of `mmi_plugins`, for engines of `runtime` on `architecture`.
+
+    choice: a library; `ahead-of-time`, for TensorRT alone; or `auto`, the newest library that
+    `mmi plugins build` made. Where there is none, TensorRT takes the plugin ahead of time, and
+    TensorRT-RTX a stand-in: engines that prove the graph, and do not run. Raises `EngineError`
+    where nothing will do, `ConfigError` for a choice that the runtime does not have.
+    """
+    from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME
+    from mmi_deploy.spec.target import TENSORRT
+
+    if choice == AHEAD_OF_TIME:
+        return _ahead_of_time(runtime, architecture)
+    library = newest_library() if choice == AUTO else Path(choice)
+    if library is None:
+        return _ahead_of_time(runtime, architecture) if runtime == TENSORRT else _stand_in()
+    if not library.is_file():
+        raise EngineError(f"there is no TensorRT plugin {library}", fix=_COMPILE)
+    load = partial(_load_library, library.resolve())
+    return _plugin(library.name, sha256_of(library), load)
+
+
+def newest_library() -> Path | None:
+    """The plugin library that `mmi plugins build tensorrt` made last."""
+    libraries = (cache_folder() / "tensorrt").glob("libmmi_tensorrt-*.so")
+    found = [path for path in libraries if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def tensorrt_copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """What TensorRT's parser needs beyond the file, and no other runtime takes."""
+    from mmi_plugins.operator import DOMAIN
+    from mmi_plugins.tensorrt.graph import with_decomposable_attention, with_plugin
+
+    if any(node.domain == DOMAIN for node in model.graph.node):
+        model = with_plugin(model)
+    return with_decomposable_attention(model)
+
+
+def _stand_in() -> Plugin:
+    from mmi_plugins.tensorrt import build_only_plugin
+
+    version = sha256_of(Path(build_only_plugin.__file__))
+    return _plugin("stand-in", version, _load_stand_in, stand_in=True)
+
+
+def _ahead_of_time(runtime: str, architecture: str) -> Plugin:
+    from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME
+    from mmi_deploy.spec.target import TENSORRT
+    from mmi_plugins.compile import nvrtc
+    from mmi_plugins.compile.launch_plan import CSRC
+    from mmi_plugins.tensorrt import ahead_of_time
+
+    if runtime != TENSORRT:
+        raise ConfigError(f"{runtime} takes no plugin ahead of time", fix=_COMPILE)
+    if missing := nvrtc.missing():
+        raise EngineError(
+            f"TensorRT needs our plugin: there is no library, and {missing}",
+            fix=f"{_COMPILE}, or install NVRTC: then it goes into the engines ahead of time",
+        )
+    capability = divmod(int(architecture.removeprefix("sm")), 10)
+    name = f"{AHEAD_OF_TIME}-sm{ahead_of_time.ptx_target(capability)}"
+    version = hash_of_files(file_entries(CSRC))
+    return _plugin(name, version, partial(_load_ahead_of_time, capability))
+
+
+def _plugin(
+    name: str, version: str, load: Callable[[Any], Any], *, stand_in: bool = False
+) -> Plugin:
+    from mmi_deploy.targets.tensorrt_build import Plugin
+    from mmi_plugins.tensorrt.graph import check_plugin_layers
+    from mmi_plugins.tensorrt.plugin_library import import_tensorrt
+
+    return Plugin(
+        identity=f"{name}:{version[:16]}",
+        stand_in=stand_in,
+        import_tensorrt=import_tensorrt,
+        load=load,
+        copy=tensorrt_copy,
+        check=check_plugin_layers,
+    )
+
+
+def _load_library(path: Path, tensorrt: Any) -> Any:
+    from mmi_plugins.tensorrt.plugin_library import load_tensorrt_plugin
+
+    return load_tensorrt_plugin(path, tensorrt)
+
+
+def _load_stand_in(tensorrt: Any) -> Any:
+    from mmi_plugins.tensorrt.build_only_plugin import register_stand_in
+
+    return register_stand_in(tensorrt)
+
+
+def _load_ahead_of_time(capability: tuple[int, int], tensorrt: Any) -> Any:
+    from mmi_plugins.tensorrt.ahead_of_time import register_ahead_of_time
+
+    return register_ahead_of_time(tensorrt, capability)

@@ -1,0 +1,1 @@
+"""The MMFS operator in PyTorch: definition, registered op, Triton kernels."""

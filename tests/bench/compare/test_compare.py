@@ -1,0 +1,186 @@
+"""How the comparison is made: in turns, warm, on equal outputs, and what is said about it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mmi_bench.compare import compare, plot, remote, report
+from mmi_bench.compare.backends import SIDES, Settings, SideName
+from mmi_bench.compare.cases import Case, Plan, look_back
+from mmi_bench.compare.compare import Comparison, _measure
+from mmi_bench.compare.remote import Answer, Remote
+from mmi_bench.compare.samples import Output, Sample
+from mmi_deploy.errors import MmiError
+
+PLAN = Plan(
+    (
+        Case("document", 4, 8, 4, 1),
+        Case("text", 4, 8, 4),
+        Case(look_back(0), 0, 8, 4),
+        Case(look_back(8), 8, 8, 4),
+    ),
+    repeats=3,
+)
+
+
+def sample(seconds: float) -> Sample:
+    return Sample(seconds, seconds / 2, [seconds / 10], [seconds / 5], {"decode": [seconds / 10]})
+
+
+@dataclass
+class Fake:
+    """A side that takes ever longer and writes down who was asked for what."""
+
+    side: SideName
+    log: list[tuple[SideName, str]]
+    factor: float = 1.0
+    output: Output = field(default_factory=lambda: Output("text", [np.zeros((2, 2, 3), np.uint8)]))
+
+    def run(self, case: Case) -> Answer:
+        self.log.append((self.side, case.name))
+        return Answer(sample(self.factor * len(self.log)), self.output, 1000 * len(self.log))
+
+
+def fakes(log: list[tuple[SideName, str]]) -> dict[SideName, Fake]:
+    return {side: Fake(side, log) for side in SIDES}
+
+
+def comparison() -> Comparison:
+    """PyTorch takes six times as long; with eight images twice as long as with none."""
+    seconds = {"document": 1.0, "text": 0.5, look_back(0): 0.2, look_back(8): 0.4}
+    about = {
+        "model": "tiny",
+        "threads": 2,
+        "schedule": "ddim:20",
+        "guidance": 3.5,
+        "repeats": 3,
+        "machine": {"processor": "a processor"},
+    }
+    return Comparison(
+        about,
+        PLAN,
+        {
+            side: {name: [sample(factor * s * r) for r in (1, 2, 3)] for name, s in seconds.items()}
+            for side, factor in (("runtime", 1), ("pytorch", 6))
+        },
+        {"runtime": 100_000_000, "pytorch": 400_000_000},
+        {"runtime": 1.0, "pytorch": 3.0},
+        1,
+    )
+
+
+def test_the_sides_take_turns_and_the_first_round_is_not_counted() -> None:
+    log: list[tuple[SideName, str]] = []
+    answers, _ = _measure(fakes(log), PLAN, lambda *_: None)
+    pairs = list(zip(log[::2], log[1::2], strict=True))
+    assert len(pairs) == 4 * len(PLAN.cases)
+    for first, second in pairs:
+        assert first[1] == second[1] and {first[0], second[0]} == set(SIDES)
+    assert {first[0] for first, _ in pairs} == set(SIDES)  # neither always goes first
+    for side in SIDES:
+        assert {name: len(runs) for name, runs in answers[side].items()} == {
+            case.name: 3 for case in PLAN.cases
+        }
+    warm_up = 2 * len(PLAN.cases)
+    assert min(a.sample.seconds for a in answers["runtime"]["document"]) > warm_up
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Output("another text", [np.zeros((2, 2, 3), np.uint8)]),
+        Output("text", [np.full((2, 2, 3), 2, np.uint8)]),
+        Output("text", []),
+    ],
+    ids=["text", "pixels", "pictures"],
+)
+def test_sides_that_disagree_are_not_compared(other: Output) -> None:
+    sides = fakes([])
+    sides["pytorch"].output = other
+    with pytest.raises(MmiError, match="nothing to compare"):
+        _measure(sides, PLAN, lambda *_: None)
+
+
+def test_a_difference_of_one_level_is_let_pass_and_reported() -> None:
+    sides = fakes([])
+    sides["pytorch"].output = Output("text", [np.ones((2, 2, 3), np.uint8)])
+    assert _measure(sides, PLAN, lambda *_: None)[1] == 1
+
+
+def test_a_target_that_rounds_may_choose_another_word_but_draws_as_many_pictures() -> None:
+    sides = fakes([])
+    sides["pytorch"].output = Output("another text", [np.full((2, 2, 3), 9, np.uint8)])
+    assert _measure(sides, PLAN, lambda *_: None, exact=False)[1] == 9
+    sides["pytorch"].output = Output("text", [])
+    with pytest.raises(MmiError, match="nothing to compare"):
+        _measure(sides, PLAN, lambda *_: None, exact=False)
+
+
+def test_settings_reach_the_other_process_whole() -> None:
+    for target, exact in (("cpu", True), ("tensorrt-sm89-fp32", True), ("cpu-int8", False)):
+        settings = Settings(Path("b"), Path("m"), "ddim:20", 1, None, False, target, 1)
+        assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+        assert settings.exact is exact
+
+
+def test_the_report_says_ratios_goals_and_memory() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.table(comparison()))
+    lines = console.file.getvalue().splitlines()
+    document = next(line for line in lines if line.strip().startswith("whole document"))
+    assert "6.00x" in document and "reached" in document
+    images = next(line for line in lines if "8 images over one with 0" in line)
+    assert "2.00" in images and "missed" in images
+    memory = next(line for line in lines if "peak memory" in line)
+    assert "100 MB" in memory and "400 MB" in memory and "reached" in memory
+
+
+def test_the_json_holds_every_raw_sample() -> None:
+    written = json.loads(json.dumps(comparison().to_json()))
+    assert written["metrics"]["whole document"]["speedup"]["median"] == 6.0
+    assert written["cost_of_images"]["pytorch"]["median"] == 2.0
+    runs = written["samples"]["runtime"]["document"]
+    assert [run["seconds"] for run in runs] == [1.0, 2.0, 3.0]
+    assert runs[0]["token_gaps"] == [0.1]
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_plot_is_written_in_the_format_of_its_name(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"bench{suffix}"
+    plot.draw(comparison(), path)
+    start = path.read_bytes()[:200]
+    assert b"<?xml" in start if suffix == ".svg" else start.startswith(b"\x89PNG")
+
+
+def test_a_bundle_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(MmiError, match="there is no bundle"):
+        compare.run(tmp_path / "none", tmp_path)
+
+
+@pytest.mark.parametrize("before", ["", "echo '{\"load_seconds\": 1}'; exec <&-; "])
+def test_a_side_that_is_killed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """While it loads, or while it waits for a case."""
+    monkeypatch.setattr(remote.sys, "executable", str(tmp_path / "killed"))
+    (tmp_path / "killed").write_text(f"#!/bin/sh\n{before}kill -9 $$\n")
+    (tmp_path / "killed").chmod(0o755)
+    settings = Settings(tmp_path, tmp_path, "ddim:20", 1, None, False)
+    killed = pytest.raises(MmiError, match="pytorch side .* signal 9")
+    with killed, Remote("pytorch", settings) as side:
+        side._process.wait()
+        side.run(PLAN.cases[0])
+
+
+def test_an_error_of_a_side_reaches_the_caller_as_its_line(tmp_path: Path) -> None:
+    settings = Settings(tmp_path / "none", tmp_path, "ddim:20", 1, None, False)
+    with pytest.raises(MmiError, match="there is no bundle"), Remote("runtime", settings):
+        pass

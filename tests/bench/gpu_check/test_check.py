@@ -1,0 +1,266 @@
+"""`make gpu-check` on a fake GPU: every step is tried, what is wrong is found, and the report tells
+it all. And on this machine, as it is: a line for each step."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from deploy.runtime.tensorrt.fake_cuda import FakeCuda
+from deploy.runtime.tensorrt.fake_tensorrt import FakeTensorRt
+from deploy.runtime.tensorrt.gpu_targets import PLUGIN, add_target
+from deploy.runtime.tensorrt.test_backend import copy_of
+from mmi_bench.gpu_check.check import Check, Machine, Step, build_engines
+from mmi_bench.gpu_check.check import run as run_program
+from mmi_bench.gpu_check.kernel import GpuKernel
+from mmi_bench.gpu_check.report import write_report
+from mmi_bench.machine import describe
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.bundle.manifest import sha256_of
+from mmi_deploy.errors import EngineError
+from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory
+from mmi_deploy.spec.target import TENSORRT, Target
+from mmi_plugins.compile import nvrtc
+from mmi_plugins.compile.launch_plan import launch_plan
+from mmi_plugins.conformance.calls import draw
+from mmi_plugins.reference import all_rows, attention
+
+if TYPE_CHECKING:
+    from exports import Exported
+
+ACTIVATIONS = {"fp32": "float32", "fp16": "float16"}
+
+
+class ReferenceKernel:
+    """In the place of the kernel on the GPU: the definition, or something a little off."""
+
+    name, most_rows = "reference", None
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def missing(self) -> None:
+        return None
+
+    def run(self, call: Any, rows: np.ndarray) -> np.ndarray:
+        return self.factor * attention(call, rows)
+
+
+@pytest.fixture
+def bundle(exported_once: Callable[[str], Exported], tmp_path: Path) -> Bundle:
+    return copy_of(exported_once("paper").bundle, tmp_path / "bundle")
+
+
+def with_gpu(tmp_path: Path, **changes: Any) -> Machine:
+    """A machine where everything is there; `engines` replace parts of the engine files."""
+    library, cuda = tmp_path / "plugin.so", FakeCuda()
+    library.write_bytes(PLUGIN)
+    engines = changes.pop("engines", {})
+
+    def build(folder: Path, target: Target, plugin: Path | None) -> None:
+        assert plugin is not None and target.architecture == "sm89"
+        recipe = {"plugin": f"{plugin.name}:{sha256_of(plugin)[:16]}"}
+        activations = ACTIVATIONS[target.precision]
+        add_target(Bundle.open(folder), activations, onnx=True, recipe=recipe, engines=engines)
+
+    defaults: dict[str, Any] = {
+        "cuda": cuda,
+        "tensorrt": FakeTensorRt(cuda),
+        "build": build,
+        "build_plugin": lambda sm: library,
+        "kernel": lambda memory: ReferenceKernel(),
+    }
+    return Machine(**defaults | changes)
+
+
+def run(bundle: Bundle, machine: Machine, *precisions: str) -> tuple[int, dict[str, Step]]:
+    check = Check(bundle.folder, TENSORRT, precisions, machine, lambda step: None, 1, 6)
+    return check.run(), {step.name: step for step in check.steps}
+
+
+@pytest.mark.slow
+def test_everything_passes_where_everything_is_right(bundle: Bundle, tmp_path: Path) -> None:
+    code, steps = run(bundle, with_gpu(tmp_path), "fp32", "fp16")
+    assert code == 0, [step for step in steps.values() if step.state != "passed"]
+    assert list(steps) == [
+        "machine", "plugin", "kernel",
+        *(f"{step} {p}" for p in ACTIVATIONS for step in ("build", "load", "compare", "document",
+                                                          "measure")),
+    ]  # fmt: skip
+    assert steps["machine"].line == "Fake GPU, sm89, 17 GB"
+    compared = steps["compare fp16"].detail["cases"]
+    assert compared.keys() == set(bundle.graphs)
+    for graph, cases in compared.items():
+        if "m" in bundle.graphs[graph].ranges:
+            assert {case["sizes"]["b"] for case in cases} >= {1, 2}
+            assert len({case["sizes"]["m"] for case in cases}) > 1
+    assert steps["document fp32"].detail["text_equal"] is True
+    assert max(steps["document fp32"].detail["pixel_differences"]) == 0
+    timings = steps["measure fp16"].detail
+    assert timings["cuda graphs"]["launches"]["denoise_step"] > 0
+    assert not any(timings["without"]["launches"].values())
+    for name in ("per token", "per step", "first token", "first picture", "stage vae"):
+        assert 0 < timings["without"][name]["low"] <= timings["without"][name]["high"]
+
+    md, js = write_report(tmp_path, describe(), bundle.folder, TENSORRT, list(steps.values()))
+    text = md.read_text()
+    assert "| compare fp16 | passed |" in text and "## Milliseconds, measure fp32" in text
+    assert ", llm " in text.partition("Launched from recordings: ")[2] and "KV cache" in text
+    assert len(json.loads(js.read_text())["steps"]) == len(steps)
+    # What was compared on the GPU is proved now: it runs without --unproved.
+    proved = Bundle.open(bundle.folder).target("tensorrt-sm89-fp16")
+    assert "on the GPU itself" in proved.receipts[0].compared_with
+
+
+def test_wrong_engines_and_kernels_are_found(bundle: Bundle, tmp_path: Path) -> None:
+    """Another graph's weights in one engine, and a kernel that is one in a hundred off: the rest is
+    tried all the same, and what is wrong gets a receipt that says so."""
+    other = tmp_path / "other.onnx"
+    spoil(bundle, other)
+    machine = with_gpu(
+        tmp_path,
+        engines={"vae_decoder": {"onnx": other}},
+        kernel=lambda memory: ReferenceKernel(1.01),
+    )
+    code, steps = run(bundle, machine, "fp32")
+    assert code == 1
+    assert steps["kernel"].state == "FAILED" and "wrong in" in steps["kernel"].line
+    assert steps["compare fp32"].state == "FAILED"
+    assert "too far from ONNX Runtime: vae_decoder;" in steps["compare fp32"].line
+    assert steps["document fp32"].state == "FAILED" and "255" in steps["document fp32"].line
+    assert steps["measure fp32"].state == "passed"
+    with pytest.raises(Exception, match="vae_decoder .* too large an error"):
+        Runtime.open(bundle.folder, target="tensorrt-sm89-fp32")
+
+
+def spoil(bundle: Bundle, out: Path) -> None:
+    """The VAE's decoder with its pixels upside down."""
+    import onnx
+
+    model = onnx.load(bundle.graph_file("vae_decoder"))
+    (output,) = (o.name for o in model.graph.output)
+    for node in model.graph.node:
+        node.output[:] = ["upright" if name == output else name for name in node.output]
+    one = onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [], [1.0])
+    model.graph.initializer.append(one)
+    model.graph.node.append(onnx.helper.make_node("Sub", ["one", "upright"], [output]))
+    onnx.save(model, out)
+
+
+def test_a_step_that_breaks_does_not_stop_the_others(bundle: Bundle, tmp_path: Path) -> None:
+    def broken(*_: Any) -> None:
+        raise EngineError("TensorRT cannot parse llm for sm89: node 7")
+
+    def crash(memory: Any) -> Any:
+        raise ZeroDivisionError("of\nall things")
+
+    code, steps = run(bundle, with_gpu(tmp_path, build=broken, kernel=crash), "fp32")
+    assert code == 1
+    assert steps["build fp32"].line == "TensorRT cannot parse llm for sm89: node 7"
+    assert steps["kernel"].line == "unexpected ZeroDivisionError: of all things"
+    assert "Traceback" in steps["kernel"].detail["traceback"]
+    assert steps["load fp32"].state == "not run"
+    assert steps["measure fp32"].line.startswith("no engines were loaded: there are no engines for")
+
+
+def test_without_a_gpu_each_step_says_what_is_missing(bundle: Bundle, tmp_path: Path) -> None:
+    code, steps = run(bundle, with_gpu(tmp_path, cuda=FakeCuda(devices=0)), "fp16")
+    assert code == 2 and {step.state for step in steps.values()} == {"not run"}
+    assert all("no usable NVIDIA GPU" in step.line for step in steps.values())
+
+
+def test_the_program_on_this_machine(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it has: a line for each step, a report, and an exit code that fits them."""
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU here: run `make gpu-check`")
+    arguments = [str(bundle.folder), "-o", str(tmp_path / "out"), "--precision", "fp16"]
+    code = run_program(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 2 and len(lines) == 9, lines
+    assert all(line.startswith("not run") for line in lines[:-1])
+    assert (tmp_path / "out" / "report.md").is_file() and lines[-1].startswith("report: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--target", "cpu"], "mmi: 'cpu' runs no engines; expected tensorrt or tensorrt-rtx"),
+        (["--precision", "fp17"], "mmi: there is no precision 'fp17'; expected fp32"),
+        (["--repeats", "0"], "mmi: Invalid value for '--repeats'"),
+        ([], "mmi: there is no bundle none"),
+    ],
+)
+def test_what_no_machine_could_run_is_refused_at_once(
+    options: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program(["none", *options]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(line) and len(told.err.splitlines()) == 1 and not told.out
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["library", "ahead of time"])
+def test_what_the_builder_refuses_is_told_in_its_words(tmp_path: Path, library: bool) -> None:
+    plugin = tmp_path / "plugin.so"
+    plugin.write_bytes(PLUGIN)
+    with pytest.raises(EngineError, match="^there is no bundle .*none. make one with `mmi export`"):
+        target = Target(TENSORRT, "sm89", "fp16")
+        build_engines(tmp_path / "none", target, plugin if library else None)
+
+
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")
+@pytest.mark.parametrize("parts", [None, 0, 1, 3])
+def test_kernels_are_launched_as_planned(parts: int | None) -> None:
+    """CUDA's driver is given the machine code, the grid and the parameter of the launch plan, at
+    addresses where the call's arrays lie."""
+    call = draw(np.random.default_rng(3), dtype="float16", d=32)
+    memory, launches = DeviceMemory(Cuda(FakeCuda())), []
+
+    def launch(function: bytes, *arguments: int) -> tuple[int]:
+        grid, block, (shared, stream, parameters, extra) = (
+            arguments[:3], arguments[3:6], arguments[6:],
+        )  # fmt: skip
+        address = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0]
+        launches.append((function, grid, block, address and ctypes.string_at(address, 200)))
+        assert (shared, stream, extra) == (0, memory.stream, 0)
+        return (0,)
+
+    driver = SimpleNamespace(
+        CUresult=SimpleNamespace(CUDA_SUCCESS=0),
+        cuModuleLoadData=lambda image: (0, ctypes.string_at(image, 4)),
+        cuModuleGetFunction=lambda module, name: (0, module + name),
+        cuLaunchKernel=launch,
+    )
+    kernel = GpuKernel(memory, driver, parts)
+    rows = all_rows(call)
+    assert np.isnan(kernel.run(call, rows)).all()  # nothing wrote the output
+    addresses = dict.fromkeys(("workspace",), 0)
+    planned = launch_plan(call, {name: 0 for name in (*call.inputs, "output", *addresses)}, parts)
+    assert [name for name, *_ in launches] == [
+        b"\x7fELF" + plan.variant.name.encode() for plan in planned
+    ]
+    assert [(grid, block) for _, grid, block, _ in launches] == [
+        (plan.grid, plan.block) for plan in planned
+    ]
+    for (*_, given), plan in zip(launches, planned, strict=True):
+        assert given[88:168] == plan.parameter[88:168]  # the integers and floats after 11 addresses
+        assert all(np.frombuffer(given[:80], np.uint64) % 256 == 0)
+
+
+@pytest.mark.parametrize("name", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"])
+def test_the_drivers_calls_are_real(name: str) -> None:
+    import inspect
+
+    driver = pytest.importorskip("cuda.bindings.driver", reason="pip install cuda-bindings")
+    count = {"cuModuleLoadData": 1, "cuModuleGetFunction": 2, "cuLaunchKernel": 11}[name]
+    inspect.signature(getattr(driver, name)).bind(*range(count))
+    assert driver.CUresult.CUDA_SUCCESS == 0 and driver.CUresult.CUDA_SUCCESS.name

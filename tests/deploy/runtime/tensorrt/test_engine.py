@@ -1,0 +1,410 @@
+"""TensorRT's engines on a GPU that checks its user: where they read and write, what is recorded,
+and what they refuse."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.runtime.onnxruntime.test_engine import CACHE, SLOTS, inputs, onnx_file
+from deploy.runtime.tensorrt.fake_cuda import FakeCuda
+from deploy.runtime.tensorrt.fake_tensorrt import FakeTensorRt, write_plan
+from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.runtime.buffers import HOST
+from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
+from mmi_deploy.runtime.tensorrt.cuda_graph import CudaGraphs
+from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory
+from mmi_deploy.runtime.tensorrt.engine import Residency, Scratch, TensorRtEngine
+from mmi_deploy.runtime.tensorrt.module import TensorRt
+from mmi_deploy.spec.graphs import Graph, Range, Tensor
+from mmi_deploy.spec.target import TENSORRT, TENSORRT_RTX
+
+MEND = "mmi build it"
+
+
+class Bench:
+    """A fake GPU with one TensorRT."""
+
+    def __init__(self, folder: Path, rtx: bool = False, **module: Any) -> None:
+        self.folder = folder
+        self.cuda = FakeCuda()
+        self.memory = DeviceMemory(Cuda(self.cuda))
+        self.module = FakeTensorRt(self.cuda, rtx=rtx, **module)
+        runtime = TENSORRT_RTX if rtx else TENSORRT
+        self.tensorrt = TensorRt(self.module, runtime, cache=folder / "kernels")
+        self.scratch = Scratch(self.memory)
+
+    def engine(self, graph: Graph = CACHE, **fields: Any) -> TensorRtEngine:
+        options = {name: fields.pop(name) for name in ("record", "residency") if name in fields}
+        path, onnx = self.folder / f"{graph.name}.engine", self.folder / f"{CACHE.name}.onnx"
+        write_plan(path, graph, onnx if onnx.exists() else onnx_file(onnx), **fields)
+        return TensorRtEngine(
+            path, graph, self.tensorrt, self.memory, self.scratch, mend=MEND, **options
+        )
+
+
+@pytest.fixture(params=[False, True], ids=["tensorrt", "rtx"])
+def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    bench = Bench(tmp_path, rtx=request.param)
+    yield bench
+    assert not bench.cuda.faults
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> OnnxRuntimeEngine:
+    path = onnx_file(tmp_path_factory.mktemp("onnx") / "cache.onnx")
+    return OnnxRuntimeEngine(path, CACHE, OnnxOptions(threads=1))
+
+
+def on_device(bench: Bench, given: dict[str, Any]) -> dict[str, Any]:
+    """The cache in the GPU's memory, the rest as arrays."""
+    return {**given, "past": bench.memory.hold(given["past"].read())}
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_it_computes_what_onnx_runtime_does(
+    bench: Bench, on_cpu: OnnxRuntimeEngine, record: bool
+) -> None:
+    """Batch 1 and 2, several tokens and one, run after run on one cache."""
+    engine = bench.engine(record=record)
+    for batch in (1, 2, 1):
+        here = HOST.allocate((batch, 2, SLOTS, 3), np.float32)
+        there = bench.memory.hold(here.read())
+        for at, count in ((0, 2), (2, 1), (3, 1), (4, 1)):
+            given = inputs(batch, count, at)
+            expected = on_cpu.run({**given, "past": here})
+            out = engine.run({**given, "past": there})
+            np.testing.assert_array_equal(out["total"].read(), expected["total"].read())
+            np.testing.assert_array_equal(there.read(), here.read())
+
+
+def test_repeated_runs_are_launched_from_a_recording(bench: Bench) -> None:
+    """The first is ordinary, the second recorded and launched; what small inputs hold is new each
+    time, and other shapes or addresses are other recordings."""
+    bench.module.recordable_after = 0
+    engine = bench.engine()
+    given = on_device(bench, inputs())
+    total = bench.memory.allocate((1, 2, 3), np.float32)
+    for index in range(SLOTS):
+        given["write_index"] = np.array([index])
+        given["new"] = np.full((1, 2, 1, 3), index + 1, np.float32)
+        engine.run(given, {"total": total})
+        expected = 0.5 * sum(range(1, index + 2)) + 2
+        np.testing.assert_allclose(total.read(), expected)
+        assert engine.launches == index
+    runs = [call for call in bench.module.used if call[1] == "execute_async_v3"]
+    assert len(runs) == 2  # ordinary, and while it was recorded
+    other = bench.memory.allocate((1, 2, 3), np.float32)
+    engine.run({**given, "write_index": np.array([0])}, {"total": other})
+    np.testing.assert_array_equal(other.read()[0, 0], total.read()[0, 0] + 0.5 * 4)
+    assert engine.launches == SLOTS - 1 and engine.refusal == ""
+
+
+def test_shapes_that_are_new_are_not_recorded(bench: Bench) -> None:
+    """TensorRT must have run once after a shape changed, and a recording is not launched any more
+    once its context had others: the fake refuses anything else."""
+    bench.module.recordable_after = 0
+    engine = bench.engine()
+    caches = {batch: bench.memory.allocate((batch, 2, SLOTS, 3), np.float32) for batch in (1, 2)}
+    totals = {batch: bench.memory.allocate((batch, 2, 3), np.float32) for batch in (1, 2)}
+    launches = []
+    for batch in (1, 2, 1, 2, 1, 1, 2, 2, 2, 1, 1, 1):
+        engine.run({**inputs(batch), "past": caches[batch]}, {"total": totals[batch]})
+        launches.append(engine.launches)
+    assert launches == [0, 0, 0, 0, 0, 1, 1, 2, 3, 3, 4, 5]
+
+
+def test_rtx_is_asked_whether_it_can_be_recorded(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, rtx=True)
+    bench.module.recordable_after = 3  # it still compiles
+    engine, given = bench.engine(), on_device(bench, inputs())
+    total = bench.memory.allocate((1, 2, 3), np.float32)
+    for _ in range(6):
+        engine.run(given, {"total": total})
+    assert engine.launches == 2
+
+
+def test_what_cannot_be_recorded_runs_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an engine that waits for the GPU inside a run."""
+    bench.module.recordable_after = 0
+    engine, given = bench.engine(), on_device(bench, inputs())
+    total = bench.memory.allocate((1, 2, 3), np.float32)
+    engine.run(given, {"total": total})
+    expected = total.read().copy()
+    real = engine._enqueue
+
+    def waits(context: Any) -> None:
+        real(context)
+        bench.memory.cuda("cudaStreamSynchronize", bench.memory.stream)
+
+    monkeypatch.setattr(engine, "_enqueue", waits)
+    for _ in range(3):
+        total.write(np.zeros((1, 2, 3), np.float32))
+        engine.run(given, {"total": total})
+        np.testing.assert_array_equal(total.read(), expected)
+    assert engine.launches == 0 and "StreamCaptureUnsupported" in engine.refusal
+
+
+def test_recordings_are_few_and_given_back(bench: Bench) -> None:
+    bench.module.recordable_after = 0
+    engine = bench.engine()
+    engine._context(0).graphs._most = 2
+    places = [bench.memory.allocate((1, 2, 3), np.float32) for _ in range(4)]
+    given = on_device(bench, inputs())
+    for place in places:
+        for _ in range(3):
+            engine.run(given, {"total": place})
+    assert len(bench.cuda.graphs) == 2
+    engine.close()
+    assert not bench.cuda.graphs
+
+
+def test_ctrl_c_does_not_leave_the_stream_recording(bench: Bench) -> None:
+    graphs = CudaGraphs(bench.memory)
+
+    def run() -> None:
+        if bench.cuda.recording:
+            raise KeyboardInterrupt
+
+    assert not graphs.enqueue("key", run, may_record=True)
+    with pytest.raises(KeyboardInterrupt):
+        graphs.enqueue("key", run, may_record=True)
+    assert not bench.cuda.recording
+    assert bench.memory.hold(np.arange(3)).read().tolist() == [0, 1, 2]
+
+
+def test_addresses_that_tensorrt_does_not_take_are_gone_round(
+    bench: Bench, on_cpu: OnnxRuntimeEngine
+) -> None:
+    """Rows in the midst of a buffer, as inputs, outputs and cache: 256 bytes is the least step."""
+    engine, memory = bench.engine(), bench.memory
+    given = inputs()
+    here = {**given, "past": HOST.allocate((1, 2, SLOTS, 3), np.float32)}
+    store, pairs = memory.allocate((3, 2, 3), np.float32), memory.allocate((3, 1), np.float32)
+    caches = memory.allocate((3, 2, SLOTS, 3), np.float32)
+    memory.copy(memory.hold(given["pair"]), pairs.rows(1, 3))
+    for at in (0, 1, 2):
+        here["write_index"] = np.array([at])
+        expected = on_cpu.run(here)["total"].read()
+        there = {**here, "pair": pairs.rows(1, 3), "past": caches.rows(1, 2)}
+        engine.run(there, {"total": store.rows(1, 2)})
+        np.testing.assert_array_equal(store.read()[1:2], expected)
+        np.testing.assert_array_equal(caches.read()[1:2], here["past"].read())
+    assert not store.read()[[0, 2]].any() and not caches.read()[[0, 2]].any()
+
+
+def test_an_input_that_is_the_same_again_is_copied_where_its_place_has_changed(
+    bench: Bench, on_cpu: OnnxRuntimeEngine
+) -> None:
+    """Its place held another buffer meanwhile, or is the cache, which the run wrote into."""
+    engine, given = bench.engine(), inputs()
+    pair, others = given["pair"], bench.memory.hold(np.full((3, 1), 7, np.float32))
+    for there in (pair, others.rows(1, 3), pair, pair):
+        past = np.zeros((1, 2, SLOTS, 3), np.float32)
+        here = pair if there is pair else np.full((2, 1), 7, np.float32)
+        expected = on_cpu.run({**given, "pair": here, "past": past.copy()})["total"].read()
+        given["write_index"] = (given["write_index"] + 1) % SLOTS
+        total = engine.run({**given, "pair": there, "past": past})["total"].read()
+        np.testing.assert_array_equal(total, expected)
+
+
+def test_buffers_on_the_host_are_brought_over(bench: Bench, on_cpu: OnnxRuntimeEngine) -> None:
+    given = inputs()
+    expected = on_cpu.run(given)["total"].read()
+    given["new"] = HOST.hold(given["new"])
+    given["past"] = bench.memory.allocate((1, 2, SLOTS, 3), np.float32)
+    np.testing.assert_array_equal(bench.engine().run(given)["total"].read(), expected)
+
+
+@pytest.mark.parametrize("name", ["scale", "write_index"])
+def test_inputs_that_shapes_depend_on_stay_on_the_host(bench: Bench, name: str) -> None:
+    """They are part of what a recording is made for: TensorRT reads them when it enqueues."""
+    bench.module.recordable_after = 0
+    engine = bench.engine(host=(name,))
+    given = on_device(bench, inputs())
+    total = bench.memory.allocate((1, 2, 3), np.float32)
+    for step in range(6):
+        value = np.array(0.5 + step // 3, np.float32) if name == "scale" else np.array([step // 3])
+        on_gpu = bench.memory.hold(value) if step % 2 else value
+        given["past"].write(np.zeros((1, 2, SLOTS, 3), np.float32))
+        engine.run({**given, name: on_gpu}, {"total": total})
+        factor = value if name == "scale" else 0.5
+        expected = factor * given["new"][:, :, 0] + 2
+        np.testing.assert_allclose(total.read(), expected, rtol=1e-6)
+    assert engine.launches >= 2
+
+
+def test_the_narrowest_profile_that_fits_is_taken(bench: Bench) -> None:
+    decode = {"t": Range(1, 1, 1)}
+    engine = bench.engine(profiles=[{}, decode, {"b": Range(1, 1, 1)}])
+    for batch, count in ((1, 1), (2, 1), (1, 3), (2, 2), (1, 1)):
+        engine.run(on_device(bench, inputs(batch, count)))
+    assert list(engine._contexts) == [2, 1, 0]
+    chosen = [u[2][0] for u in bench.module.used if u[1] == "set_optimization_profile_async"]
+    assert chosen == [2, 1]  # a context begins with profile 0
+
+
+def test_a_request_beyond_the_profiles_is_refused(bench: Bench) -> None:
+    engine = bench.engine(profiles=[{"t": Range(1, 1, 2)}, {"t": Range(1, 1, 1)}])
+    with pytest.raises(EngineError) as error:
+        engine.run(on_device(bench, inputs(1, 3)))
+    assert str(error.value) == (
+        "cache was not built for this: new does not fit; expected (1, 2, 1, 3) to (2, 2, 2, 3); "
+        "got (1, 2, 3, 3). build it for more with `mmi build it`"
+    )
+
+
+def test_engines_share_one_block_to_compute_in(bench: Bench) -> None:
+    """Of the greatest need; when it moves, contexts are told and recordings made again."""
+    bench.module.recordable_after = 0
+    first = bench.engine(scratch=1000)
+    given, total = on_device(bench, inputs()), bench.memory.allocate((1, 2, 3), np.float32)
+    for _ in range(3):
+        first.run(given, {"total": total})
+    other = Graph("other", CACHE.inputs, CACHE.outputs, CACHE.ranges, CACHE.in_place)
+    second = bench.engine(other, scratch=5000)
+    assert bench.scratch.size == 5000
+    smaller = bench.engine(scratch=10)
+    assert bench.scratch.size == 5000
+    for _ in range(3):
+        for engine in (first, second, smaller):
+            engine.run(given, {"total": total})
+    assert [engine.launches for engine in (first, second, smaller)] == [4, 2, 2]
+
+
+def test_engines_run_on_where_another_has_no_room(bench: Bench, on_cpu: OnnxRuntimeEngine) -> None:
+    engine = bench.engine(scratch=1000)
+    given, expected = on_device(bench, inputs()), on_cpu.run(inputs())["total"].read()
+    engine.run(given)
+    bench.cuda.capacity = bench.cuda.held() + 2**20
+    with pytest.raises(EngineError, match="memory is full"):
+        bench.engine(replace(CACHE, name="other"), scratch=2**24)
+    np.testing.assert_array_equal(engine.run(given)["total"].read(), expected)
+
+
+def test_engines_that_do_not_stay_take_turns(bench: Bench) -> None:
+    graphs = {
+        name: Graph(name, CACHE.inputs, CACHE.outputs, CACHE.ranges, CACHE.in_place)
+        for name in ("llm", "vae_decoder", "denoise_step", "denoise_shallow")
+    }
+    residency = Residency(["llm"])
+    engines = {name: bench.engine(graph, residency=residency) for name, graph in graphs.items()}
+    assert engines["vae_decoder"]._engine is None and engines["llm"]._engine is not None
+    given = on_device(bench, inputs())
+    bench.module.loads.clear()
+    expected = engines["llm"].run(given)["total"].read()
+    for name in ("denoise_step", "denoise_shallow", "denoise_step", "llm", "vae_decoder", "llm"):
+        np.testing.assert_array_equal(engines[name].run(given)["total"].read(), expected)
+        weights = sum(engine._engine is not None for engine in engines.values())
+        assert weights == (3 if engines["denoise_step"]._engine else 2)
+    assert bench.module.loads == ["vae_decoder"]  # the two of one group stay together
+    with pytest.raises(ConfigError, match="no engines are called 'unet'; expected encoder, llm"):
+        Residency(["unet"])
+
+
+def test_all_that_an_engine_takes_is_given_back(bench: Bench) -> None:
+    before = bench.cuda.held()
+    engine, given = bench.engine(scratch=300), on_device(bench, inputs())
+    out = engine.run(given)
+    engine.close()
+    del out, given
+    assert bench.cuda.held() == before + 300
+    engine.run(on_device(bench, inputs()))
+    del engine
+    gc.collect()
+    assert bench.cuda.held() == before + 300  # the scratch memory waits for the next engine
+
+
+def test_kernels_that_rtx_compiled_are_kept(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, rtx=True)
+    engine = bench.engine()
+    engine.run(on_device(bench, inputs()))
+    assert not (tmp_path / "kernels").exists()
+    engine.close()
+    (file,) = (tmp_path / "kernels").iterdir()
+    assert file.read_bytes() == b"kernels" and file.name == "cache-11.4.0.cache"
+    engine.run(on_device(bench, inputs()))
+    assert ("IRuntimeCache", "deserialize", (b"kernels",)) in bench.module.used
+    engine.close()
+
+
+MORE = Graph("cache", (*CACHE.inputs, Tensor("more", "float32", ())), CACHE.outputs, CACHE.ranges)
+HALF = Graph(
+    "cache", CACHE.inputs, (Tensor("total", "float16", ("b", 2, 3)), *CACHE.outputs[1:]), {}
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"version": "11.3.0"}, r"cannot load .*not compatible.*build it again .*`mmi build it`"),
+        ({"plugin": True}, r"Cannot find plugin.*`mmi plugins build tensorrt`.*--kernels"),
+        ({"weights": 1 << 40}, r"OutOfMemory.*--resident.*mmi build it"),
+        ({"types": {"total": "float32"}}, r"is no cache: it differs in new, pair, past, present"),
+        ({"shapes": {t.name: [2] for t in (*CACHE.inputs, *CACHE.outputs)}}, "new differs"),
+        ({"in_place": {"present": "new"}}, "does not write present where past lies"),
+    ],
+)
+def test_engines_that_are_not_the_graph_are_refused(
+    bench: Bench, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EngineError, match=message) as error:
+        bench.engine(**fields)
+    assert "\n" not in str(error.value) and "mmi " in str(error.value)
+    del error
+    gc.collect()
+    assert bench.cuda.held() == bench.scratch.size  # nothing of it stays
+
+
+def test_an_engine_of_another_type_is_refused(bench: Bench) -> None:
+    types = {t.name: t.dtype for t in (*CACHE.inputs, *CACHE.outputs)} | {"total": "float16"}
+    with pytest.raises(EngineError, match=r"total differs; expected float32 .*; got HALF"):
+        bench.engine(types=types)
+
+
+def test_a_file_that_is_no_engine_is_refused(bench: Bench) -> None:
+    path = bench.folder / "none.engine"
+    path.write_bytes(b"no engine")
+    with pytest.raises(EngineError, match=r"cannot load .*none.engine: .*magicTag.*mmi build it"):
+        TensorRtEngine(path, CACHE, bench.tensorrt, bench.memory, bench.scratch, mend=MEND)
+
+
+@pytest.mark.parametrize(
+    ("method", "result", "message"),
+    [
+        ("execute_async_v3", False, "cache failed"),
+        ("set_input_shape", False, r"cache refuses new of shape \(1, 2, 1, 3\)"),
+        ("set_tensor_address", False, "cache refuses the address of new"),
+        ("infer_shapes", ["new"], "cache does not know the shape of new"),
+    ],
+)
+def test_what_tensorrt_refuses_is_told_with_its_reason(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, result: Any, message: str
+) -> None:
+    engine = bench.engine()
+    context = engine._context(0).inner
+
+    def refuse(*_: Any) -> Any:
+        bench.module.error("it is\n  Tuesday")
+        return result
+
+    monkeypatch.setattr(context, method, refuse)
+    with pytest.raises(EngineError, match=f"^{message}: it is Tuesday$"):
+        engine.run(on_device(bench, inputs()))
+    monkeypatch.undo()
+    engine.run(on_device(bench, inputs()))
+
+
+def test_a_plugin_that_cannot_be_loaded(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "text.so").write_text("text")
+    for path in (tmp_path / "text.so", tmp_path / "none.so"):
+        with pytest.raises(EngineError, match="cannot load the plugin .*mmi plugins build tensor"):
+            TensorRt(bench.module, TENSORRT, path)

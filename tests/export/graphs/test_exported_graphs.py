@@ -1,0 +1,216 @@
+"""What an exported bundle holds: graphs that keep to the contract and compute nothing twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from exports import Exported
+from mmi_deploy.spec.graphs import (
+    GRAPHS,
+    IR_VERSION,
+    MMFS_DOMAIN,
+    MMFS_OPERATOR,
+    OPSET,
+    Graph,
+    level_sides,
+)
+from mmi_export.parity.receipts import onnx_runner
+
+NAMES = [make.__name__ for make in GRAPHS]
+TYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "int64": onnx.TensorProto.INT64,
+    "int32": onnx.TensorProto.INT32,
+}
+
+LAYOUT = {
+    "Cast",
+    "Concat",
+    "Expand",
+    "Gather",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+}
+"""Operators that move numbers and compute none: rows of the time table, the heads of the
+condition's keys and values, slots and positions repeated for both guidance branches."""
+
+LAYOUT_OF_SIZES = LAYOUT | {"Shape", "Mul", "Add", "Sub", "Div", "Max", "Min"}
+"""What sizes are computed with."""
+
+
+def graph_of(exported: Exported, name: str) -> Graph:
+    return exported.bundle.graphs[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_types_and_shapes_are_those_of_the_contract(exported: Exported, name: str) -> None:
+    contract, model = graph_of(exported, name), exported.graph(name)
+    fixed = {
+        letter: span.least
+        for letter, span in contract.ranges.items()
+        if span.least == span.greatest
+    }
+    for values, tensors in (
+        (model.graph.input, contract.inputs),
+        (model.graph.output, contract.outputs),
+    ):
+        assert [value.name for value in values] == [tensor.name for tensor in tensors]
+        for value, tensor in zip(values, tensors, strict=True):
+            found = value.type.tensor_type
+            assert found.elem_type == TYPES[tensor.dtype]
+            dims = tuple(dim.dim_param or dim.dim_value for dim in found.shape.dim)
+            assert dims == tuple(fixed.get(str(side), side) for side in tensor.shape)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_are_portable_and_pass_the_strict_checks(exported: Exported, name: str) -> None:
+    path, model = exported.bundle.graph_file(name), exported.graph(name)
+    onnx.checker.check_model(path, full_check=True)
+    onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
+    assert model.ir_version == IR_VERSION and opsets.pop("") == OPSET
+    assert {node.domain for node in model.graph.node} == {"", *opsets}
+    assert set(opsets) <= {MMFS_DOMAIN}
+
+
+@pytest.mark.parametrize("name", ["llm", "denoise_step"])
+def test_every_mmfs_node_has_its_function_and_the_right_levels(
+    exported: Exported, name: str
+) -> None:
+    model, config = exported.graph(name), exported.model.config
+    mmfs = config.llm_mmfs if name == "llm" else config.image_decoder.mmfs
+    nodes = [node for node in model.graph.node if node.domain == MMFS_DOMAIN]
+    values = graph_of(exported, name).names("llm_value" if name == "llm" else "unet_value")
+    assert [node.op_type for node in nodes] == [MMFS_OPERATOR] * len(values)
+    assert [(function.domain, function.name) for function in model.functions] == [
+        (MMFS_DOMAIN, MMFS_OPERATOR)
+    ]
+    for node in nodes:
+        attributes = {
+            entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute
+        }
+        sides = list(level_sides(config, mmfs))
+        assert attributes["level_heights"] == attributes["level_widths"] == sides
+        assert attributes["null_slot"] == mmfs.null_slot
+        if mmfs.base_grid is not None:
+            assert attributes["base_grid"] == mmfs.base_grid
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("llm", "llm_value"), ("denoise_step", "unet_value")])
+def test_no_graph_copies_image_values(exported: Exported, name: str, prefix: str) -> None:
+    """Values go straight from the pool into MMFS: guidance branches and rows share them."""
+    readers = Counter(
+        (entry, node.op_type, index)
+        for node in exported.graph(name).graph.node
+        for index, entry in enumerate(node.input)
+        if entry.startswith(prefix)
+    )
+    names = graph_of(exported, name).names(prefix)
+    assert readers == Counter((value, MMFS_OPERATOR, 0) for value in names)
+
+
+def test_a_step_computes_nothing_that_does_not_depend_on_the_latents(exported: Exported) -> None:
+    """Step-invariant hoisting: apart from `latents` and `noise`, numbers are only moved."""
+    model = exported.graph("denoise_step")
+    depends = {"latents", "noise", "history"}
+    sizes: set[str] = set()
+    for node in model.graph.node:
+        inputs = set(node.input) - {""}
+        if inputs & depends and node.op_type != "Shape":
+            depends.update(node.output)
+        elif node.op_type == "Shape" or (inputs & sizes and not inputs & depends):
+            assert node.op_type in LAYOUT_OF_SIZES, node.name
+            sizes.update(node.output)
+        else:
+            assert node.op_type in LAYOUT | {"Constant"}, f"{node.op_type} {list(node.input)}"
+    assert {output.name for output in model.graph.output} <= depends
+
+
+def test_the_mask_is_built_once_and_the_cache_is_written_in_place(exported: Exported) -> None:
+    model, contract = exported.graph("llm"), graph_of(exported, "llm")
+    nodes = Counter(node.op_type for node in model.graph.node)
+    layers = exported.model.config.llama.layers
+    assert nodes["And"] == nodes["LessOrEqual"] == 1
+    attention = [node for node in model.graph.node if node.op_type == "Attention"]
+    assert len(attention) == layers and len({node.input[3] for node in attention}) == 1
+    scatters = {
+        node.output[0]: node for node in model.graph.node if node.op_type == "TensorScatter"
+    }
+    assert {new: scatters[new].input[0] for new in scatters} == dict(contract.in_place)
+
+
+def test_aliased_caches_give_what_separate_ones_do(exported: Exported) -> None:
+    """`present` bound to the buffer of `past`, as the runtimes do it, over prefill and two
+    tokens."""
+    contract, config = graph_of(exported, "llm"), exported.model.config
+    draw = np.random.default_rng(0)
+    session = ort.InferenceSession(exported.bundle.graph_file("llm"))
+    run = onnx_runner(exported.bundle.graph_file("llm"))
+    caches = {
+        name: np.zeros(contract[name].resolve(b=2), np.float32)
+        for name in contract.in_place.values()
+    }
+    aliased = {name: ort.OrtValue.ortvalue_from_numpy(cache) for name, cache in caches.items()}
+    for first, tokens in ((0, 5), (5, 1), (6, 1)):
+        inputs = {}
+        for tensor in contract.inputs:
+            if tensor.name in caches:
+                continue
+            shape = tensor.resolve(b=2, t=tokens, k=1, v=4, n=2, m=2)
+            if tensor.dtype == "float32":
+                inputs[tensor.name] = draw.standard_normal(shape, np.float32)
+            else:
+                inputs[tensor.name] = np.zeros(shape, tensor.dtype)
+        inputs["token_ids"] = draw.integers(5, config.llama.vocab, (2, tokens))
+        inputs["visual_index"] -= 1
+        inputs["write_index"] += first
+        inputs["position"] += first + np.arange(tokens)
+        inputs["image_position"] += np.array([2, 1], np.int32)
+        inputs["image_slot"] += np.array([0, 1], np.int32)
+        separate = run(inputs | caches)
+        caches = {old: separate[new] for new, old in contract.in_place.items()}
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for new, old in contract.in_place.items():
+            binding.bind_ortvalue_input(old, aliased[old])
+            binding.bind_ortvalue_output(new, aliased[old])
+        binding.bind_output("logits")
+        binding.bind_output("hidden")
+        session.run_with_iobinding(binding)
+        np.testing.assert_array_equal(binding.get_outputs()[-2].numpy(), separate["logits"])
+        for name, cache in caches.items():
+            np.testing.assert_array_equal(aliased[name].numpy(), cache)
+
+
+def test_unconditional_rows_are_the_null_condition_whatever_the_context(exported: Exported) -> None:
+    run = onnx_runner(exported.bundle.graph_file("image_condition"))
+    draw = np.random.default_rng(0)
+    width = exported.model.config.llama.width
+    got = [
+        run(
+            {
+                "context": draw.standard_normal((1, x, width), np.float32),
+                "context_length": np.array([x]),
+            }
+        )
+        for x in (2, 9)
+    ]
+    decoder = exported.model.image_decoder
+    with torch.no_grad():
+        wanted = decoder.unet.condition_keys_values(decoder.null_condition)
+    for index, (key, value) in enumerate(wanted):
+        for kind, tensor in (("key", key), ("value", value)):
+            first, second = (outputs[f"condition_{kind}.{index:02d}"] for outputs in got)
+            np.testing.assert_array_equal(first[1], second[1])
+            np.testing.assert_allclose(first[1], tensor[0].numpy(), atol=1e-6)

@@ -1,0 +1,114 @@
+"""Work on the Triton kernels for processes of their own: Triton decides when it is imported whether
+it interprets or compiles."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmi_plugins.operator import INPUT_SHAPES, NARROW_INPUTS, Call
+from oracles.mmfs_slopes import FLOATING
+
+
+def interpret() -> None:
+    """Start of a process that runs kernels on the CPU."""
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def compile_only(cache: str) -> None:
+    """Start of a process that compiles them, and keeps what it compiled in `cache`."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = cache
+
+
+def _problem(call: Call) -> Any:
+    import torch
+
+    from mmi_plugins.torch.kernel import Problem
+
+    torch.set_num_threads(1)
+    own = getattr(torch, call.dtype)
+    inputs = {name: torch.from_numpy(np.array(call[name])) for name in INPUT_SHAPES}
+    inputs |= {name: inputs[name].to(own) for name in NARROW_INPUTS}
+    return Problem(
+        **inputs,
+        level_heights=call.level_heights,
+        level_widths=call.level_widths,
+        base_grid=call.base_grid,
+        null_slot=call.null_slot,
+    )
+
+
+def forward(call: Call) -> np.ndarray:
+    """[b, q, h*d]"""
+    from mmi_plugins.torch import triton_kernels
+
+    return triton_kernels.forward(_problem(call)).float().numpy()
+
+
+def backward(call: Call, grad: np.ndarray) -> dict[str, np.ndarray]:
+    """Gradients by input from `grad` [b, q, h*d]."""
+    import torch
+
+    from mmi_plugins.torch import triton_kernels
+
+    problem = _problem(call)
+    found = triton_kernels.backward(torch.from_numpy(grad).to(problem.value.dtype), problem)
+    return {name: gradient.float().numpy() for name, gradient in zip(FLOATING, found, strict=True)}
+
+
+def compiled(
+    kernel: str, dtype: str, capability: int, points: int, channels: int, ones: bool = False
+) -> dict[str, Any]:
+    """PTX, registers, stack and local memory of a kernel at 4 levels.
+
+    `ones`: a call with one of everything else; Triton makes constants of arguments that are 1.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mmi_plugins.torch import triton_kernels
+
+    function = getattr(triton_kernels, kernel)
+    constants: dict[str, Any] = {"NULL_SLOT": not ones, "LEVELS": 1 if ones else 4}
+    constants |= {"POINTS": points, "CHANNELS": channels}
+    if ones:
+        constants |= dict.fromkeys(["Q", "M", "H", "L", "P", "N", "POSITIONS", "REFERENCES"], 1)
+    narrow = {*NARROW_INPUTS, "output", "grad", "grad_offsets", "grad_logits"}
+    short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype]
+    signature, aligned = {}, {}
+    for place, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "base_grid":
+            signature[name] = "fp32"
+        elif name.isupper():
+            signature[name] = "i32"
+        elif name in ("image_slot", "image_position", "levels"):
+            signature[name] = "*i32"
+        else:
+            signature[name] = "*" + (short if name in narrow else "fp32")
+        if signature[name].startswith("*") or name in ("H", "D") and name not in constants:
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constants, aligned)
+    warps = triton_kernels.warps(constants["POINTS"], constants["CHANNELS"])
+    built = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
+    )
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    binary = Path(os.environ["TRITON_CACHE_DIR"]) / f"{kernel}.{dtype}.{capability}.{points}.cubin"
+    binary.write_bytes(built.asm["cubin"])
+    said = subprocess.run(
+        [tools / "cuobjdump", "--dump-resource-usage", binary],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    figures = {key: int(number) for key, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return {"ptx": built.asm["ptx"], **figures}

@@ -1,0 +1,271 @@
+"""The plugin without a compiler: its PTX with the arguments that TensorRT would pass, in the
+emulator; and its registration through NVIDIA's own `tensorrt.plugin`, where a wheel has it."""
+
+import importlib
+import struct
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmi_deploy.errors import EngineError
+from mmi_emulator.ptx import GlobalMemory, Machine, parse
+from mmi_plugins.compile import nvrtc
+from mmi_plugins.compile.launch_plan import (
+    check_limits,
+    constant,
+    device_arrays,
+    output_array,
+    widen,
+)
+from mmi_plugins.conformance.calls import draw
+from mmi_plugins.operator import INPUT_SHAPES, NAME, TOLERANCES, Call
+from mmi_plugins.reference import attention, output_of
+from mmi_plugins.tensorrt.ahead_of_time import (
+    PTX_TARGETS,
+    SIZES,
+    _greatest,
+    choose_variant,
+    ptx_target,
+    register_ahead_of_time,
+)
+
+needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")
+
+
+def fields_of(call: Call) -> dict[str, np.ndarray]:
+    return {
+        "level_heights": np.array(call.level_heights, np.int32),
+        "level_widths": np.array(call.level_widths, np.int32),
+        "base_grid": np.array([call.base_grid], np.float32),
+        "null_slot": np.array([call.null_slot], np.int32),
+    }
+
+
+def sizes_of(call: Call) -> list[int]:
+    return [call[name].shape[axis] for name, axis in SIZES.values()]
+
+
+def run(
+    call: Call, ptx: str, name: str, grid: tuple[int, int, int], threads: int, sizes: list[int]
+) -> np.ndarray:
+    """The output [b, q, h * d] of the kernel, given the inputs' addresses, the integers and the
+    output's address, in the order in which TensorRT passes them."""
+    arrays, output = device_arrays(call), output_array(call)
+    memory = GlobalMemory(sum(array.nbytes + 4096 for array in (*arrays.values(), output)))
+    pointers = [memory.allocate(arrays[input_], input_) for input_ in INPUT_SHAPES]
+    result = memory.reserve(output.nbytes, "output")
+    packed = struct.pack(f"<{len(pointers)}Q{len(sizes)}i", *pointers, *sizes)
+    packed += bytes(-len(packed) % 8) + struct.pack("<Q", result)
+    Machine(parse(ptx)[name], memory, grid, (threads, 1, 1), packed).run()
+    content, written = memory.written(result, output.dtype)
+    assert written.all()
+    return widen(content.reshape(output.shape), call.dtype)
+
+
+def assert_right(call: Call, got: np.ndarray) -> None:
+    expected = output_of(call, attention(call))
+    rms = np.sqrt(np.mean(expected**2))
+    assert np.sqrt(np.mean((got - expected) ** 2)) <= TOLERANCES[call.dtype] * rms
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("kind", ["rows", "split"])
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("channels", [40, 128])
+def test_the_kernel_is_right_with_the_arguments_tensorrt_passes(
+    kind: str, dtype: str, channels: int
+) -> None:
+    rng = np.random.default_rng([channels, len(dtype), len(kind)])
+    call = draw(rng, dtype=dtype, d=channels, b=2, q=3, h=2, m=5, n=2, r=4, p=4)
+    rows = constant("kManyRows") if kind == "rows" else 1
+    variant = choose_variant(dtype, fields_of(call), likely_rows=rows, channels=channels)
+    assert variant.kind == kind
+    across = -(-3 // constant("kRowWarps")) if kind == "rows" else 3
+    ptx = nvrtc.compile_ptx(variant, PTX_TARGETS[0])
+    assert_right(
+        call, run(call, ptx, variant.name, (across, 2, 2), variant.threads, sizes_of(call))
+    )
+
+
+@needs_nvrtc
+def test_attributes_are_constants_of_the_ptx() -> None:
+    """A kernel made for one base grid must not be right for another."""
+    call = draw(np.random.default_rng(3), dtype="float32", d=8, b=1, q=3, h=1, m=2, base_grid=8.0)
+    other = {**fields_of(call), "base_grid": np.array([4.0], np.float32)}
+    variant = choose_variant("float32", other, likely_rows=1, channels=8)
+    ptx = nvrtc.compile_ptx(variant, PTX_TARGETS[0])
+    got = run(call, ptx, variant.name, (3, 1, 1), variant.threads, sizes_of(call))
+    with pytest.raises(AssertionError):
+        assert_right(call, got)
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((11, 0), 100), ((12, 1), 120)],
+)
+def test_ptx_is_chosen_that_the_gpu_can_run(capability: tuple[int, int], target: int) -> None:
+    assert ptx_target(capability) == target
+
+
+def test_a_gpu_that_is_too_old_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"8\.0 or newer; got \(7, 5\)"):
+        ptx_target((7, 5))
+
+
+def test_unknown_head_size_takes_the_kernel_for_all() -> None:
+    fields = fields_of(draw(np.random.default_rng(0)))
+    assert choose_variant("float16", fields, likely_rows=1, channels=None).wide
+    assert not choose_variant("float16", fields, likely_rows=1, channels=64).wide
+    assert not choose_variant("float32", fields, likely_rows=1, channels=None).wide
+
+
+def test_a_profile_beyond_what_the_kernels_can_address_is_refused() -> None:
+    """Nothing of ours is asked when such an engine runs."""
+    call = draw(np.random.default_rng(1), dtype="float16", b=2, h=2, d=64)
+    shapes = {name: call[name].shape for name in INPUT_SHAPES}
+
+    def tensors(**changed: tuple[int, ...]) -> dict[str, Any]:
+        class Dynamic(tuple[int, ...]):
+            is_dynamic = True
+            max = property(tuple)
+
+        given = {**shapes, **changed}
+        return {name: SimpleNamespace(shape=Dynamic(shape)) for name, shape in given.items()}
+
+    check_limits(_greatest(tensors()), "float16")
+    value, offsets = shapes["value"], shapes["offsets"]
+    for reason, changed in {
+        "64 GiB": tensors(value=(2**28, *value[1:])),
+        "65535": tensors(image_slot=(70000, 1)),
+        "output rows": tensors(offsets=(2, 2**30, *offsets[2:])),
+    }.items():
+        with pytest.raises(EngineError, match=reason):
+            check_limits(_greatest(changed), "float16")
+
+
+# --- through NVIDIA's own Python code -----------------------------------------------------------
+
+
+class Number:
+    """Stands for TensorRT's symbolic dimension: one that is known."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def is_constant(self) -> bool:
+        return True
+
+    def get_constant_value(self) -> int:
+        return self.value
+
+
+class Numbers:
+    """Stands for TensorRT's builder of such dimensions."""
+
+    def constant(self, value: int) -> Number:
+        return Number(value)
+
+    def operation(self, what: Any, first: Number, second: Number) -> Number:
+        a, b = first.value, second.value
+        return Number({"PROD": a * b, "CEIL_DIV": -(-a // b)}[what.name])
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """`tensorrt.plugin` of the runtime-only wheel, which is the same Python code, under its proper
+    name. What only a builder has (dimensions, descriptions of tensors) is replaced."""
+    lean = pytest.importorskip(
+        "tensorrt_lean_bindings", reason="tensorrt-lean-cu13-bindings is not installed"
+    )
+    module = ModuleType("tensorrt")
+    module.__dict__.update({k: v for k, v in vars(lean).items() if not k.startswith("__")})
+    module.__path__ = lean.__path__
+    replaced = {
+        "IDimensionExpr": Number,
+        "DimsExprs": lambda count: [None] * count,
+        "DynamicPluginTensorDesc": type("DynamicPluginTensorDesc", (SimpleNamespace,), {}),
+        "TensorFormat": SimpleNamespace(LINEAR="linear"),
+        "ISymExpr": type("ISymExpr", (), {}),
+        "ITensor": type("ITensor", (), {}),
+    }
+    module.__dict__.update(replaced)
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    yield module
+    creator = next(c for c in module.get_plugin_registry().all_creators if c.name == NAME)
+    module.get_plugin_registry().deregister_creator(creator)
+    for name in [name for name in sys.modules if name.startswith("tensorrt.")]:
+        del sys.modules[name]
+
+
+class Integers(dict[int, Any]):
+    """Stands for what TensorRT collects a kernel's integers in."""
+
+    nbSymExprs = 0
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("likely", "kind"), [(1, "split"), (1024, "rows")])
+def test_tensorrts_own_code_takes_the_plugin(tensorrt: ModuleType, likely: int, kind: str) -> None:
+    """Types, shape, kernel, launch and integers as `tensorrt.plugin` passes them on, for a profile
+    whose likeliest number of queries is `likely`; then the kernel runs with them on three."""
+    trt: Any = tensorrt
+    plugin = register_ahead_of_time(trt)
+    with pytest.raises(EngineError, match="has a plugin mmi::.* already"):
+        register_ahead_of_time(trt)
+    call = draw(np.random.default_rng(5), dtype="float16", d=8, b=2, q=3, h=2, m=2, n=2, p=1, r=4)
+    fields = [
+        trt.PluginField(
+            name,
+            data,
+            trt.PluginFieldType.FLOAT32 if name == "base_grid" else trt.PluginFieldType.INT32,
+        )
+        for name, data in fields_of(call).items()
+    ]
+    creator = importlib.import_module("tensorrt.plugin._lib").QDP_CREATORS[f"mmi::{NAME}"]
+    made = creator.create_plugin(
+        NAME,
+        "mmi",
+        trt.PluginFieldCollection(fields),
+        trt.TensorRTPhase.BUILD,
+        trt.QuickPluginCreationRequest.STRICT_AOT,
+    )
+    shapes = [call[name].shape for name in INPUT_SHAPES]
+    types = [
+        trt.float16 if name in ("value", "offsets", "logits")
+        else trt.int32 if name.startswith("image_")
+        else trt.float32
+        for name in INPUT_SHAPES
+    ]  # fmt: skip
+    assert made.get_output_data_types(types, [len(shape) for shape in shapes]) == [trt.float16]
+    sides = [[Number(side) for side in shape] for shape in shapes]
+    (output,) = made.get_output_shapes(sides, [], Numbers())
+    assert [side.value for side in output] == [2, 3, 2 * 8]
+
+    described = [
+        trt.DynamicPluginTensorDesc(
+            desc=SimpleNamespace(dims=shape, type=type_, format="linear", scale=1.0)
+        )
+        for shape, type_ in zip([*shapes, (2, 3, 16)], [*types, trt.float16], strict=True)
+    ]
+    offsets = described[list(INPUT_SHAPES).index("offsets")]
+    offsets.opt = offsets.max = (2, likely, *offsets.desc.dims[2:])
+    offsets.desc.dims = (2, -1, *offsets.desc.dims[2:])
+    launch, integers = SimpleNamespace(), Integers()
+    made._tactic = 0
+    made.get_launch_params(sides, described, len(shapes), launch, integers, Numbers())
+    name, ptx = made.get_kernel([each.desc for each in described[:-1]], [described[-1].desc])
+    assert name.endswith(kind) and len(integers) == integers.nbSymExprs
+    grid = tuple(getattr(launch, f"grid_{axis}").expr.value for axis in "xyz")
+    sizes = [integers[index].expr.value for index in range(len(integers))]
+    assert sizes == sizes_of(call)
+    assert_right(call, run(call, ptx.decode(), name, grid, launch.block_x.expr.value, sizes))
+
+    assert plugin.last_report() == ""
+    described[0].desc.type = trt.int8
+    with pytest.raises(EngineError):
+        made.get_launch_params(sides, described, len(shapes), launch, integers, Numbers())
+    assert "unsupported type" in plugin.last_report()

@@ -1,0 +1,170 @@
+"""A run that is killed at any moment ends with the weights of a run that never was."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mmi_deploy.errors import WeightsError
+from mmi_train.training.checkpoints import latest_checkpoint
+from mmi_train.training.loop import RunConfig, train
+from mmi_train.training.optimiser import OptimiserConfig
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+OPTIMISER = OptimiserConfig(
+    rate=1e-2, steps=40, warmup=5, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8, rules=()
+)
+RUN = RunConfig(precision="fp32", accumulate=2, checkpoint_every=5, log_every=5, average=0.9)
+
+
+class Regression:
+    """A small stage: fit noise that depends on numpy's and on torch's draws."""
+
+    name = "regression"
+
+    def __init__(self, pause: float = 0.0) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Sequential(
+            nn.Conv2d(2, 8, 3), nn.GELU(), nn.Flatten(), nn.LayerNorm(72), nn.Linear(72, 3)
+        ).to(memory_format=torch.channels_last)
+        self.pause = pause
+
+    def describe(self) -> str:
+        return "a small regression"
+
+    def losses(self, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        time.sleep(self.pause)
+        inputs = torch.from_numpy(rng.standard_normal((4, 2, 5, 5), dtype=np.float32))
+        error = self.module(inputs) - torch.rand(4, 3)
+        return {"total": error.square().mean()}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = latest_checkpoint(folder)
+    assert path is not None
+    return {
+        f"{file.stem}:{name}": value
+        for file in sorted(path.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(Regression(), OPTIMISER, RUN, folder)
+    return weights(folder)
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    differing = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert differing == []
+
+
+def test_a_run_killed_again_and_again_gives_the_same_weights(tmp_path, undisturbed):
+    """SIGKILL at arbitrary moments, among them while a checkpoint is written."""
+    program = (
+        "from tests.train.test_loop import *\n"
+        f"train(Regression(pause=0.01), OPTIMISER, RUN, Path({str(tmp_path)!r}))"
+    )
+    rng = np.random.default_rng(0)
+    kills = 0
+    for _ in range(30):
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], cwd=REPOSITORY)
+        begun = time.monotonic()
+        while latest_checkpoint(tmp_path) is None and process.poll() is None:
+            time.sleep(0.01)
+            assert time.monotonic() - begun < 120
+        try:
+            process.wait(timeout=float(rng.uniform(0.02, 0.3)) if kills < 3 else 120)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills == 3
+    assert_equal(weights(tmp_path), undisturbed)
+
+
+def test_nothing_half_written_is_left_behind(tmp_path):
+    (tmp_path / ".step-00000005.123").mkdir()
+    train(Regression(), OPTIMISER, RUN, tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["curves", "step-00000035", "step-00000040"]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    train(Regression(), OPTIMISER, RUN, tmp_path)
+    with pytest.raises(WeightsError, match="other settings"):
+        train(Regression(), replace(OPTIMISER, rate=2e-2), RUN, tmp_path)
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """Two parts of a step weigh as one batch of both: the same update to rounding."""
+
+    class Fixed(Regression):
+        def losses(self, rng):
+            rows = torch.linspace(-1, 1, 200).reshape(4, 2, 5, 5)
+            rows = rows[:2] if self.half == 0 else rows[2:] if self.half == 1 else rows
+            self.half = self.half if self.half is None else 1 - self.half
+            return {"total": self.module(rows).square().mean()}
+
+    results = []
+    for half, accumulate in ((0, 2), (None, 1)):
+        stage = Fixed()
+        stage.half = half
+        run = replace(RUN, accumulate=accumulate)
+        results.append(train(stage, replace(OPTIMISER, steps=3), run, tmp_path / str(accumulate)))
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-6)
+
+
+class Diverging(Regression):
+    """From step 7 on the loss is no number; from step 4 on, before a checkpoint, its gradient."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.calls = what, 0
+
+    def losses(self, rng):
+        self.calls += 1
+        total = super().losses(rng)["total"]
+        if self.what == "loss" and self.calls > 15:
+            total = total * float("nan")
+        if self.what == "gradient" and self.calls > 9:
+            nothing = 0 * next(self.module.parameters()).sum()
+            total = total + nothing.square().sqrt()  # d sqrt(0) is infinite, times 0
+        return {"total": total}
+
+
+@pytest.mark.parametrize(("what", "step", "kept"), [("loss", 7, 1), ("gradient", 4, 0)])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(tmp_path, what, step, kept):
+    with pytest.raises(WeightsError, match=f"{what} of regression is not finite at step {step}"):
+        train(Diverging(what), OPTIMISER, RUN, tmp_path)
+    assert len(list(tmp_path.glob("step-*"))) == kept
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_model_makes_the_model(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def killed_at_the_end(step, average):
+        if step == OPTIMISER.steps:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(Regression(), OPTIMISER, RUN, tmp_path, killed_at_the_end)
+    made = []
+    average = train(Regression(), OPTIMISER, RUN, tmp_path, lambda *what: made.append(what))
+    assert made == [(OPTIMISER.steps, average)]

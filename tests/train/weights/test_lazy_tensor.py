@@ -1,0 +1,131 @@
+"""Tensors in files: read in pieces, written one by one, never whole checkpoints in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmi_deploy.bundle.safetensors_writer import ALIGNMENT
+from mmi_deploy.errors import MmiError
+from mmi_train.weights import lazy_tensor
+from mmi_train.weights.lazy_tensor import InFile, InMemory, Rows, Stacked
+from mmi_train.weights.pickles import read_pickles
+from mmi_train.weights.safetensors_files import read_safetensors
+from mmi_train.weights.writer import write_safetensors
+
+EMBEDDING = (32002, 5120)
+"""The largest tensor of the published checkpoint."""
+
+
+def kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def peak_growth(work: Callable[[], object]) -> int:
+    """Bytes by which the memory of this process grew at most while `work` ran."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget earlier peaks
+        before = kilobytes("VmRSS")
+    except OSError:
+        pytest.skip("needs Linux to measure the memory of a process")
+    work()
+    return 1024 * (kilobytes("VmHWM") - before)
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path):
+    """The published embedding in half precision, 328 MB on disk (a sparse file: its bytes are zeros
+    that take no room), and one that is not laid out row by row."""
+    names = ("mm_decoder.embed_tokens.weight", "text_decoder.head.weight")
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+        state = {name: torch.empty(EMBEDDING, dtype=torch.float16) for name in names}
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    largest = 2 * EMBEDDING[0] * EMBEDDING[1]
+    assert (tmp_path / "pytorch_model.bin").stat().st_size > 2 * largest
+
+    def convert() -> None:
+        tensors = read_pickles(tmp_path)
+        write_safetensors(tmp_path / "model.safetensors", {names[0]: tensors[names[0]]})
+
+    convert_once = peak_growth(convert)
+    assert convert_once < largest / 2, f"{convert_once / 1e6:.0f} MB"
+    assert read_safetensors(tmp_path / "model.safetensors")[names[0]].shape == EMBEDDING
+
+
+def test_pieces_make_up_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(lazy_tensor, "PIECE_BYTES", 64)
+    value = torch.randn(11, 7)
+    torch.save({"plain": value, "turned": value.t(), "row": value[3:5]}, tmp_path / "a.bin")
+    for name, tensor in read_pickles(tmp_path).items():
+        wanted = {"plain": value, "turned": value.t(), "row": value[3:5]}[name]
+        assert torch.equal(tensor.read(), wanted)
+        pieces = list(tensor.pieces())
+        assert torch.equal(torch.cat(pieces).view(wanted.shape), wanted)
+        assert max(piece.numel() for piece in pieces) <= 16
+    file = read_pickles(tmp_path)["plain"]
+    stacked = Stacked([Rows(file, 4), InMemory(torch.ones(2, 7)), Rows(InMemory(value), 1)])
+    wanted = torch.cat([value[:4], torch.ones(2, 7), value[:1]])
+    assert stacked.shape == wanted.shape
+    assert torch.equal(stacked.read(), wanted)
+    assert torch.equal(torch.cat(list(stacked.pieces())).view(wanted.shape), wanted)
+
+
+def test_written_files_are_safetensors(tmp_path):
+    tensors = {
+        "small": torch.randn(3),
+        "empty": torch.randn(0, 5),
+        "scalar": torch.tensor(2.5),
+        "half": torch.randn(40, 3).half(),
+        "brain": torch.randn(7).bfloat16(),
+        "double": torch.randn(9).double(),
+    }
+    path = tmp_path / "x.safetensors"
+    size = write_safetensors(path, {name: InMemory(value) for name, value in tensors.items()})
+    assert size == path.stat().st_size
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(found[name], value.float() if name == "double" else value)
+    largest = read_safetensors(path)["half"]
+    assert isinstance(largest, InFile) and largest.offset % ALIGNMENT == 0
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
+    save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors")
+    tensor = read_safetensors(tmp_path / "a.safetensors")["a"]
+    os.truncate(tmp_path / "a.safetensors", 200)
+    with pytest.raises(MmiError, match="ends in the middle of a tensor"):
+        tensor.read()
+
+
+def test_progress_is_told_a_few_times_whatever_the_number_of_tensors(tmp_path):
+    told: list[tuple[str, int, int]] = []
+    tensors = {str(k): InMemory(torch.zeros(1000)) for k in range(500)}
+    write_safetensors(
+        tmp_path / "x.safetensors", tensors, progress=lambda *stage: told.append(stage)
+    )
+    assert 10 <= len(told) <= 21
+
+
+def test_a_file_has_no_name_until_it_is_whole(tmp_path):
+    """So that a process that is killed leaves nothing, however it is killed."""
+    seen: list[list[str]] = []
+    write_safetensors(
+        tmp_path / "x.safetensors",
+        {"a": InMemory(torch.ones(5))},
+        progress=lambda *_: seen.append(os.listdir(tmp_path)),
+    )
+    assert seen and all(not names for names in seen)
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_file_systems_without_unnamed_files_are_written_to_as_well(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_TMPFILE")
+    write_safetensors(tmp_path / "x.safetensors", {"a": InMemory(torch.ones(5))})
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], torch.ones(5))

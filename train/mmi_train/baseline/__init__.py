@@ -1,0 +1,1 @@
+"""The published way of computing, in PyTorch: the baseline of benchmarks."""

@@ -1,0 +1,1 @@
+"""Import of the published checkpoint, and of LLaMA, CLIP and Stable Diffusion weights."""

@@ -1,0 +1,66 @@
+"""The published checkpoint, a folder of pickles, becomes a model folder of ours, tensor by
+tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmi_deploy.spec.config import ModelConfig, to_json
+from mmi_deploy.system.files import new_folder
+from mmi_train.checkpoint_import.state_dict import Plan, plan_state
+from mmi_train.checkpoint_import.tokenizer_files import published_tokenizer
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.weights.lazy_tensor import StoredTensor
+from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS
+from mmi_train.weights.pickles import read_pickles
+from mmi_train.weights.writer import Progress, write_safetensors
+
+FOLDER_KIND = "model"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written: tensors, and bytes of the weights file."""
+
+    tensors: int
+    size: int
+
+
+def convert_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    config: ModelConfig,
+    tokenizer: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    inputs: Sequence[Path] = (),
+    progress: Progress | None = None,
+) -> Converted:
+    """Write the model of `config` whose published weights lie in `checkpoint` (a folder of pickles,
+    or one) into the folder `out`, whole or not at all. `tokenizer`: see `published_tokenizer`.
+
+    `dtype` None keeps the types that the checkpoint has. Never more than a few pieces of a tensor
+    are in memory. Raises `WeightsError` and `ConfigError`, for names and shapes before anything is
+    written.
+    """
+    read = [checkpoint, tokenizer, *inputs]
+    with new_folder(out, force, kind=FOLDER_KIND, inputs=read) as work:
+        published_tokenizer(tokenizer, config.tokens).save(str(work / TOKENIZER))
+        (work / CONFIG).write_text(to_json(config))
+        published = read_pickles(checkpoint)
+        if progress is not None:
+            progress("comparing names and shapes", 0, 1)
+        tensors = _plan(config, published).stored(published)
+        size = write_safetensors(work / WEIGHTS, tensors, dtype, progress)
+    return Converted(len(tensors), size)
+
+
+def _plan(config: ModelConfig, published: Mapping[str, StoredTensor]) -> Plan:
+    with torch.device("meta"):
+        sketch = MMInterleaved(config)
+    return plan_state(sketch, published)

@@ -1,0 +1,1 @@
+"""Commands of `mmi` that need PyTorch: train, evaluate, convert, init."""

@@ -1,0 +1,128 @@
+"""`mmi init`: a new model around a trained language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mmi_deploy.cli.console import print_json, remarks, results, staged
+from mmi_deploy.cli.extras import extras
+from mmi_deploy.spec.presets import preset as preset_called
+from mmi_deploy.system.files import check_replaceable, size
+
+Dtype = Literal["keep", "float16", "bfloat16", "float32"]
+
+
+def init(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.")],
+    llm: Annotated[
+        Path,
+        typer.Option(
+            help="A LLaMA: a Hugging Face folder, or a GGUF file.", exists=True, metavar="DIR|GGUF"
+        ),
+    ],
+    vision: Annotated[
+        Path | None,
+        typer.Option(
+            help="A CLIP vision transformer: a Hugging Face folder.",
+            exists=True,
+            file_okay=False,
+            show_default="new and small",
+        ),
+    ] = None,
+    diffusion: Annotated[
+        Path | None,
+        typer.Option(
+            help="A Stable Diffusion: a diffusers folder.",
+            exists=True,
+            file_okay=False,
+            show_default="new and small",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of another tokenizer.json or tokenizer.model.",
+            exists=True,
+            show_default="the language model's",
+        ),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Whose form the new parts have; sizes follow from the given ones.")
+    ] = "released_13b",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that a document may have.", show_default="the language model's"
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels of the images that it reads.", show_default="CLIP's"),
+    ] = None,
+    bos: Annotated[
+        str | None, typer.Option(help="The token that begins a document.", show_default="its own")
+    ] = None,
+    eos: Annotated[
+        str | None, typer.Option(help="The token that ends a document.", show_default="its own")
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type of the written weights; keep: as the parts are.")
+    ] = "keep",
+    seed: Annotated[int, typer.Option(min=0, help="Of new weights.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Build a new model around a trained language model.
+
+    The language model writes as it did before; what ties pictures to it is new and has to be
+    trained. Parts that are not given are new and as small as those of the preset tiny.
+    """
+    inputs = [path for path in (llm, vision, diffusion, tokenizer) if path is not None]
+    check_replaceable(out, force, kind="model", inputs=inputs)
+    form = preset_called(preset)
+    with extras("init"):
+        import torch
+
+        from mmi_train.checkpoint_import.from_clip import read_vision
+        from mmi_train.checkpoint_import.from_diffusion import read_diffusion
+        from mmi_train.checkpoint_import.from_llama import read_language_model
+        from mmi_train.checkpoint_import.new_model import Parts, build_model
+
+        if llm.is_file():
+            from mmi_train.checkpoint_import.from_gguf import read_gguf
+    with staged("reading the parts") as stage:
+        decoder = form.image_decoder
+        parts = Parts(
+            read_gguf(llm, tokenizer) if llm.is_file() else read_language_model(llm, tokenizer),
+            None if vision is None else read_vision(vision, image_size),
+            None
+            if diffusion is None
+            else read_diffusion(diffusion, decoder.unet, decoder.diffusion),
+            bos,
+            eos,
+            context,
+        )
+        done = build_model(
+            parts,
+            form,
+            out,
+            dtype=None if dtype == "keep" else getattr(torch, dtype),
+            seed=seed,
+            force=force,
+            inputs=inputs,
+            progress=stage,
+        )
+    for given, what in ((vision, "vision encoder is"), (diffusion, "U-Net and autoencoder are")):
+        if given is None:
+            remarks().print(f"the {what} new and small: give trained parts for real use")
+    if as_json:
+        numbers = {"taken": done.taken, "new": done.new, "bytes": done.size}
+        print_json({"model": str(out), **numbers})
+        return
+    results().print(
+        f"{out}: {done.taken} tensors taken, {done.new} new, {size(done.size)}. "
+        f"Look at it with `mmi inspect {out}`"
+    )

@@ -1,0 +1,97 @@
+"""`mmi train`: the tiny model from nothing, on a world that is drawn while it learns."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mmi_deploy.cli.console import MOST_THREADS, results
+from mmi_deploy.cli.extras import extras
+from mmi_deploy.errors import ConfigError
+
+World = Literal["easy", "medium", "hard"]
+Precision = Literal["bf16", "fp32"]
+FROM_NOTHING = "tiny"
+
+
+def train(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for checkpoints, curves and the model.")
+    ] = Path("runs/tiny"),
+    preset: Annotated[str, typer.Option(help="What to train; see `mmi inspect`.")] = FROM_NOTHING,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the main stage.", show_default="the recipe's"),
+    ] = None,
+    conditioning_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Steps before it, without the U-Net.", show_default="the recipe's"
+        ),
+    ] = None,
+    world: Annotated[World, typer.Option(help="How hard the drawn scenes are.")] = "easy",
+    start: Annotated[
+        Path | None,
+        typer.Option(help="A model folder to go on from.", show_default="new weights"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the arithmetic; weights are fp32.")
+    ] = "bf16",
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of one optimiser step.")] = 1,
+    packed: Annotated[
+        bool,
+        typer.Option("--packed", help="Rows of the whole context length, as the paper packs them."),
+    ] = False,
+    checkpoint_gradients: Annotated[
+        bool, typer.Option("--checkpoint-gradients", help="Less memory, more time.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_THREADS, help="CPU threads.", show_default="PyTorch's choice"),
+    ] = None,
+) -> None:
+    """Train a model: its autoencoder; then reading, and telling what to draw; then everything.
+
+    Stop it whenever you like: the same command goes on from the last checkpoint and ends with the
+    same weights. A usable model lies in OUT/model after every checkpoint.
+    """
+    from mmi_deploy.spec.presets import preset as preset_called
+
+    if packed and conditioning_steps is not None:
+        raise ConfigError(
+            "--packed has no conditioning stage", fix="leave --conditioning-steps out"
+        )
+
+    config = preset_called(preset)
+    if preset != FROM_NOTHING:
+        raise ConfigError(
+            f"{preset} is built on pre-trained parts, which cannot be trained from nothing",
+            expected=FROM_NOTHING,
+            got=preset,
+        )
+    with extras("train"):
+        import torch
+
+        from mmi_train.data.synthetic import world as worlds
+        from mmi_train.training.from_scratch import train_from_scratch
+        from mmi_train.training.loop import RunConfig
+    if threads is not None:
+        torch.set_num_threads(threads)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model = train_from_scratch(
+        config,
+        out,
+        world=getattr(worlds, world)(),
+        steps=steps,
+        conditioning_steps=conditioning_steps,
+        seed=seed,
+        run=RunConfig(precision=precision, accumulate=accumulate),
+        start=start,
+        packed=packed,
+        checkpoint_gradients=checkpoint_gradients,
+    )
+    results().print(f"{model}: export it with `mmi export {model}`")

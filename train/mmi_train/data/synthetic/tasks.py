@@ -1,0 +1,302 @@
+"""The documents the tiny model learns from: the paper's fine-tuning tasks in small, with answers.
+
+A document is a list of text and image parts. Kinds: ``reading`` (one image, then caption, question
+and referring turns, as in a chat), its single turns ``caption``, ``question`` and ``referring``,
+``drawing`` (caption to picture), ``segmentation`` (class map and words to picture) and ``story``
+(pictures that change as sentences tell). Every answer ends in a full stop: the sign to stop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmi_train.data.synthetic.scene_reader import SceneScore, score
+from mmi_train.data.synthetic.world import (
+    DIGIT,
+    Box,
+    Object,
+    Scene,
+    Split,
+    WorldConfig,
+    box_of,
+    change,
+    description_of,
+    place_of,
+    random_scene,
+    reference_to,
+    render,
+)
+
+NUMBER_WORDS = ("zero", "one", "two", "three", "four")
+BOX_PIXELS = 2  # a box token counts in steps of this many pixels: <0>..<32>
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A piece of text. ``role`` names the turn it belongs to; ``learn``: its tokens carry loss."""
+
+    text: str
+    learn: bool
+    role: str
+    box: Box | None = None  # px; the true box when the text is a referring answer
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """A picture, uint8 ``[64, 64, 3]``. ``draw``: the model draws it from what comes before."""
+
+    image: np.ndarray
+    draw: bool
+    scene: Scene
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True)
+class TaskDocument:
+    """One training document. ``targets`` are the parts with one exact, checkable answer."""
+
+    kind: str
+    parts: tuple[Part, ...]
+    targets: tuple[int, ...]
+    config: WorldConfig
+
+
+@dataclass(frozen=True)
+class Grade:
+    """How good a produced part is: ``value`` in 0..1 (the IoU of a box), and right or wrong."""
+
+    correct: bool
+    value: float
+    scene: SceneScore | None = None  # for drawn pictures
+
+
+# ---- texts ------------------------------------------------------------------------------------
+
+
+def _listed(phrases: list[str]) -> str:
+    """ "x", "x and y", "x, y and z"."""
+    return " and ".join([*filter(None, [", ".join(phrases[:-1])]), phrases[-1]])
+
+
+def caption_of(scene: Scene, config: WorldConfig) -> str:
+    """The one caption: "a red cross at top left and a blue ring at top right on gray."."""
+    phrases = [
+        f"{description_of(item, config)} at {place_of(item, config.grid_side)}"
+        for item in scene.objects
+    ]
+    return f"{_listed(phrases)} on {scene.background}."
+
+
+def colouring_of(scene: Scene, config: WorldConfig) -> str:
+    """The caption without places, to go with a class map: "a red cross on gray."."""
+    phrases = [description_of(item, config) for item in scene.objects]
+    return f"{_listed(phrases)} on {scene.background}."
+
+
+def box_text(box: Box) -> str:
+    """The box as four tokens in steps of two pixels: "<1> <3> <10> <12>."."""
+    return " ".join(f"<{(edge + 1) // BOX_PIXELS}>" for edge in box) + "."
+
+
+def box_from_text(text: str) -> Box | None:
+    """The pixel box that a text tells, or None when it is not exactly four box tokens."""
+    edges = [BOX_PIXELS * int(number) for number in re.findall(r"<(\d+)>", text)]
+    return (edges[0], edges[1], edges[2], edges[3]) if len(edges) == 4 else None
+
+
+def box_iou(one: Box, other: Box) -> float:
+    """Intersection over union of two boxes; 0 for an empty or inverted one."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other))
+    return width * height / (areas - width * height)
+
+
+def questions_about(scene: Scene, config: WorldConfig) -> list[tuple[str, str]]:
+    """All questions that have exactly one answer, as (question, answer)."""
+    shapes = [item.shape for item in scene.shapes]
+    colours = [item.colour for item in scene.shapes]
+    found = [
+        ("how many shapes?", f"{NUMBER_WORDS[len(shapes)]}."),
+        ("what is the background?", f"{scene.background}."),
+    ]
+    for item in scene.objects:
+        name, place = reference_to(item), place_of(item, config.grid_side)
+        found.append((f"where is the {name}?", f"{place}."))
+        found.append((f"what is at {place}?", f"{description_of(item, config)}."))
+        if item.shape == DIGIT:
+            found.append(("which digit?", f"{item.digit}."))
+            continue
+        if shapes.count(item.shape) == 1:
+            found.append((f"what colour is the {item.shape}?", f"{item.colour}."))
+        if colours.count(item.colour) == 1:
+            found.append((f"what shape is {item.colour}?", f"{item.shape}."))
+        if config.has_sizes:
+            found.append((f"what size is the {name}?", f"{config.size_words[item.width]}."))
+    return found
+
+
+# ---- documents --------------------------------------------------------------------------------
+
+
+def _turn(role: str, prompt: str, answer: str, box: Box | None = None) -> list[Part]:
+    return [TextPart(prompt, False, role), TextPart(answer, True, role, box)]
+
+
+def _caption_turn(scene: Scene, config: WorldConfig) -> list[Part]:
+    return _turn("caption", "caption:", caption_of(scene, config))
+
+
+def _referring_turn(item: Object, config: WorldConfig) -> list[Part]:
+    box = box_of(item, config.grid_side)
+    return _turn("referring", f"find the {reference_to(item)}.", box_text(box), box)
+
+
+def _about_image(kind: str, scene: Scene, config: WorldConfig, turns: list[Part]) -> TaskDocument:
+    """A document of one picture that is read, and turns of prompt and answer."""
+    parts = (ImagePart(render(scene), False, scene), *turns)
+    return TaskDocument(kind, parts, tuple(range(2, len(parts), 2)), config)
+
+
+def caption_document(
+    rng: np.random.Generator, config: WorldConfig, split: Split = "train"
+) -> TaskDocument:
+    """A picture and its caption."""
+    scene = random_scene(rng, config, split)
+    return _about_image("caption", scene, config, _caption_turn(scene, config))
+
+
+def question_document(
+    rng: np.random.Generator, config: WorldConfig, split: Split = "train"
+) -> TaskDocument:
+    """A picture, a question about it and the answer."""
+    scene = random_scene(rng, config, split)
+    options = questions_about(scene, config)
+    question, answer = options[int(rng.integers(len(options)))]
+    return _about_image("question", scene, config, _turn("question", question, answer))
+
+
+def referring_document(
+    rng: np.random.Generator, config: WorldConfig, split: Split = "train"
+) -> TaskDocument:
+    """A picture, an object to find and its box."""
+    scene = random_scene(rng, config, split)
+    item = scene.objects[int(rng.integers(len(scene.objects)))]
+    return _about_image("referring", scene, config, _referring_turn(item, config))
+
+
+def reading_document(
+    rng: np.random.Generator,
+    config: WorldConfig,
+    split: Split = "train",
+    questions: int = 4,
+    boxes: int = 2,
+) -> TaskDocument:
+    """One picture with its caption, several different questions and boxes, in random order."""
+    scene = random_scene(rng, config, split)
+    options = questions_about(scene, config)
+    chosen = rng.permutation(len(options))[:questions].tolist()
+    turns = [_turn("question", *options[index]) for index in chosen]
+    chosen = rng.permutation(len(scene.objects))[:boxes].tolist()
+    turns += [_referring_turn(scene.objects[index], config) for index in chosen]
+    turns.append(_caption_turn(scene, config))
+    order = rng.permutation(len(turns)).tolist()
+    return _about_image("reading", scene, config, [part for i in order for part in turns[i]])
+
+
+def drawing_document(
+    rng: np.random.Generator, config: WorldConfig, split: Split = "train"
+) -> TaskDocument:
+    """A caption and the picture to be drawn from it."""
+    scene = random_scene(rng, config, split)
+    text = TextPart(f"draw: {caption_of(scene, config)}", False, "drawing")
+    return TaskDocument("drawing", (text, ImagePart(render(scene), True, scene)), (1,), config)
+
+
+def segmentation_document(
+    rng: np.random.Generator, config: WorldConfig, split: Split = "train"
+) -> TaskDocument:
+    """A picture whose colours stand for shapes, the true colours in words, the picture to draw."""
+    scene = random_scene(rng, config, split)
+    parts = (
+        ImagePart(render(scene, segmentation=True), False, scene),
+        TextPart(f"paint: {colouring_of(scene, config)}", False, "segmentation"),
+        ImagePart(render(scene), True, scene),
+    )
+    return TaskDocument("segmentation", parts, (2,), config)
+
+
+def story_document(
+    rng: np.random.Generator, config: WorldConfig, split: Split = "train", pictures: int = 0
+) -> TaskDocument:
+    """A picture, then sentences that change it, each followed by the changed picture to draw.
+
+    ``pictures`` counts the first one too; 0 draws the number from 2..4.
+    """
+    pictures = pictures or int(rng.integers(2, 5))
+    scene = random_scene(rng, config, split)
+    parts: list[Part] = [ImagePart(render(scene), False, scene)]
+    for _ in range(pictures - 1):
+        changed = change(rng, scene, config, split)
+        if changed is None:  # no way on within the split: begin another story
+            return story_document(rng, config, split, pictures)
+        sentence, scene = changed
+        parts.append(TextPart(sentence, True, "story"))
+        parts.append(ImagePart(render(scene), True, scene))
+    return TaskDocument("story", tuple(parts), tuple(range(2, len(parts), 2)), config)
+
+
+DocumentMaker = Callable[[np.random.Generator, WorldConfig, Split], TaskDocument]
+MAKERS: dict[str, DocumentMaker] = {
+    "reading": reading_document,
+    "caption": caption_document,
+    "question": question_document,
+    "referring": referring_document,
+    "drawing": drawing_document,
+    "segmentation": segmentation_document,
+    "story": story_document,
+}
+
+
+# ---- checkers ---------------------------------------------------------------------------------
+
+
+def plain(text: str) -> str:
+    """Text as compared: lower case, no spaces around punctuation or at the ends."""
+    words = re.findall(r"<\d+>|\w+|[^\w\s]", text.lower())
+    return " ".join(words)
+
+
+def same_text(produced: str, expected: str) -> bool:
+    """Exact match of two texts but for case and spacing."""
+    return plain(produced) == plain(expected)
+
+
+def grade(document: TaskDocument, target: int, produced: str | np.ndarray) -> Grade:
+    """Checks what a model produced in place of the part with index ``target``.
+
+    A text must match exactly; a box is right when its IoU with the true box exceeds 0.5; a picture
+    (``[64, 64, 3]``, 0..255) is right when it shows the whole scene.
+    """
+    part = document.parts[target]
+    if isinstance(part, ImagePart):
+        if isinstance(produced, str):
+            raise TypeError(f"part {target} is a picture; got the text {produced!r}")
+        result = score(produced, part.scene, document.config)
+        return Grade(result.whole, result.objects_found, result)
+    if not isinstance(produced, str):
+        raise TypeError(f"part {target} is a text; got an array of shape {produced.shape}")
+    if part.box is not None:
+        told = box_from_text(produced)
+        iou = 0.0 if told is None else box_iou(told, part.box)
+        return Grade(iou > 0.5, iou)
+    correct = same_text(produced, part.text)
+    return Grade(correct, float(correct))

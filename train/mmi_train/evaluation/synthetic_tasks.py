@@ -1,0 +1,369 @@
+"""What a model of the drawn world can do, on held-out documents, with exact programmatic metrics.
+
+Every measure is taken twice, with MMFS and with MMFS switched off, and split by the number of
+objects in the scene: what looking back at images is worth, and where it gets hard.
+
+Letters: b rows, t tokens, k pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from tokenizers import Tokenizer
+
+from mmi_deploy.spec.config import ModelConfig
+from mmi_train.data.pixels import images_from_pixels
+from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
+from mmi_train.data.synthetic.scene_reader import expected_segmentation, mean_iou, segmentation_of
+from mmi_train.data.synthetic.tasks import (
+    MAKERS,
+    ImagePart,
+    TaskDocument,
+    TextPart,
+    grade,
+)
+from mmi_train.data.synthetic.world import Scene, WorldConfig
+from mmi_train.model.diffusion import scheduler_options
+from mmi_train.model.generation import draw_pictures
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.training.stages.interleaved import batch_of
+
+MAX_ANSWER = 32
+"""Tokens after which a text that has not ended is taken as it is."""
+
+TEXTS = ("caption", "question", "referring")
+PICTURES = ("drawing", "segmentation", "story")
+KINDS = TEXTS + PICTURES
+"""Of questions, by what is asked for."""
+
+ATTRIBUTES = ("background", "count", "shape", "colour", "place")
+
+
+@dataclass
+class Measures:
+    """Values by measure and by number of objects; a measure is their mean."""
+
+    values: defaultdict[tuple[str, int], list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    def add(self, measure: str, objects: int, value: float) -> None:
+        self.values[measure, objects].append(float(value))
+
+    def names(self) -> list[str]:
+        return sorted({measure for measure, _ in self.values})
+
+    def mean(self, measure: str, objects: int | None = None) -> tuple[float, int]:
+        """(mean, how many) over scenes with so many objects, or over all."""
+        chosen = [
+            value
+            for (name, count), values in self.values.items()
+            if name == measure and objects in (None, count)
+            for value in values
+        ]
+        return (float(np.mean(chosen)), len(chosen)) if chosen else (float("nan"), 0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture that was drawn, for people to look at."""
+
+    kind: str
+    prompt: str
+    context: np.ndarray | None
+    drawn: np.ndarray
+    expected: np.ndarray
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`measures` with MMFS, `without` it; pictures drawn with it."""
+
+    measures: Measures
+    without: Measures
+    samples: tuple[Sample, ...]
+
+    def as_json(self) -> dict:
+        """Measures as nested plain values; `without_mmfs` where that was measured."""
+        table = {}
+        for name in self.measures.names():
+            objects = sorted({count for measure, count in self.measures.values if measure == name})
+            value, count = self.measures.mean(name)
+            blind, asked = self.without.mean(name)
+            table[name] = {
+                "value": value,
+                "count": count,
+                **({"without_mmfs": blind} if asked else {}),
+                "by_objects": {str(o): self.measures.mean(name, o)[0] for o in objects},
+            }
+        return table
+
+
+@dataclass(frozen=True)
+class Question:
+    """One target of a document: the tokens before it, and how to grade what comes out."""
+
+    document: TaskDocument
+    target: int
+    prompt: TokenDocument
+
+    @property
+    def part(self) -> TextPart | ImagePart:
+        return self.document.parts[self.target]
+
+    @property
+    def scene(self) -> Scene:
+        """The scene of the target, or of the picture that a text is about."""
+        if isinstance(self.part, ImagePart):
+            return self.part.scene
+        first = self.document.parts[0]
+        assert isinstance(first, ImagePart)
+        return first.scene
+
+
+def switched_off(model: MMInterleaved) -> MMInterleaved:
+    """A copy whose MMFS adds nothing, neither in the language model nor in the U-Net."""
+    blind = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in blind.named_parameters():
+            if name.endswith("look_back.gate") or (".look_back." in name and ".conv." in name):
+                parameter.zero_()
+    return blind
+
+
+def measure_of(question: str) -> str:
+    """The kind of a question about a picture, from its words."""
+    kinds = {
+        "how many": "count",
+        "what is the background": "background",
+        "where is": "place",
+        "what is at": "object",
+        "what colour": "colour",
+        "what shape": "shape",
+        "what size": "size",
+        "which digit": "digit",
+    }
+    return next(f"answer: {kind}" for start, kind in kinds.items() if question.startswith(start))
+
+
+def prompt_of(
+    document: TaskDocument, target: int, tokenizer: Tokenizer, config: ModelConfig
+) -> TokenDocument:
+    """The document up to `target`; for a picture, with its begin-of-image token."""
+    part = document.parts[target]
+    end = target + 1 if isinstance(part, ImagePart) else target
+    cut = TaskDocument(document.kind, document.parts[:end], (), document.config)
+    made = tokens_of(cut, tokenizer, config.tokens, config.visual_tokens)
+    if isinstance(part, TextPart):  # the text goes on: it has not ended
+        made = TokenDocument(
+            made.token_ids[:-1], made.weight[:-1], made.images, made.encoded, made.drawn
+        )
+    return made
+
+
+class Evaluator:
+    """Runs one model over questions; pictures are drawn with DPM-Solver++."""
+
+    def __init__(
+        self,
+        model: MMInterleaved,
+        tokenizer: Tokenizer,
+        *,
+        steps: int = 20,
+        guidance: float = 3.5,
+        full_every: int = 1,
+        seed: int = 0,
+        batch: int = 16,
+    ) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.steps, self.guidance, self.full_every = steps, guidance, full_every
+        self.seed, self.batch = seed, batch
+
+    def prompt(self, document: TaskDocument, target: int) -> TokenDocument:
+        """The document up to `target`; for a picture, with its begin-of-image token."""
+        return prompt_of(document, target, self.tokenizer, self.model.config)
+
+    @torch.inference_mode()
+    def write(self, prompts: list[TokenDocument]) -> list[str]:
+        """Greedy continuations, each up to and with its first full stop or end token."""
+        config = self.model.config
+        stops = {config.tokens.eos, config.tokens.boi, self.tokenizer.token_to_id(".")}
+        written: list[list[int]] = [[] for _ in prompts]
+        batch = batch_of(make_rows(prompts, config.tokens), config.tokens)
+        images = self.model.encode_images(batch.pixels)
+        open_rows = list(range(len(prompts)))
+        for _ in range(MAX_ANSWER):
+            extended = [
+                np.concatenate([prompts[row].token_ids, np.array(written[row], np.int64)])
+                for row in open_rows
+            ]
+            width = max(len(ids) for ids in extended)
+            ids = torch.full((len(open_rows), width), config.tokens.pad)
+            for row, tokens in enumerate(extended):
+                ids[row, : len(tokens)] = torch.from_numpy(tokens)
+            hidden = self.model.read(ids, images, batch.image_slot[open_rows])
+            last = torch.tensor([len(tokens) - 1 for tokens in extended])
+            logits = self.model.head(hidden[torch.arange(len(last)), last]).float()
+            logits[:, config.tokens.image] = -torch.inf
+            for row, token in zip(open_rows, logits.argmax(-1).tolist(), strict=True):
+                written[row].append(token)
+            open_rows = [row for row in open_rows if written[row][-1] not in stops]
+            if not open_rows:
+                break
+        return [self.tokenizer.decode(ids) for ids in written]
+
+    @torch.inference_mode()
+    def draw(self, prompts: list[TokenDocument]) -> list[np.ndarray]:
+        """The picture that each prompt's last begin-of-image token announces."""
+        model, config = self.model, self.model.config
+        batch = batch_of(make_rows(prompts, config.tokens), config.tokens)
+        last = torch.tensor([[row, len(prompt.images) - 1] for row, prompt in enumerate(prompts)])
+        scheduler = DPMSolverMultistepScheduler(**scheduler_options(config.image_decoder.diffusion))
+        scheduler.set_timesteps(self.steps)
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn((len(prompts), *model.image_decoder.latent_shape), generator=generator)
+        pixels = draw_pictures(
+            model,
+            batch.token_ids,
+            batch.pixels,
+            batch.image_slot,
+            last,
+            noise,
+            scheduler,
+            guidance=self.guidance,
+            full_every=self.full_every,
+        )
+        return images_from_pixels(pixels)
+
+    def run(self, questions: list[Question], measures: Measures) -> list[np.ndarray | str]:
+        """Answer and grade; returns what was produced, in order."""
+        produced: list[np.ndarray | str] = []
+        order = sorted(range(len(questions)), key=lambda index: questions[index].prompt.size)
+        answers: dict[int, np.ndarray | str] = {}
+        for start in range(0, len(order), self.batch):
+            chunk = order[start : start + self.batch]
+            prompts = [questions[index].prompt for index in chunk]
+            is_picture = isinstance(questions[chunk[0]].part, ImagePart)
+            made = self.draw(prompts) if is_picture else self.write(prompts)
+            answers.update(zip(chunk, made, strict=True))
+        for index, question in enumerate(questions):
+            _grade(question, answers[index], measures)
+            produced.append(answers[index])
+        return produced
+
+
+def _grade(question: Question, produced: np.ndarray | str, measures: Measures) -> None:
+    document, part = question.document, question.part
+    objects = len(question.scene.objects)
+    result = grade(document, question.target, produced)
+    if isinstance(part, TextPart):
+        if part.role == "question":
+            before = document.parts[question.target - 1]
+            assert isinstance(before, TextPart)
+            measures.add("answer: all", objects, result.correct)
+            measures.add(measure_of(before.text), objects, result.correct)
+        elif part.role == "referring":
+            measures.add("box: IoU > 0.5", objects, result.correct)
+            measures.add("box: mean IoU", objects, result.value)
+        else:
+            measures.add("caption: exact", objects, result.correct)
+        return
+    assert result.scene is not None and isinstance(produced, np.ndarray)
+    kind = document.kind
+    measures.add(f"{kind}: whole scene", objects, result.correct)
+    for attribute in ATTRIBUTES:
+        measures.add(f"{kind}: {attribute}", objects, getattr(result.scene, attribute))
+    scene_right = result.scene.place and result.scene.colour
+    measures.add(f"{kind}: place and colour", objects, scene_right)
+    classes = 1 + len(document.config.segment_classes)
+    iou = mean_iou(
+        segmentation_of(produced, document.config),
+        expected_segmentation(part.scene, document.config),
+        classes,
+    )
+    measures.add(f"{kind}: mIoU", objects, iou)
+
+
+class Prompter(Protocol):
+    """What makes prompts: an `Evaluator`, or whatever else answers the same questions."""
+
+    def prompt(self, document: TaskDocument, target: int) -> TokenDocument:
+        """The document up to `target`."""
+
+
+def questions_of(
+    evaluator: Prompter, world: WorldConfig, count: int, seed: int
+) -> Iterator[tuple[str, list[Question]]]:
+    """Held-out questions by kind, the same for every model."""
+    for index, kind in enumerate(KINDS):
+        rng = np.random.default_rng([seed, index])
+        found: list[Question] = []
+        while len(found) < count:
+            document = MAKERS[kind](rng, world, "held_out")
+            for target in document.targets:
+                found.append(Question(document, target, evaluator.prompt(document, target)))
+        yield kind, found[:count]
+
+
+def _sample(question: Question, produced: np.ndarray) -> Sample:
+    parts = question.document.parts
+    texts = [part.text for part in parts[: question.target] if isinstance(part, TextPart)]
+    pictures = [part.image for part in parts[: question.target] if isinstance(part, ImagePart)]
+    expected = question.part
+    assert isinstance(expected, ImagePart)
+    return Sample(
+        question.document.kind,
+        texts[-1],
+        pictures[-1] if pictures else None,
+        produced,
+        expected.image,
+        grade(question.document, question.target, produced).correct,
+    )
+
+
+def evaluate(
+    model: MMInterleaved,
+    tokenizer: Tokenizer,
+    world: WorldConfig,
+    *,
+    count: int = 96,
+    steps: int = 20,
+    guidance: float = 3.5,
+    full_every: int = 1,
+    seed: int = 0,
+    without: bool = True,
+    on_progress: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """`count` held-out questions of every kind, with MMFS and, if `without`, with MMFS off.
+
+    `full_every`: see `ImageDecoder.draw`."""
+    seeing, blind, samples = Measures(), Measures(), []
+    for name, subject, measures in (
+        ("with MMFS", model, seeing),
+        ("MMFS off", switched_off(model) if without else None, blind),
+    ):
+        if subject is None:
+            continue
+        evaluator = Evaluator(
+            subject, tokenizer, steps=steps, guidance=guidance, full_every=full_every, seed=seed
+        )
+        for kind, questions in questions_of(evaluator, world, count, seed):
+            if on_progress is not None:
+                on_progress(f"{kind}, {name}")
+            produced = evaluator.run(questions, measures)
+            if measures is seeing:
+                samples += [
+                    _sample(question, picture)
+                    for question, picture in zip(questions, produced, strict=True)
+                    if isinstance(picture, np.ndarray)
+                ][:16]
+    return Evaluation(seeing, blind, tuple(samples))

@@ -1,0 +1,195 @@
+"""How a preset is trained from nothing, in three stages.
+
+First the autoencoder; then reading and, without the U-Net, telling from text what to draw; then all
+together.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from mmi_deploy.spec.config import ModelConfig, VaeConfig
+from mmi_deploy.system.files import write_file
+from mmi_train.data.rows import TokenDocument, tokens_of
+from mmi_train.data.synthetic.tasks import MAKERS
+from mmi_train.data.synthetic.vocabulary import build_tokenizer
+from mmi_train.data.synthetic.world import WorldConfig, easy
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.model.vae import Vae
+from mmi_train.training.loop import RunConfig, train
+from mmi_train.training.optimiser import FROM_SCRATCH, OptimiserConfig
+from mmi_train.training.stages.autoencoder import AutoencoderStage
+from mmi_train.training.stages.interleaved import MIXTURE, InterleavedStage
+from mmi_train.training.stages.packed import PackedStage
+from mmi_train.weights.model_folder import TOKENIZER, load_model, save_model
+
+log = logging.getLogger(__name__)
+
+OPEN_GATE = 0.5
+"""Where tanh gates of MMFS begin when nothing is pre-trained: a closed gate protects a trained LLM,
+and only keeps a new one from looking."""
+
+AUTOENCODER = OptimiserConfig(
+    rate=3e-3,
+    steps=2000,
+    warmup=50,
+    weight_decay=1e-4,
+    betas=(0.9, 0.99),
+    eps=1e-8,
+    floor=0.01,
+    rules=(),
+)
+INTERLEAVED = OptimiserConfig(
+    rate=1e-3,
+    steps=6000,
+    warmup=100,
+    weight_decay=0.02,
+    betas=(0.9, 0.98),
+    eps=1e-8,
+    schedule="flat_then_cool",
+    floor=0.02,
+    rules=FROM_SCRATCH,
+)
+IMAGE_WEIGHT = 3.0
+"""Less than the paper's 10, which meets a language model that is trained already: a new one learns
+to read from the text loss, and the image loss is mostly noise to it."""
+CONDITIONING = replace(INTERLEAVED, steps=1000, cool_from=1.0)
+CONDITIONING_MIXTURE = MappingProxyType(
+    {"reading": 12, "drawing": 40, "segmentation": 4, "story": 3}
+)
+"""Without the U-Net a document to draw costs next to nothing, and the condition tells the whole
+picture after a few hundred steps."""
+
+
+def with_latent_scale(config: ModelConfig, scale: float) -> ModelConfig:
+    """The configuration with the scaling factor that its trained autoencoder asks for."""
+    decoder = config.image_decoder
+    vae: VaeConfig = replace(decoder.vae, scaling_factor=round(scale, 4))
+    return replace(config, image_decoder=replace(decoder, vae=vae))
+
+
+def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
+    module.load_state_dict({name: value.clone() for name, value in state.items()})
+
+
+def _channels_last(module: nn.Module) -> None:
+    """Convolutions are faster so on a CPU."""
+    for parameter in module.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+
+
+def train_autoencoder(
+    config: ModelConfig, world: WorldConfig, out: Path, run: RunConfig
+) -> tuple[Vae, float]:
+    """The trained autoencoder (averaged weights) and the scale that gives its latents unit
+    variance."""
+    torch.manual_seed(run.seed)
+    vae = Vae(config.image_decoder.vae)
+    _channels_last(vae)
+    stage = AutoencoderStage(vae, world, pictures=8)
+    _load(vae, train(stage, AUTOENCODER, replace(run, average=0.995), out / "autoencoder"))
+    return vae, stage.latent_scale()
+
+
+def open_gates(model: MMInterleaved, value: float = OPEN_GATE) -> None:
+    """Let every LLM layer that can look back begin to do so."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("look_back.gate"):
+                parameter.fill_(value)
+
+
+def _condition(
+    model: MMInterleaved,
+    tokenizer: Tokenizer,
+    world: WorldConfig,
+    steps: int | None,
+    run: RunConfig,
+    out: Path,
+) -> dict[str, Tensor]:
+    """Train all but the U-Net; returns the averaged weights of the model and its readers."""
+    optimiser = CONDITIONING if steps is None else replace(CONDITIONING, steps=steps)
+    stage = InterleavedStage(
+        model, tokenizer, world, CONDITIONING_MIXTURE, name="conditioning", image_weight=0.0
+    )
+    run = replace(run, average=0.99)
+    return train(stage, optimiser, run, out / stage.name)
+
+
+def endless_documents(
+    config: ModelConfig, tokenizer: Tokenizer, world: WorldConfig, rng: np.random.Generator
+) -> Iterator[TokenDocument]:
+    """Documents of every kind of the main stage's mixture, in random order, all images read."""
+    kinds = [kind for kind, count in MIXTURE.items() for _ in range(count)]
+    while True:
+        document = MAKERS[kinds[int(rng.integers(len(kinds)))]](rng, world, "train")
+        yield tokens_of(document, tokenizer, config.tokens, config.visual_tokens, read_all=True)
+
+
+def train_from_scratch(
+    config: ModelConfig,
+    out: Path,
+    *,
+    world: WorldConfig | None = None,
+    steps: int | None = None,
+    conditioning_steps: int | None = None,
+    seed: int = 0,
+    run: RunConfig | None = None,
+    start: Path | None = None,
+    packed: bool = False,
+    checkpoint_gradients: bool = False,
+) -> Path:
+    """Train `config` on the drawn world and write a model folder, `out/model`; returns its path.
+
+    `start`: a model folder to go on from, in place of new weights (its autoencoder is kept).
+    `steps` and `conditioning_steps` of the main stage and of the one before it; None: the recipe's.
+    `packed`: the paper's rows of the whole context length, in which documents follow each other, in
+    place of documents kept to themselves. `checkpoint_gradients`: less memory, more time.
+    Everything is resumable: run the same command again after it was stopped.
+    """
+    world = world or easy()
+    run = replace(run or RunConfig(), seed=seed)
+    if start is not None:
+        model = load_model(start)
+    else:
+        vae, scale = train_autoencoder(config, world, out, run)
+        torch.manual_seed(seed)
+        model = MMInterleaved(with_latent_scale(config, scale))
+        open_gates(model)
+        model.image_decoder.vae.load_state_dict(vae.state_dict())
+    _channels_last(model.image_decoder)
+    tokenizer = build_tokenizer()
+    model.checkpoint_gradients(checkpoint_gradients)
+    stage: InterleavedStage | PackedStage
+    if packed:
+        source = partial(endless_documents, model.config, tokenizer, world)
+        stage = PackedStage(model, source, str(world), length=model.config.llama.context)
+    else:
+        stage = InterleavedStage(model, tokenizer, world, image_weight=IMAGE_WEIGHT)
+        if conditioning_steps != 0:
+            _load(stage.module, _condition(model, tokenizer, world, conditioning_steps, run, out))
+    optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
+    folder = out / "model"
+
+    def keep(step: int, average: dict[str, Tensor]) -> None:
+        """Every checkpoint leaves a usable model behind."""
+        current = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        _load(model, stage.model_state(average))
+        save_model(model, folder, torch.float16)
+        write_file(folder / TOKENIZER, tokenizer.to_str(pretty=True))
+        _load(model, current)
+        log.info("model of step %d in %s", step, folder)
+
+    train(stage, optimiser, run, out / stage.name, keep)
+    return folder

@@ -1,0 +1,183 @@
+"""The training loop: any stage, resumable, the same weights whether or not it was ever stopped.
+
+Every draw of a step is keyed by (seed, step, part), so a run that is killed at any moment goes on
+from its last checkpoint and ends with the weights of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mmi_deploy.errors import WeightsError
+from mmi_train.training.checkpoints import (
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from mmi_train.training.optimiser import OptimiserConfig, make_optimiser, set_rate, trainable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class RunConfig:
+    """How a stage is run. `accumulate` parts make one optimiser step; `average` is the decay of the
+    averaged weights; intervals are in optimiser steps."""
+
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    accumulate: int = 1
+    average: float = 0.999
+    log_every: int = 50
+    checkpoint_every: int = 250
+    keep: int = 2
+
+
+class Stage(Protocol):
+    """What is trained: a module, and its losses for one part of one step."""
+
+    name: str
+
+    @property
+    def module(self) -> nn.Module:
+        """What learns, and what a checkpoint holds."""
+
+    def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Losses by name; `total` is minimised. Every draw comes from `rng`, or from torch's global
+        generator, which the loop seeds from it."""
+
+    def describe(self) -> str:
+        """The settings that make this stage what it is: a checkpoint of other settings is
+        refused."""
+
+
+def fingerprint(stage: Stage, optimiser: OptimiserConfig, run: RunConfig) -> str:
+    """A short hash of everything that decides the weights of a run."""
+    parts = [stage.name, stage.describe()]
+    parts += [TypeAdapter(type(part)).dump_json(part).decode() for part in (optimiser, run)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _check_finite(value: Tensor, what: str, step: int, losses: dict[str, Tensor]) -> None:
+    """Raise `WeightsError`, which tells the `losses`, unless `value` is finite."""
+    if not bool(torch.isfinite(value)):
+        raise WeightsError(
+            f"the {what} is not finite at step {step}",
+            got={name: float(loss.detach()) for name, loss in losses.items()},
+            fix="lower the rate or train in fp32; the last checkpoint is intact",
+        )
+
+
+class _Meter:
+    """Means of the losses since the last report."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._counts: defaultdict[str, int] = defaultdict(int)
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            self._sums[name] += float(value.detach())
+            self._counts[name] += 1
+
+    def take(self) -> dict[str, float]:
+        means = {name: self._sums[name] / self._counts[name] for name in self._sums}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+
+def train(
+    stage: Stage,
+    optimiser_config: OptimiserConfig,
+    run: RunConfig,
+    out: Path,
+    on_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> dict[str, Tensor]:
+    """Train `stage` to its last step, going on from the newest checkpoint in `out`.
+
+    Curves go to `out/curves` (TensorBoard). Returns the averaged weights, which are also called
+    back at every checkpoint, that which the run goes on from included: it may have been killed in
+    between. Raises `WeightsError` when a loss or its gradient is not finite, or when `out` belongs
+    to a run with other settings.
+    """
+    module = stage.module
+    optimiser = make_optimiser(module, optimiser_config)
+    average = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    mark = fingerprint(stage, optimiser_config, run)
+    step = 0
+    if (path := latest_checkpoint(out)) is not None:
+        step = load_checkpoint(path, module, average, optimiser, mark)
+        log.info("%s: going on from %s", stage.name, path)
+        if on_checkpoint is not None:
+            on_checkpoint(step, average)
+    parameters = list(trainable(module))
+    learning = [name for name, value in module.named_parameters() if value.requires_grad]
+    device = parameters[0].device
+    module.train()
+    meter, started = _Meter(), time.monotonic()
+    with SummaryWriter(str(out / "curves"), purge_step=step) as curves:
+        bar = tqdm(initial=step, total=optimiser_config.steps, desc=stage.name, disable=None)
+        while step < optimiser_config.steps:
+            rate = set_rate(optimiser, optimiser_config, step)
+            for part in range(run.accumulate):
+                rng = np.random.default_rng([run.seed, step, part])
+                torch.manual_seed(int(rng.integers(2**62)))
+                with _autocast(run.precision, device):
+                    losses = stage.losses(rng)
+                _check_finite(losses["total"], f"loss of {stage.name}", step, losses)
+                (losses["total"] / run.accumulate).backward()
+                meter.add(losses)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, optimiser_config.clip)
+            _check_finite(norm, f"gradient of {stage.name}", step, losses)
+            meter.add({"gradient_norm": norm})
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            step += 1
+            decay = min(run.average, step / (step + 10))
+            state = dict(module.named_parameters())
+            with torch.no_grad():
+                torch._foreach_lerp_(
+                    [average[name] for name in learning],
+                    [state[name] for name in learning],
+                    1 - decay,
+                )
+            bar.update()
+            if step % run.log_every == 0 or step == optimiser_config.steps:
+                means = meter.take()
+                for name, value in means.items():
+                    curves.add_scalar(f"{stage.name}/{name}", value, step)
+                curves.add_scalar(f"{stage.name}/rate", rate, step)
+                shown = {name: f"{value:.4g}" for name, value in means.items()}
+                bar.set_postfix(shown)
+                if bar.disable:
+                    log.info("%s %d %.0fs %s", stage.name, step, time.monotonic() - started, shown)
+            if step % run.checkpoint_every == 0 or step == optimiser_config.steps:
+                progress = Progress(step, mark)
+                save_checkpoint(out, module, average, optimiser, progress, run.keep)
+                if on_checkpoint is not None:
+                    on_checkpoint(step, average)
+                    module.train()
+        bar.close()
+    module.eval()
+    return average

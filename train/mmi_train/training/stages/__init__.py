@@ -1,0 +1,1 @@
+"""Training stages: batches and losses of each."""

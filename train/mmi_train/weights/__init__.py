@@ -1,0 +1,1 @@
+"""Weight files: lazy tensors, safetensors, pickles, model folders."""

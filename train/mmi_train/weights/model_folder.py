@@ -1,0 +1,88 @@
+"""Model folders: `config.json`, `model.safetensors`, `tokenizer.json`; strict in, atomic out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from mmi_deploy.errors import WeightsError
+from mmi_deploy.spec.config import read_config, to_json
+from mmi_deploy.system.files import write_file
+from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.weights.lazy_tensor import InMemory
+from mmi_train.weights.writer import write_safetensors
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+_SHOWN = 5
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def kind_of(value: torch.Tensor) -> str:
+    """The type of its numbers without their precision, in which checkpoints may differ."""
+    if value.is_floating_point():
+        return "floating point"
+    return "bool" if value.dtype == torch.bool else "complex" if value.is_complex() else "integer"
+
+
+def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Copy `state` into `module`; raises `WeightsError` naming what is missing, extra, misshapen,
+    of another kind or not finite. Values are converted to the module's types, but whole numbers
+    never pass for weights, nor the other way."""
+    own = module.state_dict()
+    if missing := sorted(own.keys() - state.keys()):
+        raise WeightsError(f"{source} lacks {len(missing)} tensors: {_some(missing)}")
+    if extra := sorted(state.keys() - own.keys()):
+        raise WeightsError(f"{source} has {len(extra)} unknown tensors: {_some(extra)}")
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise WeightsError(
+                f"{source}: {name} has the wrong shape",
+                expected=list(own[name].shape),
+                got=list(value.shape),
+            )
+        if kind_of(value) != kind_of(own[name]):
+            raise WeightsError(
+                f"{source}: {name} holds another kind of numbers",
+                expected=kind_of(own[name]),
+                got=kind_of(value),
+                fix="use an intact checkpoint of this model",
+            )
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise WeightsError(
+                f"{source}: {name} holds NaN or infinity", fix="use an intact checkpoint"
+            )
+    module.load_state_dict(state, strict=True)
+
+
+def load_model(folder: Path) -> MMInterleaved:
+    """The model in `folder`, in float32 and evaluation mode; raises `ConfigError`,
+    `WeightsError`."""
+    model = MMInterleaved(read_config(folder / CONFIG))
+    path = folder / WEIGHTS
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"cannot read {path}: {error}", fix="give a model folder that holds model.safetensors"
+        ) from None
+    load_strictly(model, state, str(path))
+    return model.eval()
+
+
+def save_model(model: MMInterleaved, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write configuration and weights of `model` into `folder`, each file atomically. Raises
+    `WeightsError` when a weight is not finite in `dtype`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: InMemory(value) for name, value in model.state_dict().items()}
+    write_safetensors(folder / WEIGHTS, state, dtype)
+    write_file(folder / CONFIG, to_json(model.config))

@@ -1,0 +1,86 @@
+"""Tensors that lie in files, written as one safetensors file piece by piece."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from numpy.typing import NDArray
+
+from mmi_deploy.bundle.safetensors_writer import Stored, write_safetensors_file
+from mmi_deploy.errors import MmiError, WeightsError
+from mmi_train.weights.lazy_tensor import PLAIN_TYPES, StoredTensor
+
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""What the format calls the types that are written."""
+
+_TOLD = 20
+"""How often progress is told, at most."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done next, how much is done and how much there is."""
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write `tensors` to `path`, read in the order of the mapping; returns its bytes. dtype None:
+    each in its own type, fp64 as fp32.
+
+    No more than a few pieces of a tensor are in memory at any time, and `path` appears when it is
+    whole. Raises `WeightsError` when a tensor holds NaN or infinity or numbers beyond `dtype`, and
+    `MmiError` when the disk has no room.
+    """
+    stored = {name: _stored(name, tensor, dtype) for name, tensor in tensors.items()}
+    total, told = sum(tensor.bytes for tensor in stored.values()), -1
+
+    def tell(done: int) -> None:
+        nonlocal told
+        if progress is not None and (part := done * _TOLD // max(total, 1)) > told:
+            told = part
+            progress("writing weights, in MB", done // 10**6, total // 10**6)
+
+    _check_room(path, total)
+    write_safetensors_file(path, stored, tell)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path.stat().st_size
+
+
+def _stored(name: str, tensor: StoredTensor, wanted: torch.dtype | None) -> Stored:
+    dtype = wanted or (tensor.dtype if tensor.dtype in NAMES else torch.float32)
+    size = prod(tensor.shape) * dtype.itemsize
+    return Stored(NAMES[dtype], tensor.shape, size, lambda: _pieces(name, tensor, dtype))
+
+
+def _pieces(name: str, tensor: StoredTensor, dtype: torch.dtype) -> Iterator[NDArray]:
+    for piece in tensor.pieces():
+        assert piece.dtype in PLAIN_TYPES, (name, piece.dtype)
+        converted = piece.to(dtype)
+        if not bool(torch.isfinite(converted).all()):
+            if bool(torch.isfinite(piece).all()):
+                raise WeightsError(
+                    f"{name} holds numbers that {str(dtype).removeprefix('torch.')} cannot",
+                    got=f"{piece.abs().max().item():.4g}",
+                    fix="convert with --dtype bfloat16 or float32",
+                )
+            raise WeightsError(f"{name} holds NaN or infinity", fix="use an intact checkpoint")
+        yield converted.contiguous().view(torch.uint8).numpy()
+
+
+def _check_room(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise MmiError(
+            f"the disk is too full for {path.name}",
+            expected=f"{needed / 1e6:,.0f} MB of room",
+            got=f"{free / 1e6:,.0f} MB",
+            fix="free some space, or choose another place with --out",
+        )
