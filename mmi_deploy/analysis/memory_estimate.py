@@ -1,11 +1,11 @@
-"""How much memory a model needs, by recipe, and which card holds it: computed from its graphs.
+"""How much memory a model needs, by recipe, and which GPU holds it: computed from its graphs.
 
 Exact: weights as a recipe stores them, and what a document keeps (caches, image values, condition).
 An estimate: the workspace. It is the greatest sum of intermediate values that live at once when the
 nodes run in the order of the file, each value from its making to its last use; renamed values share
 their memory, and so do caches written in place. A runtime that fuses nodes needs less, one that
 picks an algorithm with a workspace of its own needs more. Assumed: what the driver takes
-(`cards.DRIVER_RESERVE`).
+(`gpu_specs.DRIVER_RESERVE`).
 
 Engines share one workspace, since they run one after another; with `resident` the engines that are
 not named take turns in memory, see `mmi_deploy.runtime.tensorrt.engine.GROUPS`.
@@ -280,5 +280,5 @@ def parse_bytes(text: str) -> int:
         if found > 0:
             return found
     raise ConfigError(
-        f"{text!r} is no amount of memory", fix="for example --fit 24GB, or the name of a card"
+        f"{text!r} is no amount of memory", fix="for example --fit 24GB, or the name of a GPU"
     )

@@ -137,8 +137,8 @@ def check_version(runtime: str, version: str) -> None:
 def check_architecture(trt: Any, runtime: str, architecture: str) -> None:
     """Raise `ConfigError` where `trt` does not build for `architecture` on this machine.
 
-    TensorRT-RTX compiles for any card that it knows; TensorRT measures kernels, and so builds for
-    the card in the machine alone.
+    TensorRT-RTX compiles for any GPU that it knows; TensorRT measures kernels, and so builds for
+    the GPU in the machine alone.
     """
     if runtime == TENSORRT_RTX:
         known = rtx_architectures(trt)
@@ -147,18 +147,18 @@ def check_architecture(trt: Any, runtime: str, architecture: str) -> None:
                 f"TensorRT-RTX {trt.__version__} does not build for {architecture} "
                 f"({ARCHITECTURES.get(architecture, 'unknown')})",
                 expected=", ".join(known),
-                fix="give one of these with --arch, or build with --target tensorrt on the card",
+                fix="give one of these with --arch, or build with --target tensorrt on the GPU",
             )
         return
     here = device_architecture()
     if here != architecture:
         raise ConfigError(
-            f"TensorRT builds engines on the card that runs them, and {architecture} is not it",
+            f"TensorRT builds engines on the GPU that runs them, and {architecture} is not it",
             expected=here or "a machine with an NVIDIA GPU and its driver",
             got=architecture,
             fix=f"give --arch {here}"
             if here
-            else "run this on that card, or build with --target tensorrt-rtx, which needs no GPU",
+            else "run this on that GPU, or build with --target tensorrt-rtx, which needs no GPU",
         )
 
 

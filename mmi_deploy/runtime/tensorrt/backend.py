@@ -1,6 +1,6 @@
 """The engines of one TensorRT target of a bundle, and the GPU that they run on.
 
-What does not belong together is refused here, before anything is loaded: another card, another
+What does not belong together is refused here, before anything is loaded: another GPU, another
 TensorRT, another plugin, too little memory.
 """
 
@@ -144,14 +144,14 @@ class TensorRtTarget:
 def check_made_for(
     bundle: Bundle, manifest: TargetManifest, gpu: Any, version: str, plugin: Path | None
 ) -> None:
-    """Raise `EngineError` for engines that were made for another card, TensorRT or plugin."""
+    """Raise `EngineError` for engines that were made for another GPU, TensorRT or plugin."""
     recipe, name = manifest.recipe, manifest.target
     wanted = recipe.get("architecture", gpu.architecture)
     if wanted != gpu.architecture:
-        cards = ARCHITECTURES.get(wanted)
+        gpus = ARCHITECTURES.get(wanted)
         raise EngineError(
-            f"{name} was built for another card",
-            expected=f"{wanted} ({cards})" if cards else wanted,
+            f"{name} was built for another GPU",
+            expected=f"{wanted} ({gpus})" if gpus else wanted,
             got=f"{gpu.architecture} ({gpu.name})",
             fix=f"build for it: `{bundle.build_command(name.replace(wanted, gpu.architecture))}`",
         )
