@@ -25,8 +25,8 @@ from mmi_deploy.analysis.gpu_specs import Gpu
 from mmi_deploy.analysis.shapes import INPUT, WEIGHT, Sized, Step, Value, read_graph, sized
 from mmi_deploy.analysis.stored_bytes import Storage, as_in_file, storage_of
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.spec.target import TENSORRT
 from mmi_deploy.targets.precision.recipes import Recipe
 
 

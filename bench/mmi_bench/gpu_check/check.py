@@ -32,7 +32,8 @@ from mmi_deploy.errors import ConfigError, EngineError, MmiError
 from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, TensorRtTarget
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt.module import MODULES, import_tensorrt
-from mmi_deploy.spec.target import TENSORRT, Target
+from mmi_deploy.spec.backends import TENSORRT
+from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import cache_folder
 from mmi_deploy.targets.precision import recipe
 from mmi_plugins.compile import nvrtc

@@ -88,13 +88,13 @@ def show_memory(
     as_json: bool,
 ) -> None:
     """Print a row per recipe: what it takes, and what holds it."""
-    from mmi_deploy.spec.target import CPU
+    from mmi_deploy.spec.backends import BACKENDS
     from mmi_deploy.targets.precision.recipes import RECIPES, recipe
 
     wanted = (
         [recipe(precision)]
         if precision
-        else [r for r in RECIPES.values() if model.runtime != CPU or r.on_cpu]
+        else [r for r in RECIPES.values() if BACKENDS[model.runtime].on_gpu or r.on_cpu]
     )
     memories = [model.memory(one, groups(resident)) for one in wanted]
     if as_json:

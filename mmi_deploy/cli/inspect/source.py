@@ -77,7 +77,7 @@ def memory_model(
     """What memory is estimated for: graphs, and the documents that they hold at a time. Raises
     `ConfigError` for more than the bundle takes."""
     from mmi_deploy.analysis.memory_estimate import Model, with_limits
-    from mmi_deploy.spec.target import CPU, TENSORRT
+    from mmi_deploy.spec.backends import CPU, TENSORRT
 
     limits = graphs.manifest.limits
     most = limits.images

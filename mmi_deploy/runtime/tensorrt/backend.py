@@ -19,8 +19,8 @@ from mmi_deploy.runtime.memory_plan import SHALLOW, MemoryPlan, document_bytes
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt.engine import GROUPS, Residency, Scratch, TensorRtEngine, group_of
 from mmi_deploy.runtime.tensorrt.module import TensorRt, import_tensorrt
+from mmi_deploy.spec.backends import ARCHITECTURES, backend_of
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
-from mmi_deploy.spec.target import ARCHITECTURES, RUNTIMES, TENSORRT
 from mmi_deploy.system.files import cache_folder
 
 STAND_IN = "stand-in"
@@ -32,8 +32,8 @@ AHEAD_OF_TIME = "ahead-of-time"
 
 def runtime_of(target: str) -> str | None:
     """`tensorrt` or `tensorrt-rtx` for a target's name, None for one that runs on the CPU."""
-    gpu = [name for name in RUNTIMES if target.startswith(f"{name}-") and name.startswith(TENSORRT)]
-    return max(gpu, key=len, default=None)
+    backend = backend_of(target)
+    return backend.name if backend.on_gpu else None
 
 
 CHECK = "make gpu-check"

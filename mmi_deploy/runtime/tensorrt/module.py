@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.spec.target import TENSORRT, TENSORRT_RTX
+from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
 from mmi_deploy.system.files import write_file
 
 MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}

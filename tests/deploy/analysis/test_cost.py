@@ -21,11 +21,11 @@ from mmi_deploy.analysis.cost import GraphCost, cost, cost_of_file
 from mmi_deploy.analysis.flop_rules import RULES, VIEWS
 from mmi_deploy.analysis.gpu_specs import GPUS
 from mmi_deploy.analysis.shapes import read_graph, sized
-from mmi_deploy.analysis.stored_bytes import as_in_file, quantised_bytes
+from mmi_deploy.analysis.stored_bytes import as_in_file
 from mmi_deploy.cli.app import run
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, Graph, Tensor
-from mmi_deploy.targets.precision.recipes import RECIPES
+from mmi_deploy.targets.precision.recipes import RECIPES, quantised_bytes
 from mmi_export.export import MODULES
 
 SIZES = (

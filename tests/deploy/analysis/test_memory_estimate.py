@@ -25,8 +25,8 @@ from mmi_deploy.analysis.stored_bytes import as_in_file, storage_of
 from mmi_deploy.cli.app import run
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.memory_plan import SHALLOW
+from mmi_deploy.spec.backends import CPU, TENSORRT
 from mmi_deploy.spec.graphs import Graph, Tensor
-from mmi_deploy.spec.target import CPU, TENSORRT
 from mmi_deploy.targets.precision import RECIPES, rewrite
 from mmi_deploy.targets.tensorrt_plan import weights_of
 

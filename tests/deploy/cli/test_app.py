@@ -379,7 +379,7 @@ def test_a_signal_that_a_library_makes_an_error_of_is_one_still(
     """As in an import of compiled code, which ends in an ImportError."""
     importing = f"""
 import os
-from mmi_deploy import presets
+from mmi_deploy.spec import presets
 def interrupted(name):
     try:
         os.kill(os.getpid(), {number})
