@@ -6,7 +6,6 @@ stopped by Ctrl-C; 143 stopped by SIGTERM.
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
@@ -26,6 +25,8 @@ app = table_app(Mmi, name="mmi", no_args_is_help=True)
 
 def _version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import version as installed_version
+
         typer.echo(f"mmi {installed_version('mmi_deploy')}")
         raise typer.Exit
 
