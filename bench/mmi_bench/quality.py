@@ -136,7 +136,7 @@ class Answers:
     def _write(self, session: Session) -> str:
         """The likeliest continuation, up to and with its first full stop."""
         tokens = self.runtime.config.tokens
-        stops = {tokens.eos, tokens.boi, self.tokenizer.token_to_id(".")}
+        stops = {*tokens.ends, tokens.boi, self.tokenizer.token_to_id(".")}
         written: list[int] = []
         while len(written) < MAX_ANSWER and session.room:
             logits = session.next_logits().copy()

@@ -26,7 +26,7 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, tokens: TokenConfig) -> None:
         self._inner = inner
         self._inner.encode_special_tokens = True  # `<s>` in a text is three characters
-        self._reserved = {tokens.bos, tokens.eos, tokens.boi, tokens.image}
+        self._reserved = {tokens.bos, *tokens.ends, tokens.boi, tokens.image}
         unknown = getattr(inner.model, "unk_token", None)
         marks = {inner.id_to_token(token) for token in self._reserved}
         marks |= {

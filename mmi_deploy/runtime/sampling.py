@@ -55,8 +55,8 @@ def check_ranges(options: object, *rules: tuple[str, bool, str]) -> None:
 
 def never_sampled(tokens: TokenConfig) -> frozenset[int]:
     """Ids that no generation samples: `<|image|>`, which stands for an image that is there, and
-    `<s>` and padding, which are never targets in training."""
-    return frozenset((tokens.image, tokens.bos, tokens.pad))
+    `<s>` and padding, which are never targets in training, unless they end a text."""
+    return frozenset((tokens.image, tokens.bos, tokens.pad)) - {*tokens.ends}
 
 
 def sample(

@@ -10,9 +10,17 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
@@ -41,20 +49,41 @@ def _multiple(what: str, size: int, count: int, which: str) -> None:
 
 @dataclass(frozen=True, config=_STRICT)
 class TokenConfig:
-    """Ids of the special tokens. `image` stands once per visual token of an image."""
+    """Ids of the special tokens. `image` stands once per visual token of an image.
+
+    `eos` ends a document in training; generation ends at it and at each of `other_eos` (LLaMA-3
+    instruct: `<|end_of_text|>`, `<|eom_id|>`, `<|eot_id|>`), which may be `bos` or `pad` as well.
+    """
 
     bos: Id
     eos: Id
     pad: Id
     boi: Id
     image: Id
+    other_eos: tuple[Id, ...] = ()
 
     @model_validator(mode="after")
     def _are_different(self) -> TokenConfig:
         ids = (self.bos, self.eos, self.boi, self.image)
-        if len({*ids}) < len(ids) or self.pad in (self.boi, self.image):
+        marks = (self.boi, self.image, *self.ends)
+        if len({*ids}) < len(ids) or len({*marks}) < len(marks) or self.pad in marks[:2]:
             raise ValueError("two special tokens have the same id")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write a model with one end token as before `other_eos`: checkpoints compare this text."""
+        fields: dict[str, Any] = inner(self)
+        return {name: value for name, value in fields.items() if value not in ((), [])}
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end a generated text, `eos` first."""
+        return (self.eos, *self.other_eos)
+
+    @property
+    def largest(self) -> int:
+        return max(self.bos, self.pad, self.boi, self.image, *self.ends)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -391,7 +420,7 @@ class ModelConfig:
             raise ValueError(
                 "llm_mmfs.base_grid: tokens have no map of their own, so it must be set"
             )
-        largest = max(vars(self.tokens).values())
+        largest = self.tokens.largest
         if largest >= self.llama.vocab:
             raise ValueError(
                 f"tokens: id {largest} is beyond the vocabulary, whose {self.llama.vocab} ids end "

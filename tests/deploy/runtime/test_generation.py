@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -258,3 +259,27 @@ def test_a_document_that_does_not_fit_is_refused_before_anything_runs() -> None:
     with pytest.raises(DocumentError, match="too many pictures for the model; expected at most 1"):
         list(generate(runtime, document_of(Draw(), Draw())))
     assert not log.calls
+
+
+@pytest.mark.parametrize("end", [TOKENS.eos, 9, TOKENS.bos])
+def test_every_end_token_ends_a_text_and_none_before_its_least_length(end: int) -> None:
+    config = fake_config()
+    config = replace(config, tokens=replace(TOKENS, other_eos=(9, TOKENS.bos)))
+
+    def run_it(*choices: int, **options: Any) -> list[str]:
+        runtime, _ = fake_runtime(config, Limits(context=64, images=6))
+        script(runtime, *choices)
+        chosen = GenerationOptions(temperature=0.0, max_tokens=5, **options)
+        return story(list(generate(runtime, PROMPT, chosen)))
+
+    assert run_it(10, end, 11) == ["text: w10", "end 1 0"]
+    # The least id that is allowed stands in for an end that comes too early.
+    assert run_it(end, min_tokens=2) == ["text: w5 w5", "end 2 0"]
+
+
+def test_a_user_does_not_write_an_end_token() -> None:
+    config = fake_config()
+    config = replace(config, tokens=replace(TOKENS, other_eos=(9,)))
+    runtime, _ = fake_runtime(config)
+    with pytest.raises(DocumentError, match="'w9', which the model reserves"):
+        list(generate(runtime, document_of(Text("w8 w9")), GenerationOptions(max_tokens=1)))

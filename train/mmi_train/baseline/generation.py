@@ -288,7 +288,7 @@ class _Generation:
             if not self.row.room:
                 return "context"
             token = self._sample()
-            if token == self.tokens.eos:
+            if token in self.tokens.ends:
                 return "end"
             if token == self.tokens.boi:
                 return None
@@ -306,7 +306,7 @@ class _Generation:
         tokens, options = self.tokens, self.options
         banned = never_sampled(tokens)
         if len(self.turn_ids) < max(options.min_tokens, options.turn_tokens or 0):
-            banned |= {tokens.eos, tokens.boi}
+            banned |= {*tokens.ends, tokens.boi}
         if self.turn is None:
             self.turn = TextTurn(self.row, self.kv_cache)
         uniform = text_uniform(options.seed, len(self.row.ids))

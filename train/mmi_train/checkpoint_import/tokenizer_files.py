@@ -63,7 +63,7 @@ def published_tokenizer(source: Path, tokens: TokenConfig) -> Tokenizer:
         "boi": boi,
         "image": image,
     }
-    wanted = vars(tokens)
+    wanted = {name: getattr(tokens, name) for name in found}
     if found != wanted:
         raise ConfigError(
             f"the tokenizer of {source} is not the one of this model",

@@ -196,7 +196,7 @@ class Evaluator:
     def write(self, prompts: list[TokenDocument]) -> list[str]:
         """Greedy continuations, each up to and with its first full stop or end token."""
         config = self.model.config
-        stops = {config.tokens.eos, config.tokens.boi, self.tokenizer.token_to_id(".")}
+        stops = {*config.tokens.ends, config.tokens.boi, self.tokenizer.token_to_id(".")}
         written: list[list[int]] = [[] for _ in prompts]
         batch = batch_of(make_rows(prompts, config.tokens), config.tokens)
         images = self.model.encode_images(batch.pixels)

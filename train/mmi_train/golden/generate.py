@@ -40,7 +40,7 @@ def check_texts(unit: Unit, checks: Checks, weights: Weights) -> None:
     steps = config.count("max_new_tokens", config.count("max_length", 30))
     least = config.get("min_length", 8)
     penalty = config.get("repetition_penalty", 1.0)
-    ends = torch.tensor([tokens.eos, tokens.boi])
+    ends = torch.tensor([*tokens.ends, tokens.boi])
     data, pixels = full.rows(unit, tokens), unit.input("image_tensors")
     reading = Reading(model, data.ids, pixels, data.slot, data.real, room=steps)
     ids = torch.full((len(data.ids), 1), tokens.bos)

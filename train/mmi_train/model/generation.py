@@ -101,11 +101,11 @@ def generate_texts(
     """The likeliest token again and again, for left-padded prompts [b, t].
 
     As the published code's generation returns it: [b, 1 + new tokens], `<s>` first, which counts
-    towards `min_length`; a row ends with `</s>` or a begin-of-image token, neither of which comes
-    before `min_length`, and is padded with the pad token after that.
+    towards `min_length`; a row ends with one of the end tokens or a begin-of-image token, none of
+    which comes before `min_length`, and is padded with the pad token after that.
     """
     tokens = model.config.tokens
-    ends = torch.tensor([tokens.eos, tokens.boi], device=token_ids.device)
+    ends = torch.tensor([*tokens.ends, tokens.boi], device=token_ids.device)
     reading = Reading(model, token_ids, pixels, image_slot, real, room=max_new_tokens)
     text = token_ids.new_full((len(token_ids), 1), tokens.bos)
     ended = torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
