@@ -24,6 +24,7 @@ import tokenizers
 from mmi_bench.emulated_precision import simulated_runtime
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.bundle.manifest import PORTABLE
+from mmi_deploy.documents.tokenizer import read_tokenizer_file
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
@@ -174,7 +175,7 @@ def compare(
             got=min(count, pictures),
             fix="leave kinds out with --kinds",
         )
-    tokenizer = tokenizers.Tokenizer.from_file(str(bundle.tokenizer))
+    tokenizer = read_tokenizer_file(bundle.tokenizer)
     portable = Runtime.open(bundle, target=PORTABLE, threads=threads)
     sides = [Answers(runtime, tokenizer, guidance) for runtime in (portable, other)]
     found = {}

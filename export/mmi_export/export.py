@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from mmi_deploy.bundle.bundle import Bundle, BundleWriter, write_bundle
-from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.documents.tokenizer import Tokenizer, read_tokenizer_file
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.spec.config import ModelConfig, read_config
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
@@ -153,7 +152,7 @@ def run_export(
             stored.check_finite(
                 lambda done: _tell_bytes(watch, "looking through the weights", done, stored.bytes)
             )
-        shutil.copyfile(export.folder / TOKENIZER, writer.tokenizer)
+        read_tokenizer_file(export.folder / TOKENIZER).save(str(writer.tokenizer))
         for table in export.schedules:
             writer.add_schedule(_time_table(export.model, stored, table))
         _write_graphs(export, writer, watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -125,3 +126,11 @@ def test_a_model_folder_without_tokenizer_is_refused(exported: Exported, tmp_pat
     (folder / TOKENIZER).unlink()
     with pytest.raises(WeightsError, match=TOKENIZER):
         export_bundle(folder, tmp_path / "bundle")
+
+
+def test_a_bundles_tokenizer_neither_cuts_nor_pads(exported: Exported) -> None:
+    """The model folder's does: see `exports.export`."""
+    given = json.loads((exported.folder / TOKENIZER).read_text(encoding="utf-8"))
+    written = json.loads(exported.bundle.tokenizer.read_text(encoding="utf-8"))
+    assert given["truncation"] and given["padding"]
+    assert written == {**given, "truncation": None, "padding": None}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from mmi_deploy.documents.tokenizer import FILE_NAME
+from mmi_deploy.documents.tokenizer import FILE_NAME, exact
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.spec.config import TokenConfig
 from mmi_train.checkpoint_import.sentencepiece_model import read_sentencepiece
@@ -35,7 +35,7 @@ def read_tokenizer(source: Path) -> Tokenizer:
     if path.suffix == ".model":
         return read_sentencepiece(path)
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return exact(Tokenizer.from_str(path.read_text(encoding="utf-8")))
     except Exception as error:  # `tokenizers` raises plain Exception
         raise WeightsError(
             f"cannot read the tokenizer {path} ({error})", fix="download it again"

@@ -42,16 +42,14 @@ def evaluate(
     if pictures is not None:
         prepare_file(pictures)
     with extras("evaluate"):
-        from tokenizers import Tokenizer
-
-        from mmi_deploy.documents.tokenizer import Tokenizer as TextTokenizer
+        from mmi_deploy.documents.tokenizer import Tokenizer, read_tokenizer_file
         from mmi_train.data.synthetic import world as worlds
         from mmi_train.evaluation.contact_sheet import contact_sheet
         from mmi_train.evaluation.synthetic_tasks import evaluate as evaluation_of
         from mmi_train.weights.model_folder import TOKENIZER, load_model
     loaded = load_model(model)
-    TextTokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses what cannot be read
-    tokenizer = Tokenizer.from_file(str(model / TOKENIZER))
+    Tokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses that of another model
+    tokenizer = read_tokenizer_file(model / TOKENIZER)
     err = remarks()
     with err.status("evaluating") as status:
         evaluation = evaluation_of(
