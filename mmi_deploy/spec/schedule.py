@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
-from mmi_deploy.errors import BundleError
+from mmi_deploy.bundle.safetensors_reader import read_header
+from mmi_deploy.errors import BundleError, WeightsError
 from mmi_deploy.spec.graphs import STATE, TERMS
 from mmi_deploy.system.files import write_file
 
@@ -90,6 +91,7 @@ class Schedule:
 def read_schedule(path: Path) -> Schedule:
     """Read what `Schedule.save` wrote; raises `BundleError`."""
     try:
+        read_header(path)
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -100,7 +102,9 @@ def read_schedule(path: Path) -> Schedule:
             initial_sigma=float(metadata["initial_sigma"]),
             time_table=tensors.get("time_table"),
         )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except WeightsError as error:
+        raise BundleError(f"a schedule cannot be read: {error}") from None
+    except (KeyError, ValueError) as error:
         raise BundleError(
             f"{path} is not a schedule: {error}", fix="export the bundle again"
         ) from None

@@ -12,11 +12,11 @@ import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 
+from mmi_deploy.bundle.safetensors_reader import read_header
 from mmi_deploy.cli.console import print_json, results
 from mmi_deploy.cli.inspect.source import AsJson
-from mmi_deploy.errors import ConfigError, WeightsError
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import size
 
 if TYPE_CHECKING:
@@ -78,14 +78,8 @@ def show_presets(as_json: bool) -> None:
 def parameter_counts(path: Path) -> dict[str, int]:
     """Parameters of each part of a model, from the header of its safetensors file alone."""
     counts: Counter[str] = Counter()
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():
-                counts[name.partition(".")[0]] += prod(file.get_slice(name).get_shape())
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error}") from None
-    except SafetensorError:
-        raise WeightsError(f"{path} is no safetensors file", fix="copy it again") from None
+    for name, entry in read_header(path).items():
+        counts[name.partition(".")[0]] += prod(entry.shape)
     return dict(counts)
 
 

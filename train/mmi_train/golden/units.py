@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mmi_deploy.errors import MmiError
+from mmi_deploy.errors import MmiError, WeightsError
+from mmi_train.weights.safetensors_files import load_tensors
 
 KINDS = (
     "mmfs_llm",
@@ -142,11 +141,9 @@ def read_unit(base: Path) -> Unit:
     config = read_config(base)
     path = _beside(base, ".safetensors")
     try:
-        tensors = load_file(path)
-    except OSError as error:
-        raise UnitError(f"cannot read {path.name}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise UnitError(f"{path.name} is no intact safetensors file: {error}") from None
+        tensors = load_tensors(path)
+    except WeightsError as error:
+        raise UnitError(str(error)) from None
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")

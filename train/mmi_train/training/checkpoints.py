@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmi_deploy.errors import WeightsError
+from mmi_train.weights.safetensors_files import load_tensors
 
 _PREFIX = "step-"
 
@@ -107,11 +108,11 @@ def load_checkpoint(
             got=progress.fingerprint,
             fix="go on with the settings of that run, or choose another folder with --out",
         )
-    model.load_state_dict(load_file(path / "model.safetensors"))
+    model.load_state_dict(load_tensors(path / "model.safetensors"))
     optimiser.state.clear()
-    for name, value in load_file(path / "average.safetensors").items():
+    for name, value in load_tensors(path / "average.safetensors").items():
         average[name].copy_(value)
-    moments = load_file(path / "moments.safetensors")
+    moments = load_tensors(path / "moments.safetensors")
     for name, parameter in model.named_parameters():
         if f"{name}:step" in moments:
             optimiser.state[parameter] = {
