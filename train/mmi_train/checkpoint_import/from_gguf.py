@@ -63,6 +63,9 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 }
 """Switches of the architecture, and the values with which they change nothing."""
 
+_ENDS = tuple(f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom"))
+"""Tokens that end a text, a turn and a message: llama.cpp stops at each of them."""
+
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _LLAMA_3 = (
@@ -127,7 +130,7 @@ def _read(
         tensors=tensors,
         tokenizer=_tokenizer(path, fields) if tokenizer is None else read_tokenizer(tokenizer),
         bos=fields.get("tokenizer.ggml.bos_token_id"),
-        eos=fields.get("tokenizer.ggml.eos_token_id"),
+        ends=tuple(dict.fromkeys(fields[name] for name in _ENDS if name in fields)),
         pad=fields.get("tokenizer.ggml.padding_token_id"),
     )
 

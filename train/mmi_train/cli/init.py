@@ -66,7 +66,7 @@ def init(
         str | None, typer.Option(help="The token that begins a document.", show_default="its own")
     ] = None,
     eos: Annotated[
-        str | None, typer.Option(help="The token that ends a document.", show_default="its own")
+        str | None, typer.Option(help="The one token that ends a document.", show_default="its own")
     ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Type of the written weights; keep: as the parts are.")
@@ -115,6 +115,8 @@ def init(
             inputs=inputs,
             progress=stage,
         )
+    for line in parts.llm.remarks:
+        remarks().print(line)
     for given, what in ((vision, "vision encoder is"), (diffusion, "U-Net and autoencoder are")):
         if given is None:
             remarks().print(f"the {what} new and small: give trained parts for real use")
