@@ -74,6 +74,8 @@ def fitting(source: object) -> Iterator[None]:
         yield
     except ValidationError as error:
         raise ConfigError(f"{source} cannot be built on: {first_flaw(error)}") from None
+    except KeyError as error:
+        raise ConfigError(f"{source} cannot be built on: it lacks {error}") from None
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         line = " ".join(str(error).split())
         raise ConfigError(f"{source} cannot be built on: {line}") from None
