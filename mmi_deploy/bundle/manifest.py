@@ -11,10 +11,18 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from mmi_deploy.bundle.safetensors_reader import once
 from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.config import ModelConfig, first_flaw
 from mmi_deploy.spec.graphs import Limits
@@ -33,6 +41,10 @@ _CHECKED = ".checked.json"
 """Remembers which hashes were checked at which size and times. Not part of the bundle."""
 
 
+Bytes = Annotated[int, Field(ge=0, le=2**50)]
+Size = Annotated[int, Field(ge=0, le=2**32)]
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
@@ -41,15 +53,23 @@ class FileEntry(_Model):
     """Hash and size in bytes of one file of the folder."""
 
     sha256: str
-    size: int
+    size: Bytes
 
 
 class Case(_Model):
-    """One comparison: sizes of the dynamic dimensions, greatest error, the error allowed."""
+    """One comparison: sizes of the dynamic dimensions, greatest error, the error allowed, which is
+    at most as great as the output: more would prove nothing."""
 
-    sizes: dict[str, int]
+    sizes: dict[str, Size]
     error: float
-    tolerance: float
+    tolerance: Annotated[float, Field(gt=0, le=1)]
+
+    @field_validator("error")
+    @classmethod
+    def _is_magnitude(cls, value: float) -> float:
+        if value < 0:  # NaN is written, and is no pass
+            raise ValueError("an error is not below 0")
+        return value
 
     @property
     def passed(self) -> bool:
@@ -138,6 +158,15 @@ class BundleManifest(FolderManifest):
     tokenizer: str
     schedules: dict[str, str]
 
+    @model_validator(mode="after")
+    def _has_positions(self) -> BundleManifest:
+        if self.limits.context > self.config.llama.context:
+            raise ValueError(
+                f"limits.context {self.limits.context} is beyond the model's "
+                f"{self.config.llama.context} positions"
+            )
+        return self
+
 
 class TargetManifest(FolderManifest):
     """`engines/<target>/target.json`: engines made from the portable graphs for one target.
@@ -160,7 +189,7 @@ def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
     """Read a manifest; raises `BundleError` that ends with the command `mend`."""
     try:
         text = path.read_bytes()
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=once)
     except FileNotFoundError:
         raise BundleError(
             f"{path.parent} is not complete: it holds no {path.name}", fix=f"write it with `{mend}`"
@@ -174,7 +203,7 @@ def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
         raise BundleError(
             f"{path} has another format",
             expected=FORMAT,
-            got=version,
+            got=f"{version!s:.40}",
             fix=f"write it with `{mend}`",
         )
     try:

@@ -18,6 +18,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mmi_deploy.errors import MmiError
+from mmi_deploy.system.memory import is_shortage, shortage
 
 STOPPED = 128 + signal.SIGINT
 
@@ -62,6 +63,8 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
             raise
         if _disk_is_full(error):
             return say("the disk is full. Free some space and run the command again", 2)
+        if is_shortage(error):
+            return say(str(shortage("for this command")), 2)
         if isinstance(error, OSError) and error.filename:
             return say(f"{error.filename}: {error.strerror}", 2)
         raise

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mmi_deploy.spec.config import MmfsConfig, ModelConfig
+from mmi_deploy.spec.config import Count, Few, MmfsConfig, ModelConfig
 
 OPSET = 24
 IR_VERSION = 10
@@ -134,9 +134,9 @@ def numbered(prefix: str, index: int) -> str:
 class Limits:
     """What an exported bundle allows: cache slots per row, rows, images in the pool."""
 
-    context: int
-    batch: int = 4
-    images: int = 49
+    context: Count
+    batch: Few = 4
+    images: Few = 49
 
 
 def feature_cells(config: ModelConfig, mmfs: MmfsConfig | None = None) -> int:

@@ -12,6 +12,7 @@ from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.buffers import HOST, Buffer
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.spec.graphs import Graph, Tensor
+from mmi_deploy.system.memory import is_shortage, shortage
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class OnnxRuntimeEngine(Engine):
         try:
             self._session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower class
+            if is_shortage(error):
+                raise shortage(f"to load {path}") from None
             reason = str(error).splitlines()[0]
             raise EngineError(
                 f"ONNX Runtime cannot load {path}: {reason}", fix="check it with `mmi verify`"
@@ -56,6 +59,8 @@ class OnnxRuntimeEngine(Engine):
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             self._bound.clear()
+            if is_shortage(error):
+                raise shortage(f"to run {self.graph.name}") from error
             raise EngineError(f"{self.graph.name} failed: {str(error).splitlines()[0]}") from error
 
     def _is_bound(self, name: str, buffer: Buffer) -> bool:
