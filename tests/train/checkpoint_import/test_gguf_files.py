@@ -112,3 +112,14 @@ def test_linear_scaling_by_two_is_refused(tmp_path: Path, name: str) -> None:
     path = parts.write_gguf(tmp_path / "x.gguf", parts.llama(), fields=fields)
     with pytest.raises(MmiError, match=rf"our blocks do not have llama\.{name}"):
         read_gguf(path)
+
+
+def test_a_token_that_stands_twice_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = parts.byte_tokens()
+    tokens[-1] = tokens[7]
+    monkeypatch.setattr(parts, "byte_tokens", lambda: tokens)
+    path = parts.write_gguf(tmp_path / "x.gguf", parts.llama())
+    with pytest.raises(MmiError, match=f"two ids; got 7 and {parts.KNOWN - 1}"):
+        read_gguf(path)

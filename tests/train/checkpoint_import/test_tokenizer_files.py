@@ -196,3 +196,11 @@ def test_a_model_keeps_the_trained_rows_of_added_tokens(folder):
     assert torch.equal(model.llm.embed_tokens.weight[:422], llama.model.embed_tokens.weight)
     assert torch.equal(model.head.head.weight[:422], llama.lm_head.weight)
     assert model.config.tokens.boi == 422 and model.config.tokens.ends == (2, 420)
+
+
+def test_a_piece_that_stands_twice_is_refused():
+    """As the sentencepiece library does; the rows of the first one would never be used."""
+    texts = ["<unk>", "a", "b", "ab", "a"]
+    pieces = [Piece(text, -1.0, Kind.NORMAL if i else Kind.UNKNOWN) for i, text in enumerate(texts)]
+    with pytest.raises(WeightsError, match="gives 'a' two ids; got 1 and 4"):
+        byte_pair_tokenizer(pieces, Normaliser())

@@ -22,6 +22,7 @@ from mmi_train.checkpoint_import.sentencepiece_model import (
     Normaliser,
     Piece,
     byte_pair_tokenizer,
+    vocabulary,
 )
 from mmi_train.checkpoint_import.tokenizer_files import read_tokenizer
 from mmi_train.weights.lazy_tensor import Computed, InFile, StoredTensor
@@ -314,7 +315,7 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
     merges = [tuple(line.split(" ", 1)) for line in own["merges"]]
     tokenizer = Tokenizer(
         models.BPE(
-            vocab={text: index for index, text in enumerate(texts)},
+            vocab=vocabulary(texts),
             merges=merges,
             ignore_merges=words == "llama-bpe",
         )

@@ -104,7 +104,8 @@ def _special_spellings(fields: Fields) -> set[str]:
 def _add(tokenizer: Tokenizer, path: Path, token: int, added: AddedToken) -> None:
     """Let `tokenizer`, which was read from `path`, know a token under its id; `ConfigError` where
     it has another one there, or the id is not the next."""
-    if token in tokenizer.get_added_tokens_decoder() and tokenizer.id_to_token(token) == str(added):
+    known = tokenizer.get_added_tokens_decoder().get(token)
+    if known is not None and known.content == added.content:
         return
     (tokenizer.add_special_tokens if added.special else tokenizer.add_tokens)([added])
     got = tokenizer.token_to_id(added.content)
