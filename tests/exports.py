@@ -34,7 +34,7 @@ SCHEDULES = {
     SHIPPED: ("ddim:4", "unipc:20"),
 }
 
-_STAGE = re.compile(r"(.+) \((\d+) of (\d+) done\)")
+_STAGE = re.compile(r"^(.+) \((\d+) of (\d+) done", re.M)
 
 
 @dataclass(frozen=True)

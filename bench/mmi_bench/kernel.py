@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from mmi_bench.machine import describe
@@ -27,6 +26,7 @@ from mmi_deploy.cli import program
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET
 from mmi_deploy.system.files import write_file
+from mmi_deploy.system.progress import shown
 from mmi_plugins.conformance.calls import draw
 from mmi_plugins.conformance.onnxruntime_kernel import OnnxRuntimeKernel, one_node_model
 from mmi_plugins.operator import INPUT_SHAPES, Call
@@ -277,10 +277,11 @@ def main(
     kernel = OnnxRuntimeKernel(threads=threads)
     if reason := kernel.missing():
         raise EngineError(f"our kernel cannot run here: {reason}")
-    done = [
-        compare(queries, kernel.library, threads, repeats)
-        for queries in track(QUERIES, "measuring", console=Console(stderr=True))
-    ]
+    done = []
+    with shown(Console(stderr=True)) as progress:
+        for index, queries in enumerate(QUERIES):
+            progress(f"measuring {queries} queries", index, len(QUERIES))
+            done.append(compare(queries, kernel.library, threads, repeats))
     Console().print(table(done, threads))
     if out:
         report = {"machine": describe(), "threads": threads, "sizes": [x.to_json() for x in done]}

@@ -13,13 +13,14 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 
 import numpy as np
 import tokenizers
+from rich.console import Console
 
 from mmi_bench.emulated_precision import simulated_runtime
 from mmi_deploy.bundle.bundle import Bundle
@@ -29,6 +30,7 @@ from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.system.files import write_file
+from mmi_deploy.system.progress import Progress, shown, silent
 from mmi_train.data.rows import TokenDocument
 from mmi_train.data.synthetic import world as worlds
 from mmi_train.data.synthetic.tasks import ImagePart, TaskDocument, grade
@@ -160,7 +162,7 @@ def compare(
     guidance: float = 3.5,
     seed: int = 0,
     threads: int = 0,
-    on_progress: Callable[[str], None] = lambda what: None,
+    progress: Progress = silent,
 ) -> dict[str, Paired]:
     """Ask the portable graphs and `other` the same `count` questions of each kind, `pictures` of
     those that want one drawn. Raises `ConfigError` for a kind that there is not, and for none."""
@@ -185,7 +187,7 @@ def compare(
         chosen = questions[: pictures if kind in PICTURES else count]
         right: tuple[list[bool], list[bool]] = ([], [])
         for index, question in enumerate(chosen):
-            on_progress(f"{kind} {index + 1} of {len(chosen)}")
+            progress(kind, index, len(chosen))
             for side, answers in zip(sides, right, strict=True):
                 answers.append(side.right(question))
         found[kind] = Paired.of(*right)
@@ -213,16 +215,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 other = simulated_runtime(bundle, given.simulate, Path(folder), given.threads)
             else:
                 other = Runtime.open(bundle, target=given.target, threads=given.threads)
-            found = compare(
-                bundle,
-                other,
-                kinds=given.kinds,
-                count=given.count,
-                pictures=given.pictures,
-                seed=given.seed,
-                threads=given.threads,
-                on_progress=_say if sys.stderr.isatty() else lambda what: None,
-            )
+            with shown(Console(stderr=True, soft_wrap=True)) as progress:
+                found = compare(
+                    bundle,
+                    other,
+                    kinds=given.kinds,
+                    count=given.count,
+                    pictures=given.pictures,
+                    seed=given.seed,
+                    threads=given.threads,
+                    progress=progress,
+                )
     except MmiError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -250,10 +253,6 @@ def _line(name: str, pairs: Paired, band: float) -> str:
         f"(only portable {pairs.portable_only}, only target {pairs.target_only})  "
         f"within {band:g}: {pairs.verdict(band)}"
     )
-
-
-def _say(what: str) -> None:
-    print(f"\r{what:40}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmi_deploy.cli.console import print_json, remarks, results, staged
+from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec import presets
 from mmi_deploy.system.files import check_replaceable, size
+from mmi_deploy.system.progress import shown
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle.bundle import Bundle
@@ -136,15 +137,15 @@ def export(
         dtype = getattr(torch, storage.value)
         folder = stand_in(presets.preset(preset), out, made, layers, dtype)
     with folder as read:
-        with staged("looking at the model"):
+        with shown(remarks(), "looking at the model"):
             planned = prepare_export(read, out, context, schedule or DEFAULT_SCHEDULES, **options)
         if dry_run:
             _print_plan(planned, out, as_json)
             return
         if planned.plan.layout == "linked":
             remarks().print(_planned(planned))
-        with staged("starting") as stage:
-            done = run_export(planned, out, force=force, progress=stage)
+        with shown(remarks()) as progress:
+            done = run_export(planned, out, force=force, progress=progress)
     if preset:
         done.bundle.remember()
     _print_done(planned, done, out, as_json)

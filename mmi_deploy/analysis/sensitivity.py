@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, model_runner
 from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.targets.precision.constants import Constants
 from mmi_deploy.targets.precision.quantise import fitting, quantise
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe, Scheme, recipe
@@ -41,7 +42,7 @@ def sensitivity(
     bundle: Bundle,
     graph: str = "llm",
     precision: str = "int4",
-    on_layer: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: Progress = silent,
 ) -> list[Layer]:
     """Quantise one weight of `graph` at a time; returns all, the most sensitive first.
 
@@ -65,7 +66,7 @@ def sensitivity(
     results = [_results(contract, run, {**inputs, **plain}) for inputs in runs]
     layers = []
     for index, (name, product) in enumerate(weights.items()):
-        on_layer(product.name, index, len(weights))
+        progress("quantising one weight at a time", index, len(weights), detail=product.name)
         chosen = fitting(scheme, product.rows)
         changed = quantise(plain[name], chosen).restored()
         error = max(

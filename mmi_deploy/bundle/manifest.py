@@ -27,6 +27,7 @@ from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.config import ModelConfig, first_flaw
 from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.system.files import write_file
+from mmi_deploy.system.progress import Progress, silent
 
 FORMAT = 1
 """Version of the folder's layout; a runtime reads exactly one."""
@@ -228,11 +229,11 @@ def sha256_of(path: Path) -> str:
 class Hashes:
     """Hashes of files, each computed once whatever names it has.
 
-    `told`: called with how many bytes of how many of a large file have been read.
+    `progress`: told of the bytes of large files.
     """
 
-    def __init__(self, told: Callable[[Path, int, int], None] | None = None) -> None:
-        self.told = told
+    def __init__(self, progress: Progress = silent) -> None:
+        self.progress = progress
         self._known: dict[tuple[int, ...], str] = {}
 
     def __call__(self, path: Path) -> str:
@@ -248,8 +249,8 @@ class Hashes:
             while block := file.read(_BLOCK):
                 found.update(block)
                 done += len(block)
-                if self.told is not None and size > _BLOCK:
-                    self.told(path, done, size)
+                if size > _BLOCK:
+                    self.progress(f"hashing {path.name}", done, size, unit="bytes")
         return found.hexdigest()
 
 

@@ -1,8 +1,8 @@
 """Headers of safetensors files: the one place that judges whether a file is one.
 
 A file is taken if the safetensors package opens it and no name stands twice in its header, which
-the format forbids and the package overlooks. Contents are then read by place (`mmi_train.weights.lazy_tensor`)
-or by the package itself.
+the format forbids and the package overlooks. Contents are then read by place
+(`mmi_train.weights.lazy_tensor`) or by the package itself.
 """
 
 from __future__ import annotations

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, remarks, results
@@ -18,6 +16,7 @@ from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.kernels import AUTO
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.system.files import size
+from mmi_deploy.system.progress import Progress, shown
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle.build_report import TargetReport
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from mmi_deploy.targets.calibration import Evidence
     from mmi_deploy.targets.precision import Recipe
     from mmi_deploy.targets.tensorrt_plan import Part, Request
-
-Watch = Callable[[str, int, int, str], None]
-"""Called with (what is done, components done, components in all or 0, the builder's phase)."""
 
 
 def build(
@@ -185,24 +181,26 @@ def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
             named = ", ".join(plan["graphs"]) or "no graph"
             results().print(f"{plan['target']}: {recipe.what}; rewrites {named}")
         return
-    with _watched(len(recipe.weights)) as watch:
+    with shown(remarks()) as progress:
         report = build_cpu_target(
             bundle,
             recipe,
-            lambda what, done, of: watch(what, min(done, of - 1), of, ""),
+            progress,
             unproved=options.unproved,
             force=options.force,
         )
     _say_reports(bundle, [report], options.as_json)
 
 
-def _evidence(bundle: Bundle, cache: EngineCache, watch: Watch, options: _Options) -> Evidence:
+def _evidence(
+    bundle: Bundle, cache: EngineCache, progress: Progress, options: _Options
+) -> Evidence:
     from mmi_deploy.system.memory import free_memory
     from mmi_deploy.targets.calibration import Evidence, check_can_run
 
     if not (options.unproved or options.force or options.dry_run):
         check_can_run(bundle, free_memory())
-    return Evidence(bundle, cache.folder.parent / "ranges", lambda what: watch(what, 0, 0, ""))
+    return Evidence(bundle, cache.folder.parent / "ranges", progress)
 
 
 def _tensorrt(
@@ -224,8 +222,8 @@ def _tensorrt(
     for one in targets:
         trt = open_tensorrt(plugin, one.runtime, str(one.architecture))
     plugin.load(trt).unregister()  # refused here, not after minutes
-    with _watched(len(graphs) * len(targets)) as watch:
-        evidence = _evidence(bundle, cache, watch, options)
+    with shown(remarks()) as progress:
+        evidence = _evidence(bundle, cache, progress, options)
         measured = () if options.unproved or options.dry_run else graphs
         ranges = {
             name: evidence.ranges(name, recipe, runtime)
@@ -243,7 +241,7 @@ def _tensorrt(
             _say_memory(missing, len(parts))
             if not options.force:
                 check_room(missing, bundle, cache)
-            reports = build_targets(request, cache, watch)
+            reports = build_targets(request, cache, progress)
     if options.dry_run:
         _say_plan(request, parts, missing, cache, options.as_json)
     else:
@@ -335,32 +333,3 @@ def _table(report: TargetReport) -> Table:
         else:
             table.add_row(graph.graph, layers, *sizes, seconds, error)
     return table
-
-
-@contextmanager
-def _watched(total: int) -> Iterator[Watch]:
-    """A bar with elapsed time and component n of N in a terminal, a line per component in a log."""
-    console = remarks()
-    if not console.is_terminal:
-        said = ""
-
-        def line(what: str, done: int, of: int, phase: str) -> None:
-            nonlocal said
-            if what != said:
-                said = what
-                console.print(f"{what} ({done + 1} of {of})" if of else what)
-
-        yield line
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[phase]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=total, phase="")
-        yield lambda what, done, of, phase: bar.update(
-            task, description=what, completed=done, total=of or total, phase=phase
-        )

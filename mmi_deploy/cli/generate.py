@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress, TaskID
 
-from mmi_deploy.cli.console import MOST_THREADS, counted, print_json, progress, remarks, results
+from mmi_deploy.cli.console import MOST_THREADS, counted, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.cli.target_options import (
@@ -21,6 +21,7 @@ from mmi_deploy.cli.target_options import (
     groups,
     say_memory,
 )
+from mmi_deploy.system.progress import Progress, shown, silent
 
 if TYPE_CHECKING:
     from mmi_deploy.documents.document import Document
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from mmi_deploy.runtime.options import GenerationOptions
 
 BUNDLE = Path("bundles/tiny")
+
+PATIENCE = 5.0
+"""Seconds that a picture may take before a log hears of its steps."""
 
 ENDS = {
     "end": "the model ended the document",
@@ -190,13 +194,14 @@ class _Terminal(_Nobody):
     def __init__(self, document: Document) -> None:
         self._out, self._err = results(), remarks()
         self._given = iter(document.parts)
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._drawing = ExitStack()
+        self._progress: Progress = silent
+        self._picture = ""
         self._in_line = False
         self._show_given()
 
     def __exit__(self, *_: object) -> None:
-        self._end_bar()
+        self._drawing.close()
         self._end_line()
 
     def show(self, event: Event) -> None:
@@ -207,13 +212,15 @@ class _Terminal(_Nobody):
                 self._write(text)
             case ImageStarted(index, steps):
                 self._end_line()
-                self._bar = progress(self._err)
-                self._task = self._bar.add_task(f"drawing picture {index + 1}", total=steps)
-                self._bar.start()
-            case ImageProgress(_, step, _) if self._bar:
-                self._bar.update(self._task, completed=step)
+                self._picture = f"drawing picture {index + 1}"
+                self._progress = self._drawing.enter_context(
+                    shown(self._err, self._picture, patience=PATIENCE)
+                )
+                self._progress(self._picture, 0, steps)
+            case ImageProgress(_, step, steps):
+                self._progress(self._picture, step, steps)
             case ImageDone(index, _):
-                self._end_bar()
+                self._drawing.close()
                 self._line(f"[picture {index + 1}: drawn]")
                 self._show_given()
 
@@ -228,11 +235,6 @@ class _Terminal(_Nobody):
                 self._write(part.text, style="dim")
             else:
                 self._line("[picture: given]", style="dim")
-
-    def _end_bar(self) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
 
     def _write(self, text: str, style: str = "") -> None:
         self._out.print(text, end="", style=style)

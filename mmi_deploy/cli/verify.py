@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import DownloadColumn
 
-from mmi_deploy.cli.console import counted, print_json, progress, remarks, results
+from mmi_deploy.cli.console import counted, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.system.progress import shown
+
+PATIENCE = 5.0
+"""Seconds that hashing may take before a log hears of it; most bundles are hashed sooner."""
 
 
 def verify(
@@ -27,13 +30,8 @@ def verify(
     from mmi_deploy.bundle.bundle import Bundle
     from mmi_deploy.bundle.manifest import Hashes
 
-    with progress(remarks(), DownloadColumn()) as bar:
-        task = bar.add_task("hashing", total=None)
-
-        def tell(path: Path, done: int, size: int) -> None:
-            bar.update(task, description=f"hashing {path.name}", completed=done, total=size)
-
-        hashes = Hashes(tell)
+    with shown(remarks(), "hashing", patience=PATIENCE) as progress:
+        hashes = Hashes(progress)
         opened = Bundle.open(bundle, hashed=hashes)
         unproved = opened.verify(hashes)
     manifest = opened.manifest

@@ -8,7 +8,6 @@ the bundle's identity, since every build of a narrow type asks for them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ import onnx
 
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.targets.precision import Ranges, Recipe, measure_ranges
 from mmi_deploy.targets.precision.recipes import FLOAT32, GREATEST
 from mmi_deploy.targets.precision.rewrite import read_model
@@ -31,17 +31,17 @@ RUN_FACTOR = 2.5
 
 @dataclass(frozen=True)
 class Evidence:
-    """Inputs, ranges and proofs of one bundle. folder: where ranges are kept. say: told what is
-    done next."""
+    """Inputs, ranges and proofs of one bundle. folder: where ranges are kept. progress:
+    told what is done next."""
 
     bundle: Bundle
     folder: Path
-    say: Callable[[str], None] = lambda what: None
+    progress: Progress = silent
 
     @cached_property
     def samples(self) -> dict[str, list[Sample]]:
         """Sets of inputs by graph. Raises what running the bundle raises."""
-        self.say("recording inputs")
+        self.progress("recording inputs")
         return samples_of(self.bundle)
 
     def ranges(self, graph: str, recipe: Recipe, runtime: str) -> Ranges | None:
@@ -64,7 +64,7 @@ class Evidence:
         for."""
         samples = self.samples[graph]
         runs = [sample.inputs for sample in samples if sample.recorded]
-        self.say(f"measuring ranges of {graph}")
+        self.progress(f"measuring ranges of {graph}")
         source = self.bundle.graph_file(graph)
         model = read_model(source, self.bundle.graphs[graph])
         found = measure_ranges(model, source.parent, runs or [sample.inputs for sample in samples])
@@ -76,7 +76,7 @@ class Evidence:
         """Compare a rewritten graph with the portable one; raises `BundleError` when it is too far
         from it."""
         samples = self.samples[graph]
-        self.say(f"proving {graph} in {recipe.name}")
+        self.progress(f"proving {graph} in {recipe.name}")
         contract, portable = self.bundle.graphs[graph], self.bundle.graph_file(graph)
         proof = prove(recipe, contract, portable, rewritten, runtime, samples)
         proof.check(recipe.name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from importlib.metadata import version
 
 import onnx
@@ -17,20 +16,18 @@ from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import write_file
 from mmi_deploy.system.memory import free_memory
+from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.targets.calibration import check_can_run
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe, check_possible
 from mmi_deploy.targets.precision.rewrite import rewrite
 from mmi_deploy.targets.sample_inputs import Sample, samples_of
 from mmi_deploy.targets.verify_target import prove
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is done next, how much is done, and how much there is."""
-
 
 def build_cpu_target(
     bundle: Bundle,
     recipe: Recipe,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
     *,
     unproved: bool = False,
     force: bool = False,

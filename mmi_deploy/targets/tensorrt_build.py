@@ -11,6 +11,7 @@ import ctypes
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import onnx
 
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS
+from mmi_deploy.system.progress import Cancelled, Progress
 from mmi_deploy.targets.profiles import Profile
 
 DROPPED = "Unused Input"
@@ -89,10 +91,6 @@ class Log:
     def dropped(self) -> str | None:
         """The first line that says that an input was left out."""
         return next((line for line in [*self.errors, *self.warnings] if DROPPED in line), None)
-
-
-Progress = Callable[[str, int, int], bool]
-"""Called with (phase, steps done, steps in all); False stops the build."""
 
 
 def open_tensorrt(plugin: Plugin, runtime: str, architecture: str) -> Any:
@@ -293,10 +291,15 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self.steps[phase] = steps
-            progress(phase, 0, steps)
+            with suppress(Cancelled):  # the next step stops the build
+                progress(phase, 0, steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            return progress(phase, step + 1, self.steps.get(phase, step + 1))
+            try:
+                progress(phase, step + 1, self.steps.get(phase, step + 1))
+            except Cancelled:
+                return False
+            return True
 
         def phase_finish(self, phase: str) -> None:
             self.steps.pop(phase, None)

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from mmi_deploy.cli.console import results
+from mmi_deploy.cli.console import remarks, results
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import cache_folder
+from mmi_deploy.system.progress import shown
 
 app = typer.Typer(
     add_completion=False,
@@ -55,11 +56,13 @@ def build(
     ):
         if given and target != of:
             raise ConfigError(f"{option} does not apply here", expected=f"it with {of}")
-    if target == Target.onnxruntime:
-        path = library.build(out, cuda=cuda)
-    else:
-        folder = out or cache_folder(writes=True) / "tensorrt"
-        path = build_plugin.build_tensorrt_plugin(tensorrt_include, folder)
+    with shown(remarks()) as progress:
+        if target == Target.onnxruntime:
+            path = library.build(out, cuda=cuda, progress=progress)
+        else:
+            folder = out or cache_folder(writes=True) / "tensorrt"
+            progress("compiling the MMFS plugin for TensorRT")
+            path = build_plugin.build_tensorrt_plugin(tensorrt_include, folder)
     results().print(str(path), soft_wrap=True)
 
 

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from mmi_deploy.cli.console import MOST_THREADS, print_json, results, staged
+from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.cli.target_options import CPU, Device, TargetName
 from mmi_deploy.system.files import prepare_file, write_file
+from mmi_deploy.system.progress import shown
 
 
 def bench(
@@ -65,7 +66,7 @@ def bench(
 
         from mmi_bench.compare.compare import run
         from mmi_bench.compare.report import table
-    with staged("loading") as stage:
+    with shown(remarks(), "loading") as progress:
         comparison = run(
             bundle,
             model,
@@ -77,7 +78,7 @@ def bench(
             unproved=unproved,
             target=target,
             device=device,
-            progress=stage,
+            progress=progress,
         )
     report = comparison.to_json()
     if out:

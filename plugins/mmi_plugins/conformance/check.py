@@ -16,11 +16,11 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from mmi_deploy.cli import program
 from mmi_deploy.errors import EngineError, MmiError
+from mmi_deploy.system.progress import shown
 from mmi_plugins.conformance.calls import read_case
 from mmi_plugins.conformance.implementations import IMPLEMENTATIONS, Implementation
 from mmi_plugins.operator import TOLERANCES, Call
@@ -154,10 +154,11 @@ def main(
     """Compare implementations of the MMFS operator with float64 on every case of a folder."""
     console = Console(width=None if Console().is_terminal else 160)
     checked = check_folder(folder, [name.strip() for name in through.split(",")])
-    screen = Console(stderr=True)
-    verdicts = list(
-        track(checked, "checking", console=screen, transient=True, disable=not screen.is_terminal)
-    )
+    verdicts = []
+    with shown(Console(stderr=True, soft_wrap=True), "checking") as progress:
+        for verdict in checked:
+            verdicts.append(verdict)
+            progress("checking", detail=f"{len(verdicts)} done")
     console.print(table(verdicts))
     words = [verdict.word for verdict in verdicts]
     console.print(

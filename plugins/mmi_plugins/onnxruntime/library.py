@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.system.files import CACHE, cache_folder
+from mmi_deploy.system.progress import Progress, silent
 from mmi_plugins.compile.checksum import damage, is_sealed, seal
 from mmi_plugins.compile.compilers import (
     ARCHITECTURES,
@@ -103,7 +104,11 @@ def find(cuda: bool = False) -> Path | None:
 
 
 def build(
-    out: Path | None = None, *, cuda: bool = False, architectures: Sequence[str] = ARCHITECTURES
+    out: Path | None = None,
+    *,
+    cuda: bool = False,
+    architectures: Sequence[str] = ARCHITECTURES,
+    progress: Progress = silent,
 ) -> Path:
     """Compile the library, about 20 seconds, and put it into `out` (a folder) or the cache.
 
@@ -130,7 +135,7 @@ def build(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as scratch:
             gpu = _Cuda(find_nvcc(), architectures) if cuda else None
-            made = _compile(program, gpu, Path(scratch))
+            made = _compile(program, gpu, Path(scratch), progress)
             seal(made)
             os.replace(made, path)
     except OSError as error:
@@ -174,7 +179,7 @@ class _Cuda:
         return [*codes, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
 
 
-def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
+def _compile(program: str, gpu: _Cuda | None, scratch: Path, progress: Progress) -> Path:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     jobs = [_job(program, scratch, "attention_cpu", ("-DMMI_X86",) if on_x86 else ())]
     for variant, flags in _VARIANTS.items():
@@ -193,7 +198,7 @@ def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
         jobs.append([*nvcc, made, *gpu.codes, str(SOURCES / "mmfs.cu")])
         link = [str(gpu.nvcc), "-ccbin", program, "-cudart", "static", "-shared"]
         link += ["-Xlinker", "--exclude-libs,ALL"]
-    _run(jobs)
+    _run(jobs, progress)
     library = scratch / NAME
     _run([[*link, *map(str, sorted(scratch.glob("*.o"))), "-o", str(library)]])
     return library
@@ -207,9 +212,9 @@ def _job(
     return [program, *_FLAGS, *flags, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(made)]
 
 
-def _run(commands: Sequence[list[str]]) -> None:
-    """Run compilers, one a core at a time. When one fails, or this is broken off, all are stopped:
-    none goes on alone."""
+def _run(commands: Sequence[list[str]], progress: Progress = silent) -> None:
+    """Run compilers, one a core at a time; `progress` is told how many are done. When one fails,
+    or this is broken off, all are stopped: none goes on alone."""
     waiting, running = list(reversed(commands)), deque[subprocess.Popen[str]]()
     try:
         while waiting or running:
@@ -223,6 +228,11 @@ def _run(commands: Sequence[list[str]]) -> None:
                         start_new_session=True,  # a compiler is several processes
                     )
                 )
+            progress(
+                "compiling the MMFS kernel",
+                len(commands) - len(waiting) - len(running),
+                len(commands),
+            )
             _finish(running[0])
             running.popleft()
     finally:

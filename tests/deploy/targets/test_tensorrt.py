@@ -18,6 +18,7 @@ from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
 from mmi_deploy.spec.graphs import Limits, graphs
 from mmi_deploy.spec.presets import tiny
+from mmi_deploy.system.progress import Cancelled, silent
 from mmi_deploy.targets.profiles import profiles
 from mmi_deploy.targets.tensorrt_build import (
     Built,
@@ -56,7 +57,7 @@ def job(tmp_path: Path) -> Job:
 
 def run(script: Script, job: Job, **changes: Any) -> Built:
 
-    return build_engine(fake_tensorrt(script), replace(job, **changes), lambda *_: True)
+    return build_engine(fake_tensorrt(script), replace(job, **changes), silent)
 
 
 def test_an_engine_is_written_as_it_comes(job: Job) -> None:
@@ -135,9 +136,10 @@ def test_a_full_disk_is_told_as_such(job: Job) -> None:
 def test_progress_that_says_stop_ends_the_build(job: Job) -> None:
     told: list[tuple[str, int, int]] = []
 
-    def stop(phase: str, done: int, of: int) -> bool:
-        told.append((phase, done, of))
-        return done < 1
+    def stop(what: str, done: int = 0, total: int = 0, **_: str) -> None:
+        told.append((what, done, total))
+        if done == 1:
+            raise Cancelled
 
     with pytest.raises(EngineError, match="cannot build llm"):
         build_engine(fake_tensorrt(Script()), job, stop)
@@ -225,7 +227,7 @@ def process_job(job: Job, importer: Any) -> Job:
 
 
 def test_an_engine_is_built_in_a_process_of_its_own(job: Job) -> None:
-    measured = build_in_process(process_job(job, _scripted), lambda *_: None)
+    measured = build_in_process(process_job(job, _scripted), silent)
     assert job.engine.read_bytes() == b"engine"
     assert measured.built.layers["CAST"] == 2 and measured.seconds > 0
     assert measured.memory.peak >= measured.memory.before > 0
@@ -245,7 +247,7 @@ def test_whatever_ends_the_process_is_one_line(
     job: Job, importer: Any, error: type[Exception], line: str
 ) -> None:
     with pytest.raises(error, match=line):
-        build_in_process(process_job(job, importer), lambda *_: None)
+        build_in_process(process_job(job, importer), silent)
 
 
 def test_open_tensorrt_checks_version_and_architecture(job: Job) -> None:

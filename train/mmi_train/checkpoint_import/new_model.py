@@ -28,6 +28,7 @@ from mmi_deploy.spec.config import (
 )
 from mmi_deploy.spec.presets import tiny
 from mmi_deploy.system.files import new_folder
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.checkpoint_import.config_fields import fitting
 from mmi_train.checkpoint_import.convert import FOLDER_KIND
 from mmi_train.checkpoint_import.fresh import fresh_tensors
@@ -39,7 +40,7 @@ from mmi_train.checkpoint_import.tokenizer_files import BEGIN_OF_IMAGE, IMAGE, P
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.lazy_tensor import InMemory, Rows, Stacked, StoredTensor
 from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS
-from mmi_train.weights.writer import Progress, write_safetensors
+from mmi_train.weights.writer import write_safetensors
 
 HEAD_WIDTH = 64
 """Channels of one head of MMFS and of the resamplers, as in the published model."""
@@ -80,7 +81,7 @@ def build_model(
     seed: int = 0,
     force: bool = False,
     inputs: Sequence[Path] = (),
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Built:
     """Write the new model into the folder `out`, whole or not at all, tensor by tensor.
 

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmi_deploy.cli.console import print_json, results, staged
+from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.spec.config import read_config
 from mmi_deploy.spec.presets import preset as preset_called
 from mmi_deploy.system.files import check_replaceable, size
+from mmi_deploy.system.progress import shown
 
 Dtype = Literal["keep", "float16", "bfloat16", "float32"]
 
@@ -55,7 +56,7 @@ def convert(
         import torch
 
         from mmi_train.checkpoint_import.convert import convert_checkpoint
-    with staged("reading names and shapes") as stage:
+    with shown(remarks(), "reading names and shapes") as progress:
         done = convert_checkpoint(
             checkpoint,
             out,
@@ -64,7 +65,7 @@ def convert(
             dtype=None if dtype == "keep" else getattr(torch, dtype),
             force=force,
             inputs=[] if config is None else [config],
-            progress=stage,
+            progress=progress,
         )
     if as_json:
         print_json({"model": str(out), "tensors": done.tensors, "bytes": done.size})

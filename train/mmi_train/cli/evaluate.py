@@ -13,6 +13,7 @@ from rich.table import Table
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.system.files import prepare_file, write_file
+from mmi_deploy.system.progress import shown
 from mmi_train.cli.train import World
 
 
@@ -50,8 +51,7 @@ def evaluate(
     loaded = load_model(model)
     Tokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses that of another model
     tokenizer = read_tokenizer_file(model / TOKENIZER)
-    err = remarks()
-    with err.status("evaluating") as status:
+    with shown(remarks(), "evaluating") as progress:
         evaluation = evaluation_of(
             loaded,
             tokenizer,
@@ -62,7 +62,7 @@ def evaluate(
             full_every=full_every,
             seed=seed,
             without=without,
-            on_progress=lambda what: status.update(what),
+            progress=progress,
         )
     found = evaluation.as_json()
     if pictures is not None:
@@ -81,7 +81,7 @@ def evaluate(
     for name, entry in found.items():
         row = [name, str(entry["count"]), f"{entry['value']:.3f}"]
         row += [f"{entry['without_mmfs']:.3f}"] if without else []
-        shown = (entry["by_objects"].get(count) for count in objects)
-        row += ["" if value is None else f"{value:.3f}" for value in shown]
+        values = (entry["by_objects"].get(count) for count in objects)
+        row += ["" if value is None else f"{value:.3f}" for value in values]
         table.add_row(*row)
     results().print(table)

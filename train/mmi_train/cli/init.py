@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmi_deploy.cli.console import print_json, remarks, results, staged
+from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.spec.presets import preset as preset_called
 from mmi_deploy.system.files import check_replaceable, size
+from mmi_deploy.system.progress import shown
 
 Dtype = Literal["keep", "float16", "bfloat16", "float32"]
 
@@ -93,7 +94,7 @@ def init(
 
         if llm.is_file():
             from mmi_train.checkpoint_import.from_gguf import read_gguf
-    with staged("reading the parts") as stage:
+    with shown(remarks(), "reading the parts") as progress:
         decoder = form.image_decoder
         parts = Parts(
             read_gguf(llm, tokenizer) if llm.is_file() else read_language_model(llm, tokenizer),
@@ -113,7 +114,7 @@ def init(
             seed=seed,
             force=force,
             inputs=inputs,
-            progress=stage,
+            progress=progress,
         )
     for line in parts.llm.remarks:
         remarks().print(line)

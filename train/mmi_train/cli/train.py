@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from mmi_deploy.cli.console import MOST_THREADS, results
+from mmi_deploy.cli.console import MOST_THREADS, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.progress import shown
 
 World = Literal["easy", "medium", "hard"]
 Precision = Literal["bf16", "fp32"]
@@ -81,17 +81,18 @@ def train(
         from mmi_train.training.loop import RunConfig
     if threads is not None:
         torch.set_num_threads(threads)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model = train_from_scratch(
-        config,
-        out,
-        world=getattr(worlds, world)(),
-        steps=steps,
-        conditioning_steps=conditioning_steps,
-        seed=seed,
-        run=RunConfig(precision=precision, accumulate=accumulate),
-        start=start,
-        packed=packed,
-        checkpoint_gradients=checkpoint_gradients,
-    )
+    with shown(remarks(), f"training {preset} into {out}") as progress:
+        model = train_from_scratch(
+            config,
+            out,
+            world=getattr(worlds, world)(),
+            steps=steps,
+            conditioning_steps=conditioning_steps,
+            seed=seed,
+            run=RunConfig(precision=precision, accumulate=accumulate),
+            start=start,
+            packed=packed,
+            checkpoint_gradients=checkpoint_gradients,
+            progress=progress,
+        )
     results().print(f"{model}: export it with `mmi export {model}`")

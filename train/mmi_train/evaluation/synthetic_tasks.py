@@ -12,6 +12,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from diffusers import DPMSolverMultistepScheduler
 from tokenizers import Tokenizer
 
 from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.pixels import images_from_pixels
 from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
 from mmi_train.data.synthetic.scene_reader import expected_segmentation, mean_iou, segmentation_of
@@ -244,12 +246,19 @@ class Evaluator:
         )
         return images_from_pixels(pixels)
 
-    def run(self, questions: list[Question], measures: Measures) -> list[np.ndarray | str]:
-        """Answer and grade; returns what was produced, in order."""
+    def run(
+        self,
+        questions: list[Question],
+        measures: Measures,
+        tell: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[np.ndarray | str]:
+        """Answer and grade; returns what was produced, in order. `tell`: called with how many of
+        the questions are answered, and how many there are."""
         produced: list[np.ndarray | str] = []
         order = sorted(range(len(questions)), key=lambda index: questions[index].prompt.size)
         answers: dict[int, np.ndarray | str] = {}
         for start in range(0, len(order), self.batch):
+            tell(start, len(order))
             chunk = order[start : start + self.batch]
             prompts = [questions[index].prompt for index in chunk]
             is_picture = isinstance(questions[chunk[0]].part, ImagePart)
@@ -341,7 +350,7 @@ def evaluate(
     full_every: int = 1,
     seed: int = 0,
     without: bool = True,
-    on_progress: Callable[[str], None] | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """`count` held-out questions of every kind, with MMFS and, if `without`, with MMFS off.
 
@@ -357,9 +366,7 @@ def evaluate(
             subject, tokenizer, steps=steps, guidance=guidance, full_every=full_every, seed=seed
         )
         for kind, questions in questions_of(evaluator, world, count, seed):
-            if on_progress is not None:
-                on_progress(f"{kind}, {name}")
-            produced = evaluator.run(questions, measures)
+            produced = evaluator.run(questions, measures, partial(progress, f"{kind}, {name}"))
             if measures is seeing:
                 samples += [
                     _sample(question, picture)

@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from mmi_deploy.errors import MmiError
+from mmi_deploy.system.progress import shown
 from mmi_train.golden.check import Report, check_folder
 from mmi_train.golden.compare import Comparison
 
@@ -53,11 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        report = check_folder(
-            options.folder,
-            options.weights,
-            lambda name: print(f"{name} ...", file=sys.stderr, flush=True),
-        )
+        with shown(Console(stderr=True, soft_wrap=True), "reading the files") as progress:
+            report = check_folder(options.folder, options.weights, progress)
     except MmiError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -26,7 +26,7 @@ _PREFIX = "step-"
 
 
 @dataclass(frozen=True)
-class Progress:
+class Position:
     """Where a run stands: optimiser steps done, and a fingerprint of the settings it was begun
     with."""
 
@@ -52,11 +52,11 @@ def save_checkpoint(
     model: nn.Module,
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
-    progress: Progress,
+    position: Position,
     keep: int,
 ) -> Path:
     """Write `folder/step-N` atomically and remove all but the `keep` newest. Returns its path."""
-    target = folder / f"{_PREFIX}{progress.step:08d}"
+    target = folder / f"{_PREFIX}{position.step:08d}"
     scratch = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -64,7 +64,7 @@ def save_checkpoint(
         save_file(_contiguous(model.state_dict()), scratch / "model.safetensors")
         save_file(_contiguous(average), scratch / "average.safetensors")
         save_file(_contiguous(_moments(model, optimiser)), scratch / "moments.safetensors")
-        (scratch / "state.json").write_text(json.dumps(progress.__dict__) + "\n")
+        (scratch / "state.json").write_text(json.dumps(position.__dict__) + "\n")
         for path in scratch.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -100,12 +100,12 @@ def load_checkpoint(
 
     Raises `WeightsError` when the run was begun with other settings.
     """
-    progress = Progress(**json.loads((path / "state.json").read_text()))
-    if progress.fingerprint != fingerprint:
+    position = Position(**json.loads((path / "state.json").read_text()))
+    if position.fingerprint != fingerprint:
         raise WeightsError(
             f"{path} was written by a run with other settings",
             expected=fingerprint,
-            got=progress.fingerprint,
+            got=position.fingerprint,
             fix="go on with the settings of that run, or choose another folder with --out",
         )
     model.load_state_dict(load_tensors(path / "model.safetensors"))
@@ -120,4 +120,4 @@ def load_checkpoint(
                 "exp_avg": torch.empty_like(parameter).copy_(moments[f"{name}:exp_avg"]),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"{name}:exp_avg_sq"]),
             }
-    return progress.step
+    return position.step

@@ -6,7 +6,6 @@ together.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from mmi_deploy.spec.config import ModelConfig, VaeConfig
 from mmi_deploy.system.files import write_file
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.rows import TokenDocument, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
@@ -32,8 +32,6 @@ from mmi_train.training.stages.autoencoder import AutoencoderStage
 from mmi_train.training.stages.interleaved import MIXTURE, InterleavedStage
 from mmi_train.training.stages.packed import PackedStage
 from mmi_train.weights.model_folder import TOKENIZER, load_model, save_model
-
-log = logging.getLogger(__name__)
 
 OPEN_GATE = 0.5
 """Where tanh gates of MMFS begin when nothing is pre-trained: a closed gate protects a trained LLM,
@@ -90,7 +88,11 @@ def _channels_last(module: nn.Module) -> None:
 
 
 def train_autoencoder(
-    config: ModelConfig, world: WorldConfig, out: Path, run: RunConfig
+    config: ModelConfig,
+    world: WorldConfig,
+    out: Path,
+    run: RunConfig,
+    progress: Progress = silent,
 ) -> tuple[Vae, float]:
     """The trained autoencoder (averaged weights) and the scale that gives its latents unit
     variance."""
@@ -98,7 +100,8 @@ def train_autoencoder(
     vae = Vae(config.image_decoder.vae)
     _channels_last(vae)
     stage = AutoencoderStage(vae, world, pictures=8)
-    _load(vae, train(stage, AUTOENCODER, replace(run, average=0.995), out / "autoencoder"))
+    run = replace(run, average=0.995)
+    _load(vae, train(stage, AUTOENCODER, run, out / "autoencoder", progress=progress))
     return vae, stage.latent_scale()
 
 
@@ -117,6 +120,7 @@ def _condition(
     steps: int | None,
     run: RunConfig,
     out: Path,
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """Train all but the U-Net; returns the averaged weights of the model and its readers."""
     optimiser = CONDITIONING if steps is None else replace(CONDITIONING, steps=steps)
@@ -124,7 +128,7 @@ def _condition(
         model, tokenizer, world, CONDITIONING_MIXTURE, name="conditioning", image_weight=0.0
     )
     run = replace(run, average=0.99)
-    return train(stage, optimiser, run, out / stage.name)
+    return train(stage, optimiser, run, out / stage.name, progress=progress)
 
 
 def endless_documents(
@@ -149,6 +153,7 @@ def train_from_scratch(
     start: Path | None = None,
     packed: bool = False,
     checkpoint_gradients: bool = False,
+    progress: Progress = silent,
 ) -> Path:
     """Train `config` on the drawn world and write a model folder, `out/model`; returns its path.
 
@@ -163,7 +168,7 @@ def train_from_scratch(
     if start is not None:
         model = load_model(start)
     else:
-        vae, scale = train_autoencoder(config, world, out, run)
+        vae, scale = train_autoencoder(config, world, out, run, progress)
         torch.manual_seed(seed)
         model = MMInterleaved(with_latent_scale(config, scale))
         open_gates(model)
@@ -178,7 +183,10 @@ def train_from_scratch(
     else:
         stage = InterleavedStage(model, tokenizer, world, image_weight=IMAGE_WEIGHT)
         if conditioning_steps != 0:
-            _load(stage.module, _condition(model, tokenizer, world, conditioning_steps, run, out))
+            _load(
+                stage.module,
+                _condition(model, tokenizer, world, conditioning_steps, run, out, progress),
+            )
     optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
     folder = out / "model"
 
@@ -189,7 +197,6 @@ def train_from_scratch(
         save_model(model, folder, torch.float16)
         write_file(folder / TOKENIZER, tokenizer.to_str(pretty=True))
         _load(model, current)
-        log.info("model of step %d in %s", step, folder)
 
-    train(stage, optimiser, run, out / stage.name, keep)
+    train(stage, optimiser, run, out / stage.name, keep, progress)
     return folder

@@ -7,8 +7,6 @@ from its last checkpoint and ends with the weights of a run that was never kille
 from __future__ import annotations
 
 import hashlib
-import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,18 +19,16 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from mmi_deploy.errors import WeightsError
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.training.checkpoints import (
-    Progress,
+    Position,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from mmi_train.training.optimiser import OptimiserConfig, make_optimiser, set_rate, trainable
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -113,6 +109,7 @@ def train(
     run: RunConfig,
     out: Path,
     on_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Tensor]:
     """Train `stage` to its last step, going on from the newest checkpoint in `out`.
 
@@ -128,16 +125,16 @@ def train(
     step = 0
     if (path := latest_checkpoint(out)) is not None:
         step = load_checkpoint(path, module, average, optimiser, mark)
-        log.info("%s: going on from %s", stage.name, path)
+        progress(f"{stage.name}: going on from {path}", step, optimiser_config.steps)
         if on_checkpoint is not None:
             on_checkpoint(step, average)
     parameters = list(trainable(module))
     learning = [name for name, value in module.named_parameters() if value.requires_grad]
     device = parameters[0].device
     module.train()
-    meter, started = _Meter(), time.monotonic()
+    meter, losses_now = _Meter(), ""
     with SummaryWriter(str(out / "curves"), purge_step=step) as curves:
-        bar = tqdm(initial=step, total=optimiser_config.steps, desc=stage.name, disable=None)
+        progress(stage.name, step, optimiser_config.steps)
         while step < optimiser_config.steps:
             rate = set_rate(optimiser, optimiser_config, step)
             for part in range(run.accumulate):
@@ -162,22 +159,17 @@ def train(
                     [state[name] for name in learning],
                     1 - decay,
                 )
-            bar.update()
             if step % run.log_every == 0 or step == optimiser_config.steps:
                 means = meter.take()
                 for name, value in means.items():
                     curves.add_scalar(f"{stage.name}/{name}", value, step)
                 curves.add_scalar(f"{stage.name}/rate", rate, step)
-                shown = {name: f"{value:.4g}" for name, value in means.items()}
-                bar.set_postfix(shown)
-                if bar.disable:
-                    log.info("%s %d %.0fs %s", stage.name, step, time.monotonic() - started, shown)
+                losses_now = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+            progress(stage.name, step, optimiser_config.steps, detail=losses_now)
             if step % run.checkpoint_every == 0 or step == optimiser_config.steps:
-                progress = Progress(step, mark)
-                save_checkpoint(out, module, average, optimiser, progress, run.keep)
+                save_checkpoint(out, module, average, optimiser, Position(step, mark), run.keep)
                 if on_checkpoint is not None:
                     on_checkpoint(step, average)
                     module.train()
-        bar.close()
     module.eval()
     return average
