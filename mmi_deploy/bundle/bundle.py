@@ -37,7 +37,7 @@ from mmi_deploy.bundle.manifest import (
 from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, graphs
-from mmi_deploy.spec.schedule import Schedule, read_schedule
+from mmi_deploy.spec.schedule import Schedule, parse_schedule_name, read_schedule
 from mmi_deploy.spec.target import build_options
 from mmi_deploy.system.files import new_folder
 
@@ -118,8 +118,11 @@ class Bundle:
         return tuple(self.manifest.schedules)
 
     def schedule(self, key: str | None = None) -> Schedule:
-        """One sampler, or the default; raises `BundleError` that lists those there are."""
+        """One sampler, or the default. Raises `ConfigError` for a key that names no schedule, and
+        `BundleError` that lists those there are for one that is not in the bundle."""
         key = key or self.schedules[0]
+        if key not in self.manifest.schedules:
+            key = parse_schedule_name(key, self.config.image_decoder.diffusion.steps).key
         if key not in self.manifest.schedules:
             raise BundleError(
                 f"{self.folder} has no schedule {key!r}",

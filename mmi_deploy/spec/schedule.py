@@ -6,6 +6,7 @@ A bundle holds one file per (solver, steps). Tables are made from diffusers' own
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,64 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from mmi_deploy.bundle.safetensors_reader import read_header
-from mmi_deploy.errors import BundleError, WeightsError
+from mmi_deploy.errors import BundleError, ConfigError, WeightsError
 from mmi_deploy.spec.graphs import STATE, TERMS
 from mmi_deploy.system.files import write_file
 
 LATENTS, PREDICTION, NOISE, HISTORY_START = 0, 1, 2, 3
 """Columns of a step's coefficients; the history takes the rest."""
+
+SOLVERS = ("ddpm", "ddim", "dpmpp_2m", "unipc")
+
+SPACINGS = ("leading", "trailing", "linspace")
+"""How diffusers spreads the steps over the training steps; `leading` is Stable Diffusion's, and is
+left out of a schedule's name."""
+
+
+@dataclass(frozen=True)
+class ScheduleName:
+    """A schedule by name: what the command line spells `SOLVER:STEPS` or `SOLVER-SPACING:STEPS`."""
+
+    solver: str
+    spacing: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Solver and spacing, as in `ddim-trailing`."""
+        return self.solver if self.spacing == SPACINGS[0] else f"{self.solver}-{self.spacing}"
+
+    @property
+    def key(self) -> str:
+        """The one spelling that bundles use."""
+        return f"{self.name}:{self.steps}"
+
+
+def parse_schedule_name(text: str, most: int) -> ScheduleName:
+    """Read a schedule's name; `most`: training steps of the model, which a schedule has fewer of.
+
+    Raises `ConfigError`.
+    """
+    found = re.fullmatch(r"([a-z0-9_]+)(?:-([a-z]+))?([:-])([0-9]{1,6})", text)
+    solver, spacing, colon, steps = found.groups() if found else ("", None, "", "0")
+    spacing = spacing or SPACINGS[0]
+    if solver not in SOLVERS or spacing not in SPACINGS:
+        raise ConfigError(
+            f"{text!r} is not a schedule",
+            expected=f"NAME:STEPS or NAME-SPACING:STEPS, NAME one of {', '.join(SOLVERS)} "
+            f"and SPACING one of {', '.join(SPACINGS)}",
+            fix="write ddim:20",
+        )
+    name = ScheduleName(solver, spacing, int(steps))
+    if colon != ":":
+        raise ConfigError(f"{text!r} is not a schedule", fix=f"write {name.key}")
+    if not 1 <= name.steps < most:
+        raise ConfigError(
+            f"{solver} cannot take {name.steps} steps",
+            expected=f"1 to {most - 1}",
+            fix="write ddim:20",
+        )
+    return name
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def show_sensitivity(folder: Path, graph: str, precision: str, as_json: bool) ->
     with staged("recording a document") as stage:
         layers = measure(bundle, graph, precision, on_layer=stage)
     with shown(remarks(), "recording a document") as progress:
-        layers = sensitivity(bundle, graph, precision, progress=progress)
+        layers = measure(bundle, graph, precision, progress=progress)
     if as_json:
         told = {"graph": graph, "precision": precision, "weights": [vars(one) for one in layers]}
         print_json(told)
