@@ -53,12 +53,18 @@ def export(
             help="A model folder: config.json, weights, tokenizer.", show_default=str(SHIPPED)
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle.")] = Path(
-        "bundles/tiny"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the bundle.", rich_help_panel="Bundle")
+    ] = Path("bundles/tiny"),
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens that a document may have.", show_default="all"),
+        typer.Option(
+            min=1,
+            help="Tokens that a document may have.",
+            show_default="all",
+            metavar="N",
+            rich_help_panel="Bundle",
+        ),
     ] = None,
     schedule: Annotated[
         list[str] | None,
@@ -67,6 +73,7 @@ def export(
             help="A sampler, as in unipc:20 or ddim:50; several may be given, the first is the "
             "default.",
             show_default="unipc:20",
+            rich_help_panel="Bundle",
         ),
     ] = None,
     layout: Annotated[
@@ -75,6 +82,7 @@ def export(
             help="How weights lie in the bundle: copied in float32, or linked to the model's own "
             "files.",
             show_default="fused up to 2 GB of weights, else linked",
+            rich_help_panel="Bundle",
         ),
     ] = None,
     prove: Annotated[
@@ -83,6 +91,7 @@ def export(
             help="What is run to prove the graphs: they themselves, the same code at a smaller "
             "size, or nothing.",
             show_default="full where memory allows it, else slice",
+            rich_help_panel="Bundle",
         ),
     ] = None,
     preset: Annotated[
@@ -91,23 +100,41 @@ def export(
             metavar="NAME",
             help="Export a preset instead of a model folder, with weights that stand in.",
             show_default=False,
+            rich_help_panel="A preset instead of a model",
         ),
     ] = None,
     sparse_weights: Annotated[
         bool,
-        typer.Option("--sparse-weights", help="With --preset: zeros, which take no disk."),
+        typer.Option(
+            "--sparse-weights",
+            help="With --preset: zeros, which take no disk.",
+            rich_help_panel="A preset instead of a model",
+        ),
     ] = False,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="With --preset: drawn numbers.")
+        bool,
+        typer.Option(
+            "--random-weights",
+            help="With --preset: drawn numbers.",
+            rich_help_panel="A preset instead of a model",
+        ),
     ] = False,
     layers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="With --preset: layers of the language model.", show_default="all"
+            min=1,
+            help="With --preset: layers of the language model.",
+            show_default="all",
+            metavar="N",
+            rich_help_panel="A preset instead of a model",
         ),
     ] = None,
     storage: Annotated[
-        Storage, typer.Option(help="With --preset: the type of the weights.")
+        Storage,
+        typer.Option(
+            help="With --preset: the type of the weights.",
+            rich_help_panel="A preset instead of a model",
+        ),
     ] = Storage.float16,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")

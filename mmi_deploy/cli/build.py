@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 def build(
     bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
     target: Annotated[
-        str, typer.Option("--target", help="Who runs it: tensorrt, tensorrt-rtx or cpu.")
+        str,
+        typer.Option(
+            "--target",
+            help="Who runs it: tensorrt, tensorrt-rtx or cpu.",
+            rich_help_panel="What is built",
+        ),
     ] = "tensorrt-rtx",
     arch: Annotated[
         list[str] | None,
@@ -40,6 +45,7 @@ def build(
             metavar="SM",
             help="The card, as in sm89; several may be given.",
             show_default="the card of this machine",
+            rich_help_panel="What is built",
         ),
     ] = None,
     precision: Annotated[
@@ -47,6 +53,7 @@ def build(
         typer.Option(
             help="A recipe: fp32, fp16, bf16, int8, int4, int4-128, fp8, mixed.",
             show_default="fp16; int8 on the CPU",
+            rich_help_panel="What is built",
         ),
     ] = None,
     graph: Annotated[
@@ -54,6 +61,7 @@ def build(
         typer.Option(
             help="Only this graph, and what is there already; several may be given.",
             show_default="all",
+            rich_help_panel="What is built",
         ),
     ] = None,
     plugin: Annotated[
@@ -62,15 +70,28 @@ def build(
             metavar="auto|ahead-of-time|FILE",
             help="Our plugin for TensorRT: what `mmi plugins build` made, inside the engines, or a "
             "library of your own.",
+            rich_help_panel="What is built",
         ),
     ] = AUTO,
     max_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="The most rows that engines take.", show_default="the bundle's"),
+        typer.Option(
+            min=1,
+            help="The most rows that engines take.",
+            show_default="the bundle's",
+            metavar="N",
+            rich_help_panel="What is built",
+        ),
     ] = None,
     max_images: Annotated[
         int | None,
-        typer.Option(min=1, help="The most images in the pool.", show_default="the bundle's"),
+        typer.Option(
+            min=1,
+            help="The most images in the pool.",
+            show_default="the bundle's",
+            metavar="N",
+            rich_help_panel="What is built",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be built, and what it takes.")

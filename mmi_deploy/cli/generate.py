@@ -49,28 +49,74 @@ def generate(
         Path, typer.Argument(help="A Markdown or JSON document.", show_default=False)
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for story.md, pictures and index.html.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for story.md, pictures and index.html.",
+            rich_help_panel="Document",
+        ),
     ] = Path("out"),
     bundle: Annotated[
-        Path, typer.Option("--bundle", "-b", help="What `mmi export` wrote.")
+        Path,
+        typer.Option("--bundle", "-b", help="What `mmi export` wrote.", rich_help_panel="Document"),
     ] = BUNDLE,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same story.")] = 0,
-    max_images: Annotated[int, typer.Option(min=0, help="Pictures to add at most.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=0, help="Text tokens to add at most.")] = 256,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="Same seed, same story.", metavar="N", rich_help_panel="Document"),
+    ] = 0,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Text tokens to add at most.", metavar="N", rich_help_panel="Text"
+        ),
+    ] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 always takes the likeliest word.")
+        float,
+        typer.Option(
+            min=0, help="0 always takes the likeliest word.", metavar="X", rich_help_panel="Text"
+        ),
     ] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest of this total mass.")] = 0.9,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Keep the k likeliest; 0 keeps all.", metavar="N", rich_help_panel="Text"
+        ),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Keep the likeliest of this total mass.", metavar="X", rich_help_panel="Text"
+        ),
+    ] = 0.9,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes repeated words less likely.")
+        float,
+        typer.Option(
+            help="Above 1 makes repeated words less likely.", metavar="X", rich_help_panel="Text"
+        ),
     ] = 1.0,
+    max_images: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Pictures to add at most.", metavar="N", rich_help_panel="Pictures"
+        ),
+    ] = 4,
     schedule: Annotated[
         str | None,
-        typer.Option(metavar="NAME:STEPS", help="Sampler of the bundle, as in ddim:20."),
+        typer.Option(
+            metavar="NAME:STEPS",
+            help="Sampler of the bundle, as in ddim:20.",
+            rich_help_panel="Pictures",
+        ),
     ] = None,
     guidance: Annotated[
-        float, typer.Option(min=0, help="How closely pictures follow the text; 1 is off.")
+        float,
+        typer.Option(
+            min=0,
+            help="How closely pictures follow the text; 1 is off.",
+            metavar="X",
+            rich_help_panel="Pictures",
+        ),
     ] = 3.5,
     full_every: Annotated[
         int,
@@ -79,17 +125,28 @@ def generate(
             metavar="N",
             help="Run the whole U-Net in every Nth step; between them its deep features are used "
             "again: faster, less exact.",
+            rich_help_panel="Pictures",
         ),
     ] = 1,
     target: TargetName = CPU,
     device: Device = 0,
     resident: Resident = None,
     threads: Annotated[
-        int, typer.Option(min=0, max=MOST_THREADS, help="CPU threads; 0: as many as cores.")
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_THREADS,
+            help="CPU threads; 0: as many as cores.",
+            metavar="N",
+            rich_help_panel="Machine",
+        ),
     ] = 0,
     kernels: Kernels = AUTO,
     unproved: Annotated[
-        bool, typer.Option("--unproved", help="Run graphs that have no receipt.")
+        bool,
+        typer.Option(
+            "--unproved", help="Run graphs that have no receipt.", rich_help_panel="Machine"
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
     as_json: Annotated[

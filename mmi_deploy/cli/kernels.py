@@ -17,6 +17,7 @@ Kernels = Annotated[
         metavar="auto|none|FILE",
         help="Our MMFS kernel for ONNX Runtime: compiled once where there is a C++ compiler, "
         "left out, or a library of your own. For TensorRT: our plugin.",
+        rich_help_panel="Machine",
     ),
 ]
 

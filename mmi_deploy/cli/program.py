@@ -7,6 +7,7 @@ SIGTERM. Faults of ours are raised.
 from __future__ import annotations
 
 import errno
+import inspect
 import io
 import os
 import signal
@@ -29,8 +30,17 @@ _signals: list[int] = []
 def program(name: str, command: Callable[..., int]) -> Callable[[Sequence[str]], int]:
     """`run` for a program that has this command alone, which returns its exit code."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
+    app.command(help=help_of(command))(command)
     return partial(run, app, name)
+
+
+def help_of(command: Callable[..., object]) -> str:
+    """The help of a command: its docstring, a line for each paragraph.
+
+    A terminal wraps the lines; the breaks of the source would be kept beside those.
+    """
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mmi_deploy.cli.console import remarks, results
+from mmi_deploy.cli.program import help_of
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import cache_folder
 from mmi_deploy.system.progress import shown
@@ -27,7 +28,6 @@ class Target(StrEnum):
     tensorrt = "tensorrt"
 
 
-@app.command()
 def build(
     target: Annotated[Target, typer.Argument(help="The runtime that will load it.")],
     out: Annotated[
@@ -66,7 +66,6 @@ def build(
     results().print(str(path), soft_wrap=True)
 
 
-@app.command("list")
 def show() -> None:
     """Say which kernel libraries are there, and what it would take to compile them."""
     from mmi_deploy.errors import EngineError
@@ -93,3 +92,7 @@ def show() -> None:
         say(f"              nvcc: {compilers.find_nvcc()}", soft_wrap=True)
     except EngineError as error:
         say(f"              {error}", soft_wrap=True)
+
+
+app.command(help=help_of(build))(build)
+app.command("list", help=help_of(show))(show)

@@ -19,14 +19,35 @@ from mmi_deploy.system.progress import shown
 def bench(
     bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
     model: Annotated[
-        Path, typer.Option("--model", "-m", help="The model folder it was exported from.")
+        Path,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The model folder it was exported from.",
+            rich_help_panel="Measurement",
+        ),
     ] = Path("assets/tiny"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Short documents, to see that it works.")
+        bool,
+        typer.Option(
+            "--quick", help="Short documents, to see that it works.", rich_help_panel="Measurement"
+        ),
     ] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 7,
+    repeats: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Measurements of each case.", metavar="N", rich_help_panel="Measurement"
+        ),
+    ] = 7,
     threads: Annotated[
-        int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of both sides.")
+        int,
+        typer.Option(
+            min=1,
+            max=MOST_THREADS,
+            help="CPU threads of both sides.",
+            metavar="N",
+            rich_help_panel="Machine",
+        ),
     ] = 2,
     schedule: Annotated[
         str | None,
@@ -34,23 +55,39 @@ def bench(
             metavar="NAME:STEPS",
             help="Sampler of the bundle.",
             show_default="the first of 20 steps",
+            rich_help_panel="Measurement",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Write every sample to this JSON file.", dir_okay=False),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Write every sample to this JSON file.",
+            dir_okay=False,
+            rich_help_panel="Results",
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw the result into this .svg or .png file.", dir_okay=False),
+        typer.Option(
+            help="Draw the result into this .svg or .png file.",
+            dir_okay=False,
+            rich_help_panel="Results",
+        ),
     ] = None,
     target: TargetName = CPU,
     device: Device = 0,
     kernels: Kernels = AUTO,
     unproved: Annotated[
-        bool, typer.Option("--unproved", help="Run graphs that have no receipt.")
+        bool,
+        typer.Option(
+            "--unproved", help="Run graphs that have no receipt.", rich_help_panel="Machine"
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Results")
+    ] = False,
 ) -> None:
     """Compare the runtime with PyTorch: whole documents, tokens, denoising steps, memory.
 

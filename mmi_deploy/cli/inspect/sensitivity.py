@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from mmi_deploy.cli.console import print_json, remarks, results, staged
+from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.inspect.cost import print_table
 from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
@@ -37,8 +37,6 @@ def show_sensitivity(folder: Path, graph: str, precision: str, as_json: bool) ->
     from mmi_deploy.bundle.bundle import Bundle
 
     bundle = Bundle.open(folder, unproved=True)
-    with staged("recording a document") as stage:
-        layers = measure(bundle, graph, precision, on_layer=stage)
     with shown(remarks(), "recording a document") as progress:
         layers = measure(bundle, graph, precision, progress=progress)
     if as_json:

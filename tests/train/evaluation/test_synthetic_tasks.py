@@ -12,6 +12,7 @@ from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy, split_of
 from mmi_train.evaluation.contact_sheet import contact_sheet
 from mmi_train.evaluation.synthetic_tasks import (
+    KINDS,
     Evaluation,
     Evaluator,
     Measures,
@@ -130,7 +131,11 @@ def test_what_was_not_measured_is_not_in_the_table():
 
 @pytest.mark.slow
 def test_the_whole_evaluation_runs_and_its_sheet_can_be_drawn(model):
-    found = evaluate(model, build_tokenizer(), easy(), count=2, steps=2)
+    told: list[tuple[str, int, int]] = []
+    found = evaluate(
+        model, build_tokenizer(), easy(), count=2, steps=2, progress=lambda *x: told.append(x)
+    )
+    assert told == [(f"{kind}, {m}", 0, 2) for m in ("with MMFS", "MMFS off") for kind in KINDS]
     table = found.as_json()
     assert {"caption: exact", "answer: all", "box: IoU > 0.5", "segmentation: mIoU"} <= set(table)
     for entry in table.values():

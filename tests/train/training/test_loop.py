@@ -168,3 +168,19 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_model_makes_the_model(
     made = []
     average = train(Regression(), OPTIMISER, RUN, tmp_path, lambda *what: made.append(what))
     assert made == [(OPTIMISER.steps, average)]
+
+
+def test_progress_is_told_at_the_start_and_at_every_step(tmp_path):
+    """Where there is no terminal as well; a run that goes on says so and counts from there."""
+    told: list[tuple[str, int, int, str]] = []
+
+    def tell(what: str, done: int = 0, total: int = 0, *, detail: str = "", unit: str = "") -> None:
+        told.append((what, done, total, detail))
+
+    train(Regression(), OPTIMISER, RUN, tmp_path, progress=tell)
+    steps = OPTIMISER.steps
+    assert [line[:3] for line in told] == [("regression", k, steps) for k in range(steps + 1)]
+    assert "total " in told[-1][3] and "gradient_norm " in told[-1][3]
+    told.clear()
+    train(Regression(), OPTIMISER, RUN, tmp_path, progress=tell)
+    assert told[0][0].startswith("regression: going on from") and told[0][1] == steps

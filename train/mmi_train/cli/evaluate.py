@@ -19,20 +19,52 @@ from mmi_train.cli.train import World
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model folder.")] = Path("assets/tiny"),
-    world: Annotated[World, typer.Option(help="How hard the drawn scenes are.")] = "easy",
-    count: Annotated[int, typer.Option(min=1, help="Questions of each kind.")] = 96,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0, help="Guidance of pictures.")] = 3.5,
+    world: Annotated[
+        World, typer.Option(help="How hard the drawn scenes are.", rich_help_panel="Questions")
+    ] = "easy",
+    count: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Questions of each kind.", metavar="N", rich_help_panel="Questions"
+        ),
+    ] = 96,
+    steps: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Denoising steps of a picture.", metavar="N", rich_help_panel="Pictures"
+        ),
+    ] = 20,
+    guidance: Annotated[
+        float,
+        typer.Option(min=0, help="Guidance of pictures.", metavar="X", rich_help_panel="Pictures"),
+    ] = 3.5,
     full_every: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Run the whole U-Net in every Nth step.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Run the whole U-Net in every Nth step.",
+            rich_help_panel="Pictures",
+        ),
     ] = 1,
     without: Annotated[
-        bool, typer.Option("--without/--only-with", help="Measure with MMFS switched off too.")
+        bool,
+        typer.Option(
+            "--without/--only-with",
+            help="Measure with MMFS switched off too.",
+            rich_help_panel="Questions",
+        ),
     ] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Which questions.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Which questions.", metavar="N", rich_help_panel="Questions")
+    ] = 0,
     pictures: Annotated[
         Path | None,
-        typer.Option(help="Draw a sheet of what was drawn into this .png file.", dir_okay=False),
+        typer.Option(
+            help="Draw a sheet of what was drawn into this .png file.",
+            dir_okay=False,
+            rich_help_panel="Pictures",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

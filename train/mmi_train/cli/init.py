@@ -21,7 +21,10 @@ def init(
     llm: Annotated[
         Path,
         typer.Option(
-            help="A LLaMA: a Hugging Face folder, or a GGUF file.", exists=True, metavar="DIR|GGUF"
+            help="A LLaMA: a Hugging Face folder, or a GGUF file.",
+            exists=True,
+            metavar="DIR|GGUF",
+            rich_help_panel="Trained parts",
         ),
     ],
     vision: Annotated[
@@ -31,6 +34,7 @@ def init(
             exists=True,
             file_okay=False,
             show_default="new and small",
+            rich_help_panel="Trained parts",
         ),
     ] = None,
     diffusion: Annotated[
@@ -40,6 +44,7 @@ def init(
             exists=True,
             file_okay=False,
             show_default="new and small",
+            rich_help_panel="Trained parts",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -48,31 +53,61 @@ def init(
             help="Folder of another tokenizer.json or tokenizer.model.",
             exists=True,
             show_default="the language model's",
+            rich_help_panel="Trained parts",
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="Whose form the new parts have; sizes follow from the given ones.")
+        str,
+        typer.Option(
+            help="Whose form the new parts have; sizes follow from the given ones.",
+            rich_help_panel="New parts",
+        ),
     ] = "released_13b",
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens that a document may have.", show_default="the language model's"
+            min=1,
+            help="Tokens that a document may have.",
+            show_default="the language model's",
+            metavar="N",
+            rich_help_panel="New parts",
         ),
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Pixels of the images that it reads.", show_default="CLIP's"),
+        typer.Option(
+            min=1,
+            help="Pixels of the images that it reads.",
+            show_default="CLIP's",
+            metavar="N",
+            rich_help_panel="New parts",
+        ),
     ] = None,
     bos: Annotated[
-        str | None, typer.Option(help="The token that begins a document.", show_default="its own")
+        str | None,
+        typer.Option(
+            help="The token that begins a document.",
+            show_default="its own",
+            rich_help_panel="New parts",
+        ),
     ] = None,
     eos: Annotated[
-        str | None, typer.Option(help="The one token that ends a document.", show_default="its own")
+        str | None,
+        typer.Option(
+            help="The one token that ends a document.",
+            show_default="its own",
+            rich_help_panel="New parts",
+        ),
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Type of the written weights; keep: as the parts are.")
+        Dtype,
+        typer.Option(
+            help="Type of the written weights; keep: as the parts are.", rich_help_panel="New parts"
+        ),
     ] = "keep",
-    seed: Annotated[int, typer.Option(min=0, help="Of new weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of new weights.", metavar="N", rich_help_panel="New parts")
+    ] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
