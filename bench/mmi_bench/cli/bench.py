@@ -102,7 +102,7 @@ def bench(
         import torch  # noqa: F401  # the other side runs in a process that could only fail
 
         from mmi_bench.compare.compare import run
-        from mmi_bench.compare.report import table
+        from mmi_bench.compare.report import print_report
     with shown(remarks(), "loading") as progress:
         comparison = run(
             bundle,
@@ -127,4 +127,4 @@ def bench(
     if as_json:
         print_json(report)
     else:
-        results().print(table(comparison))
+        print_report(results(), comparison)

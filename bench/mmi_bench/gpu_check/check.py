@@ -50,6 +50,12 @@ from mmi_plugins.tensorrt.build_plugin import (
 
 WRONG, NOT_RUN = 1, 2
 PRECISIONS = ("fp32", "fp16")
+CAUSES = "; "
+"""Between the causes of one step."""
+
+NO_ENGINES = "no engines were loaded: "
+"""What comes of it in later steps when engines are not loaded."""
+
 KERNEL_CASES = 48
 """Drawn calls of the kernel: each situation six times."""
 
@@ -188,7 +194,7 @@ class Check:
             self.plugin = build(self.machine.memory().gpu.architecture.removeprefix("sm"))
         except EngineError as error:
             if self.runtime != TENSORRT or find_spec("tensorrt") is None or lacking:
-                raise Missing("; ".join([*lacking, str(error)])) from None
+                raise Missing(CAUSES.join([*lacking, str(error)])) from None
             return f"goes into the engines ahead of time: the library cannot be built: {error}", {}
         return self.plugin.name, {"path": str(self.plugin)}
 
@@ -209,7 +215,7 @@ class Check:
     @staticmethod
     def _require(lacking: list[str]) -> None:
         if lacking:
-            raise Missing("; ".join(lacking))
+            raise Missing(CAUSES.join(lacking))
 
     def _kernel(self) -> Detail:
 
@@ -282,7 +288,7 @@ class Check:
     def _opened(self, opened: list[Tried]) -> Tried:
         if not opened:
             loading = next(step for step in reversed(self.steps) if step.name.startswith("load"))
-            raise Missing(f"no engines were loaded: {loading.line}")
+            raise Missing(f"{NO_ENGINES}{loading.line}")
         return opened[0]
 
     def _compare(self, tried: Tried) -> Detail:
@@ -340,9 +346,11 @@ def main(
 ) -> int:
     """Build, run, compare and measure the engines of a bundle on this machine's GPU."""
     console = Console(highlight=False, soft_wrap=True)
+    causes: dict[str, str] = {}
 
     def say(step: Step) -> None:
-        console.print(f"{step.state:<8} {step.name:<14} {step.line}", markup=False)
+        line = shortened(step, causes)
+        console.print(f"{step.state:<8} {step.name:<14} {line}", markup=False)
 
     precisions = tuple(precision or PRECISIONS)
     check_arguments(bundle, target, precisions)
@@ -352,6 +360,21 @@ def main(
         paths = write_report(out, describe(), bundle, target, check.steps)
         console.print(f"report: {' and '.join(map(str, paths))}", markup=False)
     return code
+
+
+def shortened(step: Step, causes: dict[str, str]) -> str:
+    """The line of a step, in which causes that were said before are named by their step.
+
+    `causes`: what was said, with the name of the step that said it; grows. The report has all
+    lines whole.
+    """
+    if step.state != "not run":
+        return step.line
+    parts = step.line.removeprefix(NO_ENGINES).split(CAUSES)
+    fresh = [part for part in parts if part not in causes]
+    causes.update(dict.fromkeys(fresh, step.name))
+    told = dict.fromkeys(causes[part] for part in parts if part not in fresh)
+    return CAUSES.join([*fresh, *([f"as for {' and '.join(told)}"] if told else [])])
 
 
 @contextmanager
