@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -45,11 +46,27 @@ def exact(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return inner
 
 
+LISTED_WORDS = 500
+"""The most words of a vocabulary that are listed rather than counted."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How many different words, or parts of words, texts are made of; `words`: all of them in order
+    where they are few, else none."""
+
+    size: int
+    words: tuple[str, ...]
+
+
 class Tokenizer:
     """A tokenizer that never makes special tokens out of what a user wrote."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, tokens: TokenConfig) -> None:
-        self._inner = exact(inner)
+    def __init__(
+        self, inner: tokenizers.Tokenizer, tokens: TokenConfig, folder: Path | None = None
+    ) -> None:
+        """`folder`: the bundle or model folder that it lies in, for errors."""
+        self._inner, self._folder = exact(inner), folder
         self._inner.encode_special_tokens = True  # `<s>` in a text is three characters
         self._reserved = {tokens.bos, *tokens.ends, tokens.boi, tokens.image}
         unknown = getattr(inner.model, "unk_token", None)
@@ -80,7 +97,7 @@ class Tokenizer:
     @classmethod
     def open(cls, path: Path, tokens: TokenConfig) -> Tokenizer:
         """Read a tokenizer.json; raises `BundleError`."""
-        return cls(read_tokenizer_file(path), tokens)
+        return cls(read_tokenizer_file(path), tokens, path.parent)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none added at either end.
@@ -108,8 +125,22 @@ class Tokenizer:
             )
         raise DocumentError(
             f"the model does not know {_listed(text[start:end] for start, end in unknown)}",
-            fix="say it with words that it was trained on",
+            fix="say it with words that it was trained on: "
+            f"`mmi inspect {self._folder or 'BUNDLE'}` lists them",
         )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What texts are made of."""
+        listed = sorted(set(self._inner.get_vocab()) - self._special())
+        return Vocabulary(len(listed), tuple(listed) if len(listed) <= LISTED_WORDS else ())
+
+    def _special(self) -> set[str]:
+        """Spellings of the tokens that no text is made of."""
+        unknown = getattr(self._inner.model, "unk_token", None)
+        added = self._inner.get_added_tokens_decoder().values()
+        found = {self._inner.id_to_token(token) for token in self._reserved} | {unknown}
+        return {name for name in found if name} | {one.content for one in added if one.special}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`; special tokens are left out."""
