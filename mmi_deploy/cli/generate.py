@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -215,7 +216,8 @@ def generate(
         seconds = time.perf_counter() - started
         facts = _facts(runtime.config.name, used, options, finished, seconds)
         write_story(work, story.entries)
-        html = page(title_of(source) or document.stem, story.entries, facts)
+        command = _command(document, bundle, target, used, options)
+        html = page(title_of(source) or document.stem, story.entries, facts, command)
         (work / PAGE_NAME).write_text(html, encoding="utf-8", errors="replace")
     if as_json:
         print_json(_report(out, story.entries, finished, seed, used, seconds))
@@ -324,6 +326,27 @@ def _facts(
     for stage, (spent, count) in finished.timings.totals().items():
         facts[stage] = f"{spent / count * 1000:.1f} ms each, {count} in all"
     return facts
+
+
+def _command(
+    document: Path, bundle: Path, target: str, schedule: str, options: GenerationOptions
+) -> str:
+    """The command line that makes the same document again, for a shell."""
+    words = ["mmi", "generate", str(document), "--bundle", str(bundle)]
+    words += ["--schedule", schedule] + (["--target", target] if target != CPU else [])
+    for name in (
+        "seed",
+        "max_images",
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "guidance",
+        "full_every",
+    ):
+        words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    return shlex.join(words)
 
 
 def _added(finished: Finished) -> str:

@@ -8,12 +8,14 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +125,8 @@ def test_generate_writes_a_folder_that_can_be_read_and_looked_at(
     mmi: Screen, story: Path, bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "deep" / "out"
-    assert mmi("generate", story, "-o", out, "-b", bundle, "--max-tokens", 12) == 0
+    seed = ("--seed", 123456789)
+    assert mmi("generate", story, "-o", out, "-b", bundle, "--max-tokens", 12, *seed) == 0
     assert {"story.md", "index.html", "picture-01.png", "picture-02.png"} <= left_in(out)
     assert len(read_document(out / "story.md").images) >= 2
     assert "w5 w6" in mmi.out and "[picture 2: drawn]" in mmi.out
@@ -131,6 +134,11 @@ def test_generate_writes_a_folder_that_can_be_read_and_looked_at(
     assert str(out / "index.html") in mmi.err
     html = (out / "index.html").read_text()
     assert "w5 w6" in html and "seed" in html and "plain:4" in html
+    (again,) = re.findall(r"<code>(.*)</code>", html)
+    words = shlex.split(unescape(again))
+    assert words[:3] == ["mmi", "generate", str(story)] and str(bundle) in words
+    assert words[words.index("--seed") + 1] == "123456789"
+    assert words[words.index("--schedule") + 1] == "plain:4"
     assert left_in(out.parent) == {"out"}
 
 
