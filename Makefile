@@ -10,7 +10,7 @@ OUT ?= out
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train-tiny smollm bench gpu-check clean
+.PHONY: help install demo test lint format train-tiny smollm bench gpu-check release clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -56,6 +56,13 @@ bench: $(INSTALLED) $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
 
 gpu-check: $(INSTALLED) $(BUNDLE)/bundle.json ## build, run, compare and measure the engines on this GPU
 	$(BIN)/python -m mmi_bench.gpu_check $(BUNDLE)
+
+# The wheel does not hold the bundle: 40 MB of fp32 weights, which do not compress.
+release: $(INSTALLED) bundles/tiny/bundle.json ## the wheel, the tiny bundle as an archive, their SHA-256: into dist/
+	rm -rf dist build
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .
+	rm -rf build
+	$(BIN)/python -m mmi_export.release bundles/tiny -o dist
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(OUT) bundles gpu_check build dist .mypy_cache .pytest_cache .ruff_cache
