@@ -25,7 +25,7 @@ from mmi_bench.statistics import Spread, ratios
 from mmi_deploy.cli import program
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET
-from mmi_deploy.system.files import write_file
+from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
 from mmi_plugins.conformance.calls import draw
 from mmi_plugins.conformance.onnxruntime_kernel import OnnxRuntimeKernel, one_node_model
@@ -274,6 +274,8 @@ def main(
     ] = None,
 ) -> int:
     """Measure our MMFS kernel against GridSample in ONNX Runtime."""
+    if out:
+        prepare_file(out)
     kernel = OnnxRuntimeKernel(threads=threads)
     if reason := kernel.missing():
         raise EngineError(f"our kernel cannot run here: {reason}")
@@ -285,7 +287,7 @@ def main(
     Console().print(table(done, threads))
     if out:
         report = {"machine": describe(), "threads": threads, "sizes": [x.to_json() for x in done]}
-        write_file(out, json.dumps(report, indent=2) + "\n")
+        write_new_file(out, json.dumps(report, indent=2) + "\n")
     return 0
 
 

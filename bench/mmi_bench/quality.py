@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -29,8 +28,9 @@ from mmi_deploy.documents.tokenizer import read_tokenizer_file
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
-from mmi_deploy.system.files import write_file
+from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import Progress, shown, silent
+from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_train.data.rows import TokenDocument
 from mmi_train.data.synthetic import world as worlds
 from mmi_train.data.synthetic.tasks import ImagePart, TaskDocument, grade
@@ -209,10 +209,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     given = parser.parse_args(arguments)
     try:
+        if given.json:
+            prepare_file(given.json)
         bundle = Bundle.open(given.bundle)
-        with tempfile.TemporaryDirectory(dir=given.bundle) as folder:
+        with temporary_folder(given.bundle, ".quality-") as folder:
             if given.simulate:
-                other = simulated_runtime(bundle, given.simulate, Path(folder), given.threads)
+                other = simulated_runtime(bundle, given.simulate, folder, given.threads)
             else:
                 other = Runtime.open(bundle, target=given.target, threads=given.threads)
             with shown(Console(stderr=True, soft_wrap=True)) as progress:
@@ -240,7 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, pairs in rows.items():
         print(_line(name, pairs, band))
     if given.json:
-        write_file(given.json, json.dumps({name: asdict(pairs) for name, pairs in rows.items()}))
+        write_new_file(
+            given.json, json.dumps({name: asdict(pairs) for name, pairs in rows.items()})
+        )
     return int(any(pairs.verdict(band) == "no" for pairs in rows.values()))
 
 

@@ -14,6 +14,7 @@ from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec import presets
 from mmi_deploy.system.files import check_replaceable, size
+from mmi_deploy.system.output_folder import check_replaceable
 from mmi_deploy.system.progress import shown
 
 if TYPE_CHECKING:
@@ -139,7 +140,9 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Turn a trained model into ONNX graphs and prove each against the model.
@@ -149,7 +152,8 @@ def export(
     are exported without being loaded: weights stay in their files, to which the bundle holds links.
     """
     _check_stand_in(model, preset, sparse_weights, random_weights, layers)
-    check_replaceable(out, force, kind="bundle")
+    read_from = [] if preset else [model or SHIPPED]
+    check_replaceable(out, force, kind="bundle", inputs=read_from)
     with extras("export"):
         import torch
 

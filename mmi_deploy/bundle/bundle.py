@@ -39,12 +39,13 @@ from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, graphs
 from mmi_deploy.spec.schedule import Schedule, parse_schedule_name, read_schedule
 from mmi_deploy.spec.target import build_options
-from mmi_deploy.system.files import new_folder
+from mmi_deploy.system.output_folder import check_replaceable, new_folder
 
 MANIFEST = "bundle.json"
 TARGET_MANIFEST = "target.json"
 EXPORT = "mmi export"
 BUILD = "mmi build"
+_TARGET = "target"
 _TOOLS = ("mmi_deploy", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers")
 
 
@@ -350,10 +351,17 @@ def write_bundle(
     Whatever goes wrong, Ctrl-C included, leaves what was there before. `inputs`: what is read on
     the way, and must not be replaced.
     """
-    with new_folder(folder, force, kind="bundle", inputs=inputs) as work:
+    hashes = Hashes()
+    with new_folder(folder, force, kind="bundle", inputs=inputs, hashed=hashes) as work:
         writer = BundleWriter(work, config, limits)
+        writer.hashes = hashes
         yield writer
         writer.finish()
+
+
+def check_target(bundle: Bundle, target: str) -> None:
+    """Raise `MmiError` where `write_target` would, at the end of long work."""
+    check_replaceable(bundle.target_folder(target), None, kind=_TARGET)
 
 
 @contextmanager
@@ -361,8 +369,9 @@ def write_target(
     bundle: Bundle, target: str, recipe: Mapping[str, str], activations: str = "float32"
 ) -> Iterator[TargetWriter]:
     """Write `engines/<target>` of a bundle, whole or not at all."""
-    with new_folder(bundle.target_folder(target), kind="target") as work:
-        writer = TargetWriter(work, target)
+    folder, hashes = bundle.target_folder(target), Hashes()
+    with new_folder(folder, None, kind=_TARGET, hashed=hashes) as work:
+        writer = TargetWriter(work, target, hashes)
         yield writer
         writer.finish(bundle.identity, recipe, activations)
 

@@ -26,7 +26,8 @@ from mmi_deploy.bundle.safetensors_reader import once
 from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.config import ModelConfig, first_flaw
 from mmi_deploy.spec.graphs import Limits
-from mmi_deploy.system.files import write_file
+from mmi_deploy.system.files import sha256_of, write_file
+from mmi_deploy.system.output_folder import CHECKED
 from mmi_deploy.system.progress import Progress, silent
 
 FORMAT = 1
@@ -37,9 +38,6 @@ PORTABLE = "portable"
 
 _BLOCK = 2**24
 """Bytes that are hashed at a time."""
-
-_CHECKED = ".checked.json"
-"""Remembers which hashes were checked at which size and times. Not part of the bundle."""
 
 
 Bytes = Annotated[int, Field(ge=0, le=2**50)]
@@ -215,15 +213,14 @@ def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
         ) from None
 
 
+def manifest_text(manifest: FolderManifest) -> str:
+    """What the file of a manifest holds."""
+    return manifest.model_dump_json(indent=2) + "\n"
+
+
 def write_manifest(path: Path, manifest: FolderManifest) -> None:
     """Write `path` whole or not at all."""
-    write_file(path, manifest.model_dump_json(indent=2) + "\n")
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_file(path, manifest_text(manifest))
 
 
 class Hashes:
@@ -317,7 +314,7 @@ def check_files(
 
 def _read_checked(folder: Path) -> dict[str, list[object]]:
     try:
-        found = json.loads((folder / _CHECKED).read_bytes())
+        found = json.loads((folder / CHECKED).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -326,7 +323,7 @@ def _read_checked(folder: Path) -> dict[str, list[object]]:
 def _remember(folder: Path, checked: dict[str, list[object]]) -> None:
     """Best effort: a bundle that cannot be written to is hashed each time."""
     with suppress(OSError):
-        write_file(folder / _CHECKED, json.dumps(checked))
+        write_file(folder / CHECKED, json.dumps(checked))
 
 
 def check_receipts(manifest: FolderManifest, graphs: Iterable[str], where: Path, mend: str) -> None:

@@ -115,7 +115,7 @@ def build(
     Engines are cached by all that they depend on; what is unchanged is not built again. They go to
     engines/TARGET of the bundle, where TARGET names runtime, architecture and precision.
     """
-    from mmi_deploy.bundle.bundle import Bundle
+    from mmi_deploy.bundle.bundle import Bundle, check_target
 
     with extras("build"):
         from mmi_deploy.targets.precision import check_possible, recipe
@@ -129,6 +129,8 @@ def build(
     targets = _targets(target, arch, chosen.name)
     for one in targets:
         check_possible(chosen, one.runtime, one.architecture, graph)
+        if not dry_run:
+            check_target(opened, one.name)
     for name in graph or ():
         graph_of(opened, name)
     kept = _built(opened, targets)

@@ -149,7 +149,9 @@ def generate(
             "--unproved", help="Run graphs that have no receipt.", rich_help_panel="Machine"
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, nothing live.")
     ] = False,
@@ -167,7 +169,7 @@ def generate(
         from mmi_deploy.runtime.generation import GenerationOptions
         from mmi_deploy.runtime.generation import generate as events_of
         from mmi_deploy.runtime.runtime import Runtime
-        from mmi_deploy.system.files import check_replaceable, new_folder
+        from mmi_deploy.system.output_folder import check_replaceable, new_folder
 
         check_engines(target)
     inputs = (document, bundle)

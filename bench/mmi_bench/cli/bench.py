@@ -12,7 +12,7 @@ from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.cli.target_options import CPU, Device, TargetName
-from mmi_deploy.system.files import prepare_file, write_file
+from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
 
 
@@ -119,7 +119,7 @@ def bench(
         )
     report = comparison.to_json()
     if out:
-        write_file(out, json.dumps(report, indent=2) + "\n")
+        write_new_file(out, json.dumps(report, indent=2) + "\n")
     if plot:
         from mmi_bench.compare.plot import draw
 

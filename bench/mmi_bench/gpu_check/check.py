@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from mmi_bench.gpu_check.kernel import GpuKernel, import_driver
-from mmi_bench.gpu_check.report import write_report
+from mmi_bench.gpu_check.report import KIND, write_report
 from mmi_bench.gpu_check.target import Detail, Tried, compare, document, measure, write_receipts
 from mmi_bench.machine import describe
 from mmi_deploy.bundle.build_report import read_report
@@ -35,6 +35,7 @@ from mmi_deploy.runtime.tensorrt.module import MODULES, import_tensorrt
 from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import cache_folder
+from mmi_deploy.system.output_folder import check_replaceable
 from mmi_deploy.targets.precision import recipe
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.conformance.calls import draws
@@ -354,6 +355,7 @@ def main(
 
     precisions = tuple(precision or PRECISIONS)
     check_arguments(bundle, target, precisions)
+    check_replaceable(out, None, kind=KIND, inputs=[bundle])
     check = Check(bundle, target, precisions, Machine(device), say, repeats)
     code = check.run()
     with _no_full_disk(console):

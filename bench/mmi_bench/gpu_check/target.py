@@ -14,7 +14,7 @@ from mmi_bench.compare.cases import DOCUMENT, IMAGES, Case
 from mmi_bench.compare.samples import Output, Sample, take
 from mmi_bench.statistics import Spread
 from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
-from mmi_deploy.bundle.manifest import PORTABLE, Receipt, hash_of_files, write_manifest
+from mmi_deploy.bundle.manifest import PORTABLE, Receipt, hash_of_files, manifest_text
 from mmi_deploy.bundle.manifest import Case as ProofCase
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.buffers import element_type
@@ -23,6 +23,7 @@ from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.tensorrt.backend import TensorRtTarget
 from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.system.output_folder import rewrite_file
 from mmi_deploy.targets.sample_inputs import Arrays, samples_of
 from mmi_deploy.targets.verify_target import TOLERANCE, UNSTEADY, relative_error, runner
 
@@ -109,7 +110,7 @@ def write_receipts(tried: Tried, receipts: list[Receipt]) -> None:
     kept = [receipt for receipt in manifest.receipts if receipt.graph not in graphs]
     changed = manifest.model_copy(update={"receipts": (*kept, *receipts)})
     folder = tried.bundle.target_folder(manifest.target)
-    write_manifest(folder / TARGET_MANIFEST, changed)
+    rewrite_file(folder, TARGET_MANIFEST, manifest_text(changed))
     tried.target.manifest = changed
 
 

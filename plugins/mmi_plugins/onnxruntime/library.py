@@ -14,7 +14,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ from pathlib import Path
 from mmi_deploy.errors import EngineError
 from mmi_deploy.system.files import CACHE, cache_folder
 from mmi_deploy.system.progress import Progress, silent
+from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_plugins.compile.checksum import damage, is_sealed, seal
 from mmi_plugins.compile.compilers import (
     ARCHITECTURES,
@@ -119,6 +119,11 @@ def build(
     if out is None:
         cache_folder(writes=True)
     path = location(cuda) if out is None else out / NAME
+    if out is not None and os.path.lexists(path) and not is_sealed(path):
+        raise EngineError(
+            f"{path} is there already, and mmi did not write it",
+            fix="remove it, or give another output folder",
+        )
     if os.name != "posix":
         raise EngineError(
             "the kernel library can be compiled on Linux and macOS only",
@@ -133,9 +138,9 @@ def build(
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as scratch:
+        with temporary_folder(path.parent, ".building-") as scratch:
             gpu = _Cuda(find_nvcc(), architectures) if cuda else None
-            made = _compile(program, gpu, Path(scratch), progress)
+            made = _compile(program, gpu, scratch, progress)
             seal(made)
             os.replace(made, path)
     except OSError as error:

@@ -37,6 +37,7 @@ from mmi_deploy.cli.inspect.app import RENAMED
 from mmi_deploy.cli.inspect.cost import duration, flops
 from mmi_deploy.cli.inspect.memory import _residency
 from mmi_deploy.cli.target_options import groups
+from mmi_deploy.documents import story as story_module
 from mmi_deploy.documents.files import read_document
 from mmi_deploy.documents.images import to_png
 from mmi_deploy.documents.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.config import from_json, to_json
 from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.spec.presets import PRESETS, tiny
+from mmi_deploy.system.output_folder import MARKER
 from mmi_plugins.onnxruntime import library
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -180,7 +182,9 @@ def test_the_same_seed_gives_the_same_story(
         out = tmp_path / name
         assert mmi("generate", story, "-o", out, "-b", bundle, "--seed", seed) == 0
         written[name] = {
-            path.name: path.read_bytes() for path in out.iterdir() if path.name != "index.html"
+            path.name: path.read_bytes()
+            for path in out.iterdir()
+            if path.name not in ("index.html", MARKER)
         }
     assert written["a"] == written["b"] != written["c"]
 
@@ -192,10 +196,75 @@ def test_a_folder_of_somebody_else_is_refused_before_any_work(
     out.mkdir()
     (out / "thesis.tex").touch()
     assert mmi("generate", story, "-o", out, "-b", bundle) == 2
-    assert mmi.out == "" and mmi.err.startswith("mmi: ") and "--force" in mmi.err
+    line = f"mmi: {out} holds thesis.tex, which mmi did not write. move it elsewhere, or give "
+    assert mmi.out == "" and mmi.err == f"{line}another output folder\n"
+    assert mmi("generate", story, "-o", out, "-b", bundle, "--force") == 2
     assert left_in(out) == {"thesis.tex"}
-    assert mmi("generate", story, "-o", out, "-b", bundle, "--force") == 0
-    assert mmi("generate", story, "-o", out, "-b", bundle) == 0  # now it is ours
+    (out / "thesis.tex").unlink()
+    for _ in range(2):
+        assert mmi("generate", story, "-o", out, "-b", bundle) == 0
+
+
+def test_the_home_folder_is_never_written(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By no command, with any option; nor is the current folder, or what is above it."""
+    home = tmp_path / "people" / "me"
+    (home / "work" / "here").mkdir(parents=True)
+    (home / "thesis.txt").write_text("precious")
+    before = left_in(home) | left_in(home / "work" / "here")
+    monkeypatch.setenv("HOME", str(home))
+    commands = (
+        ("generate", story, "-b", bundle, "--force"),
+        ("export", REPOSITORY / "assets" / "tiny", "--force"),
+        ("convert", tmp_path, "--force"),
+        ("init", "--llm", tmp_path, "--force"),
+        ("train",),
+    )
+    for current, outs in ((tmp_path, (home, home.parent)), (home / "work" / "here", (".", ".."))):
+        monkeypatch.chdir(current)
+        for command in commands:
+            for out in outs:
+                assert mmi(*command, "-o", out) == 2
+                assert f"mmi: {out} is " in mmi.err.replace("/model is ", " is ")
+                assert "home folder" in mmi.err or "the folder you are in" in mmi.err
+    left = left_in(home) | left_in(home / "work" / "here")
+    assert left - {".cache"} == before  # libraries keep theirs there
+
+
+def test_what_cannot_be_written_is_told_before_the_model_is_loaded(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "open", pytest.fail)
+    for out, why in (
+        (story / "x", f"{story} is not a folder"),
+        (Path("/proc/self/out"), "cannot be written: "),
+        (tmp_path / ("n" * 300), "File name too long"),
+        (story, "is not a folder"),
+    ):
+        assert mmi("generate", story, "-b", bundle, "-o", out) == 2
+        assert why in mmi.err and mmi.err.startswith(f"mmi: {out} ")
+
+
+def test_a_file_that_comes_into_the_folder_during_the_run_stays(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert mmi("generate", story, "-b", bundle, "-o", out) == 0
+    before = (out / "story.md").read_bytes()
+    write = story_module.write_story
+
+    def late(*arguments: Any) -> None:
+        (out / "notes.txt").write_text("mine")
+        write(*arguments)
+
+    monkeypatch.setattr(story_module, "write_story", late)
+    assert mmi("generate", story, "-b", bundle, "-o", out, "--seed", 5) == 2
+    assert "holds notes.txt" in mmi.err and f"The new story is in {out}-new\n" in mmi.err
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "story.md").read_bytes() == before
+    assert {"story.md", "index.html"} <= left_in(tmp_path / "out-new")
+    assert left_in(tmp_path) == {"story.md", "a.png", "bundle", "out", "out-new"}
 
 
 @pytest.mark.parametrize(

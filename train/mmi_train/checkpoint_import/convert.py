@@ -11,16 +11,15 @@ import torch
 
 from mmi_deploy.spec.config import ModelConfig, to_json
 from mmi_deploy.system.files import new_folder
+from mmi_deploy.system.output_folder import new_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.checkpoint_import.state_dict import Plan, plan_state
 from mmi_train.checkpoint_import.tokenizer_files import published_tokenizer
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.lazy_tensor import StoredTensor
-from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS
+from mmi_train.weights.model_folder import CONFIG, FOLDER_KIND, TOKENIZER, WEIGHTS
 from mmi_train.weights.pickles import read_pickles
 from mmi_train.weights.writer import write_safetensors
-
-FOLDER_KIND = "model"
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from mmi_deploy.spec.config import (
 )
 from mmi_deploy.spec.presets import tiny
 from mmi_deploy.system.files import new_folder
+from mmi_deploy.system.output_folder import new_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.checkpoint_import.config_fields import fitting
-from mmi_train.checkpoint_import.convert import FOLDER_KIND
 from mmi_train.checkpoint_import.fresh import fresh_tensors
 from mmi_train.checkpoint_import.from_clip import VisionPart
 from mmi_train.checkpoint_import.from_diffusion import DiffusionPart
@@ -39,8 +39,8 @@ from mmi_train.checkpoint_import.state_dict import misfits
 from mmi_train.checkpoint_import.tokenizer_files import BEGIN_OF_IMAGE, IMAGE, PAD, add_marks
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.lazy_tensor import InMemory, Rows, Stacked, StoredTensor
-from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS
-from mmi_train.weights.writer import write_safetensors
+from mmi_train.weights.model_folder import CONFIG, FOLDER_KIND, TOKENIZER, WEIGHTS
+from mmi_train.weights.writer import Progress, write_safetensors
 
 HEAD_WIDTH = 64
 """Channels of one head of MMFS and of the resamplers, as in the published model."""

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.system.files import prepare_file, write_file
+from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
 from mmi_train.cli.train import World
 
@@ -100,7 +100,7 @@ def evaluate(
     if pictures is not None:
         sheet = io.BytesIO()
         contact_sheet(evaluation.samples).save(sheet, "PNG")
-        write_file(pictures, sheet.getvalue())
+        write_new_file(pictures, sheet.getvalue())
     if as_json:
         print_json(found)
         return

@@ -11,6 +11,7 @@ from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.spec.presets import preset as preset_called
 from mmi_deploy.system.files import check_replaceable, size
+from mmi_deploy.system.output_folder import check_replaceable
 from mmi_deploy.system.progress import shown
 
 Dtype = Literal["keep", "float16", "bfloat16", "float32"]
@@ -108,7 +109,9 @@ def init(
     seed: Annotated[
         int, typer.Option(min=0, help="Of new weights.", metavar="N", rich_help_panel="New parts")
     ] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Build a new model around a trained language model.

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmi_deploy.errors import WeightsError
+from mmi_deploy.errors import MmiError, WeightsError
+from mmi_deploy.system.output_folder import new_folder, remove_folder
 from mmi_train.weights.safetensors_files import load_tensors
 
-_PREFIX = "step-"
+_NAME = re.compile(r"step-\d{8,}")
+_KIND = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,10 @@ def save_checkpoint(
     position: Position,
     keep: int,
 ) -> Path:
-    """Write `folder/step-N` atomically and remove all but the `keep` newest. Returns its path."""
-    target = folder / f"{_PREFIX}{position.step:08d}"
-    scratch = folder / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    """Write `folder/step-N` atomically and remove all but the `keep` newest, of which those stay to
+    which somebody has added something. Returns its path."""
+    target = folder / f"step-{position.step:08d}"
+    with new_folder(target, None, kind=_KIND) as scratch:
         save_file(_contiguous(model.state_dict()), scratch / "model.safetensors")
         save_file(_contiguous(average), scratch / "average.safetensors")
         save_file(_contiguous(_moments(model, optimiser)), scratch / "moments.safetensors")
@@ -68,25 +68,22 @@ def save_checkpoint(
         for path in scratch.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    for old in sorted(_folders(folder))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    for leftover in folder.glob(f".{_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for old in _folders(folder)[:-keep]:
+        with suppress(MmiError):
+            remove_folder(old)
     return target
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob(f"{_PREFIX}*") if (path / "state.json").is_file())
+def _folders(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, the newest last."""
+    found = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    complete = (path for path in found if (path / "state.json").is_file())
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, if any."""
-    return max(_folders(folder), default=None)
+    return next(reversed(_folders(folder)), None)
 
 
 def load_checkpoint(

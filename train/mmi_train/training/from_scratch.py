@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mmi_deploy.spec.config import ModelConfig, VaeConfig
 from mmi_deploy.system.files import write_file
+from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.rows import TokenDocument, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS
@@ -31,7 +32,7 @@ from mmi_train.training.optimiser import FROM_SCRATCH, OptimiserConfig
 from mmi_train.training.stages.autoencoder import AutoencoderStage
 from mmi_train.training.stages.interleaved import MIXTURE, InterleavedStage
 from mmi_train.training.stages.packed import PackedStage
-from mmi_train.weights.model_folder import TOKENIZER, load_model, save_model
+from mmi_train.weights.model_folder import FOLDER_KIND, TOKENIZER, load_model, save_model
 
 OPEN_GATE = 0.5
 """Where tanh gates of MMFS begin when nothing is pre-trained: a closed gate protects a trained LLM,
@@ -161,9 +162,31 @@ def train_from_scratch(
     `steps` and `conditioning_steps` of the main stage and of the one before it; None: the recipe's.
     `packed`: the paper's rows of the whole context length, in which documents follow each other, in
     place of documents kept to themselves. `checkpoint_gradients`: less memory, more time.
-    Everything is resumable: run the same command again after it was stopped.
+    Everything is resumable: run the same command again after it was stopped. Raises `MmiError`
+    where another process trains there, or `out/model` holds what mmi did not write.
     """
-    world = world or easy()
+    folder = out / "model"
+    check_replaceable(folder, None, kind=FOLDER_KIND, inputs=[] if start is None else [start])
+    with run_folder(out, "training"):
+        _train(config, out, folder, world or easy(), steps, conditioning_steps, seed, run, start,
+               packed, checkpoint_gradients, progress)  # fmt: skip
+    return folder
+
+
+def _train(
+    config: ModelConfig,
+    out: Path,
+    folder: Path,
+    world: WorldConfig,
+    steps: int | None,
+    conditioning_steps: int | None,
+    seed: int,
+    run: RunConfig | None,
+    start: Path | None,
+    packed: bool,
+    checkpoint_gradients: bool,
+    progress: Progress,
+) -> None:
     run = replace(run or RunConfig(), seed=seed)
     if start is not None:
         model = load_model(start)
@@ -188,15 +211,14 @@ def train_from_scratch(
                 _condition(model, tokenizer, world, conditioning_steps, run, out, progress),
             )
     optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
-    folder = out / "model"
 
     def keep(step: int, average: dict[str, Tensor]) -> None:
         """Every checkpoint leaves a usable model behind."""
         current = {name: value.detach().clone() for name, value in model.state_dict().items()}
         _load(model, stage.model_state(average))
-        save_model(model, folder, torch.float16)
-        write_file(folder / TOKENIZER, tokenizer.to_str(pretty=True))
+        with new_folder(folder, None, kind=FOLDER_KIND) as work:
+            save_model(model, work, torch.float16)
+            write_file(work / TOKENIZER, tokenizer.to_str(pretty=True))
         _load(model, current)
 
     train(stage, optimiser, run, out / stage.name, keep, progress)
-    return folder

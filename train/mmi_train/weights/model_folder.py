@@ -18,6 +18,9 @@ from mmi_train.weights.writer import write_safetensors
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+FOLDER_KIND = "model"
+"""What the marker of an output folder calls one."""
+
 _SHOWN = 5
 
 
