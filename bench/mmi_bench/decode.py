@@ -24,7 +24,6 @@ from mmi_deploy.runtime.buffers import HOST, Buffer
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.spec.target import CPU
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_deploy.targets.precision import recipe, rewrite

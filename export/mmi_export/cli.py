@@ -13,7 +13,7 @@ from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec import presets
-from mmi_deploy.system.files import check_replaceable, size
+from mmi_deploy.system.files import size
 from mmi_deploy.system.output_folder import check_replaceable
 from mmi_deploy.system.progress import shown
 

@@ -195,7 +195,7 @@ def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
-            f"cannot read {path}: {error}", fix=f"write it again with `{mend}`"
+            f"cannot read {path}: {error}", fix=f"remove it, and write it again with `{mend}`"
         ) from None
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT:
@@ -209,7 +209,8 @@ def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
         return kind.model_validate_json(text)
     except ValidationError as error:
         raise BundleError(
-            f"{path} is damaged: {first_flaw(error)}", fix=f"write it again with `{mend}`"
+            f"{path} is damaged: {first_flaw(error)}",
+            fix=f"remove it, and write it again with `{mend}`",
         ) from None
 
 
@@ -306,7 +307,8 @@ def check_files(
             continue
         if size != entry.size or hashed(folder / name) != entry.sha256:
             raise BundleError(
-                f"{folder / name} has changed since it was written", fix=f"write it with `{mend}`"
+                f"{folder / name} has changed since it was written",
+                fix=f"remove it, and write it with `{mend}`",
             )
     if now != checked:
         _remember(folder, now)

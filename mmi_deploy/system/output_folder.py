@@ -121,12 +121,19 @@ def run_folder(folder: Path, kind: str) -> Iterator[None]:
     ours; raises `MmiError` as `check_replaceable` does, but may be a mount point."""
     place = _place(folder)
     with ExitStack() as stack:
+        check_run_folder(folder)
         with _readable(folder):
-            _check_place(folder, place, mounts=True)
-            check_parent(place, folder)
             place.mkdir(parents=True, exist_ok=True)
             stack.enter_context(temporary_folder(place, f".{kind}-", alone=str(folder)))
         yield
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise `MmiError` where `run_folder` would, others that run there aside."""
+    place = _place(folder)
+    with _readable(folder):
+        _check_place(folder, place, mounts=True)
+        check_parent(place, folder)
 
 
 def rewrite_file(folder: Path, name: str, data: bytes | str) -> None:

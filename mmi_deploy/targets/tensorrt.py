@@ -22,7 +22,7 @@ from mmi_deploy.bundle.build_report import (
     TargetReport,
     read_report,
 )
-from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle, write_target
+from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle, check_target, write_target
 from mmi_deploy.bundle.manifest import TargetManifest, read_manifest, sha256_of
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.spec.backends import BACKENDS
@@ -54,6 +54,8 @@ def build_targets(
     on from there. Raises `EngineError`, `BundleError` or `OSError`; the bundle's targets are then
     as they were.
     """
+    for target in request.targets:
+        check_target(request.bundle, target.name)
     parts = parts_of(request)
     engines = request.bundle.folder / "engines"
     engines.mkdir(exist_ok=True)

@@ -22,7 +22,7 @@ from deploy.targets.fake_tensorrt import FakePlugin, Script, fake_tensorrt
 from mmi_deploy.bundle.build_report import STAND_IN, describe_targets, read_report
 from mmi_deploy.bundle.bundle import Bundle, write_bundle
 from mmi_deploy.cli.app import run
-from mmi_deploy.errors import BundleError, ConfigError, EngineError
+from mmi_deploy.errors import BundleError, ConfigError, EngineError, MmiError
 from mmi_deploy.spec.backends import TENSORRT_RTX
 from mmi_deploy.spec.graphs import Graph, Limits
 from mmi_deploy.spec.presets import tiny
@@ -225,8 +225,12 @@ def test_without_the_cache_the_targets_own_engines_are_taken(
     assert not again.jobs and all(graph.cached for graph in report.graphs)
     engine = bundle.target_folder("tensorrt-rtx-sm89-fp16") / "llm.engine"
     engine.write_bytes(b"~" * engine.stat().st_size)
+    with pytest.raises(MmiError, match="holds llm.engine, which was changed since mmi wrote it"):
+        build(request_for(), EngineCache(tmp_path / "three", 0), again)
+    assert not again.jobs, "refused before the work"
+    engine.unlink()
     build(request_for(), EngineCache(tmp_path / "three", 0), again)
-    assert [job.graph for job in again.jobs] == ["llm"], "the changed one is made again"
+    assert [job.graph for job in again.jobs] == ["llm"], "the missing one is made again"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from mmi_deploy.spec.config import ModelConfig, to_json
-from mmi_deploy.system.files import new_folder
 from mmi_deploy.system.output_folder import new_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.checkpoint_import.state_dict import Plan, plan_state

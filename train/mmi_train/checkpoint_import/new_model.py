@@ -27,7 +27,6 @@ from mmi_deploy.spec.config import (
     to_json,
 )
 from mmi_deploy.spec.presets import tiny
-from mmi_deploy.system.files import new_folder
 from mmi_deploy.system.output_folder import new_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.checkpoint_import.config_fields import fitting
@@ -40,7 +39,7 @@ from mmi_train.checkpoint_import.tokenizer_files import BEGIN_OF_IMAGE, IMAGE, P
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.lazy_tensor import InMemory, Rows, Stacked, StoredTensor
 from mmi_train.weights.model_folder import CONFIG, FOLDER_KIND, TOKENIZER, WEIGHTS
-from mmi_train.weights.writer import Progress, write_safetensors
+from mmi_train.weights.writer import write_safetensors
 
 HEAD_WIDTH = 64
 """Channels of one head of MMFS and of the resamplers, as in the published model."""

@@ -10,7 +10,7 @@ import typer
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.spec.presets import preset as preset_called
-from mmi_deploy.system.files import check_replaceable, size
+from mmi_deploy.system.files import size
 from mmi_deploy.system.output_folder import check_replaceable
 from mmi_deploy.system.progress import shown
 

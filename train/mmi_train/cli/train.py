@@ -10,6 +10,7 @@ import typer
 from mmi_deploy.cli.console import MOST_THREADS, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import shown
 
 World = Literal["easy", "medium", "hard"]
@@ -114,6 +115,7 @@ def train(
             expected=FROM_NOTHING,
             got=preset,
         )
+    check_run_folder(out)
     with extras("train"):
         import torch
 

@@ -166,8 +166,8 @@ def train_from_scratch(
     where another process trains there, or `out/model` holds what mmi did not write.
     """
     folder = out / "model"
-    check_replaceable(folder, None, kind=FOLDER_KIND, inputs=[] if start is None else [start])
     with run_folder(out, "training"):
+        check_replaceable(folder, None, kind=FOLDER_KIND, inputs=[] if start is None else [start])
         _train(config, out, folder, world or easy(), steps, conditioning_steps, seed, run, start,
                packed, checkpoint_gradients, progress)  # fmt: skip
     return folder
