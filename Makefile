@@ -76,6 +76,6 @@ release: $(INSTALLED) bundles/tiny/bundle.json ## the wheel, the tiny bundle as 
 # Output folders go as far as mmi wrote them: OUT and what is in them may be anybody's. An environment
 # goes by its fixed name, and only if `install` made it.
 clean: ## remove what the targets made
-	@PYTHONPATH=. $(PYTHON) -B -m mmi_deploy.system.output_folder '$(OUT)' bundles/tiny gpu_check
 	@test ! -f .venv/installed || rm -rf .venv
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	@PYTHONPATH=. $(PYTHON) -B -m mmi_deploy.system.output_folder '$(OUT)' bundles/tiny gpu_check
