@@ -186,12 +186,15 @@ def generate(
         guidance=guidance,
         full_every=full_every,
     )
-    source = read_document(document)
-    library = kernel_library(kernels, target)
     started = time.perf_counter()
     opened = Bundle.open(bundle, unproved=unproved)
     for remark in opened.remarks:
         remarks().print(remark)
+    images = min(opened.limits.images, opened.config.llm_mmfs.images - 1)
+    source = read_document(document, opened.limits.context, images)
+    compiling = time.perf_counter()
+    library = kernel_library(kernels, target)
+    started += time.perf_counter() - compiling  # once on a machine: no part of the loading
     runtime = Runtime.open(
         opened,
         threads=threads,

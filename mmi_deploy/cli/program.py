@@ -46,6 +46,9 @@ def help_of(command: Callable[..., object]) -> str:
 def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     """Run one command line of the program called `name` and return its exit code. Raises what
     nobody expected."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by who started us, as in `mmi ... >&-`
+            setattr(sys, stream, open(os.devnull, "w"))
     try:
         code = app(list(arguments), prog_name=name, standalone_mode=False)
         code = code if isinstance(code, int) else 0

@@ -118,6 +118,17 @@ def document_of(*parts: Part) -> Document:
     return Document(tuple(part for part in stripped if part != Text("")))
 
 
+def check_pictures(count: int, most: int) -> None:
+    """Raise `DocumentError` for more pictures, given and to be drawn, than a model takes."""
+    if count > most:
+        raise DocumentError(
+            "the document has too many pictures for the model",
+            expected=f"at most {most}",
+            got=count,
+            fix="leave some out",
+        )
+
+
 def encode_document(
     document: Document,
     tokenizer: Tokenizer,
@@ -147,13 +158,6 @@ def encode_document(
             fix="shorten it",
         )
     most = config.llm_mmfs.images - 1
-    most = most if images is None else min(images, most)
-    if len(document.images) > most:
-        raise DocumentError(
-            "the document has too many pictures for the model",
-            expected=f"at most {most}",
-            got=len(document.images),
-            fix="leave some out",
-        )
+    check_pictures(len(document.images), most if images is None else min(images, most))
     given = tuple(image if isinstance(image, Image) else None for image in document.images)
     return EncodedDocument(np.asarray(ids, dtype=np.int64), given)
