@@ -523,7 +523,7 @@ def test_inspect_refuses_what_is_neither(mmi: Screen, tmp_path: Path) -> None:
 def test_json_that_is_nested_without_end_is_told_in_a_line(
     mmi: Screen, bundle: Path, tmp_path: Path, opening: str
 ) -> None:
-    deep = opening * 100_000
+    deep = opening * 10_000
     (tmp_path / "deep.json").write_text(deep)
     (bundle / ".checked.json").write_text(deep)  # only remembers, so that it is no error
     assert mmi("generate", tmp_path / "deep.json", "-b", bundle, "-o", tmp_path / "out") == 2
