@@ -176,7 +176,7 @@ Run = Callable[[], np.ndarray]
 
 def bound(model: bytes, inputs: dict[str, np.ndarray], threads: int, library: Path | None) -> Run:
     """A function that runs the model on inputs that stay where they are."""
-    import onnxruntime as ort
+    from mmi_deploy.runtime.onnxruntime.module import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime as ort
-
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.buffers import HOST, Buffer
 from mmi_deploy.runtime.engine import Engine
+from mmi_deploy.runtime.onnxruntime.module import ort
 from mmi_deploy.spec.graphs import Graph, Tensor
 from mmi_deploy.system.memory import is_shortage, shortage
 

@@ -35,8 +35,7 @@ class Function:
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
-        import onnxruntime as ort
-
+        from mmi_deploy.runtime.onnxruntime.module import ort
         from mmi_plugins.onnx_function import MOST_GATHERED, mmfs_function
 
         most = MOST_GATHERED if self.most_gathered is None else self.most_gathered

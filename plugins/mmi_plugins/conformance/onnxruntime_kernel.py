@@ -66,7 +66,7 @@ def one_node_model(call: Call, function: Any = None) -> bytes:
 
 def run_session(session: Any, call: Call) -> np.ndarray:
     """The output [b, q, h*d] of a session of `one_node_model(call)`, as float32."""
-    import onnxruntime as ort
+    from mmi_deploy.runtime.onnxruntime.module import ort
 
     binding = session.io_binding()
     for name, array in device_arrays(call).items():
@@ -103,7 +103,8 @@ class OnnxRuntimeKernel:
         """Why it cannot run here, or None; compiles the library where it never was."""
         try:
             import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
+
+            import mmi_deploy.runtime.onnxruntime.module  # noqa: F401
         except ImportError as error:
             return f"{error.name} is not installed"
         if self._library is None:
@@ -115,7 +116,7 @@ class OnnxRuntimeKernel:
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3]; all are computed."""
-        import onnxruntime as ort
+        from mmi_deploy.runtime.onnxruntime.module import ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
