@@ -42,7 +42,8 @@ class OnnxRuntimeEngine(Engine):
             ) from None
         check_interface(path, graph, self._session)
         self._binding = self._session.io_binding()
-        self._bound: dict[str, Buffer] = {}
+        # Where each tensor was bound, and no buffer: a document's memory goes with the document.
+        self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
 
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         for named, bind in (
@@ -50,10 +51,11 @@ class OnnxRuntimeEngine(Engine):
             (outputs, self._binding.bind_output),
         ):
             for name, buffer in named.items():
-                if self._is_bound(name, buffer):
-                    continue
-                bind(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.pointer)
-                self._bound[name] = buffer
+                # Binding costs microseconds a tensor, and most stay where they are from run to run.
+                place = (buffer.pointer, buffer.shape)
+                if self._bound.get(name) != place:
+                    bind(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.pointer)
+                    self._bound[name] = place
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
@@ -62,11 +64,6 @@ class OnnxRuntimeEngine(Engine):
                 raise shortage(f"to run {self.graph.name}") from error
             raise EngineError(f"{self.graph.name} failed: {str(error).splitlines()[0]}") from error
 
-    def _is_bound(self, name: str, buffer: Buffer) -> bool:
-        """Binding costs microseconds a tensor, and most stay where they are from run to run."""
-        old = self._bound.get(name)
-        return old is not None and (old.pointer, old.shape) == (buffer.pointer, buffer.shape)
-
 
 def _session_options(options: OnnxOptions) -> ort.SessionOptions:
     session = ort.SessionOptions()
@@ -74,6 +71,9 @@ def _session_options(options: OnnxOptions) -> ort.SessionOptions:
     session.log_severity_level = 4  # errors are raised, which is enough
     # It would keep a block of memory for each set of shapes, and documents never stop differing.
     session.enable_mem_pattern = False
+    # An arena keeps the most that any document took, once for each of the engines and in pieces that
+    # fit no other shapes. The system's allocator gives memory back, and a run takes as long.
+    session.enable_cpu_mem_arena = False
     # Several engines take turns: one whose turn is over must not keep the cores busy.
     session.add_session_config_entry("session.force_spinning_stop", "1")
     if options.library is not None:
