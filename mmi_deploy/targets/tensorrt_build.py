@@ -184,6 +184,7 @@ def build_engine(trt: Any, job: Job, progress: Progress) -> Built:
         if line := log.dropped():
             raise EngineError(f"TensorRT left out an input of {job.graph}: {line}")
         job.plugin.check(network, model)
+        check_samples(trt, network, model)
         config = _config(trt, builder, job)
         config.progress_monitor = _monitor(trt, progress)
         writer = _writer(trt, job.engine)
@@ -202,6 +203,49 @@ def build_engine(trt: Any, job: Job, progress: Progress) -> Built:
         )
     finally:
         registered.unregister()
+
+
+_MODES = {"nearest": "NEAREST", "linear": "LINEAR", "bilinear": "LINEAR", "cubic": "CUBIC",
+          "bicubic": "CUBIC"}  # fmt: skip
+_PADDING = {"zeros": "FILL", "border": "CLAMP", "reflection": "REFLECT"}
+
+
+def check_samples(trt: Any, network: Any, model: onnx.ModelProto) -> None:
+    """Raise `EngineError` unless `network`, parsed from `model`, samples as its GridSample nodes
+    say: TensorRT's parser up to 11.1 takes a mode that it does not know for nearest, and says
+    nothing."""
+    expected = Counter(_sampling(node) for node in model.graph.node if node.op_type == "GridSample")
+    found: Counter[tuple[str, str, bool]] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "GRID_SAMPLE":
+            layer.__class__ = trt.IGridSampleLayer  # how TensorRT's Python casts a layer
+            kind = (layer.interpolation_mode.name, layer.sample_mode.name)
+            found[*kind, bool(layer.align_corners)] += 1
+    if found != expected:
+        raise EngineError(
+            "TensorRT misreads GridSample",
+            expected=_told(expected),
+            got=_told(found),
+            fix="build with another TensorRT, and report its version",
+        )
+
+
+def _sampling(node: onnx.NodeProto) -> tuple[str, str, bool]:
+    """A GridSample node in TensorRT's words: interpolation, what is beyond the border, corners."""
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    mode = given.get("mode", b"linear").decode()
+    padding = given.get("padding_mode", b"zeros").decode()
+    return _MODES[mode], _PADDING[padding], bool(given.get("align_corners", 0))
+
+
+def _told(kinds: Mapping[tuple[str, str, bool], int]) -> str:
+    """Counted kinds of sampling for an error."""
+    told = (
+        f"{count} {mode} {padding}{' align_corners' * corners}"
+        for (mode, padding, corners), count in sorted(kinds.items())
+    )
+    return ", ".join(told) or "no GRID_SAMPLE layer"
 
 
 def strongly_typed(trt: Any) -> int:

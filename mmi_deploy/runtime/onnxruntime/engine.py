@@ -71,8 +71,8 @@ def _session_options(options: OnnxOptions) -> ort.SessionOptions:
     session.log_severity_level = 4  # errors are raised, which is enough
     # It would keep a block of memory for each set of shapes, and documents never stop differing.
     session.enable_mem_pattern = False
-    # An arena keeps the most that any document took, once for each of the engines and in pieces that
-    # fit no other shapes. The system's allocator gives memory back, and a run takes as long.
+    # An arena keeps the most that any document took, once for each engine and in pieces that fit no
+    # other shapes. The system's allocator gives memory back, and a run takes as long.
     session.enable_cpu_mem_arena = False
     # Several engines take turns: one whose turn is over must not keep the cores busy.
     session.add_session_config_entry("session.force_spinning_stop", "1")
