@@ -144,12 +144,19 @@ def cache_folder(*, writes: bool = False) -> Path:
     """Where compiled kernels and built engines are kept: `$MMI_CACHE`, or `mmi_deploy` in the
     user's cache folder. It need not be there yet.
 
-    With `writes`: raises `ConfigError` where `$MMI_CACHE` cannot be written. Who only reads may
-    have it on a read-only disk.
+    Raises `ConfigError` where the user has no home folder and none is named, and with `writes`
+    where `$MMI_CACHE` cannot be written. Who only reads may have it on a read-only disk.
     """
     named = os.environ.get(CACHE)
     if not named:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmi_deploy"
+        named = os.environ.get("XDG_CACHE_HOME")
+        try:
+            return Path(named or Path.home() / ".cache") / "mmi_deploy"
+        except RuntimeError:  # neither HOME nor an entry in the list of users, as in a container
+            raise ConfigError(
+                "there is no home folder to keep compiled kernels and engines in",
+                fix=f"name a folder in the environment variable {CACHE}",
+            ) from None
     folder = Path(named)
     if writes:
         there = next(path for path in (folder, *folder.parents) if os.path.exists(path))

@@ -77,16 +77,27 @@ def _session_options(options: OnnxOptions) -> ort.SessionOptions:
     # Several engines take turns: one whose turn is over must not keep the cores busy.
     session.add_session_config_entry("session.force_spinning_stop", "1")
     if options.library is not None:
-        try:
-            session.register_custom_ops_library(str(options.library))
-        except Exception as error:  # as above
-            reason = str(error).splitlines()[0]
-            raise EngineError(
-                f"ONNX Runtime cannot load the kernel library {options.library}: {reason}",
-                fix="compile it again with `mmi plugins build onnxruntime`, or do without: "
-                "--kernels none",
-            ) from None
+        register_library(session, options.library)
     return session
+
+
+def register_library(session: ort.SessionOptions, library: Path) -> None:
+    """Have a session take our kernels from `library`; `EngineError` where that cannot be loaded."""
+    try:
+        session.register_custom_ops_library(str(library))
+    except Exception as error:  # as above
+        reason = str(error).splitlines()[0]
+        raise EngineError(
+            f"ONNX Runtime cannot load the kernel library {library}: {reason}",
+            fix="compile it again with `mmi plugins build onnxruntime`, or do without: "
+            "--kernels none",
+        ) from None
+
+
+def check_library(library: Path) -> None:
+    """Raise `EngineError` where ONNX Runtime cannot load the kernel library, before it is needed:
+    it was made for another system, lies on a disk without execution, or is something else."""
+    register_library(ort.SessionOptions(), library)
 
 
 def check_interface(path: Path, graph: Graph, session: ort.InferenceSession) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmi_deploy.errors import EngineError
+from mmi_deploy.errors import MmiError
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET
 from mmi_plugins.compile.launch_plan import device_arrays, widen
 from mmi_plugins.onnxruntime import library
@@ -110,7 +110,7 @@ class OnnxRuntimeKernel:
         if self._library is None:
             try:
                 self._library = library.find() or library.build()
-            except EngineError as error:
+            except MmiError as error:
                 return str(error)
         return None
 

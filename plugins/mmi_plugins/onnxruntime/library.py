@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mmi_deploy.errors import EngineError
+from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.system.files import CACHE, cache_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.system.temporary_folder import temporary_folder
@@ -71,6 +71,9 @@ _FILES = (
 _CUDA_FILES = ("mmfs.cu", "*.cuh", "launch.h", "plan.h", "problem.h")
 _SECONDS = 900
 
+_INSTALL = "Install one, as with `apt install g++`."
+_SLOWER = "the MMFS kernel is missing, and ONNX Runtime runs standard operators, which are slower"
+
 
 def compiler() -> str | None:
     """The C++ compiler: `$CXX`, or the first of the usual ones; None where there is none."""
@@ -82,8 +85,10 @@ def compiler() -> str | None:
 
 @cache
 def _fingerprint(cuda: bool) -> str:
-    """Of all that decides what is compiled, the compiler aside: a newer one makes nothing wrong."""
-    settings = (_FLAGS, _LINK, _VARIANTS, platform.machine(), cuda and ARCHITECTURES)
+    """Of all that decides what is compiled, the compiler aside: a newer one makes nothing wrong.
+    The C library counts: what is linked with a newer one does not load with an older one."""
+    system = (platform.machine(), platform.libc_ver())
+    settings = (_FLAGS, _LINK, _VARIANTS, system, cuda and ARCHITECTURES)
     digest = hashlib.sha256(repr(settings).encode())
     for pattern in (*_FILES, *(_CUDA_FILES if cuda else ())):
         for path in sorted(SOURCES.glob(pattern)):
@@ -134,7 +139,7 @@ def build(
     if program is None:
         raise EngineError(
             "no C++ compiler was found (c++, g++, clang++ or $CXX)",
-            fix="Install one, as with `apt install g++`.",
+            fix=_INSTALL,
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,10 +158,15 @@ def build(
 
 def ensure() -> Path | None:
     """The library, compiled now if it never was; None, with a remark, where that fails."""
-    if (path := find()) is not None:
+    try:
+        path = find()
+    except ConfigError as error:
+        log.warning("%s: %s", _SLOWER, error)
+        return None
+    if path is not None:
         return path
     if compiler() is None:
-        log.info("no C++ compiler: ONNX Runtime runs MMFS as standard operators, which is slower")
+        log.warning("%s: no C++ compiler was found. %s", _SLOWER, _INSTALL)
         return None
     if location().is_file():
         log.warning("the compiled kernel library is damaged: %s", damage(location()) or "no seal")
@@ -164,7 +174,7 @@ def ensure() -> Path | None:
     try:
         return build()
     except EngineError as error:
-        log.warning("%s ONNX Runtime runs MMFS as standard operators, which is slower", error)
+        log.warning("%s: %s", _SLOWER, error)
         return None
 
 
