@@ -36,7 +36,7 @@ from mmi_deploy.bundle.manifest import (
 )
 from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.config import ModelConfig
-from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, graphs
+from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, beyond_kernels, graphs
 from mmi_deploy.spec.schedule import Schedule, parse_schedule_name, read_schedule
 from mmi_deploy.spec.target import build_options
 from mmi_deploy.system.output_folder import check_replaceable, new_folder
@@ -73,6 +73,7 @@ class Bundle:
         folder = Path(folder)
         if not folder.is_dir():
             raise BundleError(f"there is no bundle {folder}", fix=f"make one with `{EXPORT}`")
+        folder = folder.absolute()  # the program may change its folder before a graph is loaded
         manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
         _check_parts(folder, manifest)
         check_files(folder, manifest.files, EXPORT, hashed=hashed)
@@ -138,8 +139,8 @@ class Bundle:
 
     @property
     def remarks(self) -> list[str]:
-        """What whoever runs it should know: what stands in for weights, and what a smaller model
-        proves."""
+        """What whoever runs it should know: what stands in for weights, what a smaller model
+        proves, and which graphs no kernel of ours runs."""
         found = []
         if self.manifest.weights != "given":
             found.append(
@@ -155,7 +156,16 @@ class Bundle:
             found.append(
                 f"proved by a slice, the same code on a smaller model: {', '.join(sliced)}"
             )
+        found += [
+            f"{graph}: MMFS of {reason}: on the CPU its function runs instead, which is slower"
+            for graph, reason in self.beyond_kernels.items()
+        ]
         return found
+
+    @cached_property
+    def beyond_kernels(self) -> dict[str, str]:
+        """Graphs that run the operator's function whatever kernels there are, and why."""
+        return beyond_kernels(self.config)
 
     def remember(self) -> None:
         """Spare the next opening its hashes: only names were taken from the files since they were

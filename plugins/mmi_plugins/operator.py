@@ -13,7 +13,15 @@ from functools import cached_property
 import numpy as np
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
+from mmi_deploy.spec.graphs import (
+    MMFS_CHANNEL_STEP,
+    MMFS_DOMAIN,
+    MMFS_MOST_CHANNELS,
+    MMFS_MOST_LEVELS,
+    MMFS_MOST_POINTS,
+    MMFS_OPERATOR,
+    MMFS_VERSION,
+)
 
 DOMAIN, NAME, VERSION = MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
 
@@ -40,9 +48,8 @@ TOLERANCES = {"float32": 1e-6, "float16": 4e-4, "bfloat16": 3e-3}
 """Types T, and the relative error (rms of error / rms of expected) that each is allowed against
 float64 over the same, already rounded, inputs."""
 
-MOST_LEVELS, MOST_POINTS, MOST_CHANNELS, CHANNEL_STEP = 4, 16, 128, 8
-"""What every kernel takes: 1..4 levels, 1..16 points, head sizes that are multiples of 8 up to
-128."""
+MOST_LEVELS, MOST_POINTS = MMFS_MOST_LEVELS, MMFS_MOST_POINTS
+MOST_CHANNELS, CHANNEL_STEP = MMFS_MOST_CHANNELS, MMFS_CHANNEL_STEP
 
 
 @dataclass(frozen=True)
