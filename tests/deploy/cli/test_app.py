@@ -394,15 +394,16 @@ def program(code: str, *arguments: object, **environment: str) -> subprocess.Pop
 def test_a_missing_extra_is_named(
     tmp_path: Path, arguments: list[str], module: str, extra: str
 ) -> None:
-    """In a process that cannot import `module`, as after `pip install mmi_deploy` alone."""
+    """In a process that cannot import `module`, as after `pip install mmi_deploy` alone; the line
+    may follow the one that a long command begins with."""
     process = program(
         f"import os, sys; sys.modules[{module!r}] = None; os.chdir({str(tmp_path)!r})", *arguments
     )
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, ""), err
-    assert err == (
+    assert err.splitlines()[-1] == (
         f"mmi: `mmi {arguments[0]}` needs {module}, which is not installed. "
-        f"install it with: pip install 'mmi_deploy[{extra}]'\n"
+        f"install it with: pip install 'mmi_deploy[{extra}]'"
     )
     assert left_in(tmp_path) == set()
 
@@ -701,11 +702,11 @@ def test_a_file_that_cannot_be_written_is_told_before_minutes_of_work(
     assert reason in mmi.err and left_in(tmp_path) == {"file"}
 
 
-def test_letters_that_a_terminal_lacks_do_not_end_the_program() -> None:
-    process = program("", "inspect", "--help", PYTHONIOENCODING="ascii")
+def test_letters_that_a_terminal_lacks_do_not_end_the_program(bundle: Path) -> None:
+    process = program("", "inspect", bundle, "--tensors", PYTHONIOENCODING="ascii")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err == ""
-    assert "Examples:" in out and "\\xb7" in out
+    assert "tensor" in out and "\\xd7" in out  # the × of a shape
 
 
 def test_a_name_in_another_encoding_is_no_fault(

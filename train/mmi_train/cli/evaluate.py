@@ -70,20 +70,20 @@ def evaluate(
 ) -> None:
     """Ask a model about held-out scenes and let it draw them; every answer is checked exactly.
 
-    The column without MMFS shows what the model knows when it cannot look back at pictures.
+    The column "MMFS off" shows what the model knows when it cannot look back at pictures.
     """
     if pictures is not None:
         prepare_file(pictures)
-    with extras("evaluate"):
-        from mmi_deploy.documents.tokenizer import Tokenizer, read_tokenizer_file
-        from mmi_train.data.synthetic import world as worlds
-        from mmi_train.evaluation.contact_sheet import contact_sheet
-        from mmi_train.evaluation.synthetic_tasks import evaluate as evaluation_of
-        from mmi_train.weights.model_folder import TOKENIZER, load_model
-    loaded = load_model(model)
-    Tokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses that of another model
-    tokenizer = read_tokenizer_file(model / TOKENIZER)
-    with shown(remarks(), "evaluating") as progress:
+    with shown(remarks(), f"evaluating {model}") as progress:
+        with extras("evaluate"):
+            from mmi_deploy.documents.tokenizer import Tokenizer, read_tokenizer_file
+            from mmi_train.data.synthetic import world as worlds
+            from mmi_train.evaluation.contact_sheet import contact_sheet
+            from mmi_train.evaluation.synthetic_tasks import evaluate as evaluation_of
+            from mmi_train.weights.model_folder import TOKENIZER, load_model
+        loaded = load_model(model)
+        Tokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses that of another model
+        tokenizer = read_tokenizer_file(model / TOKENIZER)
         evaluation = evaluation_of(
             loaded,
             tokenizer,
@@ -105,11 +105,11 @@ def evaluate(
         print_json(found)
         return
     objects = sorted({count for entry in found.values() for count in entry["by_objects"]})
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("measure")
-    headings = ["questions", "right", *(["without MMFS"] if without else [])]
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)  # 80 columns hold it
+    table.add_column("measure", no_wrap=True)
+    headings = ["asked", "right", *(["MMFS off"] if without else [])]
     for heading in [*headings, *(f"{count} object" + "s" * (count != "1") for count in objects)]:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, entry in found.items():
         row = [name, str(entry["count"]), f"{entry['value']:.3f}"]
         row += [f"{entry['without_mmfs']:.3f}"] if without else []

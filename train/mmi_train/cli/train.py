@@ -116,15 +116,15 @@ def train(
             got=preset,
         )
     check_run_folder(out)
-    with extras("train"):
-        import torch
-
-        from mmi_train.data.synthetic import world as worlds
-        from mmi_train.training.from_scratch import train_from_scratch
-        from mmi_train.training.loop import RunConfig
-    if threads is not None:
-        torch.set_num_threads(threads)
     with shown(remarks(), f"training {preset} into {out}") as progress:
+        with extras("train"):
+            import torch
+
+            from mmi_train.data.synthetic import world as worlds
+            from mmi_train.training.from_scratch import train_from_scratch
+            from mmi_train.training.loop import RunConfig
+        if threads is not None:
+            torch.set_num_threads(threads)
         model = train_from_scratch(
             config,
             out,
