@@ -35,7 +35,7 @@ from mmi_deploy.runtime.tensorrt.module import MODULES, import_tensorrt
 from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import cache_folder
-from mmi_deploy.system.output_folder import check_replaceable
+from mmi_deploy.system.output_folder import new_folder
 from mmi_deploy.targets.precision import recipe
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.conformance.calls import draws
@@ -355,12 +355,14 @@ def main(
 
     precisions = tuple(precision or PRECISIONS)
     check_arguments(bundle, target, precisions)
-    check_replaceable(out, None, kind=KIND, inputs=[bundle])
-    check = Check(bundle, target, precisions, Machine(device), say, repeats)
-    code = check.run()
-    with _no_full_disk(console):
-        paths = write_report(out, describe(), bundle, target, check.steps)
-        console.print(f"report: {' and '.join(map(str, paths))}", markup=False)
+    code, written = WRONG, ""
+    with _no_full_disk(console), new_folder(out, None, kind=KIND, inputs=[bundle]) as work:
+        check = Check(bundle, target, precisions, Machine(device), say, repeats)
+        code = check.run()
+        paths = write_report(work, describe(), bundle, target, check.steps)
+        written = " and ".join(str(out / path.name) for path in paths)
+    if written:
+        console.print(f"report: {written}", markup=False)
     return code
 
 

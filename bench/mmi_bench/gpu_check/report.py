@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmi_deploy.system.files import write_file
-from mmi_deploy.system.output_folder import new_folder
 
 if TYPE_CHECKING:
     from mmi_bench.gpu_check.check import Step
@@ -22,17 +21,17 @@ MARKDOWN, JSON = "report.md", "report.json"
 def write_report(
     out: Path, machine: dict[str, Any], bundle: Path, target: str, steps: Sequence[Step]
 ) -> tuple[Path, Path]:
-    """Write the folder `out`, which holds report.md and report.json; their paths."""
+    """Write report.md and report.json into the folder `out`; their paths."""
     told = {
         "machine": machine,
         "bundle": str(bundle),
         "target": target,
         "steps": [asdict(step) for step in steps],
     }
-    with new_folder(out, None, kind=KIND, inputs=[bundle]) as work:
-        write_file(work / MARKDOWN, markdown(machine, bundle, target, steps))
-        write_file(work / JSON, json.dumps(told, indent=2, default=str) + "\n")
-    return out / MARKDOWN, out / JSON
+    paths = out / MARKDOWN, out / JSON
+    write_file(paths[0], markdown(machine, bundle, target, steps))
+    write_file(paths[1], json.dumps(told, indent=2, default=str) + "\n")
+    return paths
 
 
 def markdown(machine: dict[str, Any], bundle: Path, target: str, steps: Sequence[Step]) -> str:
