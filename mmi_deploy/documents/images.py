@@ -174,13 +174,7 @@ def _rgb_of(image: Image.Image, path: Path | str) -> Rgb:
         )
     stored = _stored_as(image)
     tags = getattr(image, "tag_v2", {})
-    image.load()
-    try:
-        image.getexif()
-    except Exception:  # it stumbles over damage as decoders do; the pixels are whole
-        upright = image
-    else:
-        upright = ImageOps.exif_transpose(image)
+    upright = ImageOps.exif_transpose(image)
     transparent = upright.info.get("transparency")
     if upright.mode.startswith("I;16"):  # greys beyond 255 would all become white
         grey = np.asarray(upright).astype(np.uint32)
