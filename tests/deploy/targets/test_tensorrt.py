@@ -119,6 +119,13 @@ def test_a_graph_whose_function_was_taken_is_not_built(job: Job) -> None:
     assert not job.engine.exists()
 
 
+def test_a_graph_that_the_parser_samples_otherwise_is_not_built(job: Job) -> None:
+    script = Script(layers=("PLUGIN_V3", "GRID_SAMPLE"))
+    with pytest.raises(EngineError, match="TensorRT misreads GridSample; .*got 1 NEAREST FILL"):
+        run(script, job)
+    assert not job.engine.exists()
+
+
 def test_what_the_builder_logs_is_what_is_said(job: Job) -> None:
     with pytest.raises(EngineError, match="cannot build llm for sm89: fp8 is not .* on SM80"):
         run(Script(build_errors=["fp8 is not  supported on SM80"] * 2), job)
