@@ -37,8 +37,8 @@ from mmi_deploy.documents.document import (
     check_pictures,
     document_of,
 )
+from mmi_deploy.documents.markdown_links import Link, image_links, refuse_html_picture
 from mmi_deploy.errors import DocumentError
-from mmi_deploy.markdown_links import Link, image_links, refuse_html_picture
 from mmi_deploy.spec.config import first_flaw
 from mmi_deploy.system.files import open_regular
 
