@@ -43,7 +43,7 @@ from mmi_deploy.runtime.stop_text import StopText
 from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.spec import token_layout
 from mmi_deploy.spec.graphs import Limits
-from mmi_train.model.image_decoder import LookBackImages
+from mmi_train.model.image_decoder import PreviousImages
 from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
 
@@ -163,7 +163,7 @@ def draw(
         wanted = torch.tensor([[0, picture]])
         condition = row.model.condition(hidden, ids, wanted)
         both = torch.cat([condition, decoder.null_condition])
-        look_back = _for_both_branches(row.model.look_back_images(images, ids, slot, wanted))
+        look_back = _for_both_branches(row.model.previous_images(images, ids, slot, wanted))
     shape = (1, *decoder.latent_shape)
     steps = len(scheduler.timesteps)
     scheduler.set_timesteps(steps)  # forgets the picture before
@@ -189,10 +189,10 @@ def draw(
         return to_rgb(decoder.vae.decode(latents)[0].numpy())
 
 
-def _for_both_branches(images: LookBackImages) -> LookBackImages:
+def _for_both_branches(images: PreviousImages) -> PreviousImages:
     """Guidance doubles the batch, features included."""
     count = len(images.features)
-    return LookBackImages(
+    return PreviousImages(
         images.features.repeat(2, 1, 1),
         torch.cat([images.slot, images.slot + count]),
         images.position.repeat(2, 1),

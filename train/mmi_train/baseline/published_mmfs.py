@@ -95,7 +95,7 @@ class PublishedMmfs(nn.Module):
 
 def as_published(model: MMInterleaved) -> MMInterleaved:
     """`model` itself, with every MMFS computed in the published way from now on."""
-    for look_back in (*model.llm.look_backs, *model.image_decoder.unet.look_back):
+    for look_back in (*model.llm.mmfs_layers, *model.image_decoder.unet.look_back):
         if isinstance(look_back.mmfs, Mmfs):
             look_back.mmfs = PublishedMmfs(look_back.mmfs)
     return model

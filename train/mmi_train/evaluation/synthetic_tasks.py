@@ -1,6 +1,6 @@
 """What a model of the drawn world can do, on held-out documents, with exact programmatic metrics.
 
-Every measure is taken twice, with MMFS and with MMFS switched off, and split by the number of
+Every metric is taken twice, with MMFS and with MMFS switched off, and split by the number of
 objects in the scene: what looking back at images is worth, and where it gets hard.
 
 Letters: b rows, t tokens, k pictures.
@@ -48,25 +48,25 @@ ATTRIBUTES = ("background", "count", "shape", "colour", "place")
 
 
 @dataclass
-class Measures:
-    """Values by measure and by number of objects; a measure is their mean."""
+class Metrics:
+    """Values by metric and by number of objects; a metric is their mean."""
 
     values: defaultdict[tuple[str, int], list[float]] = field(
         default_factory=lambda: defaultdict(list)
     )
 
-    def add(self, measure: str, objects: int, value: float) -> None:
-        self.values[measure, objects].append(float(value))
+    def add(self, metric: str, objects: int, value: float) -> None:
+        self.values[metric, objects].append(float(value))
 
     def names(self) -> list[str]:
-        return sorted({measure for measure, _ in self.values})
+        return sorted({metric for metric, _ in self.values})
 
-    def mean(self, measure: str, objects: int | None = None) -> tuple[float, int]:
+    def mean(self, metric: str, objects: int | None = None) -> tuple[float, int]:
         """(mean, how many) over scenes with so many objects, or over all."""
         chosen = [
             value
             for (name, count), values in self.values.items()
-            if name == measure and objects in (None, count)
+            if name == metric and objects in (None, count)
             for value in values
         ]
         return (float(np.mean(chosen)), len(chosen)) if chosen else (float("nan"), 0)
@@ -86,24 +86,24 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`measures` with MMFS, `without` it; pictures drawn with it."""
+    """`metrics` with MMFS, `without` it; pictures drawn with it."""
 
-    measures: Measures
-    without: Measures
+    metrics: Metrics
+    without: Metrics
     samples: tuple[Sample, ...]
 
     def as_json(self) -> dict:
-        """Measures as nested plain values; `without_mmfs` where that was measured."""
+        """Metrics as nested plain values; `without_mmfs` where that was measured."""
         table = {}
-        for name in self.measures.names():
-            objects = sorted({count for measure, count in self.measures.values if measure == name})
-            value, count = self.measures.mean(name)
+        for name in self.metrics.names():
+            objects = sorted({count for metric, count in self.metrics.values if metric == name})
+            value, count = self.metrics.mean(name)
             blind, asked = self.without.mean(name)
             table[name] = {
                 "value": value,
                 "count": count,
                 **({"without_mmfs": blind} if asked else {}),
-                "by_objects": {str(o): self.measures.mean(name, o)[0] for o in objects},
+                "by_objects": {str(o): self.metrics.mean(name, o)[0] for o in objects},
             }
         return table
 
@@ -130,7 +130,7 @@ class Question:
         return first.scene
 
 
-def switched_off(model: MMInterleaved) -> MMInterleaved:
+def without_mmfs(model: MMInterleaved) -> MMInterleaved:
     """A copy whose MMFS adds nothing, neither in the language model nor in the U-Net."""
     blind = copy.deepcopy(model)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def switched_off(model: MMInterleaved) -> MMInterleaved:
     return blind
 
 
-def measure_of(question: str) -> str:
+def metric_of(question: str) -> str:
     """The kind of a question about a picture, from its words."""
     kinds = {
         "how many": "count",
@@ -244,7 +244,7 @@ class Evaluator:
         )
         return images_from_pixels(pixels)
 
-    def run(self, questions: list[Question], measures: Measures) -> list[np.ndarray | str]:
+    def run(self, questions: list[Question], metrics: Metrics) -> list[np.ndarray | str]:
         """Answer and grade; returns what was produced, in order."""
         produced: list[np.ndarray | str] = []
         order = sorted(range(len(questions)), key=lambda index: questions[index].prompt.size)
@@ -256,12 +256,12 @@ class Evaluator:
             made = self.draw(prompts) if is_picture else self.write(prompts)
             answers.update(zip(chunk, made, strict=True))
         for index, question in enumerate(questions):
-            _grade(question, answers[index], measures)
+            _grade(question, answers[index], metrics)
             produced.append(answers[index])
         return produced
 
 
-def _grade(question: Question, produced: np.ndarray | str, measures: Measures) -> None:
+def _grade(question: Question, produced: np.ndarray | str, metrics: Metrics) -> None:
     document, part = question.document, question.part
     objects = len(question.scene.objects)
     result = grade(document, question.target, produced)
@@ -269,28 +269,28 @@ def _grade(question: Question, produced: np.ndarray | str, measures: Measures) -
         if part.role == "question":
             before = document.parts[question.target - 1]
             assert isinstance(before, TextPart)
-            measures.add("answer: all", objects, result.correct)
-            measures.add(measure_of(before.text), objects, result.correct)
+            metrics.add("answer: all", objects, result.correct)
+            metrics.add(metric_of(before.text), objects, result.correct)
         elif part.role == "referring":
-            measures.add("box: IoU > 0.5", objects, result.correct)
-            measures.add("box: mean IoU", objects, result.value)
+            metrics.add("box: IoU > 0.5", objects, result.correct)
+            metrics.add("box: mean IoU", objects, result.value)
         else:
-            measures.add("caption: exact", objects, result.correct)
+            metrics.add("caption: exact", objects, result.correct)
         return
     assert result.scene is not None and isinstance(produced, np.ndarray)
     kind = document.kind
-    measures.add(f"{kind}: whole scene", objects, result.correct)
+    metrics.add(f"{kind}: whole scene", objects, result.correct)
     for attribute in ATTRIBUTES:
-        measures.add(f"{kind}: {attribute}", objects, getattr(result.scene, attribute))
+        metrics.add(f"{kind}: {attribute}", objects, getattr(result.scene, attribute))
     scene_right = result.scene.place and result.scene.colour
-    measures.add(f"{kind}: place and colour", objects, scene_right)
+    metrics.add(f"{kind}: place and colour", objects, scene_right)
     classes = 1 + len(document.config.segment_classes)
     iou = mean_iou(
         segmentation_of(produced, document.config),
         expected_segmentation(part.scene, document.config),
         classes,
     )
-    measures.add(f"{kind}: mIoU", objects, iou)
+    metrics.add(f"{kind}: mIoU", objects, iou)
 
 
 class Prompter(Protocol):
@@ -346,10 +346,10 @@ def evaluate(
     """`count` held-out questions of every kind, with MMFS and, if `without`, with MMFS off.
 
     `full_every`: see `ImageDecoder.draw`."""
-    seeing, blind, samples = Measures(), Measures(), []
-    for name, subject, measures in (
+    seeing, blind, samples = Metrics(), Metrics(), []
+    for name, subject, metrics in (
         ("with MMFS", model, seeing),
-        ("MMFS off", switched_off(model) if without else None, blind),
+        ("MMFS off", without_mmfs(model) if without else None, blind),
     ):
         if subject is None:
             continue
@@ -359,8 +359,8 @@ def evaluate(
         for kind, questions in questions_of(evaluator, world, count, seed):
             if on_progress is not None:
                 on_progress(f"{kind}, {name}")
-            produced = evaluator.run(questions, measures)
-            if measures is seeing:
+            produced = evaluator.run(questions, metrics)
+            if metrics is seeing:
                 samples += [
                     _sample(question, picture)
                     for question, picture in zip(questions, produced, strict=True)

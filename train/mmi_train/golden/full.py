@@ -23,9 +23,9 @@ from mmi_train.golden.hooks import recorded
 from mmi_train.golden.unet import set_base_grids
 from mmi_train.golden.units import Unit, UnitError
 from mmi_train.model.generation import visible_keys
-from mmi_train.model.image_decoder import CONDITION_DROP, Draws
+from mmi_train.model.image_decoder import CONDITION_DROP, RandomDraws
 from mmi_train.model.losses import IGNORE, text_loss, text_targets
-from mmi_train.model.mm_interleaved import LOOKS_BACK, EncodedImages, MMInterleaved
+from mmi_train.model.mm_interleaved import EMPTY_CONTEXT, EncodedImages, MMInterleaved
 
 _GRADIENT_OF = "mmc4"
 """The data set whose total loss the stored gradients are of."""
@@ -158,7 +158,7 @@ def _image_loss(
 ) -> Tensor:
     """The published mean over all pictures, those without context counted as zero."""
     model, decoder = weights.model, weights.model.image_decoder
-    look_back = model.look_back_images(images, data.bounds, data.slot, data.pictures)
+    look_back = model.previous_images(images, data.bounds, data.slot, data.pictures)
     nearest = look_back.position == 1  # [n, m]
     checks.compare("imgdec_mmfs_mask", nearest.any(1, keepdim=True), "exact")
     before = look_back.slot.gather(1, nearest.int().argmax(1, keepdim=True))  # [n, 1]
@@ -174,12 +174,12 @@ def _image_loss(
     pixels = unit.inputs.get("image_tensors_dec", unit.input("image_tensors"))
     section = weights.arguments.section("image_decoder_config")
     draws = _draws(unit, len(data.pictures), section.get("uncond_prob", CONDITION_DROP))
-    drawn = length > LOOKS_BACK
+    drawn = length > EMPTY_CONTEXT
     losses = decoder.losses(decoder.encode(pixels), condition, look_back, draws) * drawn
     return (losses * unit.inputs.get("image_loss_mask", torch.ones(len(losses)))).mean()
 
 
-def _draws(unit: Unit, pictures: int, drop_share: float) -> Draws:
+def _draws(unit: Unit, pictures: int, drop_share: float) -> RandomDraws:
     """The published code's random draws, in the order of its calls: whether the condition is
     dropped (if it ever is), the noise of each batch of latents, the noise, the timesteps."""
     calls: dict[str, list[Tensor]] = {}
@@ -195,7 +195,7 @@ def _draws(unit: Unit, pictures: int, drop_share: float) -> Draws:
     drop = torch.ones(pictures)
     if "rand_like" in calls:
         drop[calls["rand_like"][0].flatten() < drop_share] = 0.0
-    return Draws(drop, torch.cat(calls["randn"]), calls["randn_like"][0], calls["randint"][0])
+    return RandomDraws(drop, torch.cat(calls["randn"]), calls["randn_like"][0], calls["randint"][0])
 
 
 def _check_losses(

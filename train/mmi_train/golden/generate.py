@@ -15,8 +15,8 @@ from mmi_train.golden.configs import Section, under
 from mmi_train.golden.full import Weights
 from mmi_train.golden.units import Unit, UnitError
 from mmi_train.model.diffusion import ddim
-from mmi_train.model.generation import Reading
-from mmi_train.model.image_decoder import DrawingStep
+from mmi_train.model.generation import IncrementalDecoder
+from mmi_train.model.image_decoder import DenoisingStep
 from mmi_train.model.vae import Vae
 
 _PUBLISHED_BEAMS = 5
@@ -42,7 +42,7 @@ def check_texts(unit: Unit, checks: Checks, weights: Weights) -> None:
     penalty = config.get("repetition_penalty", 1.0)
     ends = torch.tensor([tokens.eos, tokens.boi])
     data, pixels = full.rows(unit, tokens), unit.input("image_tensors")
-    reading = Reading(model, data.ids, pixels, data.slot, data.real, room=steps)
+    reading = IncrementalDecoder(model, data.ids, pixels, data.slot, data.real, room=steps)
     ids = torch.full((len(data.ids), 1), tokens.bos)
     open_rows = torch.ones(len(ids), dtype=torch.bool)
     for step in range(steps):
@@ -126,13 +126,13 @@ def check_images(unit: Unit, checks: Checks, weights: Weights) -> None:
     images = model.encode_images(unit.input("image_tensors"))
     hidden = full.read(model, data, images)
     condition = model.condition(hidden, data.bounds, pictures)
-    look_back = model.look_back_images(images, data.bounds, data.slot, pictures)
+    look_back = model.previous_images(images, data.bounds, data.slot, pictures)
     noise = unit.inputs_of("step_noise")
     if len(noise) != steps:
         raise UnitError("wrong number of tensors in.step_noise.*", expected=steps, got=len(noise))
     scheduler = ddim(decoder.config.diffusion)
     scheduler.set_timesteps(steps)
-    done: list[DrawingStep] = []
+    done: list[DenoisingStep] = []
     latents = decoder.draw(
         condition,
         look_back,

@@ -18,7 +18,7 @@ from mmi_train.golden.configs import PUBLISHED, Section
 from mmi_train.golden.hooks import recorded
 from mmi_train.golden.mmfs import base_grid, image_positions
 from mmi_train.golden.units import Unit, UnitError
-from mmi_train.model.unet import LookBack, UNet
+from mmi_train.model.unet import MmfsBlock, UNet
 from mmi_train.model.visual_tokenizer import flatten_maps
 
 _MID_BLOCK = "mmfs_module.mmfs_mid_block.mmfs."
@@ -49,7 +49,7 @@ def set_base_grids(
         place = -1 if index == last else index // _BLOCKS_PER_GRID
         if place >= len(configured):
             raise UnitError("the published code has no base grid for so many blocks", got=last + 1)
-        assert isinstance(block, LookBack)
+        assert isinstance(block, MmfsBlock)
         block.mmfs.base_grid = base_grid(
             configured[place] // shrink, tuple(configured), tuple(sides)
         )

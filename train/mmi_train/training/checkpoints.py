@@ -25,7 +25,7 @@ _PREFIX = "step-"
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunState:
     """Where a run stands: optimiser steps done, and a fingerprint of the settings it was begun
     with."""
 
@@ -51,7 +51,7 @@ def save_checkpoint(
     model: nn.Module,
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
-    progress: Progress,
+    progress: RunState,
     keep: int,
 ) -> Path:
     """Write `folder/step-N` atomically and remove all but the `keep` newest. Returns its path."""
@@ -99,7 +99,7 @@ def load_checkpoint(
 
     Raises `WeightsError` when the run was begun with other settings.
     """
-    progress = Progress(**json.loads((path / "state.json").read_text()))
+    progress = RunState(**json.loads((path / "state.json").read_text()))
     if progress.fingerprint != fingerprint:
         raise WeightsError(
             f"{path} was written by a run with other settings",

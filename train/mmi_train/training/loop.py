@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mmi_deploy.errors import WeightsError
 from mmi_train.training.checkpoints import (
-    Progress,
+    RunState,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -88,7 +88,7 @@ def _check_finite(value: Tensor, what: str, step: int, losses: dict[str, Tensor]
         )
 
 
-class _Meter:
+class _RunningMeans:
     """Means of the losses since the last report."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ def train(
     learning = [name for name, value in module.named_parameters() if value.requires_grad]
     device = parameters[0].device
     module.train()
-    meter, started = _Meter(), time.monotonic()
+    meter, started = _RunningMeans(), time.monotonic()
     with SummaryWriter(str(out / "curves"), purge_step=step) as curves:
         bar = tqdm(initial=step, total=optimiser_config.steps, desc=stage.name, disable=None)
         while step < optimiser_config.steps:
@@ -173,7 +173,7 @@ def train(
                 if bar.disable:
                     log.info("%s %d %.0fs %s", stage.name, step, time.monotonic() - started, shown)
             if step % run.checkpoint_every == 0 or step == optimiser_config.steps:
-                progress = Progress(step, mark)
+                progress = RunState(step, mark)
                 save_checkpoint(out, module, average, optimiser, progress, run.keep)
                 if on_checkpoint is not None:
                     on_checkpoint(step, average)

@@ -78,7 +78,7 @@ def test_a_packed_document_is_read_and_drawn_as_if_alone(model, documents):
                 batch.token_ids, images, batch.image_slot, position=position, mask=mask
             )
             condition = model.condition(hidden, batch.token_ids, batch.pictures)
-            looked = model.look_back_images(
+            looked = model.previous_images(
                 images, batch.token_ids, batch.image_slot, batch.pictures
             )
             values = model.image_decoder.unet.image_values(looked.features)

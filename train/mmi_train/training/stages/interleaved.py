@@ -21,7 +21,7 @@ from mmi_train.data.synthetic.tasks import MAKERS
 from mmi_train.data.synthetic.world import Split, WorldConfig
 from mmi_train.model.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
-from mmi_train.training.stages.condition_readers import RecallReader, SketchReader
+from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
 
 MIXTURE = MappingProxyType({"reading": 8, "drawing": 14, "segmentation": 4, "story": 3})
 """Documents of each kind in one part of a step."""
@@ -62,7 +62,7 @@ class InterleavedStage:
 
     `image_weight` is the paper's lambda; 0 leaves the U-Net out altogether. The autoencoder is
     frozen (the optimiser's rules say so). `recall_weight` and `sketch_weight` are those of the two
-    readers of the condition (`condition_readers`).
+    readers of the condition (`auxiliary_heads`).
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class InterleavedStage:
             "sketch": sketch_weight,
         }
         width = model.config.image_decoder.resampler.width
-        self.recall = RecallReader(width, model.config.llama.vocab)
-        self.sketch = SketchReader(width)
+        self.recall = RecallHead(width, model.config.llama.vocab)
+        self.sketch = SketchHead(width)
         self.module = nn.ModuleDict({"model": model, "recall": self.recall, "sketch": self.sketch})
 
     def describe(self) -> str:

@@ -21,7 +21,7 @@ SKETCH_SIDE = 16
 """Cells along a side of a sketch."""
 
 
-class RecallReader(nn.Module):
+class RecallHead(nn.Module):
     """Tells from the j-th condition token, linearly, which token stands j places before the
     picture."""
 
@@ -38,7 +38,7 @@ class RecallReader(nn.Module):
         return F.cross_entropy(logits.float(), context[:, :tokens][counts])
 
 
-class SketchReader(nn.Module):
+class SketchHead(nn.Module):
     """Draws a small picture in one look: every cell attends once to the condition tokens.
 
     That is what the U-Net's cross-attention can do as well, so a condition that serves the reader
