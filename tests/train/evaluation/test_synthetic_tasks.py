@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmi_deploy.spec.presets import tiny
-from mmi_train.data.synthetic.tasks import ImagePart
+from mmi_train.data.synthetic.tasks import TaskImage
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy, split_of
 from mmi_train.evaluation.contact_sheet import contact_sheet
@@ -92,7 +92,7 @@ def test_a_prompt_stops_right_before_its_answer(model):
     for _, questions in questions_of(evaluator, easy(), 3, seed=2):
         for question in questions:
             last = question.prompt.token_ids[-1]
-            if isinstance(question.part, ImagePart):
+            if isinstance(question.part, TaskImage):
                 assert last == tokens.boi
             else:
                 assert evaluator.tokenizer.id_to_token(int(last)) in (":", "?", ".")

@@ -25,9 +25,9 @@ from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
 from mmi_train.data.synthetic.scene_reader import expected_segmentation, mean_iou, segmentation_of
 from mmi_train.data.synthetic.tasks import (
     MAKERS,
-    ImagePart,
     TaskDocument,
-    TextPart,
+    TaskImage,
+    TaskText,
     grade,
 )
 from mmi_train.data.synthetic.world import Scene, WorldConfig
@@ -117,16 +117,16 @@ class Question:
     prompt: TokenDocument
 
     @property
-    def part(self) -> TextPart | ImagePart:
+    def part(self) -> TaskText | TaskImage:
         return self.document.parts[self.target]
 
     @property
     def scene(self) -> Scene:
         """The scene of the target, or of the picture that a text is about."""
-        if isinstance(self.part, ImagePart):
+        if isinstance(self.part, TaskImage):
             return self.part.scene
         first = self.document.parts[0]
-        assert isinstance(first, ImagePart)
+        assert isinstance(first, TaskImage)
         return first.scene
 
 
@@ -160,10 +160,9 @@ def prompt_of(
 ) -> TokenDocument:
     """The document up to `target`; for a picture, with its begin-of-image token."""
     part = document.parts[target]
-    end = target + 1 if isinstance(part, ImagePart) else target
-    cut = TaskDocument(document.kind, document.parts[:end], (), document.config)
-    made = tokens_of(cut, tokenizer, config.tokens, config.visual_tokens)
-    if isinstance(part, TextPart):  # the text goes on: it has not ended
+    end = target + 1 if isinstance(part, TaskImage) else target
+    made = tokens_of(document.parts[:end], tokenizer, config.tokens, config.visual_tokens)
+    if isinstance(part, TaskText):  # the text goes on: it has not ended
         made = TokenDocument(
             made.token_ids[:-1], made.weight[:-1], made.images, made.encoded, made.drawn
         )
@@ -252,7 +251,7 @@ class Evaluator:
         for start in range(0, len(order), self.batch):
             chunk = order[start : start + self.batch]
             prompts = [questions[index].prompt for index in chunk]
-            is_picture = isinstance(questions[chunk[0]].part, ImagePart)
+            is_picture = isinstance(questions[chunk[0]].part, TaskImage)
             made = self.draw(prompts) if is_picture else self.write(prompts)
             answers.update(zip(chunk, made, strict=True))
         for index, question in enumerate(questions):
@@ -265,10 +264,10 @@ def _grade(question: Question, produced: np.ndarray | str, metrics: Metrics) -> 
     document, part = question.document, question.part
     objects = len(question.scene.objects)
     result = grade(document, question.target, produced)
-    if isinstance(part, TextPart):
+    if isinstance(part, TaskText):
         if part.role == "question":
             before = document.parts[question.target - 1]
-            assert isinstance(before, TextPart)
+            assert isinstance(before, TaskText)
             metrics.add("answer: all", objects, result.correct)
             metrics.add(metric_of(before.text), objects, result.correct)
         elif part.role == "referring":
@@ -316,10 +315,10 @@ def questions_of(
 
 def _sample(question: Question, produced: np.ndarray) -> Sample:
     parts = question.document.parts
-    texts = [part.text for part in parts[: question.target] if isinstance(part, TextPart)]
-    pictures = [part.image for part in parts[: question.target] if isinstance(part, ImagePart)]
+    texts = [part.text for part in parts[: question.target] if isinstance(part, TaskText)]
+    pictures = [part.image for part in parts[: question.target] if isinstance(part, TaskImage)]
     expected = question.part
-    assert isinstance(expected, ImagePart)
+    assert isinstance(expected, TaskImage)
     return Sample(
         question.document.kind,
         texts[-1],

@@ -134,7 +134,9 @@ def endless_documents(
     kinds = [kind for kind, count in MIXTURE.items() for _ in range(count)]
     while True:
         document = MAKERS[kinds[int(rng.integers(len(kinds)))]](rng, world, "train")
-        yield tokens_of(document, tokenizer, config.tokens, config.visual_tokens, read_all=True)
+        yield tokens_of(
+            document.parts, tokenizer, config.tokens, config.visual_tokens, read_all=True
+        )
 
 
 def train_from_scratch(

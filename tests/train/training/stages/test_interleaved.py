@@ -10,7 +10,7 @@ import torch
 
 from mmi_deploy.spec.presets import tiny
 from mmi_train.data.rows import make_rows, tokens_of
-from mmi_train.data.synthetic.tasks import MAKERS, ImagePart
+from mmi_train.data.synthetic.tasks import MAKERS, TaskImage
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy, hard
 from mmi_train.model.losses import IGNORE
@@ -40,7 +40,7 @@ def documents():
     tokenizer = build_tokenizer()
     kinds = ("reading", "drawing", "story", "segmentation", "drawing", "story")
     made = [MAKERS[kind](rng, easy(), "train") for kind in kinds]
-    return [tokens_of(document, tokenizer, TOKENS, CONFIG.visual_tokens) for document in made]
+    return [tokens_of(document.parts, tokenizer, TOKENS, CONFIG.visual_tokens) for document in made]
 
 
 def test_every_document_starts_and_ends_as_it_should(documents):
@@ -55,12 +55,12 @@ def test_learned_tokens_are_answers_stories_and_announcements_of_pictures():
     rng = np.random.default_rng(0)
     tokenizer = build_tokenizer()
     document = MAKERS["reading"](rng, easy(), "train")
-    made = tokens_of(document, tokenizer, TOKENS, CONFIG.visual_tokens)
+    made = tokens_of(document.parts, tokenizer, TOKENS, CONFIG.visual_tokens)
     learned = tokenizer.decode(made.token_ids[made.weight > 0].tolist())
-    texts = [part.text for part in document.parts if not isinstance(part, ImagePart) and part.learn]
+    texts = [part.text for part in document.parts if not isinstance(part, TaskImage) and part.learn]
     assert learned.replace(" ", "") == "".join(texts).replace(" ", "")
     drawing = MAKERS["drawing"](rng, easy(), "train")
-    made = tokens_of(drawing, tokenizer, TOKENS, CONFIG.visual_tokens)
+    made = tokens_of(drawing.parts, tokenizer, TOKENS, CONFIG.visual_tokens)
     assert made.token_ids[made.weight > 0].tolist() == [TOKENS.boi]
 
 

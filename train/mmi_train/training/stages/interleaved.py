@@ -110,7 +110,9 @@ class InterleavedStage:
         for kind, count in self.mixture.items():
             for _ in range(count):
                 document = MAKERS[kind](rng, self.world, split)
-                tokens = tokens_of(document, self.tokenizer, config.tokens, config.visual_tokens)
+                tokens = tokens_of(
+                    document.parts, self.tokenizer, config.tokens, config.visual_tokens
+                )
                 factor = TEXT_WEIGHT.get(kind, 1.0)
                 is_text = tokens.token_ids != config.tokens.boi
                 tokens.weight[is_text] *= factor
