@@ -63,9 +63,10 @@ def tokens_of(
 ) -> TokenDocument:
     """Tokenize a document: `<s>`, the parts, `</s>`.
 
-    Targets are begin-of-image tokens after the first part, texts with `learn`, and `</s>` after
-    such a text. A drawn picture at the end is not encoded, because no token would see it: the
-    document then ends with its begin-of-image token, unless `read_all`, which encodes all images.
+    Targets are begin-of-image tokens after the first part, texts with `learn`, and `</s>` after an
+    image or such a text. A drawn picture at the end is not encoded, because no token would see it:
+    the document then ends with its begin-of-image token, unless `read_all`, which encodes all
+    images.
     """
     ids, weight = [tokens.bos], [0.0]
     images: list[np.ndarray] = []

@@ -1,14 +1,13 @@
-"""Two readers of the condition, trained beside the model and thrown away: what training from
-nothing needs so that pictures hear of their text.
+"""Auxiliary heads on the U-Net's condition, used in training from scratch only.
 
-The denoising loss tells the language model and the resampler very little while the U-Net cannot
-draw, and the U-Net learns to do without a condition that means nothing. Left alone the resampler
-learns within a few hundred steps to attend to its own queries, and pictures never hear of their
-text. A reader is a shortcut past the U-Net: its loss is low only if the condition tells what there
-is to tell.
+Without pre-trained parts the denoising loss teaches the language model and the resampler very
+little while the U-Net cannot draw, and the U-Net learns to ignore a condition without information.
+The resampler then learns within a few hundred steps to attend to its own queries, and pictures
+never depend on their text. An auxiliary head bypasses the U-Net: its loss is low only if the
+condition contains the information.
 
-Letters: k pictures, q condition tokens, c channels, t context tokens, s cells of the sketch, h
-heads, d channels per head.
+Letters: j pictures to draw, y condition tokens, c channels, x context tokens, q queries, h heads,
+d channels per head.
 """
 
 from __future__ import annotations
@@ -17,21 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Side of a sketch, in cells.
 SKETCH_SIDE = 16
-"""Cells along a side of a sketch."""
 
 
 class RecallHead(nn.Module):
-    """Tells from the j-th condition token, linearly, which token stands j places before the
-    picture."""
+    """Linear head that predicts, from condition token i, the token i places before the picture."""
 
     def __init__(self, width: int, vocab: int) -> None:
         super().__init__()
-        self.told = nn.Linear(width, vocab)
+        self.told = nn.Linear(width, vocab)  # the name in training checkpoints
 
     def loss(self, condition: Tensor, context: Tensor, counts: Tensor) -> Tensor:
-        """Mean cross-entropy; condition [k, q, c], context [k, t] token ids from the picture
-        backwards, counts [k, t] bool: which of them to tell."""
+        """Mean cross-entropy; condition [j, y, c], context [j, x] token ids from the picture
+        backwards, counts [j, x] bool: True for tokens to predict."""
         tokens = min(condition.shape[1], context.shape[1])
         counts = counts[:, :tokens]
         logits = self.told(condition[:, :tokens][counts])
@@ -39,10 +37,10 @@ class RecallHead(nn.Module):
 
 
 class SketchHead(nn.Module):
-    """Draws a small picture in one look: every cell attends once to the condition tokens.
+    """Head that draws a small picture: every cell attends to the condition tokens once.
 
-    That is what the U-Net's cross-attention can do as well, so a condition that serves the reader
-    serves the U-Net, which then need not wait for one that is still moving.
+    The U-Net's cross-attention can do the same, so a condition that suits this head suits the
+    U-Net, which then does not have to follow a condition that still changes.
     """
 
     def __init__(self, width: int, heads: int = 4, side: int = SKETCH_SIDE) -> None:
@@ -55,18 +53,18 @@ class SketchHead(nn.Module):
         self.colour = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3))
 
     def forward(self, condition: Tensor) -> Tensor:
-        """Condition tokens [k, q, c] to sketches [k, 3, side, side] in about [-1, 1]."""
+        """Condition tokens [j, y, c] to sketches [j, 3, side, side] in about [-1, 1]; a query for
+        each cell."""
         tokens = self.norm(condition)
         key, value, query = (
             part.unflatten(-1, (self.heads, -1))
             for part in (self.key(tokens), self.value(tokens), self.query)
-        )
-        logits = torch.einsum("shd,kqhd->khsq", query, key) / query.shape[-1] ** 0.5
-        looked = torch.einsum("khsq,kqhd->kshd", logits.softmax(-1), value).flatten(2)
-        return self.colour(looked).transpose(1, 2).unflatten(-1, (self.side, self.side))
+        )  # [j, y, h, d] twice, [q, h, d]
+        logits = torch.einsum("qhd,jyhd->jhqy", query, key) / query.shape[-1] ** 0.5
+        attended = torch.einsum("jhqy,jyhd->jqhd", logits.softmax(-1), value).flatten(2)
+        return self.colour(attended).transpose(1, 2).unflatten(-1, (self.side, self.side))
 
     def loss(self, condition: Tensor, pixels: Tensor) -> Tensor:
-        """Mean squared error of the sketches of pictures `pixels` [k, 3, height, width] in
-        [0, 1]."""
-        wanted = F.adaptive_avg_pool2d(2 * pixels - 1, self.side)
-        return (self(condition).float() - wanted).square().mean()
+        """Mean squared error of the sketches; pixels [j, 3, height, width] in [0, 1]."""
+        target = F.adaptive_avg_pool2d(2 * pixels - 1, self.side)
+        return (self(condition).float() - target).square().mean()

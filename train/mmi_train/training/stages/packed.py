@@ -1,7 +1,6 @@
-"""The paper's training stage: documents packed into rows of the context length, its masks, its
-losses.
+"""Packed stage, the paper's: documents packed into rows of the context length, masks and losses.
 
-A row is plain causal from its first token to its last, so packed documents see each other through
+A row is causal from its first token to its last, so packed documents see each other through
 self-attention, as in the published run; MMFS and the image decoder stop at `<s>`.
 """
 
@@ -21,17 +20,16 @@ from mmi_train.data.rows import TokenDocument
 from mmi_train.model.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 
+# An endless stream of documents whose images are all encoded; all draws come from the generator.
 DocumentSource = Callable[[np.random.Generator], Iterator[TokenDocument]]
-"""An endless stream of documents whose images are all to be read; all draws come from the
-generator."""
 
 
 def packed_batch(
     rows: list[PackedRow[np.ndarray]], tokens: TokenConfig, *, only_after_image: bool = False
 ) -> Batch:
-    """Rows as the model takes them: every image is read, and drawn from what comes before it.
+    """Make the model's batch from packed rows: every image is encoded, and drawn from its context.
 
-    The first image of a document is drawn from nothing; the model leaves its loss out (paper
+    An image that begins a document has an empty context; the model leaves its loss out (paper
     Sec. 4.1). `only_after_image`: no loss on text before a document's first image.
     """
     width = max(len(row.token_ids) for row in rows)
@@ -61,8 +59,8 @@ def packed_batch(
 
 @dataclass
 class PackedStage:
-    """Rows of `length` tokens and at most `max_images` images, `rows` of them in one part of a
-    step. `data`: what `source` draws its documents from, so that a run goes on with no other."""
+    """Micro-batches of `rows` rows of `length` tokens and at most `max_images` images. `data`:
+    description of `source`, so that a run does not resume with other data."""
 
     model: MMInterleaved
     source: DocumentSource
@@ -76,7 +74,7 @@ class PackedStage:
     name: str = field(default="packed", init=False)
 
     def model_state(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The averaged weights under the model's own names."""
+        """Averaged weights of the model, under the model's names."""
         return dict(average)
 
     @property
