@@ -1,1 +1,1 @@
-"""Training data: documents, token rows, packing, pixels; `synthetic` makes documents."""
+"""Training data: documents, token rows, packing, pixels, batches; `synthetic` makes documents."""

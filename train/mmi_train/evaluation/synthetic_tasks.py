@@ -1,9 +1,7 @@
-"""What a model of the drawn world can do, on held-out documents, with exact programmatic metrics.
+"""Evaluation on held-out documents of the synthetic world, with exact programmatic metrics.
 
-Every metric is taken twice, with MMFS and with MMFS switched off, and split by the number of
-objects in the scene: what looking back at images is worth, and where it gets hard.
-
-Letters: b rows, t tokens, k pictures.
+Every metric is measured twice, with MMFS and as an ablation without it, and split by the number of
+objects in the scene.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from diffusers import DPMSolverMultistepScheduler
 from tokenizers import Tokenizer
 
 from mmi_deploy.spec.config import ModelConfig
+from mmi_train.data.batches import batch_of
 from mmi_train.data.pixels import images_from_pixels
 from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
 from mmi_train.data.synthetic.scene_reader import expected_segmentation, mean_iou, segmentation_of
@@ -34,22 +33,21 @@ from mmi_train.data.synthetic.world import Scene, WorldConfig
 from mmi_train.model.diffusion import scheduler_options
 from mmi_train.model.generation import draw_pictures
 from mmi_train.model.mm_interleaved import MMInterleaved
-from mmi_train.training.stages.interleaved import batch_of
 
+# Most tokens of a generated text.
 MAX_ANSWER = 32
-"""Tokens after which a text that has not ended is taken as it is."""
 
+# Kinds of questions, by the answer.
 TEXTS = ("caption", "question", "referring")
 PICTURES = ("drawing", "segmentation", "story")
 KINDS = TEXTS + PICTURES
-"""Of questions, by what is asked for."""
 
 ATTRIBUTES = ("background", "count", "shape", "colour", "place")
 
 
 @dataclass
 class Metrics:
-    """Values by metric and by number of objects; a metric is their mean."""
+    """Values by metric and number of objects in the scene; a metric is the mean of its values."""
 
     values: defaultdict[tuple[str, int], list[float]] = field(
         default_factory=lambda: defaultdict(list)
@@ -62,7 +60,7 @@ class Metrics:
         return sorted({metric for metric, _ in self.values})
 
     def mean(self, metric: str, objects: int | None = None) -> tuple[float, int]:
-        """(mean, how many) over scenes with so many objects, or over all."""
+        """(mean, count) over scenes with `objects` objects; None: over all scenes."""
         chosen = [
             value
             for (name, count), values in self.values.items()
@@ -74,7 +72,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture that was drawn, for people to look at."""
+    """One drawn picture with its prompt, context and expected picture, for the contact sheet."""
 
     kind: str
     prompt: str
@@ -86,23 +84,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics` with MMFS, `without` it; pictures drawn with it."""
+    """Metrics with MMFS and `without` it, and samples of the pictures drawn with it."""
 
     metrics: Metrics
     without: Metrics
     samples: tuple[Sample, ...]
 
     def as_json(self) -> dict:
-        """Metrics as nested plain values; `without_mmfs` where that was measured."""
+        """Metrics as JSON values; `without_mmfs` only if it was measured."""
         table = {}
         for name in self.metrics.names():
             objects = sorted({count for metric, count in self.metrics.values if metric == name})
             value, count = self.metrics.mean(name)
-            blind, asked = self.without.mean(name)
+            ablated, measured = self.without.mean(name)
             table[name] = {
                 "value": value,
                 "count": count,
-                **({"without_mmfs": blind} if asked else {}),
+                **({"without_mmfs": ablated} if measured else {}),
                 "by_objects": {str(o): self.metrics.mean(name, o)[0] for o in objects},
             }
         return table
@@ -110,7 +108,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Question:
-    """One target of a document: the tokens before it, and how to grade what comes out."""
+    """One target part of a document, and the tokens before it as a prompt."""
 
     document: TaskDocument
     target: int
@@ -122,7 +120,7 @@ class Question:
 
     @property
     def scene(self) -> Scene:
-        """The scene of the target, or of the picture that a text is about."""
+        """Scene of the target picture, or of the picture that a target text describes."""
         if isinstance(self.part, TaskImage):
             return self.part.scene
         first = self.document.parts[0]
@@ -131,17 +129,17 @@ class Question:
 
 
 def without_mmfs(model: MMInterleaved) -> MMInterleaved:
-    """A copy whose MMFS adds nothing, neither in the language model nor in the U-Net."""
-    blind = copy.deepcopy(model)
+    """Copy the model with MMFS ablated in the language model and the U-Net: it adds zero."""
+    ablated = copy.deepcopy(model)
     with torch.no_grad():
-        for name, parameter in blind.named_parameters():
+        for name, parameter in ablated.named_parameters():
             if name.endswith("look_back.gate") or (".look_back." in name and ".conv." in name):
                 parameter.zero_()
-    return blind
+    return ablated
 
 
 def metric_of(question: str) -> str:
-    """The kind of a question about a picture, from its words."""
+    """Metric of a question about a picture, by its wording."""
     kinds = {
         "how many": "count",
         "what is the background": "background",
@@ -158,11 +156,11 @@ def metric_of(question: str) -> str:
 def prompt_of(
     document: TaskDocument, target: int, tokenizer: Tokenizer, config: ModelConfig
 ) -> TokenDocument:
-    """The document up to `target`; for a picture, with its begin-of-image token."""
+    """Prompt of a target: the document before it; for a picture, with its begin-of-image token."""
     part = document.parts[target]
     end = target + 1 if isinstance(part, TaskImage) else target
     made = tokens_of(document.parts[:end], tokenizer, config.tokens, config.visual_tokens)
-    if isinstance(part, TaskText):  # the text goes on: it has not ended
+    if isinstance(part, TaskText):  # without `</s>`: the model continues the text
         made = TokenDocument(
             made.token_ids[:-1], made.weight[:-1], made.images, made.encoded, made.drawn
         )
@@ -170,7 +168,7 @@ def prompt_of(
 
 
 class Evaluator:
-    """Runs one model over questions; pictures are drawn with DPM-Solver++."""
+    """Answers questions with one model: greedy texts, pictures by DPM-Solver++."""
 
     def __init__(
         self,
@@ -188,12 +186,12 @@ class Evaluator:
         self.seed, self.batch = seed, batch
 
     def prompt(self, document: TaskDocument, target: int) -> TokenDocument:
-        """The document up to `target`; for a picture, with its begin-of-image token."""
+        """Prompt of a target; see `prompt_of`."""
         return prompt_of(document, target, self.tokenizer, self.model.config)
 
     @torch.inference_mode()
     def write(self, prompts: list[TokenDocument]) -> list[str]:
-        """Greedy continuations, each up to and with its first full stop or end token."""
+        """Greedy continuations, each up to and including its first full stop or end token."""
         config = self.model.config
         stops = {config.tokens.eos, config.tokens.boi, self.tokenizer.token_to_id(".")}
         written: list[list[int]] = [[] for _ in prompts]
@@ -222,7 +220,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def draw(self, prompts: list[TokenDocument]) -> list[np.ndarray]:
-        """The picture that each prompt's last begin-of-image token announces."""
+        """Draw the picture of each prompt's last begin-of-image token, uint8 [height, width, 3]."""
         model, config = self.model, self.model.config
         batch = batch_of(make_rows(prompts, config.tokens), config.tokens)
         last = torch.tensor([[row, len(prompt.images) - 1] for row, prompt in enumerate(prompts)])
@@ -244,8 +242,9 @@ class Evaluator:
         return images_from_pixels(pixels)
 
     def run(self, questions: list[Question], metrics: Metrics) -> list[np.ndarray | str]:
-        """Answer and grade; returns what was produced, in order."""
+        """Answer and grade all questions; returns the answers in the order of the questions."""
         produced: list[np.ndarray | str] = []
+        # Batches of similar length have little padding.
         order = sorted(range(len(questions)), key=lambda index: questions[index].prompt.size)
         answers: dict[int, np.ndarray | str] = {}
         for start in range(0, len(order), self.batch):
@@ -261,6 +260,7 @@ class Evaluator:
 
 
 def _grade(question: Question, produced: np.ndarray | str, metrics: Metrics) -> None:
+    """Grade one answer and add the result to every metric that it counts for."""
     document, part = question.document, question.part
     objects = len(question.scene.objects)
     result = grade(document, question.target, produced)
@@ -293,16 +293,16 @@ def _grade(question: Question, produced: np.ndarray | str, metrics: Metrics) -> 
 
 
 class Prompter(Protocol):
-    """What makes prompts: an `Evaluator`, or whatever else answers the same questions."""
+    """Maker of prompts: an `Evaluator`, or another runtime that answers the same questions."""
 
     def prompt(self, document: TaskDocument, target: int) -> TokenDocument:
-        """The document up to `target`."""
+        """Prompt of a target; see `prompt_of`."""
 
 
 def questions_of(
     evaluator: Prompter, world: WorldConfig, count: int, seed: int
 ) -> Iterator[tuple[str, list[Question]]]:
-    """Held-out questions by kind, the same for every model."""
+    """Draw `count` held-out questions of every kind, the same for every model."""
     for index, kind in enumerate(KINDS):
         rng = np.random.default_rng([seed, index])
         found: list[Question] = []
@@ -342,13 +342,14 @@ def evaluate(
     without: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """`count` held-out questions of every kind, with MMFS and, if `without`, with MMFS off.
+    """Evaluate on `count` held-out questions of every kind, with MMFS and, if `without`, without
+    it.
 
-    `full_every`: see `ImageDecoder.draw`."""
-    seeing, blind, samples = Metrics(), Metrics(), []
+    `full_every`: see `ImageDecoder.draw`. `on_progress` gets a description of each step."""
+    with_mmfs, ablated, samples = Metrics(), Metrics(), []
     for name, subject, metrics in (
-        ("with MMFS", model, seeing),
-        ("MMFS off", without_mmfs(model) if without else None, blind),
+        ("with MMFS", model, with_mmfs),
+        ("MMFS off", without_mmfs(model) if without else None, ablated),
     ):
         if subject is None:
             continue
@@ -359,10 +360,10 @@ def evaluate(
             if on_progress is not None:
                 on_progress(f"{kind}, {name}")
             produced = evaluator.run(questions, metrics)
-            if metrics is seeing:
+            if metrics is with_mmfs:
                 samples += [
                     _sample(question, picture)
                     for question, picture in zip(questions, produced, strict=True)
                     if isinstance(picture, np.ndarray)
                 ][:16]
-    return Evaluation(seeing, blind, tuple(samples))
+    return Evaluation(with_mmfs, ablated, tuple(samples))

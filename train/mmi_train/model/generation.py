@@ -4,7 +4,7 @@ Deployment is compared with this module; production does not run it. Nothing is 
 within a call (images are encoded once, keys and values are cached), and nothing is kept between
 calls.
 
-Letters: b batch, t tokens, m image slots, n encoded images, j pictures to draw, o options,
+Letters: b batch, t tokens, m image slots, j pictures to draw, o options,
 u vocabulary, z latent channels.
 """
 

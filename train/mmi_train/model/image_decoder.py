@@ -39,7 +39,7 @@ class PreviousImages:
     position: Tensor
 
     def __getitem__(self, pictures: Tensor) -> PreviousImages:
-        """Those of some of the pictures (a bool or index tensor)."""
+        """Select pictures by a bool or index tensor."""
         return PreviousImages(self.features, self.slot[pictures], self.position[pictures])
 
 
@@ -57,7 +57,7 @@ class RandomDraws:
     timestep: Tensor
 
     def __getitem__(self, pictures: Tensor) -> RandomDraws:
-        """Those of some of the pictures (a bool or index tensor)."""
+        """Select pictures by a bool or index tensor."""
         return RandomDraws(*(getattr(self, field.name)[pictures] for field in fields(self)))
 
 

@@ -184,7 +184,7 @@ class MMInterleaved(nn.Module):
         self, images: EncodedImages, token_ids: Tensor, image_slot: Tensor, pictures: Tensor
     ) -> PreviousImages:
         """The earlier images of each picture's document. Images that no picture sees are dropped,
-        and so are unused columns, so that no MMFS value is computed in vain."""
+        and so are unused columns, so that no MMFS value is computed unnecessarily."""
         ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
         row, image = pictures.cpu().numpy().T
         seen = self.config.image_decoder.mmfs.images_seen

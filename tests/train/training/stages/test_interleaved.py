@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmi_deploy.spec.presets import tiny
+from mmi_train.data.batches import batch_of
 from mmi_train.data.rows import make_rows, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS, TaskImage
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
@@ -16,7 +17,7 @@ from mmi_train.data.synthetic.world import easy, hard
 from mmi_train.model.losses import IGNORE
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.from_scratch import endless_documents
-from mmi_train.training.stages.interleaved import InterleavedStage, batch_of, isolated
+from mmi_train.training.stages.interleaved import InterleavedStage, isolated
 from mmi_train.training.stages.packed import PackedStage
 
 CONFIG = tiny()

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from mmi_deploy.spec import token_layout
 from mmi_deploy.spec.config import TokenConfig, to_json
-from mmi_train.data.pixels import pixels_from_images
-from mmi_train.data.rows import Rows, TokenDocument, make_rows, tokens_of
+from mmi_train.data.batches import batch_of
+from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS
 from mmi_train.data.synthetic.world import Split, WorldConfig
-from mmi_train.model.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
 
@@ -28,22 +27,6 @@ MIXTURE = MappingProxyType({"reading": 8, "drawing": 14, "segmentation": 4, "sto
 
 # Loss weight of a kind's text, 1 by default: the next change of a story is random.
 TEXT_WEIGHT = MappingProxyType({"story": 0.2})
-
-
-def batch_of(rows: Rows, tokens: TokenConfig) -> Batch:
-    """Make the model's batch from rows; only tokens with a weight are targets."""
-    token_ids = torch.from_numpy(rows.token_ids)
-    weight = torch.from_numpy(rows.weight)
-    pictures = torch.from_numpy(rows.pictures) if len(rows.pictures) else None
-    return Batch(
-        token_ids=token_ids,
-        image_slot=torch.from_numpy(rows.image_slot),
-        pixels=pixels_from_images(rows.images) if rows.images else None,
-        pictures=pictures,
-        target_pixels=pixels_from_images(rows.targets) if rows.targets else None,
-        text_target=text_targets(token_ids, tokens, real=weight > 0),
-        token_weight=weight,
-    )
 
 
 def isolated(token_ids: Tensor, tokens: TokenConfig) -> tuple[Tensor, Tensor]:

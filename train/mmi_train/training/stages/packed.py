@@ -10,51 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from mmi_deploy.spec.config import TokenConfig, to_json
-from mmi_train.data.packing import PackedRow, Truncation, pack
-from mmi_train.data.pixels import pixels_from_images
+from mmi_deploy.spec.config import to_json
+from mmi_train.data.batches import packed_batch
+from mmi_train.data.packing import Truncation, pack
 from mmi_train.data.rows import TokenDocument
-from mmi_train.model.losses import text_targets
-from mmi_train.model.mm_interleaved import Batch, MMInterleaved
+from mmi_train.model.mm_interleaved import MMInterleaved
 
 # An endless stream of documents whose images are all encoded; all draws come from the generator.
 DocumentSource = Callable[[np.random.Generator], Iterator[TokenDocument]]
-
-
-def packed_batch(
-    rows: list[PackedRow[np.ndarray]], tokens: TokenConfig, *, only_after_image: bool = False
-) -> Batch:
-    """Make the model's batch from packed rows: every image is encoded, and drawn from its context.
-
-    An image that begins a document has an empty context; the model leaves its loss out (paper
-    Sec. 4.1). `only_after_image`: no loss on text before a document's first image.
-    """
-    width = max(len(row.token_ids) for row in rows)
-    most = max(len(row.images) for row in rows)
-    token_ids = torch.full((len(rows), width), tokens.pad)
-    real = torch.zeros(token_ids.shape, dtype=torch.bool)
-    slot = torch.full((len(rows), most), -1, dtype=torch.int32)
-    pictures: list[tuple[int, int]] = []
-    images: list[np.ndarray] = []
-    for b, row in enumerate(rows):
-        token_ids[b, : len(row.token_ids)] = torch.from_numpy(row.token_ids)
-        real[b, : len(row.token_ids)] = True
-        for m, image in enumerate(row.images):
-            slot[b, m] = len(images)
-            pictures.append((b, m))
-            images.append(image)
-    pixels = pixels_from_images(images)
-    return Batch(
-        token_ids=token_ids,
-        image_slot=slot,
-        pixels=pixels,
-        pictures=torch.tensor(pictures),
-        target_pixels=pixels,
-        text_target=text_targets(token_ids, tokens, real=real, only_after_image=only_after_image),
-    )
 
 
 @dataclass
