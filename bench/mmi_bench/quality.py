@@ -33,7 +33,7 @@ from mmi_deploy.system.progress import Progress, shown, silent
 from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_train.data.rows import TokenDocument
 from mmi_train.data.synthetic import world as worlds
-from mmi_train.data.synthetic.tasks import ImagePart, TaskDocument, grade
+from mmi_train.data.synthetic.tasks import TaskDocument, TaskImage, grade
 from mmi_train.evaluation.synthetic_tasks import (
     KINDS,
     MAX_ANSWER,
@@ -116,7 +116,7 @@ class Answers:
     def right(self, question: Question) -> bool:
         """Whether the answer, or the picture, is exactly what was asked for."""
         session = self._read(question.prompt)
-        if isinstance(question.part, ImagePart):
+        if isinstance(question.part, TaskImage):
             produced: str | np.ndarray = session.draw(guidance=self.guidance)
         else:
             produced = self._write(session)

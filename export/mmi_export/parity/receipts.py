@@ -29,7 +29,7 @@ from mmi_deploy.spec.schedule import Schedule
 from mmi_export.parity.llm_rows import LlmRows, random_rows
 from mmi_export.schedules import diffusers_scheduler, schedule_table
 from mmi_train.model.diffusion import ddim
-from mmi_train.model.image_decoder import DrawingStep, ImageDecoder, LookBackImages
+from mmi_train.model.image_decoder import DenoisingStep, ImageDecoder, PreviousImages
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
 
 Arrays = dict[str, NDArray[Any]]
@@ -254,7 +254,7 @@ def _denoise(
         latents = _normal(draw, graph["latents"].resolve(b=b))
         noise = _normal(draw, (_STEPS, *latents.shape))
         condition = torch.from_numpy(_normal(draw, (b, *decoder.null_condition.shape[1:])))
-        steps: list[DrawingStep] = []
+        steps: list[DenoisingStep] = []
         decoder.draw(
             condition,
             images,
@@ -294,11 +294,11 @@ def _denoise(
 
 def _look_back_images(
     model: MMInterleaved, draw: np.random.Generator, b: int, n: int, m: int
-) -> LookBackImages:
+) -> PreviousImages:
     """A pool of `n` images of which each of `b` pictures sees `m`; one hidden slot for none."""
     seen = model.config.image_decoder.mmfs.images_seen
     position = np.broadcast_to(np.arange(m, 0, -1), (b, m)) if m else np.zeros((b, 1))
-    return LookBackImages(
+    return PreviousImages(
         torch.from_numpy(_normal(draw, (n, *_feature_shape(model)))),
         torch.from_numpy(draw.integers(0, n, position.shape).astype(np.int32)),
         torch.from_numpy(np.where(position <= seen, position, 0).astype(np.int32)),
@@ -306,7 +306,7 @@ def _look_back_images(
 
 
 def _drawing_constants(
-    decoder: ImageDecoder, graph: Graph, condition: Tensor, images: LookBackImages
+    decoder: ImageDecoder, graph: Graph, condition: Tensor, images: PreviousImages
 ) -> Arrays:
     """What stays from step to step, of it what `graph` takes."""
     pictures = len(condition)

@@ -164,7 +164,7 @@ def test_mmfs_in_the_published_order_gives_the_same(config: ModelConfig, place: 
     torch.manual_seed(1)
     model = random_model(config)
     own = (
-        model.llm.look_backs[0].mmfs
+        model.llm.mmfs_layers[0].mmfs
         if place == "llm"
         else model.image_decoder.unet.look_back[-1].mmfs
     )
@@ -191,7 +191,7 @@ def test_a_model_as_published_says_and_draws_the_same(
     model: MMInterleaved, run: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = list(run(STORY, TURNS))
-    changed = (*model.llm.look_backs, *model.image_decoder.unet.look_back)
+    changed = (*model.llm.mmfs_layers, *model.image_decoder.unet.look_back)
     for look_back in changed:
         monkeypatch.setitem(look_back._modules, "mmfs", look_back.mmfs)  # put back afterwards
     as_published(as_published(model))

@@ -76,7 +76,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 def test_a_run_killed_again_and_again_gives_the_same_weights(tmp_path, undisturbed):
     """SIGKILL at arbitrary moments, among them while a checkpoint is written."""
     program = (
-        "from tests.train.test_loop import *\n"
+        "from tests.train.training.test_loop import *\n"
         f"train(Regression(pause=0.01), OPTIMISER, RUN, Path({str(tmp_path)!r}))"
     )
     rng = np.random.default_rng(0)

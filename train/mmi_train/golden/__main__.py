@@ -1,4 +1,4 @@
-"""`python -m mmi_train.golden DIR [--weights DIR]`: our modules against published runs."""
+"""`python -m mmi_train.golden DIR [--weights DIR]`: compare the model with published runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _cells(line: Comparison) -> tuple[str, ...]:
 
 
 def table(report: Report) -> str:
-    """The report for people: a line per tensor, then what was not run and the sums."""
+    """Format the report: a line per tensor, units that cannot run, ignored files, and totals."""
     rows = [_HEADER, *(_cells(line) for line in report.lines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER) - 1)]
     lines = [
@@ -45,7 +45,7 @@ def table(report: Report) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 0 when all that is compared agrees and every unit runs, else 1."""
+    """Print the table; returns 0 if every comparison passes and every unit runs, else 1."""
     parser = argparse.ArgumentParser(prog="python -m mmi_train.golden", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of golden files")
     parser.add_argument(

@@ -1,9 +1,8 @@
-"""Checkpoints that survive being killed: a folder appears whole or not at all, and says all there
-is.
+"""Atomic training checkpoints: a killed run resumes exactly from the newest complete one.
 
-A checkpoint folder `step-00001200/` holds `model.safetensors`, `average.safetensors` (the averaged
-weights), `moments.safetensors` (AdamW's two moments) and `state.json`. Random draws are keyed by
-(seed, step), so nothing else is needed to go on exactly as if the run had never stopped.
+A checkpoint folder `step-00001200/` holds `model.safetensors`, `average.safetensors` (the
+exponential moving average of the weights), `moments.safetensors` (AdamW's two moments) and
+`state.json`. Random draws are keyed by (seed, step), so a resumed run needs no other state.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ _KIND = "checkpoint"
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a run stands: optimiser steps done, and a fingerprint of the settings it was begun
-    with."""
+class RunState:
+    """State of a run: optimiser steps done, and the fingerprint of its settings."""
 
     step: int
     fingerprint: str
 
 
 def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state of every parameter, under `<parameter>:<key>`."""
     names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
     moments = {}
     for parameter, state in optimiser.state.items():
@@ -54,17 +53,17 @@ def save_checkpoint(
     model: nn.Module,
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
-    position: Position,
+    state: RunState,
     keep: int,
 ) -> Path:
     """Write `folder/step-N` atomically and remove all but the `keep` newest, of which those stay to
     which somebody has added something. Returns its path."""
-    target = folder / f"step-{position.step:08d}"
+    target = folder / f"step-{state.step:08d}"
     with new_folder(target, None, kind=_KIND) as scratch:
         save_file(_contiguous(model.state_dict()), scratch / "model.safetensors")
         save_file(_contiguous(average), scratch / "average.safetensors")
         save_file(_contiguous(_moments(model, optimiser)), scratch / "moments.safetensors")
-        (scratch / "state.json").write_text(json.dumps(position.__dict__) + "\n")
+        (scratch / "state.json").write_text(json.dumps(state.__dict__) + "\n")
         for path in scratch.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -93,16 +92,16 @@ def load_checkpoint(
     optimiser: torch.optim.Optimizer,
     fingerprint: str,
 ) -> int:
-    """Restore everything in place and return the number of steps done.
+    """Restore model, average and optimiser in place and return the number of steps done.
 
-    Raises `WeightsError` when the run was begun with other settings.
+    Raises `WeightsError` if the checkpoint is from a run with other settings.
     """
-    position = Position(**json.loads((path / "state.json").read_text()))
-    if position.fingerprint != fingerprint:
+    saved = RunState(**json.loads((path / "state.json").read_text()))
+    if saved.fingerprint != fingerprint:
         raise WeightsError(
             f"{path} was written by a run with other settings",
             expected=fingerprint,
-            got=position.fingerprint,
+            got=saved.fingerprint,
             fix="go on with the settings of that run, or choose another folder with --out",
         )
     model.load_state_dict(load_tensors(path / "model.safetensors"))
@@ -117,4 +116,4 @@ def load_checkpoint(
                 "exp_avg": torch.empty_like(parameter).copy_(moments[f"{name}:exp_avg"]),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"{name}:exp_avg_sq"]),
             }
-    return position.step
+    return saved.step
