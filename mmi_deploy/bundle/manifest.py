@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from mmi_deploy.errors import BundleError
+from mmi_deploy.parity import Case
 from mmi_deploy.spec.config import ModelConfig, first_flaw
 from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.system.files import write_file
@@ -42,19 +43,6 @@ class FileEntry(_Model):
 
     sha256: str
     size: int
-
-
-class Case(_Model):
-    """One comparison: sizes of the dynamic dimensions, greatest error, the error allowed."""
-
-    sizes: dict[str, int]
-    error: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """A NaN error is no pass."""
-        return self.error <= self.tolerance
 
 
 class Receipt(_Model):

@@ -10,6 +10,7 @@ from mmi_deploy.errors import MmiError
 EXTRAS = {
     "generate": "cpu",
     "verify --run": "cpu",
+    "verify --target": "build",
     "train": "train",
     "evaluate": "train",
     "convert": "train",
