@@ -114,4 +114,8 @@ app.command(
     "mmi inspect --preset released_13b  ·  mmi inspect bundles/tiny --cost --graph llm  ·  "
     "mmi inspect bundles/tiny --memory  ·  mmi inspect bundles/tiny --fit 24GB"
 )(inspect)
-app.command(epilog="Example:  mmi verify bundles/tiny --run")(verify)
+app.command(
+    epilog="Examples:  mmi verify bundles/tiny --run  ·  "
+    "mmi verify bundles/tiny --target tensorrt-sm89-fp16  ·  "
+    "mmi verify bundles/tiny --target cpu-int8 --json"
+)(verify)
