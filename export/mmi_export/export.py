@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from mmi_deploy.bundle.bundle import Bundle, BundleWriter, write_bundle
 from mmi_deploy.documents.tokenizer import Tokenizer, read_tokenizer_file
 from mmi_deploy.errors import ConfigError, WeightsError
+from mmi_deploy.parity import Proof
 from mmi_deploy.spec.config import ModelConfig, read_config
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
 from mmi_deploy.spec.schedule import Schedule
@@ -27,7 +28,7 @@ from mmi_export.graphs.image_decoder import (
 )
 from mmi_export.graphs.llm import LlmGraph
 from mmi_export.graphs.vision import ImageValuesGraph, VisionEncoderGraph
-from mmi_export.parity.receipts import Proof, onnx_runner, prove
+from mmi_export.parity.receipts import onnx_runner, prove
 from mmi_export.parity.small_model import difference, slice_of
 from mmi_export.placeholder_model import Weights, write_stand_in
 from mmi_export.plan import Layout, Plan, Scope, plan_export
@@ -228,7 +229,7 @@ class _Slice:
         graph, path = self.graphs[name], self.folder / f"{name}.onnx"
         export_graph(self.sources, graph, path)
         proof = prove(self.whole, graph, self.limits, onnx_runner(path))
-        return Proof(f"{proof.compared_with}, of {self.difference}", proof.cases)
+        return replace(proof, compared_with=f"{proof.compared_with}, of {self.difference}")
 
 
 def with_time_table(model: MMInterleaved, schedule: Schedule) -> Schedule:

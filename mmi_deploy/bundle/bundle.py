@@ -21,7 +21,6 @@ from mmi_deploy.bundle.manifest import (
     FORMAT,
     PORTABLE,
     BundleManifest,
-    Case,
     Hashes,
     Receipt,
     TargetManifest,
@@ -35,6 +34,7 @@ from mmi_deploy.bundle.manifest import (
     write_manifest,
 )
 from mmi_deploy.errors import BundleError
+from mmi_deploy.parity import Case
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, beyond_kernels, graphs
 from mmi_deploy.spec.schedule import Schedule, parse_schedule_name, read_schedule
@@ -46,6 +46,7 @@ TARGET_MANIFEST = "target.json"
 EXPORT = "mmi export"
 BUILD = "mmi build"
 _TARGET = "target"
+VERIFY = "mmi verify"
 _TOOLS = ("mmi_deploy", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers")
 
 
@@ -199,6 +200,10 @@ class Bundle:
         """The command that builds `target`."""
         return f"{BUILD} {self.folder} {build_options(target)}"
 
+    def verify_command(self, target: str) -> str:
+        """The command that writes the receipts of `target`."""
+        return f"{VERIFY} {self.folder} --target {target}"
+
     def target(
         self,
         target: str,
@@ -218,7 +223,7 @@ class Bundle:
             )
         check_files(folder, manifest.files, mend, fresh=fresh, hashed=hashed)
         if not (unproved or self.unproved):
-            check_receipts(manifest, manifest.graphs, folder, mend)
+            check_receipts(manifest, manifest.graphs, folder, self.verify_command(target))
         return manifest
 
 

@@ -24,6 +24,7 @@ from pydantic import (
 
 from mmi_deploy.bundle.safetensors_reader import once
 from mmi_deploy.errors import BundleError
+from mmi_deploy.parity import Case
 from mmi_deploy.spec.config import ModelConfig, first_flaw
 from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.system.files import sha256_of, write_file
@@ -53,27 +54,6 @@ class FileEntry(_Model):
 
     sha256: str
     size: Bytes
-
-
-class Case(_Model):
-    """One comparison: sizes of the dynamic dimensions, greatest error, the error allowed, which is
-    at most as great as the output: more would prove nothing."""
-
-    sizes: dict[str, Size]
-    error: float
-    tolerance: Annotated[float, Field(gt=0, le=1)]
-
-    @field_validator("error")
-    @classmethod
-    def _is_magnitude(cls, value: float) -> float:
-        if value < 0:  # NaN is written, and is no pass
-            raise ValueError("an error is not below 0")
-        return value
-
-    @property
-    def passed(self) -> bool:
-        """A NaN error is no pass."""
-        return self.error <= self.tolerance
 
 
 class Receipt(_Model):

@@ -92,10 +92,14 @@ COMMANDS: Mapping[str, Row] = {
     ),
     "verify": Row(
         "mmi_deploy.cli.verify:verify",
-        "Verify checksums and receipts of a bundle.",
+        "Verify checksums and receipts of a bundle, or the engines of a target.",
         "cpu",
         BUNDLES,
-        ("mmi verify bundles/tiny --run",),
+        (
+            "mmi verify bundles/tiny --run",
+            "mmi verify bundles/tiny --target tensorrt-sm89-fp16",
+            "mmi verify bundles/tiny --target cpu-int8 --json",
+        ),
     ),
     "inspect": Row(
         "mmi_deploy.cli.inspect.app:app",

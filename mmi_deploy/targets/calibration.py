@@ -18,12 +18,13 @@ import onnx
 
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.parity import Proof
 from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.targets.precision import Ranges, Recipe, measure_ranges
 from mmi_deploy.targets.precision.recipes import FLOAT32, GREATEST
 from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.sample_inputs import Sample, samples_of
-from mmi_deploy.targets.verify_target import Proof, prove
+from mmi_deploy.targets.verify_target import check_proof, prove
 
 RUN_FACTOR = 2.5
 """Memory of ONNX Runtime over the float32 weights of the graphs that it runs."""
@@ -79,11 +80,15 @@ class Evidence:
         self.progress(f"proving {graph} in {recipe.name}")
         contract, portable = self.bundle.graphs[graph], self.bundle.graph_file(graph)
         proof = prove(recipe, contract, portable, rewritten, runtime, samples)
-        proof.check(recipe.name)
+        check_proof(proof, recipe.name)
         return proof
 
 
-def check_can_run(bundle: Bundle, free: int) -> None:
+def check_can_run(
+    bundle: Bundle,
+    free: int,
+    fix: str = "Build on a larger machine, or give --unproved to build without ranges and proof",
+) -> None:
     """Raise `EngineError` where the bundle is too large to be run with `free` bytes of memory."""
     need = int(RUN_FACTOR * sum(_float32_bytes(bundle.graph_file(name)) for name in bundle.graphs))
     if need > free:
@@ -91,7 +96,7 @@ def check_can_run(bundle: Bundle, free: int) -> None:
             "too little memory to run the bundle, which shows what a precision does to it",
             expected=f"about {need / 1e9:.1f} GB free",
             got=f"{free / 1e9:.1f} GB",
-            fix="Build on a larger machine, or give --unproved to build without ranges and proof",
+            fix=fix,
         )
 
 

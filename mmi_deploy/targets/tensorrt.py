@@ -25,6 +25,7 @@ from mmi_deploy.bundle.build_report import (
 from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle, check_target, write_target
 from mmi_deploy.bundle.manifest import TargetManifest, read_manifest, sha256_of
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.parity import Proof
 from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.spec.target import Target
@@ -37,7 +38,6 @@ from mmi_deploy.targets.tensorrt_build import Job
 from mmi_deploy.targets.tensorrt_plan import Part, Request, graph_of, parts_of, weight_bytes
 from mmi_deploy.targets.tensorrt_process import Measured, build_in_process
 from mmi_deploy.targets.tensorrt_rewrites import rewritten
-from mmi_deploy.targets.verify_target import Proof
 
 _Prepared = tuple[Graph, Path, Proof | None]
 """The target's contract, its ONNX file, and how that compares with the portable one."""
@@ -133,7 +133,7 @@ class _Workshop:
         check_bindings(typed, measured.built.bindings)
         report = _graph_report(part, measured, weight_bytes(source))
         if proof is not None:
-            report = report.with_proof(proof.compared_with, proof.cases)
+            report = report.with_proof(proof)
         write_file(folder / _report_name(part.graph), report.model_dump_json(indent=2) + "\n")
 
     def _onnx(self, part: Part) -> _Prepared:

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from mmi_deploy.errors import EngineError
+from mmi_deploy.parity import Tolerance
 from mmi_deploy.spec.graphs import (
     MMFS_CHANNEL_STEP,
     MMFS_DOMAIN,
@@ -44,9 +45,13 @@ NARROW_INPUTS = ("value", "offsets", "logits")
 INDEX_INPUTS = ("image_slot", "image_position")
 """int32."""
 
-TOLERANCES = {"float32": 1e-6, "float16": 4e-4, "bfloat16": 3e-3}
-"""Types T, and the relative error (rms of error / rms of expected) that each is allowed against
-float64 over the same, already rounded, inputs."""
+# Types T, and the error that each is allowed against float64 over the same, already rounded,
+# inputs. The floor is the type's smallest normal number: it cannot hold smaller ones.
+TOLERANCES: Mapping[str, Tolerance] = {
+    "float32": Tolerance(1e-6, "2^-24 a rounding, in sums of float32", "rms", 2.0**-126),
+    "float16": Tolerance(4e-4, "2^-11 for rounding the output, sums of float32", "rms", 2.0**-14),
+    "bfloat16": Tolerance(3e-3, "2^-8 for rounding the output, sums of float32", "rms", 2.0**-126),
+}
 
 MOST_LEVELS, MOST_POINTS = MMFS_MOST_LEVELS, MMFS_MOST_POINTS
 MOST_CHANNELS, CHANNEL_STEP = MMFS_MOST_CHANNELS, MMFS_CHANNEL_STEP

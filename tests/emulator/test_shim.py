@@ -52,7 +52,7 @@ def test_every_situation_agrees_with_float64_whatever_the_order_of_threads(
         rows = some_rows(call)
         got = shim.Shim(backwards=index % 2 == 1).run(call, rows, parts)
         wrong = error(call, got, attention(call, rows))
-        assert wrong <= TOLERANCES[dtype], f"{name}, {call.sizes}: {wrong:.2e}"
+        assert wrong <= TOLERANCES[dtype].relative, f"{name}, {call.sizes}: {wrong:.2e}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -63,7 +63,9 @@ def test_every_head_size(dtype: str, channels: int) -> None:
     rows = some_rows(call, 3)
     expected = attention(call, rows)
     for parts in (0, 2):
-        assert error(call, shim.Shim().run(call, rows, parts), expected) <= TOLERANCES[dtype]
+        assert (
+            error(call, shim.Shim().run(call, rows, parts), expected) <= TOLERANCES[dtype].relative
+        )
 
 
 LEVELS = [(6, 5), (4, 4), (3, 2), (1, 1)]
@@ -76,7 +78,7 @@ def test_every_number_of_points(points: int) -> None:
     )
     rows = some_rows(call, 4)
     got = shim.Shim().run(call, rows, 0)
-    assert error(call, got, attention(call, rows)) <= TOLERANCES["float32"]
+    assert error(call, got, attention(call, rows)) <= TOLERANCES["float32"].relative
 
 
 @pytest.mark.parametrize("images", (31, 32, 33, 49, 70))
@@ -87,7 +89,7 @@ def test_more_images_than_a_warp_has_lanes(images: int) -> None:
     rows = all_rows(call)
     for parts in (0, 1, 5):
         got = shim.Shim().run(call, rows, parts)
-        assert error(call, got, attention(call, rows)) <= TOLERANCES[call.dtype]
+        assert error(call, got, attention(call, rows)) <= TOLERANCES[call.dtype].relative
 
 
 def test_wide_maps_cost_no_accuracy() -> None:
@@ -111,7 +113,7 @@ def test_locations_that_are_no_numbers_are_outside(dtype: str) -> None:
     got = shim.Shim().run(call, all_rows(call), 0)
     offsets = call["offsets"]
     offsets[~(np.abs(offsets) < 1e6)] = 1e6
-    assert error(call, got, attention(call, all_rows(call))) <= TOLERANCES[dtype]
+    assert error(call, got, attention(call, all_rows(call))) <= TOLERANCES[dtype].relative
 
 
 def test_logits_of_minus_infinity_weigh_nothing_and_nan_is_not_hidden() -> None:
@@ -123,7 +125,10 @@ def test_logits_of_minus_infinity_weigh_nothing_and_nan_is_not_hidden() -> None:
     call.inputs["logits"][0, 2, 0, 0, 0] = np.nan
     for parts in PARTS:
         got = shim.Shim().run(call, all_rows(call), parts)
-        assert error(call, got[:2], attention(call, all_rows(call)[:2])) <= TOLERANCES["float32"]
+        assert (
+            error(call, got[:2], attention(call, all_rows(call)[:2]))
+            <= TOLERANCES["float32"].relative
+        )
         assert not got[1].any() and np.isnan(got[2]).all()
 
 
@@ -150,7 +155,7 @@ for dtype in ("float32", "float16"):
         for parts in (0, 1, 3):
             got = runs.run(call, all_rows(call), parts)
             wrong = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
-            assert wrong <= TOLERANCES[dtype], wrong
+            assert wrong <= TOLERANCES[dtype].relative, wrong
 """
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system.progress import shown
 from mmi_train.golden.check import Report, check_folder
-from mmi_train.golden.compare import Comparison
+from mmi_train.golden.compare import Line
 
 _HEADER = ("unit", "tensor", "max error", "tolerance", "verdict")
 
@@ -21,7 +21,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2e}"
 
 
-def _cells(line: Comparison) -> tuple[str, ...]:
+def _cells(line: Line) -> tuple[str, ...]:
     verdict = f"{line.verdict}: {line.detail}" if line.detail else line.verdict
     return line.unit, line.tensor, _number(line.error), _number(line.allowed), verdict
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from mmi_deploy.errors import MmiError
 from mmi_deploy.spec.config import first_flaw
 from mmi_train.golden import full, generate, llama, mmfs, unet, vision
-from mmi_train.golden.compare import Checks, Comparison
+from mmi_train.golden.compare import Checks, Line
 from mmi_train.golden.full import Weights
 from mmi_train.golden.units import KINDS, Folder, Unit, UnitError, kind_of, read_unit, scan
 
@@ -40,7 +40,7 @@ class Report:
     """Result of `check_folder`. `broken`: units that cannot run, with the reason. `ignored`: files
     that do not belong to a unit, with the reason."""
 
-    lines: list[Comparison] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
 
@@ -70,7 +70,7 @@ def check_folder(
     return report
 
 
-def _check_unit(base: Path, pool: _WeightPool) -> list[Comparison]:
+def _check_unit(base: Path, pool: _WeightPool) -> list[Line]:
     unit = read_unit(base)
     checks = Checks(unit)
     reason = generate.not_comparable(unit) if unit.kind == "full_generate_texts" else ""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmi_train.checkpoint_import.published import DerivedConstant, rename
-from mmi_train.golden.compare import Checks, Comparison, compare
+from mmi_train.golden.compare import Checks, Line, compare
 from mmi_train.golden.units import UnitError
 from mmi_train.model.interactions import DeformableAttention
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -91,7 +91,7 @@ def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str
     }
 
 
-def _compare(checks: Checks, name: str, gradient: Tensor) -> Comparison:
+def _compare(checks: Checks, name: str, gradient: Tensor) -> Line:
     expected = checks.unit.outputs[name]
     if expected.numel() == gradient.numel():  # leading dimensions of one may differ
         gradient = gradient.reshape(expected.shape)
