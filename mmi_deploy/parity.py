@@ -57,6 +57,14 @@ EXPORT_TOLERANCES: Mapping[str, Tolerance] = {
     "vae_decoder": Tolerance(5e-5, _REORDERED),
 }
 
+# Constants of a published checkpoint, such as position tables, against those computed here, by the
+# type in which they are stored. All lie within [-1, 1]: the floor makes the tolerance absolute.
+CONSTANT_TOLERANCES: Mapping[str, Tolerance] = {
+    "float32": Tolerance(1e-5, "computed from fp32 angles of up to 64 radians", floor=1.0),
+    "float16": Tolerance(2e-3, "stored with 11 bits", floor=1.0),
+    "bfloat16": Tolerance(2e-2, "stored with 8 bits", floor=1.0),
+}
+
 _INT4 = "4 bits: 8 % of a weight"
 
 # Graphs of a target against the portable ones on recorded inputs, by the recipe's precision. All

@@ -33,8 +33,8 @@ ON_GPU = (
 
 TOO_FAR = "choose a higher precision, or measure ranges on documents like yours"
 
+# Called with what is done next, how much is done, and how much there is.
 Progress = Callable[[str, int, int], None]
-"""Called with what is done next, how much is done, and how much there is."""
 
 _CACHES = "caches"
 

@@ -14,6 +14,7 @@ import pytest
 
 from mmi_deploy.errors import BundleError
 from mmi_deploy.parity import (
+    CONSTANT_TOLERANCES,
     EXPORT_TOLERANCES,
     PRECISION_TOLERANCES,
     Case,
@@ -263,6 +264,17 @@ def test_every_graph_and_recipe_has_a_tolerance_with_a_reason() -> None:
     assert set(PRECISION_TOLERANCES) == set(RECIPES)
     for tolerance in (*EXPORT_TOLERANCES.values(), *PRECISION_TOLERANCES.values()):
         assert 0 < tolerance.relative < 1 and tolerance.reason
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("float32", 1e-5), ("float16", 2e-3), ("bfloat16", 2e-2)]
+)
+def test_tolerances_of_constants_are_absolute(dtype: str, most: float) -> None:
+    """Whatever the constant is: small ones are not held to a share of themselves."""
+    for value in (1.0, 1e-3, 0.0):
+        for factor, passes in ((0.99, True), (1.01, False)):
+            got = np.array([value + factor * most])
+            assert compare("x", got, np.array([value]), CONSTANT_TOLERANCES[dtype]).passed == passes
 
 
 def test_random_inputs_are_allowed_five_times_as_much_and_never_all() -> None:

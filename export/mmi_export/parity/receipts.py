@@ -88,8 +88,8 @@ def compare_with_model(
     return compare_outputs(got, expected, EXPORT_TOLERANCES[graph.name])
 
 
+# Sizes of the dynamic dimensions, and the output with the greatest error.
 Cases = Iterator[Sized]
-"""Sizes of the dynamic dimensions, and the output with the greatest error."""
 
 
 def _vision_encoder(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmi_deploy.errors import WeightsError
+from mmi_deploy.parity import CONSTANT_TOLERANCES, compare
 from mmi_train.checkpoint_import.published import (
     RELEASED_SKIPS,
     DerivedConstant,
@@ -27,13 +28,6 @@ from mmi_train.model.unet import UNet
 from mmi_train.model.vit_adapter import resize_positions
 from mmi_train.weights.lazy_tensor import InMemory, Reshaped, StoredTensor
 from mmi_train.weights.model_folder import kind_of
-
-_CONSTANT_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""Greatest |stored - computed| of a derived constant, whose values are within [-1, 1]: half
-precision rounds them to 11 or 8 bits."""
-
-_SINGLE_TOLERANCE = 1e-5
-"""The same for fp32: the published tables come from fp32 angles of up to 64 radians."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -303,12 +297,13 @@ def _equal(value: Tensor, expected: Tensor) -> bool:
         return True
     if not value.is_floating_point():
         return bool(torch.equal(value.reshape(expected.shape), expected.to(value.dtype)))
-    tolerance = _CONSTANT_TOLERANCE.get(value.dtype, _SINGLE_TOLERANCE)
-    return bool(
-        torch.allclose(
-            value.float().reshape(expected.shape), expected.float(), rtol=0.0, atol=tolerance
-        )
-    )
+    stored = str(value.dtype).removeprefix("torch.")
+    return compare(
+        "constant",
+        value.detach().float().reshape(expected.shape).numpy(),
+        expected.detach().float().numpy(),
+        CONSTANT_TOLERANCES.get(stored, CONSTANT_TOLERANCES["float32"]),
+    ).passed
 
 
 def _their_name(ours: str, theirs: str, skips: int) -> str:
