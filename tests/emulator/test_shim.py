@@ -350,9 +350,9 @@ def test_the_greatest_levels_are_refused_without_an_overflow(tmp_path: Path) -> 
 _SANITIZED = """
 import sys
 import numpy as np
-from mmi_plugins import cases
-from mmi_plugins.reference import all_rows, attention
-from mmi_plugins.conformance.implementations import shim
+from mmi_emulator import shim
+from mmi_plugins.conformance import calls
+from mmi_plugins.reference import all_rows
 
 runs = shim.Shim(shim.build(shim.CSRC, *shim.SANITIZERS))
 for index, (name, call) in enumerate(calls.draws(6, 8)):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.system.files import CACHE, cache_folder
-from mmi_plugins.compile.checksum import damage, is_sealed, seal
+from mmi_plugins.compile.checksum import append_checksum, checksum_error, has_valid_checksum
 from mmi_plugins.compile.compilers import (
     ARCHITECTURES,
     find_nvcc,
@@ -99,7 +99,7 @@ def location(cuda: bool = False) -> Path:
 def find(cuda: bool = False) -> Path | None:
     """The compiled library, if there is one and it is whole."""
     path = location(cuda)
-    return path if is_sealed(path) else None
+    return path if has_valid_checksum(path) else None
 
 
 def build(
@@ -131,7 +131,7 @@ def build(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as scratch:
             gpu = _Cuda(find_nvcc(), architectures) if cuda else None
             made = _compile(program, gpu, Path(scratch))
-            seal(made)
+            append_checksum(made)
             os.replace(made, path)
     except OSError as error:
         raise EngineError(
@@ -149,7 +149,10 @@ def ensure() -> Path | None:
         log.info("no C++ compiler: ONNX Runtime runs MMFS as standard operators, which is slower")
         return None
     if location().is_file():
-        log.warning("the compiled kernel library is damaged: %s", damage(location()) or "no seal")
+        log.warning(
+            "the compiled kernel library is damaged: %s",
+            checksum_error(location()) or "no checksum",
+        )
     log.warning("compiling the MMFS kernel for ONNX Runtime, once, about 20 seconds")
     try:
         return build()
@@ -176,11 +179,11 @@ class _Cuda:
 
 def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    jobs = [_job(program, scratch, "attention_cpu", ("-DMMI_X86",) if on_x86 else ())]
+    jobs = [_job(program, scratch, "mmfs_cpu", ("-DMMI_X86",) if on_x86 else ())]
     for variant, flags in _VARIANTS.items():
         if on_x86 or not flags:
             named = (f"-DMMI_VARIANT={variant}", *flags)
-            jobs.append(_job(program, scratch, "attention_cpu_kernel", named, variant))
+            jobs.append(_job(program, scratch, "mmfs_cpu_kernel", named, variant))
     if gpu is None:
         jobs.append(_job(program, scratch, "onnxruntime_library", ()))
         link = [program, *(_LINK if platform.system() == "Linux" else _LINK[:1])]
@@ -189,7 +192,7 @@ def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
         nvcc = [str(gpu.nvcc), "-ccbin", program, "-std=c++17", *host, "-c", "-o"]
         source = str(SOURCES / "onnxruntime_library.cpp")
         jobs.append([*nvcc, str(scratch / "onnxruntime_library.o"), "-DMMI_CUDA", source])
-        made = str(scratch / "attention.o")
+        made = str(scratch / "mmfs.o")
         jobs.append([*nvcc, made, *gpu.codes, str(SOURCES / "mmfs.cu")])
         link = [str(gpu.nvcc), "-ccbin", program, "-cudart", "static", "-shared"]
         link += ["-Xlinker", "--exclude-libs,ALL"]

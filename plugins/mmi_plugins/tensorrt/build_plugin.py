@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.compile.checksum import is_sealed
+from mmi_plugins.compile.checksum import has_valid_checksum
 from mmi_plugins.compile.compilers import (
     ARCHITECTURES,
     find_cmake,
@@ -58,7 +58,7 @@ def build_tensorrt_plugin(
     architectures = supported_architectures(nvcc, architectures)
     key = _key(version, output_of([nvcc, "--version"]), *architectures)
     names = {target: f"lib{target}-{version}-{key}.so" for target in TARGETS}
-    if not all(is_sealed(out / name) for name in names.values()):
+    if not all(has_valid_checksum(out / name) for name in names.values()):
         try:
             out.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as folder:
@@ -129,7 +129,7 @@ def _compile(
         *("-S", SOURCES, "-B", folder),
         "-DCMAKE_BUILD_TYPE=Release",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
-        f"-DPython3_EXECUTABLE={sys.executable}",  # which seals the libraries
+        f"-DPython3_EXECUTABLE={sys.executable}",  # runs checksum.py
         f"-DTENSORRT_INCLUDE={headers.resolve()}",
         f"-DMMI_ARCHITECTURES={';'.join(codes)}",
     ]

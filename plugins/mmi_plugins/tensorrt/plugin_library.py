@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.compile.checksum import damage
+from mmi_plugins.compile.checksum import checksum_error
 from mmi_plugins.operator import DOMAIN, NAME, VERSION
 
 INSTALL = {
@@ -106,7 +106,7 @@ def load_tensorrt_plugin(path: Path, tensorrt: ModuleType | None = None) -> Plug
     mend = "Build it with `mmi plugins build`"
     if not path.is_file():
         raise EngineError(f"there is no TensorRT plugin {path}", fix=mend)
-    if harm := damage(path):
+    if harm := checksum_error(path):
         raise EngineError(f"the TensorRT plugin {path} is damaged: {harm}", fix=mend)
     try:
         library = ctypes.CDLL(str(path.resolve()))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.compile.checksum import is_sealed
+from mmi_plugins.compile.checksum import has_valid_checksum
 from mmi_plugins.compile.compilers import find_nvcc
 from mmi_plugins.operator import NAME
 from mmi_plugins.tensorrt.build_only_plugin import FIELDS
@@ -103,8 +103,8 @@ def drive(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Drive:
     return call
 
 
-def test_cmake_seals_what_it_links(library: Path) -> None:
-    assert is_sealed(library)
+def test_cmake_appends_a_checksum_to_what_it_links(library: Path) -> None:
+    assert has_valid_checksum(library)
 
 
 def test_the_library_needs_no_symbol_of_tensorrt(library: Path) -> None:

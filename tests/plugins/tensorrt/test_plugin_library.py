@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.compile.checksum import seal
+from mmi_plugins.compile.checksum import append_checksum
 from mmi_plugins.tensorrt.plugin_library import import_tensorrt, load_tensorrt_plugin
 
 MODULE: Any = SimpleNamespace(__name__="tensorrt", __version__="11.1.0")
@@ -30,7 +30,7 @@ def test_a_damaged_library(tmp_path: Path) -> None:
     """It is not opened: that could end the process."""
     path = tmp_path / "cut.so"
     path.write_bytes(b"plugin")
-    seal(path)
+    append_checksum(path)
     path.write_bytes(path.read_bytes().replace(b"plugin", b"plugim"))
     with pytest.raises(EngineError, match="is damaged: its content is not .*mmi plugins build"):
         load_tensorrt_plugin(path, MODULE)
