@@ -68,7 +68,7 @@ def build(csrc: Path = CSRC, *further: str) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder, "shim.so")
-        command = [*words, f"-I{csrc}", str(CPP / "shim.cpp"), "-o", str(made)]
+        command = [*words, f"-I{csrc}", f"-I{CPP}", str(CPP / "shim.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise EngineError("the shim does not compile", got=done.stderr.strip()[:2000])

@@ -136,10 +136,10 @@ def _barriers() -> list[int]:
 _WITHOUT_A_BARRIER = """
 import sys
 import numpy as np
-from mmi_plugins import cases
+from mmi_emulator import shim
+from mmi_plugins.conformance import calls
 from mmi_plugins.operator import TOLERANCES
 from mmi_plugins.reference import all_rows, attention
-from mmi_plugins.conformance.implementations import shim
 
 fixed = {"m": 70, "n": 5, "q": 2, "b": 1, "h": 1, "d": 64, "p": 8, "r": 4, "null_slot": False}
 for dtype in ("float32", "float16"):
