@@ -20,8 +20,8 @@ import numpy as np
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.system.files import cache_folder
+from mmi_plugins.compile.constants import CSRC
 from mmi_plugins.compile.launch_plan import (
-    CSRC,
     Launch,
     device_arrays,
     launch_plan,
@@ -57,7 +57,7 @@ def build(csrc: Path = CSRC, *further: str) -> Path:
     program = compiler()
     if program is None:
         raise EngineError("the shim needs a C++17 compiler", fix="install g++, or set CXX")
-    sources = sorted([*csrc.glob("*.h"), *csrc.glob("*.cuh"), *CPP.iterdir()])
+    sources = sorted([path for path in (*csrc.iterdir(), *CPP.iterdir()) if path.is_file()])
     words = [program, *OPTIONS, *further]
     key = hashlib.sha256("\0".join(words).encode())
     for source in sources:

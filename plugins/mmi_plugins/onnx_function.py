@@ -50,7 +50,7 @@ ATTRIBUTES = {
     "null_slot": ir.AttributeType.INT,
 }
 
-MOST_GATHERED = 2**24
+MAX_GATHERED = 2**24
 """Points times channels up to which corners are gathered, at a cost of 16 bytes each. About here
 GridSample becomes as fast; it also copies and transposes every image that is looked at."""
 
@@ -133,7 +133,7 @@ class _Points:
 
 
 @cache
-def mmfs_function(levels: int, most_gathered: int = MOST_GATHERED) -> onnx.FunctionProto:
+def mmfs_function(levels: int, most_gathered: int = MAX_GATHERED) -> onnx.FunctionProto:
     """The function for graphs whose MMFS layers read `levels` levels."""
     inputs = {name: ir.Value(name=name) for name in INPUTS}
     op = _Operators("body")

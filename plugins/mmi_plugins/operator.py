@@ -14,6 +14,7 @@ import numpy as np
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
+from mmi_plugins.compile.constants import constant
 
 DOMAIN, NAME, VERSION = MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
 
@@ -40,9 +41,10 @@ TOLERANCES = {"float32": 1e-6, "float16": 4e-4, "bfloat16": 3e-3}
 """Types T, and the relative error (rms of error / rms of expected) that each is allowed against
 float64 over the same, already rounded, inputs."""
 
-MOST_LEVELS, MOST_POINTS, MOST_CHANNELS, CHANNEL_STEP = 4, 16, 128, 8
-"""What every kernel takes: 1..4 levels, 1..16 points, head sizes that are multiples of 8 up to
-128."""
+# Limits of every kernel: 1..4 levels, 1..16 points, multiples of 8 up to 128 channels per head.
+MAX_LEVELS, MAX_POINTS, MAX_CHANNELS, CHANNEL_STEP = map(
+    constant, ("kMaxLevels", "kMaxPoints", "kMaxChannels", "kChannelStep")
+)
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,13 @@ def _check(call: Call) -> None:
     if not (np.isfinite(call.base_grid) and call.base_grid > 0):
         raise EngineError(f"{NAME}: base_grid must be positive", got=call.base_grid)
     channels = first["d"][1]
-    if channels % CHANNEL_STEP or channels > MOST_CHANNELS:
+    if channels % CHANNEL_STEP or channels > MAX_CHANNELS:
         raise EngineError(
             f"{NAME}: unsupported head size",
-            expected=f"a multiple of {CHANNEL_STEP} up to {MOST_CHANNELS}",
+            expected=f"a multiple of {CHANNEL_STEP} up to {MAX_CHANNELS}",
             got=channels,
         )
-    for letter, most in (("l", MOST_LEVELS), ("p", MOST_POINTS)):
+    for letter, most in (("l", MAX_LEVELS), ("p", MAX_POINTS)):
         if first[letter][1] > most:
             raise EngineError(
                 f"{NAME}: too many {'levels' if letter == 'l' else 'points'}",

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmi_plugins.operator import Call
 
-_MOST_NUMBERS = 2**24
+_MAX_NUMBERS = 2**24
 """Gathered float64 numbers held at a time."""
 
 
@@ -25,7 +25,7 @@ def attention(call: Call, rows: np.ndarray | None = None) -> np.ndarray:
     rows = all_rows(call) if rows is None else rows
     sizes = call.sizes
     numbers = 4 * sizes["m"] * sizes["l"] * sizes["p"] * sizes["d"]
-    step = max(1, _MOST_NUMBERS // numbers)
+    step = max(1, _MAX_NUMBERS // numbers)
     parts = [_attend(call, rows[start : start + step]) for start in range(0, len(rows), step)]
     return np.concatenate(parts)
 

@@ -32,9 +32,10 @@ from mmi_emulator.ptx.operands import Action, Mask, memory_of
 from mmi_emulator.ptx.parser import parse_instruction
 from mmi_emulator.ptx.warp import SYNCHRONISING, perform
 from mmi_plugins import reference
-from mmi_plugins.compile.launch_plan import Variant, constant
+from mmi_plugins.compile.constants import constant
+from mmi_plugins.compile.launch_plan import Variant
 from mmi_plugins.conformance import calls
-from mmi_plugins.operator import MOST_LEVELS, MOST_POINTS, Call
+from mmi_plugins.operator import MAX_LEVELS, MAX_POINTS, Call
 
 _REGISTER = re.compile(r"[%$\w.]+")
 
@@ -261,12 +262,12 @@ def _of_a_reciprocal(
         return False
     if before.operation != ("add", "s32") or after.operands[:2] != before.operands[:2]:
         return False
-    pairs = np.arange(32 * MOST_POINTS)
+    pairs = np.arange(32 * MAX_POINTS)
     added = int(after.operands[2], 0)
     return all(
         (((65536 // by + added) * pairs[: most * by]) >> 16 == pairs[: most * by] // by).all()
-        for by, most in [(points, 32) for points in range(1, MOST_POINTS + 1)]
-        + [(held, MOST_LEVELS) for held in range(1, 33)]
+        for by, most in [(points, 32) for points in range(1, MAX_POINTS + 1)]
+        + [(held, MAX_LEVELS) for held in range(1, 33)]
     )
 
 
@@ -303,7 +304,7 @@ def _of_the_upper_half_of_a_warp(
 ) -> bool:
     """In kernels that split a row: a step between the halves of a warp, of which the upper one has
     no entry."""
-    if variant.kind != "split" or constant("kSplitPairs") * MOST_LEVELS > 16:
+    if variant.kind != "split" or constant("kSplitPairs") * MAX_LEVELS > 16:
         return False
     near = kernel.instructions[max(0, mutant.index - 6) : mutant.index + 1]
     steps = {each.operands[0] for each in near if each.name == "mov" and each.operands[1] == "16"}

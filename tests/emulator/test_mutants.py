@@ -20,7 +20,7 @@ from mmi_plugins.compile.launch_plan import VARIANTS, Variant
 
 WANTED = 0.95
 
-MOST_EQUIVALENT = 0.2
+MAX_EQUIVALENT = 0.2
 """Of what counts, at most: who explains more explains too much."""
 
 
@@ -59,7 +59,7 @@ def judge(tallies: dict[str, tuple[int, list[str], list[str]]]) -> None:
     assert caught >= WANTED * (caught + len(missed)), "\n".join(missed)
     for name, (found, left, explained) in tallies.items():
         counted = found + len(left)
-        assert len(explained) <= MOST_EQUIVALENT * counted, f"{name}: too many called equivalent"
+        assert len(explained) <= MAX_EQUIVALENT * counted, f"{name}: too many called equivalent"
 
 
 def test_a_sample_of_mutants_is_caught() -> None:

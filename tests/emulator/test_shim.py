@@ -16,6 +16,7 @@ import pytest
 from mmi_deploy.errors import EngineError
 from mmi_emulator import shim
 from mmi_plugins.compile import launch_plan
+from mmi_plugins.compile.constants import CSRC
 from mmi_plugins.conformance import calls
 from mmi_plugins.operator import INPUT_SHAPES, TOLERANCES, Call
 from mmi_plugins.reference import all_rows, attention
@@ -129,7 +130,7 @@ def test_logits_of_minus_infinity_weigh_nothing_and_nan_is_not_hidden() -> None:
 
 def _barriers() -> list[int]:
     """Lines of the kernels' barriers."""
-    lines = (launch_plan.CSRC / "mmfs.cuh").read_text().splitlines()
+    lines = (CSRC / "mmfs.cuh").read_text().splitlines()
     return [n for n, line in enumerate(lines, 1) if re.search(r"__sync(warp|threads)\(", line)]
 
 
@@ -205,8 +206,8 @@ def _sides(call: Call) -> tuple[tuple[int, ...], tuple[int, ...], float, bool, s
     return call.level_heights, call.level_widths, call.base_grid, call.null_slot, call.dtype
 
 
-class _Attention(ctypes.Structure):
-    """`mmi::Attention` of `csrc/mmfs.h`."""
+class _MmfsCall(ctypes.Structure):
+    """`mmi::MmfsCall` of `csrc/mmfs.h`."""
 
     _fields_ = [
         ("type", ctypes.c_int32),
@@ -221,8 +222,8 @@ class _Attention(ctypes.Structure):
     ]
 
 
-def _attention(call: Call) -> _Attention:
-    given = _Attention(type=list(TOLERANCES).index(call.dtype))
+def _mmfs_call(call: Call) -> _MmfsCall:
+    given = _MmfsCall(type=list(TOLERANCES).index(call.dtype))
     for index, name in enumerate((*INPUT_SHAPES, "output")):
         setattr(given, name, 0x1000 * (index + 1))
     for letter in "bqmhlpdnsr":
@@ -235,7 +236,7 @@ def _attention(call: Call) -> _Attention:
     return given
 
 
-def _cpp_plan(given: _Attention) -> tuple[bytes, int, int, np.ndarray] | str:
+def _cpp_plan(given: _MmfsCall) -> tuple[bytes, int, int, np.ndarray] | str:
     size = len(launch_plan.launch_plan(*_a_call_and_addresses())[0].parameter)
     problem, parts, room = ctypes.create_string_buffer(size), ctypes.c_int(), ctypes.c_size_t()
     grids = np.zeros((3, 4), np.uint32)
@@ -262,7 +263,7 @@ def test_the_plan_in_c_plus_plus_is_the_plan_in_python(fixed: dict[str, int]) ->
     for dtype in TOLERANCES:
         call, addresses = _a_call_and_addresses(dtype=dtype, **fixed)
         plan = launch_plan.launch_plan(call, addresses)
-        planned = _cpp_plan(_attention(call))
+        planned = _cpp_plan(_mmfs_call(call))
         assert not isinstance(planned, str), planned
         parameter, parts, room, grids = planned
         assert parts == launch_plan.default_parts(call)
@@ -300,7 +301,7 @@ def test_the_plan_in_c_plus_plus_is_the_plan_in_python(fixed: dict[str, int]) ->
 def test_calls_that_cannot_run_are_refused_with_a_reason(
     change: dict[str, float], words: str
 ) -> None:
-    given = _attention(_a_call_and_addresses(d=128, levels=[(8, 8)])[0])
+    given = _mmfs_call(_a_call_and_addresses(d=128, levels=[(8, 8)])[0])
     for name, number in change.items():
         setattr(given, name, number)
     refused = _cpp_plan(given)
@@ -308,7 +309,7 @@ def test_calls_that_cannot_run_are_refused_with_a_reason(
 
 
 def test_the_workspace_never_shrinks_when_a_call_grows() -> None:
-    given = _attention(_a_call_and_addresses()[0])
+    given = _mmfs_call(_a_call_and_addresses()[0])
     for letter, sizes in (("q", (1, 16, 200, 5000)), ("m", (1, 9, 49, 400)), ("p", (1, 16))):
         rooms = []
         for size in sizes:
@@ -326,9 +327,9 @@ _GREATEST_LEVELS = """
 
 int main() {
   mmi::Attributes attributes;
-  attributes.levels = mmi::kMostLevels;
+  attributes.levels = mmi::kMaxLevels;
   attributes.base_grid = 1;
-  for (int level = 0; level < mmi::kMostLevels; ++level) {
+  for (int level = 0; level < mmi::kMaxLevels; ++level) {
     attributes.level_height[level] = attributes.level_width[level] = INT32_MAX;
   }
   mmi::Sizes sizes(attributes);
@@ -340,7 +341,7 @@ int main() {
 def test_the_greatest_levels_are_refused_without_an_overflow(tmp_path: Path) -> None:
     source, program = tmp_path / "levels.cpp", tmp_path / "levels"
     source.write_text(_GREATEST_LEVELS)
-    options = ["-std=c++17", "-fsanitize=undefined", f"-I{shim.CSRC}", "-o", str(program)]
+    options = ["-std=c++17", "-fsanitize=undefined", f"-I{CSRC}", "-o", str(program)]
     subprocess.run([str(shim.compiler()), *options, str(source)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
     assert done.stdout == "the levels do not make up the feature cells of value\n"
@@ -351,10 +352,11 @@ _SANITIZED = """
 import sys
 import numpy as np
 from mmi_emulator import shim
+from mmi_plugins.compile.constants import CSRC
 from mmi_plugins.conformance import calls
 from mmi_plugins.reference import all_rows
 
-runs = shim.Shim(shim.build(shim.CSRC, *shim.SANITIZERS))
+runs = shim.Shim(shim.build(CSRC, *shim.SANITIZERS))
 for index, (name, call) in enumerate(calls.draws(6, 8)):
     rows = all_rows(call)[-6:]
     if sys.argv[1] == "beyond":

@@ -1,26 +1,22 @@
 """Which CUDA kernels a call runs, with which grid, block and parameter: `csrc/plan.h` in Python.
 
 Whoever runs the kernels without a GPU (emulator, shim) or hands their PTX to a runtime reads it
-here. Every kernel has one parameter, by value: the struct `mmi::Problem` of `csrc/problem.h`, which
+here. Every kernel has one parameter, by value: the struct `mmi::KernelParameters` of `csrc/kernel_parameters.h`, which
 is `Launch.parameter` byte for byte. A device address is an integer; arrays must lie as
 `device_arrays` gives them, aligned to 16 bytes.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.operator import INPUT_SHAPES, MOST_LEVELS, NAME, NARROW_INPUTS, Call
-
-CSRC = Path(__file__).parents[1] / "csrc"
+from mmi_plugins.compile.constants import constant
+from mmi_plugins.operator import INPUT_SHAPES, MAX_LEVELS, NAME, NARROW_INPUTS, Call
 
 TYPES = {"float32": "float", "float16": "mmi::Half", "bfloat16": "mmi::BFloat16"}
 """Types T and their names in the kernels."""
@@ -55,7 +51,7 @@ class Variant:
     def threads(self) -> int:
         """Threads of a block."""
         if self.kind == "merge":
-            return constant("kMaximumChannels")
+            return constant("kMaxChannels")
         return constant("kLanes") * constant("kRowWarps" if self.kind == "rows" else "kSplitWarps")
 
 
@@ -93,14 +89,6 @@ class Launch:
         return np.unique(np.stack([x, h, b], 1), axis=0)
 
 
-@cache
-def constant(name: str) -> int:
-    """An integer constant of `csrc/problem.h`."""
-    found = re.search(rf"constexpr int {name} = (\d+);", (CSRC / "problem.h").read_text())
-    assert found, name
-    return int(found[1])
-
-
 def is_wide(call: Call) -> bool:
     """Whether a kernel for more than 64 channels is wanted."""
     return call.dtype != "float32" and call.sizes["d"] > 64
@@ -108,11 +96,11 @@ def is_wide(call: Call) -> bool:
 
 def default_parts(call: Call) -> int:
     """How many blocks share a row; 0: each warp has a row of its own (many queries)."""
-    if call.rows >= constant("kManyRows"):
+    if call.rows >= constant("kMinUnsplitRows"):
         return 0
     pairs = call.sizes["m"] * call.sizes["p"]
     block = constant("kSplitWarps") * constant("kSplitPairs")
-    return min(-(-pairs // block), constant("kMostBlocks") // call.rows)
+    return min(-(-pairs // block), constant("kMaxSplitBlocks") // call.rows)
 
 
 def kernel_variants(call: Call, parts: int | None = None) -> list[Variant]:
@@ -135,7 +123,7 @@ def launch_plan(call: Call, addresses: Mapping[str, int], parts: int | None = No
     parts = default_parts(call) if parts is None else parts
     sizes = call.sizes
     check_limits(sizes, call.dtype)
-    parameter = _problem(call, addresses, parts)
+    parameter = _kernel_parameters(call, addresses, parts)
     b, q, h = (sizes[letter] for letter in "bqh")
     launches = []
     for variant in kernel_variants(call, parts):
@@ -148,22 +136,22 @@ def launch_plan(call: Call, addresses: Mapping[str, int], parts: int | None = No
 def check_limits(sizes: Mapping[str, int], dtype: str) -> None:
     """Raise `EngineError` where sizes, by letter, are beyond what addresses and grids can hold."""
     unit = sizes["h"] * sizes["d"] * (4 if dtype == "float32" else 2) // 16
-    most = constant("kMostCounted")
+    most = constant("kMaxCount")
     reasons = {
         "value is larger than 64 GiB": sizes["n"] * sizes["s"] > 2**32 // unit,
         "more than 2^31 - 64 output rows": sizes["b"] * sizes["q"] * sizes["h"] > most,
         "more than 2^31 - 64 images": sizes["m"] > most,
         "more than 2^31 numbers in a table": sizes["h"] * sizes["p"] * max(sizes["l"], 2)
         > (2**31 - 1) // sizes["r"],
-        "more than 65535 heads or batch rows": max(sizes["h"], sizes["b"]) > constant("kMostGrid"),
+        "more than 65535 heads or batch rows": max(sizes["h"], sizes["b"]) > constant("kMaxGridYZ"),
     }
     for reason, holds in reasons.items():
         if holds:
             raise EngineError(f"{NAME}: {reason}")
 
 
-def _problem(call: Call, addresses: Mapping[str, int], parts: int) -> bytes:
-    """`mmi::Problem`: 11 addresses, 21 integers, 2 floats, no padding but at the end."""
+def _kernel_parameters(call: Call, addresses: Mapping[str, int], parts: int) -> bytes:
+    """`mmi::KernelParameters`: 11 addresses, 21 integers, 2 floats, no padding but at the end."""
     sizes = call.sizes
     names = [*INPUT_SHAPES, "output"]
     pointers = [addresses[name] for name in names] + [addresses.get("workspace", 0)]
@@ -171,7 +159,7 @@ def _problem(call: Call, addresses: Mapping[str, int], parts: int) -> bytes:
     integers += [call["image_position"].shape[1], call["reference"].shape[0]]
     integers += [int(call.null_slot), parts]
     for sides in (call.level_heights, call.level_widths):
-        integers += [*sides, *[0] * (MOST_LEVELS - len(sides))]
+        integers += [*sides, *[0] * (MAX_LEVELS - len(sides))]
     inverse = 1.0 / float(np.float32(call.base_grid))
     whole = np.float32(inverse)
     rest = np.float32(inverse - float(whole))

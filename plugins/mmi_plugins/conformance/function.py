@@ -37,9 +37,9 @@ class Function:
         """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
         import onnxruntime as ort
 
-        from mmi_plugins.onnx_function import MOST_GATHERED, mmfs_function
+        from mmi_plugins.onnx_function import MAX_GATHERED, mmfs_function
 
-        most = MOST_GATHERED if self.most_gathered is None else self.most_gathered
+        most = MAX_GATHERED if self.most_gathered is None else self.most_gathered
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         session = ort.InferenceSession(

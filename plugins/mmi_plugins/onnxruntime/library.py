@@ -31,10 +31,10 @@ from mmi_plugins.compile.compilers import (
     portable,
     supported_architectures,
 )
+from mmi_plugins.compile.constants import CSRC
 
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parents[1] / "csrc"
 NAME = "libmmi_onnxruntime.so"
 
 _FLAGS = (
@@ -57,6 +57,8 @@ _VARIANTS: dict[str, tuple[str, ...]] = {
 """Instruction sets that the kernel is compiled for; the library picks one when it runs."""
 
 _FILES = (
+    "constants.def",
+    "constants.h",
     "mmfs.h",
     "mmfs_cpu.h",
     "mmfs_cpu.cpp",
@@ -67,7 +69,7 @@ _FILES = (
     "onnxruntime_library.cpp",
     "sizes.h",
 )
-_CUDA_FILES = ("mmfs.cu", "*.cuh", "launch.h", "plan.h", "problem.h")
+_CUDA_FILES = ("mmfs.cu", "*.cuh", "launch.h", "plan.h", "kernel_parameters.h")
 _SECONDS = 900
 
 
@@ -85,7 +87,7 @@ def _fingerprint(cuda: bool) -> str:
     settings = (_FLAGS, _LINK, _VARIANTS, platform.machine(), cuda and ARCHITECTURES)
     digest = hashlib.sha256(repr(settings).encode())
     for pattern in (*_FILES, *(_CUDA_FILES if cuda else ())):
-        for path in sorted(SOURCES.glob(pattern)):
+        for path in sorted(CSRC.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -190,10 +192,10 @@ def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
     else:
         host = ["-Xcompiler", ",".join(_FLAGS[1:])]
         nvcc = [str(gpu.nvcc), "-ccbin", program, "-std=c++17", *host, "-c", "-o"]
-        source = str(SOURCES / "onnxruntime_library.cpp")
+        source = str(CSRC / "onnxruntime_library.cpp")
         jobs.append([*nvcc, str(scratch / "onnxruntime_library.o"), "-DMMI_CUDA", source])
         made = str(scratch / "mmfs.o")
-        jobs.append([*nvcc, made, *gpu.codes, str(SOURCES / "mmfs.cu")])
+        jobs.append([*nvcc, made, *gpu.codes, str(CSRC / "mmfs.cu")])
         link = [str(gpu.nvcc), "-ccbin", program, "-cudart", "static", "-shared"]
         link += ["-Xlinker", "--exclude-libs,ALL"]
     _run(jobs)
@@ -207,7 +209,7 @@ def _job(
 ) -> list[str]:
     """The command that compiles one source, for one instruction set."""
     made = scratch / f"{source}{variant}.o"
-    return [program, *_FLAGS, *flags, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(made)]
+    return [program, *_FLAGS, *flags, "-c", str(CSRC / f"{source}.cpp"), "-o", str(made)]
 
 
 def _run(commands: Sequence[list[str]]) -> None:

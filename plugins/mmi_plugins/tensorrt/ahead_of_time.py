@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.compile.launch_plan import TYPES, Variant, check_limits, constant
+from mmi_plugins.compile.constants import constant
+from mmi_plugins.compile.launch_plan import TYPES, Variant, check_limits
 from mmi_plugins.compile.nvrtc import compile_ptx
 from mmi_plugins.operator import DOMAIN, INPUT_SHAPES, NAME
 from mmi_plugins.tensorrt.build_only_plugin import FIELDS, check_shapes, checked_fields
@@ -95,7 +96,7 @@ class AheadOfTimeVariant(Variant):
             '#include "mmfs.cuh"\n'
             f'extern "C" __global__ void MMI_{self.kind.upper()}_BOUNDS {self.name}('
             f"{parameters}) {{\n"
-            f"  mmi::Problem call{{}};\n{fill}"
+            f"  mmi::KernelParameters call{{}};\n{fill}"
             f"  mmi::{_BODIES[self.kind]}<{TYPES[self.dtype]}, {wide}>(call);\n}}\n"
         )
 
@@ -105,7 +106,7 @@ def choose_variant(
 ) -> AheadOfTimeVariant:
     """The kernel for type `dtype` and attributes `fields`, where `likely_rows` outputs (b, q, h)
     are likeliest and a head has `channels` (None: known only at run time)."""
-    kind = "rows" if likely_rows >= constant("kManyRows") else "split"
+    kind = "rows" if likely_rows >= constant("kMinUnsplitRows") else "split"
     wide = dtype != "float32" and (channels is None or channels > 64)
     heights, widths = (tuple(map(int, fields[name])) for name in ("level_heights", "level_widths"))
     return AheadOfTimeVariant(

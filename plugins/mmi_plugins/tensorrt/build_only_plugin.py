@@ -19,9 +19,9 @@ from mmi_plugins.operator import (
     DOMAIN,
     INDEX_INPUTS,
     INPUT_SHAPES,
-    MOST_CHANNELS,
-    MOST_LEVELS,
-    MOST_POINTS,
+    MAX_CHANNELS,
+    MAX_LEVELS,
+    MAX_POINTS,
     NAME,
     NARROW_INPUTS,
     VERSION,
@@ -216,7 +216,7 @@ def checked_fields(given: dict[str, np.ndarray], needs_version: bool) -> dict[st
         )
     for name, kind in FIELDS.items():
         data = given.get(name, np.empty(0, kind))
-        most = MOST_LEVELS if name.startswith("level") else 1
+        most = MAX_LEVELS if name.startswith("level") else 1
         if data.dtype != kind or not 1 <= data.size <= most:
             raise EngineError(
                 f"{NAME}: attribute {name}",
@@ -259,11 +259,11 @@ def check_shapes(shapes: Sequence[Sequence[int | None]], fields: dict[str, np.nd
         if rows not in (None, 1, queries):
             raise EngineError(f"{NAME}: rows of {name}", expected=(1, queries), got=rows)
     channels, points = sizes.get("d", ("", CHANNEL_STEP))[1], sizes.get("p", ("", 1))[1]
-    if channels % CHANNEL_STEP or channels > MOST_CHANNELS:
+    if channels % CHANNEL_STEP or channels > MAX_CHANNELS:
         raise EngineError(
             f"{NAME}: unsupported head size",
-            expected=f"a multiple of {CHANNEL_STEP} up to {MOST_CHANNELS}",
+            expected=f"a multiple of {CHANNEL_STEP} up to {MAX_CHANNELS}",
             got=channels,
         )
-    if points > MOST_POINTS:
-        raise EngineError(f"{NAME}: too many points", expected=f"1..{MOST_POINTS}", got=points)
+    if points > MAX_POINTS:
+        raise EngineError(f"{NAME}: too many points", expected=f"1..{MAX_POINTS}", got=points)

@@ -24,8 +24,8 @@ from mmi_plugins.compile.compilers import (
     portable,
     supported_architectures,
 )
+from mmi_plugins.compile.constants import CSRC
 
-SOURCES = Path(__file__).parents[1] / "csrc"
 TARGETS = ("mmi_tensorrt", "mmi_tensorrt_registered")
 HEADER = "NvInferRuntime.h"
 SYSTEM_INCLUDES = (
@@ -126,7 +126,7 @@ def _compile(
     codes = [name if name == with_ptx else f"{name}-real" for name in architectures]
     configure: list[str | Path] = [
         cmake,
-        *("-S", SOURCES, "-B", folder),
+        *("-S", CSRC, "-B", folder),
         "-DCMAKE_BUILD_TYPE=Release",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
         f"-DPython3_EXECUTABLE={sys.executable}",  # runs checksum.py
@@ -140,7 +140,7 @@ def _compile(
 
 def _key(*parts: str) -> str:
     digest = hashlib.sha256("\0".join(parts).encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(CSRC.iterdir()):
         if source.is_file():
             digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:12]

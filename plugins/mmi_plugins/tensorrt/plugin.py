@@ -70,7 +70,7 @@ def _ahead_of_time(runtime: str, architecture: str) -> Plugin:
     from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME
     from mmi_deploy.spec.target import TENSORRT
     from mmi_plugins.compile import nvrtc
-    from mmi_plugins.compile.launch_plan import CSRC
+    from mmi_plugins.compile.constants import CSRC
     from mmi_plugins.tensorrt import ahead_of_time
 
     if runtime != TENSORRT:

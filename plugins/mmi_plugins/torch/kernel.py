@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST_CORNERS = 2**18
+MAX_CORNERS = 2**18
 """Corners of a chunk going forward; each costs 8 bytes of index and share, and as many more."""
 
-MOST_CORNERS_BACKWARD = 2**20
+MAX_CORNERS_BACKWARD = 2**20
 """Corners of a chunk going backward: each chunk adds to the whole gradient of `value`."""
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -188,7 +188,7 @@ def forward(problem: Problem) -> Tensor:
     b, q, h, l, _ = problem.logits.shape  # noqa: E741
     value, null_value = problem.rows_of_value(), problem.null_value.to(problem.wide)
     out = problem.value.new_empty(b * q, h, problem.value.shape[-1])
-    for part, queries in problem.chunks(MOST_CORNERS):
+    for part, queries in problem.chunks(MAX_CORNERS):
         weight, null = queries.weights()
         row, share = queries.corners(weight, queries.axes())
         # A bag for every level and corner, added up afterwards: fp32 sums stay short.
@@ -212,7 +212,7 @@ def backward(grad: Tensor, problem: Problem) -> Gradients:
     grad_reference = value.new_empty(b * q, 2)
     grad_offset_table = torch.zeros_like(problem.offset_table, dtype=wide)
     grad_logit_table = torch.zeros_like(problem.logit_table, dtype=wide)
-    for part, queries in problem.chunks(MOST_CORNERS_BACKWARD):
+    for part, queries in problem.chunks(MAX_CORNERS_BACKWARD):
         own = grad.reshape(b * q, h, d)[part].to(wide)  # [k, h, d]
         weight, null = queries.weights()
         axes = queries.axes()

@@ -81,7 +81,7 @@ def test_the_kernel_is_right_with_the_arguments_tensorrt_passes(
 ) -> None:
     rng = np.random.default_rng([channels, len(dtype), len(kind)])
     call = draw(rng, dtype=dtype, d=channels, b=2, q=3, h=2, m=5, n=2, r=4, p=4)
-    rows = constant("kManyRows") if kind == "rows" else 1
+    rows = constant("kMinUnsplitRows") if kind == "rows" else 1
     variant = choose_variant(dtype, fields_of(call), likely_rows=rows, channels=channels)
     assert variant.kind == kind
     across = -(-3 // constant("kRowWarps")) if kind == "rows" else 3

@@ -171,8 +171,8 @@ def test_another_type_is_refused(drive: Drive) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        (["d=36"], "the head size is no multiple of 8 up to 128"),
-        (["d=136"], "the head size is no multiple of 8 up to 128"),
+        (["d=36"], "the head size is not a multiple of 8 up to 128"),
+        (["d=136"], "the head size is not a multiple of 8 up to 128"),
         (["p=17"], "more than 16 points"),
         (["s=21"], "value and the attributes differ in s; expected 20, got 21"),
         (["l=3"], "logits and the attributes differ in l; expected 2, got 3"),

@@ -147,8 +147,8 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     output = run(call, inputs)
     grad = torch.ones_like(output)
     wanted = gradients(call, inputs, grad)
-    monkeypatch.setattr(kernel, "MOST_CORNERS", 1)
-    monkeypatch.setattr(kernel, "MOST_CORNERS_BACKWARD", 1)
+    monkeypatch.setattr(kernel, "MAX_CORNERS", 1)
+    monkeypatch.setattr(kernel, "MAX_CORNERS_BACKWARD", 1)
     assert relative(run(call, inputs), output) <= 1e-12
     for name, gradient in gradients(call, inputs, grad).items():
         assert relative(gradient, wanted[name]) <= 1e-12, name
