@@ -18,11 +18,9 @@ from typing import Any
 import onnx
 
 from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.runtime.tensorrt.module import MODULES
 from mmi_deploy.spec.target import ARCHITECTURES, TENSORRT, TENSORRT_RTX
 from mmi_deploy.targets.profiles import Profile
-
-MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
-"""Python modules of the runtimes."""
 
 LEAST_VERSION = {TENSORRT: (10, 15, 1), TENSORRT_RTX: (1, 7)}
 """Attention, rotary embedding and the KV cache in place are known from here on (TensorRT-RTX: the
@@ -49,11 +47,11 @@ class Plugin:
     `import_tensorrt(module name)`: the module, ready to parse plugins. `load(module)`: registers
     the plugin; the result has `last_report()`. `copy(model)`: TensorRT's own copy of a graph.
     `check(network, model)`: raises unless every MMFS node became a plugin layer. All can be
-    pickled. `identity` names its bytes. `stand_in`: it only builds.
+    pickled. `identity` names its bytes. `build_only`: engines built with it cannot run.
     """
 
     identity: str
-    stand_in: bool
+    build_only: bool
     import_tensorrt: Callable[[str], Any]
     load: Callable[[Any], Any]
     copy: Callable[[onnx.ModelProto], onnx.ModelProto]

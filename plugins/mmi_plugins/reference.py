@@ -20,7 +20,7 @@ def all_rows(call: Call) -> np.ndarray:
     return np.stack(np.unravel_index(np.arange(call.rows), [sizes[x] for x in "bqh"]), 1)
 
 
-def attention(call: Call, rows: np.ndarray | None = None) -> np.ndarray:
+def mmfs_reference(call: Call, rows: np.ndarray | None = None) -> np.ndarray:
     """Outputs [k, d] of `rows` [k, 3], or of all; float64 throughout."""
     rows = all_rows(call) if rows is None else rows
     sizes = call.sizes

@@ -214,7 +214,7 @@ def trials(variant: Variant) -> tuple[Trial, ...]:
             "split": 1 + 2 * (index % 2),
             "merge": 9 if call.sizes["m"] == 18 else 2 + index % 4,
         }[variant.kind]
-        trial = Trial(name, call, parts, rows, reference.attention(call, rows), np.empty(0))
+        trial = Trial(name, call, parts, rows, reference.mmfs_reference(call, rows), np.empty(0))
         loose = 3 * SHARP if name.startswith("faint") else SHARP
         output, work = run(trial, variant)
         trial = replace(trial, output=output, sharp=loose, work=work)

@@ -19,7 +19,7 @@ from mmi_plugins.compile import launch_plan
 from mmi_plugins.compile.constants import CSRC
 from mmi_plugins.conformance import calls
 from mmi_plugins.operator import INPUT_SHAPES, TOLERANCES, Call
-from mmi_plugins.reference import all_rows, attention
+from mmi_plugins.reference import all_rows, mmfs_reference
 
 if reason := shim.SHIM.missing():
     pytest.skip(reason, allow_module_level=True)
@@ -52,7 +52,7 @@ def test_every_situation_agrees_with_float64_whatever_the_order_of_threads(
     for index, (name, call) in enumerate(calls.draws(20 + parts, 24, dtype=dtype)):
         rows = some_rows(call)
         got = shim.Shim(backwards=index % 2 == 1).run(call, rows, parts)
-        wrong = error(call, got, attention(call, rows))
+        wrong = error(call, got, mmfs_reference(call, rows))
         assert wrong <= TOLERANCES[dtype], f"{name}, {call.sizes}: {wrong:.2e}"
 
 
@@ -62,7 +62,7 @@ def test_every_head_size(dtype: str, channels: int) -> None:
     rng = np.random.default_rng(channels)
     call = calls.draw(rng, dtype=dtype, d=channels, b=1, q=2, m=3, p=5, h=2)
     rows = some_rows(call, 3)
-    expected = attention(call, rows)
+    expected = mmfs_reference(call, rows)
     for parts in (0, 2):
         assert error(call, shim.Shim().run(call, rows, parts), expected) <= TOLERANCES[dtype]
 
@@ -77,7 +77,7 @@ def test_every_number_of_points(points: int) -> None:
     )
     rows = some_rows(call, 4)
     got = shim.Shim().run(call, rows, 0)
-    assert error(call, got, attention(call, rows)) <= TOLERANCES["float32"]
+    assert error(call, got, mmfs_reference(call, rows)) <= TOLERANCES["float32"]
 
 
 @pytest.mark.parametrize("images", (31, 32, 33, 49, 70))
@@ -88,7 +88,7 @@ def test_more_images_than_a_warp_has_lanes(images: int) -> None:
     rows = all_rows(call)
     for parts in (0, 1, 5):
         got = shim.Shim().run(call, rows, parts)
-        assert error(call, got, attention(call, rows)) <= TOLERANCES[call.dtype]
+        assert error(call, got, mmfs_reference(call, rows)) <= TOLERANCES[call.dtype]
 
 
 def test_wide_maps_cost_no_accuracy() -> None:
@@ -99,7 +99,7 @@ def test_wide_maps_cost_no_accuracy() -> None:
         **{"b": 1, "q": 17, "h": 5, "n": 2, "base_grid": 12.5, "null_slot": False},
     )
     rows = some_rows(call, 40)
-    assert error(call, shim.Shim().run(call, rows), attention(call, rows)) <= 5e-7
+    assert error(call, shim.Shim().run(call, rows), mmfs_reference(call, rows)) <= 5e-7
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
@@ -112,7 +112,7 @@ def test_locations_that_are_no_numbers_are_outside(dtype: str) -> None:
     got = shim.Shim().run(call, all_rows(call), 0)
     offsets = call["offsets"]
     offsets[~(np.abs(offsets) < 1e6)] = 1e6
-    assert error(call, got, attention(call, all_rows(call))) <= TOLERANCES[dtype]
+    assert error(call, got, mmfs_reference(call, all_rows(call))) <= TOLERANCES[dtype]
 
 
 def test_logits_of_minus_infinity_weigh_nothing_and_nan_is_not_hidden() -> None:
@@ -124,7 +124,9 @@ def test_logits_of_minus_infinity_weigh_nothing_and_nan_is_not_hidden() -> None:
     call.inputs["logits"][0, 2, 0, 0, 0] = np.nan
     for parts in PARTS:
         got = shim.Shim().run(call, all_rows(call), parts)
-        assert error(call, got[:2], attention(call, all_rows(call)[:2])) <= TOLERANCES["float32"]
+        assert (
+            error(call, got[:2], mmfs_reference(call, all_rows(call)[:2])) <= TOLERANCES["float32"]
+        )
         assert not got[1].any() and np.isnan(got[2]).all()
 
 
@@ -140,12 +142,12 @@ import numpy as np
 from mmi_emulator import shim
 from mmi_plugins.conformance import calls
 from mmi_plugins.operator import TOLERANCES
-from mmi_plugins.reference import all_rows, attention
+from mmi_plugins.reference import all_rows, mmfs_reference
 
 fixed = {"m": 70, "n": 5, "q": 2, "b": 1, "h": 1, "d": 64, "p": 8, "r": 4, "null_slot": False}
 for dtype in ("float32", "float16"):
     call = calls.draw(np.random.default_rng(3), dtype=dtype, **fixed)
-    expected = attention(call)
+    expected = mmfs_reference(call)
     for backwards in (False, True):
         runs = shim.Shim(backwards=backwards, without=int(sys.argv[1]))
         for parts in (0, 1, 3):
@@ -192,7 +194,7 @@ def test_addresses_beyond_two_to_the_32() -> None:
     addresses = {name: array.ctypes.data for name, array in arrays.items()}
     for launch in launch_plan.launch_plan(call, addresses, 1):
         shim.Shim().launch(launch, launch.blocks(all_rows(call)))
-    expected = attention(call)
+    expected = mmfs_reference(call)
     assert np.abs(expected).max() > 0.01
     assert error(call, arrays["output"].reshape(expected.shape), expected) <= 1e-6
     too_large = Call(

@@ -29,13 +29,13 @@ def compile_only(cache: str) -> None:
 def _problem(call: Call) -> Any:
     import torch
 
-    from mmi_plugins.torch.kernel import Problem
+    from mmi_plugins.torch.kernel import MmfsCall
 
     torch.set_num_threads(1)
     own = getattr(torch, call.dtype)
     inputs = {name: torch.from_numpy(np.array(call[name])) for name in INPUT_SHAPES}
     inputs |= {name: inputs[name].to(own) for name in NARROW_INPUTS}
-    return Problem(
+    return MmfsCall(
         **inputs,
         level_heights=call.level_heights,
         level_widths=call.level_widths,
@@ -57,8 +57,8 @@ def backward(call: Call, grad: np.ndarray) -> dict[str, np.ndarray]:
 
     from mmi_plugins.torch import triton_kernels
 
-    problem = _problem(call)
-    found = triton_kernels.backward(torch.from_numpy(grad).to(problem.value.dtype), problem)
+    call = _problem(call)
+    found = triton_kernels.backward(torch.from_numpy(grad).to(call.value.dtype), call)
     return {name: gradient.float().numpy() for name, gradient in zip(FLOATING, found, strict=True)}
 
 

@@ -39,7 +39,7 @@ from mmi_plugins.compile import nvrtc
 from mmi_plugins.conformance.calls import draws
 from mmi_plugins.conformance.check import Verdict, check
 from mmi_plugins.operator import TOLERANCES
-from mmi_plugins.reference import all_rows, attention
+from mmi_plugins.reference import all_rows, mmfs_reference
 from mmi_plugins.tensorrt.build_plugin import (
     build_tensorrt_plugin,
     find_cmake,
@@ -99,7 +99,7 @@ class Machine:
     def module(self, runtime: str) -> Any:
         """TensorRT; raises `Missing`."""
         try:
-            return self.tensorrt or import_tensorrt(runtime)
+            return self.tensorrt or import_tensorrt(MODULES[runtime])
         except EngineError as error:
             raise Missing(str(error)) from None
 
@@ -221,7 +221,9 @@ class Check:
         verdicts: list[Verdict] = []
         worst: dict[str, float] = dict.fromkeys(TOLERANCES, 0.0)
         for name, call in draws(0, self.cases):
-            expected = attention(call, all_rows(call)).reshape(call.sizes["b"], call.sizes["q"], -1)
+            expected = mmfs_reference(call, all_rows(call)).reshape(
+                call.sizes["b"], call.sizes["q"], -1
+            )
             verdicts.append(check(name, call, expected, implementation))
             worst[call.dtype] = max(worst[call.dtype], verdicts[-1].relative)
         wrong = [verdict for verdict in verdicts if verdict.wrong]

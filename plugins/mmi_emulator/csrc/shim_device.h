@@ -1,8 +1,8 @@
-// CUDA's device language for g++, as far as the kernels use it: a fiber for every thread of a block,
-// and synchronisation points at barriers, shuffles, votes and tensor-core products.
+// CUDA's device language for g++, as far as the kernels use it: a fiber for every thread of a
+// block, and synchronisation points at barriers, shuffles, votes and tensor-core products.
 //
-// Fibers run one at a time, from one synchronisation point to the next, in order of thread index or
-// backwards. So a thread whose barrier is missing reads shared memory before another has written it,
+// Fibers run one at a time, from one synchronisation point to the next, by thread index, upwards
+// or downwards. So a thread whose barrier is missing reads shared memory before another has written it,
 // or overwrites it before another has read it. Every block gets new shared memory, filled with NaN
 // bits, each array allocated by itself, so that AddressSanitizer sees every access beyond one.
 #pragma once

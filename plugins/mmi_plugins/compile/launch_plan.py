@@ -1,9 +1,12 @@
-"""Which CUDA kernels a call runs, with which grid, block and parameter: `csrc/plan.h` in Python.
+"""Launch plan of a call: its CUDA kernels, grids, blocks and parameter, as `csrc/plan.h` has them.
 
-Whoever runs the kernels without a GPU (emulator, shim) or hands their PTX to a runtime reads it
-here. Every kernel has one parameter, by value: the struct `mmi::KernelParameters` of `csrc/kernel_parameters.h`, which
-is `Launch.parameter` byte for byte. A device address is an integer; arrays must lie as
-`device_arrays` gives them, aligned to 16 bytes.
+For whatever runs the kernels without the library: emulator, shim, ahead-of-time PTX. Every kernel
+has one parameter, by value: the struct `mmi::KernelParameters` of `csrc/kernel_parameters.h`, whose
+bytes are `Launch.parameter`. A device address is an integer; arrays have the layout of
+`device_arrays` and start at multiples of 16 bytes.
+
+Letters: b batch, q queries, m image slots, l levels, h heads, p points, d channels per head,
+n encoded images, s feature cells, r table rows.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from mmi_deploy.errors import EngineError
 from mmi_plugins.compile.constants import constant
 from mmi_plugins.operator import INPUT_SHAPES, MAX_LEVELS, NAME, NARROW_INPUTS, Call
 
+# Types T and their names in the kernels.
 TYPES = {"float32": "float", "float16": "mmi::Half", "bfloat16": "mmi::BFloat16"}
-"""Types T and their names in the kernels."""
 
+# `rows`: a warp for each output row. `split`: warps and blocks share a row. `merge`: merges the
+# partial rows of several blocks.
 KINDS = ("rows", "split", "merge")
-"""`rows`: a warp an output row; `split`: warps and blocks share a row; `merge`: joins the blocks'
-parts."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,18 @@ class Variant:
         return constant("kLanes") * constant("kRowWarps" if self.kind == "rows" else "kSplitWarps")
 
 
+# All kernels; each takes every shape.
 VARIANTS = tuple(
     Variant(dtype, kind, wide)
     for dtype in TYPES
     for kind in KINDS
     for wide in ((False, True) if dtype != "float32" and kind != "merge" else (False,))
 )
-"""Every kernel there is; each takes every shape."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. Shared memory is static: no dynamic bytes are asked for."""
+    """One kernel launch. All shared memory is static."""
 
     variant: Variant
     grid: tuple[int, int, int]
@@ -80,7 +83,7 @@ class Launch:
         return (self.variant.threads, 1, 1)
 
     def blocks(self, rows: np.ndarray) -> np.ndarray:
-        """The blocks (x, y, z) [k, 3] that have to run for the output `rows` (b, q, h) [k, 3]."""
+        """The blocks (x, y, z), [blocks, 3], that compute the output `rows` (b, q, h), [rows, 3]."""
         b, q, h = np.asarray(rows).T
         x = q // self.queries_per_block
         if self.variant.kind == "split":
@@ -90,12 +93,12 @@ class Launch:
 
 
 def is_wide(call: Call) -> bool:
-    """Whether a kernel for more than 64 channels is wanted."""
+    """Whether the call takes a kernel for more than 64 channels per head."""
     return call.dtype != "float32" and call.sizes["d"] > 64
 
 
 def default_parts(call: Call) -> int:
-    """How many blocks share a row; 0: each warp has a row of its own (many queries)."""
+    """Number of blocks that share a row; 0: each warp has a row of its own (many rows)."""
     if call.rows >= constant("kMinUnsplitRows"):
         return 0
     pairs = call.sizes["m"] * call.sizes["p"]
@@ -104,15 +107,15 @@ def default_parts(call: Call) -> int:
 
 
 def kernel_variants(call: Call, parts: int | None = None) -> list[Variant]:
-    """The kernels that the call runs, in order. `parts` as in `default_parts`, which is what the
-    library takes; others are as right, and let a small call try every kernel."""
+    """The kernels of the call, in order. `parts`: as from `default_parts`, which the library uses;
+    other values give the same result, so that a small call can test every kernel."""
     parts = default_parts(call) if parts is None else parts
     kinds = ["rows"] if parts == 0 else ["split"] if parts == 1 else ["split", "merge"]
     return [Variant(call.dtype, kind, kind != "merge" and is_wide(call)) for kind in kinds]
 
 
 def workspace_shape(call: Call, parts: int | None = None) -> tuple[int, ...]:
-    """float32 numbers that the workspace of the call must hold."""
+    """Shape of the float32 workspace of the call; (0,) for none."""
     parts = default_parts(call) if parts is None else parts
     return (call.rows, parts, call.sizes["d"] + 2) if parts > 1 else (0,)
 
@@ -134,7 +137,7 @@ def launch_plan(call: Call, addresses: Mapping[str, int], parts: int | None = No
 
 
 def check_limits(sizes: Mapping[str, int], dtype: str) -> None:
-    """Raise `EngineError` where sizes, by letter, are beyond what addresses and grids can hold."""
+    """Raise `EngineError` where sizes, by letter, exceed what addresses and grids can hold."""
     unit = sizes["h"] * sizes["d"] * (4 if dtype == "float32" else 2) // 16
     most = constant("kMaxCount")
     reasons = {
@@ -151,7 +154,7 @@ def check_limits(sizes: Mapping[str, int], dtype: str) -> None:
 
 
 def _kernel_parameters(call: Call, addresses: Mapping[str, int], parts: int) -> bytes:
-    """`mmi::KernelParameters`: 11 addresses, 21 integers, 2 floats, no padding but at the end."""
+    """Bytes of `mmi::KernelParameters`: 11 addresses, 21 integers, 2 floats, padding at the end."""
     sizes = call.sizes
     names = [*INPUT_SHAPES, "output"]
     pointers = [addresses[name] for name in names] + [addresses.get("workspace", 0)]
@@ -183,7 +186,7 @@ def output_array(call: Call) -> np.ndarray:
 
 
 def narrow(array: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 numbers that `dtype` holds exactly, in its bits."""
+    """float32 numbers, exact in `dtype`, as arrays of its bits."""
     array = np.ascontiguousarray(array, np.float32)
     if dtype == "float16":
         return array.astype(np.float16).view(np.uint16)
@@ -193,7 +196,7 @@ def narrow(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def widen(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The float32 numbers of an array in the bits of `dtype`."""
+    """An array of bits of `dtype` as float32 numbers."""
     if dtype == "float16":
         return array.view(np.float16).astype(np.float32)
     if dtype == "bfloat16":

@@ -18,7 +18,7 @@
 
 namespace mmi {
 
-// `rows`: 8 resident blocks on an SM leave 64 registers a thread, for 4 loads of 128 bits in flight.
+// `rows`: 8 resident blocks on an SM leave 64 registers a thread: 4 loads of 128 bits in flight.
 // `split`: few rows cannot fill an SM, so occupancy gives way to loads in flight, which then hide
 // the latency: 2 blocks, 128 registers, 8 loads.
 constexpr int kRowBlocks = 8, kRowLoads = 4;

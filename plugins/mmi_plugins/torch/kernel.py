@@ -34,7 +34,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Problem:
+class MmfsCall:
     """The operator's inputs and attributes, of sizes that fit each other."""
 
     value: Tensor  # [n, s, h, d]
@@ -101,7 +101,7 @@ class Axis:
 class Queries:
     """A chunk of queries: where they look and how much each point weighs."""
 
-    problem: Problem
+    call: MmfsCall
     slot: Tensor  # [k, m], 0 where hidden
     position: Tensor  # [k, m], likewise
     visible: Tensor  # [k, m]
@@ -112,13 +112,13 @@ class Queries:
     def weights(self) -> tuple[Tensor, Tensor]:
         """Softmax over all visible points: [l, k, h, m, p], and the null slot's [k, h]."""
         k, h, l, p = self.logits.shape  # noqa: E741
-        rows = self.problem.logit_table[self.position]  # [k, m, h, l, p]
+        rows = self.call.logit_table[self.position]  # [k, m, h, l, p]
         score = self.logits.new_empty(l, k, h, self.slot.shape[1], p, dtype=torch.float64)
         own = self.logits.permute(2, 0, 1, 3).unsqueeze(3).double()
         torch.add(own, rows.permute(3, 0, 2, 1, 4), out=score)
         score.masked_fill_(~self.visible[None, :, None, :, None], -torch.inf)
         most = score.amax((0, 3, 4))  # [k, h]
-        if self.problem.null_slot:
+        if self.call.null_slot:
             most.clamp_(min=0)  # the null slot's logit
             null = torch.exp(-most).to(self.logits.dtype)
         else:
@@ -131,9 +131,9 @@ class Queries:
 
     def axes(self) -> list[tuple[Axis, Axis]]:
         """Of every level: along x, along y."""
-        problem = self.problem
-        rows = problem.offset_table[self.position].transpose(1, 2)  # [k, h, m, p, 2]
-        sides = (problem.level_widths, problem.level_heights)
+        call = self.call
+        rows = call.offset_table[self.position].transpose(1, 2)  # [k, h, m, p, 2]
+        sides = (call.level_widths, call.level_heights)
         across, down = (
             [self._axis(location, side) for side in sides[axis]]
             for axis, location in enumerate((self._location(rows, 0), self._location(rows, 1)))
@@ -144,7 +144,7 @@ class Queries:
         """Along one axis, 0 and 1 at the map's borders: [k, h, m, p], fp64."""
         location = rows.new_empty(rows.shape[:-1], dtype=torch.float64)
         torch.add(self.offsets[:, :, None, :, axis].double(), rows[..., axis], out=location)
-        location /= self.problem.base_grid
+        location /= self.call.base_grid
         return location.add_(self.reference[:, axis, None, None, None])
 
     def _axis(self, location: Tensor, side: int) -> Axis:
@@ -163,15 +163,15 @@ class Queries:
 
     def corners(self, weight: Tensor, axes: Sequence[tuple[Axis, Axis]]) -> tuple[Tensor, Tensor]:
         """Rows of value (int) and shares of every corner, both [k * h, x]."""
-        n, s, h, _ = self.problem.value.shape
+        n, s, h, _ = self.call.value.shape
         kind = torch.int32 if n * s * h < 2**31 else torch.int64
         head = torch.arange(h, dtype=kind, device=self.slot.device).view(h, 1, 1)
         image = self.slot.to(kind)[:, None, :, None] * (s * h) + head  # [k, h, m, 1]
-        levels = zip(self.problem.level_heights, self.problem.level_widths, strict=True)
+        levels = zip(self.call.level_heights, self.call.level_widths, strict=True)
         starts = accumulate((height * width for height, width in levels), initial=0)
         rows, shares = [], []
         for level, ((across, down), start) in enumerate(zip(axes, starts, strict=False)):
-            width = self.problem.level_widths[level]
+            width = self.call.level_widths[level]
             columns = [cell * h for cell in across.cell]
             for line, line_share in zip(down.cell, down.share, strict=True):
                 first = torch.add(image + start * h, line, alpha=width * h)
@@ -183,12 +183,12 @@ class Queries:
         return torch.stack(rows, 2).view(bags, -1), torch.stack(shares, 2).view(bags, -1)
 
 
-def forward(problem: Problem) -> Tensor:
+def forward(call: MmfsCall) -> Tensor:
     """[b, q, h * d] in `value`'s type."""
-    b, q, h, l, _ = problem.logits.shape  # noqa: E741
-    value, null_value = problem.rows_of_value(), problem.null_value.to(problem.wide)
-    out = problem.value.new_empty(b * q, h, problem.value.shape[-1])
-    for part, queries in problem.chunks(MAX_CORNERS):
+    b, q, h, l, _ = call.logits.shape  # noqa: E741
+    value, null_value = call.rows_of_value(), call.null_value.to(call.wide)
+    out = call.value.new_empty(b * q, h, call.value.shape[-1])
+    for part, queries in call.chunks(MAX_CORNERS):
         weight, null = queries.weights()
         row, share = queries.corners(weight, queries.axes())
         # A bag for every level and corner, added up afterwards: fp32 sums stay short.
@@ -201,18 +201,18 @@ def forward(problem: Problem) -> Tensor:
     return out.view(b, q, -1)
 
 
-def backward(grad: Tensor, problem: Problem) -> Gradients:
+def backward(grad: Tensor, call: MmfsCall) -> Gradients:
     """Gradients of all floating inputs, each in its input's shape and type; grad [b, q, h * d]."""
-    b, q, h, l, p = problem.logits.shape  # noqa: E741
-    d, wide = problem.value.shape[-1], problem.wide
-    value, null_value = problem.rows_of_value(), problem.null_value.to(wide)
+    b, q, h, l, p = call.logits.shape  # noqa: E741
+    d, wide = call.value.shape[-1], call.wide
+    value, null_value = call.rows_of_value(), call.null_value.to(wide)
     grad_value, grad_null = None, torch.zeros_like(null_value)
     grad_offsets = value.new_empty(b * q, h, p, 2)
     grad_logits = value.new_empty(b * q, h, l, p)
     grad_reference = value.new_empty(b * q, 2)
-    grad_offset_table = torch.zeros_like(problem.offset_table, dtype=wide)
-    grad_logit_table = torch.zeros_like(problem.logit_table, dtype=wide)
-    for part, queries in problem.chunks(MAX_CORNERS_BACKWARD):
+    grad_offset_table = torch.zeros_like(call.offset_table, dtype=wide)
+    grad_logit_table = torch.zeros_like(call.logit_table, dtype=wide)
+    for part, queries in call.chunks(MAX_CORNERS_BACKWARD):
         own = grad.reshape(b * q, h, d)[part].to(wide)  # [k, h, d]
         weight, null = queries.weights()
         axes = queries.axes()
@@ -222,7 +222,7 @@ def backward(grad: Tensor, problem: Problem) -> Gradients:
 
         dot = _dots(own.flatten(0, 1), value, row)
         dot = dot.view(*own.shape[:2], l, 2, 2, -1, p)  # [k, h, l, down, across, m, p]
-        to_weight, to_moved = _through_corners(problem, dot, weight, axes)
+        to_weight, to_moved = _through_corners(call, dot, weight, axes)
         to_null = torch.einsum("khd,hd->kh", own, null_value)
         to_weight *= weight
         mean = to_weight.sum((0, 3, 4)) + null * to_null  # [k, h]
@@ -232,7 +232,7 @@ def backward(grad: Tensor, problem: Problem) -> Gradients:
         to_rows = to_score.permute(1, 3, 2, 0, 4).flatten(0, 1)  # [k * m, h, l, p]
         grad_logit_table.index_add_(0, position, to_rows)
 
-        grad_reference[part] = to_moved.sum((2, 3, 4)).t() * problem.base_grid
+        grad_reference[part] = to_moved.sum((2, 3, 4)).t() * call.base_grid
         grad_offsets[part] = to_moved.sum(3).permute(1, 2, 3, 0)
         to_rows = to_moved.permute(1, 3, 2, 4, 0).flatten(0, 1)  # [k * m, h, p, 2]
         grad_offset_table.index_add_(0, position, to_rows)
@@ -243,17 +243,17 @@ def backward(grad: Tensor, problem: Problem) -> Gradients:
         grad_logits,
         grad_offset_table,
         grad_logit_table,
-        grad_reference.view(b, q, 2).sum(0).sum_to_size(problem.reference.shape),
+        grad_reference.view(b, q, 2).sum(0).sum_to_size(call.reference.shape),
         grad_null,
     )
     inputs = (
-        problem.value,
-        problem.offsets,
-        problem.logits,
-        problem.offset_table,
-        problem.logit_table,
-        problem.reference,
-        problem.null_value,
+        call.value,
+        call.offsets,
+        call.logits,
+        call.offset_table,
+        call.logit_table,
+        call.reference,
+        call.null_value,
     )
     return tuple(  # type: ignore[return-value]
         gradient.view(given.shape).to(given.dtype)
@@ -262,7 +262,7 @@ def backward(grad: Tensor, problem: Problem) -> Gradients:
 
 
 def _through_corners(
-    problem: Problem, dot: Tensor, weight: Tensor, axes: Sequence[tuple[Axis, Axis]]
+    call: MmfsCall, dot: Tensor, weight: Tensor, axes: Sequence[tuple[Axis, Axis]]
 ) -> tuple[Tensor, Tensor]:
     """From `dot` [k, h, l, 2, 2, m, p], what every corner's row is worth: gradients of the weights
     [l, k, h, m, p] and of the distances from the reference point [2, k, h, m, p], x first."""
@@ -278,9 +278,9 @@ def _through_corners(
         to_y = lower * down.inside[1] - upper * down.inside[0]
         to_x = (right[0] * y0 + right[1] * y1) * across.inside[1]
         to_x -= (left[0] * y0 + left[1] * y1) * across.inside[0]
-        sides = (problem.level_widths[level], problem.level_heights[level])
+        sides = (call.level_widths[level], call.level_heights[level])
         for axis, slope in enumerate((to_x, to_y)):
-            to_moved[axis].addcmul_(slope, weight[level], value=sides[axis] / problem.base_grid)
+            to_moved[axis].addcmul_(slope, weight[level], value=sides[axis] / call.base_grid)
     return to_weight, to_moved
 
 

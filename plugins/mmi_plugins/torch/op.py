@@ -26,7 +26,7 @@ from torch import Tensor
 from mmi_deploy.errors import EngineError
 from mmi_plugins.operator import INDEX_INPUTS, INPUT_SHAPES, NAME, NARROW_INPUTS, Call
 from mmi_plugins.torch import kernel
-from mmi_plugins.torch.kernel import Gradients, Problem
+from mmi_plugins.torch.kernel import Gradients, MmfsCall
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types T of value, offsets and logits. With fp64, for checks, all floating inputs are fp64."""
@@ -59,7 +59,7 @@ def multi_image_deformable_attention(
     value are fp32. Differentiable, once, in every floating input; gradients come in their inputs'
     types. Raises `EngineError` for inputs that contradict each other or lie on several devices.
     """
-    problem = Problem(
+    call = MmfsCall(
         value,
         image_slot,
         offsets,
@@ -74,8 +74,8 @@ def multi_image_deformable_attention(
         base_grid,
         null_slot,
     )
-    _check(problem)
-    return _implementation(value).forward(problem)
+    _check(call)
+    return _implementation(value).forward(call)
 
 
 @multi_image_deformable_attention.register_fake
@@ -95,11 +95,11 @@ _BACKWARD = (
 @torch.library.custom_op(
     "mmi::multi_image_deformable_attention_backward", mutates_args=(), schema=_BACKWARD
 )
-def multi_image_deformable_attention_backward(grad: Tensor, *call: Any) -> Gradients:
+def multi_image_deformable_attention_backward(grad: Tensor, *arguments: Any) -> Gradients:
     """Gradients of the floating inputs, in their order, from `grad` [b,q,h*d]. The other arguments
     are those of a call that has gone forward: they are not checked again."""
-    problem = Problem(*call)
-    return _implementation(problem.value).backward(grad, problem)
+    call = MmfsCall(*arguments)
+    return _implementation(call.value).backward(grad, call)
 
 
 @multi_image_deformable_attention_backward.register_fake
@@ -139,15 +139,15 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _check(problem: Problem) -> None:
+def _check(call: MmfsCall) -> None:
     """Raise `EngineError` unless the inputs fit each other, in one line."""
-    tensors = {name: getattr(problem, name) for name in INPUT_SHAPES}
+    tensors = {name: getattr(call, name) for name in INPUT_SHAPES}
     _check_kinds(tensors)
     _check_sizes(
         tuple(tuple(tensor.shape) for tensor in tensors.values()),
-        tuple(problem.level_heights),
-        tuple(problem.level_widths),
-        problem.base_grid,
+        tuple(call.level_heights),
+        tuple(call.level_widths),
+        call.base_grid,
     )
 
 

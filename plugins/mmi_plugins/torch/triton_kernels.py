@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmi_plugins.torch.kernel import Gradients, Problem
+from mmi_plugins.torch.kernel import Gradients, MmfsCall
 
 # Of a level: height, width, first cell; cells that an offset of 1 moves down and across, each as
 # the bits of two floats: the upper 12 bits of the number, and the rest.
@@ -347,26 +347,26 @@ def _backward(
     tl.store(grad_logits + in_row, to_logits.to(own_type), mask=all_live)
 
 
-def forward(problem: Problem) -> Tensor:
+def forward(call: MmfsCall) -> Tensor:
     """[b, q, h * d] in `value`'s type."""
-    b, q, h = problem.logits.shape[:3]
-    output = problem.value.new_empty(b, q, h * problem.value.shape[3])
+    b, q, h = call.logits.shape[:3]
+    output = call.value.new_empty(b, q, h * call.value.shape[3])
     with torch.cuda.device_of(output):  # Triton launches on the current device
-        _forward[b * q * h,](*_inputs(problem), _levels(problem), output, **_settings(problem))
+        _forward[b * q * h,](*_inputs(call), _levels(call), output, **_settings(call))
     return output
 
 
-def backward(grad: Tensor, problem: Problem) -> Gradients:
+def backward(grad: Tensor, call: MmfsCall) -> Gradients:
     """Gradients of all floating inputs, each in its input's shape and type; grad [b, q, h * d]."""
-    b, q, h = problem.logits.shape[:3]
+    b, q, h = call.logits.shape[:3]
     shared = {
         name: torch.zeros_like(
-            getattr(problem, name), dtype=torch.float32, memory_format=torch.contiguous_format
+            getattr(call, name), dtype=torch.float32, memory_format=torch.contiguous_format
         )
         for name in ("value", "offset_table", "logit_table", "reference", "null_value")
     }
     own = {
-        name: getattr(problem, name).new_empty(getattr(problem, name).shape)
+        name: getattr(call, name).new_empty(getattr(call, name).shape)
         for name in ("offsets", "logits")
     }
     gradients = (
@@ -381,13 +381,13 @@ def backward(grad: Tensor, problem: Problem) -> Gradients:
     with torch.cuda.device_of(grad):
         _backward[b * q * h,](
             grad.contiguous(),
-            *_inputs(problem),
-            _levels(problem),
+            *_inputs(call),
+            _levels(call),
             *gradients,
-            float(problem.base_grid),
-            **_settings(problem),
+            float(call.base_grid),
+            **_settings(call),
         )
-    return (shared["value"].to(problem.value.dtype), *gradients[1:])
+    return (shared["value"].to(call.value.dtype), *gradients[1:])
 
 
 def warps(points: int, channels: int) -> int:
@@ -395,28 +395,28 @@ def warps(points: int, channels: int) -> int:
     return max(1, min(8, points * channels // 256))
 
 
-def _inputs(problem: Problem) -> tuple[Tensor, ...]:
+def _inputs(call: MmfsCall) -> tuple[Tensor, ...]:
     """The nine inputs in order, as the kernels read them."""
     inputs = (
-        problem.value,
-        problem.image_slot,
-        problem.offsets,
-        problem.logits,
-        problem.offset_table,
-        problem.logit_table,
-        problem.image_position,
-        problem.reference,
-        problem.null_value,
+        call.value,
+        call.image_slot,
+        call.offsets,
+        call.logits,
+        call.offset_table,
+        call.logit_table,
+        call.image_position,
+        call.reference,
+        call.null_value,
     )
     return tuple(tensor.contiguous() for tensor in inputs)
 
 
-def _levels(problem: Problem) -> Tensor:
+def _levels(call: MmfsCall) -> Tensor:
     return _levels_on(
-        tuple(problem.level_heights),
-        tuple(problem.level_widths),
-        float(problem.base_grid),
-        problem.value.device,
+        tuple(call.level_heights),
+        tuple(call.level_widths),
+        float(call.base_grid),
+        call.value.device,
     )
 
 
@@ -435,17 +435,17 @@ def _levels_on(
     return torch.from_numpy(np.concatenate(rows, 1).astype(np.int32)).to(device)
 
 
-def _settings(problem: Problem) -> dict[str, object]:
+def _settings(call: MmfsCall) -> dict[str, object]:
     """The kernels' numbers by name, and how many warps share a program's tile."""
-    _, q, h, l, p = problem.logits.shape  # noqa: E741
-    n, s, _, d = problem.value.shape
+    _, q, h, l, p = call.logits.shape  # noqa: E741
+    n, s, _, d = call.value.shape
     levels, points, channels = (triton.next_power_of_2(size) for size in (l, p, d))
-    sizes = (q, problem.image_slot.shape[1], h, l, p, d, n, s, problem.offset_table.shape[0])
+    sizes = (q, call.image_slot.shape[1], h, l, p, d, n, s, call.offset_table.shape[0])
     return {
         **dict(zip(_SIZES, sizes, strict=True)),
-        "POSITIONS": problem.image_position.shape[1],
-        "REFERENCES": problem.reference.shape[0],
-        "NULL_SLOT": problem.null_slot,
+        "POSITIONS": call.image_position.shape[1],
+        "REFERENCES": call.reference.shape[0],
+        "NULL_SLOT": call.null_slot,
         "LEVELS": levels,
         "POINTS": points,
         "CHANNELS": channels,

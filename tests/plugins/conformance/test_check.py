@@ -12,7 +12,7 @@ import pytest
 from mmi_plugins.conformance import check as checker
 from mmi_plugins.conformance.calls import draws, write_case
 from mmi_plugins.operator import Call
-from mmi_plugins.reference import attention, output_of
+from mmi_plugins.reference import mmfs_reference, output_of
 
 Run = Callable[..., tuple[int, str]]
 
@@ -34,14 +34,14 @@ class Fake:
         self.seen = len(rows)
         if self.off != self.off:
             raise RuntimeError("it broke\nbadly")
-        return attention(call, rows) * (1 + self.off)
+        return mmfs_reference(call, rows) * (1 + self.off)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for index, dtype in enumerate(("float32", "float16", "bfloat16")):
         for _, call in draws(index, 1, q=17, h=2, dtype=dtype, null_slot=True):
-            write_case(tmp_path / f"{dtype}.npz", call, output_of(call, attention(call)))
+            write_case(tmp_path / f"{dtype}.npz", call, output_of(call, mmfs_reference(call)))
     return tmp_path
 
 

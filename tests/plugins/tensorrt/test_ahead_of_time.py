@@ -23,7 +23,7 @@ from mmi_plugins.compile.launch_plan import (
 )
 from mmi_plugins.conformance.calls import draw
 from mmi_plugins.operator import INPUT_SHAPES, NAME, TOLERANCES, Call
-from mmi_plugins.reference import attention, output_of
+from mmi_plugins.reference import mmfs_reference, output_of
 from mmi_plugins.tensorrt.ahead_of_time import (
     PTX_TARGETS,
     SIZES,
@@ -67,7 +67,7 @@ def run(
 
 
 def assert_right(call: Call, got: np.ndarray) -> None:
-    expected = output_of(call, attention(call))
+    expected = output_of(call, mmfs_reference(call))
     rms = np.sqrt(np.mean(expected**2))
     assert np.sqrt(np.mean((got - expected) ** 2)) <= TOLERANCES[call.dtype] * rms
 

@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 
 from mmi_deploy.errors import EngineError
+from mmi_deploy.runtime.tensorrt.module import INSTALL, import_tensorrt
 from mmi_plugins.compile.checksum import has_valid_checksum
 from mmi_plugins.compile.compilers import find_nvcc
 from mmi_plugins.operator import NAME
 from mmi_plugins.tensorrt.build_only_plugin import FIELDS
 from mmi_plugins.tensorrt.build_plugin import find_tensorrt_headers
 from mmi_plugins.tensorrt.plugin_library import (
-    INSTALL,
     PluginLibrary,
-    import_tensorrt,
     load_tensorrt_plugin,
     plugin_creator,
 )
@@ -241,7 +240,8 @@ def open_registered(library: Path, module: str, runtime: str) -> tuple[str, str]
     registered = next(library.parent.glob("*_registered-*.so"))
     program = f"""
 import ctypes
-from mmi_plugins.tensorrt.plugin_library import import_tensorrt, plugin_creator
+from mmi_deploy.runtime.tensorrt.module import import_tensorrt
+from mmi_plugins.tensorrt.plugin_library import plugin_creator
 module = import_tensorrt({module!r})
 loaded = [line.split()[-1] for line in open("/proc/self/maps") if {runtime!r} in line]
 ctypes.CDLL(loaded[0], mode=ctypes.RTLD_GLOBAL)
