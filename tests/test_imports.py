@@ -1,4 +1,4 @@
-"""Who may import whom: the runtime installs without torch; model code knows nothing of export."""
+"""Imports go one way: the order of folders, and the libraries that each may use."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,109 +14,187 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOTS = {
     "mmi_deploy": ".",
-    "mmi_export": "export",
-    "mmi_train": "train",
-    "mmi_bench": "bench",
     "mmi_plugins": "plugins",
+    "mmi_emulator": "plugins",
+    "mmi_train": "train",
+    "mmi_export": "export",
+    "mmi_bench": "bench",
 }
-TRAINING = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "tensorboard"}
 
+# From the bottom to the top: a file imports from its own folder and from those above it in this
+# list, nothing else. A module that lies loose at the top of a package counts as a folder. Imports
+# inside functions and for types alone count like all others, so no two folders import each other.
+ORDER = """
+    mmi_deploy.errors
+    mmi_deploy.parity
+    mmi_deploy.system
+    mmi_deploy.spec
+    mmi_deploy.documents
+    mmi_deploy.bundle
+    mmi_deploy.runtime
+    mmi_deploy.runtime.onnxruntime
+    mmi_deploy.runtime.tensorrt
+    mmi_deploy.targets.precision
+    mmi_deploy.targets
+    mmi_deploy.analysis
+    mmi_deploy.cli
+    mmi_deploy.cli.inspect
+    mmi_deploy.__main__
+    mmi_deploy
+    mmi_plugins.constants
+    mmi_plugins.operator
+    mmi_plugins.reference
+    mmi_plugins.onnx_function
+    mmi_plugins.compile
+    mmi_plugins.torch
+    mmi_plugins.onnxruntime
+    mmi_plugins.tensorrt
+    mmi_plugins.library
+    mmi_plugins.conformance
+    mmi_plugins.cli
+    mmi_plugins.check
+    mmi_plugins
+    mmi_emulator.ptx
+    mmi_emulator
+    mmi_train.model
+    mmi_train.weights
+    mmi_train.data
+    mmi_train.data.synthetic
+    mmi_train.training.stages
+    mmi_train.training
+    mmi_train.checkpoint_import.published
+    mmi_train.checkpoint_import
+    mmi_train.baseline
+    mmi_train.evaluation
+    mmi_train.golden
+    mmi_train.cli
+    mmi_train
+    mmi_export.schedules
+    mmi_export.tracing
+    mmi_export.graphs
+    mmi_export.parity
+    mmi_export.placeholder_model
+    mmi_export.plan
+    mmi_export.export
+    mmi_export.cli
+    mmi_export
+    mmi_bench.machine
+    mmi_bench.statistics
+    mmi_bench.emulated_precision
+    mmi_bench.compare
+    mmi_bench.decode
+    mmi_bench.kernel
+    mmi_bench.quality
+    mmi_bench.flops_saved
+    mmi_bench.gpu_check
+    mmi_bench.cli
+    mmi_bench
+""".split()
+
+TORCH = {"torch", "diffusers", "transformers", "tensorboard"}
+ONNX = {"onnx", "onnxscript", "onnx_ir"}
+
+# Folder -> libraries that no file of it may import, not even inside a function. The longest prefix
+# counts. Building and analysing graphs takes ONNX; an installation with the extra `build` has it.
 FORBIDDEN = {
-    "mmi_deploy": {"mmi_export", "mmi_train", "mmi_bench", "mmi_plugins", *TRAINING},
-    "mmi_train": {"mmi_export", "mmi_bench", "onnx", "onnxscript", "onnx_ir"},
-    "mmi_export": {"mmi_bench"},
+    "mmi_deploy": TORCH | ONNX,
+    "mmi_deploy.runtime.onnxruntime": TORCH,
+    "mmi_deploy.targets": TORCH,
+    "mmi_deploy.analysis": TORCH,
+    "mmi_deploy.cli": TORCH | ONNX,
+    "mmi_plugins": {"diffusers", "transformers"},
+    "mmi_emulator": TORCH | ONNX,
+    "mmi_train": ONNX,
+    "mmi_export": set(),
     "mmi_bench": set(),
-    "mmi_plugins": {"mmi_train", "mmi_bench", "diffusers", "transformers"},
 }
-"""Top-level modules that no module of a package may import, not even inside a function."""
-
-BUILD = "mmi_deploy.targets"
-"""What makes engines out of ONNX files reads and writes those: an installation with the extra
-`build`."""
-
-LAZY = "mmi_deploy.cli"
-"""The commands of the command line: they alone reach into the other packages, when called."""
-
-
-def module_name(path: Path, root: Path) -> str:
-    parts = path.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def modules(package: str) -> dict[str, Path]:
     """Every module of `package` by dotted name."""
     root = REPOSITORY / ROOTS[package]
-    return {module_name(path, root): path for path in sorted((root / package).rglob("*.py"))}
-
-
-def imports(tree: ast.AST) -> set[str]:
-    """Dotted names that a syntax tree imports; `from a import b` counts as `a` and `a.b`."""
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative imports hide who imports whom"
-            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    found = {}
+    for path in sorted((root / package).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def module_level(tree: ast.Module) -> ast.Module:
-    """The tree without function bodies and `if TYPE_CHECKING:` blocks."""
-
-    class Strip(ast.NodeTransformer):
-        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-            return None
-
-        def visit_If(self, node: ast.If) -> ast.AST | None:
-            if "TYPE_CHECKING" in ast.unparse(node.test):
-                return None
-            return self.generic_visit(node)
-
-    return Strip().visit(tree)
+MODULES = {name: path for package in ROOTS for name, path in modules(package).items()}
 
 
-def tops(names: set[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names}
+def folder_of(module: str) -> str:
+    """The entry of `ORDER` that a module belongs to."""
+    package, _, rest = module.partition(".")
+    path = MODULES[module]
+    if path.name == "__init__.py":
+        return module
+    folder = module.rpartition(".")[0]
+    return module if folder == package and rest else folder
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a syntax tree imports, whether in a function, for types, or at the top."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide who imports whom"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_in(name: str) -> str | None:
+    """The module of this repository that an imported name is, or lies in."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def test_every_folder_has_its_place_in_the_order() -> None:
+    assert {folder_of(module) for module in MODULES} <= set(ORDER)
+    assert len(set(ORDER)) == len(ORDER)
+    assert set(ORDER) <= {folder_of(module) for module in MODULES}, "an entry without files"
 
 
 @pytest.mark.parametrize("package", ROOTS)
-def test_no_package_imports_what_it_must_not_know(package: str) -> None:
-    for name, path in modules(package).items():
-        tree = ast.parse(path.read_text())
-        found = imports(module_level(tree) if name.startswith(LAZY) else tree)
-        allowed = {"onnx", "onnx_ir"} if name.startswith(BUILD) else set()
-        assert not tops(found) & (FORBIDDEN[package] - allowed), name
+def test_imports_go_one_way(package: str) -> None:
+    place = {folder: number for number, folder in enumerate(ORDER)}
+    wrong = []
+    for module, path in modules(package).items():
+        for name in imports(ast.parse(path.read_text())):
+            target = module_in(name)
+            if target and place[folder_of(target)] > place[folder_of(module)]:
+                wrong.append(f"{module} imports {name}")
+    assert not wrong, "\n".join(wrong)
 
 
-def test_model_code_knows_neither_data_nor_loop_nor_export() -> None:
-    """Of our own packages the model knows its parts, its losses and the configuration."""
-    known = ("mmi_train.model", "mmi_train.model.losses", "mmi_deploy")
-    for name, path in modules("mmi_train").items():
-        if name.startswith("mmi_train.model"):
-            ours = {n for n in imports(ast.parse(path.read_text())) if n.startswith("mmi_")}
-            assert {n for n in ours if not n.startswith(known)} <= {"mmi_train"}, name
+@pytest.mark.parametrize("package", ROOTS)
+def test_no_file_imports_a_library_that_its_folder_does_without(package: str) -> None:
+    wrong = []
+    for module, path in modules(package).items():
+        folder = max((f for f in FORBIDDEN if f"{module}.".startswith(f"{f}.")), key=len)
+        used = {name.partition(".")[0] for name in imports(ast.parse(path.read_text()))}
+        wrong += [f"{module} imports {library}" for library in used & FORBIDDEN[folder]]
+    assert not wrong, "\n".join(wrong)
 
 
-def test_graphs_know_neither_runtime_nor_build() -> None:
-    """Inside mmi_deploy the contract is below the runtime, never the reverse."""
-    below = ("config", "presets", "graphs", "errors", "layout", "document", "images", "manifest")
-    for name, path in modules("mmi_deploy").items():
-        if name.removeprefix("mmi_deploy.") in below:
-            found = imports(ast.parse(path.read_text()))
-            above = (
-                "mmi_deploy.runtime",
-                "mmi_deploy.targets",
-                "mmi_deploy.serve",
-                "mmi_deploy.cli.app",
-            )
-            assert not [n for n in found if n.startswith(above)], name
+def test_model_code_knows_neither_data_nor_training_nor_export() -> None:
+    """Of this repository the model imports its own parts and `mmi_deploy` alone."""
+    for module, path in modules("mmi_train").items():
+        if module.startswith("mmi_train.model"):
+            used = {name for name in imports(ast.parse(path.read_text())) if module_in(name)}
+            assert all(n.startswith(("mmi_train.model", "mmi_deploy")) for n in used), module
 
 
 def test_importing_the_runtime_loads_neither_torch_nor_the_other_packages() -> None:
     """In a fresh process, every module of mmi_deploy together, the command line included."""
-    names = [name for name in modules("mmi_deploy") if not name.startswith((LAZY, BUILD))]
-    heavy = TRAINING | set(ROOTS) - {"mmi_deploy"}
+    names = [
+        name
+        for name in modules("mmi_deploy")
+        if not name.startswith(("mmi_deploy.targets", "mmi_deploy.analysis"))
+        and name not in ("mmi_deploy.__main__", "mmi_deploy.runtime.onnxruntime.run_graph")
+    ]
+    heavy = TORCH | ONNX | set(ROOTS) - {"mmi_deploy"}
     code = (
         "import importlib, sys\n"
         f"for name in {names!r}: importlib.import_module(name)\n"

@@ -23,8 +23,8 @@ from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.runtime.buffers import HOST, Buffer
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
+from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.spec.target import CPU
 from mmi_deploy.system.files import write_file
 from mmi_deploy.targets.precision import recipe, rewrite
 

@@ -13,8 +13,8 @@ from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.spec.target import TENSORRT
 from mmi_deploy.targets.precision import measure_ranges, recipe, rewrite
 from mmi_deploy.targets.precision.emulation import simulated
 from mmi_deploy.targets.precision.recipes import FLOAT32

@@ -1,4 +1,4 @@
-"""What a graph costs, node by node: FLOPs, bytes, and the time that no card can beat.
+"""What a graph costs, node by node: FLOPs, bytes, and the time that no GPU can beat.
 
 Two counts of bytes:
 
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmi_deploy.analysis.flop_rules import IN_PLACE, VIEWS, Work, work
-from mmi_deploy.analysis.gpu_specs import Card
+from mmi_deploy.analysis.gpu_specs import Gpu
 from mmi_deploy.analysis.shapes import INPUT, WEIGHT, Sized, Step, Value, read_graph, sized
 from mmi_deploy.analysis.stored_bytes import Storage, as_in_file, storage_of
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.spec.target import TENSORRT
 from mmi_deploy.targets.precision.recipes import Recipe
 
 
@@ -97,28 +97,28 @@ class GraphCost:
         totals = {name: _total(nodes) for name, nodes in groups.items()}
         return dict(sorted(totals.items(), key=lambda item: (-item[1].flops, -item[1].bytes)))
 
-    def seconds(self, card: Card) -> float:
+    def seconds(self, gpu: Gpu) -> float:
         """The roofline of the whole graph: what the floor's traffic and its FLOPs take at least."""
-        return max(self._times(card).values())
+        return max(self._times(gpu).values())
 
-    def bound(self, card: Card) -> str:
+    def bound(self, gpu: Gpu) -> str:
         """What the roofline is: `memory`, `matrix` or `vector`."""
-        times = self._times(card)
+        times = self._times(gpu)
         return max(times, key=times.__getitem__)
 
-    def _times(self, card: Card) -> dict[str, float]:
+    def _times(self, gpu: Gpu) -> dict[str, float]:
         total = self.total
         return {
-            "memory": self.floor_bytes / card.bandwidth,
-            "matrix": total.matrix / card.peak(self.compute),
-            "vector": total.vector / card.vector,
+            "memory": self.floor_bytes / gpu.bandwidth,
+            "matrix": total.matrix / gpu.peak(self.compute),
+            "vector": total.vector / gpu.vector,
         }
 
-    def seconds_unfused(self, card: Card) -> float:
+    def seconds_unfused(self, gpu: Gpu) -> float:
         """The sum of the rooflines of all nodes: the limit of a runtime that fuses nothing."""
-        peak = card.peak(self.compute)
+        peak = gpu.peak(self.compute)
         return sum(
-            max(node.bytes / card.bandwidth, node.matrix / peak, node.vector / card.vector)
+            max(node.bytes / gpu.bandwidth, node.matrix / peak, node.vector / gpu.vector)
             for node in self.nodes
         )
 

@@ -1,9 +1,9 @@
-"""What cards can do: peak rates, memory bandwidth and size, by the vendor's own figures.
+"""What GPUs can do: peak rates, memory bandwidth and size, by the vendor's own figures.
 
 Rates are dense: where the vendor gives the figure with structured sparsity only, it is halved.
-GeForce cards run fp16 at half rate when they accumulate in fp32, as TensorRT does by default: that
+GeForce GPUs run fp16 at half rate when they accumulate in fp32, as TensorRT does by default: that
 rate is given. Products in fp32 are taken in TF32, TensorRT's default. A gigabyte is 10^9 bytes,
-which is no more than any card with that name has.
+which is no more than any GPU with that name has.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SYSTEM_RESERVE = 4 * GB
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """name: as on the command line. title: as people say it. memory: bytes. bandwidth: bytes/s.
     matrix: type -> FLOP/s (or integer operations/s) of the tensor cores, for the types they have.
     vector: FLOP/s of the ordinary fp32 units. shared: its memory is the CPU's too."""
@@ -68,10 +68,10 @@ _ORIN_BRIEF = (
     "204.8 GB/s; github.com/NVIDIA/Deep-Learning-Accelerator-SW: GPU 171 sparse INT8 TOPS at MAXN"
 )
 
-CARDS = {
-    card.name: card
-    for card in (
-        Card(
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
             "orin-32",
             "Jetson AGX Orin 32 GB",
             "sm87",
@@ -83,7 +83,7 @@ CARDS = {
             "TFLOPS, 204.8 GB/s",
             shared=True,
         ),
-        Card(
+        Gpu(
             "orin-64",
             "Jetson AGX Orin 64 GB",
             "sm87",
@@ -94,7 +94,7 @@ CARDS = {
             _ORIN_BRIEF,
             shared=True,
         ),
-        Card(
+        Gpu(
             "l4",
             "L4",
             "sm89",
@@ -105,7 +105,7 @@ CARDS = {
             "NVIDIA L4 datasheet, www.nvidia.com/en-us/data-center/l4: FP16 242, FP8 and INT8 485 "
             "with sparsity, 300 GB/s",
         ),
-        Card(
+        Gpu(
             "l40s",
             "L40S",
             "sm89",
@@ -116,7 +116,7 @@ CARDS = {
             "NVIDIA L40S datasheet, www.nvidia.com/en-us/data-center/l40s: FP16 362, FP8 733 "
             "dense, 864 GB/s",
         ),
-        Card(
+        Gpu(
             "rtx4090",
             "GeForce RTX 4090",
             "sm89",
@@ -127,7 +127,7 @@ CARDS = {
             "NVIDIA Ada GPU Architecture whitepaper, appendix: FP16 with FP32 accumulate 165.2, "
             "FP8 330.3, INT8 660.6 dense, 1008 GB/s",
         ),
-        Card(
+        Gpu(
             "rtx5090",
             "GeForce RTX 5090",
             "sm120",
@@ -138,7 +138,7 @@ CARDS = {
             "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix: FP16 with FP32 accumulate "
             "209.5, FP8 419, INT8 838 dense, 1792 GB/s",
         ),
-        Card(
+        Gpu(
             "a100-40",
             "A100 40 GB",
             "sm80",
@@ -149,7 +149,7 @@ CARDS = {
             "NVIDIA A100 datasheet, www.nvidia.com/en-us/data-center/a100: 312, INT8 624 dense, "
             "1555 GB/s",
         ),
-        Card(
+        Gpu(
             "a100-80",
             "A100 80 GB (SXM)",
             "sm80",
@@ -160,7 +160,7 @@ CARDS = {
             "NVIDIA A100 datasheet, www.nvidia.com/en-us/data-center/a100: 312, INT8 624 dense, "
             "2039 GB/s",
         ),
-        Card(
+        Gpu(
             "h100",
             "H100 80 GB (SXM)",
             "sm90",
@@ -171,7 +171,7 @@ CARDS = {
             "NVIDIA H100 datasheet, www.nvidia.com/en-us/data-center/h100: FP16 1978.9, FP8 3957.8 "
             "with sparsity, 3.35 TB/s",
         ),
-        Card(
+        Gpu(
             "h200",
             "H200 141 GB (SXM)",
             "sm90",
@@ -181,7 +181,7 @@ CARDS = {
             66.9 * TERA,
             "NVIDIA H200 datasheet, www.nvidia.com/en-us/data-center/h200: as H100, 4.8 TB/s",
         ),
-        Card(
+        Gpu(
             "b200",
             "B200 180 GB (HGX)",
             "sm100",
@@ -194,14 +194,14 @@ CARDS = {
         ),
     )
 }
-"""Cards by name, small ones first."""
+"""GPUs by name, small ones first."""
 
 SIZES = (8, 16, 24, 40, 80)
-"""Gigabytes of the cards that people ask about without a name."""
+"""Gigabytes of the GPUs that people ask about without a name."""
 
 
-def card(name: str) -> Card:
-    """The card called `name`; raises `ConfigError` that lists the known ones."""
-    if name not in CARDS:
-        raise ConfigError(f"there are no figures for a card {name!r}", expected=", ".join(CARDS))
-    return CARDS[name]
+def gpu(name: str) -> Gpu:
+    """The GPU called `name`; raises `ConfigError` that lists the known ones."""
+    if name not in GPUS:
+        raise ConfigError(f"there are no figures for a GPU {name!r}", expected=", ".join(GPUS))
+    return GPUS[name]

@@ -1,11 +1,11 @@
-"""How much memory a model needs, by recipe, and which card holds it: computed from its graphs.
+"""How much memory a model needs, by recipe, and which GPU holds it: computed from its graphs.
 
 Exact: weights as a recipe stores them, and what a document keeps (caches, image values, condition).
 An estimate: the workspace. It is the greatest sum of intermediate values that live at once when the
 nodes run in the order of the file, each value from its making to its last use; renamed values share
 their memory, and so do caches written in place. A runtime that fuses nodes needs less, one that
 picks an algorithm with a workspace of its own needs more. Assumed: what the driver takes
-(`cards.DRIVER_RESERVE`).
+(`gpu_specs.DRIVER_RESERVE`).
 
 Engines share one workspace, since they run one after another; with `resident` the engines that are
 not named take turns in memory, see `mmi_deploy.runtime.tensorrt.engine.GROUPS`.
@@ -26,15 +26,12 @@ from mmi_deploy.analysis.stored_bytes import Storage, storage_of
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.memory_plan import SHALLOW, document_bytes
 from mmi_deploy.runtime.tensorrt.engine import GROUPS
+from mmi_deploy.spec.backends import BACKENDS, TENSORRT
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import Limits, graphs
-from mmi_deploy.spec.target import CPU, TENSORRT
 from mmi_deploy.system.files import size as readable
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe
 from mmi_deploy.targets.profiles import profiles
-
-LADDER = {TENSORRT: ("fp16", "int8", "mixed", "int4"), CPU: ("fp32", "int8", "int4")}
-"""Recipes from the most faithful to the smallest."""
 
 TURNS: tuple[tuple[str, ...] | None, ...] = (None, ("llm", "denoise"), ("llm",), ())
 """Which engines stay in memory, from all of them to none. A turn reads an engine from disk for
@@ -169,7 +166,7 @@ class Model:
         what the smallest would need."""
         least: Memory | None = None
         for resident in TURNS:
-            for name in LADDER[CPU if self.runtime == CPU else TENSORRT]:
+            for name in BACKENDS[self.runtime].precisions:
                 memory = self.memory(RECIPES[name], resident)
                 if memory.total <= budget:
                     return Choice(name, resident, memory, budget - memory.total)
@@ -280,5 +277,5 @@ def parse_bytes(text: str) -> int:
         if found > 0:
             return found
     raise ConfigError(
-        f"{text!r} is no amount of memory", fix="for example --fit 24GB, or the name of a card"
+        f"{text!r} is no amount of memory", fix="for example --fit 24GB, or the name of a GPU"
     )

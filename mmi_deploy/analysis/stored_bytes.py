@@ -15,12 +15,8 @@ from onnx import TensorProto
 from mmi_deploy.analysis.flop_rules import MMFS
 from mmi_deploy.analysis.shapes import Sized, Value
 from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.spec.target import CPU
-from mmi_deploy.targets.precision.quantise import fitting
-from mmi_deploy.targets.precision.recipes import FLOAT32, INT4, Recipe, Scheme
-from mmi_deploy.targets.precision.weight_only import CPU_BLOCK
-
-BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "float8_e4m3fn": 8, INT4: 4}
+from mmi_deploy.targets.precision.recipes import BITS, FLOAT32, Recipe, Scheme, quantised_bytes
+from mmi_deploy.targets.precision.weight_only import scheme_on
 
 _FLOATS = {
     TensorProto.FLOAT: "float32",
@@ -55,15 +51,6 @@ class Storage:
         if self.activations is None or value.type not in _FLOATS or value.name in self.kept:
             return value.bytes
         return value.elements * BITS[self.activations] // 8
-
-
-def quantised_bytes(shape: tuple[int, int], scheme: Scheme, scale_bits: int) -> int:
-    """A weight [in, out] with a scale for every block of rows (0: all rows) of every column. The
-    schemes are symmetric: there are no zero points."""
-    rows, columns = shape
-    blocks = rows // scheme.block if scheme.block else 1
-    packed = -(-rows * columns * BITS[scheme.dtype] // 8)
-    return packed + blocks * columns * scale_bits // 8
 
 
 def as_in_file(graph: Sized) -> Storage:
@@ -105,10 +92,8 @@ def _schemes(
         scheme = wanted.of(name, shape[0] * shape[1])
         if scheme is None:
             continue
-        if runtime == CPU:
-            scheme = Scheme(scheme.dtype, scheme.block or CPU_BLOCK)
-        scheme = fitting(scheme, shape[0])
-        if runtime != CPU or scheme.block:
+        scheme = scheme_on(runtime, scheme, shape[0])
+        if scheme is not None:
             found[name] = (shape, scheme)
     return found
 

@@ -103,11 +103,12 @@ def build(
     with extras("build"):
         from mmi_deploy.targets.precision import check_possible, recipe
         from mmi_deploy.targets.tensorrt_plan import graph_of
+    from mmi_deploy.spec.backends import backend
     from mmi_deploy.spec.graphs import Limits
-    from mmi_deploy.spec.target import CPU
 
     opened = Bundle.open(bundle, unproved=unproved)
-    chosen = recipe(precision or ("int8" if target == CPU else "fp16"))
+    row = backend(target)
+    chosen = recipe(precision or row.default_precision)
     targets = _targets(target, arch, chosen.name)
     for one in targets:
         check_possible(chosen, one.runtime, one.architecture, graph)
@@ -121,10 +122,10 @@ def build(
         opened.limits.images if max_images is None else max_images,
     )
     options = _Options(limits, plugin, force, unproved, dry_run, as_json)
-    if target == CPU:
-        _cpu(opened, chosen, options)
-    else:
+    if row.on_gpu:
         _tensorrt(opened, targets, chosen, names, options)
+    else:
+        _cpu(opened, chosen, options)
 
 
 def _built(bundle: Bundle, targets: tuple[Target, ...]) -> set[str]:
@@ -149,11 +150,12 @@ class _Options:
 
 
 def _targets(runtime: str, architectures: list[str] | None, precision: str) -> tuple[Target, ...]:
-    from mmi_deploy.spec.target import CPU, Target
+    from mmi_deploy.spec.backends import backend
+    from mmi_deploy.spec.target import Target
     from mmi_deploy.targets.tensorrt_build import device_architecture
 
-    if runtime == CPU:
-        return (Target(CPU, architectures[0] if architectures else None, precision),)
+    if not backend(runtime).on_gpu:
+        return (Target(runtime, architectures[0] if architectures else None, precision),)
     named = list(dict.fromkeys(architectures or filter(None, [device_architecture()])))
     if not named:
         return (Target(runtime, None, precision),)  # refused, with the list of those there are

@@ -1,28 +1,12 @@
-"""What a command needs to be installed, said in one line when it is missing."""
+"""Optional dependencies of commands: a missing one is named in one line, with its extra."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mmi_deploy.cli.command_table import row_of
 from mmi_deploy.errors import MmiError
-
-EXTRAS = {
-    "generate": "cpu",
-    "verify --run": "cpu",
-    "train": "train",
-    "evaluate": "train",
-    "convert": "train",
-    "init": "init",
-    "export": "export",
-    "inspect --cost": "build",
-    "inspect --memory": "build",
-    "inspect --removed": "export",
-    "inspect --sensitivity": "build",
-    "build": "build",
-    "bench": "bench",
-}
-"""Which extra of the package brings all that a command needs."""
 
 
 @contextmanager
@@ -33,8 +17,8 @@ def extras(command: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module.startswith("mmi_"):
-            raise  # ours: a fault, not something to install
+            raise  # a fault of this project, not something to install
         raise MmiError(
             f"`mmi {command}` needs {module}, which is not installed",
-            fix=f"install it with: pip install 'mmi_deploy[{EXTRAS[command]}]'",
+            fix=f"install it with: pip install 'mmi_deploy[{row_of(command).extra}]'",
         ) from None

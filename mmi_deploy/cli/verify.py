@@ -45,7 +45,7 @@ def verify(
         "targets_without_receipts": list(unproved),
     }
     if run:
-        with extras("verify --run"):
+        with extras("verify"):
             from mmi_deploy.runtime.runtime import Runtime
         if not as_json:
             remarks().print("running every graph ...")

@@ -13,7 +13,8 @@ from mmi_deploy.bundle.build_report import REPORT, GraphReport, TargetReport
 from mmi_deploy.bundle.bundle import Bundle, write_target
 from mmi_deploy.bundle.manifest import belongs
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.target import CPU, Target
+from mmi_deploy.spec.backends import CPU
+from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import write_file
 from mmi_deploy.system.memory import free_memory
 from mmi_deploy.targets.calibration import check_can_run

@@ -25,6 +25,7 @@ from mmi_deploy.bundle.build_report import (
 from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle, write_target
 from mmi_deploy.bundle.manifest import TargetManifest, read_manifest, sha256_of
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import write_file
@@ -36,8 +37,6 @@ from mmi_deploy.targets.tensorrt_plan import Part, Request, graph_of, parts_of, 
 from mmi_deploy.targets.tensorrt_process import Measured, build_in_process
 from mmi_deploy.targets.tensorrt_rewrites import rewritten
 from mmi_deploy.targets.verify_target import Proof
-
-SUFFIX = ".engine"
 
 Watch = Callable[[str, int, int, str], None]
 """Called with (what is done, components done, components in all, the builder's phase)."""
@@ -114,7 +113,7 @@ class _Workshop:
             part.target.runtime,
             str(part.target.architecture),
             source,
-            folder / f"{part.graph}{SUFFIX}",
+            folder / _engine_name(part),
             part.profiles,
             self._request.plugin,
         )
@@ -199,7 +198,7 @@ def _reuse(bundle: Bundle, part: Part, folder: Path) -> bool:
         manifest = read_manifest(there / TARGET_MANIFEST, TargetManifest, "mmi build")
         name = manifest.graphs[part.graph]
         if sha256_of(there / name) == manifest.files[name].sha256:
-            link_or_copy(there / name, folder / f"{part.graph}{SUFFIX}")
+            link_or_copy(there / name, folder / _engine_name(part))
             write_file(folder / _report_name(part.graph), same[0].model_dump_json(indent=2) + "\n")
             return True
     return False
@@ -229,7 +228,8 @@ def _write(
     activations = request.recipe.activations_on(target.runtime)
     with write_target(request.bundle, target.name, recipe, activations) as writer:
         for part, _ in made:
-            (stage / f"{part.graph}{SUFFIX}").rename(writer.engine_file(part.graph, SUFFIX))
+            engine = stage / _engine_name(part)
+            engine.rename(writer.engine_file(part.graph, engine.suffix))
         write_file(writer.folder / REPORT, report.model_dump_json(indent=2) + "\n")
     return report
 
@@ -256,3 +256,7 @@ def _remove(source: Path) -> None:
     for path in source.parent.glob(f"{source.stem}.*"):
         if path.is_file():
             path.unlink()
+
+
+def _engine_name(part: Part) -> str:
+    return f"{part.graph}{BACKENDS[part.target.runtime].engine_suffix}"

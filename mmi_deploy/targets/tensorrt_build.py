@@ -18,23 +18,12 @@ from typing import Any
 import onnx
 
 from mmi_deploy.errors import ConfigError, EngineError
-from mmi_deploy.runtime.tensorrt.module import MODULES
-from mmi_deploy.spec.target import ARCHITECTURES, TENSORRT, TENSORRT_RTX
+from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS
 from mmi_deploy.targets.profiles import Profile
-
-LEAST_VERSION = {TENSORRT: (10, 15, 1), TENSORRT_RTX: (1, 7)}
-"""Attention, rotary embedding and the KV cache in place are known from here on (TensorRT-RTX: the
-first that was tried)."""
 
 DROPPED = "Unused Input"
 """What TensorRT's parser logs when it leaves out an input that it does not know how to use: the
 engine would compute something else, and say nothing."""
-
-FLAGS: dict[str, tuple[str, ...]] = {TENSORRT: (), TENSORRT_RTX: ("REQUIRE_USER_ALLOCATION",)}
-"""Names of builder flags beyond the defaults, of which TF32 is cleared: it changes numbers. An
-engine of TensorRT-RTX that requires user allocation allocates nothing when it runs, so that it can
-be recorded into a CUDA graph. REFIT and STRIP_PLAN need a GPU while they build; WEIGHT_STREAMING
-makes no difference to a build."""
 
 _FIRST_ERRORS = 3
 _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
@@ -112,7 +101,7 @@ def open_tensorrt(plugin: Plugin, runtime: str, architecture: str) -> Any:
     Raises `EngineError` where it is not installed or too old, `ConfigError` where it cannot build
     for that architecture here.
     """
-    trt = plugin.import_tensorrt(MODULES[runtime])
+    trt = plugin.import_tensorrt(BACKENDS[runtime].module)
     check_version(runtime, trt.__version__)
     check_architecture(trt, runtime, architecture)
     return trt
@@ -121,42 +110,41 @@ def open_tensorrt(plugin: Plugin, runtime: str, architecture: str) -> Any:
 def check_version(runtime: str, version: str) -> None:
     """Raise `EngineError` for a TensorRT that is too old for our graphs."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    least = LEAST_VERSION[runtime]
-    if numbers < least:
-        package = "tensorrt" if runtime == TENSORRT else "tensorrt-rtx-cu13"
+    backend = BACKENDS[runtime]
+    if numbers < backend.minimum_version:
         raise EngineError(
-            f"{MODULES[runtime]} is too old: its parser does not know all operators of our graphs",
-            expected=f"{'.'.join(map(str, least))} or newer",
+            f"{backend.module} is too old: its parser does not know all operators of the graphs",
+            expected=f"{'.'.join(map(str, backend.minimum_version))} or newer",
             got=version,
-            fix=f"pip install --upgrade {package}",
+            fix=f"pip install --upgrade {backend.package}",
         )
 
 
 def check_architecture(trt: Any, runtime: str, architecture: str) -> None:
     """Raise `ConfigError` where `trt` does not build for `architecture` on this machine.
 
-    TensorRT-RTX compiles for any card that it knows; TensorRT measures kernels, and so builds for
-    the card in the machine alone.
+    TensorRT-RTX compiles for any GPU that it knows; TensorRT measures kernels, and so builds for
+    the GPU in the machine alone.
     """
-    if runtime == TENSORRT_RTX:
+    if BACKENDS[runtime].cross_compiles:
         known = rtx_architectures(trt)
         if architecture not in known:
             raise ConfigError(
                 f"TensorRT-RTX {trt.__version__} does not build for {architecture} "
                 f"({ARCHITECTURES.get(architecture, 'unknown')})",
                 expected=", ".join(known),
-                fix="give one of these with --arch, or build with --target tensorrt on the card",
+                fix="give one of these with --arch, or build with --target tensorrt on the GPU",
             )
         return
     here = device_architecture()
     if here != architecture:
         raise ConfigError(
-            f"TensorRT builds engines on the card that runs them, and {architecture} is not it",
+            f"TensorRT builds engines on the GPU that runs them, and {architecture} is not it",
             expected=here or "a machine with an NVIDIA GPU and its driver",
             got=architecture,
             fix=f"give --arch {here}"
             if here
-            else "run this on that card, or build with --target tensorrt-rtx, which needs no GPU",
+            else "run this on that GPU, or build with --target tensorrt-rtx, which needs no GPU",
         )
 
 
@@ -238,11 +226,11 @@ def _bindings(network: Any) -> dict[str, str]:
 
 def _config(trt: Any, builder: Any, job: Job) -> Any:
     config = builder.create_builder_config()
-    if job.runtime == TENSORRT_RTX:
+    if BACKENDS[job.runtime].cross_compiles:
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, job.architecture.upper())
         config.set_compute_capability(capability, 0)
-    for flag in FLAGS[job.runtime]:
+    for flag in BACKENDS[job.runtime].builder_flags:
         config.set_flag(getattr(trt.BuilderFlag, flag))
     config.clear_flag(trt.BuilderFlag.TF32)
     for profile in job.profiles:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import onnx
 
-from mmi_deploy.analysis.stored_bytes import BITS, quantised_bytes
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.bundle.manifest import hash_of_files
 from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph, Limits
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import size
@@ -24,8 +24,9 @@ from mmi_deploy.system.memory import free_memory
 from mmi_deploy.targets.cache import EngineCache, key_of
 from mmi_deploy.targets.calibration import Evidence, islands_key
 from mmi_deploy.targets.precision import Ranges, Recipe
+from mmi_deploy.targets.precision.recipes import BITS, quantised_bytes
 from mmi_deploy.targets.profiles import Profile, profiles
-from mmi_deploy.targets.tensorrt_build import FLAGS, Plugin
+from mmi_deploy.targets.tensorrt_build import Plugin
 
 MEMORY_FACTOR = 2.0
 """Memory of a build over the bytes of its weights, beyond `MEMORY_BASE`: TensorRT copies them once,
@@ -130,7 +131,7 @@ def key_parts(
         "proved": "yes" if request.evidence else "no",
         "plugin": request.plugin.identity,
         "profiles": json.dumps({shape.name: shape.record() for shape in shapes}),
-        "flags": ",".join(FLAGS[target.runtime]),
+        "flags": ",".join(BACKENDS[target.runtime].builder_flags),
         "builder": builder_digest(),
     }
 

@@ -20,7 +20,6 @@ import numpy as np
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.system.files import cache_folder
-from mmi_plugins.compile.constants import CSRC
 from mmi_plugins.compile.launch_plan import (
     Launch,
     device_arrays,
@@ -29,6 +28,7 @@ from mmi_plugins.compile.launch_plan import (
     widen,
     workspace_shape,
 )
+from mmi_plugins.constants import CSRC
 from mmi_plugins.operator import Call
 from mmi_plugins.reference import rows_of
 

@@ -12,7 +12,11 @@ from mmi_deploy.cli.console import results
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import cache_folder
 
-app = typer.Typer(no_args_is_help=True, help="Compile our kernels for ONNX Runtime and TensorRT.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Compile the MMFS kernels for ONNX Runtime and TensorRT.",
+)
 
 
 class Target(StrEnum):
@@ -50,7 +54,7 @@ def build(
         ("--tensorrt-include", tensorrt_include, Target.tensorrt),
     ):
         if given and target != of:
-            raise ConfigError(f"{option} says nothing here", expected=f"it with {of}")
+            raise ConfigError(f"{option} does not apply here", expected=f"it with {of}")
     if target == Target.onnxruntime:
         path = library.build(out, cuda=cuda)
     else:

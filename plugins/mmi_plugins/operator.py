@@ -14,7 +14,7 @@ import numpy as np
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
-from mmi_plugins.compile.constants import constant
+from mmi_plugins.constants import constant
 
 DOMAIN, NAME, VERSION = MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
 

@@ -14,7 +14,7 @@ from exports import Exported
 from mmi_bench.flops_saved import CHANGING, Published, compare, repeated_in_step
 from mmi_deploy.analysis.cost import chosen_sizes, cost, cost_of_file, unchanging
 from mmi_deploy.analysis.flop_rules import MMFS
-from mmi_deploy.analysis.gpu_specs import CARDS
+from mmi_deploy.analysis.gpu_specs import GPUS
 from mmi_deploy.analysis.shapes import read_graph, sized
 from mmi_deploy.analysis.stored_bytes import as_in_file
 from mmi_deploy.cli.app import run
@@ -126,25 +126,25 @@ def test_floors_of_13b_are_the_known_limits(llm_13b: tuple[Path, ModelConfig]) -
     path, config = llm_13b
     contract = graphs(config, Limits(2048))["llm"]
 
-    def tokens(card: str, precision: str) -> float:
+    def tokens(gpu: str, precision: str) -> float:
         """Weights of forty layers: those of four ten times, the head once."""
         found = cost_of_file(path, contract, {}, RECIPES[precision])
         wide = 2 if precision == "fp16" else 1  # bytes per number of the head
         rest = wide * config.llama.vocab * config.llama.width
-        return CARDS[card].bandwidth / (10 * (found.weight_bytes - rest) + rest)
+        return GPUS[gpu].bandwidth / (10 * (found.weight_bytes - rest) + rest)
 
-    for card, precision, known in (
+    for gpu, precision, known in (
         ("h100", "fp16", 129),
         ("h100", "fp8", 258),
         ("a100-80", "fp16", 78),
         ("l4", "fp8", 23),
         ("orin-64", "fp16", 7.9),
     ):
-        assert tokens(card, precision) == pytest.approx(known, rel=0.015), (card, precision)
-    for card, known in (("h100", 472), ("l4", 42), ("orin-64", 29)):
-        assert tokens(card, "int4") < known < tokens(card, "int4-128")
+        assert tokens(gpu, precision) == pytest.approx(known, rel=0.015), (gpu, precision)
+    for gpu, known in (("h100", 472), ("l4", 42), ("orin-64", 29)):
+        assert tokens(gpu, "int4") < known < tokens(gpu, "int4-128")
 
-    bandwidth = CARDS["h100"].bandwidth
+    bandwidth = GPUS["h100"].bandwidth
     found = cost_of_file(path, contract, {"m": 4, "n": 4}, RECIPES["fp16"])
     projections = [n for n in found.nodes if "look_back.mmfs" in n.module and n.matrix]
     assert 10e6 * sum(n.matrix for n in projections) / bandwidth == pytest.approx(51, rel=0.02)
@@ -204,7 +204,7 @@ def test_a_model_with_room_for_few_images_is_compared_with_few(exported: Exporte
 
 
 def test_the_command_prints_both(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["inspect", str(exported.bundle.folder), "--removed", "--json"]) == 0
+    assert run(["inspect", "flops-saved", str(exported.bundle.folder), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["repeated_in_a_deployed_step"] == 0
     ratios = {row["what"]: row["ratio"] for row in told["rows"]}

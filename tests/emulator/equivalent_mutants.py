@@ -32,9 +32,9 @@ from mmi_emulator.ptx.operands import Action, Mask, memory_of
 from mmi_emulator.ptx.parser import parse_instruction
 from mmi_emulator.ptx.warp import SYNCHRONISING, perform
 from mmi_plugins import reference
-from mmi_plugins.compile.constants import constant
 from mmi_plugins.compile.launch_plan import Variant
 from mmi_plugins.conformance import calls
+from mmi_plugins.constants import constant
 from mmi_plugins.operator import MAX_LEVELS, MAX_POINTS, Call
 
 _REGISTER = re.compile(r"[%$\w.]+")

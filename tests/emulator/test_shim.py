@@ -16,8 +16,8 @@ import pytest
 from mmi_deploy.errors import EngineError
 from mmi_emulator import shim
 from mmi_plugins.compile import launch_plan
-from mmi_plugins.compile.constants import CSRC
 from mmi_plugins.conformance import calls
+from mmi_plugins.constants import CSRC
 from mmi_plugins.operator import INPUT_SHAPES, TOLERANCES, Call
 from mmi_plugins.reference import all_rows, mmfs_reference
 
@@ -354,7 +354,7 @@ _SANITIZED = """
 import sys
 import numpy as np
 from mmi_emulator import shim
-from mmi_plugins.compile.constants import CSRC
+from mmi_plugins.constants import CSRC
 from mmi_plugins.conformance import calls
 from mmi_plugins.reference import all_rows
 

@@ -12,8 +12,8 @@ from mmi_deploy.documents.document import Document
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.events import Event
 from mmi_deploy.runtime.options import GenerationOptions
+from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.config import DiffusionConfig
-from mmi_deploy.spec.target import CPU
 
 SideName = Literal["runtime", "pytorch"]
 SIDES: tuple[SideName, ...] = ("runtime", "pytorch")

@@ -20,8 +20,8 @@ from mmi_bench.machine import describe
 from mmi_bench.statistics import Spread, ratios
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError, MmiError
+from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.config import to_json
-from mmi_deploy.spec.target import CPU
 
 STEPS = 20
 """Denoising steps of a picture, unless a schedule is asked for by name."""

@@ -31,8 +31,9 @@ from mmi_deploy.cli import program
 from mmi_deploy.errors import ConfigError, EngineError, MmiError
 from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, TensorRtTarget
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
-from mmi_deploy.runtime.tensorrt.module import MODULES, import_tensorrt
-from mmi_deploy.spec.target import TENSORRT, Target
+from mmi_deploy.runtime.tensorrt.module import import_tensorrt
+from mmi_deploy.spec.backends import BACKENDS, TENSORRT
+from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import cache_folder
 from mmi_deploy.targets.precision import recipe
 from mmi_plugins.compile import nvrtc
@@ -99,7 +100,7 @@ class Machine:
     def module(self, runtime: str) -> Any:
         """TensorRT; raises `Missing`."""
         try:
-            return self.tensorrt or import_tensorrt(MODULES[runtime])
+            return self.tensorrt or import_tensorrt(BACKENDS[runtime].module)
         except EngineError as error:
             raise Missing(str(error)) from None
 
@@ -317,8 +318,9 @@ def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
 
 def check_arguments(bundle: Path, runtime: str, precisions: Sequence[str]) -> None:
     """Raise `MmiError` for what no machine could run."""
-    if runtime not in MODULES:
-        raise ConfigError(f"{runtime!r} runs no engines", expected=" or ".join(MODULES))
+    on_gpu = [row.name for row in BACKENDS.values() if row.on_gpu]
+    if runtime not in on_gpu:
+        raise ConfigError(f"{runtime!r} runs no engines", expected=" or ".join(on_gpu))
     for precision in precisions:
         recipe(precision)
     Bundle.open(bundle, unproved=True)

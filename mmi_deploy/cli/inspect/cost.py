@@ -1,22 +1,25 @@
-"""`mmi inspect --cost`: FLOPs and bytes of every graph, and the time that a card needs at least."""
+"""`mmi inspect cost`: FLOPs and bytes of every graph, and the roofline time on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, results
+from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.inspect.source import AsJson, Folder, Gpus, Preset, graphs_of
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import size
 
 if TYPE_CHECKING:
     from mmi_deploy.analysis.cost import GraphCost, Total
-    from mmi_deploy.analysis.gpu_specs import Card
+    from mmi_deploy.analysis.gpu_specs import Gpu
     from mmi_deploy.spec.graphs import Graph
 
 SHOWN = 12
@@ -27,6 +30,45 @@ FLOOR = (
     "Floor: weights, inputs and outputs once, nothing in between. Times are rooflines, computed "
     "from the vendor's figures and not measured"
 )
+
+
+def cost(
+    folder: Folder = None,
+    preset: Preset = None,
+    graph: Annotated[
+        str | None,
+        typer.Option(help="This graph alone, by operator and module.", show_default="all"),
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(metavar="t=1,m=4", help="Sizes of dynamic dimensions.")
+    ] = "",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="As this recipe stores it: fp16, int8 ...", show_default="as exported"),
+    ] = None,
+    gpu: Gpus = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it too, as .svg or .png.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show FLOPs, bytes and roofline time of every graph, or of one by operator and module."""
+    from mmi_deploy.spec.graphs import graphs
+
+    with extras("inspect cost"):
+        import mmi_deploy.analysis.cost  # noqa: F401
+    given = graphs_of(folder, preset)
+    show_cost(
+        given.name,
+        given.files,
+        graphs(given.manifest.config, given.manifest.limits),
+        only=graph,
+        sizes=sizes,
+        precision=precision,
+        gpus=gpu or (),
+        as_json=as_json,
+        plot=plot,
+    )
 
 
 def parse_sizes(text: str, contract: Mapping[str, Graph]) -> dict[str, int]:
@@ -53,19 +95,19 @@ def show_cost(
     only: str | None,
     sizes: str,
     precision: str | None,
-    cards: Sequence[str],
+    gpus: Sequence[str],
     as_json: bool,
     plot: Path | None,
 ) -> None:
     """Print the cost of the graphs in `files`, or of the one called `only`."""
     from mmi_deploy.analysis.cost import cost_of_file
-    from mmi_deploy.analysis.gpu_specs import CARDS, card
+    from mmi_deploy.analysis.gpu_specs import GPUS, gpu
     from mmi_deploy.targets.precision.recipes import recipe
 
     if only is not None and only not in files:
         raise ConfigError(f"there is no graph {only!r}", expected=", ".join(files))
     given = parse_sizes(sizes, contract)
-    chosen = [card(name) for name in cards] or [CARDS["l4"], CARDS["h100"]]
+    chosen = [gpu(name) for name in gpus] or [GPUS["l4"], GPUS["h100"]]
     plan = recipe(precision) if precision else None
     costs = [
         cost_of_file(path, contract[name], _within(given, contract[name], only), plan)
@@ -105,7 +147,7 @@ def _within(given: Mapping[str, int], graph: Graph, only: str | None) -> dict[st
     }
 
 
-def as_dict(cost: GraphCost, cards: Sequence[Card]) -> dict[str, Any]:
+def as_dict(cost: GraphCost, gpus: Sequence[Gpu]) -> dict[str, Any]:
     """Everything about one graph, for programs."""
     total = cost.total
     return {
@@ -124,12 +166,12 @@ def as_dict(cost: GraphCost, cards: Sequence[Card]) -> dict[str, Any]:
         },
         "flops_per_byte": cost.intensity,
         "roofline": {
-            card.name: {
-                "seconds": cost.seconds(card),
-                "bound": cost.bound(card),
-                "seconds_unfused": cost.seconds_unfused(card),
+            gpu.name: {
+                "seconds": cost.seconds(gpu),
+                "bound": cost.bound(gpu),
+                "seconds_unfused": cost.seconds_unfused(gpu),
             }
-            for card in cards
+            for gpu in gpus
         },
         "operators": {name: vars(part) for name, part in cost.by_operator().items()},
         "modules": {name: vars(part) for name, part in cost.by_module().items()},
@@ -137,13 +179,13 @@ def as_dict(cost: GraphCost, cards: Sequence[Card]) -> dict[str, Any]:
     }
 
 
-def _overview(title: str, costs: Sequence[GraphCost], cards: Sequence[Card]) -> Table:
+def _overview(title: str, costs: Sequence[GraphCost], gpus: Sequence[Gpu]) -> Table:
     stored = costs[0].storage if costs[0].storage == "as exported" else f"in {costs[0].storage}"
     table = Table(box=box.SIMPLE_HEAD, title=f"{title}: what a run costs, {stored}")
     table.title_justify = "left"
     table.add_column("graph", no_wrap=True)
     headings = ("matrix\nFLOPs", "vector\nFLOPs", "floor", "node\nby node")
-    for heading in (*headings, *(f"at least\n{card.name}" for card in cards)):
+    for heading in (*headings, *(f"at least\n{gpu.name}" for gpu in gpus)):
         table.add_column(heading, justify="right", no_wrap=True)
     for cost in costs:
         total = cost.total
@@ -153,7 +195,7 @@ def _overview(title: str, costs: Sequence[GraphCost], cards: Sequence[Card]) -> 
             flops(total.vector),
             size(cost.floor_bytes),
             size(total.bytes),
-            *(duration(cost.seconds(card)) for card in cards),
+            *(duration(cost.seconds(gpu)) for gpu in gpus),
         )
     return table
 

@@ -1,4 +1,4 @@
-"""`mmi inspect --cards`: the recipe that fits each card, and the times that it cannot beat."""
+"""`mmi inspect gpus`: the recipe that fits each GPU, and lower bounds of its times."""
 
 from __future__ import annotations
 
@@ -10,13 +10,25 @@ from rich import box
 from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, results
+from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.inspect.cost import duration, print_table
+from mmi_deploy.cli.inspect.source import (
+    AsJson,
+    Batch,
+    Context,
+    Folder,
+    Gpus,
+    Images,
+    Preset,
+    graphs_of,
+    memory_model,
+)
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import size
 
 if TYPE_CHECKING:
     from mmi_deploy.analysis.cost import GraphCost
-    from mmi_deploy.analysis.gpu_specs import Card
+    from mmi_deploy.analysis.gpu_specs import Gpu
     from mmi_deploy.analysis.memory_estimate import Model
 
 STEPS = 20
@@ -29,14 +41,30 @@ BASIS = (
 )
 
 
-def show_cards(model: Model, names: Sequence[str], as_json: bool) -> None:
-    """Print a row per card, or for those in `names`."""
-    from mmi_deploy.analysis.gpu_specs import CARDS, card
+def gpus(
+    folder: Folder = None,
+    preset: Preset = None,
+    gpu: Gpus = None,
+    context: Context = None,
+    batch: Batch = 1,
+    images: Images = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show for every GPU the precision that fits it, and lower bounds of its times."""
+    with extras("inspect gpus"):
+        import mmi_deploy.analysis.memory_estimate  # noqa: F401
+    model = memory_model(graphs_of(folder, preset), context, batch, images, on_cpu=False)
+    show_gpus(model, gpu or (), as_json)
+
+
+def show_gpus(model: Model, names: Sequence[str], as_json: bool) -> None:
+    """Print a row per GPU, or for those in `names`."""
+    from mmi_deploy.analysis.gpu_specs import GPUS, gpu
 
     costs = cache(partial(run_costs, model))
-    rows = [card_row(model, card(name), costs) for name in names or CARDS]
+    rows = [gpu_row(model, gpu(name), costs) for name in names or GPUS]
     if as_json:
-        print_json({"model": model.config.name, "steps": STEPS, "cards": rows})
+        print_json({"model": model.config.name, "steps": STEPS, "gpus": rows})
         return
     limits = model.limits
     table = Table(
@@ -45,7 +73,7 @@ def show_cards(model: Model, names: Sequence[str], as_json: bool) -> None:
         "images: at least",
         title_justify="left",
     )
-    for heading in ("card", "precision", "stay in memory"):
+    for heading in ("GPU", "precision", "stay in memory"):
         table.add_column(heading, no_wrap=True)
     for heading in ("in all", "a token", "tokens/s", "an image read", "a picture"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -96,17 +124,17 @@ def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
     return found
 
 
-def card_row(
-    model: Model, card: Card, costs: Callable[[str], Mapping[str, GraphCost]]
+def gpu_row(
+    model: Model, gpu: Gpu, costs: Callable[[str], Mapping[str, GraphCost]]
 ) -> dict[str, Any]:
-    """What fits `card`, and the floors of a token, an image that is read and a picture. costs:
+    """What fits `gpu`, and the floors of a token, an image that is read and a picture. costs:
     precision -> what each graph costs."""
-    about: dict[str, Any] = {"card": card.name, "title": card.title, "room": card.room}
+    about: dict[str, Any] = {"gpu": gpu.name, "title": gpu.title, "room": gpu.room}
     try:
-        choice = model.recipe_for(card.room)
+        choice = model.recipe_for(gpu.room)
     except ConfigError:
         return {**about, "recipe": None}
-    seconds = {name: cost.seconds(card) for name, cost in costs(choice.recipe).items()}
+    seconds = {name: cost.seconds(gpu) for name, cost in costs(choice.recipe).items()}
     step, once = seconds["denoise_step"], seconds["image_condition"] + seconds["vae_decoder"]
     return {
         **about,

@@ -1,16 +1,32 @@
-"""`mmi inspect --memory` and `--fit`: what a model takes of a card, and which card holds it."""
+"""`mmi inspect memory`: memory by precision, which GPU holds it, and the precision that fits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich import box
 from rich.table import Table
 
 from mmi_deploy.cli.console import counted, print_json, results
+from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.inspect.cost import print_table
+from mmi_deploy.cli.inspect.source import (
+    AsJson,
+    Batch,
+    Context,
+    Folder,
+    Gpus,
+    Images,
+    OnCpu,
+    Precision,
+    Preset,
+    graphs_of,
+    memory_model,
+)
 from mmi_deploy.cli.target_options import groups
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import size
 
 if TYPE_CHECKING:
@@ -18,9 +34,49 @@ if TYPE_CHECKING:
 
 BASIS = (
     "Weights and what documents keep are exact; the workspace is an estimate (values that live at "
-    "once, nothing fused). Cards hold it when 1 GB is left for the driver (assumed), and 4 GB more "
+    "once, nothing fused). GPUs hold it when 1 GB is left for the driver (assumed), and 4 GB more "
     "for the system where the CPU shares the memory"
 )
+
+
+def memory(
+    folder: Folder = None,
+    preset: Preset = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="24GB", help="The precision for this much memory, or GPU.", show_default=False
+        ),
+    ] = None,
+    precision: Precision = None,
+    gpu: Gpus = None,
+    context: Context = None,
+    batch: Batch = 1,
+    images: Images = None,
+    resident: Annotated[
+        str | None,
+        typer.Option(
+            metavar="encoder,llm",
+            help="Engines that stay in memory; the others take turns. none: all do.",
+            show_default="all",
+        ),
+    ] = None,
+    on_cpu: OnCpu = False,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate memory by precision, and what holds it; with --fit, choose the precision."""
+    if fit and (precision or resident or gpu):
+        raise ConfigError(
+            "--fit chooses precision and residency",
+            fix="leave out --precision, --resident and --gpu",
+        )
+    with extras("inspect memory"):
+        import mmi_deploy.analysis.memory_estimate  # noqa: F401
+    model = memory_model(graphs_of(folder, preset), context, batch, images, on_cpu)
+    if fit:
+        show_fit(model, fit, as_json)
+    else:
+        show_memory(model, precision=precision, resident=resident, gpus=gpu or (), as_json=as_json)
 
 
 def show_memory(
@@ -28,40 +84,40 @@ def show_memory(
     *,
     precision: str | None,
     resident: str | None,
-    cards: Sequence[str],
+    gpus: Sequence[str],
     as_json: bool,
 ) -> None:
     """Print a row per recipe: what it takes, and what holds it."""
-    from mmi_deploy.spec.target import CPU
+    from mmi_deploy.spec.backends import BACKENDS
     from mmi_deploy.targets.precision.recipes import RECIPES, recipe
 
     wanted = (
         [recipe(precision)]
         if precision
-        else [r for r in RECIPES.values() if model.runtime != CPU or r.on_cpu]
+        else [r for r in RECIPES.values() if BACKENDS[model.runtime].on_gpu or r.on_cpu]
     )
     memories = [model.memory(one, groups(resident)) for one in wanted]
     if as_json:
         print_json(
             {
                 **_about(model),
-                "recipes": [{**as_dict(memory), **_holding(memory, cards)} for memory in memories],
+                "recipes": [{**as_dict(memory), **_holding(memory, gpus)} for memory in memories],
             }
         )
         return
     out = results()
-    print_table(out, _overview(model, memories, cards))
+    print_table(out, _overview(model, memories, gpus))
     if precision:
         out.print(_detail(memories[0]))
     out.print(BASIS)
 
 
 def show_fit(model: Model, budget: str, as_json: bool) -> None:
-    """Print the recipe for `budget`: an amount of memory that is free, or the name of a card."""
-    from mmi_deploy.analysis.gpu_specs import CARDS
+    """Print the recipe for `budget`: an amount of memory that is free, or the name of a GPU."""
+    from mmi_deploy.analysis.gpu_specs import GPUS
     from mmi_deploy.analysis.memory_estimate import parse_bytes
 
-    room = CARDS[budget].room if budget in CARDS else parse_bytes(budget)
+    room = GPUS[budget].room if budget in GPUS else parse_bytes(budget)
     choice = model.recipe_for(room)
     if as_json:
         told = {"recipe": choice.recipe, "resident": choice.resident, "spare": choice.spare}
@@ -111,20 +167,20 @@ def _about(model: Model) -> dict[str, Any]:
     }
 
 
-def _holding(memory: Memory, cards: Sequence[str]) -> dict[str, Any]:
-    return {"holds": holders(memory, cards)}
+def _holding(memory: Memory, gpus: Sequence[str]) -> dict[str, Any]:
+    return {"holds": holders(memory, gpus)}
 
 
-def holders(memory: Memory, cards: Sequence[str]) -> dict[str, bool]:
-    """Sizes of memory and named cards -> whether `memory` fits, the assumed reserve left free."""
-    from mmi_deploy.analysis.gpu_specs import DRIVER_RESERVE, GB, SIZES, card
+def holders(memory: Memory, gpus: Sequence[str]) -> dict[str, bool]:
+    """Sizes of memory and named GPUs -> whether `memory` fits, the assumed reserve left free."""
+    from mmi_deploy.analysis.gpu_specs import DRIVER_RESERVE, GB, SIZES, gpu
 
     rooms: Mapping[str, int] = {f"{gb} GB": gb * GB - DRIVER_RESERVE for gb in SIZES}
-    named = {name: card(name).room for name in cards}
+    named = {name: gpu(name).room for name in gpus}
     return {name: memory.total <= room for name, room in {**rooms, **named}.items()}
 
 
-def _overview(model: Model, memories: Sequence[Memory], cards: Sequence[str]) -> Table:
+def _overview(model: Model, memories: Sequence[Memory], gpus: Sequence[str]) -> Table:
     limits, resident = model.limits, memories[0].resident
     stay = "all engines in memory" if resident is None else f"{', '.join(resident) or 'none'} stay"
     table = Table(
@@ -134,19 +190,19 @@ def _overview(model: Model, memories: Sequence[Memory], cards: Sequence[str]) ->
         title_justify="left",
     )
     table.add_column("precision", no_wrap=True)
-    for heading in ("weights", "documents", "workspace", "in all", "a card of", *cards):
+    for heading in ("weights", "documents", "workspace", "in all", "a GPU of", *gpus):
         table.add_column(heading, justify="right", no_wrap=True)
     for memory in memories:
-        held = holders(memory, cards)
-        anonymous = [name for name, fits in held.items() if fits and name not in cards]
+        held = holders(memory, gpus)
+        anonymous = [name for name, fits in held.items() if fits and name not in gpus]
         table.add_row(
             memory.recipe,
             size(memory.weights),
             size(sum(memory.documents.values())),
             f"~{size(memory.workspace)}",
             size(memory.total),
-            anonymous[0] if anonymous else f"> {list(held)[len(held) - len(cards) - 1]}",
-            *("yes" if held[name] else "no" for name in cards),
+            anonymous[0] if anonymous else f"> {list(held)[len(held) - len(gpus) - 1]}",
+            *("yes" if held[name] else "no" for name in gpus),
         )
     return table
 

@@ -1,4 +1,4 @@
-"""`mmi inspect` without an option: the parts of a preset, a model folder or a bundle."""
+"""`mmi inspect parts`: the parts of a preset, a model folder or a bundle."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections import Counter
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from mmi_deploy.cli.console import print_json, results
-from mmi_deploy.errors import WeightsError
+from mmi_deploy.cli.inspect.source import AsJson
+from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.system.files import size
 
 if TYPE_CHECKING:
@@ -22,8 +24,47 @@ if TYPE_CHECKING:
     from mmi_deploy.spec.graphs import Graph
 
 
-def show_presets(as_json: bool, presets: dict[str, str]) -> None:
+def parts(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A bundle or a model folder.", show_default=False)
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Instead: print a named configuration.", show_default=False)
+    ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List inputs and outputs of every graph too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the parts of a bundle, a model folder or a preset; without an argument, the presets."""
+    from mmi_deploy.spec.config import to_json
+    from mmi_deploy.spec.presets import preset as preset_called
+
+    if folder and preset:
+        raise ConfigError("a folder and --preset were given", expected="one of them")
+    is_bundle = folder is not None and (folder / "bundle.json").exists()
+    if tensors and not is_bundle:
+        raise ConfigError("--tensors does not apply here", expected="it with a bundle")
+    if preset:
+        results().print(to_json(preset_called(preset)), end="")
+    elif folder is None:
+        show_presets(as_json)
+    elif is_bundle:
+        show_bundle(folder, tensors, as_json)
+    elif (folder / "config.json").exists():
+        show_model(folder, as_json)
+    else:
+        raise ConfigError(
+            f"{folder} is neither a bundle nor a model folder",
+            expected="a folder that holds bundle.json or config.json",
+        )
+
+
+def show_presets(as_json: bool) -> None:
     """Print name and first line of every preset."""
+    from mmi_deploy.spec.presets import PRESETS
+
+    presets = {name: (make.__doc__ or "").strip() for name, make in PRESETS.items()}
     first_lines = {name: text.partition("\n")[0] for name, text in presets.items()}
     if as_json:
         print_json(first_lines)
@@ -96,7 +137,7 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         from mmi_deploy.cli.inspect.target import target_table
 
         print_table(out, target_table(targets))
-        out.print("--target NAME says more of one")
+        out.print(f"`mmi inspect target {folder} NAME` says more of one")
     for receipt in bundle.manifest.receipts:
         proof = f" was compared with: {receipt.compared_with}"
         out.print(Text.assemble((receipt.graph, "bold"), proof))

@@ -1,27 +1,43 @@
-"""`mmi inspect --sensitivity`: which weights suffer most when they are stored in few bits."""
+"""`mmi inspect sensitivity`: the error of each weight alone when it is quantised."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich import box
 from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, results, staged
+from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.inspect.cost import print_table
+from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
 
 SHOWN = 25
 """Rows of the table; `--json` has every weight."""
 
 
+def sensitivity(
+    folder: BundleFolder,
+    graph: Annotated[str, typer.Option(help="The graph whose weights are quantised.")] = "llm",
+    precision: Annotated[str, typer.Option(help="The recipe that they are stored in.")] = "int4",
+    as_json: AsJson = False,
+) -> None:
+    """Quantise one weight at a time, run calibration inputs, and show the error of the outputs."""
+    with extras("inspect sensitivity"):
+        import mmi_deploy.analysis.sensitivity  # noqa: F401
+    show_sensitivity(folder, graph, precision, as_json)
+
+
 def show_sensitivity(folder: Path, graph: str, precision: str, as_json: bool) -> None:
     """Quantise one weight at a time, run recorded inputs, and print what the results differ by."""
-    from mmi_deploy.analysis.sensitivity import sensitivity
+    from mmi_deploy.analysis.sensitivity import sensitivity as measure
     from mmi_deploy.bundle.bundle import Bundle
 
     bundle = Bundle.open(folder, unproved=True)
     with staged("recording a document") as stage:
-        layers = sensitivity(bundle, graph, precision, on_layer=stage)
+        layers = measure(bundle, graph, precision, on_layer=stage)
     if as_json:
         told = {"graph": graph, "precision": precision, "weights": [vars(one) for one in layers]}
         print_json(told)

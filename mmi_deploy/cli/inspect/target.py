@@ -1,16 +1,18 @@
-"""`mmi inspect BUNDLE`: the targets that were built, and with --target one of them by graph."""
+"""`mmi inspect target`: one target of a bundle, graph by graph; without a name, all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from mmi_deploy.cli.console import print_json, results
 from mmi_deploy.cli.inspect.cost import print_table
+from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import size
 
@@ -20,6 +22,30 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 """Types of layers that a table names, the most frequent ones."""
+
+
+def target(
+    folder: BundleFolder,
+    name: Annotated[
+        str | None, typer.Argument(help="A target, as in cpu-int8.", show_default="all, in a table")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show one target of a bundle: per graph its layers, sizes, build time and receipt."""
+    from mmi_deploy.bundle.build_report import describe_targets
+    from mmi_deploy.bundle.bundle import Bundle
+
+    bundle = Bundle.open(folder, unproved=True)
+    if name is not None:
+        show_target(bundle, name, as_json)
+        return
+    targets = describe_targets(bundle)
+    if as_json:
+        print_json([summary.model_dump(mode="json") for summary in targets])
+    elif targets:
+        print_table(results(), target_table(targets))
+    else:
+        results().print(f"{folder} has no target yet: `mmi build {folder}` makes one")
 
 
 def target_table(summaries: Sequence[TargetSummary]) -> Table:

@@ -1,6 +1,6 @@
 """The engines of one TensorRT target of a bundle, and the GPU that they run on.
 
-What does not belong together is refused here, before anything is loaded: another card, another
+What does not belong together is refused here, before anything is loaded: another GPU, another
 TensorRT, another plugin, too little memory.
 """
 
@@ -18,9 +18,9 @@ from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.runtime.memory_plan import SHALLOW, MemoryPlan, document_bytes
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt.engine import GROUPS, Residency, Scratch, TensorRtEngine, group_of
-from mmi_deploy.runtime.tensorrt.module import MODULES, TensorRt, import_tensorrt
+from mmi_deploy.runtime.tensorrt.module import TensorRt, import_tensorrt
+from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS, backend_of
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
-from mmi_deploy.spec.target import ARCHITECTURES, RUNTIMES, TENSORRT
 from mmi_deploy.system.files import cache_folder
 
 # Prefix of the plugin's identity in a target whose engines were built with the build-only plugin.
@@ -33,8 +33,8 @@ AHEAD_OF_TIME = "ahead-of-time"
 
 def runtime_of(target: str) -> str | None:
     """`tensorrt` or `tensorrt-rtx` for a target's name, None for one that runs on the CPU."""
-    gpu = [name for name in RUNTIMES if target.startswith(f"{name}-") and name.startswith(TENSORRT)]
-    return max(gpu, key=len, default=None)
+    backend = backend_of(target)
+    return backend.name if backend.on_gpu else None
 
 
 CHECK = "make gpu-check"
@@ -79,7 +79,7 @@ class TensorRtTarget:
             check_receipts(manifest, manifest.graphs, bundle.target_folder(name), CHECK)
         residency = Residency(resident)
         memory = DeviceMemory(Cuda(cuda or import_cuda()), device)
-        module = tensorrt or import_tensorrt(MODULES[runtime])
+        module = tensorrt or import_tensorrt(BACKENDS[runtime].module)
         check_made_for(bundle, manifest, memory.gpu, module.__version__, plugin)
         made_with = manifest.recipe.get("plugin", AHEAD_OF_TIME)
         needed = None if made_with.startswith(AHEAD_OF_TIME) else plugin
@@ -145,14 +145,14 @@ class TensorRtTarget:
 def check_made_for(
     bundle: Bundle, manifest: TargetManifest, gpu: Any, version: str, plugin: Path | None
 ) -> None:
-    """Raise `EngineError` for engines that were made for another card, TensorRT or plugin."""
+    """Raise `EngineError` for engines that were made for another GPU, TensorRT or plugin."""
     recipe, name = manifest.recipe, manifest.target
     wanted = recipe.get("architecture", gpu.architecture)
     if wanted != gpu.architecture:
-        cards = ARCHITECTURES.get(wanted)
+        gpus = ARCHITECTURES.get(wanted)
         raise EngineError(
-            f"{name} was built for another card",
-            expected=f"{wanted} ({cards})" if cards else wanted,
+            f"{name} was built for another GPU",
+            expected=f"{wanted} ({gpus})" if gpus else wanted,
             got=f"{gpu.architecture} ({gpu.name})",
             fix=f"build for it: `{bundle.build_command(name.replace(wanted, gpu.architecture))}`",
         )

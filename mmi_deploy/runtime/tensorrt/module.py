@@ -17,16 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.spec.target import TENSORRT, TENSORRT_RTX
+from mmi_deploy.spec.backends import BACKENDS, TENSORRT, TENSORRT_RTX
 from mmi_deploy.system.files import write_file
 
-# Python modules of the runtimes.
-MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
-
-# Commands that install the modules, that of TensorRT's lean runtime (which builds nothing) too.
-INSTALL = {
-    "tensorrt": "pip install tensorrt",
-    "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
+# Python module -> command that installs it. TensorRT's lean runtime runs engines and builds none.
+INSTALL = {row.module: f"pip install {row.package}" for row in BACKENDS.values() if row.on_gpu} | {
     "tensorrt_lean_bindings": "pip install tensorrt-lean-cu13-libs tensorrt-lean-cu13-bindings",
 }
 
@@ -40,7 +35,7 @@ def import_tensorrt(module: str) -> Any:
     plugin, the wheel has only `libtensorrt_rtx.so.1`, and the process would be aborted. Raises
     `EngineError` where the module is not installed, or RTX was imported in another way.
     """
-    if module == MODULES[TENSORRT_RTX]:
+    if module == BACKENDS[TENSORRT_RTX].module:
         _link_rtx_libraries()
     try:
         return importlib.import_module(module)
@@ -60,7 +55,7 @@ def _link_rtx_libraries() -> None:
     that folder; the wheel opens the same files later and gets the copies that are open.
     """
     global _rtx_links
-    name = MODULES[TENSORRT_RTX]
+    name = BACKENDS[TENSORRT_RTX].module
     found = importlib.util.find_spec(f"{name}_libs")
     if _rtx_links is not None or found is None or not found.submodule_search_locations:
         return

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.target import CPU, RUNTIMES
+from mmi_deploy.spec.backends import BACKENDS, backend
 
 FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
 INT8, INT4, FP8 = "int8", "int4", "float8_e4m3fn"
 
 GREATEST = {FLOAT32: 3.4028234e38, FLOAT16: 65504.0, BFLOAT16: 3.3895314e38, FP8: 448.0}
 """The greatest finite number of each type."""
+
+# Bits of one number.
+BITS = {FLOAT32: 32, FLOAT16: 16, BFLOAT16: 16, INT8: 8, FP8: 8, INT4: 4}
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,15 @@ class Scheme:
 
     dtype: str
     block: int = 0
+
+
+def quantised_bytes(shape: tuple[int, int], scheme: Scheme, scale_bits: int) -> int:
+    """A weight [in, out] with a scale for every block of rows (0: all rows) of every column. The
+    schemes are symmetric: there are no zero points."""
+    rows, columns = shape
+    blocks = rows // scheme.block if scheme.block else 1
+    packed = -(-rows * columns * BITS[scheme.dtype] // 8)
+    return packed + blocks * columns * scale_bits // 8
 
 
 @dataclass(frozen=True)
@@ -69,10 +81,8 @@ class Recipe:
     margin: float = 4.0
 
     def activations_on(self, runtime: str) -> str:
-        """The type of activations on one of `target.RUNTIMES`; raises `ConfigError`."""
-        if runtime not in RUNTIMES:
-            raise ConfigError(f"there is no runtime {runtime!r}", expected=" or ".join(RUNTIMES))
-        if runtime != CPU:
+        """The type of activations on the backend called `runtime`; raises `ConfigError`."""
+        if backend(runtime).on_gpu:
             return self.activations
         if self.on_cpu is None:
             raise ConfigError(
@@ -183,7 +193,7 @@ def check_possible(
             f"precision {chosen.name} quantises the weights of {', '.join(chosen.weights)} alone",
             got=", ".join(graphs),
             fix="on the CPU the portable file runs for the others"
-            if runtime == CPU
+            if not BACKENDS[runtime].on_gpu
             else f"choose --precision {plain.name} for these graphs",
         )
 

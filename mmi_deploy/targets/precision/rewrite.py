@@ -9,8 +9,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from mmi_deploy.errors import BundleError
+from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.spec.target import CPU
 from mmi_deploy.targets.precision.constants import FLOATS, ONNX, Constants
 from mmi_deploy.targets.precision.ranges import Ranges, islands
 from mmi_deploy.targets.precision.recipes import FLOAT32, GREATEST, Recipe
@@ -46,7 +46,7 @@ def rewrite(
         quantise_products(model.graph, constants, recipe.weights[graph.name], runtime)
     _tidy(model)
     # An engine holds its weights itself: the file that it is built from does not stay.
-    write_weights(model.graph, out.with_suffix(".safetensors"), link_all=runtime != CPU)
+    write_weights(model.graph, out.with_suffix(".safetensors"), link_all=BACKENDS[runtime].on_gpu)
     proto = ir.to_proto(model)
     check_model(proto)
     onnx.save(proto, out)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from mmi_deploy.errors import BundleError
-from mmi_deploy.spec.target import CPU
+from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.targets.precision.constants import NUMPY, Array, Constants, check_finite, read
 from mmi_deploy.targets.precision.quantise import Quantised, fitting, packed_blocks, quantise
-from mmi_deploy.targets.precision.recipes import FP8, INT4, INT8, Scheme, Weights
+from mmi_deploy.targets.precision.recipes import BITS, FP8, INT4, INT8, Scheme, Weights
 
 _STORED = {
     INT8: ir.DataType.INT8,
@@ -22,7 +22,6 @@ _STORED = {
     FP8: ir.DataType.FLOAT8E4M3FN,
 }
 
-BITS = {INT8: 8, INT4: 4}
 
 CPU_BLOCK = 32
 """Rows that share a scale on the CPU where the scheme has one for all: MatMulNBits knows blocks."""
@@ -75,6 +74,14 @@ def products(graph: ir.Graph, constants: Constants) -> list[Product]:
     return found
 
 
+def scheme_on(runtime: str, scheme: Scheme, rows: int) -> Scheme | None:
+    """The scheme of a weight with `rows` rows on a backend: with blocks that divide them. None
+    where the backend knows blocks alone, and none fits."""
+    blocks = BACKENDS[runtime].block_scales
+    found = fitting(Scheme(scheme.dtype, scheme.block or CPU_BLOCK) if blocks else scheme, rows)
+    return None if blocks and not found.block else found
+
+
 def quantise_products(
     graph: ir.Graph, constants: Constants, weights: Weights, runtime: str
 ) -> None:
@@ -86,14 +93,11 @@ def quantise_products(
         scheme = weights.of(product.name, product.rows * product.columns)
         if scheme is None:
             continue
-        if runtime == CPU:
-            scheme = fitting(Scheme(scheme.dtype, scheme.block or CPU_BLOCK), product.rows)
-            if not scheme.block:
-                continue  # rows of an odd number: no block fits
-            _as_matmul_nbits(graph, constants, product, scheme, latest)
-        else:
-            scheme = fitting(scheme, product.rows)
-            _behind_dequantise(graph, constants, product, scheme, latest)
+        scheme = scheme_on(runtime, scheme, product.rows)
+        if scheme is None:
+            continue
+        store = _as_matmul_nbits if BACKENDS[runtime].block_scales else _behind_dequantise
+        store(graph, constants, product, scheme, latest)
         quantised = True
     if not quantised:
         raise BundleError(

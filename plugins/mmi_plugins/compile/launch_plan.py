@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.compile.constants import constant
+from mmi_plugins.constants import constant
 from mmi_plugins.operator import INPUT_SHAPES, MAX_LEVELS, NAME, NARROW_INPUTS, Call
 
 # Types T and their names in the kernels.
@@ -83,7 +83,7 @@ class Launch:
         return (self.variant.threads, 1, 1)
 
     def blocks(self, rows: np.ndarray) -> np.ndarray:
-        """The blocks (x, y, z), [blocks, 3], that compute the output `rows` (b, q, h), [rows, 3]."""
+        """Blocks (x, y, z), [blocks, 3], that compute the output `rows` (b, q, h), [rows, 3]."""
         b, q, h = np.asarray(rows).T
         x = q // self.queries_per_block
         if self.variant.kind == "split":

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from mmi_deploy.errors import EngineError
 from mmi_plugins.compile.compilers import find_nvcc
-from mmi_plugins.compile.constants import CSRC
 from mmi_plugins.compile.launch_plan import Variant
+from mmi_plugins.constants import CSRC
 
 COMPILERS = ("nvrtc", "nvcc")
 

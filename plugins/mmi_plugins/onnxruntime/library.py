@@ -31,7 +31,7 @@ from mmi_plugins.compile.compilers import (
     portable,
     supported_architectures,
 )
-from mmi_plugins.compile.constants import CSRC
+from mmi_plugins.constants import CSRC
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.compile.constants import constant
 from mmi_plugins.compile.launch_plan import TYPES, Variant, check_limits
 from mmi_plugins.compile.nvrtc import compile_ptx
+from mmi_plugins.constants import constant
 from mmi_plugins.operator import DOMAIN, INPUT_SHAPES, NAME
 from mmi_plugins.tensorrt.build_only_plugin import FIELDS, check_shapes, checked_fields
 from mmi_plugins.tensorrt.plugin_library import plugin_creator

@@ -24,7 +24,7 @@ from mmi_plugins.compile.compilers import (
     portable,
     supported_architectures,
 )
-from mmi_plugins.compile.constants import CSRC
+from mmi_plugins.constants import CSRC
 
 TARGETS = ("mmi_tensorrt", "mmi_tensorrt_registered")
 HEADER = "NvInferRuntime.h"

@@ -30,7 +30,7 @@ def plugin_for(runtime: str, architecture: str, choice: str = AUTO) -> Plugin:
     does not have.
     """
     from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME
-    from mmi_deploy.spec.target import TENSORRT
+    from mmi_deploy.spec.backends import TENSORRT
 
     if choice == AHEAD_OF_TIME:
         return _ahead_of_time(runtime, architecture)
@@ -70,9 +70,9 @@ def _build_only() -> Plugin:
 
 def _ahead_of_time(runtime: str, architecture: str) -> Plugin:
     from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME
-    from mmi_deploy.spec.target import TENSORRT
+    from mmi_deploy.spec.backends import TENSORRT
     from mmi_plugins.compile import nvrtc
-    from mmi_plugins.compile.constants import CSRC
+    from mmi_plugins.constants import CSRC
     from mmi_plugins.tensorrt import ahead_of_time
 
     if runtime != TENSORRT:

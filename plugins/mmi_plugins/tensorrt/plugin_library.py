@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.runtime.tensorrt.module import MODULES, import_tensorrt
-from mmi_deploy.spec.target import TENSORRT, TENSORRT_RTX
+from mmi_deploy.runtime.tensorrt.module import import_tensorrt
+from mmi_deploy.spec.backends import BACKENDS, TENSORRT, TENSORRT_RTX
 from mmi_plugins.compile.checksum import checksum_error
 from mmi_plugins.operator import DOMAIN, NAME, VERSION
 
@@ -46,7 +46,7 @@ def load_tensorrt_plugin(path: Path, tensorrt: ModuleType | None = None) -> Plug
     """Load the library that `mmi plugins build tensorrt` made into a TensorRT module (`tensorrt` by
     default). Raises `EngineError` for a library that is missing, damaged, not this plugin, or built
     for another major version, and where a plugin of that name is registered already."""
-    module: Any = import_tensorrt(MODULES[TENSORRT]) if tensorrt is None else tensorrt
+    module: Any = import_tensorrt(BACKENDS[TENSORRT].module) if tensorrt is None else tensorrt
     fix = "Build it with `mmi plugins build`"
     if not path.is_file():
         raise EngineError(f"there is no TensorRT plugin {path}", fix=fix)
@@ -87,7 +87,7 @@ def _check_version(path: Path, headers: str, module: Any) -> None:
     separately, has the interface of TensorRT 10.12 and later.
     """
     built = re.fullmatch(r"(TensorRT|RTX) (\d+)\.\d+", headers)
-    runs_rtx = module.__name__.startswith(MODULES[TENSORRT_RTX])
+    runs_rtx = module.__name__.startswith(BACKENDS[TENSORRT_RTX].module)
     running = ("RTX " if runs_rtx else "TensorRT ") + module.__version__
     major = module.__version__.partition(".")[0]
     if built is not None and runs_rtx and (built[1] == "TensorRT" or built[2] == major):

@@ -27,7 +27,8 @@ from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory
-from mmi_deploy.spec.target import TENSORRT, Target
+from mmi_deploy.spec.backends import TENSORRT
+from mmi_deploy.spec.target import Target
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.compile.launch_plan import launch_plan
 from mmi_plugins.conformance.calls import draw

@@ -19,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from exports import Exported
 from mmi_deploy.analysis.cost import GraphCost, cost, cost_of_file
 from mmi_deploy.analysis.flop_rules import RULES, VIEWS
-from mmi_deploy.analysis.gpu_specs import CARDS
+from mmi_deploy.analysis.gpu_specs import GPUS
 from mmi_deploy.analysis.shapes import read_graph, sized
-from mmi_deploy.analysis.stored_bytes import as_in_file, quantised_bytes
+from mmi_deploy.analysis.stored_bytes import as_in_file
 from mmi_deploy.cli.app import run
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, Graph, Tensor
-from mmi_deploy.targets.precision.recipes import RECIPES
+from mmi_deploy.targets.precision.recipes import RECIPES, quantised_bytes
 from mmi_export.export import MODULES
 
 SIZES = (
@@ -324,14 +324,14 @@ def test_the_command_says_what_the_count_says(
     exported: Exported, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(exported.bundle.folder)
-    asked = ["--graph", "llm", "--sizes", "t=1,m=2,n=2", "--card", "l4", "--json"]
-    assert run(["inspect", folder, "--cost", *asked]) == 0
+    asked = ["--graph", "llm", "--sizes", "t=1,m=2,n=2", "--gpu", "l4", "--json"]
+    assert run(["inspect", "cost", folder, *asked]) == 0
     (told,) = json.loads(capsys.readouterr().out)["graphs"]
     sizes = {"t": 1, "m": 2, "n": 2}
     found = cost_of_file(exported.bundle.graph_file("llm"), exported.bundle.graphs["llm"], sizes)
     assert told["matrix_flops"] == found.total.matrix == sum(n["matrix"] for n in told["nodes"])
-    assert told["roofline"]["l4"]["seconds"] == found.seconds(CARDS["l4"])
-    assert run(["inspect", folder, "--cost", "--graph", "llm"]) == 0
+    assert told["roofline"]["l4"]["seconds"] == found.seconds(GPUS["l4"])
+    assert run(["inspect", "cost", folder, "--graph", "llm"]) == 0
     assert "MultiImageDeformableAttention" in capsys.readouterr().out
 
 
@@ -341,14 +341,14 @@ def test_the_command_says_what_the_count_says(
         (["--sizes", "z=3"], "'z=3' is no size"),
         (["--sizes", "t=-3"], "'t=-3' is no size"),
         (["--graph", "nothing"], "there is no graph 'nothing'"),
-        (["--card", "abacus"], "no figures for a card 'abacus'"),
+        (["--gpu", "abacus"], "no figures for a GPU 'abacus'"),
         (["--precision", "int3"], "no precision 'int3'"),
     ],
 )
 def test_wrong_questions_get_one_line(
     exported: Exported, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["inspect", str(exported.bundle.folder), "--cost", *arguments]) == 2
+    assert run(["inspect", "cost", str(exported.bundle.folder), *arguments]) == 2
     assert line in capsys.readouterr().err
 
 
@@ -359,7 +359,7 @@ def test_graphs_of_a_preset_are_those_in_bundles(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = ["inspect", "--preset", "tiny", "--cost"]
+    asked = ["inspect", "cost", "--preset", "tiny"]
     assert run(asked) == 2
     mend = "`mmi export --preset tiny --sparse-weights -o bundles/tiny`"
     assert mend in capsys.readouterr().err
@@ -367,17 +367,17 @@ def test_graphs_of_a_preset_are_those_in_bundles(
     (tmp_path / "bundles" / "tiny").symlink_to(exported.bundle.folder)
     assert run(asked) == 0
     assert "denoise_step" in capsys.readouterr().out
-    assert run(["inspect", "--cost"]) == 2
+    assert run(["inspect", "cost"]) == 2
     assert "no graphs were given" in capsys.readouterr().err
-    assert run(["inspect", "--preset", "huge", "--cost"]) == 2
+    assert run(["inspect", "cost", "--preset", "huge"]) == 2
     assert "there is no preset 'huge'" in capsys.readouterr().err
 
 
 def test_a_picture_of_the_costs_is_drawn(exported: Exported, tmp_path: Path) -> None:
     folder, picture = str(exported.bundle.folder), tmp_path / "cost.svg"
-    assert run(["inspect", folder, "--cost", "--plot", str(picture)]) == 0
+    assert run(["inspect", "cost", folder, "--plot", str(picture)]) == 0
     assert "<svg" in picture.read_text()
-    assert run(["inspect", folder, "--cost", "--plot", str(tmp_path / "cost.gif")]) == 2
+    assert run(["inspect", "cost", folder, "--plot", str(tmp_path / "cost.gif")]) == 2
 
 
 def test_a_broken_graph_file_is_refused(tmp_path: Path) -> None:

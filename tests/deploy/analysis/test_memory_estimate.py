@@ -1,4 +1,4 @@
-"""What a model takes of a card: weights as the recipes store them, workspaces, and what fits."""
+"""What a model takes of a GPU: weights as the recipes store them, workspaces, and what fits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from exports import Exported
 from mmi_deploy.analysis.cost import chosen_sizes
-from mmi_deploy.analysis.gpu_specs import CARDS, GB
+from mmi_deploy.analysis.gpu_specs import GB, GPUS
 from mmi_deploy.analysis.memory_estimate import (
     Model,
     parse_bytes,
@@ -25,8 +25,8 @@ from mmi_deploy.analysis.stored_bytes import as_in_file, storage_of
 from mmi_deploy.cli.app import run
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.memory_plan import SHALLOW
+from mmi_deploy.spec.backends import CPU, TENSORRT
 from mmi_deploy.spec.graphs import Graph, Tensor
-from mmi_deploy.spec.target import CPU, TENSORRT
 from mmi_deploy.targets.precision import RECIPES, rewrite
 from mmi_deploy.targets.tensorrt_plan import weights_of
 
@@ -193,14 +193,14 @@ def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
 
 
 def test_shared_memory_leaves_room_for_the_system() -> None:
-    assert CARDS["orin-64"].room == 59 * GB and CARDS["l4"].room == 23 * GB
+    assert GPUS["orin-64"].room == 59 * GB and GPUS["l4"].room == 23 * GB
 
 
 def test_the_command_tells_what_the_model_does(
     exported: Exported, model: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(exported.bundle.folder)
-    assert run(["inspect", folder, "--memory", "--json", "--card", "l4"]) == 0
+    assert run(["inspect", "memory", folder, "--json", "--gpu", "l4"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["batch"] == 1 and told["images"] == 4
     by_recipe = {row["recipe"]: row for row in told["recipes"]}
@@ -208,7 +208,7 @@ def test_the_command_tells_what_the_model_does(
     assert by_recipe["int8"]["bytes"] == model.memory(RECIPES["int8"]).total
     assert by_recipe["int8"]["holds"]["8 GB"] and by_recipe["int8"]["holds"]["l4"]
     budget = f"{by_recipe['int8']['bytes'] / 1e6:.6f}MB"
-    assert run(["inspect", folder, "--fit", budget]) == 0
+    assert run(["inspect", "memory", folder, "--fit", budget]) == 0
     assert "--precision int8 and keep all engines" in capsys.readouterr().out
 
 
@@ -217,29 +217,27 @@ def test_every_card_gets_what_fits_it_and_floors(
 ) -> None:
     """A picture is 20 steps and what is done once; twice the bandwidth is half the time of what
     memory bounds."""
-    assert run(["inspect", str(exported.bundle.folder), "--cards", "--json"]) == 0
-    rows = {row["card"]: row for row in json.loads(capsys.readouterr().out)["cards"]}
-    assert rows.keys() == CARDS.keys()
+    assert run(["inspect", "gpus", str(exported.bundle.folder), "--json"]) == 0
+    rows = {row["gpu"]: row for row in json.loads(capsys.readouterr().out)["gpus"]}
+    assert rows.keys() == GPUS.keys()
     for row in rows.values():
         assert row["recipe"] == "fp16" and row["resident"] is None
         assert row["bytes"] == model.memory(RECIPES["fp16"]).total
         assert row["seconds"]["picture"] > 20 * row["seconds"]["step"]
     token = {name: row["seconds"]["token"] for name, row in rows.items()}
-    faster = CARDS["h200"].bandwidth / CARDS["h100"].bandwidth
+    faster = GPUS["h200"].bandwidth / GPUS["h100"].bandwidth
     assert token["h100"] / token["h200"] == pytest.approx(faster)
-    assert run(["inspect", str(exported.bundle.folder), "--cards", "--card", "l4"]) == 0
+    assert run(["inspect", "gpus", str(exported.bundle.folder), "--gpu", "l4"]) == 0
     assert "not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--memory", "--cost"], "--cost and --memory were given; expected one of them"),
-        (["--resident", "llm"], "--resident says nothing here; expected it with --memory"),
-        (["--cost", "--context", "9"], "expected it with --memory or --fit or --cards"),
-        (["--memory", "--resident", "everything"], "no engines are called 'everything'"),
-        (["--memory", "--context", "9999"], "the graphs have a smaller KV cache"),
-        (["--memory", "--cpu", "--precision", "fp16"], "precision fp16 is not for the CPU"),
+        (["--resident", "everything"], "no engines are called 'everything'"),
+        (["--context", "9999"], "the graphs have a smaller KV cache"),
+        (["--cpu", "--precision", "fp16"], "precision fp16 is not for the CPU"),
+        (["--fit", "24GB", "--precision", "int8"], "--fit chooses precision and residency"),
         (["--fit", "12 apples"], "is no amount of memory"),
         (["--fit", "1kB"], "no recipe fits paper_reading into 1.0 kB"),
     ],
@@ -247,5 +245,5 @@ def test_every_card_gets_what_fits_it_and_floors(
 def test_wrong_questions_get_one_line(
     exported: Exported, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["inspect", str(exported.bundle.folder), *arguments]) == 2
+    assert run(["inspect", "memory", str(exported.bundle.folder), *arguments]) == 2
     assert line in capsys.readouterr().err

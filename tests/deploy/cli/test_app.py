@@ -27,10 +27,11 @@ from deploy.runtime.fake_model import fake_runtime
 from mmi_deploy.bundle import manifest
 from mmi_deploy.bundle.bundle import write_bundle
 from mmi_deploy.cli import verify as verify_command
-from mmi_deploy.cli.app import app, run
-from mmi_deploy.cli.extras import EXTRAS
+from mmi_deploy.cli.app import run
+from mmi_deploy.cli.command_table import COMMANDS, INSPECT
 from mmi_deploy.cli.generate import ENDS
 from mmi_deploy.cli.generate import generate as generate_command
+from mmi_deploy.cli.inspect.app import RENAMED
 from mmi_deploy.cli.inspect.cost import duration, flops
 from mmi_deploy.cli.inspect.memory import _residency
 from mmi_deploy.cli.target_options import groups
@@ -45,9 +46,7 @@ from mmi_deploy.spec.presets import PRESETS, tiny
 from mmi_plugins.onnxruntime import library
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-COMMANDS = sorted(
-    command.callback.__name__ for command in app.registered_commands if command.callback
-)
+WORDS = [*COMMANDS, *(f"inspect {view}" for view in INSPECT)]
 
 
 class Screen:
@@ -94,9 +93,9 @@ def left_in(folder: Path) -> set[str]:
 # --- help -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", WORDS)
 def test_every_command_explains_itself_with_an_example(mmi: Screen, command: str) -> None:
-    assert mmi(command, "--help") == 0
+    assert mmi(*command.split(), "--help") == 0
     assert f"mmi {command}" in mmi.out and "Example" in mmi.out
 
 
@@ -333,7 +332,8 @@ def test_a_missing_extra_is_named(
 
 def test_every_extra_that_is_named_exists() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert set(EXTRAS.values()) <= project["optional-dependencies"].keys()
+    rows = {**COMMANDS, **INSPECT}.values()
+    assert {row.extra for row in rows} - {None} <= project["optional-dependencies"].keys()
     assert "torch" not in " ".join(project["dependencies"])
 
 
@@ -379,7 +379,7 @@ def test_a_signal_that_a_library_makes_an_error_of_is_one_still(
     """As in an import of compiled code, which ends in an ImportError."""
     importing = f"""
 import os
-from mmi_deploy import presets
+from mmi_deploy.spec import presets
 def interrupted(name):
     try:
         os.kill(os.getpid(), {number})
@@ -474,7 +474,7 @@ def test_inspect_refuses_sizes_that_its_view_does_not_have(
     mmi: Screen, bundle: Path, option: tuple[str, int]
 ) -> None:
     assert mmi("inspect", bundle, *option) == 2
-    assert f"{option[0]} says nothing here; expected it with --memory" in mmi.err
+    assert f"No such option: {option[0]}" in mmi.err
 
 
 @pytest.mark.parametrize(
@@ -488,7 +488,25 @@ def test_inspect_refuses_sizes_that_its_view_does_not_have(
 )
 def test_options_that_mean_nothing_are_refused(mmi: Screen, words: tuple[str, ...]) -> None:
     assert mmi(*words) == 2
-    assert mmi.err.startswith("mmi: --") and "says nothing here; expected it with" in mmi.err
+    assert mmi.err.startswith("mmi: --") and "does not apply here; expected it with" in mmi.err
+
+
+@pytest.mark.parametrize("option", RENAMED)
+def test_options_that_became_views_are_named(mmi: Screen, option: str) -> None:
+    assert mmi("inspect", "bundle", option) == 2
+    assert f"`mmi inspect {RENAMED[option]}`" in mmi.err and mmi.err.count("\n") == 1
+
+
+def test_help_imports_no_command() -> None:
+    """In a fresh process: the list of commands is a table."""
+    code = (
+        "import sys; from mmi_deploy.cli.app import run; run(['--help']); "
+        "print([n for n in sys.modules if n.startswith(('mmi_deploy.cli.', 'mmi_')) "
+        "and n.removeprefix('mmi_deploy.cli.') in "
+        "('generate', 'build', 'verify', 'inspect.app', 'mmi_train', 'mmi_export', 'numpy')])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.rstrip().endswith("[]")
 
 
 def test_numbers_for_people_have_no_exponents() -> None:
@@ -501,7 +519,7 @@ def test_numbers_for_people_have_no_exponents() -> None:
 
 
 def test_engines_that_take_turns_are_named_alike_everywhere() -> None:
-    """What `mmi inspect --fit` advises is what `mmi generate` takes."""
+    """What `mmi inspect memory --fit` advises is what `mmi generate` takes."""
     assert groups("none") == () and groups("all") is None and groups(None) is None
     assert groups("llm, vae") == ("llm", "vae")
     choice = SimpleNamespace(resident=())

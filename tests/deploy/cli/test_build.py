@@ -23,9 +23,10 @@ from mmi_deploy.bundle.build_report import BUILD_ONLY, describe_targets, read_re
 from mmi_deploy.bundle.bundle import Bundle, write_bundle
 from mmi_deploy.cli.app import run
 from mmi_deploy.errors import BundleError, ConfigError, EngineError
+from mmi_deploy.spec.backends import TENSORRT_RTX
 from mmi_deploy.spec.graphs import Graph, Limits
 from mmi_deploy.spec.presets import tiny
-from mmi_deploy.spec.target import TENSORRT_RTX, Target
+from mmi_deploy.spec.target import Target
 from mmi_deploy.targets import tensorrt, tensorrt_plan
 from mmi_deploy.targets.cache import EngineCache
 from mmi_deploy.targets.precision import Ranges, recipe
@@ -463,7 +464,7 @@ def test_a_dry_run_says_what_it_would_take_and_builds_nothing(
     [
         (("--arch", "sm90"), "does not build for sm90.*expected sm80, sm86, sm89, sm120"),
         (("--arch", "sm12"), "expected sm80.*got sm12"),
-        (("--target", "gpu"), "no target 'gpu'; expected cpu or tensorrt or tensorrt-rtx"),
+        (("--target", "gpu"), "no backend 'gpu'; expected cpu or tensorrt or tensorrt-rtx"),
         (("--arch", "sm89", "--graph", "unet"), "no graph 'unet'; expected vision_encoder"),
         (("--arch", "sm80", "--precision", "fp8"), "fp8 cannot be built for sm80"),
         (("--arch", "sm89", "--precision", "fp1"), "no precision 'fp1'"),

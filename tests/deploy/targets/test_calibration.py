@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from exports import Exported
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import BundleError, EngineError
-from mmi_deploy.spec.target import CPU, TENSORRT_RTX
+from mmi_deploy.spec.backends import CPU, TENSORRT_RTX
 from mmi_deploy.targets.calibration import Evidence, check_can_run, islands_key
 from mmi_deploy.targets.precision import Ranges, recipe, rewrite
 

@@ -20,7 +20,7 @@ from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.onnxruntime.run_graph import runner
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.spec.target import CPU
+from mmi_deploy.spec.backends import CPU
 from mmi_deploy.targets.cpu import build_cpu_target
 from mmi_deploy.targets.precision import recipe, rewrite
 from mmi_deploy.targets.precision.quantise import fitting, quantise

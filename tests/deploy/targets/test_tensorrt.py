@@ -15,9 +15,9 @@ from onnx import TensorProto, helper
 
 from deploy.targets.fake_tensorrt import FakePlugin, Script, fake_tensorrt
 from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
 from mmi_deploy.spec.graphs import Limits, graphs
 from mmi_deploy.spec.presets import tiny
-from mmi_deploy.spec.target import TENSORRT, TENSORRT_RTX
 from mmi_deploy.targets.profiles import profiles
 from mmi_deploy.targets.tensorrt_build import (
     Built,
@@ -176,7 +176,7 @@ def test_tensorrt_builds_for_the_card_in_the_machine_alone(
 ) -> None:
     monkeypatch.setattr("mmi_deploy.targets.tensorrt_build.device_architecture", lambda: here)
     trt = fake_tensorrt(Script())
-    with pytest.raises(ConfigError, match=rf"on the card that runs them.*got sm89.*{fix}"):
+    with pytest.raises(ConfigError, match=rf"on the GPU that runs them.*got sm89.*{fix}"):
         check_architecture(trt, TENSORRT, "sm89")
     if here:
         check_architecture(trt, TENSORRT, here)

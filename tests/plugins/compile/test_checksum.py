@@ -16,7 +16,7 @@ from mmi_deploy.cli.kernels import kernel_library
 from mmi_deploy.errors import ConfigError
 from mmi_plugins.compile import checksum
 from mmi_plugins.compile.checksum import append_checksum, checksum_error, has_valid_checksum
-from mmi_plugins.compile.constants import CSRC
+from mmi_plugins.constants import CSRC
 
 FOLDERS = ("/lib/x86_64-linux-gnu", "/lib64", "/usr/lib", "/lib/aarch64-linux-gnu")
 

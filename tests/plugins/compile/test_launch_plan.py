@@ -8,7 +8,7 @@ import pytest
 
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.compile.compilers import find_nvcc
-from mmi_plugins.compile.constants import CSRC
+from mmi_plugins.constants import CSRC
 
 if reason := nvrtc.missing("nvcc"):
     pytest.skip(reason, allow_module_level=True)

@@ -11,7 +11,7 @@ import pytest
 from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, BUILD_ONLY
-from mmi_deploy.spec.target import TENSORRT, TENSORRT_RTX
+from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.tensorrt import ahead_of_time, plugin_library
 from mmi_plugins.tensorrt.plugin import plugin_for

@@ -69,10 +69,10 @@ def test_targets_are_listed_with_what_is_proved(
 
 
 def test_a_target_is_told_by_graph(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["inspect", str(bundle), "--target", TARGET]) == 0
+    assert run(["inspect", "target", str(bundle), TARGET]) == 0
     told = capsys.readouterr().out
     assert "9 MATRIX_MULTIPLY" in told and "2 of our plugin" in told and "12 s" in told
-    assert run(["inspect", str(bundle), "--target", "cpu-int8"]) == 2
+    assert run(["inspect", "target", str(bundle), "cpu-int8"]) == 2
     assert f"has no target 'cpu-int8'; expected {TARGET}" in capsys.readouterr().err
 
 
@@ -88,10 +88,10 @@ def test_a_target_of_another_export_is_called_stale(
 def test_the_weights_that_suffer_most_come_first(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["inspect", str(bundle), "--sensitivity", "--json"]) == 0
+    assert run(["inspect", "sensitivity", str(bundle), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     errors = [weight["error"] for weight in told["weights"]]
     assert told["graph"] == "llm" and told["precision"] == "int4"
     assert errors == sorted(errors, reverse=True) and errors[0] > 0
-    assert run(["inspect", str(bundle), "--sensitivity", "--precision", "fp16"]) == 2
+    assert run(["inspect", "sensitivity", str(bundle), "--precision", "fp16"]) == 2
     assert "precision fp16 quantises no weights" in capsys.readouterr().err

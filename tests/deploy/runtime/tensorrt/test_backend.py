@@ -244,7 +244,7 @@ def refusal(bundle: Bundle, name: str, **options: Any) -> str:
 def test_engines_for_another_card_are_refused(bundle: Bundle) -> None:
     line = refusal(bundle, add_target(bundle), cuda=FakeCuda(capability=(9, 0)))
     assert line == (
-        "tensorrt-sm89-fp32 was built for another card; expected sm89 (L4, L40S, RTX 40); "
+        "tensorrt-sm89-fp32 was built for another GPU; expected sm89 (L4, L40S, RTX 40); "
         f"got sm90 (Fake GPU). build for it: `mmi build {bundle.folder} --target tensorrt "
         "--arch sm90 --precision fp32`"
     )

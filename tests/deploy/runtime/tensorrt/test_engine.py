@@ -22,8 +22,8 @@ from mmi_deploy.runtime.tensorrt.cuda_graph import CudaGraphs
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory
 from mmi_deploy.runtime.tensorrt.engine import Residency, Scratch, TensorRtEngine
 from mmi_deploy.runtime.tensorrt.module import TensorRt
+from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
 from mmi_deploy.spec.graphs import Graph, Range, Tensor
-from mmi_deploy.spec.target import TENSORRT, TENSORRT_RTX
 
 MEND = "mmi build it"
 

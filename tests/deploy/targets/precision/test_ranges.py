@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 from deploy.targets.precision.graphs import attention, contract, hidden, product, write
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.runtime.onnxruntime.run_graph import model_runner, runner
+from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.graphs import Graph, Tensor
-from mmi_deploy.spec.target import TENSORRT
 from mmi_deploy.targets.precision import Ranges, measure_ranges, recipe, rewrite
 from mmi_deploy.targets.precision.emulation import simulated
 from mmi_deploy.targets.precision.rewrite import read_model

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploy.targets.precision.graphs import contract, hidden, product, write
 from mmi_deploy.errors import BundleError, WeightsError
+from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.graphs import MMFS_OPERATOR, Tensor
-from mmi_deploy.spec.target import TENSORRT
 from mmi_deploy.targets.precision import recipe, rewrite
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from onnx import helper, numpy_helper
 from deploy.targets.precision.graphs import contract, hidden, product, write
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.runtime.onnxruntime.run_graph import runner
+from mmi_deploy.spec.backends import CPU, TENSORRT
 from mmi_deploy.spec.graphs import Graph, Tensor
-from mmi_deploy.spec.target import CPU, TENSORRT
 from mmi_deploy.targets.precision import check_possible, recipe, rewrite
 from mmi_deploy.targets.precision.quantise import fitting, packed_blocks, quantise
 from mmi_deploy.targets.precision.recipes import FP8, INT4, INT8, RECIPES, Scheme
@@ -243,9 +243,9 @@ def test_an_unknown_recipe_lists_those_there_are() -> None:
     ("name", "runtime", "architecture", "graphs", "message"),
     [
         ("fp8", TENSORRT, "sm80", None, r"fp8 cannot be built for sm80; expected sm89 or later"),
-        ("fp16", CPU, None, None, r"fp16 is not for the CPU: .*choose fp32, int8"),
+        ("fp16", CPU, None, None, r"fp16 is not for the CPU: .*choose int8, int4"),
         ("int4", TENSORRT, "sm89", ["vision_encoder"], r"weights of llm alone.*--precision fp16"),
-        ("int8", "npu", None, None, r"no runtime 'npu'; expected cpu or tensorrt"),
+        ("int8", "npu", None, None, r"no backend 'npu'; expected cpu or tensorrt"),
     ],
 )
 def test_recipes_that_a_target_cannot_have_are_refused_in_one_line(

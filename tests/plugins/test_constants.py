@@ -10,7 +10,7 @@ import pytest
 
 from mmi_deploy.errors import EngineError
 from mmi_plugins import operator
-from mmi_plugins.compile.constants import CSRC, constant, read_constants
+from mmi_plugins.constants import CSRC, constant, read_constants
 from mmi_plugins.onnxruntime.library import compiler
 
 CONSTANTS = read_constants(CSRC / "constants.def")

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from mmi_deploy.errors import EngineError
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).with_name("csrc")
 
 _LINE = re.compile(r"MMI_CONSTANT\((k\w+), (\d+)\)\s*(//.*)?")
 

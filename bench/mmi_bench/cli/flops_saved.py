@@ -1,4 +1,4 @@
-"""`mmi inspect --removed`: what the graphs no longer compute that the published model does."""
+"""`mmi inspect flops-saved`: FLOPs as deployed beside those of the model as published."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from rich import box
 from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, results
+from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.inspect.cost import flops, print_table
+from mmi_deploy.cli.inspect.source import AsJson, Folder, Preset, graphs_of
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle.manifest import BundleManifest
 
 
-def show_removed(manifest: BundleManifest, files: Mapping[str, Path], as_json: bool) -> None:
+def flops_saved(folder: Folder = None, preset: Preset = None, as_json: AsJson = False) -> None:
+    """Compare the FLOPs of the graphs with those of the model as published."""
+    with extras("inspect flops-saved"):
+        import mmi_bench.flops_saved  # noqa: F401
+    graphs = graphs_of(folder, preset)
+    show_flops_saved(graphs.manifest, graphs.files, as_json)
+
+
+def show_flops_saved(manifest: BundleManifest, files: Mapping[str, Path], as_json: bool) -> None:
     """Print FLOPs as published and as deployed, and what is computed again and again."""
     from mmi_bench.flops_saved import compare, repeated, repeated_in_step
 

@@ -1,0 +1,1 @@
+"""Commands of `mmi` that compare with PyTorch: bench, inspect flops-saved."""

@@ -1,0 +1,238 @@
+"""The commands of `mmi`: a row each, whose module is imported once the command is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from mmi_deploy.system.entry_points import load
+
+MODELS, BUNDLES, RESULTS = "Models", "Bundles and engines", "Use and measure"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One command. entry_point: its function, or a `typer.Typer` of subcommands. help: the line
+    in the list of commands. extra: the optional dependencies of `mmi_deploy` that it needs.
+    section: the heading that it is listed under. examples: shown below its own help."""
+
+    entry_point: str
+    help: str
+    extra: str | None = None
+    section: str | None = None
+    examples: tuple[str, ...] = ()
+
+
+COMMANDS: Mapping[str, Row] = {
+    "train": Row(
+        "mmi_train.cli.train:train",
+        "Train the tiny model from nothing on synthetic pictures.",
+        "train",
+        MODELS,
+        (
+            "mmi train -o runs/tiny",
+            "mmi train -o runs/trial --steps 100",
+            "mmi train -o runs/more --start assets/tiny --world medium",
+        ),
+    ),
+    "convert": Row(
+        "mmi_train.cli.convert:convert",
+        "Convert the published checkpoint to a model folder.",
+        "train",
+        MODELS,
+        (
+            "mmi convert mm_interleaved_13b/ -o models/13b --tokenizer vicuna-13b/",
+            "mmi convert mm_interleaved_13b/ -o models/13b --tokenizer vicuna-13b/ "
+            "--dtype bfloat16",
+        ),
+    ),
+    "init": Row(
+        "mmi_train.cli.init:init",
+        "Build a new model around a trained LLaMA, CLIP and Stable Diffusion.",
+        "init",
+        MODELS,
+        (
+            "mmi init -o models/mine --llm SmolLM2-135M/ --vision clip-base-patch16/",
+            "mmi init -o models/mine --llm smollm2.gguf --context 2048",
+        ),
+    ),
+    "evaluate": Row(
+        "mmi_train.cli.evaluate:evaluate",
+        "Evaluate a trained model on held-out synthetic pictures.",
+        "train",
+        MODELS,
+        ("mmi evaluate assets/tiny --count 32",),
+    ),
+    "export": Row(
+        "mmi_export.cli:export",
+        "Export a model folder to ONNX graphs, each compared with PyTorch.",
+        "export",
+        BUNDLES,
+        (
+            "mmi export assets/tiny -o bundles/tiny",
+            "mmi export runs/tiny/model -o bundles/mine --schedule unipc:10 --schedule ddim:50",
+        ),
+    ),
+    "build": Row(
+        "mmi_deploy.cli.build:build",
+        "Build engines for GPUs, or quantised graphs for the CPU.",
+        "build",
+        BUNDLES,
+        (
+            "mmi build --target cpu --precision int8",
+            "mmi build bundles/tiny --arch sm89 --arch sm120",
+            "mmi build --arch sm80 --dry-run",
+        ),
+    ),
+    "verify": Row(
+        "mmi_deploy.cli.verify:verify",
+        "Verify checksums and receipts of a bundle.",
+        "cpu",
+        BUNDLES,
+        ("mmi verify bundles/tiny --run",),
+    ),
+    "inspect": Row(
+        "mmi_deploy.cli.inspect.app:app",
+        "Show parts, cost, memory, GPUs, targets and sensitivity of a model.",
+        "build",
+        BUNDLES,
+        (
+            "mmi inspect bundles/tiny --tensors",
+            "mmi inspect assets/tiny",
+            "mmi inspect --preset released_13b",
+            "mmi inspect cost bundles/tiny --graph llm",
+            "mmi inspect memory bundles/tiny --fit 24GB",
+        ),
+    ),
+    "plugins": Row(
+        "mmi_plugins.cli:app",
+        "Compile the MMFS kernels for ONNX Runtime and TensorRT.",
+        None,
+        BUNDLES,
+        ("mmi plugins build onnxruntime", "mmi plugins list"),
+    ),
+    "generate": Row(
+        "mmi_deploy.cli.generate:generate",
+        "Continue a document with text and pictures.",
+        "cpu",
+        RESULTS,
+        (
+            "mmi generate examples/story.md -o out",
+            "mmi generate examples/story.md --seed 7 --max-images 2 --temperature 0.7",
+            "mmi generate examples/story.md --json | jq .parts",
+        ),
+    ),
+    "bench": Row(
+        "mmi_bench.cli.bench:bench",
+        "Benchmark the runtime against the same weights in PyTorch.",
+        "bench",
+        RESULTS,
+        (
+            "mmi bench --quick",
+            "mmi bench bundles/tiny -m assets/tiny -o bench.json --plot bench.svg",
+        ),
+    ),
+}
+
+INSPECT: Mapping[str, Row] = {
+    "parts": Row(
+        "mmi_deploy.cli.inspect.parts:parts",
+        "Parts of a preset, a model folder or a bundle (also without the word `parts`).",
+        examples=("mmi inspect bundles/tiny --tensors", "mmi inspect --preset released_13b"),
+    ),
+    "cost": Row(
+        "mmi_deploy.cli.inspect.cost:cost",
+        "FLOPs, bytes and roofline time of every graph.",
+        "build",
+        examples=(
+            "mmi inspect cost bundles/tiny",
+            "mmi inspect cost bundles/tiny --graph llm --sizes t=1,m=4 --gpu l4",
+        ),
+    ),
+    "memory": Row(
+        "mmi_deploy.cli.inspect.memory:memory",
+        "Memory by precision, and the precision that fits a GPU.",
+        "build",
+        examples=("mmi inspect memory bundles/tiny", "mmi inspect memory bundles/13b --fit 24GB"),
+    ),
+    "gpus": Row(
+        "mmi_deploy.cli.inspect.gpus:gpus",
+        "For every GPU: the precision that fits it, and lower bounds of its times.",
+        "build",
+        examples=("mmi inspect gpus bundles/tiny --gpu l4 --gpu orin-64",),
+    ),
+    "target": Row(
+        "mmi_deploy.cli.inspect.target:target",
+        "One target of a bundle, graph by graph: layers, sizes, receipts.",
+        examples=("mmi inspect target bundles/tiny cpu-int8",),
+    ),
+    "sensitivity": Row(
+        "mmi_deploy.cli.inspect.sensitivity:sensitivity",
+        "Error of each weight alone when it is quantised.",
+        "build",
+        examples=("mmi inspect sensitivity bundles/tiny --graph llm --precision int4",),
+    ),
+    "flops-saved": Row(
+        "mmi_bench.cli.flops_saved:flops_saved",
+        "FLOPs as deployed beside those of the model as published.",
+        "export",
+        examples=("mmi inspect flops-saved bundles/tiny",),
+    ),
+}
+
+
+def row_of(words: str) -> Row:
+    """The row of `generate`, or of `inspect cost`."""
+    command, _, view = words.partition(" ")
+    return INSPECT[view] if view else COMMANDS[command]
+
+
+class TableGroup(TyperGroup):
+    """Subcommands of a table, each a placeholder until it is the one to run."""
+
+    rows: Mapping[str, Row] = {}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Import the command that `args` begin with, then resolve it as typer does."""
+        if args and args[0] in self.rows:
+            self.commands[args[0]] = _imported(args[0], self.rows[args[0]])
+        return super().resolve_command(ctx, args)
+
+
+def table_app(group: type[TableGroup], **options: Any) -> typer.Typer:
+    """A `typer.Typer` that lists the rows of `group` and imports none of them."""
+    app = _app(cls=group, **options)
+    for name, row in group.rows.items():
+        app.command(name, help=row.help, rich_help_panel=row.section)(_placeholder)
+    return app
+
+
+def _imported(name: str, row: Row) -> Any:
+    found = load(row.entry_point)
+    epilog = "Examples:  " + "  ·  ".join(row.examples)
+    if isinstance(found, typer.Typer):
+        found.info.epilog = epilog
+        return get_command(found)
+    app = _app()
+    app.command(name, epilog=epilog)(found)
+    return get_command(app)
+
+
+def _app(**options: Any) -> typer.Typer:
+    return typer.Typer(
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **options,
+    )
+
+
+def _placeholder() -> None:
+    """Stand in the list of commands; `TableGroup` runs the row's entry point instead."""
+    raise AssertionError("the group imports the command before it runs")

@@ -1,0 +1,88 @@
+"""Arguments that the views of `mmi inspect` share, and the graphs that they name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmi_deploy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmi_deploy.analysis.memory_estimate import Model
+    from mmi_deploy.bundle.manifest import BundleManifest
+
+Folder = Annotated[Path | None, typer.Argument(help="The folder of a bundle.", show_default=False)]
+BundleFolder = Annotated[Path, typer.Argument(help="The folder of a bundle.", show_default=False)]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Instead: the graphs of this preset, in bundles/PRESET.", show_default=False),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="As this recipe stores it: fp32, fp16, int8 ...", show_default="all"),
+]
+Gpus = Annotated[
+    list[str] | None,
+    typer.Option("--gpu", help="A GPU, as in l4; several may be given.", show_default=False),
+]
+Context = Annotated[
+    int | None, typer.Option(help="Tokens of a document.", show_default="the bundle's")
+]
+Batch = Annotated[int, typer.Option(min=1, max=1024, help="Documents at a time.")]
+Images = Annotated[int | None, typer.Option(min=1, help="Images of a document.", show_default="4")]
+OnCpu = Annotated[bool, typer.Option("--cpu", help="On the CPU, not on a GPU.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The graph files of a bundle. Nothing is hashed and no weight is read, so that a bundle of a
+    hundred gigabytes is inspected in seconds."""
+
+    name: str
+    manifest: BundleManifest
+    files: dict[str, Path]
+
+
+def graphs_of(folder: Path | None, preset: str | None) -> Graphs:
+    """The graphs of a bundle, or of `bundles/PRESET`. Raises `ConfigError` where there are none."""
+    from mmi_deploy.bundle.bundle import EXPORT, MANIFEST
+    from mmi_deploy.bundle.manifest import BundleManifest, read_manifest
+    from mmi_deploy.spec.presets import preset as preset_called
+
+    if folder and preset:
+        raise ConfigError("a folder and --preset were given", expected="one of them")
+    if folder is None and preset:
+        preset_called(preset)
+        folder = Path("bundles") / preset
+        if not (folder / MANIFEST).exists():
+            raise ConfigError(
+                f"the graphs of {preset} are looked for in {folder}, and are not there",
+                fix=f"make them, without weights: `{EXPORT} --preset {preset} --sparse-weights "
+                f"-o {folder}`",
+            )
+    if folder is None:
+        raise ConfigError("no graphs were given", expected="the folder of a bundle, or --preset")
+    manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
+    files = {name: folder / path for name, path in manifest.graphs.items()}
+    return Graphs(str(folder), manifest, files)
+
+
+def memory_model(
+    graphs: Graphs, context: int | None, batch: int, images: int | None, on_cpu: bool
+) -> Model:
+    """What memory is estimated for: graphs, and the documents that they hold at a time. Raises
+    `ConfigError` for more than the bundle takes."""
+    from mmi_deploy.analysis.memory_estimate import Model, with_limits
+    from mmi_deploy.spec.backends import CPU, TENSORRT
+
+    limits = graphs.manifest.limits
+    most = limits.images
+    if images is not None and images > most:
+        raise ConfigError("--images is beyond the bundle", expected=f"1 to {most}", got=images)
+    wanted = with_limits(limits, context, batch, images or min(4, most))
+    runtime = CPU if on_cpu else TENSORRT
+    return Model(graphs.manifest.config, graphs.files, limits.context, wanted, runtime)
