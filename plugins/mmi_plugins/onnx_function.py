@@ -31,18 +31,9 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, OPSET
+from mmi_deploy.spec.mmfs_operator import INPUT_SHAPES
 
-INPUTS = (
-    "value",
-    "image_slot",
-    "offsets",
-    "logits",
-    "offset_table",
-    "logit_table",
-    "image_position",
-    "reference",
-    "null_value",
-)
+INPUTS = tuple(INPUT_SHAPES)
 ATTRIBUTES = {
     "level_heights": ir.AttributeType.INTS,
     "level_widths": ir.AttributeType.INTS,

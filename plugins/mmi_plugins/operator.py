@@ -1,7 +1,7 @@
-"""The operator `mmi::MultiImageDeformableAttention`, version 1: its inputs, attributes and limits.
+"""The operator `mmi::MultiImageDeformableAttention`, version 1: one call, its limits, tolerances.
 
-Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
-encoded images, s feature cells of one image, r rows of the tables.
+Letters: b batch, q queries, m image slots, l levels, h heads, p points, d channels per head,
+n encoded images, s feature cells, r table rows.
 """
 
 from __future__ import annotations
@@ -14,32 +14,29 @@ import numpy as np
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
+from mmi_deploy.spec.mmfs_operator import INDEX_INPUTS, INPUT_SHAPES, NARROW_INPUTS
 from mmi_plugins.constants import constant
+
+__all__ = [
+    "CHANNEL_STEP",
+    "DOMAIN",
+    "INDEX_INPUTS",
+    "INPUT_SHAPES",
+    "MAX_CHANNELS",
+    "MAX_LEVELS",
+    "MAX_POINTS",
+    "NAME",
+    "NARROW_INPUTS",
+    "TOLERANCES",
+    "VERSION",
+    "Call",
+]
 
 DOMAIN, NAME, VERSION = MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
 
-INPUT_SHAPES = {
-    "value": "nshd",
-    "image_slot": "bm",
-    "offsets": "bqhp2",
-    "logits": "bqhlp",
-    "offset_table": "rhp2",
-    "logit_table": "rhlp",
-    "image_position": "b*m",
-    "reference": "*2",
-    "null_value": "hd",
-}
-"""Inputs in order, a letter an axis; `*` is 1 (shared by all queries) or q."""
-
-NARROW_INPUTS = ("value", "offsets", "logits")
-"""Inputs of the operator's own type T; tables, reference and null value are always float32."""
-
-INDEX_INPUTS = ("image_slot", "image_position")
-"""int32."""
-
+# Types T -> relative error (rms of error / rms of expected) allowed against float64 over the same,
+# already rounded, inputs.
 TOLERANCES = {"float32": 1e-6, "float16": 4e-4, "bfloat16": 3e-3}
-"""Types T, and the relative error (rms of error / rms of expected) that each is allowed against
-float64 over the same, already rounded, inputs."""
 
 # Limits of every kernel: 1..4 levels, 1..16 points, multiples of 8 up to 128 channels per head.
 MAX_LEVELS, MAX_POINTS, MAX_CHANNELS, CHANNEL_STEP = map(
@@ -51,8 +48,8 @@ MAX_LEVELS, MAX_POINTS, MAX_CHANNELS, CHANNEL_STEP = map(
 class Call:
     """One call of the operator: `inputs` by name and the attributes.
 
-    Floating inputs are held as float32 whatever `dtype` is, already rounded to it where the
-    operator takes T. Raises `EngineError` when shapes or types contradict each other.
+    Floating inputs are stored as float32 whatever `dtype` is, and those of type T are already
+    rounded to it. Raises `EngineError` where shapes or types contradict each other.
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -70,7 +67,7 @@ class Call:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Every letter's size."""
+        """Size of every letter."""
         sizes: dict[str, int] = {}
         for name, letters in INPUT_SHAPES.items():
             sizes |= {
@@ -82,7 +79,7 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """How many (b, q, h) there are: each is one weighted sum of d channels."""
+        """Number of output rows (b, q, h), each a weighted sum of d channels."""
         return self.sizes["b"] * self.sizes["q"] * self.sizes["h"]
 
     @property
@@ -93,7 +90,7 @@ class Call:
 
 
 def _check(call: Call) -> None:
-    """Raise `EngineError` unless `call` is one that every kernel takes."""
+    """Raise `EngineError` unless every kernel takes `call`."""
     if call.dtype not in TOLERANCES:
         raise EngineError(f"{NAME}: unknown type", expected=list(TOLERANCES), got=call.dtype)
     if wrong := set(INPUT_SHAPES) ^ set(call.inputs):

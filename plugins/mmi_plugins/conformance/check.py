@@ -1,7 +1,7 @@
-"""`python -m mmi_plugins.check DIR`: all implementations of the operator on all cases of a folder.
+"""Conformance test, `python -m mmi_plugins.check DIR`: every implementation on a folder of cases.
 
 A case is an `.npz` of the operator's inputs and attributes, an optional `dtype` and `expected` in
-float64 (`cases.read_case`). Exit code 1: something is wrong. 2: something could not be run.
+float64 (`calls.read_case`). Exit code 1: an implementation failed. 2: one could not run.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ from rich.table import Table
 from mmi_deploy.cli import program
 from mmi_deploy.errors import EngineError, MmiError
 from mmi_plugins.conformance.calls import read_case
-from mmi_plugins.conformance.implementations import IMPLEMENTATIONS, Implementation
+from mmi_plugins.conformance.implementations import EMULATED, IMPLEMENTATIONS, Implementation
 from mmi_plugins.operator import TOLERANCES, Call
 from mmi_plugins.reference import all_rows, rows_of
 
@@ -33,7 +34,7 @@ SMALLEST_NORMAL = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-
 
 @dataclass(frozen=True)
 class Verdict:
-    """One implementation on one case. `reason`: why there is no number, empty where there is."""
+    """Result of one implementation on one case. `reason`: why there is no number, else empty."""
 
     case: str
     implementation: str
@@ -75,7 +76,7 @@ def check(name: str, call: Call, expected: np.ndarray, implementation: Implement
     rows = chosen_rows(call, implementation.most_rows, name)
     try:
         got = implementation.run(call, rows)
-    except Exception as error:  # whatever it is, this case did not come out right
+    except Exception as error:  # any exception is a failure of this case
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return Verdict(name, implementation.name, reason=reason, wrong=True)
     greatest, relative = errors(got, rows_of(expected, call, rows), call.dtype)
@@ -130,7 +131,7 @@ def check_folder(folder: Path, names: Sequence[str]) -> Iterator[Verdict]:
 
 
 def table(verdicts: Sequence[Verdict]) -> Table:
-    """What people read."""
+    """The verdicts as a table."""
     shown = Table("case", "through", "rows", "max error", "relative rms", "tolerance", "verdict")
     for verdict in verdicts:
         part = f" of {verdict.of}" if verdict.rows < verdict.of else ""
@@ -147,14 +148,25 @@ def table(verdicts: Sequence[Verdict]) -> Table:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder of .npz cases.")],
-    through: Annotated[str, typer.Option(help="Implementations, separated by commas.")] = ",".join(
-        IMPLEMENTATIONS
-    ),
+    through: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Implementations, separated by commas: {', '.join(IMPLEMENTATIONS)}.",
+            show_default="all that are installed",
+        ),
+    ] = None,
 ) -> int:
     """Compare implementations of the MMFS operator with float64 on every case of a folder."""
     console = Console(width=None if Console().is_terminal else 160)
-    checked = check_folder(folder, [name.strip() for name in through.split(",")])
-    screen = Console(stderr=True)
+    screen = Console(stderr=True, soft_wrap=True)
+    if through is not None:
+        names = [name.strip() for name in through.split(",")]
+    elif find_spec("mmi_emulator"):
+        names = list(IMPLEMENTATIONS)
+    else:
+        screen.print(f"{' and '.join(EMULATED)} are not installed: only the source tree has them")
+        names = [name for name in IMPLEMENTATIONS if name not in EMULATED]
+    checked = check_folder(folder, names)
     verdicts = list(
         track(checked, "checking", console=screen, transient=True, disable=not screen.is_terminal)
     )
