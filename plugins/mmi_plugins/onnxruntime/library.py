@@ -1,8 +1,8 @@
-"""ONNX Runtime's library of our operators: compiled once on the user's machine, found from then on.
+"""Custom-op library for ONNX Runtime: compiled once on the user's machine, and kept in the cache.
 
-A session that loads it (`SessionOptions.register_custom_ops_library`) runs our kernels; one that
-does not runs the function inside the model file. So the library is never required, and no wheel of
-ours carries machine code.
+A session that loads it (`SessionOptions.register_custom_ops_library`) runs the kernels; a session
+that does not runs the function in the model file. So the library is never required, and the wheel
+contains no machine code.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _FLAGS = (
     "-Wno-psabi",
 )
 _LINK = ("-shared", "-static-libgcc", "-static-libstdc++")
+# Instruction sets that the CPU kernel is compiled for; the library chooses one at run time.
 _VARIANTS: dict[str, tuple[str, ...]] = {
     "base": (),
     "avx2": ("-mavx2", "-mfma"),
     "avx512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
 }
-"""Instruction sets that the kernel is compiled for; the library picks one when it runs."""
 
 _FILES = (
     "constants.def",
@@ -74,7 +74,7 @@ _SECONDS = 900
 
 
 def compiler() -> str | None:
-    """The C++ compiler: `$CXX`, or the first of the usual ones; None where there is none."""
+    """The C++ compiler: `$CXX`, or the first found of c++, g++ and clang++; or None."""
     named = os.environ.get("CXX")
     return next(
         filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None
@@ -83,7 +83,7 @@ def compiler() -> str | None:
 
 @cache
 def _fingerprint(cuda: bool) -> str:
-    """Of all that decides what is compiled, the compiler aside: a newer one makes nothing wrong."""
+    """Hash of sources and options. The compiler does not count: any version will do."""
     settings = (_FLAGS, _LINK, _VARIANTS, platform.machine(), cuda and ARCHITECTURES)
     digest = hashlib.sha256(repr(settings).encode())
     for pattern in (*_FILES, *(_CUDA_FILES if cuda else ())):
@@ -93,13 +93,13 @@ def _fingerprint(cuda: bool) -> str:
 
 
 def location(cuda: bool = False) -> Path:
-    """Where the library of these sources is, or will be."""
+    """Path of the library of these sources in the cache, whether it exists or not."""
     kind = f"onnxruntime{'-cuda' * cuda}-{platform.machine()}-{_fingerprint(cuda)}"
     return cache_folder() / kind / NAME
 
 
 def find(cuda: bool = False) -> Path | None:
-    """The compiled library, if there is one and it is whole."""
+    """The compiled library in the cache, if it exists and its checksum matches."""
     path = location(cuda)
     return path if has_valid_checksum(path) else None
 
@@ -107,11 +107,11 @@ def find(cuda: bool = False) -> Path | None:
 def build(
     out: Path | None = None, *, cuda: bool = False, architectures: Sequence[str] = ARCHITECTURES
 ) -> Path:
-    """Compile the library, about 20 seconds, and put it into `out` (a folder) or the cache.
+    """Compile the library (about 20 seconds) into the folder `out`, or the cache.
 
-    `cuda`: with kernels for ONNX Runtime's CUDA provider as well, for these `architectures`; takes
-    CUDA's nvcc. It appears whole or not at all. Raises `EngineError` where there is no compiler, or
-    it fails, `ConfigError` where `$MMI_CACHE` cannot be written.
+    `cuda`: also compile the kernels for ONNX Runtime's CUDA provider and these `architectures`,
+    which takes nvcc. The file appears complete or not at all. Raises `EngineError` where a compiler
+    is missing or fails, `ConfigError` where `$MMI_CACHE` cannot be written.
     """
     if out is None:
         cache_folder(writes=True)
@@ -120,7 +120,7 @@ def build(
         raise EngineError(
             "the kernel library can be compiled on Linux and macOS only",
             got=platform.system(),
-            fix="Without it ONNX Runtime runs the operator's function: right, but slower.",
+            fix="Without it ONNX Runtime runs the operator's function: equal results, but slower.",
         )
     program = compiler()
     if program is None:
@@ -144,7 +144,7 @@ def build(
 
 
 def ensure() -> Path | None:
-    """The library, compiled now if it never was; None, with a remark, where that fails."""
+    """The library, compiled if it is missing or damaged; None, with a warning, where that fails."""
     if (path := find()) is not None:
         return path
     if compiler() is None:
@@ -165,14 +165,14 @@ def ensure() -> Path | None:
 
 @dataclass(frozen=True)
 class _Cuda:
-    """CUDA's compiler and what it makes code for."""
+    """CUDA's compiler and the architectures to compile for."""
 
     nvcc: Path
     architectures: Sequence[str]
 
     @property
     def codes(self) -> list[str]:
-        """Machine code for each, and PTX of one."""
+        """Options for machine code of each architecture, and PTX of one."""
         known = supported_architectures(self.nvcc, self.architectures)
         ptx = portable(known)
         codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in known]
@@ -207,14 +207,14 @@ def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
 def _job(
     program: str, scratch: Path, source: str, flags: Sequence[str], variant: str = ""
 ) -> list[str]:
-    """The command that compiles one source, for one instruction set."""
+    """Command that compiles one source, for one instruction set."""
     made = scratch / f"{source}{variant}.o"
     return [program, *_FLAGS, *flags, "-c", str(CSRC / f"{source}.cpp"), "-o", str(made)]
 
 
 def _run(commands: Sequence[list[str]]) -> None:
-    """Run compilers, one a core at a time. When one fails, or this is broken off, all are stopped:
-    none goes on alone."""
+    """Run compilers, at most one for each core. When one fails, or this process is interrupted, all
+    are killed, so that none is left running."""
     waiting, running = list(reversed(commands)), deque[subprocess.Popen[str]]()
     try:
         while waiting or running:
@@ -225,7 +225,7 @@ def _run(commands: Sequence[list[str]]) -> None:
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.PIPE,
                         text=True,
-                        start_new_session=True,  # a compiler is several processes
+                        start_new_session=True,  # so that killpg reaches all its processes
                     )
                 )
             _finish(running[0])
@@ -238,7 +238,7 @@ def _run(commands: Sequence[list[str]]) -> None:
 
 
 def _finish(process: subprocess.Popen[str]) -> None:
-    """Wait for a compiler; raises `EngineError` when it fails or takes too long."""
+    """Wait for a compiler. Raises `EngineError` when it fails or times out."""
     assert isinstance(process.args, list)
     program = process.args[0]
     try:
@@ -246,7 +246,7 @@ def _finish(process: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         raise EngineError(f"{program} took more than {_SECONDS} s and was stopped") from None
     if process.returncode:
-        lines = said.strip().splitlines() or ["it said nothing"]
+        lines = said.strip().splitlines() or ["no error output"]
         first = next((line for line in lines if "error" in line), lines[0])
         raise EngineError(
             f"{program} cannot compile the kernel library: {first}",

@@ -1,7 +1,7 @@
-"""Builds the TensorRT plugin from the sources in `csrc`: finds what it takes, or says what to get.
+"""Build the TensorRT plugin library from the sources in `csrc`, with CMake, nvcc and the headers.
 
-TensorRT's wheels hold no headers. Whoever has only those uses the plugin without a compiler
-(`tensorrt_aot`).
+TensorRT's wheels contain no headers; with the wheels alone, the plugin goes into engines ahead of
+time (`ahead_of_time`), without a compiler.
 """
 
 from __future__ import annotations
@@ -44,13 +44,12 @@ def build_tensorrt_plugin(
 ) -> Path:
     """Build the plugin for `architectures` into the folder `out` and return the library's path.
 
-    Beside it comes the same with `registered` in its name, for tools that only open a plugin
-    library and expect it to register itself (polygraphy --plugins).
+    Beside it, a library with `registered` in its name registers itself when it is opened, as tools
+    that only dlopen plugins expect (polygraphy --plugins).
 
-    `include` is the folder of TensorRT's headers; else the environment variable TENSORRT_INCLUDE
-    and the usual folders are searched. The name tells sources, headers, compiler and architectures
-    apart: what is there already, and whole, is not built again, and a build that is killed leaves
-    nothing.
+    `include`: the folder of TensorRT's headers; by default $TENSORRT_INCLUDE or one of the usual
+    folders. The library's name has a hash of sources, headers, compiler and architectures: an
+    existing library with a valid checksum is not built again. A killed build leaves nothing.
     Raises `EngineError` where a header or tool is missing or the compiler fails.
     """
     headers, version = find_tensorrt_headers(include)
@@ -73,7 +72,7 @@ def build_tensorrt_plugin(
 
 
 def find_tensorrt_headers(include: Path | None = None) -> tuple[Path, str]:
-    """The folder of TensorRT's headers and their version, such as "11.1" or "rtx1.7"."""
+    """Folder of TensorRT's headers and their version, such as "11.1" or "rtx1.7"."""
     if include is None and (named := os.environ.get("TENSORRT_INCLUDE")):
         include = Path(named)
     places = [include] if include is not None else [Path(place) for place in SYSTEM_INCLUDES]
