@@ -55,8 +55,9 @@ def multi_image_deformable_attention(
     first, in cells of a grid of `base_grid` cells along a side; logits [b,q,h,l,p] (T);
     offset_table [r,h,p,2] and logit_table [r,h,l,p] by image position; image_position [b,q|1,m]
     (int32; 0 hidden, 1 nearest); reference [q|1,2] in [0,1]; null_value [h,d]. Tables, reference
-    and null value are fp32. Differentiable, once, in every floating input; gradients come in their inputs'
-    types. Raises `EngineError` for inputs that contradict each other or lie on several devices.
+    and null value are fp32. Differentiable, once, in every floating input; gradients come in their
+    inputs' types. Raises `EngineError` for inputs that contradict each other or are on different
+    devices.
     """
     call = MmfsCall(
         value,
