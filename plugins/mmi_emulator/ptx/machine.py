@@ -187,8 +187,8 @@ class Machine:
             raise self._located(fault) from None
         if following is None:
             return None
-        # Stop where another group is (`stop`), so that the groups merge; and after a jump back while
-        # threads wait, since these may now have the lowest counter.
+        # Stop where another group is (`stop`), so that the groups merge; and after a jump back
+        # while threads wait, since these may now have the lowest counter.
         if following >= stop or (following <= index and self._waiting.any()):
             self._go(mask, following)
             return None

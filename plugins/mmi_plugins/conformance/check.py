@@ -113,7 +113,8 @@ def check_folder(folder: Path, names: Sequence[str]) -> Iterator[Verdict]:
             implementation = IMPLEMENTATIONS[name]()
             reason = implementation.missing()
         except ImportError as error:
-            reason = f"{error.name} is not installed"
+            package = (error.name or str(error)).partition(".")[0]
+            reason = f"{package} is not installed"
         if reason:
             absent[name] = reason
         else:
