@@ -187,7 +187,7 @@ def _operations(instruction: Instruction) -> Iterator[tuple[str, str]]:
 
 
 def _possible(words: tuple[str, ...], instruction: Instruction) -> bool:
-    """Whether the changed operation exists in PTX and takes these operands."""
+    """Test that the changed operation exists in PTX and takes these operands."""
     name, type_ = words[0], words[-1]
     changed = name != instruction.name
     if name in ("shl", "shr"):

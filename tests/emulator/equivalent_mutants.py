@@ -1,4 +1,4 @@
-"""Why a changed kernel is the same kernel: what can be said without looking at its outputs.
+"""Equivalent mutants: reasons why a changed kernel computes the same, apart from its outputs.
 
 Accepted, and nothing else:
 * what is written is not read again, on any path that a trial takes;
@@ -95,8 +95,8 @@ def _reads(instruction: Instruction) -> set[str]:
 
 @cache
 def _executed(variant: Variant, name: str) -> np.ndarray:
-    """How many threads ran each instruction of the unchanged kernel, in all trials; for a branch:
-    took it."""
+    """Number of threads that ran each instruction of the unchanged kernel, in all trials; for a
+    branch, that took it."""
     total: np.ndarray | int = 0
     for call, rows, parts in _all_calls(variant):
         done = emulator.emulate(call, rows, mutant_trials.kernels({}), parts=parts)
@@ -134,7 +134,7 @@ def _live_after(variant: Variant, kernel: Kernel) -> list[set[str]]:
 
 
 def _moves_a_butterfly(kernel: Kernel, mutant: Mutant, before: Instruction) -> bool:
-    """Whether only the distance of a butterfly was changed, to one with which the five steps of
+    """Test that only the distance of a butterfly was changed, to one with which the five steps of
     the warp still span all lanes: those of a sum or maximum over all 32."""
     if before.name == "mov" and mutant.kind in ("constant", "register"):
         users = [each for each in kernel.instructions if before.operands[0] in each.operands[1:]]
@@ -149,12 +149,12 @@ def _moves_a_butterfly(kernel: Kernel, mutant: Mutant, before: Instruction) -> b
     return bool(users) and all(each.operation[:3] == ("shfl", "sync", "bfly") for each in users)
 
 
-_LIMIT = "0fC2F00000"  # -120, of `power` in location.cuh
+_LIMIT = "0fC2F00000"  # -120, of `exp_of` in location.cuh
 _NOTHING = -104.0  # e^x is below half of fp32's least number
 
 
 def _moves_a_limit(mutant: Mutant) -> bool:
-    """Whether only the limit of the exponential's argument was changed, within what gives 0."""
+    """Test that only the limit of the exponential's argument was changed, within what gives 0."""
     old, new = mutant.before.split(), mutant.text.split()
     changed = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
     if len(old) != len(new) or len(changed) != 1 or not changed[0][0].startswith(_LIMIT):
@@ -205,7 +205,7 @@ class _Poison(Machine):
 def _does_not_matter(
     variant: Variant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
 ) -> bool:
-    """Whether random bits in place of what the instruction writes, or of what the mutant alone
+    """Test that random bits in place of what the instruction writes, or of what the mutant alone
     stores, leave all outputs as they are, in all trials and further calls."""
     if before.name == "st":
         names = set(_swapped(before, after)[1:2]) - set(_REGISTER.findall(before.text))
@@ -328,7 +328,7 @@ class _Probe(Machine):
     live: set[str]  # registers that are read afterwards
     index: int
     changed: Instruction
-    change: float  # the largest so far, infinite for what is no float
+    change: float  # the largest so far, infinite for what is not a float
     runs: int
 
     def _bind(self, start: int):  # type: ignore[no-untyped-def]

@@ -31,8 +31,8 @@ def kernel_of(variant: Variant) -> Kernel:
 
 
 def tally(variant: Variant, count: int, seed: int) -> tuple[int, list[str], list[str]]:
-    """Of `count` mutants drawn at random: how many were caught, the missed ones, and the equivalent
-    ones with the reason."""
+    """Of `count` random mutants: the number caught, the missed ones, and the equivalent ones with
+    the reason."""
     kernel = kernel_of(variant)
     every = list(mutants(kernel, seed))
     chosen = np.random.default_rng(seed).choice(len(every), min(count, len(every)), replace=False)

@@ -1,6 +1,6 @@
 """Derivatives of the MMFS operator by float64 finite differences of its float64 reference.
 
-Letters are those of `mmi_plugins.operator`. Bilinear samples have kinks where a point crosses from
+Letters as in `mmi_plugins.operator`. Bilinear samples have kinks where a point crosses from
 cell to cell, so the calls drawn here keep every point away from there. Their numbers are multiples
 of a power of two, so that float32 holds a step exactly.
 """

@@ -1,4 +1,4 @@
-"""What the TensorRT tests share: TensorRT-RTX, and our library built against the headers here."""
+"""Fixtures of the TensorRT tests: TensorRT-RTX, and the plugin library built with local headers."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def checksum_error(path: Path) -> str | None:
 
 
 def has_valid_checksum(path: Path) -> bool:
-    """Whether the file exists, ends with a checksum, and matches it."""
+    """Test that the file exists, ends with a checksum, and matches it."""
     if not path.is_file() or path.stat().st_size < _LENGTH:
         return False
     with path.open("rb") as file:

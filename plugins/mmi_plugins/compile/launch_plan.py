@@ -93,7 +93,7 @@ class Launch:
 
 
 def is_wide(call: Call) -> bool:
-    """Whether the call takes a kernel for more than 64 channels per head."""
+    """Test for a call that takes a kernel for more than 64 channels per head."""
     return call.dtype != "float32" and call.sizes["d"] > 64
 
 

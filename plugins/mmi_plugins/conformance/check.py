@@ -55,7 +55,7 @@ class Verdict:
 
 
 def errors(got: np.ndarray, expected: np.ndarray, dtype: str) -> tuple[float, float]:
-    """(greatest absolute error, rms of error / rms of expected). Numbers smaller than the type's
+    """(maximum absolute error, rms of error / rms of expected). Numbers smaller than the type's
     smallest normal one cannot be held: they count as that small."""
     difference = got.astype(np.float64) - expected
     scale = max(float(np.sqrt(np.mean(expected**2))), SMALLEST_NORMAL[dtype])

@@ -211,7 +211,7 @@ class Integers(dict[int, Any]):
 @pytest.mark.parametrize(("likely", "kind"), [(1, "split"), (1024, "rows")])
 def test_tensorrts_own_code_takes_the_plugin(tensorrt: ModuleType, likely: int, kind: str) -> None:
     """Types, shape, kernel, launch and integers as `tensorrt.plugin` passes them on, for a profile
-    whose likeliest number of queries is `likely`; then the kernel runs with them on three."""
+    whose optimum number of queries is `likely`; then the kernel runs with them on three."""
     trt: Any = tensorrt
     plugin = register_ahead_of_time(trt)
     with pytest.raises(EngineError, match="has a plugin mmi::.* already"):

@@ -235,8 +235,8 @@ def test_loading_twice_is_refused(trt: Any, plugin: PluginLibrary) -> None:
 
 
 def open_registered(library: Path, module: str, runtime: str) -> tuple[str, str]:
-    """What a tool that only opens plugin libraries gets, in a process of its own: the plugin that
-    is registered afterwards, and what was said."""
+    """Open the library as tools do that only open libraries, in a process of its own: the plugin
+    that is registered afterwards, and the output."""
     registered = next(library.parent.glob("*_registered-*.so"))
     program = f"""
 import ctypes

@@ -1,4 +1,4 @@
-"""Which MMFS plugin `mmi build` gives TensorRT: a library, PTX in the engines, build-only."""
+"""The MMFS plugin that `mmi build` gives TensorRT: a library, PTX in the engines, build-only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be loaded as a TensorRT plugin, and why, in one line."""
+"""Libraries that cannot be loaded as a TensorRT plugin: one line with the reason."""
 
 import ctypes.util
 from pathlib import Path
