@@ -179,8 +179,8 @@ def _last_cell(rng: np.random.Generator, dtype: str, d: int) -> Call:
 
 def _faint(rng: np.random.Generator, null_slot: bool) -> Call:
     """A call in which most of the weight is on the null slot or on points outside their level, so
-    that every output is a sum of few small exponentials, those of one image: their relative error is
-    the output's."""
+    that every output is a sum of few small exponentials, those of one image: their relative error
+    is the output's."""
     fixed = {"dtype": "float32", "n": 2, "r": 3, "h": 2, "b": 9, "q": 1, "m": 9, "p": 8, "d": 8}
     call = calls.draw(rng, levels=[(3, 5), (2, 2)], per_query=False, null_slot=null_slot, **fixed)
     table, moved = 0.1 * call["logit_table"], 0.1 * call["offset_table"]
@@ -279,8 +279,8 @@ def wrong(trial: Trial, found: np.ndarray) -> str | None:
 
 
 def beyond_rounding(trial: Trial, found: np.ndarray) -> float:
-    """Error of `found` beyond that of the nearest number of its type, relative to the largest value,
-    or to itself where it is faint."""
+    """Error of `found` beyond that of the nearest number of its type, relative to the largest
+    value, or to itself where it is faint."""
     dtype, expected = trial.call.dtype, trial.expected
     bits = {"float32": 24, "float16": 11, "bfloat16": 8}[dtype]
     exponent = np.frexp(np.maximum(np.abs(expected), SMALLEST[dtype]))[1]
