@@ -41,6 +41,7 @@ ORDER = """
     mmi_deploy.cli.inspect
     mmi_deploy.__main__
     mmi_deploy
+    mmi_plugins.constants
     mmi_plugins.operator
     mmi_plugins.reference
     mmi_plugins.onnx_function

@@ -30,7 +30,7 @@ from mmi_deploy.system.progress import shown
 from mmi_plugins.conformance.calls import draw
 from mmi_plugins.conformance.onnxruntime_kernel import OnnxRuntimeKernel, one_node_model
 from mmi_plugins.operator import INPUT_SHAPES, Call
-from mmi_plugins.reference import all_rows, attention
+from mmi_plugins.reference import all_rows, mmfs_reference
 
 HEADS, CHANNELS, POINTS, IMAGES = 16, 64, 8, 4
 LEVELS = ((32, 32), (16, 16), (8, 8))
@@ -228,7 +228,7 @@ def compare(
     difference = float(np.abs(ours - theirs).max())
     rows = all_rows(call)[:: max(1, call.rows // _ROWS_COMPARED)]
     b, q, h = rows.T
-    wanted = attention(call, rows)
+    wanted = mmfs_reference(call, rows)
     for name, got in (("our kernel", ours), ("GridSample", theirs)):
         error = np.abs(got.reshape(1, queries, HEADS, CHANNELS)[b, q, h] - wanted).max()
         if not error < 1e-4:

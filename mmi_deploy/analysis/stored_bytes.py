@@ -15,6 +15,7 @@ from onnx import TensorProto
 from mmi_deploy.analysis.flop_rules import MMFS
 from mmi_deploy.analysis.shapes import Sized, Value
 from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.spec.mmfs_operator import FLOAT32_INPUTS
 from mmi_deploy.targets.precision.recipes import BITS, FLOAT32, Recipe, Scheme, quantised_bytes
 from mmi_deploy.targets.precision.weight_only import scheme_on
 
@@ -26,9 +27,6 @@ _FLOATS = {
 """The types that a recipe may change."""
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
-
-MMFS_FLOAT32 = (4, 5, 7, 8)
-"""Inputs of the MMFS operator that are float32 in every type of it."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,6 @@ def _always_float32(graph: Sized) -> set[str]:
         value.name
         for step in graph.steps
         if step.operator == MMFS
-        for value in (step.inputs[index] for index in MMFS_FLOAT32)
+        for value in (step.inputs[index] for index in FLOAT32_INPUTS)
         if value is not None and value.constant
     }

@@ -15,8 +15,8 @@ from mmi_deploy.parity import Proof
 
 REPORT = "report.json"
 PLUGIN_LAYER = "PLUGIN_V3"
-STAND_IN = (
-    "built with the stand-in plugin: proves parsing and compilation, cannot run. Compile the "
+BUILD_ONLY = (
+    "built with the build-only plugin: proves parsing and compilation, cannot run. Compile the "
     "plugin with `mmi plugins build tensorrt` and build again"
 )
 NOT_RUN = (

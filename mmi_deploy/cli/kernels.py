@@ -50,9 +50,9 @@ def kernel_library(kernels: str, target: str = "cpu") -> Path | None:
         raise ConfigError(
             "--kernels names no file", expected=f"{AUTO}, {NONE} or a library", got=kernels
         )
-    from mmi_plugins.compile.checksum import damage
+    from mmi_plugins.compile.checksum import checksum_error
 
-    if harm := damage(path):  # to open it could end the process
+    if harm := checksum_error(path):  # to open it could end the process
         raise ConfigError(
             f"the kernel library {kernels} is damaged: {harm}",
             fix="Compile it again: mmi plugins build",

@@ -14,15 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mmi_deploy.spec.config import Count, Few, MmfsConfig, ModelConfig
+from mmi_deploy.spec.mmfs_operator import CHANNEL_STEP, MAX_CHANNELS, MAX_LEVELS, MAX_POINTS
 
 OPSET = 24
 IR_VERSION = 10
 MMFS_DOMAIN = "mmi"
 MMFS_OPERATOR = "MultiImageDeformableAttention"
 MMFS_VERSION = 1
-MMFS_MOST_LEVELS, MMFS_MOST_POINTS, MMFS_MOST_CHANNELS, MMFS_CHANNEL_STEP = 4, 16, 128, 8
-"""What every kernel of the operator takes: 1..4 levels, 1..16 points, head sizes that are multiples
-of 8 up to 128. Its function takes all."""
 
 IMAGE_SLOT_PADDING = (1, 2, 4, 8, 16, 32, 49)
 """Numbers of image slots that the runtime pads to, so that few shapes occur."""
@@ -158,15 +156,15 @@ def beyond_kernels(config: ModelConfig) -> dict[str, str]:
 
 def _beyond_kernels(mmfs: MmfsConfig) -> str | None:
     width = mmfs.head_width
-    if width % MMFS_CHANNEL_STEP or width > MMFS_MOST_CHANNELS:
+    if width % CHANNEL_STEP or width > MAX_CHANNELS:
         return (
-            f"{width} channels a head, and kernels take multiples of {MMFS_CHANNEL_STEP} up to "
-            f"{MMFS_MOST_CHANNELS}"
+            f"{width} channels a head, and kernels take multiples of {CHANNEL_STEP} up to "
+            f"{MAX_CHANNELS}"
         )
-    if mmfs.points > MMFS_MOST_POINTS:
-        return f"{mmfs.points} points, and kernels take at most {MMFS_MOST_POINTS}"
-    if len(mmfs.levels) > MMFS_MOST_LEVELS:
-        return f"{len(mmfs.levels)} levels, and kernels take at most {MMFS_MOST_LEVELS}"
+    if mmfs.points > MAX_POINTS:
+        return f"{mmfs.points} points, and kernels take at most {MAX_POINTS}"
+    if len(mmfs.levels) > MAX_LEVELS:
+        return f"{len(mmfs.levels)} levels, and kernels take at most {MAX_LEVELS}"
     return None
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import onnx
 
 from mmi_deploy.bundle.build_report import (
+    BUILD_ONLY,
     NOT_RUN,
     PLUGIN_LAYER,
     REPORT,
-    STAND_IN,
     GraphReport,
     TargetReport,
     read_report,
@@ -232,7 +232,7 @@ def _write(
         architecture=target.architecture,
         precision=target.precision,
         plugin=request.plugin.identity,
-        remark=STAND_IN if request.plugin.stand_in else NOT_RUN,
+        remark=BUILD_ONLY if request.plugin.build_only else NOT_RUN,
         graphs=tuple(graph for _, graph in made),
     )
     activations = request.recipe.activations_on(target.runtime)

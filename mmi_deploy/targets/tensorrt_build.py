@@ -38,11 +38,11 @@ class Plugin:
     `import_tensorrt(module name)`: the module, ready to parse plugins. `load(module)`: registers
     the plugin; the result has `last_report()`. `copy(model)`: TensorRT's own copy of a graph.
     `check(network, model)`: raises unless every MMFS node became a plugin layer. All can be
-    pickled. `identity` names its bytes. `stand_in`: it only builds.
+    pickled. `identity` names its bytes. `build_only`: engines built with it cannot run.
     """
 
     identity: str
-    stand_in: bool
+    build_only: bool
     import_tensorrt: Callable[[str], Any]
     load: Callable[[Any], Any]
     copy: Callable[[onnx.ModelProto], onnx.ModelProto]

@@ -1,6 +1,6 @@
-"""The kernels' PTX, as NVRTC or nvcc emits it, run by the emulator in `mmi_emulator.ptx`.
+"""Run a call of the operator in the PTX emulator, with PTX from NVRTC or nvcc.
 
-Letters as in `operator`; k rows (b, q, h) that are asked for.
+Letters as in `operator`; in shapes, `rows` counts the output rows (b, q, h) to compute.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from mmi_plugins.compile.launch_plan import (
 from mmi_plugins.operator import Call
 from mmi_plugins.reference import rows_of
 
+# Default compute capability of the PTX.
 COMPUTE = 90
-"""The compute capability whose PTX is run unless another is asked for."""
 
+# Threads emulated side by side: enough to amortise NumPy's overhead, few enough for the CPU caches.
 _LANES = 2**14
-"""Threads emulated side by side: enough for NumPy to work well, few enough for the caches."""
 
 
 @dataclass(frozen=True)
 class Emulation:
-    """Outputs [k, d] of the rows, and what was executed for them, by kernel."""
+    """Outputs [rows, d], and counts of executed instructions by kernel."""
 
     output: np.ndarray
     counts: dict[Variant, Counts]
 
     @property
     def lane_instructions(self) -> int:
-        """PTX instructions times the threads that ran them."""
+        """PTX instructions, each counted once for every thread that ran it."""
         return sum(counts.lane_instructions for counts in self.counts.values())
 
     @property
     def bytes_by_kind(self) -> Counter[tuple[str, str, int]]:
-        """Bytes that threads moved by (`ld` or `st`, memory, bytes of one access)."""
+        """Bytes moved, by (`ld` or `st`, memory, bytes of one access)."""
         total: Counter[tuple[str, str, int]] = Counter()
         for counts in self.counts.values():
             total += counts.bytes_by_kind()
@@ -55,13 +55,13 @@ class Emulation:
 
 
 def compiler() -> str | None:
-    """The first compiler that is installed."""
+    """The first compiler of PTX that is installed, or None."""
     return next((name for name in nvrtc.COMPILERS if not nvrtc.missing(name)), None)
 
 
 @cache
 def compiled(variant: Variant, compute: int, compiler: str) -> Kernel:
-    """One kernel's PTX, read."""
+    """One kernel, compiled to PTX and parsed."""
     return parse(nvrtc.compile_ptx(variant, compute, compiler))[variant.name]
 
 
@@ -73,8 +73,9 @@ def emulate(
     parts: int | None = None,
     most_instructions: int = 10_000_000,
 ) -> Emulation:
-    """Run the call's launches with the kernels that `kernel` gives; only blocks that `rows` [k, 3]
-    need. `parts` as in `launch_plan`. Raises `Fault` for whatever a GPU would not define."""
+    """Run the call's launches with the kernels that `kernel` returns, but only the blocks that
+    compute `rows` [rows, 3]. `parts` as in `launch_plan`. Raises `Fault` for undefined behaviour.
+    """
     arrays = device_arrays(call)
     output, workspace = output_array(call), workspace_shape(call, parts)
     sizes = [
@@ -104,7 +105,7 @@ def emulate(
 def _run(
     launch: Launch, kernel: Kernel, memory: GlobalMemory, rows: np.ndarray, most_instructions: int
 ) -> Counts:
-    """One launch, some blocks at a time."""
+    """Run one launch, a batch of blocks at a time."""
     x, y, z = launch.blocks(rows).T
     numbers = x + launch.grid[0] * (y + launch.grid[1] * z)
     step = max(1, _LANES // launch.variant.threads)
@@ -126,7 +127,7 @@ def _run(
 
 
 def sampled_points(call: Call, rows: np.ndarray) -> int:
-    """How many (visible image, level, point) the rows look at."""
+    """Number of (visible image, level, point) that the rows sample."""
     sizes = call.sizes
     position, slot = call["image_position"], call["image_slot"]
     seen = (position > 0) & (position < sizes["r"])
@@ -141,16 +142,16 @@ class _Emulator:
     most_rows: int | None = 64
 
     def missing(self) -> str | None:
-        """Why the emulator cannot run here, or None."""
+        """Reason why the emulator cannot run here, or None."""
         return None if compiler() else nvrtc.missing("nvrtc")
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
-        """Outputs [k, d] of `rows` [k, 3], by the kernels that the library would choose."""
+        """Outputs [rows, d] of `rows` [rows, 3], by the kernels that the library would choose."""
         return emulate(call, rows, default_kernel).output
 
 
 def default_kernel(variant: Variant) -> Kernel:
-    """The kernel of `COMPUTE` by the first compiler that is installed."""
+    """The kernel for `COMPUTE`, by the first compiler that is installed."""
     return compiled(variant, COMPUTE, compiler() or nvrtc.COMPILERS[0])
 
 

@@ -1,8 +1,8 @@
-"""Kernels with one token changed: what a set of cases must notice.
+"""Mutation testing of PTX kernels: one-token mutants that a set of cases must detect.
 
-Every instruction is changed in every way below, one at a time: its operation, its type, rounding
-or comparison, its guard, a constant, a register or predicate, an offset of an address, the target
-of a jump.
+Every instruction is changed in every way below, one change at a time: its operation, type, rounding
+or comparison, its guard, a constant, a register or predicate, an address offset, the target of a
+jump.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from mmi_emulator.ptx.parser import WIDTHS, Instruction, Kernel, parse_instruction
 
+# Replacements for a word of an operation. A type changes its sign only where the sign matters.
 _WORDS: dict[str, tuple[str, ...]] = {
     "add": ("sub",),
     "sub": ("add",),
@@ -67,10 +68,9 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "f16x2": ("bf16x2",),
     "bf16x2": ("f16x2",),
 }
-"""What a word of an operation becomes. Types change their sign only where that has a meaning."""
 
+# Operations in which the sign of a type matters.
 _SIGNED = ("div", "rem", "mul", "mad", "min", "max", "setp", "shr", "cvt", "set", "bfe")
-"""Operations in which the sign of a type has a meaning."""
 
 _TOKEN = re.compile(r"[%$\w.]+")
 _INTEGER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?")
@@ -79,7 +79,7 @@ _FLOAT = re.compile(r"0[fF]([0-9a-fA-F]{8})")
 
 @dataclass(frozen=True)
 class Mutant:
-    """Instruction `index` of a kernel, changed to `text`; `kind` says what was changed."""
+    """Instruction `index` of a kernel, changed to `text`; `kind`: the kind of the change."""
 
     index: int
     kind: str
@@ -87,7 +87,7 @@ class Mutant:
     text: str
 
     def of(self, kernel: Kernel) -> Kernel:
-        """The changed kernel."""
+        """`kernel` with this mutation."""
         return kernel.with_instruction(self.index, self.text)
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ class Mutant:
 
 
 def mutants(kernel: Kernel, seed: int = 0) -> Iterator[Mutant]:
-    """Every one-token mutant of the kernel. `seed` picks the registers and labels that stand in."""
+    """Every one-token mutant of the kernel. `seed` chooses the replacing registers and labels."""
     rng = np.random.default_rng(seed)
     near = _Neighbours(kernel, rng)
     for index, instruction in enumerate(kernel.instructions):
@@ -108,14 +108,14 @@ def mutants(kernel: Kernel, seed: int = 0) -> Iterator[Mutant]:
 
 
 class _Neighbours:
-    """Other registers of the same type, from instructions nearby, and other labels."""
+    """Replacements: registers of the same type from nearby instructions, and other labels."""
 
     def __init__(self, kernel: Kernel, rng: np.random.Generator) -> None:
         self._kernel, self._rng = kernel, rng
         self._written = [_TOKEN.findall(each.text) for each in kernel.instructions]
 
     def register(self, index: int, name: str) -> str | None:
-        """A register like `name` that one of the last instructions before `index` speaks of."""
+        """Another register of the type of `name`, used shortly before `index`, or None."""
         types = self._kernel.registers
         found: list[str] = []
         for tokens in reversed(self._written[max(0, index - 60) : index]):
@@ -127,7 +127,7 @@ class _Neighbours:
         return str(found[int(self._rng.integers(len(found)))]) if found else None
 
     def label(self, name: str) -> str | None:
-        """Another label."""
+        """Another label, or None."""
         others = [label for label in self._kernel.labels if label != name]
         return str(others[int(self._rng.integers(len(others)))]) if others else None
 
@@ -135,7 +135,7 @@ class _Neighbours:
 def _changes(
     index: int, instruction: Instruction, kernel: Kernel, near: _Neighbours
 ) -> Iterator[tuple[str, str]]:
-    """Kind and text of every change of one instruction."""
+    """Kind and text of every mutation of one instruction."""
     text = instruction.text
     if instruction.guard:
         bare = text.split(None, 1)[1]
@@ -166,7 +166,7 @@ def _changes(
 
 
 def _operations(instruction: Instruction) -> Iterator[tuple[str, str]]:
-    """Another word in the operation."""
+    """Mutations of one word of the operation."""
     words = instruction.operation
     whole = ".".join(words)
     for place, word in enumerate(words):
@@ -187,7 +187,7 @@ def _operations(instruction: Instruction) -> Iterator[tuple[str, str]]:
 
 
 def _possible(words: tuple[str, ...], instruction: Instruction) -> bool:
-    """Whether the changed operation is one of PTX, with operands that fit it."""
+    """Test that the changed operation exists in PTX and takes these operands."""
     name, type_ = words[0], words[-1]
     changed = name != instruction.name
     if name in ("shl", "shr"):
@@ -215,7 +215,7 @@ def _possible(words: tuple[str, ...], instruction: Instruction) -> bool:
 
 
 def _other_floats(bits: int) -> Iterator[int]:
-    """The negated number, its double (1 for 0), and a neighbour an eighth away."""
+    """The number negated (1 for 0), doubled, and an eighth larger."""
     value = np.array([bits], np.uint32).view(np.float32)[0]
     yield bits ^ 0x8000_0000 if value != 0 else 0x3F80_0000
     for factor in (2.0, 1.125):

@@ -1,9 +1,9 @@
-"""Figures of the compiled kernels, and the budget they must keep: `ptx_budgets.json`.
+"""Registers, spills and instruction counts of the kernels, and their budget, `ptx_budgets.json`.
 
-`python -m mmi_emulator.ptx_budget` compiles every kernel for every architecture with NVRTC, takes
-the machine code apart with cuobjdump, counts what the PTX executes in the emulator, and prints the
-figures and what is worse than the budget; `--write` makes them the new budget, `--table` prints the
-budget for `docs/mmfs_kernel.md`, which says what it means for speed. None of it is a measured time.
+`python -m mmi_emulator.ptx_budget` compiles every kernel for every architecture with NVRTC,
+disassembles it with cuobjdump, counts what the PTX executes in the emulator, and prints the figures
+and what exceeds the budget; `--write` makes them the new budget, `--table` prints the budget as in
+`docs/mmfs_kernel.md`, which derives bounds on speed. No figure is a measured time.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ ARCHITECTURES = tuple(map(int, compilers.ARCHITECTURES))
 
 BUDGETS = Path(__file__).with_name("ptx_budgets.json")
 
+# Target: lane-instructions per sampled point and 64 channels in the inner loop, 16-bit types.
 TARGETS = {80: 600, 86: 600, 87: 600, 89: 600, 90: 600, 100: 520, 120: 520}
-"""Lane-instructions per sampled point and 64 channels in the inner loop, 16-bit types."""
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What a streaming multiprocessor holds (CUDA C++ Programming Guide, compute capabilities)."""
+    """Limits of a streaming multiprocessor (CUDA C++ Programming Guide, compute capabilities)."""
 
     warps: int
     blocks: int
-    shared: int
-    """Bytes of shared memory; a block costs 1024 more than it asks for."""
+    shared: int  # bytes of shared memory; a block takes 1024 more than it declares
 
 
 MULTIPROCESSORS = {
@@ -62,27 +61,22 @@ _PARTITIONS, _PARTITION_REGISTERS, _REGISTER_UNIT, _RESERVED = 4, 16384, 256, 10
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one kernel on one architecture. The last three are None for `merge`, which samples
+    """Figures of one kernel on one architecture. The last three are None for `merge`, which samples
     nothing."""
 
     registers: int
     stack: int
-    spills: int
-    """Instructions that read or write local memory."""
+    spills: int  # instructions that read or write local memory
     shared: int
     instructions: int
-    warps: int
-    """Resident on a multiprocessor."""
-    load_bits: int | None
-    """Of the narrowest load of values."""
-    loads_in_flight: int | None
-    """Loads of values before the first use of one."""
-    lane_instructions: float | None
-    """In the inner loop, per sampled point and 64 channels."""
+    warps: int  # resident on a multiprocessor
+    load_bits: int | None  # of the narrowest load of values
+    loads_in_flight: int | None  # loads of values before the first use of one
+    lane_instructions: float | None  # in the inner loop, per sampled point and 64 channels
 
 
 def missing() -> str | None:
-    """Why the figures cannot be taken here, or None."""
+    """Reason why the figures cannot be taken here, or None."""
     if reason := nvrtc.missing():
         return reason
     try:
@@ -165,7 +159,7 @@ def _inner_loop(code: list[tuple[int, str]]) -> list[str]:
 
 
 def _in_flight(body: list[str]) -> int:
-    """Loads before the first multiplication, which is the first to need one."""
+    """Loads before the first multiplication, which is the first use of one."""
     first = next(i for i, op in enumerate(body) if op.startswith(("HMMA", "FFMA")))
     return sum(op.startswith("LDG") for op in body[:first])
 
@@ -189,21 +183,19 @@ def _tool() -> str:
     )
 
 
-def _run(what: str, cubin: Path) -> str:
-    done = subprocess.run([_tool(), what, str(cubin)], capture_output=True, text=True)
+def _run(option: str, cubin: Path) -> str:
+    done = subprocess.run([_tool(), option, str(cubin)], capture_output=True, text=True)
     if done.returncode:
-        raise EngineError(f"cuobjdump {what} failed", got=(done.stdout + done.stderr).strip())
+        raise EngineError(f"cuobjdump {option} failed", got=(done.stdout + done.stderr).strip())
     return done.stdout + done.stderr
 
 
 @dataclass(frozen=True)
 class Executed:
-    """What the PTX executes for a sampled point of 64 channels, all phases of the kernels
-    together."""
+    """Counts for a sampled point of 64 channels, over all phases of the kernels."""
 
     lane_instructions: float
-    value_bytes: float
-    """Loaded by 128-bit loads, which only values are."""
+    value_bytes: float  # by 128-bit loads, which load values alone
 
 
 @dataclass(frozen=True)
@@ -213,8 +205,7 @@ class Regime:
     parts: int
     queries: int
     images: int
-    sides: tuple[int, ...] = (32, 16, 8)
-    """Of the square levels."""
+    sides: tuple[int, ...] = (32, 16, 8)  # of the square levels
 
 
 REGIMES = {
@@ -226,7 +217,7 @@ REGIMES = {
 
 
 def executed(name: str, dtype: str) -> Executed:
-    """In a regime, with 8 points and heads of 64 channels."""
+    """Count a regime in the emulator, with 8 points and heads of 64 channels."""
     regime = REGIMES[name]
     fixed: dict[str, Any] = {"dtype": dtype, "b": 1, "n": 4, "h": 2, "p": 8, "d": 64, "r": 60}
     sizes: dict[str, Any] = {
@@ -250,8 +241,8 @@ def executed(name: str, dtype: str) -> Executed:
 
 @dataclass(frozen=True)
 class Budget:
-    """What was written: the version of NVRTC, figures by kernel and architecture, and what is
-    executed by regime and type."""
+    """A stored budget: version of NVRTC, figures by kernel and architecture, counts by regime and
+    type."""
 
     nvrtc: str
     kernels: dict[str, dict[int, Figures]]
@@ -259,7 +250,7 @@ class Budget:
 
 
 def budget() -> Budget:
-    """The budget to keep."""
+    """Read the budget."""
     stored = json.loads(BUDGETS.read_text())
     kernels = {
         name: {int(architecture): Figures(**of) for architecture, of in by.items()}
@@ -273,7 +264,7 @@ def budget() -> Budget:
 
 
 def worse(now: Figures | Executed, allowed: Figures | Executed) -> list[str]:
-    """What got worse than the budget, one line each."""
+    """Figures that exceed the budget, a line each."""
     lines = []
     for name, most in asdict(allowed).items():
         got = getattr(now, name)
@@ -286,8 +277,8 @@ def worse(now: Figures | Executed, allowed: Figures | Executed) -> list[str]:
 
 
 def write() -> None:
-    """Make today's figures the budget."""
-    today = Budget(
+    """Write the current figures as the budget."""
+    current = Budget(
         nvrtc.version(),
         {
             variant.name: {a: figures(a)[variant.name] for a in ARCHITECTURES}
@@ -295,7 +286,7 @@ def write() -> None:
         },
         {regime: {dtype: executed(regime, dtype) for dtype in TYPES} for regime in REGIMES},
     )
-    text = json.dumps(asdict(today), indent=1)
+    text = json.dumps(asdict(current), indent=1)
     text = re.sub(r"\n    +", " ", text).replace("\n   }", " }")  # a line an architecture
     BUDGETS.write_text(text + "\n")
 
@@ -323,7 +314,7 @@ def table() -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Print all figures."""
+    """Print all figures, or the table of the budget."""
     if reason := missing():
         raise SystemExit(reason)
     if "--table" in arguments:

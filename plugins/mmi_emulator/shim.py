@@ -1,7 +1,7 @@
-"""The CUDA kernels compiled by g++ and run on this machine: `csrc/shim.cpp`.
+"""Compile the CUDA kernels with g++ and run them on this CPU: `csrc/shim.cpp`.
 
-One fiber for each CUDA thread, with real meeting points at every barrier, shuffle, vote and
-tensor-core product. Built at first use into a cache folder.
+Each CUDA thread is a fiber, and fibers synchronise at every barrier, shuffle, vote and tensor-core
+product. The library is built at first use, into the user's cache folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from mmi_deploy.errors import EngineError
 from mmi_deploy.system.files import cache_folder
 from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_plugins.compile.launch_plan import (
-    CSRC,
     Launch,
     device_arrays,
     launch_plan,
@@ -29,20 +28,21 @@ from mmi_plugins.compile.launch_plan import (
     widen,
     workspace_shape,
 )
+from mmi_plugins.constants import CSRC
 from mmi_plugins.operator import Call
 from mmi_plugins.reference import rows_of
 
 CPP = Path(__file__).parent / "csrc"
 
+# Without contraction: the kernel's error-free sums rely on separate roundings.
 OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-DMMI_SHIM")
-"""Without contraction: the kernel's error-free sums are written for separate roundings."""
 
+# With these, the process must have been started with `sanitizer_library()` preloaded.
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-"""The process must then have been started with `sanitizer_library()` preloaded."""
 
 
 def compiler() -> str | None:
-    """The C++ compiler: $CXX or g++."""
+    """The C++ compiler, $CXX or g++, or None."""
     return shutil.which(os.environ.get("CXX") or "g++")
 
 
@@ -53,11 +53,11 @@ def sanitizer_library() -> str:
 
 
 def build(csrc: Path = CSRC, *further: str) -> Path:
-    """The shim of the kernels in `csrc`, compiled unless the cache has it. Raises `EngineError`."""
+    """Compile the shim of the kernels in `csrc`, or find it in the cache. Raises `EngineError`."""
     program = compiler()
     if program is None:
         raise EngineError("the shim needs a C++17 compiler", fix="install g++, or set CXX")
-    sources = sorted([*csrc.glob("*.h"), *csrc.glob("*.cuh"), *CPP.iterdir()])
+    sources = sorted([path for path in (*csrc.iterdir(), *CPP.iterdir()) if path.is_file()])
     words = [program, *OPTIONS, *further]
     key = hashlib.sha256("\0".join(words).encode())
     for source in sources:
@@ -68,7 +68,7 @@ def build(csrc: Path = CSRC, *further: str) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(library.parent, ".building-") as folder:
         made = folder / "shim.so"
-        command = [*words, f"-I{csrc}", str(CPP / "shim.cpp"), "-o", str(made)]
+        command = [*words, f"-I{csrc}", f"-I{CPP}", str(CPP / "shim.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise EngineError("the shim does not compile", got=done.stderr.strip()[:2000])
@@ -78,7 +78,7 @@ def build(csrc: Path = CSRC, *further: str) -> Path:
 
 @cache
 def load(library: Path) -> ctypes.CDLL:
-    """A built shim."""
+    """Load a compiled shim."""
     loaded = ctypes.CDLL(str(library))
     loaded.mmi_shim_launch.restype = ctypes.c_char_p
     loaded.mmi_shim_plan.restype = ctypes.c_char_p
@@ -87,16 +87,16 @@ def load(library: Path) -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Shim:
-    """A built library and how to run it. `backwards`: the threads of a block in the other order;
-    `without`: line of `mmfs.cuh` whose barrier is left out (0: none)."""
+    """A compiled shim and options of a run. `backwards`: run the threads of a block from last to
+    first. `without`: line of `mmfs.cuh` whose barrier is skipped (0: none)."""
 
     library: Path = field(default_factory=build)
     backwards: bool = False
     without: int = 0
 
     def launch(self, launch: Launch, blocks: np.ndarray) -> None:
-        """Run the blocks (x, y, z) [k, 3] of one launch, whose addresses are this process's.
-        Raises `EngineError` where threads do not meet as they should."""
+        """Run the blocks (x, y, z), [blocks, 3], of one launch with addresses of this process.
+        Raises `EngineError` where threads do not synchronise as they should."""
         blocks = np.ascontiguousarray(blocks, np.uint32)
         failure = load(self.library).mmi_shim_launch(
             launch.variant.name.encode(),
@@ -111,7 +111,7 @@ class Shim:
             raise EngineError(f"{launch.variant.name}: {failure.decode()}")
 
     def run(self, call: Call, rows: np.ndarray, parts: int | None = None) -> np.ndarray:
-        """Outputs [k, d] of `rows` (b, q, h) [k, 3]; `parts` as in `launch_plan`."""
+        """Outputs [rows, d] of `rows` (b, q, h), [rows, 3]; `parts` as in `launch_plan`."""
         arrays = {name: aligned(array) for name, array in device_arrays(call).items()}
         arrays["output"] = aligned(output_array(call))
         arrays["workspace"] = aligned(np.full(workspace_shape(call, parts), np.nan, np.float32))
@@ -124,7 +124,7 @@ class Shim:
 def aligned(array: np.ndarray) -> np.ndarray:
     """A copy that starts at a multiple of 16 bytes."""
     copy = np.array(array, order="C")
-    if copy.ctypes.data % 16:  # no C library of today does that
+    if copy.ctypes.data % 16:  # malloc aligns to 16 bytes on every common platform
         room = np.empty(array.nbytes + 16, np.uint8)
         place = room[-room.ctypes.data % 16 :][: array.nbytes]
         copy = place.view(array.dtype).reshape(array.shape)
@@ -137,11 +137,11 @@ class _Implementation:
     most_rows: int | None = 128
 
     def missing(self) -> str | None:
-        """Why the shim cannot run here, or None."""
+        """Reason why the shim cannot run here, or None."""
         return None if compiler() else "there is no C++ compiler: install g++, or set CXX"
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
-        """Outputs [k, d] of `rows` [k, 3], by the kernels that the library would choose."""
+        """Outputs [rows, d] of `rows` [rows, 3], by the kernels that the library would choose."""
         return Shim().run(call, rows)
 
 

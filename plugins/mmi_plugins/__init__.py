@@ -1,1 +1,1 @@
-"""MMFS as our own kernels: one operator, and everything that runs, builds and proves it."""
+"""MMFS kernels: definition of the operator, sources, compilation, runtimes, conformance tests."""

@@ -1,4 +1,4 @@
-"""`mmi plugins`: the kernels of our operator, compiled for the runtimes of this machine."""
+"""`mmi plugins`: compile the MMFS kernels for the runtimes of this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = typer.Typer(
 
 
 class Target(StrEnum):
-    """What a library is compiled for."""
+    """Runtime that a library is compiled for."""
 
     onnxruntime = "onnxruntime"
     tensorrt = "tensorrt"
@@ -39,13 +39,13 @@ def build(
     ] = False,
     tensorrt_include: Annotated[
         Path | None,
-        typer.Option(help="Folder of TensorRT's headers.", show_default="where they usually are"),
+        typer.Option(help="Folder of TensorRT's headers.", show_default="the usual folders"),
     ] = None,
 ) -> None:
     """Compile a kernel library and print where it is.
 
-    For ONNX Runtime `mmi generate` does this by itself the first time, where there is a C++
-    compiler. TensorRT's takes CUDA's nvcc and TensorRT's headers, which pip does not bring.
+    For ONNX Runtime, `mmi generate` does this once, where there is a C++ compiler. The TensorRT
+    plugin takes CUDA's nvcc and TensorRT's headers, which pip does not install.
     """
     from mmi_plugins.onnxruntime import library
     from mmi_plugins.tensorrt import build_plugin
@@ -67,7 +67,7 @@ def build(
 
 
 def show() -> None:
-    """Say which kernel libraries are there, and what it would take to compile them."""
+    """List compiled kernel libraries, and the compilers and headers found."""
     from mmi_deploy.errors import EngineError
     from mmi_plugins.compile import compilers
     from mmi_plugins.onnxruntime import library

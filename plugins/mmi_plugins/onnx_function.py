@@ -1,22 +1,23 @@
-"""`mmi::MultiImageDeformableAttention` version 1 as an ONNX function of standard operators.
+"""Model-local ONNX function of `mmi::MultiImageDeformableAttention` version 1: standard operators.
 
-Every exported file that uses the operator carries this function, so any ONNX runtime can run it;
-where a kernel or plugin of that name is registered it is used instead. The computation is Eq. (4)
-of the paper over a pool of encoded images:
+Every exported file that uses the operator contains this function, so any ONNX runtime can run it;
+a registered kernel or plugin of that name replaces it. The computation is Eq. (4) of the paper over
+a pool of encoded images:
 
     location = reference + (offsets + offset_table[r]) / base_grid         the same on every level
     pixel    = location * (width, height) - 0.5                            bilinear, zero outside
     weight   = softmax over visible (m, l, p) of logits + logit_table[r]   r = image_position
     output   = sum of weight * value[image_slot] at pixel
 
-with one more logit of 0 whose value is `null_value` where `null_slot` is 1. Without it a query that
-sees no image gives 0. A slot or a position outside the pool or the tables counts as hidden.
+with one more logit of 0 and value `null_value` where `null_slot` is 1. Without the null slot, a
+query without a visible image gives 0. A slot or a position outside the pool or the tables counts as
+hidden.
 
-Few points gather their four corners straight from the pool. Many copy the images that they look at
-and use GridSample, which needs a quarter of the memory per point.
+With few points, the function gathers their four corners from the pool. With many, it copies the
+images and uses GridSample, which takes a quarter of the memory per point.
 
-Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool,
-s cells of one image, r rows of the tables; 1 where an axis is there to be broadcast.
+Letters: b batch, q queries, m image slots, l levels, h heads, p points, d channels per head,
+n encoded images, s feature cells, r table rows. An axis of 1 is for broadcasting.
 """
 
 from __future__ import annotations
@@ -31,18 +32,9 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, OPSET
+from mmi_deploy.spec.mmfs_operator import INPUT_SHAPES
 
-INPUTS = (
-    "value",
-    "image_slot",
-    "offsets",
-    "logits",
-    "offset_table",
-    "logit_table",
-    "image_position",
-    "reference",
-    "null_value",
-)
+INPUTS = tuple(INPUT_SHAPES)
 ATTRIBUTES = {
     "level_heights": ir.AttributeType.INTS,
     "level_widths": ir.AttributeType.INTS,
@@ -50,17 +42,18 @@ ATTRIBUTES = {
     "null_slot": ir.AttributeType.INT,
 }
 
-MOST_GATHERED = 2**24
-"""Points times channels up to which corners are gathered, at a cost of 16 bytes each. About here
-GridSample becomes as fast; it also copies and transposes every image that is looked at."""
+# Points times channels up to which corners are gathered, at 16 bytes each. About here GridSample
+# becomes as fast, although it copies and transposes the images.
+MAX_GATHERED = 2**24
 
+# Logit of the slot that takes the weight of a query without a visible image: below every real
+# logit, above the -inf of a hidden image, so that the softmax is never NaN.
 _UNSEEN = -3.0e38
-"""Logit of the slot that catches the weight of a query that sees nothing: below every real logit,
-above the -inf of a hidden image."""
 
 
 class _Operators:
-    """`op.Add(a, 1.0)` records an ONNX node and gives its output; numbers become constants."""
+    """ONNX graph builder: `op.Add(a, 1.0)` records a node and returns its output; numbers become
+    constants."""
 
     def __init__(self, name: str) -> None:
         self._name, self._tape = name, Tape()
@@ -81,13 +74,13 @@ class _Operators:
         return self._record("Constant", [], {field: reference}, 1)[0]
 
     def shape(self, *sides: object) -> ir.Value:
-        """A 1-D tensor of sides, each an int or a 1-D tensor."""
+        """A shape as a 1-D tensor; each side is an int or a 1-D tensor."""
         return self.Concat(*([side] if isinstance(side, int) else side for side in sides), axis=0)
 
     def split(
         self, value: ir.Value, axis: int, parts: int, sizes: ir.Value | None = None
     ) -> Sequence[ir.Value]:
-        """`parts` pieces along `axis`, of equal size where no `sizes` are given."""
+        """Split along `axis` into `parts` pieces, of equal size by default."""
         if sizes is None:
             return self._record("Split", [value], {"axis": axis, "num_outputs": parts}, parts)
         return self._record("Split", [value, sizes], {"axis": axis}, parts)
@@ -111,18 +104,18 @@ class _Operators:
 
 @dataclass(frozen=True)
 class _Points:
-    """Where every query looks and how much it weighs what it finds there.
+    """Locations and softmax weights of every sampling point, and sizes.
 
-    Sizes come from the attributes and from `null_value`, whose shape a file states in full, so that
-    runtimes can compute them once when they load it.
+    Sizes come from the attributes and from `null_value`, whose shape is static in every file, so
+    that runtimes fold them into constants at load time.
     """
 
     reference: ir.Value  # [2, 1, q|1, 1, 1, 1] in [0, 1], x first
-    moved: ir.Value  # [2, b, q, h, m, p] from there, in cells of the base grid
-    base_grid: ir.Value  # cells of the base grid on a side
+    moved: ir.Value  # [2, b, q, h, m, p] offset from `reference`, in cells of the base grid
+    base_grid: ir.Value  # cells of the base grid along a side
     weight: ir.Value  # [b, q, h, m, l, p]
     value: ir.Value  # [n, s, h, d]
-    slot: ir.Value  # [b, m] within the pool
+    slot: ir.Value  # [b, m], clamped to the pool
     heights: ir.Value  # [l]
     widths: ir.Value  # [l]
     cells: ir.Value  # [l]
@@ -133,8 +126,8 @@ class _Points:
 
 
 @cache
-def mmfs_function(levels: int, most_gathered: int = MOST_GATHERED) -> onnx.FunctionProto:
-    """The function for graphs whose MMFS layers read `levels` levels."""
+def mmfs_function(levels: int, most_gathered: int = MAX_GATHERED) -> onnx.FunctionProto:
+    """The FunctionProto for graphs whose MMFS layers read `levels` levels."""
     inputs = {name: ir.Value(name=name) for name in INPUTS}
     op = _Operators("body")
     points, unseen = _points(op, inputs, levels)
@@ -164,7 +157,7 @@ def _branch(
 
 
 def _points(op: _Operators, inputs: dict[str, ir.Value], levels: int) -> tuple[_Points, ir.Value]:
-    """Locations and weights of every point; also the weight of what is no image."""
+    """Locations and weights of every point, and the weight of the null slot, [b, q, h, 1]."""
     value, logits = inputs["value"], inputs["logits"]
     row, in_table = _within(op, inputs["image_position"], inputs["offset_table"])  # [b, q|1, m]
     slot, in_pool = _within(op, inputs["image_slot"], value)  # [b, m]
@@ -175,7 +168,7 @@ def _points(op: _Operators, inputs: dict[str, ir.Value], levels: int) -> tuple[_
     moved = op.Add(op.Unsqueeze(moved, [4]), rows)  # [2, b, q, h, m, p], x first
     reference = op.Unsqueeze(op.Transpose(inputs["reference"], perm=[1, 0]), [1, 3, 4, 5])
 
-    # Less their greatest, so that the table's small numbers lose nothing when all are far from 0.
+    # Subtract the maximum first: far from 0, adding the table's small numbers would round them off.
     scores = op.Cast(logits, to=ir.DataType.FLOAT)
     zero = op.ReduceMax(scores, [3, 4])  # [b, q, h, 1, 1]
     scores = op.Unsqueeze(op.Sub(scores, zero), [3])  # [b, q, h, 1, l, p]
@@ -211,16 +204,17 @@ def _points(op: _Operators, inputs: dict[str, ir.Value], levels: int) -> tuple[_
 
 
 def _within(op: _Operators, index: ir.Value, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """`index` moved into the rows of `rows`, and whether it was there."""
+    """`index` clamped to the rows of `rows`, and whether it was inside."""
     given = op.Cast(index, to=ir.DataType.INT64)
     inside = op.Min(op.Max(given, 0), op.Sub(op.Shape(rows, start=0, end=1), 1))
     return inside, op.Equal(inside, given)
 
 
 def _gather(op: _Operators, points: _Points) -> ir.Value:
-    """Sum over the four corners of every point, read row by row: [b, q, h, d].
+    """Weighted sum over the four corners of every point, gathered as rows: [b, q, h, d].
 
-    Axes and corners stand first, so that every operation runs over long rows of points.
+    The axes of coordinates and corners come first, so that every operation runs over long rows of
+    points.
     """
     start = op.CumSum(points.cells, 0, exclusive=1)
     start, width = op.Unsqueeze(start, [1]), op.Unsqueeze(points.widths, [1])  # [l, 1]
@@ -228,8 +222,8 @@ def _gather(op: _Operators, points: _Points) -> ir.Value:
     sides = op.Cast(sides, to=ir.DataType.FLOAT)
     sides = op.Unsqueeze(sides, [1, 2, 3, 4, 6])  # [2, 1, 1, 1, 1, l, 1]
 
-    # Whole cells and parts are added apart: a float's last bit is too coarse a part of a cell on a
-    # large map.
+    # Whole cells and fractions are added separately: on a large level, a float's last bit is too
+    # coarse a fraction of a cell.
     start_cell = op.Sub(op.Mul(op.Unsqueeze(points.reference, [5]), sides), 0.5)
     first_cell = op.Floor(start_cell)  # [2, 1, q|1, 1, 1, l, 1]
     moved = op.Mul(op.Unsqueeze(points.moved, [5]), op.Div(sides, points.base_grid))
@@ -261,7 +255,7 @@ def _gather(op: _Operators, points: _Points) -> ir.Value:
 
 
 def _grid_sample(op: _Operators, points: _Points) -> ir.Value:
-    """GridSample on every level of the images looked at: [b, q, h, d]."""
+    """Weighted sum with GridSample on every level of the images: [b, q, h, d]."""
     pictures = op.Gather(points.value, points.slot, axis=0)  # [b, m, s, h, d]
     pictures = op.Cast(pictures, to=ir.DataType.FLOAT)
     maps = op.Transpose(pictures, perm=[0, 3, 1, 4, 2])  # [b, h, m, d, s]

@@ -1,7 +1,7 @@
-"""The operator `mmi::MultiImageDeformableAttention`, version 1: its inputs, attributes and limits.
+"""The operator `mmi::MultiImageDeformableAttention`, version 1: one call, its limits, tolerances.
 
-Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
-encoded images, s feature cells of one image, r rows of the tables.
+Letters: b batch, q queries, m image slots, l levels, h heads, p points, d channels per head,
+n encoded images, s feature cells, r table rows.
 """
 
 from __future__ import annotations
@@ -14,55 +14,49 @@ import numpy as np
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.parity import Tolerance
-from mmi_deploy.spec.graphs import (
-    MMFS_CHANNEL_STEP,
-    MMFS_DOMAIN,
-    MMFS_MOST_CHANNELS,
-    MMFS_MOST_LEVELS,
-    MMFS_MOST_POINTS,
-    MMFS_OPERATOR,
-    MMFS_VERSION,
+from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
+from mmi_deploy.spec.mmfs_operator import (
+    CHANNEL_STEP,
+    INDEX_INPUTS,
+    INPUT_SHAPES,
+    MAX_CHANNELS,
+    MAX_LEVELS,
+    MAX_POINTS,
+    NARROW_INPUTS,
 )
+
+__all__ = [
+    "CHANNEL_STEP",
+    "DOMAIN",
+    "INDEX_INPUTS",
+    "INPUT_SHAPES",
+    "MAX_CHANNELS",
+    "MAX_LEVELS",
+    "MAX_POINTS",
+    "NAME",
+    "NARROW_INPUTS",
+    "TOLERANCES",
+    "VERSION",
+    "Call",
+]
 
 DOMAIN, NAME, VERSION = MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
 
-INPUT_SHAPES = {
-    "value": "nshd",
-    "image_slot": "bm",
-    "offsets": "bqhp2",
-    "logits": "bqhlp",
-    "offset_table": "rhp2",
-    "logit_table": "rhlp",
-    "image_position": "b*m",
-    "reference": "*2",
-    "null_value": "hd",
-}
-"""Inputs in order, a letter an axis; `*` is 1 (shared by all queries) or q."""
-
-NARROW_INPUTS = ("value", "offsets", "logits")
-"""Inputs of the operator's own type T; tables, reference and null value are always float32."""
-
-INDEX_INPUTS = ("image_slot", "image_position")
-"""int32."""
-
-# Types T, and the error that each is allowed against float64 over the same, already rounded,
-# inputs. The floor is the type's smallest normal number: it cannot hold smaller ones.
+# Types T -> error allowed against float64 over the same, already rounded, inputs. The floor is the
+# smallest normal number of the type: it cannot hold smaller ones.
 TOLERANCES: Mapping[str, Tolerance] = {
     "float32": Tolerance(1e-6, "2^-24 a rounding, in sums of float32", "rms", 2.0**-126),
     "float16": Tolerance(4e-4, "2^-11 for rounding the output, sums of float32", "rms", 2.0**-14),
     "bfloat16": Tolerance(3e-3, "2^-8 for rounding the output, sums of float32", "rms", 2.0**-126),
 }
 
-MOST_LEVELS, MOST_POINTS = MMFS_MOST_LEVELS, MMFS_MOST_POINTS
-MOST_CHANNELS, CHANNEL_STEP = MMFS_MOST_CHANNELS, MMFS_CHANNEL_STEP
-
 
 @dataclass(frozen=True)
 class Call:
     """One call of the operator: `inputs` by name and the attributes.
 
-    Floating inputs are held as float32 whatever `dtype` is, already rounded to it where the
-    operator takes T. Raises `EngineError` when shapes or types contradict each other.
+    Floating inputs are stored as float32 whatever `dtype` is, and those of type T are already
+    rounded to it. Raises `EngineError` where shapes or types contradict each other.
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -80,7 +74,7 @@ class Call:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Every letter's size."""
+        """Size of every letter."""
         sizes: dict[str, int] = {}
         for name, letters in INPUT_SHAPES.items():
             sizes |= {
@@ -92,7 +86,7 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """How many (b, q, h) there are: each is one weighted sum of d channels."""
+        """Number of output rows (b, q, h), each a weighted sum of d channels."""
         return self.sizes["b"] * self.sizes["q"] * self.sizes["h"]
 
     @property
@@ -103,7 +97,7 @@ class Call:
 
 
 def _check(call: Call) -> None:
-    """Raise `EngineError` unless `call` is one that every kernel takes."""
+    """Raise `EngineError` unless every kernel takes `call`."""
     if call.dtype not in TOLERANCES:
         raise EngineError(f"{NAME}: unknown type", expected=list(TOLERANCES), got=call.dtype)
     if wrong := set(INPUT_SHAPES) ^ set(call.inputs):
@@ -156,13 +150,13 @@ def _check(call: Call) -> None:
     if not (np.isfinite(call.base_grid) and call.base_grid > 0):
         raise EngineError(f"{NAME}: base_grid must be positive", got=call.base_grid)
     channels = first["d"][1]
-    if channels % CHANNEL_STEP or channels > MOST_CHANNELS:
+    if channels % CHANNEL_STEP or channels > MAX_CHANNELS:
         raise EngineError(
             f"{NAME}: unsupported head size",
-            expected=f"a multiple of {CHANNEL_STEP} up to {MOST_CHANNELS}",
+            expected=f"a multiple of {CHANNEL_STEP} up to {MAX_CHANNELS}",
             got=channels,
         )
-    for letter, most in (("l", MOST_LEVELS), ("p", MOST_POINTS)):
+    for letter, most in (("l", MAX_LEVELS), ("p", MAX_POINTS)):
         if first[letter][1] > most:
             raise EngineError(
                 f"{NAME}: too many {'levels' if letter == 'l' else 'points'}",

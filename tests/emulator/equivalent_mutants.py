@@ -1,4 +1,4 @@
-"""Why a changed kernel is the same kernel: what can be said without looking at its outputs.
+"""Equivalent mutants: reasons why a changed kernel computes the same, apart from its outputs.
 
 Accepted, and nothing else:
 * what is written is not read again, on any path that a trial takes;
@@ -32,9 +32,10 @@ from mmi_emulator.ptx.operands import Action, Mask, memory_of
 from mmi_emulator.ptx.parser import parse_instruction
 from mmi_emulator.ptx.warp import SYNCHRONISING, perform
 from mmi_plugins import reference
-from mmi_plugins.compile.launch_plan import Variant, constant
+from mmi_plugins.compile.launch_plan import Variant
 from mmi_plugins.conformance import calls
-from mmi_plugins.operator import MOST_LEVELS, MOST_POINTS, Call
+from mmi_plugins.constants import constant
+from mmi_plugins.operator import MAX_LEVELS, MAX_POINTS, Call
 
 _REGISTER = re.compile(r"[%$\w.]+")
 
@@ -94,8 +95,8 @@ def _reads(instruction: Instruction) -> set[str]:
 
 @cache
 def _executed(variant: Variant, name: str) -> np.ndarray:
-    """How many threads ran each instruction of the unchanged kernel, in all trials; for a branch:
-    took it."""
+    """Number of threads that ran each instruction of the unchanged kernel, in all trials; for a
+    branch, that took it."""
     total: np.ndarray | int = 0
     for call, rows, parts in _all_calls(variant):
         done = emulator.emulate(call, rows, mutant_trials.kernels({}), parts=parts)
@@ -133,7 +134,7 @@ def _live_after(variant: Variant, kernel: Kernel) -> list[set[str]]:
 
 
 def _moves_a_butterfly(kernel: Kernel, mutant: Mutant, before: Instruction) -> bool:
-    """Whether only the distance of a butterfly was changed, to one with which the five steps of
+    """Test that only the distance of a butterfly was changed, to one with which the five steps of
     the warp still span all lanes: those of a sum or maximum over all 32."""
     if before.name == "mov" and mutant.kind in ("constant", "register"):
         users = [each for each in kernel.instructions if before.operands[0] in each.operands[1:]]
@@ -148,12 +149,12 @@ def _moves_a_butterfly(kernel: Kernel, mutant: Mutant, before: Instruction) -> b
     return bool(users) and all(each.operation[:3] == ("shfl", "sync", "bfly") for each in users)
 
 
-_LIMIT = "0fC2F00000"  # -120, of `power` in location.cuh
+_LIMIT = "0fC2F00000"  # -120, of `exp_of` in location.cuh
 _NOTHING = -104.0  # e^x is below half of fp32's least number
 
 
 def _moves_a_limit(mutant: Mutant) -> bool:
-    """Whether only the limit of the exponential's argument was changed, within what gives 0."""
+    """Test that only the limit of the exponential's argument was changed, within what gives 0."""
     old, new = mutant.before.split(), mutant.text.split()
     changed = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
     if len(old) != len(new) or len(changed) != 1 or not changed[0][0].startswith(_LIMIT):
@@ -204,7 +205,7 @@ class _Poison(Machine):
 def _does_not_matter(
     variant: Variant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
 ) -> bool:
-    """Whether random bits in place of what the instruction writes, or of what the mutant alone
+    """Test that random bits in place of what the instruction writes, or of what the mutant alone
     stores, leave all outputs as they are, in all trials and further calls."""
     if before.name == "st":
         names = set(_swapped(before, after)[1:2]) - set(_REGISTER.findall(before.text))
@@ -261,12 +262,12 @@ def _of_a_reciprocal(
         return False
     if before.operation != ("add", "s32") or after.operands[:2] != before.operands[:2]:
         return False
-    pairs = np.arange(32 * MOST_POINTS)
+    pairs = np.arange(32 * MAX_POINTS)
     added = int(after.operands[2], 0)
     return all(
         (((65536 // by + added) * pairs[: most * by]) >> 16 == pairs[: most * by] // by).all()
-        for by, most in [(points, 32) for points in range(1, MOST_POINTS + 1)]
-        + [(held, MOST_LEVELS) for held in range(1, 33)]
+        for by, most in [(points, 32) for points in range(1, MAX_POINTS + 1)]
+        + [(held, MAX_LEVELS) for held in range(1, 33)]
     )
 
 
@@ -303,7 +304,7 @@ def _of_the_upper_half_of_a_warp(
 ) -> bool:
     """In kernels that split a row: a step between the halves of a warp, of which the upper one has
     no entry."""
-    if variant.kind != "split" or constant("kSplitPairs") * MOST_LEVELS > 16:
+    if variant.kind != "split" or constant("kSplitPairs") * MAX_LEVELS > 16:
         return False
     near = kernel.instructions[max(0, mutant.index - 6) : mutant.index + 1]
     steps = {each.operands[0] for each in near if each.name == "mov" and each.operands[1] == "16"}
@@ -327,7 +328,7 @@ class _Probe(Machine):
     live: set[str]  # registers that are read afterwards
     index: int
     changed: Instruction
-    change: float  # the largest so far, infinite for what is no float
+    change: float  # the largest so far, infinite for what is not a float
     runs: int
 
     def _bind(self, start: int):  # type: ignore[no-untyped-def]

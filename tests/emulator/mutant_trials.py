@@ -1,4 +1,4 @@
-"""Runs changed kernels over a fixed set of cases and says whether they were noticed."""
+"""Run mutants of the kernels over a fixed set of cases, and report which are caught."""
 
 from __future__ import annotations
 
@@ -178,8 +178,9 @@ def _last_cell(rng: np.random.Generator, dtype: str, d: int) -> Call:
 
 
 def _faint(rng: np.random.Generator, null_slot: bool) -> Call:
-    """What weighs most is nothing, the null slot or points outside their map, so that every output
-    is a sum of few small exponentials, those of one image: their relative error is the output's."""
+    """A call in which most of the weight is on the null slot or on points outside their level, so
+    that every output is a sum of few small exponentials, those of one image: their relative error
+    is the output's."""
     fixed = {"dtype": "float32", "n": 2, "r": 3, "h": 2, "b": 9, "q": 1, "m": 9, "p": 8, "d": 8}
     call = calls.draw(rng, levels=[(3, 5), (2, 2)], per_query=False, null_slot=null_slot, **fixed)
     table, moved = 0.1 * call["logit_table"], 0.1 * call["offset_table"]
@@ -214,7 +215,7 @@ def trials(variant: Variant) -> tuple[Trial, ...]:
             "split": 1 + 2 * (index % 2),
             "merge": 9 if call.sizes["m"] == 18 else 2 + index % 4,
         }[variant.kind]
-        trial = Trial(name, call, parts, rows, reference.attention(call, rows), np.empty(0))
+        trial = Trial(name, call, parts, rows, reference.mmfs_reference(call, rows), np.empty(0))
         loose = 3 * SHARP if name.startswith("faint") else SHARP
         output, work = run(trial, variant)
         trial = replace(trial, output=output, sharp=loose, work=work)
@@ -237,8 +238,8 @@ def kernels(changed: Mapping[str, Kernel]) -> Callable[[Variant], Kernel]:
 def run(
     trial: Trial, variant: Variant, most: int = 10_000_000, **changed: Kernel
 ) -> tuple[np.ndarray, int]:
-    """Outputs [k, d] of the trial with `changed` kernels (by name), and how many lane-instructions
-    `variant` took."""
+    """Outputs [rows, d] of the trial with `changed` kernels (by name), and the lane-instructions of
+    `variant`."""
     done = emulator.emulate(
         trial.call, trial.rows, kernels(changed), parts=trial.parts, most_instructions=most
     )
@@ -246,8 +247,8 @@ def run(
 
 
 def verdict(variant: Variant, changed: Kernel, most: int = 200_000) -> tuple[str, str]:
-    """What becomes of a changed kernel, and why: `caught` (a fault, a wrong result or more work in
-    a case), `same` (every bit of every output is as before) or `missed` (it differs, but by too
+    """Verdict on a changed kernel, and its reason: `caught` (a fault, a wrong result or more work
+    in a case), `same` (every bit of every output is as before) or `missed` (it differs, but by too
     little)."""
     differs = ""
     for trial in trials(variant):
@@ -265,7 +266,7 @@ def verdict(variant: Variant, changed: Kernel, most: int = 200_000) -> tuple[str
 
 
 def wrong(trial: Trial, found: np.ndarray) -> str | None:
-    """How `found` [k, d] differs from what is expected by more than it may, or None."""
+    """Difference of `found` [rows, d] from the expected output beyond the tolerance, or None."""
     dtype, expected = trial.call.dtype, trial.expected
     if not np.isfinite(found).all():
         return "not finite"
@@ -278,8 +279,8 @@ def wrong(trial: Trial, found: np.ndarray) -> str | None:
 
 
 def beyond_rounding(trial: Trial, found: np.ndarray) -> float:
-    """How much further off `found` is than the nearest number of its type may be, relative to the
-    largest value, or to itself where it is faint."""
+    """Error of `found` beyond that of the nearest number of its type, relative to the largest
+    value, or to itself where it is faint."""
     dtype, expected = trial.call.dtype, trial.expected
     bits = {"float32": 24, "float16": 11, "bfloat16": 8}[dtype]
     exponent = np.frexp(np.maximum(np.abs(expected), SMALLEST[dtype]))[1]

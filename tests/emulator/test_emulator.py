@@ -63,7 +63,7 @@ def check(call: Call, kernels: dict[str, Kernel], parts: int, what: str) -> None
     rows = reference.all_rows(call)
     chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:24])
     found = emulate(call, rows[chosen], lambda each: kernels[each.name], parts=parts).output
-    expected = reference.attention(call, rows[chosen])
+    expected = reference.mmfs_reference(call, rows[chosen])
     assert np.isfinite(found).all(), what
     error = np.sqrt(((found - expected) ** 2).mean())
     scale = max(np.sqrt((expected**2).mean()), SMALLEST[call.dtype])

@@ -20,7 +20,7 @@ from mmi_plugins.compile.launch_plan import VARIANTS, Variant
 
 WANTED = 0.95
 
-MOST_EQUIVALENT = 0.2
+MAX_EQUIVALENT = 0.2
 """Of what counts, at most: who explains more explains too much."""
 
 
@@ -31,8 +31,8 @@ def kernel_of(variant: Variant) -> Kernel:
 
 
 def tally(variant: Variant, count: int, seed: int) -> tuple[int, list[str], list[str]]:
-    """Of `count` mutants drawn at random: how many were caught, the missed ones, and the equivalent
-    ones with the reason."""
+    """Of `count` random mutants: the number caught, the missed ones, and the equivalent ones with
+    the reason."""
     kernel = kernel_of(variant)
     every = list(mutants(kernel, seed))
     chosen = np.random.default_rng(seed).choice(len(every), min(count, len(every)), replace=False)
@@ -59,7 +59,7 @@ def judge(tallies: dict[str, tuple[int, list[str], list[str]]]) -> None:
     assert caught >= WANTED * (caught + len(missed)), "\n".join(missed)
     for name, (found, left, explained) in tallies.items():
         counted = found + len(left)
-        assert len(explained) <= MOST_EQUIVALENT * counted, f"{name}: too many called equivalent"
+        assert len(explained) <= MAX_EQUIVALENT * counted, f"{name}: too many called equivalent"
 
 
 def test_a_sample_of_mutants_is_caught() -> None:

@@ -17,8 +17,9 @@ from mmi_deploy.errors import EngineError
 from mmi_emulator import shim
 from mmi_plugins.compile import launch_plan
 from mmi_plugins.conformance import calls
+from mmi_plugins.constants import CSRC
 from mmi_plugins.operator import INPUT_SHAPES, TOLERANCES, Call
-from mmi_plugins.reference import all_rows, attention
+from mmi_plugins.reference import all_rows, mmfs_reference
 
 if reason := shim.SHIM.missing():
     pytest.skip(reason, allow_module_level=True)
@@ -51,7 +52,7 @@ def test_every_situation_agrees_with_float64_whatever_the_order_of_threads(
     for index, (name, call) in enumerate(calls.draws(20 + parts, 24, dtype=dtype)):
         rows = some_rows(call)
         got = shim.Shim(backwards=index % 2 == 1).run(call, rows, parts)
-        wrong = error(call, got, attention(call, rows))
+        wrong = error(call, got, mmfs_reference(call, rows))
         assert wrong <= TOLERANCES[dtype].relative, f"{name}, {call.sizes}: {wrong:.2e}"
 
 
@@ -61,7 +62,7 @@ def test_every_head_size(dtype: str, channels: int) -> None:
     rng = np.random.default_rng(channels)
     call = calls.draw(rng, dtype=dtype, d=channels, b=1, q=2, m=3, p=5, h=2)
     rows = some_rows(call, 3)
-    expected = attention(call, rows)
+    expected = mmfs_reference(call, rows)
     for parts in (0, 2):
         assert (
             error(call, shim.Shim().run(call, rows, parts), expected) <= TOLERANCES[dtype].relative
@@ -78,7 +79,7 @@ def test_every_number_of_points(points: int) -> None:
     )
     rows = some_rows(call, 4)
     got = shim.Shim().run(call, rows, 0)
-    assert error(call, got, attention(call, rows)) <= TOLERANCES["float32"].relative
+    assert error(call, got, mmfs_reference(call, rows)) <= TOLERANCES["float32"].relative
 
 
 @pytest.mark.parametrize("images", (31, 32, 33, 49, 70))
@@ -89,7 +90,7 @@ def test_more_images_than_a_warp_has_lanes(images: int) -> None:
     rows = all_rows(call)
     for parts in (0, 1, 5):
         got = shim.Shim().run(call, rows, parts)
-        assert error(call, got, attention(call, rows)) <= TOLERANCES[call.dtype].relative
+        assert error(call, got, mmfs_reference(call, rows)) <= TOLERANCES[call.dtype].relative
 
 
 def test_wide_maps_cost_no_accuracy() -> None:
@@ -100,7 +101,7 @@ def test_wide_maps_cost_no_accuracy() -> None:
         **{"b": 1, "q": 17, "h": 5, "n": 2, "base_grid": 12.5, "null_slot": False},
     )
     rows = some_rows(call, 40)
-    assert error(call, shim.Shim().run(call, rows), attention(call, rows)) <= 5e-7
+    assert error(call, shim.Shim().run(call, rows), mmfs_reference(call, rows)) <= 5e-7
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
@@ -113,7 +114,7 @@ def test_locations_that_are_no_numbers_are_outside(dtype: str) -> None:
     got = shim.Shim().run(call, all_rows(call), 0)
     offsets = call["offsets"]
     offsets[~(np.abs(offsets) < 1e6)] = 1e6
-    assert error(call, got, attention(call, all_rows(call))) <= TOLERANCES[dtype].relative
+    assert error(call, got, mmfs_reference(call, all_rows(call))) <= TOLERANCES[dtype].relative
 
 
 def test_logits_of_minus_infinity_weigh_nothing_and_nan_is_not_hidden() -> None:
@@ -126,7 +127,7 @@ def test_logits_of_minus_infinity_weigh_nothing_and_nan_is_not_hidden() -> None:
     for parts in PARTS:
         got = shim.Shim().run(call, all_rows(call), parts)
         assert (
-            error(call, got[:2], attention(call, all_rows(call)[:2]))
+            error(call, got[:2], mmfs_reference(call, all_rows(call)[:2]))
             <= TOLERANCES["float32"].relative
         )
         assert not got[1].any() and np.isnan(got[2]).all()
@@ -134,22 +135,22 @@ def test_logits_of_minus_infinity_weigh_nothing_and_nan_is_not_hidden() -> None:
 
 def _barriers() -> list[int]:
     """Lines of the kernels' barriers."""
-    lines = (launch_plan.CSRC / "mmfs.cuh").read_text().splitlines()
+    lines = (CSRC / "mmfs.cuh").read_text().splitlines()
     return [n for n, line in enumerate(lines, 1) if re.search(r"__sync(warp|threads)\(", line)]
 
 
 _WITHOUT_A_BARRIER = """
 import sys
 import numpy as np
-from mmi_plugins import cases
+from mmi_emulator import shim
+from mmi_plugins.conformance import calls
 from mmi_plugins.operator import TOLERANCES
-from mmi_plugins.reference import all_rows, attention
-from mmi_plugins.conformance.implementations import shim
+from mmi_plugins.reference import all_rows, mmfs_reference
 
 fixed = {"m": 70, "n": 5, "q": 2, "b": 1, "h": 1, "d": 64, "p": 8, "r": 4, "null_slot": False}
 for dtype in ("float32", "float16"):
     call = calls.draw(np.random.default_rng(3), dtype=dtype, **fixed)
-    expected = attention(call)
+    expected = mmfs_reference(call)
     for backwards in (False, True):
         runs = shim.Shim(backwards=backwards, without=int(sys.argv[1]))
         for parts in (0, 1, 3):
@@ -196,7 +197,7 @@ def test_addresses_beyond_two_to_the_32() -> None:
     addresses = {name: array.ctypes.data for name, array in arrays.items()}
     for launch in launch_plan.launch_plan(call, addresses, 1):
         shim.Shim().launch(launch, launch.blocks(all_rows(call)))
-    expected = attention(call)
+    expected = mmfs_reference(call)
     assert np.abs(expected).max() > 0.01
     assert error(call, arrays["output"].reshape(expected.shape), expected) <= 1e-6
     too_large = Call(
@@ -210,8 +211,8 @@ def _sides(call: Call) -> tuple[tuple[int, ...], tuple[int, ...], float, bool, s
     return call.level_heights, call.level_widths, call.base_grid, call.null_slot, call.dtype
 
 
-class _Attention(ctypes.Structure):
-    """`mmi::Attention` of `csrc/mmfs.h`."""
+class _MmfsCall(ctypes.Structure):
+    """`mmi::MmfsCall` of `csrc/mmfs.h`."""
 
     _fields_ = [
         ("type", ctypes.c_int32),
@@ -226,8 +227,8 @@ class _Attention(ctypes.Structure):
     ]
 
 
-def _attention(call: Call) -> _Attention:
-    given = _Attention(type=list(TOLERANCES).index(call.dtype))
+def _mmfs_call(call: Call) -> _MmfsCall:
+    given = _MmfsCall(type=list(TOLERANCES).index(call.dtype))
     for index, name in enumerate((*INPUT_SHAPES, "output")):
         setattr(given, name, 0x1000 * (index + 1))
     for letter in "bqmhlpdnsr":
@@ -240,7 +241,7 @@ def _attention(call: Call) -> _Attention:
     return given
 
 
-def _cpp_plan(given: _Attention) -> tuple[bytes, int, int, np.ndarray] | str:
+def _cpp_plan(given: _MmfsCall) -> tuple[bytes, int, int, np.ndarray] | str:
     size = len(launch_plan.launch_plan(*_a_call_and_addresses())[0].parameter)
     problem, parts, room = ctypes.create_string_buffer(size), ctypes.c_int(), ctypes.c_size_t()
     grids = np.zeros((3, 4), np.uint32)
@@ -267,7 +268,7 @@ def test_the_plan_in_c_plus_plus_is_the_plan_in_python(fixed: dict[str, int]) ->
     for dtype in TOLERANCES:
         call, addresses = _a_call_and_addresses(dtype=dtype, **fixed)
         plan = launch_plan.launch_plan(call, addresses)
-        planned = _cpp_plan(_attention(call))
+        planned = _cpp_plan(_mmfs_call(call))
         assert not isinstance(planned, str), planned
         parameter, parts, room, grids = planned
         assert parts == launch_plan.default_parts(call)
@@ -305,7 +306,7 @@ def test_the_plan_in_c_plus_plus_is_the_plan_in_python(fixed: dict[str, int]) ->
 def test_calls_that_cannot_run_are_refused_with_a_reason(
     change: dict[str, float], words: str
 ) -> None:
-    given = _attention(_a_call_and_addresses(d=128, levels=[(8, 8)])[0])
+    given = _mmfs_call(_a_call_and_addresses(d=128, levels=[(8, 8)])[0])
     for name, number in change.items():
         setattr(given, name, number)
     refused = _cpp_plan(given)
@@ -313,7 +314,7 @@ def test_calls_that_cannot_run_are_refused_with_a_reason(
 
 
 def test_the_workspace_never_shrinks_when_a_call_grows() -> None:
-    given = _attention(_a_call_and_addresses()[0])
+    given = _mmfs_call(_a_call_and_addresses()[0])
     for letter, sizes in (("q", (1, 16, 200, 5000)), ("m", (1, 9, 49, 400)), ("p", (1, 16))):
         rooms = []
         for size in sizes:
@@ -331,9 +332,9 @@ _GREATEST_LEVELS = """
 
 int main() {
   mmi::Attributes attributes;
-  attributes.levels = mmi::kMostLevels;
+  attributes.levels = mmi::kMaxLevels;
   attributes.base_grid = 1;
-  for (int level = 0; level < mmi::kMostLevels; ++level) {
+  for (int level = 0; level < mmi::kMaxLevels; ++level) {
     attributes.level_height[level] = attributes.level_width[level] = INT32_MAX;
   }
   mmi::Sizes sizes(attributes);
@@ -345,7 +346,7 @@ int main() {
 def test_the_greatest_levels_are_refused_without_an_overflow(tmp_path: Path) -> None:
     source, program = tmp_path / "levels.cpp", tmp_path / "levels"
     source.write_text(_GREATEST_LEVELS)
-    options = ["-std=c++17", "-fsanitize=undefined", f"-I{shim.CSRC}", "-o", str(program)]
+    options = ["-std=c++17", "-fsanitize=undefined", f"-I{CSRC}", "-o", str(program)]
     subprocess.run([str(shim.compiler()), *options, str(source)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
     assert done.stdout == "the levels do not make up the feature cells of value\n"
@@ -355,11 +356,12 @@ def test_the_greatest_levels_are_refused_without_an_overflow(tmp_path: Path) -> 
 _SANITIZED = """
 import sys
 import numpy as np
-from mmi_plugins import cases
-from mmi_plugins.reference import all_rows, attention
-from mmi_plugins.conformance.implementations import shim
+from mmi_emulator import shim
+from mmi_plugins.constants import CSRC
+from mmi_plugins.conformance import calls
+from mmi_plugins.reference import all_rows
 
-runs = shim.Shim(shim.build(shim.CSRC, *shim.SANITIZERS))
+runs = shim.Shim(shim.build(CSRC, *shim.SANITIZERS))
 for index, (name, call) in enumerate(calls.draws(6, 8)):
     rows = all_rows(call)[-6:]
     if sys.argv[1] == "beyond":

@@ -1,11 +1,11 @@
-"""MMFS written out in loops over float64 numbers: slow, and as close to the text as can be.
+"""MMFS in loops over float64 numbers: slow, and as close to the paper's text as possible.
 
 `equation_4` is the paper's Eq. 4 with the projections around it; `operator` is the deployment
 operator `mmi::MultiImageDeformableAttention`, version 1. The two share the bilinear sample and the
 softmax, and no line with the model.
 
-Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
-encoded images, s feature cells of one image, r table rows.
+Letters: b batch, q queries, m image slots, l levels, h heads, p points, d channels per head,
+n encoded images, s feature cells, r table rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Derivatives of the MMFS operator by float64 finite differences of its float64 reference.
 
-Letters are those of `mmi_plugins.operator`. Bilinear samples have kinks where a point crosses from
+Letters as in `mmi_plugins.operator`. Bilinear samples have kinks where a point crosses from
 cell to cell, so the calls drawn here keep every point away from there. Their numbers are multiples
 of a power of two, so that float32 holds a step exactly.
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from mmi_plugins.operator import INDEX_INPUTS, INPUT_SHAPES, Call
-from mmi_plugins.reference import attention
+from mmi_plugins.reference import mmfs_reference
 
 FLOATING = tuple(name for name in INPUT_SHAPES if name not in INDEX_INPUTS)
 STEP = 2.0**-10
@@ -59,7 +59,7 @@ def slope(call: Call, name: str, direction: np.ndarray, grad: np.ndarray) -> flo
     def at(steps: int) -> float:
         moved = (call[name] + steps * STEP * direction).astype(np.float32)
         return float(
-            (attention(replace(call, inputs={**call.inputs, name: moved})) * weights).sum()
+            (mmfs_reference(replace(call, inputs={**call.inputs, name: moved})) * weights).sum()
         )
 
     return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * STEP)

@@ -1,5 +1,5 @@
-"""Work on the Triton kernels for processes of their own: Triton decides when it is imported whether
-it interprets or compiles."""
+"""Triton kernels in separate processes: Triton chooses between interpreter and compiler when it is
+imported."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def compile_only(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
 
 
-def _problem(call: Call) -> Any:
+def _mmfs_call(call: Call) -> Any:
     import torch
 
-    from mmi_plugins.torch.kernel import Problem
+    from mmi_plugins.torch.kernel import MmfsCall
 
     torch.set_num_threads(1)
     own = getattr(torch, call.dtype)
     inputs = {name: torch.from_numpy(np.array(call[name])) for name in INPUT_SHAPES}
     inputs |= {name: inputs[name].to(own) for name in NARROW_INPUTS}
-    return Problem(
+    return MmfsCall(
         **inputs,
         level_heights=call.level_heights,
         level_widths=call.level_widths,
@@ -48,7 +48,7 @@ def forward(call: Call) -> np.ndarray:
     """[b, q, h*d]"""
     from mmi_plugins.torch import triton_kernels
 
-    return triton_kernels.forward(_problem(call)).float().numpy()
+    return triton_kernels.forward(_mmfs_call(call)).float().numpy()
 
 
 def backward(call: Call, grad: np.ndarray) -> dict[str, np.ndarray]:
@@ -57,8 +57,8 @@ def backward(call: Call, grad: np.ndarray) -> dict[str, np.ndarray]:
 
     from mmi_plugins.torch import triton_kernels
 
-    problem = _problem(call)
-    found = triton_kernels.backward(torch.from_numpy(grad).to(problem.value.dtype), problem)
+    call = _mmfs_call(call)
+    found = triton_kernels.backward(torch.from_numpy(grad).to(call.value.dtype), call)
     return {name: gradient.float().numpy() for name, gradient in zip(FLOATING, found, strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""Builds engines with TensorRT-RTX, which needs no GPU for it: what the plugin tests share."""
+"""Build engines with TensorRT-RTX, which takes no GPU to build, for the plugin tests."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 from mmi_deploy.spec.graphs import Graph
 from mmi_plugins.operator import DOMAIN, INDEX_INPUTS, INPUT_SHAPES, NAME, NARROW_INPUTS
 
+# Input name -> (min, opt, max) shape.
 Profile = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
-"""Input name to its least, likeliest and greatest shape."""
 
 SIZES = {"b": 1, "m": 2, "h": 2, "l": 2, "p": 4, "d": 32, "n": 3, "s": 20, "r": 8, "2": 2}
 ATTRIBUTES = {"level_heights": [4, 2], "level_widths": [4, 2], "base_grid": 16.0, "null_slot": 1}
@@ -100,8 +100,8 @@ def profile_of(graph: Graph) -> Profile:
 
 @dataclass
 class Build:
-    """What came of a build: the engine's bytes, the layers of the parsed network, the last step
-    that worked, and all that was logged."""
+    """Result of a build: the engine's bytes, the layers of the parsed network, the last step that
+    succeeded, and all logged lines."""
 
     engine: bytes = b""
     layers: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the TensorRT tests share: TensorRT-RTX, and our library built against the headers here."""
+"""Fixtures of the TensorRT tests: TensorRT-RTX, and the plugin library built with local headers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mmi_deploy.errors import EngineError
+from mmi_deploy.runtime.tensorrt.module import INSTALL, import_tensorrt
 from mmi_plugins.compile.compilers import find_cmake, find_nvcc
 from mmi_plugins.tensorrt.build_plugin import build_tensorrt_plugin, find_tensorrt_headers
-from mmi_plugins.tensorrt.plugin_library import INSTALL, import_tensorrt
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 from mmi_deploy.cli.kernels import kernel_library
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.system.files import cache_folder
-from mmi_plugins.compile.checksum import seal
+from mmi_plugins.compile.checksum import append_checksum
 from mmi_plugins.onnxruntime import library
 from mmi_plugins.onnxruntime.library import ensure, location
 from mmi_plugins.tensorrt.plugin import newest_library
@@ -51,7 +51,7 @@ def test_a_cached_library_that_does_not_load_is_done_without(
     path = location()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\x7fELF\x02\x01 of another system")
-    seal(path)
+    append_checksum(path)
     assert kernel_library("auto") is None
     (line,) = warnings(caplog)
     assert line.startswith("MMFS runs as standard operators, which is slower: ONNX Runtime cannot")

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from mmi_deploy.spec.graphs import IR_VERSION, MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION, OPSET
-from mmi_plugins.onnx_function import ATTRIBUTES, INPUTS, MOST_GATHERED, mmfs_function
+from mmi_plugins.onnx_function import ATTRIBUTES, INPUTS, MAX_GATHERED, mmfs_function
 from mmi_train.model.deformable import multi_image_deformable_attention
 from oracles.mmfs_float64 import operator
 
-BRANCHES = {"gather": MOST_GATHERED, "grid_sample": 0}
+BRANCHES = {"gather": MAX_GATHERED, "grid_sample": 0}
 INDICES = ("image_slot", "image_position")
 NARROW = ("value", "offsets", "logits")
 
@@ -201,7 +201,7 @@ def test_narrow_inputs_are_computed_in_fp32(branch: str) -> None:
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_the_file_passes_the_strict_checker_and_states_its_shape(levels: int) -> None:
     case = random_case(6, l=levels)
-    model = one_node(case, MOST_GATHERED)
+    model = one_node(case, MAX_GATHERED)
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     assert len(inferred.graph.output[0].type.tensor_type.shape.dim) == 3

@@ -13,7 +13,7 @@ import pytest
 from mmi_deploy.errors import EngineError
 from mmi_plugins.conformance.calls import SITUATIONS, draw, draws, read_case, rounded, write_case
 from mmi_plugins.operator import INPUT_SHAPES, Call
-from mmi_plugins.reference import all_rows, attention, output_of
+from mmi_plugins.reference import all_rows, mmfs_reference, output_of
 from oracles.mmfs_float64 import operator
 
 
@@ -27,7 +27,7 @@ def test_the_reference_is_the_specification_in_loops(seed: int) -> None:
     for name, call in draws(seed, len(SITUATIONS), d=8, p=3, h=2, q=3):
         expected = operator(**call.inputs, **attributes(call))
         np.testing.assert_allclose(
-            output_of(call, attention(call)), expected, atol=1e-12, err_msg=name
+            output_of(call, mmfs_reference(call)), expected, atol=1e-12, err_msg=name
         )
 
 
@@ -35,7 +35,7 @@ def test_some_rows_are_those_of_all() -> None:
     call = draw(np.random.default_rng(0), q=17, h=2, b=2)
     rows = all_rows(call)
     chosen = np.array([3, 40, 5])
-    np.testing.assert_array_equal(attention(call, rows[chosen]), attention(call)[chosen])
+    np.testing.assert_array_equal(mmfs_reference(call, rows[chosen]), mmfs_reference(call)[chosen])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -49,7 +49,7 @@ def test_rounding_is_to_the_nearest_number_of_the_type(dtype: str) -> None:
 def test_a_case_survives_its_file(tmp_path: Path) -> None:
     for index, (_, call) in enumerate(draws(1, 6)):
         path = tmp_path / f"{index}.npz"
-        expected = output_of(call, attention(call))
+        expected = output_of(call, mmfs_reference(call))
         write_case(path, call, expected)
         read, found = read_case(path)
         np.testing.assert_array_equal(found, expected)
@@ -113,7 +113,7 @@ def test_contradictions_are_refused_in_one_line() -> None:
 def arrays(tmp_path: Path) -> dict[str, Any]:
     """A case in bfloat16 as it lies in its file."""
     call = draw(np.random.default_rng(0), levels=[(4, 4), (2, 2)], dtype="bfloat16")
-    write_case(tmp_path / "case.npz", call, output_of(call, attention(call)))
+    write_case(tmp_path / "case.npz", call, output_of(call, mmfs_reference(call)))
     with np.load(tmp_path / "case.npz") as file:
         return {name: file[name] for name in file.files}
 

@@ -31,8 +31,8 @@ from mmi_deploy.cli import program
 from mmi_deploy.errors import ConfigError, EngineError, MmiError
 from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, TensorRtTarget
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
-from mmi_deploy.runtime.tensorrt.module import MODULES, import_tensorrt
-from mmi_deploy.spec.backends import TENSORRT
+from mmi_deploy.runtime.tensorrt.module import import_tensorrt
+from mmi_deploy.spec.backends import BACKENDS, TENSORRT
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import cache_folder
 from mmi_deploy.system.output_folder import new_folder
@@ -41,7 +41,7 @@ from mmi_plugins.compile import nvrtc
 from mmi_plugins.conformance.calls import draws
 from mmi_plugins.conformance.check import Verdict, check
 from mmi_plugins.operator import TOLERANCES
-from mmi_plugins.reference import all_rows, attention
+from mmi_plugins.reference import all_rows, mmfs_reference
 from mmi_plugins.tensorrt.build_plugin import (
     build_tensorrt_plugin,
     find_cmake,
@@ -107,7 +107,7 @@ class Machine:
     def module(self, runtime: str) -> Any:
         """TensorRT; raises `Missing`."""
         try:
-            return self.tensorrt or import_tensorrt(runtime)
+            return self.tensorrt or import_tensorrt(BACKENDS[runtime].module)
         except EngineError as error:
             raise Missing(str(error)) from None
 
@@ -229,7 +229,9 @@ class Check:
         verdicts: list[Verdict] = []
         worst: dict[str, float] = dict.fromkeys(TOLERANCES, 0.0)
         for name, call in draws(0, self.cases):
-            expected = attention(call, all_rows(call)).reshape(call.sizes["b"], call.sizes["q"], -1)
+            expected = mmfs_reference(call, all_rows(call)).reshape(
+                call.sizes["b"], call.sizes["q"], -1
+            )
             verdicts.append(check(name, call, expected, implementation))
             worst[call.dtype] = max(worst[call.dtype], verdicts[-1].relative)
         wrong = [verdict for verdict in verdicts if verdict.wrong]
@@ -321,8 +323,9 @@ def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
 
 def check_arguments(bundle: Path, runtime: str, precisions: Sequence[str]) -> None:
     """Raise `MmiError` for what no machine could run."""
-    if runtime not in MODULES:
-        raise ConfigError(f"{runtime!r} runs no engines", expected=" or ".join(MODULES))
+    on_gpu = [row.name for row in BACKENDS.values() if row.on_gpu]
+    if runtime not in on_gpu:
+        raise ConfigError(f"{runtime!r} runs no engines", expected=" or ".join(on_gpu))
     for precision in precisions:
         recipe(precision)
     Bundle.open(bundle, unproved=True)

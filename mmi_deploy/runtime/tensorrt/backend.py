@@ -19,12 +19,13 @@ from mmi_deploy.runtime.memory_plan import SHALLOW, MemoryPlan, document_bytes
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt.engine import GROUPS, Residency, Scratch, TensorRtEngine, group_of
 from mmi_deploy.runtime.tensorrt.module import TensorRt, import_tensorrt
-from mmi_deploy.spec.backends import ARCHITECTURES, backend_of
+from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS, backend_of
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
 from mmi_deploy.system.files import cache_folder
 
-STAND_IN = "stand-in"
-"""How the plugin's identity begins in a target that was only built to see that it can be."""
+# Prefix of the plugin's identity in a target whose engines were built with the build-only plugin.
+BUILD_ONLY = "build-only"
+_BUILD_ONLY_IDENTITIES = (BUILD_ONLY, "stand-in")  # the latter: in targets of earlier versions
 
 AHEAD_OF_TIME = "ahead-of-time"
 """How it begins where the engines hold the plugin themselves."""
@@ -75,7 +76,7 @@ class TensorRtTarget:
             check_receipts(manifest, manifest.graphs, folder, fix)
         residency = Residency(resident)
         memory = DeviceMemory(Cuda(cuda or import_cuda()), device)
-        module = tensorrt or import_tensorrt(runtime)
+        module = tensorrt or import_tensorrt(BACKENDS[runtime].module)
         check_made_for(bundle, manifest, memory.gpu, module.__version__, plugin)
         made_with = manifest.recipe.get("plugin", AHEAD_OF_TIME)
         needed = None if made_with.startswith(AHEAD_OF_TIME) else plugin
@@ -163,9 +164,9 @@ def check_made_for(
     made_with = recipe.get("plugin", "")
     if made_with.startswith(AHEAD_OF_TIME):
         return
-    if made_with.startswith(STAND_IN):
+    if made_with.startswith(_BUILD_ONLY_IDENTITIES):
         raise EngineError(
-            f"{name} was built with a stand-in for our plugin, to see that it can be built",
+            f"{name} was built with the build-only plugin, and its engines cannot run",
             fix=f"compile the plugin with `mmi plugins build tensorrt`, then run `{mend}`",
         )
     if made_with and plugin is None:

@@ -1,38 +1,79 @@
-"""TensorRT and TensorRT-RTX behind one face: it loads engines, makes contexts, reads errors.
+"""Import of TensorRT and TensorRT-RTX, and one interface to both: engines, contexts, error lines.
 
-The two differ in their module's name and in how a context is made: RTX compiles kernels when they
-are first needed, and keeps them in a cache between runs of the program.
+The two differ in their module's name and in how a context is made: RTX compiles kernels at their
+first use, and keeps them in a cache between runs of the program.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib
+import importlib.util
 import mmap
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
+from mmi_deploy.spec.backends import BACKENDS, TENSORRT, TENSORRT_RTX
 from mmi_deploy.system.files import write_file
 
-MODULES = {TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx"}
-"""Python's names of them."""
-
-INSTALL = {TENSORRT: "pip install tensorrt", TENSORRT_RTX: "pip install tensorrt-rtx-cu13"}
+# Python module -> command that installs it. TensorRT's lean runtime runs engines and builds none.
+INSTALL = {row.module: f"pip install {row.package}" for row in BACKENDS.values() if row.on_gpu} | {
+    "tensorrt_lean_bindings": "pip install tensorrt-lean-cu13-libs tensorrt-lean-cu13-bindings",
+}
 
 _KEPT_LINES = 20
 
 
-def import_tensorrt(runtime: str) -> Any:
-    """The Python module of `runtime`; raises `EngineError` where it is not installed."""
+def import_tensorrt(module: str) -> Any:
+    """Import `module`, one of `INSTALL`, so that it can parse graphs with plugins.
+
+    TensorRT-RTX must be imported by this function: its parser opens `libtensorrt_rtx.so` for a
+    plugin, the wheel has only `libtensorrt_rtx.so.1`, and the process would be aborted. Raises
+    `EngineError` where the module is not installed, or RTX was imported in another way.
+    """
+    if module == BACKENDS[TENSORRT_RTX].module:
+        _link_rtx_libraries()
     try:
-        return importlib.import_module(MODULES[runtime])
+        return importlib.import_module(module)
     except ImportError as error:
         raise EngineError(
-            f"{MODULES[runtime]} cannot be imported: {error}",
-            fix=f"install it with: {INSTALL[runtime]}",
-        ) from None
+            f"{module} cannot be imported: {error}", fix=f"install it with: {INSTALL[module]}"
+        ) from error
+
+
+_rtx_links: tempfile.TemporaryDirectory[str] | None = None
+
+
+def _link_rtx_libraries() -> None:
+    """Open RTX's libraries through a folder of links that also has their unversioned names.
+
+    The libraries look for one another beside themselves (their run path is $ORIGIN), which is then
+    that folder; the wheel opens the same files later and gets the copies that are open.
+    """
+    global _rtx_links
+    name = BACKENDS[TENSORRT_RTX].module
+    found = importlib.util.find_spec(f"{name}_libs")
+    if _rtx_links is not None or found is None or not found.submodule_search_locations:
+        return
+    if name in sys.modules:
+        raise EngineError(
+            f"{name} was imported already",
+            fix=f'import it with mmi_deploy.runtime.tensorrt.module.import_tensorrt("{name}")',
+        )
+    libraries = sorted(Path(found.submodule_search_locations[0]).glob("lib*.so.*"))
+    _rtx_links = tempfile.TemporaryDirectory(prefix="mmi-rtx-")
+    atexit.register(_rtx_links.cleanup)
+    folder = Path(_rtx_links.name)
+    for library in libraries:
+        for link in (library.name, library.name.partition(".so")[0] + ".so"):
+            (folder / link).symlink_to(library)
+    # The builder's library goes first: the parser's looks for it.
+    for library in sorted(libraries, key=lambda library: "parser" in library.name):
+        ctypes.CDLL(str(folder / library.name))
 
 
 class TensorRt:

@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.graphs import MMFS_OPERATOR
+from mmi_deploy.spec.mmfs_operator import FLOAT32_INPUTS
 from mmi_deploy.targets.precision.constants import FLOATS, Constants
 
 F32 = ir.DataType.FLOAT
@@ -40,7 +41,7 @@ _BARRIERS = {
 """Operators that start anew: what is behind them may have another type."""
 
 _ALWAYS_FLOAT32 = {
-    MMFS_OPERATOR: {4, 5, 7, 8},  # offset_table, logit_table, reference, null_value
+    MMFS_OPERATOR: set(FLOAT32_INPUTS),
     "Resize": {1, 2},  # roi and scales
 }
 """Inputs that are float32 whatever the node computes in."""

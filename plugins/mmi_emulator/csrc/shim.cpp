@@ -1,4 +1,4 @@
-// The kernels as a library for this machine's processor, for ctypes: see device.h.
+// The CUDA kernels as a CPU library for ctypes; shim_device.h replaces the device.
 #include "shim_device.h"
 
 #include <csetjmp>
@@ -26,7 +26,7 @@ namespace mmi::shim {
 namespace {
 
 constexpr size_t kStack = 64 * 1024;
-constexpr size_t kMostGiven = 48;  // bytes that a lane gives at once
+constexpr size_t kMaxExchangeBytes = 48;  // of one lane
 
 // One thread of the block.
 struct Fiber {
@@ -34,9 +34,9 @@ struct Fiber {
   ucontext_t begin;
   jmp_buf at;
   bool started = false, waits = false, left = false;
-  Meeting kind = Meeting::kWarp;
-  // Two, by turns: who gives for the second time knows that all have taken the first.
-  alignas(16) unsigned char given[2][kMostGiven];
+  SyncPoint kind = SyncPoint::kWarp;
+  // Double buffering: when a fiber sends again, all others have read its previous value.
+  alignas(16) unsigned char sent[2][kMaxExchangeBytes];
   unsigned turn = 0;
 };
 
@@ -44,9 +44,9 @@ std::vector<Fiber> fibers;
 std::map<int, std::unique_ptr<char[]>> arrays;  // shared memory by line
 jmp_buf scheduler;
 unsigned current;
-int left_out;  // the line of a barrier that is passed over
-void (*body)(Problem);
-Problem parameter;
+int skipped_line;  // line of a barrier that does not synchronise
+void (*body)(KernelParameters);
+KernelParameters parameter;
 std::string failure;
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -77,7 +77,7 @@ void enter() {
   to_scheduler();
 }
 
-// Runs a fiber up to its next meeting point, or to its end.
+// Runs a fiber up to its next synchronisation point, or to its end.
 void resume(unsigned thread) {
   current = thread;
   threadIdx = {thread, 0, 0};
@@ -102,7 +102,7 @@ void prepare(Fiber& fiber) {
   makecontext(&fiber.begin, enter, 0);
 }
 
-// Lets the threads [first, last) go on if all of them wait at points of one kind.
+// Releases the threads [first, last) if all of them wait at points of one kind.
 bool release(unsigned first, unsigned last, bool block) {
   unsigned waiting = 0, left = 0;
   for (unsigned i = first; i < last; ++i) {
@@ -111,7 +111,7 @@ bool release(unsigned first, unsigned last, bool block) {
   }
   if (waiting == 0) return false;
   for (unsigned i = first; i < last; ++i) {
-    if (fibers[i].waits && (fibers[i].kind == Meeting::kBlock) != block) return false;
+    if (fibers[i].waits && (fibers[i].kind == SyncPoint::kBlock) != block) return false;
   }
   if (left > 0) {
     failure = "a thread has left the kernel where others wait for it";
@@ -120,7 +120,7 @@ bool release(unsigned first, unsigned last, bool block) {
   if (waiting < last - first) return false;
   for (unsigned i = first; i < last; ++i) {
     if (fibers[i].kind != fibers[first].kind) {
-      failure = "threads of a warp meet at different points";
+      failure = "threads of a warp wait at different points";
       return false;
     }
   }
@@ -170,14 +170,14 @@ void multiply_fragments(float (&c)[4], uint4 a, unsigned b0, unsigned b1) {
   const unsigned words[6] = {a.x, a.y, a.z, a.w, b0, b1};
   for (int i = 0; i < 4; ++i) widen<T>(words[i], mine.a[i]);
   for (int i = 0; i < 2; ++i) widen<T>(words[4 + i], mine.b[i]);
-  exchange(Meeting::kMultiply, &mine, sizeof mine);
+  exchange(SyncPoint::kMultiply, &mine, sizeof mine);
   const int group = lane() / 4, place = lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = group + 8 * (i / 2), column = 2 * place + i % 2;
     float sum = 0;
     for (int k = 0; k < 16; ++k) {
-      const auto* of_a = static_cast<const Fragments*>(taken(4 * (row % 8) + k % 8 / 2));
-      const auto* of_b = static_cast<const Fragments*>(taken(4 * column + k % 8 / 2));
+      const auto* of_a = static_cast<const Fragments*>(received(4 * (row % 8) + k % 8 / 2));
+      const auto* of_b = static_cast<const Fragments*>(received(4 * column + k % 8 / 2));
       sum += of_a->a[row / 8 + 2 * (k / 8)][k % 2] * of_b->b[k / 8][k % 2];
     }
     c[i] += sum;
@@ -197,7 +197,7 @@ void* shared(size_t bytes, int line) {
   return array.get();
 }
 
-void meet(Meeting kind) {
+void synchronise(SyncPoint kind) {
   Fiber& fiber = fibers[current];
   fiber.waits = true;
   fiber.kind = kind;
@@ -205,19 +205,19 @@ void meet(Meeting kind) {
   arrives();
 }
 
-void barrier(Meeting kind, int line) {
-  if (line != left_out) meet(kind);
+void barrier(SyncPoint kind, int line) {
+  if (line != skipped_line) synchronise(kind);
 }
 
-void exchange(Meeting kind, const void* given, size_t bytes) {
+void exchange(SyncPoint kind, const void* value, size_t bytes) {
   Fiber& fiber = fibers[current];
-  std::memcpy(fiber.given[++fiber.turn % 2], given, bytes);
-  meet(kind);
+  std::memcpy(fiber.sent[++fiber.turn % 2], value, bytes);
+  synchronise(kind);
 }
 
-const void* taken(int lane) {
+const void* received(int lane) {
   const Fiber& mine = fibers[current];
-  return fibers[current / kLanes * kLanes + lane].given[mine.turn % 2];
+  return fibers[current / kLanes * kLanes + lane].sent[mine.turn % 2];
 }
 
 float half_to_float(uint16_t bits) {
@@ -263,23 +263,23 @@ void multiply(BFloat16, float (&c)[4], uint4 a, unsigned b0, unsigned b1) {
 }  // namespace mmi
 
 // Runs the given blocks (x, y, z each) of a kernel, without the barrier on line `without` of
-// mmfs.cuh (0: with all). Returns nullptr, or what went wrong.
-extern "C" const char* mmi_shim_launch(const char* kernel, const mmi::Problem* problem,
+// mmfs.cuh (0: with all barriers). Returns nullptr, or an error message.
+extern "C" const char* mmi_shim_launch(const char* kernel, const mmi::KernelParameters* parameters,
                                        const unsigned* blocks, long count, unsigned threads,
                                        bool backwards, int without) {
   using namespace mmi::shim;
 #define MMI_NAME_ROWS(NAME, T, WIDE) {#NAME "_rows", NAME##_rows},
 #define MMI_NAME_SPLIT(NAME, T, WIDE) {#NAME "_split", NAME##_split},
 #define MMI_NAME_MERGE(NAME, T, WIDE) {#NAME "_merge", NAME##_merge},
-  static const std::map<std::string, void (*)(mmi::Problem)> kernels = {
+  static const std::map<std::string, void (*)(mmi::KernelParameters)> kernels = {
       MMI_ROWS_AND_SPLITS(MMI_NAME_ROWS) MMI_ROWS_AND_SPLITS(MMI_NAME_SPLIT)
           MMI_MERGES(MMI_NAME_MERGE)};
   const auto found = kernels.find(kernel);
   if (found == kernels.end()) return "no such kernel";
   if (threads % mmi::kLanes != 0) return "a block is made of whole warps";
   body = found->second;
-  parameter = *problem;
-  left_out = without;
+  parameter = *parameters;
+  skipped_line = without;
   failure.clear();
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   for (long i = 0; i < count && failure.empty(); ++i) {
@@ -290,15 +290,15 @@ extern "C" const char* mmi_shim_launch(const char* kernel, const mmi::Problem* p
   return failure.empty() ? nullptr : failure.c_str();
 }
 
-// What mmfs.cu does with a call: the parameter, the blocks that share a row, the workspace's
-// bytes and the three grids. Returns nullptr, or why the call cannot be run.
-extern "C" const char* mmi_shim_plan(const mmi::Attention* call, void* workspace,
-                                     mmi::Problem* problem, int* parts, size_t* bytes,
+// The launch plan of mmfs.cu for a call: kernel parameters, blocks that share a row, bytes of
+// workspace, and the three grids. Returns nullptr, or the reason why the call cannot run.
+extern "C" const char* mmi_shim_plan(const mmi::MmfsCall* call, void* workspace,
+                                     mmi::KernelParameters* parameters, int* parts, size_t* bytes,
                                      mmi::Grid* grids) {
-  if (const char* reason = mmi::plan_refusal(*call)) return reason;
+  if (const char* reason = mmi::unsupported_reason(*call)) return reason;
   *parts = mmi::parts_of(*call);
-  *bytes = mmi::plan_bytes(*call);
-  *problem = mmi::problem_of(*call, *parts, workspace);
+  *bytes = mmi::plan_workspace_bytes(*call);
+  *parameters = mmi::kernel_parameters(*call, *parts, workspace);
   grids[0] = mmi::rows_grid(*call);
   grids[1] = mmi::split_grid(*call, *parts);
   grids[2] = mmi::merge_grid(*call);

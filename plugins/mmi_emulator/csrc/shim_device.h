@@ -1,10 +1,10 @@
-// CUDA's device language for g++, as far as the kernels need it: a fiber for every thread of a
-// block, and real meeting points where a warp or a block synchronises, shuffles, votes, multiplies.
+// CUDA's device language for g++, as far as the kernels use it: a fiber for every thread of a
+// block, and synchronisation points at barriers, shuffles, votes and tensor-core products.
 //
-// Fibers run one at a time, from one meeting point to the next, in the order of their numbers or
-// backwards: without its barrier a thread reads shared memory that no other has written yet, or
-// writes what others have still to read. Shared memory is allocated for every block anew, filled
-// with NaN bits, each array by itself, so that AddressSanitizer sees every step beyond one.
+// Fibers run one at a time, from one synchronisation point to the next, by thread index, upwards
+// or downwards. So a thread whose barrier is missing reads shared memory before another has written it,
+// or overwrites it before another has read it. Every block gets new shared memory, filled with NaN
+// bits, each array allocated by itself, so that AddressSanitizer sees every access beyond one.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "problem.h"
+#include "kernel_parameters.h"
 
 #define __global__
 #define __grid_constant__
@@ -27,25 +27,25 @@ struct Index {
   unsigned x, y, z;
 };
 
-enum class Meeting { kWarp, kBlock, kShuffle, kVote, kMultiply };
+enum class SyncPoint { kWarp, kBlock, kShuffle, kVote, kMultiply };
 
-// Shared memory of this block: the same for all threads that ask from one line.
+// Shared memory of this block: the same for all threads that declare it on one line.
 void* shared(size_t bytes, int line);
-// Waits for all threads of the warp (of the block) to meet. The launch fails where they meet at
-// different kinds of points, or where one has left the kernel.
-void meet(Meeting kind);
-// The same for a barrier on a line of the source, unless the launch leaves that line out.
-void barrier(Meeting kind, int line);
-// Gives `bytes` to the other lanes and meets them; `taken(lane)` is then what a lane has given.
-void exchange(Meeting kind, const void* given, size_t bytes);
-const void* taken(int lane);
+// Waits for all threads of the warp (of the block). The launch fails where they wait at different
+// kinds of points, or where one has left the kernel.
+void synchronise(SyncPoint kind);
+// synchronise() for a barrier on a line of the source, unless the launch skips that line.
+void barrier(SyncPoint kind, int line);
+// Sends `bytes` to the other lanes and synchronises; `received(lane)` is then the value of a lane.
+void exchange(SyncPoint kind, const void* value, size_t bytes);
+const void* received(int lane);
 int lane();
 
 template <class T>
 T from_lane(T value, int source) {
-  exchange(Meeting::kShuffle, &value, sizeof value);
+  exchange(SyncPoint::kShuffle, &value, sizeof value);
   T result;
-  std::memcpy(&result, taken(source), sizeof result);
+  std::memcpy(&result, received(source), sizeof result);
   return result;
 }
 
@@ -97,10 +97,10 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned select) {
 }
 
 inline void __syncwarp(int line = __builtin_LINE()) {
-  mmi::shim::barrier(mmi::shim::Meeting::kWarp, line);
+  mmi::shim::barrier(mmi::shim::SyncPoint::kWarp, line);
 }
 inline void __syncthreads(int line = __builtin_LINE()) {
-  mmi::shim::barrier(mmi::shim::Meeting::kBlock, line);
+  mmi::shim::barrier(mmi::shim::SyncPoint::kBlock, line);
 }
 template <class T>
 T __shfl_sync(unsigned, T value, int source) { return mmi::shim::from_lane(value, source & 31); }
@@ -109,10 +109,10 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return mmi::shim::from_lane(value, mmi::shim::lane() ^ mask);
 }
 inline unsigned __ballot_sync(unsigned, bool vote) {
-  mmi::shim::exchange(mmi::shim::Meeting::kVote, &vote, sizeof vote);
+  mmi::shim::exchange(mmi::shim::SyncPoint::kVote, &vote, sizeof vote);
   unsigned votes = 0;
   for (int i = 0; i < 32; ++i) {
-    votes |= unsigned{*static_cast<const bool*>(mmi::shim::taken(i))} << i;
+    votes |= unsigned{*static_cast<const bool*>(mmi::shim::received(i))} << i;
   }
   return votes;
 }

@@ -1,4 +1,4 @@
-"""An emulator of PTX: what nvcc and NVRTC emit, executed on a CPU with every access checked."""
+"""PTX emulator: run what nvcc and NVRTC emit on a CPU, with every memory access checked."""
 
 from mmi_emulator.ptx.machine import Counts, Machine
 from mmi_emulator.ptx.memory import Fault, GlobalMemory

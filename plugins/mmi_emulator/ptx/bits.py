@@ -1,4 +1,4 @@
-"""Instructions on bits: logic, shifts, fields, permutations, counts. n lanes."""
+"""Bit instructions: logic, shifts, fields, permutations, counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bitwise(machine: Machine, instruction: Instruction) -> Action:
 
 
 def shift(machine: Machine, instruction: Instruction) -> Action:
-    """shl, shr: a shift by the width or more leaves zeros, or signs."""
+    """shl, shr: a shift by the width or more gives zeros, or sign bits."""
     type_, name = instruction.type, instruction.name
     allow(instruction, types=INTEGERS)
     out, a, b = operands_of(instruction, 3)
@@ -97,7 +97,7 @@ def bit_field(machine: Machine, instruction: Instruction) -> Action:
 
 
 def permute(machine: Machine, instruction: Instruction) -> Action:
-    """prmt.b32: four bytes picked out of eight, or their sign spread."""
+    """prmt.b32: four bytes chosen from eight, or their sign bits replicated."""
     allow(instruction, types=frozenset({"b32"}))
     out, *sources = operands_of(instruction, 4)
     a, b, pick = (read(machine, source, "u32") for source in sources)

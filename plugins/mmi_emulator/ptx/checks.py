@@ -1,4 +1,4 @@
-"""What the builders of instructions share: suffixes and operands are checked, never ignored."""
+"""Checks of suffixes and operands, which every instruction builder shares: none is ignored."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mmi_emulator.ptx.parser import Instruction
 if TYPE_CHECKING:
     from mmi_emulator.ptx.machine import Machine
 
+# Types of integer arithmetic.
 INTEGERS = frozenset({f"{kind}{bits}" for kind in "sub" for bits in (16, 32, 64)})
-"""Types that integer arithmetic takes."""
 
 
 def allow(instruction: Instruction, *words: str, types: frozenset[str] | None = None) -> set[str]:
@@ -34,7 +34,7 @@ def operands_of(instruction: Instruction, count: int) -> tuple[str, ...]:
 def elementwise(
     machine: Machine, function: np.ufunc, out: str, sources: tuple[str, ...], type_: str
 ) -> Action:
-    """A NumPy function straight from registers into a register."""
+    """Apply a NumPy function in place, from registers into a register."""
     target = destination(machine, out, type_)
     values = [read(machine, source, type_) for source in sources]
     if type_ in PACKED:

@@ -1,4 +1,4 @@
-"""cvt: between numbers of different types, with every rounding that is supported. n lanes."""
+"""cvt: conversion between number types, with the supported roundings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def convert(machine: Machine, instruction: Instruction) -> Action:
 def _function(
     instruction: Instruction, to: str, from_: str, words: set[str]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The conversion of numbers as they are held."""
+    """The conversion, on numbers in the registers' NumPy types."""
     if words & {"rz", "rm", "rp", "relu"}:
         raise unsupported(instruction)
     whole = words & set(_TO_INTEGER)
@@ -62,7 +62,7 @@ def _function(
     if to in _FLOATS:
         if "rn" not in words or to == "bf16":
             raise unsupported(instruction)
-        if to == "f16":  # exact in float64 up to 53 bits; beyond, it is infinite anyway
+        if to == "f16":  # float64 is exact up to 53 bits; larger numbers are infinite in fp16
             return lambda value: np.asarray(value, np.float64).astype(np.float16)
         return lambda value: np.asarray(value).astype(dtype)
     if "sat" in words:
@@ -104,11 +104,11 @@ def _wide(value: np.ndarray, type_: str) -> np.ndarray:
 
 
 def _integers(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Whole float64 numbers as integers: clamped, NaN as 0 (as the highest bit in 64 bits)."""
+    """Integral float64 numbers as integers: clamped; NaN is 0, or 2^63 in 64 bits."""
     limits = np.iinfo(dtype)
     if limits.bits <= 32:  # all limits are float64 numbers
         return np.clip(np.where(np.isnan(value), 0.0, value), limits.min, limits.max).astype(dtype)
-    # Just below the limit, in float64 the limit of 64 bits is one too many.
+    # float64 rounds the 64-bit limit up by one: clamp to the number just below.
     top = np.nextafter(2.0 ** (limits.bits - (dtype.kind == "i")), 0)
     inside = np.clip(value, float(limits.min), min(float(limits.max), top))
     result = np.nan_to_num(inside).astype(dtype)

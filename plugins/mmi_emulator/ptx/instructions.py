@@ -1,7 +1,7 @@
-"""What PTX instructions do, bound to the registers of a launch: arithmetic, selection, moves.
+"""Semantics of PTX instructions, bound to the registers of a launch: arithmetic, selection, moves.
 
-`bind` finds the instruction's function by its first word. Every suffix must be one that the
-function knows: an unknown instruction or suffix is an error, never ignored. n lanes.
+`bind` dispatches on the instruction's first word. An unknown instruction or suffix is an error,
+never ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FLOATS = frozenset({"f16", "f16x2", "bf16", "bf16x2", "f32", "f32x2", "f64"})
 
 
 def bind(machine: Machine, instruction: Instruction) -> Action:
-    """The instruction as a function of the lanes that run it."""
+    """The instruction as a function of the mask of lanes that run it."""
     try:
         build = _BUILDERS[instruction.name]
     except KeyError:
@@ -55,7 +55,7 @@ def bind(machine: Machine, instruction: Instruction) -> Action:
 
 
 def _floats(machine: Machine, operand: str, type_: str) -> Callable[[], np.ndarray]:
-    """Reads a float operand: float32 for f32, else float64, exactly."""
+    """Reader of a float operand: float32 for f32, else float64; both are exact."""
     value = read(machine, operand, type_)
     if type_.startswith("bf16"):
         return lambda: rounding.from_bfloat16(value).astype(np.float64)
@@ -67,7 +67,7 @@ def _floats(machine: Machine, operand: str, type_: str) -> Callable[[], np.ndarr
 def _float_result(
     machine: Machine, operand: str, type_: str, words: set[str]
 ) -> Callable[[np.ndarray, Mask], None]:
-    """Rounds to `type_`, applies `.ftz`, `.sat` and `.relu`, and writes."""
+    """Writer that rounds to `type_` and applies `.ftz`, `.sat` and `.relu`."""
     target = destination(machine, operand, type_)
     twice = type_ in PACKED
 
@@ -204,7 +204,7 @@ def _min_max(machine: Machine, instruction: Instruction) -> Action:
 
 
 def _divide(machine: Machine, instruction: Instruction) -> Action:
-    """div and rem: integers towards zero; floats rounded, or approximately."""
+    """div and rem: integers towards zero; floats rounded to nearest, or `.approx`."""
     type_ = instruction.type
     out, a, b = operands_of(instruction, 3)
     x, y = read(machine, a, type_), read(machine, b, type_)
@@ -254,6 +254,7 @@ def _one_operand(machine: Machine, instruction: Instruction) -> Action:
     return elementwise(machine, function, out, (a,), type_)
 
 
+# Exact function, and the error that the instruction set allows, in units in the last place.
 _APPROXIMATE: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
     "rcp": (lambda x: 1.0 / x, 1),
     "sqrt": (np.sqrt, 1),
@@ -261,11 +262,10 @@ _APPROXIMATE: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
     "ex2": (np.exp2, 2),
     "lg2": (np.log2, 2),
 }
-"""The exact function and the error allowed by the instruction set, in units in the last place."""
 
 
 def _special_function(machine: Machine, instruction: Instruction) -> Action:
-    """rcp, sqrt, rsqrt, ex2, lg2 of f32, rounded or as far off as `.approx` may be."""
+    """rcp, sqrt, rsqrt, ex2, lg2 of f32: rounded, or with the error that `.approx` allows."""
     words = allow(instruction, "approx", "rn", "ftz", types=frozenset({"f32"}))
     function, ulps = _APPROXIMATE[instruction.name]
     out, a = operands_of(instruction, 2)
@@ -301,7 +301,7 @@ _COMPARISONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 def _comparison(
     machine: Machine, instruction: Instruction, type_: str, a: str, b: str
 ) -> Callable[[], np.ndarray]:
-    """Compares two operands as the second word of the instruction says."""
+    """Comparison of two operands by the instruction's second word."""
     word = instruction.operation[1]
     x, y = _floats(machine, a, type_), _floats(machine, b, type_)
     if type_ not in _FLOATS:
@@ -374,7 +374,7 @@ def _select(machine: Machine, instruction: Instruction) -> Action:
 
 
 def _move(machine: Machine, instruction: Instruction) -> Action:
-    """mov, of a value or between a register and the parts of one."""
+    """mov: of a value, or between a register and a tuple of narrower ones."""
     type_ = instruction.type
     allow(instruction)
     out, source = operands_of(instruction, 2)
@@ -411,7 +411,7 @@ def _move(machine: Machine, instruction: Instruction) -> Action:
 
 
 def _nothing(machine: Machine, instruction: Instruction) -> Action:
-    """Fences and hints: memory is always seen in order here, and races are faults."""
+    """Fences and hints do nothing: memory is sequentially consistent here, and races are faults."""
     return lambda mask: None
 
 

@@ -1,9 +1,9 @@
-"""Runs a kernel: all threads of many blocks side by side, one NumPy lane each.
+"""Execution of a kernel: all threads of many blocks side by side, one NumPy lane each.
 
-Threads go through the program in groups that share a program counter. The group with the lowest
-counter runs until it diverges or meets another group, so branches join again where the compiler
-laid the code out to join (a legal order for independent thread scheduling). Barriers, shuffles and
-votes wait until all the threads that they name have come to the same instruction. n lanes.
+Threads execute in groups that share a program counter. The group with the lowest counter runs
+until it diverges or reaches another group, so that branches reconverge where the compiler laid the
+code out for it (a legal order for independent thread scheduling). Barriers, shuffles and votes wait
+until all threads that they name have reached the same instruction.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from mmi_emulator.ptx.warp import SYNCHRONISING
 
 Dim = tuple[int, int, int]
 
+# Program counter of threads that have ended: above every instruction, so that min() ignores it.
 _LEFT = np.iinfo(np.int32).max
+# Content of a register before its first write, by bytes: recognisable, and rarely a valid address.
 _GARBAGE = {1: 0xA5, 2: 0xA5A5, 4: 0xA5A5A5A5, 8: 0xA5A5A5A5A5A5A5A5}
 
 
 @dataclass
 class Counts:
-    """What a launch did: how many threads ran each instruction."""
+    """Executions of each instruction, counted in threads."""
 
     executed: np.ndarray
     kernel: Kernel
 
     @property
     def lane_instructions(self) -> int:
-        """Instructions times the threads that ran them."""
+        """Executed instructions, each counted once for every thread."""
         return int(self.executed.sum())
 
     def by_name(self) -> Counter[str]:
@@ -59,7 +61,7 @@ class Counts:
 
 @dataclass
 class _Block:
-    """Instructions that always run together: [start, end), of which the last may jump or wait."""
+    """Basic block: instructions [start, end), and that at `end`, which may jump or wait."""
 
     start: int
     end: int
@@ -67,7 +69,7 @@ class _Block:
 
 
 class _Registers(dict[str, np.ndarray]):
-    """The registers that are used, full of garbage until they are written."""
+    """Registers, allocated at first use and filled with garbage until they are written."""
 
     def __init__(self, types: dict[str, str], lanes: int) -> None:
         self._types, self._lanes = types, lanes
@@ -137,7 +139,7 @@ class Machine:
         self._now = 0
 
     def run(self) -> Counts:
-        """Run to the end."""
+        """Run all threads to the end. Raises `Fault` and `PtxError`."""
         done = 0
         with np.errstate(all="ignore"):
             while (start := self._pick()) is not None:
@@ -153,8 +155,8 @@ class Machine:
         return Counts(self._executed, self.kernel)
 
     def _pick(self) -> tuple[int, Mask, int] | None:
-        """The lowest program counter among threads that can run, its threads, and the next
-        counter at which others stand."""
+        """The group with the lowest program counter: the counter, its threads, and the next counter
+        at which other threads are; None once all threads have ended."""
         ready = np.where(self._waiting, _LEFT, self._counter)
         position = int(ready.min())
         if position == _LEFT:
@@ -164,12 +166,14 @@ class Machine:
                 raise self._located(Fault("threads wait for others that never come", lane))
             return None
         mask = self._counter == position
+        # Those that wait at this instruction try again: a late thread may have arrived.
         self._waiting[mask] = False
         later = self._counter[self._counter > position]
         return position, True if mask.all() else mask, int(later.min()) if later.size else _LEFT
 
     def _run_block(self, block: _Block, mask: Mask, lanes: int, stop: int) -> int | None:
-        """Run one block; where its threads go on together, or None: pick again."""
+        """Run one basic block. Returns the next one if the group goes on as a whole, else None."""
+        # Counted for all threads; a guarded instruction subtracts those that its guard excludes.
         self._executed[block.start : block.end] += lanes
         index = block.start
         try:
@@ -183,21 +187,22 @@ class Machine:
             raise self._located(fault) from None
         if following is None:
             return None
-        # Others stand further on, or wait further back.
+        # Stop where another group is (`stop`), so that the groups merge; and after a jump back
+        # while threads wait, since these may now have the lowest counter.
         if following >= stop or (following <= index and self._waiting.any()):
             self._go(mask, following)
             return None
         return following
 
     def _last(self, index: int, mask: Mask, lanes: int) -> int | None:
-        """Run the last instruction of a block, at `index`, which may jump, wait or end."""
+        """Run the instruction that ends a block, at `index`, which may jump, wait or exit."""
         instructions = self.kernel.instructions
         if index >= len(instructions):
             self._go(mask, _LEFT)
             return None
         instruction = instructions[index]
         if instruction.name not in ("bra", "ret", "exit", *SYNCHRONISING):
-            return index  # the next block starts here only because something jumps to it
+            return index  # not a jump: the block ends here because something jumps to `index`
         taken = self._guarded(instruction, mask)
         if instruction.name in SYNCHRONISING:
             return self._synchronise(index, instruction, mask, taken, lanes)
@@ -212,6 +217,7 @@ class Machine:
             return index + 1
         if times == lanes and target != _LEFT:
             return target
+        # Divergence. All threads first move on, then those that jump: the order lets `taken` win.
         self._go(mask, index + 1)
         self._go(taken, target)
         return None
@@ -223,6 +229,8 @@ class Machine:
             raise Fault(f"a predicate on {instruction.name} is not supported")
         ready = warp.ready(self, instruction, mask)
         if ready is not mask:
+            # Late threads keep their counter, marked as waiting, so that `_pick` runs the others
+            # first; those that are ready proceed now.
             late = mask & ~ready if mask is not True else ~ready
             self._go(mask, index)
             self._waiting |= late
@@ -240,7 +248,7 @@ class Machine:
         self._counter[... if mask is True else mask] = position
 
     def _bind(self, start: int) -> _Block:
-        """The block at `start`, its instructions bound to this launch's registers."""
+        """The basic block from `start`, its instructions bound to this launch's registers."""
         end = start
         instructions = self.kernel.instructions
         actions: list[Action] = []
@@ -248,6 +256,7 @@ class Machine:
             instruction = instructions[end]
             if instruction.name in ("bra", "ret", "exit", *SYNCHRONISING):
                 break
+            # A block must not run past an instruction at which another group can join it.
             if end > start and end in self._leaders:
                 break
             try:
@@ -264,7 +273,7 @@ class Machine:
         return block
 
     def _with_guard(self, index: int, instruction: Instruction, action: Action) -> Action:
-        """`action` for the threads alone whose guard holds."""
+        """`action` for only those threads whose guard holds."""
 
         def run(mask: Mask) -> None:
             taken = self._guarded(instruction, mask)
@@ -281,17 +290,18 @@ class Machine:
             return mask
         guard = self.predicate(instruction.guard)
         guard = ~guard if instruction.negated else guard
+        # A copy: the register is live, and the instruction may write to it.
         return guard.copy() if mask is True else guard & mask
 
     def predicate(self, name: str) -> np.ndarray:
-        """A predicate register, live."""
+        """A predicate register: the array itself, not a copy."""
         register = self.registers.get(name)
         if register is None or register.dtype != bool:
-            raise PtxError(f"{self.kernel.name}: {name} is no predicate register")
+            raise PtxError(f"{self.kernel.name}: {name} is not a predicate register")
         return register
 
     def left(self) -> np.ndarray:
-        """Which lanes have ended, or were never there."""
+        """Lanes that have ended, and those that fill up the last warp of a block: bool [lanes]."""
         return self._counter == _LEFT
 
     def _located(self, fault: Fault) -> Fault:
@@ -336,7 +346,7 @@ class Machine:
 
 
 def _leaders(kernel: Kernel) -> frozenset[int]:
-    """Instructions at which groups of threads can meet: targets of jumps, and what waits."""
+    """Instructions at which groups can join: targets of jumps, and instructions that wait."""
     waits = (
         index
         for index, instruction in enumerate(kernel.instructions)
@@ -346,7 +356,7 @@ def _leaders(kernel: Kernel) -> frozenset[int]:
 
 
 def _shared_unit(kernel: Kernel) -> int:
-    """Bytes of the smallest access to shared memory: the unit in which races are watched."""
+    """Bytes of the smallest access to shared memory: the unit of race detection."""
     widths = [
         WIDTHS[instruction.type]
         for instruction in kernel.instructions

@@ -1,8 +1,8 @@
-"""Device memory of the emulated launch: every access is checked.
+"""Device memory of an emulated launch, with every access checked.
 
 Global memory is a set of allocations far apart; shared memory belongs to a block, local memory to
-a thread. An access outside, misaligned, of bytes that nobody wrote, or that races with another
-thread's, is a `Fault`.
+a thread. An access that is out of bounds, misaligned, of uninitialised bytes, or a data race is a
+`Fault`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 from mmi_emulator.ptx.parser import PtxError
 
 FIRST_ADDRESS = 0x7F20_0000_0000
+# Bytes between allocations: more than 2^32, so that an index cut to 32 bits misses all of them.
 _APART = 0x1_4000_0000
-"""Bytes between allocations: an index that has lost its upper half meets none of them."""
 
+# Bases of shared, local and parameter memory among generic addresses.
 SHARED_WINDOW, LOCAL_WINDOW, PARAMETER_WINDOW = 1 << 50, 1 << 51, 1 << 52
-"""Where shared, local and parameter memory lie among generic addresses."""
 
 _UNITS = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
 _NOBODY, _SEVERAL, _ELSEWHERE = -1, -2, -3
@@ -26,8 +26,8 @@ _ROUND = 256
 
 
 class Fault(PtxError):
-    """What would be undefined behaviour, or an error, on a GPU. `lane` counts all emulated
-    threads; the machine turns it into block and thread."""
+    """Undefined behaviour or an error on a GPU. `lane` counts all emulated threads; the machine
+    reports it as block and thread."""
 
     def __init__(self, what: str, lane: int | None = None) -> None:
         super().__init__(what)
@@ -41,7 +41,7 @@ class _Allocation:
     offset: int
     size: int
     writable: bool
-    # Of writable memory, for every two bytes: written at all, and by which lane of this launch.
+    # Writable memory, for every two bytes: whether written, and by which lane of this launch.
     known: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     writer: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
@@ -64,7 +64,7 @@ class GlobalMemory:
         return found.address
 
     def reserve(self, size: int, name: str) -> int:
-        """Address of `size` writable bytes that nobody has written."""
+        """Address of `size` writable, uninitialised bytes."""
         found = self._new(size, name, writable=True)
         found.known = np.zeros(-(-size // 2), bool)
         found.writer = np.full(-(-size // 2), _NOBODY, np.int32)
@@ -80,19 +80,19 @@ class GlobalMemory:
         return found
 
     def written(self, address: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """Content of reserved memory, and for each number whether any of it was ever written."""
+        """Content of reserved memory, and for each number whether all of it was written."""
         found = next(each for each in self._allocations if each.address == address)
         content = self._bytes[found.offset : found.offset + found.size].view(dtype)
         known = np.repeat(found.known, 2)[: found.size].reshape(content.size, -1)
         return content.copy(), np.asarray(known.all(1))
 
     def next_blocks(self) -> None:
-        """Blocks of the same launch follow, whose lanes are counted anew."""
+        """Begin the next batch of blocks of the launch, whose lanes are numbered anew."""
         for each in self._allocations:
             each.writer[each.writer != _NOBODY] = _ELSEWHERE
 
     def next_launch(self) -> None:
-        """What the last launch wrote is there for the next one to read."""
+        """Begin the next launch, which may read what the last one wrote."""
         for each in self._allocations:
             each.writer.fill(_NOBODY)
 
@@ -146,7 +146,7 @@ class GlobalMemory:
     def _owners(
         self, address: np.ndarray, size: int, lanes: np.ndarray
     ) -> list[tuple[_Allocation, np.ndarray | slice]]:
-        """The allocations that the addresses lie in, each with its part of them."""
+        """The allocations that contain the addresses, each with its subset of them."""
         place = address.astype(np.int64)
         number = (place - FIRST_ADDRESS) // _APART
         low, high = int(number.min()), int(number.max())
@@ -176,7 +176,7 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """Shared memory of all emulated blocks, with a watch for races.
+    """Shared memory of all emulated blocks, with detection of data races.
 
     Two accesses by different threads, one of them a write, must have a barrier between them: one
     of the block, or one of the warp where both are in the same. `lanes` are threads counted over
@@ -190,13 +190,13 @@ class SharedMemory:
         self._bytes = np.full(max(blocks * stride, 16), 0xA5, np.uint8)
         self._views = {each: self._bytes.view(kind) for each, kind in _UNITS.items()}
         units = self._bytes.size // unit
-        # Of every unit: who wrote and who read it last, and the barriers passed until then.
+        # For every unit: its last writer and reader, and the barriers that they had passed then.
         self._writer = np.full(units, _NOBODY, np.int32)
         self._write_time = np.zeros((2, units), np.int32)
         self._reader = np.full(units, _NOBODY, np.int32)
         self._reading_warp = np.full(units, _NOBODY, np.int32)
         self._read_time = np.zeros((2, units), np.int32)
-        # Barriers passed by each thread's block and warp.
+        # Barriers passed by each block and each warp.
         self.block_time = np.zeros(blocks, np.int32)
         self.warp_time = np.zeros(blocks * width // 32, np.int32)
 
@@ -257,7 +257,7 @@ class SharedMemory:
     def _check_order(
         self, units: np.ndarray, owners: np.ndarray, writer: np.ndarray, what: str
     ) -> None:
-        """Fault unless the last write of each unit comes before what `owners` do now."""
+        """Raise `Fault` unless a barrier separates each unit's last write from `owners`' access."""
         other = (writer != owners) & (writer != _NOBODY)
         if not other.any():
             return
@@ -269,7 +269,7 @@ class SharedMemory:
             raise Fault(f"{what}: no barrier between them", int(owners[~ordered][0]))
 
     def _check_readers(self, units: np.ndarray, owners: np.ndarray) -> None:
-        """Fault unless all reads of each unit come before what `owners` write now."""
+        """Raise `Fault` unless a barrier separates each unit's reads from `owners`' write."""
         reader = self._reader[units]
         other = (reader != owners) & (reader != _NOBODY)
         if not other.any():
@@ -284,7 +284,7 @@ class SharedMemory:
             raise Fault(what, int(owners[~ordered][0]))
 
     def _note_read(self, units: np.ndarray, owners: np.ndarray) -> None:
-        """Remember who read: one thread, or `_SEVERAL`, since the last barrier of its block."""
+        """Record each unit's readers since the last barrier: one thread, or `_SEVERAL`."""
         block, warp = owners // self._width, owners // 32
         same_block_time = self._read_time[0, units] == self.block_time[block]
         before_warp = np.where(same_block_time, self._reading_warp[units], _NOBODY)
@@ -297,7 +297,7 @@ class SharedMemory:
         self._reading_warp[units] = np.where(alone, warp, _SEVERAL)
         self._read_time[0, units] = self.block_time[block]
         self._read_time[1, units] = self.warp_time[warp]
-        # Threads of one instruction that read the same unit: the last one's note has won.
+        # Where several threads of this instruction read one unit, the last assignment above won.
         shared = (self._reader[units] != owners) & (self._reader[units] != _SEVERAL)
         self._reader[units[shared]] = _SEVERAL
         warps = (self._reading_warp[units] != warp) & (self._reading_warp[units] != _SEVERAL)
@@ -305,7 +305,7 @@ class SharedMemory:
 
 
 class LocalMemory:
-    """Memory of each thread alone."""
+    """Local memory, private to each thread."""
 
     def __init__(self, lanes: int, size: int) -> None:
         self.size = size

@@ -1,6 +1,6 @@
-"""Operands: how a launch's registers, constants and names are read and written.
+"""Operand access: read and write a launch's registers, constants and addresses.
 
-n lanes: a register is one NumPy array with a number per thread.
+A register is one NumPy array [lanes], a number for each thread.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from mmi_emulator.ptx.parser import WIDTHS, Instruction, PtxError
 if TYPE_CHECKING:
     from mmi_emulator.ptx.machine import Machine
 
+# Active lanes: bool [lanes], or True for all.
 Mask = np.ndarray | Literal[True]
-"""The lanes that take part: bool [n], or True for all."""
 
+# One instruction, bound to the registers of a launch.
 Action = Callable[[Mask], None]
-"""One instruction, bound to the registers of a launch."""
 
+# Writes numbers, an array [lanes] or one for all lanes, into a register.
 Writer = Callable[[Any, Mask], None]
-"""Puts numbers (an array [n], or one for all) into a register."""
 
 WARP = 32
 
+# NumPy type of each PTX type; packed types are twice as many numbers, the lower half first.
 DTYPES = {
     **{f"{kind}{8 * width}": np.dtype(f"u{width}") for kind in "bu" for width in (1, 2, 4, 8)},
     **{f"s{8 * width}": np.dtype(f"i{width}") for width in (1, 2, 4, 8)},
@@ -34,7 +35,6 @@ DTYPES = {
     **{"bf16": np.dtype("u2"), "f16x2": np.dtype("f2"), "bf16x2": np.dtype("u2")},
     **{"f32x2": np.dtype("f4"), "pred": np.dtype("bool")},
 }
-"""How a PTX type is held; packed types as twice as many numbers, lower half first."""
 
 PACKED = ("f16x2", "bf16x2", "f32x2")
 
@@ -43,14 +43,14 @@ _ADDRESS = re.compile(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
 
 
 def unsupported(instruction: Instruction, why: str = "") -> PtxError:
-    """The error for an instruction that the emulator does not know."""
+    """Error for an instruction that the emulator does not support."""
     return PtxError(
         f"The PTX instruction `{instruction.text}` is not supported{why and ': ' + why}"
     )
 
 
 def memory_of(instruction: Instruction) -> str:
-    """Which memory an `ld` or `st` goes to; `generic` where it does not say."""
+    """Memory of an `ld` or `st`; `generic` where it names none."""
     for word in instruction.operation:
         if word.partition("::")[0] in ("global", "shared", "local", "param"):
             return word.partition("::")[0]
@@ -58,7 +58,7 @@ def memory_of(instruction: Instruction) -> str:
 
 
 def vector_length(instruction: Instruction) -> int:
-    """How many numbers an `ld` or `st` moves."""
+    """Number of values that an `ld` or `st` moves."""
     return next((int(w[1:]) for w in instruction.operation if w in ("v2", "v4", "v8")), 1)
 
 
@@ -127,7 +127,7 @@ def _constant(machine: Machine, operand: str) -> int:
 
 
 def predicate(machine: Machine, operand: str) -> Callable[[], np.ndarray]:
-    """Reads a predicate operand, possibly negated."""
+    """Reader of a predicate operand, which may be negated."""
     if operand.startswith("!"):
         register = read(machine, operand[1:].strip(), "pred")
         return lambda: ~register
@@ -146,7 +146,7 @@ def destination(machine: Machine, operand: str, type_: str) -> np.ndarray:
 
 
 def writer(machine: Machine, operand: str, type_: str) -> Writer:
-    """Writes values of `type_` into a register that may be wider: sign or zero extended."""
+    """Writer of `type_` into a register, which may be wider: sign or zero extended."""
     if operand == "_":
         return lambda value, mask: None
     register = machine.registers.get(operand)
@@ -169,12 +169,12 @@ def writer(machine: Machine, operand: str, type_: str) -> Writer:
 
 
 def pairs(mask: Mask) -> Mask:
-    """The mask of packed numbers: every lane twice."""
+    """Mask for packed types: every lane twice."""
     return True if mask is True else np.repeat(mask, 2)
 
 
 def selected(mask: Mask, lane: np.ndarray) -> np.ndarray:
-    """Numbers of the lanes in `mask`."""
+    """Indices of the lanes in `mask`."""
     return lane if mask is True else np.flatnonzero(mask)
 
 
@@ -188,7 +188,7 @@ def fixed_address(machine: Machine, operand: str) -> int | None:
 
 
 def address(machine: Machine, operand: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Reads an address operand `[base + offset]` for some lanes: uint64."""
+    """Reader of an address operand `[base + offset]` for some lanes: uint64."""
     match = _ADDRESS.fullmatch(operand)
     offset = 0 if not match or match[2] is None else number(match[2])
     if not match or offset is None:

@@ -1,7 +1,7 @@
-"""PTX text to programs: the entries of a module, their registers, variables and instructions.
+"""Parser of PTX text: the entries of a module, their registers, variables and instructions.
 
-Only syntax is judged here; what an instruction means is `instructions`' business. Names declared
-in inner scopes (`{ .reg .b16 t; ... }`, as inline assembly makes them) are made unique.
+Only syntax is checked here; `instructions` has the semantics. Names declared in inner scopes
+(`{ .reg .b16 t; ... }`, from inline assembly) are made unique.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 
 from mmi_deploy.errors import EngineError
 
+# Bytes of one value of every supported type.
 WIDTHS = {
     **{f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)},
     **{"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "f32x2": 8, "pred": 1},
 }
-"""Bytes of one value of every type known here."""
 
 _NAME = re.compile(r"[%$A-Za-z_][\w$]*(?:\.[xyzw]\b)?")
 _GUARDED = re.compile(r"(?:@(!?)\s*([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
@@ -25,7 +25,7 @@ _VARIABLE = re.compile(r"(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[\s*(\d
 
 
 class PtxError(EngineError):
-    """PTX text that cannot be read, or an instruction that is not supported."""
+    """Error for PTX text that cannot be parsed, or an unsupported instruction."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Kernel:
 
 @dataclass
 class _Body:
-    """What is collected while the body of one entry is read."""
+    """Declarations and instructions of one entry, collected while its body is parsed."""
 
     registers: dict[str, str] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class _Body:
     opened: int = 0
 
     def unique(self, name: str) -> str:
-        """A name for what the present scope declares as `name`."""
+        """Unique name for `name` as declared in the current scope."""
         if len(self.scopes) == 1:
             return name
         self.scopes[-1][name] = f"{name}__{self.opened}"
@@ -115,7 +115,7 @@ def parse(text: str) -> dict[str, Kernel]:
     text = re.sub(r"(?m)^\s*\.section[^{]*\{[^}]*\}", "", text)
     target = re.search(r"\.target\s+(sm_\w+)", text)
     if not target:
-        raise PtxError("This is no PTX: it names no .target", expected=".target sm_NN")
+        raise PtxError("This is not PTX: it has no .target", expected=".target sm_NN")
     outside = _shared_outside(text)
     kernels = {}
     for match in _ENTRY.finditer(text):
@@ -149,7 +149,7 @@ def parse(text: str) -> dict[str, Kernel]:
 
 
 def parse_instruction(text: str) -> Instruction:
-    """One instruction without its semicolon."""
+    """Parse one instruction, without its semicolon."""
     match = _GUARDED.fullmatch(text.strip())
     if not match:
         raise PtxError("A PTX statement is not understood", got=text)
@@ -188,8 +188,8 @@ def _parameters(text: str, kernel: str) -> tuple[dict[str, int], int]:
 def _shared_outside(text: str) -> dict[str, tuple[int, int]]:
     """Shared variables declared outside every entry: alignment and bytes (0: sized at launch).
 
-    Other module variables (NVRTC declares every static constant) may be there as long as no
-    instruction names one: then its operand is not understood.
+    Other module variables (NVRTC declares every static constant) are ignored: an instruction that
+    names one fails to bind.
     """
     found = {}
     for match in re.finditer(r"(?m)^\s*(?:\.extern\s+|\.visible\s+)?\.shared\s+([^;]*);", text):
@@ -211,7 +211,7 @@ def _place_shared(body: _Body, name: str, align: int, size: int) -> None:
 
 
 def _read_body(text: str, body: _Body, kernel: str) -> None:
-    """Declarations, labels and instructions of one entry."""
+    """Parse declarations, labels and instructions of one entry."""
     position = 0
     while (position := _after_blank(text, position)) < len(text):
         if text[position] == "{":
@@ -257,7 +257,7 @@ def _after_blank(text: str, position: int) -> int:
 
 
 def _declare(statement: str, body: _Body, kernel: str) -> None:
-    """One directive inside an entry."""
+    """Parse one directive inside an entry."""
     kind, _, rest = statement[1:].partition(" ")
     if kind == "pragma":
         return

@@ -1,6 +1,6 @@
-"""Rounding as the hardware does it: what NumPy alone would round twice or not at all.
+"""Hardware rounding: single rounding of fma, bfloat16 and approximate results on NumPy floats.
 
-bfloat16 numbers are held as their 16 bits (uint16).
+bfloat16 numbers are their 16 bits (uint16).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     product = np.multiply(a, b, dtype=np.float64)
     total = product + c
     result = total.astype(np.float32)
-    # The second rounding can only go wrong on what looks like a tie, or among the subnormals.
+    # The second rounding can only differ on an apparent tie, or among the subnormals.
     doubtful = (total.view(np.uint64) & _BELOW_FLOAT32) == _TIE
     doubtful |= np.abs(result) <= _SMALLEST_NORMAL
     if doubtful.any():
@@ -42,7 +42,7 @@ def bfloat16(number: np.ndarray) -> np.ndarray:
     """float64 or float32 numbers to the nearest bfloat16, ties to even; NaN is 0x7fff."""
     single = number.astype(np.float32)
     bits = single.view(np.uint32)
-    if number.dtype == np.float64:  # round to odd on the way, so that the second rounding is right
+    if number.dtype == np.float64:  # round to odd first, so that the second rounding is right
         rest = number - single.astype(np.float64)
         change = (rest != 0) & ((bits & 1) == 0) & np.isfinite(rest) & (single != 0)
         toward = np.where((rest > 0) == (single > 0), 1, -1).astype(np.int32)
@@ -63,10 +63,10 @@ def flushed(number: np.ndarray) -> np.ndarray:
 
 
 def approximate(exact: np.ndarray, ulps: int) -> np.ndarray:
-    """A float32 result as far off as the instruction set allows: `exact` (float64) rounded, then
-    moved by up to `ulps` units in the last place, always the same way for the same number.
+    """A float32 result with the error that the instruction set allows: `exact` (float64) rounded,
+    then moved by up to `ulps` units in the last place, the same for equal numbers.
 
-    Powers of two stay, so that 2^0 is 1 and 1/1 is 1 as on every GPU; so do zero and infinity.
+    Powers of two stay exact, as 2^0 and 1/1 are on every GPU; so do zero and infinity.
     """
     result = exact.astype(np.float32)
     bits = result.view(np.uint32)

@@ -1,10 +1,10 @@
-"""mma.sync.m16n8k16 with fp16 or bf16 factors and fp32 sums, as inexact as tensor cores may be.
+"""mma.sync.m16n8k16 with fp16 or bf16 factors and fp32 sums, with the rounding of tensor cores.
 
-The instruction set leaves the inner rounding open. What was measured on GPUs (Fasi et al. 2021,
+The instruction set does not define the inner rounding. Measurements on GPUs (Fasi et al. 2021,
 "Numerical behavior of NVIDIA tensor cores"): products are exact; the products of a block and the
-sum so far are cut off to the largest one's 24 bits, added, and cut off again, towards zero. Blocks
-of 8 and no further bits are the least precise of the architectures that this kernel is built for,
-so that is what happens here. w warps, k inner axis.
+sum so far are truncated to the 24 bits of the largest, added, and truncated again, towards zero.
+Blocks of 8 without extra bits, the least precise of the architectures that the kernels are built
+for, are emulated here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _FORM = ("mma", "sync", "aligned", "m16n8k16", "row", "col", "f32")
 _BLOCK = 8
 _EXPONENT = np.int64(0x7FF0_0000_0000_0000)
+# Smallest exponent bits, 2^-959: below every fp32 sum, and keeps the scale below finite.
 _LEAST = np.int64(1 << 52) * 64
-"""Exponent bits below which no fp32 sum comes: 2^-959 keeps what follows finite."""
 
 
 def multiply(machine: Machine, instruction: Instruction, here: np.ndarray) -> None:
@@ -42,17 +42,17 @@ def multiply(machine: Machine, instruction: Instruction, here: np.ndarray) -> No
     # Lane 4 g + t holds two neighbouring numbers in every register (PTX ISA, fragments).
     left = _pairs(machine, a, kind, warps).reshape(
         -1, 2, 2, 8, 4, 2
-    )  # [w, k half, row half, g, t, 2]
-    left = left.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 16, 16)  # [w, row, k]
-    right = _pairs(machine, b, kind, warps).reshape(-1, 2, 8, 4, 2)  # [w, k half, g, t, 2]
-    right = right.transpose(0, 2, 1, 3, 4).reshape(-1, 8, 16)  # [w, column, k]
+    )  # [warps, inner half, row half, g, t, 2]
+    left = left.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 16, 16)  # [warps, row, inner]
+    right = _pairs(machine, b, kind, warps).reshape(-1, 2, 8, 4, 2)  # [warps, inner half, g, t, 2]
+    right = right.transpose(0, 2, 1, 3, 4).reshape(-1, 8, 16)  # [warps, column, inner]
     sums = np.stack([_chosen(read(machine, name, "f32"), machine, warps) for name in c], 1)
     total = sums.reshape(-1, 2, 2, 8, 4).transpose(0, 1, 3, 4, 2).reshape(-1, 16, 8)
 
     for first in range(0, 16, _BLOCK):
         part = slice(first, first + _BLOCK)
-        products = left[:, :, None, part] * right[:, None, :, part]  # [w, row, column, k]
-        total = _cut_sum(products, total)
+        products = left[:, :, None, part] * right[:, None, :, part]  # [warps, row, column, inner]
+        total = _truncated_sum(products, total)
 
     result = total.reshape(-1, 2, 8, 4, 2).transpose(0, 1, 4, 2, 3).reshape(-1, 4, WARP)
     for index, name in enumerate(d):
@@ -65,7 +65,7 @@ def _chosen(register: np.ndarray, machine: Machine, warps: np.ndarray) -> np.nda
 
 
 def _pairs(machine: Machine, names: list[str], kind: str, warps: np.ndarray) -> np.ndarray:
-    """The numbers in `names`, [w, register, lane, 2], in float64."""
+    """The numbers in `names`, [warps, register, lane, 2], float64."""
     bits = np.stack([_chosen(read(machine, name, "b32"), machine, warps) for name in names], 1)
     halves = np.ascontiguousarray(bits).view(np.uint16).reshape(*bits.shape, 2)
     if kind == "bf16":
@@ -73,8 +73,8 @@ def _pairs(machine: Machine, names: list[str], kind: str, warps: np.ndarray) -> 
     return halves.view(np.float16).astype(np.float64)
 
 
-def _cut_sum(products: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """`sums` [w, row, column] plus `products` [..., k], aligned to the largest and cut off."""
+def _truncated_sum(products: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """`sums` [warps, row, column] plus `products` [..., inner], truncated to the largest's bits."""
     start = sums.astype(np.float64)
     largest = (products.view(np.int64) & _EXPONENT).max(-1)
     largest = np.maximum(largest, start.view(np.int64) & _EXPONENT)
@@ -82,7 +82,7 @@ def _cut_sum(products: np.ndarray, sums: np.ndarray) -> np.ndarray:
         plain = (products.sum(-1) + start).astype(np.float32)
         ordinary = np.where(largest == _EXPONENT, 0, 1)
         safe = np.where(ordinary[..., None] == 1, products, 0.0)
-        cut = _cut_sum(safe, np.where(ordinary == 1, sums, np.float32(0)))
+        cut = _truncated_sum(safe, np.where(ordinary == 1, sums, np.float32(0)))
         return np.where(ordinary == 1, cut, plain)
     unit = (np.maximum(largest, _LEAST) - (np.int64(23) << np.int64(52))).view(np.float64)
     exact = np.trunc(products / unit[..., None]).sum(-1) + np.trunc(start / unit)

@@ -1,4 +1,4 @@
-"""ld, st and cvta: between registers and memory. n lanes."""
+"""ld, st and cvta: transfers between registers and memory."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from mmi_emulator.ptx.parser import WIDTHS, Instruction
 if TYPE_CHECKING:
     from mmi_emulator.ptx.machine import Machine
 
+# Suffixes of ld and st that only concern speed, or are handled here.
 _HINTS = frozenset(
     {
         *("global", "shared", "shared::cta", "local", "param", "nc", "v2", "v4", "v8"),
@@ -36,7 +37,6 @@ _HINTS = frozenset(
         *("L2::evict_first", "L2::evict_last", "L2::evict_normal"),
     }
 )
-"""Suffixes of ld and st whose meaning is nothing but speed, or is handled here."""
 
 _WINDOWS = {"global": 0, "shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAMETER_WINDOW}
 
@@ -158,7 +158,7 @@ def _read(
 def _spaces(
     machine: Machine, memory: str, places: np.ndarray, lanes: np.ndarray
 ) -> list[tuple[str, np.ndarray | slice, np.ndarray]]:
-    """The memories that the addresses lie in: which lanes, and their addresses inside."""
+    """The memories that contain the addresses, each with its lanes and the addresses inside it."""
     if memory != "generic":
         return [(memory, slice(None), places)]
     window = places & np.uint64(SHARED_WINDOW | LOCAL_WINDOW | PARAMETER_WINDOW)

@@ -1,4 +1,4 @@
-"""Instructions that threads run together: barriers, shuffles, votes and reductions. n lanes."""
+"""Warp and block instructions: barriers, shuffles, votes, reductions, tensor-core products."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from mmi_emulator.ptx.parser import Instruction
 if TYPE_CHECKING:
     from mmi_emulator.ptx.machine import Machine
 
+# First words of the instructions that wait for other threads.
 SYNCHRONISING = ("bar", "barrier", "shfl", "vote", "redux", "mma")
-"""First words of the instructions that wait for other threads."""
 
 
 def ready(machine: Machine, instruction: Instruction, mask: Mask) -> Mask:
-    """Of the lanes that have come to `instruction`, those for whom all others that they wait for
-    have come too; `mask` itself where that is all. A thread that ended is waited for in vain: a
-    `Fault`."""
+    """The lanes at `instruction` for which all lanes that they wait for have arrived; `mask` itself
+    where that is all of them. Raises `Fault` where a lane waits for a thread that has ended."""
     here = np.ones(machine.lanes, bool) if mask is True else mask
     if _is_block_barrier(instruction):
         blocks = here.reshape(-1, machine.width)
@@ -54,14 +53,14 @@ def ready(machine: Machine, instruction: Instruction, mask: Mask) -> Mask:
             if vain.any():
                 raise Fault("the mask names a thread that has ended", int(np.flatnonzero(vain)[0]))
         alone = (missing == 0) | ~here
-        # All that wait for one another go on together, or none.
+        # Lanes that wait for one another proceed together.
         complete = np.repeat(alone.reshape(-1, WARP).all(1), WARP) | (missing == 0)
     done = complete & here
     return mask if done.sum() == here.sum() else done
 
 
 def perform(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """Run `instruction` for lanes that are ready."""
+    """Run `instruction` for the lanes of `mask`, which are ready."""
     here = np.ones(machine.lanes, bool) if mask is True else mask
     name = instruction.name
     if _is_block_barrier(instruction):
@@ -104,7 +103,7 @@ def _members(machine: Machine, instruction: Instruction) -> np.ndarray:
 
 
 def _check_members(machine: Machine, instruction: Instruction, mask: Mask) -> np.ndarray:
-    """The member mask of every lane, of which each must be part itself."""
+    """The member mask of every lane. Raises `Fault` where a mask leaves out its own lane."""
     members = np.broadcast_to(_members(machine, instruction), machine.lanes)
     own = (members >> (machine.lane % WARP).astype(np.uint32)) & np.uint32(1)
     outside = (own == 0) if mask is True else (own == 0) & mask
@@ -114,7 +113,7 @@ def _check_members(machine: Machine, instruction: Instruction, mask: Mask) -> np
 
 
 def _warp_barrier(machine: Machine, instruction: Instruction, here: np.ndarray) -> None:
-    """Memory is in order for the members; the race watch counts barriers of whole warps only."""
+    """Order memory for the members. Race detection counts only barriers of whole warps."""
     whole = (here | machine.left()).reshape(-1, WARP).all(1) & here.reshape(-1, WARP).any(1)
     members = np.broadcast_to(_members(machine, instruction), machine.lanes).reshape(-1, WARP)
     named = np.where(here.reshape(-1, WARP), members, np.uint32(0xFFFF_FFFF))

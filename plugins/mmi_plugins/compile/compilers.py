@@ -1,4 +1,4 @@
-"""The compilers that our libraries are made with: found, or named with what to install."""
+"""Find the compilers of the kernel libraries, or raise an error that names what to install."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from mmi_deploy.errors import EngineError
 
+# Compute capabilities whose machine code a library has: A100, A10 and RTX 30, Orin, L4 and RTX 40,
+# H100, B100 and B200, RTX 50.
 ARCHITECTURES = ("80", "86", "87", "89", "90", "100", "120")
-"""Compute capabilities whose machine code a library holds: A100, A10 and RTX 30, Orin, L4 and
-RTX 40, H100, B100 and B200, RTX 50."""
 
 _PORTABLE = "100"
 
@@ -22,7 +22,8 @@ STANDARD_CUDA = Path("/usr/local/cuda")
 
 
 def find_nvcc() -> Path:
-    """CUDA's compiler: $CUDACXX, $CUDA_HOME, the search path, /usr/local/cuda."""
+    """CUDA's compiler, from $CUDACXX, $CUDA_HOME, $CUDA_PATH, the PATH or /usr/local/cuda. Raises
+    `EngineError`."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home)]
     for candidate in (*candidates, "nvcc", str(STANDARD_CUDA / "bin" / "nvcc")):
@@ -37,7 +38,7 @@ def find_nvcc() -> Path:
 
 
 def find_cmake() -> Path:
-    """cmake, on the search path or beside this Python."""
+    """cmake, on the PATH or beside this Python. Raises `EngineError`."""
     beside = Path(sys.executable).parent / "cmake"
     for candidate in ("cmake", str(beside)):
         if found := shutil.which(candidate):
@@ -46,7 +47,7 @@ def find_cmake() -> Path:
 
 
 def supported_architectures(nvcc: Path, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Those of `wanted` that this compiler knows; at least one."""
+    """The `wanted` architectures that this compiler supports; at least one, or `EngineError`."""
     listed = output_of([nvcc, "--list-gpu-arch"])
     known = set(re.findall(r"compute_(\w+)", listed))
     if unknown := [name for name in wanted if not re.fullmatch(r"\d{2,3}", name)]:
@@ -54,22 +55,22 @@ def supported_architectures(nvcc: Path, wanted: Sequence[str]) -> tuple[str, ...
     kept = tuple(name for name in dict.fromkeys(wanted) if name in known)
     if not kept:
         raise EngineError(
-            f"{nvcc} makes code for none of the architectures",
+            f"{nvcc} supports none of the architectures",
             expected=", ".join(wanted),
             got=", ".join(sorted(known, key=lambda name: (len(name), name))),
-            fix="Install a CUDA toolkit that knows them",
+            fix="Install a newer CUDA toolkit",
         )
     return kept
 
 
 def portable(architectures: Sequence[str]) -> str:
-    """The architecture whose PTX a library holds too, for GPUs without machine code in it: 100,
-    for Thor (110) and all that come later, or else the last."""
+    """Architecture whose PTX a library has too, for GPUs without machine code in it: 100, which
+    serves Thor (110) and all later ones, or else the last."""
     return _PORTABLE if _PORTABLE in architectures else architectures[-1]
 
 
 def output_of(command: Sequence[str | Path]) -> str:
-    """Run a tool; its output, or an `EngineError` with its errors in one line."""
+    """Run a tool and return its output. Raises `EngineError` with its error lines in one line."""
     try:
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except OSError as error:

@@ -1,33 +1,32 @@
-"""Which CUDA kernels a call runs, with which grid, block and parameter: `csrc/plan.h` in Python.
+"""Launch plan of a call: its CUDA kernels, grids, blocks and parameter, as `csrc/plan.h` has them.
 
-Whoever runs the kernels without a GPU (emulator, shim) or hands their PTX to a runtime reads it
-here. Every kernel has one parameter, by value: the struct `mmi::Problem` of `csrc/problem.h`, which
-is `Launch.parameter` byte for byte. A device address is an integer; arrays must lie as
-`device_arrays` gives them, aligned to 16 bytes.
+For whatever runs the kernels without the library: emulator, shim, ahead-of-time PTX. Every kernel
+has one parameter, by value: the struct `mmi::KernelParameters` of `csrc/kernel_parameters.h`, whose
+bytes are `Launch.parameter`. A device address is an integer; arrays have the layout of
+`device_arrays` and start at multiples of 16 bytes.
+
+Letters: b batch, q queries, m image slots, l levels, h heads, p points, d channels per head,
+n encoded images, s feature cells, r table rows.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.operator import INPUT_SHAPES, MOST_LEVELS, NAME, NARROW_INPUTS, Call
+from mmi_plugins.constants import constant
+from mmi_plugins.operator import INPUT_SHAPES, MAX_LEVELS, NAME, NARROW_INPUTS, Call
 
-CSRC = Path(__file__).parents[1] / "csrc"
-
+# Types T and their names in the kernels.
 TYPES = {"float32": "float", "float16": "mmi::Half", "bfloat16": "mmi::BFloat16"}
-"""Types T and their names in the kernels."""
 
+# `rows`: a warp for each output row. `split`: warps and blocks share a row. `merge`: merges the
+# partial rows of several blocks.
 KINDS = ("rows", "split", "merge")
-"""`rows`: a warp an output row; `split`: warps and blocks share a row; `merge`: joins the blocks'
-parts."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +54,22 @@ class Variant:
     def threads(self) -> int:
         """Threads of a block."""
         if self.kind == "merge":
-            return constant("kMaximumChannels")
+            return constant("kMaxChannels")
         return constant("kLanes") * constant("kRowWarps" if self.kind == "rows" else "kSplitWarps")
 
 
+# All kernels; each takes every shape.
 VARIANTS = tuple(
     Variant(dtype, kind, wide)
     for dtype in TYPES
     for kind in KINDS
     for wide in ((False, True) if dtype != "float32" and kind != "merge" else (False,))
 )
-"""Every kernel there is; each takes every shape."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. Shared memory is static: no dynamic bytes are asked for."""
+    """One kernel launch. All shared memory is static."""
 
     variant: Variant
     grid: tuple[int, int, int]
@@ -84,7 +83,7 @@ class Launch:
         return (self.variant.threads, 1, 1)
 
     def blocks(self, rows: np.ndarray) -> np.ndarray:
-        """The blocks (x, y, z) [k, 3] that have to run for the output `rows` (b, q, h) [k, 3]."""
+        """Blocks (x, y, z), [blocks, 3], that compute the output `rows` (b, q, h), [rows, 3]."""
         b, q, h = np.asarray(rows).T
         x = q // self.queries_per_block
         if self.variant.kind == "split":
@@ -93,38 +92,30 @@ class Launch:
         return np.unique(np.stack([x, h, b], 1), axis=0)
 
 
-@cache
-def constant(name: str) -> int:
-    """An integer constant of `csrc/problem.h`."""
-    found = re.search(rf"constexpr int {name} = (\d+);", (CSRC / "problem.h").read_text())
-    assert found, name
-    return int(found[1])
-
-
 def is_wide(call: Call) -> bool:
-    """Whether a kernel for more than 64 channels is wanted."""
+    """Test for a call that takes a kernel for more than 64 channels per head."""
     return call.dtype != "float32" and call.sizes["d"] > 64
 
 
 def default_parts(call: Call) -> int:
-    """How many blocks share a row; 0: each warp has a row of its own (many queries)."""
-    if call.rows >= constant("kManyRows"):
+    """Number of blocks that share a row; 0: each warp has a row of its own (many rows)."""
+    if call.rows >= constant("kMinUnsplitRows"):
         return 0
     pairs = call.sizes["m"] * call.sizes["p"]
     block = constant("kSplitWarps") * constant("kSplitPairs")
-    return min(-(-pairs // block), constant("kMostBlocks") // call.rows)
+    return min(-(-pairs // block), constant("kMaxSplitBlocks") // call.rows)
 
 
 def kernel_variants(call: Call, parts: int | None = None) -> list[Variant]:
-    """The kernels that the call runs, in order. `parts` as in `default_parts`, which is what the
-    library takes; others are as right, and let a small call try every kernel."""
+    """The kernels of the call, in order. `parts`: as from `default_parts`, which the library uses;
+    other values give the same result, so that a small call can test every kernel."""
     parts = default_parts(call) if parts is None else parts
     kinds = ["rows"] if parts == 0 else ["split"] if parts == 1 else ["split", "merge"]
     return [Variant(call.dtype, kind, kind != "merge" and is_wide(call)) for kind in kinds]
 
 
 def workspace_shape(call: Call, parts: int | None = None) -> tuple[int, ...]:
-    """float32 numbers that the workspace of the call must hold."""
+    """Shape of the float32 workspace of the call; (0,) for none."""
     parts = default_parts(call) if parts is None else parts
     return (call.rows, parts, call.sizes["d"] + 2) if parts > 1 else (0,)
 
@@ -135,7 +126,7 @@ def launch_plan(call: Call, addresses: Mapping[str, int], parts: int | None = No
     parts = default_parts(call) if parts is None else parts
     sizes = call.sizes
     check_limits(sizes, call.dtype)
-    parameter = _problem(call, addresses, parts)
+    parameter = _kernel_parameters(call, addresses, parts)
     b, q, h = (sizes[letter] for letter in "bqh")
     launches = []
     for variant in kernel_variants(call, parts):
@@ -146,24 +137,24 @@ def launch_plan(call: Call, addresses: Mapping[str, int], parts: int | None = No
 
 
 def check_limits(sizes: Mapping[str, int], dtype: str) -> None:
-    """Raise `EngineError` where sizes, by letter, are beyond what addresses and grids can hold."""
+    """Raise `EngineError` where sizes, by letter, exceed what addresses and grids can hold."""
     unit = sizes["h"] * sizes["d"] * (4 if dtype == "float32" else 2) // 16
-    most = constant("kMostCounted")
+    most = constant("kMaxCount")
     reasons = {
         "value is larger than 64 GiB": sizes["n"] * sizes["s"] > 2**32 // unit,
         "more than 2^31 - 64 output rows": sizes["b"] * sizes["q"] * sizes["h"] > most,
         "more than 2^31 - 64 images": sizes["m"] > most,
         "more than 2^31 numbers in a table": sizes["h"] * sizes["p"] * max(sizes["l"], 2)
         > (2**31 - 1) // sizes["r"],
-        "more than 65535 heads or batch rows": max(sizes["h"], sizes["b"]) > constant("kMostGrid"),
+        "more than 65535 heads or batch rows": max(sizes["h"], sizes["b"]) > constant("kMaxGridYZ"),
     }
     for reason, holds in reasons.items():
         if holds:
             raise EngineError(f"{NAME}: {reason}")
 
 
-def _problem(call: Call, addresses: Mapping[str, int], parts: int) -> bytes:
-    """`mmi::Problem`: 11 addresses, 21 integers, 2 floats, no padding but at the end."""
+def _kernel_parameters(call: Call, addresses: Mapping[str, int], parts: int) -> bytes:
+    """Bytes of `mmi::KernelParameters`: 11 addresses, 21 integers, 2 floats, padding at the end."""
     sizes = call.sizes
     names = [*INPUT_SHAPES, "output"]
     pointers = [addresses[name] for name in names] + [addresses.get("workspace", 0)]
@@ -171,7 +162,7 @@ def _problem(call: Call, addresses: Mapping[str, int], parts: int) -> bytes:
     integers += [call["image_position"].shape[1], call["reference"].shape[0]]
     integers += [int(call.null_slot), parts]
     for sides in (call.level_heights, call.level_widths):
-        integers += [*sides, *[0] * (MOST_LEVELS - len(sides))]
+        integers += [*sides, *[0] * (MAX_LEVELS - len(sides))]
     inverse = 1.0 / float(np.float32(call.base_grid))
     whole = np.float32(inverse)
     rest = np.float32(inverse - float(whole))
@@ -195,7 +186,7 @@ def output_array(call: Call) -> np.ndarray:
 
 
 def narrow(array: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 numbers that `dtype` holds exactly, in its bits."""
+    """float32 numbers, exact in `dtype`, as arrays of its bits."""
     array = np.ascontiguousarray(array, np.float32)
     if dtype == "float16":
         return array.astype(np.float16).view(np.uint16)
@@ -205,7 +196,7 @@ def narrow(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def widen(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The float32 numbers of an array in the bits of `dtype`."""
+    """An array of bits of `dtype` as float32 numbers."""
     if dtype == "float16":
         return array.view(np.float16).astype(np.float32)
     if dtype == "bfloat16":

@@ -1,7 +1,7 @@
-"""PTX of the CUDA kernels, by NVRTC (from PyPI, no GPU and no driver) or by nvcc.
+"""Compile the CUDA kernels to PTX or machine code, with NVRTC (no GPU, no driver) or nvcc.
 
-`launch_plan.py` has the kernels (`Variant`), their parameter and their grids. What the PTX uses
-beyond plain arithmetic: `mma.sync.aligned.m16n8k16.row.col.f32.{f16.f16,bf16.bf16}.f32`,
+`launch_plan` has the kernels (`Variant`), their parameter and their grids. Besides plain arithmetic
+the PTX uses `mma.sync.aligned.m16n8k16.row.col.f32.{f16.f16,bf16.bf16}.f32`,
 `shfl.sync.{bfly,idx}.b32`, `vote.sync.ballot.b32`, `bar.warp.sync`, `bar.sync`, `prmt.b32`,
 `ex2.approx.ftz.f32`, `rcp.approx.ftz.f32`, `cvt.rn.{f16x2,bf16x2}.f32`, `ld.global.nc.v4`.
 """
@@ -17,13 +17,14 @@ from pathlib import Path
 
 from mmi_deploy.errors import EngineError
 from mmi_plugins.compile.compilers import find_nvcc
-from mmi_plugins.compile.launch_plan import CSRC, Variant
+from mmi_plugins.compile.launch_plan import Variant
+from mmi_plugins.constants import CSRC
 
 COMPILERS = ("nvrtc", "nvcc")
 
 
 def missing(compiler: str = "nvrtc") -> str | None:
-    """Why `compiler` cannot be used here, or None."""
+    """Reason why `compiler` cannot be used here, or None."""
     if compiler == "nvcc":
         return None if _nvcc() else "nvcc is not installed (CUDA toolkit 12.8 or newer)"
     return None if _nvrtc() else "NVRTC is not installed: pip install nvidia-cuda-nvrtc"
@@ -117,9 +118,9 @@ def _run_nvrtc(source: str, architecture: str, product: str) -> bytes:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _fetch(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+def _fetch(library: ctypes.CDLL, program: ctypes.c_void_p, product: str) -> bytes:
     size = ctypes.c_size_t()
-    getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    getattr(library, f"nvrtcGet{product}Size")(program, ctypes.byref(size))
     data = ctypes.create_string_buffer(size.value)
-    getattr(library, f"nvrtcGet{what}")(program, data)
+    getattr(library, f"nvrtcGet{product}")(program, data)
     return data.raw

@@ -1,4 +1,4 @@
-"""Calls of the operator to try a kernel with: drawn at random, or read from `.npz` files."""
+"""Calls of the operator for conformance tests: drawn at random, or read from `.npz` files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mmi_plugins.operator import INDEX_INPUTS, INPUT_SHAPES, NARROW_INPUTS, TOLE
 
 ATTRIBUTES = ("level_heights", "level_widths", "base_grid", "null_slot")
 
+# Kinds of random calls.
 SITUATIONS = (
     "ordinary",
     "all hidden",
@@ -24,11 +25,10 @@ SITUATIONS = (
     "tiny logits",
     "bad slots",
 )
-"""What a drawn call is about."""
 
 
 def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 numbers rounded to the nearest of `dtype`, still held as float32."""
+    """float32 numbers rounded to the nearest of `dtype`, as float32."""
     array = np.asarray(array, np.float32)
     if dtype == "float16":
         return array.astype(np.float16).astype(np.float32)
@@ -83,7 +83,7 @@ def _shape_situation(
     base_grid: float,
     level: tuple[int, int],
 ) -> None:
-    """Change drawn inputs so that they show `situation`."""
+    """Change drawn inputs in place to fit `situation`."""
     if situation == "all hidden":
         inputs["image_position"][:] = 0
     elif situation == "far outside":
@@ -110,7 +110,7 @@ def _shape_situation(
 
 
 def draws(seed: int, count: int, **fixed: Any) -> Iterator[tuple[str, Call]]:
-    """`count` named calls, every situation in turn."""
+    """`count` random calls with names, every situation in turn."""
     for index in range(count):
         situation = SITUATIONS[index % len(SITUATIONS)]
         rng = np.random.default_rng([seed, index])
@@ -118,20 +118,20 @@ def draws(seed: int, count: int, **fixed: Any) -> Iterator[tuple[str, Call]]:
 
 
 def write_case(path: Path, call: Call, expected: np.ndarray) -> None:
-    """An `.npz` of the inputs, the attributes, the type and `expected` [b, q, h*d]."""
+    """Write inputs, attributes, type and `expected` [b, q, h*d] to an `.npz`."""
     arrays: dict[str, Any] = {name: np.array(getattr(call, name)) for name in ATTRIBUTES}
     arrays |= {**call.inputs, "dtype": np.array(call.dtype), "expected": expected}
     np.savez(path, **arrays)
 
 
 def read_case(path: Path) -> tuple[Call, np.ndarray]:
-    """The call and the expected output of a file. Raises `EngineError` for a file that is none."""
+    """Read the call and the expected output of a case. Raises `EngineError` for an invalid file."""
     if not zipfile.is_zipfile(path):
-        raise EngineError(f"{path} cannot be read as .npz: it is no whole archive")
+        raise EngineError(f"{path} cannot be read as .npz: it is not a complete archive")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in file.files}
-    except Exception as error:  # NumPy, zipfile and zlib have many for a damaged file
+    except Exception as error:  # NumPy, zipfile and zlib raise many kinds for a damaged file
         raise EngineError(f"{path} cannot be read as .npz: {error}") from None
     wanted = {*INPUT_SHAPES, *ATTRIBUTES, "expected"}
     if missing := wanted - set(arrays):
@@ -144,7 +144,7 @@ def read_case(path: Path) -> tuple[Call, np.ndarray]:
 
 
 def _case(arrays: Mapping[str, np.ndarray]) -> tuple[Call, np.ndarray]:
-    """`arrays` as a call and its expected output; raises where they are none."""
+    """`arrays` as a call and its expected output. Raises `EngineError` or `ValueError`."""
     for name in ("base_grid", "null_slot", "dtype"):
         if name in arrays and arrays[name].size != 1:
             raise EngineError(f"{name} must be one value", got=f"{arrays[name].size} of them")
@@ -173,7 +173,7 @@ def _case(arrays: Mapping[str, np.ndarray]) -> tuple[Call, np.ndarray]:
 
 
 def _numbers(arrays: Mapping[str, np.ndarray], name: str, kind: type) -> np.ndarray:
-    """An array in the type `kind`; raises where it holds no such numbers."""
+    """An array converted to `kind`. Raises `EngineError` where that is not exact for integers."""
     array = arrays[name]
     if array.dtype.kind not in "biuf":
         raise EngineError(f"{name} must hold real numbers", got=array.dtype)

@@ -1,7 +1,7 @@
-"""`python -m mmi_plugins.check DIR`: all implementations of the operator on all cases of a folder.
+"""Conformance test, `python -m mmi_plugins.check DIR`: every implementation on a folder of cases.
 
 A case is an `.npz` of the operator's inputs and attributes, an optional `dtype` and `expected` in
-float64 (`cases.read_case`). Exit code 1: something is wrong. 2: something could not be run.
+float64 (`calls.read_case`). Exit code 1: an implementation failed. 2: one could not run.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from mmi_deploy.errors import EngineError, MmiError
 from mmi_deploy.parity import Comparison, compare
 from mmi_deploy.system.progress import shown
 from mmi_plugins.conformance.calls import read_case
-from mmi_plugins.conformance.implementations import IMPLEMENTATIONS, Implementation
+from mmi_plugins.conformance.implementations import EMULATED, IMPLEMENTATIONS, Implementation
 from mmi_plugins.operator import TOLERANCES, Call
 from mmi_plugins.reference import all_rows, rows_of
 
@@ -32,7 +33,7 @@ WRONG, NOT_RUN = 1, 2
 
 @dataclass(frozen=True)
 class Verdict:
-    """One implementation on one case. `reason`: why there is no comparison, or why it failed."""
+    """Result of one implementation on one case. `reason`: of a missing comparison or a failure."""
 
     case: str
     implementation: str
@@ -69,7 +70,7 @@ def check(name: str, call: Call, expected: np.ndarray, implementation: Implement
     rows = chosen_rows(call, implementation.most_rows, name)
     try:
         got = implementation.run(call, rows)
-    except Exception as error:  # whatever it is, this case did not come out right
+    except Exception as error:  # any exception is a failure of this case
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return Verdict(name, implementation.name, reason=reason, wrong=True)
     compared = compare("output", got, rows_of(expected, call, rows), TOLERANCES[call.dtype])
@@ -104,7 +105,8 @@ def check_folder(folder: Path, names: Sequence[str]) -> Iterator[Verdict]:
             implementation = IMPLEMENTATIONS[name]()
             reason = implementation.missing()
         except ImportError as error:
-            reason = f"{error.name} is not installed"
+            package = (error.name or str(error)).partition(".")[0]
+            reason = f"{package} is not installed"
         if reason:
             absent[name] = reason
         else:
@@ -122,7 +124,7 @@ def check_folder(folder: Path, names: Sequence[str]) -> Iterator[Verdict]:
 
 
 def table(verdicts: Sequence[Verdict]) -> Table:
-    """What people read."""
+    """The verdicts as a table."""
     shown = Table("case", "through", "rows", "max error", "relative rms", "tolerance", "verdict")
     for verdict in verdicts:
         part = f" of {verdict.of}" if verdict.rows < verdict.of else ""
@@ -137,16 +139,27 @@ def table(verdicts: Sequence[Verdict]) -> Table:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder of .npz cases.")],
-    through: Annotated[str, typer.Option(help="Implementations, separated by commas.")] = ",".join(
-        IMPLEMENTATIONS
-    ),
+    through: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Implementations, separated by commas: {', '.join(IMPLEMENTATIONS)}.",
+            show_default="all that are installed",
+        ),
+    ] = None,
 ) -> int:
     """Compare implementations of the MMFS operator with float64 on every case of a folder."""
     console = Console(width=None if Console().is_terminal else 160)
-    checked = check_folder(folder, [name.strip() for name in through.split(",")])
+    screen = Console(stderr=True, soft_wrap=True)
+    if through is not None:
+        names = [name.strip() for name in through.split(",")]
+    elif find_spec("mmi_emulator"):
+        names = list(IMPLEMENTATIONS)
+    else:
+        screen.print(f"{' and '.join(EMULATED)} are not installed: only the source tree has them")
+        names = [name for name in IMPLEMENTATIONS if name not in EMULATED]
     verdicts = []
-    with shown(Console(stderr=True, soft_wrap=True), "checking") as progress:
-        for verdict in checked:
+    with shown(screen, "checking") as progress:
+        for verdict in check_folder(folder, names):
             verdicts.append(verdict)
             progress("checking", detail=f"{len(verdicts)} done")
     console.print(table(verdicts))

@@ -1,4 +1,4 @@
-"""Cases through the model-local ONNX function: what a runtime without our kernels computes."""
+"""The model-local ONNX function in ONNX Runtime, as an implementation under test."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mmi_plugins.reference import rows_of
 
 @dataclass(frozen=True)
 class Function:
-    """One node of the operator and its function in ONNX Runtime on the CPU.
+    """One operator node with its function, on the CPU.
 
-    `most_gathered`: points times channels up to which the function gathers corners instead of using
+    `most_gathered`: points times channels up to which the function gathers corners and does not use
     GridSample; None: as in exported files.
     """
 
@@ -25,20 +25,18 @@ class Function:
     most_gathered: int | None = None
 
     def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
-        if not find_spec("mmi_export"):
-            return "the package mmi_export, which has the function, is not installed"
+        """Reason why it cannot run here, or None."""
         absent = [name for name in ("onnx", "onnx_ir", "onnxruntime") if not find_spec(name)]
         if absent:
             return f"{', '.join(absent)} not installed: pip install 'mmi_deploy[cpu,export]'"
         return None
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
-        """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
+        """Outputs [rows, d] of `rows` (b, q, h), [rows, 3]."""
         from mmi_deploy.runtime.onnxruntime.module import ort
-        from mmi_plugins.onnx_function import MOST_GATHERED, mmfs_function
+        from mmi_plugins.onnx_function import MAX_GATHERED, mmfs_function
 
-        most = MOST_GATHERED if self.most_gathered is None else self.most_gathered
+        most = MAX_GATHERED if self.most_gathered is None else self.most_gathered
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         session = ort.InferenceSession(

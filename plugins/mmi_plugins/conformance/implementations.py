@@ -1,4 +1,4 @@
-"""The implementations of the operator, each behind one interface so that all are tried alike."""
+"""Implementations of the operator under test, each behind one interface."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from mmi_plugins.operator import Call
 
 
 class Implementation(Protocol):
-    """One way to run the operator."""
+    """One implementation of the operator."""
 
     name: str
-    most_rows: int | None
-    """Rows of a call above which a chosen few are tried; None: all, always."""
+    most_rows: int | None  # rows of a call that are run, chosen at random; None: all
 
     def missing(self) -> str | None:
-        """Why it cannot run on this machine, or None."""
+        """Reason why it cannot run on this machine, or None."""
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
-        """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
+        """Outputs [rows, d] of `rows` (b, q, h), [rows, 3]."""
 
 
 def _from(module: str, name: str) -> Callable[[], Implementation]:
@@ -34,6 +33,10 @@ def _from(module: str, name: str) -> Callable[[], Implementation]:
     return load
 
 
+# Implementations of the package `mmi_emulator`, which comes with the source tree, not the wheel.
+EMULATED = ("emulator", "shim")
+
+# By the name of `--through`; importing one may take packages that are not installed.
 IMPLEMENTATIONS: Mapping[str, Callable[[], Implementation]] = MappingProxyType(
     {
         "emulator": _from("mmi_emulator.emulator", "EMULATOR"),
@@ -43,4 +46,3 @@ IMPLEMENTATIONS: Mapping[str, Callable[[], Implementation]] = MappingProxyType(
         "torch": _from("mmi_plugins.conformance.torch_op", "TORCH_OP"),
     }
 )
-"""By the name that people use; importing one may need packages that are not installed."""

@@ -1,4 +1,4 @@
-"""Our kernel library inside ONNX Runtime, on the CPU."""
+"""The kernel library in ONNX Runtime on the CPU, as an implementation under test."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from mmi_plugins.operator import (
 )
 from mmi_plugins.reference import rows_of
 
+# ONNX's element types.
 _ELEMENTS = {"float32": 1, "int32": 6, "float16": 10, "bfloat16": 16}
-"""ONNX's numbers of element types."""
 
 
 def element_of(call: Call, name: str) -> int:
@@ -35,7 +35,7 @@ def element_of(call: Call, name: str) -> int:
 
 
 def one_node_model(call: Call, function: Any = None) -> bytes:
-    """An ONNX file of the operator alone, with the call's shapes; `function`: its FunctionProto."""
+    """ONNX model of one operator node with the call's shapes; `function`: its FunctionProto."""
     import onnx.helper as oh
 
     inputs = [
@@ -79,13 +79,13 @@ def run_session(session: Any, call: Call) -> np.ndarray:
     value = binding.get_outputs()[0]
     if call.dtype != "bfloat16":
         return np.asarray(value.numpy(), np.float32)
-    # NumPy has no bfloat16, but its bits lie there.
+    # NumPy has no bfloat16: read the bits.
     pointer = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_uint16))
     return widen(np.ctypeslib.as_array(pointer, tuple(value.shape())), call.dtype)
 
 
 class OnnxRuntimeKernel:
-    """The library that `onnxruntime_library` compiles, or another."""
+    """The library that `mmi_plugins.onnxruntime.library` compiles, or another one."""
 
     name = "onnxruntime"
     most_rows = None
@@ -95,12 +95,12 @@ class OnnxRuntimeKernel:
 
     @property
     def library(self) -> Path:
-        """The library, once `missing()` has found nothing missing."""
-        assert self._library is not None, "ask missing() first"
+        """The library; call `missing()` first."""
+        assert self._library is not None, "call missing() first"
         return self._library
 
     def missing(self) -> str | None:
-        """Why it cannot run here, or None; compiles the library where it never was."""
+        """Reason why it cannot run here, or None. Compiles the library if there is none yet."""
         try:
             import onnx  # noqa: F401
 
@@ -115,7 +115,7 @@ class OnnxRuntimeKernel:
         return None
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
-        """Outputs [k, d] of `rows` [k, 3]; all are computed."""
+        """Outputs [rows, d] of `rows` (b, q, h), [rows, 3]; all rows are computed."""
         from mmi_deploy.runtime.onnxruntime.module import ort
 
         options = ort.SessionOptions()

@@ -1,4 +1,4 @@
-"""Cases through the PyTorch op, on the CPU."""
+"""The PyTorch op on the CPU, as an implementation under test."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class TorchOp:
     most_rows: int | None = None
 
     def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
+        """Reason why it cannot run here, or None."""
         if find_spec("torch"):
             return None
         return "PyTorch is not installed: pip install 'mmi_deploy[train]'"
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
-        """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
+        """Outputs [rows, d] of `rows` (b, q, h), [rows, 3]."""
         import torch
 
         from mmi_plugins.torch.op import multi_image_deformable_attention

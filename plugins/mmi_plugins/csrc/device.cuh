@@ -1,8 +1,8 @@
-// What the kernels ask of the machine: PTX where CUDA has no word for it, loads and stores of all
-// types, sums over a warp. With MMI_SHIM, shim/device.h stands for the machine.
+// Device primitives: PTX for which CUDA has no intrinsic, loads and stores of every type, warp
+// reductions. With MMI_SHIM, mmi_emulator's shim_device.h replaces the device.
 #pragma once
 
-#include "problem.h"
+#include "kernel_parameters.h"
 
 #ifdef MMI_SHIM
 #include "shim_device.h"
@@ -42,8 +42,8 @@ MMI_DEVICE unsigned pack(BFloat16, float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
-// The 16 bytes at base + 16 * unit: one multiply-add for the 64-bit address. Volatile, so that
-// several are on their way before the first is used.
+// The 16 bytes at base + 16 * unit, with one multiply-add for the 64-bit address. Volatile, so that
+// the compiler issues several loads before the first result is used.
 MMI_DEVICE uint4 gather(const void* base, unsigned unit) {
   uint4 x;
   asm volatile(
@@ -58,7 +58,7 @@ MMI_DEVICE uint4 gather(const void* base, unsigned unit) {
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                            \
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1))
-// c += a b on the tensor cores, by all lanes together.
+// c += a b on the tensor cores, by all lanes of a warp.
 MMI_DEVICE void multiply(Half, float (&c)[4], uint4 a, unsigned b0, unsigned b1) {
   MMI_MMA("f16");
 }

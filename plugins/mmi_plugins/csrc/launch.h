@@ -1,5 +1,5 @@
-// How a call is put on a GPU: the TensorRT plugin and ONNX Runtime's CUDA kernel call this and
-// nothing else. Needs none of CUDA's headers; mmfs.cu defines it.
+// Launch of a call on a GPU: all that the TensorRT plugin and ONNX Runtime's CUDA kernel use.
+// Includes none of CUDA's headers; mmfs.cu defines it.
 #pragma once
 
 #include <cstddef>
@@ -10,18 +10,18 @@ struct CUstream_st;  // cudaStream_t is CUstream_st*
 
 namespace mmi {
 
-// Bytes of device memory that `launch` wants as `workspace`, 16-byte aligned; 0 is possible. No
-// call of the same or smaller sizes wants more, so the largest shapes of a profile give the bound.
-size_t workspace_bytes(const Attention& call);
+// Bytes of device memory that `launch` takes as `workspace`, aligned to 16 bytes; may be 0. They
+// never grow when a size shrinks, so a profile's largest shapes give the bound.
+size_t workspace_bytes(const MmfsCall& call);
 
-// Loads every kernel onto the current device, where there is one. CUDA loads a kernel at its first
-// launch otherwise, which must not fall into the capture of a graph.
+// Loads every kernel onto the current device, if there is one. Otherwise CUDA loads a kernel at its
+// first launch, which is not allowed while a CUDA graph is captured.
 void preload();
 
-// Puts the call on `stream` (of the current device) and returns at once; allocates nothing and may
-// be captured in a CUDA graph. Returns nullptr, or one line that says why not: a refusal, a pointer
-// that is missing or not aligned (to 16 bytes; reference to 8, indices to 4), sizes beyond what
-// addresses can hold, or CUDA's own error. The text is static.
-const char* launch(const Attention& call, void* workspace, CUstream_st* stream);
+// Launches the call on `stream` (of the current device) and returns at once; allocates nothing and
+// may be captured in a CUDA graph. Returns nullptr, or the reason in one line of static text: an
+// invalid call, a pointer that is missing or not aligned (to 16 bytes; reference to 8, indices to
+// 4), sizes beyond what addresses can hold, or CUDA's own error.
+const char* launch(const MmfsCall& call, void* workspace, CUstream_st* stream);
 
 }  // namespace mmi

@@ -1,4 +1,4 @@
-// The kernels of every type, and how a call is put on a stream.
+// The kernels of every type, and the launch of a call on a stream.
 #include <cuda_runtime_api.h>
 
 #include "mmfs.cuh"
@@ -12,13 +12,13 @@ MMI_MERGES(MMI_MERGE_KERNEL)
 namespace mmi {
 namespace {
 
-using Kernel = void (*)(Problem);
+using Kernel = void (*)(KernelParameters);
 
 struct Kernels {
   Kernel rows, split, merge;
 };
 
-Kernels kernels_of(const Attention& call) {
+Kernels kernels_of(const MmfsCall& call) {
   const bool wide = is_wide(call);
   switch (call.type) {
     case DataType::kFloat16:
@@ -32,8 +32,8 @@ Kernels kernels_of(const Attention& call) {
   }
 }
 
-const char* start(Kernel kernel, Grid grid, Problem problem, cudaStream_t stream) {
-  void* arguments[] = {&problem};
+const char* start(Kernel kernel, Grid grid, KernelParameters parameters, cudaStream_t stream) {
+  void* arguments[] = {&parameters};
   const cudaError_t error =
       cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z),
                        dim3(grid.threads), arguments, 0, stream);
@@ -42,7 +42,7 @@ const char* start(Kernel kernel, Grid grid, Problem problem, cudaStream_t stream
 
 }  // namespace
 
-size_t workspace_bytes(const Attention& call) { return plan_bytes(call); }
+size_t workspace_bytes(const MmfsCall& call) { return plan_workspace_bytes(call); }
 
 void preload() {
   cudaFuncAttributes attributes;
@@ -52,22 +52,22 @@ void preload() {
 #define MMI_PRELOAD_MERGE(NAME, T, WIDE) MMI_PRELOAD(NAME##_merge)
   MMI_ROWS_AND_SPLITS(MMI_PRELOAD_BOTH)
   MMI_MERGES(MMI_PRELOAD_MERGE)
-  cudaGetLastError();  // who launches is told
+  cudaGetLastError();  // clears the error: `launch` reports it where it matters
 }
 
-const char* launch(const Attention& call, void* workspace, CUstream_st* stream) {
-  if (const char* reason = plan_refusal(call)) return reason;
+const char* launch(const MmfsCall& call, void* workspace, CUstream_st* stream) {
+  if (const char* reason = unsupported_reason(call)) return reason;
   const int parts = parts_of(call);
   if (parts > 1 && (!workspace || !is_aligned(workspace, 16))) {
     return "the workspace is missing or not aligned to 16 bytes";
   }
-  const Problem problem = problem_of(call, parts, workspace);
+  const KernelParameters parameters = kernel_parameters(call, parts, workspace);
   const Kernels kernels = kernels_of(call);
-  if (parts == 0) return start(kernels.rows, rows_grid(call), problem, stream);
-  if (const char* error = start(kernels.split, split_grid(call, parts), problem, stream)) {
+  if (parts == 0) return start(kernels.rows, rows_grid(call), parameters, stream);
+  if (const char* error = start(kernels.split, split_grid(call, parts), parameters, stream)) {
     return error;
   }
-  return parts == 1 ? nullptr : start(kernels.merge, merge_grid(call), problem, stream);
+  return parts == 1 ? nullptr : start(kernels.merge, merge_grid(call), parameters, stream);
 }
 
 }  // namespace mmi

@@ -1,14 +1,15 @@
-// The CUDA kernels of mmi::MultiImageDeformableAttention: device code alone, for nvcc, NVRTC (no
-// header of CUDA's or of the host is needed) and, with MMI_SHIM, g++. docs/mmfs_kernel.md explains.
+// The CUDA kernels of mmi::MultiImageDeformableAttention: device code alone, for nvcc, NVRTC (which
+// has no header of CUDA or of the host) and, with MMI_SHIM, g++. See docs/mmfs_kernel.md.
 //
-// What makes them fast: a warp works on one output row (b, q, h), or on a share of one. Lanes first
-// each own a (visible image, point) pair and take its location, once for all levels; then each owns
-// an entry (pair, level) and leaves its corners' weights and cells in shared memory, entries that
-// touch the map first. Then all lanes gather, 128 bits a lane, several loads in flight, and sum on
-// the tensor cores (sum.cuh).
+// What makes them fast: a warp computes one output row (b, q, h), or a share of one. First each
+// lane owns a (visible image, point) pair and computes its location, once for all levels. Then each
+// lane owns an entry (pair, level) and writes its corners' weights and cells to shared memory,
+// entries that touch the level first. Then all lanes gather, 128 bits a lane, several loads in
+// flight, and sum on the tensor cores (sum.cuh).
 //
-// Letters: b batch, q queries, m images, l levels, h heads, p points, d channels a head, n pool of
-// encoded images, s cells of an image, r rows of the tables. A unit is 16 bytes of value.
+// Letters: b batch, q queries, m image slots, l levels, h heads, p points, d channels per head,
+// n encoded images, s feature cells, r table rows.
+// A unit is 16 bytes of `value`.
 #pragma once
 
 #include "device.cuh"
@@ -17,33 +18,34 @@
 
 namespace mmi {
 
-constexpr int kRowBlocks = 8;    // blocks an SM should hold: 64 registers a thread,
-constexpr int kRowLoads = 4;     // which is 4 loads of 128 bits in flight
-constexpr int kSplitBlocks = 2;  // 128 registers: a few rows cannot fill an SM,
-constexpr int kSplitLoads = 8;   // so that only loads in flight hide latency
-constexpr float kLowest = -3.0e38f;  // below every logit; -inf would make NaN of a difference
+// `rows`: 8 resident blocks on an SM leave 64 registers a thread: 4 loads of 128 bits in flight.
+// `split`: few rows cannot fill an SM, so occupancy gives way to loads in flight, which then hide
+// the latency: 2 blocks, 128 registers, 8 loads.
+constexpr int kRowBlocks = 8, kRowLoads = 4;
+constexpr int kSplitBlocks = 2, kSplitLoads = 8;
+constexpr float kMinLogit = -3.0e38f;  // below every logit; the difference of two -inf is NaN
 
-// What a warp keeps in shared memory.
+// Shared memory of a warp.
 struct alignas(16) Scratch {
   Corner corner[kTable][4];  // (near y, near x), (near y, far x), (far y, near x), (far y, far x)
-  Twofold score[kMaximumLevels * kLanes];
-  int4 level[kMaximumLevels];  // height, width, first cell
+  DoubleFloat score[kMaxLevels * kLanes];
+  int4 level[kMaxLevels];  // height, width, first cell
   int2 image[kLanes];          // slot and table row of a visible image
 };
 
-// Softmax and weighted sum so far: sums are relative to e^most.
+// Online softmax and weighted sum of the entries so far, both divided by e^maximum.
 template <class T, bool kWide, int kLoads>
-struct Running {
-  Sum<T, kWide, kLoads> sum;
-  float most = kLowest;
+struct OnlineSoftmax {
+  WeightedSum<T, kWide, kLoads> sum;
+  float maximum = kMinLogit;
   float total = 0.0f;  // this lane's share, until `collect`
 
-  MMI_DEVICE Running(const Problem& call, int h) : sum(call, h) {}
+  MMI_DEVICE OnlineSoftmax(const KernelParameters& call, int h) : sum(call, h) {}
 
-  MMI_DEVICE void raise(float logit) {
-    const float before = most;
-    most = fmaxf(most, logit);
-    const float by = power(before - most);
+  MMI_DEVICE void raise_maximum(float logit) {
+    const float before = maximum;
+    maximum = fmaxf(maximum, logit);
+    const float by = exp_of(before - maximum);
     total *= by;
     sum.scale(by);
   }
@@ -57,13 +59,15 @@ MMI_DEVICE unsigned long long product(unsigned a, unsigned b) {
   return static_cast<unsigned long long>(a) * b;
 }
 
-// The number of output row (b, q, h).
-MMI_DEVICE unsigned row_of(const Problem& call, int b, int q, int h) {
+// Index of output row (b, q, h).
+MMI_DEVICE unsigned row_of(const KernelParameters& call, int b, int q, int h) {
   return (b * call.q + q) * call.h + h;
 }
 
-// Leaves the images of [start, start + 32) that (b, q) sees in `scratch.image`; returns a bit each.
-MMI_DEVICE unsigned list_images(const Problem& call, Scratch& scratch, int b, int q, int start) {
+// Writes the images of [start, start + 32) that are visible to (b, q) to `scratch.image`, packed;
+// returns a bit for each.
+MMI_DEVICE unsigned list_images(const KernelParameters& call, Scratch& scratch, int b, int q,
+                                int start) {
   const int at = start + lane_of();
   int slot = -1, position = 0;
   if (at < call.m) {
@@ -80,10 +84,11 @@ MMI_DEVICE unsigned list_images(const Problem& call, Scratch& scratch, int b, in
   return visible;
 }
 
-// What every turn reads: the levels and, where all 32 entries of a turn may count, what fp32 lane
-// groups read beyond them, which nothing writes later. Visible after the next barrier.
+// Writes to shared memory what every turn reads: the levels and, where a turn may fill all 32
+// entries, zeros for those that fp32 lane groups read beyond them, which no turn writes. Visible
+// after the next barrier.
 template <class T>
-MMI_DEVICE void prepare(const Problem& call, Scratch& scratch, int width) {
+MMI_DEVICE void initialise(const KernelParameters& call, Scratch& scratch, int width) {
   const int lane = lane_of();
   if (sizeof(T) == sizeof(float) && width == kLanes && lane < kTable - kLanes) {
 #pragma unroll
@@ -91,25 +96,26 @@ MMI_DEVICE void prepare(const Problem& call, Scratch& scratch, int width) {
   }
   int cells = 0;
 #pragma unroll
-  for (int level = 0; level < kMaximumLevels; ++level) {
+  for (int level = 0; level < kMaxLevels; ++level) {
     const int height = call.level_height[level], width = call.level_width[level];
     if (lane == level) scratch.level[level] = make_int4(height, width, cells, 0);
     cells += height * width;
   }
 }
 
-// number / divisor where their product is below 2^16, with by = reciprocal(divisor): exact, since
-// where 65536 / divisor is whole it may come out as itself or one more, and never as less.
+// number / divisor, exact where number * divisor < 2^16, with by = reciprocal(divisor). The inverse
+// is approximate: where 65536 / divisor is whole, reciprocal() is that or one more, never less.
 MMI_DEVICE unsigned reciprocal(int divisor) {
   return static_cast<unsigned>(65536.0f * inverse_of(static_cast<float>(divisor))) + 1;
 }
 MMI_DEVICE int divided(int number, unsigned by) { return static_cast<int>(number * by >> 16); }
 
-// A (visible image, point) pair by its number in `scratch.image`.
+// A (visible image, point) pair, by its index: image in `scratch.image` times points, plus point.
 struct Pair {
   int slot, position, point;
 
-  MMI_DEVICE Pair(const Problem& call, const Scratch& scratch, int number, unsigned by_points) {
+  MMI_DEVICE Pair(const KernelParameters& call, const Scratch& scratch, int number,
+                  unsigned by_points) {
     const int image = divided(number, by_points);
     slot = scratch.image[image].x;
     position = scratch.image[image].y;
@@ -118,11 +124,12 @@ struct Pair {
 };
 
 struct Location {
-  Twofold x, y;
+  DoubleFloat x, y;
 };
 
 template <class T>
-MMI_DEVICE Location locate(const Problem& call, const Pair& pair, unsigned row, int q, int h) {
+MMI_DEVICE Location locate(const KernelParameters& call, const Pair& pair, unsigned row, int q,
+                           int h) {
   const float2 reference = load_pair(call.reference + (call.reference_queries == 1 ? 0u : 2u * q));
   const float2 offset = load_pair(static_cast<const T*>(call.offsets) + product(row, 2 * call.p) +
                                   2 * pair.point);
@@ -133,28 +140,29 @@ MMI_DEVICE Location locate(const Problem& call, const Pair& pair, unsigned row, 
 }
 
 template <class T>
-MMI_DEVICE Twofold scored(const Problem& call, const Pair& pair, unsigned row, int h, int level) {
+MMI_DEVICE DoubleFloat scored(const KernelParameters& call, const Pair& pair, unsigned row, int h,
+                              int level) {
   const int within = level * call.p + pair.point, size = call.l * call.p;
   const unsigned entry = (pair.position * call.h + h) * size + within;
   return two_sum(load(static_cast<const T*>(call.logits) + product(row, size) + within),
                  __ldg(call.logit_table + entry));
 }
 
-MMI_DEVICE Twofold from_lane(Twofold x, int lane) {
-  return {__shfl_sync(kAll, x.whole, lane), __shfl_sync(kAll, x.rest, lane)};
+MMI_DEVICE DoubleFloat from_lane(DoubleFloat x, int lane) {
+  return {__shfl_sync(kAll, x.high, lane), __shfl_sync(kAll, x.low, lane)};
 }
 
-// Adds to `run` what row (b, q, h) sees: of the visible pairs, `width` at a turn (32: the whole
-// row), from `first` on in steps of `stride`. A turn stays within 32 images; in the next 32 those
-// who share a row go on as they would in one long list, so that shares are equal.
+// Adds the visible pairs of row (b, q, h) to `run`, `width` in a turn, from pair `first` in steps
+// of `stride`; the whole row is (0, 32, 32). A turn stays within 32 images. Warps that share a row
+// count pairs through the whole list of images, not anew in every 32: so their shares are equal.
 template <class T, bool kWide, int kLoads>
-MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scratch& scratch, int b,
-                       int q, int h, int first, int stride, int width) {
+MMI_DEVICE void attend(OnlineSoftmax<T, kWide, kLoads>& run, const KernelParameters& call,
+                       Scratch& scratch, int b, int q, int h, int first, int stride, int width) {
   const int lane = lane_of();
   const unsigned below = (1u << lane) - 1;
   const unsigned row = row_of(call, b, q, h);
   const unsigned by_points = reciprocal(call.p);
-  prepare<T>(call, scratch, width);
+  initialise<T>(call, scratch, width);
   int from = first;
 #pragma unroll 1
   for (int start = 0; start < call.m; start += kLanes) {
@@ -163,39 +171,40 @@ MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scra
 #pragma unroll 1
     for (; from < pairs; from += stride) {
       const int held = min(width, pairs - from), entries = held * call.l;
-      // Of this lane's pair; lanes beyond the last double the first.
+      // This lane's pair; lanes beyond the last pair repeat the first, and give it no weight.
       const Pair own(call, scratch, lane < held ? from + lane : from, by_points);
       const Location location = locate<T>(call, own, row, q, h);
       const unsigned cells = static_cast<unsigned>(own.slot) * call.s;
 
       const unsigned by_held = reciprocal(held);  // an entry is level * held + pair
-      float most = kLowest;
+      float maximum = kMinLogit;
 #pragma unroll 1
       for (int entry = lane; entry < entries; entry += kLanes) {
         const int level = divided(entry, by_held);
         const Pair pair(call, scratch, from + entry - level * held, by_points);
-        const Twofold score = scored<T>(call, pair, row, h, level);
-        most = fmaxf(most, score.whole);
+        const DoubleFloat score = scored<T>(call, pair, row, h, level);
+        maximum = fmaxf(maximum, score.high);
         scratch.score[entry] = score;  // read by this lane alone
       }
-      run.raise(warp_maximum(most));
+      run.raise_maximum(warp_maximum(maximum));
 
 #pragma unroll 1
       for (int begin = 0; begin < entries; begin += kLanes) {
         const bool mine = begin + lane < entries;
         const int entry = mine ? begin + lane : begin;
         const int level = divided(entry, by_held), owner = entry - level * held;
-        const Twofold score = scratch.score[mine ? entry : lane];
-        const float weight = mine ? power(score.whole - run.most, score.rest) : 0.0f;
+        const DoubleFloat score = scratch.score[mine ? entry : lane];
+        const float weight = mine ? exp_of(score.high - run.maximum, score.low) : 0.0f;
         run.total += weight;
 
         const int4 map = scratch.level[level];
-        const Between across = between(from_lane(location.x, owner), map.y);
-        const Between down = between(from_lane(location.y, owner), map.x);
+        const AxisSample across = sample_axis(from_lane(location.x, owner), map.y);
+        const AxisSample down = sample_axis(from_lane(location.y, owner), map.x);
         const bool counts = across.touches && down.touches && weight != 0.0f;
         const unsigned live = __ballot_sync(kAll, counts);
         const int count = __popc(live);
-        // Entries that count come first; the others follow with no weight, to fill up the table.
+        // Entries that count come first, so that the gather ends after them; the others follow
+        // with weight 0, since the gather reads whole groups of kUnroll entries.
         const int place = counts ? __popc(live & below) : count + __popc(~live & below);
         const float near = counts ? weight * down.near_share : 0.0f;
         const float far = counts ? weight * down.far_share : 0.0f;
@@ -214,39 +223,40 @@ MMI_DEVICE void attend(Running<T, kWide, kLoads>& run, const Problem& call, Scra
         __syncwarp();
       }
     }
+    // In the list of pairs that goes on with the next 32 images, rounded up to whole turns.
     from = width == kLanes ? first : from - ((pairs + width - 1) & -width);
     __syncwarp();
   }
 }
 
-// Divides by the softmax's total, with the null slot's share: its logit is 0.
-struct Finish {
+// Division by the softmax's total, the null slot included, whose logit is 0.
+struct Normalisation {
   float scale, null_weight, inverse;
 
-  MMI_DEVICE Finish(float most, float total, int null_slot) {
-    // Relative to the larger of the two maxima; one of the shares is 1.
-    const float smaller = power(-fabsf(most));
-    scale = null_slot && most < 0.0f ? smaller : 1.0f;
-    null_weight = !null_slot ? 0.0f : most < 0.0f ? 1.0f : smaller;
+  MMI_DEVICE Normalisation(float maximum, float total, int null_slot) {
+    // Relative to the larger of maximum and 0, so that no power overflows.
+    const float smaller = exp_of(-fabsf(maximum));
+    scale = null_slot && maximum < 0.0f ? smaller : 1.0f;
+    null_weight = !null_slot ? 0.0f : maximum < 0.0f ? 1.0f : smaller;
     const float whole = fmaf(total, scale, null_weight);
-    inverse = whole == 0.0f ? 0.0f : inverse_of(whole);  // a row that sees nothing is 0
+    inverse = whole == 0.0f ? 0.0f : inverse_of(whole);  // a row without a visible image is 0
   }
   MMI_DEVICE float operator()(float sum, float null_value) const {
     return fmaf(sum, scale, null_weight * null_value) * inverse;
   }
 };
 
-// Many queries: a warp a row. Grid (q / kRowWarps, h, b).
+// Kernel for many rows: a warp for each. Grid (q / kRowWarps, h, b).
 template <class T, bool kWide>
-MMI_DEVICE void attend_rows(const Problem& call) {
+MMI_DEVICE void attend_rows(const KernelParameters& call) {
   MMI_SHARED(Scratch, scratch, kRowWarps);
   const int warp = threadIdx.x / kLanes;
   const int b = blockIdx.z, q = blockIdx.x * kRowWarps + warp, h = blockIdx.y;
   if (q >= call.q) return;
-  Running<T, kWide, kRowLoads> run(call, h);
+  OnlineSoftmax<T, kWide, kRowLoads> run(call, h);
   attend(run, call, scratch[warp], b, q, h, 0, kLanes, kLanes);
   run.collect();
-  const Finish finish(run.most, run.total, call.null_slot);
+  const Normalisation normalise(run.maximum, run.total, call.null_slot);
   T* out = static_cast<T*>(call.output) + product(row_of(call, b, q, h), call.d);
 #pragma unroll
   for (int i = 0; i < run.sum.kProducts; ++i) {
@@ -254,20 +264,21 @@ MMI_DEVICE void attend_rows(const Problem& call) {
     if (channel < 0) continue;
     const float4 null =
         __ldg(reinterpret_cast<const float4*>(call.null_value + h * call.d + channel));
-    const float result[4] = {finish(run.sum.c[i][0], null.x), finish(run.sum.c[i][1], null.y),
-                             finish(run.sum.c[i][2], null.z), finish(run.sum.c[i][3], null.w)};
+    const float(&sum)[4] = run.sum.c[i];
+    const float result[4] = {normalise(sum[0], null.x), normalise(sum[1], null.y),
+                             normalise(sum[2], null.z), normalise(sum[3], null.w)};
     store(out + channel, result);
   }
 }
 
-// Several partial rows of (most, total, d sums), `stride` floats apart, as one: the channel's sum.
-struct Merged {
-  float most = kLowest, total = 0.0f, sum = 0.0f;
+// One channel of several partial rows (maximum, total, d sums), `stride` floats apart, merged.
+struct MergedParts {
+  float maximum = kMinLogit, total = 0.0f, sum = 0.0f;
 
-  MMI_DEVICE Merged(const float* partial, int count, int stride, int channel) {
-    for (int i = 0; i < count; ++i) most = fmaxf(most, partial[i * stride]);
+  MMI_DEVICE MergedParts(const float* partial, int count, int stride, int channel) {
+    for (int i = 0; i < count; ++i) maximum = fmaxf(maximum, partial[i * stride]);
     for (int i = 0; i < count; ++i) {
-      const float by = power(partial[i * stride] - most);
+      const float by = exp_of(partial[i * stride] - maximum);
       total = fmaf(partial[i * stride + 1], by, total);
       sum = fmaf(partial[i * stride + 2 + channel], by, sum);
     }
@@ -281,28 +292,29 @@ MMI_DEVICE void store_one(T* to, float x) {
 }
 
 template <class T>
-MMI_DEVICE void finish_channel(const Problem& call, const Merged& merged, unsigned row, int h,
-                               int channel) {
-  const Finish finish(merged.most, merged.total, call.null_slot);
+MMI_DEVICE void store_channel(const KernelParameters& call, const MergedParts& merged,
+                              unsigned row, int h, int channel) {
+  const Normalisation normalise(merged.maximum, merged.total, call.null_slot);
   store_one(static_cast<T*>(call.output) + product(row, call.d) + channel,
-            finish(merged.sum, __ldg(call.null_value + h * call.d + channel)));
+            normalise(merged.sum, __ldg(call.null_value + h * call.d + channel)));
 }
 
-// Few queries: the warps of a block, and `parts` blocks, share a row. Grid (q * parts, h, b).
+// Kernel for few rows: the warps of a block, and `parts` blocks, share a row.
+// Grid (q * parts, h, b).
 template <class T, bool kWide>
-MMI_DEVICE void attend_split(const Problem& call) {
+MMI_DEVICE void attend_split(const KernelParameters& call) {
   MMI_SHARED(Scratch, scratch, kSplitWarps);
-  MMI_SHARED(float, partial, kSplitWarps * (kMaximumChannels + 2));
+  MMI_SHARED(float, partial, kSplitWarps * (kMaxChannels + 2));
   const int warp = threadIdx.x / kLanes;
   const int b = blockIdx.z, q = blockIdx.x / call.parts, h = blockIdx.y;
   const int part = blockIdx.x % call.parts, stride = call.d + 2;
-  Running<T, kWide, kSplitLoads> run(call, h);
+  OnlineSoftmax<T, kWide, kSplitLoads> run(call, h);
   attend(run, call, scratch[warp], b, q, h, (part * kSplitWarps + warp) * kSplitPairs,
          call.parts * kSplitWarps * kSplitPairs, kSplitPairs);
   run.collect();
   float* mine = partial + warp * stride;
   if (lane_of() == 0) {
-    mine[0] = run.most;
+    mine[0] = run.maximum;
     mine[1] = run.total;
   }
 #pragma unroll
@@ -315,52 +327,52 @@ MMI_DEVICE void attend_split(const Problem& call) {
   __syncthreads();
   const int channel = threadIdx.x;
   if (channel >= call.d) return;
-  const Merged merged(partial, kSplitWarps, stride, channel);
+  const MergedParts merged(partial, kSplitWarps, stride, channel);
   const unsigned row = row_of(call, b, q, h);
   if (call.parts == 1) {
-    finish_channel<T>(call, merged, row, h, channel);
+    store_channel<T>(call, merged, row, h, channel);
     return;
   }
-  float* out = call.partial + (row * call.parts + part) * stride;  // few rows: far below 2^31
+  float* out = call.partial + (row * call.parts + part) * stride;  // rows are few: far below 2^31
   if (channel == 0) {
-    out[0] = merged.most;
+    out[0] = merged.maximum;
     out[1] = merged.total;
   }
   out[2 + channel] = merged.sum;
 }
 
-// The parts of a row as one. Grid (q, h, b), a thread a channel.
+// Kernel that merges the parts of a row. Grid (q, h, b), a thread for each channel.
 template <class T>
-MMI_DEVICE void merge_parts(const Problem& call) {
+MMI_DEVICE void merge_parts(const KernelParameters& call) {
   const int b = blockIdx.z, q = blockIdx.x, h = blockIdx.y, channel = threadIdx.x;
   if (channel >= call.d) return;
   const int stride = call.d + 2;
   const unsigned row = row_of(call, b, q, h);
-  const Merged merged(call.partial + row * call.parts * stride, call.parts, stride, channel);
-  finish_channel<T>(call, merged, row, h, channel);
+  const MergedParts merged(call.partial + row * call.parts * stride, call.parts, stride, channel);
+  store_channel<T>(call, merged, row, h, channel);
 }
 
 }  // namespace mmi
 
-// Threads of a block, and the registers that they may take.
+// Threads of a block, and resident blocks, which bound the registers of a thread.
 #define MMI_ROWS_BOUNDS __launch_bounds__(mmi::kLanes * mmi::kRowWarps, mmi::kRowBlocks)
 #define MMI_SPLIT_BOUNDS __launch_bounds__(mmi::kLanes * mmi::kSplitWarps, mmi::kSplitBlocks)
 
 // The kernels of one variant: NAME_rows, NAME_split and NAME_merge.
-#define MMI_ROWS_KERNEL(NAME, T, WIDE)                                  \
-  extern "C" __global__ void MMI_ROWS_BOUNDS NAME##_rows(               \
-      const __grid_constant__ mmi::Problem call) {                      \
-    mmi::attend_rows<T, WIDE>(call);                                    \
+#define MMI_ROWS_KERNEL(NAME, T, WIDE)                             \
+  extern "C" __global__ void MMI_ROWS_BOUNDS NAME##_rows(          \
+      const __grid_constant__ mmi::KernelParameters call) {        \
+    mmi::attend_rows<T, WIDE>(call);                               \
   }
-#define MMI_SPLIT_KERNEL(NAME, T, WIDE)                                 \
-  extern "C" __global__ void MMI_SPLIT_BOUNDS NAME##_split(             \
-      const __grid_constant__ mmi::Problem call) {                      \
-    mmi::attend_split<T, WIDE>(call);                                   \
+#define MMI_SPLIT_KERNEL(NAME, T, WIDE)                            \
+  extern "C" __global__ void MMI_SPLIT_BOUNDS NAME##_split(        \
+      const __grid_constant__ mmi::KernelParameters call) {        \
+    mmi::attend_split<T, WIDE>(call);                              \
   }
-#define MMI_MERGE_KERNEL(NAME, T, WIDE)                                                   \
-  extern "C" __global__ void __launch_bounds__(mmi::kMaximumChannels)                     \
-      NAME##_merge(const __grid_constant__ mmi::Problem call) {                           \
-    mmi::merge_parts<T>(call);                                                            \
+#define MMI_MERGE_KERNEL(NAME, T, WIDE)                            \
+  extern "C" __global__ void __launch_bounds__(mmi::kMaxChannels)  \
+      NAME##_merge(const __grid_constant__ mmi::KernelParameters call) { \
+    mmi::merge_parts<T>(call);                                     \
   }
 
 // Every kernel: X(NAME, T, WIDE).

@@ -1,8 +1,7 @@
-// Splits a call into tasks and sends each to the kernel compiled for this processor.
+// Splits a call into tasks and dispatches each to the kernel for this processor.
 //
-// The kernel is compiled several times (mmfs_cpu_kernel.cpp), once for each instruction set;
-// which one runs is decided here, when the library runs, so that a library may move between
-// machines.
+// The kernel (mmfs_cpu_kernel.cpp) is compiled once for each instruction set. Dispatch happens at
+// run time, so that one library serves different machines.
 #include "mmfs_cpu.h"
 
 #include <cstdlib>
@@ -10,29 +9,29 @@
 
 namespace mmi {
 
-using Rows = void (*)(const Attention&, int32_t b, int32_t h, int32_t first, int32_t last);
+using Rows = void (*)(const MmfsCall&, int32_t b, int32_t h, int32_t first, int32_t last);
 
 namespace base {
-void rows(const Attention&, int32_t b, int32_t h, int32_t first, int32_t last);
+void rows(const MmfsCall&, int32_t b, int32_t h, int32_t first, int32_t last);
 }
 #ifdef MMI_X86
 namespace avx2 {
-void rows(const Attention&, int32_t b, int32_t h, int32_t first, int32_t last);
+void rows(const MmfsCall&, int32_t b, int32_t h, int32_t first, int32_t last);
 }
 namespace avx512 {
-void rows(const Attention&, int32_t b, int32_t h, int32_t first, int32_t last);
+void rows(const MmfsCall&, int32_t b, int32_t h, int32_t first, int32_t last);
 }
 #endif
 
 namespace {
 
-// A task is so many of a head's queries: many, for each task copies the images it reads; but few
-// enough to make kTasks tasks, so that many cores have work.
-constexpr int32_t kMostQueries = 2048, kFewestQueries = 128;
+// Queries of one task. Each task copies the images that it reads, which favours many queries; yet
+// there should be at least kTasks tasks, so that many cores have work.
+constexpr int32_t kMaxTaskQueries = 2048, kMinTaskQueries = 128;
 constexpr int64_t kTasks = 16;
-constexpr int64_t kSmall = 1 << 19;  // multiply-adds; about 20 microseconds of one core
+constexpr int64_t kSmallCall = 1 << 19;  // multiply-adds; about 20 microseconds of one core
 
-// The best instruction set of this processor; MMI_CPU=base or avx2 asks for a lesser one.
+// The kernel for the widest instruction set of this processor; MMI_CPU=base or avx2 limits it.
 Rows choose() {
 #ifdef MMI_X86
   const char* asked = std::getenv("MMI_CPU");
@@ -51,26 +50,26 @@ Rows choose() {
   return base::rows;
 }
 
-int32_t queries_per_task(const Attention& call) {
+int32_t queries_per_task(const MmfsCall& call) {
   const int64_t even = (int64_t{call.b} * call.h * call.q + kTasks - 1) / kTasks;
-  if (even < kFewestQueries) return kFewestQueries;
-  return even < kMostQueries ? static_cast<int32_t>(even) : kMostQueries;
+  if (even < kMinTaskQueries) return kMinTaskQueries;
+  return even < kMaxTaskQueries ? static_cast<int32_t>(even) : kMaxTaskQueries;
 }
 
-int32_t blocks(const Attention& call) { return (call.q - 1) / queries_per_task(call) + 1; }
+int32_t blocks(const MmfsCall& call) { return (call.q - 1) / queries_per_task(call) + 1; }
 
 }  // namespace
 
-int64_t cpu_tasks(const Attention& call) { return int64_t{call.b} * call.h * blocks(call); }
+int64_t cpu_tasks(const MmfsCall& call) { return int64_t{call.b} * call.h * blocks(call); }
 
-bool cpu_is_small(const Attention& call) {
+bool cpu_is_small(const MmfsCall& call) {
   const int64_t rows = int64_t{call.b} * call.q * call.h;
-  return rows * call.m * call.l * call.p * call.d * 4 < kSmall;
+  return rows * call.m * call.l * call.p * call.d * 4 < kSmallCall;
 }
 
-void cpu_run(const Attention& call, int64_t task) {
+void cpu_run(const MmfsCall& call, int64_t task) {
   static const Rows rows = choose();
-  // A head's queries follow one another: they read the same slice of the images.
+  // Consecutive tasks are of one head: they read the same slice of the images.
   const int32_t block = static_cast<int32_t>(task % blocks(call));
   const int64_t bh = task / blocks(call);
   const int32_t some = queries_per_task(call), first = block * some;

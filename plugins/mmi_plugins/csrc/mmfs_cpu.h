@@ -1,18 +1,17 @@
-// The operator on a CPU: independent tasks, for whoever owns the threads.
+// The operator on a CPU: independent tasks, which the caller distributes over its threads.
 #pragma once
 
 #include "mmfs.h"
 
 namespace mmi {
 
-// How many tasks `call` splits into: blocks of queries of one head. They may run in any order, at
-// the same time.
-int64_t cpu_tasks(const Attention& call);
+// Number of tasks of `call`: blocks of queries of one head, which may run in any order, at once.
+int64_t cpu_tasks(const MmfsCall& call);
 
-// Whether a call is so small that waking other threads would cost more than it saves.
-bool cpu_is_small(const Attention& call);
+// Whether waking other threads for a call this small would cost more than it saves.
+bool cpu_is_small(const MmfsCall& call);
 
-// Runs task `task`. `refusal(call)` must be nullptr.
-void cpu_run(const Attention& call, int64_t task);
+// Runs task `task`. `invalid_reason(call)` must be nullptr.
+void cpu_run(const MmfsCall& call, int64_t task);
 
 }  // namespace mmi

@@ -1,8 +1,8 @@
-// Vectors of numbers for the CPU kernel, and numbers of 16 bits as vectors of floats.
+// SIMD vectors for the CPU kernel, and conversion of 16-bit types from and to vectors of floats.
 //
-// Written in the vector extensions of GCC and Clang: as many numbers at a time as a register of the
-// instruction set holds. (More at a time compile as well, but into loads and stores.) All of it is
-// compiled once for each set, in the namespace that MMI_VARIANT names.
+// Written in the vector extensions of GCC and Clang, with vectors as wide as a register of the
+// instruction set: wider ones compile too, but spill into loads and stores. Compiled once for each
+// instruction set, in the namespace that MMI_VARIANT names.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,7 @@ MMI_INLINE void store(void* to, V vector) {
   std::memcpy(to, &vector, sizeof(V));
 }
 
-// The same bits as numbers of another kind.
+// The same bits as another vector type.
 template <typename To, typename From>
 MMI_INLINE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -70,9 +70,9 @@ MMI_INLINE V magnitude(V x) {
   return only(Ints{} + 0x7fffffff, x);
 }
 
-// ---- numbers of 16 bits --------------------------------------------------------------------
+// ---- 16-bit types --------------------------------------------------------------------------
 
-// N numbers as floats.
+// N numbers of type T as floats.
 template <int N>
 MMI_INLINE auto widened(const float* from) {
   return load<typename Vector<N>::Floats>(from);
@@ -92,19 +92,19 @@ MMI_INLINE auto widened(const Float16* from) {
   using Bits = typename V::Bits;
   const Bits bits = __builtin_convertvector(load<typename V::Shorts>(from), Bits);
   const Bits sign = (bits & 0x8000u) << 16;
-  // The exponent's bias grows from 15 to 127 by a product, which is right for subnormals as well.
+  // A product changes the exponent's bias from 15 to 127, which is right for subnormals too.
   const auto scaled = bits_as<typename V::Floats>((bits & 0x7fffu) << 13) * 0x1p112f;
-  // Infinity and not-a-number keep their exponent of ones.
+  // Infinity and NaN keep an exponent of all ones.
   const Bits special = (bits & 0x7c00u) == 0x7c00u ? Bits{} + 0x7f800000u : Bits{};
   return bits_as<typename V::Floats>(sign | bits_as<Bits>(scaled) | special);
 }
 
-// `count` numbers as floats; never reads or writes beyond them.
+// `count` numbers as floats; neither reads nor writes beyond them.
 template <typename T>
 MMI_INLINE void widen(const T* from, int count, float* to) {
   int i = 0;
   for (; i + kWidth <= count; i += kWidth) {
-    asm("" : "+r"(i));  // or the loop becomes a call of memcpy, which is slow for so few
+    asm("" : "+r"(i));  // keeps the loop from becoming a call of memcpy, slow for so few
     store(to + i, widened<kWidth>(from + i));
   }
   for (; i + 4 <= count; i += 4) store(to + i, widened<4>(from + i));
@@ -127,11 +127,11 @@ MMI_INLINE void narrow(float x, Float16* to) {
   bits &= 0x7fffffffu;
   uint32_t half;
   if (bits > 0x7f800000u) {
-    half = 0x7e00u;  // not a number
+    half = 0x7e00u;  // NaN
   } else if (bits >= 0x477ff000u) {
     half = 0x7c00u;  // rounds beyond 65504
   } else if (bits < 0x38800000u) {
-    // Subnormal: an addition puts the last bit where half has it, and rounds to nearest even.
+    // Subnormal: adding 0.5 aligns the last bit with that of fp16, and rounds to nearest even.
     half = bits_as<uint32_t>(bits_as<float>(bits) + 0.5f) - 0x3f000000u;
   } else {
     half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
@@ -145,7 +145,7 @@ using Floats = Vector<kWidth>::Floats;
 
 MMI_INLINE Floats all(float x) { return Floats{} + x; }
 
-// x + y, and what rounding took from it: together exact.
+// x + y and its rounding error: together exact.
 struct Exact {
   Floats sum, rest;
 };
@@ -155,7 +155,7 @@ MMI_INLINE Exact exact_sum(Floats x, Floats y) {
   return {sum, (x - (sum - part)) + (y - part)};
 }
 
-// e^x for x up to about 0; 0 below -87. What is not a number stays so.
+// e^x for x up to about 0; 0 below -87, NaN for NaN.
 MMI_INLINE Floats exp_of(Floats x) {
   using Ints = Vector<kWidth>::Ints;
   const Ints alive = ~(x <= -87.0f);
@@ -174,7 +174,7 @@ MMI_INLINE Floats exp_of(Floats x) {
   return only(alive, y * bits_as<Floats>(power));
 }
 
-// The lanes, folded in halves by `join`.
+// Reduction over the lanes by `join`, in halves.
 template <int N, typename Join>
 MMI_INLINE float folded(typename Vector<N>::Floats x, Join join) {
   if constexpr (N == 4) {

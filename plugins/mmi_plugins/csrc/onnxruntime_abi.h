@@ -1,6 +1,6 @@
-// The few things of ONNX Runtime's C interface that the library uses, declared by us: the Python
-// package ships no headers. Functions are slots of a table that only ever grows, so their numbers
-// hold for every later version; the table is asked for by the version that first had them all.
+// The part of ONNX Runtime's C ABI that the library uses, declared here because the Python package
+// ships no headers. Functions are slots of a table that only grows, so their indices hold for every
+// later version; the library requests the table of the first version that has all of them.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ struct TensorInfo;
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int { kFloat = 1, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
 
-// The table itself: `slot<Function>(number)` is a function of it.
+// The table of functions: `slot<Function>(index)`.
 struct Api {
   const void* slots[1];
 
@@ -78,8 +78,8 @@ struct Api {
   Status* gpu_stream(const KernelContext* context, void** stream) const {
     return slot<Status*(const KernelContext*, void**)>(193)(context, stream);
   }
-  // Calls `task` for 0 .. count - 1 on the session's threads, this one among them; each takes the
-  // next as soon as it is free.
+  // Calls `task` for 0 .. count - 1 on the session's threads, this one included; a thread takes the
+  // next index as soon as it is free.
   Status* parallel_for(const KernelContext* context, void (*task)(void*, size_t), size_t count,
                        void* given) const {
     return slot<Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(
@@ -92,7 +92,7 @@ struct ApiBase {
   const char* (*version)();
 };
 
-// A custom operator, as far as version 16 knows it.
+// A custom operator, with the fields of version 16.
 struct Operator {
   uint32_t version;
   void* (*create)(const Operator*, const Api*, const KernelInfo*);
@@ -106,7 +106,7 @@ struct Operator {
   void (*destroy)(void*);
   int (*input_kind)(const Operator*, size_t);   // 0: required
   int (*output_kind)(const Operator*, size_t);
-  int (*input_memory)(const Operator*, size_t);  // 0: where the provider keeps its tensors
+  int (*input_memory)(const Operator*, size_t);  // 0: memory of the provider
   int (*least_variadic_inputs)(const Operator*);
   int (*variadic_inputs_alike)(const Operator*);
   int (*least_variadic_outputs)(const Operator*);

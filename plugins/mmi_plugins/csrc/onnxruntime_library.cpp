@@ -1,8 +1,8 @@
-// ONNX Runtime's library of custom operators: mmi::MultiImageDeformableAttention on the CPU and,
-// where it was built with CUDA, on the GPU.
+// Custom-op library for ONNX Runtime: mmi::MultiImageDeformableAttention on the CPU and, with
+// MMI_CUDA, on the GPU.
 //
-// A session that loads it runs these kernels in place of the function that every model file
-// carries for the operator; a session that does not runs the function.
+// A session that loads the library runs these kernels in place of the model-local function of the
+// operator; a session that does not load it runs the function.
 #include <string>
 
 #include "mmfs.h"
@@ -32,11 +32,11 @@ using ort::Status;
 constexpr char kDomain[] = "mmi";
 constexpr char kName[] = "MultiImageDeformableAttention";
 
-Status* refuse(const Api* api, const std::string& reason) {
+Status* invalid_argument(const Api* api, const std::string& reason) {
   return api->fail(ort::kInvalidArgument, (std::string(kName) + ": " + reason).c_str());
 }
 
-// Returns from the calling function with the status of a call that failed.
+// Returns from the enclosing function with the status of a call that failed.
 #define MMI_TRY(call) \
   if (Status* status = (call)) return status
 
@@ -54,15 +54,17 @@ struct TypedOperator : ort::Operator {
 
 Status* read_levels(const Api* api, const ort::KernelInfo* info, const char* name, int32_t* sides,
                     int32_t* levels) {
-  int64_t wide[kMostLevels];
+  int64_t wide[kMaxLevels];
   size_t count = 0;
   MMI_TRY(api->int_attributes(info, name, nullptr, &count));
-  if (count < 1 || count > kMostLevels) {
-    return refuse(api, std::string(name) + " must name 1 to 4 levels");
+  if (count < 1 || count > kMaxLevels) {
+    return invalid_argument(api, std::string(name) + " must name 1 to 4 levels");
   }
   MMI_TRY(api->int_attributes(info, name, wide, &count));
   for (size_t i = 0; i < count; ++i) {
-    if (wide[i] < 1 || wide[i] > (1 << 20)) return refuse(api, std::string(name) + " is no side");
+    if (wide[i] < 1 || wide[i] > (1 << 20)) {
+      return invalid_argument(api, std::string(name) + " is not the side of a level");
+    }
     sides[i] = static_cast<int32_t>(wide[i]);
   }
   *levels = static_cast<int32_t>(count);
@@ -77,7 +79,7 @@ Status* create(const ort::Operator* op, const Api* api, const ort::KernelInfo* i
   MMI_TRY(read_levels(api, info, "level_heights", attributes.level_height, &attributes.levels));
   MMI_TRY(read_levels(api, info, "level_widths", attributes.level_width, &widths));
   if (widths != attributes.levels) {
-    return refuse(api, "level_heights and level_widths differ in the number of levels");
+    return invalid_argument(api, "level_heights and level_widths differ in the number of levels");
   }
   MMI_TRY(api->float_attribute(info, "base_grid", &attributes.base_grid));
   MMI_TRY(api->int_attribute(info, "null_slot", &null_slot));
@@ -93,14 +95,14 @@ Status* shape_of(const Api* api, const ort::Value* value, Shape* shape) {
   MMI_TRY(api->tensor_info(value, &info));
   size_t rank = 0;
   Status* status = api->rank(info, &rank);
-  if (!status && rank <= kMostAxes) status = api->sides(info, shape->side, rank);
+  if (!status && rank <= kMaxRank) status = api->sides(info, shape->side, rank);
   shape->rank = static_cast<int32_t>(rank);
   api->release(info);
   return status;
 }
 
-// Sizes and pointers of the call that `context` holds; allocates its output.
-Status* gather(const Kernel& kernel, KernelContext* context, Attention* call) {
+// Reads sizes and pointers of the call from `context` and allocates its output.
+Status* read_call(const Kernel& kernel, KernelContext* context, MmfsCall* call) {
   const Api* api = kernel.api;
   Sizes sizes(kernel.attributes);
   const void* pointer[kInputs];
@@ -109,12 +111,12 @@ Status* gather(const Kernel& kernel, KernelContext* context, Attention* call) {
     MMI_TRY(api->input(context, input, &value));
     Shape shape;
     MMI_TRY(shape_of(api, value, &shape));
-    if (!sizes.take(input, shape)) return refuse(api, sizes.reason());
+    if (!sizes.take(input, shape)) return invalid_argument(api, sizes.reason());
     void* bytes = nullptr;
     MMI_TRY(api->data(const_cast<ort::Value*>(value), &bytes));
     pointer[input] = bytes;
   }
-  if (!sizes.complete()) return refuse(api, sizes.reason());
+  if (!sizes.complete()) return invalid_argument(api, sizes.reason());
   *call = sizes.call();
   call->type = kernel.type;
   call->value = pointer[kValue];
@@ -134,8 +136,8 @@ Status* gather(const Kernel& kernel, KernelContext* context, Attention* call) {
 
 Status* compute_on_cpu(void* state, KernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(state);
-  Attention call;
-  MMI_TRY(gather(kernel, context, &call));
+  MmfsCall call;
+  MMI_TRY(read_call(kernel, context, &call));
   const int64_t tasks = cpu_tasks(call);
   if (cpu_is_small(call)) {
     for (int64_t task = 0; task < tasks; ++task) cpu_run(call, task);
@@ -144,7 +146,7 @@ Status* compute_on_cpu(void* state, KernelContext* context) {
   return kernel.api->parallel_for(
       context,
       [](void* given, size_t task) {
-        cpu_run(*static_cast<const Attention*>(given), static_cast<int64_t>(task));
+        cpu_run(*static_cast<const MmfsCall*>(given), static_cast<int64_t>(task));
       },
       static_cast<size_t>(tasks), &call);
 }
@@ -152,24 +154,24 @@ Status* compute_on_cpu(void* state, KernelContext* context) {
 #ifdef MMI_CUDA
 Status* compute_on_cuda(void* state, KernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(state);
-  Attention call;
-  MMI_TRY(gather(kernel, context, &call));
+  MmfsCall call;
+  MMI_TRY(read_call(kernel, context, &call));
   void* given = nullptr;
   MMI_TRY(kernel.api->gpu_stream(context, &given));
   auto* stream = static_cast<cudaStream_t>(given);
-  // Stream-ordered memory: freed memory stays in the pool, so a step allocates nothing new.
+  // Stream-ordered memory: freed memory stays in CUDA's pool, so later steps allocate nothing new.
   void* workspace = nullptr;
   const size_t bytes = workspace_bytes(call);
   if (bytes > 0) {
     const cudaError_t error = cudaMallocAsync(&workspace, bytes, stream);
-    if (error != cudaSuccess) return refuse(kernel.api, cudaGetErrorString(error));
+    if (error != cudaSuccess) return invalid_argument(kernel.api, cudaGetErrorString(error));
   }
   const char* reason = launch(call, workspace, stream);
   if (workspace != nullptr) {
     const cudaError_t error = cudaFreeAsync(workspace, stream);
     if (reason == nullptr && error != cudaSuccess) reason = cudaGetErrorString(error);
   }
-  return reason == nullptr ? nullptr : refuse(kernel.api, reason);
+  return reason == nullptr ? nullptr : invalid_argument(kernel.api, reason);
 }
 #endif
 
@@ -215,7 +217,7 @@ TypedOperator make(DataType type, ElementType element, bool cuda) {
 }
 
 Status* register_all(const Api* api, ort::SessionOptions* options) {
-  // Sessions keep pointers to operators and domain for as long as they live: so do we.
+  // Static: sessions keep pointers to the operators and the domain for as long as they live.
   static const TypedOperator operators[] = {
       make(DataType::kFloat32, ort::kFloat, false),
       make(DataType::kFloat16, ort::kFloat16, false),
@@ -235,12 +237,12 @@ Status* register_all(const Api* api, ort::SessionOptions* options) {
 }  // namespace
 }  // namespace mmi
 
-// What ONNX Runtime calls when a session loads the library.
+// Entry point: ONNX Runtime calls it when a session loads the library.
 MMI_EXPORT mmi::ort::Status* RegisterCustomOps(mmi::ort::SessionOptions* options,
                                                const mmi::ort::ApiBase* base) {
   const mmi::ort::Api* api = base->api(mmi::ort::kTableVersion);
   if (api == nullptr) {
-    // Every version has slot 0 in the table of version 1.
+    // Older versions have at least the table of version 1, whose slot 0 makes a status.
     return base->api(1)->fail(mmi::ort::kFail,
                               "mmi: this library needs ONNX Runtime 1.17 or newer");
   }

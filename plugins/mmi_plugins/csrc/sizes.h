@@ -1,7 +1,7 @@
-// The sizes of a call, found in the shapes of its inputs, or why they contradict each other.
+// Shape inference: the sizes of a call from the shapes of its inputs, or how the shapes conflict.
 //
-// A build knows some sides only as ranges: what is not known yet counts as the least that is
-// allowed, so that all the rest is checked before an engine is built. Letters as in mmfs.h.
+// While an engine is built, some axes are known only as ranges. An unknown axis counts as the
+// smallest size allowed, so that everything else is checked before the build. Letters as in mmfs.h.
 #pragma once
 
 #include <cstdint>
@@ -30,19 +30,19 @@ constexpr const char* kInputNames[kInputs] = {
 // A letter an axis; `*` is 1 (shared by all queries) or q.
 constexpr const char* kInputAxes[kInputs] = {"nshd", "bm",  "bqhp2", "bqhlp", "rhp2",
                                              "rhlp", "b*m", "*2",    "hd"};
-constexpr int32_t kMostAxes = 8;
+constexpr int32_t kMaxRank = 8;
 constexpr int64_t kUnknown = -1;
 
 struct Attributes {
   int32_t levels = 0;
-  int32_t level_height[kMostLevels] = {}, level_width[kMostLevels] = {};
+  int32_t level_height[kMaxLevels] = {}, level_width[kMaxLevels] = {};
   float base_grid = 0;
   int32_t null_slot = 0;
 };
 
 struct Shape {
   int32_t rank = 0;
-  int64_t side[kMostAxes] = {};  // kUnknown where only the run tells
+  int64_t side[kMaxRank] = {};  // kUnknown for an axis known only at run time
 };
 
 class Sizes {
@@ -62,8 +62,8 @@ class Sizes {
     call_.null_slot = attributes.null_slot != 0;
   }
 
-  // Takes the shape of one input. False, and `reason()` says why, where it contradicts what is
-  // known.
+  // Takes the shape of one input. Returns false, with a `reason()`, where the shape conflicts with
+  // the attributes or an earlier input.
   bool take(int32_t input, const Shape& shape) {
     const char* axes = kInputAxes[input];
     const auto rank = static_cast<int32_t>(std::strlen(axes));
@@ -82,8 +82,8 @@ class Sizes {
     return true;
   }
 
-  // Makes every size at least what the shape of an input has: the bounds of a profile need not
-  // agree with one another.
+  // Raises every size to that of an input's shape: the maximum shapes of an optimisation profile
+  // need not agree with one another.
   void grow(int32_t input, const Shape& shape) {
     const char* axes = kInputAxes[input];
     for (int32_t axis = 0; axis < shape.rank && axes[axis] != '\0'; ++axis) {
@@ -93,20 +93,20 @@ class Sizes {
     }
   }
 
-  // After all inputs: false, and `reason()` says why, where no kernel takes such a call.
+  // Call after all inputs. Returns false, with a `reason()`, where no kernel takes such a call.
   bool complete() {
     for (int32_t rows : {position_rows_, reference_rows_}) {
       if (rows > 1 && first_of_['q' - 'a'] == nullptr) call_.q = rows;
     }
     call_.position_queries = position_rows_;
     call_.reference_queries = reference_rows_;
-    const char* reason = refusal(call_);
+    const char* reason = invalid_reason(call_);
     if (reason != nullptr) reason_ = reason;
     return reason == nullptr;
   }
 
-  // Sizes and attributes; the pointers are the caller's to fill in.
-  Attention& call() { return call_; }
+  // The call with sizes and attributes; the caller fills in the pointers.
+  MmfsCall& call() { return call_; }
   const std::string& reason() const { return reason_; }
 
  private:
@@ -136,7 +136,7 @@ class Sizes {
     }
     int32_t& known = size(letter);
     const char*& first = first_of_[letter - 'a'];
-    const bool given = letter == 'l' || letter == 's';  // by the attributes
+    const bool given = letter == 'l' || letter == 's';  // the attributes determine these
     if ((given || first != nullptr) && known != side) {
       const char* other = first != nullptr ? first : "the attributes";
       return refuse(std::string(name) + " and " + other + " differ in " + letter, known, side);
@@ -151,7 +151,7 @@ class Sizes {
     return false;
   }
 
-  Attention call_{};
+  MmfsCall call_{};
   int32_t position_rows_ = 1, reference_rows_ = 1;
   const char* first_of_[26] = {};  // the input that gave a letter its size
   std::string reason_;

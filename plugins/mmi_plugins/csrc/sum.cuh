@@ -5,9 +5,11 @@
 
 namespace mmi {
 
-constexpr int kTable = 35;  // entries: 32 lanes, and what fp32 lane groups read beyond (5 groups)
+// Entries of the table of corners: 32 lanes, and those that 5 fp32 lane groups read beyond them.
+constexpr int kTable = 35;
 
-// A corner of a sampled point. `weight` is float bits, or high | low << 16 in T.
+// A corner of a sampled point. `weight`: the bits of a float, or high | low << 16 in T. `unit`: the
+// cell's place in `value`, in units of 16 bytes.
 struct alignas(8) Corner { unsigned weight, unit; };
 
 template <class T>
@@ -19,23 +21,23 @@ MMI_DEVICE unsigned packed_weight(float weight) {
 template <>
 MMI_DEVICE unsigned packed_weight<float>(float weight) { return __float_as_uint(weight); }
 
-// The weighted sum of one row over the lanes of a warp, with kLoads in flight together.
+// Weighted sum of one row over the lanes of a warp, with kLoads loads in flight.
 //
 // 16-bit T: a tensor-core product in fp32 for every entry. Lane = 4 * octet + corner, where an
 // octet is 8 channels: the 128 bits that a lane loads are a fragment of A as they stand. B has the
 // weights, each as the sum of two numbers in T. kWide: a second product, for more than 8 octets.
 template <class T, bool kWide, int kLoads>
-struct Sum {
+struct WeightedSum {
   static constexpr int kProducts = kWide ? 2 : 1;
   static constexpr int kUnroll = kLoads / kProducts;
   float c[kProducts][4] = {};
   const uint4* base[kProducts];
   unsigned select0, select1;
 
-  MMI_DEVICE Sum(const Problem& call, int h) {
+  MMI_DEVICE WeightedSum(const KernelParameters& call, int h) {
     const int octet = lane_of() >> 2, octets = call.d / 8;
     const uint4* head = static_cast<const uint4*>(call.value) + h * octets;
-    // Lanes beyond the last octet load it again: no predicate, no further cache line.
+    // Lanes beyond the last octet load it again, which takes no predicate and no cache line more.
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) base[i] = head + min(octet + 8 * i, octets - 1);
     // B[k][n], k = 2 corner + parity (+ 8 for channels 4..7 of an octet): columns 0 and 1 keep the
@@ -55,7 +57,7 @@ struct Sum {
     }
   }
 
-  // Adds the first `count` entries; those after them, up to a multiple of kUnroll, weigh nothing.
+  // Adds the first `count` entries; those up to the next multiple of kUnroll have weight 0.
   MMI_DEVICE void add(const Corner (*table)[4], int count) {
 #pragma unroll 1
     for (int first = 0; first < count; first += kUnroll) {
@@ -78,7 +80,7 @@ struct Sum {
     }
   }
 
-  // Afterwards `c[i]` are the channels from `channel(call, i)` on, where that is not negative.
+  // Reduces over the warp: `c[i]` then holds 4 channels from `channel(call, i)`, unless negative.
   MMI_DEVICE void collect() {
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
@@ -86,22 +88,22 @@ struct Sum {
       for (int j = 0; j < 4; ++j) c[i][j] += __shfl_xor_sync(kAll, c[i][j], 2);
     }
   }
-  static MMI_DEVICE int channel(const Problem& call, int i) {
+  static MMI_DEVICE int channel(const KernelParameters& call, int i) {
     const int corner = lane_of() & 3, octet = (lane_of() >> 2) + 8 * i;
     return corner < 2 && octet < call.d / 8 ? 8 * octet + 4 * corner : -1;
   }
 };
 
-// fp32: lanes in groups of d / 4, a point a group; lanes left over double the last group's work.
+// fp32: lanes in groups of d / 4, a point for each group; left-over lanes repeat the last group.
 template <bool kWide, int kLoads>
-struct Sum<float, kWide, kLoads> {
+struct WeightedSum<float, kWide, kLoads> {
   static constexpr int kProducts = 1;
   static constexpr int kUnroll = kLoads / 4;
   float c[1][4] = {};
   const float4* base;
   int group, groups, size;
 
-  MMI_DEVICE Sum(const Problem& call, int h) {
+  MMI_DEVICE WeightedSum(const KernelParameters& call, int h) {
     size = call.d / 4;
     groups = kLanes / size;
     group = min(lane_of() / size, groups - 1);
@@ -146,7 +148,7 @@ struct Sum<float, kWide, kLoads> {
       left = half;
     }
   }
-  static MMI_DEVICE int channel(const Problem& call, int) {
+  static MMI_DEVICE int channel(const KernelParameters& call, int) {
     return 4 * lane_of() < call.d ? 4 * lane_of() : -1;
   }
 };

@@ -1,10 +1,10 @@
-// The operator as a TensorRT plugin: one class with the three capabilities of IPluginV3, its
-// creator, and the two functions by which TensorRT loads a plugin library.
+// TensorRT plugin of the operator: one class with the three capabilities of IPluginV3, its creator,
+// and the two functions through which TensorRT loads a plugin library.
 //
 // The library refers to no symbol of TensorRT, so one file serves TensorRT and TensorRT-RTX and can
-// be opened where neither is linked. With MMI_REGISTER_TENSORRT_PLUGIN it registers its creator as
-// it is opened instead, and then wants `getPluginRegistry` and `getInferLibVersion` from the
-// process: for tools that open plugins with dlopen alone.
+// be opened where neither is linked. With MMI_REGISTER_TENSORRT_PLUGIN it instead registers its
+// creator when it is opened, and takes `getPluginRegistry` and `getInferLibVersion` from the
+// process: for tools that only dlopen a plugin.
 #include <NvInferRuntime.h>
 
 #include <atomic>
@@ -34,13 +34,13 @@ using nvinfer1::PluginTensorDesc;
 constexpr const char* kName = "MultiImageDeformableAttention";
 constexpr const char* kNamespace = "mmi";
 constexpr const char* kVersion = "1";
-constexpr int32_t kFieldsVersion = 1;  // of what is serialised; another one is refused
+constexpr int32_t kFieldsVersion = 1;  // of the serialised fields; any other version is refused
 
 std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
 std::mutex last_line_mutex;
 std::string last_line;
 
-// One error line, to the logger of the engine in whose call we are, else to stderr.
+// Reports one error line to the logger of the engine that is calling, else to stderr.
 void report(const std::string& reason) {
   const std::string line = std::string(kNamespace) + "::" + kName + ": " + reason;
   {
@@ -74,7 +74,7 @@ Shape shape(const nvinfer1::DimsExprs& dims) {
 Shape shape(const PluginTensorDesc& tensor) { return shape(tensor.dims); }
 Shape shape(const nvinfer1::DynamicPluginTensorDesc& tensor) { return shape(tensor.desc.dims); }
 
-// Whether the tensors make up a call, as far as their shapes are known; reports why not.
+// Whether the tensors form a valid call, as far as their shapes are known; reports a reason if not.
 template <typename Tensor>
 bool fits(Sizes& sizes, const Tensor* inputs, int32_t input_count, int32_t output_count) {
   if (input_count != kInputs || output_count != 1) {
@@ -119,12 +119,12 @@ std::string name_of(nvinfer1::DataType type) {
   }
 }
 
-class AttentionPlugin final : public nvinfer1::IPluginV3,
-                              public nvinfer1::IPluginV3OneCore,
-                              public nvinfer1::IPluginV3OneBuild,
-                              public nvinfer1::IPluginV3OneRuntime {
+class MmfsPlugin final : public nvinfer1::IPluginV3,
+                         public nvinfer1::IPluginV3OneCore,
+                         public nvinfer1::IPluginV3OneBuild,
+                         public nvinfer1::IPluginV3OneRuntime {
  public:
-  explicit AttentionPlugin(const Attributes& attributes) : attributes_(attributes) {
+  explicit MmfsPlugin(const Attributes& attributes) : attributes_(attributes) {
     const int32_t levels = attributes_.levels;
     fields_[0] = {"level_heights", attributes_.level_height, PluginFieldType::kINT32, levels};
     fields_[1] = {"level_widths", attributes_.level_width, PluginFieldType::kINT32, levels};
@@ -138,8 +138,8 @@ class AttentionPlugin final : public nvinfer1::IPluginV3,
     }
     timing_id_ += attributes_.null_slot != 0 ? "null" : "plain";
   }
-  AttentionPlugin(const AttentionPlugin&) = delete;  // the fields point into the object
-  AttentionPlugin& operator=(const AttentionPlugin&) = delete;
+  MmfsPlugin(const MmfsPlugin&) = delete;  // the fields point into the object
+  MmfsPlugin& operator=(const MmfsPlugin&) = delete;
 
   nvinfer1::IPluginCapability* getCapabilityInterface(
       nvinfer1::PluginCapabilityType type) noexcept override {
@@ -155,7 +155,7 @@ class AttentionPlugin final : public nvinfer1::IPluginV3,
   }
 
   nvinfer1::IPluginV3* clone() noexcept override {
-    return new (std::nothrow) AttentionPlugin(attributes_);
+    return new (std::nothrow) MmfsPlugin(attributes_);
   }
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override {
     preload();
@@ -167,7 +167,7 @@ class AttentionPlugin final : public nvinfer1::IPluginV3,
   const char* getPluginNamespace() const noexcept override { return kNamespace; }
   const PluginFieldCollection* getFieldsToSerialize() noexcept override { return &collection_; }
 
-  // One kernel, so nothing to choose; but alike layers of one engine need be timed only once.
+  // There is only one tactic; the id lets TensorRT time equal layers of an engine once.
   const char* getTimingCacheID() noexcept override { return timing_id_.c_str(); }
 
   int32_t getNbOutputs() const noexcept override { return 1; }
@@ -244,7 +244,7 @@ class AttentionPlugin final : public nvinfer1::IPluginV3,
                   cudaStream_t stream) noexcept override {
     Sizes sizes(attributes_);
     if (!fits(sizes, descriptions, kInputs, 1)) return -1;
-    Attention& call = sizes.call();
+    MmfsCall& call = sizes.call();
     call.type = data_type(descriptions[kValue].type);
     call.value = inputs[kValue];
     call.image_slot = static_cast<const int32_t*>(inputs[kImageSlot]);
@@ -268,7 +268,7 @@ class AttentionPlugin final : public nvinfer1::IPluginV3,
   std::string timing_id_;
 };
 
-// What a field says about itself, checked before its data is read.
+// Checks type and length of a field before its data is read.
 bool field_fits(const PluginField& field, PluginFieldType type, int32_t most) {
   const char* kind = type == PluginFieldType::kFLOAT32 ? "float32" : "int32";
   if (field.type == type && field.data != nullptr && 1 <= field.length && field.length <= most) {
@@ -280,13 +280,13 @@ bool field_fits(const PluginField& field, PluginFieldType type, int32_t most) {
   return false;
 }
 
-class AttentionCreator final : public nvinfer1::IPluginCreatorV3One {
+class MmfsPluginCreator final : public nvinfer1::IPluginCreatorV3One {
  public:
   const char* getPluginName() const noexcept override { return kName; }
   const char* getPluginVersion() const noexcept override { return kVersion; }
   const char* getPluginNamespace() const noexcept override { return kNamespace; }
 
-  // The attributes of the ONNX node, for the parser. The version of the fields is not one of them.
+  // Attributes of the ONNX node, for the parser; the version of the fields is not an attribute.
   const PluginFieldCollection* getFieldNames() noexcept override {
     static const PluginField fields[] = {
         {"level_heights", nullptr, PluginFieldType::kINT32, 1},
@@ -301,12 +301,13 @@ class AttentionCreator final : public nvinfer1::IPluginCreatorV3One {
   nvinfer1::IPluginV3* createPlugin(const char*, const PluginFieldCollection* collection,
                                     nvinfer1::TensorRTPhase phase) noexcept override {
     Attributes attributes;
-    int32_t heights = 0, widths = 0, grids = 0, nulls = 0, version = 0;  // lengths, then a number
+    int32_t heights = 0, widths = 0, grids = 0, nulls = 0;  // lengths of the fields
+    int32_t version = 0;
     const int32_t count = collection == nullptr ? 0 : collection->nbFields;
     for (int32_t index = 0; index < count; ++index) {
       const PluginField& field = collection->fields[index];
-      if (!read(field, "level_heights", attributes.level_height, kMostLevels, heights) ||
-          !read(field, "level_widths", attributes.level_width, kMostLevels, widths) ||
+      if (!read(field, "level_heights", attributes.level_height, kMaxLevels, heights) ||
+          !read(field, "level_widths", attributes.level_width, kMaxLevels, widths) ||
           !read(field, "base_grid", &attributes.base_grid, 1, grids) ||
           !read(field, "null_slot", &attributes.null_slot, 1, nulls)) {
         return nullptr;
@@ -337,11 +338,11 @@ class AttentionCreator final : public nvinfer1::IPluginCreatorV3One {
       report(sizes.reason());
       return nullptr;
     }
-    return new (std::nothrow) AttentionPlugin(attributes);
+    return new (std::nothrow) MmfsPlugin(attributes);
   }
 
  private:
-  // Copies a field of that name; false, and reported, where it has another type or length.
+  // Copies the field if it has that name. Reports a wrong type or length and returns false.
   template <typename Number>
   static bool read(const PluginField& field, const char* name, Number* data, int32_t most,
                    int32_t& length) {
@@ -363,7 +364,7 @@ class AttentionCreator final : public nvinfer1::IPluginCreatorV3One {
 #define MMI_TEXT(number) MMI_TEXT_OF(number)
 #define MMI_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Against which headers this library was built: the loader compares it with what runs.
+// Version of the headers this library was built with; the loader compares it with the runtime.
 MMI_EXPORT const char* mmi_tensorrt_headers() {
 #if defined(TRT_MAJOR_RTX)
   return "RTX " MMI_TEXT(NV_TENSORRT_MAJOR) "." MMI_TEXT(NV_TENSORRT_MINOR);
@@ -372,7 +373,7 @@ MMI_EXPORT const char* mmi_tensorrt_headers() {
 #endif
 }
 
-// Copies the last line that was reported: TensorRT itself says no more than that a call failed.
+// Copies the last reported line: TensorRT itself only says that a call failed.
 MMI_EXPORT void mmi_last_report(char* line, size_t size) {
   const std::lock_guard<std::mutex> lock(mmi::last_line_mutex);
   std::snprintf(line, size, "%s", mmi::last_line.c_str());
@@ -386,8 +387,8 @@ MMI_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
 namespace mmi {
 namespace {
 
-// REGISTER_TENSORRT_PLUGIN, but into our namespace, and not where the registry of the process is
-// another class than the headers say: that call would end anywhere.
+// Like REGISTER_TENSORRT_PLUGIN, but into namespace `mmi`, and only where the major version agrees:
+// otherwise the registry's class differs from the headers' and the call would be undefined.
 struct Registrar {
   Registrar() {
     const int32_t version = getInferLibVersion();  // 110100: 11.1.0
@@ -399,14 +400,14 @@ struct Registrar {
              std::to_string(version / 100 % 100) + "; build it again");
     }
   }
-  AttentionCreator creator;
+  MmfsPluginCreator creator;
 } registrar;
 
 }  // namespace
 }  // namespace mmi
 #else
 MMI_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static mmi::AttentionCreator creator;
+  static mmi::MmfsPluginCreator creator;
   static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
   count = 1;
   return creators;

@@ -1,8 +1,8 @@
-"""ONNX Runtime's library of our operators: compiled once on the user's machine, found from then on.
+"""Custom-op library for ONNX Runtime: compiled once on the user's machine, and kept in the cache.
 
-A session that loads it (`SessionOptions.register_custom_ops_library`) runs our kernels; one that
-does not runs the function inside the model file. So the library is never required, and no wheel of
-ours carries machine code.
+A session that loads it (`SessionOptions.register_custom_ops_library`) runs the kernels; a session
+that does not runs the function in the model file. So the library is never required, and the wheel
+contains no machine code.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.system.files import CACHE, cache_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.system.temporary_folder import temporary_folder
-from mmi_plugins.compile.checksum import damage, is_sealed, seal
+from mmi_plugins.compile.checksum import (
+    append_checksum,
+    checksum_error,
+    has_valid_checksum,
+)
 from mmi_plugins.compile.compilers import (
     ARCHITECTURES,
     find_nvcc,
     portable,
     supported_architectures,
 )
+from mmi_plugins.constants import CSRC
 
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parents[1] / "csrc"
 NAME = "libmmi_onnxruntime.so"
 
 _FLAGS = (
@@ -50,14 +54,16 @@ _FLAGS = (
     "-Wno-psabi",
 )
 _LINK = ("-shared", "-static-libgcc", "-static-libstdc++")
+# Instruction sets that the CPU kernel is compiled for; the library chooses one at run time.
 _VARIANTS: dict[str, tuple[str, ...]] = {
     "base": (),
     "avx2": ("-mavx2", "-mfma"),
     "avx512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
 }
-"""Instruction sets that the kernel is compiled for; the library picks one when it runs."""
 
 _FILES = (
+    "constants.def",
+    "constants.h",
     "mmfs.h",
     "mmfs_cpu.h",
     "mmfs_cpu.cpp",
@@ -68,7 +74,7 @@ _FILES = (
     "onnxruntime_library.cpp",
     "sizes.h",
 )
-_CUDA_FILES = ("mmfs.cu", "*.cuh", "launch.h", "plan.h", "problem.h")
+_CUDA_FILES = ("mmfs.cu", "*.cuh", "launch.h", "plan.h", "kernel_parameters.h")
 _SECONDS = 900
 
 _INSTALL = "Install one, as with `apt install g++`."
@@ -76,7 +82,7 @@ _SLOWER = "the MMFS kernel is missing, and ONNX Runtime runs standard operators,
 
 
 def compiler() -> str | None:
-    """The C++ compiler: `$CXX`, or the first of the usual ones; None where there is none."""
+    """The C++ compiler: `$CXX`, or the first found of c++, g++ and clang++; or None."""
     named = os.environ.get("CXX")
     return next(
         filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None
@@ -85,27 +91,27 @@ def compiler() -> str | None:
 
 @cache
 def _fingerprint(cuda: bool) -> str:
-    """Of all that decides what is compiled, the compiler aside: a newer one makes nothing wrong.
-    The C library counts: what is linked with a newer one does not load with an older one."""
+    """Hash of sources, options and C library: what is linked with a newer one does not load with an
+    older one. The compiler does not count: any version will do."""
     system = (platform.machine(), platform.libc_ver())
     settings = (_FLAGS, _LINK, _VARIANTS, system, cuda and ARCHITECTURES)
     digest = hashlib.sha256(repr(settings).encode())
     for pattern in (*_FILES, *(_CUDA_FILES if cuda else ())):
-        for path in sorted(SOURCES.glob(pattern)):
+        for path in sorted(CSRC.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def location(cuda: bool = False) -> Path:
-    """Where the library of these sources is, or will be."""
+    """Path of the library of these sources in the cache, whether it exists or not."""
     kind = f"onnxruntime{'-cuda' * cuda}-{platform.machine()}-{_fingerprint(cuda)}"
     return cache_folder() / kind / NAME
 
 
 def find(cuda: bool = False) -> Path | None:
-    """The compiled library, if there is one and it is whole."""
+    """The compiled library in the cache, if it exists and its checksum matches."""
     path = location(cuda)
-    return path if is_sealed(path) else None
+    return path if has_valid_checksum(path) else None
 
 
 def build(
@@ -115,16 +121,16 @@ def build(
     architectures: Sequence[str] = ARCHITECTURES,
     progress: Progress = silent,
 ) -> Path:
-    """Compile the library, about 20 seconds, and put it into `out` (a folder) or the cache.
+    """Compile the library (about 20 seconds) into the folder `out`, or the cache.
 
-    `cuda`: with kernels for ONNX Runtime's CUDA provider as well, for these `architectures`; takes
-    CUDA's nvcc. It appears whole or not at all. Raises `EngineError` where there is no compiler, or
-    it fails, `ConfigError` where `$MMI_CACHE` cannot be written.
+    `cuda`: also compile the kernels for ONNX Runtime's CUDA provider and these `architectures`,
+    which takes nvcc. The file appears complete or not at all. Raises `EngineError` where a compiler
+    is missing or fails, `ConfigError` where `$MMI_CACHE` cannot be written.
     """
     if out is None:
         cache_folder(writes=True)
     path = location(cuda) if out is None else out / NAME
-    if out is not None and os.path.lexists(path) and not is_sealed(path):
+    if out is not None and os.path.lexists(path) and not has_valid_checksum(path):
         raise EngineError(
             f"{path} is there already, and mmi did not write it",
             fix="remove it, or give another output folder",
@@ -133,7 +139,7 @@ def build(
         raise EngineError(
             "the kernel library can be compiled on Linux and macOS only",
             got=platform.system(),
-            fix="Without it ONNX Runtime runs the operator's function: right, but slower.",
+            fix="Without it ONNX Runtime runs the operator's function: equal results, but slower.",
         )
     program = compiler()
     if program is None:
@@ -146,7 +152,7 @@ def build(
         with temporary_folder(path.parent, ".building-") as scratch:
             gpu = _Cuda(find_nvcc(), architectures) if cuda else None
             made = _compile(program, gpu, scratch, progress)
-            seal(made)
+            append_checksum(made)
             os.replace(made, path)
     except OSError as error:
         raise EngineError(
@@ -157,7 +163,7 @@ def build(
 
 
 def ensure() -> Path | None:
-    """The library, compiled now if it never was; None, with a remark, where that fails."""
+    """The library, compiled if it is missing or damaged; None, with a warning, where that fails."""
     try:
         path = find()
     except ConfigError as error:
@@ -169,7 +175,10 @@ def ensure() -> Path | None:
         log.warning("%s: no C++ compiler was found. %s", _SLOWER, _INSTALL)
         return None
     if location().is_file():
-        log.warning("the compiled kernel library is damaged: %s", damage(location()) or "no seal")
+        log.warning(
+            "the compiled kernel library is damaged: %s",
+            checksum_error(location()) or "no checksum",
+        )
     log.warning("compiling the MMFS kernel for ONNX Runtime, once, about 20 seconds")
     try:
         return build()
@@ -180,14 +189,14 @@ def ensure() -> Path | None:
 
 @dataclass(frozen=True)
 class _Cuda:
-    """CUDA's compiler and what it makes code for."""
+    """CUDA's compiler and the architectures to compile for."""
 
     nvcc: Path
     architectures: Sequence[str]
 
     @property
     def codes(self) -> list[str]:
-        """Machine code for each, and PTX of one."""
+        """Options for machine code of each architecture, and PTX of one."""
         known = supported_architectures(self.nvcc, self.architectures)
         ptx = portable(known)
         codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in known]
@@ -196,21 +205,21 @@ class _Cuda:
 
 def _compile(program: str, gpu: _Cuda | None, scratch: Path, progress: Progress) -> Path:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    jobs = [_job(program, scratch, "attention_cpu", ("-DMMI_X86",) if on_x86 else ())]
+    jobs = [_job(program, scratch, "mmfs_cpu", ("-DMMI_X86",) if on_x86 else ())]
     for variant, flags in _VARIANTS.items():
         if on_x86 or not flags:
             named = (f"-DMMI_VARIANT={variant}", *flags)
-            jobs.append(_job(program, scratch, "attention_cpu_kernel", named, variant))
+            jobs.append(_job(program, scratch, "mmfs_cpu_kernel", named, variant))
     if gpu is None:
         jobs.append(_job(program, scratch, "onnxruntime_library", ()))
         link = [program, *(_LINK if platform.system() == "Linux" else _LINK[:1])]
     else:
         host = ["-Xcompiler", ",".join(_FLAGS[1:])]
         nvcc = [str(gpu.nvcc), "-ccbin", program, "-std=c++17", *host, "-c", "-o"]
-        source = str(SOURCES / "onnxruntime_library.cpp")
+        source = str(CSRC / "onnxruntime_library.cpp")
         jobs.append([*nvcc, str(scratch / "onnxruntime_library.o"), "-DMMI_CUDA", source])
-        made = str(scratch / "attention.o")
-        jobs.append([*nvcc, made, *gpu.codes, str(SOURCES / "mmfs.cu")])
+        made = str(scratch / "mmfs.o")
+        jobs.append([*nvcc, made, *gpu.codes, str(CSRC / "mmfs.cu")])
         link = [str(gpu.nvcc), "-ccbin", program, "-cudart", "static", "-shared"]
         link += ["-Xlinker", "--exclude-libs,ALL"]
     _run(jobs, progress)
@@ -222,14 +231,14 @@ def _compile(program: str, gpu: _Cuda | None, scratch: Path, progress: Progress)
 def _job(
     program: str, scratch: Path, source: str, flags: Sequence[str], variant: str = ""
 ) -> list[str]:
-    """The command that compiles one source, for one instruction set."""
+    """Command that compiles one source, for one instruction set."""
     made = scratch / f"{source}{variant}.o"
-    return [program, *_FLAGS, *flags, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(made)]
+    return [program, *_FLAGS, *flags, "-c", str(CSRC / f"{source}.cpp"), "-o", str(made)]
 
 
 def _run(commands: Sequence[list[str]], progress: Progress = silent) -> None:
-    """Run compilers, one a core at a time; `progress` is told how many are done. When one fails,
-    or this is broken off, all are stopped: none goes on alone."""
+    """Run compilers, at most one for each core; `progress` gets the number of those done. When one
+    fails, or this process is interrupted, all are killed, so that none is left running."""
     waiting, running = list(reversed(commands)), deque[subprocess.Popen[str]]()
     try:
         while waiting or running:
@@ -240,7 +249,7 @@ def _run(commands: Sequence[list[str]], progress: Progress = silent) -> None:
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.PIPE,
                         text=True,
-                        start_new_session=True,  # a compiler is several processes
+                        start_new_session=True,  # so that killpg reaches all its processes
                     )
                 )
             progress(
@@ -258,7 +267,7 @@ def _run(commands: Sequence[list[str]], progress: Progress = silent) -> None:
 
 
 def _finish(process: subprocess.Popen[str]) -> None:
-    """Wait for a compiler; raises `EngineError` when it fails or takes too long."""
+    """Wait for a compiler. Raises `EngineError` when it fails or times out."""
     assert isinstance(process.args, list)
     program = process.args[0]
     try:
@@ -266,7 +275,7 @@ def _finish(process: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         raise EngineError(f"{program} took more than {_SECONDS} s and was stopped") from None
     if process.returncode:
-        lines = said.strip().splitlines() or ["it said nothing"]
+        lines = said.strip().splitlines() or ["no error output"]
         first = next((line for line in lines if "error" in line), lines[0])
         raise EngineError(
             f"{program} cannot compile the kernel library: {first}",

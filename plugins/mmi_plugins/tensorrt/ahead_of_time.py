@@ -1,14 +1,14 @@
-"""The plugin without a compiler: `tensorrt.plugin`, ahead of time, from PTX that NVRTC makes.
+"""Ahead-of-time plugin: `tensorrt.plugin` with PTX that NVRTC compiles while an engine is built.
 
-For pip's TensorRT, which has no headers: `register_ahead_of_time` gives TensorRT the operator under
-the same name, and NVRTC (pip install nvidia-cuda-nvrtc) compiles the kernel while the engine is
-built. The engine holds the PTX and needs nothing of ours when it runs.
+For pip's TensorRT, which has no headers: `register_ahead_of_time` registers the operator under the
+same name, and NVRTC (pip install nvidia-cuda-nvrtc) compiles the kernel. The engine contains the
+PTX and runs without this package.
 
-What TensorRT passes to such a kernel: the inputs' addresses, then 32-bit integers, then the
-output's address, and no workspace. So the attributes are constants of the PTX, and a row is never
-shared by several blocks: with few queries and many images the library is faster. And TensorRT
-launches it unasked: what only the run tells, whether its shapes fit each other, is for whoever
-binds the inputs to check, as our runtime does.
+TensorRT passes the inputs' addresses, then 32-bit integers, then the output's address to such a
+kernel, and no workspace. So attributes are constants of the PTX, and several blocks never share a
+row: with few queries and many images the library is faster. TensorRT launches the kernel without a
+check of the actual shapes: whoever binds the inputs must check that they agree, as
+`mmi_deploy.runtime` does.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.compile.launch_plan import TYPES, Variant, check_limits, constant
+from mmi_plugins.compile.launch_plan import TYPES, Variant, check_limits
 from mmi_plugins.compile.nvrtc import compile_ptx
+from mmi_plugins.constants import constant
 from mmi_plugins.operator import DOMAIN, INPUT_SHAPES, NAME
 from mmi_plugins.tensorrt.build_only_plugin import FIELDS, check_shapes, checked_fields
 from mmi_plugins.tensorrt.plugin_library import plugin_creator
 
+# Architectures whose PTX is tested; PTX runs on its architecture and every later one.
 PTX_TARGETS = (80, 90, 100, 120)
-"""Architectures whose PTX is proved; PTX of one runs on it and on every later one."""
 
+# The kernel's integer parameters in order, and the input and axis that each is read from.
 SIZES = {
     "q": ("offsets", 1),
     "m": ("image_slot", 1),
@@ -46,7 +48,6 @@ SIZES = {
     "position_queries": ("image_position", 1),
     "reference_queries": ("reference", 0),
 }
-"""The kernel's integer parameters in order, and the input and axis that each is taken from."""
 
 _POINTERS = ("void", "int", "void", "void", "float", "float", "int", "float", "float")
 _ARRAYS: dict[Any, Any] = {np.int32: npt.NDArray[np.int32], np.float32: npt.NDArray[np.float32]}
@@ -55,7 +56,7 @@ _BODIES = {"rows": "attend_rows", "split": "attend_split"}
 
 @dataclass(frozen=True)
 class AheadOfTimeVariant(Variant):
-    """A kernel whose attributes are constants and whose parameters TensorRT can pass."""
+    """A kernel with attributes as constants and parameters that TensorRT can pass."""
 
     level_heights: tuple[int, ...] = ()
     level_widths: tuple[int, ...] = ()
@@ -95,17 +96,17 @@ class AheadOfTimeVariant(Variant):
             '#include "mmfs.cuh"\n'
             f'extern "C" __global__ void MMI_{self.kind.upper()}_BOUNDS {self.name}('
             f"{parameters}) {{\n"
-            f"  mmi::Problem call{{}};\n{fill}"
+            f"  mmi::KernelParameters call{{}};\n{fill}"
             f"  mmi::{_BODIES[self.kind]}<{TYPES[self.dtype]}, {wide}>(call);\n}}\n"
         )
 
 
 def choose_variant(
-    dtype: str, fields: dict[str, np.ndarray], *, likely_rows: int, channels: int | None
+    dtype: str, fields: dict[str, np.ndarray], *, opt_rows: int, channels: int | None
 ) -> AheadOfTimeVariant:
-    """The kernel for type `dtype` and attributes `fields`, where `likely_rows` outputs (b, q, h)
-    are likeliest and a head has `channels` (None: known only at run time)."""
-    kind = "rows" if likely_rows >= constant("kManyRows") else "split"
+    """The kernel for type `dtype` and attributes `fields`. `opt_rows`: output rows (b, q, h) of the
+    profile's optimum shapes. `channels`: of a head; None: known only at run time."""
+    kind = "rows" if opt_rows >= constant("kMinUnsplitRows") else "split"
     wide = dtype != "float32" and (channels is None or channels > 64)
     heights, widths = (tuple(map(int, fields[name])) for name in ("level_heights", "level_widths"))
     return AheadOfTimeVariant(
@@ -120,7 +121,7 @@ def choose_variant(
 
 
 def ptx_target(capability: tuple[int, int]) -> int:
-    """The architecture to make PTX for, for a GPU of compute capability (major, minor)."""
+    """Architecture to compile PTX for, for a GPU of compute capability (major, minor)."""
     number = 10 * capability[0] + capability[1]
     if number < PTX_TARGETS[0]:
         raise EngineError(
@@ -132,37 +133,37 @@ def ptx_target(capability: tuple[int, int]) -> int:
 
 
 class AheadOfTimePlugin:
-    """The operator, known to `tensorrt.plugin` for as long as the process lives."""
+    """The operator, registered with `tensorrt.plugin` until the process ends."""
 
     def __init__(self) -> None:
         self._report = ""
 
     def last_report(self) -> str:
-        """The last refusal, or "": TensorRT itself says only that a call failed."""
+        """Last error line, or "": TensorRT itself only says that a call failed."""
         return self._report
 
     def unregister(self) -> None:
-        """Nothing: `tensorrt.plugin` has no way to forget a plugin."""
+        """Do nothing: `tensorrt.plugin` cannot remove a plugin."""
 
-    def noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose refusals are remembered."""
+    def recording(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, recording its `EngineError` as the last report."""
 
-        def noted(*arguments: Any, **attributes: Any) -> Any:
+        def recorded(*arguments: Any, **attributes: Any) -> Any:
             try:
                 return function(*arguments, **attributes)
             except EngineError as error:
                 self._report = str(error)
                 raise
 
-        return noted
+        return recorded
 
 
 def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> AheadOfTimePlugin:
-    """Make the operator known to `trt.plugin` (`trt`: the module tensorrt, 10.12 or newer) for
-    GPUs of compute capability (major, minor) and newer.
+    """Register the operator with `trt.plugin` (`trt`: the module tensorrt, 10.12 or newer) for GPUs
+    of compute capability (major, minor) and newer.
 
     The GPU's driver must be as new as NVRTC. Raises `EngineError` where a plugin of that name is
-    known already.
+    registered already.
     """
     if plugin_creator(trt) is not None:
         raise EngineError(f"{trt.__name__} has a plugin {DOMAIN}::{NAME} already")
@@ -190,9 +191,9 @@ def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> Ah
         offsets = inputs["offsets"].shape
         b, q, h = (offsets.opt if offsets.is_dynamic else offsets)[:3]
         variant = choose_variant(
-            dtype, fields, likely_rows=b * q * h, channels=_sides(inputs["value"])[3]
+            dtype, fields, opt_rows=b * q * h, channels=_sides(inputs["value"])[3]
         )
-        check_limits(_greatest(inputs), dtype)
+        check_limits(_max_sizes(inputs), dtype)
         launch = plugin.KernelLaunchParams()
         queries, heads, batch = (inputs["offsets"].shape_expr[axis] for axis in (1, 2, 0))
         rows = constant("kRowWarps")
@@ -209,7 +210,7 @@ def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> Ah
     outputs = {"outputs": GenericAlias(tuple, (plugin.TensorDesc,)), "tactic": int}
     plugin.register(identifier)(_signed(describe, {**tensors, **arrays}, plugin.TensorDesc))
     made = AheadOfTimePlugin()
-    implement = _signed(made.noting(implement), {**tensors, **arrays, **outputs}, results)
+    implement = _signed(made.recording(implement), {**tensors, **arrays, **outputs}, results)
     plugin.aot_impl(identifier)(implement)
     return made
 
@@ -218,8 +219,8 @@ def _sides(tensor: Any) -> list[int | None]:
     return [None if side < 0 else int(side) for side in tensor.shape]
 
 
-def _greatest(tensors: dict[str, Any]) -> dict[str, int]:
-    """The greatest size of every letter that a profile allows."""
+def _max_sizes(tensors: dict[str, Any]) -> dict[str, int]:
+    """Maximum size of every letter over the profile."""
     sizes: dict[str, int] = {}
     for name, axes in INPUT_SHAPES.items():
         shape = tensors[name].shape
@@ -229,7 +230,7 @@ def _greatest(tensors: dict[str, Any]) -> dict[str, int]:
 
 
 def _signed(function: Callable[..., Any], kinds: dict[str, Any], result: Any) -> Callable[..., Any]:
-    """`function` with the signature that `tensorrt.plugin` reads a plugin's inputs from."""
+    """`function` with the signature from which `tensorrt.plugin` reads a plugin's inputs."""
     named = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters: Sequence[inspect.Parameter] = [
         inspect.Parameter(name, named, annotation=kind) for name, kind in kinds.items()

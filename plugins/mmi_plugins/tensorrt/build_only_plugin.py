@@ -1,8 +1,8 @@
-"""The plugin as a Python `IPluginV3`: same name, namespace, version and fields as the library.
+"""Build-only plugin: a Python `IPluginV3` with the library's name, namespace, version and fields.
 
-It takes part in everything but running: an engine can be parsed, checked and built with it where no
-compiler or no TensorRT headers are at hand. The engine holds the fields, and wants the library (or
-something else that runs the operator) when it is loaded. Letters as in `operator`.
+Engines can be parsed, checked and built with it without a compiler or TensorRT's headers, but it
+cannot run. The engine stores the fields, and takes the library (or another plugin of that name)
+when it is loaded. Letters as in `operator`.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from mmi_plugins.operator import (
     DOMAIN,
     INDEX_INPUTS,
     INPUT_SHAPES,
-    MOST_CHANNELS,
-    MOST_LEVELS,
-    MOST_POINTS,
+    MAX_CHANNELS,
+    MAX_LEVELS,
+    MAX_POINTS,
     NAME,
     NARROW_INPUTS,
     VERSION,
 )
 from mmi_plugins.tensorrt.plugin_library import plugin_creator
 
+# Attributes of the node, in the types in which an engine stores them.
 FIELDS = {
     "level_heights": np.int32,
     "level_widths": np.int32,
     "base_grid": np.float32,
     "null_slot": np.int32,
 }
-"""Attributes of the node, in the types in which an engine stores them."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+# Stored beside the fields; any other version is refused.
 VERSION_FIELD = "plugin_version"
 FIELDS_VERSION = 1
-"""Stored beside the fields; another one is refused."""
 
 
-class StandInPlugin:
-    """The stand-in, known to a TensorRT module's plugin registry."""
+class BuildOnlyPlugin:
+    """The build-only plugin, registered with a TensorRT module."""
 
     def __init__(self, tensorrt: Any) -> None:
         self._registry = tensorrt.get_plugin_registry()
@@ -53,23 +53,23 @@ class StandInPlugin:
         self._registry.register_creator(self._creator, DOMAIN)
 
     def last_report(self) -> str:
-        """The last refusal, or "": TensorRT itself says only that a call failed."""
+        """Last error line, or "": TensorRT itself only says that a call failed."""
         return self._report
 
     def unregister(self) -> None:
-        """Make room for another plugin of the same name."""
+        """Remove the plugin from the registry, so that another of the same name can be loaded."""
         self._registry.deregister_creator(self._creator)
 
     def _note(self, error: EngineError) -> None:
         self._report = str(error)
 
 
-def register_stand_in(tensorrt: Any) -> StandInPlugin:
-    """Make the stand-in known to a TensorRT module. Raises `EngineError` where a plugin of that
-    name is known already."""
+def register_build_only_plugin(tensorrt: Any) -> BuildOnlyPlugin:
+    """Register the build-only plugin with a TensorRT module. Raises `EngineError` where a plugin of
+    that name is registered already."""
     if plugin_creator(tensorrt) is not None:
         raise EngineError(f"{tensorrt.__name__} has a plugin {DOMAIN}::{NAME} already")
-    return StandInPlugin(tensorrt)
+    return BuildOnlyPlugin(tensorrt)
 
 
 def _creator(trt: Any, note: Callable[[EngineError], None]) -> Any:
@@ -77,7 +77,7 @@ def _creator(trt: Any, note: Callable[[EngineError], None]) -> Any:
     narrow_types = (trt.float32, trt.float16, trt.bfloat16)
 
     def noted(method: Method) -> Method:
-        """`method`, whose refusal is kept: TensorRT swallows the exception."""
+        """`method`, recording its `EngineError`: TensorRT discards the exception."""
 
         @wraps(method)
         def call(*arguments: Any) -> Any:
@@ -89,11 +89,11 @@ def _creator(trt: Any, note: Callable[[EngineError], None]) -> Any:
 
         return cast(Method, call)
 
-    class StandIn(
+    class BuildOnlyLayer(
         trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
     ):
         def __init__(self, fields: dict[str, np.ndarray]) -> None:
-            for base in StandIn.__bases__:
+            for base in BuildOnlyLayer.__bases__:
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace = NAME, DOMAIN
             self.plugin_version, self.num_outputs = str(VERSION), 1
@@ -103,7 +103,7 @@ def _creator(trt: Any, note: Callable[[EngineError], None]) -> Any:
             return self
 
         def clone(self) -> Any:
-            return StandIn(self.fields)
+            return BuildOnlyLayer(self.fields)
 
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()
@@ -163,7 +163,7 @@ def _creator(trt: Any, note: Callable[[EngineError], None]) -> Any:
         @noted
         def enqueue(self, *arguments: Any) -> None:
             raise EngineError(
-                f"{NAME}: this stand-in only builds engines",
+                f"{NAME}: the build-only plugin cannot run",
                 fix="Load the plugin library that `mmi plugins build` makes",
             )
 
@@ -189,7 +189,7 @@ def _creator(trt: Any, note: Callable[[EngineError], None]) -> Any:
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
             given = {field.name: np.array(field.data) for field in collection}
             runs = phase == trt.TensorRTPhase.RUNTIME
-            return StandIn(checked_fields(given, needs_version=runs))
+            return BuildOnlyLayer(checked_fields(given, needs_version=runs))
 
     return Creator()
 
@@ -204,8 +204,8 @@ def _known(dims: Any) -> list[int | None]:
 
 
 def checked_fields(given: dict[str, np.ndarray], needs_version: bool) -> dict[str, np.ndarray]:
-    """The attributes among the fields `given`. Raises `EngineError` where one is missing or wrong,
-    and, with `needs_version`, where they are stored in another version."""
+    """The attributes among the fields `given`. Raises `EngineError` for a missing or wrong one and,
+    with `needs_version`, for fields stored in another version."""
     version = given.pop(VERSION_FIELD, None)
     if needs_version and (version is None or version.tolist() != [FIELDS_VERSION]):
         raise EngineError(
@@ -216,7 +216,7 @@ def checked_fields(given: dict[str, np.ndarray], needs_version: bool) -> dict[st
         )
     for name, kind in FIELDS.items():
         data = given.get(name, np.empty(0, kind))
-        most = MOST_LEVELS if name.startswith("level") else 1
+        most = MAX_LEVELS if name.startswith("level") else 1
         if data.dtype != kind or not 1 <= data.size <= most:
             raise EngineError(
                 f"{NAME}: attribute {name}",
@@ -235,8 +235,8 @@ def checked_fields(given: dict[str, np.ndarray], needs_version: bool) -> dict[st
 
 
 def check_shapes(shapes: Sequence[Sequence[int | None]], fields: dict[str, np.ndarray]) -> None:
-    """Raise `EngineError` where the input shapes (None: known only at run time) contradict each
-    other or the fields, or no kernel takes them."""
+    """Raise `EngineError` for input shapes that contradict each other or the fields, or that no
+    kernel takes. None: an axis known only at run time."""
     heights, widths = fields["level_heights"], fields["level_widths"]
     cells = int(heights.astype(np.int64) @ widths)
     sizes = {"l": ("the attributes", len(heights)), "s": ("the attributes", cells)}
@@ -259,11 +259,11 @@ def check_shapes(shapes: Sequence[Sequence[int | None]], fields: dict[str, np.nd
         if rows not in (None, 1, queries):
             raise EngineError(f"{NAME}: rows of {name}", expected=(1, queries), got=rows)
     channels, points = sizes.get("d", ("", CHANNEL_STEP))[1], sizes.get("p", ("", 1))[1]
-    if channels % CHANNEL_STEP or channels > MOST_CHANNELS:
+    if channels % CHANNEL_STEP or channels > MAX_CHANNELS:
         raise EngineError(
             f"{NAME}: unsupported head size",
-            expected=f"a multiple of {CHANNEL_STEP} up to {MOST_CHANNELS}",
+            expected=f"a multiple of {CHANNEL_STEP} up to {MAX_CHANNELS}",
             got=channels,
         )
-    if points > MOST_POINTS:
-        raise EngineError(f"{NAME}: too many points", expected=f"1..{MOST_POINTS}", got=points)
+    if points > MAX_POINTS:
+        raise EngineError(f"{NAME}: too many points", expected=f"1..{MAX_POINTS}", got=points)

@@ -1,7 +1,7 @@
-"""Builds the TensorRT plugin from the sources in `csrc`: finds what it takes, or says what to get.
+"""Build the TensorRT plugin library from the sources in `csrc`, with CMake, nvcc and the headers.
 
-TensorRT's wheels hold no headers. Whoever has only those uses the plugin without a compiler
-(`tensorrt_aot`).
+TensorRT's wheels contain no headers; with the wheels alone, the plugin goes into engines ahead of
+time (`ahead_of_time`), without a compiler.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.system.temporary_folder import temporary_folder
-from mmi_plugins.compile.checksum import is_sealed
+from mmi_plugins.compile.checksum import has_valid_checksum
 from mmi_plugins.compile.compilers import (
     ARCHITECTURES,
     find_cmake,
@@ -24,8 +24,8 @@ from mmi_plugins.compile.compilers import (
     portable,
     supported_architectures,
 )
+from mmi_plugins.constants import CSRC
 
-SOURCES = Path(__file__).parents[1] / "csrc"
 TARGETS = ("mmi_tensorrt", "mmi_tensorrt_registered")
 HEADER = "NvInferRuntime.h"
 SYSTEM_INCLUDES = (
@@ -44,13 +44,12 @@ def build_tensorrt_plugin(
 ) -> Path:
     """Build the plugin for `architectures` into the folder `out` and return the library's path.
 
-    Beside it comes the same with `registered` in its name, for tools that only open a plugin
-    library and expect it to register itself (polygraphy --plugins).
+    Beside it, a library with `registered` in its name registers itself when it is opened, as tools
+    that only dlopen plugins expect (polygraphy --plugins).
 
-    `include` is the folder of TensorRT's headers; else the environment variable TENSORRT_INCLUDE
-    and the usual folders are searched. The name tells sources, headers, compiler and architectures
-    apart: what is there already, and whole, is not built again, and a build that is killed leaves
-    nothing.
+    `include`: the folder of TensorRT's headers; by default $TENSORRT_INCLUDE or one of the usual
+    folders. The library's name has a hash of sources, headers, compiler and architectures: an
+    existing library with a valid checksum is not built again. A killed build leaves nothing.
     Raises `EngineError` where a header or tool is missing or the compiler fails.
     """
     headers, version = find_tensorrt_headers(include)
@@ -58,7 +57,7 @@ def build_tensorrt_plugin(
     architectures = supported_architectures(nvcc, architectures)
     key = _key(version, output_of([nvcc, "--version"]), *architectures)
     names = {target: f"lib{target}-{version}-{key}.so" for target in TARGETS}
-    if not all(is_sealed(out / name) for name in names.values()):
+    if not all(has_valid_checksum(out / name) for name in names.values()):
         try:
             out.mkdir(parents=True, exist_ok=True)
             with temporary_folder(out, ".build-") as folder:
@@ -73,7 +72,7 @@ def build_tensorrt_plugin(
 
 
 def find_tensorrt_headers(include: Path | None = None) -> tuple[Path, str]:
-    """The folder of TensorRT's headers and their version, such as "11.1" or "rtx1.7"."""
+    """Folder of TensorRT's headers and their version, such as "11.1" or "rtx1.7"."""
     if include is None and (named := os.environ.get("TENSORRT_INCLUDE")):
         include = Path(named)
     places = [include] if include is not None else [Path(place) for place in SYSTEM_INCLUDES]
@@ -126,10 +125,10 @@ def _compile(
     codes = [name if name == with_ptx else f"{name}-real" for name in architectures]
     configure: list[str | Path] = [
         cmake,
-        *("-S", SOURCES, "-B", folder),
+        *("-S", CSRC, "-B", folder),
         "-DCMAKE_BUILD_TYPE=Release",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
-        f"-DPython3_EXECUTABLE={sys.executable}",  # which seals the libraries
+        f"-DPython3_EXECUTABLE={sys.executable}",  # runs checksum.py
         f"-DTENSORRT_INCLUDE={headers.resolve()}",
         f"-DMMI_ARCHITECTURES={';'.join(codes)}",
     ]
@@ -140,7 +139,7 @@ def _compile(
 
 def _key(*parts: str) -> str:
     digest = hashlib.sha256("\0".join(parts).encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(CSRC.iterdir()):
         if source.is_file():
             digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:12]

@@ -1,7 +1,7 @@
-"""TensorRT's own copy of a graph: what its parser needs beyond the portable file.
+"""TensorRT's own copy of a graph: attributes that its parser takes and the portable file lacks.
 
-A node of the operator's domain has both a local function and a plugin. Parsers differ in which they
-take, so the copy names the plugin's namespace on the node: then it is the plugin everywhere.
+A node of the operator's domain has both a local function and a plugin, and parsers differ in which
+one they use. The copy names the plugin's namespace on the node: then every parser uses the plugin.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def with_plugin(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of `model` whose MMFS nodes name the plugin; nothing else differs.
 
     Weights are not read: load the model with `load_external_data=False`. Raises `BundleError` for a
-    graph without such a node, which would pass for one whose plugin was found.
+    graph without an MMFS node, which would otherwise pass `check_plugin_layers`.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    nodes = _attention_nodes(copy)
+    nodes = _mmfs_nodes(copy)
     if not nodes:
         raise BundleError(
             f"the graph {model.graph.name!r} has no node {DOMAIN}::{NAME}",
@@ -39,9 +39,9 @@ def with_plugin(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def check_plugin_layers(network: Any, model: onnx.ModelProto) -> None:
     """Raise `EngineError` unless TensorRT's `network`, parsed from `model`, has a plugin layer for
-    each of its MMFS nodes. Where no plugin of that name was registered the parser says nothing and
-    takes the local function: slower, and on TensorRT not proved right."""
-    expected = len(_attention_nodes(model))
+    each MMFS node. Without a registered plugin the parser silently uses the local function, which
+    is slower, and not tested on TensorRT."""
+    expected = len(_mmfs_nodes(model))
     layers = [network.get_layer(index).type.name for index in range(network.num_layers)]
     if (found := layers.count("PLUGIN_V3")) != expected:
         raise EngineError(
@@ -54,8 +54,8 @@ def check_plugin_layers(network: Any, model: onnx.ModelProto) -> None:
 
 
 def with_decomposable_attention(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of `model` whose Attention nodes TensorRT may take apart where it has no fused kernel
-    (float32, and head sizes other than those it knows); without it the build fails there."""
+    """A copy of `model` whose Attention nodes TensorRT may decompose where it has no fused kernel
+    (float32, and unsupported head sizes); the build fails there otherwise."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for node in _nodes(copy):
@@ -70,7 +70,7 @@ def _set(node: onnx.NodeProto, name: str, value: str | int) -> None:
     node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
 
 
-def _attention_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+def _mmfs_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in _nodes(model) if (node.domain, node.op_type) == (DOMAIN, NAME)]
 
 

@@ -1,4 +1,4 @@
-"""The MMFS plugin for `mmi build`: a compiled library, PTX inside the engines, or a stand-in."""
+"""MMFS plugin for `mmi build`: a compiled library, ahead of time, or build-only."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _COMPILE = "compile the plugin with `mmi plugins build tensorrt`"
 
 
 def plugin_for(runtime: str, architecture: str, choice: str = AUTO) -> Plugin:
-    """What the builder needs of `mmi_plugins`, for engines of `runtime` on `architecture`.
+    """The plugin for engines of `runtime` on `architecture`.
 
     choice: a library; `ahead-of-time`, for TensorRT alone; or `auto`, the newest library that
-    `mmi plugins build` made. Where there is none, TensorRT takes the plugin ahead of time, and
-    TensorRT-RTX a stand-in: engines that prove the graph, and do not run. Raises `EngineError`
-    where nothing will do, `ConfigError` for a choice that the runtime does not have.
+    `mmi plugins build` made. Without a library, TensorRT takes the plugin ahead of time, and
+    TensorRT-RTX the build-only plugin, whose engines prove that the graph compiles but cannot run.
+    Raises `EngineError` where no plugin is available, `ConfigError` for a choice that the runtime
+    does not have.
     """
     from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME
     from mmi_deploy.spec.backends import TENSORRT
@@ -35,7 +36,7 @@ def plugin_for(runtime: str, architecture: str, choice: str = AUTO) -> Plugin:
         return _ahead_of_time(runtime, architecture)
     library = newest_library() if choice == AUTO else Path(choice)
     if library is None:
-        return _ahead_of_time(runtime, architecture) if runtime == TENSORRT else _stand_in()
+        return _ahead_of_time(runtime, architecture) if runtime == TENSORRT else _build_only()
     if not library.is_file():
         raise EngineError(f"there is no TensorRT plugin {library}", fix=_COMPILE)
     load = partial(_load_library, library.resolve())
@@ -43,7 +44,7 @@ def plugin_for(runtime: str, architecture: str, choice: str = AUTO) -> Plugin:
 
 
 def newest_library() -> Path | None:
-    """The plugin library that `mmi plugins build tensorrt` made last, if it has made one."""
+    """The newest plugin library that `mmi plugins build tensorrt` made, or None."""
     try:
         libraries = (cache_folder() / "tensorrt").glob("libmmi_tensorrt-*.so")
     except ConfigError:  # no home folder, so none was kept in it
@@ -53,7 +54,7 @@ def newest_library() -> Path | None:
 
 
 def tensorrt_copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """What TensorRT's parser needs beyond the file, and no other runtime takes."""
+    """TensorRT's own copy of a graph: plugin namespaces, and Attention that it may decompose."""
     from mmi_plugins.operator import DOMAIN
     from mmi_plugins.tensorrt.graph import with_decomposable_attention, with_plugin
 
@@ -62,22 +63,23 @@ def tensorrt_copy(model: onnx.ModelProto) -> onnx.ModelProto:
     return with_decomposable_attention(model)
 
 
-def _stand_in() -> Plugin:
+def _build_only() -> Plugin:
+    from mmi_deploy.runtime.tensorrt.backend import BUILD_ONLY
     from mmi_plugins.tensorrt import build_only_plugin
 
     version = sha256_of(Path(build_only_plugin.__file__))
-    return _plugin("stand-in", version, _load_stand_in, stand_in=True)
+    return _plugin(BUILD_ONLY, version, _load_build_only, build_only=True)
 
 
 def _ahead_of_time(runtime: str, architecture: str) -> Plugin:
     from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME
     from mmi_deploy.spec.backends import TENSORRT
     from mmi_plugins.compile import nvrtc
-    from mmi_plugins.compile.launch_plan import CSRC
+    from mmi_plugins.constants import CSRC
     from mmi_plugins.tensorrt import ahead_of_time
 
     if runtime != TENSORRT:
-        raise ConfigError(f"{runtime} takes no plugin ahead of time", fix=_COMPILE)
+        raise ConfigError(f"{runtime} does not take the plugin ahead of time", fix=_COMPILE)
     if missing := nvrtc.missing():
         raise EngineError(
             f"TensorRT needs our plugin: there is no library, and {missing}",
@@ -90,15 +92,15 @@ def _ahead_of_time(runtime: str, architecture: str) -> Plugin:
 
 
 def _plugin(
-    name: str, version: str, load: Callable[[Any], Any], *, stand_in: bool = False
+    name: str, version: str, load: Callable[[Any], Any], *, build_only: bool = False
 ) -> Plugin:
+    from mmi_deploy.runtime.tensorrt.module import import_tensorrt
     from mmi_deploy.targets.tensorrt_build import Plugin
     from mmi_plugins.tensorrt.graph import check_plugin_layers
-    from mmi_plugins.tensorrt.plugin_library import import_tensorrt
 
     return Plugin(
         identity=f"{name}:{version[:16]}",
-        stand_in=stand_in,
+        build_only=build_only,
         import_tensorrt=import_tensorrt,
         load=load,
         copy=tensorrt_copy,
@@ -112,10 +114,10 @@ def _load_library(path: Path, tensorrt: Any) -> Any:
     return load_tensorrt_plugin(path, tensorrt)
 
 
-def _load_stand_in(tensorrt: Any) -> Any:
-    from mmi_plugins.tensorrt.build_only_plugin import register_stand_in
+def _load_build_only(tensorrt: Any) -> Any:
+    from mmi_plugins.tensorrt.build_only_plugin import register_build_only_plugin
 
-    return register_stand_in(tensorrt)
+    return register_build_only_plugin(tensorrt)
 
 
 def _load_ahead_of_time(capability: tuple[int, int], tensorrt: Any) -> Any:

@@ -1,15 +1,15 @@
-"""The operator in plain PyTorch, forward and backward: for any device, made fast for the CPU.
+"""The operator in plain PyTorch, forward and backward: for any device, optimised for the CPU.
 
-Letters are those of `operator`; k queries of all samples (b * q), x corners that a (query, head)
-reads (l * 2 * 2 * m * p).
+Letters as in `operator`. In shapes, bq counts the queries of all batch rows (b * q), chunk those of
+a chunk, and corners what a (query, head) reads (l * 2 * 2 * m * p).
 
-A query's look through one head is a weighted sum of rows of `value`, a bag of rows, so that nothing
-is transposed, no image is copied, and no [query, point, channel] tensor exists. Queries are taken a
-chunk at a time: all that a chunk needs besides `value` fits in the cache and is used again by the
-next. The backward pass computes a chunk's weights and corners anew instead of keeping them.
+The output of a query and a head is a weighted sum of rows of `value`, as of an embedding bag: no
+transposition, no copy of an image, no [query, point, channel] tensor. Queries are processed in
+chunks, whose intermediate results fit in the cache. The backward pass recomputes a chunk's weights
+and corners instead of keeping them.
 
-Two roundings of fp32 would show, and are avoided: locations, whose error grows with the side of the
-map, are fp64 until the cell is subtracted, and scores until their maximum is.
+Two roundings of fp32 would be visible and are avoided: locations, whose error grows with the side
+of the level, are fp64 until the cell is subtracted, and scores until their maximum is subtracted.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST_CORNERS = 2**18
-"""Corners of a chunk going forward; each costs 8 bytes of index and share, and as many more."""
+# Corners of a chunk in the forward pass; each takes 16 bytes: index, share, temporaries.
+MAX_CORNERS = 2**18
 
-MOST_CORNERS_BACKWARD = 2**20
-"""Corners of a chunk going backward: each chunk adds to the whole gradient of `value`."""
+# Corners of a chunk in the backward pass: larger, since each chunk adds to the whole gradient of
+# `value`.
+MAX_CORNERS_BACKWARD = 2**20
 
+# Of value, offsets, logits, offset_table, logit_table, reference and null_value.
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Of value, offsets, logits, offset_table, logit_table, reference and null_value."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The operator's inputs and attributes, of sizes that fit each other."""
+class MmfsCall:
+    """One call: the operator's inputs and attributes, checked against each other."""
 
     value: Tensor  # [n, s, h, d]
     image_slot: Tensor  # [b, m]
@@ -53,27 +54,27 @@ class Problem:
 
     @property
     def wide(self) -> torch.dtype:
-        """The type of computation: fp32, or fp64 where the inputs are."""
+        """Type of the computation: fp32, or fp64 for fp64 inputs."""
         return torch.promote_types(self.value.dtype, torch.float32)
 
     def rows_of_value(self) -> Tensor:
-        """[n * s * h, d] in the type of computation; a view where it is `value`'s own."""
+        """`value` as [n * s * h, d] in the type of the computation; a view if that is its own."""
         return self.value.to(self.wide).reshape(-1, self.value.shape[-1])
 
     def chunks(self, most_corners: int) -> Iterator[tuple[slice, Queries]]:
-        """All queries, some at a time: their places in k and what belongs to them."""
+        """All queries in chunks: the slice of bq, and the inputs of these queries."""
         b, q, h, l, p = self.logits.shape  # noqa: E741
-        m, k = self.image_slot.shape[1], b * q
-        slot = self.image_slot[:, None].expand(b, q, m).reshape(k, m)
-        position = self.image_position.expand(b, q, m).reshape(k, m)
+        m, bq = self.image_slot.shape[1], b * q
+        slot = self.image_slot[:, None].expand(b, q, m).reshape(bq, m)
+        position = self.image_position.expand(b, q, m).reshape(bq, m)
         visible = (slot >= 0) & (slot < self.value.shape[0])
         visible &= (position > 0) & (position < self.offset_table.shape[0])
         slot, position = slot.where(visible, 0), position.where(visible, 0)
-        reference = self.reference.expand(q, 2).expand(b, q, 2).reshape(k, 2)
-        offsets, logits = self.offsets.reshape(k, h, p, 2), self.logits.reshape(k, h, l, p)
+        reference = self.reference.expand(q, 2).expand(b, q, 2).reshape(bq, 2)
+        offsets, logits = self.offsets.reshape(bq, h, p, 2), self.logits.reshape(bq, h, l, p)
         step = max(1, most_corners // (h * l * 4 * m * p))
-        for start in range(0, k, step):
-            part = slice(start, min(start + step, k))
+        for start in range(0, bq, step):
+            part = slice(start, min(start + step, bq))
             yield (
                 part,
                 Queries(
@@ -90,35 +91,35 @@ class Problem:
 
 @dataclass(frozen=True)
 class Axis:
-    """The two neighbours of every point along one axis of one level, each [k, h, m, p]."""
+    """The two cells around every point along one axis of one level, each [chunk, h, m, p]."""
 
-    cell: tuple[Tensor, Tensor]  # int, within the map also where the neighbour is not
-    share: tuple[Tensor, Tensor]  # 0 outside the map
+    cell: tuple[Tensor, Tensor]  # int, clamped to the level
+    share: tuple[Tensor, Tensor]  # 0 outside the level
     inside: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Queries:
-    """A chunk of queries: where they look and how much each point weighs."""
+    """A chunk of queries and their inputs."""
 
-    problem: Problem
-    slot: Tensor  # [k, m], 0 where hidden
-    position: Tensor  # [k, m], likewise
-    visible: Tensor  # [k, m]
-    reference: Tensor  # [k, 2], fp64
-    offsets: Tensor  # [k, h, p, 2]
-    logits: Tensor  # [k, h, l, p]
+    call: MmfsCall
+    slot: Tensor  # [chunk, m], 0 where hidden
+    position: Tensor  # [chunk, m], 0 where hidden
+    visible: Tensor  # [chunk, m]
+    reference: Tensor  # [chunk, 2], fp64
+    offsets: Tensor  # [chunk, h, p, 2]
+    logits: Tensor  # [chunk, h, l, p]
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """Softmax over all visible points: [l, k, h, m, p], and the null slot's [k, h]."""
-        k, h, l, p = self.logits.shape  # noqa: E741
-        rows = self.problem.logit_table[self.position]  # [k, m, h, l, p]
-        score = self.logits.new_empty(l, k, h, self.slot.shape[1], p, dtype=torch.float64)
+        """Softmax over all visible points: [l, chunk, h, m, p], and the null slot's [chunk, h]."""
+        chunk, h, l, p = self.logits.shape  # noqa: E741
+        rows = self.call.logit_table[self.position]  # [chunk, m, h, l, p]
+        score = self.logits.new_empty(l, chunk, h, self.slot.shape[1], p, dtype=torch.float64)
         own = self.logits.permute(2, 0, 1, 3).unsqueeze(3).double()
         torch.add(own, rows.permute(3, 0, 2, 1, 4), out=score)
         score.masked_fill_(~self.visible[None, :, None, :, None], -torch.inf)
-        most = score.amax((0, 3, 4))  # [k, h]
-        if self.problem.null_slot:
+        most = score.amax((0, 3, 4))  # [chunk, h]
+        if self.call.null_slot:
             most.clamp_(min=0)  # the null slot's logit
             null = torch.exp(-most).to(self.logits.dtype)
         else:
@@ -126,14 +127,14 @@ class Queries:
             null = torch.zeros_like(most, dtype=self.logits.dtype)
         power = score.sub_(most[None, :, :, None, None]).to(self.logits.dtype).exp_()
         total = power.sum((0, 3, 4)) + null
-        total.masked_fill_(total == 0, 1)  # nothing is visible: every power is 0
+        total.masked_fill_(total == 0, 1)  # no image is visible: every power is 0
         return power.div_(total[None, :, :, None, None]), null.div_(total)
 
     def axes(self) -> list[tuple[Axis, Axis]]:
-        """Of every level: along x, along y."""
-        problem = self.problem
-        rows = problem.offset_table[self.position].transpose(1, 2)  # [k, h, m, p, 2]
-        sides = (problem.level_widths, problem.level_heights)
+        """The cells along x and along y, for every level."""
+        call = self.call
+        rows = call.offset_table[self.position].transpose(1, 2)  # [chunk, h, m, p, 2]
+        sides = (call.level_widths, call.level_heights)
         across, down = (
             [self._axis(location, side) for side in sides[axis]]
             for axis, location in enumerate((self._location(rows, 0), self._location(rows, 1)))
@@ -141,10 +142,10 @@ class Queries:
         return list(zip(across, down, strict=True))
 
     def _location(self, rows: Tensor, axis: int) -> Tensor:
-        """Along one axis, 0 and 1 at the map's borders: [k, h, m, p], fp64."""
+        """Location along one axis, 0 and 1 at the image's borders: [chunk, h, m, p], fp64."""
         location = rows.new_empty(rows.shape[:-1], dtype=torch.float64)
         torch.add(self.offsets[:, :, None, :, axis].double(), rows[..., axis], out=location)
-        location /= self.problem.base_grid
+        location /= self.call.base_grid
         return location.add_(self.reference[:, axis, None, None, None])
 
     def _axis(self, location: Tensor, side: int) -> Axis:
@@ -155,23 +156,23 @@ class Queries:
         cells, shares, insides = [], [], []
         for cell, share in ((lower_cell, 1 - upper), (lower_cell + 1, upper)):
             inside = (cell >= 0) & (cell < side)
-            # Integers are clamped again: the index of a NaN can be read too.
+            # Clamped again as integers: a NaN may have turned into any integer.
             cells.append(cell.clamp(0, side - 1))
             shares.append(share.masked_fill_(~inside, 0))
             insides.append(inside)
         return Axis((cells[0], cells[1]), (shares[0], shares[1]), (insides[0], insides[1]))
 
     def corners(self, weight: Tensor, axes: Sequence[tuple[Axis, Axis]]) -> tuple[Tensor, Tensor]:
-        """Rows of value (int) and shares of every corner, both [k * h, x]."""
-        n, s, h, _ = self.problem.value.shape
+        """Rows of `value` (int) and shares of every corner, both [chunk * h, corners]."""
+        n, s, h, _ = self.call.value.shape
         kind = torch.int32 if n * s * h < 2**31 else torch.int64
         head = torch.arange(h, dtype=kind, device=self.slot.device).view(h, 1, 1)
-        image = self.slot.to(kind)[:, None, :, None] * (s * h) + head  # [k, h, m, 1]
-        levels = zip(self.problem.level_heights, self.problem.level_widths, strict=True)
+        image = self.slot.to(kind)[:, None, :, None] * (s * h) + head  # [chunk, h, m, 1]
+        levels = zip(self.call.level_heights, self.call.level_widths, strict=True)
         starts = accumulate((height * width for height, width in levels), initial=0)
         rows, shares = [], []
         for level, ((across, down), start) in enumerate(zip(axes, starts, strict=False)):
-            width = self.problem.level_widths[level]
+            width = self.call.level_widths[level]
             columns = [cell * h for cell in across.cell]
             for line, line_share in zip(down.cell, down.share, strict=True):
                 first = torch.add(image + start * h, line, alpha=width * h)
@@ -183,15 +184,15 @@ class Queries:
         return torch.stack(rows, 2).view(bags, -1), torch.stack(shares, 2).view(bags, -1)
 
 
-def forward(problem: Problem) -> Tensor:
-    """[b, q, h * d] in `value`'s type."""
-    b, q, h, l, _ = problem.logits.shape  # noqa: E741
-    value, null_value = problem.rows_of_value(), problem.null_value.to(problem.wide)
-    out = problem.value.new_empty(b * q, h, problem.value.shape[-1])
-    for part, queries in problem.chunks(MOST_CORNERS):
+def forward(call: MmfsCall) -> Tensor:
+    """Output [b, q, h * d] in `value`'s type."""
+    b, q, h, l, _ = call.logits.shape  # noqa: E741
+    value, null_value = call.rows_of_value(), call.null_value.to(call.wide)
+    out = call.value.new_empty(b * q, h, call.value.shape[-1])
+    for part, queries in call.chunks(MAX_CORNERS):
         weight, null = queries.weights()
         row, share = queries.corners(weight, queries.axes())
-        # A bag for every level and corner, added up afterwards: fp32 sums stay short.
+        # A bag for each level and corner, added afterwards: short fp32 sums round less.
         bags = -1, row.shape[1] // (4 * l)
         seen = F.embedding_bag(
             row.view(bags), value, per_sample_weights=share.view(bags), mode="sum"
@@ -201,40 +202,40 @@ def forward(problem: Problem) -> Tensor:
     return out.view(b, q, -1)
 
 
-def backward(grad: Tensor, problem: Problem) -> Gradients:
+def backward(grad: Tensor, call: MmfsCall) -> Gradients:
     """Gradients of all floating inputs, each in its input's shape and type; grad [b, q, h * d]."""
-    b, q, h, l, p = problem.logits.shape  # noqa: E741
-    d, wide = problem.value.shape[-1], problem.wide
-    value, null_value = problem.rows_of_value(), problem.null_value.to(wide)
+    b, q, h, l, p = call.logits.shape  # noqa: E741
+    d, wide = call.value.shape[-1], call.wide
+    value, null_value = call.rows_of_value(), call.null_value.to(wide)
     grad_value, grad_null = None, torch.zeros_like(null_value)
     grad_offsets = value.new_empty(b * q, h, p, 2)
     grad_logits = value.new_empty(b * q, h, l, p)
     grad_reference = value.new_empty(b * q, 2)
-    grad_offset_table = torch.zeros_like(problem.offset_table, dtype=wide)
-    grad_logit_table = torch.zeros_like(problem.logit_table, dtype=wide)
-    for part, queries in problem.chunks(MOST_CORNERS_BACKWARD):
-        own = grad.reshape(b * q, h, d)[part].to(wide)  # [k, h, d]
+    grad_offset_table = torch.zeros_like(call.offset_table, dtype=wide)
+    grad_logit_table = torch.zeros_like(call.logit_table, dtype=wide)
+    for part, queries in call.chunks(MAX_CORNERS_BACKWARD):
+        own = grad.reshape(b * q, h, d)[part].to(wide)  # [chunk, h, d]
         weight, null = queries.weights()
         axes = queries.axes()
         row, share = queries.corners(weight, axes)
         grad_value = _add_rows(grad_value, row, share, own.flatten(0, 1), value.shape[0])
-        grad_null += torch.einsum("kh,khd->hd", null, own)
+        grad_null += torch.einsum("qh,qhd->hd", null, own)
 
         dot = _dots(own.flatten(0, 1), value, row)
-        dot = dot.view(*own.shape[:2], l, 2, 2, -1, p)  # [k, h, l, down, across, m, p]
-        to_weight, to_moved = _through_corners(problem, dot, weight, axes)
-        to_null = torch.einsum("khd,hd->kh", own, null_value)
+        dot = dot.view(*own.shape[:2], l, 2, 2, -1, p)  # [chunk, h, l, down, across, m, p]
+        to_weight, to_moved = _through_corners(call, dot, weight, axes)
+        to_null = torch.einsum("qhd,hd->qh", own, null_value)
         to_weight *= weight
-        mean = to_weight.sum((0, 3, 4)) + null * to_null  # [k, h]
-        to_score = to_weight.sub_(weight * mean[None, :, :, None, None])  # [l, k, h, m, p]
+        mean = to_weight.sum((0, 3, 4)) + null * to_null  # [chunk, h]
+        to_score = to_weight.sub_(weight * mean[None, :, :, None, None])  # [l, chunk, h, m, p]
         grad_logits[part] = to_score.sum(3).permute(1, 2, 0, 3)
         position = queries.position.flatten().long()
-        to_rows = to_score.permute(1, 3, 2, 0, 4).flatten(0, 1)  # [k * m, h, l, p]
+        to_rows = to_score.permute(1, 3, 2, 0, 4).flatten(0, 1)  # [chunk * m, h, l, p]
         grad_logit_table.index_add_(0, position, to_rows)
 
-        grad_reference[part] = to_moved.sum((2, 3, 4)).t() * problem.base_grid
+        grad_reference[part] = to_moved.sum((2, 3, 4)).t() * call.base_grid
         grad_offsets[part] = to_moved.sum(3).permute(1, 2, 3, 0)
-        to_rows = to_moved.permute(1, 3, 2, 4, 0).flatten(0, 1)  # [k * m, h, p, 2]
+        to_rows = to_moved.permute(1, 3, 2, 4, 0).flatten(0, 1)  # [chunk * m, h, p, 2]
         grad_offset_table.index_add_(0, position, to_rows)
     assert grad_value is not None  # there is at least one chunk
     gradients = (
@@ -243,17 +244,17 @@ def backward(grad: Tensor, problem: Problem) -> Gradients:
         grad_logits,
         grad_offset_table,
         grad_logit_table,
-        grad_reference.view(b, q, 2).sum(0).sum_to_size(problem.reference.shape),
+        grad_reference.view(b, q, 2).sum(0).sum_to_size(call.reference.shape),
         grad_null,
     )
     inputs = (
-        problem.value,
-        problem.offsets,
-        problem.logits,
-        problem.offset_table,
-        problem.logit_table,
-        problem.reference,
-        problem.null_value,
+        call.value,
+        call.offsets,
+        call.logits,
+        call.offset_table,
+        call.logit_table,
+        call.reference,
+        call.null_value,
     )
     return tuple(  # type: ignore[return-value]
         gradient.view(given.shape).to(given.dtype)
@@ -262,14 +263,15 @@ def backward(grad: Tensor, problem: Problem) -> Gradients:
 
 
 def _through_corners(
-    problem: Problem, dot: Tensor, weight: Tensor, axes: Sequence[tuple[Axis, Axis]]
+    call: MmfsCall, dot: Tensor, weight: Tensor, axes: Sequence[tuple[Axis, Axis]]
 ) -> tuple[Tensor, Tensor]:
-    """From `dot` [k, h, l, 2, 2, m, p], what every corner's row is worth: gradients of the weights
-    [l, k, h, m, p] and of the distances from the reference point [2, k, h, m, p], x first."""
+    """Gradients of the weights, [l, chunk, h, m, p], and of the distances from the reference point,
+    [2, chunk, h, m, p], x first. `dot` [chunk, h, l, 2, 2, m, p]: gradients of the corners' shares.
+    """
     to_weight = torch.empty_like(weight)
     to_moved = weight.new_zeros(2, *weight.shape[1:])
     for level, (across, down) in enumerate(axes):
-        left_right = dot[:, :, level].unbind(3)  # of each [k, h, down, m, p]
+        left_right = dot[:, :, level].unbind(3)  # each [chunk, h, down, m, p]
         left, right = (side.unbind(2) for side in left_right)
         (x0, x1), (y0, y1) = across.share, down.share
         upper = left[0] * x0 + right[0] * x1
@@ -278,17 +280,17 @@ def _through_corners(
         to_y = lower * down.inside[1] - upper * down.inside[0]
         to_x = (right[0] * y0 + right[1] * y1) * across.inside[1]
         to_x -= (left[0] * y0 + left[1] * y1) * across.inside[0]
-        sides = (problem.level_widths[level], problem.level_heights[level])
+        sides = (call.level_widths[level], call.level_heights[level])
         for axis, slope in enumerate((to_x, to_y)):
-            to_moved[axis].addcmul_(slope, weight[level], value=sides[axis] / problem.base_grid)
+            to_moved[axis].addcmul_(slope, weight[level], value=sides[axis] / call.base_grid)
     return to_weight, to_moved
 
 
 def _add_rows(total: Tensor | None, row: Tensor, share: Tensor, grad: Tensor, rows: int) -> Tensor:
     """`total` [rows, d] plus, at row[i, j], share[i, j] * grad[i].
 
-    PyTorch would add one by one. Sorted by row, the sum is a bag of rows again: for every row of
-    `total`, the gradients of all bags that read it.
+    PyTorch's index_add_ adds one by one. Sorted by row, the sum is an embedding bag again: for each
+    row of `total`, the gradients of all bags that read it.
     """
     sorted_row, order = row.flatten().sort(stable=True)
     counts = torch.bincount(sorted_row, minlength=rows)
@@ -304,7 +306,7 @@ def _add_rows(total: Tensor | None, row: Tensor, share: Tensor, grad: Tensor, ro
 
 
 def _dots(grad: Tensor, value: Tensor, row: Tensor) -> Tensor:
-    """[i, j]: the dot product of grad[i] and value[row[i, j]]."""
+    """Dot products of grad[i] and value[row[i, j]]: [i, j]."""
     bags, corners = row.shape
     first = torch.arange(0, bags * corners + 1, corners, dtype=row.dtype, device=row.device)
     if value.device.type != "cpu" or corners > value.shape[0]:
@@ -312,8 +314,8 @@ def _dots(grad: Tensor, value: Tensor, row: Tensor) -> Tensor:
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             grad, value, row.flatten(), first[:-1], bag, 0
         )
-    # A product of two matrices at a few places: two to three times as fast as the above. PyTorch
-    # wants no more places than the matrix has.
+    # A sampled matrix product, two to three times as fast as the above. PyTorch takes no more
+    # samples than the matrix has elements.
     at = _sparse(first, row.flatten(), value.new_zeros(row.numel()), (bags, value.shape[0]))
     return torch.sparse.sampled_addmm(at, grad, value.t(), beta=0.0).values()
 

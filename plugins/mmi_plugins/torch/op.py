@@ -1,15 +1,14 @@
-"""The operator as a PyTorch op: `torch.ops.mmi.multi_image_deformable_attention`.
+"""PyTorch op of the operator: `torch.ops.mmi.multi_image_deformable_attention`.
 
 One opaque node for autograd, `torch.compile` and `torch.export`. On CUDA, where Triton is
-installed, it runs the fused kernels of `triton_kernels`; anywhere else, and in fp64, those of
-`torch_kernel`. For the backward pass nothing is kept but the inputs. It cannot be differentiated
-again.
+installed, it runs the fused kernels of `triton_kernels`; elsewhere, and in fp64, `kernel`. The
+backward pass saves only the inputs. There is no second derivative.
 
-The model has a definition of its own (`mmi_train.model.deformable`), in tensor algebra that
-autograd and the exporter follow. Kernels and exported graphs are compared with that one, and with
-float64; so the two share no code.
+The model has its own definition (`mmi_train.model.deformable`), in tensor algebra that autograd and
+the exporter trace. Kernels and exported graphs are compared with it, and with float64; so the two
+share no code.
 
-Letters are those of `operator`.
+Letters as in `operator`.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from torch import Tensor
 from mmi_deploy.errors import EngineError
 from mmi_plugins.operator import INDEX_INPUTS, INPUT_SHAPES, NAME, NARROW_INPUTS, Call
 from mmi_plugins.torch import kernel
-from mmi_plugins.torch.kernel import Gradients, Problem
+from mmi_plugins.torch.kernel import Gradients, MmfsCall
 
+# Types T of value, offsets and logits. With fp64, for gradient checks, all floats are fp64.
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""Types T of value, offsets and logits. With fp64, for checks, all floating inputs are fp64."""
 
 _DIFFERENTIABLE = tuple(name for name in INPUT_SHAPES if name not in INDEX_INPUTS)
 
@@ -52,14 +51,15 @@ def multi_image_deformable_attention(
 ) -> Tensor:
     """Multi-image deformable attention (paper Eq. 4), [b,q,h*d] in `value`'s type.
 
-    value [n,s,h,d] (T); image_slot [b,m] (int32), row of the pool; offsets [b,q,h,p,2] (T), x
-    first, in cells of a grid of `base_grid` cells a side; logits [b,q,h,l,p] (T); offset_table
-    [r,h,p,2] and logit_table [r,h,l,p] by image position; image_position [b,q|1,m] (int32; 0
-    hidden, 1 nearest); reference [q|1,2] in [0,1]; null_value [h,d]. Tables, reference and null
-    value are fp32. Differentiable, once, in every floating input; gradients come in their inputs'
-    types. Raises `EngineError` for inputs that contradict each other or lie on several devices.
+    value [n,s,h,d] (T); image_slot [b,m] (int32), image of the pool; offsets [b,q,h,p,2] (T), x
+    first, in cells of a grid of `base_grid` cells along a side; logits [b,q,h,l,p] (T);
+    offset_table [r,h,p,2] and logit_table [r,h,l,p] by image position; image_position [b,q|1,m]
+    (int32; 0 hidden, 1 nearest); reference [q|1,2] in [0,1]; null_value [h,d]. Tables, reference
+    and null value are fp32. Differentiable, once, in every floating input; gradients come in their
+    inputs' types. Raises `EngineError` for inputs that contradict each other or are on different
+    devices.
     """
-    problem = Problem(
+    call = MmfsCall(
         value,
         image_slot,
         offsets,
@@ -74,8 +74,8 @@ def multi_image_deformable_attention(
         base_grid,
         null_slot,
     )
-    _check(problem)
-    return _implementation(value).forward(problem)
+    _check(call)
+    return _implementation(value).forward(call)
 
 
 @multi_image_deformable_attention.register_fake
@@ -95,11 +95,11 @@ _BACKWARD = (
 @torch.library.custom_op(
     "mmi::multi_image_deformable_attention_backward", mutates_args=(), schema=_BACKWARD
 )
-def multi_image_deformable_attention_backward(grad: Tensor, *call: Any) -> Gradients:
+def multi_image_deformable_attention_backward(grad: Tensor, *arguments: Any) -> Gradients:
     """Gradients of the floating inputs, in their order, from `grad` [b,q,h*d]. The other arguments
-    are those of a call that has gone forward: they are not checked again."""
-    problem = Problem(*call)
-    return _implementation(problem.value).backward(grad, problem)
+    are those of the forward call, which has checked them."""
+    call = MmfsCall(*arguments)
+    return _implementation(call.value).backward(grad, call)
 
 
 @multi_image_deformable_attention_backward.register_fake
@@ -126,7 +126,7 @@ multi_image_deformable_attention.register_autograd(_differentiate, setup_context
 
 
 def _implementation(value: Tensor) -> Any:
-    """The module whose `forward` and `backward` take tensors like `value`."""
+    """Module whose `forward` and `backward` run tensors like `value`."""
     if value.is_cuda and value.dtype != torch.float64 and _has_triton():
         from mmi_plugins.torch import triton_kernels
 
@@ -139,20 +139,20 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _check(problem: Problem) -> None:
-    """Raise `EngineError` unless the inputs fit each other, in one line."""
-    tensors = {name: getattr(problem, name) for name in INPUT_SHAPES}
+def _check(call: MmfsCall) -> None:
+    """Raise `EngineError` unless the inputs agree with each other."""
+    tensors = {name: getattr(call, name) for name in INPUT_SHAPES}
     _check_kinds(tensors)
     _check_sizes(
         tuple(tuple(tensor.shape) for tensor in tensors.values()),
-        tuple(problem.level_heights),
-        tuple(problem.level_widths),
-        problem.base_grid,
+        tuple(call.level_heights),
+        tuple(call.level_widths),
+        call.base_grid,
     )
 
 
 def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
-    """Types and devices: what is known where sizes are not."""
+    """Check types and devices, which are known for fake tensors too."""
     value = tensors["value"]
     if value.dtype not in TYPES:
         names = ", ".join(str(known) for known in TYPES)
@@ -178,7 +178,7 @@ def _check_sizes(
     level_widths: tuple[int, ...],
     base_grid: float,
 ) -> None:
-    """The operator's own rules, which hold for arrays: here for arrays of one repeated number."""
+    """Check sizes by the operator's own rules, on broadcast arrays that take no memory."""
     Call(
         {
             name: np.broadcast_to(np.int32(0) if name in INDEX_INPUTS else np.float32(0), shape)

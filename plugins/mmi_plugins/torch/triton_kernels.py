@@ -1,16 +1,15 @@
-"""The operator in Triton, forward and backward: what trains and evaluates on CUDA.
+"""Triton kernels of the operator, forward and backward, for training and evaluation on CUDA.
 
-Letters are those of `operator`. One program is one row, a (b, q, h): one query's look through one
-head. It first goes over the logits for the softmax's maximum and sum, then over the visible images,
-level by level: the points of a level and the channels make one tile, four gathers from `value`.
-Images that are hidden are not read.
+Letters as in `operator`. One program computes one row (b, q, h). It first reads the logits for the
+softmax's maximum and sum, then the visible images, level by level: the points of a level and the
+channels make one tile, with four gathers from `value`. Hidden images are not read.
 
 The backward pass starts from the inputs alone. Gradients that several rows share (value, both
-tables, reference, null value) are added with fp32 atomics: in a different order every time.
+tables, reference, null value) are added with fp32 atomics, in no fixed order.
 
-Roundings of fp32 that would grow with the numbers are kept small: a location is a cell near the
-reference point and the distance from there, which is, as a score is, a sum with its rounding error
-beside it. Going backward locations are rounded as they come: gradients are used to a few digits.
+Roundings of fp32 that grow with the numbers are compensated: a location is a cell near the
+reference point plus a distance, and the distance, as each score, is a sum with its rounding error
+beside it. The backward pass leaves this out: gradients are used to a few digits.
 
 `TRITON_INTERPRET=1`, set before triton is imported, runs the same kernels on the CPU.
 """
@@ -28,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmi_plugins.torch.kernel import Gradients, Problem
+from mmi_plugins.torch.kernel import Gradients, MmfsCall
 
 # Of a level: height, width, first cell; cells that an offset of 1 moves down and across, each as
 # the bits of two floats: the upper 12 bits of the number, and the rest.
@@ -40,7 +39,7 @@ _SIZES = ("Q", "M", "H", "L", "P", "D", "N", "S", "R")
 
 @triton.jit
 def _row(Q, M, H, POSITIONS, REFERENCES):
-    """Where this program's row is: its number, head, and rows of image_slot, image_position and
+    """This program's row: its index, its head, and its rows of image_slot, image_position and
     reference."""
     row = tl.program_id(0).to(tl.int64)
     head = row % H
@@ -52,7 +51,7 @@ def _row(Q, M, H, POSITIONS, REFERENCES):
 
 @triton.jit
 def _image(image_slot, image_position, N, R):
-    """Slot, position and visibility of the image that the pointers point at."""
+    """Slot, position and visibility of the image at the pointers."""
     slot = tl.load(image_slot).to(tl.int64)
     position = tl.load(image_position).to(tl.int64)
     visible = (slot >= 0) & (slot < N) & (position > 0) & (position < R)
@@ -61,7 +60,7 @@ def _image(image_slot, image_position, N, R):
 
 @triton.jit
 def _sum(a, b):
-    """a + b as two numbers: the sum in fp32, and what its rounding left out (Knuth)."""
+    """a + b as two numbers: the fp32 sum and its rounding error (Knuth)."""
     whole = a + b
     part = whole - a
     return whole, (a - (whole - part)) + (b - part)
@@ -69,7 +68,7 @@ def _sum(a, b):
 
 @triton.jit
 def _score(logit, rows, place, live):
-    """logit + rows[place], and what its rounding left out."""
+    """logit + rows[place], and its rounding error."""
     score, rest = _sum(logit, tl.load(rows + place, mask=live, other=0.0))
     return tl.where(live, score, float("-inf")), rest
 
@@ -79,7 +78,7 @@ def _softmax(
     image_slot, image_position, logits, logit_table, M, H, L, P, N, R,
     NULL_SLOT: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum over all that is visible, for pointers to this row; (0, 1) for nothing."""
+    """Softmax maximum and sum over the visible images of this row; (0, 1) where there are none."""
     level = tl.arange(0, LEVELS)[:, None]
     point = tl.arange(0, POINTS)[None, :]
     live = (level < L) & (point < P)
@@ -109,8 +108,8 @@ def _offsets(offsets, point, live):
 
 @triton.jit
 def _level(level, number, position, logits, logit_table, point, live, most, total, H, L, P):
-    """Of level `number` of an image: height, width, first cell, where its logits lie in the table,
-    and the weights of its points."""
+    """Level `number` of an image: height, width, first cell, index of its logits in the table, and
+    the weights of its points."""
     height = tl.load(level)
     width = tl.load(level + 1)
     start = tl.load(level + 2)
@@ -122,21 +121,21 @@ def _level(level, number, position, logits, logit_table, point, live, most, tota
 
 @triton.jit
 def _upper_bits(x):
-    """`x` without the lower half of its 24 bits, so that a product of two such is exact."""
+    """`x` without the lower half of its 24 bits: a product of two such numbers is exact."""
     return (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _step(bits):
-    """The number whose two parts begin at `bits`: the upper one, the lower one."""
+    """The upper and lower part of the number at `bits`."""
     upper = tl.load(bits).to(tl.float32, bitcast=True)
     return upper, tl.load(bits + 1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _axis(reference, offset, table, side, step, EXACT: tl.constexpr):
-    """Along one axis of a level: the lower neighbour's cell, the upper one's share, and which of
-    them are inside. `EXACT`: without the roundings of fp32, at the cost of some registers."""
+    """Along one axis of a level: the lower cell, the share of the upper one, and whether each is
+    inside. `EXACT`: compensate the roundings of fp32, at the cost of some registers."""
     near = tl.load(reference).to(tl.float64) * side - 0.5  # fp64 for a few numbers of a row
     whole = tl.floor(near)
     part = (near - whole).to(tl.float32)
@@ -249,7 +248,7 @@ def _backward(
     channel = tl.arange(0, CHANNELS)
     in_head = channel < D
     own_grad = tl.load(grad + row * D + channel, mask=in_head, other=0.0).to(tl.float32)
-    worth = tl.zeros((), tl.float32)  # sum of weight * (what its sample is worth)
+    worth = tl.zeros((), tl.float32)  # sum of weight * (gradient of the sample)
     if NULL_SLOT:
         null = tl.load(null_value + head * D + channel, mask=in_head, other=0.0)
         null_share = tl.exp(-most) / total
@@ -331,7 +330,7 @@ def _backward(
     tl.atomic_add(grad_reference, tl.sum(to_offset_x, 0) * base_grid, sem="relaxed")
     tl.atomic_add(grad_reference + 1, tl.sum(to_offset_y, 0) * base_grid, sem="relaxed")
 
-    # A logit's gradient is weight * (worth of its sample - mean worth), and the mean is now known.
+    # A logit's gradient is weight * (that of its sample - their weighted mean), now known.
     in_row = every_level * P + point[None, :]
     all_live = (every_level < L) & live[None, :]
     logit = tl.load(logits + in_row, mask=all_live, other=0.0).to(tl.float32)
@@ -347,26 +346,26 @@ def _backward(
     tl.store(grad_logits + in_row, to_logits.to(own_type), mask=all_live)
 
 
-def forward(problem: Problem) -> Tensor:
-    """[b, q, h * d] in `value`'s type."""
-    b, q, h = problem.logits.shape[:3]
-    output = problem.value.new_empty(b, q, h * problem.value.shape[3])
+def forward(call: MmfsCall) -> Tensor:
+    """Output [b, q, h * d] in `value`'s type."""
+    b, q, h = call.logits.shape[:3]
+    output = call.value.new_empty(b, q, h * call.value.shape[3])
     with torch.cuda.device_of(output):  # Triton launches on the current device
-        _forward[b * q * h,](*_inputs(problem), _levels(problem), output, **_settings(problem))
+        _forward[b * q * h,](*_inputs(call), _levels(call), output, **_settings(call))
     return output
 
 
-def backward(grad: Tensor, problem: Problem) -> Gradients:
+def backward(grad: Tensor, call: MmfsCall) -> Gradients:
     """Gradients of all floating inputs, each in its input's shape and type; grad [b, q, h * d]."""
-    b, q, h = problem.logits.shape[:3]
+    b, q, h = call.logits.shape[:3]
     shared = {
         name: torch.zeros_like(
-            getattr(problem, name), dtype=torch.float32, memory_format=torch.contiguous_format
+            getattr(call, name), dtype=torch.float32, memory_format=torch.contiguous_format
         )
         for name in ("value", "offset_table", "logit_table", "reference", "null_value")
     }
     own = {
-        name: getattr(problem, name).new_empty(getattr(problem, name).shape)
+        name: getattr(call, name).new_empty(getattr(call, name).shape)
         for name in ("offsets", "logits")
     }
     gradients = (
@@ -381,42 +380,42 @@ def backward(grad: Tensor, problem: Problem) -> Gradients:
     with torch.cuda.device_of(grad):
         _backward[b * q * h,](
             grad.contiguous(),
-            *_inputs(problem),
-            _levels(problem),
+            *_inputs(call),
+            _levels(call),
             *gradients,
-            float(problem.base_grid),
-            **_settings(problem),
+            float(call.base_grid),
+            **_settings(call),
         )
-    return (shared["value"].to(problem.value.dtype), *gradients[1:])
+    return (shared["value"].to(call.value.dtype), *gradients[1:])
 
 
 def warps(points: int, channels: int) -> int:
-    """Warps that share a tile: eight numbers a thread, so that the backward pass never spills."""
+    """Warps of a tile: eight numbers for each thread, so that the backward pass never spills."""
     return max(1, min(8, points * channels // 256))
 
 
-def _inputs(problem: Problem) -> tuple[Tensor, ...]:
-    """The nine inputs in order, as the kernels read them."""
+def _inputs(call: MmfsCall) -> tuple[Tensor, ...]:
+    """The nine inputs in order, contiguous."""
     inputs = (
-        problem.value,
-        problem.image_slot,
-        problem.offsets,
-        problem.logits,
-        problem.offset_table,
-        problem.logit_table,
-        problem.image_position,
-        problem.reference,
-        problem.null_value,
+        call.value,
+        call.image_slot,
+        call.offsets,
+        call.logits,
+        call.offset_table,
+        call.logit_table,
+        call.image_position,
+        call.reference,
+        call.null_value,
     )
     return tuple(tensor.contiguous() for tensor in inputs)
 
 
-def _levels(problem: Problem) -> Tensor:
+def _levels(call: MmfsCall) -> Tensor:
     return _levels_on(
-        tuple(problem.level_heights),
-        tuple(problem.level_widths),
-        float(problem.base_grid),
-        problem.value.device,
+        tuple(call.level_heights),
+        tuple(call.level_widths),
+        float(call.base_grid),
+        call.value.device,
     )
 
 
@@ -424,7 +423,7 @@ def _levels(problem: Problem) -> Tensor:
 def _levels_on(
     heights: tuple[int, ...], widths: tuple[int, ...], base_grid: float, device: torch.device
 ) -> Tensor:
-    """[l, 7]: what the kernels want to know of every level, `_WORDS`."""
+    """The `_WORDS` of every level, [l, 7], int32."""
     sides = np.stack([heights, widths], 1)  # [l, 2]
     steps = sides / base_grid
     parts = np.empty((*sides.shape, 2), np.float32)
@@ -435,17 +434,17 @@ def _levels_on(
     return torch.from_numpy(np.concatenate(rows, 1).astype(np.int32)).to(device)
 
 
-def _settings(problem: Problem) -> dict[str, object]:
-    """The kernels' numbers by name, and how many warps share a program's tile."""
-    _, q, h, l, p = problem.logits.shape  # noqa: E741
-    n, s, _, d = problem.value.shape
+def _settings(call: MmfsCall) -> dict[str, object]:
+    """The kernels' sizes by name, and the number of warps."""
+    _, q, h, l, p = call.logits.shape  # noqa: E741
+    n, s, _, d = call.value.shape
     levels, points, channels = (triton.next_power_of_2(size) for size in (l, p, d))
-    sizes = (q, problem.image_slot.shape[1], h, l, p, d, n, s, problem.offset_table.shape[0])
+    sizes = (q, call.image_slot.shape[1], h, l, p, d, n, s, call.offset_table.shape[0])
     return {
         **dict(zip(_SIZES, sizes, strict=True)),
-        "POSITIONS": problem.image_position.shape[1],
-        "REFERENCES": problem.reference.shape[0],
-        "NULL_SLOT": problem.null_slot,
+        "POSITIONS": call.image_position.shape[1],
+        "REFERENCES": call.reference.shape[0],
+        "NULL_SLOT": call.null_slot,
         "LEVELS": levels,
         "POINTS": points,
         "CHANNELS": channels,

@@ -32,7 +32,7 @@ from mmi_deploy.spec.target import Target
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.compile.launch_plan import launch_plan
 from mmi_plugins.conformance.calls import draw
-from mmi_plugins.reference import all_rows, attention
+from mmi_plugins.reference import all_rows, mmfs_reference
 
 if TYPE_CHECKING:
     from exports import Exported
@@ -52,7 +52,7 @@ class ReferenceKernel:
         return None
 
     def run(self, call: Any, rows: np.ndarray) -> np.ndarray:
-        return self.factor * attention(call, rows)
+        return self.factor * mmfs_reference(call, rows)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploy.bundle.test_bundle import GOOD, NAMES, fill
 from deploy.targets.fake_tensorrt import FakePlugin, Script, fake_tensorrt
-from mmi_deploy.bundle.build_report import STAND_IN, describe_targets, read_report
+from mmi_deploy.bundle.build_report import BUILD_ONLY, describe_targets, read_report
 from mmi_deploy.bundle.bundle import Bundle, write_bundle
 from mmi_deploy.cli.app import run
 from mmi_deploy.errors import BundleError, ConfigError, EngineError, MmiError
@@ -106,7 +106,7 @@ class Builder:
 
 @pytest.fixture
 def request_for(bundle: Bundle) -> Callable[..., Request]:
-    plugin = Plugin("stand-in:1", True, no_module, register, same, accept)
+    plugin = Plugin("build-only:1", True, no_module, register, same, accept)
 
     def make(*architectures: str, precision: str = "fp16", **changes: Any) -> Request:
         targets = tuple(
@@ -157,7 +157,7 @@ def test_targets_are_named_by_architecture_and_say_what_they_are_made_of(
     assert target.activations == "float16"
     assert target.graphs == {"llm": "llm.engine", "vae_decoder": "vae_decoder.engine"}
     assert target.recipe["architecture"] == "sm89" and target.recipe["tensorrt"] == "1.7.1"
-    assert target.recipe["plugin"] == "stand-in:1" and target.recipe["precision"] == "fp16"
+    assert target.recipe["plugin"] == "build-only:1" and target.recipe["precision"] == "fp16"
     folder = bundle.target_folder("tensorrt-rtx-sm89-fp16")
     assert (folder / "llm.engine").read_bytes() == b"llm sm89"
     assert not list((bundle.folder / "engines").glob(".*")), "nothing is left beside the targets"
@@ -176,7 +176,7 @@ def test_the_report_gives_layers_plugin_sizes_time_and_memory(
 ) -> None:
     (report,) = build(request_for(), cache, Builder())
     assert read_report(bundle.target_folder(report.target)) == report
-    assert report.remark == STAND_IN and report.version == "1.7.1"
+    assert report.remark == BUILD_ONLY and report.version == "1.7.1"
     llm = report.graphs[0]
     assert (llm.graph, llm.layers, llm.plugin_layers) == ("llm", {"CAST": 4, "PLUGIN_V3": 3}, 3)
     assert (llm.engine_bytes, llm.weights_bytes) == (8, 4 * ELEMENTS)
@@ -195,7 +195,7 @@ def test_a_bundles_targets_are_described(
     damaged, sound = describe_targets(bundle)
     assert damaged.stale and "cannot read" in damaged.remark
     assert (sound.precision, sound.architecture, sound.stale) == ("fp16", "sm89", False)
-    assert sound.receipts == {"llm": "none", "vae_decoder": "none"} and sound.remark == STAND_IN
+    assert sound.receipts == {"llm": "none", "vae_decoder": "none"} and sound.remark == BUILD_ONLY
     assert sound.report is not None and sound.bytes > sound.report.engine_bytes > 0
 
 
@@ -372,7 +372,7 @@ def command(
     from mmi_plugins.tensorrt import plugin as plugins_for_builds
 
     monkeypatch.setenv("MMI_CACHE", str(tmp_path / "cache"))
-    plugin = Plugin("stand-in:1", True, no_module, register, same, accept)
+    plugin = Plugin("build-only:1", True, no_module, register, same, accept)
     monkeypatch.setattr(plugins_for_builds, "plugin_for", lambda *_: plugin)
     builder = Builder()
     Builder.contract = {name: graph.typed("float16") for name, graph in bundle.graphs.items()}
@@ -402,7 +402,7 @@ def test_the_command_says_memory_first_and_shows_a_table(
     lines = err.splitlines()
     assert lines[0].startswith("1 of 1 engines to build; the largest, of llm, takes about 700")
     assert "llm for sm89 (0 of 1 done)" in lines
-    assert "tensorrt-rtx-sm89-fp16" in out and "stand-in plugin" in out and "llm" in out
+    assert "tensorrt-rtx-sm89-fp16" in out and "build-only plugin" in out and "llm" in out
     code, _, err = command(*ONE)
     assert code == 0 and err.splitlines() == ["llm for sm89: cached (0 of 1 done)"]
 

@@ -146,7 +146,7 @@ def test_engines_on_a_gpu_get_receipts_and_run(
 ) -> None:
     plugin = tmp_path / "plugin.so"
     plugin.write_bytes(PLUGIN)
-    monkeypatch.setattr("mmi_plugins.compile.checksum.damage", lambda path: None)
+    monkeypatch.setattr("mmi_plugins.compile.checksum.checksum_error", lambda path: None)
     made_with = {"plugin": f"{plugin.name}:{sha256_of(plugin)[:16]}"}
     name = add_target(bundle, activations, onnx=True, proved=False, recipe=made_with)
     code, _, err = verify()

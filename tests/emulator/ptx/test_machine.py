@@ -16,7 +16,7 @@ STORE = "mad.wide.u32 %a0, %t1, 4, %a0; st.global.u32 [%a0], %r1;"
 
 
 def run(body: str, grid: int = 1, block: int = 64, before: str = "") -> np.ndarray:
-    """What every thread of `body` leaves in %r1."""
+    """Contents of %r1 after `body`, for every thread."""
     text = entry(f"{body}\n{STORE}", 1, before)
     return launch(text, [], np.zeros(grid * block, np.uint32), grid, block)
 
@@ -167,7 +167,7 @@ def test_a_block_shares_memory() -> None:
 
 @pytest.mark.parametrize("barrier", ["", "bar.warp.sync -1;"])
 def test_a_race_between_warps_is_a_fault(barrier: str) -> None:
-    """In lockstep the numbers would be right: only the watch sees it."""
+    """In lockstep the numbers would be right: only race detection sees it."""
     with pytest.raises(Fault, match=r"races with a store.*block 0, thread 0"):
         run(REVERSE.replace("BARRIER", barrier), 1, 64, TABLE)
 
@@ -312,7 +312,7 @@ extern "C" __global__ void work(const float* in, const short* small, float* out,
 def expected_of_work(
     x: np.ndarray, small: np.ndarray, sizes: list[int], scale: float
 ) -> np.ndarray:
-    """What KERNEL computes, in float64 and Python's integers."""
+    """The results of KERNEL, in float64 and Python's integers."""
     out = np.zeros(x.size)
     scaled = (x * np.float32(scale)).astype(np.float64)
     steps = []

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mmi_deploy.cli.kernels import kernel_library
 from mmi_deploy.errors import ConfigError
-from mmi_plugins.compile.checksum import damage, is_sealed, seal
+from mmi_plugins.compile import checksum
+from mmi_plugins.compile.checksum import append_checksum, checksum_error, has_valid_checksum
+from mmi_plugins.constants import CSRC
 
 FOLDERS = ("/lib/x86_64-linux-gnu", "/lib64", "/usr/lib", "/lib/aarch64-linux-gnu")
 
@@ -26,10 +31,10 @@ def library(tmp_path: Path) -> Path:
     return Path(shutil.copy(found[0], tmp_path / "lib.so"))
 
 
-def test_a_sealed_library_is_one_still(library: Path) -> None:
-    assert not is_sealed(library) and damage(library) is None
-    seal(library)
-    assert is_sealed(library) and damage(library) is None
+def test_a_library_with_a_checksum_still_loads(library: Path) -> None:
+    assert not has_valid_checksum(library) and checksum_error(library) is None
+    append_checksum(library)
+    assert has_valid_checksum(library) and checksum_error(library) is None
     root = ctypes.CDLL(str(library)).sqrt
     root.restype, root.argtypes = ctypes.c_double, [ctypes.c_double]
     assert root(9.0) == 3.0
@@ -41,26 +46,45 @@ def test_a_damaged_library_that_a_user_names_is_refused(library: Path) -> None:
         kernel_library(str(library))
 
 
-@pytest.mark.parametrize("sealed", [False, True])
-def test_a_library_cut_short_is_noticed(library: Path, sealed: bool) -> None:
-    if sealed:
-        seal(library)
+@pytest.mark.parametrize("with_checksum", [False, True])
+def test_a_library_cut_short_is_noticed(library: Path, with_checksum: bool) -> None:
+    if with_checksum:
+        append_checksum(library)
     content = library.read_bytes()
     library.write_bytes(content[: len(content) // 2])
-    assert not is_sealed(library)
-    assert "bytes are missing" in str(damage(library))
+    assert not has_valid_checksum(library)
+    assert "bytes are missing" in str(checksum_error(library))
 
 
-def test_a_changed_byte_of_a_sealed_library_is_noticed(library: Path) -> None:
-    seal(library)
+def test_a_changed_byte_before_the_checksum_is_noticed(library: Path) -> None:
+    append_checksum(library)
     content = bytearray(library.read_bytes())
     content[len(content) // 2] ^= 1
     library.write_bytes(content)
-    assert not is_sealed(library) and damage(library) == "its content is not what was compiled"
+    assert (
+        not has_valid_checksum(library)
+        and checksum_error(library) == "its content is not what was compiled"
+    )
 
 
 def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
-    assert not is_sealed(tmp_path / "none.so")
-    assert "cannot be read" in str(damage(tmp_path / "none.so"))
+    assert not has_valid_checksum(tmp_path / "none.so")
+    assert "cannot be read" in str(checksum_error(tmp_path / "none.so"))
     (tmp_path / "empty.so").touch()
-    assert not is_sealed(tmp_path / "empty.so") and damage(tmp_path / "empty.so") == "it is empty"
+    assert (
+        not has_valid_checksum(tmp_path / "empty.so")
+        and checksum_error(tmp_path / "empty.so") == "it is empty"
+    )
+
+
+def test_cmake_runs_this_file_on_what_it_links(library: Path) -> None:
+    """The path in CMakeLists.txt is only used where it exists: a moved file would go unnoticed."""
+    named = re.search(
+        r"set\(MMI_CHECKSUM \$\{CMAKE_CURRENT_SOURCE_DIR\}/(\S+)\)",
+        (CSRC / "CMakeLists.txt").read_text(),
+    )
+    assert named
+    script = (CSRC / named[1]).resolve()
+    assert script == Path(checksum.__file__).resolve()
+    subprocess.run([sys.executable, "-I", str(script), str(library)], check=True)
+    assert has_valid_checksum(library)

@@ -8,7 +8,7 @@ import pytest
 
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.compile.compilers import find_nvcc
-from mmi_plugins.compile.launch_plan import CSRC
+from mmi_plugins.constants import CSRC
 
 if reason := nvrtc.missing("nvcc"):
     pytest.skip(reason, allow_module_level=True)
@@ -19,7 +19,7 @@ _MAIN = """
 
 int main() {
   alignas(16) static char memory[1 << 16];
-  mmi::Attention call{};
+  mmi::MmfsCall call{};
   call.type = mmi::DataType::kFloat16;
   call.value = call.offsets = call.logits = call.output = memory;
   call.image_slot = call.image_position = reinterpret_cast<const int32_t*>(memory);
@@ -30,12 +30,12 @@ int main() {
   call.position_queries = call.reference_queries = 1;
   call.level_height[0] = call.level_width[0] = 4;
   call.base_grid = 4;
-  auto say = [](const char* name, const mmi::Attention& call, void* workspace) {
+  auto say = [](const char* name, const mmi::MmfsCall& call, void* workspace) {
     const char* text = mmi::launch(call, workspace, nullptr);
     std::printf("%s: %zu: %s\\n", name, mmi::workspace_bytes(call), text ? text : "launched");
   };
   say("one block", call, nullptr);
-  mmi::Attention other = call;
+  mmi::MmfsCall other = call;
   other.m = 90;
   say("no workspace", other, nullptr);
   say("crooked workspace", other, memory + 4);

@@ -9,7 +9,7 @@ from mmi_plugins.conformance.calls import SITUATIONS, draw, draws
 from mmi_plugins.conformance.check import check
 from mmi_plugins.conformance.implementations import IMPLEMENTATIONS, Implementation
 from mmi_plugins.operator import Call
-from mmi_plugins.reference import attention, output_of
+from mmi_plugins.reference import mmfs_reference, output_of
 
 NUMPY = ("emulator",)
 """Runs a kernel instruction by instruction in NumPy: few cases, a few rows of each."""
@@ -44,7 +44,7 @@ def test_within_the_tolerance_of_its_type(name: str) -> None:
     implementation = ready(name)
     wrong = []
     for case, call in cases(name in NUMPY):
-        verdict = check(case, call, output_of(call, attention(call)), implementation)
+        verdict = check(case, call, output_of(call, mmfs_reference(call)), implementation)
         if verdict.word != "passed":
             wrong.append((case, call.dtype, verdict.word, verdict.relative, verdict.reason))
     assert not wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 from mmi_deploy.parity import compare
 from mmi_plugins.conformance import check as checker
 from mmi_plugins.conformance.calls import draws, write_case
+from mmi_plugins.conformance.implementations import IMPLEMENTATIONS
 from mmi_plugins.operator import TOLERANCES, Call
-from mmi_plugins.reference import attention, output_of
+from mmi_plugins.reference import mmfs_reference, output_of
 
 Run = Callable[..., tuple[int, str]]
 
@@ -35,14 +37,14 @@ class Fake:
         self.seen = len(rows)
         if self.off != self.off:
             raise RuntimeError("it broke\nbadly")
-        return attention(call, rows) * (1 + self.off)
+        return mmfs_reference(call, rows) * (1 + self.off)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for index, dtype in enumerate(("float32", "float16", "bfloat16")):
         for _, call in draws(index, 1, q=17, h=2, dtype=dtype, null_slot=True):
-            write_case(tmp_path / f"{dtype}.npz", call, output_of(call, attention(call)))
+            write_case(tmp_path / f"{dtype}.npz", call, output_of(call, mmfs_reference(call)))
     return tmp_path
 
 
@@ -128,3 +130,23 @@ def test_bad_usage_is_one_line(
     monkeypatch.chdir(tmp_path)
     assert checker.run(arguments) == 2
     assert capfd.readouterr() == ("", f"mmi: {says}\n")
+
+
+def test_without_the_emulator_the_others_run_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in an installed wheel, which has no `mmi_emulator`."""
+    for name in [name for name in sys.modules if name.startswith("mmi_emulator.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mmi_emulator", None)
+    emulated = {name: IMPLEMENTATIONS[name] for name in ("emulator", "shim")}
+    monkeypatch.setattr(checker, "IMPLEMENTATIONS", {**emulated, "fake": lambda: Fake(off=1e-7)})
+    assert checker.run([str(folder)]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == "emulator and shim are not installed: only the source tree has them\n"
+    assert "3 passed, 0 failed, 0 not run" in captured.out and "shim" not in captured.out
+    # Named, it counts as what could not be run.
+    assert checker.run([str(folder), "--through", "shim,fake"]) == 2
+    captured = capfd.readouterr()
+    assert "mmi_emulator is not installed" in captured.out and "3 passed" in captured.out
+    assert captured.err == ""

@@ -9,7 +9,7 @@ from mmi_plugins.conformance.calls import draw, draws
 from mmi_plugins.conformance.function import FUNCTION, Function
 from mmi_plugins.conformance.torch_op import TORCH_OP
 from mmi_plugins.operator import TOLERANCES, Call
-from mmi_plugins.reference import all_rows, attention
+from mmi_plugins.reference import all_rows, mmfs_reference
 
 pytestmark = pytest.mark.skipif(bool(FUNCTION.missing()), reason=str(FUNCTION.missing()))
 
@@ -35,7 +35,7 @@ def allowed(name: str, call: Call) -> float:
 def test_function_and_torch_op_agree_with_the_reference(dtype: str, branch: str) -> None:
     for name, call in draws(12, 16, dtype=dtype):
         rows = all_rows(call)
-        wanted = attention(call, rows)
+        wanted = mmfs_reference(call, rows)
         function, op = BRANCHES[branch].run(call, rows), TORCH_OP.run(call, rows)
         assert relative(function, wanted) <= allowed(name, call), name
         assert relative(op, wanted) <= TOLERANCES[dtype].relative, name

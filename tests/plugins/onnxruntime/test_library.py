@@ -23,7 +23,7 @@ from mmi_plugins.conformance.onnxruntime_kernel import (
 )
 from mmi_plugins.onnxruntime import library as onnxruntime_library
 from mmi_plugins.operator import INPUT_SHAPES, NARROW_INPUTS, Call
-from mmi_plugins.reference import attention, output_of
+from mmi_plugins.reference import mmfs_reference, output_of
 
 ort = pytest.importorskip("onnxruntime")
 needs_compiler = pytest.mark.skipif(
@@ -62,7 +62,7 @@ def worst(library: Path) -> dict[str, float]:
         call = draw(np.random.default_rng(q), levels=levels, dtype="float32", **sizes)
         cases.append((f"narrow maps, {q} queries", call))
     for name, call in cases:
-        verdict = check(name, call, output_of(call, attention(call)), kernel)
+        verdict = check(name, call, output_of(call, mmfs_reference(call)), kernel)
         found[name] = 9.0 if verdict.reason else verdict.relative / verdict.tolerance
     return found
 
@@ -127,7 +127,7 @@ def test_a_kernel_wins_over_the_function_of_the_file(library: Path) -> None:
         run_session(ort.InferenceSession(model, options), call)
         for options in (with_library, without)
     ]
-    expected = output_of(call, attention(call))
+    expected = output_of(call, mmfs_reference(call))
     np.testing.assert_allclose(outputs[0], expected, atol=1e-5)
     assert np.abs(expected).max() > 0.1 and not outputs[1].any()
 
@@ -308,7 +308,7 @@ def test_with_kernels_for_gpus_it_compiles_and_serves_the_cpu_too(tmp_path: Path
     except EngineError as error:
         pytest.skip(str(error))
     call = draw(np.random.default_rng(0), q=3, d=64, dtype="float16", null_slot=True)
-    expected = output_of(call, attention(call))
+    expected = output_of(call, mmfs_reference(call))
     np.testing.assert_allclose(run_session(session(library, call), call), expected, atol=5e-3)
 
 

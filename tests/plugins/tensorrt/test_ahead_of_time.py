@@ -23,11 +23,11 @@ from mmi_plugins.compile.launch_plan import (
 )
 from mmi_plugins.conformance.calls import draw
 from mmi_plugins.operator import INPUT_SHAPES, NAME, TOLERANCES, Call
-from mmi_plugins.reference import attention, output_of
+from mmi_plugins.reference import mmfs_reference, output_of
 from mmi_plugins.tensorrt.ahead_of_time import (
     PTX_TARGETS,
     SIZES,
-    _greatest,
+    _max_sizes,
     choose_variant,
     ptx_target,
     register_ahead_of_time,
@@ -67,7 +67,7 @@ def run(
 
 
 def assert_right(call: Call, got: np.ndarray) -> None:
-    expected = output_of(call, attention(call))
+    expected = output_of(call, mmfs_reference(call))
     rms = np.sqrt(np.mean(expected**2))
     assert np.sqrt(np.mean((got - expected) ** 2)) <= TOLERANCES[call.dtype].relative * rms
 
@@ -81,8 +81,8 @@ def test_the_kernel_is_right_with_the_arguments_tensorrt_passes(
 ) -> None:
     rng = np.random.default_rng([channels, len(dtype), len(kind)])
     call = draw(rng, dtype=dtype, d=channels, b=2, q=3, h=2, m=5, n=2, r=4, p=4)
-    rows = constant("kManyRows") if kind == "rows" else 1
-    variant = choose_variant(dtype, fields_of(call), likely_rows=rows, channels=channels)
+    rows = constant("kMinUnsplitRows") if kind == "rows" else 1
+    variant = choose_variant(dtype, fields_of(call), opt_rows=rows, channels=channels)
     assert variant.kind == kind
     across = -(-3 // constant("kRowWarps")) if kind == "rows" else 3
     ptx = nvrtc.compile_ptx(variant, PTX_TARGETS[0])
@@ -96,7 +96,7 @@ def test_attributes_are_constants_of_the_ptx() -> None:
     """A kernel made for one base grid must not be right for another."""
     call = draw(np.random.default_rng(3), dtype="float32", d=8, b=1, q=3, h=1, m=2, base_grid=8.0)
     other = {**fields_of(call), "base_grid": np.array([4.0], np.float32)}
-    variant = choose_variant("float32", other, likely_rows=1, channels=8)
+    variant = choose_variant("float32", other, opt_rows=1, channels=8)
     ptx = nvrtc.compile_ptx(variant, PTX_TARGETS[0])
     got = run(call, ptx, variant.name, (3, 1, 1), variant.threads, sizes_of(call))
     with pytest.raises(AssertionError):
@@ -118,9 +118,9 @@ def test_a_gpu_that_is_too_old_is_refused() -> None:
 
 def test_unknown_head_size_takes_the_kernel_for_all() -> None:
     fields = fields_of(draw(np.random.default_rng(0)))
-    assert choose_variant("float16", fields, likely_rows=1, channels=None).wide
-    assert not choose_variant("float16", fields, likely_rows=1, channels=64).wide
-    assert not choose_variant("float32", fields, likely_rows=1, channels=None).wide
+    assert choose_variant("float16", fields, opt_rows=1, channels=None).wide
+    assert not choose_variant("float16", fields, opt_rows=1, channels=64).wide
+    assert not choose_variant("float32", fields, opt_rows=1, channels=None).wide
 
 
 def test_a_profile_beyond_what_the_kernels_can_address_is_refused() -> None:
@@ -136,7 +136,7 @@ def test_a_profile_beyond_what_the_kernels_can_address_is_refused() -> None:
         given = {**shapes, **changed}
         return {name: SimpleNamespace(shape=Dynamic(shape)) for name, shape in given.items()}
 
-    check_limits(_greatest(tensors()), "float16")
+    check_limits(_max_sizes(tensors()), "float16")
     value, offsets = shapes["value"], shapes["offsets"]
     for reason, changed in {
         "64 GiB": tensors(value=(2**28, *value[1:])),
@@ -144,7 +144,7 @@ def test_a_profile_beyond_what_the_kernels_can_address_is_refused() -> None:
         "output rows": tensors(offsets=(2, 2**30, *offsets[2:])),
     }.items():
         with pytest.raises(EngineError, match=reason):
-            check_limits(_greatest(changed), "float16")
+            check_limits(_max_sizes(changed), "float16")
 
 
 # --- through NVIDIA's own Python code -----------------------------------------------------------
@@ -211,7 +211,7 @@ class Integers(dict[int, Any]):
 @pytest.mark.parametrize(("likely", "kind"), [(1, "split"), (1024, "rows")])
 def test_tensorrts_own_code_takes_the_plugin(tensorrt: ModuleType, likely: int, kind: str) -> None:
     """Types, shape, kernel, launch and integers as `tensorrt.plugin` passes them on, for a profile
-    whose likeliest number of queries is `likely`; then the kernel runs with them on three."""
+    whose optimum number of queries is `likely`; then the kernel runs with them on three."""
     trt: Any = tensorrt
     plugin = register_ahead_of_time(trt)
     with pytest.raises(EngineError, match="has a plugin mmi::.* already"):

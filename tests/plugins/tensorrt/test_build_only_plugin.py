@@ -1,4 +1,4 @@
-"""The stand-in's own checks, without TensorRT: fields and shapes."""
+"""The build-only plugin's own checks, without TensorRT: fields and shapes."""
 
 from typing import Any
 

@@ -8,7 +8,7 @@ import pytest
 
 from mmi_deploy.errors import EngineError
 from mmi_plugins.compile import checksum, compilers
-from mmi_plugins.compile.checksum import is_sealed
+from mmi_plugins.compile.checksum import has_valid_checksum
 from mmi_plugins.compile.compilers import (
     ARCHITECTURES,
     find_cmake,
@@ -22,7 +22,7 @@ ENTERPRISE = "#define TRT_MAJOR_ENTERPRISE {}\n#define TRT_MINOR_ENTERPRISE {}\n
 OLD = "#define NV_TENSORRT_MAJOR {} //!< major\n#define NV_TENSORRT_MINOR {}\n"
 RTX = "#define TRT_MAJOR_RTX {}\n#define TRT_MINOR_RTX {}\n"
 
-SEALED_LIBRARIES = f"""if [ "$1" = --build ]; then
+LIBRARIES_WITH_CHECKSUM = f"""if [ "$1" = --build ]; then
 for library in {" ".join(TARGETS)}; do
 touch $2/lib$library.so && {sys.executable} -I {checksum.__file__} $2/lib$library.so
 done; fi"""
@@ -49,7 +49,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tools"
     knows = "".join(f"compute_{name}\\n" for name in (75, *ARCHITECTURES))
     nvcc = tool(folder / "nvcc", f'printf "{knows}"')
-    tool(folder / "cmake", f'echo "$@" >> {tmp_path}/runs; {SEALED_LIBRARIES}')
+    tool(folder / "cmake", f'echo "$@" >> {tmp_path}/runs; {LIBRARIES_WITH_CHECKSUM}')
     monkeypatch.setenv("CUDACXX", str(nvcc))
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     return folder
@@ -94,7 +94,7 @@ def test_missing_compilers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(compilers, "STANDARD_CUDA", tmp_path)
     monkeypatch.setattr(compilers.sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(EngineError, match="nvcc was not found.*CUDA toolkit.*tensorrt_aot"):
+    with pytest.raises(EngineError, match="nvcc was not found.*CUDA toolkit.*ahead_of_time"):
         find_nvcc()
     with pytest.raises(EngineError, match="pip install cmake"):
         find_cmake()
@@ -139,12 +139,12 @@ def test_a_damaged_library_is_built_again(tools: Path, tmp_path: Path) -> None:
 
 
 def test_two_builds_at_once_do_not_disturb_each_other(tools: Path, tmp_path: Path) -> None:
-    tool(tools / "cmake", f"sleep 0.2; {SEALED_LIBRARIES}")
+    tool(tools / "cmake", f"sleep 0.2; {LIBRARIES_WITH_CHECKSUM}")
     include, out = headers(tmp_path / "include", ENTERPRISE, 11, 1), tmp_path / "out"
     with ThreadPoolExecutor(3) as pool:
         builds = [pool.submit(build_tensorrt_plugin, include, out) for _ in range(3)]
     (built,) = {build.result() for build in builds}
-    assert is_sealed(built) and len(list(out.iterdir())) == len(TARGETS)
+    assert has_valid_checksum(built) and len(list(out.iterdir())) == len(TARGETS)
 
 
 def test_a_failed_build_leaves_nothing_and_shows_the_compilers_words(

@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.compile.checksum import is_sealed
+from mmi_deploy.runtime.tensorrt.module import INSTALL, import_tensorrt
+from mmi_plugins.compile.checksum import has_valid_checksum
 from mmi_plugins.compile.compilers import find_nvcc
 from mmi_plugins.operator import NAME
 from mmi_plugins.tensorrt.build_only_plugin import FIELDS
 from mmi_plugins.tensorrt.build_plugin import find_tensorrt_headers
 from mmi_plugins.tensorrt.plugin_library import (
-    INSTALL,
     PluginLibrary,
-    import_tensorrt,
     load_tensorrt_plugin,
     plugin_creator,
 )
@@ -103,8 +102,8 @@ def drive(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Drive:
     return call
 
 
-def test_cmake_seals_what_it_links(library: Path) -> None:
-    assert is_sealed(library)
+def test_cmake_appends_a_checksum_to_what_it_links(library: Path) -> None:
+    assert has_valid_checksum(library)
 
 
 def test_the_library_needs_no_symbol_of_tensorrt(library: Path) -> None:
@@ -171,8 +170,8 @@ def test_another_type_is_refused(drive: Drive) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        (["d=36"], "the head size is no multiple of 8 up to 128"),
-        (["d=136"], "the head size is no multiple of 8 up to 128"),
+        (["d=36"], "the head size is not a multiple of 8 up to 128"),
+        (["d=136"], "the head size is not a multiple of 8 up to 128"),
         (["p=17"], "more than 16 points"),
         (["s=21"], "value and the attributes differ in s; expected 20, got 21"),
         (["l=3"], "logits and the attributes differ in l; expected 2, got 3"),
@@ -236,12 +235,13 @@ def test_loading_twice_is_refused(trt: Any, plugin: PluginLibrary) -> None:
 
 
 def open_registered(library: Path, module: str, runtime: str) -> tuple[str, str]:
-    """What a tool that only opens plugin libraries gets, in a process of its own: the plugin that
-    is registered afterwards, and what was said."""
+    """Open the library as tools do that only open libraries, in a process of its own: the plugin
+    that is registered afterwards, and the output."""
     registered = next(library.parent.glob("*_registered-*.so"))
     program = f"""
 import ctypes
-from mmi_plugins.tensorrt.plugin_library import import_tensorrt, plugin_creator
+from mmi_deploy.runtime.tensorrt.module import import_tensorrt
+from mmi_plugins.tensorrt.plugin_library import plugin_creator
 module = import_tensorrt({module!r})
 loaded = [line.split()[-1] for line in open("/proc/self/maps") if {runtime!r} in line]
 ctypes.CDLL(loaded[0], mode=ctypes.RTLD_GLOBAL)

@@ -1,4 +1,4 @@
-"""Which MMFS plugin `mmi build` gives TensorRT: a library, PTX in the engines, a stand-in."""
+"""The MMFS plugin that `mmi build` gives TensorRT: a library, PTX in the engines, build-only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import ConfigError, EngineError
-from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, STAND_IN
+from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, BUILD_ONLY
 from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.tensorrt import ahead_of_time, plugin_library
@@ -37,7 +37,7 @@ def test_the_newest_library_is_taken(
         os.utime(libraries / name, (1e9 - age, 1e9 - age))
     newest = libraries / "libmmi_tensorrt-b.so"
     plugin = pickle.loads(pickle.dumps(plugin_for(runtime, "sm89")))
-    assert plugin.identity == f"{newest.name}:{sha256_of(newest)[:16]}" and not plugin.stand_in
+    assert plugin.identity == f"{newest.name}:{sha256_of(newest)[:16]}" and not plugin.build_only
     loaded: list[object] = []
     monkeypatch.setattr(plugin_library, "load_tensorrt_plugin", lambda *given: loaded.append(given))
     plugin.load("module")
@@ -52,10 +52,10 @@ def test_a_library_may_be_named(tmp_path: Path) -> None:
         plugin_for(TENSORRT, "sm89", "none.so")
 
 
-def test_rtx_takes_a_stand_in_where_there_is_no_library() -> None:
+def test_rtx_takes_the_build_only_plugin_where_there_is_no_library() -> None:
     plugin = plugin_for(TENSORRT_RTX, "sm89")
-    assert plugin.identity.startswith(f"{STAND_IN}:") and plugin.stand_in
-    with pytest.raises(ConfigError, match="tensorrt-rtx takes no plugin ahead of time"):
+    assert plugin.identity.startswith(f"{BUILD_ONLY}:") and plugin.build_only
+    with pytest.raises(ConfigError, match="tensorrt-rtx does not take the plugin ahead of time"):
         plugin_for(TENSORRT_RTX, "sm89", AHEAD_OF_TIME)
 
 
@@ -73,7 +73,7 @@ def test_tensorrt_takes_it_ahead_of_time_where_there_is_none(
 ) -> None:
     """As the builder takes it: it is sent to a process of its own, and registered there."""
     plugin = pickle.loads(pickle.dumps(plugin_for(TENSORRT, architecture)))
-    assert plugin.identity.startswith(f"{AHEAD_OF_TIME}-{ptx}:") and not plugin.stand_in
+    assert plugin.identity.startswith(f"{AHEAD_OF_TIME}-{ptx}:") and not plugin.build_only
     asked: list[object] = []
     monkeypatch.setattr(ahead_of_time, "register_ahead_of_time", lambda *given: asked.append(given))
     plugin.load("module")

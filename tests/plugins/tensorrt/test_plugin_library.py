@@ -1,4 +1,4 @@
-"""What cannot be loaded as a TensorRT plugin, and why, in one line."""
+"""Libraries that cannot be loaded as a TensorRT plugin: one line with the reason."""
 
 import ctypes.util
 from pathlib import Path
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from mmi_deploy.errors import EngineError
-from mmi_plugins.compile.checksum import seal
-from mmi_plugins.tensorrt.plugin_library import import_tensorrt, load_tensorrt_plugin
+from mmi_deploy.runtime.tensorrt.module import import_tensorrt
+from mmi_plugins.compile.checksum import append_checksum
+from mmi_plugins.tensorrt.plugin_library import load_tensorrt_plugin
 
 MODULE: Any = SimpleNamespace(__name__="tensorrt", __version__="11.1.0")
 
@@ -22,7 +23,7 @@ def test_a_missing_library(tmp_path: Path) -> None:
 def test_a_file_that_is_no_library(tmp_path: Path) -> None:
     path = tmp_path / "text.so"
     path.write_text("text")
-    with pytest.raises(EngineError, match="no TensorRT plugin of ours: .*mmi plugins build"):
+    with pytest.raises(EngineError, match="is not our TensorRT plugin: .*mmi plugins build"):
         load_tensorrt_plugin(path, MODULE)
 
 
@@ -30,7 +31,7 @@ def test_a_damaged_library(tmp_path: Path) -> None:
     """It is not opened: that could end the process."""
     path = tmp_path / "cut.so"
     path.write_bytes(b"plugin")
-    seal(path)
+    append_checksum(path)
     path.write_bytes(path.read_bytes().replace(b"plugin", b"plugim"))
     with pytest.raises(EngineError, match="is damaged: its content is not .*mmi plugins build"):
         load_tensorrt_plugin(path, MODULE)
@@ -41,7 +42,7 @@ def test_another_library(tmp_path: Path) -> None:
     assert name
     found = next(Path(root) / name for root in ("/lib/x86_64-linux-gnu", "/lib64", "/usr/lib",
         "/lib/aarch64-linux-gnu") if (Path(root) / name).exists())  # fmt: skip
-    with pytest.raises(EngineError, match="no TensorRT plugin of ours: .*undefined symbol"):
+    with pytest.raises(EngineError, match="is not our TensorRT plugin: .*undefined symbol"):
         load_tensorrt_plugin(found, MODULE)
 
 

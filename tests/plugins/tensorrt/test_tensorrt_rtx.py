@@ -1,5 +1,5 @@
 """TensorRT-RTX builds our graphs with the plugin inside, on a machine without a GPU: through the
-stand-in always, and through the library where it can be compiled."""
+build-only plugin always, and through the library where it can be compiled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from mmi_deploy.spec.graphs import Graph, Limits
 from mmi_deploy.spec.presets import tiny
 from mmi_export.export import MODULES
 from mmi_export.tracing.onnx_from_module import onnx_from_module
-from mmi_plugins.tensorrt.build_only_plugin import FIELDS, StandInPlugin, register_stand_in
+from mmi_plugins.tensorrt.build_only_plugin import (
+    FIELDS,
+    BuildOnlyPlugin,
+    register_build_only_plugin,
+)
 from mmi_plugins.tensorrt.graph import (
     DECOMPOSABLE,
     PLUGIN_NAMESPACE,
@@ -38,14 +42,14 @@ TYPES = {
 }
 
 
-@pytest.fixture(params=["stand-in", pytest.param("library", marks=pytest.mark.slow)])
-def plugin(request: pytest.FixtureRequest, rtx: Any) -> Iterator[StandInPlugin | PluginLibrary]:
+@pytest.fixture(params=["build-only", pytest.param("library", marks=pytest.mark.slow)])
+def plugin(request: pytest.FixtureRequest, rtx: Any) -> Iterator[BuildOnlyPlugin | PluginLibrary]:
     """Our plugin in RTX's registry, in either form."""
-    made: StandInPlugin | PluginLibrary
+    made: BuildOnlyPlugin | PluginLibrary
     if request.param == "library":
         made = load_tensorrt_plugin(request.getfixturevalue("library"), rtx)
     else:
-        made = register_stand_in(rtx)
+        made = register_build_only_plugin(rtx)
     yield made
     made.unregister()
 
@@ -117,10 +121,10 @@ def test_without_the_plugin_the_parser_names_what_is_missing(rtx: Any) -> None:
 
 def test_a_second_plugin_of_that_name_is_refused(rtx: Any, plugin: Any) -> None:
     with pytest.raises(EngineError, match="has a plugin mmi::.* already"):
-        register_stand_in(rtx)
+        register_build_only_plugin(rtx)
 
 
-def test_the_stand_in_stores_what_the_library_stores(rtx: Any) -> None:
+def test_the_build_only_plugin_stores_what_the_library_stores(rtx: Any) -> None:
     """The same names, types and values as in test_tensorrt_library, so that an engine built with
     one is read by the other."""
     kinds = {np.int32: rtx.PluginFieldType.INT32, np.float32: rtx.PluginFieldType.FLOAT32}
@@ -128,7 +132,7 @@ def test_the_stand_in_stores_what_the_library_stores(rtx: Any) -> None:
         rtx.PluginField(name, np.atleast_1d(np.array(ATTRIBUTES[name], kind)), kinds[kind])
         for name, kind in FIELDS.items()
     ]
-    stand_in = register_stand_in(rtx)
+    build_only = register_build_only_plugin(rtx)
     try:
         made = plugin_creator(rtx).create_plugin(
             "", rtx.PluginFieldCollection(given), rtx.TensorRTPhase.BUILD
@@ -142,7 +146,7 @@ def test_the_stand_in_stores_what_the_library_stores(rtx: Any) -> None:
             "plugin_version": rtx.PluginFieldType.INT32
         }
     finally:
-        stand_in.unregister()
+        build_only.unregister()
 
 
 # --- the exported graphs ------------------------------------------------------------------------

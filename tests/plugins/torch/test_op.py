@@ -17,7 +17,7 @@ from mmi_deploy.errors import EngineError
 from mmi_plugins.conformance.calls import draw, draws
 from mmi_plugins.conformance.torch_op import TORCH_OP
 from mmi_plugins.operator import INPUT_SHAPES, NARROW_INPUTS, TOLERANCES, Call
-from mmi_plugins.reference import all_rows, attention, output_of
+from mmi_plugins.reference import all_rows, mmfs_reference, output_of
 from mmi_plugins.torch import kernel
 from mmi_plugins.torch.op import multi_image_deformable_attention
 from oracles.mmfs_slopes import FLOATING, slope, smooth_call
@@ -66,7 +66,7 @@ def relative(got: Any, wanted: Any) -> float:
 def test_every_situation_is_within_the_tolerance_of_its_type(dtype: str) -> None:
     for name, call in draws(11, 24, dtype=dtype):
         rows = all_rows(call)
-        error = relative(TORCH_OP.run(call, rows), attention(call, rows))
+        error = relative(TORCH_OP.run(call, rows), mmfs_reference(call, rows))
         assert error <= TOLERANCES[dtype].relative, f"{name}: {error:.1e}"
 
 
@@ -76,7 +76,7 @@ def test_fp32_errors_grow_with_neither_the_map_nor_the_scores(situation: str) ->
     fixed = {"dtype": "float32", "null_slot": False, "levels": levels, "b": 1, "q": 3, "h": 2}
     call = draw(np.random.default_rng(0), situation, base_grid=4.0, d=16, **fixed)
     rows = all_rows(call)
-    assert relative(TORCH_OP.run(call, rows), attention(call, rows)) <= 5e-7
+    assert relative(TORCH_OP.run(call, rows), mmfs_reference(call, rows)) <= 5e-7
 
 
 def test_rows_can_be_chosen() -> None:
@@ -92,7 +92,7 @@ def test_rows_can_be_chosen() -> None:
 def test_gradients_equal_finite_differences_of_the_reference(null_slot: bool, shared: bool) -> None:
     call = smooth_call(3, null_slot=null_slot, shared=shared)
     rng = np.random.default_rng(4)
-    grad = rng.normal(size=output_of(call, attention(call)).shape)
+    grad = rng.normal(size=output_of(call, mmfs_reference(call)).shape)
     found = gradients(call, tensors(call, torch.float64), torch.from_numpy(grad))
     for name in FLOATING:
         for _ in range(3):
@@ -147,8 +147,8 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     output = run(call, inputs)
     grad = torch.ones_like(output)
     wanted = gradients(call, inputs, grad)
-    monkeypatch.setattr(kernel, "MOST_CORNERS", 1)
-    monkeypatch.setattr(kernel, "MOST_CORNERS_BACKWARD", 1)
+    monkeypatch.setattr(kernel, "MAX_CORNERS", 1)
+    monkeypatch.setattr(kernel, "MAX_CORNERS_BACKWARD", 1)
     assert relative(run(call, inputs), output) <= 1e-12
     for name, gradient in gradients(call, inputs, grad).items():
         assert relative(gradient, wanted[name]) <= 1e-12, name
@@ -187,7 +187,7 @@ def test_what_is_not_finite_is_outside_and_does_not_crash() -> None:
     for wrong in (np.inf, -np.inf, np.nan, 3e38):
         call.inputs["offsets"][:] = wrong
         assert not run(call, tensors(call)).any()
-        np.testing.assert_array_equal(attention(call), 0)
+        np.testing.assert_array_equal(mmfs_reference(call), 0)
 
 
 def test_pytorchs_own_checks_of_an_op() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from mmi_plugins.conformance.calls import SITUATIONS, draw
 from mmi_plugins.operator import INPUT_SHAPES, NARROW_INPUTS, TOLERANCES, Call
-from mmi_plugins.reference import attention, output_of
+from mmi_plugins.reference import mmfs_reference, output_of
 from mmi_plugins.torch.op import multi_image_deformable_attention
 from oracles import mmfs_triton
 from oracles.mmfs_slopes import FLOATING, slope, smooth_call
@@ -70,7 +70,9 @@ WIDE = [("float32", situation) for situation in SITUATIONS]
 def test_every_situation_is_within_the_tolerance_of_its_type(interpreted: Run) -> None:
     for index, (dtype, situation) in enumerate([*WIDE, *NARROW]):
         call = small(index, situation, dtype)
-        error = relative(interpreted(mmfs_triton.forward, call), output_of(call, attention(call)))
+        error = relative(
+            interpreted(mmfs_triton.forward, call), output_of(call, mmfs_reference(call))
+        )
         assert error <= tolerance(dtype), f"{situation}, {dtype}: {error:.1e}"
 
 
@@ -80,13 +82,13 @@ def test_wide_maps_cost_no_accuracy(interpreted: Run) -> None:
     fixed = {"levels": [(64, 64), (32, 32)], "base_grid": 12.5, "p": 8, "d": 32, "q": 6, "r": 9}
     call = small(3, "ordinary", "float32", **fixed, references=True)
     call.inputs["offsets"] *= 4
-    error = relative(interpreted(mmfs_triton.forward, call), output_of(call, attention(call)))
+    error = relative(interpreted(mmfs_triton.forward, call), output_of(call, mmfs_reference(call)))
     assert error <= 5e-7
 
 
 def test_queries_have_their_own_positions_and_references(interpreted: Run) -> None:
     call = small(0, "ordinary", "float32", b=2, q=3, h=1, per_query=True, references=True)
-    error = relative(interpreted(mmfs_triton.forward, call), output_of(call, attention(call)))
+    error = relative(interpreted(mmfs_triton.forward, call), output_of(call, mmfs_reference(call)))
     assert error <= TOLERANCES["float32"].relative
 
 
@@ -96,7 +98,7 @@ def test_gradients_equal_finite_differences_of_the_reference(
 ) -> None:
     call = smooth_call(3, null_slot=null_slot, shared=shared)
     rng = np.random.default_rng(4)
-    grad = rng.normal(size=output_of(call, attention(call)).shape).astype(np.float32)
+    grad = rng.normal(size=output_of(call, mmfs_reference(call)).shape).astype(np.float32)
     found = interpreted(mmfs_triton.backward, call, grad)
     for name in FLOATING:
         size = float(np.linalg.norm(found[name]))

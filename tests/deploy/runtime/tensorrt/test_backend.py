@@ -275,9 +275,13 @@ def test_the_plugin_must_be_the_one_they_were_built_with(bundle: Bundle, tmp_pat
     assert "cannot load the plugin" in missing and "`mmi plugins build tensorrt`" in missing
 
 
-def test_engines_that_were_only_built_to_see_that_they_can_be(bundle: Bundle) -> None:
-    line = refusal(bundle, add_target(bundle, recipe={"plugin": "stand-in:0123"}))
-    assert "stand-in" in line and "`mmi plugins build tensorrt`, then run `mmi build" in line
+@pytest.mark.parametrize("identity", ["build-only:0123", "stand-in:0123"])
+def test_engines_of_the_build_only_plugin_are_refused(bundle: Bundle, identity: str) -> None:
+    """`stand-in` is what earlier versions wrote."""
+    line = refusal(bundle, add_target(bundle, recipe={"plugin": identity}))
+    assert (
+        "build-only plugin" in line and "`mmi plugins build tensorrt`, then run `mmi build" in line
+    )
 
 
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_loaded(bundle: Bundle) -> None:

@@ -26,8 +26,7 @@ from deploy.runtime.tensorrt.test_backend import told
 from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.tensorrt.device_memory import STAGING, import_cuda
-from mmi_deploy.runtime.tensorrt.module import TensorRt
-from mmi_plugins.tensorrt.plugin_library import INSTALL, import_tensorrt
+from mmi_deploy.runtime.tensorrt.module import INSTALL, TensorRt, import_tensorrt
 
 MODULES = {"tensorrt": "tensorrt_lean_bindings", "tensorrt-rtx": "tensorrt_rtx"}
 """Whose classes are looked at: the lean runtime has those of TensorRT itself, and installs without
