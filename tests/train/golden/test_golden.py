@@ -251,7 +251,7 @@ def test_a_senseless_configuration(unit: Path, capsys, value: Any):
 def test_a_truncated_file(unit: Path, capsys):
     path = Path(f"{unit}.safetensors")
     path.write_bytes(path.read_bytes()[:-1000])
-    assert_broken(unit.parent, capsys, "no intact safetensors file")
+    assert_broken(unit.parent, capsys, "not an intact safetensors file")
 
 
 def test_a_broken_side_car(unit: Path, capsys):
