@@ -239,7 +239,7 @@ def test_checkpointing_changes_no_gradient(agree, kv_heads):
     gradients = []
     for checkpointing in (False, True):
         llama = random_llama(replace(CONFIG, kv_heads=kv_heads)).train()
-        llama.checkpointing = checkpointing
+        llama.gradient_checkpointing = checkpointing
         llama(**inputs(llama)).square().sum().backward()
         named = dict(llama.named_parameters())
         gradients.append({k: p.grad for k, p in named.items() if k != "embed_tokens.weight"})

@@ -211,7 +211,7 @@ class Llama(nn.Module):
         self.levels = mmfs.levels
         self.level_sides = tuple(level_sides)
         # Recompute every block in the backward pass instead of keeping its activations.
-        self.checkpointing = False
+        self.gradient_checkpointing = False
         own_sides = [self.level_sides[level] for level in mmfs.levels]
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
         mmfs_layers = {
@@ -277,7 +277,7 @@ class Llama(nn.Module):
         for layer, block in enumerate(self.layers):
             value = value_of.get(layer)
             arguments = (hidden, rotary, visible, cache, value, image_slot, image_position)
-            if self.checkpointing and self.training and torch.is_grad_enabled():
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 hidden = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 hidden = block(*arguments)

@@ -37,10 +37,10 @@ class Batch:
     """Packed rows of documents, padded on the right with the pad token.
 
     `token_ids` [b, t]: an image is its begin-of-image (BoI) token and, if the model is to see it, v
-    image ids right after it. `pixels` [n, 3, side, side] in [0, 1]: the images to encode; None or n
-    = 0 for rows without. `image_slot` [b, m]: index into `pixels` of each image of a row (rows may
-    share an image); -1 where the row has fewer images, or where the BoI ends a document whose last
-    picture is only drawn and therefore not encoded.
+    image ids right after it. `pixels` [n, 3, side, side] in [0, 1]: the images to encode; None or
+    empty for rows without. `image_slot` [b, m]: index into `pixels` of each image of a row (rows
+    may share an image); -1 where the row has fewer images, or where the BoI ends a document whose
+    last picture is only drawn and therefore not encoded.
 
     `pictures` [j, 2]: (row, image of the row) of the pictures to train drawing on; None: no image
     loss. Their targets are either `target_pixels` [j, 3, size, size] in [0, 1] or
@@ -80,7 +80,7 @@ class Losses(NamedTuple):
 
 
 class MMInterleaved(nn.Module):
-    """The whole model of `config`."""
+    """Visual tokenizer, language model with its head, and image decoder of `config`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class MMInterleaved(nn.Module):
     def checkpoint_gradients(self, on: bool = True) -> None:
         """Switch gradient checkpointing on or off: LLM blocks, encoder interactions and U-Net
         layers keep only their inputs and are recomputed in the backward pass."""
-        self.llm.checkpointing = on
+        self.llm.gradient_checkpointing = on
         self.vision.encoder.gradient_checkpointing = on
         self.image_decoder.unet.gradient_checkpointing = on
 
