@@ -55,6 +55,10 @@ ORDER = """
     mmi_plugins.check
     mmi_plugins
     mmi_emulator.ptx
+    mmi_emulator.mutants
+    mmi_emulator.emulator
+    mmi_emulator.shim
+    mmi_emulator.ptx_budget
     mmi_emulator
     mmi_train.model
     mmi_train.weights
@@ -76,6 +80,7 @@ ORDER = """
     mmi_export.placeholder_model
     mmi_export.plan
     mmi_export.export
+    mmi_export.release
     mmi_export.cli
     mmi_export
     mmi_bench.machine

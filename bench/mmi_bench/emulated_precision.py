@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.runtime.backend import HostBackend
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.runtime import Runtime
@@ -41,4 +42,5 @@ def simulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int
         return OnnxRuntimeEngine(folder / f"{graph.name}.onnx", graph, OnnxOptions(threads))
 
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
-    return Runtime(bundle.config, bundle.limits, tokenizer, load, bundle.schedule)
+    backend = HostBackend(bundle.graphs, bundle.limits, load)
+    return Runtime(bundle.config, tokenizer, backend, bundle.schedule)

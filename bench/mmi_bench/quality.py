@@ -28,6 +28,7 @@ from mmi_deploy.documents.tokenizer import read_tokenizer_file
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
+from mmi_deploy.spec.backends import NONE
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import Progress, shown, silent
 from mmi_deploy.system.temporary_folder import temporary_folder
@@ -178,7 +179,7 @@ def compare(
             fix="leave kinds out with --kinds",
         )
     tokenizer = read_tokenizer_file(bundle.tokenizer)
-    portable = Runtime.open(bundle, target=PORTABLE, threads=threads)
+    portable = Runtime.open(bundle, target=PORTABLE, kernels=NONE, threads=threads)
     sides = [Answers(runtime, tokenizer, guidance) for runtime in (portable, other)]
     found = {}
     for kind, questions in questions_of(sides[0], worlds.easy(), max(count, pictures), seed):
@@ -216,7 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.simulate:
                 other = simulated_runtime(bundle, given.simulate, folder, given.threads)
             else:
-                other = Runtime.open(bundle, target=given.target, threads=given.threads)
+                other = Runtime.open(
+                    bundle, target=given.target, kernels=NONE, threads=given.threads
+                )
             with shown(Console(stderr=True, soft_wrap=True)) as progress:
                 found = compare(
                     bundle,

@@ -17,9 +17,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from mmi_deploy.bundle.safetensors_writer import Stored, write_safetensors_file
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import ModelConfig, to_json
+from mmi_deploy.system.safetensors_writer import Stored, write_safetensors_file
 from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_export.tracing.fake_weights_model import BlankModel
 from mmi_train.weights.lazy_tensor import Computed, StoredTensor

@@ -22,7 +22,6 @@ from pydantic import (
     model_validator,
 )
 
-from mmi_deploy.bundle.safetensors_reader import once
 from mmi_deploy.errors import BundleError
 from mmi_deploy.parity import Case
 from mmi_deploy.spec.config import ModelConfig, first_flaw
@@ -30,6 +29,7 @@ from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.system.files import sha256_of, write_file
 from mmi_deploy.system.output_folder import CHECKED
 from mmi_deploy.system.progress import Progress, silent
+from mmi_deploy.system.safetensors_reader import once
 
 FORMAT = 1
 """Version of the folder's layout; a runtime reads exactly one."""

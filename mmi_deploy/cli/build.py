@@ -13,8 +13,9 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.kernels import AUTO
 from mmi_deploy.errors import BundleError, ConfigError
+from mmi_deploy.spec.backends import AUTO, backend
+from mmi_deploy.system.entry_points import load
 from mmi_deploy.system.files import size
 from mmi_deploy.system.progress import Progress, shown
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from mmi_deploy.targets.calibration import Evidence
     from mmi_deploy.targets.precision import Recipe
     from mmi_deploy.targets.tensorrt_plan import Part, Request
+
+
+# Gives the `mmi_deploy.targets.tensorrt_build.Plugin` for a backend, an architecture and a choice.
+PLUGIN = "mmi_plugins.tensorrt.plugin:plugin_for"
 
 
 def build(
@@ -120,7 +125,6 @@ def build(
     with extras("build"):
         from mmi_deploy.targets.precision import check_possible, recipe
         from mmi_deploy.targets.tensorrt_plan import graph_of
-    from mmi_deploy.spec.backends import backend
     from mmi_deploy.spec.graphs import Limits
 
     opened = Bundle.open(bundle, unproved=unproved)
@@ -169,7 +173,6 @@ class _Options:
 
 
 def _targets(runtime: str, architectures: list[str] | None, precision: str) -> tuple[Target, ...]:
-    from mmi_deploy.spec.backends import backend
     from mmi_deploy.spec.target import Target
     from mmi_deploy.targets.tensorrt_build import device_architecture
 
@@ -237,11 +240,10 @@ def _tensorrt(
     from mmi_deploy.targets.tensorrt import build_targets
     from mmi_deploy.targets.tensorrt_build import open_tensorrt
     from mmi_deploy.targets.tensorrt_plan import Request, check_limits, check_room, parts_of
-    from mmi_plugins.tensorrt.plugin import plugin_for
 
     cache, runtime = EngineCache.of_user(), targets[0].runtime
     check_limits(bundle, options.limits)
-    plugin = plugin_for(runtime, str(targets[0].architecture), options.plugin)
+    plugin = load(PLUGIN)(runtime, str(targets[0].architecture), options.plugin)
     for one in targets:
         trt = open_tensorrt(plugin, one.runtime, str(one.architecture))
     plugin.load(trt).unregister()  # refused here, not after minutes

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 MOST_THREADS = 8 * (os.cpu_count() or 1)
 """More make everything slower, and many more never begin."""
@@ -41,3 +42,34 @@ def print_json(value: Any) -> None:
 def counted(count: int, noun: str) -> str:
     """`1 picture`, `2 pictures`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def print_table(out: Console, table: Table) -> None:
+    """Whole, where nobody's terminal limits it."""
+    if not out.is_terminal:
+        wide = table.__rich_measure__(out, out.options.update(max_width=1000)).maximum
+        out.width = max(wide, out.width)
+    out.print(table)
+
+
+def flops(count: int) -> str:
+    """FLOPs for people: `26.2 G`."""
+    value, unit = float(count), ""
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 999.5 or unit == "T":
+            break
+        value /= 1000
+    return f"{value:.0f}" if not unit else f"{_three_digits(value)} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """`7.9 ms`."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= 0.9995 * scale:
+            return f"{_three_digits(seconds / scale)} {unit}"
+    return f"{_three_digits(seconds / 1e-9)} ns"
+
+
+def _three_digits(value: float) -> str:
+    """At least; never with an exponent."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

@@ -12,16 +12,16 @@ import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, counted, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.cli.target_options import (
-    CPU,
     Device,
+    Kernels,
     Resident,
     TargetName,
     check_engines,
     groups,
     say_memory,
 )
+from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.progress import Progress, shown, silent
 
 if TYPE_CHECKING:
@@ -193,13 +193,12 @@ def generate(
     images = min(opened.limits.images, opened.config.llm_mmfs.images - 1)
     source = read_document(document, opened.limits.context, images)
     compiling = time.perf_counter()
-    library = kernel_library(kernels, target)
     started += time.perf_counter() - compiling  # once on a machine: no part of the loading
     runtime = Runtime.open(
         opened,
         threads=threads,
         target=target,
-        library=library,
+        kernels=kernels,
         device=device,
         resident=groups(resident),
     )

@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmi_deploy.cli.console import remarks
+from mmi_deploy.spec.backends import backend_of
+from mmi_deploy.system.entry_points import load
 
 if TYPE_CHECKING:
     from mmi_deploy.runtime.runtime import Runtime
 
-CPU = "cpu"
-
+# Panel of a command's help for the machine that it runs on.
 MACHINE = "Machine"
-"""The panel of a command's help for what it runs on."""
+
+Kernels = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|none|FILE",
+        help="The MMFS kernel for ONNX Runtime: compiled once where there is a C++ compiler, "
+        "left out, or a library file. For TensorRT: the plugin.",
+        rich_help_panel=MACHINE,
+    ),
+]
 
 TargetName = Annotated[
     str,
@@ -53,18 +63,16 @@ def groups(resident: str | None) -> tuple[str, ...] | None:
 
 
 def check_engines(target: str) -> None:
-    """Import what runs the engines of `target` on the CPU, to see that it is there."""
-    from mmi_deploy.runtime.tensorrt.backend import runtime_of
-
-    if runtime_of(target) is None:
-        import mmi_deploy.runtime.onnxruntime.engine  # noqa: F401
+    """Import the backend of `target`. Raises `ModuleNotFoundError` where its runtime is missing."""
+    load(backend_of(target).entry_point)
 
 
 def say_memory(runtime: Runtime, target: str) -> None:
     """What a target takes of its GPU's memory, before it takes it."""
-    if runtime.target is None:
+    plan = runtime.backend.plan()
+    if plan is None:
         return
     console = remarks()
-    console.print(f"{target} on {runtime.target.memory.gpu.name}:")
-    for line in runtime.target.plan().lines():
+    console.print(f"{target} on {plan.device}:")
+    for line in plan.lines():
         console.print(f"  {line}")

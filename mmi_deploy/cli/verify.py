@@ -10,12 +10,11 @@ import typer
 from rich import box
 from rich.table import Table
 
-from mmi_deploy.cli.console import counted, print_json, remarks, results
+from mmi_deploy.cli.console import counted, print_json, print_table, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.inspect.cost import print_table
-from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
-from mmi_deploy.cli.target_options import Device, Resident, groups
+from mmi_deploy.cli.target_options import Device, Kernels, Resident, groups
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.backends import AUTO, NONE
 from mmi_deploy.system.progress import shown
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def _verify_bundle(bundle: Path, run: bool, as_json: bool) -> None:
             from mmi_deploy.runtime.runtime import Runtime
         if not as_json:
             remarks().print("running every graph ...")
-        found["tokens"], found["pictures"] = _smoke(Runtime.open(opened))
+        found["tokens"], found["pictures"] = _smoke(Runtime.open(opened, kernels=NONE))
     if as_json:
         print_json({"ok": True, **found})
         return
@@ -144,8 +143,7 @@ def _verify_target(
     if not force:
         _check_memory(bundle)
     manifest = bundle.target(target)
-    library = kernel_library(kernels, target)
-    runtime = Runtime.open(bundle, target=target, library=library, device=device, resident=resident)
+    runtime = Runtime.open(bundle, target=target, kernels=kernels, device=device, resident=resident)
     try:
         with shown(remarks(), "recording inputs") as progress:
             proofs = compare_target(bundle, manifest, runtime, progress)

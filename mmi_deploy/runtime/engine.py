@@ -32,6 +32,9 @@ class Engine(ABC):
     def __init__(self, graph: Graph, memory: Memory) -> None:
         self.graph = graph
         self.memory = memory
+        # Launches from a CUDA graph, None where there are none, and why a run was not recorded.
+        self.launches: int | None = None
+        self.refusal = ""
         self._turn: AbstractContextManager[object] = Lock()
         self._known_shapes: dict[tuple[object, ...], dict[str, int]] = {}
 

@@ -19,13 +19,14 @@ SHALLOW = "denoise_shallow"
 class MemoryPlan:
     """Bytes on the GPU. weights: engines at a time, by name. caches: what one document keeps.
     workspace: the scratch block that engines share, None until they are loaded. free: what the GPU
-    had left."""
+    had left. device: the GPU's name."""
 
     weights: Mapping[str, int]
     guests: Mapping[str, int]
     caches: Mapping[str, int]
     workspace: int | None
     free: int
+    device: str = ""
 
     @property
     def total(self) -> int:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from mmi_deploy.bundle.bundle import Bundle
-from mmi_deploy.bundle.manifest import PORTABLE
 from mmi_deploy.documents.tokenizer import Tokenizer
-from mmi_deploy.errors import ConfigError, EngineError
-from mmi_deploy.runtime.buffers import HOST, Buffer, Memory
+from mmi_deploy.runtime.backend import Backend, open_backend
+from mmi_deploy.runtime.buffers import Buffer
 from mmi_deploy.runtime.engine import Engine
-from mmi_deploy.runtime.tensorrt.backend import TensorRtTarget, runtime_of
-from mmi_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.spec.config import ModelConfig
-from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, graphs
 from mmi_deploy.spec.schedule import Schedule
-
-CPU = "cpu"
-"""The target whose engines are taken, graph by graph, where the bundle has them."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +30,26 @@ class BoundSchedule:
 class Runtime:
     """Engines, samplers and tokenizer of one model, shared by any number of sessions.
 
-    `load_engine` and `load_schedule` are called once for each name that is asked for.
+    Engines are loaded, and `load_schedule` is called, once for each name that is asked for.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        limits: Limits,
         tokenizer: Tokenizer,
-        load_engine: Callable[[Graph], Engine],
+        backend: Backend,
         load_schedule: Callable[[str | None], Schedule],
-        memory: Memory = HOST,
-        contract: Mapping[str, Graph] | None = None,
-        target: TensorRtTarget | None = None,
         schedules: Collection[str] = (),
     ) -> None:
-        """contract: the graphs as the target keeps them, those of the configuration by default.
-        target: where the engines are on a GPU. schedules: the samplers that `load` reads beside the
-        default."""
+        """schedules: the samplers that `load` reads beside the default."""
         self.config = config
-        self.limits = limits
         self.tokenizer = tokenizer
-        self.memory = memory
-        self.graphs = dict(contract or graphs(config, limits))
-        self.target = target
+        self.backend = backend
+        self.limits = backend.limits
+        self.memory = backend.memory
+        self.graphs = dict(backend.graphs)
         self.schedules = tuple(schedules)
         self._loading = Lock()
-        self._load_engine = load_engine
         self._load_schedule = load_schedule
         self._engines: dict[str, Engine] = {}
         self._schedules: dict[str | None, BoundSchedule] = {}
@@ -73,59 +59,39 @@ class Runtime:
         cls,
         bundle: Bundle | Path | str,
         *,
-        threads: int = 0,
         target: str = CPU,
-        library: Path | None = None,
-        unproved: bool = False,
+        kernels: str | Path = AUTO,
+        threads: int = 0,
         device: int = 0,
         resident: Collection[str] | None = None,
+        unproved: bool = False,
     ) -> Runtime:
         """Open a bundle for one of its targets: `cpu` and the like for ONNX Runtime, or a name such
         as `tensorrt-sm89-fp16` for a GPU.
 
-        threads: of the CPU; 0 lets ONNX Runtime choose. target: whose engines to take, on the CPU
-        where there are any; `portable` takes none. library: kernels for our operators, which graphs
-        beyond them do without; TensorRT's plugin for its targets. device: which GPU. resident:
-        which engines stay on it, as in `tensorrt_engine.GROUPS`. Raises `MmiError`.
+        target: whose engines run, on the CPU graph by graph where it has any; `portable` takes
+        none. kernels: `auto` finds or compiles the MMFS kernels (for a GPU: finds the plugin),
+        `none` runs the functions inside the model files, or a library file. threads: of the CPU; 0
+        lets ONNX Runtime choose. device: the GPU, from 0. resident: engines that stay on it, as in
+        `mmi_deploy.runtime.tensorrt.engine.GROUPS`; None: all. unproved: run graphs without a
+        receipt. Raises `MmiError`.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, unproved=unproved)
         bundle.check_runs()
-        library = library and library.absolute()
-        check_target(bundle, target)
-        if runtime_of(target) is not None:
-            gpu = TensorRtTarget.open(
-                bundle, target, plugin=library, device=device, resident=resident
-            )
-            return cls.on_gpu(gpu)
-        if resident is not None:
-            raise ConfigError("on the CPU all engines stay in memory", fix="leave out --resident")
-        files = engine_files(bundle, target)
-        return cls(
-            bundle.config,
-            bundle.limits,
-            Tokenizer.open(bundle.tokenizer, bundle.config.tokens),
-            partial(_onnx_engine, files, threads, library, bundle.beyond_kernels),
-            bundle.schedule,
-            schedules=bundle.schedules,
+        backend = open_backend(
+            bundle, target, kernels=kernels, threads=threads, device=device, resident=resident
         )
+        return cls.of(bundle, backend)
 
     @classmethod
-    def on_gpu(cls, target: TensorRtTarget) -> Runtime:
-        """The runtime of an opened target; raises `EngineError` where it does not fit its GPU."""
-        target.plan().check()
-        bundle = target.bundle
-        return cls(
-            bundle.config,
-            target.limits,
-            Tokenizer.open(bundle.tokenizer, bundle.config.tokens),
-            target.load,
-            bundle.schedule,
-            target.memory,
-            target.graphs,
-            target,
-            bundle.schedules,
-        )
+    def of(cls, bundle: Bundle, backend: Backend) -> Runtime:
+        """The runtime of an opened backend; raises `EngineError` where the device has too little
+        memory."""
+        if (plan := backend.plan()) is not None:
+            plan.check()
+        tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
+        return cls(bundle.config, tokenizer, backend, bundle.schedule, bundle.schedules)
 
     def close(self) -> None:
         """Give back what engines hold, and keep what they learned for the next time."""
@@ -138,16 +104,16 @@ class Runtime:
         """The engine of one graph; loads it the first time."""
         with self._loading:
             if name not in self._engines:
-                self._engines[name] = self._load_engine(self.graphs[name])
+                self._engines[name] = self.backend.load(self.graphs[name])
             return self._engines[name]
 
     def recordings(self) -> dict[str, dict[str, Any]]:
-        """Of engines on a GPU: how often each was launched from a CUDA graph (`launches`), and why
-        some runs could not be recorded (`refusals`)."""
-        engines = {n: e for n, e in self._engines.items() if isinstance(e, TensorRtEngine)}
+        """CUDA graphs of engines on a GPU: launches of each engine from one (`launches`), and the
+        reasons of runs that could not be recorded (`refusals`)."""
+        engines = self._engines.items()
         return {
-            "launches": {name: engine.launches for name, engine in engines.items()},
-            "refusals": {name: e.refusal for name, e in engines.items() if e.refusal},
+            "launches": {name: e.launches for name, e in engines if e.launches is not None},
+            "refusals": {name: e.refusal for name, e in engines if e.refusal},
         }
 
     def load(self) -> None:
@@ -156,7 +122,7 @@ class Runtime:
         for key in (None, *self.schedules):
             self.schedule(key)
         for name in self.graphs:
-            if self.target is None or self.target.residency.stays(name):
+            if self.backend.stays(name):
                 self.engine(name)
 
     def schedule(self, key: str | None = None) -> BoundSchedule:
@@ -171,41 +137,3 @@ class Runtime:
                 )
                 self._schedules[key] = BoundSchedule(schedule, *tables)
             return self._schedules[key]
-
-
-def check_target(bundle: Bundle, target: str) -> None:
-    """Raise `ConfigError` for a target that was not built."""
-    if target in (CPU, PORTABLE, *bundle.targets):
-        return
-    raise ConfigError(
-        f"{bundle.folder} has no target {target!r}",
-        expected=" or ".join((CPU, *(name for name in bundle.targets if name != CPU))),
-        fix=f"build it with `{bundle.build_command(target)}`",
-    )
-
-
-def engine_files(bundle: Bundle, target: str) -> dict[str, Path]:
-    """The file of every graph: that of `target` where it has one, or else the portable one."""
-    files = {make.__name__: bundle.graph_file(make.__name__) for make in GRAPHS}
-    if target == PORTABLE or (target == CPU and target not in bundle.targets):
-        return files
-    folder = bundle.target_folder(target)
-    return files | {name: folder / file for name, file in bundle.target(target).graphs.items()}
-
-
-def _onnx_engine(
-    files: dict[str, Path],
-    threads: int,
-    library: Path | None,
-    beyond_kernels: Collection[str],
-    graph: Graph,
-) -> Engine:
-    # Imported here: a machine that runs TensorRT's engines alone need not have ONNX Runtime.
-    from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
-
-    path = files[graph.name]
-    if path.suffix != ".onnx":
-        raise EngineError(f"{path} is no ONNX file, and this runtime runs on the CPU")
-    if graph.name in beyond_kernels:
-        library = None  # the function inside the file runs, as it did for the receipts
-    return OnnxRuntimeEngine(path, graph, OnnxOptions(threads, library))

@@ -12,6 +12,9 @@ CPU = "cpu"
 TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt-rtx"
 
+# Choices of kernels beside a file: found or compiled by themselves, or none.
+AUTO, NONE = "auto", "none"
+
 # Compute capabilities of NVIDIA GPUs, and GPUs that have them.
 ARCHITECTURES = {
     "sm80": "A100",

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from mmi_deploy.bundle.safetensors_reader import read_header
 from mmi_deploy.errors import BundleError, ConfigError, WeightsError
 from mmi_deploy.spec.graphs import STATE, TERMS
 from mmi_deploy.system.files import write_file
+from mmi_deploy.system.safetensors_reader import read_header
 
 LATENTS, PREDICTION, NOISE, HISTORY_START = 0, 1, 2, 3
 """Columns of a step's coefficients; the history takes the rest."""

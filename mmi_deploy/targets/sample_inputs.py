@@ -17,6 +17,7 @@ from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.documents.document import Document, Draw, Image, Text, document_of, encode_document
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import DocumentError
+from mmi_deploy.runtime.backend import HostBackend
 from mmi_deploy.runtime.buffers import Buffer
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
@@ -58,7 +59,8 @@ def record(bundle: Bundle) -> dict[str, list[Arrays]]:
         return _Recorder(bundle.graph_file(graph.name), graph, kept[graph.name])
 
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
-    runtime = Runtime(bundle.config, bundle.limits, tokenizer, load, bundle.schedule)
+    backend = HostBackend(bundle.graphs, bundle.limits, load)
+    runtime = Runtime(bundle.config, tokenizer, backend, bundle.schedule)
     # Every second step is a shallow one, so that both kinds are recorded.
     options = GenerationOptions(max_tokens=RECORDED_TOKENS, max_images=0, full_every=2)
     for _ in generate(runtime, _made_up(bundle, tokenizer), options):

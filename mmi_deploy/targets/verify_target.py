@@ -101,7 +101,7 @@ def compare_target(
                 samples[name],
                 bundle.graph_file(name),
                 partial(partial, run_engine, runtime, graph),
-                COMPARED_WITH if runtime.target is None else ON_GPU,
+                COMPARED_WITH if runtime.backend.plan() is None else ON_GPU,
             )
         )
     return proofs

@@ -45,12 +45,12 @@ def test_a_target_without_its_head_is_found_out(
     """The same graphs agree in every answer; logits turned round lose what the model knew."""
     bundle: Bundle = exported_once("shipped").bundle
     kinds = ("caption",)
-    same = Runtime.open(bundle, threads=1)
+    same = Runtime.open(bundle, threads=1, kernels="none")
     found = compare(bundle, same, kinds=kinds, count=2, pictures=1, threads=1)["caption"]
     assert found.portable_only == found.target_only == 0
     if not found.both:
         pytest.skip("this checkout has no trained model")
-    broken = Runtime.open(bundle, threads=1)
+    broken = Runtime.open(bundle, threads=1, kernels="none")
     run = broken.engine("llm").run
 
     def backwards(*args, **options):
@@ -68,9 +68,9 @@ def test_wrong_questions_and_targets_are_one_line(
 ) -> None:
     bundle: Bundle = exported_once("shipped").bundle
     with pytest.raises(ConfigError, match="no questions of the kind 'poem'; expected caption or"):
-        compare(bundle, Runtime.open(bundle), kinds=("poem",))
+        compare(bundle, Runtime.open(bundle, kernels="none"), kinds=("poem",))
     with pytest.raises(ConfigError, match="question of each kind; expected at least 1; got 0"):
-        compare(bundle, Runtime.open(bundle), pictures=0)
+        compare(bundle, Runtime.open(bundle, kernels="none"), pictures=0)
     for arguments, message in (
         ([str(tmp_path / "none"), "--target", "cpu-int8"], "there is no bundle"),
         ([str(bundle.folder), "--target", "cpu-int9"], "cpu-int9"),

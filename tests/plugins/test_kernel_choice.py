@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mmi_deploy.cli.kernels import kernel_library
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.system.files import cache_folder
 from mmi_plugins.compile.checksum import append_checksum
+from mmi_plugins.library import kernel_library
 from mmi_plugins.onnxruntime import library
 from mmi_plugins.onnxruntime.library import ensure, location
 from mmi_plugins.tensorrt.plugin import newest_library
@@ -52,7 +52,7 @@ def test_a_cached_library_that_does_not_load_is_done_without(
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\x7fELF\x02\x01 of another system")
     append_checksum(path)
-    assert kernel_library("auto") is None
+    assert kernel_library("cpu") is None
     (line,) = warnings(caplog)
     assert line.startswith("MMFS runs as standard operators, which is slower: ONNX Runtime cannot")
     assert str(path) in line and "\n" not in line
@@ -61,7 +61,7 @@ def test_a_cached_library_that_does_not_load_is_done_without(
 def test_a_library_that_was_just_compiled_must_load_too(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert kernel_library("auto") is None and location().is_file()
+    assert kernel_library("cpu") is None and location().is_file()
     assert [line.split(",")[0] for line in warnings(caplog)] == [
         "compiling the MMFS kernel for ONNX Runtime",
         "MMFS runs as standard operators",
@@ -90,14 +90,14 @@ def test_a_named_file_that_is_no_kernel_library_is_refused_at_once(
     else:
         shutil.copy(_ctypes.__file__, path)
     with pytest.raises(EngineError, match=f"cannot load the kernel library {path}: .*--kernels"):
-        kernel_library(str(path))
+        kernel_library("cpu", str(path))
 
 
 def test_without_a_compiler_one_line_says_how_to_get_one(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert kernel_library("auto") is None
+    assert kernel_library("cpu") is None
     (line,) = warnings(caplog)
     assert "kernel is missing" in line and "`apt install g++`" in line and "\n" not in line
 
@@ -105,8 +105,8 @@ def test_without_a_compiler_one_line_says_how_to_get_one(
 def test_a_user_without_a_home_goes_on_without_a_cache(
     no_home: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert ensure() is None and kernel_library("auto") is None
-    assert kernel_library("auto", "tensorrt-sm89-fp16") is newest_library() is None
+    assert ensure() is None and kernel_library("cpu") is None
+    assert kernel_library("tensorrt") is newest_library() is None
     lines = warnings(caplog)
     assert len(lines) == 2 and all("MMI_CACHE" in line for line in lines)
 

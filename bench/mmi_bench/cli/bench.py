@@ -10,8 +10,9 @@ import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
-from mmi_deploy.cli.target_options import CPU, Device, TargetName
+from mmi_deploy.cli.target_options import Device, Kernels, TargetName
+from mmi_deploy.runtime.backend import find_kernel_library
+from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
 
@@ -111,7 +112,7 @@ def bench(
             repeats=repeats,
             quick=quick,
             schedule=schedule,
-            library=kernel_library(kernels, target),
+            library=find_kernel_library(target, kernels),
             unproved=unproved,
             target=target,
             device=device,

@@ -12,7 +12,7 @@ from mmi_deploy.documents.document import Document
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.events import Event
 from mmi_deploy.runtime.options import GenerationOptions
-from mmi_deploy.spec.backends import CPU
+from mmi_deploy.spec.backends import CPU, NONE
 from mmi_deploy.spec.config import DiffusionConfig
 
 SideName = Literal["runtime", "pytorch"]
@@ -63,7 +63,7 @@ def _runtime(settings: Settings) -> Generate:
     runtime = Runtime.open(
         settings.bundle,
         threads=settings.threads,
-        library=settings.library,
+        kernels=settings.library or NONE,
         unproved=settings.unproved,
         target=settings.target,
         device=settings.device,

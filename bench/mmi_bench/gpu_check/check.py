@@ -29,7 +29,7 @@ from mmi_deploy.bundle.build_report import read_report
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.cli import program
 from mmi_deploy.errors import ConfigError, EngineError, MmiError
-from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, TensorRtTarget
+from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, TensorRtBackend
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt.module import import_tensorrt
 from mmi_deploy.spec.backends import BACKENDS, TENSORRT
@@ -269,11 +269,11 @@ class Check:
             raise Missing(f"there are no engines for {name}")
         module = self.machine.module(self.runtime)
 
-        def target(record: bool) -> TensorRtTarget:
-            return TensorRtTarget.open(
+        def target(record: bool) -> TensorRtBackend:
+            return TensorRtBackend.open(
                 bundle,
                 name,
-                plugin=self.plugin,
+                library=self.plugin,
                 device=self.machine.device,
                 record=record,
                 cuda=self.machine.cuda,

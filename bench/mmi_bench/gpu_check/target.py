@@ -20,7 +20,8 @@ from mmi_deploy.parity import Proof
 from mmi_deploy.runtime.events import Event, ImageDone
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.runtime.tensorrt.backend import TensorRtTarget
+from mmi_deploy.runtime.tensorrt.backend import TensorRtBackend
+from mmi_deploy.spec.backends import NONE
 from mmi_deploy.targets.verify_target import (
     compare_target,
     write_receipts,
@@ -39,14 +40,14 @@ class Tried:
 
     bundle: Bundle
     precision: str
-    target: TensorRtTarget
+    target: TensorRtBackend
     runtime: Runtime
-    again: Callable[[bool], TensorRtTarget]
+    again: Callable[[bool], TensorRtBackend]
 
     @classmethod
-    def open(cls, bundle: Bundle, precision: str, make: Callable[[bool], TensorRtTarget]) -> Tried:
+    def open(cls, bundle: Bundle, precision: str, make: Callable[[bool], TensorRtBackend]) -> Tried:
         target = make(True)
-        return cls(bundle, precision, target, Runtime.on_gpu(target), make)
+        return cls(bundle, precision, target, Runtime.of(bundle, target), make)
 
 
 def compare(tried: Tried) -> tuple[str, dict[str, Any], list[Proof]]:
@@ -63,7 +64,7 @@ def document(tried: Tried) -> Detail:
     """A whole document on both: text and pictures, greedy and with the same noise."""
     case = case_for(tried)
     schedule = tried.bundle.schedules[0]
-    on_cpu = Runtime.open(tried.bundle, target=PORTABLE)
+    on_cpu = Runtime.open(tried.bundle, target=PORTABLE, kernels=NONE)
     (_, expected), (_, got) = (_taken(r, case, schedule)[:2] for r in (on_cpu, tried.runtime))
     pairs = list(zip(expected.pictures, got.pictures, strict=False))
     differences = [int(np.abs(a.astype(int) - b).max()) for a, b in pairs]
@@ -100,7 +101,7 @@ def measure(tried: Tried, repeats: int) -> Detail:
     detail: dict[str, Any] = {"case": case.to_json(), "schedule": schedule, "repeats": repeats}
     lines = []
     for record in (True, False):
-        runtime = tried.runtime if record else Runtime.on_gpu(tried.again(False))
+        runtime = tried.runtime if record else Runtime.of(tried.bundle, tried.again(False))
         _taken(runtime, case, schedule)  # to warm up
         taken = [_taken(runtime, case, schedule) for _ in range(repeats)]
         recorded = runtime.recordings()

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from mmi_deploy.cli.console import print_json, results
+from mmi_deploy.cli.console import duration, print_json, print_table, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.inspect.cost import duration, print_table
 from mmi_deploy.cli.inspect.source import (
     AsJson,
     Batch,

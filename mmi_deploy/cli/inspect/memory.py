@@ -9,9 +9,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from mmi_deploy.cli.console import counted, print_json, results
+from mmi_deploy.cli.console import counted, print_json, print_table, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.inspect.cost import print_table
 from mmi_deploy.cli.inspect.source import (
     AsJson,
     Batch,

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmi_deploy.bundle.safetensors_reader import read_header
 from mmi_deploy.cli.console import print_json, results
 from mmi_deploy.cli.inspect.source import AsJson
 from mmi_deploy.documents.tokenizer import FILE_NAME, Tokenizer, Vocabulary
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.spec.config import TokenConfig
 from mmi_deploy.system.files import size
+from mmi_deploy.system.safetensors_reader import read_header
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle.bundle import Bundle
@@ -145,7 +145,7 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
     for line in _shared_files(bundle):
         out.print(line)
     if targets:
-        from mmi_deploy.cli.inspect.cost import print_table
+        from mmi_deploy.cli.console import print_table
         from mmi_deploy.cli.inspect.target import target_table
 
         print_table(out, target_table(targets))

@@ -9,9 +9,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from mmi_deploy.cli.console import print_json, remarks, results
+from mmi_deploy.cli.console import print_json, print_table, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.inspect.cost import print_table
 from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
 from mmi_deploy.system.progress import shown
 

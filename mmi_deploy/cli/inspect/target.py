@@ -10,8 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mmi_deploy.cli.console import print_json, results
-from mmi_deploy.cli.inspect.cost import print_table
+from mmi_deploy.cli.console import print_json, print_table, results
 from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import size

@@ -31,15 +31,9 @@ AHEAD_OF_TIME = "ahead-of-time"
 """How it begins where the engines hold the plugin themselves."""
 
 
-def runtime_of(target: str) -> str | None:
-    """`tensorrt` or `tensorrt-rtx` for a target's name, None for one that runs on the CPU."""
-    backend = backend_of(target)
-    return backend.name if backend.on_gpu else None
-
-
 @dataclass
-class TensorRtTarget:
-    """What a `Runtime` needs of a target: memory, engines, limits, and what it says of memory."""
+class TensorRtBackend:
+    """Engines of one TensorRT target, on one GPU."""
 
     bundle: Bundle
     name: str
@@ -57,20 +51,21 @@ class TensorRtTarget:
         bundle: Bundle,
         name: str,
         *,
-        plugin: Path | None = None,
+        library: Path | None = None,
+        threads: int = 0,
         device: int = 0,
         resident: Collection[str] | None = None,
         record: bool = True,
         cache: Path | None = None,
         cuda: Any = None,
         tensorrt: Any = None,
-    ) -> TensorRtTarget:
-        """plugin: our library, for engines that need it. device: which GPU, from 0. resident: the
+    ) -> TensorRtBackend:
+        """library: of the plugin, for engines that need it. device: the GPU, from 0. resident: the
         engines that stay on it (`GROUPS`); None: all. record: launch repeated runs as CUDA graphs.
-        cache: where RTX's compiled kernels are kept, the user's cache folder by default. cuda,
-        tensorrt: the Python modules. Raises `MmiError` for whatever does not fit."""
-        manifest, runtime = replace(bundle, unproved=True).target(name), runtime_of(name)
-        assert runtime is not None, name
+        cache: folder of RTX's compiled kernels, the user's cache folder by default. cuda, tensorrt:
+        the Python modules. Raises `MmiError` for whatever does not fit."""
+        plugin, runtime = library and library.absolute(), backend_of(name).name
+        manifest = replace(bundle, unproved=True).target(name)
         if not bundle.unproved:
             folder, fix = bundle.target_folder(name), bundle.verify_command(name)
             check_receipts(manifest, manifest.graphs, folder, fix)
@@ -119,6 +114,10 @@ class TensorRtTarget:
             record=self.record,
         )
 
+    def stays(self, graph: str) -> bool:
+        """Whether the engine of `graph` stays on the GPU."""
+        return self.residency.stays(graph)
+
     def plan(self) -> MemoryPlan:
         """What it all takes of the GPU's memory, as far as is known before it is loaded."""
         needed = {name: file for name, file in self.manifest.graphs.items() if name != SHALLOW}
@@ -136,6 +135,7 @@ class TensorRtTarget:
             document_bytes(self.graphs, self.limits, seen),
             self.scratch.size or None,
             free,
+            self.memory.gpu.name,
         )
 
 
@@ -156,7 +156,7 @@ def check_made_for(
     mend = bundle.build_command(name)
     if recipe.get("tensorrt", version) != version:
         raise EngineError(
-            f"{name} was built with another version of {runtime_of(name)}",
+            f"{name} was built with another version of {backend_of(name).name}",
             expected=recipe["tensorrt"],
             got=version,
             fix=f"build it again with `{mend}`, or install that version",

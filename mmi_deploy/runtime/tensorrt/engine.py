@@ -183,10 +183,7 @@ class TensorRtEngine(Engine):
         self._places: dict[str, _Place] = {}
         self._chosen: dict[tuple[Shape, ...], int] = {}
         self._contexts: dict[int, _Context] = {}
-        self.launches = 0
-        """How many runs were launched from a recording."""
-        self.refusal = ""
-        """Why the last run that could not be recorded could not: it is enqueued each time."""
+        self.launches: int = 0
         self.open()
 
     def open(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mmi_deploy.bundle.safetensors_writer import Stored, write_safetensors_file
+from mmi_deploy.system.safetensors_writer import Stored, write_safetensors_file
 from mmi_deploy.targets.precision.constants import read
 
 INLINE_BYTES = 256

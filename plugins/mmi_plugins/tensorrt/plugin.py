@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmi_deploy.bundle.manifest import file_entries, hash_of_files, sha256_of
-from mmi_deploy.cli.kernels import AUTO
 from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.spec.backends import AUTO
 from mmi_deploy.system.files import cache_folder
 
 if TYPE_CHECKING:

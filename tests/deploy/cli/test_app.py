@@ -31,10 +31,10 @@ from mmi_deploy.bundle.bundle import write_bundle
 from mmi_deploy.cli import verify as verify_command
 from mmi_deploy.cli.app import run
 from mmi_deploy.cli.command_table import COMMANDS, INSPECT
+from mmi_deploy.cli.console import duration, flops
 from mmi_deploy.cli.generate import ENDS
 from mmi_deploy.cli.generate import generate as generate_command
 from mmi_deploy.cli.inspect.app import RENAMED
-from mmi_deploy.cli.inspect.cost import duration, flops
 from mmi_deploy.cli.inspect.memory import _residency
 from mmi_deploy.cli.target_options import groups
 from mmi_deploy.documents import story as story_module

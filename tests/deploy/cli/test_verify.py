@@ -88,7 +88,7 @@ def test_an_unproved_cpu_target_gets_the_receipts_of_a_build(
     built = bundle.target("cpu-int8").receipt("llm")
     build_cpu_target(bundle, recipe("int8"), unproved=True)
     with pytest.raises(BundleError, match=r"no receipt.*`mmi verify \S+ --target cpu-int8`"):
-        Runtime.open(bundle, target="cpu-int8")
+        Runtime.open(bundle, target="cpu-int8", kernels="none")
     before = (bundle.target_folder("cpu-int8") / TARGET_MANIFEST).read_bytes()
     code, out, err = verify("--target", "cpu-int8", "--kernels", "none")
     assert code == 0, err
@@ -111,7 +111,7 @@ def test_an_unproved_cpu_target_gets_the_receipts_of_a_build(
     # All that was not a receipt is as it was.
     after = json.loads((bundle.target_folder("cpu-int8") / TARGET_MANIFEST).read_bytes())
     assert after.pop("receipts") and {**after, "receipts": []} == json.loads(before)
-    assert Runtime.open(bundle, target="cpu-int8").limits == bundle.limits
+    assert Runtime.open(bundle, target="cpu-int8", kernels="none").limits == bundle.limits
 
 
 def test_a_wrong_engine_fails_by_name_and_its_receipt_says_so(
@@ -131,7 +131,7 @@ def test_a_wrong_engine_fails_by_name_and_its_receipt_says_so(
     receipt = bundle.target(name, unproved=True).receipt("llm")
     assert receipt is not None and not receipt.passed
     with pytest.raises(BundleError, match="too large an error"):
-        Runtime.open(bundle, target=name)
+        Runtime.open(bundle, target=name, kernels="none")
     code, out, err = verify("--target", name, "--kernels", "none")
     assert code == 2 and "FAIL" in out and "with an error that is too large" in err
 
@@ -153,7 +153,7 @@ def test_engines_on_a_gpu_get_receipts_and_run(
     assert code == 0 and f"`mmi verify {bundle.folder} --target {name}` compares them" in err
     on_fake_gpu(bundle, name, monkeypatch, plugin=plugin)
     with pytest.raises(BundleError, match=f"no receipt.*`mmi verify .*--target {name}`"):
-        Runtime.open(bundle, target=name, library=plugin)
+        Runtime.open(bundle, target=name, kernels=plugin)
     code, _, err = verify("--target", name, "--kernels", "none")
     assert code == 2 and "needs our TensorRT plugin" in err
     code, out, err = verify("--target", name, "--kernels", plugin, "--json")
@@ -169,7 +169,7 @@ def test_engines_on_a_gpu_get_receipts_and_run(
     # In float32 the fake engines run the portable files themselves.
     greatest = max(graph["relative_rms"] for graph in found["graphs"])
     assert greatest == 0 if activations == "float32" else 1e-5 < greatest
-    assert Runtime.open(bundle, target=name, library=plugin).target is not None
+    assert Runtime.open(bundle, target=name, kernels=plugin).target is not None
     assert verify()[2] == "" and describe_targets(bundle)[0].receipts["llm"] == "proved"
 
 
@@ -218,7 +218,9 @@ def test_engines_of_smaller_limits_are_compared_within_them(bundle: Bundle) -> N
 def test_an_engine_may_not_write_into_the_samples(bundle: Bundle) -> None:
     """On the host the KV cache is the array that was given: comparing twice gives the same."""
     build_cpu_target(bundle, recipe("int8"), unproved=True)
-    runtime = Runtime.open(replace(bundle, unproved=True), target="cpu-int8", threads=1)
+    runtime = Runtime.open(
+        replace(bundle, unproved=True), target="cpu-int8", threads=1, kernels="none"
+    )
     manifest = bundle.target("cpu-int8", unproved=True)
     (first,) = compare_target(bundle, manifest, runtime)
     (again,) = compare_target(bundle, manifest, runtime)
@@ -230,7 +232,7 @@ def test_an_engine_may_not_write_into_the_samples(bundle: Bundle) -> None:
 def test_engines_that_were_built_again_meanwhile_get_no_receipt(bundle: Bundle) -> None:
     build_cpu_target(bundle, recipe("int8"), unproved=True)
     compared = bundle.target("cpu-int8", unproved=True)
-    runtime = Runtime.open(replace(bundle, unproved=True), target="cpu-int8")
+    runtime = Runtime.open(replace(bundle, unproved=True), target="cpu-int8", kernels="none")
     proofs = compare_target(bundle, compared, runtime)
     damaged_target(bundle)
     with pytest.raises(BundleError, match="llm of cpu-int8 was built again while it was compared"):
@@ -251,7 +253,7 @@ def test_a_target_that_names_no_known_precision_is_refused(bundle: Bundle) -> No
         shutil.copy(bundle.graph_file("llm"), writer.engine_file("llm", ".onnx"))
     manifest = bundle.target("cpu-fp4", unproved=True)
     with pytest.raises(BundleError, match="in which precision.*expected fp32 or .*got fp4"):
-        compare_target(bundle, manifest, Runtime.open(bundle))
+        compare_target(bundle, manifest, Runtime.open(bundle, kernels="none"))
 
 
 def test_too_little_memory_is_said_before_anything_runs(

@@ -15,11 +15,12 @@ import numpy as np
 import tokenizers
 
 from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.runtime.backend import HostBackend
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.config import ModelConfig
-from mmi_deploy.spec.graphs import DEEP, Graph, Limits
+from mmi_deploy.spec.graphs import DEEP, Graph, Limits, graphs
 from mmi_deploy.spec.presets import tiny
 from mmi_deploy.spec.schedule import Schedule
 
@@ -230,14 +231,10 @@ def fake_tokenizer(config: ModelConfig) -> Tokenizer:
 
 def fake_runtime(config: ModelConfig | None = None, limits: Limits = LIMITS) -> tuple[Runtime, Log]:
     config, log = config or fake_config(), Log()
-    runtime = Runtime(
-        config,
-        limits,
-        fake_tokenizer(config),
-        lambda graph: FakeEngine(graph, config, log),
-        fake_schedule,
+    backend = HostBackend(
+        graphs(config, limits), limits, lambda graph: FakeEngine(graph, config, log)
     )
-    return runtime, log
+    return Runtime(config, fake_tokenizer(config), backend, fake_schedule), log
 
 
 def picture(seed: int, side: int = 16) -> Array:

@@ -16,13 +16,14 @@ import torch
 from deploy.runtime.fake_model import fake_tokenizer, picture
 from export.small_models import random_model, released_reading
 from mmi_deploy.documents.images import to_pixels, to_rgb
+from mmi_deploy.runtime.backend import HostBackend
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.spec.config import ModelConfig
-from mmi_deploy.spec.graphs import Graph, Limits
+from mmi_deploy.spec.graphs import Graph, Limits, graphs
 from mmi_deploy.spec.presets import tiny
 from mmi_deploy.spec.schedule import Schedule
 from mmi_export.export import MODULES, with_time_table
@@ -54,13 +55,9 @@ def torch_runtime(model: MMInterleaved) -> Runtime:
     def schedule(key: str | None) -> Schedule:
         return with_time_table(model, parse_schedule(key or "ddim:3", diffusion))
 
-    return Runtime(
-        config,
-        Limits(context=160),
-        fake_tokenizer(config),
-        lambda graph: TorchEngine(model, graph),
-        schedule,
-    )
+    limits = Limits(context=160)
+    backend = HostBackend(graphs(config, limits), limits, lambda graph: TorchEngine(model, graph))
+    return Runtime(config, fake_tokenizer(config), backend, schedule)
 
 
 @pytest.fixture(scope="module", params=[tiny, released_reading])

@@ -83,7 +83,7 @@ def test_a_graph_beyond_the_kernels_runs_its_function_and_the_others_the_kernel(
     bundle = exported_once("paper").bundle
     changed = {"llm": with_llm, "unet": with_unet}[part](bundle.config, heads=32)
     bundle = replace(bundle, manifest=bundle.manifest.model_copy(update={"config": changed}))
-    runtime = Runtime.open(bundle, library=LIBRARY)
+    runtime = Runtime.open(bundle, kernels=LIBRARY)
     for name in bundle.graphs:
         runtime.engine(name)
     without = {"llm": {"llm"}, "unet": {"denoise_step", "denoise_shallow"}}[part]
@@ -98,7 +98,7 @@ def test_a_bundle_of_the_kernels_sizes_has_nothing_to_remark(
     exported_once: Callable[[str], Exported], loaded: dict[str, Path | None]
 ) -> None:
     bundle = exported_once("paper").bundle
-    runtime = Runtime.open(bundle, library=LIBRARY)
+    runtime = Runtime.open(bundle, kernels=LIBRARY)
     runtime.load()
     assert bundle.remarks == [] and loaded == dict.fromkeys(bundle.graphs, LIBRARY)
 
@@ -115,7 +115,7 @@ def test_a_relative_bundle_outlives_a_change_of_folder(
     (tmp_path / "elsewhere").mkdir()
     shutil.copytree(exported_once("paper").bundle.folder, tmp_path / "here" / "bundle")
     monkeypatch.chdir(tmp_path / "here")
-    runtime = Runtime.open(Path("bundle"), threads=1)
+    runtime = Runtime.open(Path("bundle"), threads=1, kernels="none")
     if all_at_once:
         runtime.load()
         shutil.rmtree(tmp_path / "here" / "bundle")

@@ -89,7 +89,7 @@ def test_a_cpu_target_is_proved_and_runs(bundle: Bundle, name: str) -> None:
     written = sum(entry.size for entry in manifest.graph_files("llm").values())
     assert report.engine_bytes == written > report.graphs[0].weights_bytes
     assert told == ["recording inputs", f"writing llm in {name}", f"proving llm in {name}"]
-    runtime = Runtime.open(bundle, target=f"cpu-{name}", threads=1)
+    runtime = Runtime.open(bundle, target=f"cpu-{name}", threads=1, kernels="none")
     options = GenerationOptions(max_tokens=4, max_images=0)
     assert list(generate(runtime, document_of(Text("a red square"), Draw()), options))
 

@@ -20,6 +20,7 @@ from mmi_deploy.documents.document import Document, Draw, Image, Text, document_
 from mmi_deploy.documents.images import Rgb
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.runtime import generation as fast
+from mmi_deploy.runtime.backend import HostBackend
 from mmi_deploy.runtime.events import Event, Finished, ImageDone, TextDelta
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.options import GenerationOptions
@@ -90,13 +91,12 @@ class Sides:
     @classmethod
     def of(cls, model: MMInterleaved, bundle: Bundle) -> Sides:
         tokenizer = Tokenizer(build_tokenizer(), bundle.config.tokens)
-        runtime = Runtime(
-            bundle.config,
+        backend = HostBackend(
+            bundle.graphs,
             bundle.limits,
-            tokenizer,
             lambda graph: OnnxRuntimeEngine(bundle.graph_file(graph.name), graph, OnnxOptions(2)),
-            bundle.schedule,
         )
+        runtime = Runtime(bundle.config, tokenizer, backend, bundle.schedule)
         return cls(model, bundle, tokenizer, runtime)
 
     def fast(

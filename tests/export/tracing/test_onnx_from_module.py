@@ -14,8 +14,8 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
-from mmi_deploy.bundle.safetensors_writer import ALIGNMENT
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET, Graph, Range, Tensor
+from mmi_deploy.system.safetensors_writer import ALIGNMENT
 from mmi_export.tracing.onnx_from_module import (
     Tensors,
     example_sizes,

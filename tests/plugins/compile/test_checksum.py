@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from mmi_deploy.cli.kernels import kernel_library
 from mmi_deploy.errors import ConfigError
 from mmi_plugins.compile import checksum
 from mmi_plugins.compile.checksum import append_checksum, checksum_error, has_valid_checksum
 from mmi_plugins.constants import CSRC
+from mmi_plugins.library import kernel_library
 
 FOLDERS = ("/lib/x86_64-linux-gnu", "/lib64", "/usr/lib", "/lib/aarch64-linux-gnu")
 
@@ -43,7 +43,7 @@ def test_a_library_with_a_checksum_still_loads(library: Path) -> None:
 def test_a_damaged_library_that_a_user_names_is_refused(library: Path) -> None:
     library.write_bytes(library.read_bytes()[:5000])
     with pytest.raises(ConfigError, match="is damaged: .* bytes are missing .*mmi plugins build"):
-        kernel_library(str(library))
+        kernel_library("cpu", str(library))
 
 
 @pytest.mark.parametrize("with_checksum", [False, True])

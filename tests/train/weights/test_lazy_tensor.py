@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmi_deploy.bundle.safetensors_writer import ALIGNMENT
 from mmi_deploy.cli.inspect.parts import parameter_counts
 from mmi_deploy.errors import MmiError
 from mmi_deploy.spec.config import to_json
 from mmi_deploy.spec.graphs import STATE, TERMS
 from mmi_deploy.spec.presets import tiny
 from mmi_deploy.spec.schedule import Schedule, read_schedule
+from mmi_deploy.system.safetensors_writer import ALIGNMENT
 from mmi_export.tracing.stored_weights import stored_weights
 from mmi_train.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from mmi_train.weights import lazy_tensor

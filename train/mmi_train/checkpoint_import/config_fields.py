@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mmi_deploy.bundle.safetensors_reader import once
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import first_flaw
+from mmi_deploy.system.safetensors_reader import once
 
 Fields = dict[str, Any]
 

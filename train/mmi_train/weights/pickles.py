@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmi_deploy.bundle.safetensors_reader import once
 from mmi_deploy.errors import WeightsError
+from mmi_deploy.system.safetensors_reader import once
 from mmi_train.weights.lazy_tensor import PLAIN_TYPES, InFile, StoredTensor
 
 _NO_WEIGHTS = {"training_args.bin", "optimizer.bin", "scheduler.bin"}

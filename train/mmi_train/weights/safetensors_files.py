@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmi_deploy.bundle.safetensors_reader import Entry, read_header
 from mmi_deploy.errors import WeightsError
+from mmi_deploy.system.safetensors_reader import Entry, read_header
 from mmi_train.weights.lazy_tensor import InFile, StoredTensor
 from mmi_train.weights.pickles import read_pickle, read_together, weight_map
 

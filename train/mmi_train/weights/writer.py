@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from numpy.typing import NDArray
 
-from mmi_deploy.bundle.safetensors_writer import Stored, write_safetensors_file
 from mmi_deploy.errors import MmiError, WeightsError
 from mmi_deploy.system.progress import Progress, silent
+from mmi_deploy.system.safetensors_writer import Stored, write_safetensors_file
 from mmi_train.weights.lazy_tensor import PLAIN_TYPES, StoredTensor
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -15,7 +15,7 @@ from deploy.runtime.tensorrt.fake_tensorrt import FakeTensorRt, write_plan
 from mmi_deploy.bundle.bundle import Bundle, write_bundle, write_target
 from mmi_deploy.parity import Case
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.runtime.tensorrt.backend import TensorRtTarget
+from mmi_deploy.runtime.tensorrt.backend import TensorRtBackend
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import GRAPHS, Limits, Range, graphs
 
@@ -79,7 +79,7 @@ class Machine:
 
     cuda: FakeCuda
     tensorrt: FakeTensorRt
-    target: TensorRtTarget
+    target: TensorRtBackend
     runtime: Runtime
 
     @property
@@ -111,5 +111,5 @@ def machine(
 
     module = FakeTensorRt(cuda, compute, rtx="rtx" in name)
     options.setdefault("cache", bundle.folder.parent / "kernels")
-    target = TensorRtTarget.open(bundle, name, cuda=cuda, tensorrt=module, **options)
-    return Machine(cuda, module, target, Runtime.on_gpu(target))
+    target = TensorRtBackend.open(bundle, name, cuda=cuda, tensorrt=module, **options)
+    return Machine(cuda, module, target, Runtime.of(bundle, target))

@@ -307,20 +307,20 @@ def test_targets_that_lack_an_engine_or_stem_from_another_export(bundle: Bundle)
 def test_a_target_that_was_not_built_is_refused(bundle: Bundle) -> None:
     add_target(bundle)
     with pytest.raises(ConfigError) as error:
-        Runtime.open(bundle, target="tensorrt-sm90-fp16")
+        Runtime.open(bundle, target="tensorrt-sm90-fp16", kernels="none")
     assert str(error.value) == (
         f"{bundle.folder} has no target 'tensorrt-sm90-fp16'; expected cpu or tensorrt-sm89-fp32. "
         f"build it with `mmi build {bundle.folder} --target tensorrt --arch sm90 --precision fp16`"
     )
     with pytest.raises(ConfigError, match="leave out --resident"):
-        Runtime.open(bundle, resident=["llm"])
+        Runtime.open(bundle, resident=["llm"], kernels="none")
 
 
 def test_on_this_machine_the_reason_is_one_line(bundle: Bundle) -> None:
     """With the real modules: what is missing here, whatever it is, or nothing."""
     name = add_target(bundle)
     try:
-        Runtime.open(bundle, target=name)
+        Runtime.open(bundle, target=name, kernels="none")
     except EngineError as error:
         assert "\n" not in str(error)
         assert any(part in str(error) for part in ("install it with", "NVIDIA GPU", "built"))
@@ -337,7 +337,7 @@ def test_an_exported_model_makes_the_document_that_onnx_runtime_makes(
     side = bundle.config.vision.image_size
     document = document_of(Text("a red"), Image(picture(1, side)), Draw(), Text("and"), Draw())
     options = replace(OPTIONS, turn_tokens=4, max_images=2, schedule="ddpm:3", full_every=1)
-    cpu = Runtime.open(bundle, threads=1)
+    cpu = Runtime.open(bundle, threads=1, kernels="none")
     (text, pictures), (written, drawn) = (told(r, document, options) for r in (cpu, gpu.runtime))
     assert len(pictures) == 4 and not gpu.cuda.faults
     if activations == "float32":

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import DTypeLike, NDArray
 from safetensors.numpy import load_file
 
-from mmi_deploy.bundle.safetensors_writer import ALIGNMENT, Stored, write_safetensors_file
+from mmi_deploy.system.safetensors_writer import ALIGNMENT, Stored, write_safetensors_file
 
 NAMES = {"float32": "F32", "float16": "F16", "uint8": "U8"}
 

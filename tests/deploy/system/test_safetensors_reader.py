@@ -12,8 +12,8 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mmi_deploy.bundle.safetensors_reader import Entry, read_header
 from mmi_deploy.errors import WeightsError
+from mmi_deploy.system.safetensors_reader import Entry, read_header
 
 
 def entry(start: int = 0, end: int = 8, shape: Any = (2,), dtype: str = "F32") -> dict[str, Any]:
