@@ -10,7 +10,7 @@ OUT ?= out
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train-tiny smollm bench gpu-check clean
+.PHONY: help install demo test lint format train-tiny smollm bench gpu-check floors release clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -57,5 +57,25 @@ bench: $(INSTALLED) $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
 gpu-check: $(INSTALLED) $(BUNDLE)/bundle.json ## build, run, compare and measure the engines on this GPU
 	$(BIN)/python -m mmi_bench.gpu_check $(BUNDLE)
 
+floors: $(INSTALLED) bundles/tiny/bundle.json ## run the runtime with the oldest dependencies that are declared
+	rm -rf $(VENV)/floors
+	$(PYTHON) -m venv $(VENV)/floors
+	$(VENV)/floors/bin/python -m pip install -qq --disable-pip-version-check $$($(BIN)/python tests/floors.py)
+	$(VENV)/floors/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
+	$(VENV)/floors/bin/mmi --help > /dev/null
+	$(VENV)/floors/bin/mmi verify bundles/tiny --run
+	$(VENV)/floors/bin/mmi generate examples/story.md --bundle bundles/tiny -o $(VENV)/floors/story
+
+# The wheel does not hold the bundle: 40 MB of fp32 weights, which do not compress.
+release: $(INSTALLED) bundles/tiny/bundle.json ## the wheel, the tiny bundle as an archive, their SHA-256: into dist/
+	rm -rf dist build
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .
+	rm -rf build
+	$(BIN)/python -m mmi_export.release bundles/tiny -o dist
+
+# Output folders go as far as mmi wrote them: OUT and what is in them may be anybody's. An environment
+# goes by its fixed name, and only if `install` made it.
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(OUT) bundles gpu_check build dist .mypy_cache .pytest_cache .ruff_cache
+	@test ! -f .venv/installed || rm -rf .venv
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	@PYTHONPATH=. $(PYTHON) -B -m mmi_deploy.system.output_folder '$(OUT)' bundles/tiny gpu_check

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 # Before numpy, torch and onnxruntime start their thread pools.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests that import onnxruntime themselves write nothing into the home of who runs them either.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 import pytest

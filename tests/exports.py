@@ -34,7 +34,7 @@ SCHEDULES = {
     SHIPPED: ("ddim:4", "unipc:20"),
 }
 
-_STAGE = re.compile(r"(.+) \((\d+) of (\d+) done\)")
+_STAGE = re.compile(r"^(.+) \((\d+) of (\d+) done", re.M)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ def export(name: str, work: Path, assets: Path) -> Exported:
     if name != SHIPPED or not (folder / CONFIG).exists():
         folder = work / "model"
         save_model(random_model(CONFIGS[name]()), folder)
-        build_tokenizer().save(str(folder / TOKENIZER))
+        tokenizer = build_tokenizer()
+        tokenizer.enable_truncation(3)  # as fine-tuning leaves it
+        tokenizer.enable_padding(length=9)
+        tokenizer.save(str(folder / TOKENIZER))
     schedules = [word for key in SCHEDULES[name] for word in ("--schedule", key)]
     told = io.StringIO()
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):

@@ -186,6 +186,18 @@ def test_model_code_knows_neither_data_nor_training_nor_export() -> None:
             assert all(n.startswith(("mmi_train.model", "mmi_deploy")) for n in used), module
 
 
+@pytest.mark.parametrize("package", ROOTS)
+def test_onnx_runtime_is_imported_where_its_telemetry_is_switched_off(package: str) -> None:
+    importers = {
+        name
+        for name, path in modules(package).items()
+        if any(n.partition(".")[0] == "onnxruntime" for n in imports(ast.parse(path.read_text())))
+    }
+    assert importers == (
+        {"mmi_deploy.runtime.onnxruntime.module"} if package == "mmi_deploy" else set()
+    )
+
+
 def test_importing_the_runtime_loads_neither_torch_nor_the_other_packages() -> None:
     """In a fresh process, every module of mmi_deploy together, the command line included."""
     names = [

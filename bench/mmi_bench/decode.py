@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,8 @@ from mmi_deploy.runtime.buffers import HOST, Buffer
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.system.files import write_file
+from mmi_deploy.system.files import prepare_file, write_new_file
+from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_deploy.targets.precision import recipe, rewrite
 
 PLAIN = "fp32"
@@ -66,10 +66,10 @@ def compare(
     portable: Path, graph: Graph, precisions: Sequence[str], tokens: int, threads: int, start: int
 ) -> dict[str, list[float]]:
     """Seconds of each of `tokens` tokens, by precision; the n-th tokens of all came in turn."""
-    with tempfile.TemporaryDirectory(dir=portable.parent) as folder:
+    with temporary_folder(portable.parent, ".decode-") as folder:
         decoders = {PLAIN: Decoder(portable, graph, threads, start)}
         for name in precisions:
-            out = Path(folder) / name / portable.name
+            out = folder / name / portable.name
             out.parent.mkdir()
             rewrite(recipe(name), graph, portable, out, runtime=CPU)
             decoders[name] = Decoder(out, graph, threads, start)
@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write all times here too")
     given = parser.parse_args(arguments)
     try:
+        if given.json:
+            prepare_file(given.json)
         bundle = Bundle.open(given.bundle)
         graph = bundle.graphs["llm"]
         tokens = min(given.tokens, bundle.limits.context - given.start - WARM_UP)
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, seconds in found.items():
         print(line(name, seconds, found[PLAIN]))
     if given.json:
-        write_file(given.json, json.dumps(found))
+        write_new_file(given.json, json.dumps(found))
     return 0
 
 

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from mmi_bench.machine import describe
@@ -26,7 +25,8 @@ from mmi_bench.statistics import Spread, ratios
 from mmi_deploy.cli import program
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET
-from mmi_deploy.system.files import write_file
+from mmi_deploy.system.files import prepare_file, write_new_file
+from mmi_deploy.system.progress import shown
 from mmi_plugins.conformance.calls import draw
 from mmi_plugins.conformance.onnxruntime_kernel import OnnxRuntimeKernel, one_node_model
 from mmi_plugins.operator import INPUT_SHAPES, Call
@@ -176,7 +176,7 @@ Run = Callable[[], np.ndarray]
 
 def bound(model: bytes, inputs: dict[str, np.ndarray], threads: int, library: Path | None) -> Run:
     """A function that runs the model on inputs that stay where they are."""
-    import onnxruntime as ort
+    from mmi_deploy.runtime.onnxruntime.module import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -274,17 +274,20 @@ def main(
     ] = None,
 ) -> int:
     """Measure our MMFS kernel against GridSample in ONNX Runtime."""
+    if out:
+        prepare_file(out)
     kernel = OnnxRuntimeKernel(threads=threads)
     if reason := kernel.missing():
         raise EngineError(f"our kernel cannot run here: {reason}")
-    done = [
-        compare(queries, kernel.library, threads, repeats)
-        for queries in track(QUERIES, "measuring", console=Console(stderr=True))
-    ]
+    done = []
+    with shown(Console(stderr=True)) as progress:
+        for index, queries in enumerate(QUERIES):
+            progress(f"measuring {queries} queries", index, len(QUERIES))
+            done.append(compare(queries, kernel.library, threads, repeats))
     Console().print(table(done, threads))
     if out:
         report = {"machine": describe(), "threads": threads, "sizes": [x.to_json() for x in done]}
-        write_file(out, json.dumps(report, indent=2) + "\n")
+        write_new_file(out, json.dumps(report, indent=2) + "\n")
     return 0
 
 

@@ -12,25 +12,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 
 import numpy as np
 import tokenizers
+from rich.console import Console
 
 from mmi_bench.emulated_precision import simulated_runtime
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.bundle.manifest import PORTABLE
+from mmi_deploy.documents.tokenizer import read_tokenizer_file
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
-from mmi_deploy.system.files import write_file
+from mmi_deploy.system.files import prepare_file, write_new_file
+from mmi_deploy.system.progress import Progress, shown, silent
+from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_train.data.rows import TokenDocument
 from mmi_train.data.synthetic import world as worlds
-from mmi_train.data.synthetic.tasks import ImagePart, TaskDocument, grade
+from mmi_train.data.synthetic.tasks import TaskDocument, TaskImage, grade
 from mmi_train.evaluation.synthetic_tasks import (
     KINDS,
     MAX_ANSWER,
@@ -113,7 +116,7 @@ class Answers:
     def right(self, question: Question) -> bool:
         """Whether the answer, or the picture, is exactly what was asked for."""
         session = self._read(question.prompt)
-        if isinstance(question.part, ImagePart):
+        if isinstance(question.part, TaskImage):
             produced: str | np.ndarray = session.draw(guidance=self.guidance)
         else:
             produced = self._write(session)
@@ -136,7 +139,7 @@ class Answers:
     def _write(self, session: Session) -> str:
         """The likeliest continuation, up to and with its first full stop."""
         tokens = self.runtime.config.tokens
-        stops = {tokens.eos, tokens.boi, self.tokenizer.token_to_id(".")}
+        stops = {*tokens.ends, tokens.boi, self.tokenizer.token_to_id(".")}
         written: list[int] = []
         while len(written) < MAX_ANSWER and session.room:
             logits = session.next_logits().copy()
@@ -159,7 +162,7 @@ def compare(
     guidance: float = 3.5,
     seed: int = 0,
     threads: int = 0,
-    on_progress: Callable[[str], None] = lambda what: None,
+    progress: Progress = silent,
 ) -> dict[str, Paired]:
     """Ask the portable graphs and `other` the same `count` questions of each kind, `pictures` of
     those that want one drawn. Raises `ConfigError` for a kind that there is not, and for none."""
@@ -174,7 +177,7 @@ def compare(
             got=min(count, pictures),
             fix="leave kinds out with --kinds",
         )
-    tokenizer = tokenizers.Tokenizer.from_file(str(bundle.tokenizer))
+    tokenizer = read_tokenizer_file(bundle.tokenizer)
     portable = Runtime.open(bundle, target=PORTABLE, threads=threads)
     sides = [Answers(runtime, tokenizer, guidance) for runtime in (portable, other)]
     found = {}
@@ -184,7 +187,7 @@ def compare(
         chosen = questions[: pictures if kind in PICTURES else count]
         right: tuple[list[bool], list[bool]] = ([], [])
         for index, question in enumerate(chosen):
-            on_progress(f"{kind} {index + 1} of {len(chosen)}")
+            progress(kind, index, len(chosen))
             for side, answers in zip(sides, right, strict=True):
                 answers.append(side.right(question))
         found[kind] = Paired.of(*right)
@@ -206,22 +209,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     given = parser.parse_args(arguments)
     try:
+        if given.json:
+            prepare_file(given.json)
         bundle = Bundle.open(given.bundle)
-        with tempfile.TemporaryDirectory(dir=given.bundle) as folder:
+        with temporary_folder(given.bundle, ".quality-") as folder:
             if given.simulate:
-                other = simulated_runtime(bundle, given.simulate, Path(folder), given.threads)
+                other = simulated_runtime(bundle, given.simulate, folder, given.threads)
             else:
                 other = Runtime.open(bundle, target=given.target, threads=given.threads)
-            found = compare(
-                bundle,
-                other,
-                kinds=given.kinds,
-                count=given.count,
-                pictures=given.pictures,
-                seed=given.seed,
-                threads=given.threads,
-                on_progress=_say if sys.stderr.isatty() else lambda what: None,
-            )
+            with shown(Console(stderr=True, soft_wrap=True)) as progress:
+                found = compare(
+                    bundle,
+                    other,
+                    kinds=given.kinds,
+                    count=given.count,
+                    pictures=given.pictures,
+                    seed=given.seed,
+                    threads=given.threads,
+                    progress=progress,
+                )
     except MmiError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -236,7 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, pairs in rows.items():
         print(_line(name, pairs, band))
     if given.json:
-        write_file(given.json, json.dumps({name: asdict(pairs) for name, pairs in rows.items()}))
+        write_new_file(
+            given.json, json.dumps({name: asdict(pairs) for name, pairs in rows.items()})
+        )
     return int(any(pairs.verdict(band) == "no" for pairs in rows.values()))
 
 
@@ -249,10 +257,6 @@ def _line(name: str, pairs: Paired, band: float) -> str:
         f"(only portable {pairs.portable_only}, only target {pairs.target_only})  "
         f"within {band:g}: {pairs.verdict(band)}"
     )
-
-
-def _say(what: str) -> None:
-    print(f"\r{what:40}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmi_deploy.cli.console import print_json, remarks, results, staged
+from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec import presets
-from mmi_deploy.system.files import check_replaceable, size
+from mmi_deploy.system.files import size
+from mmi_deploy.system.output_folder import check_replaceable
+from mmi_deploy.system.progress import shown
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle.bundle import Bundle
@@ -52,12 +54,18 @@ def export(
             help="A model folder: config.json, weights, tokenizer.", show_default=str(SHIPPED)
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle.")] = Path(
-        "bundles/tiny"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the bundle.", rich_help_panel="Bundle")
+    ] = Path("bundles/tiny"),
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens that a document may have.", show_default="all"),
+        typer.Option(
+            min=1,
+            help="Tokens that a document may have.",
+            show_default="all",
+            metavar="N",
+            rich_help_panel="Bundle",
+        ),
     ] = None,
     schedule: Annotated[
         list[str] | None,
@@ -66,6 +74,7 @@ def export(
             help="A sampler, as in unipc:20 or ddim:50; several may be given, the first is the "
             "default.",
             show_default="unipc:20",
+            rich_help_panel="Bundle",
         ),
     ] = None,
     layout: Annotated[
@@ -74,6 +83,7 @@ def export(
             help="How weights lie in the bundle: copied in float32, or linked to the model's own "
             "files.",
             show_default="fused up to 2 GB of weights, else linked",
+            rich_help_panel="Bundle",
         ),
     ] = None,
     prove: Annotated[
@@ -82,6 +92,7 @@ def export(
             help="What is run to prove the graphs: they themselves, the same code at a smaller "
             "size, or nothing.",
             show_default="full where memory allows it, else slice",
+            rich_help_panel="Bundle",
         ),
     ] = None,
     preset: Annotated[
@@ -90,28 +101,48 @@ def export(
             metavar="NAME",
             help="Export a preset instead of a model folder, with weights that stand in.",
             show_default=False,
+            rich_help_panel="A preset instead of a model",
         ),
     ] = None,
     sparse_weights: Annotated[
         bool,
-        typer.Option("--sparse-weights", help="With --preset: zeros, which take no disk."),
+        typer.Option(
+            "--sparse-weights",
+            help="With --preset: zeros, which take no disk.",
+            rich_help_panel="A preset instead of a model",
+        ),
     ] = False,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="With --preset: drawn numbers.")
+        bool,
+        typer.Option(
+            "--random-weights",
+            help="With --preset: drawn numbers.",
+            rich_help_panel="A preset instead of a model",
+        ),
     ] = False,
     layers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="With --preset: layers of the language model.", show_default="all"
+            min=1,
+            help="With --preset: layers of the language model.",
+            show_default="all",
+            metavar="N",
+            rich_help_panel="A preset instead of a model",
         ),
     ] = None,
     storage: Annotated[
-        Storage, typer.Option(help="With --preset: the type of the weights.")
+        Storage,
+        typer.Option(
+            help="With --preset: the type of the weights.",
+            rich_help_panel="A preset instead of a model",
+        ),
     ] = Storage.float16,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Turn a trained model into ONNX graphs and prove each against the model.
@@ -121,7 +152,8 @@ def export(
     are exported without being loaded: weights stay in their files, to which the bundle holds links.
     """
     _check_stand_in(model, preset, sparse_weights, random_weights, layers)
-    check_replaceable(out, force, kind="bundle")
+    read_from = [] if preset else [model or SHIPPED]
+    check_replaceable(out, force, kind="bundle", inputs=read_from)
     with extras("export"):
         import torch
 
@@ -136,15 +168,15 @@ def export(
         dtype = getattr(torch, storage.value)
         folder = stand_in(presets.preset(preset), out, made, layers, dtype)
     with folder as read:
-        with staged("looking at the model"):
+        with shown(remarks(), "looking at the model"):
             planned = prepare_export(read, out, context, schedule or DEFAULT_SCHEDULES, **options)
         if dry_run:
             _print_plan(planned, out, as_json)
             return
         if planned.plan.layout == "linked":
             remarks().print(_planned(planned))
-        with staged("starting") as stage:
-            done = run_export(planned, out, force=force, progress=stage)
+        with shown(remarks()) as progress:
+            done = run_export(planned, out, force=force, progress=progress)
     if preset:
         done.bundle.remember()
     _print_done(planned, done, out, as_json)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ import torch
 from torch import nn
 
 from mmi_deploy.bundle.bundle import Bundle, BundleWriter, write_bundle
-from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.documents.tokenizer import Tokenizer, read_tokenizer_file
 from mmi_deploy.errors import ConfigError, WeightsError
+from mmi_deploy.parity import Proof
 from mmi_deploy.spec.config import ModelConfig, read_config
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
 from mmi_deploy.spec.schedule import Schedule
+from mmi_deploy.system.progress import Progress, Stage, StageTimer, silent
 from mmi_export.graphs.image_decoder import (
     DenoiseShallowGraph,
     DenoiseStepGraph,
@@ -27,11 +28,10 @@ from mmi_export.graphs.image_decoder import (
 )
 from mmi_export.graphs.llm import LlmGraph
 from mmi_export.graphs.vision import ImageValuesGraph, VisionEncoderGraph
-from mmi_export.parity.receipts import Proof, onnx_runner, prove
+from mmi_export.parity.receipts import onnx_runner, prove
 from mmi_export.parity.small_model import difference, slice_of
 from mmi_export.placeholder_model import Weights, write_stand_in
 from mmi_export.plan import Layout, Plan, Scope, plan_export
-from mmi_export.progress import GIGABYTE, Progress, Stage, Watch
 from mmi_export.schedules import parse_schedule
 from mmi_export.tracing.fake_weights_model import BlankModel
 from mmi_export.tracing.onnx_from_module import onnx_from_module
@@ -52,6 +52,8 @@ MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
 """What is exported for each graph: modules that map inputs by name to outputs by name."""
 
 DEFAULT_SCHEDULES = ("unipc:20",)
+
+LOOKING = "looking through the weights"
 
 _BESIDE_A_PICTURE = 4
 """Tokens of the shortest useful document next to its visual tokens: `<s>`, the begin-of-image token
@@ -107,7 +109,7 @@ def export_bundle(
     schedules: Sequence[str] = DEFAULT_SCHEDULES,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     **options: Any,
 ) -> Bundle:
     """Export the model in `model_folder` and prove its graphs in ONNX Runtime.
@@ -135,48 +137,49 @@ class Exported:
 
 
 def run_export(
-    export: Export, out_folder: Path, *, force: bool = False, progress: Progress | None = None
+    export: Export, out_folder: Path, *, force: bool = False, progress: Progress = silent
 ) -> Exported:
     """Do what was planned."""
     export.plan.check_room()
     config, stored = export.config, export.stored
-    watch = Watch(progress or _silent, len(graphs(config, export.limits)))
+    # Each graph is exported and proved.
+    timer = StageTimer(progress, 2 * len(graphs(config, export.limits)))
     with write_bundle(
         out_folder, config, export.limits, force=force, inputs=[export.folder]
     ) as writer:
         writer.weights = export.weights
-        writer.hashes.told = lambda path, done, size: _tell_bytes(
-            watch, f"hashing {path.name}", done, size
-        )
+        writer.hashes.progress = timer.within
         if export.weights == "given":
-            watch.begin("looking through the weights", 0)
+            timer.begin(LOOKING, 0)
             stored.check_finite(
-                lambda done: _tell_bytes(watch, "looking through the weights", done, stored.bytes)
+                lambda done: timer.within(LOOKING, done, stored.bytes, unit="bytes")
             )
-        shutil.copyfile(export.folder / TOKENIZER, writer.tokenizer)
+        read_tokenizer_file(export.folder / TOKENIZER).save(str(writer.tokenizer))
         for table in export.schedules:
             writer.add_schedule(_time_table(export.model, stored, table))
-        _write_graphs(export, writer, watch)
-        watch.begin("writing the bundle", watch.total)
-    watch.end()
+        _write_graphs(export, writer, timer)
+        timer.begin("writing the bundle", timer.total)
+    timer.end()
     bundle = Bundle.open(out_folder, unproved=export.plan.scope == "none")
-    return Exported(bundle, tuple(watch.stages))
+    return Exported(bundle, tuple(timer.stages))
 
 
-def _write_graphs(export: Export, writer: BundleWriter, watch: Watch) -> None:
+def _write_graphs(export: Export, writer: BundleWriter, timer: StageTimer) -> None:
     """The graphs with their receipts."""
     scope = export.plan.scope
     sources = _sources(export.model, export.stored, export.plan.layout)
     whole = load_stored(export.config, export.stored) if scope == "full" else None
     with tempfile.TemporaryDirectory(prefix="mmi-slice-") as scratch:
         small = _Slice(export, Path(scratch)) if scope == "slice" else None
-        for index, (name, graph) in enumerate(graphs(export.config, export.limits).items()):
-            watch.graph("exporting", name, index, 0)
+        made = graphs(export.config, export.limits)
+        for index, (name, graph) in enumerate(made.items()):
+            which = f"graph {index + 1} of {len(made)}"
+            timer.begin(f"exporting {name}", 2 * index, which)
             path = writer.graph_file(name)
             files = export_graph(sources, graph, path)
             writer.share(name, (f"{path.parent.name}/{file}" for file in files))
             if whole is not None or small is not None:
-                watch.graph("proving", name, index, 1)
+                timer.begin(f"proving {name}", 2 * index + 1, which)
             if whole is not None:
                 proof = prove(whole, graph, export.limits, onnx_runner(path))
                 writer.add_receipt(name, proof.compared_with, proof.cases)
@@ -226,7 +229,7 @@ class _Slice:
         graph, path = self.graphs[name], self.folder / f"{name}.onnx"
         export_graph(self.sources, graph, path)
         proof = prove(self.whole, graph, self.limits, onnx_runner(path))
-        return Proof(f"{proof.compared_with}, of {self.difference}", proof.cases)
+        return replace(proof, compared_with=f"{proof.compared_with}, of {self.difference}")
 
 
 def with_time_table(model: MMInterleaved, schedule: Schedule) -> Schedule:
@@ -266,12 +269,3 @@ def _tables(config: ModelConfig, schedules: Sequence[str]) -> tuple[Schedule, ..
         )
     diffusion = config.image_decoder.diffusion
     return tuple(parse_schedule(text, diffusion) for text in dict.fromkeys(schedules))
-
-
-def _tell_bytes(watch: Watch, what: str, done: int, size: int) -> None:
-    """A word for every gigabyte."""
-    watch.more_every(what, done // GIGABYTE, size // GIGABYTE)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""

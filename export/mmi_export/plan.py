@@ -14,7 +14,6 @@ from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.system.files import size
 from mmi_deploy.system.memory import free_memory
-from mmi_export.progress import GIGABYTE
 from mmi_export.tracing.stored_weights import StoredWeights, can_link
 
 Layout = Literal["fused", "linked"]
@@ -86,7 +85,7 @@ def plan_export(
     computed = folded_bytes(config) if layout == "linked" else numbers * _FLOAT32
     place = _existing(out_folder)
     copies = layout == "linked" and not all(can_link(file, place) for file in stored.files)
-    base = int(_BASE * GIGABYTE) + _FOLDING * config.llama.width**2
+    base = int(_BASE * 1e9) + _FOLDING * config.llama.width**2
     full = base + 3 * numbers * _FLOAT32
     available = free_memory(swap=False)
     if scope is None:
@@ -94,8 +93,8 @@ def plan_export(
     elif scope == "full" and full > available:
         raise ConfigError(
             "the model is too large to be proved whole on this machine",
-            expected=f"{full / GIGABYTE:.0f} GB of free memory",
-            got=f"{available / GIGABYTE:.0f} GB",
+            expected=f"{full / 1e9:.0f} GB of free memory",
+            got=f"{available / 1e9:.0f} GB",
             fix="leave --prove out, or give --prove slice",
         )
     return Plan(

@@ -9,9 +9,8 @@ out as rows of the table. Predictions of v need nothing special: they are conver
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +24,16 @@ from diffusers import (
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import DiffusionConfig
 from mmi_deploy.spec.graphs import STATE, TERMS
-from mmi_deploy.spec.schedule import HISTORY_START, LATENTS, NOISE, PREDICTION, Schedule
+from mmi_deploy.spec.schedule import (
+    HISTORY_START,
+    LATENTS,
+    NOISE,
+    PREDICTION,
+    SPACINGS,
+    Schedule,
+    parse_schedule_name,
+)
 from mmi_train.model.diffusion import scheduler_options
-
-Spacing = Literal["leading", "trailing", "linspace"]
-"""How diffusers spreads the steps over the training steps; `leading` is Stable Diffusion's."""
 
 LAST_SAMPLE, LAST_DATA, OLDER_DATA = range(HISTORY_START, TERMS)
 
@@ -49,13 +53,10 @@ _SOLVERS = {
     ),
     "unipc": _Solver(UniPCMultistepScheduler, {"solver_order": 2, "solver_type": "bh2"}),
 }
-SOLVERS = tuple(_SOLVERS)
 
 
-def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: Spacing = "leading") -> Any:
+def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: str = SPACINGS[0]) -> Any:
     """diffusers' scheduler called `name`, configured as Stable Diffusion configures it."""
-    if name not in _SOLVERS:
-        raise ConfigError(f"there is no sampler {name!r}", expected=", ".join(SOLVERS))
     solver = _SOLVERS[name]
     return solver.scheduler(
         **scheduler_options(diffusion),
@@ -66,15 +67,10 @@ def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: Spacing 
 
 
 def schedule_table(
-    name: str, steps: int, diffusion: DiffusionConfig, spacing: Spacing = "leading"
+    name: str, steps: int, diffusion: DiffusionConfig, spacing: str = SPACINGS[0]
 ) -> Schedule:
     """The table of one solver at one number of steps, without the U-Net's time table."""
-    if not 1 <= steps < diffusion.steps:
-        raise ConfigError(
-            f"{name} cannot take {steps} steps",
-            expected=f"1 to {diffusion.steps - 1}",
-            fix="write ddim:20",
-        )
+    named = parse_schedule_name(f"{name}-{spacing}:{steps}", diffusion.steps)
     scheduler = diffusers_scheduler(name, diffusion, spacing)
     scheduler.set_timesteps(steps)
     if len(scheduler.timesteps) != steps:
@@ -88,7 +84,7 @@ def schedule_table(
             fix="choose another number",
         )
     return Schedule(
-        name=name if spacing == "leading" else f"{name}-{spacing}",
+        name=named.name,
         timesteps=scheduler.timesteps.numpy().astype(np.int64),
         coefficients=table.numpy().astype(np.float32),
         initial_sigma=float(scheduler.init_noise_sigma),
@@ -97,17 +93,8 @@ def schedule_table(
 
 def parse_schedule(text: str, diffusion: DiffusionConfig) -> Schedule:
     """The table that the command line spells `NAME:STEPS`, or `NAME-SPACING:STEPS`."""
-    name, _, steps = text.partition(":")
-    solver, _, spacing = name.partition("-")
-    counted = re.fullmatch("[0-9]{1,6}", steps)
-    if not counted or (spacing and spacing not in get_args(Spacing)):
-        raise ConfigError(
-            f"{text!r} is not a schedule",
-            expected=f"NAME:STEPS or NAME-SPACING:STEPS, NAME one of {', '.join(SOLVERS)} "
-            f"and SPACING one of {', '.join(get_args(Spacing))}",
-            fix="write ddim:20",
-        )
-    return schedule_table(solver, int(steps), diffusion, spacing or "leading")  # type: ignore[arg-type]
+    named = parse_schedule_name(text, diffusion.steps)
+    return schedule_table(named.solver, named.steps, diffusion, named.spacing)
 
 
 def _probe_step(scheduler: Any, timestep: torch.Tensor) -> torch.Tensor:

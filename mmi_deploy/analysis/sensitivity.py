@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +10,16 @@ import onnx_ir as ir
 
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.parity import PRECISION_TOLERANCES, compare_outputs
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, model_runner
 from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.targets.precision.constants import Constants
 from mmi_deploy.targets.precision.quantise import fitting, quantise
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe, Scheme, recipe
 from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.precision.weight_only import Product, products
 from mmi_deploy.targets.sample_inputs import Arrays, record
-from mmi_deploy.targets.verify_target import relative_error
 
 _RUNS = 3
 """Sets of inputs: the last ones recorded, where caches are full."""
@@ -41,7 +42,7 @@ def sensitivity(
     bundle: Bundle,
     graph: str = "llm",
     precision: str = "int4",
-    on_layer: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: Progress = silent,
 ) -> list[Layer]:
     """Quantise one weight of `graph` at a time; returns all, the most sensitive first.
 
@@ -51,7 +52,7 @@ def sensitivity(
     """
     if graph not in bundle.graphs:
         raise ConfigError(f"there is no graph {graph!r}", expected=" or ".join(bundle.graphs))
-    scheme = _scheme(recipe(precision))
+    scheme, tolerance = _scheme(recipe(precision)), PRECISION_TOLERANCES[precision]
     contract, path = bundle.graphs[graph], bundle.graph_file(graph)
     model = read_model(path, contract)
     constants = Constants(model.graph)
@@ -65,11 +66,13 @@ def sensitivity(
     results = [_results(contract, run, {**inputs, **plain}) for inputs in runs]
     layers = []
     for index, (name, product) in enumerate(weights.items()):
-        on_layer(product.name, index, len(weights))
+        progress("quantising one weight at a time", index, len(weights), detail=product.name)
         chosen = fitting(scheme, product.rows)
         changed = quantise(plain[name], chosen).restored()
         error = max(
-            relative_error(_results(contract, run, {**inputs, **plain, name: changed}), wanted)
+            compare_outputs(
+                _results(contract, run, {**inputs, **plain, name: changed}), wanted, tolerance
+            ).relative
             for inputs, wanted in zip(runs, results, strict=True)
         )
         layers.append(

@@ -4,14 +4,14 @@ targets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
-from mmi_deploy.bundle.manifest import Case, TargetManifest, read_manifest
+from mmi_deploy.bundle.manifest import TargetManifest, read_manifest
 from mmi_deploy.errors import BundleError
+from mmi_deploy.parity import Proof
 
 REPORT = "report.json"
 PLUGIN_LAYER = "PLUGIN_V3"
@@ -19,7 +19,9 @@ BUILD_ONLY = (
     "built with the build-only plugin: proves parsing and compilation, cannot run. Compile the "
     "plugin with `mmi plugins build tensorrt` and build again"
 )
-NOT_RUN = "not run yet: `make gpu-check` on the card compares it with the portable graph"
+NOT_RUN = (
+    "not run yet: `mmi verify BUNDLE --target NAME` on the GPU compares it with the portable graph"
+)
 
 
 class _Model(BaseModel):
@@ -51,11 +53,16 @@ class GraphReport(_Model):
     error: float | None = None
     tolerance: float | None = None
 
-    def with_proof(self, compared_with: str, cases: Sequence[Case]) -> GraphReport:
+    def with_proof(self, proof: Proof) -> GraphReport:
         """With the worst case of a comparison of its ONNX file."""
-        worst = max(cases, key=lambda case: case.error / case.tolerance)
-        found = {"compared_with": compared_with, "error": worst.error, "tolerance": worst.tolerance}
-        return self.model_copy(update=found)
+        _, worst = proof.worst
+        return self.model_copy(
+            update={
+                "compared_with": proof.compared_with,
+                "error": worst.relative,
+                "tolerance": worst.tolerance.relative,
+            }
+        )
 
 
 class TargetReport(_Model):
@@ -113,15 +120,18 @@ def _summary(folder: Path, name: str, identity: str) -> TargetSummary:
             target=name, precision="", architecture=None, bytes=0, graphs=(), receipts={},
             stale=True, remark=str(error), report=report,
         )  # fmt: skip
+    receipts = {graph: _proof(manifest, graph) for graph in manifest.graphs}
+    proved = all(proof == "proved" for proof in receipts.values())
     return TargetSummary(
         target=name,
         precision=manifest.recipe.get("precision", ""),
         architecture=manifest.recipe.get("architecture") or None,
         bytes=sum(entry.size for entry in manifest.files.values()),
         graphs=tuple(manifest.graphs),
-        receipts={graph: _proof(manifest, graph) for graph in manifest.graphs},
+        receipts=receipts,
         stale=manifest.made_for != identity,
-        remark=report.remark if report else "",
+        # The build's remark is that nothing was run yet, which receipts end.
+        remark=report.remark if report and not proved else "",
         report=report,
     )
 

@@ -21,7 +21,6 @@ from mmi_deploy.bundle.manifest import (
     FORMAT,
     PORTABLE,
     BundleManifest,
-    Case,
     Hashes,
     Receipt,
     TargetManifest,
@@ -35,16 +34,19 @@ from mmi_deploy.bundle.manifest import (
     write_manifest,
 )
 from mmi_deploy.errors import BundleError
+from mmi_deploy.parity import Case
 from mmi_deploy.spec.config import ModelConfig
-from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, graphs
-from mmi_deploy.spec.schedule import Schedule, read_schedule
+from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, beyond_kernels, graphs
+from mmi_deploy.spec.schedule import Schedule, parse_schedule_name, read_schedule
 from mmi_deploy.spec.target import build_options
-from mmi_deploy.system.files import new_folder
+from mmi_deploy.system.output_folder import check_replaceable, new_folder
 
 MANIFEST = "bundle.json"
 TARGET_MANIFEST = "target.json"
 EXPORT = "mmi export"
 BUILD = "mmi build"
+_TARGET = "target"
+VERIFY = "mmi verify"
 _TOOLS = ("mmi_deploy", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers")
 
 
@@ -72,6 +74,7 @@ class Bundle:
         folder = Path(folder)
         if not folder.is_dir():
             raise BundleError(f"there is no bundle {folder}", fix=f"make one with `{EXPORT}`")
+        folder = folder.absolute()  # the program may change its folder before a graph is loaded
         manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
         _check_parts(folder, manifest)
         check_files(folder, manifest.files, EXPORT, hashed=hashed)
@@ -118,8 +121,11 @@ class Bundle:
         return tuple(self.manifest.schedules)
 
     def schedule(self, key: str | None = None) -> Schedule:
-        """One sampler, or the default; raises `BundleError` that lists those there are."""
+        """One sampler, or the default. Raises `ConfigError` for a key that names no schedule, and
+        `BundleError` that lists those there are for one that is not in the bundle."""
         key = key or self.schedules[0]
+        if key not in self.manifest.schedules:
+            key = parse_schedule_name(key, self.config.image_decoder.diffusion.steps).key
         if key not in self.manifest.schedules:
             raise BundleError(
                 f"{self.folder} has no schedule {key!r}",
@@ -134,8 +140,8 @@ class Bundle:
 
     @property
     def remarks(self) -> list[str]:
-        """What whoever runs it should know: what stands in for weights, and what a smaller model
-        proves."""
+        """What whoever runs it should know: what stands in for weights, what a smaller model
+        proves, and which graphs no kernel of ours runs."""
         found = []
         if self.manifest.weights != "given":
             found.append(
@@ -151,7 +157,16 @@ class Bundle:
             found.append(
                 f"proved by a slice, the same code on a smaller model: {', '.join(sliced)}"
             )
+        found += [
+            f"{graph}: MMFS of {reason}: on the CPU its function runs instead, which is slower"
+            for graph, reason in self.beyond_kernels.items()
+        ]
         return found
+
+    @cached_property
+    def beyond_kernels(self) -> dict[str, str]:
+        """Graphs that run the operator's function whatever kernels there are, and why."""
+        return beyond_kernels(self.config)
 
     def remember(self) -> None:
         """Spare the next opening its hashes: only names were taken from the files since they were
@@ -185,6 +200,10 @@ class Bundle:
         """The command that builds `target`."""
         return f"{BUILD} {self.folder} {build_options(target)}"
 
+    def verify_command(self, target: str) -> str:
+        """The command that writes the receipts of `target`."""
+        return f"{VERIFY} {self.folder} --target {target}"
+
     def target(
         self,
         target: str,
@@ -204,7 +223,7 @@ class Bundle:
             )
         check_files(folder, manifest.files, mend, fresh=fresh, hashed=hashed)
         if not (unproved or self.unproved):
-            check_receipts(manifest, manifest.graphs, folder, mend)
+            check_receipts(manifest, manifest.graphs, folder, self.verify_command(target))
         return manifest
 
 
@@ -347,10 +366,17 @@ def write_bundle(
     Whatever goes wrong, Ctrl-C included, leaves what was there before. `inputs`: what is read on
     the way, and must not be replaced.
     """
-    with new_folder(folder, force, kind="bundle", inputs=inputs) as work:
+    hashes = Hashes()
+    with new_folder(folder, force, kind="bundle", inputs=inputs, hashed=hashes) as work:
         writer = BundleWriter(work, config, limits)
+        writer.hashes = hashes
         yield writer
         writer.finish()
+
+
+def check_target(bundle: Bundle, target: str) -> None:
+    """Raise `MmiError` where `write_target` would, at the end of long work."""
+    check_replaceable(bundle.target_folder(target), None, kind=_TARGET)
 
 
 @contextmanager
@@ -358,8 +384,9 @@ def write_target(
     bundle: Bundle, target: str, recipe: Mapping[str, str], activations: str = "float32"
 ) -> Iterator[TargetWriter]:
     """Write `engines/<target>` of a bundle, whole or not at all."""
-    with new_folder(bundle.target_folder(target), kind="target") as work:
-        writer = TargetWriter(work, target)
+    folder, hashes = bundle.target_folder(target), Hashes()
+    with new_folder(folder, None, kind=_TARGET, hashed=hashes) as work:
+        writer = TargetWriter(work, target, hashes)
         yield writer
         writer.finish(bundle.identity, recipe, activations)
 

@@ -11,14 +11,25 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from mmi_deploy.bundle.safetensors_reader import once
 from mmi_deploy.errors import BundleError
+from mmi_deploy.parity import Case
 from mmi_deploy.spec.config import ModelConfig, first_flaw
 from mmi_deploy.spec.graphs import Limits
-from mmi_deploy.system.files import write_file
+from mmi_deploy.system.files import sha256_of, write_file
+from mmi_deploy.system.output_folder import CHECKED
+from mmi_deploy.system.progress import Progress, silent
 
 FORMAT = 1
 """Version of the folder's layout; a runtime reads exactly one."""
@@ -29,8 +40,9 @@ PORTABLE = "portable"
 _BLOCK = 2**24
 """Bytes that are hashed at a time."""
 
-_CHECKED = ".checked.json"
-"""Remembers which hashes were checked at which size and times. Not part of the bundle."""
+
+Bytes = Annotated[int, Field(ge=0, le=2**50)]
+Size = Annotated[int, Field(ge=0, le=2**32)]
 
 
 class _Model(BaseModel):
@@ -41,20 +53,7 @@ class FileEntry(_Model):
     """Hash and size in bytes of one file of the folder."""
 
     sha256: str
-    size: int
-
-
-class Case(_Model):
-    """One comparison: sizes of the dynamic dimensions, greatest error, the error allowed."""
-
-    sizes: dict[str, int]
-    error: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """A NaN error is no pass."""
-        return self.error <= self.tolerance
+    size: Bytes
 
 
 class Receipt(_Model):
@@ -138,6 +137,15 @@ class BundleManifest(FolderManifest):
     tokenizer: str
     schedules: dict[str, str]
 
+    @model_validator(mode="after")
+    def _has_positions(self) -> BundleManifest:
+        if self.limits.context > self.config.llama.context:
+            raise ValueError(
+                f"limits.context {self.limits.context} is beyond the model's "
+                f"{self.config.llama.context} positions"
+            )
+        return self
+
 
 class TargetManifest(FolderManifest):
     """`engines/<target>/target.json`: engines made from the portable graphs for one target.
@@ -160,50 +168,50 @@ def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
     """Read a manifest; raises `BundleError` that ends with the command `mend`."""
     try:
         text = path.read_bytes()
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=once)
     except FileNotFoundError:
         raise BundleError(
             f"{path.parent} is not complete: it holds no {path.name}", fix=f"write it with `{mend}`"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
-            f"cannot read {path}: {error}", fix=f"write it again with `{mend}`"
+            f"cannot read {path}: {error}", fix=f"remove it, and write it again with `{mend}`"
         ) from None
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT:
         raise BundleError(
             f"{path} has another format",
             expected=FORMAT,
-            got=version,
+            got=f"{version!s:.40}",
             fix=f"write it with `{mend}`",
         )
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         raise BundleError(
-            f"{path} is damaged: {first_flaw(error)}", fix=f"write it again with `{mend}`"
+            f"{path} is damaged: {first_flaw(error)}",
+            fix=f"remove it, and write it again with `{mend}`",
         ) from None
+
+
+def manifest_text(manifest: FolderManifest) -> str:
+    """What the file of a manifest holds."""
+    return manifest.model_dump_json(indent=2) + "\n"
 
 
 def write_manifest(path: Path, manifest: FolderManifest) -> None:
     """Write `path` whole or not at all."""
-    write_file(path, manifest.model_dump_json(indent=2) + "\n")
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_file(path, manifest_text(manifest))
 
 
 class Hashes:
     """Hashes of files, each computed once whatever names it has.
 
-    `told`: called with how many bytes of how many of a large file have been read.
+    `progress`: told of the bytes of large files.
     """
 
-    def __init__(self, told: Callable[[Path, int, int], None] | None = None) -> None:
-        self.told = told
+    def __init__(self, progress: Progress = silent) -> None:
+        self.progress = progress
         self._known: dict[tuple[int, ...], str] = {}
 
     def __call__(self, path: Path) -> str:
@@ -219,8 +227,8 @@ class Hashes:
             while block := file.read(_BLOCK):
                 found.update(block)
                 done += len(block)
-                if self.told is not None and size > _BLOCK:
-                    self.told(path, done, size)
+                if size > _BLOCK:
+                    self.progress(f"hashing {path.name}", done, size, unit="bytes")
         return found.hexdigest()
 
 
@@ -279,7 +287,8 @@ def check_files(
             continue
         if size != entry.size or hashed(folder / name) != entry.sha256:
             raise BundleError(
-                f"{folder / name} has changed since it was written", fix=f"write it with `{mend}`"
+                f"{folder / name} has changed since it was written",
+                fix=f"remove it, and write it with `{mend}`",
             )
     if now != checked:
         _remember(folder, now)
@@ -287,7 +296,7 @@ def check_files(
 
 def _read_checked(folder: Path) -> dict[str, list[object]]:
     try:
-        found = json.loads((folder / _CHECKED).read_bytes())
+        found = json.loads((folder / CHECKED).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -296,7 +305,7 @@ def _read_checked(folder: Path) -> dict[str, list[object]]:
 def _remember(folder: Path, checked: dict[str, list[object]]) -> None:
     """Best effort: a bundle that cannot be written to is hashed each time."""
     with suppress(OSError):
-        write_file(folder / _CHECKED, json.dumps(checked))
+        write_file(folder / CHECKED, json.dumps(checked))
 
 
 def check_receipts(manifest: FolderManifest, graphs: Iterable[str], where: Path, mend: str) -> None:

@@ -20,6 +20,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mmi_deploy.system.files import temporary_name
+
 ALIGNMENT = 64
 """Bytes. Data start at a multiple of it, and so does every tensor whose bytes are one."""
 
@@ -87,12 +89,12 @@ def _write(file: BinaryIO, pieces: Iterable[NDArray]) -> None:
 def _appearing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when it is whole. On Linux it has no name
     before, so that even a killed process leaves nothing behind."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
-        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
         named = False
     except (OSError, AttributeError):  # another system, or a file system over the network
-        descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         named = True
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -32,8 +32,8 @@ def _version(asked: bool) -> None:
 
 
 @app.callback(
-    epilog="First steps:  mmi export assets/tiny -o bundles/tiny  ·  "
-    "mmi generate examples/story.md -o out  ·  open out/index.html"
+    epilog="First steps:\n\nmmi export assets/tiny -o bundles/tiny\n\n"
+    "mmi generate examples/story.md -o out\n\nopen out/index.html"
 )
 def options(
     debug: Annotated[

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, remarks, results
@@ -18,6 +16,7 @@ from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.kernels import AUTO
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.system.files import size
+from mmi_deploy.system.progress import Progress, shown
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle.build_report import TargetReport
@@ -29,14 +28,16 @@ if TYPE_CHECKING:
     from mmi_deploy.targets.precision import Recipe
     from mmi_deploy.targets.tensorrt_plan import Part, Request
 
-Watch = Callable[[str, int, int, str], None]
-"""Called with (what is done, components done, components in all or 0, the builder's phase)."""
-
 
 def build(
     bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
     target: Annotated[
-        str, typer.Option("--target", help="Who runs it: tensorrt, tensorrt-rtx or cpu.")
+        str,
+        typer.Option(
+            "--target",
+            help="Who runs it: tensorrt, tensorrt-rtx or cpu.",
+            rich_help_panel="What is built",
+        ),
     ] = "tensorrt-rtx",
     arch: Annotated[
         list[str] | None,
@@ -44,6 +45,7 @@ def build(
             metavar="SM",
             help="The card, as in sm89; several may be given.",
             show_default="the card of this machine",
+            rich_help_panel="What is built",
         ),
     ] = None,
     precision: Annotated[
@@ -51,6 +53,7 @@ def build(
         typer.Option(
             help="A recipe: fp32, fp16, bf16, int8, int4, int4-128, fp8, mixed.",
             show_default="fp16; int8 on the CPU",
+            rich_help_panel="What is built",
         ),
     ] = None,
     graph: Annotated[
@@ -58,6 +61,7 @@ def build(
         typer.Option(
             help="Only this graph, and what is there already; several may be given.",
             show_default="all",
+            rich_help_panel="What is built",
         ),
     ] = None,
     plugin: Annotated[
@@ -66,15 +70,28 @@ def build(
             metavar="auto|ahead-of-time|FILE",
             help="Our plugin for TensorRT: what `mmi plugins build` made, inside the engines, or a "
             "library of your own.",
+            rich_help_panel="What is built",
         ),
     ] = AUTO,
     max_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="The most rows that engines take.", show_default="the bundle's"),
+        typer.Option(
+            min=1,
+            help="The most rows that engines take.",
+            show_default="the bundle's",
+            metavar="N",
+            rich_help_panel="What is built",
+        ),
     ] = None,
     max_images: Annotated[
         int | None,
-        typer.Option(min=1, help="The most images in the pool.", show_default="the bundle's"),
+        typer.Option(
+            min=1,
+            help="The most images in the pool.",
+            show_default="the bundle's",
+            metavar="N",
+            rich_help_panel="What is built",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be built, and what it takes.")
@@ -98,7 +115,7 @@ def build(
     Engines are cached by all that they depend on; what is unchanged is not built again. They go to
     engines/TARGET of the bundle, where TARGET names runtime, architecture and precision.
     """
-    from mmi_deploy.bundle.bundle import Bundle
+    from mmi_deploy.bundle.bundle import Bundle, check_target
 
     with extras("build"):
         from mmi_deploy.targets.precision import check_possible, recipe
@@ -112,6 +129,8 @@ def build(
     targets = _targets(target, arch, chosen.name)
     for one in targets:
         check_possible(chosen, one.runtime, one.architecture, graph)
+        if not dry_run:
+            check_target(opened, one.name)
     for name in graph or ():
         graph_of(opened, name)
     kept = _built(opened, targets)
@@ -185,24 +204,26 @@ def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
             named = ", ".join(plan["graphs"]) or "no graph"
             results().print(f"{plan['target']}: {recipe.what}; rewrites {named}")
         return
-    with _watched(len(recipe.weights)) as watch:
+    with shown(remarks()) as progress:
         report = build_cpu_target(
             bundle,
             recipe,
-            lambda what, done, of: watch(what, min(done, of - 1), of, ""),
+            progress,
             unproved=options.unproved,
             force=options.force,
         )
     _say_reports(bundle, [report], options.as_json)
 
 
-def _evidence(bundle: Bundle, cache: EngineCache, watch: Watch, options: _Options) -> Evidence:
+def _evidence(
+    bundle: Bundle, cache: EngineCache, progress: Progress, options: _Options
+) -> Evidence:
     from mmi_deploy.system.memory import free_memory
     from mmi_deploy.targets.calibration import Evidence, check_can_run
 
     if not (options.unproved or options.force or options.dry_run):
         check_can_run(bundle, free_memory())
-    return Evidence(bundle, cache.folder.parent / "ranges", lambda what: watch(what, 0, 0, ""))
+    return Evidence(bundle, cache.folder.parent / "ranges", progress)
 
 
 def _tensorrt(
@@ -224,8 +245,8 @@ def _tensorrt(
     for one in targets:
         trt = open_tensorrt(plugin, one.runtime, str(one.architecture))
     plugin.load(trt).unregister()  # refused here, not after minutes
-    with _watched(len(graphs) * len(targets)) as watch:
-        evidence = _evidence(bundle, cache, watch, options)
+    with shown(remarks()) as progress:
+        evidence = _evidence(bundle, cache, progress, options)
         measured = () if options.unproved or options.dry_run else graphs
         ranges = {
             name: evidence.ranges(name, recipe, runtime)
@@ -243,7 +264,7 @@ def _tensorrt(
             _say_memory(missing, len(parts))
             if not options.force:
                 check_room(missing, bundle, cache)
-            reports = build_targets(request, cache, watch)
+            reports = build_targets(request, cache, progress)
     if options.dry_run:
         _say_plan(request, parts, missing, cache, options.as_json)
     else:
@@ -335,32 +356,3 @@ def _table(report: TargetReport) -> Table:
         else:
             table.add_row(graph.graph, layers, *sizes, seconds, error)
     return table
-
-
-@contextmanager
-def _watched(total: int) -> Iterator[Watch]:
-    """A bar with elapsed time and component n of N in a terminal, a line per component in a log."""
-    console = remarks()
-    if not console.is_terminal:
-        said = ""
-
-        def line(what: str, done: int, of: int, phase: str) -> None:
-            nonlocal said
-            if what != said:
-                said = what
-                console.print(f"{what} ({done + 1} of {of})" if of else what)
-
-        yield line
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[phase]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=total, phase="")
-        yield lambda what, done, of, phase: bar.update(
-            task, description=what, completed=done, total=of or total, phase=phase
-        )

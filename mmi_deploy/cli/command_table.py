@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from mmi_deploy.cli.program import help_of
 from mmi_deploy.system.entry_points import load
 
 MODELS, BUNDLES, RESULTS = "Models", "Bundles and engines", "Use and measure"
@@ -91,10 +92,14 @@ COMMANDS: Mapping[str, Row] = {
     ),
     "verify": Row(
         "mmi_deploy.cli.verify:verify",
-        "Verify checksums and receipts of a bundle.",
+        "Verify checksums and receipts of a bundle, or the engines of a target.",
         "cpu",
         BUNDLES,
-        ("mmi verify bundles/tiny --run",),
+        (
+            "mmi verify bundles/tiny --run",
+            "mmi verify bundles/tiny --target tensorrt-sm89-fp16",
+            "mmi verify bundles/tiny --target cpu-int8 --json",
+        ),
     ),
     "inspect": Row(
         "mmi_deploy.cli.inspect.app:app",
@@ -214,12 +219,13 @@ def table_app(group: type[TableGroup], **options: Any) -> typer.Typer:
 
 def _imported(name: str, row: Row) -> Any:
     found = load(row.entry_point)
-    epilog = "Examples:  " + "  ·  ".join(row.examples)
+    heading = "Example:" if len(row.examples) == 1 else "Examples:"
+    epilog = "\n\n".join([heading, *row.examples])
     if isinstance(found, typer.Typer):
         found.info.epilog = epilog
         return get_command(found)
     app = _app()
-    app.command(name, epilog=epilog)(found)
+    app.command(name, help=help_of(found), epilog=epilog)(found)
     return get_command(app)
 
 

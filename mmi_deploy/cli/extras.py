@@ -10,8 +10,9 @@ from mmi_deploy.errors import MmiError
 
 
 @contextmanager
-def extras(command: str) -> Iterator[None]:
-    """Around the imports of `command`: a missing module becomes a `MmiError` naming the extra."""
+def extras(command: str, extra: str | None = None) -> Iterator[None]:
+    """Around the imports of `command`: a missing module becomes a `MmiError` naming the extra, that
+    of the command's row by default."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -20,5 +21,5 @@ def extras(command: str) -> Iterator[None]:
             raise  # a fault of this project, not something to install
         raise MmiError(
             f"`mmi {command}` needs {module}, which is not installed",
-            fix=f"install it with: pip install 'mmi_deploy[{row_of(command).extra}]'",
+            fix=f"install it with: pip install 'mmi_deploy[{extra or row_of(command).extra}]'",
         ) from None

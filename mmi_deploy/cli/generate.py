@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress, TaskID
 
-from mmi_deploy.cli.console import MOST_THREADS, counted, print_json, progress, remarks, results
+from mmi_deploy.cli.console import MOST_THREADS, counted, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.cli.target_options import (
@@ -21,6 +22,7 @@ from mmi_deploy.cli.target_options import (
     groups,
     say_memory,
 )
+from mmi_deploy.system.progress import Progress, shown, silent
 
 if TYPE_CHECKING:
     from mmi_deploy.documents.document import Document
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from mmi_deploy.runtime.options import GenerationOptions
 
 BUNDLE = Path("bundles/tiny")
+
+PATIENCE = 5.0
+"""Seconds that a picture may take before a log hears of its steps."""
 
 ENDS = {
     "end": "the model ended the document",
@@ -45,28 +50,74 @@ def generate(
         Path, typer.Argument(help="A Markdown or JSON document.", show_default=False)
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for story.md, pictures and index.html.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for story.md, pictures and index.html.",
+            rich_help_panel="Document",
+        ),
     ] = Path("out"),
     bundle: Annotated[
-        Path, typer.Option("--bundle", "-b", help="What `mmi export` wrote.")
+        Path,
+        typer.Option("--bundle", "-b", help="What `mmi export` wrote.", rich_help_panel="Document"),
     ] = BUNDLE,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same story.")] = 0,
-    max_images: Annotated[int, typer.Option(min=0, help="Pictures to add at most.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=0, help="Text tokens to add at most.")] = 256,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="Same seed, same story.", metavar="N", rich_help_panel="Document"),
+    ] = 0,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Text tokens to add at most.", metavar="N", rich_help_panel="Text"
+        ),
+    ] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 always takes the likeliest word.")
+        float,
+        typer.Option(
+            min=0, help="0 always takes the likeliest word.", metavar="X", rich_help_panel="Text"
+        ),
     ] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest of this total mass.")] = 0.9,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Keep the k likeliest; 0 keeps all.", metavar="N", rich_help_panel="Text"
+        ),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Keep the likeliest of this total mass.", metavar="X", rich_help_panel="Text"
+        ),
+    ] = 0.9,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes repeated words less likely.")
+        float,
+        typer.Option(
+            help="Above 1 makes repeated words less likely.", metavar="X", rich_help_panel="Text"
+        ),
     ] = 1.0,
+    max_images: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Pictures to add at most.", metavar="N", rich_help_panel="Pictures"
+        ),
+    ] = 4,
     schedule: Annotated[
         str | None,
-        typer.Option(metavar="NAME:STEPS", help="Sampler of the bundle, as in ddim:20."),
+        typer.Option(
+            metavar="NAME:STEPS",
+            help="Sampler of the bundle, as in ddim:20.",
+            rich_help_panel="Pictures",
+        ),
     ] = None,
     guidance: Annotated[
-        float, typer.Option(min=0, help="How closely pictures follow the text; 1 is off.")
+        float,
+        typer.Option(
+            min=0,
+            help="How closely pictures follow the text; 1 is off.",
+            metavar="X",
+            rich_help_panel="Pictures",
+        ),
     ] = 3.5,
     full_every: Annotated[
         int,
@@ -75,19 +126,32 @@ def generate(
             metavar="N",
             help="Run the whole U-Net in every Nth step; between them its deep features are used "
             "again: faster, less exact.",
+            rich_help_panel="Pictures",
         ),
     ] = 1,
     target: TargetName = CPU,
     device: Device = 0,
     resident: Resident = None,
     threads: Annotated[
-        int, typer.Option(min=0, max=MOST_THREADS, help="CPU threads; 0: as many as cores.")
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_THREADS,
+            help="CPU threads; 0: as many as cores.",
+            metavar="N",
+            rich_help_panel="Machine",
+        ),
     ] = 0,
     kernels: Kernels = AUTO,
     unproved: Annotated[
-        bool, typer.Option("--unproved", help="Run graphs that have no receipt.")
+        bool,
+        typer.Option(
+            "--unproved", help="Run graphs that have no receipt.", rich_help_panel="Machine"
+        ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, nothing live.")
     ] = False,
@@ -105,7 +169,7 @@ def generate(
         from mmi_deploy.runtime.generation import GenerationOptions
         from mmi_deploy.runtime.generation import generate as events_of
         from mmi_deploy.runtime.runtime import Runtime
-        from mmi_deploy.system.files import check_replaceable, new_folder
+        from mmi_deploy.system.output_folder import check_replaceable, new_folder
 
         check_engines(target)
     inputs = (document, bundle)
@@ -122,12 +186,15 @@ def generate(
         guidance=guidance,
         full_every=full_every,
     )
-    source = read_document(document)
-    library = kernel_library(kernels, target)
     started = time.perf_counter()
     opened = Bundle.open(bundle, unproved=unproved)
     for remark in opened.remarks:
         remarks().print(remark)
+    images = min(opened.limits.images, opened.config.llm_mmfs.images - 1)
+    source = read_document(document, opened.limits.context, images)
+    compiling = time.perf_counter()
+    library = kernel_library(kernels, target)
+    started += time.perf_counter() - compiling  # once on a machine: no part of the loading
     runtime = Runtime.open(
         opened,
         threads=threads,
@@ -154,7 +221,8 @@ def generate(
         seconds = time.perf_counter() - started
         facts = _facts(runtime.config.name, used, options, finished, seconds)
         write_story(work, story.entries)
-        html = page(title_of(source) or document.stem, story.entries, facts)
+        command = _command(document, bundle, target, used, options)
+        html = page(title_of(source) or document.stem, story.entries, facts, command)
         (work / PAGE_NAME).write_text(html, encoding="utf-8", errors="replace")
     if as_json:
         print_json(_report(out, story.entries, finished, seed, used, seconds))
@@ -190,13 +258,14 @@ class _Terminal(_Nobody):
     def __init__(self, document: Document) -> None:
         self._out, self._err = results(), remarks()
         self._given = iter(document.parts)
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._drawing = ExitStack()
+        self._progress: Progress = silent
+        self._picture = ""
         self._in_line = False
         self._show_given()
 
     def __exit__(self, *_: object) -> None:
-        self._end_bar()
+        self._drawing.close()
         self._end_line()
 
     def show(self, event: Event) -> None:
@@ -207,13 +276,15 @@ class _Terminal(_Nobody):
                 self._write(text)
             case ImageStarted(index, steps):
                 self._end_line()
-                self._bar = progress(self._err)
-                self._task = self._bar.add_task(f"drawing picture {index + 1}", total=steps)
-                self._bar.start()
-            case ImageProgress(_, step, _) if self._bar:
-                self._bar.update(self._task, completed=step)
+                self._picture = f"drawing picture {index + 1}"
+                self._progress = self._drawing.enter_context(
+                    shown(self._err, self._picture, patience=PATIENCE)
+                )
+                self._progress(self._picture, 0, steps)
+            case ImageProgress(_, step, steps):
+                self._progress(self._picture, step, steps)
             case ImageDone(index, _):
-                self._end_bar()
+                self._drawing.close()
                 self._line(f"[picture {index + 1}: drawn]")
                 self._show_given()
 
@@ -228,11 +299,6 @@ class _Terminal(_Nobody):
                 self._write(part.text, style="dim")
             else:
                 self._line("[picture: given]", style="dim")
-
-    def _end_bar(self) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
 
     def _write(self, text: str, style: str = "") -> None:
         self._out.print(text, end="", style=style)
@@ -265,6 +331,27 @@ def _facts(
     for stage, (spent, count) in finished.timings.totals().items():
         facts[stage] = f"{spent / count * 1000:.1f} ms each, {count} in all"
     return facts
+
+
+def _command(
+    document: Path, bundle: Path, target: str, schedule: str, options: GenerationOptions
+) -> str:
+    """The command line that makes the same document again, for a shell."""
+    words = ["mmi", "generate", str(document), "--bundle", str(bundle)]
+    words += ["--schedule", schedule] + (["--target", target] if target != CPU else [])
+    for name in (
+        "seed",
+        "max_images",
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "guidance",
+        "full_every",
+    ):
+        words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    return shlex.join(words)
 
 
 def _added(finished: Finished) -> str:

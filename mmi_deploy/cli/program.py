@@ -7,6 +7,7 @@ SIGTERM. Faults of ours are raised.
 from __future__ import annotations
 
 import errno
+import inspect
 import io
 import os
 import signal
@@ -18,6 +19,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mmi_deploy.errors import MmiError
+from mmi_deploy.system.memory import is_shortage, shortage
 
 STOPPED = 128 + signal.SIGINT
 
@@ -28,13 +30,25 @@ _signals: list[int] = []
 def program(name: str, command: Callable[..., int]) -> Callable[[Sequence[str]], int]:
     """`run` for a program that has this command alone, which returns its exit code."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
+    app.command(help=help_of(command))(command)
     return partial(run, app, name)
+
+
+def help_of(command: Callable[..., object]) -> str:
+    """The help of a command: its docstring, a line for each paragraph.
+
+    A terminal wraps the lines; the breaks of the source would be kept beside those.
+    """
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     """Run one command line of the program called `name` and return its exit code. Raises what
     nobody expected."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by who started us, as in `mmi ... >&-`
+            setattr(sys, stream, open(os.devnull, "w"))
     try:
         code = app(list(arguments), prog_name=name, standalone_mode=False)
         code = code if isinstance(code, int) else 0
@@ -62,6 +76,8 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
             raise
         if _disk_is_full(error):
             return say("the disk is full. Free some space and run the command again", 2)
+        if is_shortage(error):
+            return say(str(shortage("for this command")), 2)
         if isinstance(error, OSError) and error.filename:
             return say(f"{error.filename}: {error.strerror}", 2)
         raise

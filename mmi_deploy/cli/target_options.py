@@ -13,14 +13,26 @@ if TYPE_CHECKING:
 
 CPU = "cpu"
 
+MACHINE = "Machine"
+"""The panel of a command's help for what it runs on."""
+
 TargetName = Annotated[
     str,
     typer.Option(
         metavar="NAME",
         help="Whose engines run: cpu, or one that `mmi build` made, as in tensorrt-sm89-fp16.",
+        rich_help_panel=MACHINE,
     ),
 ]
-Device = Annotated[int, typer.Option(min=0, help="Which GPU, for a target that has one.")]
+Device = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Which GPU, for a target that has one.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Resident = Annotated[
     str | None,
     typer.Option(
@@ -28,6 +40,7 @@ Resident = Annotated[
         help="Engines that stay on the GPU; the others are loaded in turn. Of: encoder, llm, "
         "condition, denoise, vae; none.",
         show_default="all",
+        rich_help_panel=MACHINE,
     ),
 ]
 

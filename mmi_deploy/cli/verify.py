@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import DownloadColumn
+from rich import box
+from rich.table import Table
 
-from mmi_deploy.cli.console import counted, print_json, progress, remarks, results
+from mmi_deploy.cli.console import counted, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.inspect.cost import print_table
+from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
+from mmi_deploy.cli.target_options import Device, Resident, groups
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.progress import shown
+
+if TYPE_CHECKING:
+    from mmi_deploy.bundle.bundle import Bundle
+    from mmi_deploy.parity import Proof
+
+# Seconds that hashing may take before a log hears of it; most bundles are hashed sooner.
+PATIENCE = 5.0
 
 
 def verify(
@@ -17,23 +31,57 @@ def verify(
     run: Annotated[
         bool, typer.Option("--run", help="Also draw a picture and read it, a few seconds.")
     ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compare the engines of this target with the portable graphs, where they run, and "
+            "write their receipts.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Device = 0,
+    resident: Resident = None,
+    kernels: Kernels = AUTO,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare even where memory looks too small.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Hash every file of a bundle again and check that every graph has a receipt.
 
     A receipt says against what a graph was compared, and with what error. With --run every graph
     runs once too, and numbers that are not finite are an error.
+
+    With --target the engines of that target are run instead, graph by graph, on recorded and random
+    inputs beside the portable graphs in ONNX Runtime. Their receipts are written into the target,
+    which from then on runs without --unproved.
     """
+    if target is not None:
+        if run:
+            raise ConfigError(
+                "--run draws a picture with the portable graphs, --target runs engines",
+                fix="leave out one of them",
+            )
+        _verify_target(bundle, target, device, groups(resident), kernels, force, as_json)
+        return
+    for option, given in {
+        "--device": device != 0,
+        "--resident": resident is not None,
+        "--kernels": kernels != AUTO,
+        "--force": force,
+    }.items():
+        if given:
+            raise ConfigError(f"{option} goes with --target NAME", fix=f"leave out {option}")
+    _verify_bundle(bundle, run, as_json)
+
+
+def _verify_bundle(bundle: Path, run: bool, as_json: bool) -> None:
     from mmi_deploy.bundle.bundle import Bundle
     from mmi_deploy.bundle.manifest import Hashes
 
-    with progress(remarks(), DownloadColumn()) as bar:
-        task = bar.add_task("hashing", total=None)
-
-        def tell(path: Path, done: int, size: int) -> None:
-            bar.update(task, description=f"hashing {path.name}", completed=done, total=size)
-
-        hashes = Hashes(tell)
+    with shown(remarks(), "hashing", patience=PATIENCE) as progress:
+        hashes = Hashes(progress)
         opened = Bundle.open(bundle, hashed=hashes)
         unproved = opened.verify(hashes)
     manifest = opened.manifest
@@ -45,7 +93,7 @@ def verify(
         "targets_without_receipts": list(unproved),
     }
     if run:
-        with extras("verify"):
+        with extras("verify --run", "cpu"):
             from mmi_deploy.runtime.runtime import Runtime
         if not as_json:
             remarks().print("running every graph ...")
@@ -65,9 +113,112 @@ def verify(
         remarks().print(remark)
     if unproved:
         names = ", ".join(unproved)
+        command = opened.verify_command(unproved[0] if len(unproved) == 1 else "NAME")
         remarks().print(
-            f"never run, and so without receipts: {names}. `make gpu-check` runs them on the card"
+            f"never run, and so without receipts: {names}. `{command}` compares them where they run"
         )
+
+
+def _verify_target(
+    path: Path,
+    target: str,
+    device: int,
+    resident: tuple[str, ...] | None,
+    kernels: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Compare the engines of one target and write their receipts; raises `BundleError` for the
+    first graph that fails, whose receipt says so."""
+    with extras("verify --target", "build"):
+        from mmi_deploy.bundle.bundle import Bundle
+        from mmi_deploy.runtime.runtime import Runtime
+        from mmi_deploy.targets.verify_target import check_proof, compare_target, write_receipts
+    bundle = Bundle.open(path, unproved=True)
+    if target not in bundle.targets:
+        raise ConfigError(
+            f"{path} has no target {target!r}",
+            expected=" or ".join(bundle.targets) or "one that `mmi build` made",
+            fix=f"build it with `{bundle.build_command(target)}`",
+        )
+    if not force:
+        _check_memory(bundle)
+    manifest = bundle.target(target)
+    library = kernel_library(kernels, target)
+    runtime = Runtime.open(bundle, target=target, library=library, device=device, resident=resident)
+    try:
+        with shown(remarks(), "recording inputs") as progress:
+            proofs = compare_target(bundle, manifest, runtime, progress)
+    finally:
+        runtime.close()
+    write_receipts(bundle, manifest, proofs)
+    failed = [proof for proof in proofs if not proof.passed]
+    if as_json:
+        graphs = [_to_json(proof) for proof in proofs]
+        print_json({"ok": not failed, "bundle": str(path), "target": target, "graphs": graphs})
+    else:
+        print_table(results(), _table(proofs))
+        word = "with an error that is too large" if failed else "all within tolerance"
+        remarks().print(
+            f"{counted(len(proofs), 'receipt')} written into {bundle.target_folder(target)}, {word}"
+        )
+    for proof in failed:
+        check_proof(proof, manifest.recipe["precision"])
+
+
+def _check_memory(bundle: Bundle) -> None:
+    from mmi_deploy.system.memory import free_memory
+    from mmi_deploy.targets.calibration import check_can_run
+
+    fix = "Verify on a larger machine, or give --force to try all the same"
+    check_can_run(bundle, free_memory(), fix)
+
+
+def _table(proofs: list[Proof]) -> Table:
+    """A row per graph: its worst case, and the tolerance with which that would have passed."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("graph", no_wrap=True)
+    for heading in ("cases", "max error", "relative rms", "tolerance", "would pass at"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for proof in proofs:
+        _, worst = proof.worst
+        table.add_row(
+            proof.graph,
+            str(len(proof.comparisons)),
+            f"{worst.error.max_abs:.1e}" if worst.error else "",
+            f"{worst.relative:.1e}",
+            f"{worst.tolerance.relative:.1e}",
+            f"{worst.relative:.3g}",
+            worst.verdict,
+        )
+    return table
+
+
+def _to_json(proof: Proof) -> dict[str, Any]:
+    """One graph; numbers that are not finite, which JSON does not have, are null."""
+    sizes, worst = proof.worst
+    error = worst.error
+    return {
+        "graph": proof.graph,
+        "compared_with": proof.compared_with,
+        "cases": len(proof.comparisons),
+        "verdict": worst.verdict,
+        "sizes": sizes,
+        "tensor": worst.name,
+        "index": list(error.worst or ()) if error else None,
+        "got": _finite(worst.got),
+        "expected": _finite(worst.expected),
+        "max_error": _finite(error.max_abs) if error else None,
+        "mean_error": _finite(error.mean_abs) if error else None,
+        "relative_rms": _finite(worst.relative),
+        "tolerance": worst.tolerance.relative,
+        "flaw": worst.flaw,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
 
 
 def _smoke(runtime: Any) -> tuple[int, int]:

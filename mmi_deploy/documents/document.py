@@ -6,6 +6,7 @@ Three kinds of part: `Text`, `Image` (a picture that is given) and `Draw` (the m
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mmi_deploy.documents.images import Rgb, read_rgb
+from mmi_deploy.documents.images import Rgb, as_rgb, read_rgb
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.spec.config import ModelConfig
@@ -21,17 +22,28 @@ from mmi_deploy.spec.config import ModelConfig
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of text, not empty."""
+    """A piece of text, not empty. Raises `DocumentError` for what is no string of whole
+    characters."""
 
     text: str
+
+    def __post_init__(self) -> None:
+        _check_string("a text of the document", self.text)
 
 
 @dataclass(frozen=True)
 class Image:
-    """A picture that is given: a file, or uint8 [h, w, 3]."""
+    """A picture that is given: a file, uint8 [h, w, 3], or an image of Pillow, which becomes that.
+    Raises `DocumentError` for anything else."""
 
     source: Path | Rgb
     alt: str = ""
+
+    def __post_init__(self) -> None:
+        _check_string("the alternative text of a picture", self.alt)
+        named = isinstance(self.source, str | os.PathLike)
+        source = Path(self.source) if named else as_rgb(self.source)  # type: ignore[arg-type]
+        object.__setattr__(self, "source", source)
 
     @cached_property
     def rgb(self) -> Rgb:
@@ -47,11 +59,31 @@ class Draw:
 Part = Text | Image | Draw
 
 
+def _check_string(what: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise DocumentError(f"{what} is none", expected="a string", got=type(text).__name__)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DocumentError(
+            f"{what} holds half a character, such as \\ud83d alone", fix="write it whole"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Document:
     """Parts in reading order. Use `document_of` to build one: it merges texts and drops blanks."""
 
     parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if not isinstance(part, Text | Image | Draw):
+                raise DocumentError(
+                    "a part of the document is none",
+                    expected="a Text, an Image or a Draw",
+                    got=type(part).__name__,
+                )
 
     @property
     def images(self) -> tuple[Image | Draw, ...]:
@@ -81,8 +113,20 @@ def document_of(*parts: Part) -> Document:
             merged[-1] = Text(merged[-1].text + part.text)
         else:
             merged.append(part)
+    Document(parts)
     stripped = (Text(part.text.strip()) if isinstance(part, Text) else part for part in merged)
     return Document(tuple(part for part in stripped if part != Text("")))
+
+
+def check_pictures(count: int, most: int) -> None:
+    """Raise `DocumentError` for more pictures, given and to be drawn, than a model takes."""
+    if count > most:
+        raise DocumentError(
+            "the document has too many pictures for the model",
+            expected=f"at most {most}",
+            got=count,
+            fix="leave some out",
+        )
 
 
 def encode_document(
@@ -114,13 +158,6 @@ def encode_document(
             fix="shorten it",
         )
     most = config.llm_mmfs.images - 1
-    most = most if images is None else min(images, most)
-    if len(document.images) > most:
-        raise DocumentError(
-            "the document has too many pictures for the model",
-            expected=f"at most {most}",
-            got=len(document.images),
-            fix="leave some out",
-        )
+    check_pictures(len(document.images), most if images is None else min(images, most))
     given = tuple(image if isinstance(image, Image) else None for image in document.images)
     return EncodedDocument(np.asarray(ids, dtype=np.int64), given)

@@ -5,7 +5,8 @@ where the model draws one, and everything else is text, word for word. A link ma
 `![alt](file.png)`, or `![alt][name]` with a line `[name]: file.png` somewhere, which is no text
 then. A literal `![` is written `\\![`. In JSON a document is a list such as
 `[{"text": "a red circle"}, {"image": "circle.png"}, {"draw": true}]`; the published code's
-annt.json is read too.
+annt.json is read too. A backslash before `<img`, or before what begins a code fence or an open
+HTML block at the start of a line, is left out as well.
 
 Pictures are files beside the document: a link that leaves its folder is refused.
 """
@@ -13,32 +14,69 @@ Pictures are files beside the document: a link that leaves its folder is refused
 from __future__ import annotations
 
 import json
+import os
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from markdown_it import MarkdownIt
-from markdown_it.rules_inline import StateInline
-from markdown_it.rules_inline.image import image as image_rule
 from pydantic import TypeAdapter, ValidationError
 
-from mmi_deploy.documents.document import Document, Draw, Image, Part, Text, document_of
+from mmi_deploy.documents.document import (
+    Document,
+    Draw,
+    Image,
+    Part,
+    Text,
+    check_pictures,
+    document_of,
+)
+from mmi_deploy.documents.markdown_links import Link, image_links, refuse_html_picture
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.spec.config import first_flaw
+from mmi_deploy.system.files import open_regular
+
+CONTEXT = 15 * 1024
+IMAGES = 1000
+"""Of a document that is read for no certain model."""
+
+_BYTES_PER_TOKEN = 64
+_MORE_BYTES = 2**16
+"""For links, and for texts with a few long words."""
+
+_LISTED = 10_000
+"""Names of a folder that are looked at for the one that was meant."""
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:|//")
-_LIKE_A_LINK = re.compile(r"!\[[^\[\]]*\](?:\[[^\[\]]+\]|\([^()\n]*\))")
-_DEFINE = "add a line such as [name]: file.png, or write \\![ if it is text"
-_BRACKET = "put a name with spaces in <>, as in ![](<my file.png>), or write \\![ if it is text"
-_ESCAPED_IMAGE = re.compile(r"(?<!\\)((?:\\\\)*)\\!\[")
+_MARKS = re.compile(r"!\[|<img", re.IGNORECASE)
+_HTML_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+_LINK_IN_HTML = re.compile(r"(?<!\\)(?:\\\\)*(!\[[^\[\]\n]*\]\([^\n)]*\)?)")
+
+_MARK = r"(?=!\[|<img[\s/>])"
+_BEFORE_MARK = re.compile(rf"(?<!\\)(\\*){_MARK}", re.IGNORECASE)
+_ESCAPED_MARK = re.compile(rf"(?<!\\)((?:\\\\)*)\\{_MARK}", re.IGNORECASE)
+_OPENING = r"(?:```|~~~|<!--|<\?|<![a-z]|<(?:script|pre|style|textarea)(?=[\s>]|$))"
+_OPENING_LINE = re.compile(rf"^( {{0,3}})(?=\\*{_OPENING})", re.MULTILINE | re.IGNORECASE)
+_ESCAPED_LINE_AGAIN = re.compile(rf"^( {{0,3}})(?=\\+{_OPENING})", re.MULTILINE | re.IGNORECASE)
+_ESCAPED_LINE = re.compile(rf"^( {{0,3}})\\(?=\\*{_OPENING})", re.MULTILINE | re.IGNORECASE)
+_IN_ALT = re.compile(r"[\\`<\[\]]")
+_ESCAPED_IN_ALT = re.compile(r"\\([!-/:-@\[-`{-~])")
 
 
-def read_document(path: Path) -> Document:
+def read_document(path: Path, context: int = CONTEXT, images: int = IMAGES) -> Document:
     """Read a document by its suffix: .md, .markdown, .txt or .json. Every picture is decoded once,
-    so that a damaged one is found now; raises `DocumentError`."""
+    so that a damaged one is found now.
+
+    `context`, `images`: tokens and pictures that the model takes. Raises `DocumentError` for what
+    cannot be read and for more than the model can take: before the file is parsed where it is
+    larger than any text of so many tokens, before a picture is decoded where there are too many.
+    """
     parsers = {
         ".md": parse_markdown,
         ".markdown": parse_markdown,
@@ -52,17 +90,39 @@ def read_document(path: Path) -> Document:
             expected=", ".join(parsers),
             got=path.suffix or "no suffix",
         )
+    most = _most_bytes(context)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            _check_size(f"{path}", os.fstat(file.fileno()).st_size, most)
+            content = file.read(most + 1)  # it may be growing
+        _check_size(f"{path}", len(content), most)
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DocumentError(f"{path} is not UTF-8 text", fix="save it as UTF-8") from None
     except OSError as error:
         raise DocumentError(f"cannot read {path}: {error.strerror}") from None
-    document = parse(text, path.parent)
+    document = parse(text, path.parent, context)
+    check_pictures(len(document.images), images)
     for image in document.images:
         if isinstance(image, Image):
             _ = image.rgb
     return document
+
+
+def _most_bytes(context: int) -> int:
+    """Bytes of a document that no text of `context` tokens exceeds."""
+    return _MORE_BYTES + _BYTES_PER_TOKEN * context
+
+
+def _check_size(what: str, size: int, most: int) -> None:
+    """Raise `DocumentError` for more bytes than a model's context can hold."""
+    if size > most:
+        raise DocumentError(
+            f"{what} is too long for the model",
+            expected=f"at most {most // 1000} kB",
+            got=f"{size // 1000} kB",
+            fix="shorten it",
+        )
 
 
 def resolve_link(target: str, folder: Path) -> Path:
@@ -73,7 +133,7 @@ def resolve_link(target: str, folder: Path) -> Path:
             fix="save it there and link it by name",
         )
     try:
-        path = (folder / target).resolve()
+        path = _as_on_disk(target, folder).resolve()
         there = path.is_file()
     except (OSError, RuntimeError) as error:  # a name without end, or a link to itself
         raise DocumentError(f"the picture {target} cannot be looked up: {error}") from None
@@ -83,19 +143,47 @@ def resolve_link(target: str, folder: Path) -> Path:
             fix="copy it there and link it by name",
         )
     if not there:
-        raise DocumentError(f"there is no picture {path}", fix="correct the link or add the file")
+        raise DocumentError(f"there is no picture {path}", fix=_nearest(target, folder, path))
     return path
 
 
-@dataclass(frozen=True)
-class _Link:
-    """An image link: where it stands in the text, and what it says. `name`: of its definition."""
+def _as_on_disk(target: str, folder: Path) -> Path:
+    """The path of `target` in `folder`, with names that differ in nothing that can be seen as they
+    are on the disk: macOS writes `é` as two characters (NFD), keyboards as one (NFC)."""
+    place = folder
+    for name in Path(target).parts:
+        if name != ".." and not os.path.lexists(place / name):
+            same = [other for other in _names(place) if _composed(other) == _composed(name)]
+            name = same[0] if len(same) == 1 else name
+        place /= name
+    return place
 
-    start: int
-    end: int
-    target: str
-    alt: str
-    name: str = ""
+
+def _nearest(target: str, folder: Path, path: Path) -> str:
+    """What an author can do about a link to a file that is not there."""
+    if path.exists():
+        return "link a file, not a folder, a pipe or a device"
+    turned = target.replace("\\", "/")
+    if turned != target and (folder / turned).resolve().is_relative_to(folder.resolve()):
+        if (folder / turned).is_file():
+            return f"write {turned}: folders are parted by /"
+    lower = {name.lower(): name for name in _names(path.parent)}
+    if near := get_close_matches(path.name.lower(), lower, n=1, cutoff=0.6):
+        return f"the nearest name there is {lower[near[0]]}"
+    return "correct the link or add the file"
+
+
+def _names(folder: Path) -> list[str]:
+    """Names in `folder`, of the first `_LISTED`; none where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in islice(entries, _LISTED)]
+    except OSError:
+        return []
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _parser() -> MarkdownIt:
@@ -114,32 +202,40 @@ class _Definition:
     end: int
 
 
-def _links(text: str) -> list[_Link | _Definition]:
+def _links(text: str) -> list[Link | _Definition]:
     """Every image link of `text` and what defines its target, in order; no link inside code or
     alternative text.
 
-    The block parser says which lines are paragraphs, headings and so on; the inline parser says
-    where the links are in those lines.
+    The block parser says which lines are paragraphs, headings and so on; `image_links` says where
+    the links are in those lines.
     """
+    if not _MARKS.search(text):
+        return []
     lines = text.split("\n")
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line) + 1)
     environment: dict[str, Any] = {}
-    found: list[_Link | _Definition] = []
-    for block in _parser().parse(text, environment):
-        if block.type != "inline" or not block.map or "![" not in block.content:
+    found: list[Link | _Definition] = []
+    blocks = _parser().disable("inline").parse(text, environment)
+    references = environment.get("references", {})
+    for block in blocks:
+        if block.type == "html_block":
+            _refuse_pictures_in_html(block.content)
+        if block.type != "inline" or not block.map or not _MARKS.search(block.content):
             continue
         first, last = block.map
-        links = _inline_links("\n".join(lines[first:last]), environment)
-        if len(links) != sum(token.type == "image" for token in block.children or ()):
+        source = "\n".join(lines[first:last])
+        links = image_links(source, references)
+        inside = block.content  # without the marks of lists and quotations
+        if source != inside and len(links) != len(image_links(inside, references)):
             raise DocumentError(
                 f"the image links in line {first + 1} of the document are ambiguous",
                 fix="put each on a line of its own, as ![what it shows](file.png)",
             )
         offset = starts[first]
         found += [replace(x, start=x.start + offset, end=x.end + offset) for x in links]
-    for name in {link.name for link in found if isinstance(link, _Link)} - {""}:
+    for name in {link.name for link in found if isinstance(link, Link)} - {""}:
         first, last = environment["references"][name]["map"]
         while last < len(lines) and not lines[last].strip():  # the blank lines after it go too
             last += 1
@@ -147,43 +243,31 @@ def _links(text: str) -> list[_Link | _Definition]:
     return sorted(found, key=lambda place: place.start)
 
 
-def _inline_links(source: str, environment: dict[str, Any]) -> list[_Link]:
-    """The image links of one paragraph, with places relative to it."""
-    links: list[_Link] = []
-
-    def rule(state: StateInline, silent: bool) -> bool:
-        start = state.pos
-        accepted = image_rule(state, silent)
-        if state.src != source:  # alternative text
-            return accepted
-        if accepted and not silent:
-            token = state.tokens[-1]
-            target, name = str(token.attrs["src"]), token.meta.get("label", "")
-            links.append(_Link(start, state.pos, target, token.content, name))
-        elif not accepted and (failed := _LIKE_A_LINK.match(source, start)):
-            raise DocumentError(
-                f"{failed[0]} looks like a picture link and is none",
-                fix=_DEFINE if failed[0].endswith("]") else _BRACKET,
-            )
-        return accepted
-
-    parser = _parser()
-    parser.inline.ruler.at("image", rule)
-    parser.inline.parse(source, parser, environment, [])
-    return links
+def _refuse_pictures_in_html(block: str) -> None:
+    """Raise `DocumentError` for a picture among HTML that CommonMark takes as it is written."""
+    shown = _HTML_COMMENT.sub("", block)
+    refuse_html_picture(shown)
+    if link := _LINK_IN_HTML.search(shown):
+        raise DocumentError(
+            f"{link[1]:.60} is inside HTML, where no link is a picture",
+            fix="put an empty line before and after it, or write \\![ if it is text",
+        )
 
 
-def parse_markdown(text: str, folder: Path) -> Document:
-    """A Markdown document whose pictures lie in `folder`; raises `DocumentError`."""
+def parse_markdown(text: str, folder: Path, context: int = CONTEXT) -> Document:
+    """A Markdown document whose pictures lie in `folder`, for a model of `context` tokens; raises
+    `DocumentError`."""
+    _check_size("the document", len(text), _most_bytes(context))
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as CommonMark counts lines
     parts: list[Part] = []
     end = 0
     for link in _links(text):
         parts.append(Text(_unescape(text[end : link.start])))
         end = link.end
-        if isinstance(link, _Link):
+        if isinstance(link, Link):
             target = unquote(link.target).strip()
-            parts.append(Image(resolve_link(target, folder), link.alt) if target else Draw())
+            alt = _unescape_alt(link.alt)
+            parts.append(Image(resolve_link(target, folder), alt) if target else Draw())
     parts.append(Text(_unescape(text[end:])))
     return document_of(*parts)
 
@@ -202,25 +286,46 @@ def title_of(document: Document) -> str:
 
 
 def _unescape(text: str) -> str:
-    return _ESCAPED_IMAGE.sub(r"\1![", text)
+    """What `_escape` was given; and in any other text, what CommonMark says of these escapes."""
+    text = _ESCAPED_LINE.sub(r"\1", text)
+    return _ESCAPED_MARK.sub(lambda run: run[1][: len(run[1]) // 2], text)
+
+
+def _escape(text: str) -> str:
+    """Markdown that reads back as `text`, holds no picture, and leaves nothing open that would make
+    text of a picture after it, such as a code fence."""
+    text = _BEFORE_MARK.sub(lambda run: run[1] * 2 + "\\", text)
+    end = _parser().disable("inline").parse(f"{text}\n\nend")
+    is_open = len(end) < 2 or (end[-2].content, end[-2].level) != ("end", 1)
+    return (_OPENING_LINE if is_open else _ESCAPED_LINE_AGAIN).sub(r"\1\\", text)
+
+
+def _escape_alt(alt: str) -> str:
+    return _IN_ALT.sub(r"\\\g<0>", " ".join(alt.split()))
+
+
+def _unescape_alt(alt: str) -> str:
+    return _ESCAPED_IN_ALT.sub(r"\1", alt)
 
 
 def to_markdown(parts: Sequence[Part], name_of: Callable[[Image], str]) -> str:
-    """`parts` as Markdown, each picture a paragraph of its own, linked by its `name_of`."""
+    """`parts` as Markdown that reads back as they are, each picture a paragraph of its own, linked
+    by its `name_of`. Line ends become `\\n`, and spaces in alternative texts single ones."""
     blocks = []
     for part in parts:
         if isinstance(part, Text):
-            blocks.append(part.text.replace("![", "\\!["))
+            blocks.append(_escape(part.text))
         elif isinstance(part, Image):
-            alt = part.alt.replace("\\", "").replace("[", "(").replace("]", ")")
-            blocks.append(f"![{alt}]({quote(name_of(part))})")
+            blocks.append(f"![{_escape_alt(part.alt)}]({quote(name_of(part))})")
         else:
             blocks.append("![]()")
     return "\n\n".join(blocks) + "\n"
 
 
-def parse_json(text: str, folder: Path) -> Document:
-    """JSON parts, or the published code's annt.json with one entry; raises `DocumentError`."""
+def parse_json(text: str, folder: Path, context: int = CONTEXT) -> Document:
+    """JSON parts, or the published code's annt.json with one entry, for a model of `context`
+    tokens; raises `DocumentError`."""
+    _check_size("the document", len(text), _most_bytes(context))
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()

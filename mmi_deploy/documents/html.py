@@ -1,13 +1,15 @@
 """index.html: a finished document for people. One file beside its pictures; no scripts, no network.
 
+A picture is enlarged by its address (`:target`), the command line selected by one click.
+
 What the model made stands out by a coloured edge and the word "generated". All text is escaped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from itertools import groupby
+from itertools import groupby, takewhile
 from string import Template
 
 from mmi_deploy.documents.document import Image, Text
@@ -31,31 +33,50 @@ _PAGE = Template("""\
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 1.125rem/1.65 Georgia, "Iowan Old Style", "Noto Serif", serif; }
-main, footer { max-width: 40rem; margin: 0 auto; padding: 0 1.25rem; }
-h1, footer, figcaption, .legend { font-family: system-ui, sans-serif; }
+header, main, footer { max-width: 100rem; margin: 0 auto; padding: 0 1.25rem; }
+h1, footer, figcaption, .legend, .view { font-family: system-ui, sans-serif; }
 h1 { font-size: 1.3rem; margin: 2.5rem 0 .25rem; overflow-wrap: anywhere; }
 .legend { color: var(--faint); font-size: .85rem; margin: 0 0 2rem; }
 .legend span, .text .generated { background: var(--made-soft); border-radius: .2rem; }
 .legend span { color: var(--made); padding: .1rem .4rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 1.5rem 0; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));
+  gap: 1rem 2.5rem; align-items: end; }
+section { max-width: 44rem; min-width: 0; }
+section:not(:has(figure)) { align-self: start; }
+section:only-child { margin: 0 auto; width: 100%; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 1rem 0; }
 .text .generated { box-shadow: 0 0 0 .15rem var(--made-soft); }
-figure { margin: 1.5rem 0; padding-left: .9rem; border-left: .25rem solid var(--line); }
+figure { margin: 1rem 0; padding-left: .9rem; border-left: .25rem solid var(--line); }
 figure.generated { border-color: var(--made); }
 img { display: block; max-width: 100%; height: auto; border-radius: .4rem;
   background: var(--line); }
 img.small { width: 100%; max-width: 20rem; image-rendering: pixelated; }
+figure a { display: block; max-width: max-content; cursor: zoom-in; }
+figure a:has(.small) { max-width: 20rem; }
+.view { display: none; position: fixed; inset: 0; background: #000d; color: #fff; z-index: 1; }
+.view:target { display: grid; grid-template: 1fr auto / 1fr; }
+.view .close { display: grid; place-items: center; min-height: 0; padding: 1rem; cursor: zoom-out; }
+.view img { max-width: 100%; max-height: 100%; object-fit: contain; background: none; }
+.view img.small { width: min(90vw, 80vh); max-width: none; }
+.view nav { display: flex; gap: 2rem; justify-content: center; padding: 0 1rem 1rem; }
+.view nav a { color: inherit; }
 figcaption { color: var(--faint); font-size: .8rem; margin-top: .4rem; overflow-wrap: anywhere; }
 .generated figcaption b { color: var(--made); font-weight: 600; }
 footer { border-top: 1px solid var(--line); color: var(--faint); font-size: .85rem;
   margin-top: 3rem; padding-top: 1rem; padding-bottom: 3rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0; }
 dt, dd { margin: 0; } dd { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+code { display: block; user-select: all; overflow-wrap: anywhere; cursor: copy;
+  padding: .4rem .6rem; background: var(--made-soft); border-radius: .3rem; font-size: .95em; }
 </style>
 </head>
 <body>
-<main>
+<header>
 <h1>$title</h1>
-<p class="legend">What the model made is marked as <span>generated</span>.</p>
+<p class="legend">What the model made is marked as <span>generated</span>. A click enlarges a
+picture.</p>
+</header>
+<main>
 $parts
 </main>
 <footer>
@@ -63,6 +84,7 @@ $parts
 $facts
 </dl>
 </footer>
+$views
 </body>
 </html>
 """)
@@ -71,24 +93,48 @@ _SMALL = 256
 """Pictures with sides below this are shown larger than they are, with sharp pixels."""
 
 
-def page(title: str, entries: Sequence[Entry], facts: Mapping[str, str]) -> str:
-    """The page of `entries`; `facts` (name and value) stand at its foot."""
+_ALT = 120
+"""Letters of the words before a drawn picture that describe it."""
+
+
+def page(title: str, entries: Sequence[Entry], facts: Mapping[str, str], command: str = "") -> str:
+    """The page of `entries`; `facts` (name and value) stand at its foot, and the command line that
+    makes the document again. Wide screens show it as a storyboard: a text above its pictures."""
     names = picture_names(entries)
-    blocks = []
-    texts_or_not = groupby(enumerate(entries), key=lambda item: isinstance(item[1].part, Text))
-    for is_text, run in texts_or_not:
-        if is_text:
-            spans = "".join(_span(entry) for _, entry in run)
-            blocks.append(f'<p class="text">{spans}</p>')
-        else:
-            blocks += [_figure(entry, names[index]) for index, entry in run]
+    pictures = list(names)
+    listed = [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()]
+    if command:
+        listed.append(f"<dt>again</dt><dd><code>{escape(command)}</code></dd>")
     return _PAGE.substitute(
         title=escape(title),
-        parts="\n".join(blocks),
-        facts="\n".join(
-            f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()
+        parts="\n".join(_sections(entries, names)),
+        facts="\n".join(listed),
+        views="\n".join(
+            _view(number, len(pictures), _image(entries, index, names[index], lazy=True))
+            for number, index in enumerate(pictures, start=1)
         ),
     )
+
+
+def _sections(entries: Sequence[Entry], names: Mapping[int, str]) -> Iterator[str]:
+    """A section for each run of texts, with the pictures that follow it."""
+    numbers = {index: number for number, index in enumerate(names, start=1)}
+    blocks: list[str] = []
+    runs = groupby(enumerate(entries), key=lambda item: isinstance(item[1].part, Text))
+    for is_text, run in runs:
+        if is_text:
+            spans = "".join(_span(entry) for _, entry in run)
+            blocks = [f'<p class="text">{spans}</p>']
+        else:
+            blocks += [_figure(entries, index, names[index], numbers[index]) for index, _ in run]
+            yield _section(blocks)
+            blocks = []
+    if blocks:
+        yield _section(blocks)
+
+
+def _section(blocks: Sequence[str]) -> str:
+    return "<section>\n" + "\n".join(blocks) + "\n</section>"
 
 
 def _span(entry: Entry) -> str:
@@ -97,14 +143,62 @@ def _span(entry: Entry) -> str:
     return f'<span class="generated">{text}</span>' if entry.generated else text
 
 
-def _figure(entry: Entry, name: str) -> str:
+def _figure(entries: Sequence[Entry], index: int, name: str, number: int) -> str:
+    entry = entries[index]
     assert isinstance(entry.part, Image)
     height, width, _ = entry.part.rgb.shape
-    kind = "generated" if entry.generated else "given"
-    alt = escape(entry.part.alt or f"a {kind} picture")
-    small = ' class="small"' if max(height, width) < _SMALL else ""
+    kind = _kind(entry)
     return (
-        f'<figure class="{kind}"><img src="{escape(name)}" alt="{alt}" width="{width}" '
-        f'height="{height}"{small}><figcaption><b>{kind}</b> · {escape(name)} · '
+        f'<figure class="{kind}" id="picture-{number}"><a href="#view-{number}">'
+        f"{_image(entries, index, name)}</a><figcaption><b>{kind}</b> · {escape(name)} · "
         f"{width} × {height}</figcaption></figure>"
     )
+
+
+def _view(number: int, of: int, image: str) -> str:
+    """A picture as large as the window, shown while the address names it."""
+    links = [(number - 1, "previous"), (number + 1, "next")]
+    beside = [f'<a href="#view-{at}">{word}</a>' for at, word in links if 1 <= at <= of]
+    return (
+        f'<div class="view" id="view-{number}"><a class="close" href="#picture-{number}" '
+        f'title="back to the document">{image}</a><nav>{"".join(beside)}</nav></div>'
+    )
+
+
+def _image(entries: Sequence[Entry], index: int, name: str, *, lazy: bool = False) -> str:
+    part = entries[index].part
+    assert isinstance(part, Image)
+    height, width, _ = part.rgb.shape
+    small = ' class="small"' if max(height, width) < _SMALL else ""
+    loading = ' loading="lazy"' if lazy else ""
+    return (
+        f'<img src="{escape(name)}" alt="{escape(alt_of(entries, index))}" width="{width}" '
+        f'height="{height}"{small}{loading}>'
+    )
+
+
+def _kind(entry: Entry) -> str:
+    return "generated" if entry.generated else "given"
+
+
+def alt_of(entries: Sequence[Entry], index: int) -> str:
+    """What a picture shows, for those who do not see it: its own words, or for a drawn one the last
+    line of the text right before it."""
+    entry = entries[index]
+    assert isinstance(entry.part, Image)
+    if entry.part.alt:
+        return entry.part.alt
+    if entry.generated:
+        before = takewhile(lambda e: isinstance(e.part, Text), reversed(entries[:index]))
+        text = "".join(reversed([e.part.text for e in before if isinstance(e.part, Text)]))
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        if last := next(filter(None, reversed(lines)), ""):
+            return f"drawn after: {_tail(last)}"
+    return f"a {_kind(entry)} picture"
+
+
+def _tail(line: str) -> str:
+    """The last words of a long line."""
+    if len(line) <= _ALT:
+        return line
+    return f"… {line[-_ALT:].partition(' ')[2] or line[-_ALT:]}"

@@ -7,15 +7,21 @@ Letters: h height, w width in pixels. `rgb` is uint8 [h, w, 3]; `pixels` is floa
 from __future__ import annotations
 
 import io
+import os
+import struct
 import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmi_deploy.errors import DocumentError
+from mmi_deploy.system.files import open_regular
 
 Rgb = NDArray[np.uint8]
 Pixels = NDArray[np.float32]
@@ -26,18 +32,69 @@ MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a small file can unpack to gigabytes."""
 
 
+MAX_BYTES = 8 * MAX_PIXELS + 2**20
+"""Larger files are refused before they are read: so much are the most pixels in 64 bits each."""
+
+_MOST_TEXT = 2**20
+"""Bytes of texts and colour profiles in a PNG that are looked at; Pillow refuses larger ones."""
+
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
 def read_rgb(path: Path) -> Rgb:
     """Decode a picture whole, upright (EXIF orientation), transparent parts on white: [h, w, 3].
+    Of an animation or of several pages the first is read.
 
-    Raises `DocumentError` when it cannot be read.
+    Raises `DocumentError` when it cannot be read, or stores what has no meaning as a colour.
     """
+    with _refusals(path):
+        # Not by name: Pillow maps a file that it knows by name, and where it turns the picture too,
+        # it reads rows of the wrong width.
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise DocumentError(
+                    f"the picture {path} is too large",
+                    expected=f"at most {MAX_BYTES // 1_000_000} MB",
+                    got=f"{size // 1_000_000} MB",
+                    fix="scale it down",
+                )
+            with Image.open(_without_long_texts(file), formats=FORMATS) as image:
+                return _rgb_of(image, path)
+
+
+def as_rgb(picture: object) -> Rgb:
+    """A picture that a program hands over, as uint8 [h, w, 3]: such an array, or one of Pillow's
+    images in any mode, which is read as a file is. Raises `DocumentError` for anything else."""
+    name = "that was given"
+    if isinstance(picture, Image.Image):
+        file = str(getattr(picture, "filename", ""))
+        if picture.format == "TIFF" and file and getattr(picture, "tile", None):
+            return read_rgb(Path(file))  # not decoded yet: see `read_rgb`
+        with _refusals(name):
+            return _rgb_of(picture, name)
+    if isinstance(picture, np.ndarray):
+        got = f"{picture.dtype} {list(picture.shape)}"
+        if picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+            if picture.size:
+                return np.asarray(picture)
+    else:
+        got = type(picture).__name__
+    raise DocumentError(
+        f"the picture {name} is none",
+        expected="a uint8 [h, w, 3] array, an image of Pillow, or a path",
+        got=got,
+        fix="PIL.Image.fromarray makes one of greys or RGBA; scale floats to 0...255 first",
+    )
+
+
+@contextmanager
+def _refusals(path: Path | str) -> Iterator[None]:
+    """Make `DocumentError` of whatever goes wrong in reading the picture `path`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit comes below Pillow's warning
-            with Image.open(path, formats=FORMATS) as image:
-                _check_size(image.size, path)
-                upright = ImageOps.exif_transpose(image)
-                return np.asarray(_opaque(upright))
+            yield
     except Image.DecompressionBombError:  # before we could see its size
         most = 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS) // 1_000_000
         raise _too_large(path, f"more than {most} million") from None
@@ -57,13 +114,48 @@ def read_rgb(path: Path) -> Rgb:
         ) from None
 
 
-def _check_size(size: tuple[int, int], path: Path) -> None:
+def _without_long_texts(file: BinaryIO) -> BinaryIO:
+    """The same picture; of a PNG, without the texts that Pillow would refuse it for."""
+    left_out = []
+    if file.read(len(_PNG)) == _PNG:
+        room = _MOST_TEXT
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            begun = file.tell()
+            if kind in _TEXTS:
+                room -= length if length > room else _text_size(kind, file.read(length), room)
+                if room < 0:
+                    room = 0
+                    left_out.append((begun - 8, begun + length + 4))
+            file.seek(begun + length + 4)
+    file.seek(0)
+    if not left_out:
+        return file
+    whole = file.read()
+    edges = [0, *(edge for place in left_out for edge in place), len(whole)]
+    pieces = [whole[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
+    return io.BytesIO(b"".join(pieces))
+
+
+def _text_size(kind: bytes, text: bytes, most: int) -> int:
+    """Bytes that a text of a PNG unpacks to; `most` + 1 for more."""
+    _, _, rest = text.partition(b"\0")
+    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
+        return len(text)
+    packed = rest[1:] if kind != b"iTXt" else rest[2:].split(b"\0", 2)[-1]
+    try:
+        return len(zlib.decompressobj().decompress(packed, most + 1))
+    except zlib.error:
+        return len(text)  # damaged: Pillow says so
+
+
+def _check_size(size: tuple[int, int], path: Path | str) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
         raise _too_large(path, f"{width} x {height}")
 
 
-def _too_large(path: Path, got: str) -> DocumentError:
+def _too_large(path: Path | str, got: str) -> DocumentError:
     return DocumentError(
         f"the picture {path} is too large",
         expected=f"at most {MAX_PIXELS // 1_000_000} million pixels",
@@ -72,15 +164,59 @@ def _too_large(path: Path, got: str) -> DocumentError:
     )
 
 
+def _rgb_of(image: Image.Image, path: Path | str) -> Rgb:
+    _check_size(image.size, path)
+    if image.mode in ("I", "F"):
+        raise DocumentError(
+            f"the picture {path} stores numbers of 32 bits, and not which of them is white",
+            expected="colours of 8 bits, or of 16",
+            fix="save it again as PNG with 8 bits",
+        )
+    stored = _stored_as(image)
+    tags = getattr(image, "tag_v2", {})
+    upright = ImageOps.exif_transpose(image)
+    transparent = upright.info.get("transparency")
+    if upright.mode.startswith("I;16"):  # greys beyond 255 would all become white
+        grey = np.asarray(upright).astype(np.uint32)
+        white = 2 ** int(tags[_BITS][0]) - 1 if _BITS in tags else 65535  # 12 bits in some TIFFs
+        eight = (grey * 255 // white).astype(np.uint8)
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts this for 8 bits alone
+            eight = 255 - eight
+        if isinstance(transparent, int):
+            eight[grey == transparent] = 255
+        upright = Image.fromarray(eight)
+    elif isinstance(transparent, int) and stored in _LEVELS:  # counted in the levels of the file
+        upright.info["transparency"] = transparent * 255 // _LEVELS[stored]
+    elif isinstance(transparent, tuple) and stored == "RGB;16B":
+        upright.info["transparency"] = tuple(level >> 8 for level in transparent)
+    return np.asarray(_opaque(upright))
+
+
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+"""Tags of TIFF, and a value of the second."""
+
+_LEVELS = {"1": 1, "L;2": 3, "L;4": 15}
+"""Of a PNG's greys with fewer than 8 bits: which is white."""
+
+
+def _stored_as(image: Image.Image) -> str:
+    """Pillow's word for the layout of the pixels in a PNG that is not decoded yet."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][3]) if image.format == "PNG" and tiles else ""
+
+
 def _opaque(image: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white."""
-    if image.mode.startswith("I;16"):  # greys beyond 255 would all become white
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, "white")
         return Image.alpha_composite(white, layered).convert("RGB")
     return image.convert("RGB")
+
+
+_PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 
 
 def resize(rgb: Rgb, side: int, fit: Fit = "crop") -> Rgb:
@@ -114,7 +250,8 @@ def _scale(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) 
 
 
 def to_pixels(rgb: Rgb) -> Pixels:
-    """uint8 [h, w, 3] to float32 [3, h, w] in [0, 1]."""
+    """uint8 [h, w, 3] to float32 [3, h, w] in [0, 1]; raises `DocumentError` for anything else."""
+    rgb = as_rgb(rgb)
     return np.ascontiguousarray(rgb.transpose(2, 0, 1), dtype=np.float32) / np.float32(255)
 
 

@@ -96,4 +96,5 @@ def write_story(folder: Path, entries: Sequence[Entry]) -> None:
         else:
             merged.append(part)
     text = to_markdown(merged, lambda image: str(image.source))
-    (folder / MARKDOWN_NAME).write_text(text, encoding="utf-8")
+    encoding = "utf-8-sig" if text.startswith("\ufeff") else "utf-8"  # readers leave out the first
+    (folder / MARKDOWN_NAME).write_text(text, encoding=encoding, newline="\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -14,27 +16,76 @@ from mmi_deploy.spec.config import TokenConfig
 FILE_NAME = "tokenizer.json"
 
 _CONTEXT = 8
-"""Tokens before a stream that decide how it begins; one character takes at most four."""
+"""Tokens before a stream that decide how it begins, where they begin with a character."""
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""The spelling of the tokens that a decoder with byte fallback joins to characters."""
 
 _LISTED = 8
 """Words that an error names."""
 
 
+def read_tokenizer_file(path: Path) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json for `exact` encoding; raises `BundleError`."""
+    try:
+        return exact(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+    except Exception as error:  # `tokenizers` raises plain Exception
+        raise BundleError(
+            f"cannot read the tokenizer {path} ({error})",
+            fix="copy it again from the model folder",
+        ) from None
+
+
+def exact(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Switch off, in place, what training leaves in a tokenizer.json and what would cut a text, pad
+    it or split its words at random: truncation, padding and the dropout of byte pairs."""
+    inner.no_truncation()
+    inner.no_padding()
+    if getattr(inner.model, "dropout", None) is not None:
+        inner.model.dropout = None
+    return inner
+
+
+LISTED_WORDS = 500
+"""The most words of a vocabulary that are listed rather than counted."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How many different words, or parts of words, texts are made of; `words`: all of them in order
+    where they are few, else none."""
+
+    size: int
+    words: tuple[str, ...]
+
+
 class Tokenizer:
     """A tokenizer that never makes special tokens out of what a user wrote."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, tokens: TokenConfig) -> None:
-        self._inner = inner
+    def __init__(
+        self, inner: tokenizers.Tokenizer, tokens: TokenConfig, folder: Path | None = None
+    ) -> None:
+        """`folder`: the bundle or model folder that it lies in, for errors."""
+        self._inner, self._folder = exact(inner), folder
         self._inner.encode_special_tokens = True  # `<s>` in a text is three characters
-        self._reserved = {tokens.bos, tokens.eos, tokens.boi, tokens.image}
+        self._reserved = {tokens.bos, *tokens.ends, tokens.boi, tokens.image}
         unknown = getattr(inner.model, "unk_token", None)
         marks = {inner.id_to_token(token) for token in self._reserved}
-        marks |= {
-            token.content for token in inner.get_added_tokens_decoder().values() if token.special
+        special = {
+            token: added.content
+            for token, added in inner.get_added_tokens_decoder().items()
+            if added.special
         }
+        marks |= {*special.values()}
+        self._silent = frozenset(special)
         self._marks = re.compile("|".join(re.escape(mark) for mark in marks if mark) or r"(?!)")
         self._unknown = inner.token_to_id(unknown) if unknown else None
-        largest = max(inner.get_vocab().values(), default=-1)
+        vocabulary = inner.get_vocab()
+        largest = max(vocabulary.values(), default=-1)
+        named = {token for word, token in vocabulary.items() if _BYTE.fullmatch(word)}
+        letter = inner.token_to_id("<0x41>")
+        joins = letter is not None and inner.decode([letter]) == "A"
+        self._bytes = frozenset(named if joins else ())
         if max(self._reserved) > largest:
             raise BundleError(
                 "the tokenizer lacks special tokens of the model",
@@ -46,14 +97,7 @@ class Tokenizer:
     @classmethod
     def open(cls, path: Path, tokens: TokenConfig) -> Tokenizer:
         """Read a tokenizer.json; raises `BundleError`."""
-        try:
-            inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # `tokenizers` raises plain Exception
-            raise BundleError(
-                f"cannot read the tokenizer {path} ({error})",
-                fix="copy it again from the model folder",
-            ) from None
-        return cls(inner, tokens)
+        return cls(read_tokenizer_file(path), tokens, path.parent)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, none added at either end.
@@ -81,12 +125,35 @@ class Tokenizer:
             )
         raise DocumentError(
             f"the model does not know {_listed(text[start:end] for start, end in unknown)}",
-            fix="say it with words that it was trained on",
+            fix="say it with words that it was trained on: "
+            f"`mmi inspect {self._folder or 'BUNDLE'}` lists them",
         )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What texts are made of."""
+        listed = sorted(set(self._inner.get_vocab()) - self._special())
+        return Vocabulary(len(listed), tuple(listed) if len(listed) <= LISTED_WORDS else ())
+
+    def _special(self) -> set[str]:
+        """Spellings of the tokens that no text is made of."""
+        unknown = getattr(self._inner.model, "unk_token", None)
+        added = self._inner.get_added_tokens_decoder().values()
+        found = {self._inner.id_to_token(token) for token in self._reserved} | {unknown}
+        return {name for name in found if name} | {one.content for one in added if one.special}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`; special tokens are left out."""
         return self._inner.decode(list(token_ids), skip_special_tokens=True)
+
+    def is_silent(self, token_id: int) -> bool:
+        """Whether `decode` leaves the token out: special tokens, and ids that have no word."""
+        return token_id in self._silent or self._inner.id_to_token(token_id) is None
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the token is a byte, a run of which `decode` joins to characters as a whole: one
+        byte that is wrong makes U+FFFD of every other in its run."""
+        return token_id in self._bytes
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -99,31 +166,57 @@ def _listed(words: Iterable[str]) -> str:
 class TextStream:
     """Decodes tokens as they come and gives out only text that later tokens cannot change.
 
-    One character may take several tokens (bytes), and a token's text depends on the one before it
-    (spaces), so the tokens of the last text given out are decoded again together with the new ones.
+    All of it together is what decoding every token at once gives. One character may take several
+    tokens (bytes), a run of byte tokens is decoded as a whole, and a token's text depends on the
+    one before it (spaces): so text waits until its characters are complete and its run of bytes has
+    ended, and the tokens of the last text given out are decoded again together with the new ones.
     `before`: the tokens of the text that the stream goes on from, if there is one.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._given = list(before[-_CONTEXT:])
+        self._given: list[int] = []
         self._waiting: list[int] = []
+        self._shown = ""
+        """What `before` shows of the tokens that wait."""
+        for token in self._end_of(before):
+            self.feed(token)
+        self._shown = self._new_text()
+
+    def _end_of(self, before: Sequence[int]) -> list[int]:
+        """The last tokens of `before`, from one on that begins with a character."""
+        ids = [token for token in before if not self._tokenizer.is_silent(token)]
+        start = max(len(ids) - _CONTEXT, 0)
+        while start > 0 and (
+            self._tokenizer.is_byte(ids[start])
+            or self._tokenizer.decode(ids[start:]).startswith("\ufffd")
+        ):
+            start -= 1
+        return ids[start:]
 
     def feed(self, token_id: int) -> str:
         """The text that is certain now; empty while a character is incomplete."""
+        if self._tokenizer.is_silent(token_id):
+            return ""
         self._waiting.append(token_id)
+        if self._tokenizer.is_byte(token_id):
+            return ""
         text = self._new_text()
         if not text or text.endswith("\ufffd"):
             return ""
-        self._given, self._waiting = self._waiting, []
+        text = self._not_shown(text)
+        self._given, self._waiting, self._shown = self._waiting, [], ""
         return text
 
     def rest(self) -> str:
         """What was held back, for the end of a text; incomplete characters show as U+FFFD."""
-        text = self._new_text() if self._waiting else ""
-        self._given, self._waiting = [], []
+        text = self._not_shown(self._new_text())
+        self._given, self._waiting, self._shown = [], [], ""
         return text
 
     def _new_text(self) -> str:
         before = self._tokenizer.decode(self._given)
         return self._tokenizer.decode(self._given + self._waiting)[len(before) :]
+
+    def _not_shown(self, text: str) -> str:
+        return text[len(os.path.commonprefix((self._shown, text))) :]

@@ -113,7 +113,7 @@ class _Generation:
             else:
                 token = self._next_token()
             draw_now = False
-            if token == self.tokens.eos:
+            if token in self.tokens.ends:
                 return "end"
             if token == self.tokens.boi:
                 if not drawable or session.images == session.limits.images:
@@ -138,7 +138,7 @@ class _Generation:
         tokens, options = self.tokens, self.options
         banned = never_sampled(tokens)
         if len(self.turn) < max(options.min_tokens, options.turn_tokens or 0):
-            banned |= {tokens.eos, tokens.boi}
+            banned |= {*tokens.ends, tokens.boi}
         uniform = text_uniform(options.seed, len(self.session.token_ids))
         logits = self.session.next_logits()
         return sample(logits, options.sampling, uniform, seen=self.turn, banned=banned)

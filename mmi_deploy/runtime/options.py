@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.runtime.sampling import TextSampling, check_ranges
+from mmi_deploy.runtime.sampling import TextSampling, check_ranges, check_types
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class GenerationOptions:
     full_every: int = 1
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` for a value out of range."""
+        """Raises `ConfigError` for a value of another type or out of range."""
+        check_types(self)
         check_ranges(
             self,
             ("max_tokens", self.max_tokens >= 0, "0 or more"),

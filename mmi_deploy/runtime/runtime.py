@@ -50,15 +50,18 @@ class Runtime:
         memory: Memory = HOST,
         contract: Mapping[str, Graph] | None = None,
         target: TensorRtTarget | None = None,
+        schedules: Collection[str] = (),
     ) -> None:
         """contract: the graphs as the target keeps them, those of the configuration by default.
-        target: where the engines are on a GPU."""
+        target: where the engines are on a GPU. schedules: the samplers that `load` reads beside the
+        default."""
         self.config = config
         self.limits = limits
         self.tokenizer = tokenizer
         self.memory = memory
         self.graphs = dict(contract or graphs(config, limits))
         self.target = target
+        self.schedules = tuple(schedules)
         self._loading = Lock()
         self._load_engine = load_engine
         self._load_schedule = load_schedule
@@ -81,13 +84,14 @@ class Runtime:
         as `tensorrt-sm89-fp16` for a GPU.
 
         threads: of the CPU; 0 lets ONNX Runtime choose. target: whose engines to take, on the CPU
-        where there are any; `portable` takes none. library: kernels for our operators, TensorRT's
-        plugin for its targets. device: which GPU. resident: which engines stay on it, as in
-        `tensorrt_engine.GROUPS`. Raises `MmiError`.
+        where there are any; `portable` takes none. library: kernels for our operators, which graphs
+        beyond them do without; TensorRT's plugin for its targets. device: which GPU. resident:
+        which engines stay on it, as in `tensorrt_engine.GROUPS`. Raises `MmiError`.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, unproved=unproved)
         bundle.check_runs()
+        library = library and library.absolute()
         check_target(bundle, target)
         if runtime_of(target) is not None:
             gpu = TensorRtTarget.open(
@@ -101,8 +105,9 @@ class Runtime:
             bundle.config,
             bundle.limits,
             Tokenizer.open(bundle.tokenizer, bundle.config.tokens),
-            partial(_onnx_engine, files, threads, library),
+            partial(_onnx_engine, files, threads, library, bundle.beyond_kernels),
             bundle.schedule,
+            schedules=bundle.schedules,
         )
 
     @classmethod
@@ -119,6 +124,7 @@ class Runtime:
             target.memory,
             target.graphs,
             target,
+            bundle.schedules,
         )
 
     def close(self) -> None:
@@ -145,7 +151,10 @@ class Runtime:
         }
 
     def load(self) -> None:
-        """Load every engine that stays now, so that the first request does not wait."""
+        """Read every sampler, and load every engine that stays, now: the first request does not
+        wait, and on the CPU the bundle's files are needed no more."""
+        for key in (None, *self.schedules):
+            self.schedule(key)
         for name in self.graphs:
             if self.target is None or self.target.residency.stays(name):
                 self.engine(name)
@@ -185,7 +194,11 @@ def engine_files(bundle: Bundle, target: str) -> dict[str, Path]:
 
 
 def _onnx_engine(
-    files: dict[str, Path], threads: int, library: Path | None, graph: Graph
+    files: dict[str, Path],
+    threads: int,
+    library: Path | None,
+    beyond_kernels: Collection[str],
+    graph: Graph,
 ) -> Engine:
     # Imported here: a machine that runs TensorRT's engines alone need not have ONNX Runtime.
     from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
@@ -193,4 +206,6 @@ def _onnx_engine(
     path = files[graph.name]
     if path.suffix != ".onnx":
         raise EngineError(f"{path} is no ONNX file, and this runtime runs on the CPU")
+    if graph.name in beyond_kernels:
+        library = None  # the function inside the file runs, as it did for the receipts
     return OnnxRuntimeEngine(path, graph, OnnxOptions(threads, library))

@@ -6,14 +6,19 @@ cumulative distribution.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import TokenConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Logits = NDArray[np.float32]
 
@@ -33,6 +38,7 @@ class TextSampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         warmth = self.temperature  # nearer to 0 or infinity, logits would be no numbers
         check_ranges(
             self,
@@ -41,6 +47,63 @@ class TextSampling:
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
         )
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError
+    return int(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError
+    return float(value)
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError
+    return bool(value)
+
+
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, tuple | list):  # a string is a sequence too: of its letters
+        raise TypeError
+    return tuple(map(_string, value))
+
+
+_TYPES: dict[str, tuple[Callable[[object], object], str]] = {
+    "int": (_whole, "a whole number"),
+    "float": (_number, "a number"),
+    "bool": (_switch, "True or False"),
+    "str": (_string, "a string"),
+    "tuple[str, ...]": (_strings, 'a tuple of strings, as in ("moves",)'),
+}
+"""What a field of options takes, by how its type is written. numpy's numbers are numbers too."""
+
+
+def check_types(options: DataclassInstance) -> None:
+    """Raise `ConfigError` for the first field whose value is not of its type; others become it."""
+    for field in fields(options):
+        value, written = getattr(options, field.name), str(field.type)
+        take, expected = _TYPES[written.removesuffix(" | None")]
+        if value is None and written.endswith(" | None"):
+            continue
+        try:
+            taken = take(value)
+        except TypeError:
+            got = f"{type(value).__name__} {value!r:.60}"
+            raise ConfigError(
+                f"{field.name} is of another type", expected=expected, got=got
+            ) from None
+        object.__setattr__(options, field.name, taken)  # the options are frozen
 
 
 def check_ranges(options: object, *rules: tuple[str, bool, str]) -> None:
@@ -55,8 +118,8 @@ def check_ranges(options: object, *rules: tuple[str, bool, str]) -> None:
 
 def never_sampled(tokens: TokenConfig) -> frozenset[int]:
     """Ids that no generation samples: `<|image|>`, which stands for an image that is there, and
-    `<s>` and padding, which are never targets in training."""
-    return frozenset((tokens.image, tokens.bos, tokens.pad))
+    `<s>` and padding, which are never targets in training, unless they end a text."""
+    return frozenset((tokens.image, tokens.bos, tokens.pad)) - {*tokens.ends}
 
 
 def sample(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from mmi_deploy.documents.images import Rgb, resize, to_pixels, to_rgb
+from mmi_deploy.documents.images import Rgb, as_rgb, resize, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
 from mmi_deploy.runtime.caches import Drawing, HiddenStates, KvCache, ValuePool, padded
@@ -94,8 +94,9 @@ class Session:
         """Append an image, uint8 [h, w, 3] of any size: its begin-of-image token unless the
         document ends with one, and its visual tokens. It is encoded once, when it is first needed.
 
-        Raises `DocumentError` when there is no room for it.
+        Raises `DocumentError` when there is no room for it, or it is no picture.
         """
+        rgb = as_rgb(rgb)
         tokens, count = self.config.tokens, self.config.visual_tokens
         ids = [tokens.image] * count if self.image_open else [tokens.boi] + [tokens.image] * count
         if self.images == self.limits.images:

@@ -10,20 +10,42 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
 
 _STRICT = ConfigDict(extra="forbid")
 
-Id = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Bounds far beyond any model that exists: what lies beyond them is a damaged or hostile file, and
+# is refused before memory is asked for by it.
+Id = Annotated[int, Field(ge=0, lt=2**24)]
+Count = Annotated[int, Field(ge=1, le=2**24)]
+"""Tokens, channels, training steps."""
+
+Few = Annotated[int, Field(ge=1, le=2**12)]
+"""Layers, heads, points, images, rows."""
+
+Side = Annotated[int, Field(ge=1, le=2**14)]
+"""Pixels, patches or cells along one side."""
+
+Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=12)]
+Fews = Annotated[tuple[Few, ...], Field(min_length=1, max_length=12)]
+"""One for each resolution, which halves from block to block."""
+
+Finite = Annotated[float, Field(ge=-1e6, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+Ratio = Annotated[float, Field(gt=0, le=64)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Level = Annotated[int, Field(ge=0, le=3)]
 
@@ -41,20 +63,41 @@ def _multiple(what: str, size: int, count: int, which: str) -> None:
 
 @dataclass(frozen=True, config=_STRICT)
 class TokenConfig:
-    """Ids of the special tokens. `image` stands once per visual token of an image."""
+    """Ids of the special tokens. `image` stands once per visual token of an image.
+
+    `eos` ends a document in training; generation ends at it and at each of `other_eos` (LLaMA-3
+    instruct: `<|end_of_text|>`, `<|eom_id|>`, `<|eot_id|>`), which may be `bos` or `pad` as well.
+    """
 
     bos: Id
     eos: Id
     pad: Id
     boi: Id
     image: Id
+    other_eos: tuple[Id, ...] = ()
 
     @model_validator(mode="after")
     def _are_different(self) -> TokenConfig:
         ids = (self.bos, self.eos, self.boi, self.image)
-        if len({*ids}) < len(ids) or self.pad in (self.boi, self.image):
+        marks = (self.boi, self.image, *self.ends)
+        if len({*ids}) < len(ids) or len({*marks}) < len(marks) or self.pad in marks[:2]:
             raise ValueError("two special tokens have the same id")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write a model with one end token as before `other_eos`: checkpoints compare this text."""
+        fields: dict[str, Any] = inner(self)
+        return {name: value for name, value in fields.items() if value not in ((), [])}
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end a generated text, `eos` first."""
+        return (self.eos, *self.other_eos)
+
+    @property
+    def largest(self) -> int:
+        return max(self.bos, self.pad, self.boi, self.image, *self.ends)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -69,16 +112,16 @@ class MmfsConfig:
     the nearest images a query may look at.
     """
 
-    heads: Count
-    points: Count
+    heads: Few
+    points: Few
     value_width: Count
     levels: Annotated[tuple[Level, ...], Field(min_length=1)]
-    base_grid: Count | None
-    images: Count
-    images_seen: Count
+    base_grid: Side | None
+    images: Few
+    images_seen: Few
     null_slot: bool
     offset_init: Finite
-    grid_scale: Count = 1
+    grid_scale: Few = 1
 
     @model_validator(mode="after")
     def _fits(self) -> MmfsConfig:
@@ -102,13 +145,13 @@ class ResamplerConfig:
     """
 
     form: Literal["perceiver", "qformer"]
-    queries: Count
+    queries: Few
     width: Count
     context_width: Count
-    layers: Count
-    heads: Count
+    layers: Few
+    heads: Few
     mlp_width: Count
-    cross_every: Count = 1
+    cross_every: Few = 1
     qk_norm: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     eps: Positive = 1e-12
@@ -123,23 +166,23 @@ class ResamplerConfig:
 class VisionConfig:
     """CLIP ViT with a ViT-Adapter pyramid. Image sides and patches in pixels."""
 
-    image_size: Count
-    patch_size: Count
+    image_size: Side
+    patch_size: Side
     width: Count
-    layers: Count
-    heads: Count
+    layers: Few
+    heads: Few
     mlp_width: Count
-    interactions: Count = 4
+    interactions: Few = 4
     prior_width: Count = 64
-    adapter_heads: Count = 16
-    adapter_points: Count = 4
-    adapter_value_ratio: Positive = 0.5
-    adapter_mlp_ratio: Positive = 0.25
+    adapter_heads: Few = 16
+    adapter_points: Few = 4
+    adapter_value_ratio: Ratio = 0.5
+    adapter_mlp_ratio: Ratio = 0.25
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     eps: Positive = 1e-5
     pixel_mean: tuple[Finite, Finite, Finite] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[Positive, Positive, Positive] = (0.26862954, 0.26130258, 0.27577711)
-    position_grid: Count = 16
+    position_grid: Side = 16
 
     @model_validator(mode="after")
     def _fits(self) -> VisionConfig:
@@ -167,12 +210,12 @@ class LlamaConfig:
 
     vocab: Count
     width: Count
-    layers: Count
-    heads: Count
-    kv_heads: Count
+    layers: Few
+    heads: Few
+    kv_heads: Few
     mlp_width: Count
     context: Count
-    mmfs_every: Count
+    mmfs_every: Few
     eps: Positive = 1e-6
     rope_theta: Positive = 10000.0
 
@@ -199,15 +242,15 @@ class UnetConfig:
     `mmfs_at`: `up_blocks` (paper) or `skips` (released: each skip connection and the middle block).
     """
 
-    latent_side: Count
+    latent_side: Side
     latent_channels: Count
     block_widths: Counts
-    layers_per_block: Count
+    layers_per_block: Few
     condition_width: Count
-    attention_heads: Counts
+    attention_heads: Fews
     attention_blocks: tuple[bool, ...]
     mmfs_at: Literal["up_blocks", "skips"]
-    norm_groups: Count = 32
+    norm_groups: Few = 32
     linear_projection: bool = True
 
     @model_validator(mode="after")
@@ -293,12 +336,12 @@ class VaeConfig:
     """
 
     block_widths: Counts
-    layers_per_block: Count
+    layers_per_block: Few
     latent_channels: Count
     scaling_factor: Positive
-    norm_groups: Count = 32
+    norm_groups: Few = 32
     mid_attention: bool = True
-    patch: Count = 1
+    patch: Side = 1
 
     @model_validator(mode="after")
     def _fits(self) -> VaeConfig:
@@ -391,7 +434,7 @@ class ModelConfig:
             raise ValueError(
                 "llm_mmfs.base_grid: tokens have no map of their own, so it must be set"
             )
-        largest = max(vars(self.tokens).values())
+        largest = self.tokens.largest
         if largest >= self.llama.vocab:
             raise ValueError(
                 f"tokens: id {largest} is beyond the vocabulary, whose {self.llama.vocab} ids end "

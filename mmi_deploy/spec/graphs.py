@@ -13,13 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mmi_deploy.spec.config import MmfsConfig, ModelConfig
+from mmi_deploy.spec.config import Count, Few, MmfsConfig, ModelConfig
 
 OPSET = 24
 IR_VERSION = 10
 MMFS_DOMAIN = "mmi"
 MMFS_OPERATOR = "MultiImageDeformableAttention"
 MMFS_VERSION = 1
+MMFS_MOST_LEVELS, MMFS_MOST_POINTS, MMFS_MOST_CHANNELS, MMFS_CHANNEL_STEP = 4, 16, 128, 8
+"""What every kernel of the operator takes: 1..4 levels, 1..16 points, head sizes that are multiples
+of 8 up to 128. Its function takes all."""
 
 IMAGE_SLOT_PADDING = (1, 2, 4, 8, 16, 32, 49)
 """Numbers of image slots that the runtime pads to, so that few shapes occur."""
@@ -134,15 +137,37 @@ def numbered(prefix: str, index: int) -> str:
 class Limits:
     """What an exported bundle allows: cache slots per row, rows, images in the pool."""
 
-    context: int
-    batch: int = 4
-    images: int = 49
+    context: Count
+    batch: Few = 4
+    images: Few = 49
 
 
 def feature_cells(config: ModelConfig, mmfs: MmfsConfig | None = None) -> int:
     """Cells of one image's feature maps, all four levels or those that `mmfs` reads."""
     levels = range(4) if mmfs is None else mmfs.levels
     return sum(config.vision.level_sides[level] ** 2 for level in levels)
+
+
+def beyond_kernels(config: ModelConfig) -> dict[str, str]:
+    """Graphs whose MMFS no kernel of ours takes, and why: there the model-local function runs."""
+    decoder = config.image_decoder.mmfs
+    of = {llm: config.llm_mmfs, denoise_step: decoder, denoise_shallow: decoder}
+    reasons = {make.__name__: _beyond_kernels(mmfs) for make, mmfs in of.items()}
+    return {graph: reason for graph, reason in reasons.items() if reason is not None}
+
+
+def _beyond_kernels(mmfs: MmfsConfig) -> str | None:
+    width = mmfs.head_width
+    if width % MMFS_CHANNEL_STEP or width > MMFS_MOST_CHANNELS:
+        return (
+            f"{width} channels a head, and kernels take multiples of {MMFS_CHANNEL_STEP} up to "
+            f"{MMFS_MOST_CHANNELS}"
+        )
+    if mmfs.points > MMFS_MOST_POINTS:
+        return f"{mmfs.points} points, and kernels take at most {MMFS_MOST_POINTS}"
+    if len(mmfs.levels) > MMFS_MOST_LEVELS:
+        return f"{len(mmfs.levels)} levels, and kernels take at most {MMFS_MOST_LEVELS}"
+    return None
 
 
 def level_sides(config: ModelConfig, mmfs: MmfsConfig) -> tuple[int, ...]:

@@ -6,21 +6,75 @@ A bundle holds one file per (solver, steps). Tables are made from diffusers' own
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
-from mmi_deploy.errors import BundleError
+from mmi_deploy.bundle.safetensors_reader import read_header
+from mmi_deploy.errors import BundleError, ConfigError, WeightsError
 from mmi_deploy.spec.graphs import STATE, TERMS
 from mmi_deploy.system.files import write_file
 
 LATENTS, PREDICTION, NOISE, HISTORY_START = 0, 1, 2, 3
 """Columns of a step's coefficients; the history takes the rest."""
+
+SOLVERS = ("ddpm", "ddim", "dpmpp_2m", "unipc")
+
+SPACINGS = ("leading", "trailing", "linspace")
+"""How diffusers spreads the steps over the training steps; `leading` is Stable Diffusion's, and is
+left out of a schedule's name."""
+
+
+@dataclass(frozen=True)
+class ScheduleName:
+    """A schedule by name: what the command line spells `SOLVER:STEPS` or `SOLVER-SPACING:STEPS`."""
+
+    solver: str
+    spacing: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Solver and spacing, as in `ddim-trailing`."""
+        return self.solver if self.spacing == SPACINGS[0] else f"{self.solver}-{self.spacing}"
+
+    @property
+    def key(self) -> str:
+        """The one spelling that bundles use."""
+        return f"{self.name}:{self.steps}"
+
+
+def parse_schedule_name(text: str, most: int) -> ScheduleName:
+    """Read a schedule's name; `most`: training steps of the model, which a schedule has fewer of.
+
+    Raises `ConfigError`.
+    """
+    found = re.fullmatch(r"([a-z0-9_]+)(?:-([a-z]+))?([:-])([0-9]{1,6})", text)
+    solver, spacing, colon, steps = found.groups() if found else ("", None, "", "0")
+    spacing = spacing or SPACINGS[0]
+    if solver not in SOLVERS or spacing not in SPACINGS:
+        raise ConfigError(
+            f"{text!r} is not a schedule",
+            expected=f"NAME:STEPS or NAME-SPACING:STEPS, NAME one of {', '.join(SOLVERS)} "
+            f"and SPACING one of {', '.join(SPACINGS)}",
+            fix="write ddim:20",
+        )
+    name = ScheduleName(solver, spacing, int(steps))
+    if colon != ":":
+        raise ConfigError(f"{text!r} is not a schedule", fix=f"write {name.key}")
+    if not 1 <= name.steps < most:
+        raise ConfigError(
+            f"{solver} cannot take {name.steps} steps",
+            expected=f"1 to {most - 1}",
+            fix="write ddim:20",
+        )
+    return name
 
 
 @dataclass(frozen=True)
@@ -90,6 +144,7 @@ class Schedule:
 def read_schedule(path: Path) -> Schedule:
     """Read what `Schedule.save` wrote; raises `BundleError`."""
     try:
+        read_header(path)
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -100,7 +155,9 @@ def read_schedule(path: Path) -> Schedule:
             initial_sigma=float(metadata["initial_sigma"]),
             time_table=tensors.get("time_table"),
         )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except WeightsError as error:
+        raise BundleError(f"a schedule cannot be read: {error}") from None
+    except (KeyError, ValueError) as error:
         raise BundleError(
             f"{path} is not a schedule: {error}", fix="export the bundle again"
         ) from None

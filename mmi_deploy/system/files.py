@@ -1,4 +1,4 @@
-"""Files and folders that are either there whole or not at all.
+"""Files that are either there whole or not at all. Folders: `output_folder`.
 
 Everything is written beside its destination under a temporary name and renamed at the end, so that
 Ctrl-C, a full disk or a crash leaves what was there before.
@@ -7,113 +7,156 @@ Ctrl-C, a full disk or a crash leaves what was there before.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 from mmi_deploy.errors import ConfigError, MmiError
-from mmi_deploy.system.temporary_folder import temporary_folder
 
 CACHE = "MMI_CACHE"
 """The variable that names the folder of what is made once and used again."""
 
-_ELSEWHERE = "give another output folder"
+_LONGEST = 255
+"""Bytes of a file's name."""
 
-MARKER = ".mmi"
-"""A folder that holds this file was written by us and may be replaced by us."""
+
+def shortened(name: str, room: int) -> str:
+    """`name`, cut where it must be so that `room` more bytes make no name that is too long."""
+    encoded = os.fsencode(name)
+    if len(encoded) + room <= _LONGEST:
+        return name
+    return encoded[: _LONGEST - room].decode(errors="ignore")
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that nobody has."""
+    ending = f".{secrets.token_hex(8)}.tmp"
+    return path.with_name(f".{shortened(path.name, len(ending) + 1)}{ending}")
 
 
 def write_file(path: Path, data: bytes | str) -> None:
-    """Write `path` whole or not at all."""
-    content = data.encode() if isinstance(data, str) else data
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    """Write `path`, a file of ours, whole or not at all; what it held before is replaced."""
+    with _written(path, data) as temporary:
+        temporary.replace(path)
+
+
+def write_new_file(path: Path, data: bytes | str) -> None:
+    """Write a result to `path`, whole or not at all, and replace no file.
+
+    Where one has appeared since `prepare_file`, the result gets another name beside it, and
+    `MmiError` says which.
+    """
+    with _written(path, data) as temporary:
+        for number in count(1):
+            ending = f"-{number}{path.suffix}"
+            name = f"{shortened(path.stem, len(os.fsencode(ending)))}{ending}"
+            free = path if number == 1 else path.with_name(name)
+            with suppress(FileExistsError):
+                _give_name(temporary, free)
+                break
+    if free != path:
+        raise MmiError(
+            f"{path} has appeared meanwhile and was left as it is", fix=f"the result is in {free}"
+        )
+
+
+@contextmanager
+def _written(path: Path, data: bytes | str) -> Iterator[Path]:
+    """A file beside `path` that holds `data` and goes at the end. The umask rules its mode."""
+    temporary = temporary_name(path)
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _give_name(file: Path, free: Path) -> None:
+    """Give `file` the name `free` too; raises `FileExistsError` where that is taken."""
+    try:
+        os.link(file, free)
+    except FileExistsError:
         raise
+    except OSError:  # a disk without hard links
+        with file.open("rb") as source, free.open("xb") as target:
+            try:
+                shutil.copyfileobj(source, target)
+            except BaseException:
+                free.unlink()
+                raise
+
+
+def check_parent(path: Path, shown: Path | None = None) -> None:
+    """Raise `MmiError`, which calls it `shown`, where nothing can be made at `path`: because of the
+    folders above it, or of its name."""
+    shown = shown or path
+    try:
+        there = next(above for above in path.absolute().parents if os.path.lexists(above))
+        if not there.is_dir():
+            raise MmiError(f"{shown} cannot be written: {there} is not a folder")
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # a name that is too long
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise MmiError(f"{shown} cannot be written: {error.strerror}") from None
 
 
 def prepare_file(path: Path, *endings: str) -> None:
     """Make the folder of a file that will be written after minutes of work.
 
-    Raises `MmiError` where no file can be written there, or its name has none of `endings`.
+    Raises `MmiError` where no file can be written there, one is there already, or its name has none
+    of `endings`.
     """
     if endings and path.suffix not in endings:
         raise MmiError(
             f"cannot write {path.name}", expected=f"a name that ends in {' or '.join(endings)}"
         )
+    check_parent(path)
+    if os.path.lexists(path):
+        raise MmiError(
+            f"{path} is there already, and would be lost", fix="remove it, or give another name"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise MmiError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def check_replaceable(
-    folder: Path, force: bool = False, *, kind: str = "folder", inputs: Sequence[Path] = ()
-) -> None:
-    """Raise `MmiError` when writing `folder` would destroy something that we did not write.
-
-    Absent and empty folders are free to take; so is one whose marker says that we wrote it and that
-    it is of the same `kind`, and, with `force`, any other folder. Never a file, a mount point, the
-    current folder, one that contains it, or one that contains any of `inputs`.
-    """
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if folder.is_symlink() or not folder.is_dir():
-        raise MmiError(f"{folder} is not a folder", fix=_ELSEWHERE)
-    if folder.is_mount():
-        raise MmiError(
-            f"{folder} is where a disk is mounted, and cannot be replaced",
-            fix="give a folder in it",
-        )
-    if Path.cwd().resolve().is_relative_to(folder.resolve()):
-        raise MmiError(f"{folder} is the folder you are in, or above it", fix=_ELSEWHERE)
-    for path in inputs:
-        if path.resolve().is_relative_to(folder.resolve()):
-            raise MmiError(
-                f"{folder} holds {path}, which is read to write it",
-                fix=_ELSEWHERE,
-            )
-    if not any(folder.iterdir()):
-        return
-    marker = folder / MARKER
-    written = marker.read_text().strip() if marker.is_file() else ""
-    if written == kind:
-        return
-    for path in inputs:
-        if path.is_dir() and folder.resolve().is_relative_to(path.resolve()):
-            raise MmiError(f"{folder} is part of {path}, which is read to write it", fix=_ELSEWHERE)
-    if force:
-        return
-    if written:
-        raise MmiError(
-            f"{folder} holds a {written}, not a {kind}",
-            fix="give another output folder, or replace it with --force",
-        )
-    raise MmiError(
-        f"{folder} exists and holds files that mmi did not write",
-        fix="give another output folder, or replace it with --force",
-    )
 
 
 def cache_folder(*, writes: bool = False) -> Path:
     """Where compiled kernels and built engines are kept: `$MMI_CACHE`, or `mmi_deploy` in the
     user's cache folder. It need not be there yet.
 
-    With `writes`: raises `ConfigError` where `$MMI_CACHE` cannot be written. Who only reads may
-    have it on a read-only disk.
+    Raises `ConfigError` where the user has no home folder and none is named, and with `writes`
+    where `$MMI_CACHE` cannot be written. Who only reads may have it on a read-only disk.
     """
     named = os.environ.get(CACHE)
     if not named:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmi_deploy"
+        named = os.environ.get("XDG_CACHE_HOME")
+        try:
+            return Path(named or Path.home() / ".cache") / "mmi_deploy"
+        except RuntimeError:  # neither HOME nor an entry in the list of users, as in a container
+            raise ConfigError(
+                "there is no home folder to keep compiled kernels and engines in",
+                fix=f"name a folder in the environment variable {CACHE}",
+            ) from None
     folder = Path(named)
     if writes:
         there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
@@ -139,38 +182,14 @@ def size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-@contextmanager
-def new_folder(
-    folder: Path, force: bool = False, *, kind: str = "folder", inputs: Sequence[Path] = ()
-) -> Iterator[Path]:
-    """A temporary folder to fill; when the block ends well it takes the place of `folder`. What a
-    killed process left of one goes.
-
-    Raises as `check_replaceable` does, before anything is written.
-    """
-    check_replaceable(folder, force, kind=kind, inputs=inputs)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(folder.parent, f".{folder.name}.new-") as work:
-        yield work
-        (work / MARKER).write_text(kind + "\n")
-        work.chmod(0o755)
-        _swap(work, folder)
-
-
-def _swap(work: Path, folder: Path) -> None:
-    """Put `work` where `folder` is; what was there is back when the second rename fails."""
-    if not folder.exists():
-        work.rename(folder)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", suffix=".tmp", dir=folder.parent))
-    try:
-        old = folder.rename(aside / folder.name)
-        try:
-            work.rename(folder)
-        except BaseException:
-            old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        with suppress(OSError):  # what is still in it must not go
-            aside.rmdir()
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raises `OSError`, also for pipes, devices and sockets, from which a
+    read may wait for ever or never end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe opens at once
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "Not a regular file", str(path))

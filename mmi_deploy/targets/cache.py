@@ -10,18 +10,23 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.system.files import CACHE, cache_folder, write_file
 from mmi_deploy.system.temporary_folder import taken, temporary_folder
+
+log = logging.getLogger(__name__)
 
 LIMIT = "MMI_ENGINE_CACHE_GB"
 DEFAULT_LIMIT = 50
@@ -99,7 +104,7 @@ class EngineCache:
             }
             about = {"files": files, "key": dict(parts)}
             write_file(made / _ENTRY, json.dumps(about, indent=2) + "\n")
-            shutil.rmtree(entry, ignore_errors=True)
+            _remove(entry)
             made.rename(entry)
 
     def _sound(self, entry: Path) -> bool:
@@ -107,15 +112,15 @@ class EngineCache:
         if not entry.exists():
             return False
         try:
-            files = json.loads((entry / _ENTRY).read_bytes())["files"]
-            if all(
+            files = _files_in(entry / _ENTRY)
+            if files and all(
                 (entry / name).stat().st_size == size and sha256_of(entry / name) == sha256
                 for name, (size, sha256) in files.items()
             ):
                 return True
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError:
             pass
-        shutil.rmtree(entry, ignore_errors=True)
+        _remove(entry)
         return False
 
     def _trim(self) -> None:
@@ -123,6 +128,8 @@ class EngineCache:
         with self._lock("", lambda: None):
             entries = []
             for path in self.folder.glob(f"*/{_ENTRY}"):
+                if not _files_in(path):
+                    continue  # somebody else's
                 with suppress(FileNotFoundError):  # another process makes it again just now
                     entries.append((path.stat().st_mtime, path.parent, _bytes_of(path.parent)))
             total = sum(size for _, _, size in entries)
@@ -132,7 +139,7 @@ class EngineCache:
                 with self._try_lock(entry.name) as free:
                     if free:
                         total -= size
-                        shutil.rmtree(entry, ignore_errors=True)
+                        _remove(entry)
 
     @contextmanager
     def work_folder(self) -> Iterator[Path]:
@@ -154,7 +161,7 @@ class EngineCache:
 
     @contextmanager
     def _lock(self, key: str, waits: Callable[[], None]) -> Iterator[None]:
-        with (self.folder / _LOCKS / (key or "all")).open("w") as file:
+        with (self.folder / _LOCKS / (key or "all")).open("a") as file:
             if not taken(file.fileno()):
                 waits()
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -162,12 +169,39 @@ class EngineCache:
 
     @contextmanager
     def _try_lock(self, key: str) -> Iterator[bool]:
-        with (self.folder / _LOCKS / key).open("w") as file:
+        with (self.folder / _LOCKS / key).open("a") as file:
             yield taken(file.fileno())
 
 
 def _files_of(entry: Path) -> list[str]:
-    return sorted(path.name for path in entry.iterdir() if path.name != _ENTRY)
+    return sorted(_files_in(entry / _ENTRY))
+
+
+def _files_in(path: Path) -> dict[str, list[Any]]:
+    """The files that an entry's list names, with sizes and hashes; none where it is no such
+    list."""
+    try:
+        found = json.loads(path.read_bytes())
+        assert isinstance(found["key"], dict)
+        assert all(Path(name).name == name for name in found["files"])
+        return {name: [int(size), str(sha256)] for name, (size, sha256) in found["files"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
+        return {}
+
+
+def _remove(entry: Path) -> None:
+    """Remove an entry: the files that it names, damaged ones too. Whatever else is in the folder is
+    somebody's, who finds it beside the entry."""
+    if not os.path.lexists(entry):
+        return
+    with suppress(OSError):
+        for name in (*(named := _files_in(entry / _ENTRY)), *([_ENTRY] if named else [])):
+            (entry / name).unlink(missing_ok=True)
+        entry.rmdir()
+    if os.path.lexists(entry):
+        kept = entry.with_name(f"{entry.name}-{secrets.token_hex(4)}")
+        entry.rename(kept)
+        log.warning("%s holds what mmi did not write; it is in %s now", entry, kept)
 
 
 def _bytes_of(entry: Path) -> int:

@@ -8,7 +8,6 @@ the bundle's identity, since every build of a narrow type asks for them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +18,13 @@ import onnx
 
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.parity import Proof
+from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.targets.precision import Ranges, Recipe, measure_ranges
 from mmi_deploy.targets.precision.recipes import FLOAT32, GREATEST
 from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.sample_inputs import Sample, samples_of
-from mmi_deploy.targets.verify_target import Proof, prove
+from mmi_deploy.targets.verify_target import check_proof, prove
 
 RUN_FACTOR = 2.5
 """Memory of ONNX Runtime over the float32 weights of the graphs that it runs."""
@@ -31,17 +32,17 @@ RUN_FACTOR = 2.5
 
 @dataclass(frozen=True)
 class Evidence:
-    """Inputs, ranges and proofs of one bundle. folder: where ranges are kept. say: told what is
-    done next."""
+    """Inputs, ranges and proofs of one bundle. folder: where ranges are kept. progress:
+    told what is done next."""
 
     bundle: Bundle
     folder: Path
-    say: Callable[[str], None] = lambda what: None
+    progress: Progress = silent
 
     @cached_property
     def samples(self) -> dict[str, list[Sample]]:
         """Sets of inputs by graph. Raises what running the bundle raises."""
-        self.say("recording inputs")
+        self.progress("recording inputs")
         return samples_of(self.bundle)
 
     def ranges(self, graph: str, recipe: Recipe, runtime: str) -> Ranges | None:
@@ -64,7 +65,7 @@ class Evidence:
         for."""
         samples = self.samples[graph]
         runs = [sample.inputs for sample in samples if sample.recorded]
-        self.say(f"measuring ranges of {graph}")
+        self.progress(f"measuring ranges of {graph}")
         source = self.bundle.graph_file(graph)
         model = read_model(source, self.bundle.graphs[graph])
         found = measure_ranges(model, source.parent, runs or [sample.inputs for sample in samples])
@@ -76,14 +77,18 @@ class Evidence:
         """Compare a rewritten graph with the portable one; raises `BundleError` when it is too far
         from it."""
         samples = self.samples[graph]
-        self.say(f"proving {graph} in {recipe.name}")
+        self.progress(f"proving {graph} in {recipe.name}")
         contract, portable = self.bundle.graphs[graph], self.bundle.graph_file(graph)
         proof = prove(recipe, contract, portable, rewritten, runtime, samples)
-        proof.check(recipe.name)
+        check_proof(proof, recipe.name)
         return proof
 
 
-def check_can_run(bundle: Bundle, free: int) -> None:
+def check_can_run(
+    bundle: Bundle,
+    free: int,
+    fix: str = "Build on a larger machine, or give --unproved to build without ranges and proof",
+) -> None:
     """Raise `EngineError` where the bundle is too large to be run with `free` bytes of memory."""
     need = int(RUN_FACTOR * sum(_float32_bytes(bundle.graph_file(name)) for name in bundle.graphs))
     if need > free:
@@ -91,7 +96,7 @@ def check_can_run(bundle: Bundle, free: int) -> None:
             "too little memory to run the bundle, which shows what a precision does to it",
             expected=f"about {need / 1e9:.1f} GB free",
             got=f"{free / 1e9:.1f} GB",
-            fix="Build on a larger machine, or give --unproved to build without ranges and proof",
+            fix=fix,
         )
 
 

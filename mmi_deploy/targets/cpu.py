@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from importlib.metadata import version
 
 import onnx
@@ -17,20 +16,18 @@ from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import write_file
 from mmi_deploy.system.memory import free_memory
+from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.targets.calibration import check_can_run
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe, check_possible
 from mmi_deploy.targets.precision.rewrite import rewrite
 from mmi_deploy.targets.sample_inputs import Sample, samples_of
-from mmi_deploy.targets.verify_target import prove
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done next, how much is done, and how much there is."""
+from mmi_deploy.targets.verify_target import check_proof, prove
 
 
 def build_cpu_target(
     bundle: Bundle,
     recipe: Recipe,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
     *,
     unproved: bool = False,
     force: bool = False,
@@ -70,7 +67,7 @@ def build_cpu_target(
                 progress(f"proving {name} in {recipe.name}", 2 + 2 * index, total)
                 portable = bundle.graph_file(name)
                 proof = prove(recipe, graph, portable, out, CPU, samples[name])
-                proof.check(recipe.name)
+                check_proof(proof, recipe.name)
                 writer.add_receipt(name, proof.compared_with, proof.cases)
             files = [path for path in writer.folder.iterdir() if belongs(path.name, out.name)]
             total_bytes = sum(path.stat().st_size for path in files)
@@ -83,7 +80,7 @@ def build_cpu_target(
                 seconds=round(time.perf_counter() - started, 2),
             )
             if proof is not None:
-                one = one.with_proof(proof.compared_with, proof.cases)
+                one = one.with_proof(proof)
             reports.append(one)
         report = TargetReport(
             target=target.name,

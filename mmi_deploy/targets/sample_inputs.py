@@ -22,7 +22,7 @@ from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.spec.graphs import Graph, Tensor
+from mmi_deploy.spec.graphs import Graph, Limits, Tensor, graphs
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -186,14 +186,30 @@ def _drawn(
     return np.ascontiguousarray(values, np.float32).reshape(shape)
 
 
-def samples_of(bundle: Bundle) -> dict[str, list[Sample]]:
-    """Recorded, then random inputs of every graph."""
+def samples_of(bundle: Bundle, limits: Limits | None = None) -> dict[str, list[Sample]]:
+    """Recorded, then random inputs of every graph, within `limits`, the bundle's by default."""
     recorded = record(bundle)
     samples = {}
-    for name, graph in bundle.graphs.items():
+    for name, graph in graphs(bundle.config, limits or bundle.limits).items():
         drawn = random_inputs(graph, recorded[name], np.random.default_rng(0))
+        fitting = [inputs for inputs in recorded[name] if _fits(graph, inputs)]
         samples[name] = [
-            *(Sample(inputs, True) for inputs in recorded[name]),
+            *(Sample(inputs, True) for inputs in fitting),
             *(Sample(inputs, False) for inputs in drawn),
         ]
     return samples
+
+
+def dynamic_sizes(graph: Graph, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """Sizes of the dynamic dimensions of a set of inputs."""
+    sizes: dict[str, int] = {}
+    for tensor in graph.inputs:
+        for side, found in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
+            if isinstance(side, str) and side.isalpha():
+                sizes.setdefault(side, found)
+    return sizes
+
+
+def _fits(graph: Graph, inputs: Arrays) -> bool:
+    sizes = dynamic_sizes(graph, inputs)
+    return all(sizes.get(letter, 0) <= of.greatest for letter, of in graph.ranges.items())

@@ -22,13 +22,15 @@ from mmi_deploy.bundle.build_report import (
     TargetReport,
     read_report,
 )
-from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle, write_target
+from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle, check_target, write_target
 from mmi_deploy.bundle.manifest import TargetManifest, read_manifest, sha256_of
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.parity import Proof
 from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import write_file
+from mmi_deploy.system.progress import Progress, Unit
 from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_deploy.targets.cache import EngineCache, link_or_copy
 from mmi_deploy.targets.precision import rewrite
@@ -36,19 +38,15 @@ from mmi_deploy.targets.tensorrt_build import Job
 from mmi_deploy.targets.tensorrt_plan import Part, Request, graph_of, parts_of, weight_bytes
 from mmi_deploy.targets.tensorrt_process import Measured, build_in_process
 from mmi_deploy.targets.tensorrt_rewrites import rewritten
-from mmi_deploy.targets.verify_target import Proof
-
-Watch = Callable[[str, int, int, str], None]
-"""Called with (what is done, components done, components in all, the builder's phase)."""
 
 _Prepared = tuple[Graph, Path, Proof | None]
 """The target's contract, its ONNX file, and how that compares with the portable one."""
 
-Build = Callable[[Job, Callable[[str, int, int], None]], Measured]
+Build = Callable[[Job, Progress], Measured]
 
 
 def build_targets(
-    request: Request, cache: EngineCache, watch: Watch, build: Build = build_in_process
+    request: Request, cache: EngineCache, progress: Progress, build: Build = build_in_process
 ) -> list[TargetReport]:
     """Build all engines of `request` and write its targets into the bundle.
 
@@ -56,11 +54,13 @@ def build_targets(
     on from there. Raises `EngineError`, `BundleError` or `OSError`; the bundle's targets are then
     as they were.
     """
+    for target in request.targets:
+        check_target(request.bundle, target.name)
     parts = parts_of(request)
     engines = request.bundle.folder / "engines"
     engines.mkdir(exist_ok=True)
     with temporary_folder(engines, ".build-") as work:
-        workshop = _Workshop(request, cache, work, watch, build, len(parts))
+        workshop = _Workshop(request, cache, work, progress, build, len(parts))
         made = [(part, workshop.engine(part)) for part in parts]
         return [
             _write(request, target, [m for m in made if m[0].target == target], work)
@@ -72,10 +72,16 @@ class _Workshop:
     """Makes engines one after another; parts of one graph share its rewritten ONNX."""
 
     def __init__(
-        self, request: Request, cache: EngineCache, work: Path, watch: Watch, build: Build, of: int
+        self,
+        request: Request,
+        cache: EngineCache,
+        work: Path,
+        progress: Progress,
+        build: Build,
+        of: int,
     ) -> None:
         self._request, self._cache, self._work = request, cache, work
-        self._watch, self._build = watch, build
+        self._progress, self._build = progress, build
         self._done, self._of, self._built = 0, of, False
         self._prepared: _Prepared | None = None
 
@@ -100,7 +106,7 @@ class _Workshop:
         return report.model_copy(update={"cached": not self._built})
 
     def _say(self, what: str, phase: str = "") -> None:
-        self._watch(what, self._done, self._of, phase)
+        self._progress(what, self._done, self._of, detail=phase)
 
     def _make(self, part: Part, label: str, folder: Path) -> None:
         if not self._request.force and _reuse(self._request.bundle, part, folder):
@@ -117,13 +123,17 @@ class _Workshop:
             part.profiles,
             self._request.plugin,
         )
-        measured = self._build(
-            job, lambda phase, done, of: self._say(label, f"{phase} {done}/{of}")
-        )
+
+        def phases(
+            what: str, done: int = 0, total: int = 0, *, detail: str = "", unit: Unit = "steps"
+        ) -> None:
+            self._say(label, f"{what} {done}/{total}")
+
+        measured = self._build(job, phases)
         check_bindings(typed, measured.built.bindings)
         report = _graph_report(part, measured, weight_bytes(source))
         if proof is not None:
-            report = report.with_proof(proof.compared_with, proof.cases)
+            report = report.with_proof(proof)
         write_file(folder / _report_name(part.graph), report.model_dump_json(indent=2) + "\n")
 
     def _onnx(self, part: Part) -> _Prepared:

@@ -11,6 +11,7 @@ import ctypes
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import onnx
 
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS
+from mmi_deploy.system.progress import Cancelled, Progress
 from mmi_deploy.targets.profiles import Profile
 
 DROPPED = "Unused Input"
@@ -89,10 +91,6 @@ class Log:
     def dropped(self) -> str | None:
         """The first line that says that an input was left out."""
         return next((line for line in [*self.errors, *self.warnings] if DROPPED in line), None)
-
-
-Progress = Callable[[str, int, int], bool]
-"""Called with (phase, steps done, steps in all); False stops the build."""
 
 
 def open_tensorrt(plugin: Plugin, runtime: str, architecture: str) -> Any:
@@ -186,6 +184,7 @@ def build_engine(trt: Any, job: Job, progress: Progress) -> Built:
         if line := log.dropped():
             raise EngineError(f"TensorRT left out an input of {job.graph}: {line}")
         job.plugin.check(network, model)
+        check_samples(trt, network, model)
         config = _config(trt, builder, job)
         config.progress_monitor = _monitor(trt, progress)
         writer = _writer(trt, job.engine)
@@ -204,6 +203,49 @@ def build_engine(trt: Any, job: Job, progress: Progress) -> Built:
         )
     finally:
         registered.unregister()
+
+
+_MODES = {"nearest": "NEAREST", "linear": "LINEAR", "bilinear": "LINEAR", "cubic": "CUBIC",
+          "bicubic": "CUBIC"}  # fmt: skip
+_PADDING = {"zeros": "FILL", "border": "CLAMP", "reflection": "REFLECT"}
+
+
+def check_samples(trt: Any, network: Any, model: onnx.ModelProto) -> None:
+    """Raise `EngineError` unless `network`, parsed from `model`, samples as its GridSample nodes
+    say: TensorRT's parser up to 11.1 takes a mode that it does not know for nearest, and says
+    nothing."""
+    expected = Counter(_sampling(node) for node in model.graph.node if node.op_type == "GridSample")
+    found: Counter[tuple[str, str, bool]] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "GRID_SAMPLE":
+            layer.__class__ = trt.IGridSampleLayer  # how TensorRT's Python casts a layer
+            kind = (layer.interpolation_mode.name, layer.sample_mode.name)
+            found[*kind, bool(layer.align_corners)] += 1
+    if found != expected:
+        raise EngineError(
+            "TensorRT misreads GridSample",
+            expected=_told(expected),
+            got=_told(found),
+            fix="build with another TensorRT, and report its version",
+        )
+
+
+def _sampling(node: onnx.NodeProto) -> tuple[str, str, bool]:
+    """A GridSample node in TensorRT's words: interpolation, what is beyond the border, corners."""
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    mode = given.get("mode", b"linear").decode()
+    padding = given.get("padding_mode", b"zeros").decode()
+    return _MODES[mode], _PADDING[padding], bool(given.get("align_corners", 0))
+
+
+def _told(kinds: Mapping[tuple[str, str, bool], int]) -> str:
+    """Counted kinds of sampling for an error."""
+    told = (
+        f"{count} {mode} {padding}{' align_corners' * corners}"
+        for (mode, padding, corners), count in sorted(kinds.items())
+    )
+    return ", ".join(told) or "no GRID_SAMPLE layer"
 
 
 def strongly_typed(trt: Any) -> int:
@@ -293,10 +335,15 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self.steps[phase] = steps
-            progress(phase, 0, steps)
+            with suppress(Cancelled):  # the next step stops the build
+                progress(phase, 0, steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            return progress(phase, step + 1, self.steps.get(phase, step + 1))
+            try:
+                progress(phase, step + 1, self.steps.get(phase, step + 1))
+            except Cancelled:
+                return False
+            return True
 
         def phase_finish(self, phase: str) -> None:
             self.steps.pop(phase, None)

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from mmi_deploy.errors import EngineError, MmiError
+from mmi_deploy.system.progress import Cancelled, Progress, Unit
 from mmi_deploy.targets.tensorrt_build import Built, Job, build_engine, open_tensorrt
 
 _EVERY = 0.02  # seconds between two looks at the memory
@@ -32,9 +33,6 @@ _TELL_EVERY = 0.1  # seconds between two lines of progress
 _GIVE_BACK_EVERY = 0.1  # seconds between two times that read weights are given back
 _PR_SET_PDEATHSIG = 1
 _MADV_DONTNEED = 4
-
-Watch = Callable[[str, int, int], None]
-"""Called with (phase, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Measured:
     memory: Memory
 
 
-def build_in_process(job: Job, watch: Watch) -> Measured:
+def build_in_process(job: Job, progress: Progress) -> Measured:
     """Build `job` in a new process. Raises what `build_engine` raises, and `EngineError` when the
     process is killed. Whatever goes wrong, the process is gone when this returns."""
     context = multiprocessing.get_context("spawn")
@@ -86,7 +84,7 @@ def build_in_process(job: Job, watch: Watch) -> Measured:
     process.start()
     sender.close()
     try:
-        built, memory = _follow(process, receiver, watch)
+        built, memory = _follow(process, receiver, progress)
     except EOFError:
         process.join()
         raise _died(job, process.exitcode) from None
@@ -97,7 +95,7 @@ def build_in_process(job: Job, watch: Watch) -> Measured:
     return Measured(built, time.monotonic() - started, memory)
 
 
-def _follow(process: BaseProcess, receiver: Connection, watch: Watch) -> tuple[Built, Memory]:
+def _follow(process: BaseProcess, receiver: Connection, progress: Progress) -> tuple[Built, Memory]:
     memory = Memory()
     observed = psutil.Process(process.pid)
     while True:
@@ -108,7 +106,7 @@ def _follow(process: BaseProcess, receiver: Connection, watch: Watch) -> tuple[B
             continue
         kind, value = receiver.recv()
         if kind == "progress":
-            watch(*value)
+            progress(*value)
         elif kind == "ready":
             resident, shared = value
             private = resident - shared
@@ -184,16 +182,17 @@ class _Teller:
     def __init__(self, sender: Connection) -> None:
         self._sender, self._last = sender, 0.0
 
-    def __call__(self, phase: str, done: int, total: int) -> bool:
+    def __call__(
+        self, what: str, done: int = 0, total: int = 0, *, detail: str = "", unit: Unit = "steps"
+    ) -> None:
         now = time.monotonic()
         if now - self._last < _TELL_EVERY:
-            return True
+            return
         self._last = now
         try:
-            self._sender.send(("progress", (phase, done, total)))
+            self._sender.send(("progress", (what, done, total)))
         except OSError:
-            return False
-        return True
+            raise Cancelled from None
 
 
 def _die_with_parent() -> None:

@@ -1,11 +1,12 @@
-"""What TensorRT's compiler cannot do or does at a price, said in what it can: one named rewrite for
-each, exact, and done on TensorRT's own copy of a graph alone. Weights are moved, never computed."""
+"""What TensorRT's compiler cannot do, does wrongly or does at a price, said in what it can: one
+named rewrite for each, exact, and done on TensorRT's own copy of a graph alone. Weights are moved,
+never computed."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -54,6 +55,103 @@ def deconvolution_in_float32(model: onnx.ModelProto, path: Path) -> None:
         nodes += [node, _cast(node.output[0], narrow, BFLOAT16)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def samples_by_gathers(model: onnx.ModelProto, path: Path) -> None:
+    """Bilinear GridSample as a gather of the four corners: TensorRT up to 11.1 reads the mode
+    `linear`, its name from opset 20 on, as nearest, and takes strongly typed nodes wrongly.
+
+    Locations and weights are float32, whatever the types of the node. Raises `BundleError` for a
+    bilinear node whose sizes are not known, or that repeats or mirrors the border.
+    """
+    if not any(_is_bilinear(node) for node in model.graph.node):
+        return
+    shapes, types = _shapes_and_types(model)
+    nodes: list[onnx.NodeProto] = []
+    stored: dict[str, TensorProto] = {}
+    for node in model.graph.node:
+        new = _four_corners(node, shapes, types, stored) if _is_bilinear(node) else [node]
+        nodes += [onnx.NodeProto.FromString(one.SerializeToString()) for one in new]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(stored.values())
+
+
+def _is_bilinear(node: onnx.NodeProto) -> bool:
+    mode = {a.name: helper.get_attribute_value(a) for a in node.attribute}.get("mode", b"linear")
+    return node.op_type == "GridSample" and not node.domain and mode in (b"linear", b"bilinear")
+
+
+def _four_corners(
+    node: onnx.NodeProto,
+    shapes: Mapping[str, Sequence[int | None]],
+    types: Mapping[str, int],
+    stored: dict[str, TensorProto],
+) -> list[onnx.NodeProto]:
+    """Image [n, c, h, w] and grid [n, p, q, 2], as x and y from -1 to 1, to [n, c, p, q]."""
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    (image, grid), (result,) = node.input, node.output
+    _, channels, height, width = [*shapes.get(image, ()), *[None] * 4][:4]
+    rows, columns = [*shapes.get(grid, ()), *[None] * 4][1:3]
+    if (
+        given.get("padding_mode", b"zeros") != b"zeros"
+        or (channels is None or height is None or width is None)
+        or (rows is None and columns is None)
+    ):
+        raise BundleError(
+            f"GridSample {node.name} cannot be computed by gathers, and TensorRT misreads it",
+            expected="zeros beyond the border, and known channels, sides and points",
+            got=f"{given.get('padding_mode', b'zeros').decode()}, image {shapes.get(image)}, "
+            f"grid {shapes.get(grid)}",
+        )
+    # -1 and 1 are the centres of the outermost cells, or their outer edges.
+    aligned = given.get("align_corners", 0)
+    sides = np.array([width, height], np.float32)
+    half = (sides - 1) / 2 if aligned else sides / 2
+    last, corners = sides - 1, np.array([[0, 0], [1, 0], [0, 1], [1, 1]], np.float32)
+    nodes: list[onnx.NodeProto] = []
+
+    def constant(value: np.ndarray) -> str:
+        name = f"{result}.constant.{len(stored)}"
+        stored[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def op(kind: str, *inputs: str, out: str = "", **attributes: int | list[int]) -> str:
+        name = out or f"{result}.{len(nodes)}.{kind}"
+        nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        return name
+
+    def integers(*values: int) -> str:
+        return constant(np.array(values, np.int64))
+
+    def in_float32(value: str, of: str) -> str:
+        known = types.get(of) == TensorProto.FLOAT
+        return value if known else op("Cast", value, to=TensorProto.FLOAT)
+
+    scaled = op("Mul", in_float32(grid, grid), constant(half))
+    at = op("Unsqueeze", op("Add", scaled, constant(last / 2)), integers(3))  # [n, p, q, 1, 2]
+    low = op("Floor", at)
+    share = op("Abs", op("Sub", constant(1 - corners), op("Sub", at, low)))
+    cell = op("Add", low, constant(corners))  # [n, p, q, 4, 2]
+    nearest = op("Min", op("Max", cell, constant(np.zeros(2, np.float32))), constant(last))
+    inside = op("Cast", op("Equal", cell, nearest), to=TensorProto.FLOAT)
+    axis = integers(-1)
+    weight = op("ReduceProd", op("Mul", share, inside), axis, keepdims=0)  # [n, p, q, 4]
+    stride = constant(np.array([1, width], np.float32))
+    number = op("ReduceSum", op("Mul", nearest, stride), axis, keepdims=0)
+    column = integers(0, -1, 1)
+    index = op("Reshape", op("Cast", number, to=TensorProto.INT64), column)  # [n, p*q*4, 1]
+    flat = op("Reshape", image, integers(0, channels, height * width))
+    cells = op("Transpose", flat, perm=[0, 2, 1])  # [n, h*w, c]
+    found = in_float32(op("GatherND", cells, index, batch_dims=1), image)  # [n, p*q*4, c]
+    weighted = op("Mul", found, op("Reshape", weight, column))
+    apart = op("Reshape", weighted, integers(0, -1, 4, channels))
+    samples = op("Transpose", op("ReduceSum", apart, integers(2), keepdims=0), perm=[0, 2, 1])
+    if types.get(image) != TensorProto.FLOAT:
+        samples = op("CastLike", samples, image)
+    places = (rows or -1, columns or -1)
+    op("Reshape", samples, integers(0, channels, *places), out=result)
+    return nodes
 
 
 @dataclass(frozen=True)
@@ -207,8 +305,25 @@ def _ranks(model: onnx.ModelProto) -> dict[str, int]:
     }
 
 
+def _shapes_and_types(
+    model: onnx.ModelProto,
+) -> tuple[dict[str, list[int | None]], dict[str, int]]:
+    """What is known of every value: its sides, None where they may differ, and its type."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    shapes: dict[str, list[int | None]] = {t.name: list(t.dims) for t in graph.initializer}
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        tensor = value.type.tensor_type
+        types[value.name] = tensor.elem_type
+        if tensor.HasField("shape"):
+            sides = tensor.shape.dim
+            shapes[value.name] = [s.dim_value if s.HasField("dim_value") else None for s in sides]
+    return shapes, types
+
+
 REWRITES: tuple[Callable[[onnx.ModelProto, Path], None], ...] = (
     deconvolution_in_float32,
+    samples_by_gathers,
     siblings_in_one_product,
 )
 """In the order in which they are made."""

@@ -1,76 +1,40 @@
-"""Proof that a rewritten graph computes what the portable one does: both run in ONNX Runtime on the
-same inputs, recorded ones and random ones, and the error is compared with what its type allows.
+"""Comparison of a target's graphs with the portable ones in ONNX Runtime, and their receipts.
+
+Both run on the same inputs, recorded ones and random ones. `prove` compares a rewritten ONNX file
+while a target is built, `compare_target` the engines of a finished target where they run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mmi_deploy.bundle.manifest import Case
+from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
+from mmi_deploy.bundle.manifest import Receipt, TargetManifest, hash_of_files, write_manifest
 from mmi_deploy.errors import BundleError
-from mmi_deploy.runtime.onnxruntime.run_graph import model_runner, runner
+from mmi_deploy.parity import PRECISION_TOLERANCES, Proof, compare_outputs, precision_tolerance
+from mmi_deploy.runtime.buffers import Array, element_type
+from mmi_deploy.runtime.onnxruntime.run_graph import Run, model_runner, runner
+from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.targets.precision.emulation import simulated
 from mmi_deploy.targets.precision.recipes import FLOAT32, Recipe
-from mmi_deploy.targets.sample_inputs import Arrays, Sample
-
-TOLERANCE = {
-    "fp32": 1e-5,
-    "fp16": 1e-2,
-    "bf16": 6e-2,
-    "int8": 6e-2,
-    "fp8": 1.5e-1,
-    "int4": 5e-1,
-    "int4-128": 5e-1,
-    "mixed": 5e-1,
-}
-"""Greatest root mean square of the error over that of the output, by recipe, on recorded inputs.
-
-fp32: the same sums in another order. fp16: 2^-11 a rounding, through some hundred of them in a row
-that partly cancel. bf16: the same with 2^-8. int8, one scale a channel or 32 rows: 0.5 % of a
-weight, on the CPU as much of an activation again. fp8: 3 bits of fraction, 2 % of a weight. int4:
-8 % of a weight. All but fp32 leave room for models whose activations are less even than those of
-the tiny one, up to twice what SmolLM2-135M shows: see docs/precision.md. What an error of that size
-means is measured on tasks."""
-
-UNSTEADY = 5.0
-"""How much greater the error may be on random tokens. They are no text, and here and there one puts
-the model on an edge from which any rounding pushes it off. An error as great as the output, which
-tells nothing, is never allowed."""
+from mmi_deploy.targets.sample_inputs import Arrays, Sample, dynamic_sizes, samples_of
 
 COMPARED_WITH = "the portable graph in ONNX Runtime, recorded and random inputs, root mean square"
 SIMULATED = f"{COMPARED_WITH}; simulated: rounded to the type after every operator, float32 sums"
+ON_GPU = (
+    "the portable graph in ONNX Runtime, on the GPU itself, recorded and random inputs at batch 1 "
+    "and 2 with no, one and several images, root mean square"
+)
 
+TOO_FAR = "choose a higher precision, or measure ranges on documents like yours"
 
-@dataclass(frozen=True)
-class Proof:
-    """What a graph was compared with, and how each comparison went."""
-
-    graph: str
-    compared_with: str
-    cases: tuple[Case, ...]
-
-    @property
-    def error(self) -> float:
-        return max(case.error for case in self.cases)
-
-    def check(self, recipe: str) -> None:
-        """Raise `BundleError` for the first case that failed."""
-        for case in self.cases:
-            if not case.passed:
-                raise BundleError(
-                    f"{self.graph} in {recipe} is too far from the portable graph at {case.sizes}",
-                    expected=f"a relative error of at most {case.tolerance:g}",
-                    got=f"{case.error:.3g}",
-                    fix="choose a higher precision, or measure ranges on documents like yours",
-                )
-
+Progress = Callable[[str, int, int], None]
+"""Called with what is done next, how much is done, and how much there is."""
 
 _CACHES = "caches"
 
@@ -86,36 +50,100 @@ def prove(
     """Compare `rewritten`, made for `runtime`, with the `portable` file of `graph`.
 
     Narrow activations are simulated: ONNX Runtime's CPU kernels for them are few, and between those
-    that it replaces it leaves out the roundings. One file is loaded at a time.
+    that it replaces it leaves out the roundings.
     """
     simulate = recipe.activations_on(runtime) != FLOAT32
+
+    def load() -> Run:
+        run = (
+            model_runner(simulated(rewritten), rewritten.parent) if simulate else runner(rewritten)
+        )
+        return lambda inputs: written(graph, inputs, run(inputs))
+
+    compared_with = SIMULATED if simulate else COMPARED_WITH
+    return compare_graph(graph, recipe.name, samples, portable, load, compared_with)
+
+
+def check_proof(proof: Proof, precision: str) -> None:
+    """Raise `BundleError` for the first case of a target's graph that failed."""
+    proof.check(f"{proof.graph} in {precision} is too far from the portable graph", TOO_FAR)
+
+
+def compare_target(
+    bundle: Bundle,
+    manifest: TargetManifest,
+    runtime: Runtime,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Proof]:
+    """Compare every engine of a target, open in `runtime`, with the portable graph.
+
+    Raises `BundleError` for a target of an unknown precision, and what running the graphs raises.
+    """
+    precision = manifest.recipe.get("precision", "")
+    if precision not in PRECISION_TOLERANCES:
+        raise BundleError(
+            f"{manifest.target} does not say in which precision it was built",
+            expected=" or ".join(PRECISION_TOLERANCES),
+            got=precision or "nothing",
+            fix=f"build it again with `{bundle.build_command(manifest.target)}`",
+        )
+    total = 1 + len(manifest.graphs)
+    progress("recording inputs", 0, total)
+    samples = samples_of(bundle, runtime.limits)
+    proofs = []
+    for done, name in enumerate(manifest.graphs, 1):
+        progress(f"comparing {name}", done, total)
+        graph = runtime.graphs[name]
+        proofs.append(
+            compare_graph(
+                graph,
+                precision,
+                samples[name],
+                bundle.graph_file(name),
+                partial(partial, run_engine, runtime, graph),
+                COMPARED_WITH if runtime.target is None else ON_GPU,
+            )
+        )
+    return proofs
+
+
+def compare_graph(
+    graph: Graph,
+    precision: str,
+    samples: Sequence[Sample],
+    portable: Path,
+    load: Callable[[], Run],
+    compared_with: str,
+) -> Proof:
+    """Compare what `load()` runs with the `portable` file of `graph`. Both give `written` outputs.
+
+    The portable graph is unloaded before the other is loaded: two may not fit in memory.
+    """
     run = runner(portable)
-    wanted = [_written(graph, sample.inputs, run(sample.inputs)) for sample in samples]
+    expected = [written(graph, sample.inputs, run(sample.inputs)) for sample in samples]
     del run
-    run = model_runner(simulated(rewritten), rewritten.parent) if simulate else runner(rewritten)
-    cases = []
-    for sample, expected in zip(samples, wanted, strict=True):
-        error = relative_error(_written(graph, sample.inputs, run(sample.inputs)), expected)
-        allowed = TOLERANCE[recipe.name]
-        tolerance = allowed if sample.recorded else min(UNSTEADY * allowed, 0.99)
-        sizes = _sizes_of(graph, sample.inputs)
-        cases.append(Case(sizes=sizes, error=error, tolerance=tolerance))
-    return Proof(graph.name, SIMULATED if simulate else COMPARED_WITH, tuple(cases))
+    run = load()
+    comparisons = []
+    for sample, outputs in zip(samples, expected, strict=True):
+        tolerance = precision_tolerance(precision, sample.recorded)
+        comparison = compare_outputs(run(sample.inputs), outputs, tolerance)
+        comparisons.append((dynamic_sizes(graph, sample.inputs), comparison))
+    return Proof(graph.name, compared_with, tuple(comparisons))
 
 
-def relative_error(got: Mapping[str, NDArray[Any]], wanted: Mapping[str, NDArray[Any]]) -> float:
-    """The greatest of all outputs' root mean square errors, over that of the output; infinite when
-    anything is not finite."""
-    worst = 0.0
-    for name, value in wanted.items():
-        difference = got[name].astype(np.float64) - value
-        scale = float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))) or 1.0
-        error = float(np.sqrt(np.mean(np.square(difference)))) / scale
-        worst = max(worst, error if np.isfinite(error) else float("inf"))
-    return worst
+def run_engine(runtime: Runtime, graph: Graph, inputs: Mapping[str, Array]) -> Arrays:
+    """`written` outputs of an engine as float32; `inputs` are rounded to the types it takes."""
+    typed = {t.name: inputs[t.name].astype(element_type(t.dtype)) for t in graph.inputs}
+    # Copies: on the host a buffer is the array itself, and the engine writes into it.
+    caches = {old: runtime.memory.hold(typed[old].copy()) for old in graph.in_place.values()}
+    buffers = runtime.engine(graph.name).run({**typed, **caches})
+    buffers |= {new: caches[old] for new, old in graph.in_place.items()}
+    outputs = {name: buffer.read().astype(np.float32) for name, buffer in buffers.items()}
+    before = {old: typed[old].astype(np.float32) for old in graph.in_place.values()}
+    return written(graph, before, outputs)
 
 
-def _written(graph: Graph, inputs: Arrays, outputs: Arrays) -> Arrays:
+def written(graph: Graph, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Arrays:
     """Outputs. Those in place are taken as one, since each of them went into the others already;
     and of them only what is new, which the rest would drown."""
     found = {name: value for name, value in outputs.items() if name not in graph.in_place}
@@ -125,10 +153,35 @@ def _written(graph: Graph, inputs: Arrays, outputs: Arrays) -> Arrays:
     return found
 
 
-def _sizes_of(graph: Graph, inputs: Arrays) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for tensor in graph.inputs:
-        for side, found in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
-            if isinstance(side, str) and side.isalpha():
-                sizes.setdefault(side, found)
-    return sizes
+def write_receipts(
+    bundle: Bundle, compared: TargetManifest, proofs: Sequence[Proof]
+) -> TargetManifest:
+    """Write a receipt of every proof into the target's manifest, whole or not at all, in place of
+    the earlier receipts of these graphs; returns the new manifest.
+
+    compared: the manifest of the engines that were run. Raises `BundleError` where the target was
+    built again since.
+    """
+    manifest = bundle.target(compared.target, unproved=True)
+    receipts = []
+    for proof in proofs:
+        sha256 = hash_of_files(manifest.graph_files(proof.graph))
+        if sha256 != hash_of_files(compared.graph_files(proof.graph)):
+            raise BundleError(
+                f"{proof.graph} of {compared.target} was built again while it was compared",
+                fix=f"compare the new engines with `{bundle.verify_command(compared.target)}`",
+            )
+        receipts.append(
+            Receipt(
+                graph=proof.graph,
+                target=compared.target,
+                sha256=sha256,
+                compared_with=proof.compared_with,
+                cases=proof.cases,
+            )
+        )
+    graphs = {proof.graph for proof in proofs}
+    kept = [receipt for receipt in manifest.receipts if receipt.graph not in graphs]
+    changed = manifest.model_copy(update={"receipts": (*kept, *receipts)})
+    write_manifest(bundle.target_folder(compared.target) / TARGET_MANIFEST, changed)
+    return changed

@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.system.files import cache_folder
+from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_plugins.compile.launch_plan import (
     Launch,
     device_arrays,
@@ -66,8 +66,8 @@ def build(csrc: Path = CSRC, *further: str) -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder, "shim.so")
+    with temporary_folder(library.parent, ".building-") as folder:
+        made = folder / "shim.so"
         command = [*words, f"-I{csrc}", f"-I{CPP}", str(CPP / "shim.cpp"), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

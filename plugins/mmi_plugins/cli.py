@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from mmi_deploy.cli.console import results
+from mmi_deploy.cli.console import remarks, results
+from mmi_deploy.cli.program import help_of
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import cache_folder
+from mmi_deploy.system.progress import shown
 
 app = typer.Typer(
     add_completion=False,
@@ -26,7 +28,6 @@ class Target(StrEnum):
     tensorrt = "tensorrt"
 
 
-@app.command()
 def build(
     target: Annotated[Target, typer.Argument(help="The runtime that will load it.")],
     out: Annotated[
@@ -55,15 +56,16 @@ def build(
     ):
         if given and target != of:
             raise ConfigError(f"{option} does not apply here", expected=f"it with {of}")
-    if target == Target.onnxruntime:
-        path = library.build(out, cuda=cuda)
-    else:
-        folder = out or cache_folder(writes=True) / "tensorrt"
-        path = build_plugin.build_tensorrt_plugin(tensorrt_include, folder)
+    with shown(remarks()) as progress:
+        if target == Target.onnxruntime:
+            path = library.build(out, cuda=cuda, progress=progress)
+        else:
+            folder = out or cache_folder(writes=True) / "tensorrt"
+            progress("compiling the MMFS plugin for TensorRT")
+            path = build_plugin.build_tensorrt_plugin(tensorrt_include, folder)
     results().print(str(path), soft_wrap=True)
 
 
-@app.command("list")
 def show() -> None:
     """List compiled kernel libraries, and the compilers and headers found."""
     from mmi_deploy.errors import EngineError
@@ -90,3 +92,7 @@ def show() -> None:
         say(f"              nvcc: {compilers.find_nvcc()}", soft_wrap=True)
     except EngineError as error:
         say(f"              {error}", soft_wrap=True)
+
+
+app.command(help=help_of(build))(build)
+app.command("list", help=help_of(show))(show)

@@ -13,9 +13,17 @@ from functools import cached_property
 import numpy as np
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
+from mmi_deploy.parity import Tolerance
+from mmi_deploy.spec.graphs import (
+    MMFS_CHANNEL_STEP,
+    MMFS_DOMAIN,
+    MMFS_MOST_CHANNELS,
+    MMFS_MOST_LEVELS,
+    MMFS_MOST_POINTS,
+    MMFS_OPERATOR,
+    MMFS_VERSION,
+)
 from mmi_deploy.spec.mmfs_operator import INDEX_INPUTS, INPUT_SHAPES, NARROW_INPUTS
-from mmi_plugins.constants import constant
 
 __all__ = [
     "CHANNEL_STEP",
@@ -34,14 +42,17 @@ __all__ = [
 
 DOMAIN, NAME, VERSION = MMFS_DOMAIN, MMFS_OPERATOR, MMFS_VERSION
 
-# Types T -> relative error (rms of error / rms of expected) allowed against float64 over the same,
-# already rounded, inputs.
-TOLERANCES = {"float32": 1e-6, "float16": 4e-4, "bfloat16": 3e-3}
+# Types T, and the error that each is allowed against float64 over the same, already rounded,
+# inputs. The floor is the type's smallest normal number: it cannot hold smaller ones.
+TOLERANCES: Mapping[str, Tolerance] = {
+    "float32": Tolerance(1e-6, "2^-24 a rounding, in sums of float32", "rms", 2.0**-126),
+    "float16": Tolerance(4e-4, "2^-11 for rounding the output, sums of float32", "rms", 2.0**-14),
+    "bfloat16": Tolerance(3e-3, "2^-8 for rounding the output, sums of float32", "rms", 2.0**-126),
+}
 
 # Limits of every kernel: 1..4 levels, 1..16 points, multiples of 8 up to 128 channels per head.
-MAX_LEVELS, MAX_POINTS, MAX_CHANNELS, CHANNEL_STEP = map(
-    constant, ("kMaxLevels", "kMaxPoints", "kMaxChannels", "kChannelStep")
-)
+MAX_LEVELS, MAX_POINTS = MMFS_MOST_LEVELS, MMFS_MOST_POINTS
+MAX_CHANNELS, CHANNEL_STEP = MMFS_MOST_CHANNELS, MMFS_CHANNEL_STEP
 
 
 @dataclass(frozen=True)

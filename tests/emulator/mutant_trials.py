@@ -272,7 +272,7 @@ def wrong(trial: Trial, found: np.ndarray) -> str | None:
         return "not finite"
     scale = max(np.sqrt((expected**2).mean()), SMALLEST[dtype])
     relative = np.sqrt(((found - expected) ** 2).mean()) / scale
-    if relative > TOLERANCES[dtype]:
+    if relative > TOLERANCES[dtype].relative:
         return f"relative error {relative:.2g}"
     excess = beyond_rounding(trial, found)
     return f"{excess:.2g} beyond rounding" if excess > trial.sharp else None

@@ -68,7 +68,7 @@ def check(call: Call, kernels: dict[str, Kernel], parts: int, what: str) -> None
     error = np.sqrt(((found - expected) ** 2).mean())
     scale = max(np.sqrt((expected**2).mean()), SMALLEST[call.dtype])
     worst = np.abs(found - expected).max()
-    assert error <= TOLERANCES[call.dtype] * scale, (
+    assert error <= TOLERANCES[call.dtype].relative * scale, (
         f"{what}: relative error {error / scale:.2g}, largest {worst:.2g}; "
         f"{call.dtype}, {parts} parts, {call.sizes}"
     )

@@ -67,9 +67,9 @@ def random_model(config: ModelConfig, seed: int = 0) -> MMInterleaved:
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
-        for look_back in model.llm.look_backs:
+        for look_back in model.llm.mmfs_layers:
             look_back.gate.fill_(0.8)
-        for look_back in (*model.llm.look_backs, *model.image_decoder.unet.look_back):
+        for look_back in (*model.llm.mmfs_layers, *model.image_decoder.unet.look_back):
             mmfs = look_back.mmfs
             mmfs.image_index.weight.normal_()
             mmfs.weight_proj.weight.normal_(std=0.3)

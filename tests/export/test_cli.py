@@ -13,17 +13,19 @@ import torch
 from export.small_models import paper_reading
 from mmi_deploy.bundle import manifest
 from mmi_deploy.bundle.bundle import Bundle
-from mmi_deploy.bundle.manifest import Case
 from mmi_deploy.cli.app import run
+from mmi_deploy.parity import Comparison, Error, Proof, Tolerance
 from mmi_deploy.spec import presets
 from mmi_deploy.spec.graphs import Graph
 from mmi_export import export
-from mmi_export.parity.receipts import Proof
 from mmi_export.placeholder_model import write_stand_in
 from mmi_export.tracing.weight_sources import WeightSources
 from mmi_train.weights.model_folder import WEIGHTS
 
-PROOF = Proof("the model", (Case(sizes={"b": 1}, error=1e-6, tolerance=1e-5),))
+COMPARED = Comparison(
+    "hidden", Tolerance(1e-5, "a test"), Error(1e-6, 1e-7, 5e-7, 1.0, 0.5, (0,), 8), 1.0, 1.0
+)
+PROOF = Proof("llm", "the model", (({"b": 1}, COMPARED),))
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.spec.config import DiffusionConfig
 from mmi_deploy.spec.graphs import HISTORY, STATE
-from mmi_deploy.spec.schedule import Schedule, read_schedule
-from mmi_export.schedules import SOLVERS, diffusers_scheduler, parse_schedule, schedule_table
+from mmi_deploy.spec.schedule import SOLVERS, Schedule, read_schedule
+from mmi_export.schedules import diffusers_scheduler, parse_schedule, schedule_table
 
 SHAPE = (2, 4, 3, 3)
 PREDICTIONS = ("epsilon", "v_prediction")

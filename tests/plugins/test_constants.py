@@ -32,8 +32,10 @@ def test_a_compiler_sees_the_numbers_that_python_reads(tmp_path: Path) -> None:
 
 
 def test_the_limits_of_the_operator_are_those_of_the_kernels() -> None:
+    """The runtime needs them without the kernels, so `mmi_deploy.spec.graphs` states them too."""
+    names = ("kMaxLevels", "kMaxPoints", "kMaxChannels", "kChannelStep")
     limits = (operator.MAX_LEVELS, operator.MAX_POINTS, operator.MAX_CHANNELS)
-    assert (*limits, operator.CHANNEL_STEP) == (4, 16, 128, 8)
+    assert (*limits, operator.CHANNEL_STEP) == tuple(map(constant, names)) == (4, 16, 128, 8)
     assert constant("kMaxCount") == 2**31 - 64
 
 

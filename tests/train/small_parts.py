@@ -142,11 +142,14 @@ def write_gguf(
     fields: dict[str, Any] | None = None,
     words: str = "smollm",
     pieces: list[Piece] | None = None,
+    without: tuple[str, ...] = (),
+    **form: Any,
 ) -> Path:
     """As llama.cpp's converter writes it; matrices quantised as `kind`. `fields`: more of them.
-    `pieces`: of a SentencePiece tokenizer, in place of the byte-level one."""
+    `pieces`: of a SentencePiece tokenizer, in place of the byte-level one. `without`: fields that
+    are left out. `form`: byte order and parts of the file, see `GGUFWriter`."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", **form)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -188,6 +191,8 @@ def write_gguf(
             blocks = kind == gguf.GGMLQuantizationType.Q4_K
             data = _random_blocks(value.shape) if blocks else gguf.quantize(value, kind)
             writer.add_tensor(_gguf_name(name), data, raw_dtype=kind)
+    for name in without:
+        del writer.kv_data[0][name]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

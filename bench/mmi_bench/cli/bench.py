@@ -8,24 +8,46 @@ from typing import Annotated
 
 import typer
 
-from mmi_deploy.cli.console import MOST_THREADS, print_json, results, staged
+from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.kernels import AUTO, Kernels, kernel_library
 from mmi_deploy.cli.target_options import CPU, Device, TargetName
-from mmi_deploy.system.files import prepare_file, write_file
+from mmi_deploy.system.files import prepare_file, write_new_file
+from mmi_deploy.system.progress import shown
 
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
     model: Annotated[
-        Path, typer.Option("--model", "-m", help="The model folder it was exported from.")
+        Path,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The model folder it was exported from.",
+            rich_help_panel="Measurement",
+        ),
     ] = Path("assets/tiny"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Short documents, to see that it works.")
+        bool,
+        typer.Option(
+            "--quick", help="Short documents, to see that it works.", rich_help_panel="Measurement"
+        ),
     ] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 7,
+    repeats: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Measurements of each case.", metavar="N", rich_help_panel="Measurement"
+        ),
+    ] = 7,
     threads: Annotated[
-        int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of both sides.")
+        int,
+        typer.Option(
+            min=1,
+            max=MOST_THREADS,
+            help="CPU threads of both sides.",
+            metavar="N",
+            rich_help_panel="Machine",
+        ),
     ] = 2,
     schedule: Annotated[
         str | None,
@@ -33,23 +55,39 @@ def bench(
             metavar="NAME:STEPS",
             help="Sampler of the bundle.",
             show_default="the first of 20 steps",
+            rich_help_panel="Measurement",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Write every sample to this JSON file.", dir_okay=False),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Write every sample to this JSON file.",
+            dir_okay=False,
+            rich_help_panel="Results",
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw the result into this .svg or .png file.", dir_okay=False),
+        typer.Option(
+            help="Draw the result into this .svg or .png file.",
+            dir_okay=False,
+            rich_help_panel="Results",
+        ),
     ] = None,
     target: TargetName = CPU,
     device: Device = 0,
     kernels: Kernels = AUTO,
     unproved: Annotated[
-        bool, typer.Option("--unproved", help="Run graphs that have no receipt.")
+        bool,
+        typer.Option(
+            "--unproved", help="Run graphs that have no receipt.", rich_help_panel="Machine"
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Results")
+    ] = False,
 ) -> None:
     """Compare the runtime with PyTorch: whole documents, tokens, denoising steps, memory.
 
@@ -64,8 +102,8 @@ def bench(
         import torch  # noqa: F401  # the other side runs in a process that could only fail
 
         from mmi_bench.compare.compare import run
-        from mmi_bench.compare.report import table
-    with staged("loading") as stage:
+        from mmi_bench.compare.report import print_report
+    with shown(remarks(), "loading") as progress:
         comparison = run(
             bundle,
             model,
@@ -77,11 +115,11 @@ def bench(
             unproved=unproved,
             target=target,
             device=device,
-            progress=stage,
+            progress=progress,
         )
     report = comparison.to_json()
     if out:
-        write_file(out, json.dumps(report, indent=2) + "\n")
+        write_new_file(out, json.dumps(report, indent=2) + "\n")
     if plot:
         from mmi_bench.compare.plot import draw
 
@@ -89,4 +127,4 @@ def bench(
     if as_json:
         print_json(report)
     else:
-        results().print(table(comparison))
+        print_report(results(), comparison)

@@ -110,6 +110,6 @@ def scheduler_of(key: str, diffusion: DiffusionConfig) -> tuple[Any, float]:
     if (solver, spacing) == ("ddpm", ""):
         scheduler: Any = ddim(diffusion)
     else:
-        scheduler = diffusers_scheduler(solver, diffusion, spacing or "leading")  # type: ignore[arg-type]
+        scheduler = diffusers_scheduler(solver, diffusion, spacing or "leading")
     scheduler.set_timesteps(int(steps))
     return scheduler, float(solver == "ddpm")

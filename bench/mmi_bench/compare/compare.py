@@ -22,12 +22,10 @@ from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.config import to_json
+from mmi_deploy.system.progress import Progress, silent
 
 STEPS = 20
 """Denoising steps of a picture, unless a schedule is asked for by name."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done next, how much is done and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def run(
     unproved: bool = False,
     target: str = CPU,
     device: int = 0,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = silent,
 ) -> Comparison:
     """Measure the runtime on `bundle` against PyTorch on the folder `model` it was exported from.
 
@@ -185,9 +183,10 @@ def _measure(
     total = len(work.cases) * (work.repeats + 1)
     difference = 0
     for round_ in range(work.repeats + 1):
+        what = "measuring" if round_ else "warming up"
         order = SIDES if round_ % 2 else SIDES[::-1]
         for index, case in enumerate(work.cases):
-            progress(case.name, round_ * len(work.cases) + index, total)
+            progress(what, round_ * len(work.cases) + index, total, detail=case.name)
             got = {side: remotes[side].run(case) for side in order}
             outputs = (got["runtime"].output, got["pytorch"].output)
             difference = max(difference, _same(case, *outputs, exact))

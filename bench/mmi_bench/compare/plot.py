@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from mmi_bench.compare.backends import SIDES
 from mmi_bench.compare.compare import Comparison
 from mmi_bench.statistics import Spread
 from mmi_deploy.errors import MmiError
+from mmi_deploy.system.files import write_new_file
 
 _COLOURS = {"runtime": "#0072b2", "pytorch": "#d55e00"}
 _LABELS = {"runtime": "runtime", "pytorch": "PyTorch as published"}
@@ -29,7 +31,9 @@ def draw(comparison: Comparison, path: Path) -> None:
     tokens, speedups = figure.subplots(1, 2)
     _per_token(tokens, comparison)
     _speedups(speedups, comparison)
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=150)
+    write_new_file(path, drawn.getvalue())
 
 
 def _per_token(axes: Any, comparison: Comparison) -> None:

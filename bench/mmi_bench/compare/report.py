@@ -1,12 +1,14 @@
-"""A comparison as a table for people."""
+"""A comparison as tables for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
+from mmi_bench.compare.backends import SIDES
 from mmi_bench.compare.compare import Comparison
 from mmi_bench.statistics import Spread
 
@@ -16,74 +18,99 @@ COST_GOAL = 1.15
 over that of one that looks at none."""
 
 
-def table(comparison: Comparison) -> Table:
-    """One line per measure: median (quartiles) of both sides and of their ratio."""
+def print_report(console: Console, comparison: Comparison) -> None:
+    """The medians, then how far they spread; both fit 80 columns."""
+    console.print(table(comparison))
+    console.print(spread_table(comparison))
     about = comparison.about
-    machine = about["machine"]
-    columns = Table(
-        title=f"{about['model']}: ONNX Runtime against PyTorch as published",
-        caption=f"{machine['processor']}, {about['threads']} threads, float32, "
-        f"{about['schedule']}, guidance {about['guidance']:g}; median (quartiles) of "
-        f"{about['repeats']} repeats in turns",
-        box=box.SIMPLE_HEAD,
+    console.print(
+        f"{about['machine']['processor']}, {about['threads']} threads, float32, "
+        f"{about['schedule']}, guidance {about['guidance']:g}; {about['repeats']} repeats in turns"
     )
-    columns.add_column("")
-    for name in ("runtime", "PyTorch", "ratio", "least - greatest", "goal"):
-        columns.add_column(name, justify="right")
-    for row in _rows(comparison):
-        columns.add_row(*row)
+
+
+def table(comparison: Comparison) -> Table:
+    """One line per measure: the median of both sides and of their ratio, and the goal."""
+    columns = _table(
+        f"{comparison.about['model']}: ONNX Runtime against PyTorch as published, medians",
+        ("", "runtime", "PyTorch", "ratio", "goal"),
+    )
+    for metric in comparison.metrics():
+        ratio, goal = metric.speedup.median, GOALS.get(metric.name)
+        columns.add_row(
+            f"{_short(metric.name)}, ms",
+            _milliseconds(Spread.of(metric.runtime).median),
+            _milliseconds(Spread.of(metric.pytorch).median),
+            f"{ratio:.2f}",
+            _goal(f">= {goal:g}", ratio >= goal) if goal else "",
+        )
+    ours, theirs = (comparison.cost_of_images(side).median for side in SIDES)
+    columns.add_row(
+        _cost_name(comparison),
+        f"{ours:.2f}",
+        f"{theirs:.2f}",
+        "",
+        _goal(f"<= {COST_GOAL:g}", ours <= COST_GOAL),
+    )
+    ours, theirs = (comparison.peak_bytes[side] for side in SIDES)
+    columns.add_row(
+        "peak memory, MB",
+        f"{ours / 1e6:.0f}",
+        f"{theirs / 1e6:.0f}",
+        f"{theirs / ours:.2f}",
+        _goal("no larger", ours <= theirs),
+    )
+    ours, theirs = (comparison.load_seconds[side] for side in SIDES)
+    loading = (f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}")
+    columns.add_row("loading once, s", *loading, "")
     return columns
 
 
-def _rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+def spread_table(comparison: Comparison) -> Table:
+    """The quartiles of the medians, and the least and the greatest ratio."""
+    columns = _table(
+        "quartiles, and the range of the ratio",
+        ("", "runtime", "PyTorch", "ratio", "range"),
+    )
     for metric in comparison.metrics():
-        ratio, goal = metric.speedup, GOALS.get(metric.name)
-        yield (
-            metric.name,
-            _milliseconds(Spread.of(metric.runtime)),
-            _milliseconds(Spread.of(metric.pytorch)),
-            f"{ratio.median:.2f}x ({ratio.low:.2f} - {ratio.high:.2f})",
-            f"{ratio.least:.2f} - {ratio.greatest:.2f}",
-            _goal(f">= {goal:g}x", ratio.median >= goal) if goal else "",
+        sides = (Spread.of(side) for side in (metric.runtime, metric.pytorch))
+        columns.add_row(
+            f"{_short(metric.name)}, ms",
+            *(f"{_milliseconds(one.low)}–{_milliseconds(one.high)}" for one in sides),
+            _between(metric.speedup.low, metric.speedup.high),
+            _between(metric.speedup.least, metric.speedup.greatest),
         )
+    costs = (comparison.cost_of_images(side) for side in SIDES)
+    quartiles = (_between(one.low, one.high) for one in costs)
+    columns.add_row(_cost_name(comparison), *quartiles, "", "")
+    return columns
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    columns = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    for heading in headings:
+        columns.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    return columns
+
+
+def _cost_name(comparison: Comparison) -> str:
     most, least = max(comparison.image_counts), min(comparison.image_counts)
-    ours, theirs = (comparison.cost_of_images(side) for side in ("runtime", "pytorch"))
-    yield (
-        f"a token with {most} images over one with {least}",
-        f"{ours.median:.2f} ({ours.low:.2f} - {ours.high:.2f})",
-        f"{theirs.median:.2f} ({theirs.low:.2f} - {theirs.high:.2f})",
-        "",
-        "",
-        _goal(f"<= {COST_GOAL:g}", ours.median <= COST_GOAL),
-    )
-    peaks = comparison.peak_bytes
-    yield (
-        "peak memory",
-        _megabytes(peaks["runtime"]),
-        _megabytes(peaks["pytorch"]),
-        f"{peaks['pytorch'] / peaks['runtime']:.2f}x",
-        "",
-        _goal("no larger", peaks["runtime"] <= peaks["pytorch"]),
-    )
-    load = comparison.load_seconds
-    yield (
-        "loading",
-        f"{load['runtime']:.2f} s",
-        f"{load['pytorch']:.2f} s",
-        f"{load['pytorch'] / load['runtime']:.2f}x",
-        "",
-        "",
-    )
+    return f"{most} images over {least or 'none'}"
 
 
-def _milliseconds(spread: Spread) -> str:
-    digits = 0 if spread.median >= 1 else 2
-    median, low, high = (f"{1000 * x:.{digits}f}" for x in (spread.median, spread.low, spread.high))
-    return f"{median} ms ({low} - {high})"
+def _short(name: str) -> str:
+    """A measure's name without what the other rows say."""
+    for words in ("the same ", "time to ", " in context"):
+        name = name.replace(words, "")
+    return name
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.0f} MB"
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f}"
+
+
+def _between(low: float, high: float) -> str:
+    return "–".join(f"{x:.{1 if x >= 10 else 2}f}" for x in (low, high))
 
 
 def _goal(text: str, reached: bool) -> str:

@@ -14,19 +14,22 @@ if TYPE_CHECKING:
     from mmi_bench.gpu_check.check import Step
 
 
+KIND = "report"
+MARKDOWN, JSON = "report.md", "report.json"
+
+
 def write_report(
     out: Path, machine: dict[str, Any], bundle: Path, target: str, steps: Sequence[Step]
 ) -> tuple[Path, Path]:
-    """Write report.md and report.json into `out`; their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    paths = out / "report.md", out / "report.json"
-    write_file(paths[0], markdown(machine, bundle, target, steps))
+    """Write report.md and report.json into the folder `out`; their paths."""
     told = {
         "machine": machine,
         "bundle": str(bundle),
         "target": target,
         "steps": [asdict(step) for step in steps],
     }
+    paths = out / MARKDOWN, out / JSON
+    write_file(paths[0], markdown(machine, bundle, target, steps))
     write_file(paths[1], json.dumps(told, indent=2, default=str) + "\n")
     return paths
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,23 +13,19 @@ import numpy as np
 from mmi_bench.compare.cases import DOCUMENT, IMAGES, Case
 from mmi_bench.compare.samples import Output, Sample, take
 from mmi_bench.statistics import Spread
-from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
-from mmi_deploy.bundle.manifest import PORTABLE, Receipt, hash_of_files, write_manifest
-from mmi_deploy.bundle.manifest import Case as ProofCase
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.bundle.manifest import PORTABLE
 from mmi_deploy.errors import ConfigError, EngineError
-from mmi_deploy.runtime.buffers import element_type
+from mmi_deploy.parity import Proof
 from mmi_deploy.runtime.events import Event, ImageDone
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.tensorrt.backend import TensorRtTarget
-from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.targets.sample_inputs import Arrays, samples_of
-from mmi_deploy.targets.verify_target import TOLERANCE, UNSTEADY, relative_error, runner
-
-COMPARED_WITH = (
-    "the portable graph in ONNX Runtime, on the GPU itself, recorded and random inputs at batch 1 "
-    "and 2 with no, one and several images, root mean square"
+from mmi_deploy.targets.verify_target import (
+    compare_target,
+    write_receipts,
 )
+
 EXACT = "fp32"
 """The precision whose documents must be those of the CPU; a narrower one may choose another word
 where two are as likely."""
@@ -53,64 +49,14 @@ class Tried:
         return cls(bundle, precision, target, Runtime.on_gpu(target), make)
 
 
-def compare(tried: Tried) -> tuple[str, dict[str, Any], list[Receipt]]:
-    """Every graph on recorded and random inputs; a line, all errors, and a receipt per graph."""
-    manifest, receipts, detail = tried.target.manifest, [], {}
-    for name, samples in samples_of(tried.bundle).items():
-        wanted, graph = runner(tried.bundle.graph_file(name)), tried.runtime.graphs[name]
-        cases = []
-        for sample in samples:
-            expected = wanted(sample.inputs)
-            for new, old in graph.in_place.items():
-                expected[new] = expected[new] - sample.inputs[old]
-            error = relative_error(run_on_gpu(tried.runtime, graph, sample.inputs), expected)
-            tolerance = TOLERANCE[tried.precision] * (1.0 if sample.recorded else UNSTEADY)
-            sizes = sizes_of(graph, sample.inputs)
-            cases.append(ProofCase(sizes=sizes, error=error, tolerance=tolerance))
-        receipts.append(
-            Receipt(
-                graph=name,
-                target=manifest.target,
-                sha256=hash_of_files(manifest.graph_files(name)),
-                compared_with=COMPARED_WITH,
-                cases=tuple(cases),
-            )
-        )
-        detail[name] = [case.model_dump() for case in cases]
-    worst = {r.graph: max(case.error for case in r.cases) for r in receipts}
-    line = ", ".join(f"{graph} {error:.1e}" for graph, error in worst.items())
-    return f"relative rms at worst: {line}", {"cases": detail}, receipts
-
-
-def run_on_gpu(runtime: Runtime, graph: Graph, inputs: Arrays) -> Arrays:
-    """All outputs as float32; of those in place only what is new, which the rest would drown."""
-    typed = {t.name: inputs[t.name].astype(element_type(t.dtype)) for t in graph.inputs}
-    caches = {name: runtime.memory.hold(typed[name]) for name in graph.in_place.values()}
-    outputs = runtime.engine(graph.name).run({**typed, **caches})
-    found = {name: buffer.read().astype(np.float32) for name, buffer in outputs.items()}
-    for new, old in graph.in_place.items():
-        found[new] = caches[old].read().astype(np.float32) - typed[old].astype(np.float32)
-    return found
-
-
-def sizes_of(graph: Graph, inputs: Arrays) -> dict[str, int]:
-    """The sizes of the dynamic dimensions of a set of inputs."""
-    sizes: dict[str, int] = {}
-    for tensor in graph.inputs:
-        for side, size in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
-            if isinstance(side, str) and side.isalpha():
-                sizes.setdefault(side, size)
-    return sizes
-
-
-def write_receipts(tried: Tried, receipts: list[Receipt]) -> None:
-    """Into the target's manifest, in the place of what was said of these graphs before."""
-    manifest, graphs = tried.target.manifest, {receipt.graph for receipt in receipts}
-    kept = [receipt for receipt in manifest.receipts if receipt.graph not in graphs]
-    changed = manifest.model_copy(update={"receipts": (*kept, *receipts)})
-    folder = tried.bundle.target_folder(manifest.target)
-    write_manifest(folder / TARGET_MANIFEST, changed)
-    tried.target.manifest = changed
+def compare(tried: Tried) -> tuple[str, dict[str, Any], list[Proof]]:
+    """Every graph on recorded and random inputs, as `mmi verify` compares them; writes the receipts
+    into the target. A line, all errors, and the proofs."""
+    proofs = compare_target(tried.bundle, tried.target.manifest, tried.runtime)
+    tried.target.manifest = write_receipts(tried.bundle, tried.target.manifest, proofs)
+    detail = {proof.graph: [asdict(case) for case in proof.cases] for proof in proofs}
+    line = ", ".join(f"{proof.graph} {proof.error:.1e}" for proof in proofs)
+    return f"relative rms at worst: {line}", {"cases": detail}, proofs
 
 
 def document(tried: Tried) -> Detail:

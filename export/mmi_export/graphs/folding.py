@@ -94,9 +94,9 @@ class FoldedMmfs(nn.Module):
 
 
 class FoldedLlmLookBack(nn.Module):
-    """`llama.LookBack` with its gate folded into the output projection."""
+    """`llama.GatedMmfs` with its gate folded into the output projection."""
 
-    def __init__(self, look_back: llama.LookBack) -> None:
+    def __init__(self, look_back: llama.GatedMmfs) -> None:
         super().__init__()
         self.query_norm = look_back.query_norm
         gate = look_back.gate.detach().double().tanh()
@@ -112,9 +112,9 @@ class FoldedLlmLookBack(nn.Module):
 
 
 class FoldedUnetLookBack(nn.Module):
-    """`unet.LookBack` with its convolution folded into the output projection."""
+    """`unet.MmfsBlock` with its convolution folded into the output projection."""
 
-    def __init__(self, look_back: unet.LookBack) -> None:
+    def __init__(self, look_back: unet.MmfsBlock) -> None:
         super().__init__()
         self.query_norm = look_back.query_norm
         output = affine(look_back.conv).after(affine(look_back.mmfs.output_proj))
@@ -134,7 +134,7 @@ class FoldedUnetLookBack(nn.Module):
 class FoldedValues(nn.Module):
     """`values` of several look-backs of one kind: one plain norm, then a projection each."""
 
-    def __init__(self, look_backs: Sequence[llama.LookBack] | Sequence[unet.LookBack]) -> None:
+    def __init__(self, look_backs: Sequence[llama.GatedMmfs] | Sequence[unet.MmfsBlock]) -> None:
         super().__init__()
         first = look_backs[0].value_norm
         assert first.eps is not None

@@ -16,7 +16,7 @@ from mmi_deploy.spec.graphs import DEEP, UNET_BATCH_PER_PICTURE, Graph
 from mmi_export.graphs.folding import FoldedUnetLookBack
 from mmi_export.tracing.onnx_from_module import Tensors, sharing_copy
 from mmi_train.model.mm_interleaved import MMInterleaved
-from mmi_train.model.unet import KeyValue, LookBack
+from mmi_train.model.unet import KeyValue, MmfsBlock
 
 Constants = tuple[Tensor, list[KeyValue], list[Tensor], Tensor, Tensor]
 
@@ -60,7 +60,7 @@ class _DenoiseGraph(nn.Module):
         self.unet = sharing_copy(model.image_decoder.unet)
         self.unet.look_back = nn.ModuleList(
             FoldedUnetLookBack(look_back)
-            for look_back in cast(Iterable[LookBack], self.unet.look_back)
+            for look_back in cast(Iterable[MmfsBlock], self.unet.look_back)
         )
         keys, values = graph.names("condition_key"), graph.names("condition_value")
         self.keys_values = list(zip(keys, values, strict=True))

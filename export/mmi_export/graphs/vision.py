@@ -14,7 +14,7 @@ from mmi_export.graphs.folding import FoldedValues
 from mmi_export.tracing.onnx_from_module import Tensors
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.model.mmfs import take_levels
-from mmi_train.model.unet import LookBack
+from mmi_train.model.unet import MmfsBlock
 from mmi_train.model.visual_tokenizer import flatten_maps
 
 
@@ -43,8 +43,8 @@ class ImageValuesGraph(nn.Module):
         unet = model.image_decoder.unet
         self.llm_levels = model.config.llm_mmfs.levels
         self.unet_levels = model.config.image_decoder.mmfs.levels
-        self.llm_values = FoldedValues(model.llm.look_backs)
-        self.unet_values = FoldedValues(cast(list[LookBack], list(unet.look_back)))
+        self.llm_values = FoldedValues(model.llm.mmfs_layers)
+        self.unet_values = FoldedValues(cast(list[MmfsBlock], list(unet.look_back)))
         self.llm_names = graph.names("llm_value")
         self.unet_names = graph.names("unet_value")
 

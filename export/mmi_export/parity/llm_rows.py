@@ -60,7 +60,7 @@ def random_rows(
     pool = max(images, 1)
     own = np.full((rows, pool), -1)
     own[:, :images] = [draw.permutation(pool)[:images] for _ in range(rows)]
-    special = {ids.bos, ids.eos, ids.pad, ids.boi, ids.image}
+    special = {ids.bos, *ids.ends, ids.pad, ids.boi, ids.image}
     words = np.array([word for word in range(config.llama.vocab) if word not in special])
     shape = (rows, tokens)
     start = np.array([draw.integers(0, 4) if row else 0 for row in range(rows)])

@@ -12,7 +12,6 @@ m images a row may look at, x context tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmi_deploy.bundle.manifest import Case
-from mmi_deploy.errors import BundleError
+from mmi_deploy.parity import (
+    EXPORT_TOLERANCES,
+    Comparison,
+    Proof,
+    Sized,
+    compare_outputs,
+    worst_of,
+)
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, runner
 from mmi_deploy.spec.graphs import DEEP, Graph, Limits, numbered
 from mmi_deploy.spec.schedule import Schedule
 from mmi_export.parity.llm_rows import LlmRows, random_rows
 from mmi_export.schedules import diffusers_scheduler, schedule_table
 from mmi_train.model.diffusion import ddim
-from mmi_train.model.image_decoder import DrawingStep, ImageDecoder, LookBackImages
+from mmi_train.model.image_decoder import DenoisingStep, ImageDecoder, PreviousImages
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
 
 Arrays = dict[str, NDArray[Any]]
-
-TOLERANCE = {
-    "vision_encoder": 5e-5,
-    "image_values": 2e-5,
-    "llm": 5e-5,
-    "image_condition": 5e-5,
-    "denoise_step": 5e-5,
-    "denoise_shallow": 5e-5,
-    "vae_decoder": 5e-5,
-}
-"""Greatest error in fp32, over the greatest value of the output: the same sums in another order,
-through as many layers as the graph has. The tiny preset stays below 5e-6; deeper models need the
-rest."""
 
 COMPARED_WITH = {
     "vision_encoder": "MMInterleaved.encode_images in PyTorch",
@@ -57,6 +49,8 @@ COMPARED_WITH = {
     "vae_decoder": "Vae.decode in PyTorch",
 }
 
+VERSIONS = "install the versions of torch, onnxscript and onnxruntime that pyproject.toml names"
+
 _MOST_TOKENS = 512
 """The greatest size that is tried is cut to this many tokens, so that a proof stays quick."""
 
@@ -67,31 +61,18 @@ _STEPS = 3
 """Steps of each picture: enough for a second-order solver to use its whole history."""
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What a graph was compared with, and how each comparison went."""
-
-    compared_with: str
-    cases: tuple[Case, ...]
-
-
 def prove(model: MMInterleaved, graph: Graph, limits: Limits, run: Run, seed: int = 0) -> Proof:
     """Compare `run` with `model`; raises `BundleError` at the first sizes that fail."""
     draw = np.random.default_rng(seed)
-    cases = []
+    compared = []
     with torch.no_grad():
-        for sizes, error in _COMPARISONS[graph.name](model, graph, limits, run, draw):
-            case = Case(sizes=sizes, error=error, tolerance=TOLERANCE[graph.name])
-            if not case.passed:
-                raise BundleError(
-                    f"{graph.name} does not compute what the model does at {sizes}",
-                    expected=f"a relative error of at most {case.tolerance:g}",
-                    got=f"{error:.3g}",
-                    fix="install the versions of torch, onnxscript and onnxruntime that "
-                    "pyproject.toml names",
-                )
-            cases.append(case)
-    return Proof(COMPARED_WITH[graph.name], tuple(cases))
+        for sizes, comparison in _COMPARISONS[graph.name](model, graph, limits, run, draw):
+            compared.append((sizes, comparison))
+            if not comparison.passed:
+                break
+    proof = Proof(graph.name, COMPARED_WITH[graph.name], tuple(compared))
+    proof.check(f"{graph.name} does not compute what the model does", VERSIONS)
+    return proof
 
 
 def onnx_runner(path: Path) -> Run:
@@ -99,39 +80,31 @@ def onnx_runner(path: Path) -> Run:
     return runner(path, torch.get_num_threads())
 
 
-def relative_error(got: Mapping[str, NDArray[Any]], wanted: Mapping[str, Tensor]) -> float:
-    """The greatest difference of any output over that output's greatest value; infinite for NaN."""
-    worst = 0.0
-    for name, tensor in wanted.items():
-        value = tensor.numpy()
-        if got[name].shape != value.shape:
-            raise BundleError(
-                f"{name} has the wrong shape", expected=value.shape, got=got[name].shape
-            )
-        difference = float(np.abs(got[name] - value).max(initial=0.0))
-        scale = float(np.abs(value).max(initial=0.0)) or 1.0
-        if not np.isfinite(difference):
-            return float("inf")
-        worst = max(worst, difference / scale)
-    return worst
+def compare_with_model(
+    graph: Graph, got: Mapping[str, NDArray[Any]], wanted: Mapping[str, Tensor]
+) -> Comparison:
+    """The output of `graph` that is farthest from the model's, by name."""
+    expected = {name: tensor.numpy() for name, tensor in wanted.items()}
+    return compare_outputs(got, expected, EXPORT_TOLERANCES[graph.name])
 
 
-Comparison = Iterator[tuple[dict[str, int], float]]
+Cases = Iterator[Sized]
+"""Sizes of the dynamic dimensions, and the output with the greatest error."""
 
 
 def _vision_encoder(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
-) -> Comparison:
+) -> Cases:
     for n in _batches(limits):
         pixels = draw.random(graph["pixels"].resolve(n=n), np.float32)
         images = model.encode_images(torch.from_numpy(pixels))
         wanted = {"visual_tokens": images.tokens, "features": images.features}
-        yield {"n": n}, relative_error(run({"pixels": pixels}), wanted)
+        yield {"n": n}, compare_with_model(graph, run({"pixels": pixels}), wanted)
 
 
 def _image_values(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
-) -> Comparison:
+) -> Cases:
     for n in _batches(limits):
         features = _normal(draw, graph["features"].resolve(n=n))
         tensor = torch.from_numpy(features)
@@ -139,12 +112,12 @@ def _image_values(
         unet = model.image_decoder.unet.image_values(tensor)
         names = graph.names("llm_value") + graph.names("unet_value")
         wanted = dict(zip(names, llm + unet, strict=True))
-        yield {"n": n}, relative_error(run({"features": features}), wanted)
+        yield {"n": n}, compare_with_model(graph, run({"features": features}), wanted)
 
 
 def _llm(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
-) -> Comparison:
+) -> Cases:
     most = min(limits.context, _MOST_TOKENS)
     few = max(most // 8, _DECODED + 1)
     images = max(1, min(4, limits.images))
@@ -179,7 +152,10 @@ def _llm(
                 "n": len(rows.features),
                 "m": rows.image_slot.shape[1],
             }
-            yield sizes, _error_of_rows(model, rows, start, outputs, inputs["logit_index"], wanted)
+            compared = _compare_rows(
+                model, graph, rows, start, outputs, inputs["logit_index"], wanted
+            )
+            yield sizes, worst_of(compared)
 
 
 def _read(model: MMInterleaved, rows: LlmRows) -> list[Tensor]:
@@ -195,33 +171,37 @@ def _read(model: MMInterleaved, rows: LlmRows) -> list[Tensor]:
     ]
 
 
-def _error_of_rows(
+def _compare_rows(
     model: MMInterleaved,
+    graph: Graph,
     rows: LlmRows,
     first: int,
     outputs: Arrays,
     logit_index: NDArray[np.int64],
     wanted: list[Tensor],
-) -> float:
-    """Error of the hidden states and logits of columns from `first` on, padding left out."""
-    worst = 0.0
+) -> list[Comparison]:
+    """The hidden states and logits of columns from `first` on, row by row, padding left out."""
+    found = []
     for row, (start, hidden) in enumerate(zip(rows.start, wanted, strict=True)):
         got = outputs["hidden"][row]
         padding = max(int(start) - first, 0)
         begin = first + padding - int(start)
         own = hidden[begin : begin + len(got) - padding]
-        worst = max(worst, relative_error({"hidden": got[padding:]}, {"hidden": own}))
         real = logit_index[row] >= padding
         logits = model.head(own[torch.from_numpy(logit_index[row][real] - padding)])
-        worst = max(
-            worst, relative_error({"logits": outputs["logits"][row][real]}, {"logits": logits})
+        found.append(
+            compare_with_model(
+                graph,
+                {"hidden": got[padding:], "logits": outputs["logits"][row][real]},
+                {"hidden": own, "logits": logits},
+            )
         )
-    return worst
+    return found
 
 
 def _image_condition(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
-) -> Comparison:
+) -> Cases:
     decoder = model.image_decoder
     most = min(limits.context, _MOST_TOKENS)
     for b, x in ((1, 1), (1, min(64, most)), (min(2, limits.batch), most)):
@@ -233,12 +213,12 @@ def _image_condition(
         both = torch.cat([*alone, decoder.null_condition.expand(b, -1, -1)])
         wanted = _condition_inputs(graph, decoder.unet.condition_keys_values(both))
         got = run({"context": context, "context_length": length})
-        yield {"b": b, "x": x}, relative_error(got, wanted)
+        yield {"b": b, "x": x}, compare_with_model(graph, got, wanted)
 
 
 def _denoise(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
-) -> Comparison:
+) -> Cases:
     """Whole pictures of a few steps, so that what a solver remembers is proved too. The graph runs
     the steps of its kind; the others are taken from the model."""
     decoder = model.image_decoder
@@ -254,7 +234,7 @@ def _denoise(
         latents = _normal(draw, graph["latents"].resolve(b=b))
         noise = _normal(draw, (_STEPS, *latents.shape))
         condition = torch.from_numpy(_normal(draw, (b, *decoder.null_condition.shape[1:])))
-        steps: list[DrawingStep] = []
+        steps: list[DenoisingStep] = []
         decoder.draw(
             condition,
             images,
@@ -275,7 +255,7 @@ def _denoise(
             "latents": latents * np.float32(schedule.initial_sigma),
             "history": np.zeros(graph["history"].resolve(b=b), np.float32),
         }
-        worst = 0.0
+        compared = []
         for index, step in enumerate(steps):
             if shallow and index == 0:
                 state = _next_state(schedule, index, state, step.prediction, noise[index])
@@ -288,17 +268,17 @@ def _denoise(
                 wanted[DEEP] = step.deep
             outputs = run(fixed | state | moment)
             state = {"latents": outputs["next_latents"], "history": outputs["next_history"]}
-            worst = max(worst, relative_error(outputs, wanted))
-        yield {"b": b, "steps": _STEPS, "n": n, "m": images.slot.shape[1]}, worst
+            compared.append(compare_with_model(graph, outputs, wanted))
+        yield {"b": b, "steps": _STEPS, "n": n, "m": images.slot.shape[1]}, worst_of(compared)
 
 
 def _look_back_images(
     model: MMInterleaved, draw: np.random.Generator, b: int, n: int, m: int
-) -> LookBackImages:
+) -> PreviousImages:
     """A pool of `n` images of which each of `b` pictures sees `m`; one hidden slot for none."""
     seen = model.config.image_decoder.mmfs.images_seen
     position = np.broadcast_to(np.arange(m, 0, -1), (b, m)) if m else np.zeros((b, 1))
-    return LookBackImages(
+    return PreviousImages(
         torch.from_numpy(_normal(draw, (n, *_feature_shape(model)))),
         torch.from_numpy(draw.integers(0, n, position.shape).astype(np.int32)),
         torch.from_numpy(np.where(position <= seen, position, 0).astype(np.int32)),
@@ -306,7 +286,7 @@ def _look_back_images(
 
 
 def _drawing_constants(
-    decoder: ImageDecoder, graph: Graph, condition: Tensor, images: LookBackImages
+    decoder: ImageDecoder, graph: Graph, condition: Tensor, images: PreviousImages
 ) -> Arrays:
     """What stays from step to step, of it what `graph` takes."""
     pictures = len(condition)
@@ -332,14 +312,14 @@ def _next_state(
 
 def _vae_decoder(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
-) -> Comparison:
+) -> Cases:
     for b in _batches(limits):
         latents = _normal(draw, graph["latents"].resolve(b=b))
         wanted = {"pixels": model.image_decoder.vae.decode(torch.from_numpy(latents))}
-        yield {"b": b}, relative_error(run({"latents": latents}), wanted)
+        yield {"b": b}, compare_with_model(graph, run({"latents": latents}), wanted)
 
 
-_COMPARISONS: dict[str, Callable[..., Comparison]] = {
+_COMPARISONS: dict[str, Callable[..., Cases]] = {
     "vision_encoder": _vision_encoder,
     "image_values": _image_values,
     "llm": _llm,

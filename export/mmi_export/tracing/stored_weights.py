@@ -16,7 +16,7 @@ from mmi_deploy.spec.config import ModelConfig
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.lazy_tensor import PLAIN_TYPES, InFile
 from mmi_train.weights.model_folder import WEIGHTS
-from mmi_train.weights.pickles import weight_map
+from mmi_train.weights.pickles import read_together, weight_map
 from mmi_train.weights.safetensors_files import read_safetensors
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -73,10 +73,10 @@ def stored_weights(folder: Path, wanted: Mapping[str, Tensor]) -> StoredWeights:
     index = folder / INDEX
     names = sorted({*weight_map(index).values()}) if index.is_file() else [WEIGHTS]
     places: dict[str, InFile] = {}
-    for name in names:
-        for key, tensor in read_safetensors(folder / name).items():
-            assert isinstance(tensor, InFile)
-            places[key] = tensor
+    paths = [folder / name for name in names]
+    for key, tensor in read_together(folder, paths, read_safetensors).items():
+        assert isinstance(tensor, InFile)
+        places[key] = tensor
     _check(places, wanted, folder)
     return StoredWeights(places)
 

@@ -43,6 +43,5 @@ app = table_app(Inspect)
 def inspect() -> None:
     """Show what a bundle, a model folder or a preset is made of, and what it costs.
 
-    `mmi inspect FOLDER` shows its parts; without a folder, the presets. `mmi inspect VIEW --help`
-    explains each view.
+    `mmi inspect FOLDER` shows its parts; without a folder, the presets.
     """

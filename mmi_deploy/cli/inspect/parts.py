@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 
+from mmi_deploy.bundle.safetensors_reader import read_header
 from mmi_deploy.cli.console import print_json, results
 from mmi_deploy.cli.inspect.source import AsJson
-from mmi_deploy.errors import ConfigError, WeightsError
+from mmi_deploy.documents.tokenizer import FILE_NAME, Tokenizer, Vocabulary
+from mmi_deploy.errors import BundleError, ConfigError
+from mmi_deploy.spec.config import TokenConfig
 from mmi_deploy.system.files import size
 
 if TYPE_CHECKING:
@@ -78,14 +84,8 @@ def show_presets(as_json: bool) -> None:
 def parameter_counts(path: Path) -> dict[str, int]:
     """Parameters of each part of a model, from the header of its safetensors file alone."""
     counts: Counter[str] = Counter()
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():
-                counts[name.partition(".")[0]] += prod(file.get_slice(name).get_shape())
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error}") from None
-    except SafetensorError:
-        raise WeightsError(f"{path} is no safetensors file", fix="copy it again") from None
+    for name, entry in read_header(path).items():
+        counts[name.partition(".")[0]] += prod(entry.shape)
     return dict(counts)
 
 
@@ -97,8 +97,16 @@ def show_model(folder: Path, as_json: bool) -> None:
     path = folder / "model.safetensors"
     counts = parameter_counts(path)
     total, file_size = sum(counts.values()), path.stat().st_size
+    vocabulary = _vocabulary(folder / FILE_NAME, config.tokens)
     if as_json:
-        print_json({"model": config.name, "parameters": counts, "bytes": file_size})
+        print_json(
+            {
+                "model": config.name,
+                "parameters": counts,
+                "bytes": file_size,
+                "vocabulary": vocabulary and asdict(vocabulary),
+            }
+        )
         return
     table = _table("part", ">parameters", ">share", title=f"{folder}: {config.name}")
     for part, count in sorted(counts.items(), key=lambda item: -item[1]):
@@ -106,6 +114,8 @@ def show_model(folder: Path, as_json: bool) -> None:
     table.add_section()
     table.add_row("all", f"{total:,}", size(file_size))
     results().print(table)
+    if vocabulary is not None:
+        _print_vocabulary(results(), vocabulary)
 
 
 def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
@@ -116,9 +126,11 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
     from mmi_deploy.bundle.build_report import describe_targets
 
     targets = describe_targets(bundle)
+    vocabulary = _vocabulary(bundle.tokenizer, bundle.config.tokens)
     if as_json:
         told = [target.model_dump(mode="json") for target in targets]
-        print_json({**bundle.manifest.model_dump(mode="json"), "targets": told})
+        shown = {"targets": told, "vocabulary": vocabulary and asdict(vocabulary)}
+        print_json({**bundle.manifest.model_dump(mode="json"), **shown})
         return
     out, limits = results(), bundle.limits
     about = (
@@ -145,9 +157,30 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         f"Files were checked by size and time, and hashed if these are new; `mmi verify "
         f"{folder}` hashes every byte"
     )
+    if vocabulary is not None:
+        _print_vocabulary(out, vocabulary)
     if tensors:
         for graph in bundle.graphs.values():
             out.print(_tensor_table(graph))
+
+
+def _vocabulary(path: Path, tokens: TokenConfig) -> Vocabulary | None:
+    """The vocabulary of a tokenizer, or None where it cannot be read: the other parts can."""
+    with suppress(BundleError):
+        return Tokenizer.open(path, tokens).vocabulary
+    return None
+
+
+def _print_vocabulary(out: Console, vocabulary: Vocabulary) -> None:
+    """All words where they are few, wrapped between words; else how many there are."""
+    out.print(f"\nvocabulary: {vocabulary.size:,} words or parts of words")
+    if vocabulary.words:
+        words = " ".join(vocabulary.words)
+        out.print(
+            textwrap.fill(
+                words, min(out.width, 100), break_long_words=False, break_on_hyphens=False
+            )
+        )
 
 
 def _graph_table(bundle: Bundle) -> Table:

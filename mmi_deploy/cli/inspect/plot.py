@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmi_deploy.errors import MmiError
-from mmi_deploy.system.files import prepare_file
+from mmi_deploy.system.files import prepare_file, write_new_file
 
 if TYPE_CHECKING:
     from mmi_deploy.analysis.cost import GraphCost
@@ -31,7 +32,9 @@ def draw_roofline(costs: Sequence[GraphCost], gpus: Sequence[Gpu], path: Path) -
     roof, times = figure.subplots(1, 2)
     _roofs(roof, costs, gpus)
     _times(times, costs, gpus)
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=150)
+    write_new_file(path, drawn.getvalue())
 
 
 def _roofs(axes: Any, costs: Sequence[GraphCost], gpus: Sequence[Gpu]) -> None:

@@ -9,10 +9,11 @@ import typer
 from rich import box
 from rich.table import Table
 
-from mmi_deploy.cli.console import print_json, results, staged
+from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.inspect.cost import print_table
 from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
+from mmi_deploy.system.progress import shown
 
 SHOWN = 25
 """Rows of the table; `--json` has every weight."""
@@ -36,8 +37,8 @@ def show_sensitivity(folder: Path, graph: str, precision: str, as_json: bool) ->
     from mmi_deploy.bundle.bundle import Bundle
 
     bundle = Bundle.open(folder, unproved=True)
-    with staged("recording a document") as stage:
-        layers = measure(bundle, graph, precision, on_layer=stage)
+    with shown(remarks(), "recording a document") as progress:
+        layers = measure(bundle, graph, precision, progress=progress)
     if as_json:
         told = {"graph": graph, "precision": precision, "weights": [vars(one) for one in layers]}
         print_json(told)

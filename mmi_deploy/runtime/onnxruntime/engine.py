@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime as ort
-
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.buffers import HOST, Buffer
 from mmi_deploy.runtime.engine import Engine
+from mmi_deploy.runtime.onnxruntime.module import ort
 from mmi_deploy.spec.graphs import Graph, Tensor
+from mmi_deploy.system.memory import is_shortage, shortage
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,16 @@ class OnnxRuntimeEngine(Engine):
         try:
             self._session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower class
+            if is_shortage(error):
+                raise shortage(f"to load {path}") from None
             reason = str(error).splitlines()[0]
             raise EngineError(
                 f"ONNX Runtime cannot load {path}: {reason}", fix="check it with `mmi verify`"
             ) from None
         check_interface(path, graph, self._session)
         self._binding = self._session.io_binding()
-        self._bound: dict[str, Buffer] = {}
+        # Where each tensor was bound, and no buffer: a document's memory goes with the document.
+        self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
 
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         for named, bind in (
@@ -48,20 +51,18 @@ class OnnxRuntimeEngine(Engine):
             (outputs, self._binding.bind_output),
         ):
             for name, buffer in named.items():
-                if self._is_bound(name, buffer):
-                    continue
-                bind(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.pointer)
-                self._bound[name] = buffer
+                # Binding costs microseconds a tensor, and most stay where they are from run to run.
+                place = (buffer.pointer, buffer.shape)
+                if self._bound.get(name) != place:
+                    bind(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.pointer)
+                    self._bound[name] = place
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             self._bound.clear()
+            if is_shortage(error):
+                raise shortage(f"to run {self.graph.name}") from error
             raise EngineError(f"{self.graph.name} failed: {str(error).splitlines()[0]}") from error
-
-    def _is_bound(self, name: str, buffer: Buffer) -> bool:
-        """Binding costs microseconds a tensor, and most stay where they are from run to run."""
-        old = self._bound.get(name)
-        return old is not None and (old.pointer, old.shape) == (buffer.pointer, buffer.shape)
 
 
 def _session_options(options: OnnxOptions) -> ort.SessionOptions:
@@ -70,19 +71,33 @@ def _session_options(options: OnnxOptions) -> ort.SessionOptions:
     session.log_severity_level = 4  # errors are raised, which is enough
     # It would keep a block of memory for each set of shapes, and documents never stop differing.
     session.enable_mem_pattern = False
+    # An arena keeps the most that any document took, once for each engine and in pieces that fit no
+    # other shapes. The system's allocator gives memory back, and a run takes as long.
+    session.enable_cpu_mem_arena = False
     # Several engines take turns: one whose turn is over must not keep the cores busy.
     session.add_session_config_entry("session.force_spinning_stop", "1")
     if options.library is not None:
-        try:
-            session.register_custom_ops_library(str(options.library))
-        except Exception as error:  # as above
-            reason = str(error).splitlines()[0]
-            raise EngineError(
-                f"ONNX Runtime cannot load the kernel library {options.library}: {reason}",
-                fix="compile it again with `mmi plugins build onnxruntime`, or do without: "
-                "--kernels none",
-            ) from None
+        register_library(session, options.library)
     return session
+
+
+def register_library(session: ort.SessionOptions, library: Path) -> None:
+    """Have a session take our kernels from `library`; `EngineError` where that cannot be loaded."""
+    try:
+        session.register_custom_ops_library(str(library))
+    except Exception as error:  # as above
+        reason = str(error).splitlines()[0]
+        raise EngineError(
+            f"ONNX Runtime cannot load the kernel library {library}: {reason}",
+            fix="compile it again with `mmi plugins build onnxruntime`, or do without: "
+            "--kernels none",
+        ) from None
+
+
+def check_library(library: Path) -> None:
+    """Raise `EngineError` where ONNX Runtime cannot load the kernel library, before it is needed:
+    it was made for another system, lies on a disk without execution, or is something else."""
+    register_library(ort.SessionOptions(), library)
 
 
 def check_interface(path: Path, graph: Graph, session: ort.InferenceSession) -> None:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mmi_deploy.errors import EngineError
+from mmi_deploy.system.memory import is_shortage, shortage
 
 Run = Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 """Runs a graph: all of its inputs by name to its outputs by name."""
@@ -36,12 +37,12 @@ def _session(
     outputs: Sequence[str] | None = None,
 ) -> Run:
     try:
-        import onnxruntime
+        from mmi_deploy.runtime.onnxruntime.module import ort
     except ImportError:
         raise EngineError(
             "a graph is compared in ONNX Runtime", fix="pip install 'mmi_deploy[cpu]'"
         ) from None
-    options = onnxruntime.SessionOptions()
+    options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     # Behind a DequantizeLinear it would round activations too, as TensorRT does not.
@@ -51,8 +52,10 @@ def _session(
             "session.model_external_initializers_file_folder_path", str(folder.resolve())
         )
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no narrower class
+        if is_shortage(error):
+            raise shortage(f"to load {what}") from None
         reason = str(error).splitlines()[0]
         raise EngineError(f"ONNX Runtime does not load {what}: {reason}") from None
     names = outputs or [output.name for output in session.get_outputs()]

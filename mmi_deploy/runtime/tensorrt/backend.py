@@ -37,10 +37,6 @@ def runtime_of(target: str) -> str | None:
     return backend.name if backend.on_gpu else None
 
 
-CHECK = "make gpu-check"
-"""What writes the receipts of a GPU's engines."""
-
-
 @dataclass
 class TensorRtTarget:
     """What a `Runtime` needs of a target: memory, engines, limits, and what it says of memory."""
@@ -76,7 +72,8 @@ class TensorRtTarget:
         manifest, runtime = replace(bundle, unproved=True).target(name), runtime_of(name)
         assert runtime is not None, name
         if not bundle.unproved:
-            check_receipts(manifest, manifest.graphs, bundle.target_folder(name), CHECK)
+            folder, fix = bundle.target_folder(name), bundle.verify_command(name)
+            check_receipts(manifest, manifest.graphs, folder, fix)
         residency = Residency(resident)
         memory = DeviceMemory(Cuda(cuda or import_cuda()), device)
         module = tensorrt or import_tensorrt(BACKENDS[runtime].module)

@@ -17,11 +17,12 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from mmi_deploy.cli import program
 from mmi_deploy.errors import EngineError, MmiError
+from mmi_deploy.parity import Comparison, compare
+from mmi_deploy.system.progress import shown
 from mmi_plugins.conformance.calls import read_case
 from mmi_plugins.conformance.implementations import EMULATED, IMPLEMENTATIONS, Implementation
 from mmi_plugins.operator import TOLERANCES, Call
@@ -29,22 +30,23 @@ from mmi_plugins.reference import all_rows, rows_of
 
 WRONG, NOT_RUN = 1, 2
 
-SMALLEST_NORMAL = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
-
 
 @dataclass(frozen=True)
 class Verdict:
-    """Result of one implementation on one case. `reason`: why there is no number, else empty."""
+    """One implementation on one case. `reason`: why there is no comparison, or why it failed."""
 
     case: str
     implementation: str
-    tolerance: float = 0.0
-    greatest: float = np.nan
-    relative: float = np.nan
+    comparison: Comparison | None = None
     rows: int = 0
     of: int = 0
     reason: str = ""
     wrong: bool = False
+
+    @property
+    def relative(self) -> float:
+        """The relative error; NaN where nothing was compared."""
+        return self.comparison.relative if self.comparison else float("nan")
 
     @property
     def word(self) -> str:
@@ -52,14 +54,6 @@ class Verdict:
         if self.wrong:
             return "FAILED"
         return "not run" if self.reason else "passed"
-
-
-def errors(got: np.ndarray, expected: np.ndarray, dtype: str) -> tuple[float, float]:
-    """(maximum absolute error, rms of error / rms of expected). Numbers smaller than the type's
-    smallest normal one cannot be held: they count as that small."""
-    difference = got.astype(np.float64) - expected
-    scale = max(float(np.sqrt(np.mean(expected**2))), SMALLEST_NORMAL[dtype])
-    return float(np.abs(difference).max()), float(np.sqrt(np.mean(difference**2))) / scale
 
 
 def chosen_rows(call: Call, most: int | None, name: str) -> np.ndarray:
@@ -79,17 +73,15 @@ def check(name: str, call: Call, expected: np.ndarray, implementation: Implement
     except Exception as error:  # any exception is a failure of this case
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return Verdict(name, implementation.name, reason=reason, wrong=True)
-    greatest, relative = errors(got, rows_of(expected, call, rows), call.dtype)
-    tolerance = TOLERANCES[call.dtype]
+    compared = compare("output", got, rows_of(expected, call, rows), TOLERANCES[call.dtype])
     return Verdict(
         name,
         implementation.name,
-        tolerance,
-        greatest,
-        relative,
+        compared,
         len(rows),
         call.rows,
-        wrong=not relative <= tolerance,  # not-a-number is wrong
+        "" if compared.passed else compared.describe(),
+        wrong=not compared.passed,
     )
 
 
@@ -136,12 +128,10 @@ def table(verdicts: Sequence[Verdict]) -> Table:
     shown = Table("case", "through", "rows", "max error", "relative rms", "tolerance", "verdict")
     for verdict in verdicts:
         part = f" of {verdict.of}" if verdict.rows < verdict.of else ""
-        numbers = (
-            [f"{verdict.rows}{part}", f"{verdict.greatest:.1e}", f"{verdict.relative:.1e}"]
-            + [f"{verdict.tolerance:.0e}"]
-            if not verdict.reason
-            else [""] * 4
-        )
+        numbers = [""] * 4
+        if (found := verdict.comparison) and found.error:
+            numbers = [f"{verdict.rows}{part}", f"{found.error.max_abs:.1e}"]
+            numbers += [f"{found.relative:.1e}", f"{found.tolerance.relative:.0e}"]
         word = f"{verdict.word}: {verdict.reason}" if verdict.reason else verdict.word
         shown.add_row(*map(escape, (verdict.case, verdict.implementation, *numbers, word)))
     return shown
@@ -168,9 +158,11 @@ def main(
         screen.print(f"{' and '.join(EMULATED)} are not installed: only the source tree has them")
         names = [name for name in IMPLEMENTATIONS if name not in EMULATED]
     checked = check_folder(folder, names)
-    verdicts = list(
-        track(checked, "checking", console=screen, transient=True, disable=not screen.is_terminal)
-    )
+    verdicts = []
+    with shown(screen, "checking") as progress:
+        for verdict in checked:
+            verdicts.append(verdict)
+            progress("checking", detail=f"{len(verdicts)} done")
     console.print(table(verdicts))
     words = [verdict.word for verdict in verdicts]
     console.print(

@@ -33,8 +33,7 @@ class Function:
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [rows, d] of `rows` (b, q, h), [rows, 3]."""
-        import onnxruntime as ort
-
+        from mmi_deploy.runtime.onnxruntime.module import ort
         from mmi_plugins.onnx_function import MAX_GATHERED, mmfs_function
 
         most = MAX_GATHERED if self.most_gathered is None else self.most_gathered

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmi_deploy.errors import EngineError
+from mmi_deploy.errors import MmiError
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET
 from mmi_plugins.compile.launch_plan import device_arrays, widen
 from mmi_plugins.onnxruntime import library
@@ -66,7 +66,7 @@ def one_node_model(call: Call, function: Any = None) -> bytes:
 
 def run_session(session: Any, call: Call) -> np.ndarray:
     """The output [b, q, h*d] of a session of `one_node_model(call)`, as float32."""
-    import onnxruntime as ort
+    from mmi_deploy.runtime.onnxruntime.module import ort
 
     binding = session.io_binding()
     for name, array in device_arrays(call).items():
@@ -103,19 +103,20 @@ class OnnxRuntimeKernel:
         """Reason why it cannot run here, or None. Compiles the library if there is none yet."""
         try:
             import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
+
+            import mmi_deploy.runtime.onnxruntime.module  # noqa: F401
         except ImportError as error:
             return f"{error.name} is not installed"
         if self._library is None:
             try:
                 self._library = library.find() or library.build()
-            except EngineError as error:
+            except MmiError as error:
                 return str(error)
         return None
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [rows, d] of `rows` (b, q, h), [rows, 3]; all rows are computed."""
-        import onnxruntime as ort
+        from mmi_deploy.runtime.onnxruntime.module import ort
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads

@@ -14,7 +14,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,8 +21,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mmi_deploy.errors import EngineError
+from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.system.files import CACHE, cache_folder
+from mmi_deploy.system.progress import Progress, silent
+from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_plugins.compile.checksum import append_checksum, checksum_error, has_valid_checksum
 from mmi_plugins.compile.compilers import (
     ARCHITECTURES,
@@ -72,6 +73,9 @@ _FILES = (
 _CUDA_FILES = ("mmfs.cu", "*.cuh", "launch.h", "plan.h", "kernel_parameters.h")
 _SECONDS = 900
 
+_INSTALL = "Install one, as with `apt install g++`."
+_SLOWER = "the MMFS kernel is missing, and ONNX Runtime runs standard operators, which are slower"
+
 
 def compiler() -> str | None:
     """The C++ compiler: `$CXX`, or the first found of c++, g++ and clang++; or None."""
@@ -83,8 +87,10 @@ def compiler() -> str | None:
 
 @cache
 def _fingerprint(cuda: bool) -> str:
-    """Hash of sources and options. The compiler does not count: any version will do."""
-    settings = (_FLAGS, _LINK, _VARIANTS, platform.machine(), cuda and ARCHITECTURES)
+    """Hash of sources, options and C library: a library linked with a newer one does not load with
+    an older one. The compiler does not count: any version will do."""
+    system = (platform.machine(), platform.libc_ver())
+    settings = (_FLAGS, _LINK, _VARIANTS, system, cuda and ARCHITECTURES)
     digest = hashlib.sha256(repr(settings).encode())
     for pattern in (*_FILES, *(_CUDA_FILES if cuda else ())):
         for path in sorted(CSRC.glob(pattern)):
@@ -105,7 +111,11 @@ def find(cuda: bool = False) -> Path | None:
 
 
 def build(
-    out: Path | None = None, *, cuda: bool = False, architectures: Sequence[str] = ARCHITECTURES
+    out: Path | None = None,
+    *,
+    cuda: bool = False,
+    architectures: Sequence[str] = ARCHITECTURES,
+    progress: Progress = silent,
 ) -> Path:
     """Compile the library (about 20 seconds) into the folder `out`, or the cache.
 
@@ -116,6 +126,11 @@ def build(
     if out is None:
         cache_folder(writes=True)
     path = location(cuda) if out is None else out / NAME
+    if out is not None and os.path.lexists(path) and not has_valid_checksum(path):
+        raise EngineError(
+            f"{path} is there already, and mmi did not write it",
+            fix="remove it, or give another output folder",
+        )
     if os.name != "posix":
         raise EngineError(
             "the kernel library can be compiled on Linux and macOS only",
@@ -126,13 +141,13 @@ def build(
     if program is None:
         raise EngineError(
             "no C++ compiler was found (c++, g++, clang++ or $CXX)",
-            fix="Install one, as with `apt install g++`.",
+            fix=_INSTALL,
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as scratch:
+        with temporary_folder(path.parent, ".building-") as scratch:
             gpu = _Cuda(find_nvcc(), architectures) if cuda else None
-            made = _compile(program, gpu, Path(scratch))
+            made = _compile(program, gpu, scratch, progress)
             append_checksum(made)
             os.replace(made, path)
     except OSError as error:
@@ -145,10 +160,15 @@ def build(
 
 def ensure() -> Path | None:
     """The library, compiled if it is missing or damaged; None, with a warning, where that fails."""
-    if (path := find()) is not None:
+    try:
+        path = find()
+    except ConfigError as error:
+        log.warning("%s: %s", _SLOWER, error)
+        return None
+    if path is not None:
         return path
     if compiler() is None:
-        log.info("no C++ compiler: ONNX Runtime runs MMFS as standard operators, which is slower")
+        log.warning("%s: no C++ compiler was found. %s", _SLOWER, _INSTALL)
         return None
     if location().is_file():
         log.warning(
@@ -159,7 +179,7 @@ def ensure() -> Path | None:
     try:
         return build()
     except EngineError as error:
-        log.warning("%s ONNX Runtime runs MMFS as standard operators, which is slower", error)
+        log.warning("%s: %s", _SLOWER, error)
         return None
 
 
@@ -179,7 +199,7 @@ class _Cuda:
         return [*codes, f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
 
 
-def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
+def _compile(program: str, gpu: _Cuda | None, scratch: Path, progress: Progress) -> Path:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     jobs = [_job(program, scratch, "mmfs_cpu", ("-DMMI_X86",) if on_x86 else ())]
     for variant, flags in _VARIANTS.items():
@@ -198,7 +218,7 @@ def _compile(program: str, gpu: _Cuda | None, scratch: Path) -> Path:
         jobs.append([*nvcc, made, *gpu.codes, str(CSRC / "mmfs.cu")])
         link = [str(gpu.nvcc), "-ccbin", program, "-cudart", "static", "-shared"]
         link += ["-Xlinker", "--exclude-libs,ALL"]
-    _run(jobs)
+    _run(jobs, progress)
     library = scratch / NAME
     _run([[*link, *map(str, sorted(scratch.glob("*.o"))), "-o", str(library)]])
     return library
@@ -212,9 +232,9 @@ def _job(
     return [program, *_FLAGS, *flags, "-c", str(CSRC / f"{source}.cpp"), "-o", str(made)]
 
 
-def _run(commands: Sequence[list[str]]) -> None:
-    """Run compilers, at most one for each core. When one fails, or this process is interrupted, all
-    are killed, so that none is left running."""
+def _run(commands: Sequence[list[str]], progress: Progress = silent) -> None:
+    """Run compilers, at most one for each core, and report to `progress`. When one fails, or this
+    process is interrupted, all are killed, so that none is left running."""
     waiting, running = list(reversed(commands)), deque[subprocess.Popen[str]]()
     try:
         while waiting or running:
@@ -228,6 +248,11 @@ def _run(commands: Sequence[list[str]]) -> None:
                         start_new_session=True,  # so that killpg reaches all its processes
                     )
                 )
+            progress(
+                "compiling the MMFS kernel",
+                len(commands) - len(waiting) - len(running),
+                len(commands),
+            )
             _finish(running[0])
             running.popleft()
     finally:

@@ -10,11 +10,11 @@ import hashlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmi_deploy.errors import EngineError
+from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_plugins.compile.checksum import has_valid_checksum
 from mmi_plugins.compile.compilers import (
     ARCHITECTURES,
@@ -60,10 +60,10 @@ def build_tensorrt_plugin(
     if not all(has_valid_checksum(out / name) for name in names.values()):
         try:
             out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as folder:
-                _compile(cmake, nvcc, headers, architectures, Path(folder))
+            with temporary_folder(out, ".build-") as folder:
+                _compile(cmake, nvcc, headers, architectures, folder)
                 for target, name in names.items():
-                    Path(folder, f"lib{target}.so").replace(out / name)
+                    (folder / f"lib{target}.so").replace(out / name)
         except OSError as error:
             raise EngineError(
                 f"the TensorRT plugin cannot be written to {out}: {error.strerror}"

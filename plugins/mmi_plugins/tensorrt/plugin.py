@@ -45,7 +45,10 @@ def plugin_for(runtime: str, architecture: str, choice: str = AUTO) -> Plugin:
 
 def newest_library() -> Path | None:
     """The newest plugin library that `mmi plugins build tensorrt` made, or None."""
-    libraries = (cache_folder() / "tensorrt").glob("libmmi_tensorrt-*.so")
+    try:
+        libraries = (cache_folder() / "tensorrt").glob("libmmi_tensorrt-*.so")
+    except ConfigError:  # no home folder, so none was kept in it
+        return None
     found = [path for path in libraries if path.is_file()]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from mmi_bench.compare.compare import Comparison, _measure
 from mmi_bench.compare.remote import Answer, Remote
 from mmi_bench.compare.samples import Output, Sample
 from mmi_deploy.errors import MmiError
+from mmi_deploy.system.progress import silent
 
 PLAN = Plan(
     (
@@ -78,7 +79,7 @@ def comparison() -> Comparison:
 
 def test_the_sides_take_turns_and_the_first_round_is_not_counted() -> None:
     log: list[tuple[SideName, str]] = []
-    answers, _ = _measure(fakes(log), PLAN, lambda *_: None)
+    answers, _ = _measure(fakes(log), PLAN, silent)
     pairs = list(zip(log[::2], log[1::2], strict=True))
     assert len(pairs) == 4 * len(PLAN.cases)
     for first, second in pairs:
@@ -105,22 +106,22 @@ def test_sides_that_disagree_are_not_compared(other: Output) -> None:
     sides = fakes([])
     sides["pytorch"].output = other
     with pytest.raises(MmiError, match="nothing to compare"):
-        _measure(sides, PLAN, lambda *_: None)
+        _measure(sides, PLAN, silent)
 
 
 def test_a_difference_of_one_level_is_let_pass_and_reported() -> None:
     sides = fakes([])
     sides["pytorch"].output = Output("text", [np.ones((2, 2, 3), np.uint8)])
-    assert _measure(sides, PLAN, lambda *_: None)[1] == 1
+    assert _measure(sides, PLAN, silent)[1] == 1
 
 
 def test_a_target_that_rounds_may_choose_another_word_but_draws_as_many_pictures() -> None:
     sides = fakes([])
     sides["pytorch"].output = Output("another text", [np.full((2, 2, 3), 9, np.uint8)])
-    assert _measure(sides, PLAN, lambda *_: None, exact=False)[1] == 9
+    assert _measure(sides, PLAN, silent, exact=False)[1] == 9
     sides["pytorch"].output = Output("text", [])
     with pytest.raises(MmiError, match="nothing to compare"):
-        _measure(sides, PLAN, lambda *_: None, exact=False)
+        _measure(sides, PLAN, silent, exact=False)
 
 
 def test_settings_reach_the_other_process_whole() -> None:
@@ -131,15 +132,31 @@ def test_settings_reach_the_other_process_whole() -> None:
 
 
 def test_the_report_says_ratios_goals_and_memory() -> None:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(report.table(comparison()))
+    console = Console(file=io.StringIO(), width=80)
+    report.print_report(console, comparison())
     lines = console.file.getvalue().splitlines()
     document = next(line for line in lines if line.strip().startswith("whole document"))
-    assert "6.00x" in document and "reached" in document
-    images = next(line for line in lines if "8 images over one with 0" in line)
+    assert document.split()[-5:] == ["12000", "6.00", ">=", "5", "reached"]
+    images = next(line for line in lines if "8 images over none" in line)
     assert "2.00" in images and "missed" in images
-    memory = next(line for line in lines if "peak memory" in line)
-    assert "100 MB" in memory and "400 MB" in memory and "reached" in memory
+    memory = next(line for line in lines if "peak memory, MB" in line)
+    assert memory.split()[3:6] == ["100", "400", "4.00"] and "reached" in memory
+
+
+def test_every_measure_has_one_line_of_at_most_80_columns() -> None:
+    """In both tables, with numbers as long as they get."""
+    console = Console(file=io.StringIO(), width=80)
+    slow = comparison()
+    for name, samples in slow.samples["pytorch"].items():
+        slow.samples["pytorch"][name] = [
+            replace(one, seconds=2.5 * one.seconds, token_gaps=[2.5]) for one in samples
+        ]
+    report.print_report(console, slow)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    names = [line.strip().split(",")[0] for line in lines if ", ms" in line]
+    count = len(slow.metrics())
+    assert len(names) == 2 * count and names[:count] == names[count:]
 
 
 def test_the_json_holds_every_raw_sample() -> None:

@@ -20,12 +20,15 @@ def test_a_quick_comparison_of_the_shipped_model(
 ) -> None:
     shipped = exported_once(SHIPPED)
     bundle = shipped.bundle
-    stages: list[tuple[str, int, int]] = []
+    stages: list[tuple[str, int, int, str]] = []
     result = compare.run(
-        bundle.folder, shipped.folder, quick=True, progress=lambda *stage: stages.append(stage)
+        bundle.folder,
+        shipped.folder,
+        quick=True,
+        progress=lambda *stage, detail: stages.append((*stage, detail)),
     )
     names = [DOCUMENT, TEXT, look_back(0), look_back(8)]
-    assert [stage[0] for stage in stages] == 3 * names  # one round to warm up, two measured
+    assert [stage[-1] for stage in stages] == 3 * names  # one round to warm up, two measured
     assert result.about["schedule"] == "unipc:20"  # the first of 20 steps
     assert result.about["bundle_sha256"] == bundle.identity
     assert result.pixel_difference <= 1

@@ -17,7 +17,7 @@ from deploy.runtime.tensorrt.fake_cuda import FakeCuda
 from deploy.runtime.tensorrt.fake_tensorrt import FakeTensorRt
 from deploy.runtime.tensorrt.gpu_targets import PLUGIN, add_target
 from deploy.runtime.tensorrt.test_backend import copy_of
-from mmi_bench.gpu_check.check import Check, Machine, Step, build_engines
+from mmi_bench.gpu_check.check import NO_ENGINES, Check, Machine, Step, build_engines, shortened
 from mmi_bench.gpu_check.check import run as run_program
 from mmi_bench.gpu_check.kernel import GpuKernel
 from mmi_bench.gpu_check.report import write_report
@@ -265,3 +265,27 @@ def test_the_drivers_calls_are_real(name: str) -> None:
     count = {"cuModuleLoadData": 1, "cuModuleGetFunction": 2, "cuLaunchKernel": 11}[name]
     inspect.signature(getattr(driver, name)).bind(*range(count))
     assert driver.CUresult.CUDA_SUCCESS == 0 and driver.CUresult.CUDA_SUCCESS.name
+
+
+def test_a_cause_is_said_once_and_then_by_its_step() -> None:
+    """In whatever order causes come; what failed or passed is always said whole."""
+    causes: dict[str, str] = {}
+    steps = [
+        Step("machine", "not run", "no GPU", 0.0),
+        Step("plugin", "not run", "no headers; no GPU", 0.0),
+        Step("kernel", "not run", "no GPU", 0.0),
+        Step("build", "not run", "no GPU; no TensorRT", 0.0),
+        Step("load", "not run", "no GPU; no TensorRT", 0.0),
+        Step("compare", "not run", f"{NO_ENGINES}no GPU; no TensorRT", 0.0),
+        Step("other", "FAILED", "no GPU", 0.0),
+    ]
+    assert [shortened(step, causes) for step in steps] == [
+        "no GPU",
+        "no headers; as for machine",
+        "as for machine",
+        "no TensorRT; as for machine",
+        "as for machine and build",
+        "as for machine and build",
+        "no GPU",
+    ]
+    assert steps[2].line == "no GPU"  # whole in the report

@@ -12,8 +12,9 @@ import pytest
 
 from mmi_deploy.bundle import manifest
 from mmi_deploy.bundle.bundle import Bundle, BundleWriter, write_bundle, write_target
-from mmi_deploy.bundle.manifest import Case, sha256_of
+from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import BundleError
+from mmi_deploy.parity import Case
 from mmi_deploy.spec.graphs import GRAPHS, STATE, TERMS, Limits
 from mmi_deploy.spec.presets import tiny
 from mmi_deploy.spec.schedule import Schedule

@@ -41,10 +41,10 @@ def test_a_file_of_several_names_is_hashed_once_and_again_when_it_changes(
     os.link(tmp_path / "one", tmp_path / "two")
     told: list[tuple[str, int, int]] = []
     monkeypatch.setattr(manifest, "_BLOCK", 2)
-    hashes = Hashes(lambda path, done, size: told.append((path.name, done, size)))
+    hashes = Hashes(lambda what, done, size, unit: told.append((what, done, size)))
     wanted = hashlib.sha256(b"12345").hexdigest()
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two") == wanted
-    assert told == [("one", 2, 5), ("one", 4, 5), ("one", 5, 5)]
+    assert told == [("hashing one", done, 5) for done in (2, 4, 5)]
     (tmp_path / "two").write_bytes(b"123456")
     assert hashes(tmp_path / "one") == hashlib.sha256(b"123456").hexdigest()
 

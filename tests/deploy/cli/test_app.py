@@ -8,12 +8,14 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +37,7 @@ from mmi_deploy.cli.inspect.app import RENAMED
 from mmi_deploy.cli.inspect.cost import duration, flops
 from mmi_deploy.cli.inspect.memory import _residency
 from mmi_deploy.cli.target_options import groups
+from mmi_deploy.documents import story as story_module
 from mmi_deploy.documents.files import read_document
 from mmi_deploy.documents.images import to_png
 from mmi_deploy.documents.tokenizer import Tokenizer
@@ -43,6 +46,7 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.config import from_json, to_json
 from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.spec.presets import PRESETS, tiny
+from mmi_deploy.system.output_folder import MARKER
 from mmi_plugins.onnxruntime import library
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -123,7 +127,8 @@ def test_generate_writes_a_folder_that_can_be_read_and_looked_at(
     mmi: Screen, story: Path, bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "deep" / "out"
-    assert mmi("generate", story, "-o", out, "-b", bundle, "--max-tokens", 12) == 0
+    seed = ("--seed", 123456789)
+    assert mmi("generate", story, "-o", out, "-b", bundle, "--max-tokens", 12, *seed) == 0
     assert {"story.md", "index.html", "picture-01.png", "picture-02.png"} <= left_in(out)
     assert len(read_document(out / "story.md").images) >= 2
     assert "w5 w6" in mmi.out and "[picture 2: drawn]" in mmi.out
@@ -131,6 +136,11 @@ def test_generate_writes_a_folder_that_can_be_read_and_looked_at(
     assert str(out / "index.html") in mmi.err
     html = (out / "index.html").read_text()
     assert "w5 w6" in html and "seed" in html and "plain:4" in html
+    (again,) = re.findall(r"<code>(.*)</code>", html)
+    words = shlex.split(unescape(again))
+    assert words[:3] == ["mmi", "generate", str(story)] and str(bundle) in words
+    assert words[words.index("--seed") + 1] == "123456789"
+    assert words[words.index("--schedule") + 1] == "plain:4"
     assert left_in(out.parent) == {"out"}
 
 
@@ -172,7 +182,9 @@ def test_the_same_seed_gives_the_same_story(
         out = tmp_path / name
         assert mmi("generate", story, "-o", out, "-b", bundle, "--seed", seed) == 0
         written[name] = {
-            path.name: path.read_bytes() for path in out.iterdir() if path.name != "index.html"
+            path.name: path.read_bytes()
+            for path in out.iterdir()
+            if path.name not in ("index.html", MARKER)
         }
     assert written["a"] == written["b"] != written["c"]
 
@@ -184,10 +196,75 @@ def test_a_folder_of_somebody_else_is_refused_before_any_work(
     out.mkdir()
     (out / "thesis.tex").touch()
     assert mmi("generate", story, "-o", out, "-b", bundle) == 2
-    assert mmi.out == "" and mmi.err.startswith("mmi: ") and "--force" in mmi.err
+    line = f"mmi: {out} holds thesis.tex, which mmi did not write. move it elsewhere, or give "
+    assert mmi.out == "" and mmi.err == f"{line}another output folder\n"
+    assert mmi("generate", story, "-o", out, "-b", bundle, "--force") == 2
     assert left_in(out) == {"thesis.tex"}
-    assert mmi("generate", story, "-o", out, "-b", bundle, "--force") == 0
-    assert mmi("generate", story, "-o", out, "-b", bundle) == 0  # now it is ours
+    (out / "thesis.tex").unlink()
+    for _ in range(2):
+        assert mmi("generate", story, "-o", out, "-b", bundle) == 0
+
+
+def test_the_home_folder_is_never_written(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By no command, with any option; nor is the current folder, or what is above it."""
+    home = tmp_path / "people" / "me"
+    (home / "work" / "here").mkdir(parents=True)
+    (home / "thesis.txt").write_text("precious")
+    before = left_in(home) | left_in(home / "work" / "here")
+    monkeypatch.setenv("HOME", str(home))
+    commands = (
+        ("generate", story, "-b", bundle, "--force"),
+        ("export", REPOSITORY / "assets" / "tiny", "--force"),
+        ("convert", tmp_path, "--force"),
+        ("init", "--llm", tmp_path, "--force"),
+        ("train",),
+    )
+    for current, outs in ((tmp_path, (home, home.parent)), (home / "work" / "here", (".", ".."))):
+        monkeypatch.chdir(current)
+        for command in commands:
+            for out in outs:
+                assert mmi(*command, "-o", out) == 2
+                assert f"mmi: {out} is " in mmi.err
+                assert "home folder" in mmi.err or "the folder you are in" in mmi.err
+    left = left_in(home) | left_in(home / "work" / "here")
+    assert left - {".cache"} == before  # libraries keep theirs there
+
+
+def test_what_cannot_be_written_is_told_before_the_model_is_loaded(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "open", pytest.fail)
+    for out, why in (
+        (story / "x", f"{story} is not a folder"),
+        (Path("/proc/self/out"), "cannot be written: "),
+        (tmp_path / ("n" * 300), "File name too long"),
+        (story, "is not a folder"),
+    ):
+        assert mmi("generate", story, "-b", bundle, "-o", out) == 2
+        assert why in mmi.err and mmi.err.startswith(f"mmi: {out} ")
+
+
+def test_a_file_that_comes_into_the_folder_during_the_run_stays(
+    mmi: Screen, story: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert mmi("generate", story, "-b", bundle, "-o", out) == 0
+    before = (out / "story.md").read_bytes()
+    write = story_module.write_story
+
+    def late(*arguments: Any) -> None:
+        (out / "notes.txt").write_text("mine")
+        write(*arguments)
+
+    monkeypatch.setattr(story_module, "write_story", late)
+    assert mmi("generate", story, "-b", bundle, "-o", out, "--seed", 5) == 2
+    assert "holds notes.txt" in mmi.err and f"The new story is in {out}-new\n" in mmi.err
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "story.md").read_bytes() == before
+    assert {"story.md", "index.html"} <= left_in(tmp_path / "out-new")
+    assert left_in(tmp_path) == {"story.md", "a.png", "bundle", "out", "out-new"}
 
 
 @pytest.mark.parametrize(
@@ -317,15 +394,16 @@ def program(code: str, *arguments: object, **environment: str) -> subprocess.Pop
 def test_a_missing_extra_is_named(
     tmp_path: Path, arguments: list[str], module: str, extra: str
 ) -> None:
-    """In a process that cannot import `module`, as after `pip install mmi_deploy` alone."""
+    """In a process that cannot import `module`, as after `pip install mmi_deploy` alone; the line
+    may follow the one that a long command begins with."""
     process = program(
         f"import os, sys; sys.modules[{module!r}] = None; os.chdir({str(tmp_path)!r})", *arguments
     )
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, ""), err
-    assert err == (
+    assert err.splitlines()[-1] == (
         f"mmi: `mmi {arguments[0]}` needs {module}, which is not installed. "
-        f"install it with: pip install 'mmi_deploy[{extra}]'\n"
+        f"install it with: pip install 'mmi_deploy[{extra}]'"
     )
     assert left_in(tmp_path) == set()
 
@@ -446,7 +524,7 @@ def test_inspect_refuses_what_is_neither(mmi: Screen, tmp_path: Path) -> None:
 def test_json_that_is_nested_without_end_is_told_in_a_line(
     mmi: Screen, bundle: Path, tmp_path: Path, opening: str
 ) -> None:
-    deep = opening * 100_000
+    deep = opening * 10_000
     (tmp_path / "deep.json").write_text(deep)
     (bundle / ".checked.json").write_text(deep)  # only remembers, so that it is no error
     assert mmi("generate", tmp_path / "deep.json", "-b", bundle, "-o", tmp_path / "out") == 2
@@ -550,7 +628,7 @@ def test_verify_shows_a_bar_while_it_hashes_large_files(
     terminal = Console(file=screen, force_terminal=True, width=100)
     monkeypatch.setattr(verify_command, "remarks", lambda: terminal)
     assert mmi("verify", bundle) == 0
-    assert re.search(r"hashing \S+\.(json|onnx|safetensors) .* bytes", screen.getvalue())
+    assert re.search(r"hashing \S+\.(json|onnx|safetensors) .*[Bk]B", screen.getvalue())
 
 
 def test_verify_can_run_every_graph(mmi: Screen, bundle: Path) -> None:
@@ -624,11 +702,11 @@ def test_a_file_that_cannot_be_written_is_told_before_minutes_of_work(
     assert reason in mmi.err and left_in(tmp_path) == {"file"}
 
 
-def test_letters_that_a_terminal_lacks_do_not_end_the_program() -> None:
-    process = program("", "inspect", "--help", PYTHONIOENCODING="ascii")
+def test_letters_that_a_terminal_lacks_do_not_end_the_program(bundle: Path) -> None:
+    process = program("", "inspect", bundle, "--tensors", PYTHONIOENCODING="ascii")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err == ""
-    assert "Examples:" in out and "\\xb7" in out
+    assert "tensor" in out and "\\xd7" in out  # the × of a shape
 
 
 def test_a_name_in_another_encoding_is_no_fault(

@@ -22,11 +22,12 @@ from deploy.targets.fake_tensorrt import FakePlugin, Script, fake_tensorrt
 from mmi_deploy.bundle.build_report import BUILD_ONLY, describe_targets, read_report
 from mmi_deploy.bundle.bundle import Bundle, write_bundle
 from mmi_deploy.cli.app import run
-from mmi_deploy.errors import BundleError, ConfigError, EngineError
+from mmi_deploy.errors import BundleError, ConfigError, EngineError, MmiError
 from mmi_deploy.spec.backends import TENSORRT_RTX
 from mmi_deploy.spec.graphs import Graph, Limits
 from mmi_deploy.spec.presets import tiny
 from mmi_deploy.spec.target import Target
+from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.targets import tensorrt, tensorrt_plan
 from mmi_deploy.targets.cache import EngineCache
 from mmi_deploy.targets.precision import Ranges, recipe
@@ -83,10 +84,10 @@ class Builder:
         self.jobs: list[Job] = []
         self.fails = fails or {}
 
-    def __call__(self, job: Job, watch: Callable[[str, int, int], None]) -> Measured:
+    def __call__(self, job: Job, progress: Progress) -> Measured:
         self.jobs.append(job)
         assert job.source.is_file() and job.source.with_suffix(".safetensors").is_file()
-        watch("Building", 1, 2)
+        progress("Building", 1, 2)
         job.engine.write_bytes(f"{job.graph} {job.architecture}".encode())
         if job.graph in self.fails:
             raise self.fails[job.graph]
@@ -136,10 +137,6 @@ def same(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def accept(network: Any, model: onnx.ModelProto) -> None:
     """A check that finds nothing."""
-
-
-def silent(what: str, done: int, of: int, phase: str) -> None:
-    """Progress that nobody watches."""
 
 
 def build(asked: Request, cache: EngineCache, builder: Builder) -> list[Any]:
@@ -228,8 +225,12 @@ def test_without_the_cache_the_targets_own_engines_are_taken(
     assert not again.jobs and all(graph.cached for graph in report.graphs)
     engine = bundle.target_folder("tensorrt-rtx-sm89-fp16") / "llm.engine"
     engine.write_bytes(b"~" * engine.stat().st_size)
+    with pytest.raises(MmiError, match="holds llm.engine, which was changed since mmi wrote it"):
+        build(request_for(), EngineCache(tmp_path / "three", 0), again)
+    assert not again.jobs, "refused before the work"
+    engine.unlink()
     build(request_for(), EngineCache(tmp_path / "three", 0), again)
-    assert [job.graph for job in again.jobs] == ["llm"], "the changed one is made again"
+    assert [job.graph for job in again.jobs] == ["llm"], "the missing one is made again"
 
 
 @pytest.mark.parametrize(
@@ -400,10 +401,10 @@ def test_the_command_says_memory_first_and_shows_a_table(
     assert code == 0, err
     lines = err.splitlines()
     assert lines[0].startswith("1 of 1 engines to build; the largest, of llm, takes about 700")
-    assert "llm for sm89 (1 of 1)" in lines
+    assert "llm for sm89 (0 of 1 done)" in lines
     assert "tensorrt-rtx-sm89-fp16" in out and "build-only plugin" in out and "llm" in out
     code, _, err = command(*ONE)
-    assert code == 0 and err.splitlines() == ["llm for sm89: cached (1 of 1)"]
+    assert code == 0 and err.splitlines() == ["llm for sm89: cached (0 of 1 done)"]
 
 
 def test_ranges_that_are_known_count_without_proofs(
@@ -439,7 +440,7 @@ def test_engines_built_one_by_one_stay_beside_each_other(
     """They come from the cache; those of another precision have a folder of their own."""
     assert command(*ONE)[0] == 0
     code, _, err = command(*ONE[:-1], "vae_decoder")
-    assert code == 0 and "llm for sm89: cached (1 of 2)" in err.splitlines()
+    assert code == 0 and "llm for sm89: cached (0 of 2 done)" in err.splitlines()
     held = bundle.target("tensorrt-rtx-sm89-fp16", unproved=True).graphs
     assert set(held) == {"llm", "vae_decoder"}
 

@@ -11,7 +11,7 @@ import pytest
 
 from mmi_deploy.documents.document import Document, Draw, Image, Text, document_of
 from mmi_deploy.documents.files import read_document
-from mmi_deploy.documents.html import page
+from mmi_deploy.documents.html import alt_of, page
 from mmi_deploy.documents.images import read_rgb, to_png
 from mmi_deploy.documents.story import Entry, Story, picture_names, write_story
 
@@ -75,6 +75,9 @@ def test_a_written_story_reads_back_as_the_same_document(
     assert values == [7, 8]
 
 
+ALT = "drawn after: then </span><script>alert(1)</script>"
+
+
 class Reader(HTMLParser):
     """Collects what a browser would show and load."""
 
@@ -106,7 +109,7 @@ def test_the_page_shows_text_verbatim_and_runs_nothing(entries: tuple[Entry, ...
     shown = read(page("my <i>story</i>", entries, {"seed": "<7>"}))
     assert "it <b>moves</b> &amp; ![ down.\n\nthen </span><script>alert(1)</script>" in shown.text
     assert "my <i>story</i>" in shown.text and "<7>" in shown.text
-    assert shown.alts == ['a "red" <ring>', "a generated picture"]
+    assert shown.alts == 2 * ['a "red" <ring>', ALT]  # each small, and as large as the window
     assert not {"script", "i", "b"} & set(shown.tags) - {"b"}
     assert shown.tags.count("b") == 2  # the two captions, none from the text
 
@@ -117,14 +120,71 @@ def test_the_page_needs_only_the_pictures_beside_it(
     write_story(tmp_path, entries)
     html = page("x", entries, {})
     sources = read(html).sources
-    assert sources == ["picture-01.png", "picture-02.png"]
+    assert sources == 2 * ["picture-01.png", "picture-02.png"]
+    sources = sources[:2]
     assert [read_rgb(tmp_path / name)[0, 0, 0] for name in sources] == [7, 8]
     assert not re.search(r"(src|href)=.?(https?:)?//|@import|url\(", html)
 
 
 def test_the_page_marks_what_was_generated(entries: tuple[Entry, ...]) -> None:
     html = page("x", entries, {})
-    assert html.count('<figure class="given">') == html.count('<figure class="generated">') == 1
+    assert html.count('<figure class="given"') == html.count('<figure class="generated"') == 1
     assert '<span class="generated"> down.' in html
     empty = page("x", Story(Document(())).entries, {})
     assert "<figure" not in empty and 'class="text"' not in empty
+
+
+def entry(part: Text | str | None, generated: bool = True, alt: str = "") -> Entry:
+    """A text, or a picture for None."""
+    if part is None:
+        return Entry(Image(np.zeros((4, 4, 3), np.uint8), alt), generated)
+    return Entry(Text(str(part)), generated)
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        (["a cat.\n\n  a dog\tsleeps.\n"], "drawn after: a dog sleeps."),
+        (["a cat ", "sleeps."], "drawn after: a cat sleeps."),
+        (["a cat.", None], "a generated picture"),
+        ([" \n"], "a generated picture"),
+        ([], "a generated picture"),
+        (["word " * 40 + "end."], "drawn after: … " + "word " * 23 + "end."),
+        (["x" * 300], "drawn after: … " + "x" * 120),
+    ],
+)
+def test_a_drawn_picture_is_described_by_the_words_right_before_it(
+    before: list[str | None], expected: str
+) -> None:
+    entries = [*map(entry, before), entry(None)]
+    assert alt_of(entries, len(before)) == expected
+
+
+def test_a_given_picture_keeps_its_own_words() -> None:
+    entries = [entry("a cat."), entry(None, False, "my cat"), entry("x"), entry(None, False)]
+    assert (alt_of(entries, 1), alt_of(entries, 3)) == ("my cat", "a given picture")
+
+
+def test_every_picture_is_enlarged_by_a_link_and_the_way_back_is_there(
+    entries: tuple[Entry, ...],
+) -> None:
+    html = page("x", entries, {})
+    links, ids = re.findall(r'href="#([^"]+)"', html), re.findall(r' id="([^"]+)"', html)
+    assert sorted(ids) == ["picture-1", "picture-2", "view-1", "view-2"]
+    assert set(links) == set(ids) and len(ids) == len(set(ids))
+    assert html.count(">next</a>") == html.count(">previous</a>") == 1
+
+
+def test_a_text_stands_with_the_pictures_that_follow_it() -> None:
+    entries = [entry(None), entry("a"), entry("b"), entry(None), entry(None), entry("c")]
+    sections = re.findall(r"<section>(.*?)</section>", page("x", entries, {}), re.DOTALL)
+    found = [(read(one).text.split()[:1], one.count("<figure")) for one in sections]
+    assert [count for _, count in found] == [1, 2, 0]
+    assert [words[0] for words, _ in found[1:]] == ["ab", "c"]
+
+
+def test_the_command_line_is_escaped_and_selected_whole(entries: tuple[Entry, ...]) -> None:
+    html = page("x", entries, {}, "mmi generate '<a b>.md' --seed 7")
+    assert "<code>mmi generate &#x27;&lt;a b&gt;.md&#x27; --seed 7</code>" in html
+    assert re.search(r"code \{[^}]*user-select: all", html)
+    assert "<code>" not in page("x", entries, {})

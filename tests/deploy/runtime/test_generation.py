@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -258,3 +259,74 @@ def test_a_document_that_does_not_fit_is_refused_before_anything_runs() -> None:
     with pytest.raises(DocumentError, match="too many pictures for the model; expected at most 1"):
         list(generate(runtime, document_of(Draw(), Draw())))
     assert not log.calls
+
+
+@pytest.mark.parametrize("end", [TOKENS.eos, 9, TOKENS.bos])
+def test_every_end_token_ends_a_text_and_none_before_its_least_length(end: int) -> None:
+    config = fake_config()
+    config = replace(config, tokens=replace(TOKENS, other_eos=(9, TOKENS.bos)))
+
+    def run_it(*choices: int, **options: Any) -> list[str]:
+        runtime, _ = fake_runtime(config, Limits(context=64, images=6))
+        script(runtime, *choices)
+        chosen = GenerationOptions(temperature=0.0, max_tokens=5, **options)
+        return story(list(generate(runtime, PROMPT, chosen)))
+
+    assert run_it(10, end, 11) == ["text: w10", "end 1 0"]
+    # The least id that is allowed stands in for an end that comes too early.
+    assert run_it(end, min_tokens=2) == ["text: w5 w5", "end 2 0"]
+
+
+def test_a_user_does_not_write_an_end_token() -> None:
+    config = fake_config()
+    config = replace(config, tokens=replace(TOKENS, other_eos=(9,)))
+    runtime, _ = fake_runtime(config)
+    with pytest.raises(DocumentError, match="'w9', which the model reserves"):
+        list(generate(runtime, document_of(Text("w8 w9")), GenerationOptions(max_tokens=1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"stop": "moves"}, "stop .*a tuple of strings.*; got str 'moves'"),
+        ({"stop": ("a", 5)}, r"stop .*; got tuple \('a', 5\)"),
+        ({"stop": None}, "stop .*; got NoneType None"),
+        ({"seed": 1.5}, "seed .*expected a whole number; got float 1.5"),
+        ({"seed": "1"}, "seed .*expected a whole number; got str '1'"),
+        ({"seed": None}, "seed .*expected a whole number; got NoneType None"),
+        ({"max_tokens": 2.0}, "max_tokens .*; got float 2.0"),
+        ({"max_images": True}, "max_images .*; got bool True"),
+        ({"turn_tokens": "3"}, "turn_tokens .*; got str '3'"),
+        ({"draw_first": 1}, "draw_first .*expected True or False; got int 1"),
+        ({"draw_first": "no"}, "draw_first .*; got str 'no'"),
+        ({"temperature": "0"}, "temperature .*expected a number; got str '0'"),
+        ({"top_k": 0.5}, "top_k .*expected a whole number; got float 0.5"),
+        ({"guidance": 1j}, "guidance .*expected a number; got complex 1j"),
+        ({"schedule": 20}, "schedule .*expected a string; got int 20"),
+    ],
+    ids=str,
+)
+def test_options_of_another_type_are_refused(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=f"{line}$"):
+        GenerationOptions(**options)
+
+
+def test_options_take_lists_and_the_numbers_of_numpy() -> None:
+    stop: Any = ["a", "b"]
+    given = GenerationOptions(
+        seed=np.int64(7), temperature=1, top_p=np.float32(0.5), stop=stop, draw_first=np.True_
+    )
+    assert given == GenerationOptions(
+        seed=7, temperature=1.0, top_p=0.5, stop=("a", "b"), draw_first=True
+    )
+    assert type(given.seed) is int and type(given.draw_first) is bool
+
+
+def test_a_session_takes_no_floats_for_a_picture() -> None:
+    """Of the model's own size they were read as another picture. The session stays as it was."""
+    session = Session(fake_runtime()[0])
+    with pytest.raises(
+        DocumentError, match=r"uint8 \[h, w, 3\] array.*; got float64 \[16, 16, 3\]"
+    ):
+        session.append_image(picture(3) / 255)
+    assert session.images == 0 and not session.token_ids

@@ -10,8 +10,8 @@ import pytest
 
 from deploy.runtime.fake_model import fake_config, fake_schedule, fake_tokenizer
 from mmi_deploy.bundle.bundle import Bundle, write_bundle, write_target
-from mmi_deploy.bundle.manifest import Case
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.parity import Case
 from mmi_deploy.runtime.runtime import Runtime, engine_files
 from mmi_deploy.spec.graphs import GRAPHS, Limits
 from mmi_deploy.spec.schedule import Schedule

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -121,3 +123,10 @@ def test_image_start_and_padding_ids_are_never_sampled() -> None:
     tokens = fake_config().tokens
     assert never_sampled(tokens) == {tokens.image, tokens.bos, tokens.pad}
     assert not never_sampled(tokens) & {tokens.eos, tokens.boi}
+
+
+def test_an_end_token_can_be_sampled_even_where_it_is_the_padding_or_the_start() -> None:
+    tokens = replace(fake_config().tokens, other_eos=(fake_config().tokens.bos, 9))
+    assert never_sampled(tokens) == {tokens.image, tokens.pad}
+    tokens = replace(tokens, other_eos=(), pad=tokens.eos)
+    assert never_sampled(tokens) == {tokens.image, tokens.bos}

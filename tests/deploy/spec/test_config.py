@@ -175,3 +175,28 @@ def test_derived_widths_and_sizes():
     assert len(released.image_decoder.unet.cross_attention_widths) == 16
     tiny_decoder = tiny().image_decoder
     assert tiny_decoder.image_size == tiny_decoder.unet.latent_side * tiny_decoder.vae.factor == 64
+
+
+def test_several_tokens_end_a_text_and_configurations_with_one_are_as_before() -> None:
+    """LLaMA-3 instruct names three. Checkpoints compare the JSON: one end token adds no field."""
+    one = tiny().tokens
+    assert one.ends == (one.eos,) and "other_eos" not in to_json(tiny())
+    several = replace(tiny(), tokens=replace(one, other_eos=(9, one.bos, one.pad)))
+    assert several.tokens.ends == (one.eos, 9, one.bos, one.pad)
+    assert json.loads(to_json(several))["tokens"]["other_eos"] == [9, one.bos, one.pad]
+    assert from_json(to_json(several)) == several
+
+
+@pytest.mark.parametrize("other", [(2,), (9, 9), (3,), (4,)])
+def test_an_end_token_is_named_once_and_is_no_mark_of_a_picture(other: tuple[int, ...]) -> None:
+    document = json.loads(to_json(tiny()))
+    document["tokens"]["other_eos"] = other
+    with pytest.raises(ConfigError, match="tokens: two special tokens have the same id"):
+        from_json(json.dumps(document))
+
+
+def test_end_tokens_are_within_the_vocabulary() -> None:
+    document = json.loads(to_json(tiny()))
+    document["tokens"]["other_eos"] = [9, tiny().llama.vocab]
+    with pytest.raises(ConfigError, match=f"tokens: id {tiny().llama.vocab} is beyond"):
+        from_json(json.dumps(document))

@@ -22,7 +22,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     container(tmp_path, "max", 20 * GB, 0)
     monkeypatch.setattr(module, "_MEMINFO", tmp_path / "meminfo")
     files = ("memory.max", "memory.current", "inactive_file")
-    monkeypatch.setattr(module, "_CGROUPS", ((tmp_path, *files), (tmp_path / "none", *files)))
+    groups = (("", tmp_path, *files), ("memory", tmp_path / "v1", *files))
+    monkeypatch.setattr(module, "_CGROUPS", groups)
+    monkeypatch.setattr(module, "_MEMBERSHIP", tmp_path / "cgroup")
     return tmp_path
 
 
@@ -47,3 +49,41 @@ def test_a_container_leaves_less_and_files_that_were_read_are_in_nobodys_way(mac
 def test_what_is_installed_where_the_system_does_not_tell(machine: Path) -> None:
     (machine / "meminfo").unlink()
     assert free_memory() > 10**8
+
+
+@pytest.mark.parametrize(
+    ("version", "membership"),
+    [
+        ("", "0::/system.slice/job_7/step_0\n"),
+        ("v1", "12:cpu,cpuacct:/other\n9:memory:/system.slice/job_7/step_0\n1:name=systemd:/x\n"),
+        ("v1", "9:hugetlb,memory:/system.slice/job_7/step_0\n0::/system.slice\n"),
+    ],
+)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_tightest_group_from_ones_own_upwards_counts(
+    machine: Path, version: str, membership: str, depth: int
+) -> None:
+    """A limit on the group, on the one above or on the one above that: Slurm, systemd-run."""
+    (machine / "cgroup").write_text(membership)
+    names = ("system.slice", "job_7", "step_0")
+    for count in range(1, 4):
+        folder = machine.joinpath(version, *names[:count])
+        folder.mkdir(parents=True)
+        container(folder, 3 * GB if count == depth else 30 * GB, 2 * GB, GB // 2)
+    foreign = machine / version / "system.slice" / "job_8"
+    foreign.mkdir()
+    container(foreign, 1, 0, 0)
+    assert free_memory() == 3 * GB - 2 * GB + GB // 2
+
+
+def test_a_group_that_is_not_to_be_seen_leaves_the_roots_limit(machine: Path) -> None:
+    """In a container the path may be the host's, or lie above what is mounted."""
+    container(machine, 5 * GB, GB, 0)
+    for path in ("/docker/0123", "/../../init.scope", "/"):
+        (machine / "cgroup").write_text(f"0::{path}\n")
+        assert free_memory() == 4 * GB
+
+
+def test_a_group_over_its_limit_leaves_nothing(machine: Path) -> None:
+    container(machine, 5 * GB, 6 * GB, 0)
+    assert free_memory() == 0

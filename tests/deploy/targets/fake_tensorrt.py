@@ -28,6 +28,15 @@ def fake_tensorrt(script: Script, version: str = "1.7.1") -> Any:
     class Base:
         def __init__(self) -> None: ...
 
+    class Layer(SimpleNamespace): ...
+
+    class GridSampleLayer(Layer):
+        """A layer once it is cast: as TensorRT up to 11.1 reads the mode `linear`."""
+
+        interpolation_mode = SimpleNamespace(name="NEAREST")
+        sample_mode = SimpleNamespace(name="FILL")
+        align_corners = False
+
     class Config:
         num_compute_capabilities = 0
 
@@ -62,7 +71,7 @@ def fake_tensorrt(script: Script, version: str = "1.7.1") -> Any:
 
         def create_network(self, flags: int) -> Any:
             script.seen["flags"] = flags
-            layers = [SimpleNamespace(type=SimpleNamespace(name=name)) for name in script.layers]
+            layers = [Layer(type=SimpleNamespace(name=name)) for name in script.layers]
             kind = SimpleNamespace(name="HALF")
             return SimpleNamespace(
                 num_layers=len(layers),
@@ -117,6 +126,7 @@ def fake_tensorrt(script: Script, version: str = "1.7.1") -> Any:
         IStreamWriter=Base,
         Builder=Builder,
         OnnxParser=OnnxParser,
+        IGridSampleLayer=GridSampleLayer,
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
         BuilderFlag=SimpleNamespace(TF32="TF32", REQUIRE_USER_ALLOCATION="REQUIRE_USER_ALLOCATION"),
         ComputeCapability=SimpleNamespace(SM80="80", SM86="86", SM89="89", SM120="120"),

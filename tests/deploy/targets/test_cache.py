@@ -221,3 +221,51 @@ def test_the_users_folder_and_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         monkeypatch.setenv("MMI_ENGINE_CACHE_GB", wrong)
         with pytest.raises(ConfigError, match=rf"MMI_ENGINE_CACHE_GB is no size.*got {wrong}"):
             EngineCache.of_user()
+
+
+def test_what_somebody_put_into_an_entry_stays(
+    cache: EngineCache, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether the entry is built again, is damaged, or has to make room."""
+    small = EngineCache(cache.folder, 0)
+    for number, act in enumerate(
+        (
+            lambda: cache.obtain("k", writes(data=b"again"), out, afresh=True),
+            lambda: cache.obtain("k", writes(), out),
+            lambda: small.obtain("other", writes("b.engine"), out),
+        )
+    ):
+        shutil.rmtree(out)
+        out.mkdir()
+        cache.obtain("k", writes(), out, afresh=number == 0)
+        (cache.folder / "k" / "notes.txt").write_text(f"mine {number}")
+        if number == 1:
+            (cache.folder / "k" / "a.engine").write_bytes(b"damage")
+        shutil.rmtree(out)
+        out.mkdir()
+        act()
+    kept = [path for path in cache.folder.iterdir() if path.name.startswith("k-")]
+    notes = sorted((path / "notes.txt").read_text() for path in kept)
+    assert notes == ["mine 0", "mine 1", "mine 2"]
+    assert all(os.listdir(path) == ["notes.txt"] for path in kept)
+    assert len(caplog.records) == 3 and "what mmi did not write" in caplog.text
+    again = out / "again"
+    again.mkdir()
+    small.obtain("other", writes("b.engine"), again)
+    assert all(os.listdir(path) == ["notes.txt"] for path in kept)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "mine", '{"files": {"../../thesis": [1, "0"]}, "key": {}}']
+)
+def test_folders_of_others_never_make_room(
+    tmp_path: Path, cache: EngineCache, out: Path, text: str
+) -> None:
+    """A cache in a folder that holds other things too, as `MMI_CACHE` may name one."""
+    (tmp_path / "thesis").write_text("m")
+    other = cache.folder / "project"
+    other.mkdir(parents=True)
+    (other / "entry.json").write_text(text)
+    EngineCache(cache.folder, 0).obtain("k", writes(), out)
+    assert left(cache) == {"project"} and (other / "entry.json").read_text() == text
+    assert (tmp_path / "thesis").read_text() == "m"

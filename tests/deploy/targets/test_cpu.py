@@ -26,7 +26,7 @@ from mmi_deploy.targets.precision import recipe, rewrite
 from mmi_deploy.targets.precision.quantise import fitting, quantise
 from mmi_deploy.targets.precision.recipes import INT4, Scheme
 from mmi_deploy.targets.sample_inputs import Sample, random_inputs, samples_of
-from mmi_deploy.targets.verify_target import prove, relative_error
+from mmi_deploy.targets.verify_target import check_proof, prove
 
 if TYPE_CHECKING:
     from exports import Exported
@@ -108,7 +108,7 @@ def test_a_damaged_weight_gets_no_receipt(
     onnx.save(model, out)
     proof = prove(recipe("int8"), graph, portable, out, CPU, samples["llm"])
     with pytest.raises(BundleError, match="llm in int8 is too far from the portable graph at"):
-        proof.check("int8")
+        check_proof(proof, "int8")
 
 
 @pytest.mark.parametrize(
@@ -142,14 +142,6 @@ def test_weights_that_are_not_finite_leave_nothing(bundle: Bundle, tmp_path: Pat
     assert not broken.targets
 
 
-def test_the_error_of_a_receipt_is_relative_and_infinite_for_nan() -> None:
-    wanted = {"a": np.array([3.0, 4.0]), "b": np.zeros(2)}
-    got = {"a": np.array([3.0, 4.5]), "b": np.array([0.0, 0.1])}
-    root = np.sqrt(0.5**2 / 2) / np.sqrt((9 + 16) / 2)
-    assert relative_error(got, wanted) == pytest.approx(max(root, 0.1 / np.sqrt(2)))
-    assert relative_error({**got, "a": np.array([np.nan, 4])}, wanted) == float("inf")
-
-
 def test_sensitivity_is_the_error_of_one_quantised_weight(
     bundle: Bundle, samples: dict[str, list[Sample]], tmp_path: Path
 ) -> None:
@@ -168,7 +160,9 @@ def test_sensitivity_is_the_error_of_one_quantised_weight(
     runs = [sample.inputs for sample in samples["llm"] if sample.recorded][-3:]
     plain, other = runner(bundle.graph_file("llm")), runner(tmp_path / "llm.onnx")
     errors = [
-        relative_error({"logits": other(x)["logits"]}, {"logits": plain(x)["logits"]}) for x in runs
+        np.sqrt(np.mean((other(x)["logits"] - plain(x)["logits"]) ** 2))
+        / np.sqrt(np.mean(plain(x)["logits"] ** 2))
+        for x in runs
     ]
     assert layers[0].error == pytest.approx(max(errors), rel=0.02)
 

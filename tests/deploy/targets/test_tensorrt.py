@@ -18,6 +18,7 @@ from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
 from mmi_deploy.spec.graphs import Limits, graphs
 from mmi_deploy.spec.presets import tiny
+from mmi_deploy.system.progress import Cancelled, silent
 from mmi_deploy.targets.profiles import profiles
 from mmi_deploy.targets.tensorrt_build import (
     Built,
@@ -56,7 +57,7 @@ def job(tmp_path: Path) -> Job:
 
 def run(script: Script, job: Job, **changes: Any) -> Built:
 
-    return build_engine(fake_tensorrt(script), replace(job, **changes), lambda *_: True)
+    return build_engine(fake_tensorrt(script), replace(job, **changes), silent)
 
 
 def test_an_engine_is_written_as_it_comes(job: Job) -> None:
@@ -118,6 +119,13 @@ def test_a_graph_whose_function_was_taken_is_not_built(job: Job) -> None:
     assert not job.engine.exists()
 
 
+def test_a_graph_that_the_parser_samples_otherwise_is_not_built(job: Job) -> None:
+    script = Script(layers=("PLUGIN_V3", "GRID_SAMPLE"))
+    with pytest.raises(EngineError, match="TensorRT misreads GridSample; .*got 1 NEAREST FILL"):
+        run(script, job)
+    assert not job.engine.exists()
+
+
 def test_what_the_builder_logs_is_what_is_said(job: Job) -> None:
     with pytest.raises(EngineError, match="cannot build llm for sm89: fp8 is not .* on SM80"):
         run(Script(build_errors=["fp8 is not  supported on SM80"] * 2), job)
@@ -135,9 +143,10 @@ def test_a_full_disk_is_told_as_such(job: Job) -> None:
 def test_progress_that_says_stop_ends_the_build(job: Job) -> None:
     told: list[tuple[str, int, int]] = []
 
-    def stop(phase: str, done: int, of: int) -> bool:
-        told.append((phase, done, of))
-        return done < 1
+    def stop(what: str, done: int = 0, total: int = 0, **_: str) -> None:
+        told.append((what, done, total))
+        if done == 1:
+            raise Cancelled
 
     with pytest.raises(EngineError, match="cannot build llm"):
         build_engine(fake_tensorrt(Script()), job, stop)
@@ -225,7 +234,7 @@ def process_job(job: Job, importer: Any) -> Job:
 
 
 def test_an_engine_is_built_in_a_process_of_its_own(job: Job) -> None:
-    measured = build_in_process(process_job(job, _scripted), lambda *_: None)
+    measured = build_in_process(process_job(job, _scripted), silent)
     assert job.engine.read_bytes() == b"engine"
     assert measured.built.layers["CAST"] == 2 and measured.seconds > 0
     assert measured.memory.peak >= measured.memory.before > 0
@@ -245,7 +254,7 @@ def test_whatever_ends_the_process_is_one_line(
     job: Job, importer: Any, error: type[Exception], line: str
 ) -> None:
     with pytest.raises(error, match=line):
-        build_in_process(process_job(job, importer), lambda *_: None)
+        build_in_process(process_job(job, importer), silent)
 
 
 def test_open_tensorrt_checks_version_and_architecture(job: Job) -> None:

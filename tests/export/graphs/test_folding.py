@@ -113,7 +113,7 @@ def test_the_dead_outputs_of_the_null_slot_are_dropped() -> None:
 
 @torch.no_grad()
 def test_folded_language_model_layer_equals_look_back() -> None:
-    look_back = drawn(llama.LookBack(LLAMA, MMFS, FEATURES, SIDES))
+    look_back = drawn(llama.GatedMmfs(LLAMA, MMFS, FEATURES, SIDES))
     arguments = (torch.randn(2, 3, WIDTH), *seen(3))
     assert_same(FoldedLlmLookBack(look_back)(*arguments), look_back(*arguments))
 
@@ -121,7 +121,7 @@ def test_folded_language_model_layer_equals_look_back() -> None:
 @torch.no_grad()
 def test_folded_unet_block_equals_look_back() -> None:
     config = replace(MMFS, base_grid=None, null_slot=True)
-    look_back = drawn(unet.LookBack(config, 16, 4, 8, FEATURES, SIDES))
+    look_back = drawn(unet.MmfsBlock(config, 16, 4, 8, FEATURES, SIDES))
     value, slot, position = seen(1)
     arguments = (torch.randn(2, 16, 4, 4), value, slot, position[:, 0])
     assert_same(FoldedUnetLookBack(look_back)(*arguments), look_back(*arguments))
@@ -130,8 +130,8 @@ def test_folded_unet_block_equals_look_back() -> None:
 @torch.no_grad()
 def test_values_of_all_layers_need_one_norm() -> None:
     features = torch.randn(2, CELLS, FEATURES)
-    language = [drawn(llama.LookBack(LLAMA, MMFS, FEATURES, SIDES)) for _ in range(3)]
-    pictures = [drawn(unet.LookBack(MMFS, 16, 4, 8, FEATURES, SIDES)) for _ in range(2)]
+    language = [drawn(llama.GatedMmfs(LLAMA, MMFS, FEATURES, SIDES)) for _ in range(3)]
+    pictures = [drawn(unet.MmfsBlock(MMFS, 16, 4, 8, FEATURES, SIDES)) for _ in range(2)]
     for look_backs in (language, pictures):
         folded = FoldedValues(look_backs)(features)
         for got, look_back in zip(folded, look_backs, strict=True):

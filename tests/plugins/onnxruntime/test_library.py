@@ -319,3 +319,17 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"no library")
     with pytest.raises(EngineError, match="cannot load the kernel library"):
         _session_options(OnnxOptions(library=path))
+
+
+def test_a_file_of_somebody_else_is_not_replaced_by_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path)))
+    mine = tmp_path / "out" / library.NAME
+    made = library.build(tmp_path / "out")
+    assert made == mine == library.build(tmp_path / "out")  # it is ours
+    mine.write_text("my own")
+    with pytest.raises(EngineError, match="is there already, and mmi did not write it"):
+        library.build(tmp_path / "out")
+    assert mine.read_text() == "my own"
+    assert [path.name for path in mine.parent.iterdir()] == [mine.name]

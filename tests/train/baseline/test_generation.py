@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from mmi_train.baseline.generation import generate
 from mmi_train.baseline.published_mmfs import PublishedMmfs, as_published
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.diffusion import ddim
+from mmi_train.model.generation import generate_texts
 from mmi_train.model.mm_interleaved import MMInterleaved
 
 CONFIG = tiny()
@@ -162,7 +164,7 @@ def test_mmfs_in_the_published_order_gives_the_same(config: ModelConfig, place: 
     torch.manual_seed(1)
     model = random_model(config)
     own = (
-        model.llm.look_backs[0].mmfs
+        model.llm.mmfs_layers[0].mmfs
         if place == "llm"
         else model.image_decoder.unet.look_back[-1].mmfs
     )
@@ -189,7 +191,7 @@ def test_a_model_as_published_says_and_draws_the_same(
     model: MMInterleaved, run: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = list(run(STORY, TURNS))
-    changed = (*model.llm.look_backs, *model.image_decoder.unet.look_back)
+    changed = (*model.llm.mmfs_layers, *model.image_decoder.unet.look_back)
     for look_back in changed:
         monkeypatch.setitem(look_back._modules, "mmfs", look_back.mmfs)  # put back afterwards
     as_published(as_published(model))
@@ -199,3 +201,40 @@ def test_a_model_as_published_says_and_draws_the_same(
     for ours, theirs in zip(got, expected, strict=True):
         if isinstance(ours, ImageDone):
             assert np.abs(ours.rgb.astype(int) - theirs.rgb).max() <= 1
+
+
+class _Wants:
+    """Stands in for a head: logits that want `choices`, one at each call, the last for ever."""
+
+    def __init__(self, *choices: int) -> None:
+        self.choices = list(choices)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        wanted = self.choices.pop(0) if len(self.choices) > 1 else self.choices[0]
+        logits = -torch.arange(CONFIG.llama.vocab, dtype=torch.float32)
+        logits[wanted] = 10
+        return logits.expand(*hidden.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("end", [CONFIG.tokens.eos, 40, CONFIG.tokens.bos])
+def test_every_end_token_ends_a_text(
+    model: MMInterleaved, run: Generate, monkeypatch: pytest.MonkeyPatch, end: int
+) -> None:
+    """As the runtime does; LLaMA-3 instruct has three."""
+    tokens = replace(CONFIG.tokens, other_eos=(40, CONFIG.tokens.bos))
+    monkeypatch.setattr(model, "config", replace(CONFIG, tokens=tokens))
+
+    def ended(*choices: int, **options: Any) -> tuple[str, int]:
+        monkeypatch.setitem(model._modules, "head", _Wants(*choices))
+        chosen = GenerationOptions(temperature=0.0, max_tokens=5, **options)
+        last = list(run(document_of(Text("a red circle")), chosen))[-1]
+        assert isinstance(last, Finished)
+        return last.reason, last.tokens
+
+    assert ended(50, end, 51) == ("end", 1)
+    assert ended(end, min_tokens=2) == ("end", 2)
+    monkeypatch.setitem(model._modules, "head", _Wants(50, end, 51))
+    prompt = torch.tensor([[tokens.bos, 60, 61]])
+    slot = torch.full((1, 1), -1)
+    texts = generate_texts(model, prompt, None, slot, torch.ones_like(prompt), max_new_tokens=4)
+    assert texts.tolist() == [[tokens.bos, 50, end]]

@@ -330,5 +330,5 @@ def test_existing_folders_are_not_replaced(convert, checkpoint):
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
     code, said = convert(checkpoint)
-    assert code == 2 and "files that mmi did not write" in said
+    assert code == 2 and "holds thesis.txt, which mmi did not write" in said
     assert (out / "thesis.txt").read_text() == "mine"

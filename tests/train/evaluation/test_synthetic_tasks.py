@@ -7,18 +7,19 @@ import pytest
 import torch
 
 from mmi_deploy.spec.presets import tiny
-from mmi_train.data.synthetic.tasks import ImagePart
+from mmi_train.data.synthetic.tasks import TaskImage
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy, split_of
 from mmi_train.evaluation.contact_sheet import contact_sheet
 from mmi_train.evaluation.synthetic_tasks import (
+    KINDS,
     Evaluation,
     Evaluator,
-    Measures,
+    Metrics,
     evaluate,
-    measure_of,
+    metric_of,
     questions_of,
-    switched_off,
+    without_mmfs,
 )
 from mmi_train.model.mm_interleaved import MMInterleaved
 
@@ -36,10 +37,10 @@ class Oracle(Evaluator):
         super().__init__(model, build_tokenizer())
         self.shift = shift
 
-    def run(self, questions, measures):
+    def run(self, questions, metrics):
         self.truths = [question.part for question in questions]
         self.index = {id(question.prompt): i for i, question in enumerate(questions)}
-        return super().run(questions, measures)
+        return super().run(questions, metrics)
 
     def _truth(self, prompt):
         return self.truths[(self.index[id(prompt)] + self.shift) % len(self.truths)]
@@ -51,29 +52,29 @@ class Oracle(Evaluator):
         return [self._truth(prompt).image for prompt in prompts]
 
 
-def graded(model: MMInterleaved, shift: int) -> Measures:
-    measures = Measures()
+def graded(model: MMInterleaved, shift: int) -> Metrics:
+    metrics = Metrics()
     oracle = Oracle(model, shift)
     for _, questions in questions_of(oracle, easy(), 8, seed=3):
-        oracle.run(questions, measures)
-    return measures
+        oracle.run(questions, metrics)
+    return metrics
 
 
 def test_true_answers_are_graded_right_everywhere(model):
-    measures = graded(model, shift=0)
-    assert len(measures.names()) > 20
-    for name in measures.names():
-        value, count = measures.mean(name)
+    metrics = graded(model, shift=0)
+    assert len(metrics.names()) > 20
+    for name in metrics.names():
+        value, count = metrics.mean(name)
         assert count > 0
         least = 0.8 if name == "box: mean IoU" else 1.0  # box tokens are two pixels apart
         assert value >= least, name
 
 
 def test_answers_to_other_questions_are_graded_wrong(model):
-    measures = graded(model, shift=1)
+    metrics = graded(model, shift=1)
     for name in ("caption: exact", "drawing: whole scene", "story: whole scene"):
-        assert measures.mean(name)[0] < 0.3, name
-    assert measures.mean("box: mean IoU")[0] < 0.5
+        assert metrics.mean(name)[0] < 0.3, name
+    assert metrics.mean("box: mean IoU")[0] < 0.5
 
 
 def test_questions_are_held_out_and_the_same_every_time(model):
@@ -92,7 +93,7 @@ def test_a_prompt_stops_right_before_its_answer(model):
     for _, questions in questions_of(evaluator, easy(), 3, seed=2):
         for question in questions:
             last = question.prompt.token_ids[-1]
-            if isinstance(question.part, ImagePart):
+            if isinstance(question.part, TaskImage):
                 assert last == tokens.boi
             else:
                 assert evaluator.tokenizer.id_to_token(int(last)) in (":", "?", ".")
@@ -100,7 +101,7 @@ def test_a_prompt_stops_right_before_its_answer(model):
 
 def test_switched_off_means_that_the_image_of_a_story_cannot_be_seen_by_mmfs(model):
     """With gates and convolutions at zero nothing but the visual tokens tells of an image."""
-    blind = switched_off(model)
+    blind = without_mmfs(model)
     features = torch.randn(1, 340, 128)
     tokens = torch.zeros(1, model.config.visual_tokens, model.config.llama.width)
     ids = torch.tensor([[1, 3, *[4] * model.config.visual_tokens, 20, 21]])
@@ -113,15 +114,15 @@ def test_switched_off_means_that_the_image_of_a_story_cannot_be_seen_by_mmfs(mod
 
 
 def test_question_kinds_are_told_from_their_words():
-    assert measure_of("how many shapes?") == "answer: count"
-    assert measure_of("what is at top left?") == "answer: object"
+    assert metric_of("how many shapes?") == "answer: count"
+    assert metric_of("what is at top left?") == "answer: object"
     with pytest.raises(StopIteration):
-        measure_of("why?")
+        metric_of("why?")
 
 
 def test_what_was_not_measured_is_not_in_the_table():
     """JSON has no number for it."""
-    seeing, blind = Measures(), Measures()
+    seeing, blind = Metrics(), Metrics()
     seeing.add("caption: exact", 1, 1.0)
     assert "without_mmfs" not in Evaluation(seeing, blind, ()).as_json()["caption: exact"]
     blind.add("caption: exact", 1, 0.0)
@@ -130,7 +131,11 @@ def test_what_was_not_measured_is_not_in_the_table():
 
 @pytest.mark.slow
 def test_the_whole_evaluation_runs_and_its_sheet_can_be_drawn(model):
-    found = evaluate(model, build_tokenizer(), easy(), count=2, steps=2)
+    told: list[tuple[str, int, int]] = []
+    found = evaluate(
+        model, build_tokenizer(), easy(), count=2, steps=2, progress=lambda *x: told.append(x)
+    )
+    assert told == [(f"{kind}, {m}", 0, 2) for m in ("with MMFS", "MMFS off") for kind in KINDS]
     table = found.as_json()
     assert {"caption: exact", "answer: all", "box: IoU > 0.5", "segmentation: mIoU"} <= set(table)
     for entry in table.values():

@@ -251,12 +251,12 @@ def test_a_senseless_configuration(unit: Path, capsys, value: Any):
 def test_a_truncated_file(unit: Path, capsys):
     path = Path(f"{unit}.safetensors")
     path.write_bytes(path.read_bytes()[:-1000])
-    assert_broken(unit.parent, capsys, "no intact safetensors file")
+    assert_broken(unit.parent, capsys, "is cut off")
 
 
 def test_a_broken_side_car(unit: Path, capsys):
     Path(f"{unit}.json").write_text('{"config": ')
-    assert_broken(unit.parent, capsys, "mmfs_llm.json is no JSON")
+    assert_broken(unit.parent, capsys, "mmfs_llm.json is not JSON")
 
 
 @pytest.mark.parametrize("about", [{}, {"config": [1]}, [1, 2], {"config": None}])
@@ -273,7 +273,7 @@ def test_half_a_unit(unit: Path, capsys, suffix: str):
 
 def test_a_unit_of_an_unknown_kind(golden_units: Path, tmp_path: Path, capsys):
     put(golden_units / UNIT, tmp_path, "text_encoder")
-    assert_broken(tmp_path, capsys, "no known kind", "mmfs_llm")
+    assert_broken(tmp_path, capsys, "does not start with a known kind", "mmfs_llm")
 
 
 def test_a_unit_that_compares_nothing(unit: Path, capsys):

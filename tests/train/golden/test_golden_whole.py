@@ -27,7 +27,7 @@ from mmi_train.golden.check import check_folder
 from mmi_train.golden.configs import Section
 from mmi_train.golden.unet import set_base_grids
 from mmi_train.model.diffusion import ddim
-from mmi_train.model.image_decoder import LookBackImages
+from mmi_train.model.image_decoder import PreviousImages
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.model.vae import Vae
 
@@ -267,7 +267,7 @@ def write_forward(folder: Path, model: MMInterleaved) -> None:
     ids = rows([BOS, *image, 9, 8, *image, EOS], [BOS, 7, 6, 5, *image, 4, EOS])
     pixels, targets = images(model, 3), torch.rand(3, 3, 128, 128)
     pictures, slot = torch.tensor([[0, 0], [0, 1], [1, 0]]), torch.tensor([[0, 1], [2, -1]])
-    draws = replace(model.image_decoder.draws(3), drop=torch.tensor([0.5, 0.05, 0.7]))
+    draws = replace(model.image_decoder.random_draws(3), drop=torch.tensor([0.5, 0.05, 0.7]))
     losses = model(Batch(ids, slot, pixels, pictures, target_pixels=targets), draws=draws)
     watched = {
         "soi_token": "boi_embedding",
@@ -363,7 +363,7 @@ def write_images(folder: Path, model: MMInterleaved) -> None:
     encoded = model.encode_images(pixels)
     hidden = model.read(ids, encoded, torch.tensor([[0, 1]]))
     condition = model.condition(hidden, ids, torch.tensor([[0, 1]]))
-    only = LookBackImages(encoded.features[:1], torch.zeros(1, 1).int(), torch.ones(1, 1).int())
+    only = PreviousImages(encoded.features[:1], torch.zeros(1, 1).int(), torch.ones(1, 1).int())
     start, *noise = torch.randn(3, 1, *decoder.latent_shape)
     scheduler = ddim(decoder.config.diffusion)
     scheduler.set_timesteps(2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmi_train.model.deformable import sample_levels
-from mmi_train.model.dense_sampling import MOST_CELLS, pays, sample_dense
+from mmi_train.model.dense_sampling import MAX_CELLS, prefer_dense, sample_dense
 
 SIDES = (4, 3, 1)
 
@@ -43,7 +43,8 @@ def test_a_location_that_is_no_number_gives_none_to_its_query_alone():
 
 
 def test_it_pays_only_in_training_and_over_few_cells():
-    few, many = (torch.zeros(1, cells, 1, 1) for cells in (MOST_CELLS, MOST_CELLS + 1))
+    few, many = (torch.zeros(1, cells, 1, 1) for cells in (MAX_CELLS, MAX_CELLS + 1))
     place = torch.zeros(1, 1, 1, 1, 1, 2)
-    assert not pays(few, place)
-    assert pays(few.requires_grad_(), place) and not pays(many.requires_grad_(), place)
+    assert not prefer_dense(few, place)
+    assert prefer_dense(few.requires_grad_(), place)
+    assert not prefer_dense(many.requires_grad_(), place)

@@ -17,10 +17,10 @@ from mmi_deploy.spec.presets import PRESETS, released_13b, tiny
 from mmi_train.model.diffusion import Diffusion, ddim, scheduler_options
 from mmi_train.model.image_decoder import (
     CONDITION_DROP,
-    DrawingStep,
-    Draws,
+    DenoisingStep,
     ImageDecoder,
-    LookBackImages,
+    PreviousImages,
+    RandomDraws,
 )
 from mmi_train.model.vae import Posterior, Vae
 
@@ -41,11 +41,11 @@ def decoder() -> ImageDecoder:
     return model
 
 
-def look_back(pictures: int, images: int = 2) -> LookBackImages:
+def look_back(pictures: int, images: int = 2) -> PreviousImages:
     config = tiny()
     cells = sum(side * side for side in config.vision.level_sides)
     slot = torch.arange(pictures)[:, None] % images
-    return LookBackImages(
+    return PreviousImages(
         normal(images, cells, config.vision.width, seed=3), slot, torch.ones_like(slot)
     )
 
@@ -158,7 +158,7 @@ def test_loss_is_the_squared_error_of_the_prediction(decoder: ImageDecoder) -> N
     posterior = Posterior(normal(3, *shape), normal(3, *shape, seed=1) - 3)
     condition = normal(3, decoder.config.resampler.queries, decoder.config.resampler.width)
     images = look_back(3)
-    draws = Draws(
+    draws = RandomDraws(
         drop=torch.tensor([0.5, CONDITION_DROP - 1e-3, CONDITION_DROP + 1e-3]),
         posterior=normal(3, *shape, seed=4),
         noise=normal(3, *shape, seed=5),
@@ -186,8 +186,8 @@ def test_loss_is_the_squared_error_of_the_prediction(decoder: ImageDecoder) -> N
 
 
 def test_draws_repeat_with_their_seed(decoder: ImageDecoder) -> None:
-    first, again = (decoder.draws(64, torch.Generator().manual_seed(3)) for _ in range(2))
-    other = decoder.draws(64, torch.Generator().manual_seed(4))
+    first, again = (decoder.random_draws(64, torch.Generator().manual_seed(3)) for _ in range(2))
+    other = decoder.random_draws(64, torch.Generator().manual_seed(4))
     assert torch.equal(first.noise, again.noise) and torch.equal(first.timestep, again.timestep)
     assert not torch.equal(first.noise, other.noise)
     assert first.timestep.min() >= 0 and 500 < first.timestep.max() < 1000
@@ -202,7 +202,7 @@ def test_drawing_follows_the_scheduler_and_guidance(decoder: ImageDecoder, guida
     noises = [normal(1, *decoder.latent_shape, seed=20 + step) for step in range(3)]
     scheduler = ddim(decoder.config.diffusion)
     scheduler.set_timesteps(3)
-    seen: list[DrawingStep] = []
+    seen: list[DenoisingStep] = []
     got = decoder.draw(
         condition,
         images,
@@ -246,7 +246,7 @@ def test_qformer_decoder_of_the_release_has_the_same_interface() -> None:
     assert condition.shape == (2, decoder.resampler.queries, decoder.resampler.width)
     shape = (2, *model.latent_shape)
     posterior = Posterior(normal(*shape), normal(*shape))
-    losses = model.losses(posterior, condition, look_back(2), model.draws(2))
+    losses = model.losses(posterior, condition, look_back(2), model.random_draws(2))
     assert losses.shape == (2,) and bool(torch.isfinite(losses).all())
 
 

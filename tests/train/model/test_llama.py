@@ -41,7 +41,7 @@ def random_llama(config: LlamaConfig = CONFIG, std: float = 0.15) -> Llama:
     llama = Llama(config, MMFS, 12, SIDES)
     for name, parameter in llama.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=std)
-    for look_back in llama.look_backs:
+    for look_back in llama.mmfs_layers:
         torch.nn.init.constant_(look_back.gate, 0.7)
     return llama.eval()
 
@@ -230,7 +230,7 @@ def test_tokens_see_their_images_and_no_later_ones(agree):
 def test_a_closed_gate_leaves_llama_as_it_was():
     llama = Llama(CONFIG, MMFS, 12, SIDES).eval()
     given = inputs(llama)
-    assert all(look_back.gate.item() == 0.0 for look_back in llama.look_backs)
+    assert all(look_back.gate.item() == 0.0 for look_back in llama.mmfs_layers)
     assert torch.equal(llama(**given), llama(given["embeddings"], given["position"]))
 
 

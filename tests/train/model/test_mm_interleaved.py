@@ -18,7 +18,7 @@ from mmi_train.golden.configs import Section
 from mmi_train.golden.configs import model as published_config
 from mmi_train.model.diffusion import ddim
 from mmi_train.model.generation import draw_pictures, generate_texts, score_options
-from mmi_train.model.image_decoder import DrawingStep, Draws
+from mmi_train.model.image_decoder import DenoisingStep, RandomDraws
 from mmi_train.model.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.model.vae import Posterior
@@ -87,7 +87,7 @@ def test_published_losses_and_gradients(
             only_after_image=caption_only,
         ),
     )
-    draws = Draws(
+    draws = RandomDraws(
         given["rng.000_rand_like"].flatten(),
         given["rng.001_randn"],
         given["rng.002_randn_like"],
@@ -129,7 +129,7 @@ def test_published_forward_step_by_step(
         used = out["context_attention_mask"].bool()
         close(marked[used], out["context_features"][used])
         close(published.condition(hidden, ids, pictures), out["resampled_context"])
-        before = published.look_back_images(images, ids, slot, pictures)
+        before = published.previous_images(images, ids, slot, pictures)
     finest = [side**2 for side in published.config.vision.level_sides]
     coarsest = before.features.split(finest, 1)[3]
     assert before.position.tolist() == out["imgdec_mmfs_mask"].tolist()
@@ -184,7 +184,7 @@ def test_published_image_generation(
     )
     scheduler = ddim(published.config.image_decoder.diffusion)
     scheduler.set_timesteps(5)
-    steps: list[DrawingStep] = []
+    steps: list[DenoisingStep] = []
     pixels = draw_pictures(
         published,
         given["text_ids"],
@@ -219,7 +219,7 @@ def model() -> MMInterleaved:
     """With gates and last convolutions of MMFS open, so that images matter everywhere."""
     torch.manual_seed(0)
     made = MMInterleaved(CONFIG).eval()
-    for look_back in made.llm.look_backs:
+    for look_back in made.llm.mmfs_layers:
         torch.nn.init.constant_(look_back.gate, 0.7)
     for block in made.image_decoder.unet.look_back:
         torch.nn.init.normal_(block.conv.weight, std=0.1)
@@ -283,7 +283,7 @@ def test_rows_without_images_equal_those_whose_images_come_later(
 def test_a_picture_that_is_only_drawn_needs_no_image(model: MMInterleaved, pixels: Tensor) -> None:
     """A document that ends at its begin-of-image token trains the same picture."""
     posterior = Posterior(*(torch.randn(1, *model.image_decoder.latent_shape) for _ in range(2)))
-    draws = replace(model.image_decoder.draws(1), drop=torch.ones(1))
+    draws = replace(model.image_decoder.random_draws(1), drop=torch.ones(1))
     shared = {"pictures": torch.tensor([[0, 1]]), "target_posterior": posterior}
     end = len(SECOND) - 2 - CONFIG.visual_tokens
     assert SECOND[end - 1] == B
@@ -320,7 +320,7 @@ def test_image_loss_is_the_mean_over_all_pictures_even_those_left_out(
         picture_weight=weight,
     )
     with torch.no_grad():
-        losses = model(batch, draws=model.image_decoder.draws(3))
+        losses = model(batch, draws=model.image_decoder.random_draws(3))
     own = losses.pictures
     assert own[0].isnan()
     torch.testing.assert_close(losses.image, (2.0 * own[1] + 0.5 * own[2]) / 3)
@@ -334,7 +334,7 @@ def test_targets_given_as_pixels_or_as_posterior_train_the_same(
     target = torch.rand(1, 3, size, size)
     shared = {"pictures": torch.tensor([[0, 0]]), "pixels": pixels[:1]}
     base = rows(FIRST), torch.tensor([[0]])
-    draws = model.image_decoder.draws(1)
+    draws = model.image_decoder.random_draws(1)
     posterior = model.image_decoder.encode(target)
     with torch.no_grad():
         expected = model(Batch(*base, target_pixels=target, **shared), draws=draws)
@@ -363,7 +363,7 @@ def test_every_trained_parameter_gets_a_gradient(model: MMInterleaved, pixels: T
         pictures=torch.tensor([[0, 0], [0, 1]]),
         target_posterior=Posterior(torch.randn(shape), torch.randn(shape)),
     )
-    draws = replace(model.image_decoder.draws(2), drop=torch.tensor([0.0, 1.0]))
+    draws = replace(model.image_decoder.random_draws(2), drop=torch.tensor([0.0, 1.0]))
     model.zero_grad()
     model(batch, draws=draws).total.backward()
     missing = [

@@ -15,7 +15,7 @@ from mmi_deploy.spec.presets import released_13b, tiny
 from mmi_train.checkpoint_import.state_dict import published_module
 from mmi_train.golden.configs import Section, unet
 from mmi_train.golden.unet import set_base_grids
-from mmi_train.model.unet import LookBack, UNet, diffusers_unet
+from mmi_train.model.unet import MmfsBlock, UNet, diffusers_unet
 
 SIDES = (8, 4, 2, 1)
 FEATURES = 24
@@ -124,7 +124,8 @@ def test_one_time_row_serves_all_pictures_of_a_step() -> None:
     pairs = model.condition_keys_values(condition)
     each = model.step(latents, model.time_rows(torch.tensor([7, 7, 7])), pairs, None)
     shared = model.step(latents, model.time_rows(torch.tensor([7])), pairs, None)
-    torch.testing.assert_close(shared, each, rtol=0, atol=1e-6)
+    # One row and three rows of a linear layer are summed in different orders.
+    torch.testing.assert_close(shared, each, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
@@ -288,7 +289,7 @@ def test_published_unet(golden: Callable) -> None:
 
 def test_position_table_starts_from_the_finest_map() -> None:
     """Coarser maps get the finest map's sin/cos table, resized (architecture of the release)."""
-    block = LookBack(MMFS, 16, 4, 8, FEATURES, SIDES)
+    block = MmfsBlock(MMFS, 16, 4, 8, FEATURES, SIDES)
     assert block.table.shape == (64, 16) and block.positions.shape == (16, 16)
     rows = block.table.view(8, 8, 16)
     # Between cells 0 and 1 along both axes; bicubic weights (-3, 19, 19, -3) / 32, edge repeated.

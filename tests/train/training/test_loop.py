@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmi_deploy.errors import WeightsError
-from mmi_train.training.checkpoints import latest_checkpoint
+from mmi_train.training.checkpoints import Progress, latest_checkpoint, save_checkpoint
 from mmi_train.training.loop import RunConfig, train
 from mmi_train.training.optimiser import OptimiserConfig
 
@@ -75,7 +76,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 def test_a_run_killed_again_and_again_gives_the_same_weights(tmp_path, undisturbed):
     """SIGKILL at arbitrary moments, among them while a checkpoint is written."""
     program = (
-        "from tests.train.test_loop import *\n"
+        "from tests.train.training.test_loop import *\n"
         f"train(Regression(pause=0.01), OPTIMISER, RUN, Path({str(tmp_path)!r}))"
     )
     rng = np.random.default_rng(0)
@@ -97,11 +98,37 @@ def test_a_run_killed_again_and_again_gives_the_same_weights(tmp_path, undisturb
     assert_equal(weights(tmp_path), undisturbed)
 
 
-def test_nothing_half_written_is_left_behind(tmp_path):
-    (tmp_path / ".step-00000005.123").mkdir()
+def test_nothing_half_written_is_left_behind(tmp_path, monkeypatch):
     train(Regression(), OPTIMISER, RUN, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["curves", "step-00000035", "step-00000040"]
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("mmi_train.training.checkpoints.save_file", Mock(side_effect=[None, full]))
+    with pytest.raises(OSError, match="No space"):
+        train(Regression(), OPTIMISER, RUN, tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["curves"]
+
+
+def test_only_checkpoints_as_they_were_written_are_removed(tmp_path):
+    """Not those to which somebody has added something, nor what is only called like them; and a
+    run goes on from none of the latter."""
+    names = ["step-final", ".step-notes", "step-00000007-copy"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("mine")
+    model = nn.Linear(2, 2)
+    optimiser = torch.optim.AdamW(model.parameters())
+    for step in range(1, 6):
+        progress = Progress(step, "mark")
+        path = save_checkpoint(tmp_path, model, model.state_dict(), optimiser, progress, keep=2)
+        assert latest_checkpoint(tmp_path) == path
+        if step == 2:
+            (path / "notes.txt").write_text("mine")
+        if step == 3:
+            (path / "state.json").write_text("edited")
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == sorted([*names, *(f"step-0000000{step}" for step in (2, 3, 4, 5))])
+    assert (tmp_path / "step-00000002" / "notes.txt").read_text() == "mine"
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
@@ -168,3 +195,19 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_model_makes_the_model(
     made = []
     average = train(Regression(), OPTIMISER, RUN, tmp_path, lambda *what: made.append(what))
     assert made == [(OPTIMISER.steps, average)]
+
+
+def test_progress_is_told_at_the_start_and_at_every_step(tmp_path):
+    """Where there is no terminal as well; a run that goes on says so and counts from there."""
+    told: list[tuple[str, int, int, str]] = []
+
+    def tell(what: str, done: int = 0, total: int = 0, *, detail: str = "", unit: str = "") -> None:
+        told.append((what, done, total, detail))
+
+    train(Regression(), OPTIMISER, RUN, tmp_path, progress=tell)
+    steps = OPTIMISER.steps
+    assert [line[:3] for line in told] == [("regression", k, steps) for k in range(steps + 1)]
+    assert "total " in told[-1][3] and "gradient_norm " in told[-1][3]
+    told.clear()
+    train(Regression(), OPTIMISER, RUN, tmp_path, progress=tell)
+    assert told[0][0].startswith("regression: going on from") and told[0][1] == steps

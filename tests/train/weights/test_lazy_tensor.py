@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmi_deploy.bundle.safetensors_writer import ALIGNMENT
+from mmi_deploy.cli.inspect.parts import parameter_counts
 from mmi_deploy.errors import MmiError
+from mmi_deploy.spec.config import to_json
+from mmi_deploy.spec.graphs import STATE, TERMS
+from mmi_deploy.spec.presets import tiny
+from mmi_deploy.spec.schedule import Schedule, read_schedule
+from mmi_export.tracing.stored_weights import stored_weights
+from mmi_train.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from mmi_train.weights import lazy_tensor
 from mmi_train.weights.lazy_tensor import InFile, InMemory, Rows, Stacked
-from mmi_train.weights.pickles import read_pickles
-from mmi_train.weights.safetensors_files import read_safetensors
+from mmi_train.weights.model_folder import WEIGHTS, load_model
+from mmi_train.weights.pickles import read_pickles, weight_map
+from mmi_train.weights.safetensors_files import load_tensors, read_folder, read_safetensors
 from mmi_train.weights.writer import write_safetensors
 
 EMBEDDING = (32002, 5120)
@@ -105,12 +116,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
 
 
 def test_progress_is_told_a_few_times_whatever_the_number_of_tensors(tmp_path):
-    told: list[tuple[str, int, int]] = []
+    told: list[int] = []
     tensors = {str(k): InMemory(torch.zeros(1000)) for k in range(500)}
     write_safetensors(
-        tmp_path / "x.safetensors", tensors, progress=lambda *stage: told.append(stage)
+        tmp_path / "x.safetensors",
+        tensors,
+        progress=lambda what, done, *_, **unit: told.append(done),
     )
-    assert 10 <= len(told) <= 21
+    assert 10 <= len(told) <= 21 and told == sorted(told)
 
 
 def test_a_file_has_no_name_until_it_is_whole(tmp_path):
@@ -119,7 +132,7 @@ def test_a_file_has_no_name_until_it_is_whole(tmp_path):
     write_safetensors(
         tmp_path / "x.safetensors",
         {"a": InMemory(torch.ones(5))},
-        progress=lambda *_: seen.append(os.listdir(tmp_path)),
+        progress=lambda *_, **unit: seen.append(os.listdir(tmp_path)),
     )
     assert seen and all(not names for names in seen)
     assert os.listdir(tmp_path) == ["x.safetensors"]
@@ -129,3 +142,79 @@ def test_file_systems_without_unnamed_files_are_written_to_as_well(tmp_path, mon
     monkeypatch.delattr(os, "O_TMPFILE")
     write_safetensors(tmp_path / "x.safetensors", {"a": InMemory(torch.ones(5))})
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], torch.ones(5))
+
+
+TRAILING = "has bytes after its last tensor"
+
+
+def test_every_reader_refuses_bytes_after_the_last_tensor(tmp_path):
+    """The library alone would be asked by one of them, and nobody by another."""
+    model = write_model(tmp_path / "model")
+    read_schedule(write_schedule(tmp_path / "ddim-2.safetensors"))
+    for path in (model / WEIGHTS, tmp_path / "ddim-2.safetensors"):
+        with path.open("ab") as file:
+            file.write(b"\0")
+    readers: list[Callable[[], object]] = [
+        lambda: read_safetensors(model / WEIGHTS),
+        lambda: load_tensors(model / WEIGHTS),
+        lambda: read_folder(model, ("model",)),
+        lambda: load_model(model),
+        lambda: parameter_counts(model / WEIGHTS),
+        lambda: stored_weights(model, {}),
+        lambda: read_schedule(tmp_path / "ddim-2.safetensors"),
+    ]
+    for read in readers:
+        with pytest.raises(MmiError, match=TRAILING):
+            read()
+
+
+def write_model(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(tiny()))
+    save_file({"a": torch.ones(3)}, folder / WEIGHTS)
+    return folder
+
+
+def write_schedule(path: Path) -> Path:
+    Schedule("ddim", np.array([9, 1]), np.zeros((2, STATE, TERMS), np.float32)).save(path)
+    return path
+
+
+def test_a_damaged_checkpoint_of_a_run_is_told(tmp_path):
+    module = nn.Linear(2, 2)
+    average = {name: value.clone() for name, value in module.state_dict().items()}
+    optimiser = torch.optim.AdamW(module.parameters())
+    path = save_checkpoint(tmp_path, module, average, optimiser, Progress(3, "mark"), keep=1)
+    assert load_checkpoint(path, module, average, optimiser, "mark") == 3
+    for name in ("model", "average", "moments"):
+        file = path / f"{name}.safetensors"
+        whole = file.read_bytes()
+        file.write_bytes(whole + b"\0")
+        with pytest.raises(MmiError, match=rf"{name}\.safetensors {TRAILING}"):
+            load_checkpoint(path, module, average, optimiser, "mark")
+        file.write_bytes(whole)
+
+
+def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
+    """Which of the two is meant, nothing says."""
+    folder = write_model(tmp_path / "model")
+    (folder / WEIGHTS).unlink()
+    files = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": files}))
+    save_file({"a": torch.ones(2)}, folder / files["a"])
+    save_file({"b": torch.ones(2)}, folder / files["b"])
+    assert read_folder(folder, ("model",)).keys() == {"a", "b"}
+    save_file({"a": torch.zeros(2), "b": torch.ones(2)}, folder / files["b"])
+    readers: list[Callable[[], object]] = [
+        lambda: read_folder(folder, ("model",)),
+        lambda: stored_weights(folder, {}),
+    ]
+    for read in readers:
+        with pytest.raises(MmiError, match="holds 1 tensors that another file .* of them a"):
+            read()
+
+
+def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path):
+    (tmp_path / "i.json").write_text('{"weight_map": {"a": "x.bin", "a": "y.bin"}}')
+    with pytest.raises(MmiError, match="is no index of a checkpoint"):
+        weight_map(tmp_path / "i.json")

@@ -1,1 +1,1 @@
-"""The published way of computing, in PyTorch: the baseline of benchmarks."""
+"""Baseline of the benchmarks: generation and MMFS as the published code computes them."""

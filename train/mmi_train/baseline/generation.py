@@ -1,17 +1,17 @@
-"""Interleaved generation as the published code runs it: what deployment is compared with.
+"""Interleaved generation as the published code runs it: the baseline of deployment.
 
-Plain eager PyTorch. Every turn, of text or of drawing, starts anew: all images are encoded again
-and the whole document is read again. Within a turn of text the keys and values of self-attention
-are cached, and nothing else: every token computes the MMFS values of all images in every layer, and
-so does every denoising step, for both guidance branches.
+Plain eager PyTorch. Every turn, of text or of drawing, starts from scratch: all images are encoded
+again and the whole document is prefilled again. A turn of text caches the keys and values of
+self-attention only: every token computes the MMFS values of all images in every layer, and so does
+every denoising step, for both guidance branches.
 
-Inside a layer it computes what the model's code computes; `as_published.py` makes that the
-published order too.
+The layers are those of the model; `published_mmfs.py` replaces MMFS by the published computation.
 
-The rules are those of `mmi_deploy.runtime.generation`, written apart from it: the same document,
-options and seed give the same text and pictures. The solver is diffusers' own, not a table.
+The rules are those of `mmi_deploy.runtime.generation`, implemented independently: the same
+document, options and seed give the same text and pictures. The solver is diffusers' own, not a
+table.
 
-Letters: b rows, t tokens, m images of the row, n encoded images, z latent channels.
+Letters: t tokens, m image slots, u vocabulary.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mmi_deploy.runtime.stop_text import StopText
 from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.spec import token_layout
 from mmi_deploy.spec.graphs import Limits
-from mmi_train.model.image_decoder import LookBackImages
+from mmi_train.model.image_decoder import PreviousImages
 from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
 
@@ -59,14 +59,13 @@ def generate(
     kv_cache: bool = True,
     limits: Limits | None = None,
 ) -> Iterator[Event]:
-    """Read `document`, drawing what it asks for, then continue it; the last event is `Finished`.
+    """Read `document`, draw the pictures that it asks for, then continue it; ends with `Finished`.
 
-    Every step runs the whole U-Net; raises `ConfigError` where `options` asks for less.
+    Every step runs the whole U-Net; raises `ConfigError` if `options.full_every` is not 1.
 
-    `scheduler`: one of diffusers', its timesteps set; `options.schedule` is not looked at. `eta`:
-    of a DDIM scheduler; 1 is the ancestral sampler (`diffusion.ddim`). `kv_cache` False reads the
-    whole row again for every token. `limits`: those of a bundle, where it allows less than the
-    model.
+    `scheduler`: one of diffusers', with its timesteps set; `options.schedule` is ignored. `eta`: of
+    a DDIM scheduler; 1 is the ancestral sampler (`diffusion.ddim`). `kv_cache` False computes the
+    whole row again for every token. `limits`: those of a bundle that allows less than the model.
     """
     if options.full_every != 1:
         raise ConfigError("this path runs the whole U-Net in every step", got=options.full_every)
@@ -76,7 +75,7 @@ def generate(
 
 
 class Row:
-    """The tokens and images of one document. Nothing that is computed from them is kept."""
+    """Tokens and images of one document, without any cache."""
 
     def __init__(self, model: MMInterleaved, limits: Limits | None = None) -> None:
         self.model = model
@@ -89,29 +88,29 @@ class Row:
 
     @property
     def room(self) -> int:
-        """Tokens that still fit."""
+        """Number of tokens that still fit into the context."""
         return self.context - len(self.ids)
 
     def add_image(self, rgb: Rgb) -> None:
-        """Visual tokens of an image, after the begin-of-image token that is there."""
+        """Append an image and its visual tokens; the row ends with its begin-of-image token."""
         side = self.config.vision.image_size
         self.ids += [self.config.tokens.image] * self.config.visual_tokens
         self.images.append(rgb if rgb.shape == (side, side, 3) else resize(rgb, side))
 
     @property
     def token_ids(self) -> Tensor:
-        """[1, t]"""
+        """Token ids of the row, [1, t]."""
         return torch.tensor([self.ids])
 
     @property
     def image_slot(self) -> Tensor:
-        """[1, m]: which encoded image each one is; -1 for that which is about to be drawn."""
+        """Index of each image among the encoded ones, [1, m]; -1 for the one about to be drawn."""
         begun = max(self.ids.count(self.config.tokens.boi), 1)
         slots = [image if image < len(self.images) else -1 for image in range(begun)]
         return torch.tensor([slots])
 
     def encode(self) -> EncodedImages:
-        """All images, from their pixels."""
+        """Encode all images from their pixels."""
         with self.timings.measure("encode", len(self.images)):
             if not self.images:
                 return self.model.encode_images(None)
@@ -120,7 +119,7 @@ class Row:
 
 
 class TextTurn:
-    """One turn of text: reads the row from its start, then goes on token by token."""
+    """One turn of text: prefill of the whole row, then decoding token by token."""
 
     def __init__(self, row: Row, kv_cache: bool) -> None:
         self.row = row
@@ -128,7 +127,7 @@ class TextTurn:
         self.cache = KvCache(row.config.llama, 1, row.context) if kv_cache else None
 
     def next_logits(self) -> np.ndarray:
-        """Logits [vocab] of the token that follows the row."""
+        """Logits [u] of the token that follows the row."""
         row, model = self.row, self.row.model
         first = self.cache.length if self.cache else 0
         count = len(row.ids) - first
@@ -153,8 +152,10 @@ class TextTurn:
 def draw(
     row: Row, scheduler: SchedulerMixin, eta: float, guidance: float, seed: int
 ) -> Generator[tuple[int, int], None, Rgb]:
-    """The picture that the row's last token begins: yields (step, of) after each step and returns
-    uint8 [h, w, 3], not appended."""
+    """Draw the picture of the row's last begin-of-image token.
+
+    Yields (step, number of steps) after each step and returns uint8 [height, width, 3]; the row is
+    unchanged."""
     decoder, picture = row.model.image_decoder, len(row.images)
     images, ids, slot = row.encode(), row.token_ids, row.image_slot
     with row.timings.measure("prefill", len(row.ids)):
@@ -163,10 +164,10 @@ def draw(
         wanted = torch.tensor([[0, picture]])
         condition = row.model.condition(hidden, ids, wanted)
         both = torch.cat([condition, decoder.null_condition])
-        look_back = _for_both_branches(row.model.look_back_images(images, ids, slot, wanted))
+        previous = _for_both_branches(row.model.previous_images(images, ids, slot, wanted))
     shape = (1, *decoder.latent_shape)
     steps = len(scheduler.timesteps)
-    scheduler.set_timesteps(steps)  # forgets the picture before
+    scheduler.set_timesteps(steps)  # resets the state that the previous picture left
     latents = torch.from_numpy(first_latents(seed, picture, shape)) * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps):
         with row.timings.measure("denoise"):
@@ -174,9 +175,9 @@ def draw(
                 scheduler.scale_model_input(latents, timestep).repeat(2, 1, 1, 1),
                 timestep[None],
                 both,
-                look_back.features,
-                look_back.slot,
-                look_back.position,
+                previous.features,
+                previous.slot,
+                previous.position,
             ).chunk(2)
             prediction = unconditional + guidance * (conditional - unconditional)
             noise = {}
@@ -189,10 +190,10 @@ def draw(
         return to_rgb(decoder.vae.decode(latents)[0].numpy())
 
 
-def _for_both_branches(images: LookBackImages) -> LookBackImages:
-    """Guidance doubles the batch, features included."""
+def _for_both_branches(images: PreviousImages) -> PreviousImages:
+    """Double the batch for both guidance branches, features included, as published."""
     count = len(images.features)
-    return LookBackImages(
+    return PreviousImages(
         images.features.repeat(2, 1, 1),
         torch.cat([images.slot, images.slot + count]),
         images.position.repeat(2, 1),
@@ -200,7 +201,7 @@ def _for_both_branches(images: LookBackImages) -> LookBackImages:
 
 
 class _Generation:
-    """The state of one `generate`."""
+    """State of one call of `generate`."""
 
     def __init__(
         self,
@@ -226,6 +227,7 @@ class _Generation:
         self.drawn = 0
 
     def run(self) -> Iterator[Event]:
+        """All events, each computed without gradients and yielded outside of `torch.no_grad`."""
         events = self._events()
         while True:
             with torch.no_grad():
@@ -242,9 +244,9 @@ class _Generation:
         yield Finished(reason, self.written, self.drawn, self.row.timings)
 
     def _read(self) -> Iterator[Event]:
-        """The given document; a picture that it leaves to the model is drawn in its place."""
+        """Append the given document; pictures that it leaves to the model are drawn in place."""
         images = iter(self.encoded.images)
-        text: list[int] = []  # after the last picture
+        text: list[int] = []  # tokens after the last picture
         for token in self.encoded.token_ids.tolist():
             if token == self.tokens.image:
                 continue
@@ -259,7 +261,7 @@ class _Generation:
         self.stream = TextStream(self.tokenizer, before=text)
 
     def _continue(self) -> Generator[Event, None, Reason]:
-        """Turns of text and of drawing until there is a reason to end."""
+        """Alternate turns of text and of drawing; returns the reason to stop."""
         options, pictures = self.options, 0
         begin = options.draw_first
         while True:
@@ -280,7 +282,8 @@ class _Generation:
                 return "max_images"
 
     def _text_turn(self) -> Generator[Event, None, Reason | None]:
-        """Text up to a begin-of-image token, which is not appended; or why all ends here."""
+        """Generate text up to a begin-of-image token, which is not appended (returns None), or up
+        to the end of the generation (returns the reason)."""
         options = self.options
         while len(self.turn_ids) != options.turn_tokens:
             if self.written == options.max_tokens:
@@ -288,7 +291,7 @@ class _Generation:
             if not self.row.room:
                 return "context"
             token = self._sample()
-            if token == self.tokens.eos:
+            if token in self.tokens.ends:
                 return "end"
             if token == self.tokens.boi:
                 return None
@@ -306,7 +309,7 @@ class _Generation:
         tokens, options = self.tokens, self.options
         banned = never_sampled(tokens)
         if len(self.turn_ids) < max(options.min_tokens, options.turn_tokens or 0):
-            banned |= {tokens.eos, tokens.boi}
+            banned |= {*tokens.ends, tokens.boi}
         if self.turn is None:
             self.turn = TextTurn(self.row, self.kv_cache)
         uniform = text_uniform(options.seed, len(self.row.ids))
@@ -314,7 +317,7 @@ class _Generation:
         return sample(logits, options.sampling, uniform, seen=self.turn_ids, banned=banned)
 
     def _picture(self) -> Iterator[Event]:
-        """Draw after the begin-of-image token that ends the row; a new turn begins."""
+        """Draw after the begin-of-image token that ends the row, then start a new turn."""
         index, options = len(self.row.images), self.options
         yield ImageStarted(index, len(self.scheduler.timesteps))
         drawing = draw(self.row, self.scheduler, self.eta, options.guidance, options.seed)
@@ -330,7 +333,7 @@ class _Generation:
         yield ImageDone(index, rgb)
 
     def _held_text(self) -> Iterator[Event]:
-        """What the stream and the stop rule hold back."""
+        """Flush the text that the token stream and the stop rule have held back."""
         text = self.stop_text.feed(self.stream.rest())[0] + self.stop_text.rest()
         if text:
             yield TextDelta(text)

@@ -10,16 +10,15 @@ from pathlib import Path
 import torch
 
 from mmi_deploy.spec.config import ModelConfig, to_json
-from mmi_deploy.system.files import new_folder
+from mmi_deploy.system.output_folder import new_folder
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.checkpoint_import.state_dict import Plan, plan_state
 from mmi_train.checkpoint_import.tokenizer_files import published_tokenizer
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.lazy_tensor import StoredTensor
-from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS
+from mmi_train.weights.model_folder import CONFIG, FOLDER_KIND, TOKENIZER, WEIGHTS
 from mmi_train.weights.pickles import read_pickles
-from mmi_train.weights.writer import Progress, write_safetensors
-
-FOLDER_KIND = "model"
+from mmi_train.weights.writer import write_safetensors
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def convert_checkpoint(
     dtype: torch.dtype | None = None,
     force: bool = False,
     inputs: Sequence[Path] = (),
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Converted:
     """Write the model of `config` whose published weights lie in `checkpoint` (a folder of pickles,
     or one) into the folder `out`, whole or not at all. `tokenizer`: see `published_tokenizer`.
@@ -53,8 +52,7 @@ def convert_checkpoint(
         published_tokenizer(tokenizer, config.tokens).save(str(work / TOKENIZER))
         (work / CONFIG).write_text(to_json(config))
         published = read_pickles(checkpoint)
-        if progress is not None:
-            progress("comparing names and shapes", 0, 1)
+        progress("comparing names and shapes")
         tensors = _plan(config, published).stored(published)
         size = write_safetensors(work / WEIGHTS, tensors, dtype, progress)
     return Converted(len(tensors), size)

@@ -18,7 +18,7 @@ from mmi_train.model.image_decoder import ImageDecoder
 from mmi_train.model.interactions import ConvFeedForward, DeformableAttention
 from mmi_train.model.llama import Llama
 from mmi_train.model.lm_head import LmHead
-from mmi_train.model.unet import LookBack, UNet
+from mmi_train.model.unet import MmfsBlock, UNet
 from mmi_train.model.vae import Vae
 from mmi_train.model.visual_tokenizer import VisualTokenizer
 from mmi_train.weights.lazy_tensor import Computed, StoredTensor
@@ -107,7 +107,7 @@ def _builds(config: ModelConfig, taken: set[str]) -> dict[str, Build]:
     if given_unet:
         for index, (channels, side) in enumerate(decoder.unet.mmfs_maps):
             builds[f"image_decoder.unet.look_back.{index}."] = partial(
-                LookBack,
+                MmfsBlock,
                 decoder.mmfs,
                 channels,
                 side,
@@ -134,7 +134,7 @@ class _Boi(nn.Module):
 
 
 def _look_back(llama: Llama) -> nn.Module:
-    return llama.look_backs[0]
+    return llama.mmfs_layers[0]
 
 
 def _started(tokenizer: VisualTokenizer, given_clip: bool) -> VisualTokenizer:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import ConfigError
-from mmi_train.checkpoint_import.config_fields import Fields, count, fitting, read_json
+from mmi_train.checkpoint_import.config_fields import Fields, agreed, count, fitting, read_json
 from mmi_train.model.vit_adapter import resize_positions
 from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
 from mmi_train.weights.safetensors_files import read_folder
@@ -35,6 +36,9 @@ _DEFAULTS: dict[str, Any] = {
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+
+_PIXELS = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+"""Fields of CLIP's image processor: pixels from 0 to 1, then mean and deviation."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,11 @@ def read_vision(folder: Path, image_size: int | None = None) -> VisionPart:
 
 
 def _read(folder: Path, path: Path, config: Fields, image_size: int | None) -> VisionPart:
-    inner = config.get("vision_config", config)
+    inner, older = config.get("vision_config", config), config.get("vision_config_dict") or {}
+    for name, value in older.items():  # CLIP's first folders have both
+        places = {"vision_config": inner.get(name), "vision_config_dict": value}
+        stated = agreed(path, {f"{place}.{name}": found for place, found in places.items()})
+        inner = {**inner, name: stated}
     kind = inner.get("model_type", config.get("model_type"))
     if kind not in ("clip_vision_model", "clip"):
         raise ConfigError(
@@ -81,6 +89,13 @@ def _read(folder: Path, path: Path, config: Fields, image_size: int | None) -> V
         )
     pixels = folder / "preprocessor_config.json"
     scale = read_json(pixels) if pixels.is_file() else {}
+    for field, plain in _PIXELS.items():
+        if not isclose(plain if scale.get(field) is None else scale[field], plain):
+            raise ConfigError(
+                f"{pixels}: our images are not prepared with this {field}",
+                expected=f"{plain:.6g}" if isinstance(plain, float) else plain,
+                got=scale[field],
+            )
     own, patch = (count(path, fields, name) for name in ("image_size", "patch_size"))
     size = image_size or own
     tensors = _named(read_folder(folder, ("model", "pytorch_model")))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.spec.config import DiffusionConfig, UnetConfig, VaeConfig
-from mmi_train.checkpoint_import.config_fields import Fields, count, fitting, read_json
+from mmi_train.checkpoint_import.config_fields import Fields, agreed, count, fitting, read_json
 from mmi_train.checkpoint_import.state_dict import compact
 from mmi_train.model.unet import diffusers_unet
 from mmi_train.model.vae import Vae
@@ -81,7 +81,8 @@ def _unet(folder: Path, like: UnetConfig) -> UnetConfig:
     path = folder / "config.json"
     fields = read_json(path)
     widths = _counts(path, fields, "block_out_channels")
-    heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
+    names = ("num_attention_heads", "attention_head_dim")  # of the U-Net, the same thing
+    heads = agreed(path, {name: fields.get(name) for name in names}) or 8
     down = fields.get("down_block_types") or []
     with fitting(path), torch.device("meta"):
         config = UnetConfig(

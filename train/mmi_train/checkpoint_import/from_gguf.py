@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from mmi_train.checkpoint_import.sentencepiece_model import (
     Normaliser,
     Piece,
     byte_pair_tokenizer,
+    vocabulary,
 )
 from mmi_train.checkpoint_import.tokenizer_files import read_tokenizer
 from mmi_train.weights.lazy_tensor import Computed, InFile, StoredTensor
@@ -53,17 +55,34 @@ _READ = {
     "attention.value_length",
     "vocab_size",  # the embedding tells
     "tensor_data_layout",  # llama.cpp does not read it either
+    "rope.scaling.original_context_length",  # of YaRN alone
 }
 _HARMLESS: dict[str, tuple[object, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (1.0,),
-    "rope.scaling.finetuned": (False,),
+    "rope.scaling.type": ("none", "linear"),  # llama.cpp's default, by the factor
+    "rope.scaling.factor": (1.0, 0.0),
+    "rope.scale_linear": (1.0, 0.0),  # an older name of the factor; 0 means none
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.finetuned": (False, True),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
 }
 """Switches of the architecture, and the values with which they change nothing."""
 
+_ENDS = tuple(f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom"))
+"""Tokens that end a text, a turn and a message: llama.cpp stops at each of them."""
+
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_NEEDED = {"llama": ("token_type", "scores"), "gpt2": ("token_type", "pre", "merges")}
+"""Fields that decide how a kind of tokenizer cuts a text; llama.cpp guesses those that are missing,
+with a warning."""
+
+_OWN_TOKENIZER = "give --tokenizer a folder with the model's tokenizer.json"
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+"""How llama.cpp names the files of a split model."""
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -85,10 +104,27 @@ _WORDS: dict[str, Callable[[], list[pre_tokenizers.PreTokenizer]]] = {
 
 
 def read_gguf(path: Path, tokenizer: Path | None = None) -> LanguageModel:
-    """The model in a GGUF file; its tokenizer, or the one at `tokenizer`.
+    """The model in a GGUF file, or in all parts of a split one whose first part is given; its
+    tokenizer, or the one at `tokenizer`.
 
     Raises `ConfigError` naming the first field of another architecture, and `WeightsError`.
     """
+    tensors, fields = _open(path)
+    for number, part in enumerate(_other_parts(path, fields), 1):
+        more, about = _open(part)
+        if (about.get("split.no"), about.get("split.count")) != (number, fields["split.count"]):
+            raise WeightsError(
+                f"{part} is no part of {path}",
+                expected=f"part {number + 1} of {fields['split.count']}",
+                fix="download all parts again",
+            )
+        tensors += more
+    with fitting(path):
+        return _read(path, tensors, fields, tokenizer)
+
+
+def _open(path: Path) -> tuple[list[tuple[Path, gguf.ReaderTensor]], dict[str, Any]]:
+    """The tensors of one file with its path, and its fields; raises `WeightsError`."""
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -98,21 +134,59 @@ def read_gguf(path: Path, tokenizer: Path | None = None) -> LanguageModel:
         raise WeightsError(
             f"{path} is no GGUF file, or it is cut off or damaged", fix="download it again"
         ) from None
-    with fitting(path):
-        return _read(path, reader, fields, tokenizer)
+    if reader.endianess == gguf.GGUFEndian.BIG:
+        raise WeightsError(
+            f"{path} is big-endian",
+            expected="a little-endian file",
+            fix=f"convert it with `gguf-convert-endian {path.name} little`",
+        )
+    return [(path, tensor) for tensor in reader.tensors], fields
+
+
+def _other_parts(path: Path, fields: dict[str, Any]) -> list[Path]:
+    """The files that follow the first one of a split file, by their names; raises `WeightsError`
+    where they cannot be found."""
+    number, parts = fields.get("split.no", 0), fields.get("split.count", 1)
+    if parts == 1:
+        return []
+    found = _PART.fullmatch(path.name)
+    if found is None or (int(found[2]), int(found[3])) != (number + 1, parts):
+        raise WeightsError(
+            f"{path} is part {number + 1} of {parts} of a split GGUF file, under another name",
+            expected=f"NAME-{number + 1:05d}-of-{parts:05d}.gguf",
+            fix="give all parts such names, or join them with `llama-gguf-split --merge`",
+        )
+    names = [f"{found[1]}-{index:05d}-of-{parts:05d}.gguf" for index in range(1, parts + 1)]
+    if number:
+        raise WeightsError(
+            f"{path} is part {number + 1} of {parts} of a split GGUF file",
+            fix=f"give its first part, {names[0]}",
+        )
+    if missing := [name for name in names[1:] if not path.with_name(name).is_file()]:
+        raise WeightsError(
+            f"{path} is the first of {parts} parts of a GGUF file; {len(missing)} are missing, "
+            f"{missing[0]} first",
+            fix="download them into the same folder",
+        )
+    return [path.with_name(name) for name in names[1:]]
 
 
 def _read(
-    path: Path, reader: gguf.GGUFReader, fields: dict[str, Any], tokenizer: Path | None
+    path: Path,
+    stored: list[tuple[Path, gguf.ReaderTensor]],
+    fields: dict[str, Any],
+    tokenizer: Path | None,
 ) -> LanguageModel:
     sizes = _sizes(path, fields)
     heads, width = sizes["attention.head_count"], sizes["embedding_length"]
     kv_heads = sizes.get("attention.head_count_kv", heads)
-    tensors = {}
-    for tensor in reader.tensors:
+    tensors: dict[str, StoredTensor] = {}
+    for file, tensor in stored:
         name = _name(path, tensor.name)
+        if name in tensors:
+            raise WeightsError(f"{file} holds {tensor.name}, which another part holds too")
         turned = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
-        tensors[name] = _tensor(path, tensor, turned)
+        tensors[name] = _tensor(file, tensor, turned)
     return LanguageModel(
         source=path,
         width=width,
@@ -127,7 +201,7 @@ def _read(
         tensors=tensors,
         tokenizer=_tokenizer(path, fields) if tokenizer is None else read_tokenizer(tokenizer),
         bos=fields.get("tokenizer.ggml.bos_token_id"),
-        eos=fields.get("tokenizer.ggml.eos_token_id"),
+        ends=tuple(dict.fromkeys(fields[name] for name in _ENDS if name in fields)),
         pad=fields.get("tokenizer.ggml.padding_token_id"),
     )
 
@@ -218,26 +292,30 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
     kind, texts = own.get("model"), own.get("tokens")
     if not texts:
         raise WeightsError(f"{path} holds no tokenizer", fix="give --tokenizer the folder of one")
-    kinds = own.get("token_type") or [Kind.NORMAL] * len(texts)
-    used = max((i + 1 for i, found in enumerate(kinds) if found != Kind.UNUSED), default=0)
-    texts, kinds = texts[:used], kinds[:used]  # the others only fill the embedding up
-    if kind == "llama":
-        scores = own.get("scores") or [0.0] * len(texts)
-        pieces = [Piece(*row) for row in zip(texts, scores[:used], kinds, strict=True)]
-        return byte_pair_tokenizer(
-            pieces, Normaliser(add_space=bool(own.get("add_space_prefix", True)))
-        )
-    words = own.get("pre", "gpt-2")
-    if kind != "gpt2" or words not in _WORDS:
+    needed, words = _NEEDED.get(str(kind)), own.get("pre", "")
+    if needed is None or (kind == "gpt2" and words not in (*_WORDS, "")):
         raise ConfigError(
             f"{path}: its tokenizer ({kind}, tokenizer.ggml.pre {words}) is not known",
             expected=f"llama, or gpt2 with one of {', '.join(_WORDS)}",
-            fix="give --tokenizer a folder with the model's tokenizer.json",
+            fix=_OWN_TOKENIZER,
         )
-    merges = [tuple(line.split(" ", 1)) for line in own.get("merges", [])]
+    if lacking := [f"tokenizer.ggml.{name}" for name in needed if own.get(name) is None]:
+        raise ConfigError(
+            f"{path} does not say how it cuts texts: it lacks {', '.join(lacking)}",
+            fix=_OWN_TOKENIZER,
+        )
+    kinds = own["token_type"]
+    used = max((i + 1 for i, found in enumerate(kinds) if found != Kind.UNUSED), default=0)
+    texts, kinds = texts[:used], kinds[:used]  # the others only fill the embedding up
+    if kind == "llama":
+        pieces = [Piece(*row) for row in zip(texts, own["scores"][:used], kinds, strict=True)]
+        return byte_pair_tokenizer(
+            pieces, Normaliser(add_space=bool(own.get("add_space_prefix", True)))
+        )
+    merges = [tuple(line.split(" ", 1)) for line in own["merges"]]
     tokenizer = Tokenizer(
         models.BPE(
-            vocab={text: index for index, text in enumerate(texts)},
+            vocab=vocabulary(texts),
             merges=merges,
             ignore_merges=words == "llama-bpe",
         )

@@ -15,7 +15,14 @@ import torch
 from tokenizers import Tokenizer
 
 from mmi_deploy.errors import ConfigError, WeightsError
-from mmi_train.checkpoint_import.config_fields import Fields, count, fitting, read_json, refuse
+from mmi_train.checkpoint_import.config_fields import (
+    Fields,
+    agreed,
+    count,
+    fitting,
+    read_json,
+    refuse,
+)
 from mmi_train.checkpoint_import.state_dict import misfits
 from mmi_train.checkpoint_import.tokenizer_files import read_tokenizer
 from mmi_train.weights.lazy_tensor import StoredTensor
@@ -28,12 +35,19 @@ _FAMILY = ("llama", "mistral")
 _COMPUTED = "rotary_emb.inv_freq"
 """What older checkpoints hold although the configuration determines it."""
 
+_ROPE = ("rope_scaling", "rope_parameters")
+"""What transformers before 5, and from 5 on, call the form of the rotary positions."""
+
+_THETA = 10000.0
+"""Base of the rotary angles where the configuration has none."""
+
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """`tensors` by Hugging Face's names. `tied`: the head is the embedding. `bos`, `eos`, `pad`:
-    ids, None where the model names none. `window`: how far back it was trained to look, if that is
-    limited."""
+    """`tensors` by Hugging Face's names. `tied`: the head is the embedding. `bos`, `pad`: ids, None
+    where the model names none. `ends`: ids of all tokens that end a text, the first of them that of
+    training. `window`: how far back it was trained to look, if that is limited. `remarks`: what the
+    user should know of it, a line each."""
 
     source: Path
     width: int
@@ -48,9 +62,10 @@ class LanguageModel:
     tensors: Mapping[str, StoredTensor]
     tokenizer: Tokenizer
     bos: int | None
-    eos: int | None
+    ends: tuple[int, ...]
     pad: int | None
     window: int | None = None
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.width % self.heads or self.heads % self.kv_heads:
@@ -82,8 +97,21 @@ def _read(folder: Path, path: Path, config: Fields, tokenizer: Path | None) -> L
     tensors = read_folder(folder, ("model", "pytorch_model"))
     if not any(name.startswith("model.") for name in tensors):  # saved without its head's wrapper
         tensors = {name if name == HEAD else f"model.{name}": t for name, t in tensors.items()}
-    tied = bool(config.get("tie_word_embeddings", False))
-    ignored = {HEAD} if tied else set()
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(_COMPUTED)}
+    tied, remarks = bool(config.get("tie_word_embeddings", False)), []
+    if tied and HEAD in tensors:
+        tied = EMBEDDING in tensors and _same(tensors[EMBEDDING], tensors[HEAD])
+        if tied:
+            del tensors[HEAD]
+        else:
+            remarks.append(
+                f"{path} says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}: both are "
+                "kept as they are"
+            )
+    tokens = _special_tokens(folder, config)
+    bos = tokens["bos"]
+    if len(bos) > 1:
+        remarks.append(f"{folder} names several tokens that begin a text, {bos}: the first is used")
     heads = count(path, config, "num_attention_heads")
     return LanguageModel(
         source=folder,
@@ -94,19 +122,24 @@ def _read(folder: Path, path: Path, config: Fields, tokenizer: Path | None) -> L
         mlp_width=count(path, config, "intermediate_size"),
         context=count(path, config, "max_position_embeddings"),
         eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=_rope_theta(config),
+        rope_theta=_rope_theta(path, config),
         tied=tied,
-        tensors={
-            name: tensor
-            for name, tensor in tensors.items()
-            if not name.endswith(_COMPUTED) and name not in ignored
-        },
+        tensors=tensors,
         tokenizer=read_tokenizer(folder if tokenizer is None else tokenizer),
-        bos=_id(config, "bos_token_id"),
-        eos=_id(config, "eos_token_id"),
-        pad=_id(config, "pad_token_id"),
+        bos=bos[0] if bos else None,
+        ends=tuple(tokens["eos"]),
+        pad=tokens["pad"][0] if tokens["pad"] else None,
         window=config.get("sliding_window") or None,
+        remarks=tuple(remarks),
     )
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers; read in pieces."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    pairs = zip(one.pieces(), other.pieces(), strict=True)
+    return all(torch.equal(left, right) for left, right in pairs)
 
 
 def _check_architecture(folder: Path, config: Fields) -> None:
@@ -119,7 +152,7 @@ def _check_architecture(folder: Path, config: Fields) -> None:
         )
     if kind not in _FAMILY:
         raise refuse(folder, f"model_type {kind}", " or ".join(_FAMILY), kind)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise refuse(
             folder, "quantization_config", "weights as they were trained", "quantised ones"
         )
@@ -137,24 +170,40 @@ def _check_architecture(folder: Path, config: Fields) -> None:
     for field, allowed in plain.items():
         if config.get(field) not in allowed:
             raise refuse(folder, field, allowed[0], config[field])
-    for field in ("rope_scaling", "rope_parameters"):
+    for field in _ROPE:
         rope = config.get(field) or {}
-        form = rope.get("rope_type", rope.get("type", "default"))
-        if form != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        names = {f"{field}.{name}": rope.get(name) for name in ("rope_type", "type")}
+        form = agreed(path, names) or "default"
+        scaled = form != "default" and not (form == "linear" and rope.get("factor") == 1.0)
+        if scaled or rope.get("partial_rotary_factor") not in (1.0, None):
             raise refuse(folder, f"{field} {form}", "rotary positions that are not scaled", rope)
 
 
-def _rope_theta(config: Fields) -> float:
-    nested = (config.get("rope_parameters") or {}).get("rope_theta")
-    return float(config.get("rope_theta") or nested or 10000.0)
+def _rope_theta(path: Path, config: Fields) -> float:
+    """The base of the rotary angles; transformers 5 nests it, older versions did not."""
+    nested = {f"{field}.rope_theta": (config.get(field) or {}).get("rope_theta") for field in _ROPE}
+    stated = agreed(path, {**nested, "rope_theta": config.get("rope_theta")})
+    return float(_THETA if stated is None else stated)
 
 
-def _id(config: Fields, field: str) -> int | None:
-    """A token id; the first when a model has several."""
-    value = config.get(field)
-    if isinstance(value, list):
-        value = value[0] if value else None
-    return value if isinstance(value, int) and value >= 0 else None
+def _special_tokens(folder: Path, config: Fields) -> dict[str, list[int]]:
+    """Ids by role (bos, eos, pad), without repetitions: those of config.json, then those of
+    generation_config.json, which alone names all end tokens of instruct models."""
+    beside = folder / "generation_config.json"
+    sources = [(folder / "config.json", config)]
+    if beside.is_file():
+        sources.append((beside, read_json(beside)))
+    found: dict[str, dict[int, None]] = {"bos": {}, "eos": {}, "pad": {}}
+    for source, fields in sources:
+        for role, ids in found.items():
+            value = fields.get(f"{role}_token_id")
+            given = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(token, int) and not isinstance(token, bool) for token in given):
+                raise ConfigError(
+                    f"{source}: {role}_token_id is wrong", expected="ids of tokens", got=value
+                )
+            ids.update((token, None) for token in given if token >= 0)  # -1: it has none
+    return {role: list(ids) for role, ids in found.items()}
 
 
 def _check_tensors(model: LanguageModel) -> None:

@@ -27,9 +27,9 @@ from mmi_deploy.spec.config import (
     to_json,
 )
 from mmi_deploy.spec.presets import tiny
-from mmi_deploy.system.files import new_folder
+from mmi_deploy.system.output_folder import new_folder
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.checkpoint_import.config_fields import fitting
-from mmi_train.checkpoint_import.convert import FOLDER_KIND
 from mmi_train.checkpoint_import.fresh import fresh_tensors
 from mmi_train.checkpoint_import.from_clip import VisionPart
 from mmi_train.checkpoint_import.from_diffusion import DiffusionPart
@@ -38,8 +38,8 @@ from mmi_train.checkpoint_import.state_dict import misfits
 from mmi_train.checkpoint_import.tokenizer_files import BEGIN_OF_IMAGE, IMAGE, PAD, add_marks
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.lazy_tensor import InMemory, Rows, Stacked, StoredTensor
-from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS
-from mmi_train.weights.writer import Progress, write_safetensors
+from mmi_train.weights.model_folder import CONFIG, FOLDER_KIND, TOKENIZER, WEIGHTS
+from mmi_train.weights.writer import write_safetensors
 
 HEAD_WIDTH = 64
 """Channels of one head of MMFS and of the resamplers, as in the published model."""
@@ -51,7 +51,8 @@ _SILENT = -100.0
 @dataclass(frozen=True)
 class Parts:
     """What a model is built of. `bos`, `eos`: spellings of other tokens than the language model's
-    own. `context`: tokens of the longest document; None: as many as it has positions."""
+    own; `eos` takes the place of all its end tokens. `context`: tokens of the longest document;
+    None: as many as it has positions."""
 
     llm: LanguageModel
     vision: VisionPart | None = None
@@ -79,7 +80,7 @@ def build_model(
     seed: int = 0,
     force: bool = False,
     inputs: Sequence[Path] = (),
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Built:
     """Write the new model into the folder `out`, whole or not at all, tensor by tensor.
 
@@ -111,7 +112,8 @@ def extend_tokenizer(parts: Parts) -> tuple[TokenConfig, int, Tokenizer]:
     """
     llm, tokenizer = parts.llm, Tokenizer.from_str(parts.llm.tokenizer.to_str())
     bos = _token(tokenizer, parts.bos, llm.bos, "bos")
-    eos = _token(tokenizer, parts.eos, llm.eos, "eos")
+    own = llm.ends if parts.eos is None else (None,)
+    eos, *others = [_token(tokenizer, parts.eos, end, "eos") for end in own or (None,)]
     if bos == eos:
         raise ConfigError(
             f"{llm.source} begins and ends its documents with the same token",
@@ -120,7 +122,7 @@ def extend_tokenizer(parts: Parts) -> tuple[TokenConfig, int, Tokenizer]:
         )
     marks = [BEGIN_OF_IMAGE, IMAGE]
     pad = llm.pad
-    if pad is None or pad in (bos, eos) or tokenizer.id_to_token(pad) is None:
+    if pad is None or pad in (bos, eos, *others) or tokenizer.id_to_token(pad) is None:
         pad = None
         marks.append(PAD)
     known, rows = max(tokenizer.get_vocab().values()) + 1, llm.tensors[EMBEDDING].shape[0]
@@ -140,7 +142,9 @@ def extend_tokenizer(parts: Parts) -> tuple[TokenConfig, int, Tokenizer]:
             fix="build on a language model that knows no pictures",
         )
     pad = ids[2] if pad is None else pad
-    tokens = TokenConfig(bos=bos, eos=eos, pad=pad, boi=ids[0], image=ids[1])
+    tokens = TokenConfig(
+        bos=bos, eos=eos, pad=pad, boi=ids[0], image=ids[1], other_eos=tuple(others)
+    )
     return tokens, known + len(marks), tokenizer
 
 
@@ -149,6 +153,7 @@ def _token(tokenizer: Tokenizer, asked: str | None, own: int | None, role: str) 
     if found is None or tokenizer.id_to_token(found) is None:
         raise ConfigError(
             f"the tokenizer has no {role} token" + (f" {asked!r}" if asked else ""),
+            got=None if asked else own,
             fix=f"name one of its tokens with --{role}",
         )
     return found

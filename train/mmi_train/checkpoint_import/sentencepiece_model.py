@@ -7,7 +7,7 @@ Only what a byte-pair model needs is read of it, by its protobuf field numbers
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -88,7 +88,7 @@ def byte_pair_tokenizer(pieces: Sequence[Piece], rules: Normaliser) -> Tokenizer
     SentencePiece joins the two neighbours whose union has the highest score; here every pair that
     gives a piece is a merge, ranked by that piece's score.
     """
-    ids = {piece.text: index for index, piece in enumerate(pieces)}
+    ids = vocabulary(piece.text for piece in pieces)
     unknown = next((piece.text for piece in pieces if piece.kind == Kind.UNKNOWN), None)
     tokenizer = Tokenizer(
         models.BPE(
@@ -124,6 +124,19 @@ def byte_pair_tokenizer(pieces: Sequence[Piece], rules: Normaliser) -> Tokenizer
         [AddedToken(p.text, normalized=False) for p in pieces if p.kind == Kind.USER_DEFINED]
     )
     return tokenizer
+
+
+def vocabulary(texts: Iterable[str]) -> dict[str, int]:
+    """The id of each text, its place; raises `WeightsError` for one that has two."""
+    ids: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        if ids.setdefault(text, index) != index:
+            raise WeightsError(
+                f"the tokenizer gives {text!r} two ids",
+                got=f"{ids[text]} and {index}",
+                fix="download it again, or give --tokenizer another one",
+            )
+    return ids
 
 
 def _merges(pieces: Sequence[Piece], ids: dict[str, int]) -> list[tuple[str, str]]:

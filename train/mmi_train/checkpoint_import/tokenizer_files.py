@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from mmi_deploy.documents.tokenizer import FILE_NAME
+from mmi_deploy.documents.tokenizer import FILE_NAME, exact
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.spec.config import TokenConfig
+from mmi_train.checkpoint_import.config_fields import Fields, fitting, read_json
 from mmi_train.checkpoint_import.sentencepiece_model import read_sentencepiece
 
 SENTENCEPIECE = "tokenizer.model"
@@ -19,9 +20,14 @@ IMAGE = "<|image|>"
 
 PAD = "<|pad|>"
 
+_ADDED = "added_tokens.json"
+_ABOUT = "tokenizer_config.json"
+_SPECIAL = "special_tokens_map.json"
+
 
 def read_tokenizer(source: Path) -> Tokenizer:
-    """A tokenizer.json or a SentencePiece model, or the folder of one; raises `WeightsError`."""
+    """A tokenizer.json or a SentencePiece model, or the folder of one, with the tokens that files
+    beside it add. Raises `WeightsError`, and `ConfigError` for a file beside it."""
     path = source
     if source.is_dir():
         known = [source / name for name in (FILE_NAME, SENTENCEPIECE)]
@@ -32,14 +38,84 @@ def read_tokenizer(source: Path) -> Tokenizer:
             expected=f"{FILE_NAME} or {SENTENCEPIECE}",
             fix="give --tokenizer the folder of the language model that it was trained with",
         )
-    if path.suffix == ".model":
-        return read_sentencepiece(path)
+    tokenizer = read_sentencepiece(path) if path.suffix == ".model" else _read_json_form(path)
+    for token, added in sorted(_added_beside(path.parent).items()):
+        _add(tokenizer, path, token, added)
+    return tokenizer
+
+
+def _read_json_form(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return exact(Tokenizer.from_str(path.read_text(encoding="utf-8")))
     except Exception as error:  # `tokenizers` raises plain Exception
         raise WeightsError(
             f"cannot read the tokenizer {path} ({error})", fix="download it again"
         ) from None
+
+
+def _added_beside(folder: Path) -> dict[int, AddedToken]:
+    """The tokens by id that transformers adds to the tokenizer in `folder`: as it wrote them until
+    2023 (added_tokens.json, where another file says which are special) and since then
+    (tokenizer_config.json)."""
+    files = {name: folder / name for name in (_ADDED, _ABOUT, _SPECIAL)}
+    fields = {name: read_json(path) if path.is_file() else {} for name, path in files.items()}
+    with fitting(folder):
+        special = _special_spellings(fields[_ABOUT]) | _special_spellings(fields[_SPECIAL])
+        found = {
+            int(token): AddedToken(
+                about["content"],
+                lstrip=about.get("lstrip", False),
+                rstrip=about.get("rstrip", False),
+                single_word=about.get("single_word", False),
+                normalized=False,
+                special=about.get("special", False) or about["content"] in special,
+            )
+            for token, about in (fields[_ABOUT].get("added_tokens_decoder") or {}).items()
+        }
+        for text, token in fields[_ADDED].items():
+            if not isinstance(token, int):
+                raise ValueError(f"the id of {text!r} is {token!r}")
+            added = found.setdefault(
+                token, AddedToken(text, normalized=False, special=text in special)
+            )
+            if added.content != text:
+                raise ConfigError(
+                    f"{folder}: {_ADDED} and {_ABOUT} contradict each other",
+                    expected=f"one token of id {token}",
+                    got=f"{text!r} and {added.content!r}",
+                    fix="give --tokenizer the folder as the language model was trained with",
+                )
+    return found
+
+
+def _special_spellings(fields: Fields) -> set[str]:
+    """The special tokens that a file names by their roles (`pad_token`), and those without one."""
+    named: list[str | Fields] = [v for name, v in fields.items() if name.endswith("_token") and v]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = fields.get(name) or []
+        named += more.values() if isinstance(more, dict) else more
+    return {
+        value["content"] if isinstance(value, dict) else value
+        for value in named
+        if isinstance(value, dict | str)
+    }
+
+
+def _add(tokenizer: Tokenizer, path: Path, token: int, added: AddedToken) -> None:
+    """Let `tokenizer`, which was read from `path`, know a token under its id; `ConfigError` where
+    it has another one there, or the id is not the next."""
+    known = tokenizer.get_added_tokens_decoder().get(token)
+    if known is not None and known.content == added.content:
+        return
+    (tokenizer.add_special_tokens if added.special else tokenizer.add_tokens)([added])
+    got = tokenizer.token_to_id(added.content)
+    if got != token:
+        raise ConfigError(
+            f"the files beside {path} add {added.content!r} under an id that it cannot have",
+            expected=f"id {got}",
+            got=token,
+            fix="give --tokenizer the folder as the language model was trained with",
+        )
 
 
 def add_marks(tokenizer: Tokenizer, marks: Sequence[str]) -> list[int]:
@@ -63,7 +139,7 @@ def published_tokenizer(source: Path, tokens: TokenConfig) -> Tokenizer:
         "boi": boi,
         "image": image,
     }
-    wanted = vars(tokens)
+    wanted = {name: getattr(tokens, name) for name in found}
     if found != wanted:
         raise ConfigError(
             f"the tokenizer of {source} is not the one of this model",

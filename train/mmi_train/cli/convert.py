@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmi_deploy.cli.console import print_json, results, staged
+from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.spec.config import read_config
 from mmi_deploy.spec.presets import preset as preset_called
-from mmi_deploy.system.files import check_replaceable, size
+from mmi_deploy.system.files import size
+from mmi_deploy.system.output_folder import check_replaceable
+from mmi_deploy.system.progress import shown
 
 Dtype = Literal["keep", "float16", "bfloat16", "float32"]
 
@@ -41,7 +43,9 @@ def convert(
     dtype: Annotated[
         Dtype, typer.Option(help="Type of the written weights; keep: as they are.")
     ] = "keep",
-    force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Turn the published MM-Interleaved checkpoint into a model folder.
@@ -49,22 +53,24 @@ def convert(
     Nothing that a pickle may hold is run. Every tensor that is missing, unknown or misshapen is
     named before anything is written. Memory stays small however large the checkpoint is.
     """
-    check_replaceable(out, force, kind="model")
+    tokenizer = tokenizer or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
+    inputs = [] if config is None else [config]
+    check_replaceable(out, force, kind="model", inputs=[checkpoint, tokenizer, *inputs])
     chosen = preset_called(preset) if config is None else read_config(config)
     with extras("convert"):
         import torch
 
         from mmi_train.checkpoint_import.convert import convert_checkpoint
-    with staged("reading names and shapes") as stage:
+    with shown(remarks(), "reading names and shapes") as progress:
         done = convert_checkpoint(
             checkpoint,
             out,
             chosen,
-            tokenizer or (checkpoint if checkpoint.is_dir() else checkpoint.parent),
+            tokenizer,
             dtype=None if dtype == "keep" else getattr(torch, dtype),
             force=force,
-            inputs=[] if config is None else [config],
-            progress=stage,
+            inputs=inputs,
+            progress=progress,
         )
     if as_json:
         print_json({"model": str(out), "tensors": done.tensors, "bytes": done.size})

@@ -12,48 +12,78 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.system.files import prepare_file, write_file
+from mmi_deploy.system.files import prepare_file, write_new_file
+from mmi_deploy.system.progress import shown
 from mmi_train.cli.train import World
 
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model folder.")] = Path("assets/tiny"),
-    world: Annotated[World, typer.Option(help="How hard the drawn scenes are.")] = "easy",
-    count: Annotated[int, typer.Option(min=1, help="Questions of each kind.")] = 96,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0, help="Guidance of pictures.")] = 3.5,
+    world: Annotated[
+        World, typer.Option(help="How hard the drawn scenes are.", rich_help_panel="Questions")
+    ] = "easy",
+    count: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Questions of each kind.", metavar="N", rich_help_panel="Questions"
+        ),
+    ] = 96,
+    steps: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Denoising steps of a picture.", metavar="N", rich_help_panel="Pictures"
+        ),
+    ] = 20,
+    guidance: Annotated[
+        float,
+        typer.Option(min=0, help="Guidance of pictures.", metavar="X", rich_help_panel="Pictures"),
+    ] = 3.5,
     full_every: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Run the whole U-Net in every Nth step.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Run the whole U-Net in every Nth step.",
+            rich_help_panel="Pictures",
+        ),
     ] = 1,
     without: Annotated[
-        bool, typer.Option("--without/--only-with", help="Measure with MMFS switched off too.")
+        bool,
+        typer.Option(
+            "--without/--only-with",
+            help="Measure with MMFS switched off too.",
+            rich_help_panel="Questions",
+        ),
     ] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Which questions.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Which questions.", metavar="N", rich_help_panel="Questions")
+    ] = 0,
     pictures: Annotated[
         Path | None,
-        typer.Option(help="Draw a sheet of what was drawn into this .png file.", dir_okay=False),
+        typer.Option(
+            help="Draw a sheet of what was drawn into this .png file.",
+            dir_okay=False,
+            rich_help_panel="Pictures",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Ask a model about held-out scenes and let it draw them; every answer is checked exactly.
 
-    The column without MMFS shows what the model knows when it cannot look back at pictures.
+    The column "MMFS off" shows what the model knows when it cannot look back at pictures.
     """
     if pictures is not None:
         prepare_file(pictures)
-    with extras("evaluate"):
-        from tokenizers import Tokenizer
-
-        from mmi_deploy.documents.tokenizer import Tokenizer as TextTokenizer
-        from mmi_train.data.synthetic import world as worlds
-        from mmi_train.evaluation.contact_sheet import contact_sheet
-        from mmi_train.evaluation.synthetic_tasks import evaluate as evaluation_of
-        from mmi_train.weights.model_folder import TOKENIZER, load_model
-    loaded = load_model(model)
-    TextTokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses what cannot be read
-    tokenizer = Tokenizer.from_file(str(model / TOKENIZER))
-    err = remarks()
-    with err.status("evaluating") as status:
+    with shown(remarks(), f"evaluating {model}") as progress:
+        with extras("evaluate"):
+            from mmi_deploy.documents.tokenizer import Tokenizer, read_tokenizer_file
+            from mmi_train.data.synthetic import world as worlds
+            from mmi_train.evaluation.contact_sheet import contact_sheet
+            from mmi_train.evaluation.synthetic_tasks import evaluate as evaluation_of
+            from mmi_train.weights.model_folder import TOKENIZER, load_model
+        loaded = load_model(model)
+        Tokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses that of another model
+        tokenizer = read_tokenizer_file(model / TOKENIZER)
         evaluation = evaluation_of(
             loaded,
             tokenizer,
@@ -64,26 +94,26 @@ def evaluate(
             full_every=full_every,
             seed=seed,
             without=without,
-            on_progress=lambda what: status.update(what),
+            progress=progress,
         )
     found = evaluation.as_json()
     if pictures is not None:
         sheet = io.BytesIO()
         contact_sheet(evaluation.samples).save(sheet, "PNG")
-        write_file(pictures, sheet.getvalue())
+        write_new_file(pictures, sheet.getvalue())
     if as_json:
         print_json(found)
         return
     objects = sorted({count for entry in found.values() for count in entry["by_objects"]})
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("measure")
-    headings = ["questions", "right", *(["without MMFS"] if without else [])]
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)  # 80 columns hold it
+    table.add_column("measure", no_wrap=True)
+    headings = ["asked", "right", *(["MMFS off"] if without else [])]
     for heading in [*headings, *(f"{count} object" + "s" * (count != "1") for count in objects)]:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, entry in found.items():
         row = [name, str(entry["count"]), f"{entry['value']:.3f}"]
         row += [f"{entry['without_mmfs']:.3f}"] if without else []
-        shown = (entry["by_objects"].get(count) for count in objects)
-        row += ["" if value is None else f"{value:.3f}" for value in shown]
+        values = (entry["by_objects"].get(count) for count in objects)
+        row += ["" if value is None else f"{value:.3f}" for value in values]
         table.add_row(*row)
     results().print(table)

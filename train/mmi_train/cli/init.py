@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmi_deploy.cli.console import print_json, remarks, results, staged
+from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.spec.presets import preset as preset_called
-from mmi_deploy.system.files import check_replaceable, size
+from mmi_deploy.system.files import size
+from mmi_deploy.system.output_folder import check_replaceable
+from mmi_deploy.system.progress import shown
 
 Dtype = Literal["keep", "float16", "bfloat16", "float32"]
 
@@ -20,7 +22,10 @@ def init(
     llm: Annotated[
         Path,
         typer.Option(
-            help="A LLaMA: a Hugging Face folder, or a GGUF file.", exists=True, metavar="DIR|GGUF"
+            help="A LLaMA: a Hugging Face folder, or a GGUF file.",
+            exists=True,
+            metavar="DIR|GGUF",
+            rich_help_panel="Trained parts",
         ),
     ],
     vision: Annotated[
@@ -30,6 +35,7 @@ def init(
             exists=True,
             file_okay=False,
             show_default="new and small",
+            rich_help_panel="Trained parts",
         ),
     ] = None,
     diffusion: Annotated[
@@ -39,6 +45,7 @@ def init(
             exists=True,
             file_okay=False,
             show_default="new and small",
+            rich_help_panel="Trained parts",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -47,32 +54,64 @@ def init(
             help="Folder of another tokenizer.json or tokenizer.model.",
             exists=True,
             show_default="the language model's",
+            rich_help_panel="Trained parts",
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="Whose form the new parts have; sizes follow from the given ones.")
+        str,
+        typer.Option(
+            help="Whose form the new parts have; sizes follow from the given ones.",
+            rich_help_panel="New parts",
+        ),
     ] = "released_13b",
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens that a document may have.", show_default="the language model's"
+            min=1,
+            help="Tokens that a document may have.",
+            show_default="the language model's",
+            metavar="N",
+            rich_help_panel="New parts",
         ),
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Pixels of the images that it reads.", show_default="CLIP's"),
+        typer.Option(
+            min=1,
+            help="Pixels of the images that it reads.",
+            show_default="CLIP's",
+            metavar="N",
+            rich_help_panel="New parts",
+        ),
     ] = None,
     bos: Annotated[
-        str | None, typer.Option(help="The token that begins a document.", show_default="its own")
+        str | None,
+        typer.Option(
+            help="The token that begins a document.",
+            show_default="its own",
+            rich_help_panel="New parts",
+        ),
     ] = None,
     eos: Annotated[
-        str | None, typer.Option(help="The token that ends a document.", show_default="its own")
+        str | None,
+        typer.Option(
+            help="The one token that ends a document.",
+            show_default="its own",
+            rich_help_panel="New parts",
+        ),
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Type of the written weights; keep: as the parts are.")
+        Dtype,
+        typer.Option(
+            help="Type of the written weights; keep: as the parts are.", rich_help_panel="New parts"
+        ),
     ] = "keep",
-    seed: Annotated[int, typer.Option(min=0, help="Of new weights.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace any folder --out.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of new weights.", metavar="N", rich_help_panel="New parts")
+    ] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Build a new model around a trained language model.
@@ -93,7 +132,7 @@ def init(
 
         if llm.is_file():
             from mmi_train.checkpoint_import.from_gguf import read_gguf
-    with staged("reading the parts") as stage:
+    with shown(remarks(), "reading the parts") as progress:
         decoder = form.image_decoder
         parts = Parts(
             read_gguf(llm, tokenizer) if llm.is_file() else read_language_model(llm, tokenizer),
@@ -113,8 +152,10 @@ def init(
             seed=seed,
             force=force,
             inputs=inputs,
-            progress=stage,
+            progress=progress,
         )
+    for line in parts.llm.remarks:
+        remarks().print(line)
     for given, what in ((vision, "vision encoder is"), (diffusion, "U-Net and autoencoder are")):
         if given is None:
             remarks().print(f"the {what} new and small: give trained parts for real use")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from mmi_deploy.cli.console import MOST_THREADS, results
+from mmi_deploy.cli.console import MOST_THREADS, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.output_folder import check_run_folder
+from mmi_deploy.system.progress import shown
 
 World = Literal["easy", "medium", "hard"]
 Precision = Literal["bf16", "fp32"]
@@ -21,37 +22,78 @@ def train(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for checkpoints, curves and the model.")
     ] = Path("runs/tiny"),
-    preset: Annotated[str, typer.Option(help="What to train; see `mmi inspect`.")] = FROM_NOTHING,
+    preset: Annotated[
+        str, typer.Option(help="What to train; see `mmi inspect`.", rich_help_panel="Training")
+    ] = FROM_NOTHING,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps of the main stage.", show_default="the recipe's"),
+        typer.Option(
+            min=1,
+            help="Steps of the main stage.",
+            show_default="the recipe's",
+            metavar="N",
+            rich_help_panel="Training",
+        ),
     ] = None,
     conditioning_steps: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Steps before it, without the U-Net.", show_default="the recipe's"
+            min=0,
+            help="Steps before it, without the U-Net.",
+            show_default="the recipe's",
+            metavar="N",
+            rich_help_panel="Training",
         ),
     ] = None,
-    world: Annotated[World, typer.Option(help="How hard the drawn scenes are.")] = "easy",
+    world: Annotated[
+        World, typer.Option(help="How hard the drawn scenes are.", rich_help_panel="Training")
+    ] = "easy",
     start: Annotated[
         Path | None,
-        typer.Option(help="A model folder to go on from.", show_default="new weights"),
+        typer.Option(
+            help="A model folder to go on from.",
+            show_default="new weights",
+            rich_help_panel="Training",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="Of weights and data.", metavar="N", rich_help_panel="Training"),
+    ] = 0,
     precision: Annotated[
-        Precision, typer.Option(help="Of the arithmetic; weights are fp32.")
+        Precision,
+        typer.Option(help="Of the arithmetic; weights are fp32.", rich_help_panel="Machine"),
     ] = "bf16",
-    accumulate: Annotated[int, typer.Option(min=1, help="Parts of one optimiser step.")] = 1,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Parts of one optimiser step.", metavar="N", rich_help_panel="Training"
+        ),
+    ] = 1,
     packed: Annotated[
         bool,
-        typer.Option("--packed", help="Rows of the whole context length, as the paper packs them."),
+        typer.Option(
+            "--packed",
+            help="Rows of the whole context length, as the paper packs them.",
+            rich_help_panel="Training",
+        ),
     ] = False,
     checkpoint_gradients: Annotated[
-        bool, typer.Option("--checkpoint-gradients", help="Less memory, more time.")
+        bool,
+        typer.Option(
+            "--checkpoint-gradients", help="Less memory, more time.", rich_help_panel="Machine"
+        ),
     ] = False,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_THREADS, help="CPU threads.", show_default="PyTorch's choice"),
+        typer.Option(
+            min=1,
+            max=MOST_THREADS,
+            help="CPU threads.",
+            show_default="PyTorch's choice",
+            metavar="N",
+            rich_help_panel="Machine",
+        ),
     ] = None,
 ) -> None:
     """Train a model: its autoencoder; then reading, and telling what to draw; then everything.
@@ -73,25 +115,27 @@ def train(
             expected=FROM_NOTHING,
             got=preset,
         )
-    with extras("train"):
-        import torch
+    check_run_folder(out)
+    with shown(remarks(), f"training {preset} into {out}") as progress:
+        with extras("train"):
+            import torch
 
-        from mmi_train.data.synthetic import world as worlds
-        from mmi_train.training.from_scratch import train_from_scratch
-        from mmi_train.training.loop import RunConfig
-    if threads is not None:
-        torch.set_num_threads(threads)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model = train_from_scratch(
-        config,
-        out,
-        world=getattr(worlds, world)(),
-        steps=steps,
-        conditioning_steps=conditioning_steps,
-        seed=seed,
-        run=RunConfig(precision=precision, accumulate=accumulate),
-        start=start,
-        packed=packed,
-        checkpoint_gradients=checkpoint_gradients,
-    )
+            from mmi_train.data.synthetic import world as worlds
+            from mmi_train.training.from_scratch import train_from_scratch
+            from mmi_train.training.loop import RunConfig
+        if threads is not None:
+            torch.set_num_threads(threads)
+        model = train_from_scratch(
+            config,
+            out,
+            world=getattr(worlds, world)(),
+            steps=steps,
+            conditioning_steps=conditioning_steps,
+            seed=seed,
+            run=RunConfig(precision=precision, accumulate=accumulate),
+            start=start,
+            packed=packed,
+            checkpoint_gradients=checkpoint_gradients,
+            progress=progress,
+        )
     results().print(f"{model}: export it with `mmi export {model}`")

@@ -1,1 +1,1 @@
-"""Training data: token rows, packing, pixels."""
+"""Training data: documents, token rows, packing, pixels, batches; `synthetic` makes documents."""

@@ -1,7 +1,9 @@
-"""Packing of token documents into rows of the context length, as the published run packs them.
+"""Packing of token documents into rows of the context length, as in the published run.
 
-Documents are joined into one stream and cut into rows. A document goes on in the next row without
-a new begin-of-document token; an image is never cut in two.
+Documents are concatenated into one stream, which is cut into rows. A document that is cut continues
+in the next row without a new begin-of-document token; an image is never cut in two.
+
+Letters: t tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ Truncation = Literal["image", "document"]
 
 @dataclass(frozen=True)
 class PackedRow(Generic[ImageT]):
-    """One row: token ids [t] and its images in order; `document_start[i]` is the latest
-    begin-of-document token strictly before image i's begin-of-image token, 0 where there is
-    none."""
+    """One row: token ids [t] and its images in order. `document_start[i]` is the position of the
+    latest begin-of-document token strictly before the begin-of-image token of image i, 0 without
+    one."""
 
     token_ids: np.ndarray
     images: tuple[ImageT, ...]
@@ -32,8 +34,9 @@ class PackedRow(Generic[ImageT]):
 def _cut_at_length(
     ids: np.ndarray, length: int, tokens: TokenConfig, span: int, by: Truncation
 ) -> int:
-    """Where a stream that is too long is cut: at `length`, unless that would cut through an image
-    (`span` tokens with its begin-of-image token); then before the image, or before its document."""
+    """Position of the cut in a stream of at least `length` tokens: `length`, or, if that lies
+    within an image (`span` tokens, begin-of-image token included), before the image or its
+    document."""
     boi = np.flatnonzero(ids[:length] == tokens.boi)
     if boi.size == 0 or boi[-1] + span <= length:
         return length
@@ -47,8 +50,9 @@ def _cut_at_length(
 def _cut_at_images(
     ids: np.ndarray, images: int, tokens: TokenConfig, span: int, by: Truncation
 ) -> int | None:
-    """Where a row ends that would hold more than `images`: right after the last allowed one, or,
-    for whole documents, before the next begin-of-document or begin-of-image token."""
+    """Position of the cut in a stream with more than `images` images, else None: right after the
+    last allowed image, or, for whole documents, before the next begin-of-document or begin-of-image
+    token."""
     boi = np.flatnonzero(ids == tokens.boi)
     if boi.size <= images:
         return None
@@ -68,10 +72,11 @@ def pack(
     truncation: Truncation = "image",
     max_images: int | None = None,
 ) -> Iterator[PackedRow[ImageT]]:
-    """Rows of at most `length` tokens and `max_images` images from (token ids, images) documents.
+    """Pack (token ids, images) documents into rows of at most `length` tokens and `max_images`
+    images.
 
-    Rows without an image are dropped. What is left when the documents end is not given out: the
-    stream of a training run has no end.
+    Rows without an image are dropped. The remainder at the end of the documents is not yielded: the
+    stream of a training run is endless.
     """
     stream = np.empty(0, np.int64)
     waiting: list[ImageT] = []

@@ -1,4 +1,7 @@
-"""Pictures as tensors."""
+"""Conversion between uint8 pictures and float pixels.
+
+Letters: n encoded images.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ from torch import Tensor
 
 
 def pixels_from_images(images: Sequence[np.ndarray]) -> Tensor:
-    """uint8 pictures [h, w, 3] to float pixels [n, 3, h, w] in [0, 1], channels last in memory."""
+    """Convert uint8 pictures [height, width, 3] to float pixels [n, 3, height, width] in [0, 1],
+    channels last in memory."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(255)
 
 
 def images_from_pixels(pixels: Tensor) -> list[np.ndarray]:
-    """Pixels [n, 3, h, w] in [0, 1] to uint8 pictures [h, w, 3], rounded to the nearest value."""
+    """Convert pixels [n, 3, height, width] in [0, 1] to uint8 pictures [height, width, 3], rounded
+    to the nearest value."""
     return list(
         pixels.float()
         .clamp(0, 1)

@@ -1,6 +1,6 @@
-"""From task documents to token rows: what is read, what is learned, and what is drawn.
+"""Token rows of training documents: token ids, loss weights, images to encode and to draw.
 
-Letters: b rows, t tokens, m images of a row, n encoded images.
+Letters: b batch, t tokens, m image slots, n encoded images, j pictures to draw.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mmi_deploy.spec.config import TokenConfig
-from mmi_train.data.synthetic.tasks import ImagePart, TaskDocument, TextPart
+from mmi_train.data.document import ImagePart, Part, TextPart
 
 
 @dataclass(frozen=True)
 class TokenDocument:
     """One document as tokens. `weight[i]` is the loss weight of token i as a target.
 
-    `images[k]` belongs to the k-th begin-of-image token; `encoded[k]`: its visual tokens follow, so
-    that it can be looked at; `drawn[k]`: it is a picture to learn to draw.
+    `images[i]` belongs to the i-th begin-of-image token. `encoded[i]`: its visual tokens follow, so
+    that the model sees it. `drawn[i]`: the model learns to draw it.
     """
 
     token_ids: NDArray[np.int64]
@@ -32,43 +32,48 @@ class TokenDocument:
 
     @property
     def size(self) -> int:
+        """Number of tokens."""
         return len(self.token_ids)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents side by side in rows, padded to the longest.
+    """Documents packed into rows, padded to the longest row.
 
-    `image_slot[b, m]`: which of `images` the m-th image of row b is, -1 for one that is only drawn
-    (or for none). `pictures`: (row, m) of every picture to draw, `targets` what it shows.
+    `image_slot[b, m]`: index into `images` of the m-th image of row b, -1 if it is only drawn or
+    does not exist. `pictures`: (row, image of the row) of every picture to draw; `targets`: these
+    pictures.
     """
 
     token_ids: NDArray[np.int64]  # [b, t]
     weight: NDArray[np.float32]  # [b, t]
-    images: tuple[np.ndarray, ...]  # n pictures, uint8 [h, w, 3]
+    images: tuple[np.ndarray, ...]  # n, uint8 [height, width, 3]
     image_slot: NDArray[np.int32]  # [b, m]
-    pictures: NDArray[np.int64]  # [p, 2]
-    targets: tuple[np.ndarray, ...]  # p pictures
+    pictures: NDArray[np.int64]  # [j, 2]
+    targets: tuple[np.ndarray, ...]  # j, uint8 [height, width, 3]
 
 
 def tokens_of(
-    document: TaskDocument,
+    parts: Sequence[Part],
     tokenizer: Tokenizer,
     tokens: TokenConfig,
     visual_tokens: int,
     *,
     read_all: bool = False,
 ) -> TokenDocument:
-    """`<s>`, the parts, `</s>`. A begin-of-image token after text is a target, as are texts that
-    are to be learned and the end of a document that was learned. A picture at the very end is drawn
-    only: nothing would look at its tokens, so the document ends with its begin-of-image token,
-    unless `read_all`."""
+    """Tokenize a document: `<s>`, the parts, `</s>`.
+
+    Targets are begin-of-image tokens after the first part, texts with `learn`, and `</s>` after an
+    image or such a text. A drawn picture at the end is not encoded, because no token would see it:
+    the document then ends with its begin-of-image token, unless `read_all`, which encodes all
+    images.
+    """
     ids, weight = [tokens.bos], [0.0]
     images: list[np.ndarray] = []
     encoded: list[bool] = []
     drawn: list[bool] = []
-    last = len(document.parts) - 1
-    for index, part in enumerate(document.parts):
+    last = len(parts) - 1
+    for index, part in enumerate(parts):
         if isinstance(part, ImagePart):
             seen = read_all or index < last or not part.draw
             span = visual_tokens if seen else 0
@@ -81,7 +86,7 @@ def tokens_of(
             text = tokenizer.encode(part.text).ids
             ids += text
             weight += [float(part.learn)] * len(text)
-    ending = document.parts[-1]
+    ending = parts[-1]
     if read_all or isinstance(ending, TextPart):
         ids.append(tokens.eos)
         weight.append(float(isinstance(ending, ImagePart) or ending.learn))
@@ -91,7 +96,7 @@ def tokens_of(
 
 
 def _assign(documents: Sequence[TokenDocument], length: int) -> list[list[TokenDocument]]:
-    """First fit, longest first: rows of at most `length` tokens (a longer document has its own)."""
+    """First-fit decreasing: rows of at most `length` tokens; a longer document gets its own row."""
     rows: list[list[TokenDocument]] = []
     room: list[int] = []
     for document in sorted(documents, key=lambda item: -item.size):
@@ -108,7 +113,8 @@ def _assign(documents: Sequence[TokenDocument], length: int) -> list[list[TokenD
 def make_rows(
     documents: Sequence[TokenDocument], tokens: TokenConfig, length: int | None = None
 ) -> Rows:
-    """Pack whole documents into rows of about `length` tokens; None: a row each, in their order."""
+    """Pack whole documents into rows of at most `length` tokens, longer documents into rows of
+    their own; `length` None: one row a document, in the given order."""
     assigned = (
         [[document] for document in documents] if length is None else _assign(documents, length)
     )

@@ -1,4 +1,4 @@
-"""A sheet of drawn pictures for people to look at: what was given, drawn and expected."""
+"""Contact sheet of drawn pictures: context, output and expected picture side by side."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _RIGHT, _WRONG, _PAPER, _INK = (40, 150, 70), (200, 60, 50), (255, 255, 255), (4
 
 
 def contact_sheet(samples: Sequence[Sample], columns: int = 4) -> Image.Image:
-    """One cell a sample: the picture it looked back at (if any), the drawn one framed green where
-    its whole scene is right and red where not, the true one; the sentence below."""
+    """Draw one cell per sample: the context picture (if any), the drawn one, framed green if its
+    whole scene is right and red if not, the expected one, and the sentence below."""
     side = samples[0].drawn.shape[0] * _SCALE
     width, height = 3 * side + 3 * _MARGIN, side + _TEXT + 2 * _MARGIN
     rows = -(-len(samples) // columns)

@@ -1,9 +1,7 @@
-"""What a model of the drawn world can do, on held-out documents, with exact programmatic metrics.
+"""Evaluation on held-out documents of the synthetic world, with exact programmatic metrics.
 
-Every measure is taken twice, with MMFS and with MMFS switched off, and split by the number of
-objects in the scene: what looking back at images is worth, and where it gets hard.
-
-Letters: b rows, t tokens, k pictures.
+Every metric is measured twice, with MMFS and as an ablation without it, and split by the number of
+objects in the scene.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,53 +19,54 @@ from diffusers import DPMSolverMultistepScheduler
 from tokenizers import Tokenizer
 
 from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.system.progress import Progress, silent
+from mmi_train.data.batches import batch_of
 from mmi_train.data.pixels import images_from_pixels
 from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
 from mmi_train.data.synthetic.scene_reader import expected_segmentation, mean_iou, segmentation_of
 from mmi_train.data.synthetic.tasks import (
     MAKERS,
-    ImagePart,
     TaskDocument,
-    TextPart,
+    TaskImage,
+    TaskText,
     grade,
 )
 from mmi_train.data.synthetic.world import Scene, WorldConfig
 from mmi_train.model.diffusion import scheduler_options
 from mmi_train.model.generation import draw_pictures
 from mmi_train.model.mm_interleaved import MMInterleaved
-from mmi_train.training.stages.interleaved import batch_of
 
+# Most tokens of a generated text.
 MAX_ANSWER = 32
-"""Tokens after which a text that has not ended is taken as it is."""
 
+# Kinds of questions, by the answer.
 TEXTS = ("caption", "question", "referring")
 PICTURES = ("drawing", "segmentation", "story")
 KINDS = TEXTS + PICTURES
-"""Of questions, by what is asked for."""
 
 ATTRIBUTES = ("background", "count", "shape", "colour", "place")
 
 
 @dataclass
-class Measures:
-    """Values by measure and by number of objects; a measure is their mean."""
+class Metrics:
+    """Values by metric and number of objects in the scene; a metric is the mean of its values."""
 
     values: defaultdict[tuple[str, int], list[float]] = field(
         default_factory=lambda: defaultdict(list)
     )
 
-    def add(self, measure: str, objects: int, value: float) -> None:
-        self.values[measure, objects].append(float(value))
+    def add(self, metric: str, objects: int, value: float) -> None:
+        self.values[metric, objects].append(float(value))
 
     def names(self) -> list[str]:
-        return sorted({measure for measure, _ in self.values})
+        return sorted({metric for metric, _ in self.values})
 
-    def mean(self, measure: str, objects: int | None = None) -> tuple[float, int]:
-        """(mean, how many) over scenes with so many objects, or over all."""
+    def mean(self, metric: str, objects: int | None = None) -> tuple[float, int]:
+        """(mean, count) over scenes with `objects` objects; None: over all scenes."""
         chosen = [
             value
             for (name, count), values in self.values.items()
-            if name == measure and objects in (None, count)
+            if name == metric and objects in (None, count)
             for value in values
         ]
         return (float(np.mean(chosen)), len(chosen)) if chosen else (float("nan"), 0)
@@ -74,7 +74,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture that was drawn, for people to look at."""
+    """One drawn picture with its prompt, context and expected picture, for the contact sheet."""
 
     kind: str
     prompt: str
@@ -86,62 +86,62 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`measures` with MMFS, `without` it; pictures drawn with it."""
+    """Metrics with MMFS and `without` it, and samples of the pictures drawn with it."""
 
-    measures: Measures
-    without: Measures
+    metrics: Metrics
+    without: Metrics
     samples: tuple[Sample, ...]
 
     def as_json(self) -> dict:
-        """Measures as nested plain values; `without_mmfs` where that was measured."""
+        """Metrics as JSON values; `without_mmfs` only if it was measured."""
         table = {}
-        for name in self.measures.names():
-            objects = sorted({count for measure, count in self.measures.values if measure == name})
-            value, count = self.measures.mean(name)
-            blind, asked = self.without.mean(name)
+        for name in self.metrics.names():
+            objects = sorted({count for metric, count in self.metrics.values if metric == name})
+            value, count = self.metrics.mean(name)
+            ablated, measured = self.without.mean(name)
             table[name] = {
                 "value": value,
                 "count": count,
-                **({"without_mmfs": blind} if asked else {}),
-                "by_objects": {str(o): self.measures.mean(name, o)[0] for o in objects},
+                **({"without_mmfs": ablated} if measured else {}),
+                "by_objects": {str(o): self.metrics.mean(name, o)[0] for o in objects},
             }
         return table
 
 
 @dataclass(frozen=True)
 class Question:
-    """One target of a document: the tokens before it, and how to grade what comes out."""
+    """One target part of a document, and the tokens before it as a prompt."""
 
     document: TaskDocument
     target: int
     prompt: TokenDocument
 
     @property
-    def part(self) -> TextPart | ImagePart:
+    def part(self) -> TaskText | TaskImage:
         return self.document.parts[self.target]
 
     @property
     def scene(self) -> Scene:
-        """The scene of the target, or of the picture that a text is about."""
-        if isinstance(self.part, ImagePart):
+        """Scene of the target picture, or of the picture that a target text describes."""
+        if isinstance(self.part, TaskImage):
             return self.part.scene
         first = self.document.parts[0]
-        assert isinstance(first, ImagePart)
+        assert isinstance(first, TaskImage)
         return first.scene
 
 
-def switched_off(model: MMInterleaved) -> MMInterleaved:
-    """A copy whose MMFS adds nothing, neither in the language model nor in the U-Net."""
-    blind = copy.deepcopy(model)
+def without_mmfs(model: MMInterleaved) -> MMInterleaved:
+    """Copy the model with MMFS ablated in the language model and the U-Net: it adds zero."""
+    ablated = copy.deepcopy(model)
     with torch.no_grad():
-        for name, parameter in blind.named_parameters():
+        for name, parameter in ablated.named_parameters():
             if name.endswith("look_back.gate") or (".look_back." in name and ".conv." in name):
                 parameter.zero_()
-    return blind
+    return ablated
 
 
-def measure_of(question: str) -> str:
-    """The kind of a question about a picture, from its words."""
+def metric_of(question: str) -> str:
+    """Metric of a question about a picture, by its wording."""
     kinds = {
         "how many": "count",
         "what is the background": "background",
@@ -158,12 +158,11 @@ def measure_of(question: str) -> str:
 def prompt_of(
     document: TaskDocument, target: int, tokenizer: Tokenizer, config: ModelConfig
 ) -> TokenDocument:
-    """The document up to `target`; for a picture, with its begin-of-image token."""
+    """Prompt of a target: the document before it; for a picture, with its begin-of-image token."""
     part = document.parts[target]
-    end = target + 1 if isinstance(part, ImagePart) else target
-    cut = TaskDocument(document.kind, document.parts[:end], (), document.config)
-    made = tokens_of(cut, tokenizer, config.tokens, config.visual_tokens)
-    if isinstance(part, TextPart):  # the text goes on: it has not ended
+    end = target + 1 if isinstance(part, TaskImage) else target
+    made = tokens_of(document.parts[:end], tokenizer, config.tokens, config.visual_tokens)
+    if isinstance(part, TaskText):  # without `</s>`: the model continues the text
         made = TokenDocument(
             made.token_ids[:-1], made.weight[:-1], made.images, made.encoded, made.drawn
         )
@@ -171,7 +170,7 @@ def prompt_of(
 
 
 class Evaluator:
-    """Runs one model over questions; pictures are drawn with DPM-Solver++."""
+    """Answers questions with one model: greedy texts, pictures by DPM-Solver++."""
 
     def __init__(
         self,
@@ -189,14 +188,14 @@ class Evaluator:
         self.seed, self.batch = seed, batch
 
     def prompt(self, document: TaskDocument, target: int) -> TokenDocument:
-        """The document up to `target`; for a picture, with its begin-of-image token."""
+        """Prompt of a target; see `prompt_of`."""
         return prompt_of(document, target, self.tokenizer, self.model.config)
 
     @torch.inference_mode()
     def write(self, prompts: list[TokenDocument]) -> list[str]:
-        """Greedy continuations, each up to and with its first full stop or end token."""
+        """Greedy continuations, each up to and including its first full stop or end token."""
         config = self.model.config
-        stops = {config.tokens.eos, config.tokens.boi, self.tokenizer.token_to_id(".")}
+        stops = {*config.tokens.ends, config.tokens.boi, self.tokenizer.token_to_id(".")}
         written: list[list[int]] = [[] for _ in prompts]
         batch = batch_of(make_rows(prompts, config.tokens), config.tokens)
         images = self.model.encode_images(batch.pixels)
@@ -223,7 +222,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def draw(self, prompts: list[TokenDocument]) -> list[np.ndarray]:
-        """The picture that each prompt's last begin-of-image token announces."""
+        """Draw the picture of each prompt's last begin-of-image token, uint8 [height, width, 3]."""
         model, config = self.model, self.model.config
         batch = batch_of(make_rows(prompts, config.tokens), config.tokens)
         last = torch.tensor([[row, len(prompt.images) - 1] for row, prompt in enumerate(prompts)])
@@ -244,66 +243,75 @@ class Evaluator:
         )
         return images_from_pixels(pixels)
 
-    def run(self, questions: list[Question], measures: Measures) -> list[np.ndarray | str]:
-        """Answer and grade; returns what was produced, in order."""
+    def run(
+        self,
+        questions: list[Question],
+        metrics: Metrics,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[np.ndarray | str]:
+        """Answer and grade all questions; returns the answers in the order of the questions.
+        progress: called with the numbers of questions answered and in all."""
         produced: list[np.ndarray | str] = []
+        # Batches of similar length have little padding.
         order = sorted(range(len(questions)), key=lambda index: questions[index].prompt.size)
         answers: dict[int, np.ndarray | str] = {}
         for start in range(0, len(order), self.batch):
+            progress(start, len(order))
             chunk = order[start : start + self.batch]
             prompts = [questions[index].prompt for index in chunk]
-            is_picture = isinstance(questions[chunk[0]].part, ImagePart)
+            is_picture = isinstance(questions[chunk[0]].part, TaskImage)
             made = self.draw(prompts) if is_picture else self.write(prompts)
             answers.update(zip(chunk, made, strict=True))
         for index, question in enumerate(questions):
-            _grade(question, answers[index], measures)
+            _grade(question, answers[index], metrics)
             produced.append(answers[index])
         return produced
 
 
-def _grade(question: Question, produced: np.ndarray | str, measures: Measures) -> None:
+def _grade(question: Question, produced: np.ndarray | str, metrics: Metrics) -> None:
+    """Grade one answer and add the result to every metric that it counts for."""
     document, part = question.document, question.part
     objects = len(question.scene.objects)
     result = grade(document, question.target, produced)
-    if isinstance(part, TextPart):
+    if isinstance(part, TaskText):
         if part.role == "question":
             before = document.parts[question.target - 1]
-            assert isinstance(before, TextPart)
-            measures.add("answer: all", objects, result.correct)
-            measures.add(measure_of(before.text), objects, result.correct)
+            assert isinstance(before, TaskText)
+            metrics.add("answer: all", objects, result.correct)
+            metrics.add(metric_of(before.text), objects, result.correct)
         elif part.role == "referring":
-            measures.add("box: IoU > 0.5", objects, result.correct)
-            measures.add("box: mean IoU", objects, result.value)
+            metrics.add("box: IoU > 0.5", objects, result.correct)
+            metrics.add("box: mean IoU", objects, result.value)
         else:
-            measures.add("caption: exact", objects, result.correct)
+            metrics.add("caption: exact", objects, result.correct)
         return
     assert result.scene is not None and isinstance(produced, np.ndarray)
     kind = document.kind
-    measures.add(f"{kind}: whole scene", objects, result.correct)
+    metrics.add(f"{kind}: whole scene", objects, result.correct)
     for attribute in ATTRIBUTES:
-        measures.add(f"{kind}: {attribute}", objects, getattr(result.scene, attribute))
+        metrics.add(f"{kind}: {attribute}", objects, getattr(result.scene, attribute))
     scene_right = result.scene.place and result.scene.colour
-    measures.add(f"{kind}: place and colour", objects, scene_right)
+    metrics.add(f"{kind}: place and colour", objects, scene_right)
     classes = 1 + len(document.config.segment_classes)
     iou = mean_iou(
         segmentation_of(produced, document.config),
         expected_segmentation(part.scene, document.config),
         classes,
     )
-    measures.add(f"{kind}: mIoU", objects, iou)
+    metrics.add(f"{kind}: mIoU", objects, iou)
 
 
 class Prompter(Protocol):
-    """What makes prompts: an `Evaluator`, or whatever else answers the same questions."""
+    """Maker of prompts: an `Evaluator`, or another runtime that answers the same questions."""
 
     def prompt(self, document: TaskDocument, target: int) -> TokenDocument:
-        """The document up to `target`."""
+        """Prompt of a target; see `prompt_of`."""
 
 
 def questions_of(
     evaluator: Prompter, world: WorldConfig, count: int, seed: int
 ) -> Iterator[tuple[str, list[Question]]]:
-    """Held-out questions by kind, the same for every model."""
+    """Draw `count` held-out questions of every kind, the same for every model."""
     for index, kind in enumerate(KINDS):
         rng = np.random.default_rng([seed, index])
         found: list[Question] = []
@@ -316,10 +324,10 @@ def questions_of(
 
 def _sample(question: Question, produced: np.ndarray) -> Sample:
     parts = question.document.parts
-    texts = [part.text for part in parts[: question.target] if isinstance(part, TextPart)]
-    pictures = [part.image for part in parts[: question.target] if isinstance(part, ImagePart)]
+    texts = [part.text for part in parts[: question.target] if isinstance(part, TaskText)]
+    pictures = [part.image for part in parts[: question.target] if isinstance(part, TaskImage)]
     expected = question.part
-    assert isinstance(expected, ImagePart)
+    assert isinstance(expected, TaskImage)
     return Sample(
         question.document.kind,
         texts[-1],
@@ -341,15 +349,16 @@ def evaluate(
     full_every: int = 1,
     seed: int = 0,
     without: bool = True,
-    on_progress: Callable[[str], None] | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
-    """`count` held-out questions of every kind, with MMFS and, if `without`, with MMFS off.
+    """Evaluate on `count` held-out questions of every kind, with MMFS and, if `without`, without
+    it.
 
-    `full_every`: see `ImageDecoder.draw`."""
-    seeing, blind, samples = Measures(), Measures(), []
-    for name, subject, measures in (
-        ("with MMFS", model, seeing),
-        ("MMFS off", switched_off(model) if without else None, blind),
+    `full_every`: see `ImageDecoder.draw`. `on_progress` gets a description of each step."""
+    with_mmfs, ablated, samples = Metrics(), Metrics(), []
+    for name, subject, metrics in (
+        ("with MMFS", model, with_mmfs),
+        ("MMFS off", without_mmfs(model) if without else None, ablated),
     ):
         if subject is None:
             continue
@@ -357,13 +366,11 @@ def evaluate(
             subject, tokenizer, steps=steps, guidance=guidance, full_every=full_every, seed=seed
         )
         for kind, questions in questions_of(evaluator, world, count, seed):
-            if on_progress is not None:
-                on_progress(f"{kind}, {name}")
-            produced = evaluator.run(questions, measures)
-            if measures is seeing:
+            produced = evaluator.run(questions, metrics, partial(progress, f"{kind}, {name}"))
+            if metrics is with_mmfs:
                 samples += [
                     _sample(question, picture)
                     for question, picture in zip(questions, produced, strict=True)
                     if isinstance(picture, np.ndarray)
                 ][:16]
-    return Evaluation(seeing, blind, tuple(samples))
+    return Evaluation(with_mmfs, ablated, tuple(samples))

@@ -1,4 +1,4 @@
-"""`python -m mmi_train.golden DIR [--weights DIR]`: our modules against published runs."""
+"""`python -m mmi_train.golden DIR [--weights DIR]`: compare the model with published runs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from mmi_deploy.errors import MmiError
+from mmi_deploy.system.progress import shown
 from mmi_train.golden.check import Report, check_folder
-from mmi_train.golden.compare import Comparison
+from mmi_train.golden.compare import Line
 
 _HEADER = ("unit", "tensor", "max error", "tolerance", "verdict")
 
@@ -18,13 +21,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2e}"
 
 
-def _cells(line: Comparison) -> tuple[str, ...]:
+def _cells(line: Line) -> tuple[str, ...]:
     verdict = f"{line.verdict}: {line.detail}" if line.detail else line.verdict
     return line.unit, line.tensor, _number(line.error), _number(line.allowed), verdict
 
 
 def table(report: Report) -> str:
-    """The report for people: a line per tensor, then what was not run and the sums."""
+    """Format the report: a line per tensor, units that cannot run, ignored files, and totals."""
     rows = [_HEADER, *(_cells(line) for line in report.lines)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER) - 1)]
     lines = [
@@ -42,7 +45,7 @@ def table(report: Report) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 0 when all that is compared agrees and every unit runs, else 1."""
+    """Print the table; returns 0 if every comparison passes and every unit runs, else 1."""
     parser = argparse.ArgumentParser(prog="python -m mmi_train.golden", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of golden files")
     parser.add_argument(
@@ -53,11 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        report = check_folder(
-            options.folder,
-            options.weights,
-            lambda name: print(f"{name} ...", file=sys.stderr, flush=True),
-        )
+        with shown(Console(stderr=True, soft_wrap=True), "reading the files") as progress:
+            report = check_folder(options.folder, options.weights, progress)
     except MmiError as error:
         print(error, file=sys.stderr)
         return error.exit_code

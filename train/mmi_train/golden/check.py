@@ -1,4 +1,4 @@
-"""Run every unit of a folder and gather what came out."""
+"""Run every golden unit of a folder and collect the comparisons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from mmi_deploy.errors import MmiError
 from mmi_deploy.spec.config import first_flaw
 from mmi_train.golden import full, generate, llama, mmfs, unet, vision
-from mmi_train.golden.compare import Checks, Comparison
+from mmi_train.golden.compare import Checks, Line
 from mmi_train.golden.full import Weights
 from mmi_train.golden.units import KINDS, Folder, Unit, UnitError, kind_of, read_unit, scan
 
@@ -37,10 +37,10 @@ _FORWARD = "full_forward"
 
 @dataclass
 class Report:
-    """What `check_folder` found. `broken`: units that could not be run, with the reason; `ignored`:
-    files that are no part of a unit."""
+    """Result of `check_folder`. `broken`: units that cannot run, with the reason. `ignored`: files
+    that do not belong to a unit, with the reason."""
 
-    lines: list[Comparison] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
 
@@ -52,9 +52,9 @@ class Report:
 def check_folder(
     path: Path, weights: Path | None = None, on_unit: Callable[[str], None] = lambda name: None
 ) -> Report:
-    """Run all units of `path`; `weights`: the folder whose `full_forward` gives the whole model's
-    weights. `on_unit` hears each unit's name before it runs. Raises `UnitError` when a folder is
-    none."""
+    """Run all units of `path`; `weights`: the folder whose `full_forward` holds the weights of the
+    whole model. `on_unit` gets each unit's name before it runs. Raises `UnitError` if a folder does
+    not exist."""
     folder = scan(path)
     pool = _WeightPool(folder if weights is None else scan(weights))
     report = Report(ignored=dict(folder.ignored))
@@ -65,12 +65,12 @@ def check_folder(
         try:
             with _plain_convolutions():
                 report.lines += _check_unit(base, pool)
-        except Exception as error:  # whatever is wrong with a file must not stop the others
+        except Exception as error:  # a faulty file must not stop the other units
             report.broken[name] = one_line(error)
     return report
 
 
-def _check_unit(base: Path, pool: _WeightPool) -> list[Comparison]:
+def _check_unit(base: Path, pool: _WeightPool) -> list[Line]:
     unit = read_unit(base)
     checks = Checks(unit)
     reason = generate.not_comparable(unit) if unit.kind == "full_generate_texts" else ""
@@ -88,10 +88,10 @@ def _check_unit(base: Path, pool: _WeightPool) -> list[Comparison]:
 
 @contextmanager
 def _plain_convolutions() -> Iterator[None]:
-    """PyTorch's own convolutions in place of oneDNN's.
+    """Context with PyTorch's own convolutions in place of oneDNN's.
 
-    oneDNN's sums (Winograd's for some shapes) are some four times less exact in fp32. At ReLU and
-    max-pooling that is enough to send the gradient of single pixels another way.
+    oneDNN's sums (Winograd for some shapes) are about four times less exact in fp32. At ReLU and
+    max-pooling that suffices to route the gradient of single pixels differently.
     """
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
@@ -102,14 +102,14 @@ def _plain_convolutions() -> Iterator[None]:
 
 
 class _WeightPool:
-    """Whole models by the `full_forward` unit that they come from; the last one is kept."""
+    """Cache of whole models by their `full_forward` unit; holds the last one."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._kept: tuple[str, Weights] | None = None
 
     def weights_for(self, unit: Unit) -> Weights:
-        """The model that `unit` ran with; raises `UnitError` when the folder does not have it."""
+        """The model that `unit` ran with; raises `UnitError` if the folder does not hold it."""
         name = (
             unit.name
             if unit.kind == _FORWARD and unit.name in self._folder.units
@@ -121,7 +121,8 @@ class _WeightPool:
         return self._kept[1]
 
     def _source(self, unit: Unit) -> str:
-        """`full_forward`, or the one whose ending begins the unit's own, or the only one."""
+        """Name of the unit's `full_forward`: the one with the longest suffix that the unit's suffix
+        starts with, or the only one."""
         known = [name for name in self._folder.units if kind_of(name) == _FORWARD]
         ending = unit.name.removeprefix(unit.kind)
         own = [name for name in known if ending.startswith(name.removeprefix(_FORWARD))]
@@ -130,13 +131,13 @@ class _WeightPool:
         if len(known) == 1:
             return known[0]
         raise UnitError(
-            "its weights are those of full_forward, which is not here",
+            "its weights are those of full_forward, which is not in this folder",
             fix="give the folder that holds it with --weights",
         )
 
 
 def one_line(error: Exception) -> str:
-    """An error of ours as it is; any other with its kind, on one line."""
+    """Format an error on one line: our own errors as they are, others with their type."""
     if isinstance(error, ValidationError):
         return f"its configuration cannot be: {first_flaw(error)}"
     text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""How close is close enough, and what is said when it is not."""
+"""Comparison of golden outputs: a tolerance for each kind of quantity, a line for each tensor."""
 
 from __future__ import annotations
 
@@ -6,36 +6,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from mmi_deploy import parity
+from mmi_deploy.parity import Tolerance, Verdict
 from mmi_train.golden.units import Unit
 
 Quantity = Literal["forward", "gradient", "loss", "exact"]
-Verdict = Literal["pass", "FAIL", "not compared"]
 
+# Tensors whose greatest entry is smaller are compared as if it were this.
 FLOOR = 1e-6
-"""Tensors whose greatest entry is smaller are compared as if it were this."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Greatest |error| allowed, as a share of the greatest |expected|, and why that much."""
-
-    relative: float
-    reason: str
-
 
 TOLERANCES: Mapping[Quantity, Tolerance] = {
-    "forward": Tolerance(1e-4, "fp32 sums in another order, through tens of layers"),
-    "gradient": Tolerance(1e-3, "the same, forwards and backwards, and small terms that cancel"),
-    "loss": Tolerance(1e-5, "a mean over thousands of entries: their errors average out"),
-    "exact": Tolerance(0.0, "ids, masks and steps are whole numbers"),
+    "forward": Tolerance(1e-4, "fp32 sums in another order, through tens of layers", floor=FLOOR),
+    "gradient": Tolerance(
+        1e-3, "the same, forwards and backwards, and small terms that cancel", floor=FLOOR
+    ),
+    "loss": Tolerance(
+        1e-5, "a mean over thousands of entries: their errors average out", floor=FLOOR
+    ),
+    "exact": Tolerance(0.0, "ids, masks and steps are whole numbers", floor=FLOOR),
 }
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Line:
     """One line of the report. `error` and `allowed` are absolute; `detail` says why it failed or
     was not compared."""
 
@@ -54,39 +49,25 @@ def compare(
     expected: Tensor,
     quantity: Quantity,
     mask: Tensor | None = None,
-) -> Comparison:
+) -> Line:
     """Compare `got` with `expected` where `mask` (bool, over their first dimensions) is true.
 
     NaN equals NaN and infinity equals itself; otherwise a value that is not finite fails.
     """
-    if got.shape != expected.shape:
-        detail = f"shape {list(got.shape)} where {list(expected.shape)} is expected"
-        return Comparison(unit, tensor, "FAIL", detail=detail)
-    got, expected = got.detach().double(), expected.double()
-    error = (got - expected).abs()
-    same = (got == expected) | (got.isnan() & expected.isnan())
-    error = torch.where(same, 0.0, torch.where(error.isfinite(), error, torch.inf))
-    counted = torch.ones_like(error, dtype=torch.bool)
-    if mask is not None:
-        counted &= mask.reshape(mask.shape + (1,) * (error.ndim - mask.ndim))
-    if not bool(counted.any()):
-        return Comparison(unit, tensor, "not compared", detail="its mask hides every value")
-    finite = expected[counted & expected.isfinite()].abs()
-    scale = finite.max().item() if finite.numel() else 0.0
-    relative = TOLERANCES[quantity].relative
-    allowed = relative * max(scale, FLOOR)
-    error = torch.where(counted, error, 0.0)
-    worst = error.max().item()
-    if worst <= allowed:
-        return Comparison(unit, tensor, "pass", worst, allowed)
-    index = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-    detail = (
-        f"mean error {error.sum().item() / int(counted.sum()):.3g}, worst at {list(index)}: "
-        f"got {got[index].item():.7g}, expected {expected[index].item():.7g}; "
-        f"{worst / max(scale, FLOOR):.3g} of the greatest would pass, {relative:g} is allowed "
-        f"({TOLERANCES[quantity].reason})"
+    found = parity.compare(
+        tensor,
+        got.detach().double().numpy(),
+        expected.double().numpy(),
+        TOLERANCES[quantity],
+        mask=None if mask is None else mask.numpy(),
+        equal_nonfinite=True,
     )
-    return Comparison(unit, tensor, "FAIL", worst, allowed, detail)
+    if found.error is None:
+        return Line(unit, tensor, "FAIL", detail=found.flaw)
+    if found.verdict == "not compared":
+        return Line(unit, tensor, "not compared", detail="its mask hides every value")
+    detail = found.describe() if found.verdict == "FAIL" else ""
+    return Line(unit, tensor, found.verdict, found.error.max_abs, found.allowed, detail)
 
 
 @dataclass
@@ -94,7 +75,7 @@ class Checks:
     """The comparisons of one unit, made while it runs."""
 
     unit: Unit
-    lines: list[Comparison] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
 
     def wants(self, name: str) -> bool:
         """Whether the unit holds `out.<name>`."""
@@ -112,9 +93,9 @@ class Checks:
     def skip(self, name: str, reason: str) -> None:
         """List `out.<name>`, if the unit holds it, as not compared."""
         if self.wants(name):
-            self.lines.append(Comparison(self.unit.name, name, "not compared", detail=reason))
+            self.lines.append(Line(self.unit.name, name, "not compared", detail=reason))
 
-    def finish(self) -> list[Comparison]:
+    def finish(self) -> list[Line]:
         """All lines, those of outputs that nobody asked for included."""
         seen = {line.tensor for line in self.lines}
         for name in self.unit.outputs:

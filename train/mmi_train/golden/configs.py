@@ -1,8 +1,9 @@
-"""From a side-car's `config`, in the published code's own terms, to our configuration.
+"""Our configuration of a golden unit, converted from the `config` of its side-car.
 
-A key that the side-car lacks has the published model's value, read from the preset `released_13b`.
-What the published code hard-codes or derives (heads and points of MMFS, the prior's width, the rows
-of tables) is read from the shapes of the weights, so that any variant of it can be checked.
+The side-car uses the published code's own terms. A key that it lacks has the value of the preset
+`released_13b`. Values that the published code hard-codes or derives (heads and points of MMFS, the
+prior's width, rows of tables) follow from the shapes of the weights, so that any variant can be
+checked.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CLIP_NAME = "encoder.vision_model."
 
 
 class Section:
-    """One object of a side-car, with readable errors. `path` is where it stands: `config.clip`."""
+    """One object of a side-car, with readable errors. `path`: its place, such as `config.clip`."""
 
     def __init__(self, values: Mapping[str, Any], path: str = "config") -> None:
         self.values, self.path = values, path
@@ -46,14 +47,14 @@ class Section:
         return self.values.get(key) is not None
 
     def section(self, key: str) -> Section:
-        """The object `key`; an empty one when it is missing."""
+        """The object `key`; empty if it is missing."""
         inner = self.values.get(key)
         if inner is not None and not isinstance(inner, dict):
-            raise UnitError(f"{self.path}.{key} is no object", got=repr(inner))
+            raise UnitError(f"{self.path}.{key} is not an object", got=repr(inner))
         return Section(inner or {}, f"{self.path}.{key}")
 
     def get(self, key: str, default: T) -> T:
-        """The value of `key`, of the type of `default`, which it has when missing."""
+        """The value of `key`, of the type of `default`; `default` if it is missing."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -69,7 +70,7 @@ class Section:
         return value
 
     def count(self, key: str, default: int) -> int:
-        """As `get`, for a number that must be positive."""
+        """`get` for a number that must be positive."""
         value = self.get(key, default)
         if value < 1:
             raise UnitError(f"{self.path}.{key} must be positive", got=value)
@@ -77,7 +78,7 @@ class Section:
 
 
 def under(state: State, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+    """Tensors whose names start with `prefix`, under their names without it."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in state.items()
@@ -86,7 +87,7 @@ def under(state: State, prefix: str) -> dict[str, Tensor]:
 
 
 def size(state: State, name: str, dimension: int) -> int:
-    """One side of the weight `name`; raises `UnitError` when it is missing or has too few."""
+    """Size of one dimension of the weight `name`; raises `UnitError` if it does not exist."""
     if name not in state:
         raise UnitError(f"lacks the tensor state.{name}")
     shape = state[name].shape
@@ -96,7 +97,7 @@ def size(state: State, name: str, dimension: int) -> int:
 
 
 def mmfs(section: Section, state: State, default: MmfsConfig, prefix: str = "") -> MmfsConfig:
-    """The MMFS whose weights are `state[prefix + ...]`, looking at the levels of `default`.
+    """Configuration of the MMFS with weights `state[prefix + ...]`, on the levels of `default`.
 
     Heads h and points p follow from 2 h p rows of the offsets and h l (p + 1) rows of the logits.
     """
@@ -125,11 +126,11 @@ def mmfs(section: Section, state: State, default: MmfsConfig, prefix: str = "") 
 
 
 def levels_of(spatial_shapes: Sequence[int], sides: Sequence[int]) -> tuple[int, ...]:
-    """Which of the maps with `sides` have one of `spatial_shapes`."""
+    """Indices of the encoder's maps, of `sides`, whose side is in `spatial_shapes`."""
     levels = tuple(level for level, side in enumerate(sides) if side in spatial_shapes)
     if [sides[level] for level in levels] != list(spatial_shapes):
         raise UnitError(
-            "config.spatial_shapes are no sides of the encoder's maps",
+            "config.spatial_shapes are not sides of the encoder's maps",
             expected=f"some of {list(sides)} in this order",
             got=list(spatial_shapes),
         )
@@ -137,7 +138,7 @@ def levels_of(spatial_shapes: Sequence[int], sides: Sequence[int]) -> tuple[int,
 
 
 def qformer(section: Section, default: ResamplerConfig, state: State) -> ResamplerConfig:
-    """A published `perceiver_config`, of the resampler whose weights are among `state`."""
+    """Convert a published `perceiver_config`, of the resampler whose weights are in `state`."""
     norms = any(name.endswith("attention.q_norm.weight") for name in state)
     return replace(
         default,
@@ -154,7 +155,7 @@ def qformer(section: Section, default: ResamplerConfig, state: State) -> Resampl
 
 
 def vision(section: Section, image_size: int, state: State) -> VisionConfig:
-    """A published CLIP configuration with the adapter that `state` (of the visual tokenizer) holds.
+    """Convert a published CLIP configuration, with the adapter in `state` of the visual tokenizer.
 
     The adapter has as many heads as CLIP; its values are half as wide as CLIP, its feed-forward
     layers a quarter (`clip_vit_adapter_hf`).
@@ -178,7 +179,8 @@ def vision(section: Section, image_size: int, state: State) -> VisionConfig:
 
 
 def llama(section: Section, vocab: int, context: int, mmfs_every: int) -> LlamaConfig:
-    """A published LLaMA configuration; the published code knows no grouped-query attention."""
+    """Convert a published LLaMA configuration; the published code has no grouped-query
+    attention."""
     default = PUBLISHED.llama
     heads = section.count("num_attention_heads", default.heads)
     return replace(
@@ -196,8 +198,8 @@ def llama(section: Section, vocab: int, context: int, mmfs_every: int) -> LlamaC
 
 
 def unet(section: Section, latent_side: int, state: State) -> UnetConfig:
-    """A configuration of diffusers' `UNet2DConditionModel`, in which `attention_head_dim` is the
-    number of heads; of the U-Net whose weights are among `state`."""
+    """Convert a configuration of diffusers' `UNet2DConditionModel`, in which `attention_head_dim`
+    is the number of heads; `state` holds the weights of the U-Net."""
     default = PUBLISHED.image_decoder.unet
     projections = [state[name] for name in state if name.endswith("attentions.0.proj_in.weight")]
     linear = all(weight.ndim == 2 for weight in projections)
@@ -234,7 +236,7 @@ def _down_blocks(attends: Sequence[bool]) -> tuple[str, ...]:
 
 
 def vae(section: Section) -> VaeConfig:
-    """A configuration of diffusers' `AutoencoderKL`."""
+    """Convert a configuration of diffusers' `AutoencoderKL`."""
     default = PUBLISHED.image_decoder.vae
     return replace(
         default,
@@ -247,7 +249,7 @@ def vae(section: Section) -> VaeConfig:
 
 
 def diffusion(section: Section) -> DiffusionConfig:
-    """A configuration of diffusers' `DDPMScheduler`."""
+    """Convert a configuration of diffusers' `DDPMScheduler`."""
     default = PUBLISHED.image_decoder.diffusion
     return DiffusionConfig(
         prediction=section.values.get("prediction_type", default.prediction),
@@ -259,7 +261,7 @@ def diffusion(section: Section) -> DiffusionConfig:
 
 
 def tokens(section: Section) -> TokenConfig:
-    """A published `special_token_dict`."""
+    """Convert a published `special_token_dict`."""
     default = PUBLISHED.tokens
     return TokenConfig(
         bos=section.get("bos_token_id", default.bos),
@@ -271,11 +273,12 @@ def tokens(section: Section) -> TokenConfig:
 
 
 def model(config: Section, state: State, image_side: int) -> ModelConfig:
-    """The whole model: `config.model` holds the published constructor's arguments, `config.tiny`
-    the configurations of the pre-trained parts. `image_side`: pixels of the images it reads."""
+    """Convert the whole model: `config.model` holds the published constructor's arguments,
+    `config.tiny` the configurations of the pre-trained parts. `image_side`: side of the images, in
+    pixels."""
     arguments, parts = config.section("model"), config.section("tiny")
     tokenizer = under(state, "visual_tokenizer.")
-    sees = vision(parts.section("clip"), image_side, tokenizer)
+    vision_config = vision(parts.section("clip"), image_side, tokenizer)
     resampler = qformer(
         arguments.section("visual_tokenizer_config").section("perceiver_config"),
         PUBLISHED.vision_resampler,
@@ -288,28 +291,28 @@ def model(config: Section, state: State, image_side: int) -> ModelConfig:
         body.count("max_position_embeddings", PUBLISHED.llama.context),
     )
     every = arguments.count("cross_attention_frequency", PUBLISHED.llama.mmfs_every)
-    reads = llama(body, vocab, context, every)
+    llama_config = llama(body, vocab, context, every)
     shapes = arguments.get("spatial_shapes", (32, 16, 8))
-    looks = mmfs(
+    llm_mmfs = mmfs(
         arguments,
         state,
-        replace(PUBLISHED.llm_mmfs, levels=levels_of(shapes, sees.level_sides)),
+        replace(PUBLISHED.llm_mmfs, levels=levels_of(shapes, vision_config.level_sides)),
         "mm_decoder.layers.0.llama_cross_attn.attn.",
     )
     return ModelConfig(
         name="golden",
         tokens=tokens(arguments.section("special_token_dict")),
-        vision=sees,
+        vision=vision_config,
         vision_resampler=resampler,
-        llama=reads,
-        llm_mmfs=looks,
+        llama=llama_config,
+        llm_mmfs=llm_mmfs,
         image_decoder=image_decoder(arguments.section("image_decoder_config"), parts, state),
     )
 
 
 def image_decoder(section: Section, parts: Section, state: State) -> ImageDecoderConfig:
-    """A published `image_decoder_config` with the configurations of its U-Net and VAE."""
-    coder = vae(parts.section("vae"))
+    """Convert a published `image_decoder_config` with the configurations of its U-Net and VAE."""
+    vae_config = vae(parts.section("vae"))
     image_size = section.count("image_size", PUBLISHED.image_decoder.image_size)
     return ImageDecoderConfig(
         resampler=qformer(
@@ -317,13 +320,13 @@ def image_decoder(section: Section, parts: Section, state: State) -> ImageDecode
             PUBLISHED.image_decoder.resampler,
             under(state, "image_decoder.perceiver_resampler."),
         ),
-        unet=unet(parts.section("unet"), image_size // coder.factor, state),
+        unet=unet(parts.section("unet"), image_size // vae_config.factor, state),
         mmfs=mmfs(
             section,
             state,
             PUBLISHED.image_decoder.mmfs,
             "image_decoder.decoder.mmfs_module.mmfs_mid_block.mmfs.",
         ),
-        vae=coder,
+        vae=vae_config,
         diffusion=diffusion(parts.section("scheduler")),
     )

@@ -1,7 +1,9 @@
-"""The whole model: its weights, and the training forward of units `full_forward`.
+"""Check of the whole model: its weights, and the training forward of units `full_forward`.
 
-Letters: b rows, t tokens, m images of a row, n images of all rows, k pictures, x context tokens,
-s feature cells, c channels.
+Every encoded image is also a picture to draw.
+
+Letters: b batch, t tokens, m image slots, j pictures to draw, x context tokens, s feature cells,
+c channels.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from mmi_train.golden.hooks import recorded
 from mmi_train.golden.unet import set_base_grids
 from mmi_train.golden.units import Unit, UnitError
 from mmi_train.model.generation import visible_keys
-from mmi_train.model.image_decoder import CONDITION_DROP, Draws
+from mmi_train.model.image_decoder import CONDITION_DROP, RandomDraws
 from mmi_train.model.losses import IGNORE, text_loss, text_targets
-from mmi_train.model.mm_interleaved import LOOKS_BACK, EncodedImages, MMInterleaved
+from mmi_train.model.mm_interleaved import EMPTY_CONTEXT, EncodedImages, MMInterleaved
 
+# Data set of the total loss whose gradients are stored.
 _GRADIENT_OF = "mmc4"
-"""The data set whose total loss the stored gradients are of."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Weights:
 
 
 def load(unit: Unit) -> Weights:
-    """The model of a `full_forward` unit."""
+    """Load the model of a `full_forward` unit."""
     pixels = unit.input("image_tensors")
     config = configs.model(Section(unit.config), unit.state, pixels.shape[-1])
     model = published_module(lambda: MMInterleaved(config), unit.state)
@@ -51,9 +53,9 @@ def load(unit: Unit) -> Weights:
 
 @dataclass(frozen=True)
 class Rows:
-    """Token rows with images: `ids` and `real` [b, t], `slot` [b, m] (-1: none), `pictures` [n, 2]
-    (row, image of the row), `bounds` [b, t]: the ids with only those `<s>` that the published code
-    cuts the context of pictures at."""
+    """Token rows with images: `ids` and `real` [b, t], `slot` [b, m] (-1: none), `pictures` [j, 2]
+    (row, image of the row), `bounds` [b, t]: the ids with only those `<s>` that bound the context
+    of pictures in the published code."""
 
     ids: Tensor
     real: Tensor
@@ -63,7 +65,7 @@ class Rows:
 
 
 def rows(unit: Unit, tokens: TokenConfig) -> Rows:
-    """The rows of a unit. Without `in.nearest_bos_idxs` pictures are cut at no `<s>` at all."""
+    """Rows of a unit. Without `in.nearest_bos_idxs` no `<s>` bounds the context of pictures."""
     ids = unit.input("text_ids")
     images = len(unit.input("image_tensors"))
     counts = unit.inputs.get("num_image_per_seq", (ids == tokens.boi).sum(1)).tolist()
@@ -91,7 +93,7 @@ def rows(unit: Unit, tokens: TokenConfig) -> Rows:
 
 def read(model: MMInterleaved, data: Rows, images: EncodedImages) -> Tensor:
     """Hidden states [b, t, c] of rows that may be padded on either side; positions count from the
-    row's first column."""
+    first column of a row."""
     return model.llm(
         model.embed_rows(data.ids, images, data.slot),
         torch.arange(data.ids.shape[1]).expand_as(data.ids),
@@ -103,6 +105,7 @@ def read(model: MMInterleaved, data: Rows, images: EncodedImages) -> Tensor:
 
 
 def check(unit: Unit, checks: Checks, weights: Weights) -> None:
+    """Run the training forward of a unit and compare activations, losses and gradients."""
     with torch.enable_grad():
         loss = _forward(unit, checks, weights)
         again = partial(_forward, unit, Checks(unit), weights)
@@ -110,7 +113,7 @@ def check(unit: Unit, checks: Checks, weights: Weights) -> None:
 
 
 def _forward(unit: Unit, checks: Checks, weights: Weights) -> Tensor | None:
-    """The training forward; returns the loss whose gradients are stored, if there is one."""
+    """Run the training forward; returns the loss whose gradients are stored, if there is one."""
     model = weights.model
     data = rows(unit, model.config.tokens)
     pixels = unit.input("image_tensors")
@@ -124,7 +127,7 @@ def _forward(unit: Unit, checks: Checks, weights: Weights) -> Tensor | None:
         checks.compare("last_hidden_state", hidden, mask=data.real)
         logits = model.head(hidden)
         checks.compare("text_logits", logits, mask=data.real)
-        real = torch.arange(context.shape[1]) < length[:, None]  # [n, x]
+        real = torch.arange(context.shape[1]) < length[:, None]  # [j, x]
         checks.compare("context_attention_mask", real, "exact")
         checks.compare("context_features", flow["resampler"][0], mask=real)
         checks.compare("resampled_context", condition)
@@ -156,16 +159,16 @@ def _image_loss(
     condition: Tensor,
     length: Tensor,
 ) -> Tensor:
-    """The published mean over all pictures, those without context counted as zero."""
+    """The published image loss: a mean over all pictures, in which an empty context counts as 0."""
     model, decoder = weights.model, weights.model.image_decoder
-    look_back = model.look_back_images(images, data.bounds, data.slot, data.pictures)
-    nearest = look_back.position == 1  # [n, m]
+    previous = model.previous_images(images, data.bounds, data.slot, data.pictures)
+    nearest = previous.position == 1  # [j, m]
     checks.compare("imgdec_mmfs_mask", nearest.any(1, keepdim=True), "exact")
-    before = look_back.slot.gather(1, nearest.int().argmax(1, keepdim=True))  # [n, 1]
+    before = previous.slot.gather(1, nearest.int().argmax(1, keepdim=True))  # [j, 1]
     start = 0
     for level, side in enumerate(model.config.vision.level_sides):
         if checks.wants(f"imgdec_mmfs_level{level}"):
-            cells = look_back.features[before][:, :, start : start + side * side]  # [n, 1, s, c]
+            cells = previous.features[before][:, :, start : start + side * side]  # [j, 1, s, c]
             maps = cells.transpose(2, 3).unflatten(3, (side, side))
             checks.compare(f"imgdec_mmfs_level{level}", maps, mask=nearest.any(1))
         start += side * side
@@ -174,14 +177,14 @@ def _image_loss(
     pixels = unit.inputs.get("image_tensors_dec", unit.input("image_tensors"))
     section = weights.arguments.section("image_decoder_config")
     draws = _draws(unit, len(data.pictures), section.get("uncond_prob", CONDITION_DROP))
-    drawn = length > LOOKS_BACK
-    losses = decoder.losses(decoder.encode(pixels), condition, look_back, draws) * drawn
+    drawn = length > EMPTY_CONTEXT
+    losses = decoder.losses(decoder.encode(pixels), condition, previous, draws) * drawn
     return (losses * unit.inputs.get("image_loss_mask", torch.ones(len(losses)))).mean()
 
 
-def _draws(unit: Unit, pictures: int, drop_share: float) -> Draws:
-    """The published code's random draws, in the order of its calls: whether the condition is
-    dropped (if it ever is), the noise of each batch of latents, the noise, the timesteps."""
+def _draws(unit: Unit, pictures: int, drop_share: float) -> RandomDraws:
+    """Random draws of the published code, in the order of its calls: condition drop (if its
+    probability is not 0), posterior noise of each batch of latents, noise, timesteps."""
     calls: dict[str, list[Tensor]] = {}
     for name in sorted(name for name in unit.inputs if name.startswith("rng.")):
         match = re.fullmatch(r"rng\.\d+_(\w+)", name)
@@ -195,7 +198,7 @@ def _draws(unit: Unit, pictures: int, drop_share: float) -> Draws:
     drop = torch.ones(pictures)
     if "rand_like" in calls:
         drop[calls["rand_like"][0].flatten() < drop_share] = 0.0
-    return Draws(drop, torch.cat(calls["randn"]), calls["randn_like"][0], calls["randint"][0])
+    return RandomDraws(drop, torch.cat(calls["randn"]), calls["randn_like"][0], calls["randint"][0])
 
 
 def _check_losses(
@@ -229,7 +232,7 @@ def _check_losses(
 
 
 def _data_sets(unit: Unit) -> list[str]:
-    """Names of the data sets that the unit has losses or targets of."""
+    """Names of the data sets whose losses or targets the unit holds."""
     names = (
         re.fullmatch(r"(?:loss(?:_txt|_img)?|gt_text_ids)_(\w+)", name) for name in unit.outputs
     )

@@ -1,6 +1,6 @@
-"""Generation with the whole model: units `full_generate_texts`, `_scores` and `_images`.
+"""Check of generation by the whole model: units `full_generate_texts`, `_scores` and `_images`.
 
-Letters: b rows, t tokens, o options, v vocabulary.
+Letters: b batch, t tokens, o options, u vocabulary.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from mmi_train.golden.configs import Section, under
 from mmi_train.golden.full import Weights
 from mmi_train.golden.units import Unit, UnitError
 from mmi_train.model.diffusion import ddim
-from mmi_train.model.generation import Reading
-from mmi_train.model.image_decoder import DrawingStep
+from mmi_train.model.generation import IncrementalDecoder
+from mmi_train.model.image_decoder import DenoisingStep
 from mmi_train.model.vae import Vae
 
 _PUBLISHED_BEAMS = 5
@@ -24,7 +24,8 @@ _DISK_VAE = "disk_vae."
 
 
 def not_comparable(unit: Unit) -> str:
-    """Why the tokens of a `full_generate_texts` unit cannot be compared; empty when they can."""
+    """Reason that the tokens of a `full_generate_texts` unit cannot be compared; empty if they
+    can."""
     config = Section(unit.config)
     if config.get("do_sample", False):
         return "sampled tokens depend on the generator"
@@ -34,32 +35,34 @@ def not_comparable(unit: Unit) -> str:
 
 
 def check_texts(unit: Unit, checks: Checks, weights: Weights) -> None:
-    """Greedy decoding, left-padded; the output begins with `<s>` and ends at `</s>` or BoI."""
+    """Compare greedy decoding of left-padded rows; the output starts with `<s>`, ends at `</s>` or
+    BoI."""
     config = Section(unit.config)
     model, tokens = weights.model, weights.model.config.tokens
     steps = config.count("max_new_tokens", config.count("max_length", 30))
-    least = config.get("min_length", 8)
+    min_length = config.get("min_length", 8)
     penalty = config.get("repetition_penalty", 1.0)
-    ends = torch.tensor([tokens.eos, tokens.boi])
+    ends = torch.tensor([*tokens.ends, tokens.boi])
     data, pixels = full.rows(unit, tokens), unit.input("image_tensors")
-    reading = Reading(model, data.ids, pixels, data.slot, data.real, room=steps)
+    decoder = IncrementalDecoder(model, data.ids, pixels, data.slot, data.real, room=steps)
     ids = torch.full((len(data.ids), 1), tokens.bos)
     open_rows = torch.ones(len(ids), dtype=torch.bool)
     for step in range(steps):
-        logits = _penalised(reading.logits, ids, penalty)
-        if ids.shape[1] < least:  # the published length counts the `<s>` in front
+        logits = _penalised(decoder.logits, ids, penalty)
+        if ids.shape[1] < min_length:  # the published length counts the `<s>` in front
             logits[:, ends] = -torch.inf
         chosen = torch.where(open_rows, logits.argmax(-1), tokens.pad)
         ids = torch.cat([ids, chosen[:, None]], 1)
         open_rows &= ~torch.isin(chosen, ends)
         if not open_rows.any() or step == steps - 1:
             break
-        reading.append(chosen)
+        decoder.append(chosen)
     checks.compare("text_ids", ids, "exact")
 
 
 def _penalised(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Logits [b, v] with those of the tokens in `ids` [b, t] made less likely (CTRL, Sec. 4.1)."""
+    """Apply the repetition penalty of CTRL (Sec. 4.1) for the tokens in `ids` [b, t] to logits
+    [b, u]."""
     if penalty == 1.0:
         return logits
     taken = logits.gather(1, ids)
@@ -67,10 +70,10 @@ def _penalised(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
 
 
 def check_scores(unit: Unit, checks: Checks, weights: Weights) -> None:
-    """The summed log-probabilities of options after one prompt or several with one image each."""
+    """Compare summed log-probabilities of options after prompts with one image each."""
     model, tokens = weights.model, weights.model.config.tokens
     prompts = _with_batch(unit.input("text_ids"), 1)  # [b, t]
-    options = _with_batch(unit.input("options_ids"), 2)  # [b, o, t']
+    options = _with_batch(unit.input("options_ids"), 2)  # [b, o, length]
     real = _with_batch(unit.input("options_attn_mask"), 2).bool()
     before = _with_batch(unit.inputs.get("attention_mask", torch.ones_like(prompts)), 1).bool()
     pixels = unit.input("image_tensors")
@@ -79,19 +82,20 @@ def check_scores(unit: Unit, checks: Checks, weights: Weights) -> None:
     scores = []
     for row in range(len(prompts)):
         count = len(options[row])
-        ids = torch.cat([prompts[row].expand(count, -1), options[row]], 1)  # [o, t + t']
+        ids = torch.cat([prompts[row].expand(count, -1), options[row]], 1)  # [o, t + length]
         shown = torch.cat([before[row].expand(count, -1), real[row]], 1)
         slot = _slots((ids == tokens.boi).sum(1).tolist())
         data = full.Rows(ids, shown, slot, pictures=torch.zeros(0, 2), bounds=ids)
         hidden = full.read(model, data, model.encode_images(pixels[row : row + 1]))
         logits = model.head(hidden[:, prompts.shape[1] - 1 : -1])
-        chances = logits.log_softmax(-1).gather(-1, options[row][..., None])[..., 0]  # [o, t']
-        scores.append((chances * real[row]).sum(-1))
+        # [o, length]
+        log_probability = logits.log_softmax(-1).gather(-1, options[row][..., None])[..., 0]
+        scores.append((log_probability * real[row]).sum(-1))
     checks.compare("scores", torch.stack(scores)[:, None])
 
 
 def _with_batch(tensor: Tensor, dimensions: int) -> Tensor:
-    """`tensor` with a batch dimension before its `dimensions`, if it has none."""
+    """Add a batch dimension if `tensor` has only `dimensions`."""
     if tensor.ndim not in (dimensions, dimensions + 1):
         raise UnitError(
             "an input has an unknown shape",
@@ -102,7 +106,7 @@ def _with_batch(tensor: Tensor, dimensions: int) -> Tensor:
 
 
 def _slots(counts: list[int]) -> Tensor:
-    """Every row's one image is the first of the pool."""
+    """Image slots of rows with one image each: all the first of the pool."""
     if set(counts) != {1}:
         raise UnitError("every prompt must hold one image", got=counts)
     return torch.zeros(len(counts), 1, dtype=torch.int64)
@@ -110,11 +114,13 @@ def _slots(counts: list[int]) -> Tensor:
 
 @torch.no_grad()
 def check_images(unit: Unit, checks: Checks, weights: Weights) -> None:
-    """Pictures by the ancestral sampler with the stored noise, and the VAE that the unit brings."""
+    """Compare pictures of the ancestral sampler with the stored noise and the unit's own VAE."""
     config = Section(unit.config)
     model, decoder = weights.model, weights.model.image_decoder
     steps = config.count("num_inference_steps", 30)
-    guidance = max(config.get("guidance_scale", 7.5), 1.0)  # up to 1 the published code guides not
+    guidance = max(
+        config.get("guidance_scale", 7.5), 1.0
+    )  # up to 1 the published code does not guide
     if config.count("image_size", decoder.config.image_size) != decoder.config.image_size:
         raise UnitError(
             "config.image_size is not that of the weights",
@@ -126,16 +132,16 @@ def check_images(unit: Unit, checks: Checks, weights: Weights) -> None:
     images = model.encode_images(unit.input("image_tensors"))
     hidden = full.read(model, data, images)
     condition = model.condition(hidden, data.bounds, pictures)
-    look_back = model.look_back_images(images, data.bounds, data.slot, pictures)
+    previous = model.previous_images(images, data.bounds, data.slot, pictures)
     noise = unit.inputs_of("step_noise")
     if len(noise) != steps:
         raise UnitError("wrong number of tensors in.step_noise.*", expected=steps, got=len(noise))
     scheduler = ddim(decoder.config.diffusion)
     scheduler.set_timesteps(steps)
-    done: list[DrawingStep] = []
+    done: list[DenoisingStep] = []
     latents = decoder.draw(
         condition,
-        look_back,
+        previous,
         unit.input("initial_latents"),
         scheduler,
         guidance=guidance,
@@ -151,7 +157,8 @@ def check_images(unit: Unit, checks: Checks, weights: Weights) -> None:
 
 
 def _vae(unit: Unit, own: Vae) -> Vae:
-    """The published code draws with an autoencoder that it reads again from disk."""
+    """The autoencoder of the unit: for drawing, the published code loads its VAE again from
+    disk."""
     state = under(unit.state, _DISK_VAE)
     if not state:
         return own

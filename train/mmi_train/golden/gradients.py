@@ -1,9 +1,10 @@
-"""Gradients of the training loss, and where they may differ although both sides are right.
+"""Check of the gradients of the training loss, with bounds where they are discontinuous.
 
 Bilinear sampling is continuous, but its derivative jumps where a point crosses from one cell of a
-map into the next. Of a point that lies on such a border within the rounding of fp32, two correct
-computations may take the derivatives of different cells. Those entries are recognised by what they
-do when all points are moved by as little; all others must agree as they are.
+map into the next. For a point on such a border, within the rounding of fp32, two correct
+computations may take the derivatives of different cells. Such entries are identified by moving all
+points by about that rounding: the expected gradient may lie anywhere between the results. All other
+entries must agree as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmi_train.checkpoint_import.published import DerivedConstant, rename
-from mmi_train.golden.compare import Checks, Comparison, compare
+from mmi_train.golden.compare import Checks, Line, compare
 from mmi_train.golden.units import UnitError
 from mmi_train.model.interactions import DeformableAttention
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -24,17 +25,17 @@ from mmi_train.model.mmfs import Mmfs
 
 _PREFIX = "grad."
 
+# Distance that points are moved, relative to a map's side: a few roundings of a location in fp32.
 REACH = 4e-7
-"""How far points are moved, as a share of a map's side: a few roundings of a location in fp32."""
 
+# Index of the forward argument that is the reference of the sampling points.
 _REFERENCE = {Mmfs: 4, DeformableAttention: 1}
-"""Which argument of the forward pass is the reference that sampling points are counted from."""
 
 
 def check_gradients(
     checks: Checks, model: MMInterleaved, loss: Tensor | None, again: Callable[[], Tensor | None]
 ) -> None:
-    """Compare the gradients of `loss` with `out.grad.<name>`; `again` makes the loss anew."""
+    """Compare the gradients of `loss` with `out.grad.<name>`; `again` recomputes the loss."""
     names = [name for name in checks.unit.outputs if name.startswith(_PREFIX)]
     if not names:
         return
@@ -47,7 +48,7 @@ def check_gradients(
     doubtful = {
         name: parameters[name]
         for name, line in lines.items()
-        if line.verdict == "FAIL" and line.error is not None  # no shape of its own
+        if line.verdict == "FAIL" and line.error is not None  # a wrong shape has no error
     }
     if doubtful:
         bounds = gradient_bounds(model, lambda: _gradients(_loss(again), doubtful))
@@ -67,17 +68,17 @@ def _loss(again: Callable[[], Tensor | None]) -> Tensor:
 
 
 def _parameters(checks: Checks, model: MMInterleaved, names: list[str]) -> dict[str, nn.Parameter]:
-    """Our parameter of each stored gradient; constants of ours are listed as not compared."""
+    """Our parameter of each stored gradient; our constants are listed as not compared."""
     skips = len(model.image_decoder.unet.look_back) - 1
     own, found = dict(model.named_parameters()), {}
     for name in names:
         ours = rename(name.removeprefix(_PREFIX), skips)
         if isinstance(ours, DerivedConstant):
-            checks.skip(name, "a constant of ours, no parameter")
+            checks.skip(name, "a constant here, not a parameter")
         elif ours in own:
             found[name] = own[ours]
         else:
-            raise UnitError(f"has out.{name}, the gradient of no parameter of this configuration")
+            raise UnitError(f"has out.{name}, a gradient without a parameter in this configuration")
     return found
 
 
@@ -90,7 +91,7 @@ def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str
     }
 
 
-def _compare(checks: Checks, name: str, gradient: Tensor) -> Comparison:
+def _compare(checks: Checks, name: str, gradient: Tensor) -> Line:
     expected = checks.unit.outputs[name]
     if expected.numel() == gradient.numel():  # leading dimensions of one may differ
         gradient = gradient.reshape(expected.shape)
@@ -100,7 +101,8 @@ def _compare(checks: Checks, name: str, gradient: Tensor) -> Comparison:
 def gradient_bounds(
     model: nn.Module, gradients: Callable[[], Mapping[str, Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Least and greatest of what `gradients` returns for `model` while points move to and fro."""
+    """Least and greatest gradients of `model` with all points moved by `REACH` in four
+    directions."""
     found = []
     for x in (-REACH, REACH):
         for y in (-REACH, REACH):
@@ -112,7 +114,7 @@ def gradient_bounds(
 
 @contextmanager
 def _moved(model: nn.Module, shift: Tensor) -> Iterator[None]:
-    """While the context is open, every sampling point of `model` is moved by `shift` (x, y)."""
+    """Move every sampling point of `model` by `shift` (x, y) while the context is open."""
     handles = []
     for module in model.modules():
         for kind, place in _REFERENCE.items():

@@ -1,4 +1,4 @@
-"""What flows between the parts of a module while it runs."""
+"""Hooks that record the inputs and outputs of parts of a module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 
 @contextmanager
 def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Any, Any]]]:
-    """While the context is open, every call of one of `modules` leaves (first argument, result)."""
+    """Record (first argument, result) of every call of `modules`, by name, while the context is
+    open."""
     seen: dict[str, tuple[Any, Any]] = {}
 
     def record(name: str) -> Any:

@@ -1,6 +1,6 @@
-"""The language model body with MMFS: units `llama_mmfs`.
+"""Check of the language model body with MMFS: units `llama_mmfs`.
 
-Letters: b batch, t tokens, k keys, m images, s feature cells of one image, c channels.
+Letters: b batch, t tokens, m image slots, s feature cells, c channels.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _HEAD = "lm_head.weight"
 
 
 def check(unit: Unit, checks: Checks) -> None:
+    """Run the language model of a unit and compare hidden states, logits and one cached step."""
     embeddings = unit.input("inputs_embeds")
     batch, tokens = embeddings.shape[:2]
     model = _build(unit, tokens)
@@ -48,7 +49,7 @@ def check(unit: Unit, checks: Checks) -> None:
     if checks.wants("last_hidden_state_no_vision"):
         checks.compare("last_hidden_state_no_vision", model(embeddings, position, keys), mask=real)
     if checks.wants("step_hidden"):
-        token = unit.input("step_input_ids")  # [1, 1]: goes on after row 0
+        token = unit.input("step_input_ids")  # [1, 1]: continues row 0
         cache = KvCache(model.config, 1, tokens + 1)
         one = {"cache": cache, "values": values, "image_slot": slot[:1]}
         model(embeddings[:1], position[:1], keys[:1], image_position=seen[:1], **one)

@@ -1,6 +1,6 @@
-"""The MMFS operator with its projections: units `mmfs_llm` and `mmfs_unet`.
+"""Check of the MMFS layer: units `mmfs_llm` and `mmfs_unet`.
 
-Letters: b batch, q queries, m images, l levels, s feature cells of one image.
+Letters: b batch, q queries, m image slots, s feature cells, c channels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ _PREFIXES = {
 
 
 def image_positions(visible: Tensor) -> Tensor:
-    """Visibility [..., m] to how far back each image lies: 1 the nearest visible one, 0 hidden."""
+    """Visibility [..., m] to image positions: 1 the nearest visible image, 0 hidden."""
     visible = visible.long()
     return (visible.flip(-1).cumsum(-1).flip(-1) * visible).to(torch.int32)
 
 
 def check(unit: Unit, checks: Checks) -> None:
+    """Run the MMFS layer of a unit on its inputs and compare the output."""
     section = Section(unit.config).section("ctor")
     features = unit.input("input_flatten")  # [b, m, s, c]
     batch, images = features.shape[:2]
@@ -49,7 +50,7 @@ def check(unit: Unit, checks: Checks) -> None:
 
     mask = unit.input("attention_mask")  # [b, q, m] or [b, m]
     mask = mask[:, None] if mask.ndim == 2 else mask
-    if mask.shape[1] not in (1, queries):  # one new token: its row is the last
+    if mask.shape[1] not in (1, queries):  # a single new token has the last row
         mask = mask[:, -1:]
     reference = unit.input("reference_points")
     if reference.shape[0] != 1 or reference.shape[2:] != (1, 2):
@@ -63,7 +64,7 @@ def check(unit: Unit, checks: Checks) -> None:
 
 
 def _sides(spatial_shapes: Tensor, images: int, section: Section) -> tuple[int, ...]:
-    """Sides of one image's maps, from the (height, width) of every map of every image."""
+    """Sides of one image's maps, given (height, width) of every map of every image."""
     shapes = [(int(height), int(width)) for height, width in spatial_shapes.tolist()]
     levels = section.count("n_levels", len(shapes) // images)
     own = shapes[:levels]
@@ -75,14 +76,16 @@ def _sides(spatial_shapes: Tensor, images: int, section: Section) -> tuple[int, 
 
 
 def base_grid(base: float, configured: tuple[int, ...], actual: tuple[int, ...]) -> float:
-    """The grid in whose cells offsets are. The published code moves a point by offset * s / base
-    cells of a map that was configured to be s wide: by offset / (base * actual / s) of any map."""
+    """Side of the grid whose cells are the unit of offsets.
+
+    The published code shifts a point by offset * s / base cells of a map that was configured with
+    side s, that is by offset / (base * actual / s) of the side of any map."""
     if len(configured) != len(actual):
         raise UnitError("the levels disagree", expected=f"sides like {configured}", got=actual)
     grids = {base * now / then for then, now in zip(configured, actual, strict=True)}
     if len(grids) != 1:
         raise UnitError(
-            "the offsets have other lengths on every level",
+            "the base grid differs between levels",
             expected=f"sides like {configured}",
             got=actual,
         )

@@ -1,6 +1,6 @@
-"""The U-Net with MMFS on its skips: units `sd_unet_mmfs`.
+"""Check of the U-Net with MMFS on its skips: units `sd_unet_mmfs`.
 
-Letters: b pictures, m images a picture looks at, l levels, s feature cells, c channels.
+Letters: b batch, m image slots, s feature cells, c channels.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from mmi_train.golden.configs import PUBLISHED, Section
 from mmi_train.golden.hooks import recorded
 from mmi_train.golden.mmfs import base_grid, image_positions
 from mmi_train.golden.units import Unit, UnitError
-from mmi_train.model.unet import LookBack, UNet
+from mmi_train.model.unet import MmfsBlock, UNet
 from mmi_train.model.visual_tokenizer import flatten_maps
 
 _MID_BLOCK = "mmfs_module.mmfs_mid_block.mmfs."
 
+# Sides of the feature maps that the published U-Net is built for.
 CONFIGURED_SIDES = (64, 32, 16, 8)
-"""Sides of the feature maps that the published U-Net is built for."""
 
+# Picture side, in pixels, at which these sides are its base grids too.
 CONFIGURED_PIXELS = 512
-"""Picture side at which these sides are its base grids too."""
 
 _BLOCKS_PER_GRID = 3
 
@@ -35,8 +35,8 @@ _BLOCKS_PER_GRID = 3
 def set_base_grids(
     unet: UNet, image_size: int, sides: Sequence[int], configured: Sequence[int] = CONFIGURED_SIDES
 ) -> None:
-    """Give each MMFS block of `unet` the base grid that the published code computes for pictures of
-    `image_size` pixels and feature maps of `sides`: it assumes three blocks per size of map."""
+    """Set the base grid of each MMFS block of `unet` as the published code does for pictures of
+    `image_size` pixels and feature maps of `sides`; it assumes three blocks per map size."""
     if not 0 < image_size <= CONFIGURED_PIXELS:
         raise UnitError(
             "config.image_size is out of range",
@@ -49,13 +49,14 @@ def set_base_grids(
         place = -1 if index == last else index // _BLOCKS_PER_GRID
         if place >= len(configured):
             raise UnitError("the published code has no base grid for so many blocks", got=last + 1)
-        assert isinstance(block, LookBack)
+        assert isinstance(block, MmfsBlock)
         block.mmfs.base_grid = base_grid(
             configured[place] // shrink, tuple(configured), tuple(sides)
         )
 
 
 def check(unit: Unit, checks: Checks) -> None:
+    """Run the U-Net of a unit and compare its prediction and the maps around every MMFS block."""
     sample, timestep, context = (unit.input(name) for name in ("sample", "timestep", "context"))
     maps = unit.inputs_of("feats")  # of each level [b, m, c, side, side]
     if not maps:

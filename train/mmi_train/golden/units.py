@@ -1,7 +1,7 @@
-"""Golden files: runs of the published code, each a safetensors file with a JSON side-car.
+"""Golden files: recorded runs of the published code, a safetensors file with a JSON side-car each.
 
-The tensors are `state.<published name>` (weights), `in.<name>` and `out.<name>`; the side-car's
-`config` says how the published modules were built.
+The tensors are `state.<published name>` (weights), `in.<name>` and `out.<name>`; `config` of the
+side-car holds the configuration of the published modules.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mmi_deploy.errors import MmiError
+from mmi_deploy.errors import MmiError, WeightsError
+from mmi_train.weights.safetensors_files import load_tensors
 
 KINDS = (
     "mmfs_llm",
@@ -40,13 +39,13 @@ class UnitError(MmiError):
 
 
 def kind_of(name: str) -> str | None:
-    """The longest known kind that `name` begins with."""
+    """The longest known kind that `name` starts with."""
     return max((kind for kind in KINDS if name.startswith(kind)), key=len, default=None)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One golden run: what the published module was, what went in and what came out."""
+    """One golden run: configuration and weights of the published module, inputs and outputs."""
 
     name: str
     kind: str
@@ -56,7 +55,7 @@ class Unit:
     outputs: Mapping[str, Tensor]
 
     def input(self, name: str) -> Tensor:
-        """The tensor `in.<name>`; raises `UnitError` when the file lacks it."""
+        """The tensor `in.<name>`; raises `UnitError` if the file lacks it."""
         if name not in self.inputs:
             raise UnitError(f"lacks the tensor in.{name}")
         return self.inputs[name]
@@ -77,7 +76,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder holds: paths of its units by name, and files that are none with the reason."""
+    """Contents of a folder: paths of its units by name, and ignored files with the reason."""
 
     path: Path
     units: Mapping[str, Path]
@@ -85,10 +84,10 @@ class Folder:
 
 
 def scan(path: Path) -> Folder:
-    """Sort the files of `path`. A name of a known kind with one of its two files missing counts as
-    a unit, so that it is reported as incomplete. Raises `UnitError` when there is no folder."""
+    """List the units of `path`. A name of a known kind with one of its two files missing counts as
+    a unit, so that it is reported as incomplete. Raises `UnitError` if `path` is not a folder."""
     if not path.is_dir():
-        raise UnitError(f"{path} is no folder", fix="give a folder of golden files")
+        raise UnitError(f"{path} is not a folder", fix="give a folder of golden files")
     units: dict[str, Path] = {}
     ignored: dict[str, str] = {}
     for file in sorted(path.iterdir()):
@@ -98,9 +97,9 @@ def scan(path: Path) -> Folder:
         elif kind_of(name) is not None or _is_pair(path / name):
             units[name] = path / name
         elif file.suffix == ".json":
-            ignored[file.name] = "no side-car of a unit"
+            ignored[file.name] = "not the side-car of a unit"
         else:
-            ignored[file.name] = "no side-car with `config`"
+            ignored[file.name] = "without a side-car that has `config`"
     return Folder(path, units, ignored)
 
 
@@ -109,7 +108,7 @@ def _beside(base: Path, suffix: str) -> Path:
 
 
 def _is_pair(base: Path) -> bool:
-    """Whether tensors and a side-car with `config` lie at `base` (a path without suffix)."""
+    """True if `base` (a path without suffix) has tensors and a side-car with `config`."""
     if not _beside(base, ".safetensors").is_file():
         return False
     try:
@@ -127,7 +126,7 @@ def read_config(base: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise UnitError(f"cannot read its side-car {path.name}: {error.strerror}") from None
     except ValueError as error:
-        raise UnitError(f"its side-car {path.name} is no JSON: {error}") from None
+        raise UnitError(f"its side-car {path.name} is not JSON: {error}") from None
     config = about.get("config") if isinstance(about, dict) else None
     if not isinstance(config, dict):
         raise UnitError(f"its side-car {path.name} has no object `config`")
@@ -138,15 +137,15 @@ def read_unit(base: Path) -> Unit:
     """Read the unit at `base` (its path without suffix); raises `UnitError` in one line."""
     kind = kind_of(base.name)
     if kind is None:
-        raise UnitError("its name begins with no known kind", expected="one of " + ", ".join(KINDS))
+        raise UnitError(
+            "its name does not start with a known kind", expected="one of " + ", ".join(KINDS)
+        )
     config = read_config(base)
     path = _beside(base, ".safetensors")
     try:
-        tensors = load_file(path)
-    except OSError as error:
-        raise UnitError(f"cannot read {path.name}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise UnitError(f"{path.name} is no intact safetensors file: {error}") from None
+        tensors = load_tensors(path)
+    except WeightsError as error:
+        raise UnitError(str(error)) from None
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")

@@ -1,6 +1,6 @@
-"""From pixels to visual tokens and feature maps: units `visual_tokenizer`.
+"""Check of the visual tokenizer: units `visual_tokenizer`.
 
-Letters: n images, c vision width, s cells of a map.
+Letters: n encoded images, c channels, g patches per side.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mmi_train.model.visual_tokenizer import VisualTokenizer
 
 
 def check(unit: Unit, checks: Checks) -> None:
+    """Run the visual tokenizer of a unit and compare its outputs and intermediate tokens."""
     config = Section(unit.config)
     pixels = unit.input("image")  # [n, 3, side, side]
     clip = config.section("clip")
@@ -36,7 +37,7 @@ def check(unit: Unit, checks: Checks) -> None:
     checks.compare("vis_embed", features.tokens)
     for level, feature_map in enumerate(features.maps):
         checks.compare(f"ms{level}", feature_map)
-    hidden = flow["encoder"][1][0] + model.token_positions  # [n, 1 + s, c]
+    hidden = flow["encoder"][1][0] + model.token_positions  # [n, 1 + g * g, c]
     checks.compare("image_embeds", hidden[:, 1:])
     for level, prior in enumerate(flow["prior"][1], start=1):
         checks.compare(f"spm_c{level}", prior if level == 1 else map_to_tokens(prior))

@@ -1,6 +1,6 @@
-"""Softmax attention that is fast where it runs: one rule for CLIP's layers and the resamplers.
+"""Softmax attention of CLIP, the resamplers and the U-Net: fused, or two products on a CPU.
 
-Shapes: b batch, h heads, q queries, k keys, d channels per head.
+Letters: b batch, h heads, q queries, k keys, d channels per head.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ CLIP_IMPLEMENTATION = "mmi"
 
 
 def trains_on_cpu(x: Tensor) -> bool:
-    """Whether a gradient will flow back to `x` on a CPU (and nothing is being exported)."""
+    """True if `x` needs a gradient on a CPU and no export is running."""
     return x.requires_grad and x.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(query key^T / sqrt(d)) value: [b, h, q, d], [b, h, k, d] twice -> [b, h, q, d].
+    """Compute softmax(query key^T / sqrt(d)) value: query [b, h, q, d], key and value [b, h, k, d]
+    -> [b, h, q, d].
 
     `mask`: bool, broadcast to [b, h, q, k], True where a key may be seen. A query that may see no
-    key sees all of them alike. `dropout` acts on the weights.
+    key attends to all of them equally. `dropout` acts on the weights.
 
-    In training on a CPU the two products are written out, because the backward of PyTorch's fused
-    attention is several times slower there; everywhere else, as in an export, it is the fused one.
+    Training on a CPU computes the two products separately, because the backward pass of PyTorch's
+    fused attention is several times slower there; everything else, export included, is fused.
     """
     bias = None
     if mask is not None:
@@ -61,7 +62,8 @@ def _clip_attention(
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """`attend` as one of transformers' attention functions; CLIP's vision tower masks nothing."""
+    """`attend` with the signature of transformers' attention functions; CLIP's vision tower has no
+    mask."""
     assert attention_mask is None and scaling == query.shape[-1] ** -0.5
     return attend(query, key, value, dropout=dropout).transpose(1, 2), None
 

@@ -1,17 +1,18 @@
 """Deformable sampling of feature pyramids, the core of MMFS and of the ViT-Adapter.
 
-Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
-encoded images, s feature cells of one image (levels one after another, row-major), r table rows.
+Letters: b batch, q queries, m image slots, l levels, h heads, p points, d channels per head,
+n encoded images, s feature cells, r table rows.
 
-A sampled value is a weighted sum of rows of `value`, so a whole query is one bag of rows:
-`embedding_bag` reads them in place. Nothing is transposed, no image is copied for the queries that
-share it, and no [queries, points, channels] tensor exists. On a CPU core, forward and
-backward together take 25 to 60 % of the time of one `grid_sample` per level.
+Feature cells stand level by level, row-major in each. A sampled value is a weighted sum of rows of
+`value`, so a whole query is one bag of rows, which `embedding_bag` reads in place. Nothing is
+transposed, no image is copied for the queries that share it, and no [queries, points, channels]
+tensor exists. On a CPU core, forward and backward together take 25 to 60 % of the time of one
+`grid_sample` per level.
 
 `mmi_plugins.torch.op` is the same operator as one opaque op, with a backward pass written by hand
-and Triton kernels for CUDA. It is another program on purpose: this one is what kernels and exported
-graphs are compared with, it is plain tensor algebra that autograd and the exporter can follow, and
-model code depends on no package but the configuration.
+and Triton kernels for CUDA. The two are separate programs on purpose: kernels and exported graphs
+are compared with this one, it is plain tensor algebra that autograd and the exporter can follow,
+and model code depends on no package but the configuration.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# One side per square level, or one (height, width) per level.
 Sides = Sequence[int] | Sequence[tuple[int, int]]
-"""One side per square level, or one (height, width) per level."""
 
 
 def level_shapes(sides: Sides) -> list[tuple[int, int]]:
@@ -34,7 +35,7 @@ def level_shapes(sides: Sides) -> list[tuple[int, int]]:
 
 
 def sample_levels(value: Tensor, level_sides: Sides, location: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples, every row of queries on its own image.
+    """Weighted sum of bilinear samples; row i of the queries samples image i.
 
     value [n,s,h,d]; location [n,q,h,l|1,p,2] in [0,1], x first (1: shared by all levels);
     weight [n,q,h,l,p]. Returns [n,q,h*d]. Pixel centres at (i + 0.5) / side; zero outside the map.
@@ -42,17 +43,17 @@ def sample_levels(value: Tensor, level_sides: Sides, location: Tensor, weight: T
     """
     if torch.compiler.is_exporting():  # standard operators only
         return _sample_by_grid(value, level_sides, location, weight)
-    own = torch.arange(value.shape[0], device=value.device)[:, None]
-    return sample_pool(value, own, level_sides, location.unsqueeze(3), weight.unsqueeze(3))
+    image_slot = torch.arange(value.shape[0], device=value.device)[:, None]  # [n, 1]
+    return sample_pool(value, image_slot, level_sides, location.unsqueeze(3), weight.unsqueeze(3))
 
 
 def sample_pool(
     value: Tensor, image_slot: Tensor, level_sides: Sides, location: Tensor, weight: Tensor
 ) -> Tensor:
-    """The same over several images per query, taken from a pool.
+    """Weighted sum of bilinear samples over several images of a pool per query.
 
     value [n,s,h,d]; image_slot [b,m] rows of the pool, in range; location [b,q,h,m,l|1,p,2];
-    weight [b,q,h,m,l,p]. Returns [b,q,h*d] in `value`'s type; computed in fp32 (or fp64).
+    weight [b,q,h,m,l,p]. Returns [b,q,h*d] in the type of `value`; computed in fp32 (or fp64).
     """
     n, s, h, d = value.shape
     b, q = weight.shape[:2]
@@ -68,17 +69,17 @@ def sample_pool(
 
 
 def _corners(level_sides: Sides, location: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The four cells around every point and what each contributes, both [b,q,h,m,l*4,p].
+    """The four cells around every point and the bilinear weight of each, both [b,q,h,m,l*4,p].
 
-    A corner outside its map contributes nothing; its cell is clamped so that it can be read. Level
-    by level and axis by axis, so that every operation runs over long rows of plain numbers.
+    A corner outside its map has weight 0; its cell is clamped to one that can be read. Computed
+    level by level and axis by axis, so that every operation runs over long contiguous rows.
     """
     x, y = location.unbind(-1)  # [b, q, h, m, l|1, p]
-    own = x.shape[-2] > 1
+    per_level = x.shape[-2] > 1
     cells, shares, start = [], [], 0
     for level, (height, width) in enumerate(level_shapes(level_sides)):
-        across = _axis(x[..., level if own else 0, :], width)
-        down = _axis(y[..., level if own else 0, :], height)
+        across = _axis(x[..., level if per_level else 0, :], width)
+        down = _axis(y[..., level if per_level else 0, :], height)
         for line, line_share in down:
             first = line * width + start
             line_share = line_share * weight[..., level, :]
@@ -90,9 +91,9 @@ def _corners(level_sides: Sides, location: Tensor, weight: Tensor) -> tuple[Tens
 
 
 def _axis(location: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """The two neighbours of a location along one axis: (index, share), share 0 outside.
+    """The two cells next to a location along one axis: (index, share), share 0 outside.
 
-    Integers are clamped, not floats: the index of a NaN can be read too, and its share is NaN.
+    The clamp acts on integers, not floats: a NaN location then has an index in range and share NaN.
     """
     pixel = location * size - 0.5
     low = pixel.detach().floor()
@@ -107,8 +108,8 @@ def _axis(location: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
 class _SumRows(torch.autograd.Function):
     """out[i] = sum over j of share[i,j] * table[row[i,j]], with a fast gradient of the table.
 
-    PyTorch adds to the rows of that gradient one by one. Sorted by row, the same sum is a second
-    embedding bag: for every row of the table, the weighted sum of the outputs that read it.
+    PyTorch scatters that gradient row by row. Sorted by row, the same sum is a second embedding
+    bag: for every row of the table, the weighted sum of the output gradients that read it.
     """
 
     @staticmethod
@@ -145,7 +146,7 @@ _sum_rows = _SumRows.apply
 
 
 def _sample_by_grid(value: Tensor, level_sides: Sides, location: Tensor, weight: Tensor) -> Tensor:
-    """`sample_levels` as one `grid_sample` per level: what other runtimes understand."""
+    """`sample_levels` as one `grid_sample` per level: standard ONNX operators."""
     n, _, h, d = value.shape
     q, p = weight.shape[1], weight.shape[4]
     shapes = level_shapes(level_sides)
@@ -177,18 +178,17 @@ def multi_image_deformable_attention(
     base_grid: float,
     null_slot: bool,
 ) -> Tensor:
-    """Operator `mmi::MultiImageDeformableAttention`, version 1: its definition. Returns [b,q,h*d].
+    """Definition of the operator `mmi::MultiImageDeformableAttention`, version 1.
 
     value [n,s,h,d] pool of encoded images; image_slot [b,m] rows of the pool; offsets [b,q,h,p,2]
-    (cells of a grid of `base_grid` cells a side, x first) and logits [b,q,h,l,p] of the query;
-    offset_table [r,h,p,2] and logit_table [r,h,l,p] by image position; image_position [b,q|1,m]
-    (0 hidden, 1 nearest); reference [q|1,2] in [0,1]; null_value [h,d].
+    (cells of a grid of side `base_grid`, x first) and logits [b,q,h,l,p] of the query; offset_table
+    [r,h,p,2] and logit_table [r,h,l,p] by image position; image_position [b,q|1,m] (0 hidden,
+    1 nearest); reference [q|1,2] in [0,1]; null_value [h,d]. Returns [b,q,h*d].
 
-    A sample lies at reference + (offsets + offset_table[position]) / base_grid on every level. Its
-    weight is the softmax over all visible (image, level, point), with one more logit of 0 that
-    stands for `null_value` where `null_slot`. Where it is not set and nothing is visible, 0. Slots
-    and positions out of range count as hidden. Paper Eq. 4 and, with the null slot, the released
-    model.
+    A sample lies at reference + (offsets + offset_table[position]) / base_grid on every level. The
+    weights are a softmax over all visible (image, level, point); `null_slot` adds a logit of 0 with
+    the value `null_value`. Without the null slot, a query that sees no image gets 0. Slots and
+    positions out of range count as hidden. Paper Eq. 4 and, with the null slot, the released model.
     """
     b, q, heads, levels, points = logits.shape
     wide = torch.promote_types(value.dtype, torch.float32)
@@ -201,13 +201,13 @@ def multi_image_deformable_attention(
     shapes = list(zip(level_heights, level_widths, strict=True))
 
     def by_position(table: Tensor) -> Tensor:
-        """table [r,h,...] -> [b,q|1,h,m,...]"""
+        """Rows of a table at the image positions: [r,h,...] -> [b,q|1,h,m,...]."""
         rows = F.embedding(position, table.to(wide).flatten(1))
         return rows.unflatten(-1, table.shape[1:]).transpose(2, 3)
 
     with torch.autocast(value.device.type, enabled=False):
-        moved = offsets.to(wide).unsqueeze(3) + by_position(offset_table)  # [b, q, h, m, p, 2]
-        location = reference.to(wide)[None, :, None, None, None] + moved / base_grid
+        offset = offsets.to(wide).unsqueeze(3) + by_position(offset_table)  # [b, q, h, m, p, 2]
+        location = reference.to(wide)[None, :, None, None, None] + offset / base_grid
         score = logits.to(wide).unsqueeze(3) + by_position(logit_table)  # [b, q, h, m, l, p]
         score = score.masked_fill(hidden, torch.finfo(wide).min).flatten(3)
         if null_slot:
@@ -216,7 +216,7 @@ def multi_image_deformable_attention(
         else:
             weight = score.softmax(-1)
         weight = weight.unflatten(-1, (-1, levels, points))  # [b, q, h, m, l, p]
-        if not null_slot:  # all hidden: the softmax is uniform and must give nothing
+        if not null_slot:  # with every image hidden the softmax is uniform, but must be 0
             weight = weight.masked_fill(hidden, 0.0)
         out = sample_pool(value, slot, shapes, location.unsqueeze(4), weight)
         if null_slot:

@@ -1,13 +1,16 @@
-"""Deformable sampling of small maps as a matrix product: how the tiny preset trains on a CPU.
+"""Deformable sampling of small maps as a matrix product, for training the tiny preset on a CPU.
 
-Gathering rows one by one and summing their gradients is slow on a CPU, matrix products are not. So
-the bilinear samples of a query are written as one row of weights over all cells, zero but for the
-corners that it touches, and that matrix is multiplied with the values: the sum is that of
-`deformable.sample_levels`. Worth it while a row of cells stays short: on one core, forward and
+Gathering rows one by one and summing their gradients is slow on a CPU; matrix products are fast. So
+the bilinear samples of a query become one row of weights over all cells, zero but for the corners
+that the samples touch, and that matrix is multiplied with the values. The result is that of
+`deformable.sample_levels`. It pays off while a row of cells is short: on one core, forward and
 backward, 2 to 3 times as fast over 16 to 84 cells, no faster over 336.
 
-Shapes: n images, q queries, h heads, l levels, p points, d channels per head, s cells of all
-levels, z the same with a border of one cell around every level, which is zero: the outside.
+Every level is padded with a border of one cell, which is zero: the outside of the map. `padded`
+counts the cells of all levels with their borders.
+
+Letters: n encoded images, q queries, h heads, l levels, p points, d channels per head,
+s feature cells.
 """
 
 from __future__ import annotations
@@ -21,33 +24,33 @@ from torch.nn import functional as F
 
 from mmi_train.model.attention import trains_on_cpu
 
-MOST_CELLS = 128
+MAX_CELLS = 128
 
 
-def pays(value: Tensor, location: Tensor) -> bool:
-    """Whether `sample_dense` is the faster way: training on a CPU over few cells."""
-    return (trains_on_cpu(value) or trains_on_cpu(location)) and value.shape[1] <= MOST_CELLS
+def prefer_dense(value: Tensor, location: Tensor) -> bool:
+    """True where `sample_dense` is faster: training on a CPU over at most `MAX_CELLS` cells."""
+    return (trains_on_cpu(value) or trains_on_cpu(location)) and value.shape[1] <= MAX_CELLS
 
 
 def sample_dense(
     value: Tensor, level_sides: Sequence[int], location: Tensor, weight: Tensor
 ) -> Tensor:
-    """`deformable.sample_levels` for square levels: value [n, s, h, d], weight [n, q, h, l, p],
-    location [n, q, h, l|1, p, 2] in [0, 1], x first -> [n, q, h * d]."""
+    """Compute `deformable.sample_levels` for square levels: value [n, s, h, d], weight
+    [n, q, h, l, p], location [n, q, h, l|1, p, 2] in [0, 1], x first -> [n, q, h * d]."""
     sides = tuple(level_sides)
-    mixing = _Mixing.apply(location, weight, sides).to(value.dtype)  # [n, q, h, z]
+    mixing = _Mixing.apply(location, weight, sides).to(value.dtype)  # [n, q, h, padded]
     levels = value.split([side * side for side in sides], 1)
-    border = (0, 0, 0, 0, 1, 1, 1, 1)  # around both axes of the grid
-    bordered = [
+    border = (0, 0, 0, 0, 1, 1, 1, 1)  # around both axes of the grid, not heads and channels
+    padded = [
         F.pad(level.unflatten(1, (side, side)), border).flatten(1, 2)
         for level, side in zip(levels, sides, strict=True)
     ]
-    rows = mixing.transpose(1, 2) @ torch.cat(bordered, 1).transpose(1, 2)  # [n, h, q, d]
+    rows = mixing.transpose(1, 2) @ torch.cat(padded, 1).transpose(1, 2)  # [n, h, q, d]
     return rows.transpose(1, 2).flatten(2)
 
 
 class _Mixing(torch.autograd.Function):
-    """location [..., l|1, p, 2], weight [..., l, p] -> what every cell contributes, [..., z]."""
+    """location [..., l|1, p, 2], weight [..., l, p] -> the weight of every cell, [..., padded]."""
 
     @staticmethod
     def forward(ctx: Any, location: Tensor, weight: Tensor, sides: tuple[int, ...]) -> Tensor:
@@ -55,14 +58,14 @@ class _Mixing(torch.autograd.Function):
         stride = size[..., 0] + 2
         end = torch.tensor([(side + 2) ** 2 for side in sides]).cumsum(0)
 
-        # In pixels of the level, centres at whole numbers; the border's are -1 and side.
+        # In pixels of the level, centres at whole numbers; those of the border are -1 and side.
         pixel = location * size - 0.5  # [..., l, p, 2]
         inside = (pixel > -1) & (pixel < size)
         pixel = pixel.clamp_(min=-1).minimum(size)
         low = pixel.floor().minimum(size - 1)
         x, y = (pixel - low).unbind(-1)
         first = low[..., 1] * stride + low[..., 0] + (stride + 1)  # the upper left of four cells
-        # A NaN has a cell too, and its share is NaN: that a loss is not finite is told elsewhere.
+        # A NaN location gets a valid cell and a NaN share; the training loop reports the NaN loss.
         first = first.long().clamp_(min=0) + F.pad(end, (1, -1))[:, None]
         corner = torch.stack([stride * 0, stride * 0 + 1, stride, stride + 1], -1).long()
         cells = (first[..., None] + corner).flatten(-3)  # [..., l * p * 4]

@@ -1,9 +1,9 @@
-"""The forward diffusion process and what the U-Net is asked to predict.
+"""The forward diffusion process and the U-Net's prediction target.
 
 With a_t the product of (1 - beta) up to t: noisy = sqrt(a_t) x + sqrt(1 - a_t) eps. The U-Net
 predicts eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x (Salimans and Ho 2022), per `DiffusionConfig`.
 
-Letters: b pictures, z latent channels.
+Letters: b batch, z latent channels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmi_deploy.spec.config import DiffusionConfig
 
 
 class Diffusion(nn.Module):
-    """The process of `config`. Holds no parameters; timesteps are [b] in [0, config.steps)."""
+    """Forward process of `config`, without parameters; timesteps are [b] in [0, config.steps)."""
 
     signal: Tensor
     sigma: Tensor
@@ -34,12 +34,12 @@ class Diffusion(nn.Module):
         return self.signal[timestep][:, None, None, None], self.sigma[timestep][:, None, None, None]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """The noisy latents [b, z, side, side] at each row's timestep."""
+        """Noisy latents [b, z, side, side] at the timestep of each row."""
         signal, sigma = self.rates(timestep)
         return signal * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What the U-Net should predict there."""
+        """Prediction target [b, z, side, side]: the noise or the velocity v."""
         if self.config.prediction == "epsilon":
             return noise
         signal, sigma = self.rates(timestep)
@@ -47,7 +47,7 @@ class Diffusion(nn.Module):
 
 
 def betas(config: DiffusionConfig) -> Tensor:
-    """[steps] in fp64; raises `ConfigError` for an unknown schedule."""
+    """Noise schedule: beta of every timestep, [steps] in fp64; `ConfigError` if unknown."""
     if config.beta_schedule == "linear":
         return torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64)
     if config.beta_schedule == "scaled_linear":
@@ -61,7 +61,7 @@ def betas(config: DiffusionConfig) -> Tensor:
 
 
 def scheduler_options(config: DiffusionConfig) -> dict[str, object]:
-    """Options with which any of diffusers' schedulers describes this process."""
+    """Options that make any of diffusers' schedulers describe this process."""
     return {
         "num_train_timesteps": config.steps,
         "beta_start": config.beta_start,
@@ -72,8 +72,8 @@ def scheduler_options(config: DiffusionConfig) -> dict[str, object]:
 
 
 def ddim(config: DiffusionConfig) -> DDIMScheduler:
-    """DDIM as the published model spaces it. With eta = 1 it is the ancestral DDPM sampler (Song et
-    al. 2021, Sec. 4.1), and takes its noise explicitly."""
+    """DDIM scheduler with the timestep spacing of the published model. With eta = 1 it is the
+    ancestral DDPM sampler (Song et al. 2021, Sec. 4.1), and takes its noise explicitly."""
     return DDIMScheduler(
         **scheduler_options(config), clip_sample=False, timestep_spacing="leading", steps_offset=1
     )

@@ -1,10 +1,11 @@
 """Generation in plain PyTorch: texts, scores of given texts, pictures.
 
-This is what deployment is compared with, not what production runs. Nothing is computed twice within
-a call (images are encoded once, keys and values are cached), but nothing is kept between calls.
+Deployment is compared with this module; production does not run it. Nothing is computed twice
+within a call (images are encoded once, keys and values are cached), and nothing is kept between
+calls.
 
-Letters: b rows, t tokens, m images of a row, n encoded images, k pictures, o options, v vocabulary,
-z latent channels.
+Letters: b batch, t tokens, m image slots, j pictures to draw, o options,
+u vocabulary, z latent channels.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from mmi_train.model.image_decoder import DrawingStep
+from mmi_train.model.image_decoder import DenoisingStep
 from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import MMInterleaved
 
 
 def visible_keys(real: Tensor) -> Tensor:
-    """Which keys each query may see, bool [b, 1, t, t]: those up to its own that are no padding,
-    where `real` [b, t] is true. A padding token sees itself, so that no row of the softmax is
-    empty; nothing is done with what comes of it."""
-    own = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
-    causal = torch.ones_like(own).tril()
-    return causal & (real.bool()[:, None, None] | own)
+    """Causal attention mask, bool [b, 1, t, t], that hides padding (where `real` [b, t] is false).
+
+    A padding token sees itself, so that no row of the softmax is empty; its output is not used."""
+    itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+    causal = torch.ones_like(itself).tril()
+    return causal & (real.bool()[:, None, None] | itself)
 
 
-class Reading:
-    """Rows that the language model has read and that can be continued token by token.
+class IncrementalDecoder:
+    """Prefill of a batch and token-by-token decoding after it, with a KV cache.
 
     `token_ids` [b, t], padded on the left where `real` [b, t] is false; `pixels` and `image_slot`
-    as in `Batch`; `room`: how many tokens may follow.
+    as in `Batch`; `room`: how many tokens may follow. `logits` [b, u]: those of the next token.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Reading:
         position = (real.long().cumsum(dim=1) - 1).clamp(min=0)
         self.next_position = position[:, -1:] + 1
         seen = model.image_positions(token_ids, image_slot)
-        self.last_seen = seen[:, -1:]  # [b, 1, m]: what follows sees the same images
+        self.last_seen = seen[:, -1:]  # [b, 1, m]; later tokens see the same images
         hidden = model.llm(
             model.embed_rows(token_ids, self.images, image_slot),
             position,
@@ -68,10 +69,9 @@ class Reading:
             seen,
         )
         self.logits = model.head(hidden[:, -1])
-        """[b, v]: of the next token."""
 
     def append(self, token_ids: Tensor) -> None:
-        """Read one more token [b] of each row."""
+        """Decode one more token [b] of each row."""
         hidden = self.model.llm(
             self.model.embed(
                 token_ids[:, None], self.images.tokens, torch.full_like(token_ids, -1)[:, None]
@@ -98,19 +98,19 @@ def generate_texts(
     max_new_tokens: int,
     min_length: int = 0,
 ) -> Tensor:
-    """The likeliest token again and again, for left-padded prompts [b, t].
+    """Greedy decoding of left-padded prompts [b, t].
 
-    As the published code's generation returns it: [b, 1 + new tokens], `<s>` first, which counts
-    towards `min_length`; a row ends with `</s>` or a begin-of-image token, neither of which comes
-    before `min_length`, and is padded with the pad token after that.
+    Returns [b, 1 + new tokens] as the published code does: `<s>` first, which counts towards
+    `min_length`; a row ends with one of the end tokens or a begin-of-image token, none of which
+    comes before `min_length`, and is padded with the pad token from there on.
     """
     tokens = model.config.tokens
-    ends = torch.tensor([tokens.eos, tokens.boi], device=token_ids.device)
-    reading = Reading(model, token_ids, pixels, image_slot, real, room=max_new_tokens)
+    ends = torch.tensor([*tokens.ends, tokens.boi], device=token_ids.device)
+    decoder = IncrementalDecoder(model, token_ids, pixels, image_slot, real, room=max_new_tokens)
     text = token_ids.new_full((len(token_ids), 1), tokens.bos)
     ended = torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
     while True:
-        logits = reading.logits
+        logits = decoder.logits
         if text.shape[1] < min_length:
             logits = logits.index_fill(1, ends, -torch.inf)
         chosen = torch.where(ended, tokens.pad, logits.argmax(dim=1))
@@ -118,7 +118,7 @@ def generate_texts(
         ended = ended | torch.isin(chosen, ends)
         if ended.all() or text.shape[1] > max_new_tokens:
             return text
-        reading.append(chosen)
+        decoder.append(chosen)
 
 
 @torch.no_grad()
@@ -130,17 +130,17 @@ def score_options(
     options: Tensor,
     real: Tensor,
 ) -> Tensor:
-    """[o]: the log-probability of each option after one row of context, summed over its tokens.
+    """Log-probability of each option [o] after one row of context, summed over its tokens.
 
-    `token_ids` [t] and `image_slot` [m]: the context. `options` [o, x], padded on the right where
-    `real` [o, x] is false. The images are encoded once for all options.
+    `token_ids` [t] and `image_slot` [m]: the context. `options` [o, length], padded on the right
+    where `real` [o, length] is false. The images are encoded once for all options.
     """
     count = len(options)
     rows = torch.cat([token_ids.expand(count, -1), options], dim=1)
     hidden = model.read(rows, model.encode_images(pixels), image_slot.expand(count, -1))
-    logits = model.head(hidden[:, len(token_ids) - 1 : -1])  # [o, x, v]
-    each = logits.float().log_softmax(-1).gather(2, options[..., None])[..., 0]
-    return (each * real).sum(dim=1)
+    logits = model.head(hidden[:, len(token_ids) - 1 : -1])  # [o, length, u]
+    log_probability = logits.float().log_softmax(-1).gather(2, options[..., None])[..., 0]
+    return (log_probability * real).sum(dim=1)
 
 
 @torch.no_grad()
@@ -156,18 +156,19 @@ def draw_pictures(
     guidance: float,
     full_every: int = 1,
     step_noise: Sequence[Tensor] | None = None,
-    on_step: Callable[[DrawingStep], None] | None = None,
+    on_step: Callable[[DenoisingStep], None] | None = None,
 ) -> Tensor:
-    """Pixels [k, 3, size, size] in [0, 1] of `pictures` [k, 2] (row, image of the row).
+    """Draw `pictures` [j, 2] (row, image of the row) -> pixels [j, 3, size, size] in [0, 1].
 
-    Rows [b, t] as in `Batch`; a picture's own image and what follows it change nothing. `latents`
-    [k, z, side, side]: the initial noise. The rest as in `ImageDecoder.draw`.
+    Rows [b, t] as in `Batch`; the image that stands at a picture's own place, and everything after
+    it, have no influence. `latents` [j, z, side, side]: the initial noise. The other parameters are
+    those of `ImageDecoder.draw`.
     """
     images = model.encode_images(pixels)
     hidden = model.read(token_ids, images, image_slot)
     drawn = model.image_decoder.draw(
         model.condition(hidden, token_ids, pictures),
-        model.look_back_images(images, token_ids, image_slot, pictures),
+        model.previous_images(images, token_ids, image_slot, pictures),
         latents,
         scheduler,
         guidance=guidance,

@@ -1,6 +1,6 @@
-"""Group normalisation that does its sums in the type of its weights.
+"""Group normalisation computed in the type of its weights.
 
-Under bf16 autocast the maps arrive in bf16, where PyTorch's group normalisation is several times
+Under bf16 autocast the maps are bf16, in which PyTorch's group normalisation is several times
 slower on a CPU, and less exact, than in fp32.
 """
 
@@ -25,7 +25,8 @@ class GroupNorm(nn.GroupNorm):
 
 
 def with_exact_group_norms(module: Model) -> Model:
-    """`module`, every `nn.GroupNorm` in it replaced by a `GroupNorm` of the same parameters."""
+    """Replace every `nn.GroupNorm` of `module` by a `GroupNorm` of the same parameters, in
+    place."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.GroupNorm:

@@ -1,11 +1,11 @@
-"""From the language model's hidden states to a picture (paper Sec. 3.3).
+"""Image decoder: hidden states of the language model to a picture (paper Sec. 3.3).
 
-Context tokens, read backwards from the picture's begin-of-image token, are projected, marked with
-their distance and resampled to the U-Net's condition; the U-Net also looks back at earlier images
-through MMFS; a frozen autoencoder turns latents into pixels.
+Context tokens, backwards from the picture's begin-of-image token, are projected, given a position
+embedding by their distance and resampled to the U-Net's condition tokens. The U-Net also attends to
+earlier images through MMFS. A frozen autoencoder turns latents into pixels.
 
-Letters: b pictures, x context tokens, q condition tokens, n encoded images, s feature cells,
-m images a picture looks at, z latent channels, c channels.
+Letters: b batch, x context tokens, y condition tokens, n encoded images, s feature cells,
+m image slots, z latent channels, c channels.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from mmi_train.model.resampler import Resampler
 from mmi_train.model.unet import UNet
 from mmi_train.model.vae import Posterior, Vae
 
+# Probability that training replaces a picture's condition by the null condition (Sec. 4.1).
 CONDITION_DROP = 0.1
-"""How often training replaces a picture's condition by the null condition (Sec. 4.1)."""
 
 
 @dataclass(frozen=True)
-class LookBackImages:
-    """The images that pictures look back at: features [n, s, c] of all levels, `slot` [b, m] (row
-    of `features`) and `position` [b, m] (0 hidden, 1 the image before)."""
+class PreviousImages:
+    """Images that the U-Net attends to: features [n, s, c] of all levels, `slot` [b, m] (row of
+    `features`) and `position` [b, m] (0 hidden, 1 the image before)."""
 
     features: Tensor
     slot: Tensor
     position: Tensor
 
-    def __getitem__(self, pictures: Tensor) -> LookBackImages:
-        """Those of some of the pictures (a bool or index tensor)."""
-        return LookBackImages(self.features, self.slot[pictures], self.position[pictures])
+    def __getitem__(self, pictures: Tensor) -> PreviousImages:
+        """Select pictures by a bool or index tensor."""
+        return PreviousImages(self.features, self.slot[pictures], self.position[pictures])
 
 
 @dataclass(frozen=True)
-class Draws:
-    """The random draws of one training step, a row for each picture.
+class RandomDraws:
+    """Random numbers of one training step, a row for each picture.
 
-    `drop` [b] in [0, 1): below `CONDITION_DROP` the condition is dropped. `posterior` and `noise`
-    [b, z, side, side]: normal. `timestep` [b].
+    `drop` [b], uniform in [0, 1): below `CONDITION_DROP` the condition is dropped. `posterior` and
+    `noise` [b, z, side, side]: normal. `timestep` [b], uniform.
     """
 
     drop: Tensor
@@ -56,15 +56,15 @@ class Draws:
     noise: Tensor
     timestep: Tensor
 
-    def __getitem__(self, pictures: Tensor) -> Draws:
-        """Those of some of the pictures (a bool or index tensor)."""
-        return Draws(*(getattr(self, field.name)[pictures] for field in fields(self)))
+    def __getitem__(self, pictures: Tensor) -> RandomDraws:
+        """Select pictures by a bool or index tensor."""
+        return RandomDraws(*(getattr(self, field.name)[pictures] for field in fields(self)))
 
 
 @dataclass(frozen=True)
-class DrawingStep:
-    """What one step of `ImageDecoder.draw` computed: the guided prediction, the next latents, and
-    the deep features [2b, c, side, side] that it made or used again."""
+class DenoisingStep:
+    """Results of one step of `ImageDecoder.draw`: the guided prediction, the next latents, and the
+    deep features [2b, c, side, side], computed or reused."""
 
     timestep: int
     prediction: Tensor
@@ -95,20 +95,20 @@ class ImageDecoder(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Shape of one picture's latents."""
+        """Shape of one picture's latents: [z, side, side]."""
         unet = self.config.unet
         return (unet.latent_channels, unet.latent_side, unet.latent_side)
 
     def condition(self, context: Tensor, length: Tensor) -> Tensor:
-        """Hidden states [b, x, c], row 0 the begin-of-image token, then backwards; from `length`
-        [b] on they are padding. Returns condition tokens [b, q, c]."""
+        """Hidden states [b, x, c], the begin-of-image token first, then backwards, padding from
+        `length` [b] on -> condition tokens [b, y, c]."""
         columns = context.shape[1]
         real = torch.arange(columns, device=context.device) < length[:, None]  # [b, x]
-        context = self.context_proj(context) + self.context_positions[:columns]
+        context = self.context_proj(context) + self.context_positions[:columns]  # [b, x, c]
         return self.resampler(context, real)
 
-    def draws(self, pictures: int, generator: torch.Generator | None = None) -> Draws:
-        """Fresh draws, timesteps uniform; from the CPU, so that a seed means the same anywhere."""
+    def random_draws(self, pictures: int, generator: torch.Generator | None = None) -> RandomDraws:
+        """Draw on the CPU, so that a seed gives the same numbers on every device."""
         shape, device = (pictures, *self.latent_shape), self.null_condition.device
         steps = self.config.diffusion.steps
         made = (
@@ -117,19 +117,20 @@ class ImageDecoder(nn.Module):
             torch.randn(shape, generator=generator),
             torch.randint(steps, (pictures,), generator=generator),
         )
-        return Draws(*(draw.to(device) for draw in made))
+        return RandomDraws(*(draw.to(device) for draw in made))
 
     def encode(self, pixels: Tensor) -> Posterior:
-        """Pictures [b, 3, side, side] in [0, 1] to their posterior; the autoencoder is frozen."""
+        """Encode pictures [b, 3, side, side] in [0, 1]; the autoencoder is frozen: no gradient."""
         with torch.no_grad():
             return self.vae.encode(pixels)
 
     def losses(
-        self, posterior: Posterior, condition: Tensor, images: LookBackImages, draws: Draws
+        self, posterior: Posterior, condition: Tensor, images: PreviousImages, draws: RandomDraws
     ) -> Tensor:
-        """[b]: each picture's mean squared error of the prediction, in fp32 (Sec. 3.3, Eq. 5).
+        """Mean squared error of the prediction for each picture, [b] in fp32 (Sec. 3.3, Eq. 5).
 
-        Where `draws.drop` is small the condition gives way to the null condition; images stay.
+        Where `draws.drop` is below `CONDITION_DROP`, the null condition replaces the condition; the
+        previous images stay.
         """
         latents = self.vae.latents(posterior, draws.posterior)
         noisy = self.diffusion.add_noise(latents, draws.noise, draws.timestep)
@@ -145,27 +146,27 @@ class ImageDecoder(nn.Module):
     def draw(
         self,
         condition: Tensor,
-        images: LookBackImages,
+        images: PreviousImages,
         latents: Tensor,
         scheduler: SchedulerMixin,
         *,
         guidance: float,
         full_every: int = 1,
         step_noise: Sequence[Tensor] | None = None,
-        on_step: Callable[[DrawingStep], None] | None = None,
+        on_step: Callable[[DenoisingStep], None] | None = None,
     ) -> Tensor:
-        """Latents [b, z, side, side] of pictures, drawn from initial noise `latents`.
+        """Denoise initial noise `latents` [b, z, side, side] to latents of pictures.
 
-        `scheduler`: one of diffusers', its timesteps set. `step_noise`: noise added after each
+        `scheduler`: one of diffusers', with its timesteps set. `step_noise`: noise added after each
         step, which makes a DDIM scheduler the ancestral sampler (`diffusion.ddim`); None: no noise.
-        Guidance extrapolates from the null condition; both branches look at the same images.
-        `full_every`: steps between two that run the whole U-Net; those between use the deep
-        features of the last again, which is an approximation.
+        `guidance`: scale of classifier-free guidance, relative to the null condition; both branches
+        see the same images. `full_every` N: only every Nth step runs the whole U-Net; the others
+        reuse its deep features (DeepCache), an approximation.
         """
         pictures = len(latents)
         both = torch.cat(
             [condition, self.null_condition.to(condition.dtype).expand(pictures, -1, -1)]
-        )
+        )  # [2b, y, c]
         keys_values = self.unet.condition_keys_values(both)
         values = self.unet.image_values(images.features)
         slot, position = images.slot.repeat(2, 1), images.position.repeat(2, 1)
@@ -174,6 +175,7 @@ class ImageDecoder(nn.Module):
         outer_values = [values[index] for index in unet.outer_mmfs_blocks]
         latents = latents * scheduler.init_noise_sigma
         for index, timestep in enumerate(scheduler.timesteps):
+            # [2b, z, side, side]
             noisy = scheduler.scale_model_input(latents, timestep).repeat(2, 1, 1, 1)
             time_rows = self.unet.time_rows(timestep[None].to(latents.device))
             if index % full_every == 0:
@@ -192,5 +194,5 @@ class ImageDecoder(nn.Module):
                 options = {"eta": 1.0, "variance_noise": step_noise[index]}
             latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
             if on_step is not None:
-                on_step(DrawingStep(int(timestep), prediction, latents, deep))
+                on_step(DenoisingStep(int(timestep), prediction, latents, deep))
         return latents

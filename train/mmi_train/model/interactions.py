@@ -1,7 +1,9 @@
-"""How the ViT-Adapter's pyramid and CLIP's patch tokens look at each other (ViT-Adapter, Sec. 3.3).
+"""Injectors and extractors: attention between CLIP's patches and the pyramid (ViT-Adapter, 3.3).
 
-Shapes: n images, q queries, s cells of all levels, h heads, l levels, p points, d channels per
-head, c vision width, g patches along a side. The pyramid is the token list of sides 2g, g and g/2.
+The pyramid is the token list of the maps of sides 2g, g and g/2.
+
+Letters: n encoded images, q queries, s feature cells, h heads, l levels, p points, c channels,
+d channels per head, g patches per side.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmi_train.model.deformable import sample_levels
-from mmi_train.model.dense_sampling import pays, sample_dense
+from mmi_train.model.dense_sampling import prefer_dense, sample_dense
 from mmi_train.model.spatial_prior import map_to_tokens, tokens_to_map
 
 EXTRA_EXTRACTORS = 2  # after the last interaction, as in ViT-Adapter
@@ -41,9 +43,9 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Deformable DETR's start: head i samples along direction i, point k after k + 1 cells.
+        """Initialise as Deformable DETR: head i samples along direction i, point j at j + 1 cells.
 
-        (The published training began with all offsets at zero, as its loader wiped these biases.)
+        (The published training began with all offsets at zero, as its loader reset these biases.)
         """
         for layer in (self.offset_proj, self.weight_proj):
             nn.init.zeros_(layer.weight)
@@ -67,10 +69,10 @@ class DeformableAttention(nn.Module):
             self.offset_proj(query).unflatten(-1, (h, levels, p, 2)).float()
         )  # [n, q, h, l, p, 2]
         weight = self.weight_proj(query).unflatten(-1, (h, levels * p)).softmax(-1)
-        cell = offset.new_tensor([1.0 / side for side in self.level_sides])
+        weight = weight.unflatten(-1, (levels, p))  # [n, q, h, l, p]
+        cell = offset.new_tensor([1.0 / side for side in self.level_sides])  # [l]
         location = reference[:, None, None, None] + offset * cell[:, None, None]
-        sample = sample_dense if pays(value, location) else sample_levels
-        weight = weight.unflatten(-1, (levels, p))
+        sample = sample_dense if prefer_dense(value, location) else sample_levels
         return self.output_proj(sample(value, self.level_sides, location, weight))
 
 
@@ -88,6 +90,7 @@ class ConvFeedForward(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [n, s, c] -> [n, s, c]"""
         levels = self.fc1(x).split([side * side for side in self.level_sides], 1)
         maps = [
             self.conv(tokens_to_map(level, side))
@@ -97,7 +100,8 @@ class ConvFeedForward(nn.Module):
 
 
 class Injector(nn.Module):
-    """Patch tokens take from the pyramid; `gamma` starts at 0, so CLIP starts undisturbed."""
+    """Patch tokens attend to the pyramid; `gamma` starts at 0, so that training starts from
+    CLIP."""
 
     def __init__(
         self, width: int, heads: int, points: int, ratio: float, level_sides: Sequence[int]
@@ -109,13 +113,15 @@ class Injector(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(width))
 
     def forward(self, patches: Tensor, reference: Tensor, pyramid: Tensor) -> Tensor:
+        """patches [n, g * g, c], their centres `reference` [g * g, 2], pyramid [n, s, c] ->
+        patches [n, g * g, c]."""
         return patches + self.gamma * self.attention(
             self.query_norm(patches), reference, self.feature_norm(pyramid)
         )
 
 
 class Extractor(nn.Module):
-    """The pyramid takes from the patch tokens, then passes its convolutional feed-forward."""
+    """The pyramid attends to the patch tokens, then passes a convolutional feed-forward layer."""
 
     def __init__(
         self,
@@ -135,6 +141,8 @@ class Extractor(nn.Module):
         self.ffn = ConvFeedForward(width, hidden, level_sides)
 
     def forward(self, pyramid: Tensor, reference: Tensor, patches: Tensor) -> Tensor:
+        """pyramid [n, s, c], its centres `reference` [s, 2], patches [n, g * g, c] -> pyramid
+        [n, s, c]."""
         pyramid = pyramid + self.attention(
             self.query_norm(pyramid), reference, self.feature_norm(patches)
         )

@@ -1,10 +1,10 @@
-"""LLaMA whose tokens look back at images: MMFS between attention and MLP of every few blocks.
+"""LLaMA with MMFS between self-attention and MLP of every few blocks.
 
 Paper Sec. 3.2, "Multi-modal LLM with MMFS". Without MMFS this is LLaMA, with Hugging Face's names
 and its half-split rotary embedding.
 
-Letters: b batch, t tokens, k keys (cached and new), m images, h heads, d channels per head, n pool
-of encoded images, s feature cells of one image, c channels.
+Letters: b batch, t tokens, k keys, m image slots, h heads, a key-value heads, d channels per head,
+n encoded images, s feature cells, c channels.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from mmi_train.model.mmfs import Mmfs, take_levels
 
 
 def rotary_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [context, head_width / 2] in fp32; row = position, column = frequency."""
+    """Tabulate the rotary embedding: (cos, sin) [context, head_width / 2] in fp32; row = position,
+    column = frequency."""
     frequency = 1.0 / theta ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
     angle = torch.arange(context, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (channel i, channel i + d/2) of x [b,h,t,d] by its angle [b,1,t,d/2]."""
+    """Rotate each pair (channel i, channel i + d/2) of x [b,h,t,d] by its angle [b,1,t,d/2]."""
     first, second = x.chunk(2, -1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    return turned.to(x.dtype)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return rotated.to(x.dtype)
 
 
 class KvCache:
-    """Keys and values of the tokens so far, in buffers of a fixed capacity."""
+    """KV cache: keys and values of the tokens so far, in one buffer of a fixed capacity."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class KvCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (config.layers, 2, batch, config.kv_heads, capacity, config.head_width)
+        shape = (config.layers, 2, batch, config.kv_heads, capacity, config.head_width)  # 2: k, v
         self.buffer = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
@@ -55,7 +56,9 @@ class KvCache:
         return self.buffer.shape[4]
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append key and value [b,h,t,d] of one layer; returns all so far [b,h,k,d]."""
+        """Append key and value [b,a,t,d] of one layer; returns those of all tokens [b,a,k,d].
+
+        Raises `DocumentError` beyond the capacity. `length` advances only after all layers."""
         end = self.length + key.shape[2]
         if end > self.capacity:
             raise DocumentError(
@@ -69,7 +72,7 @@ class KvCache:
         return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
 
     def advance(self, tokens: int) -> None:
-        """All layers have appended `tokens` tokens."""
+        """Count `tokens` tokens that every layer has appended."""
         self.length += tokens
 
 
@@ -97,23 +100,24 @@ class Attention(nn.Module):
         query, key, value = (
             proj(hidden).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [b, h, t, d]
+        )  # [b, h, t, d], [b, a, t, d] twice
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
-            key, value = cache.update(self.layer, key, value)
+            key, value = cache.update(self.layer, key, value)  # [b, a, k, d]
         if self.training and query.device.type == "cpu":
             attended = self._attend_in_training(query, key, value, mask)
         else:
             causal = mask is None and query.shape[2] == key.shape[2]
             attended = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=self.group > 1
-            )
+            )  # [b, h, t, d]
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
     def _attend_in_training(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """The same, spelled out: on CPU its backward is faster than the fused one's."""
+        """Attention as two matrix products: on a CPU their backward pass is faster than that of the
+        fused attention."""
         if self.group > 1:
             key, value = (x.repeat_interleave(self.group, 1) for x in (key, value))
         score = (query * self.head_width**-0.5) @ key.transpose(2, 3)  # [b, h, t, k]
@@ -135,10 +139,10 @@ class Mlp(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-class LookBack(nn.Module):
-    """MMFS in the language model: every token looks around the centre of each image it may see.
+class GatedMmfs(nn.Module):
+    """MMFS in the language model: every token samples around the centre of each image it may see.
 
-    Its output is scaled by tanh(gate), which starts at 0, so that training starts from plain LLaMA.
+    The output is scaled by tanh(gate), which starts at 0, so that training starts from plain LLaMA.
     """
 
     def __init__(
@@ -154,21 +158,22 @@ class LookBack(nn.Module):
         )
 
     def values(self, features: Tensor) -> Tensor:
-        """features [n,s,c] -> [n,s,h,d]"""
+        """Features [n,s,c] of this layer's levels -> values [n,s,h,d]."""
         return self.mmfs.values(self.value_norm(features))
 
     def forward(
         self, hidden: Tensor, value: Tensor, image_slot: Tensor, image_position: Tensor
     ) -> Tensor:
+        """hidden [b,t,c], value [n,s,h,d], image_slot [b,m], image_position [b,t,m] -> [b,t,c]."""
         centre = torch.full((1, 2), 0.5, device=hidden.device)
         query = self.query_norm(hidden)
         return self.gate.tanh() * self.mmfs(query, value, image_slot, image_position, centre)
 
 
 class Block(nn.Module):
-    """Attention, a look back at the images (some blocks), MLP; each on its normed input."""
+    """Pre-norm residual block: self-attention, MMFS (in some blocks), MLP."""
 
-    def __init__(self, config: LlamaConfig, layer: int, look_back: LookBack | None) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, look_back: GatedMmfs | None) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.width, config.eps)
         self.self_attn = Attention(config, layer)
@@ -205,15 +210,15 @@ class Llama(nn.Module):
         self.config = config
         self.levels = mmfs.levels
         self.level_sides = tuple(level_sides)
+        # Recompute every block in the backward pass instead of keeping its activations.
         self.checkpointing = False
-        """Recompute every block in the backward pass instead of keeping what it made."""
         own_sides = [self.level_sides[level] for level in mmfs.levels]
         self.embed_tokens = nn.Embedding(config.vocab, config.width)
-        look_backs = {
-            layer: LookBack(config, mmfs, feature_width, own_sides) for layer in config.mmfs_layers
+        mmfs_layers = {
+            layer: GatedMmfs(config, mmfs, feature_width, own_sides) for layer in config.mmfs_layers
         }
         self.layers = nn.ModuleList(
-            Block(config, layer, look_backs.get(layer)) for layer in range(config.layers)
+            Block(config, layer, mmfs_layers.get(layer)) for layer in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width, config.eps)
         cos, sin = rotary_tables(config.context, config.head_width, config.rope_theta)
@@ -222,7 +227,8 @@ class Llama(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """LLaMA's N(0, 0.02), for W_q and W_A of MMFS too; the rest of MMFS as it starts itself."""
+        """Draw LLaMA's N(0, 0.02), for W_q and W_A of MMFS too; the rest of MMFS keeps its own
+        initialisation."""
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         for block in self.blocks:
             drawn: list[Tensor] = [*block.self_attn.parameters(), *block.mlp.parameters()]
@@ -238,14 +244,15 @@ class Llama(nn.Module):
         return [block for block in self.layers if isinstance(block, Block)]
 
     @property
-    def look_backs(self) -> list[LookBack]:
-        """The MMFS layers, in the order in which they run."""
+    def mmfs_layers(self) -> list[GatedMmfs]:
+        """The MMFS layers, in running order: those of the blocks `config.mmfs_layers`."""
         return [block.look_back for block in self.blocks if block.look_back is not None]
 
     def image_values(self, features: Tensor) -> list[Tensor]:
-        """What each MMFS layer samples: features of all maps [n,s_all,c] -> [n,s,h,d] per layer."""
+        """Features [n,s,c] of all levels -> the values [n,s,h,d] of every MMFS layer, s the cells
+        of its own levels."""
         own = take_levels(features, self.level_sides, self.levels)
-        return [look_back.values(own) for look_back in self.look_backs]
+        return [mmfs.values(own) for mmfs in self.mmfs_layers]
 
     def forward(
         self,
@@ -257,18 +264,18 @@ class Llama(nn.Module):
         image_slot: Tensor | None = None,
         image_position: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [b,t,c] after the last norm.
+        """Embeddings [b,t,c] -> hidden states [b,t,c] after the last norm.
 
-        embeddings [b,t,c]; position [b,t]; mask bool [b,1,t,k], True where a key may be seen (None:
-        the keys up to the token's own); values from `image_values` with image_slot [b,m] (row of
-        the pool) and image_position [b,t,m] (0 hidden, 1 nearest), or None for no images.
+        position [b,t]; mask bool [b,1,t,k], True where a key may be seen (None: causal); values
+        from `image_values` with image_slot [b,m] (row of the pool) and image_position [b,t,m]
+        (0 hidden, 1 nearest), or None for no images.
         """
         rotary = self.cos[position].unsqueeze(1), self.sin[position].unsqueeze(1)
-        visible = self._visible(embeddings, mask, cache)
-        left = iter(values if values is not None else ())
+        visible = self._attention_mask(embeddings, mask, cache)
+        value_of = {} if values is None else dict(zip(self.config.mmfs_layers, values, strict=True))
         hidden = embeddings
-        for block in self.layers:
-            value = next(left, None) if block.look_back is not None else None
+        for layer, block in enumerate(self.layers):
+            value = value_of.get(layer)
             arguments = (hidden, rotary, visible, cache, value, image_slot, image_position)
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 hidden = checkpoint(block, *arguments, use_reentrant=False)
@@ -278,10 +285,11 @@ class Llama(nn.Module):
             cache.advance(embeddings.shape[1])
         return self.norm(hidden)
 
-    def _visible(
+    def _attention_mask(
         self, embeddings: Tensor, mask: Tensor | None, cache: KvCache | None
     ) -> Tensor | None:
-        """The mask in the form that `Attention` wants: built once, not in every layer."""
+        """The mask as `Attention` takes it, built once for all layers: bool, a bias in fp32 for
+        training on a CPU, or None for causal attention that needs no mask."""
         tokens = embeddings.shape[1]
         spelled_out = self.training and embeddings.device.type == "cpu"
         if mask is None:
@@ -292,5 +300,5 @@ class Llama(nn.Module):
             mask = ones.tril(past)
         if not spelled_out:
             return mask
-        # The least number that is finite in fp32 and in bf16: a row that sees nothing stays finite.
+        # The lowest number that is finite in fp32 and bf16: a fully masked row stays finite.
         return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.bfloat16).min)

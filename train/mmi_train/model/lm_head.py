@@ -1,6 +1,6 @@
-"""The language model's head: a head for the words it knew and one for the two new tokens.
+"""LM head: a pre-trained linear layer, and one for the two tokens that MM-Interleaved adds.
 
-Letters: b batch, t tokens, c channels.
+Letters: b batch, t tokens, c channels, u vocabulary.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 class LmHead(nn.Module):
-    """Hidden states [b,t,c] -> logits [b,t,vocab].
+    """Hidden states [b,t,c] -> logits [b,t,u].
 
-    `head` may be a frozen, pre-trained one; `head_new` learns the tokens in `new_ids` (begin of
-    image, image). Together their biases start those at -5: known, but unlikely.
+    `head` may be pre-trained and frozen; `head_new` learns the logits of `new_ids` (begin of image,
+    image). The sum of both biases starts at -5 there: possible, but improbable.
     """
 
     new_ids: Tensor
@@ -34,10 +34,10 @@ class LmHead(nn.Module):
             self.head.bias[list(new_ids)] = -100.0
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden)
+        logits = self.head(hidden)  # [b, t, u]
         return logits.index_add_(-1, self.new_ids, self.head_new(hidden))
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """(weight [vocab,c], bias [vocab]) of the one linear layer that equals both heads."""
+        """Fold both heads into one linear layer: (weight [u,c], bias [u])."""
         weight = self.head.weight.index_add(0, self.new_ids, self.head_new.weight)
         return weight, self.head.bias.index_add(0, self.new_ids, self.head_new.bias)

@@ -1,6 +1,6 @@
-"""The text loss: which tokens are predicted, and their cross-entropy.
+"""The text loss: targets of next-token prediction and their cross-entropy.
 
-Letters: b rows, t tokens, k targets that count, v vocabulary.
+Letters: b batch, t tokens, w wanted positions, u vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mmi_deploy.spec.config import TokenConfig
 
+# Target of positions without a loss, PyTorch's default `ignore_index`.
 IGNORE = -100
 
 
@@ -22,12 +23,12 @@ def text_targets(
     prompt: int | Tensor = 0,
     only_after_image: bool = False,
 ) -> Tensor:
-    """[b, t - 1]: the token that each position should predict, `IGNORE` where none.
+    """Next-token targets [b, t - 1], `IGNORE` where the loss has none.
 
-    Ignored are padding, visual tokens, `<s>`, a begin-of-image token right after `<s>` (nothing
+    Ignored are padding, visual tokens, `<s>`, a begin-of-image token right after `<s>` (no text
     announces that image), tokens where `real` [b, t] is false, the first `prompt` (one number or
     [b]) tokens of a row, and with `only_after_image` all text of a document before its first image
-    (a caption that precedes its image conditions on nothing).
+    (a caption that precedes its image is unconditional).
     """
     source, target = token_ids[:, :-1], token_ids[:, 1:]
     ignore = (target == tokens.pad) | (target == tokens.image) | (target == tokens.bos)
@@ -42,8 +43,8 @@ def text_targets(
 
 
 def after_image(token_ids: Tensor, tokens: TokenConfig) -> Tensor:
-    """bool [b, t]: whether a begin-of-image token stands between the latest `<s>` and the token,
-    itself included."""
+    """Mask of tokens after an image, bool [b, t]: True if a begin-of-image token stands between the
+    latest `<s>` and the token, itself included."""
     column = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
     start = torch.where(token_ids == tokens.bos, column, -1).cummax(dim=1).values
     image = torch.where(token_ids == tokens.boi, column, -1).cummax(dim=1).values
@@ -51,9 +52,9 @@ def after_image(token_ids: Tensor, tokens: TokenConfig) -> Tensor:
 
 
 def text_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy in fp32 of logits [k, v] against target [k], weighted by `weight` [k].
+    """Mean cross-entropy in fp32 of logits [w, u] against target [w], weighted by `weight` [w].
 
-    Without targets, or with weights that are all zero, the loss is zero (the published code: NaN).
+    Without targets, or with all weights zero, the loss is zero (NaN in the published code).
     """
     if weight is None:
         weight = torch.ones_like(target, dtype=torch.float32)

@@ -1,11 +1,13 @@
 """MM-Interleaved (paper Fig. 2): one model that reads and writes interleaved text and images.
 
-Images become a few visual tokens, which stand among the text, and multi-scale features, at which
-both the language model and the image decoder look back through MMFS. Text comes from the language
-model's head, pictures from the image decoder, given the hidden states before them.
+The visual tokenizer turns an image into a few visual tokens, which stand among the text, and
+multi-scale features, which the language model and the image decoder sample through MMFS. Text comes
+from the language model's head, pictures from the image decoder, given the hidden states before
+them.
 
-Letters: b rows, t tokens, m images of a row, n encoded images, s feature cells, k pictures to draw,
-x context tokens, z latent channels, c channels.
+Letters: b batch, t tokens, v visual tokens, m image slots, n encoded images, s feature cells,
+j pictures to draw, x context tokens, y condition tokens, w wanted positions, u vocabulary,
+z latent channels, c channels.
 """
 
 from __future__ import annotations
@@ -19,34 +21,34 @@ from torch import Tensor, nn
 
 from mmi_deploy.spec import token_layout
 from mmi_deploy.spec.config import ModelConfig
-from mmi_train.model.image_decoder import Draws, ImageDecoder, LookBackImages
+from mmi_train.model.image_decoder import ImageDecoder, PreviousImages, RandomDraws
 from mmi_train.model.llama import Llama
 from mmi_train.model.lm_head import LmHead
 from mmi_train.model.losses import IGNORE, text_loss, text_targets
 from mmi_train.model.vae import Posterior
 from mmi_train.model.visual_tokenizer import VisualTokenizer, flatten_maps
 
-LOOKS_BACK = 2
-"""A picture is trained only if its context is longer than `<s>` and its begin-of-image token."""
+# Context tokens, `<s>` and begin-of-image, of a picture with nothing before it: it is not trained.
+EMPTY_CONTEXT = 2
 
 
 @dataclass(frozen=True)
 class Batch:
     """Packed rows of documents, padded on the right with the pad token.
 
-    `token_ids` [b, t]: every image is its BoI token and, if it is to be read, `visual_tokens` image
-    ids right after it. `pixels` [n, 3, side, side] in [0, 1]: the images to read; None or n = 0 for
-    rows without. `image_slot` [b, m]: which of `pixels` the j-th image of a row is (an image of the
-    batch may be shared); -1 where the row has fewer images, or where its BoI ends a document that
-    only draws, so that nothing has to be encoded.
+    `token_ids` [b, t]: an image is its begin-of-image (BoI) token and, if the model is to see it, v
+    image ids right after it. `pixels` [n, 3, side, side] in [0, 1]: the images to encode; None or n
+    = 0 for rows without. `image_slot` [b, m]: index into `pixels` of each image of a row (rows may
+    share an image); -1 where the row has fewer images, or where the BoI ends a document whose last
+    picture is only drawn and therefore not encoded.
 
-    `pictures` [k, 2]: (row, j) of the images to train drawing on; None: no image loss. Their
-    targets are either `target_pixels` [k, 3, size, size] in [0, 1] or `target_posterior`, what the
-    autoencoder makes of them (mean and log variance, [k, z, side, side] each), which a data set may
-    keep because the autoencoder is frozen. `picture_weight` [k] multiplies their losses.
+    `pictures` [j, 2]: (row, image of the row) of the pictures to train drawing on; None: no image
+    loss. Their targets are either `target_pixels` [j, 3, size, size] in [0, 1] or
+    `target_posterior` (mean and log variance [j, z, side, side]), which a data set may store
+    because the autoencoder is frozen. `picture_weight` [j] multiplies their losses.
 
-    `text_target` [b, t - 1]: as `losses.text_targets` makes it; None: made from `token_ids` alone.
-    `token_weight` [b, t]: weight of predicting each token (the first column is not used).
+    `text_target` [b, t - 1]: from `losses.text_targets`; None: computed from `token_ids` alone.
+    `token_weight` [b, t]: loss weight of each token as a target (the first column is not used).
     """
 
     token_ids: Tensor
@@ -61,15 +63,15 @@ class Batch:
 
 
 class EncodedImages(NamedTuple):
-    """`tokens` [n, visual tokens, c] for the language model, `features` [n, s, c] of all levels."""
+    """`tokens` [n, v, c] for the language model, `features` [n, s, c] of all levels for MMFS."""
 
     tokens: Tensor
     features: Tensor
 
 
 class Losses(NamedTuple):
-    """`total` = text weight * `text` + image weight * `image`, all scalars; `pictures` [k]: each
-    one's own loss before weights, not a number where the picture was left out."""
+    """`total` = text weight * `text` + image weight * `image`, all scalars; `pictures` [j]: the
+    loss of each picture before weights, NaN where the picture was left out."""
 
     total: Tensor
     text: Tensor
@@ -91,15 +93,15 @@ class MMInterleaved(nn.Module):
         self.image_decoder = ImageDecoder(config)
 
     def checkpoint_gradients(self, on: bool = True) -> None:
-        """Trade time for memory in training: keep only the inputs of LLM blocks, encoder
-        interactions and U-Net blocks, and compute the rest again in the backward pass."""
+        """Switch gradient checkpointing on or off: LLM blocks, encoder interactions and U-Net
+        layers keep only their inputs and are recomputed in the backward pass."""
         self.llm.checkpointing = on
         self.vision.encoder.gradient_checkpointing = on
         self.image_decoder.unet.gradient_checkpointing = on
 
     def encode_images(self, pixels: Tensor | None) -> EncodedImages:
-        """Pixels [n, 3, side, side] in [0, 1]. Without any, one blank image that nobody sees: MMFS
-        then gives what it gives to any query that sees nothing."""
+        """Encode pixels [n, 3, side, side] in [0, 1]. Without images, returns the zeros of one
+        blank image that no query may see."""
         if pixels is None or not len(pixels):
             cells = sum(side * side for side in self.config.vision.level_sides)
             blank = self.boi_embedding.new_zeros
@@ -111,22 +113,23 @@ class MMInterleaved(nn.Module):
         return EncodedImages(tokens, flatten_maps(maps))
 
     def embed(self, token_ids: Tensor, visual_tokens: Tensor, visual_index: Tensor) -> Tensor:
-        """[b, t, c]: embeddings, the learned vector added to BoI, visual tokens [n, tokens, c]
-        where `visual_index` [b, t] (`token_layout.visual_index`) is not -1."""
-        embeddings = self.llm.embed_tokens(token_ids)
+        """Embed tokens [b, t, c]: word embeddings, a learned vector added to BoI, and visual tokens
+        [n, v, c] where `visual_index` [b, t] (`token_layout.visual_index`) is not -1."""
+        embeddings = self.llm.embed_tokens(token_ids)  # [b, t, c]
         is_boi = (token_ids == self.config.tokens.boi)[..., None]
         embeddings = embeddings + is_boi * self.boi_embedding
         rows = visual_tokens.flatten(0, 1)[visual_index.clamp(min=0)].to(embeddings.dtype)
         return torch.where((visual_index >= 0)[..., None], rows, embeddings)
 
     def embed_rows(self, token_ids: Tensor, images: EncodedImages, image_slot: Tensor) -> Tensor:
-        """[b, t, c]: embeddings of whole rows with their images' visual tokens in place."""
+        """Embed whole rows with the visual tokens of their images in place: [b, t, c]."""
         ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
         index = token_layout.visual_index(ids, self.config.tokens, slots, self.config.visual_tokens)
         return self.embed(token_ids, images.tokens, _like(index, token_ids))
 
     def image_positions(self, token_ids: Tensor, image_slot: Tensor) -> Tensor:
-        """[b, t, m]: how far back each image lies from each token, 0 hidden; see `layout`."""
+        """Image position of each token, [b, t, m]: 1 the nearest image, 2 the one before it, 0
+        hidden; see `token_layout.image_positions`."""
         ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
         seen = self.config.llm_mmfs.images_seen
         position = token_layout.image_positions(ids, self.config.tokens, slots.shape[1], seen)
@@ -143,8 +146,8 @@ class MMInterleaved(nn.Module):
     ) -> Tensor:
         """Hidden states [b, t, c] of whole rows; see `Batch`.
 
-        `position` [b, t] and `mask` (bool [b, 1, t, t], true where a query may look) can keep
-        packed documents to themselves; without them a row is causal from its first token on.
+        `position` [b, t] and `mask` (bool [b, 1, t, t], True where a key may be seen) can isolate
+        packed documents from each other; without them a row is causal from its first token on.
         """
         if position is None:
             rows, columns = token_ids.shape
@@ -162,8 +165,8 @@ class MMInterleaved(nn.Module):
         )
 
     def context(self, hidden: Tensor, token_ids: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """What pictures [k, 2] are drawn from: hidden states [k, x, c] from each one's BoI
-        backwards to its `<s>`, zeros after that, and how many they are, [k]."""
+        """Context of pictures [j, 2]: hidden states [j, x, c] from each picture's BoI backwards to
+        its `<s>`, zeros after that, and their number, [j]."""
         row, image = pictures.cpu().numpy().T
         ids = token_ids.cpu().numpy()
         ranges = token_layout.context_ranges(
@@ -171,47 +174,47 @@ class MMInterleaved(nn.Module):
         )
         start, stop = ranges[row, image].T
         length = stop - start
-        backwards = stop[:, None] - 1 - np.arange(length.max(initial=1))  # [k, x]
+        backwards = stop[:, None] - 1 - np.arange(length.max(initial=1))  # [j, x]
         real = backwards >= start[:, None]
         rows = _like(row, token_ids)[:, None]
-        taken = hidden[rows, _like(np.where(real, backwards, 0), token_ids)]
-        return taken * _like(real, token_ids)[..., None], _like(length, token_ids)
+        context = hidden[rows, _like(np.where(real, backwards, 0), token_ids)]  # [j, x, c]
+        return context * _like(real, token_ids)[..., None], _like(length, token_ids)
 
-    def look_back_images(
+    def previous_images(
         self, images: EncodedImages, token_ids: Tensor, image_slot: Tensor, pictures: Tensor
-    ) -> LookBackImages:
-        """The earlier images of each picture's document. Only images that some picture sees are
-        kept, and only as many columns as a picture needs, so that nothing is computed in vain."""
+    ) -> PreviousImages:
+        """The earlier images of each picture's document. Images that no picture sees are dropped,
+        and so are unused columns, so that no MMFS value is computed unnecessarily."""
         ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
         row, image = pictures.cpu().numpy().T
         seen = self.config.image_decoder.mmfs.images_seen
         positions = token_layout.picture_positions(ids, self.config.tokens, slots.shape[1], seen)
         slot, position = token_layout.only_seen(
             slots[row], positions[row, image] * (slots[row] >= 0)
-        )  # [k, m]
+        )  # [j, m]
         used = np.unique(slot[position > 0])
         used = used if len(used) else np.zeros(1, slot.dtype)
         slot = np.searchsorted(used, slot).clip(max=len(used) - 1)
-        return LookBackImages(
+        return PreviousImages(
             images.features[_like(used, token_ids)],
             _like(slot, token_ids),
             _like(position, token_ids),
         )
 
     def condition(self, hidden: Tensor, token_ids: Tensor, pictures: Tensor) -> Tensor:
-        """The U-Net's condition tokens [k, q, c] of pictures [k, 2]."""
+        """Condition tokens [j, y, c] of pictures [j, 2] for the U-Net."""
         return self.image_decoder.condition(*self.context(hidden, token_ids, pictures))
 
     def forward(
         self,
         batch: Batch,
         *,
-        draws: Draws | None = None,
+        draws: RandomDraws | None = None,
         text_weight: float = 1.0,
         image_weight: float = 10.0,
     ) -> Losses:
-        """The training losses (Sec. 3.3, Eq. 5; lambda = 10). `draws`: a row for each picture;
-        None: fresh ones from torch's default generator."""
+        """Training losses (Sec. 3.3, Eq. 5; lambda = 10). `draws`: a row for each picture; None:
+        drawn from torch's default generator."""
         images = self.encode_images(batch.pixels)
         hidden = self.read(batch.token_ids, images, batch.image_slot)
         text = self.text_loss(hidden, batch)
@@ -219,21 +222,22 @@ class MMInterleaved(nn.Module):
         return Losses(text_weight * text + image_weight * image, text, image, pictures)
 
     def text_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the tokens that count; only their logits are computed."""
+        """Mean cross-entropy over the targets that count; only their logits are computed."""
         target = batch.text_target
         if target is None:
             target = text_targets(batch.token_ids, self.config.tokens)
         counts = target != IGNORE
         weight = None if batch.token_weight is None else batch.token_weight[:, 1:][counts]
-        return text_loss(self.head(hidden[:, :-1][counts]), target[counts], weight)
+        logits = self.head(hidden[:, :-1][counts])  # [w, u]
+        return text_loss(logits, target[counts], weight)
 
     def image_loss(
-        self, hidden: Tensor, images: EncodedImages, batch: Batch, draws: Draws | None = None
+        self, hidden: Tensor, images: EncodedImages, batch: Batch, draws: RandomDraws | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean over all pictures of the batch, and each one's own loss [k].
+        """Mean loss over all pictures of the batch, and the loss of each picture [j].
 
-        A picture right after `<s>` has nothing to be drawn from: it counts as zero in the mean, as
-        in the published code, but is not computed.
+        A picture right after `<s>` has an empty context: as in the published code it counts as zero
+        in the mean, but its loss is not computed.
         """
         pictures = batch.pictures
         if pictures is None or not len(pictures):
@@ -241,9 +245,9 @@ class MMInterleaved(nn.Module):
                 0, dtype=torch.float32
             )
         decoder = self.image_decoder
-        draws = decoder.draws(len(pictures)) if draws is None else draws
+        draws = decoder.random_draws(len(pictures)) if draws is None else draws
         context, length = self.context(hidden, batch.token_ids, pictures)
-        drawn = length > LOOKS_BACK  # [k]
+        drawn = length > EMPTY_CONTEXT  # [j]
         own = torch.full(drawn.shape, torch.nan, device=drawn.device)
         if not drawn.any():
             return own.new_zeros(()), own
@@ -254,9 +258,7 @@ class MMInterleaved(nn.Module):
                 "pictures need target_pixels or target_posterior"
             )
             posterior = decoder.encode(batch.target_pixels[drawn])
-        look_back = self.look_back_images(
-            images, batch.token_ids, batch.image_slot, pictures[drawn]
-        )
+        look_back = self.previous_images(images, batch.token_ids, batch.image_slot, pictures[drawn])
         condition = decoder.condition(context[drawn], length[drawn])
         losses = decoder.losses(posterior, condition, look_back, draws[drawn])
         own = own.masked_scatter(drawn, losses.detach())
@@ -266,5 +268,5 @@ class MMInterleaved(nn.Module):
 
 
 def _like(array: np.ndarray, tensor: Tensor) -> Tensor:
-    """The array on the tensor's device."""
+    """Move an array to the device of `tensor`."""
     return torch.from_numpy(np.ascontiguousarray(array)).to(tensor.device)

@@ -1,7 +1,7 @@
 """MMFS, the Multi-image Multi-scale Feature Synchronizer (paper Sec. 3.2, Fig. 4, Eq. 4).
 
-Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
-encoded images, s feature cells of one image, c channels, r rows of the image index table.
+Letters: b batch, q queries, m image slots, l levels, h heads, p points, d channels per head,
+n encoded images, s feature cells, c channels, r table rows.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from mmi_train.model.deformable import multi_image_deformable_attention
 
 
 def take_levels(features: Tensor, level_sides: Sequence[int], levels: Sequence[int]) -> Tensor:
-    """Rows of some levels: features [n,s_all,c] of maps with `level_sides` -> [n,s,c]."""
+    """Select levels: features [n,s,c] of all maps, of `level_sides` -> [n,s,c], s the cells of
+    `levels`."""
     maps = features.split([side * side for side in level_sides], 1)
     return torch.cat([maps[level] for level in levels], 1)
 
 
 class Mmfs(nn.Module):
-    """Every query looks at a few points of the images before it, on all levels of each.
+    """MMFS layer: every query samples a few points of each image before it, on all levels.
 
-    `level_sides`: sides of the maps that it reads, finest first. `base_grid`: cells along one side
-    of the grid that offsets are counted in.
+    `level_sides`: sides of the sampled maps, finest first. `base_grid`: offsets are in cells of a
+    grid of this side.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Mmfs(nn.Module):
         self.level_sides = tuple(level_sides)
         self.base_grid = float(base_grid)
         heads, points, levels = config.heads, config.points, len(self.level_sides)
-        slots = points + 1 if config.null_slot else points  # the last one is dead, see `logits`
+        slots = points + 1 if config.null_slot else points  # the last one is unused, see `logits`
         self.query_proj = nn.Linear(query_width, query_width)  # W_q
         self.image_index = nn.Embedding(config.images, query_width)  # PosEmbed
         self.offset_proj = nn.Linear(query_width, heads * points * 2)  # W_p
@@ -57,7 +58,7 @@ class Mmfs(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start by looking at random points around the reference, whatever the query says."""
+        """Initialise offsets to random points around the reference, the same for every query."""
         reach = self.config.offset_init
         nn.init.zeros_(self.offset_proj.weight)
         nn.init.uniform_(self.offset_proj.bias, -reach, reach)
@@ -68,7 +69,8 @@ class Mmfs(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def values(self, features: Tensor) -> Tensor:
-        """What is sampled, by image alone: normalised features [n,s,c] -> [n,s,h,d]."""
+        """Project the values, which depend on the image alone: normalised features [n,s,c] ->
+        [n,s,h,d]."""
         return self.value_proj(features).unflatten(-1, (self.config.heads, -1))
 
     def forward(
@@ -80,13 +82,13 @@ class Mmfs(nn.Module):
         reference: Tensor,
     ) -> Tensor:
         """Eq. 4: query [b,q,c], value [n,s,h,d] from `values`, image_slot [b,m] (row of `value`),
-        image_position [b,q|1,m] (0 hidden, 1 nearest), reference [q|1,2] in [0,1] -> [b,q,out].
+        image_position [b,q|1,m] (0 hidden, 1 nearest), reference [q|1,2] in [0,1] -> [b,q,c].
 
         W_p and W_A are linear, so W(W_q f + PosEmbed(m)) is computed as W(W_q f) + W PosEmbed(m):
         no projection is repeated for every image.
         """
-        projected = self.query_proj(query)
-        looked = multi_image_deformable_attention(
+        projected = self.query_proj(query)  # [b, q, c]
+        attended = multi_image_deformable_attention(
             value,
             image_slot,
             self.offsets(self.offset_proj(projected)),
@@ -101,17 +103,17 @@ class Mmfs(nn.Module):
             base_grid=self.base_grid,
             null_slot=self.config.null_slot,
         )
-        return self.output_proj(looked)
+        return self.output_proj(attended)
 
     def offsets(self, flat: Tensor) -> Tensor:
-        """Outputs of `offset_proj` by meaning: [..., h*p*2] -> [..., h, p, 2]."""
+        """Unflatten outputs of `offset_proj`: [..., h*p*2] -> [..., h, p, 2]."""
         return flat.unflatten(-1, (self.config.heads, self.config.points, 2))
 
     def logits(self, flat: Tensor) -> Tensor:
-        """Outputs of `weight_proj` by meaning: [..., h*l*slots] -> [..., h, l, p].
+        """Unflatten outputs of `weight_proj`: [..., h*l*slots] -> [..., h, l, p].
 
-        The released model has an output per (head, level) for its null slot too, and never uses it:
-        the slot's logit is a constant.
+        The released model also has an output per (head, level) for the null slot, which is unused:
+        the logit of that slot is the constant 0.
         """
         shaped = flat.unflatten(-1, (self.config.heads, len(self.level_sides), -1))
         return shaped[..., : self.config.points]

@@ -1,6 +1,6 @@
-"""Any number of tokens to a fixed number: Flamingo's Perceiver Resampler or BLIP-2's Q-Former.
+"""Resamplers to a fixed number of tokens: Flamingo's Perceiver Resampler, BLIP-2's Q-Former.
 
-Shapes: b batch, x context tokens, q queries, c width, h heads, d channels per head.
+Letters: b batch, x context tokens, q queries, c channels, h heads, d channels per head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from mmi_train.model.attention import attend, join_heads, split_heads
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries [b, q, c] over [b, x, context_width], and its projections."""
+    """Multi-head attention with its projections: queries [b, q, c] over a context
+    [b, x, context_width]."""
 
     def __init__(
         self,
@@ -40,11 +41,12 @@ class Attention(nn.Module):
         )
 
     def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask`: bool [b, 1, 1, x], True where the context is real."""
+        """query [b, q, c], context [b, x, context_width] -> [b, q, c]. `mask`: bool [b, 1, 1, x],
+        True where the context is not padding."""
         q = self.query_norm(split_heads(self.query_proj(query), self.heads))  # [b, h, q, d]
         k = self.key_norm(split_heads(self.key_proj(context), self.heads))  # [b, h, x, d]
-        v = split_heads(self.value_proj(context), self.heads)
-        # The first queries are the same for all rows: one row that every row of the context shares.
+        v = split_heads(self.value_proj(context), self.heads)  # [b, h, x, d]
+        # The learned queries are one row, shared by every row of the batch in the first layer.
         q = q.expand(k.shape[0], -1, -1, -1)
         return self.output_proj(
             join_heads(attend(q, k, v, mask, self.dropout if self.training else 0.0))
@@ -75,7 +77,7 @@ class PerceiverLayer(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """BLIP-2: self-attention, cross-attention (some layers), feed-forward, post-norm as in BERT."""
+    """BLIP-2: self-attention, cross-attention (in some layers), feed-forward; post-norm as BERT."""
 
     def __init__(self, config: ResamplerConfig, cross: bool) -> None:
         super().__init__()
@@ -97,12 +99,12 @@ class QFormerLayer(nn.Module):
 
 
 class Resampler(nn.Module):
-    """`queries` learned tokens that read a context of any length.
+    """Learned queries [q, c] that attend to a context of any length.
 
-    `start`: where the queries begin. None: N(0, 0.02), as BLIP-2 and the published model. A table
-    [queries, context_width] of positions (perceiver only): sin/cos rows as the caller adds them to
-    its context. Every query then begins as a blurred copy of the tokens at its own position, which
-    a model trained from scratch otherwise takes long to find; see `_start_at`.
+    `start`: initial queries. None: N(0, 0.02), as BLIP-2 and the published model. A position table
+    [q, context_width] (perceiver only): sin/cos rows as the caller adds them to its context. Every
+    query then starts as a blurred copy of the tokens at its own position, which training from
+    scratch otherwise takes long to find; see `_start_at`.
     """
 
     def __init__(self, config: ResamplerConfig, start: Tensor | None = None) -> None:
@@ -133,6 +135,7 @@ class Resampler(nn.Module):
             self._start_at(start)
 
     def _reset(self) -> None:
+        """Initialise the linear layers: Xavier for the perceiver, BERT's N(0, 0.02) otherwise."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 if self.config.form == "perceiver":
@@ -144,11 +147,12 @@ class Resampler(nn.Module):
 
     @torch.no_grad()
     def _start_at(self, positions: Tensor) -> None:
-        """Queries: what the context projection makes of their positions, at deviation 0.3.
+        """Initialise the queries to their projected positions, at a standard deviation of 0.3.
 
-        Keys start as 4 times the query projection, so that like attends to like. The norm of the
-        queries starts at 0.5: with 1 a query is most like itself and four fifths of its attention
-        stay among the queries; with 0.5 it is a twentieth, and half lies within two positions.
+        The key projection starts as 4 times the query projection, so that equal positions attend to
+        each other. The weight of the query norm starts at 0.5: with 1 every query is most similar
+        to itself and four fifths of its attention stay among the queries; with 0.5 a twentieth
+        does, and half of the attention lies within two positions.
         """
         if self.config.form != "perceiver":
             raise ConfigError(
@@ -164,14 +168,14 @@ class Resampler(nn.Module):
             layer.query_norm.weight.fill_(0.5)
 
     def forward(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """context [b, x, context_width], mask bool [b, x] (True: real) -> [b, queries, width]"""
+        """context [b, x, context_width], mask bool [b, x] (False: padding) -> [b, q, c]"""
         if self.config.form == "perceiver":
             context = self.context_proj(context)
-            x = self.queries.expand(context.shape[0], -1, -1)
+            x = self.queries.expand(context.shape[0], -1, -1)  # [b, q, c]
             if mask is not None:
-                mask = F.pad(mask, (0, x.shape[1]), value=True)
+                mask = F.pad(mask, (0, x.shape[1]), value=True)  # keys are [context; queries]
         else:
-            x = self.dropout(self.norm(self.queries))
+            x = self.dropout(self.norm(self.queries))  # [1, q, c]
         if mask is not None:
             mask = mask[:, None, None]  # [b, 1, 1, x]
         for layer in self.layers:

@@ -1,6 +1,6 @@
-"""The ViT-Adapter's spatial prior: a small convolutional pyramid of the image itself.
+"""The ViT-Adapter's spatial prior module: a small convolutional pyramid of the image itself.
 
-Shapes: n images, c vision width, g patches along a side.
+Letters: n encoded images, c channels, g patches per side.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map [n, c, h, w]."""
+    """LayerNorm over the channels of a map [n, c, height, width]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.permute(0, 2, 3, 1)  # [n, h, w, c]; free when x is channels_last
+        rows = x.permute(0, 2, 3, 1)  # [n, height, width, c]; free when x is channels_last
         return super().forward(rows).permute(0, 3, 1, 2)
 
 
@@ -29,7 +29,7 @@ def _conv_norm(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
 
 
 class SpatialPrior(nn.Module):
-    """[n, 3, 16g, 16g] -> four maps [n, c, side, side] of sides 4g, 2g, g, g/2."""
+    """Image [n, 3, 16g, 16g] -> four maps [n, c, side, side] of sides 4g, 2g, g, g/2."""
 
     def __init__(self, prior_width: int, width: int) -> None:
         super().__init__()
@@ -54,25 +54,26 @@ class SpatialPrior(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c1 = self.stem(image)
-        c2 = self.conv2(c1)
-        c3 = self.conv3(c2)
-        c4 = self.conv4(c3)
+        c1 = self.stem(image)  # side 4g
+        c2 = self.conv2(c1)  # 2g
+        c3 = self.conv3(c2)  # g
+        c4 = self.conv4(c3)  # g/2
         return self.out1(c1), self.out2(c2), self.out3(c3), self.out4(c4)
 
 
 def map_to_tokens(x: Tensor) -> Tensor:
-    """[n, c, h, w] -> [n, h * w, c], row-major"""
+    """Flatten a map [n, c, height, width] -> tokens [n, height * width, c], row-major."""
     return x.flatten(2).transpose(1, 2)
 
 
 def tokens_to_map(x: Tensor, side: int) -> Tensor:
-    """[n, side * side, c] -> [n, c, side, side], a view that is channels_last in memory"""
+    """View tokens [n, side * side, c] as a map [n, c, side, side], channels_last in memory."""
     return x.unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
 
 def resize_map(x: Tensor, side: int) -> Tensor:
-    """Bilinear, pixel centres at halves (align_corners=False)."""
+    """Resize a map to [n, c, side, side], bilinear, pixel centres at halves
+    (align_corners=False)."""
     if x.shape[-1] == side:
         return x
     return F.interpolate(x, (side, side), mode="bilinear", align_corners=False)

@@ -1,18 +1,18 @@
 """Stable Diffusion's U-Net with deformable multi-image attention (paper Sec. 3.2, Fig. 3).
 
-The layers are those of diffusers' `UNet2DConditionModel`, under the same names; the forward pass is
-ours, in factored form: what depends only on the step (`time_rows`), only on the condition
-(`condition_keys_values`) or only on the images (`image_values`) is computed apart from `step`,
-which deployment calls many times.
+The layers are those of diffusers' `UNet2DConditionModel`, under the same names. The forward pass is
+our own, in factored form: deployment calls `step` many times, so what depends only on the timestep
+(`time_rows`), only on the condition (`condition_keys_values`) or only on the images
+(`image_values`) is computed apart from it.
 
-Letters: b pictures, x condition tokens, q queries (cells of a map), m images a picture looks at,
-n encoded images, s feature cells, h heads, d channels per head, c channels.
+Letters: b batch, y condition tokens, q queries, m image slots, n encoded images, s feature cells,
+h heads, d channels per head, c channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
 
@@ -35,10 +35,26 @@ from mmi_train.model.positions import cell_centres, resize_table, table_2d
 KeyValue = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """Precomputed inputs of one step, each under the layer that takes it.
+
+    `time_row`: the time projection [b|1, c] of a ResNet. `key_value`: the condition's key and value
+    [b, y, c] of a transformer. `value`: the image values [n, s, h, d] of an MMFS block; empty
+    leaves MMFS out. `image_slot` and `image_position` [b, m]: as in `UNet.step`.
+    """
+
+    time_row: Mapping[nn.Module, Tensor]
+    key_value: Mapping[nn.Module, KeyValue]
+    value: Mapping[nn.Module, Tensor]
+    image_slot: Tensor | None
+    image_position: Tensor | None
+
+
 class UNet(nn.Module):
     """Noisy latents, a timestep, condition tokens and image features to a prediction.
 
-    `feature_width`, `level_sides`: channels and sides of all four of the encoder's maps.
+    `feature_width`, `level_sides`: channels and sides of the encoder's four maps.
     """
 
     def __init__(
@@ -57,19 +73,21 @@ class UNet(nn.Module):
         self.conv_norm_out = model.conv_norm_out
         self.conv_out = model.conv_out
         self.look_back = nn.ModuleList(
-            LookBack(mmfs, channels, side, config.latent_side, feature_width, level_sides)
+            MmfsBlock(mmfs, channels, side, config.latent_side, feature_width, level_sides)
             for channels, side in config.mmfs_maps
         )
         self._level_sides, self._levels = tuple(level_sides), mmfs.levels
 
     def time_rows(self, timestep: Tensor) -> Tensor:
-        """Timesteps [b] to the time projections of all ResNets, as they run: [b, sum of widths]."""
+        """Timesteps [b] to the time projections of all ResNets, in running order:
+        [b, sum of widths]."""
         frequencies = self.time_proj(timestep).to(self.conv_in.weight.dtype)
-        embedding = F.silu(self.time_embedding(frequencies))
+        embedding = F.silu(self.time_embedding(frequencies))  # [b, c]
         return torch.cat([resnet.time_emb_proj(embedding) for resnet in self.resnets()], dim=1)
 
     def condition_keys_values(self, condition: Tensor) -> list[KeyValue]:
-        """Condition tokens [b, x, c] to key and value [b, x, width] of every cross-attention."""
+        """Condition tokens [b, y, c] to key and value [b, y, width] of every cross-attention, in
+        running order."""
         return [
             (block.attn2.to_k(condition), block.attn2.to_v(condition))
             for transformer in self.transformers()
@@ -77,9 +95,10 @@ class UNet(nn.Module):
         ]
 
     def image_values(self, features: Tensor) -> list[Tensor]:
-        """Features [n, s, c] of all levels to the MMFS values [n, s', h, d] of every block."""
+        """Features [n, s, c] of all levels to the values [n, s, h, d] of every MMFS block, s the
+        cells of its own levels."""
         features = take_levels(features, self._level_sides, self._levels)
-        return [cast(LookBack, block).values(features) for block in self.look_back]
+        return [cast(MmfsBlock, block).values(features) for block in self.look_back]
 
     def step(
         self,
@@ -108,40 +127,45 @@ class UNet(nn.Module):
         image_slot: Tensor | None = None,
         image_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`step`, and the deep features: what its last up block is given, besides the skips.
+        """`step`, and the deep features: the input of its last up block, without the skips.
 
-        They change little from step to step (DeepCache, Ma et al., CVPR 2024), so that
-        `shallow_step` may use them again.
+        Deep features change little from step to step (DeepCache, Ma et al., CVPR 2024), so that
+        `shallow_step` may reuse them.
         """
-        rows = iter(time_rows.split(self.config.resnet_widths, dim=1))
-        pairs = iter(keys_values)
-        look_back = self._look_back(self.look_back, values, image_slot, image_position)
-        at_skips = self.config.mmfs_at == "skips"
-
-        skips = self._outer_skips(latents, rows, pairs)
-        x = skips[-1]
+        inputs = StepInputs(
+            self._by_resnet(time_rows),
+            dict(zip(self.transformers(), keys_values, strict=True)),
+            {} if values is None else dict(zip(self.look_back, values, strict=True)),
+            image_slot,
+            image_position,
+        )
+        skips = self._outer_skips(latents, inputs)
+        x = skips[-1]  # [b, c, side, side]
         for above, block in pairwise(self.down_blocks):
             for downsample in above.downsamplers:
                 x = downsample(x)
                 skips.append(x)
-            for index, resnet in enumerate(block.resnets):
-                x = self._layer(x, resnet, next(rows), _attention(block, index), pairs)
+            for resnet, transformer in _layers(block):
+                x = self._layer(x, resnet, transformer, inputs)
                 skips.append(x)
 
         first, last = self.mid_block.resnets
-        x = self._layer(x, first, next(rows), self.mid_block.attentions[0], pairs)
-        x = self._layer(x, last, next(rows), None, pairs)
-        if at_skips:
-            skips = [next(look_back)(skip) for skip in skips]
-            x = next(look_back)(x)
+        x = self._layer(x, first, self.mid_block.attentions[0], inputs)
+        x = self._layer(x, last, None, inputs)
+        if self.config.mmfs_at == "skips":  # a block for each skip, the last for the middle block
+            *of_skips, of_middle = self.look_back
+            skips = [
+                _add_mmfs(block, skip, inputs) for block, skip in zip(of_skips, skips, strict=True)
+            ]
+            x = _add_mmfs(of_middle, x, inputs)
 
-        for block in list(self.up_blocks)[:-1]:
-            x = self._up(x, block, skips, rows, pairs)
+        for index, block in enumerate(list(self.up_blocks)[:-1]):
+            x = self._up(x, block, skips, inputs)
             for upsample in block.upsamplers or ():
                 x = upsample(x)
-            if not at_skips:
-                x = next(look_back)(x)
-        return self._outer_up(x, skips, rows, pairs, look_back), x
+            if self.config.mmfs_at == "up_blocks":
+                x = _add_mmfs(self.look_back[index], x, inputs)
+        return self._outer_up(x, skips, inputs), x
 
     def shallow_step(
         self,
@@ -153,59 +177,51 @@ class UNet(nn.Module):
         image_slot: Tensor | None = None,
         image_position: Tensor | None = None,
     ) -> Tensor:
-        """`step` with the deep features [b, c, side, side] of an earlier one: the first down block
-        and the last up block alone. `keys_values` and `values`: those of
+        """`step` with the deep features [b, c, side, side] of an earlier step: runs the first down
+        block and the last up block alone. `keys_values` and `values`: those of
         `config.outer_cross_attentions` and `config.outer_mmfs_blocks`.
         """
-        layers = self.config.layers_per_block
-        widths = time_rows.split(self.config.resnet_widths, dim=1)
-        rows = iter((*widths[:layers], *widths[-layers - 1 :]))
-        pairs = iter(keys_values)
+        transformers = list(self.transformers())
+        outer = [transformers[index] for index in self.config.outer_cross_attentions]
         blocks = [self.look_back[index] for index in self.config.outer_mmfs_blocks]
-        look_back = self._look_back(blocks, values, image_slot, image_position)
-        skips = self._outer_skips(latents, rows, pairs)
+        inputs = StepInputs(
+            self._by_resnet(time_rows),
+            dict(zip(outer, keys_values, strict=True)),
+            {} if values is None else dict(zip(blocks, values, strict=True)),
+            image_slot,
+            image_position,
+        )
+        skips = self._outer_skips(latents, inputs)
         if self.config.mmfs_at == "skips":
-            skips = [next(look_back)(skip) for skip in skips]
-        return self._outer_up(deep, skips, rows, pairs, look_back)
+            skips = [
+                _add_mmfs(block, skip, inputs) for block, skip in zip(blocks, skips, strict=True)
+            ]
+        return self._outer_up(deep, skips, inputs)
 
-    def _outer_skips(
-        self, latents: Tensor, rows: Iterator[Tensor], pairs: Iterator[KeyValue]
-    ) -> list[Tensor]:
-        """The maps of the latents' own side on the way down: all that the last up block joins."""
-        block = self.down_blocks[0]
+    def _by_resnet(self, time_rows: Tensor) -> dict[nn.Module, Tensor]:
+        """`time_rows` [b|1, sum of widths] split into the time projection of each ResNet."""
+        rows = time_rows.split(self.config.resnet_widths, dim=1)
+        return dict(zip(self.resnets(), rows, strict=True))
+
+    def _outer_skips(self, latents: Tensor, inputs: StepInputs) -> list[Tensor]:
+        """Maps of the latents' own side on the way down: all skips of the last up block."""
         skips = [self.conv_in(latents)]
-        for index, resnet in enumerate(block.resnets):
-            skips.append(
-                self._layer(skips[-1], resnet, next(rows), _attention(block, index), pairs)
-            )
+        for resnet, transformer in _layers(self.down_blocks[0]):
+            skips.append(self._layer(skips[-1], resnet, transformer, inputs))
         return skips
 
-    def _outer_up(
-        self,
-        x: Tensor,
-        skips: list[Tensor],
-        rows: Iterator[Tensor],
-        pairs: Iterator[KeyValue],
-        look_back: Iterator[Callable[[Tensor], Tensor]],
-    ) -> Tensor:
-        """The last up block and what follows it."""
-        x = self._up(x, self.up_blocks[-1], skips, rows, pairs)
+    def _outer_up(self, x: Tensor, skips: list[Tensor], inputs: StepInputs) -> Tensor:
+        """The last up block and the output convolution."""
+        x = self._up(x, self.up_blocks[-1], skips, inputs)
         if self.config.mmfs_at == "up_blocks":
-            x = next(look_back)(x)
+            x = _add_mmfs(self.look_back[-1], x, inputs)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _up(
-        self,
-        x: Tensor,
-        block: nn.Module,
-        skips: list[Tensor],
-        rows: Iterator[Tensor],
-        pairs: Iterator[KeyValue],
-    ) -> Tensor:
-        """The layers of an up block, each joined with the newest skip that is left."""
-        for index, resnet in enumerate(cast(Iterable[ResnetBlock2D], block.resnets)):
+    def _up(self, x: Tensor, block: nn.Module, skips: list[Tensor], inputs: StepInputs) -> Tensor:
+        """The layers of an up block; each takes the newest skip off the list and joins it."""
+        for resnet, transformer in _layers(block):
             x = torch.cat([x, skips.pop()], dim=1)
-            x = self._layer(x, resnet, next(rows), _attention(block, index), pairs)
+            x = self._layer(x, resnet, transformer, inputs)
         return x
 
     def forward(
@@ -217,8 +233,8 @@ class UNet(nn.Module):
         image_slot: Tensor | None = None,
         image_position: Tensor | None = None,
     ) -> Tensor:
-        """The composition of the four: latents [b, c, side, side], timestep [b], condition
-        [b, x, c], features [n, s, c] of all levels, or None for no MMFS, to a prediction."""
+        """Predict in one call: latents [b, c, side, side], timestep [b], condition [b, y, c],
+        features [n, s, c] of all levels (None leaves MMFS out) -> [b, c, side, side]."""
         values = None if features is None else self.image_values(features)
         keys_values = self.condition_keys_values(condition)
         return self.step(
@@ -239,38 +255,20 @@ class UNet(nn.Module):
         self,
         x: Tensor,
         resnet: ResnetBlock2D,
-        time_row: Tensor,
         transformer: Transformer2DModel | None,
-        pairs: Iterator[KeyValue],
+        inputs: StepInputs,
     ) -> Tensor:
-        pair = None if transformer is None else next(pairs)
-        arguments = (x, resnet, time_row, transformer, pair)
+        pair = None if transformer is None else inputs.key_value[transformer]
+        arguments = (x, resnet, inputs.time_row[resnet], transformer, pair)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(_run_layer, *arguments, use_reentrant=False)
         return _run_layer(*arguments)
 
-    @staticmethod
-    def _look_back(
-        blocks: Iterable[nn.Module],
-        values: Sequence[Tensor] | None,
-        image_slot: Tensor | None,
-        image_position: Tensor | None,
-    ) -> Iterator[Callable[[Tensor], Tensor]]:
-        """What to apply to the map of each of `blocks` in turn, whose `values` are given."""
-        for index, block in enumerate(blocks):
-            if values is None:
-                yield nn.Identity()
-            else:
-                assert image_slot is not None and image_position is not None
-                yield partial(
-                    block, value=values[index], image_slot=image_slot, image_position=image_position
-                )
 
+class MmfsBlock(nn.Module):
+    """MMFS on one map of the U-Net: every cell attends to the images before the picture.
 
-class LookBack(nn.Module):
-    """MMFS on one map of the U-Net: every cell looks at the images before the picture.
-
-    The published block's form at either placement: LayerNorm, position table, MMFS, a 1x1
+    The published block, used at either placement: LayerNorm, position table, MMFS, a 1x1
     convolution that starts at zero, residual. The table is made for the U-Net's finest map and
     resized to this one.
     """
@@ -294,23 +292,26 @@ class LookBack(nn.Module):
         for parameter in self.conv.parameters():
             nn.init.zeros_(parameter)
         table = table_2d(finest_side, channels)
-        self.register_buffer("table", table, persistent=False)  # kept: published files hold it
+        self.register_buffer("table", table, persistent=False)  # published checkpoints hold it
         self.register_buffer("positions", resize_table(table, side), persistent=False)  # [q, c]
         self.register_buffer("reference", cell_centres(side), persistent=False)  # [q, 2]
 
     def values(self, features: Tensor) -> Tensor:
-        """Features [n, s, c] of this block's levels to its values [n, s, h, d]."""
+        """Features [n, s, c] of this block's levels -> values [n, s, h, d]."""
         return self.mmfs.values(self.value_norm(features))
 
     def forward(
         self, x: Tensor, value: Tensor, image_slot: Tensor, image_position: Tensor
     ) -> Tensor:
-        """x [b, c, side, side], value [n, s, h, d], image_slot and image_position [b, m]."""
+        """x [b, c, side, side], value [n, s, h, d], image_slot and image_position [b, m] ->
+        [b, c, side, side]."""
         query = self.query_norm(_cells(x)) + self.positions  # [b, q, c]
         seeing = (image_position > 0).any(dim=1)  # [b]
         if not self.training or seeing.all():
             seen = self.mmfs(query, value, image_slot, image_position[:, None], self.reference)
-        else:  # what pictures that see nothing get is known beforehand
+        else:
+            # A picture that sees no image gets the null value in every cell: training batches are
+            # full of such pictures, and MMFS runs on the others alone.
             seen = self.mmfs.output_proj(self.mmfs.null_value).expand(query.shape)
             if seeing.any():
                 slot, position = image_slot[seeing], image_position[seeing, None]
@@ -320,7 +321,7 @@ class LookBack(nn.Module):
 
 
 def diffusers_unet(config: UnetConfig) -> UNet2DConditionModel:
-    """diffusers' model of the same shape, freshly initialised and without MMFS."""
+    """Build diffusers' model of the same shape, freshly initialised and without MMFS."""
     down = [
         "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention_blocks
     ]
@@ -340,9 +341,19 @@ def diffusers_unet(config: UnetConfig) -> UNet2DConditionModel:
     )
 
 
-def _attention(block: nn.Module, index: int) -> Transformer2DModel | None:
-    transformers = getattr(block, "attentions", None)
-    return None if transformers is None else transformers[index]
+def _layers(block: nn.Module) -> Iterator[tuple[ResnetBlock2D, Transformer2DModel | None]]:
+    """Each ResNet of a down or up block with the transformer behind it, if the block has any."""
+    resnets = cast(Sequence[ResnetBlock2D], block.resnets)
+    transformers = getattr(block, "attentions", None) or [None] * len(resnets)
+    return zip(resnets, transformers, strict=True)
+
+
+def _add_mmfs(block: nn.Module, x: Tensor, inputs: StepInputs) -> Tensor:
+    """MMFS on the map x [b, c, side, side]; without image values, x as it is."""
+    if not inputs.value:
+        return x
+    assert inputs.image_slot is not None and inputs.image_position is not None
+    return block(x, inputs.value[block], inputs.image_slot, inputs.image_position)
 
 
 def _run_layer(
@@ -352,7 +363,7 @@ def _run_layer(
     transformer: Transformer2DModel | None,
     pair: KeyValue | None,
 ) -> Tensor:
-    """A ResNet with its time row [b|1, c], then, if there is one, its transformer."""
+    """A ResNet with its time projection [b|1, c], then the transformer, if there is one."""
     x = _run_resnet(resnet, x, time_row)
     if transformer is None or pair is None:
         return x
@@ -368,7 +379,7 @@ def _run_resnet(resnet: ResnetBlock2D, x: Tensor, time_row: Tensor) -> Tensor:
 def _run_transformer(
     transformer: Transformer2DModel, x: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """Self-attention, cross-attention to precomputed keys and values [b, x, c], feed-forward."""
+    """Self-attention, cross-attention to precomputed keys and values [b, y, c], feed-forward."""
     linear = transformer.use_linear_projection
     y = transformer.norm(x)
     y = transformer.proj_in(_cells(y)) if linear else _cells(transformer.proj_in(y))  # [b, q, c]
@@ -381,14 +392,14 @@ def _run_transformer(
 def _run_transformer_block(
     block: BasicTransformerBlock, y: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    own = block.norm1(y)
-    y = y + _run_attention(block.attn1, own, block.attn1.to_k(own), block.attn1.to_v(own))
+    normed = block.norm1(y)
+    y = y + _run_attention(block.attn1, normed, block.attn1.to_k(normed), block.attn1.to_v(normed))
     y = y + _run_attention(block.attn2, block.norm2(y), key, value)
     return y + block.ff(block.norm3(y))
 
 
 def _run_attention(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Queries [b, q, c], keys and values [b, x, c], split into the layer's heads."""
+    """Queries [b, q, c], keys and values [b, y, c] (before the split into heads) -> [b, q, c]."""
     q, k, v = (split_heads(y, attention.heads) for y in (attention.to_q(query), key, value))
     return attention.to_out[0](join_heads(attend(q, k, v)))
 

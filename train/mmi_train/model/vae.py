@@ -1,6 +1,6 @@
 """The latent autoencoder: diffusers' `AutoencoderKL` on pixels in [0, 1] and scaled latents.
 
-Letters: b pictures, z latent channels.
+Letters: b batch, z latent channels.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from mmi_train.model.group_norm import with_exact_group_norms
 
 
 class Posterior(NamedTuple):
-    """The latents of a picture before scaling: a Gaussian per cell, [b, z, side, side] each."""
+    """Gaussian posterior of the unscaled latents, mean and log variance [b, z, side, side]."""
 
     mean: Tensor
     log_variance: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """`mean + standard deviation * noise`."""
+        """Sample with given normal noise: mean + standard deviation * noise, [b, z, side, side]."""
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
 
 class Vae(nn.Module):
-    """Pixels to latents and back. Latents outside are scaled by `config.scaling_factor`."""
+    """Pixels to latents and back. Callers see latents scaled by `config.scaling_factor`."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -49,20 +49,21 @@ class Vae(nn.Module):
         )
 
     def encode(self, pixels: Tensor) -> Posterior:
-        """Pixels [b, 3, h, w] in [0, 1] to the posterior, not scaled."""
+        """Pixels [b, 3, height, width] in [0, 1] -> posterior of the unscaled latents."""
+        # [b, 3 * patch^2, height / patch, width / patch]
         patches = F.pixel_unshuffle(2 * pixels - 1, self.config.patch)
         distribution = self.autoencoder.encode(patches).latent_dist
         return Posterior(distribution.mean, distribution.logvar)
 
     def latents(self, posterior: Posterior, noise: Tensor) -> Tensor:
-        """A sample of the posterior in the U-Net's scale."""
+        """Sample the posterior, scaled for the U-Net: [b, z, side, side]."""
         return self.config.scaling_factor * posterior.sample(noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [b, z, side, side] to pixels [b, 3, h, w], clipped to [0, 1]."""
+        """Scaled latents [b, z, side, side] -> pixels [b, 3, height, width], clipped to [0, 1]."""
         return self.decode_unclipped(latents).clamp(0, 1)
 
     def decode_unclipped(self, latents: Tensor) -> Tensor:
-        """As `decode`, but differentiable everywhere: what its own training compares."""
+        """`decode` without the clipping, for the reconstruction loss: differentiable everywhere."""
         patches = self.autoencoder.decode(latents / self.config.scaling_factor).sample
         return F.pixel_shuffle(patches, self.config.patch) / 2 + 0.5

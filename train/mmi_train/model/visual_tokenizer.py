@@ -1,6 +1,6 @@
-"""From pixels to what the rest of the model sees of an image: visual tokens and four feature maps.
+"""Visual tokenizer: pixels to visual tokens and four feature maps (paper Sec. 3.1).
 
-Shapes: n images, c vision width, g patches along a side, s cells of all four maps.
+Letters: n encoded images, v visual tokens, c channels, g patches per side, s feature cells.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from mmi_train.model.vit_adapter import VitAdapter
 
 
 class VisualFeatures(NamedTuple):
-    """`tokens` [n, queries, LLM width]; `maps`: four [n, c, side, side], finest first."""
+    """`tokens` [n, v, c] of the LLM's width; `maps`: four [n, c, side, side], finest first."""
 
     tokens: Tensor
     maps: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def flatten_maps(maps: tuple[Tensor, ...]) -> Tensor:
-    """[n, c, side, side] of every level, finest first -> [n, s, c]: by level, row-major in each."""
+    """Maps [n, c, side, side], finest first -> features [n, s, c]: by level, row-major in each."""
     return torch.cat([map_to_tokens(level) for level in maps], 1)
 
 
 class VisualTokenizer(nn.Module):
-    """CLIP + ViT-Adapter, then a resampler to a fixed number of LLM tokens (paper Sec. 3.1).
+    """CLIP with a ViT-Adapter, then a resampler to a fixed number of visual tokens.
 
-    The sin/cos position table is that of a grid of `position_grid` cells, with a row of zeros for
-    the class token; it is resized (bicubic) to the grid of the patches and of every map.
+    The sin/cos position table of a grid of `position_grid` cells, with a row of zeros for the class
+    token, is resized (bicubic) to the grid of the patches and of every map.
     """
 
     pixel_mean: Tensor
@@ -54,7 +54,7 @@ class VisualTokenizer(nn.Module):
         self.output_proj = nn.Linear(resampler.width, out_width)
         nn.init.xavier_uniform_(self.position_proj.weight)
         nn.init.zeros_(self.position_proj.bias)
-        # The resampler ends in a LayerNorm: visual tokens start as large as word embeddings, 0.02.
+        # The resampler ends in a LayerNorm: visual tokens start at the scale of word embeddings.
         nn.init.normal_(self.output_proj.weight, std=0.02 * resampler.width**-0.5)
         nn.init.zeros_(self.output_proj.bias)
 
@@ -78,23 +78,24 @@ class VisualTokenizer(nn.Module):
         )
 
     def _constant(self, name: str, value: Tensor) -> None:
-        """Derived from the configuration, so no part of a checkpoint."""
+        """Register a buffer that follows from the configuration and is not in checkpoints."""
         self.register_buffer(name, value, persistent=False)
 
     def forward(self, pixels: Tensor) -> VisualFeatures:
-        """pixels [n, 3, image_size, image_size] in [0, 1]"""
+        """Pixels [n, 3, image_size, image_size] in [0, 1] to visual tokens and feature maps."""
         hidden, maps = self.encoder((pixels - self.pixel_mean) / self.pixel_std)
         maps = tuple(
             level + getattr(self, f"map_positions_{index}").to(level.dtype)
             for index, level in enumerate(maps)
         )
         context = self.position_norm(self.position_proj(hidden)) + self.token_positions
+        # [n, 1 + g * g, c] -> [n, v, c]
         tokens = self.output_proj(self.resampler(self.post_norm(context)))
         return VisualFeatures(tokens, maps)
 
 
 def _query_start(vision: VisionConfig, resampler: ResamplerConfig) -> Tensor | None:
-    """A perceiver's queries, if they form a square, start spread over the image."""
+    """Initial positions of a perceiver's queries: a grid over the image if they form a square."""
     side = round(resampler.queries**0.5)
     if resampler.form != "perceiver" or side * side != resampler.queries:
         return None

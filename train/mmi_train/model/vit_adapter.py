@@ -1,7 +1,8 @@
 """CLIP's vision transformer with a ViT-Adapter: patch tokens and a pyramid of four feature maps.
 
-Shapes: n images, c vision width, g patches along a side; patches are g * g tokens, the pyramid is
-the token list of the maps of sides 2g, g and g/2.
+Patches are g * g tokens; the pyramid is the token list of the maps of sides 2g, g and g/2.
+
+Letters: n encoded images, s feature cells, c channels, g patches per side.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mmi_train.model.spatial_prior import SpatialPrior, map_to_tokens, resize_ma
 
 
 class Interaction(nn.Module):
-    """Injector, a group of CLIP layers, extractor (the last interaction has two more of these)."""
+    """Injector, a group of CLIP layers, extractor; the last interaction has two extractors more."""
 
     def __init__(self, config: VisionConfig, extra_extractors: int) -> None:
         super().__init__()
@@ -60,8 +61,8 @@ class Interaction(nn.Module):
 
 
 class VitAdapter(nn.Module):
-    """CLIP without its last norm, and the adapter around it. `resize_positions` makes the position
-    table of another image size fit."""
+    """CLIP without its last norm, with the adapter around it. For another image size, resize CLIP's
+    position table with `resize_positions`."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ class VitAdapter(nn.Module):
         self._reset_clip()
 
     def _reset_clip(self) -> None:
-        """CLIP's own scales, for training from scratch; patch positions start as sin/cos."""
+        """Initialise as CLIP, for training from scratch; patch positions start as sin/cos."""
         width, layers = self.config.width, self.config.layers
         nn.init.normal_(self.embeddings.class_embedding, std=width**-0.5)
         with torch.no_grad():
@@ -121,17 +122,19 @@ class VitAdapter(nn.Module):
         """Normalised pixels [n, 3, image_size, image_size] -> tokens [n, 1 + g * g, c], the class
         token first, and four maps [n, c, side, side], finest first."""
         grid = self.config.grid
-        side1, side2, side3, side4 = self.config.level_sides
         tokens = self.pre_norm(self.embeddings(pixels))
         class_token, patches = tokens[:, :1], tokens[:, 1:]
 
-        # The prior halves its input four times to reach the grid of the patches.
+        # The prior halves its input four times to get to the grid of the patches.
         image = resize_map(pixels, 16 * grid)
         image = image.contiguous(memory_format=torch.channels_last)
         c1, *coarser = self.spatial_prior(image)
-        # Under autocast the pyramid, the longest list by far, stays in the convolutions' type.
+        # Under autocast the pyramid, by far the longest token list, stays in the convolutions'
+        # type.
         embed = self.level_embed.to(c1.dtype)
-        pyramid = torch.cat([map_to_tokens(c) + embed[i] for i, c in enumerate(coarser)], 1)
+        pyramid = torch.cat(
+            [map_to_tokens(level) + embed[index] for index, level in enumerate(coarser)], 1
+        )  # [n, s, c]
 
         stages: list[Tensor] = []
         group = self.config.layers // self.config.interactions
@@ -148,25 +151,34 @@ class VitAdapter(nn.Module):
                 class_token, patches, pyramid = interaction(*state)
             stages.append(tokens_to_map(patches.to(pyramid.dtype), grid))
 
+        tokens = torch.cat([class_token, patches], 1)  # [n, 1 + g * g, c]
+        return tokens, self._maps(c1, pyramid, stages)
+
+    def _maps(
+        self, c1: Tensor, pyramid: Tensor, stages: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sum the finest map of the prior, the pyramid [n, s, c] and the patch maps [n, c, g, g]
+        after each interaction -> four maps [n, c, side, side], finest first."""
+        side1, side2, side3, side4 = self.config.level_sides
         levels = pyramid.split([side2 * side2, side3 * side3, side4 * side4], 1)
         c2, c3, c4 = (
             tokens_to_map(level, side)
             for level, side in zip(levels, (side2, side3, side4), strict=True)
         )
         c1 = self.upsample(c2) + c1
-        # One stage for each map; another number of stages is spread over the four, last to last.
+        # Each map takes one stage. If there are more or fewer than four stages, they are spaced
+        # evenly and the last map takes the last stage.
         x1, x2, x3, x4 = (stages[-(-i * len(stages) // 4) - 1] for i in range(1, 5))
-        maps = (
+        return (
             c1 + resize_map(x1, side1),
             c2 + resize_map(x2, side2),
             c3 + x3,
             c4 + resize_map(x4, side4),
         )
-        return torch.cat([class_token, patches], 1), maps
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:
-    """CLIP's position table [1 + s * s, c], the class token's first -> [1 + grid * grid, c],
-    bicubic with align_corners=True as published: the corner patches keep their positions."""
+    """Resize CLIP's position table, the row of the class token first, to [1 + grid * grid, c]:
+    bicubic with align_corners=True as published, so that corner patches keep their positions."""
     patches = resize_table(table[1:], grid, align_corners=True)
     return torch.cat([table[:1], patches])

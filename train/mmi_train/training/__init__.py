@@ -1,1 +1,1 @@
-"""The training loop, its optimiser, checkpoints and stages."""
+"""Training loop, optimiser, checkpoints, stages, and the recipe of a model from scratch."""

@@ -1,39 +1,41 @@
-"""Checkpoints that survive being killed: a folder appears whole or not at all, and says all there
-is.
+"""Atomic training checkpoints: a killed run resumes exactly from the newest complete one.
 
-A checkpoint folder `step-00001200/` holds `model.safetensors`, `average.safetensors` (the averaged
-weights), `moments.safetensors` (AdamW's two moments) and `state.json`. Random draws are keyed by
-(seed, step), so nothing else is needed to go on exactly as if the run had never stopped.
+A checkpoint folder `step-00001200/` holds `model.safetensors`, `average.safetensors` (the
+exponential moving average of the weights), `moments.safetensors` (AdamW's two moments) and
+`state.json`. Random draws are keyed by (seed, step), so a resumed run needs no other state.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmi_deploy.errors import WeightsError
+from mmi_deploy.errors import MmiError, WeightsError
+from mmi_deploy.system.output_folder import new_folder, remove_folder
+from mmi_train.weights.safetensors_files import load_tensors
 
-_PREFIX = "step-"
+_NAME = re.compile(r"step-\d{8,}")
+_KIND = "checkpoint"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands: optimiser steps done, and a fingerprint of the settings it was begun
-    with."""
+class RunState:
+    """State of a run: optimiser steps done, and the fingerprint of its settings."""
 
     step: int
     fingerprint: str
 
 
 def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state of every parameter, under `<parameter>:<key>`."""
     names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
     moments = {}
     for parameter, state in optimiser.state.items():
@@ -51,41 +53,36 @@ def save_checkpoint(
     model: nn.Module,
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
-    progress: Progress,
+    state: RunState,
     keep: int,
 ) -> Path:
-    """Write `folder/step-N` atomically and remove all but the `keep` newest. Returns its path."""
-    target = folder / f"{_PREFIX}{progress.step:08d}"
-    scratch = folder / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    """Write `folder/step-N` atomically and remove all but the `keep` newest, of which those stay to
+    which somebody has added something. Returns its path."""
+    target = folder / f"step-{state.step:08d}"
+    with new_folder(target, None, kind=_KIND) as scratch:
         save_file(_contiguous(model.state_dict()), scratch / "model.safetensors")
         save_file(_contiguous(average), scratch / "average.safetensors")
         save_file(_contiguous(_moments(model, optimiser)), scratch / "moments.safetensors")
-        (scratch / "state.json").write_text(json.dumps(progress.__dict__) + "\n")
+        (scratch / "state.json").write_text(json.dumps(state.__dict__) + "\n")
         for path in scratch.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    for old in sorted(_folders(folder))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    for leftover in folder.glob(f".{_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for old in _folders(folder)[:-keep]:
+        with suppress(MmiError):
+            remove_folder(old)
     return target
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob(f"{_PREFIX}*") if (path / "state.json").is_file())
+def _folders(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, the newest last."""
+    found = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    complete = (path for path in found if (path / "state.json").is_file())
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, if any."""
-    return max(_folders(folder), default=None)
+    return next(reversed(_folders(folder)), None)
 
 
 def load_checkpoint(
@@ -95,23 +92,23 @@ def load_checkpoint(
     optimiser: torch.optim.Optimizer,
     fingerprint: str,
 ) -> int:
-    """Restore everything in place and return the number of steps done.
+    """Restore model, average and optimiser in place and return the number of steps done.
 
-    Raises `WeightsError` when the run was begun with other settings.
+    Raises `WeightsError` if the checkpoint is from a run with other settings.
     """
-    progress = Progress(**json.loads((path / "state.json").read_text()))
-    if progress.fingerprint != fingerprint:
+    saved = RunState(**json.loads((path / "state.json").read_text()))
+    if saved.fingerprint != fingerprint:
         raise WeightsError(
             f"{path} was written by a run with other settings",
             expected=fingerprint,
-            got=progress.fingerprint,
+            got=saved.fingerprint,
             fix="go on with the settings of that run, or choose another folder with --out",
         )
-    model.load_state_dict(load_file(path / "model.safetensors"))
+    model.load_state_dict(load_tensors(path / "model.safetensors"))
     optimiser.state.clear()
-    for name, value in load_file(path / "average.safetensors").items():
+    for name, value in load_tensors(path / "average.safetensors").items():
         average[name].copy_(value)
-    moments = load_file(path / "moments.safetensors")
+    moments = load_tensors(path / "moments.safetensors")
     for name, parameter in model.named_parameters():
         if f"{name}:step" in moments:
             optimiser.state[parameter] = {
@@ -119,4 +116,4 @@ def load_checkpoint(
                 "exp_avg": torch.empty_like(parameter).copy_(moments[f"{name}:exp_avg"]),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"{name}:exp_avg_sq"]),
             }
-    return progress.step
+    return saved.step

@@ -1,12 +1,11 @@
-"""How a preset is trained from nothing, in three stages.
+"""Train a preset from scratch in three stages.
 
-First the autoencoder; then reading and, without the U-Net, telling from text what to draw; then all
-together.
+First the autoencoder; then the language model and the U-Net's condition, without the U-Net; then
+all parts together.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 
 from mmi_deploy.spec.config import ModelConfig, VaeConfig
 from mmi_deploy.system.files import write_file
+from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.rows import TokenDocument, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
@@ -31,13 +32,11 @@ from mmi_train.training.optimiser import FROM_SCRATCH, OptimiserConfig
 from mmi_train.training.stages.autoencoder import AutoencoderStage
 from mmi_train.training.stages.interleaved import MIXTURE, InterleavedStage
 from mmi_train.training.stages.packed import PackedStage
-from mmi_train.weights.model_folder import TOKENIZER, load_model, save_model
+from mmi_train.weights.model_folder import FOLDER_KIND, TOKENIZER, load_model, save_model
 
-log = logging.getLogger(__name__)
-
+# Initial tanh gates of MMFS without pre-trained parts: a closed gate protects a pre-trained LLM,
+# but only hides the images from a new one.
 OPEN_GATE = 0.5
-"""Where tanh gates of MMFS begin when nothing is pre-trained: a closed gate protects a trained LLM,
-and only keeps a new one from looking."""
 
 AUTOENCODER = OptimiserConfig(
     rate=3e-3,
@@ -60,19 +59,19 @@ INTERLEAVED = OptimiserConfig(
     floor=0.02,
     rules=FROM_SCRATCH,
 )
+# Less than the paper's 10, which assumes a pre-trained language model: a new one learns to read
+# from the text loss, to which the image loss adds mostly noise.
 IMAGE_WEIGHT = 3.0
-"""Less than the paper's 10, which meets a language model that is trained already: a new one learns
-to read from the text loss, and the image loss is mostly noise to it."""
 CONDITIONING = replace(INTERLEAVED, steps=1000, cool_from=1.0)
+# Without the U-Net a drawing document costs next to nothing, and the condition describes the whole
+# picture after a few hundred steps.
 CONDITIONING_MIXTURE = MappingProxyType(
     {"reading": 12, "drawing": 40, "segmentation": 4, "story": 3}
 )
-"""Without the U-Net a document to draw costs next to nothing, and the condition tells the whole
-picture after a few hundred steps."""
 
 
 def with_latent_scale(config: ModelConfig, scale: float) -> ModelConfig:
-    """The configuration with the scaling factor that its trained autoencoder asks for."""
+    """`config` with the scaling factor of its trained autoencoder."""
     decoder = config.image_decoder
     vae: VaeConfig = replace(decoder.vae, scaling_factor=round(scale, 4))
     return replace(config, image_decoder=replace(decoder, vae=vae))
@@ -83,58 +82,67 @@ def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _channels_last(module: nn.Module) -> None:
-    """Convolutions are faster so on a CPU."""
+    """Store convolutions channels-last, in which they are faster on a CPU."""
     for parameter in module.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 def train_autoencoder(
-    config: ModelConfig, world: WorldConfig, out: Path, run: RunConfig
+    config: ModelConfig,
+    world: WorldConfig,
+    out: Path,
+    run: RunConfig,
+    progress: Progress = silent,
 ) -> tuple[Vae, float]:
-    """The trained autoencoder (averaged weights) and the scale that gives its latents unit
-    variance."""
+    """Train the autoencoder; returns its averaged weights and the scaling factor that gives its
+    latents unit variance."""
     torch.manual_seed(run.seed)
     vae = Vae(config.image_decoder.vae)
     _channels_last(vae)
     stage = AutoencoderStage(vae, world, pictures=8)
-    _load(vae, train(stage, AUTOENCODER, replace(run, average=0.995), out / "autoencoder"))
+    run = replace(run, average=0.995)
+    _load(vae, train(stage, AUTOENCODER, run, out / "autoencoder", progress=progress))
     return vae, stage.latent_scale()
 
 
 def open_gates(model: MMInterleaved, value: float = OPEN_GATE) -> None:
-    """Let every LLM layer that can look back begin to do so."""
+    """Open the MMFS gate of every LLM layer."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("look_back.gate"):
                 parameter.fill_(value)
 
 
-def _condition(
+def _train_conditioning(
     model: MMInterleaved,
     tokenizer: Tokenizer,
     world: WorldConfig,
     steps: int | None,
     run: RunConfig,
     out: Path,
+    progress: Progress,
 ) -> dict[str, Tensor]:
-    """Train all but the U-Net; returns the averaged weights of the model and its readers."""
+    """Conditioning stage: train all but the U-Net; returns the averaged weights of the model and
+    its auxiliary heads."""
     optimiser = CONDITIONING if steps is None else replace(CONDITIONING, steps=steps)
     stage = InterleavedStage(
         model, tokenizer, world, CONDITIONING_MIXTURE, name="conditioning", image_weight=0.0
     )
     run = replace(run, average=0.99)
-    return train(stage, optimiser, run, out / stage.name)
+    return train(stage, optimiser, run, out / stage.name, progress=progress)
 
 
 def endless_documents(
     config: ModelConfig, tokenizer: Tokenizer, world: WorldConfig, rng: np.random.Generator
 ) -> Iterator[TokenDocument]:
-    """Documents of every kind of the main stage's mixture, in random order, all images read."""
+    """Documents of the main stage's mixture in random order, endless, all images encoded."""
     kinds = [kind for kind, count in MIXTURE.items() for _ in range(count)]
     while True:
         document = MAKERS[kinds[int(rng.integers(len(kinds)))]](rng, world, "train")
-        yield tokens_of(document, tokenizer, config.tokens, config.visual_tokens, read_all=True)
+        yield tokens_of(
+            document.parts, tokenizer, config.tokens, config.visual_tokens, read_all=True
+        )
 
 
 def train_from_scratch(
@@ -149,21 +157,44 @@ def train_from_scratch(
     start: Path | None = None,
     packed: bool = False,
     checkpoint_gradients: bool = False,
+    progress: Progress = silent,
 ) -> Path:
     """Train `config` on the drawn world and write a model folder, `out/model`; returns its path.
 
-    `start`: a model folder to go on from, in place of new weights (its autoencoder is kept).
-    `steps` and `conditioning_steps` of the main stage and of the one before it; None: the recipe's.
-    `packed`: the paper's rows of the whole context length, in which documents follow each other, in
-    place of documents kept to themselves. `checkpoint_gradients`: less memory, more time.
-    Everything is resumable: run the same command again after it was stopped.
+    `start`: a model folder to start from in place of new weights (its autoencoder is kept).
+    `steps`, `conditioning_steps`: of the main stage and of the conditioning stage; None: the
+    recipe's. `packed`: the paper's rows of the whole context length, in which documents see each
+    other, in place of isolated documents. `checkpoint_gradients`: less memory, more time. Every
+    stage resumes from its last checkpoint if the same call runs again. Raises `MmiError` where
+    another process trains there, or `out/model` holds files that mmi did not write.
     """
-    world = world or easy()
+    folder = out / "model"
+    with run_folder(out, "training"):
+        check_replaceable(folder, None, kind=FOLDER_KIND, inputs=[] if start is None else [start])
+        _train(config, out, folder, world or easy(), steps, conditioning_steps, seed, run, start,
+               packed, checkpoint_gradients, progress)  # fmt: skip
+    return folder
+
+
+def _train(
+    config: ModelConfig,
+    out: Path,
+    folder: Path,
+    world: WorldConfig,
+    steps: int | None,
+    conditioning_steps: int | None,
+    seed: int,
+    run: RunConfig | None,
+    start: Path | None,
+    packed: bool,
+    checkpoint_gradients: bool,
+    progress: Progress,
+) -> None:
     run = replace(run or RunConfig(), seed=seed)
     if start is not None:
         model = load_model(start)
     else:
-        vae, scale = train_autoencoder(config, world, out, run)
+        vae, scale = train_autoencoder(config, world, out, run, progress)
         torch.manual_seed(seed)
         model = MMInterleaved(with_latent_scale(config, scale))
         open_gates(model)
@@ -178,18 +209,19 @@ def train_from_scratch(
     else:
         stage = InterleavedStage(model, tokenizer, world, image_weight=IMAGE_WEIGHT)
         if conditioning_steps != 0:
-            _load(stage.module, _condition(model, tokenizer, world, conditioning_steps, run, out))
+            weights = _train_conditioning(
+                model, tokenizer, world, conditioning_steps, run, out, progress
+            )
+            _load(stage.module, weights)
     optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
-    folder = out / "model"
 
-    def keep(step: int, average: dict[str, Tensor]) -> None:
-        """Every checkpoint leaves a usable model behind."""
+    def save(step: int, average: dict[str, Tensor]) -> None:
+        """Write the model with averaged weights, so that every checkpoint leaves a usable one."""
         current = {name: value.detach().clone() for name, value in model.state_dict().items()}
         _load(model, stage.model_state(average))
-        save_model(model, folder, torch.float16)
-        write_file(folder / TOKENIZER, tokenizer.to_str(pretty=True))
+        with new_folder(folder, None, kind=FOLDER_KIND) as work:
+            save_model(model, work, torch.float16)
+            write_file(work / TOKENIZER, tokenizer.to_str(pretty=True))
         _load(model, current)
-        log.info("model of step %d in %s", step, folder)
 
-    train(stage, optimiser, run, out / stage.name, keep)
-    return folder
+    train(stage, optimiser, run, out / stage.name, save, progress)

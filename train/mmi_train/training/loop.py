@@ -1,14 +1,12 @@
-"""The training loop: any stage, resumable, the same weights whether or not it was ever stopped.
+"""Training loop of any stage: resumable, with the same weights whether or not it was interrupted.
 
-Every draw of a step is keyed by (seed, step, part), so a run that is killed at any moment goes on
-from its last checkpoint and ends with the weights of a run that was never killed.
+Every random draw is keyed by (seed, step, micro-batch), so a killed run resumes from its last
+checkpoint and ends with the weights of an uninterrupted run.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,24 +19,23 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from mmi_deploy.errors import WeightsError
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.training.checkpoints import (
-    Progress,
+    RunState,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from mmi_train.training.optimiser import OptimiserConfig, make_optimiser, set_rate, trainable
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class RunConfig:
-    """How a stage is run. `accumulate` parts make one optimiser step; `average` is the decay of the
-    averaged weights; intervals are in optimiser steps."""
+    """Settings of a run. `accumulate`: micro-batches of one optimiser step. `average`: decay of the
+    exponential moving average (EMA) of the weights. `keep`: checkpoints kept. Intervals are in
+    optimiser steps."""
 
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -50,25 +47,24 @@ class RunConfig:
 
 
 class Stage(Protocol):
-    """What is trained: a module, and its losses for one part of one step."""
+    """Training stage: a module and its losses on one micro-batch."""
 
     name: str
 
     @property
     def module(self) -> nn.Module:
-        """What learns, and what a checkpoint holds."""
+        """The module to train, which checkpoints hold."""
 
     def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Losses by name; `total` is minimised. Every draw comes from `rng`, or from torch's global
-        generator, which the loop seeds from it."""
+        """Losses of one micro-batch by name; `total` is minimised. Every draw comes from `rng`, or
+        from torch's global generator, which the loop seeds from `rng`."""
 
     def describe(self) -> str:
-        """The settings that make this stage what it is: a checkpoint of other settings is
-        refused."""
+        """Settings that decide the weights; a checkpoint of other settings is refused."""
 
 
 def fingerprint(stage: Stage, optimiser: OptimiserConfig, run: RunConfig) -> str:
-    """A short hash of everything that decides the weights of a run."""
+    """Short hash of all settings that decide the weights of a run."""
     parts = [stage.name, stage.describe()]
     parts += [TypeAdapter(type(part)).dump_json(part).decode() for part in (optimiser, run)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -79,7 +75,7 @@ def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def _check_finite(value: Tensor, what: str, step: int, losses: dict[str, Tensor]) -> None:
-    """Raise `WeightsError`, which tells the `losses`, unless `value` is finite."""
+    """Raise `WeightsError`, which reports the `losses`, unless `value` is finite."""
     if not bool(torch.isfinite(value)):
         raise WeightsError(
             f"the {what} is not finite at step {step}",
@@ -88,8 +84,8 @@ def _check_finite(value: Tensor, what: str, step: int, losses: dict[str, Tensor]
         )
 
 
-class _Meter:
-    """Means of the losses since the last report."""
+class _RunningMeans:
+    """Means of the losses since the last call of `take`."""
 
     def __init__(self) -> None:
         self._sums: defaultdict[str, float] = defaultdict(float)
@@ -113,35 +109,36 @@ def train(
     run: RunConfig,
     out: Path,
     on_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Tensor]:
-    """Train `stage` to its last step, going on from the newest checkpoint in `out`.
+    """Train `stage` to its last step, resuming from the newest checkpoint in `out`.
 
-    Curves go to `out/curves` (TensorBoard). Returns the averaged weights, which are also called
-    back at every checkpoint, that which the run goes on from included: it may have been killed in
-    between. Raises `WeightsError` when a loss or its gradient is not finite, or when `out` belongs
-    to a run with other settings.
+    Curves go to `out/curves` (TensorBoard). Returns the averaged (EMA) weights. `on_checkpoint`
+    gets (step, averaged weights) at every checkpoint and when the run resumes, because the run may
+    have been killed between a checkpoint and its callback. Raises `WeightsError` if a loss or its
+    gradient is not finite, or if `out` belongs to a run with other settings.
     """
     module = stage.module
     optimiser = make_optimiser(module, optimiser_config)
     average = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    mark = fingerprint(stage, optimiser_config, run)
+    settings = fingerprint(stage, optimiser_config, run)
     step = 0
     if (path := latest_checkpoint(out)) is not None:
-        step = load_checkpoint(path, module, average, optimiser, mark)
-        log.info("%s: going on from %s", stage.name, path)
+        step = load_checkpoint(path, module, average, optimiser, settings)
+        progress(f"{stage.name}: going on from {path}", step, optimiser_config.steps)
         if on_checkpoint is not None:
             on_checkpoint(step, average)
     parameters = list(trainable(module))
     learning = [name for name, value in module.named_parameters() if value.requires_grad]
     device = parameters[0].device
     module.train()
-    meter, started = _Meter(), time.monotonic()
+    meter, losses_now = _RunningMeans(), ""
     with SummaryWriter(str(out / "curves"), purge_step=step) as curves:
-        bar = tqdm(initial=step, total=optimiser_config.steps, desc=stage.name, disable=None)
+        progress(stage.name, step, optimiser_config.steps)
         while step < optimiser_config.steps:
             rate = set_rate(optimiser, optimiser_config, step)
-            for part in range(run.accumulate):
-                rng = np.random.default_rng([run.seed, step, part])
+            for micro_batch in range(run.accumulate):
+                rng = np.random.default_rng([run.seed, step, micro_batch])
                 torch.manual_seed(int(rng.integers(2**62)))
                 with _autocast(run.precision, device):
                     losses = stage.losses(rng)
@@ -154,30 +151,26 @@ def train(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             step += 1
-            decay = min(run.average, step / (step + 10))
-            state = dict(module.named_parameters())
+            decay = min(run.average, step / (step + 10))  # short average while the run is young
+            current = dict(module.named_parameters())
             with torch.no_grad():
                 torch._foreach_lerp_(
                     [average[name] for name in learning],
-                    [state[name] for name in learning],
+                    [current[name] for name in learning],
                     1 - decay,
                 )
-            bar.update()
             if step % run.log_every == 0 or step == optimiser_config.steps:
                 means = meter.take()
                 for name, value in means.items():
                     curves.add_scalar(f"{stage.name}/{name}", value, step)
                 curves.add_scalar(f"{stage.name}/rate", rate, step)
-                shown = {name: f"{value:.4g}" for name, value in means.items()}
-                bar.set_postfix(shown)
-                if bar.disable:
-                    log.info("%s %d %.0fs %s", stage.name, step, time.monotonic() - started, shown)
+                losses_now = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+            progress(stage.name, step, optimiser_config.steps, detail=losses_now)
             if step % run.checkpoint_every == 0 or step == optimiser_config.steps:
-                progress = Progress(step, mark)
-                save_checkpoint(out, module, average, optimiser, progress, run.keep)
+                state = RunState(step, settings)
+                save_checkpoint(out, module, average, optimiser, state, run.keep)
                 if on_checkpoint is not None:
                     on_checkpoint(step, average)
-                    module.train()
-        bar.close()
+                    module.train()  # the callback may have evaluated the module
     module.eval()
     return average

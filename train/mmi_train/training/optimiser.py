@@ -17,20 +17,22 @@ from torch import nn
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class GroupRule:
-    """Parameters whose name matches `pattern` (the first rule wins) learn at `rate` times the base
-    rate and decay at `decay` times the base weight decay; a rate of 0 freezes them."""
+    """Learning rate and weight decay, relative to the base values, of parameters whose name matches
+    `pattern` (the first matching rule applies); a rate of 0 freezes them."""
 
     pattern: str
     rate: float = 1.0
     decay: float = 1.0
 
 
+# All parameters learn at the base rate; the VAE, which has a stage of its own, is frozen.
 FROM_SCRATCH = (
     GroupRule(r"image_decoder\.vae\.", rate=0.0),
     GroupRule(r"look_back\.gate$", decay=0.0),
 )
-"""Everything learns at the base rate but the VAE, which has a stage of its own."""
 
+# The published run: CLIP, the LLM body, its embeddings and head and the VAE are frozen; the U-Net
+# and all sampling offsets learn at 1e-5, the rest at 1e-4.
 TABLE_11 = (
     GroupRule(r"^image_decoder\.vae\.", rate=0.0),
     GroupRule(r"^vision\.encoder\.(embeddings|pre_norm|layers)\.", rate=0.0),
@@ -42,13 +44,13 @@ TABLE_11 = (
     GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0),
     GroupRule(r"^image_decoder\.unet\.(?!look_back)", rate=0.1),
 )
-"""The published run: CLIP, the LLM body, its embeddings and head and the VAE are frozen; the U-Net
-and all sampling offsets learn at 1e-5, the rest at 1e-4."""
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class OptimiserConfig:
-    """AdamW and its schedule; `warmup` and `steps` in optimiser steps."""
+    """AdamW and its learning-rate schedule. `rate`: base learning rate. `steps`, `warmup`:
+    optimiser steps. `cool_from`: share of the run after which `flat_then_cool` decays linearly.
+    `floor`: least multiplier of the base rate. `clip`: greatest gradient norm."""
 
     rate: float
     steps: int
@@ -63,7 +65,8 @@ class OptimiserConfig:
     rules: tuple[GroupRule, ...] = TABLE_11
 
     def rate_factor(self, step: int) -> float:
-        """Multiplier of the base rate at `step` (from 0): linear warm-up, then the schedule."""
+        """Multiplier of the base learning rate at `step` (from 0): linear warm-up, then the
+        schedule."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(self.steps - self.warmup, 1)
@@ -75,13 +78,15 @@ class OptimiserConfig:
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _GroupKey:
+    """Multiplier of the learning rate, and weight decay, of one parameter group."""
+
     rate: float
     decay: float
 
 
 def _undecayed(model: nn.Module) -> set[str]:
-    """Biases and LayerNorm weights, as in the published run."""
+    """Names of parameters without weight decay: biases and LayerNorm weights, as published."""
     names = {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"}
     for prefix, module in model.named_modules():
         if isinstance(module, nn.LayerNorm):
@@ -90,29 +95,29 @@ def _undecayed(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
-    """AdamW's groups, each with its `rate` multiplier; freezes what the rules freeze."""
+    """Parameter groups for AdamW, each with its `rate` multiplier; freezes parameters of rate 0."""
     undecayed = _undecayed(model)
-    groups: defaultdict[_Kind, list[nn.Parameter]] = defaultdict(list)
+    groups: defaultdict[_GroupKey, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         rule = next((rule for rule in config.rules if re.search(rule.pattern, name)), GroupRule(""))
         parameter.requires_grad_(rule.rate > 0)
         if rule.rate > 0:
             decay = 0.0 if name in undecayed else config.weight_decay * rule.decay
-            groups[_Kind(rule.rate, decay)].append(parameter)
+            groups[_GroupKey(rule.rate, decay)].append(parameter)
     return [
-        {"params": parameters, "rate": kind.rate, "weight_decay": kind.decay}
-        for kind, parameters in groups.items()
+        {"params": parameters, "rate": key.rate, "weight_decay": key.decay}
+        for key, parameters in groups.items()
     ]
 
 
 def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW over the groups of `model`; call `set_rate` before each step."""
+    """Make AdamW over the parameter groups of `model`; call `set_rate` before each step."""
     groups = parameter_groups(model, config)
     return torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: int) -> float:
-    """Give every group its rate for `step`; returns the base rate."""
+    """Set the learning rate of every group for `step`; returns the base learning rate."""
     rate = config.rate * config.rate_factor(step)
     for group in optimiser.param_groups:
         group["lr"] = rate * group["rate"]
@@ -120,5 +125,5 @@ def set_rate(optimiser: torch.optim.Optimizer, config: OptimiserConfig, step: in
 
 
 def trainable(model: nn.Module) -> Iterable[nn.Parameter]:
-    """The parameters that learn, after `parameter_groups` froze the others."""
+    """Trainable parameters, after `parameter_groups` froze the others."""
     return (parameter for parameter in model.parameters() if parameter.requires_grad)

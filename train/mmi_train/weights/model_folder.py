@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from mmi_deploy.errors import WeightsError
@@ -14,11 +12,15 @@ from mmi_deploy.spec.config import read_config, to_json
 from mmi_deploy.system.files import write_file
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.lazy_tensor import InMemory
+from mmi_train.weights.safetensors_files import load_tensors
 from mmi_train.weights.writer import write_safetensors
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+FOLDER_KIND = "model"
+"""What the marker of an output folder calls one."""
+
 _SHOWN = 5
 
 
@@ -69,13 +71,7 @@ def load_model(folder: Path) -> MMInterleaved:
     `WeightsError`."""
     model = MMInterleaved(read_config(folder / CONFIG))
     path = folder / WEIGHTS
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(
-            f"cannot read {path}: {error}", fix="give a model folder that holds model.safetensors"
-        ) from None
-    load_strictly(model, state, str(path))
+    load_strictly(model, load_tensors(path), str(path))
     return model.eval()
 
 

@@ -10,13 +10,14 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mmi_deploy.bundle.safetensors_reader import once
 from mmi_deploy.errors import WeightsError
 from mmi_train.weights.lazy_tensor import PLAIN_TYPES, InFile, StoredTensor
 
@@ -61,7 +62,7 @@ def pickle_files(folder: Path) -> list[Path]:
 def weight_map(index: Path) -> dict[str, str]:
     """Which file of an index's folder holds which tensor."""
     try:
-        files = json.loads(index.read_text())["weight_map"]
+        files = json.loads(index.read_text(), object_pairs_hook=once)["weight_map"]
         if all(isinstance(file, str) and Path(file).name == file for file in files.values()):
             return files
     except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
@@ -77,9 +78,17 @@ def read_pickles(checkpoint: Path) -> dict[str, StoredTensor]:
         paths = [checkpoint]
     else:
         raise WeightsError(f"there is no checkpoint {checkpoint}", fix=_WHOLE)
+    return read_together(checkpoint, paths, read_pickle)
+
+
+def read_together(
+    checkpoint: Path, paths: Iterable[Path], read: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    """The tensors of several files of one `checkpoint`; raises `WeightsError` for a name that two
+    of them hold."""
     found: dict[str, StoredTensor] = {}
     for path in paths:
-        tensors = read_pickle(path)
+        tensors = read(path)
         if twice := sorted(found.keys() & tensors.keys()):
             raise WeightsError(
                 f"{path} holds {len(twice)} tensors that another file of {checkpoint} holds too, "

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from mmi_deploy.bundle.safetensors_reader import Entry, read_header
 from mmi_deploy.errors import WeightsError
 from mmi_train.weights.lazy_tensor import InFile, StoredTensor
-from mmi_train.weights.pickles import read_pickle, weight_map
+from mmi_train.weights.pickles import read_pickle, read_together, weight_map
 
 _TYPES = {
     "F64": torch.float64,
@@ -22,49 +22,27 @@ _TYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
-_MOST_HEADER = 100_000_000
-"""Bytes; the format's own limit."""
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file; raises `WeightsError`."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
-            if length > min(size - 8, _MOST_HEADER):
-                raise ValueError
-            entries: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        first = 8 + length
-        found = {name: _tensor(path, first, name, entry) for name, entry in entries.items()}
-        end = first + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
-        raise WeightsError(
-            f"{path} is no safetensors file, or it is damaged", fix="download it again"
-        ) from None
-    if end > size:
-        raise WeightsError(
-            f"{path} is cut off", expected=f"{end} bytes", got=size, fix="download it again"
-        )
-    return found
+    return {name: _tensor(path, name, entry) for name, entry in read_header(path).items()}
 
 
-def _tensor(path: Path, first: int, name: str, entry: dict[str, Any]) -> StoredTensor:
-    start, end = entry["data_offsets"]
-    shape = torch.Size(entry["shape"])
-    if entry["dtype"] not in _TYPES:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file, in memory; raises `WeightsError`."""
+    read_header(path)
+    return load_file(path)
+
+
+def _tensor(path: Path, name: str, entry: Entry) -> StoredTensor:
+    if entry.dtype not in _TYPES:
         raise WeightsError(
-            f"{path}: {name} is stored as {entry['dtype']}",
+            f"{path}: {name} is stored as {entry.dtype}",
             expected="F32, F16 or BF16",
             fix="use the checkpoint as it was before it was quantised",
         )
-    dtype = _TYPES[entry["dtype"]]
-    if end - start != shape.numel() * dtype.itemsize or start < 0:
-        raise ValueError
-    return InFile(path, first + start, dtype, shape)
+    return InFile(path, entry.start, _TYPES[entry.dtype], torch.Size(entry.shape))
 
 
 def read_folder(folder: Path, stems: Sequence[str]) -> dict[str, StoredTensor]:
@@ -74,10 +52,8 @@ def read_folder(folder: Path, stems: Sequence[str]) -> dict[str, StoredTensor]:
         for suffix, read in ((".safetensors", read_safetensors), (".bin", read_pickle)):
             index, single = folder / f"{stem}{suffix}.index.json", folder / (stem + suffix)
             if index.is_file():
-                found: dict[str, StoredTensor] = {}
-                for name in sorted(set(weight_map(index).values())):
-                    found.update(read(folder / name))
-                return found
+                files = sorted({*weight_map(index).values()})
+                return read_together(folder, [folder / name for name in files], read)
             if single.is_file():
                 return read(single)
     raise WeightsError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mmi_deploy.bundle.safetensors_writer import Stored, write_safetensors_file
 from mmi_deploy.errors import MmiError, WeightsError
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.weights.lazy_tensor import PLAIN_TYPES, StoredTensor
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -21,15 +22,12 @@ NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _TOLD = 20
 """How often progress is told, at most."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is done next, how much is done and how much there is."""
-
 
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, StoredTensor],
     dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> int:
     """Write `tensors` to `path`, read in the order of the mapping; returns its bytes. dtype None:
     each in its own type, fp64 as fp32.
@@ -43,9 +41,9 @@ def write_safetensors(
 
     def tell(done: int) -> None:
         nonlocal told
-        if progress is not None and (part := done * _TOLD // max(total, 1)) > told:
+        if (part := done * _TOLD // max(total, 1)) > told:
             told = part
-            progress("writing weights, in MB", done // 10**6, total // 10**6)
+            progress("writing weights", done, total, unit="bytes")
 
     _check_room(path, total)
     write_safetensors_file(path, stored, tell)

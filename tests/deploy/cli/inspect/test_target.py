@@ -12,8 +12,8 @@ import pytest
 from exports import Exported
 from mmi_deploy.bundle.build_report import REPORT, GraphReport, TargetReport
 from mmi_deploy.bundle.bundle import Bundle, write_target
-from mmi_deploy.bundle.manifest import Case
 from mmi_deploy.cli.app import run
+from mmi_deploy.parity import Case
 
 TARGET = "tensorrt-rtx-sm89-fp16"
 

@@ -13,7 +13,7 @@ from deploy.runtime import fake_model
 from deploy.runtime.tensorrt.fake_cuda import FakeCuda
 from deploy.runtime.tensorrt.fake_tensorrt import FakeTensorRt, write_plan
 from mmi_deploy.bundle.bundle import Bundle, write_bundle, write_target
-from mmi_deploy.bundle.manifest import Case
+from mmi_deploy.parity import Case
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.tensorrt.backend import TensorRtTarget
 from mmi_deploy.spec.config import ModelConfig

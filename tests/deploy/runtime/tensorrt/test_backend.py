@@ -217,7 +217,8 @@ def test_limits_are_those_that_the_engines_were_built_for(bundle: Bundle) -> Non
 def test_engines_that_nothing_proves_are_refused(bundle: Bundle) -> None:
     name = add_target(bundle, proved=False)
     line = refusal(bundle, name)
-    assert "vision_encoder in" in line and "`make gpu-check`, or run it all the same" in line
+    command = f"mmi verify {bundle.folder} --target {name}"
+    assert "vision_encoder in" in line and f"`{command}`, or run it all the same" in line
     machine(replace(bundle, unproved=True), name).runtime.load()
 
 

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from deploy.targets.precision.graphs import attention, contract, hidden, product, write
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.parity import PRECISION_TOLERANCES, Proof
 from mmi_deploy.runtime.onnxruntime.run_graph import model_runner, runner
 from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.graphs import Graph, Tensor
@@ -19,7 +20,7 @@ from mmi_deploy.targets.precision import Ranges, measure_ranges, recipe, rewrite
 from mmi_deploy.targets.precision.emulation import simulated
 from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.sample_inputs import Sample
-from mmi_deploy.targets.verify_target import TOLERANCE, Proof, prove
+from mmi_deploy.targets.verify_target import prove
 
 OVERFLOWING = 250.0
 """How loud queries and keys must be for logits beyond 65504 before the scale."""
@@ -86,7 +87,7 @@ def test_attention_that_overflows_float16_is_mended_by_the_range_check(tmp_path:
     node = next(node for node in model.graph.node if node.op_type == "Attention")
     assert {kinds[name] for name in node.input} == {TensorProto.FLOAT}
     assert kinds["query_flat"] == TensorProto.FLOAT16  # no more than needed
-    assert mended.error <= TOLERANCE["fp16"]
+    assert mended.error <= PRECISION_TOLERANCES["fp16"].relative
 
 
 def test_attention_within_range_stays_in_float16(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_attention_within_range_stays_in_float16(tmp_path: Path) -> None:
     unchecked = proof(tmp_path, 1.0, checked=False)
     second = onnx.load(tmp_path / "out/denoise_step.onnx", load_external_data=False)
     assert first.graph.node == second.graph.node
-    assert checked.error == unchecked.error <= TOLERANCE["fp16"]
+    assert checked.error == unchecked.error <= PRECISION_TOLERANCES["fp16"].relative
 
 
 def test_numbers_too_great_for_float16_are_made_and_read_in_float32(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_numbers_too_great_for_float16_are_made_and_read_in_float32(tmp_path: Pa
         rewrite(recipe("fp16"), graph, path, out, runtime=TENSORRT, ranges=ranges)
         error = prove(recipe("fp16"), graph, path, out, TENSORRT, sample).error
         assert np.isfinite(error) == finite
-    assert error <= TOLERANCE["fp16"]
+    assert error <= PRECISION_TOLERANCES["fp16"].relative
 
 
 def test_a_contract_that_float16_cannot_keep_is_refused(tmp_path: Path) -> None:

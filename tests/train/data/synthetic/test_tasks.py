@@ -10,8 +10,8 @@ import pytest
 from mmi_train.data.synthetic.scene_reader import read
 from mmi_train.data.synthetic.tasks import (
     MAKERS,
-    ImagePart,
-    TextPart,
+    TaskImage,
+    TaskText,
     box_from_text,
     box_iou,
     caption_of,
@@ -121,7 +121,7 @@ def test_box_tokens_lose_less_than_half_of_the_box(config: WorldConfig) -> None:
     for _ in range(200):
         document = reading_document(rng, config)
         for part in document.parts:
-            if isinstance(part, TextPart) and part.box is not None:
+            if isinstance(part, TaskText) and part.box is not None:
                 told = box_from_text(part.text)
                 assert told is not None
                 worst = min(worst, box_iou(told, part.box))
@@ -147,12 +147,12 @@ def test_every_target_grades_its_own_answer_as_right(
         document = MAKERS[kind](rng, config, split)  # type: ignore[arg-type]
         assert document.kind == kind and document.targets
         for part in document.parts:
-            if isinstance(part, ImagePart):
+            if isinstance(part, TaskImage):
                 assert part.image.shape == (64, 64, 3) and part.image.dtype == np.uint8
                 assert split_of(part.scene) == split
         for target in document.targets:
             part = document.parts[target]
-            if isinstance(part, ImagePart):
+            if isinstance(part, TaskImage):
                 assert part.draw
                 assert grade(document, target, part.image).correct
                 assert not grade(document, target, 255 - part.image).correct
@@ -171,7 +171,7 @@ def test_story_pictures_differ_from_one_to_the_next() -> None:
     rng = np.random.default_rng(13)
     for _ in range(50):
         pictures = [
-            part for part in story_document(rng, easy()).parts if isinstance(part, ImagePart)
+            part for part in story_document(rng, easy()).parts if isinstance(part, TaskImage)
         ]
         assert 2 <= len(pictures) <= 4
         assert not pictures[0].draw and all(picture.draw for picture in pictures[1:])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from mmi_train.data.synthetic.tasks import MAKERS, TextPart
+from mmi_train.data.synthetic.tasks import MAKERS, TaskText
 from mmi_train.data.synthetic.vocabulary import (
     BEGIN,
     BEGIN_OF_IMAGE,
@@ -40,7 +40,7 @@ def test_every_text_of_every_task_survives_the_round_trip(
     for maker in MAKERS.values():
         for _ in range(40):
             for part in maker(rng, config, "train").parts:
-                if isinstance(part, TextPart):
+                if isinstance(part, TaskText):
                     ids = tokenizer.encode(part.text).ids
                     assert UNKNOWN not in ids, part.text
                     assert tokenizer.decode(ids) == part.text

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from mmi_deploy.spec.presets import tiny
+from mmi_train.data.batches import batch_of
 from mmi_train.data.rows import make_rows, tokens_of
-from mmi_train.data.synthetic.tasks import MAKERS, ImagePart
+from mmi_train.data.synthetic.tasks import MAKERS, TaskImage
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy, hard
 from mmi_train.model.losses import IGNORE
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.from_scratch import endless_documents
-from mmi_train.training.stages.interleaved import InterleavedStage, batch_of, isolated
+from mmi_train.training.stages.interleaved import InterleavedStage, isolated
 from mmi_train.training.stages.packed import PackedStage
 
 CONFIG = tiny()
@@ -40,7 +41,7 @@ def documents():
     tokenizer = build_tokenizer()
     kinds = ("reading", "drawing", "story", "segmentation", "drawing", "story")
     made = [MAKERS[kind](rng, easy(), "train") for kind in kinds]
-    return [tokens_of(document, tokenizer, TOKENS, CONFIG.visual_tokens) for document in made]
+    return [tokens_of(document.parts, tokenizer, TOKENS, CONFIG.visual_tokens) for document in made]
 
 
 def test_every_document_starts_and_ends_as_it_should(documents):
@@ -55,12 +56,12 @@ def test_learned_tokens_are_answers_stories_and_announcements_of_pictures():
     rng = np.random.default_rng(0)
     tokenizer = build_tokenizer()
     document = MAKERS["reading"](rng, easy(), "train")
-    made = tokens_of(document, tokenizer, TOKENS, CONFIG.visual_tokens)
+    made = tokens_of(document.parts, tokenizer, TOKENS, CONFIG.visual_tokens)
     learned = tokenizer.decode(made.token_ids[made.weight > 0].tolist())
-    texts = [part.text for part in document.parts if not isinstance(part, ImagePart) and part.learn]
+    texts = [part.text for part in document.parts if not isinstance(part, TaskImage) and part.learn]
     assert learned.replace(" ", "") == "".join(texts).replace(" ", "")
     drawing = MAKERS["drawing"](rng, easy(), "train")
-    made = tokens_of(drawing, tokenizer, TOKENS, CONFIG.visual_tokens)
+    made = tokens_of(drawing.parts, tokenizer, TOKENS, CONFIG.visual_tokens)
     assert made.token_ids[made.weight > 0].tolist() == [TOKENS.boi]
 
 
@@ -78,7 +79,7 @@ def test_a_packed_document_is_read_and_drawn_as_if_alone(model, documents):
                 batch.token_ids, images, batch.image_slot, position=position, mask=mask
             )
             condition = model.condition(hidden, batch.token_ids, batch.pictures)
-            looked = model.look_back_images(
+            looked = model.previous_images(
                 images, batch.token_ids, batch.image_slot, batch.pictures
             )
             values = model.image_decoder.unet.image_values(looked.features)

@@ -1,9 +1,9 @@
-"""Reads a picture of the world back into its scene, and scores a picture against a scene.
+"""Recognise the scene of a picture by template matching, and score pictures against scenes.
 
-The reader looks for the known shapes (templates) in the mask of all pixels that are not
-background, best fit first; it needs no training, is exact on clean pictures, and stands noise and
-light blur. It is the judge of drawn pictures, so whatever it cannot explain counts as an object of
-shape ``"unknown"``: a smudge is an error, never overlooked.
+The reader matches the known shapes (templates) with the mask of all foreground pixels, best fit
+first. It needs no training, is exact on clean pictures, and is robust to noise and light blur. It
+grades drawn pictures, so foreground that fits no template counts as an object of shape "unknown":
+a smudge is an error and is never ignored.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ UNKNOWN = "unknown"
 INK = ""  # the colour name of a digit
 _CANVAS = 96  # side of the padded square in which correlations are computed: no wrap-around
 _LOWEST_FIT = 0.5  # intersection over union below which a template explains nothing
-_SMUDGE = 25  # px; fewer unexplained pixels are taken for noise
-_STRANGE = 80.0  # RGB distance from any mixture of known colours at which a pixel is a thing too
+_SMUDGE = 25  # px; fewer remaining foreground pixels count as noise
+_UNKNOWN_COLOUR = 80.0  # RGB distance from mixtures of known colours that makes a pixel foreground
 _MOST_OBJECTS = 10
 
 
@@ -49,18 +49,18 @@ class _Template:
 
 @dataclass(frozen=True)
 class _Templates:
-    """All templates of a setting, with the transforms that correlate them with a mask."""
+    """All templates of a world, with their Fourier transforms for correlation with a mask."""
 
     items: tuple[_Template, ...]
     areas: np.ndarray  # px [templates]
     shape_spectra: np.ndarray  # complex [templates, 96, 49]
-    box_spectra: np.ndarray  # the same for each size of box, 1 px wider than the mask on each side
-    box_of: np.ndarray  # which of these boxes is the template's, int [templates]
+    box_spectra: np.ndarray  # the same for each box size, 1 px wider than the mask on each side
+    box_of: np.ndarray  # index of each template's box, int [templates]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows."""
+    """Recognised scene and class map of a picture."""
 
     scene: Scene
     class_map: np.ndarray  # int64 [64, 64], see `segmentation_of`
@@ -68,7 +68,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class SceneScore:
-    """Which attributes of a picture are right, each for all objects at once."""
+    """Correct attributes of a picture, each over all of its objects."""
 
     count: bool
     background: bool
@@ -81,12 +81,12 @@ class SceneScore:
 
     @property
     def whole(self) -> bool:
-        """Whether the picture shows the scene: everything is right."""
+        """True if the picture shows the scene: every attribute is right."""
         return self.objects_found == 1.0 and self.count and self.background
 
 
 def _spectrum(mask: np.ndarray) -> np.ndarray:
-    """The conjugate transform of a mask centred on the origin of the canvas."""
+    """Conjugate Fourier transform of a mask centred on the origin of the canvas."""
     height, width = mask.shape
     canvas = np.zeros((_CANVAS, _CANVAS), np.float32)
     canvas[:height, :width] = mask
@@ -111,7 +111,7 @@ def _templates_of(config: WorldConfig) -> _Templates:
 
 
 def _fits(mask: np.ndarray, templates: _Templates) -> np.ndarray:
-    """Intersection over union of every template at every centre, ``[templates, 64, 64]``."""
+    """Intersection over union of every template at every centre, [templates, 64, 64]."""
     canvas = np.zeros((_CANVAS, _CANVAS), np.float32)
     canvas[:IMAGE_SIDE, :IMAGE_SIDE] = mask
     spectrum = np.fft.rfft2(canvas)
@@ -124,7 +124,7 @@ def _fits(mask: np.ndarray, templates: _Templates) -> np.ndarray:
 
 
 def _placed(mask: np.ndarray, y: int, x: int) -> np.ndarray:
-    """A template's mask on the picture, centred at (y, x), bool ``[64, 64]``."""
+    """A template's mask on the picture, centred at (y, x), bool [64, 64]."""
     height, width = mask.shape
     margin = 16
     picture = np.zeros((IMAGE_SIDE + 2 * margin, IMAGE_SIDE + 2 * margin), bool)
@@ -136,11 +136,11 @@ def _placed(mask: np.ndarray, y: int, x: int) -> np.ndarray:
 def _mixed(
     difference: np.ndarray, directions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Explains pixels as mixtures of the background and one colour, as blur and edges make them.
+    """Fit pixels as mixtures of the background and one colour, as blur and edges produce them.
 
-    ``difference`` is ``[..., 3]``, pixels less the background, and ``directions`` ``[colours, 3]``,
-    colours less the background. Returns the index of the colour that leaves the smallest rest, its
-    share in 0..1, and that rest (a distance in RGB), each ``[...]``.
+    `difference` [..., 3]: pixels minus background. `directions` [colours, 3]: colours minus
+    background. Returns the index of the colour with the smallest residual, its share in 0..1, and
+    that residual (a distance in RGB), each [...].
     """
     shares = difference @ directions.T / (directions**2).sum(-1)  # [..., colours]
     shares = shares.clip(0.0, 1.0)
@@ -157,7 +157,7 @@ def _nearest_cell(y: float, x: float, grid_side: int) -> tuple[int, int]:
 
 
 def read(image: np.ndarray, config: WorldConfig) -> Reading:
-    """Reads a picture ``[64, 64, 3]`` (uint8, or floats in 0..255)."""
+    """Recognise the scene of a picture [64, 64, 3] (uint8, or floats in 0..255)."""
     pixels = image.astype(np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
@@ -170,7 +170,7 @@ def read(image: np.ndarray, config: WorldConfig) -> Reading:
     difference = pixels - ground
     directions = np.array(palette, np.float32) - ground
     _, share, rest = _mixed(difference, directions)
-    foreground = (share > 0.5) | (rest > _STRANGE)  # [64, 64]
+    foreground = (share > 0.5) | (rest > _UNKNOWN_COLOUR)  # [64, 64]
 
     def colour_of(region: np.ndarray) -> str:
         return names[int(_mixed(np.median(difference[region], axis=0), directions)[0])]
@@ -183,7 +183,7 @@ def read(image: np.ndarray, config: WorldConfig) -> Reading:
         fits = _fits(foreground, templates)
         index, y, x = np.unravel_index(int(fits.argmax()), fits.shape)
         found = templates.items[index]
-        # The pixels' colour says whether this is a digit; look once more if the shape disagrees.
+        # Ink marks a digit: if colour and shape disagree, take the best template of the other kind.
         for attempt in range(2):
             core = _placed(found.mask, int(y), int(x)) & foreground
             colour = colour_of(core)
@@ -207,15 +207,15 @@ def read(image: np.ndarray, config: WorldConfig) -> Reading:
 
 
 def _attributes(item: Object) -> tuple[object, ...]:
-    """What `score` compares, in its order: shape, colour, place, size, digit."""
+    """Attributes in the order of `score`: shape, colour, place, size, digit."""
     return item.shape, item.colour, item.cell, item.width, item.digit
 
 
 def _best_match(seen: tuple[Object, ...], expected: tuple[Object, ...]) -> np.ndarray:
-    """Which attributes of the expected objects are right, bool ``[expected, 5]``.
+    """Correct attributes of the expected objects, bool [expected, 5].
 
     Pairs seen and expected objects so that as many attributes as possible agree; an expected object
-    without a partner has none right.
+    without a partner has no correct attribute.
     """
     equal = np.zeros((max(len(seen), len(expected)), len(expected), 5), bool)
     for i, one in enumerate(seen):
@@ -233,10 +233,10 @@ def _best_match(seen: tuple[Object, ...], expected: tuple[Object, ...]) -> np.nd
 
 
 def score(image: np.ndarray, scene: Scene, config: WorldConfig) -> SceneScore:
-    """Compares what a picture ``[64, 64, 3]`` shows with the scene that it should show.
+    """Score a picture [64, 64, 3] against the scene that it should show.
 
-    An attribute is right when it is right for every expected object; superfluous objects make only
-    the count wrong.
+    An attribute is right if it is right for every expected object; additional objects affect only
+    the count.
     """
     seen = read(image, config).scene
     right = _best_match(seen.objects, scene.objects)
@@ -254,16 +254,16 @@ def score(image: np.ndarray, scene: Scene, config: WorldConfig) -> SceneScore:
 
 
 def segmentation_of(image: np.ndarray, config: WorldConfig) -> np.ndarray:
-    """The class of every pixel of a picture, int64 ``[64, 64]``.
+    """Class of every pixel of a picture, int64 [64, 64].
 
-    0 is the background, ``n`` is ``config.segment_classes[n - 1]``. Pixels that the reader cannot
-    explain are background.
+    0 is the background, n is `config.segment_classes[n - 1]`. Pixels that fit no template are
+    background.
     """
     return read(image, config).class_map
 
 
 def expected_segmentation(scene: Scene, config: WorldConfig) -> np.ndarray:
-    """The true class of every pixel of a scene's picture, int64 ``[64, 64]``."""
+    """True class of every pixel of a scene's picture, int64 [64, 64]."""
     class_map = np.zeros((IMAGE_SIDE, IMAGE_SIDE), np.int64)
     for item in scene.objects:
         only = Scene(scene.background, (item,), scene.grid_side)

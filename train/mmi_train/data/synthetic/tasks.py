@@ -1,9 +1,9 @@
-"""The documents the tiny model learns from: the paper's fine-tuning tasks in small, with answers.
+"""Training documents of the tiny model: the paper's fine-tuning tasks in small, with answers.
 
-A document is a list of text and image parts. Kinds: ``reading`` (one image, then caption, question
-and referring turns, as in a chat), its single turns ``caption``, ``question`` and ``referring``,
-``drawing`` (caption to picture), ``segmentation`` (class map and words to picture) and ``story``
-(pictures that change as sentences tell). Every answer ends in a full stop: the sign to stop.
+A document is a list of text and image parts. Kinds: `reading` (one image, then caption, question
+and referring turns, as in a chat), its single turns `caption`, `question` and `referring`,
+`drawing` (caption to picture), `segmentation` (class map and words to picture) and `story`
+(pictures that change as the sentences say). Every answer ends in a full stop, which ends decoding.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmi_train.data.document import ImagePart, TextPart
 from mmi_train.data.synthetic.scene_reader import SceneScore, score
 from mmi_train.data.synthetic.world import (
     DIGIT,
@@ -36,40 +37,36 @@ BOX_PIXELS = 2  # a box token counts in steps of this many pixels: <0>..<32>
 
 
 @dataclass(frozen=True)
-class TextPart:
-    """A piece of text. ``role`` names the turn it belongs to; ``learn``: its tokens carry loss."""
+class TaskText(TextPart):
+    """A text of a task document. `role` is the kind of turn that it belongs to."""
 
-    text: str
-    learn: bool
     role: str
-    box: Box | None = None  # px; the true box when the text is a referring answer
+    box: Box | None = None  # px; the true box if the text is a referring answer
 
 
 @dataclass(frozen=True)
-class ImagePart:
-    """A picture, uint8 ``[64, 64, 3]``. ``draw``: the model draws it from what comes before."""
+class TaskImage(ImagePart):
+    """A picture of the world, uint8 [64, 64, 3], and the scene that it shows."""
 
-    image: np.ndarray
-    draw: bool
     scene: Scene
 
 
-Part = TextPart | ImagePart
+TaskPart = TaskText | TaskImage
 
 
 @dataclass(frozen=True)
 class TaskDocument:
-    """One training document. ``targets`` are the parts with one exact, checkable answer."""
+    """One document of the world. `targets`: indices of the parts that `grade` can check."""
 
     kind: str
-    parts: tuple[Part, ...]
+    parts: tuple[TaskPart, ...]
     targets: tuple[int, ...]
     config: WorldConfig
 
 
 @dataclass(frozen=True)
 class Grade:
-    """How good a produced part is: ``value`` in 0..1 (the IoU of a box), and right or wrong."""
+    """Score of a generated part: `value` in 0..1 (the IoU of a box), and right or wrong."""
 
     correct: bool
     value: float
@@ -80,7 +77,7 @@ class Grade:
 
 
 def _listed(phrases: list[str]) -> str:
-    """ "x", "x and y", "x, y and z"."""
+    """Join phrases as "x", "x and y" or "x, y and z"."""
     return " and ".join([*filter(None, [", ".join(phrases[:-1])]), phrases[-1]])
 
 
@@ -105,7 +102,7 @@ def box_text(box: Box) -> str:
 
 
 def box_from_text(text: str) -> Box | None:
-    """The pixel box that a text tells, or None when it is not exactly four box tokens."""
+    """Parse the pixel box of a text; None unless it has exactly four box tokens."""
     edges = [BOX_PIXELS * int(number) for number in re.findall(r"<(\d+)>", text)]
     return (edges[0], edges[1], edges[2], edges[3]) if len(edges) == 4 else None
 
@@ -147,22 +144,24 @@ def questions_about(scene: Scene, config: WorldConfig) -> list[tuple[str, str]]:
 # ---- documents --------------------------------------------------------------------------------
 
 
-def _turn(role: str, prompt: str, answer: str, box: Box | None = None) -> list[Part]:
-    return [TextPart(prompt, False, role), TextPart(answer, True, role, box)]
+def _turn(role: str, prompt: str, answer: str, box: Box | None = None) -> list[TaskPart]:
+    return [TaskText(prompt, False, role), TaskText(answer, True, role, box)]
 
 
-def _caption_turn(scene: Scene, config: WorldConfig) -> list[Part]:
+def _caption_turn(scene: Scene, config: WorldConfig) -> list[TaskPart]:
     return _turn("caption", "caption:", caption_of(scene, config))
 
 
-def _referring_turn(item: Object, config: WorldConfig) -> list[Part]:
+def _referring_turn(item: Object, config: WorldConfig) -> list[TaskPart]:
     box = box_of(item, config.grid_side)
     return _turn("referring", f"find the {reference_to(item)}.", box_text(box), box)
 
 
-def _about_image(kind: str, scene: Scene, config: WorldConfig, turns: list[Part]) -> TaskDocument:
-    """A document of one picture that is read, and turns of prompt and answer."""
-    parts = (ImagePart(render(scene), False, scene), *turns)
+def _about_image(
+    kind: str, scene: Scene, config: WorldConfig, turns: list[TaskPart]
+) -> TaskDocument:
+    """A document of one given picture and turns of prompt and answer."""
+    parts = (TaskImage(render(scene), False, scene), *turns)
     return TaskDocument(kind, parts, tuple(range(2, len(parts), 2)), config)
 
 
@@ -217,19 +216,19 @@ def drawing_document(
 ) -> TaskDocument:
     """A caption and the picture to be drawn from it."""
     scene = random_scene(rng, config, split)
-    text = TextPart(f"draw: {caption_of(scene, config)}", False, "drawing")
-    return TaskDocument("drawing", (text, ImagePart(render(scene), True, scene)), (1,), config)
+    text = TaskText(f"draw: {caption_of(scene, config)}", False, "drawing")
+    return TaskDocument("drawing", (text, TaskImage(render(scene), True, scene)), (1,), config)
 
 
 def segmentation_document(
     rng: np.random.Generator, config: WorldConfig, split: Split = "train"
 ) -> TaskDocument:
-    """A picture whose colours stand for shapes, the true colours in words, the picture to draw."""
+    """A class map of the shapes, the true colours in words, and the picture to draw."""
     scene = random_scene(rng, config, split)
     parts = (
-        ImagePart(render(scene, segmentation=True), False, scene),
-        TextPart(f"paint: {colouring_of(scene, config)}", False, "segmentation"),
-        ImagePart(render(scene), True, scene),
+        TaskImage(render(scene, segmentation=True), False, scene),
+        TaskText(f"paint: {colouring_of(scene, config)}", False, "segmentation"),
+        TaskImage(render(scene), True, scene),
     )
     return TaskDocument("segmentation", parts, (2,), config)
 
@@ -239,18 +238,18 @@ def story_document(
 ) -> TaskDocument:
     """A picture, then sentences that change it, each followed by the changed picture to draw.
 
-    ``pictures`` counts the first one too; 0 draws the number from 2..4.
+    `pictures` counts the first one too; 0 draws the number from 2..4.
     """
     pictures = pictures or int(rng.integers(2, 5))
     scene = random_scene(rng, config, split)
-    parts: list[Part] = [ImagePart(render(scene), False, scene)]
+    parts: list[TaskPart] = [TaskImage(render(scene), False, scene)]
     for _ in range(pictures - 1):
         changed = change(rng, scene, config, split)
-        if changed is None:  # no way on within the split: begin another story
+        if changed is None:  # no change stays within the split: start another story
             return story_document(rng, config, split, pictures)
         sentence, scene = changed
-        parts.append(TextPart(sentence, True, "story"))
-        parts.append(ImagePart(render(scene), True, scene))
+        parts.append(TaskText(sentence, True, "story"))
+        parts.append(TaskImage(render(scene), True, scene))
     return TaskDocument("story", tuple(parts), tuple(range(2, len(parts), 2)), config)
 
 
@@ -270,7 +269,7 @@ MAKERS: dict[str, DocumentMaker] = {
 
 
 def plain(text: str) -> str:
-    """Text as compared: lower case, no spaces around punctuation or at the ends."""
+    """Normalise a text for comparison: lower case, tokens separated by single spaces."""
     words = re.findall(r"<\d+>|\w+|[^\w\s]", text.lower())
     return " ".join(words)
 
@@ -281,13 +280,14 @@ def same_text(produced: str, expected: str) -> bool:
 
 
 def grade(document: TaskDocument, target: int, produced: str | np.ndarray) -> Grade:
-    """Checks what a model produced in place of the part with index ``target``.
+    """Grade a model's output for the part with index `target`.
 
-    A text must match exactly; a box is right when its IoU with the true box exceeds 0.5; a picture
-    (``[64, 64, 3]``, 0..255) is right when it shows the whole scene.
+    A text must match exactly; a box is right if its IoU with the true box exceeds 0.5; a picture
+    ([64, 64, 3], 0..255) is right if it shows the whole scene. Raises `TypeError` for an output of
+    the wrong kind.
     """
     part = document.parts[target]
-    if isinstance(part, ImagePart):
+    if isinstance(part, TaskImage):
         if isinstance(produced, str):
             raise TypeError(f"part {target} is a picture; got the text {produced!r}")
         result = score(produced, part.scene, document.config)
@@ -295,8 +295,8 @@ def grade(document: TaskDocument, target: int, produced: str | np.ndarray) -> Gr
     if not isinstance(produced, str):
         raise TypeError(f"part {target} is a text; got an array of shape {produced.shape}")
     if part.box is not None:
-        told = box_from_text(produced)
-        iou = 0.0 if told is None else box_iou(told, part.box)
+        box = box_from_text(produced)
+        iou = 0.0 if box is None else box_iou(box, part.box)
         return Grade(iou > 0.5, iou)
     correct = same_text(produced, part.text)
     return Grade(correct, float(correct))

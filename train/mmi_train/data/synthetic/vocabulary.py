@@ -1,6 +1,6 @@
-"""The tiny model's word vocabulary, as a Hugging Face ``tokenizers`` tokenizer.
+"""The tiny model's word vocabulary, as a Hugging Face `tokenizers` tokenizer.
 
-One vocabulary serves every difficulty setting, so a model trained on one can go on with the next.
+One vocabulary serves every difficulty, so a model trained on one can go on with the next.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def words() -> tuple[str, ...]:
 
 
 def build_tokenizer() -> Tokenizer:
-    """The tokenizer: lower case, one token a word, punctuation mark or ``<n>`` of a box.
+    """Build the tokenizer: lower case, one token a word, punctuation mark or `<n>` of a box.
 
-    ``encode`` adds no special tokens; ``decode`` leaves them out and restores natural spacing.
+    `encode` adds no special tokens; `decode` leaves them out and restores natural spacing.
     """
     vocabulary = {word: index for index, word in enumerate(words())}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL_TOKENS[UNKNOWN]))

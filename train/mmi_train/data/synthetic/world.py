@@ -1,7 +1,7 @@
 """A procedurally drawn world: scenes of coloured shapes on a grid, their pictures, and changes.
 
-Everything the tiny model learns from is drawn here, so every caption, answer, box and picture
-has an exact expected value. Pictures are uint8 ``[64, 64, 3]`` in RGB, rows first.
+All training data of the tiny model comes from this world, so every caption, answer, box and picture
+has an exact expected value. Pictures are uint8 [64, 64, 3] in RGB, rows first.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _COLUMN_NAMES = {2: ("left", "right"), 3: ("left", "center", "right")}
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """The difficulty: which scenes can be drawn. ``widths`` (odd, px) are the object sizes."""
+    """Difficulty: the range of possible scenes. `widths` (odd, px) are the object sizes."""
 
     name: str
     max_objects: int
@@ -78,28 +78,28 @@ class WorldConfig:
     backgrounds: tuple[str, ...]
     widths: tuple[int, ...]
     jitter: int  # px, the largest shift of an object from the centre of its cell
-    digits: int = 0  # 0 is none, 5 means the digits 0-4
+    digits: int = 0  # 0: no digits, 5: the digits 0-4
     digit_chance: float = 0.0  # the share of scenes that also hold a digit
     grid_side: int = 3
 
     @property
     def has_sizes(self) -> bool:
-        """Whether sizes differ, so that texts name them."""
+        """True if sizes differ, so that texts name them."""
         return len(self.widths) > 1
 
     @property
     def size_words(self) -> dict[int, str]:
-        """Width in px -> "small" or "large"; empty when there is one size only."""
+        """Width in px -> "small" or "large"; empty if there is only one size."""
         return dict(zip(self.widths, ("small", "large"), strict=True)) if self.has_sizes else {}
 
     @property
     def segment_classes(self) -> tuple[str, ...]:
-        """What a class map's numbers 1, 2, ... stand for; 0 is the background."""
+        """Shapes of the class numbers 1, 2, ... of a segmentation; 0 is the background."""
         return self.shapes + ((DIGIT,) if self.digits else ())
 
 
 def easy() -> WorldConfig:
-    """One or two large objects; the three shapes least alike after a blur of 1.5 px."""
+    """One or two large objects; the three shapes that differ most after a blur of 1.5 px."""
     return WorldConfig(
         name="easy",
         max_objects=2,
@@ -135,7 +135,7 @@ def hard() -> WorldConfig:
 
 @dataclass(frozen=True, order=True)
 class Object:
-    """One object. A digit has ``shape == "digit"`` and no colour of its own (it is drawn in ink).
+    """One object. A digit has `shape == "digit"` and no colour of its own (it is drawn in ink).
 
     Sorts in reading order: by row, then by column.
     """
@@ -180,18 +180,18 @@ class Scene:
 
 
 def ordered_scene(background: str, objects: list[Object], grid_side: int) -> Scene:
-    """A scene with its objects put in reading order."""
+    """Build a scene, its objects sorted in reading order."""
     return Scene(background, tuple(sorted(objects)), grid_side)
 
 
 def canonical(scene: Scene) -> Scene:
-    """The scene without jitter: what a caption can tell."""
+    """The scene without jitter, as far as a caption can describe it."""
     still = [replace(item, shift_x=0, shift_y=0) for item in scene.objects]
     return ordered_scene(scene.background, still, scene.grid_side)
 
 
 def split_of(scene: Scene) -> Split:
-    """The one split this scene belongs to, whatever its jitter: a stable hash of its content."""
+    """The split of a scene, by a stable hash of its content; jitter does not count."""
     parts = [f"{scene.background}/{scene.grid_side}"]
     for item in sorted(scene.objects, key=lambda item: item.cell):
         parts.append(
@@ -206,7 +206,7 @@ def split_of(scene: Scene) -> Split:
 
 @cache
 def coverage(shape: str, width: int, digit: int = -1) -> np.ndarray:
-    """How much of each pixel the object covers, float32 ``[height, width]`` in 0..1."""
+    """Coverage mask: the share of each pixel that the object covers, float32 [height, width]."""
     if shape == DIGIT:
         bits = np.array([int(bit) for bit in _DIGIT_ROWS[digit]], np.float32).reshape(5, 3)
         return np.kron(bits, np.ones((3, 3), np.float32))
@@ -241,7 +241,7 @@ def corner_of(item: Object, grid_side: int) -> tuple[int, int]:
 
 
 def box_of(item: Object, grid_side: int) -> Box:
-    """The pixels that the object covers by half or more, as a box."""
+    """Bounding box of the pixels that the object covers by half or more."""
     rows, columns = np.nonzero(coverage(item.shape, item.width, item.digit) >= 0.5)
     x, y = corner_of(item, grid_side)
     return (
@@ -253,14 +253,14 @@ def box_of(item: Object, grid_side: int) -> Box:
 
 
 def ink_on(background: str) -> Colour:
-    """The colour in which a digit is written."""
+    """Colour of a digit on `background`."""
     return LIGHT_INK if background == "black" else DARK_INK
 
 
 def render(scene: Scene, segmentation: bool = False) -> np.ndarray:
-    """Draws the scene, uint8 ``[64, 64, 3]``.
+    """Draw the scene, uint8 [64, 64, 3].
 
-    With ``segmentation`` every object has the colour of its shape, without antialiasing, on black.
+    With `segmentation` every object has the colour of its shape, without antialiasing, on black.
     """
     picture = np.empty((IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8)
     picture[:] = (0, 0, 0) if segmentation else BACKGROUNDS[scene.background]
@@ -281,12 +281,12 @@ def render(scene: Scene, segmentation: bool = False) -> np.ndarray:
 
 
 def reference_to(item: Object) -> str:
-    """Names one object of a scene beyond doubt: "red cross", "digit 3"."""
+    """Unique name of an object in its scene: "red cross", "digit 3"."""
     return f"digit {item.digit}" if item.shape == DIGIT else f"{item.colour} {item.shape}"
 
 
 def description_of(item: Object, config: WorldConfig) -> str:
-    """All that is seen of one object but its place: "a small red cross", "the digit 3"."""
+    """Description of an object without its place: "a small red cross", "the digit 3"."""
     if item.shape == DIGIT:
         return f"the digit {item.digit}"
     size = config.size_words.get(item.width, "")
@@ -316,7 +316,7 @@ def _random_shape(
     cell: tuple[int, int],
     taken: set[tuple[str, str]],
 ) -> Object:
-    """A random object that is no digit, of a (colour, shape) that is not taken."""
+    """A random object that is not a digit, of a (colour, shape) that is not taken."""
     while True:
         colour, shape = _pick(rng, config.colours), _pick(rng, config.shapes)
         if (colour, shape) not in taken:
@@ -347,7 +347,7 @@ def _any_scene(rng: np.random.Generator, config: WorldConfig) -> Scene:
 def random_scene(
     rng: np.random.Generator, config: WorldConfig, split: Split | None = "train"
 ) -> Scene:
-    """A random scene of the split, or of either split when it is None."""
+    """A random scene of `split`; None: of either split."""
     while True:
         scene = _any_scene(rng, config)
         if split is None or split_of(scene) == split:
@@ -357,7 +357,7 @@ def random_scene(
 def _any_change(
     rng: np.random.Generator, scene: Scene, config: WorldConfig
 ) -> tuple[str, Scene] | None:
-    """One random change, or None when the one that was drawn is not possible."""
+    """Draw one random change; None if it is impossible in this scene."""
     others = list(scene.objects)
     item = others.pop(int(rng.integers(len(others))))
     name, is_digit = reference_to(item), item.shape == DIGIT
@@ -404,9 +404,9 @@ def change(
     split: Split | None = "train",
     tries: int = 200,
 ) -> tuple[str, Scene] | None:
-    """Changes one thing: (the sentence that tells it, the new scene of the same split).
+    """Change one thing: (sentence that describes the change, new scene of the same split).
 
-    None when no change within the split was found: one held-out scene in six has none.
+    None if no change within the split was found: one held-out scene in six has none.
     """
     for _ in range(tries):
         found = _any_change(rng, scene, config)

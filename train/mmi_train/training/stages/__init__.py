@@ -1,1 +1,1 @@
-"""Training stages: batches and losses of each."""
+"""Training stages: the batches and losses of each."""

@@ -1,4 +1,4 @@
-"""The first stage of training from scratch: the latent autoencoder on drawn pictures."""
+"""Autoencoder stage, the first of training from scratch: the VAE on pictures of the world."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from mmi_train.model.vae import Vae
 
 @dataclass
 class AutoencoderStage:
-    """Reconstruction by |error| + error^2 and a light pull of the posterior towards the unit
-    Gaussian.
+    """Reconstruction loss |error| + error^2 and a small KL divergence from the unit Gaussian.
 
-    `segmentation`: the share of pictures that are class maps.
+    `pictures`: batch size. `segmentation`: share of pictures that are class maps.
     """
 
     vae: Vae
@@ -36,12 +35,12 @@ class AutoencoderStage:
         settings = (self.world, self.pictures, self.segmentation, self.kl_weight)
         return f"{asdict(self.vae.config)} {settings}"
 
-    def _draw(self, rng: np.random.Generator) -> Tensor:
+    def _pixels(self, rng: np.random.Generator) -> Tensor:
         scenes = [random_scene(rng, self.world, "train") for _ in range(self.pictures)]
         return pixels_from_images([render(s, rng.random() < self.segmentation) for s in scenes])
 
     def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
-        pixels = self._draw(rng)
+        pixels = self._pixels(rng)  # [pictures, 3, height, width]
         posterior = self.vae.encode(pixels)
         mean, log_variance = posterior.mean.float(), posterior.log_variance.float().clamp(-12, 4)
         latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
@@ -57,11 +56,11 @@ class AutoencoderStage:
 
     @torch.no_grad()
     def latent_scale(self, pictures: int = 512) -> float:
-        """The factor that gives latents unit variance, over training pictures."""
+        """Scaling factor that gives latents unit variance, over training pictures."""
         rng = np.random.default_rng([2**31, pictures])
         squares = []
         for _ in range(pictures // self.pictures):
-            posterior = self.vae.encode(self._draw(rng))
+            posterior = self.vae.encode(self._pixels(rng))
             noise = torch.from_numpy(rng.standard_normal(posterior.mean.shape, dtype=np.float32))
             squares.append(posterior.sample(noise).float().square().mean())
         return float(torch.stack(squares).mean().rsqrt())

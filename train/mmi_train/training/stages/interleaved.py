@@ -1,6 +1,6 @@
-"""The main stage of training: text and pictures together, on packed documents of the drawn world.
+"""Interleaved stage, the main one: text and image losses on packed documents of the world.
 
-Letters: b rows, t tokens, k pictures.
+Letters: b batch, t tokens, j pictures to draw, y condition tokens, x context tokens, c channels.
 """
 
 from __future__ import annotations
@@ -15,40 +15,23 @@ from torch import Tensor, nn
 
 from mmi_deploy.spec import token_layout
 from mmi_deploy.spec.config import TokenConfig, to_json
-from mmi_train.data.pixels import pixels_from_images
-from mmi_train.data.rows import Rows, TokenDocument, make_rows, tokens_of
+from mmi_train.data.batches import batch_of
+from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS
 from mmi_train.data.synthetic.world import Split, WorldConfig
-from mmi_train.model.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
-from mmi_train.training.stages.condition_readers import RecallReader, SketchReader
+from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
 
+# Documents of each kind in one micro-batch.
 MIXTURE = MappingProxyType({"reading": 8, "drawing": 14, "segmentation": 4, "story": 3})
-"""Documents of each kind in one part of a step."""
 
+# Loss weight of a kind's text, 1 by default: the next change of a story is random.
 TEXT_WEIGHT = MappingProxyType({"story": 0.2})
-"""Loss weight of a kind's text, 1 where not named: which change a story tells is chance."""
-
-
-def batch_of(rows: Rows, tokens: TokenConfig) -> Batch:
-    """Rows as the model takes them; only tokens with a weight are targets."""
-    token_ids = torch.from_numpy(rows.token_ids)
-    weight = torch.from_numpy(rows.weight)
-    pictures = torch.from_numpy(rows.pictures) if len(rows.pictures) else None
-    return Batch(
-        token_ids=token_ids,
-        image_slot=torch.from_numpy(rows.image_slot),
-        pixels=pixels_from_images(rows.images) if rows.images else None,
-        pictures=pictures,
-        target_pixels=pixels_from_images(rows.targets) if rows.targets else None,
-        text_target=text_targets(token_ids, tokens, real=weight > 0),
-        token_weight=weight,
-    )
 
 
 def isolated(token_ids: Tensor, tokens: TokenConfig) -> tuple[Tensor, Tensor]:
-    """Positions [b, t] that begin anew at every `<s>`, and the mask [b, 1, t, t] that keeps each
-    document to itself: a packed document is then exactly what it is alone."""
+    """Positions [b, t] that restart at every `<s>`, and the attention mask [b, 1, t, t] that
+    isolates documents: the result of a packed document then equals that of the document alone."""
     starts = torch.from_numpy(token_layout.document_starts(token_ids.numpy(), tokens)).clamp(min=0)
     column = torch.arange(token_ids.shape[1])
     causal = column[None, :] <= column[:, None]
@@ -58,11 +41,10 @@ def isolated(token_ids: Tensor, tokens: TokenConfig) -> tuple[Tensor, Tensor]:
 
 class InterleavedStage:
     """Both losses of the paper (Eq. 5) on freshly drawn documents, packed into rows of
-    `row_length`.
+    `row_length` tokens.
 
-    `image_weight` is the paper's lambda; 0 leaves the U-Net out altogether. The autoencoder is
-    frozen (the optimiser's rules say so). `recall_weight` and `sketch_weight` are those of the two
-    readers of the condition (`condition_readers`).
+    `image_weight` is the paper's lambda; 0 leaves the U-Net out. The autoencoder is frozen by the
+    optimiser's rules. `recall_weight` and `sketch_weight`: of the two `auxiliary_heads`.
     """
 
     def __init__(
@@ -87,8 +69,8 @@ class InterleavedStage:
             "sketch": sketch_weight,
         }
         width = model.config.image_decoder.resampler.width
-        self.recall = RecallReader(width, model.config.llama.vocab)
-        self.sketch = SketchReader(width)
+        self.recall = RecallHead(width, model.config.llama.vocab)
+        self.sketch = SketchHead(width)
         self.module = nn.ModuleDict({"model": model, "recall": self.recall, "sketch": self.sketch})
 
     def describe(self) -> str:
@@ -96,7 +78,7 @@ class InterleavedStage:
         return f"{to_json(self.model.config)} {self.world} {settings}"
 
     def model_state(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's part of the averaged weights, under the model's own names."""
+        """Averaged weights of the model without the auxiliary heads, under the model's names."""
         return {
             name.removeprefix("model."): value
             for name, value in average.items()
@@ -104,13 +86,15 @@ class InterleavedStage:
         }
 
     def documents(self, rng: np.random.Generator, split: Split = "train") -> list[TokenDocument]:
-        """One part's documents, as tokens."""
+        """Token documents of one micro-batch."""
         config = self.model.config
         made = []
         for kind, count in self.mixture.items():
             for _ in range(count):
                 document = MAKERS[kind](rng, self.world, split)
-                tokens = tokens_of(document, self.tokenizer, config.tokens, config.visual_tokens)
+                tokens = tokens_of(
+                    document.parts, self.tokenizer, config.tokens, config.visual_tokens
+                )
                 factor = TEXT_WEIGHT.get(kind, 1.0)
                 is_text = tokens.token_ids != config.tokens.boi
                 tokens.weight[is_text] *= factor
@@ -130,20 +114,20 @@ class InterleavedStage:
         if self.weights["image"]:
             losses["image"], _ = self.model.image_loss(hidden, images, batch)
         if batch.pictures is not None:
-            losses |= self._readers(hidden, batch)
+            losses |= self._auxiliary_losses(hidden, batch)
         total = sum(
             (self.weights[name] * loss for name, loss in losses.items()), hidden.new_zeros(())
         )
         return {"total": total, **losses}
 
-    def _readers(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What the condition of every picture tells: its text, and a sketch of it."""
+    def _auxiliary_losses(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Losses of the auxiliary heads: recall of the text, and a sketch of the picture."""
         assert batch.pictures is not None and batch.target_pixels is not None
-        condition = self.model.condition(hidden, batch.token_ids, batch.pictures)  # [k, q, c]
+        condition = self.model.condition(hidden, batch.token_ids, batch.pictures)  # [j, y, c]
         context, length = self.model.context(
             batch.token_ids[..., None], batch.token_ids, batch.pictures
         )
-        context = context[..., 0]  # [k, t]
+        context = context[..., 0]  # [j, x]
         counts = torch.arange(context.shape[1]) < length[:, None]
         counts &= context != self.model.config.tokens.image
         return {

@@ -1,7 +1,6 @@
-"""The paper's training stage: documents packed into rows of the context length, its masks, its
-losses.
+"""Packed stage, the paper's: documents packed into rows of the context length, masks and losses.
 
-A row is plain causal from its first token to its last, so packed documents see each other through
+A row is causal from its first token to its last, so packed documents see each other through
 self-attention, as in the published run; MMFS and the image decoder stop at `<s>`.
 """
 
@@ -11,58 +10,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from mmi_deploy.spec.config import TokenConfig, to_json
-from mmi_train.data.packing import PackedRow, Truncation, pack
-from mmi_train.data.pixels import pixels_from_images
+from mmi_deploy.spec.config import to_json
+from mmi_train.data.batches import packed_batch
+from mmi_train.data.packing import Truncation, pack
 from mmi_train.data.rows import TokenDocument
-from mmi_train.model.losses import text_targets
-from mmi_train.model.mm_interleaved import Batch, MMInterleaved
+from mmi_train.model.mm_interleaved import MMInterleaved
 
+# An endless stream of documents whose images are all encoded; all draws come from the generator.
 DocumentSource = Callable[[np.random.Generator], Iterator[TokenDocument]]
-"""An endless stream of documents whose images are all to be read; all draws come from the
-generator."""
-
-
-def packed_batch(
-    rows: list[PackedRow[np.ndarray]], tokens: TokenConfig, *, only_after_image: bool = False
-) -> Batch:
-    """Rows as the model takes them: every image is read, and drawn from what comes before it.
-
-    The first image of a document is drawn from nothing; the model leaves its loss out (paper
-    Sec. 4.1). `only_after_image`: no loss on text before a document's first image.
-    """
-    width = max(len(row.token_ids) for row in rows)
-    most = max(len(row.images) for row in rows)
-    token_ids = torch.full((len(rows), width), tokens.pad)
-    real = torch.zeros(token_ids.shape, dtype=torch.bool)
-    slot = torch.full((len(rows), most), -1, dtype=torch.int32)
-    pictures: list[tuple[int, int]] = []
-    images: list[np.ndarray] = []
-    for b, row in enumerate(rows):
-        token_ids[b, : len(row.token_ids)] = torch.from_numpy(row.token_ids)
-        real[b, : len(row.token_ids)] = True
-        for m, image in enumerate(row.images):
-            slot[b, m] = len(images)
-            pictures.append((b, m))
-            images.append(image)
-    pixels = pixels_from_images(images)
-    return Batch(
-        token_ids=token_ids,
-        image_slot=slot,
-        pixels=pixels,
-        pictures=torch.tensor(pictures),
-        target_pixels=pixels,
-        text_target=text_targets(token_ids, tokens, real=real, only_after_image=only_after_image),
-    )
 
 
 @dataclass
 class PackedStage:
-    """Rows of `length` tokens and at most `max_images` images, `rows` of them in one part of a
-    step. `data`: what `source` draws its documents from, so that a run goes on with no other."""
+    """Micro-batches of `rows` rows of `length` tokens and at most `max_images` images. `data`:
+    description of `source`, so that a run does not resume with other data."""
 
     model: MMInterleaved
     source: DocumentSource
@@ -76,7 +39,7 @@ class PackedStage:
     name: str = field(default="packed", init=False)
 
     def model_state(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The averaged weights under the model's own names."""
+        """Averaged weights of the model, under the model's names."""
         return dict(average)
 
     @property

@@ -14,7 +14,7 @@ from mmi_train.data.synthetic.world import easy
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training import from_scratch
 from mmi_train.training.checkpoints import latest_checkpoint
-from mmi_train.training.stages.condition_readers import RecallReader, SketchReader
+from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
 from mmi_train.training.stages.interleaved import InterleavedStage
 from mmi_train.weights.model_folder import load_model
 
@@ -22,7 +22,7 @@ TINY = Path(__file__).resolve().parents[4] / "assets" / "tiny"
 
 
 def test_recall_reads_the_token_at_the_same_distance() -> None:
-    reader = RecallReader(width=8, vocab=8)
+    reader = RecallHead(width=8, vocab=8)
     with torch.no_grad():
         reader.told.weight.copy_(20 * torch.eye(8))
         reader.told.bias.zero_()
@@ -40,7 +40,7 @@ def test_recall_reads_the_token_at_the_same_distance() -> None:
 @pytest.mark.parametrize("told", [True, False])
 def test_a_sketch_can_only_show_what_the_condition_tells(told: bool) -> None:
     torch.manual_seed(0)
-    reader = SketchReader(width=16, heads=2, side=4)
+    reader = SketchHead(width=16, heads=2, side=4)
     pixels = torch.rand(2, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     condition = torch.randn(2, 5, 16)
     if not told:

@@ -1,0 +1,65 @@
+"""Batches of the model, made from rows of documents.
+
+Letters: b batch, m image slots.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mmi_deploy.spec.config import TokenConfig
+from mmi_train.data.packing import PackedRow
+from mmi_train.data.pixels import pixels_from_images
+from mmi_train.data.rows import Rows
+from mmi_train.model.losses import text_targets
+from mmi_train.model.mm_interleaved import Batch
+
+
+def batch_of(rows: Rows, tokens: TokenConfig) -> Batch:
+    """Make the model's batch from rows; only tokens with a weight are targets."""
+    token_ids = torch.from_numpy(rows.token_ids)
+    weight = torch.from_numpy(rows.weight)
+    pictures = torch.from_numpy(rows.pictures) if len(rows.pictures) else None
+    return Batch(
+        token_ids=token_ids,
+        image_slot=torch.from_numpy(rows.image_slot),
+        pixels=pixels_from_images(rows.images) if rows.images else None,
+        pictures=pictures,
+        target_pixels=pixels_from_images(rows.targets) if rows.targets else None,
+        text_target=text_targets(token_ids, tokens, real=weight > 0),
+        token_weight=weight,
+    )
+
+
+def packed_batch(
+    rows: list[PackedRow[np.ndarray]], tokens: TokenConfig, *, only_after_image: bool = False
+) -> Batch:
+    """Make the model's batch from packed rows: every image is encoded, and drawn from its context.
+
+    An image that begins a document has an empty context; the model leaves its loss out (paper
+    Sec. 4.1). `only_after_image`: no loss on text before a document's first image.
+    """
+    width = max(len(row.token_ids) for row in rows)
+    most = max(len(row.images) for row in rows)
+    token_ids = torch.full((len(rows), width), tokens.pad)
+    real = torch.zeros(token_ids.shape, dtype=torch.bool)
+    slot = torch.full((len(rows), most), -1, dtype=torch.int32)
+    pictures: list[tuple[int, int]] = []
+    images: list[np.ndarray] = []
+    for b, row in enumerate(rows):
+        token_ids[b, : len(row.token_ids)] = torch.from_numpy(row.token_ids)
+        real[b, : len(row.token_ids)] = True
+        for m, image in enumerate(row.images):
+            slot[b, m] = len(images)
+            pictures.append((b, m))
+            images.append(image)
+    pixels = pixels_from_images(images)
+    return Batch(
+        token_ids=token_ids,
+        image_slot=slot,
+        pixels=pixels,
+        pictures=torch.tensor(pictures),
+        target_pixels=pixels,
+        text_target=text_targets(token_ids, tokens, real=real, only_after_image=only_after_image),
+    )
