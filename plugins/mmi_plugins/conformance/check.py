@@ -159,7 +159,7 @@ def main(
         names = [name for name in IMPLEMENTATIONS if name not in EMULATED]
     checked = check_folder(folder, names)
     verdicts = []
-    with shown(screen, "checking") as progress:
+    with shown(screen, patience=2.0) as progress:
         for verdict in checked:
             verdicts.append(verdict)
             progress("checking", detail=f"{len(verdicts)} done")
