@@ -158,7 +158,7 @@ def main(
         screen.print(f"{' and '.join(EMULATED)} are not installed: only the source tree has them")
         names = [name for name in IMPLEMENTATIONS if name not in EMULATED]
     verdicts = []
-    with shown(screen, "checking") as progress:
+    with shown(screen, patience=2.0) as progress:
         for verdict in check_folder(folder, names):
             verdicts.append(verdict)
             progress("checking", detail=f"{len(verdicts)} done")

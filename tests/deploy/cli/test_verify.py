@@ -22,8 +22,8 @@ from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.parity import PRECISION_TOLERANCES
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.tensorrt import backend
+from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.graphs import graphs
-from mmi_deploy.spec.target import CPU
 from mmi_deploy.targets import calibration
 from mmi_deploy.targets.cpu import build_cpu_target
 from mmi_deploy.targets.precision import recipe, rewrite

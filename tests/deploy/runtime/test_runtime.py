@@ -12,7 +12,8 @@ from deploy.runtime.fake_model import fake_config, fake_schedule, fake_tokenizer
 from mmi_deploy.bundle.bundle import Bundle, write_bundle, write_target
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.parity import Case
-from mmi_deploy.runtime.runtime import Runtime, engine_files
+from mmi_deploy.runtime.onnxruntime.backend import graph_files
+from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.graphs import GRAPHS, Limits
 from mmi_deploy.spec.schedule import Schedule
 
@@ -63,16 +64,16 @@ def test_threads_that_ask_at_once_share_one_sampler(
 
 
 def test_engines_of_the_target_are_taken_graph_by_graph(bundle: Bundle) -> None:
-    assert engine_files(bundle, "cpu")["llm"] == bundle.graph_file("llm")
+    assert graph_files(bundle, "cpu")["llm"] == bundle.graph_file("llm")
     with write_target(bundle, "cpu", {}) as writer:
         writer.engine_file("llm", ".onnx").write_bytes(b"faster")
         writer.add_receipt("llm", "the portable graph", PROVED)
-    files = engine_files(bundle, "cpu")
+    files = graph_files(bundle, "cpu")
     assert files["llm"] == bundle.folder / "engines/cpu/llm.onnx"
     assert files["vae_decoder"] == bundle.graph_file("vae_decoder")
-    assert engine_files(bundle, "portable")["llm"] == bundle.graph_file("llm")
+    assert graph_files(bundle, "portable")["llm"] == bundle.graph_file("llm")
     with pytest.raises(BundleError, match="engines/sm90 is not complete"):
-        engine_files(bundle, "sm90")
+        graph_files(bundle, "sm90")
 
 
 def test_an_engine_of_another_kind_is_refused(bundle: Bundle) -> None:

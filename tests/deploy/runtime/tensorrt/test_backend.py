@@ -31,7 +31,7 @@ from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.runtime.tensorrt import backend
-from mmi_deploy.runtime.tensorrt.backend import runtime_of
+from mmi_deploy.spec.backends import backend_of
 from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.spec.target import build_options
 
@@ -224,7 +224,7 @@ def test_engines_that_nothing_proves_are_refused(bundle: Bundle) -> None:
 
 def test_names_of_targets() -> None:
     names = ("tensorrt-sm89-fp16", "tensorrt-rtx-sm120-int4-128", "cpu-int8", "cpu", "portable")
-    assert [runtime_of(name) for name in names] == ["tensorrt", "tensorrt-rtx", None, None, None]
+    assert [backend_of(name).name for name in names] == ["tensorrt", "tensorrt-rtx", *["cpu"] * 3]
     assert [build_options(name) for name in names] == [
         "--target tensorrt --arch sm89 --precision fp16",
         "--target tensorrt-rtx --arch sm120 --precision int4-128",
