@@ -20,8 +20,8 @@ from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.model_folder import CONFIG, TOKENIZER, load_model, save_model
 
+# The trained model, or in a checkout without it one of its size with random weights.
 SHIPPED = "shipped"
-"""The trained model, or in a checkout without it one of its size with random weights."""
 
 CONFIGS: dict[str, Callable[[], ModelConfig]] = {
     "paper": paper_reading,

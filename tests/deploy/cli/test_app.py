@@ -498,7 +498,7 @@ def test_inspect_counts_parameters_of_a_model_folder(mmi: Screen, tmp_path: Path
     assert "1,013" in mmi.out and "98.8%" in mmi.out
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
     assert mmi("inspect", tmp_path) == 2
-    assert "no safetensors file" in mmi.err
+    assert "not a safetensors file" in mmi.err
 
 
 def test_inspect_shows_graphs_and_receipts_of_a_bundle(

@@ -267,7 +267,7 @@ def test_a_program_gives_arrays_images_and_paths(tmp_path: Path) -> None:
     ids=lambda value: "" if isinstance(value, np.ndarray) else str(value)[:12],
 )
 def test_other_pictures_are_refused_at_the_door(source: object, got: str) -> None:
-    expected = rf"expected a uint8 \[h, w, 3\] array, .*; got {got}\. "
+    expected = rf"expected a uint8 \[height, width, 3\] array, .*; got {got}\. "
     with pytest.raises(DocumentError, match=expected):
         document.Image(source)  # type: ignore[arg-type]
     with pytest.raises(DocumentError, match=expected):

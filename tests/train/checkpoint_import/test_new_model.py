@@ -465,7 +465,7 @@ def test_damaged_folders(init, tmp_path):
     path.write_bytes(whole[:-5])
     refused(init, folder, path.name, "is cut off")
     path.write_bytes(b"\xff" * 64)
-    refused(init, folder, path.name, "is no safetensors file, or it is damaged")
+    refused(init, folder, path.name, "is not a safetensors file, or is damaged")
     path.unlink()
     refused(init, folder, "cannot read", path.name)
     for left in folder.glob("*.safetensors*"):
@@ -518,7 +518,7 @@ def test_a_language_model_that_knows_pictures_is_refused(init, tmp_path):
         ("unet", {"transformer_layers_per_block": [1, 2, 2]}, "transformer_layers_per_block"),
         ("unet", {"in_channels": 9}, "out_channels; expected 9; got 4"),
         ("unet", {"new_switch": True}, "new_switch"),
-        ("unet", {"attention_head_dim": 7}, "block width 32 is no multiple of 7"),
+        ("unet", {"attention_head_dim": 7}, "block width 32 is not a multiple of 7"),
         ("unet", {"block_out_channels": "many"}, "block_out_channels is wrong"),
         ("unet", {"sample_size": None}, "sample_size is wrong"),
         ("vae", {"block_out_channels": [32, 32, 32]}, "down_block_types"),
@@ -582,7 +582,7 @@ def test_a_clip_that_does_not_fit_is_refused(init, tmp_path, llama_folder):
     assert code == 2 and "must be an even number of patches wide" in said.splitlines()[-1]
     parts.edit_json(config, image_size=32, num_attention_heads=3)
     code, said = init(llama_folder, "--vision", tmp_path / "clip")
-    assert code == 2 and "width 64 is no multiple of 3" in said.splitlines()[-1]
+    assert code == 2 and "width 64 is not a multiple of 3" in said.splitlines()[-1]
     parts.edit_json(config, model_type="siglip_vision_model")
     code, said = init(llama_folder, "--vision", tmp_path / "clip")
     assert code == 2 and "is no CLIP" in said.splitlines()[-1]
