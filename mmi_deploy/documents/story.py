@@ -96,7 +96,6 @@ def write_story(folder: Path, entries: Sequence[Entry]) -> None:
         else:
             merged.append(part)
     text = to_markdown(merged, lambda image: str(image.source))
-    encoding = (
-        "utf-8-sig" if text.startswith("\ufeff") else "utf-8"
-    )  # readers drop one byte order mark
+    # Readers drop one byte order mark.
+    encoding = "utf-8-sig" if text.startswith("\ufeff") else "utf-8"
     (folder / MARKDOWN_NAME).write_text(text, encoding=encoding, newline="\n")

@@ -597,7 +597,7 @@ def test_numbers_for_people_have_no_exponents() -> None:
 
 
 def test_engines_that_take_turns_are_named_alike_everywhere() -> None:
-    """What `mmi inspect memory --fit` advises is what `mmi generate` takes."""
+    """The options that `mmi inspect memory --fit` recommends are accepted by `mmi generate`."""
     assert groups("none") == () and groups("all") is None and groups(None) is None
     assert groups("llm, vae") == ("llm", "vae")
     choice = SimpleNamespace(resident=())

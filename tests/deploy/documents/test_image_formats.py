@@ -50,7 +50,7 @@ def tiff(path: Path, image: Image.Image, compression: str | None, **tags: int) -
 
 
 def turned(rgb: np.ndarray, orientation: int) -> np.ndarray:
-    """What a viewer shows of stored rows (EXIF 2.32, Orientation)."""
+    """Stored rows as a viewer shows them (EXIF 2.32, Orientation)."""
     flat = rgb if orientation < 5 else rgb.transpose(1, 0, 2)
     flips = {1: "", 2: "x", 3: "xy", 4: "y", 5: "", 6: "x", 7: "xy", 8: "y"}[orientation]
     flat = flat[:, ::-1] if "x" in flips else flat

@@ -129,7 +129,7 @@ def test_tiny_is_tiny():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_fit_their_models_and_graphs(name: str):
-    """What a configuration derives is what its model has, and every graph of it can be declared."""
+    """Derived values of a configuration are those of its model; all its graphs can be declared."""
     config, model = preset(name), build(name)
     assert config.name == name
     looking = [index for index, block in enumerate(model.llm.layers) if block.look_back is not None]

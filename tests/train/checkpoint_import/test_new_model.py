@@ -172,7 +172,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clip_output(model: Any, pixels: Tensor) -> Tensor:
-    """What CLIP's layers give, without its last norm."""
+    """Output of CLIP's layers, without its last norm."""
     with torch.no_grad():
         vision = getattr(model, "vision_model", model)
         return vision(pixels, output_hidden_states=True).hidden_states[-1]

@@ -42,7 +42,7 @@ def keys(repository: Path) -> dict[str, list[int]]:
 
 
 def test_2659_published_tensors_map_onto_our_parameters_one_to_one(released, keys):
-    """Nothing of ours stays empty, nothing of theirs is left over."""
+    """All of our tensors are filled, and all of theirs are used."""
     assert len(keys) == 2659
     own, constants = released.state_dict(), dict(released.named_buffers())
     hit: dict[str, str] = {}

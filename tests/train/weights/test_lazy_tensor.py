@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_of_a_run_is_told(tmp_path):
 
 
 def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
-    """Which of the two is meant, nothing says."""
+    """Nothing says which of the two is meant."""
     folder = write_model(tmp_path / "model")
     (folder / WEIGHTS).unlink()
     files = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
