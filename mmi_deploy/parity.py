@@ -313,11 +313,11 @@ class Case:
 
     def __post_init__(self) -> None:
         if any(not 0 <= size <= 2**32 for size in self.sizes.values()):
-            raise ValueError("a size is out of range")
+            raise ValueError("sizes must lie between 0 and 2^32")
         if self.error < 0:  # NaN is written, and does not pass
-            raise ValueError("an error is not below 0")
+            raise ValueError("error must not be negative")
         if not 0 < self.tolerance <= 1:
-            raise ValueError("a tolerance lies in (0, 1]")
+            raise ValueError("tolerance must lie in (0, 1]")
 
     @property
     def passed(self) -> bool:

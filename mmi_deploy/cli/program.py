@@ -19,7 +19,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mmi_deploy.errors import MmiError
-from mmi_deploy.system.memory import is_shortage, shortage
+from mmi_deploy.system.memory import is_out_of_memory, out_of_memory
 
 STOPPED = 128 + signal.SIGINT
 
@@ -76,8 +76,8 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
             raise
         if _disk_is_full(error):
             return say("the disk is full. Free some space and run the command again", 2)
-        if is_shortage(error):
-            return say(str(shortage("for this command")), 2)
+        if is_out_of_memory(error):
+            return say(str(out_of_memory("for this command")), 2)
         if isinstance(error, OSError) and error.filename:
             return say(f"{error.filename}: {error.strerror}", 2)
         raise

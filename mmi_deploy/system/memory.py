@@ -74,12 +74,12 @@ _SHORTAGES = (
 )
 
 
-def is_shortage(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """True if `error` reports a failed allocation."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in _SHORTAGES)
 
 
-def shortage(what: str) -> EngineError:
+def out_of_memory(what: str) -> EngineError:
     """Out-of-memory error; `what` names the purpose, as in "to load llm.onnx"."""
     return EngineError(
         f"there is not enough memory {what}",

@@ -37,8 +37,8 @@ from mmi_deploy.errors import MmiError
 from mmi_deploy.system.files import check_parent, sha256_of, shortened, write_file
 from mmi_deploy.system.temporary_folder import (
     UNFINISHED,
-    in_work,
-    refuse_second,
+    in_use,
+    in_use_error,
     remove_work,
     state_of,
     temporary_folder,
@@ -108,8 +108,8 @@ def check_replaceable(
     with _readable(folder):
         _check_place(folder, place)
         check_parent(place, folder)
-        if in_work(place.parent, _prefix(place)):
-            raise refuse_second(str(folder))
+        if in_use(place.parent, _prefix(place)):
+            raise in_use_error(str(folder))
         _check_contents(folder, place, force, kind, inputs)
 
 
@@ -154,8 +154,8 @@ def remove_folder(folder: Path) -> None:
     place = _place(folder)
     with _readable(folder):
         _check_place(folder, place)
-        if in_work(place.parent, _prefix(place)):
-            raise refuse_second(str(folder))
+        if in_use(place.parent, _prefix(place)):
+            raise in_use_error(str(folder))
         _remove(place, _examine(place, folder).entries)
         if os.path.lexists(place):
             raise MmiError(f"{folder} could not be removed completely: look at what is left")
@@ -439,7 +439,7 @@ def _walk_unfinished(place: Path, name: str, shown: Path, found: _Found) -> None
     """Add the unfinished work of a killed process to `found`: all of it was written by mmi."""
     state = state_of(place / name)
     if state == "held":
-        raise refuse_second(str(shown))
+        raise in_use_error(str(shown))
     if state != "left" or os.path.lexists(place / name / _OLD):
         raise _foreign(shown, name)
     for above, folders, files in os.walk(place / name):

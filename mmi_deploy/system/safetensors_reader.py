@@ -48,7 +48,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
             if length > min(size - 8, _MOST_HEADER):
                 raise ValueError("its header has no end")
-            fields = json.loads(file.read(length).decode(), object_pairs_hook=once)
+            fields = json.loads(file.read(length).decode(), object_pairs_hook=reject_duplicates)
         fields.pop("__metadata__", None)
         first = 8 + length
         end = first + max((entry["data_offsets"][1] for entry in fields.values()), default=0)
@@ -70,7 +70,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise _damaged(path, error) from None
 
 
-def once(pairs: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+def reject_duplicates(pairs: Iterable[tuple[str, Value]]) -> dict[str, Value]:
     """Reject duplicate names in a JSON object: an `object_pairs_hook` that raises `ValueError`."""
     found: dict[str, Value] = {}
     for name, value in pairs:

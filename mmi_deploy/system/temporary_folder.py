@@ -73,7 +73,7 @@ def temporary_folder(
             os.close(descriptor)
 
 
-def in_work(parent: Path, prefix: str) -> bool:
+def in_use(parent: Path, prefix: str) -> bool:
     """True if a living process has a folder of this `prefix` in `parent`."""
     with _guarded(parent):
         return _held(parent, prefix)
@@ -85,7 +85,7 @@ def state_of(folder: Path) -> State | None:
         return state
 
 
-def refuse_second(folder: str) -> MmiError:
+def in_use_error(folder: str) -> MmiError:
     """Error for the second process that writes `folder`."""
     return MmiError(
         f"another process of mmi writes {folder} just now",
@@ -93,7 +93,7 @@ def refuse_second(folder: str) -> MmiError:
     )
 
 
-def taken(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
     """Try to lock an open file without waiting; True if this process holds the lock now."""
     return _lock(descriptor) is True
 
@@ -115,7 +115,7 @@ def _begin(parent: Path, prefix: str, alone: str) -> tuple[Path, int]:
     """Create a folder; returns it and the open, locked marker. Closing the marker unlocks it."""
     with _guarded(parent):
         if alone and _held(parent, prefix):
-            raise refuse_second(alone)
+            raise in_use_error(alone)
         work = Path(tempfile.mkdtemp(prefix=shortened(prefix, _RANDOM), dir=parent))
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL

@@ -24,7 +24,7 @@ from typing import Any
 from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.system.files import CACHE, cache_folder, write_file
-from mmi_deploy.system.temporary_folder import taken, temporary_folder
+from mmi_deploy.system.temporary_folder import temporary_folder, try_lock
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class EngineCache:
     @contextmanager
     def _lock(self, key: str, waits: Callable[[], None]) -> Iterator[None]:
         with (self.folder / _LOCKS / (key or "all")).open("a") as file:
-            if not taken(file.fileno()):
+            if not try_lock(file.fileno()):
                 waits()
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -170,7 +170,7 @@ class EngineCache:
     @contextmanager
     def _try_lock(self, key: str) -> Iterator[bool]:
         with (self.folder / _LOCKS / key).open("a") as file:
-            yield taken(file.fileno())
+            yield try_lock(file.fileno())
 
 
 def _files_of(entry: Path) -> list[str]:

@@ -18,7 +18,7 @@ DEFAULT = "default"
 PREFILL = "prefill"
 DECODE = "decode"
 
-LIKELY_PREFILL = 256
+OPT_PREFILL = 256
 """Tokens of a prompt for which prefill is tuned, where the context allows so many."""
 
 
@@ -59,7 +59,7 @@ def profiles(graph: Graph, limits: Limits | None = None) -> tuple[Profile, ...]:
     ranges = dict(graph.ranges) if limits is None else _narrowed(graph, limits)
     if "t" not in ranges:
         return (_profile(graph, DEFAULT, ranges),)
-    prompt = {**ranges, "t": replace(ranges["t"], opt=LIKELY_PREFILL)}
+    prompt = {**ranges, "t": replace(ranges["t"], opt=OPT_PREFILL)}
     one = Range(1, 1, 1)
     return (
         _profile(graph, PREFILL, prompt),

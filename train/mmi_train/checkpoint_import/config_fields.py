@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import first_flaw
-from mmi_deploy.system.safetensors_reader import once
+from mmi_deploy.system.safetensors_reader import reject_duplicates
 
 Fields = dict[str, Any]
 
@@ -20,7 +20,7 @@ Fields = dict[str, Any]
 def read_json(path: Path) -> Fields:
     """The object in `path`; raises `ConfigError`, for a name that stands twice in it as well."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicates)
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", fix="give a folder that holds it"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmi_deploy.errors import WeightsError
-from mmi_deploy.system.safetensors_reader import once
+from mmi_deploy.system.safetensors_reader import reject_duplicates
 from mmi_train.weights.lazy_tensor import PLAIN_TYPES, InFile, StoredTensor
 
 _NO_WEIGHTS = {"training_args.bin", "optimizer.bin", "scheduler.bin"}
@@ -62,7 +62,7 @@ def pickle_files(folder: Path) -> list[Path]:
 def weight_map(index: Path) -> dict[str, str]:
     """Which file of an index's folder holds which tensor."""
     try:
-        files = json.loads(index.read_text(), object_pairs_hook=once)["weight_map"]
+        files = json.loads(index.read_text(), object_pairs_hook=reject_duplicates)["weight_map"]
         if all(isinstance(file, str) and Path(file).name == file for file in files.values()):
             return files
     except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):

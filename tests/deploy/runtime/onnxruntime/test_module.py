@@ -13,7 +13,7 @@ import pytest
 from exports import Exported
 from mmi_deploy.runtime.onnxruntime.module import TELEMETRY_OFF
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[4]
 FOLDERS = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "TMPDIR")
 """Variables that name where programs keep what they remember."""
 
