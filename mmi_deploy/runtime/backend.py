@@ -40,7 +40,7 @@ class Backend(Protocol):
     def load(self, graph: Graph) -> Engine:
         """Load the engine of one graph. Raises `MmiError`."""
 
-    def stays(self, graph: str) -> bool:
+    def is_resident(self, graph: str) -> bool:
         """Whether the engine of `graph` stays in memory, rather than take turns with others."""
 
     def plan(self) -> MemoryPlan | None:
@@ -58,7 +58,7 @@ class HostBackend:
     load: Callable[[Graph], Engine]
     memory: Memory = HOST
 
-    def stays(self, graph: str) -> bool:
+    def is_resident(self, graph: str) -> bool:
         return True
 
     def plan(self) -> None:

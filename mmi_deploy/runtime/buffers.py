@@ -81,7 +81,7 @@ class Memory(Protocol):
     def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         """A new buffer of zeros."""
 
-    def hold(self, array: Array) -> Buffer:
+    def from_array(self, array: Array) -> Buffer:
         """A buffer with the contents of `array`; on the host `array` itself."""
 
     def write(self, buffer: Buffer, array: Array) -> None:
@@ -112,9 +112,9 @@ class HostMemory:
     device = "cpu"
 
     def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
-        return self.hold(np.zeros(shape, element_type(dtype)))
+        return self.from_array(np.zeros(shape, element_type(dtype)))
 
-    def hold(self, array: Array) -> Buffer:
+    def from_array(self, array: Array) -> Buffer:
         array = np.ascontiguousarray(array).reshape(np.shape(array))  # keeps scalars 0-dimensional
         return Buffer(self, array.ctypes.data, array.shape, array.dtype, array)
 

@@ -41,7 +41,7 @@ class HiddenStates:
         last = self._tokens - first
         self._memory.copy(hidden, self._rows.rows(last - hidden.shape[0], last), backwards=True)
 
-    def backwards(self, first: int, last: int) -> Buffer:
+    def newest_first(self, first: int, last: int) -> Buffer:
         """Those of the tokens `first` to `last` (exclusive), the last one first: [last - first, c].
         Valid while the document lives."""
         return self._rows.rows(self._tokens - last, self._tokens - first)
@@ -62,11 +62,11 @@ class ValuePool:
         }
 
     @property
-    def run(self) -> int:
+    def contiguous(self) -> int:
         """How many rows from that of the next image on lie side by side."""
         return self.rows - self.slot(self.images)
 
-    def add(self, count: int) -> dict[str, Buffer]:
+    def reserve(self, count: int) -> dict[str, Buffer]:
         """Where to write the values of the next `count` images, at most `run`: so many rows of each
         tensor."""
         row = self.slot(self.images)
@@ -80,16 +80,16 @@ class ValuePool:
     def buffers(self) -> dict[str, Buffer]:
         """The rows in use, one at least: graphs want a pool even where nothing is visible. Some
         more, all zeros, where that leaves fewer different numbers of rows."""
-        used = padded(self.images, self.rows)
+        used = padded_count(self.images, self.rows)
         return {name: buffer.rows(0, used) for name, buffer in self._buffers.items()}
 
 
-def padded(images: int, most: int) -> int:
+def padded_count(images: int, most: int) -> int:
     """`images`, at most `most`, rounded up to one of few numbers."""
     return next((size for size in IMAGE_SLOT_PADDING if images <= size < most), most)
 
 
-class Drawing:
+class DrawingBuffers:
     """What `denoise_step` reads and writes, at addresses that stay from step to step and from
     picture to picture."""
 
@@ -99,7 +99,7 @@ class Drawing:
 
         self.state = {name: place(denoise_step[name]) for name in _STATE}
         self.next_state = {name: place(denoise_step[name]) for name in _STATE.values()}
-        self.still = place(denoise_step["noise"])  # no noise
+        self.zero_noise = place(denoise_step["noise"])  # no noise
         self.deep = place(denoise_step[DEEP])
         self.condition = {tensor.name: place(tensor) for tensor in image_condition.outputs}
 

@@ -21,7 +21,7 @@ from mmi_deploy.spec.graphs import Graph, Tensor
 
 Buffers = Mapping[str, Buffer | Array]
 
-MOST_SHAPES = 256
+MAX_SHAPES = 256
 """Combinations of shapes that an engine remembers; then it forgets them: documents never stop
 differing, and one of the largest LLM takes 20 kB."""
 
@@ -35,7 +35,7 @@ class Engine(ABC):
         # Launches from a CUDA graph, None where there are none, and why a run was not recorded.
         self.launches: int | None = None
         self.refusal = ""
-        self._turn: AbstractContextManager[object] = Lock()
+        self._lock: AbstractContextManager[object] = Lock()
         self._known_shapes: dict[tuple[object, ...], dict[str, int]] = {}
 
     def run(
@@ -47,9 +47,9 @@ class Engine(ABC):
         they are used as they are). `outputs`: buffers to write to. Raises `EngineError` for what
         does not fit the contract: names, types, shapes, ranges, indices out of range.
         """
-        with self._turn:
+        with self._lock:
             held = {
-                name: value if isinstance(value, Buffer) else self._hold(name, value)
+                name: value if isinstance(value, Buffer) else self._to_buffer(name, value)
                 for name, value in inputs.items()
             }
             sizes = self._sizes(held)
@@ -59,9 +59,9 @@ class Engine(ABC):
             self._execute(held, {**written, **shared})
         return written
 
-    def _hold(self, name: str, array: Array) -> Buffer:
+    def _to_buffer(self, name: str, array: Array) -> Buffer:
         """The contents of `array` where the engine reads its input `name`."""
-        return self.memory.hold(array)
+        return self.memory.from_array(array)
 
     @abstractmethod
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
@@ -75,7 +75,7 @@ class Engine(ABC):
         """Sizes of the dynamic dimensions; checked once for each combination of shapes."""
         key = tuple((name, buffer.shape, buffer.dtype) for name, buffer in held.items())
         if key not in self._known_shapes:
-            if len(self._known_shapes) == MOST_SHAPES:
+            if len(self._known_shapes) == MAX_SHAPES:
                 self._known_shapes.clear()
             self._known_shapes[key] = dynamic_sizes(self.graph, held)
         return self._known_shapes[key]

@@ -22,7 +22,7 @@ class MemoryPlan:
     had left. device: the GPU's name."""
 
     weights: Mapping[str, int]
-    guests: Mapping[str, int]
+    swapped: Mapping[str, int]
     caches: Mapping[str, int]
     workspace: int | None
     free: int
@@ -31,13 +31,13 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """All that is there at once; of the engines that take turns, the largest group."""
-        together = sum(self.weights.values()) + max(self.guests.values(), default=0)
+        together = sum(self.weights.values()) + max(self.swapped.values(), default=0)
         return together + sum(self.caches.values()) + (self.workspace or 0)
 
     def lines(self) -> list[str]:
         """A table for people."""
         rows = [(f"weights of {name}", size) for name, size in self.weights.items()]
-        rows += [(f"weights of {name}, in turns", size) for name, size in self.guests.items()]
+        rows += [(f"weights of {name}, in turns", size) for name, size in self.swapped.items()]
         rows += list(self.caches.items())
         if self.workspace is not None:
             rows.append(("workspace that engines share", self.workspace))

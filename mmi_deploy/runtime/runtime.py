@@ -78,14 +78,14 @@ class Runtime:
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, unproved=unproved)
-        bundle.check_runs()
+        bundle.check_runnable()
         backend = open_backend(
             bundle, target, kernels=kernels, threads=threads, device=device, resident=resident
         )
-        return cls.of(bundle, backend)
+        return cls.from_backend(bundle, backend)
 
     @classmethod
-    def of(cls, bundle: Bundle, backend: Backend) -> Runtime:
+    def from_backend(cls, bundle: Bundle, backend: Backend) -> Runtime:
         """The runtime of an opened backend; raises `EngineError` where the device has too little
         memory."""
         if (plan := backend.plan()) is not None:
@@ -122,7 +122,7 @@ class Runtime:
         for key in (None, *self.schedules):
             self.schedule(key)
         for name in self.graphs:
-            if self.backend.stays(name):
+            if self.backend.is_resident(name):
                 self.engine(name)
 
     def schedule(self, key: str | None = None) -> BoundSchedule:
@@ -132,8 +132,8 @@ class Runtime:
                 schedule = self._load_schedule(key)
                 assert schedule.time_table is not None, "a bundle's schedules have time tables"
                 tables = (
-                    self.memory.hold(schedule.coefficients),
-                    self.memory.hold(schedule.time_table),
+                    self.memory.from_array(schedule.coefficients),
+                    self.memory.from_array(schedule.time_table),
                 )
                 self._schedules[key] = BoundSchedule(schedule, *tables)
             return self._schedules[key]

@@ -134,14 +134,14 @@ def sample(
 
     `seen`: ids that the repetition penalty applies to. `banned`: ids that never come out.
     """
-    scores = without(penalised(logits, seen, how.repetition_penalty), banned)
+    scores = ban(penalise_repetition(logits, seen, how.repetition_penalty), banned)
     if how.temperature == 0:
         return int(scores.argmax())
-    scores = nucleus(largest(scores / np.float32(how.temperature), how.top_k), how.top_p)
-    return inverse_cumulative(softmax(scores), uniform)
+    scores = keep_top_p(keep_top_k(scores / np.float32(how.temperature), how.top_k), how.top_p)
+    return inverse_cdf(softmax(scores), uniform)
 
 
-def penalised(logits: Logits, seen: Collection[int], penalty: float) -> Logits:
+def penalise_repetition(logits: Logits, seen: Collection[int], penalty: float) -> Logits:
     """Make seen tokens less likely: positive logits divided by the penalty, others multiplied."""
     if penalty == 1 or not seen:
         return logits
@@ -150,7 +150,7 @@ def penalised(logits: Logits, seen: Collection[int], penalty: float) -> Logits:
     return scores
 
 
-def without(logits: Logits, banned: Collection[int]) -> Logits:
+def ban(logits: Logits, banned: Collection[int]) -> Logits:
     """Minus infinity for the banned ids."""
     if not banned:
         return logits
@@ -159,7 +159,7 @@ def without(logits: Logits, banned: Collection[int]) -> Logits:
     return scores
 
 
-def largest(logits: Logits, count: int) -> Logits:
+def keep_top_k(logits: Logits, count: int) -> Logits:
     """Keep the `count` largest logits, and those equal to the least of them; 0 keeps all."""
     if not 0 < count < len(logits):
         return logits
@@ -167,14 +167,14 @@ def largest(logits: Logits, count: int) -> Logits:
     return np.where(logits < least, -np.inf, logits).astype(logits.dtype)
 
 
-def nucleus(logits: Logits, mass: float) -> Logits:
+def keep_top_p(logits: Logits, mass: float) -> Logits:
     """Keep the likeliest tokens until their probabilities reach `mass`, one at least."""
     if mass >= 1:
         return logits
     order = np.argsort(logits, kind="stable")  # least likely first
     tail = np.cumsum(softmax(logits[order]))
     dropped = order[:-1][tail[:-1] <= 1 - mass]
-    return without(logits, dropped.tolist())
+    return ban(logits, dropped.tolist())
 
 
 def softmax(logits: Logits) -> NDArray[np.float64]:
@@ -183,7 +183,7 @@ def softmax(logits: Logits) -> NDArray[np.float64]:
     return powers / powers.sum()
 
 
-def inverse_cumulative(probabilities: NDArray[np.float64], uniform: float) -> int:
+def inverse_cdf(probabilities: NDArray[np.float64], uniform: float) -> int:
     """The first id whose cumulative probability exceeds `uniform`; never one of probability 0."""
     cumulative = np.cumsum(probabilities)
     chosen = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")

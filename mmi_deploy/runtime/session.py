@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mmi_deploy.documents.images import Rgb, as_rgb, resize, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
-from mmi_deploy.runtime.caches import Drawing, HiddenStates, KvCache, ValuePool, padded
+from mmi_deploy.runtime.caches import DrawingBuffers, HiddenStates, KvCache, ValuePool, padded_count
 from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.timings import Timings
@@ -51,16 +51,16 @@ class Session:
         llm = runtime.graphs["llm"]
         self._hidden = HiddenStates(llm, memory, self.limits.context)
         # Where a run of one token reads and writes: it stays, so that such runs can be replayed.
-        self._one_hidden = _one(llm, "hidden", memory)
-        self._logits = _one(llm, "logits", memory)
-        self._no_visual = _one(llm, "visual_tokens", memory)
-        self._drawing: Drawing | None = None
-        self._done = 0  # tokens that the LLM has seen
-        self._marks: list[int] = []  # the `<s>` and begin-of-image tokens among them
+        self._one_hidden = _allocate_single(llm, "hidden", memory)
+        self._logits = _allocate_single(llm, "logits", memory)
+        self._no_visual_tokens = _allocate_single(llm, "visual_tokens", memory)
+        self._drawing: DrawingBuffers | None = None
+        self._processed = 0  # tokens that the LLM has seen
+        self._markers: list[int] = []  # the `<s>` and begin-of-image tokens among them
         # What the next token sees, where the last one read was no such token: nothing has changed.
-        self._sight: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
-        self._unencoded: list[Array] = []  # pixels [3, side, side] of the images that wait
-        self._unread: list[Buffer] = []  # visual tokens of those that were encoded since
+        self._visible: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
+        self._pending_pixels: list[Array] = []  # pixels [3, side, side] of the images that wait
+        self._pending_visual_tokens: list[Buffer] = []  # visual tokens of those that were encoded since
 
     @property
     def room(self) -> int:
@@ -70,7 +70,7 @@ class Session:
     @property
     def images(self) -> int:
         """Images in the document, given and drawn."""
-        return self._llm_values.images + len(self._unencoded)
+        return self._llm_values.images + len(self._pending_pixels)
 
     @property
     def image_open(self) -> bool:
@@ -105,7 +105,7 @@ class Session:
             )
         self._append(ids)
         side = self.config.vision.image_size
-        self._unencoded.append(
+        self._pending_pixels.append(
             to_pixels(rgb if rgb.shape == (side, side, 3) else resize(rgb, side))
         )
 
@@ -119,36 +119,36 @@ class Session:
             )
         self.token_ids += ids
 
-    def _encode_waiting(self) -> None:
+    def _encode_pending(self) -> None:
         """Values into the pools and visual tokens [n, visual_tokens, c] of the images that wait, as
         many at a time as the graphs take and as lie side by side in the pools."""
         pools = (self._llm_values, self._unet_values)
-        while self._unencoded:
-            count = min(self.limits.batch, len(self._unencoded), *(pool.run for pool in pools))
-            pixels = np.stack(self._unencoded[:count])
+        while self._pending_pixels:
+            count = min(self.limits.batch, len(self._pending_pixels), *(pool.contiguous for pool in pools))
+            pixels = np.stack(self._pending_pixels[:count])
             with self._measure("encode", count):
                 seen = self.runtime.engine("vision_encoder").run({"pixels": pixels})
-                rows = {**self._llm_values.add(count), **self._unet_values.add(count)}
+                rows = {**self._llm_values.reserve(count), **self._unet_values.reserve(count)}
                 self.runtime.engine("image_values").run({"features": seen["features"]}, rows)
-            del self._unencoded[:count]
-            self._unread.append(seen["visual_tokens"])
+            del self._pending_pixels[:count]
+            self._pending_visual_tokens.append(seen["visual_tokens"])
 
     def next_logits(self) -> Logits:
         """Logits [vocab] of the token that follows. Valid until the document grows."""
         if not self.token_ids:
             raise DocumentError("an empty document has no next token", fix="begin with `<s>`")
-        self._read_waiting()
+        self._run_pending()
         logits: Logits = self._logits.read()[0, 0]
         check_finite(logits, f"the logits after {len(self.token_ids)} tokens")
         return logits
 
-    def _read_waiting(self) -> None:
+    def _run_pending(self) -> None:
         """Run the LLM over the tokens that wait: one run, whatever they are."""
-        ids = self.token_ids[self._done :]
+        ids = self.token_ids[self._processed :]
         if not ids:
             return
-        self._encode_waiting()
-        first, last, count = self._done, len(self.token_ids), len(ids)
+        self._encode_pending()
+        first, last, count = self._processed, len(self.token_ids), len(ids)
         tokens, engine = self.config.tokens, self.runtime.engine("llm")
         visual_tokens, visual_index = self._visual(ids)
         slot, position = self._visible_images(ids)
@@ -171,22 +171,22 @@ class Session:
         with self._measure("prefill" if count > 1 else "decode", count):
             hidden = engine.run(inputs, outputs)["hidden"]  # [1, t, c]
             self._hidden.write(first, hidden.reshaped(hidden.shape[1:]))
-        self._done = last
-        self._marks += [token for token in ids if token in (tokens.bos, tokens.boi)]
-        self._sight = None if ids[-1] in (tokens.bos, tokens.boi) else (slot, position[:, -1:])
-        self._unread.clear()
+        self._processed = last
+        self._markers += [token for token in ids if token in (tokens.bos, tokens.boi)]
+        self._visible = None if ids[-1] in (tokens.bos, tokens.boi) else (slot, position[:, -1:])
+        self._pending_visual_tokens.clear()
 
     def _visual(self, ids: list[int]) -> tuple[Buffer, NDArray[np.int64]]:
         """Visual tokens of the waiting images [v, c], and which of them each token is [1, t]."""
         is_image = np.array([ids]) == self.config.tokens.image
         index = np.where(is_image, is_image.cumsum() - 1, -1)
-        images = sum(tokens.shape[0] for tokens in self._unread)
+        images = sum(tokens.shape[0] for tokens in self._pending_visual_tokens)
         if not images:
-            return self._no_visual, index
-        memory, (count, width) = self.runtime.memory, self._unread[0].shape[1:]
-        joined = memory.allocate((images, count, width), self._unread[0].dtype)
+            return self._no_visual_tokens, index
+        memory, (count, width) = self.runtime.memory, self._pending_visual_tokens[0].shape[1:]
+        joined = memory.allocate((images, count, width), self._pending_visual_tokens[0].dtype)
         first = 0
-        for tokens in self._unread:
+        for tokens in self._pending_visual_tokens:
             memory.copy(tokens, joined.rows(first, first + tokens.shape[0]))
             first += tokens.shape[0]
         return joined.reshaped((images * count, width)), index
@@ -198,12 +198,12 @@ class Session:
         what is found for the new ones is the same as over the whole row.
         """
         tokens, seen = self.config.tokens, self.config.llm_mmfs.images_seen
-        if self._sight is not None and tokens.bos not in ids and tokens.boi not in ids:
-            slot, position = self._sight
+        if self._visible is not None and tokens.bos not in ids and tokens.boi not in ids:
+            slot, position = self._visible
             return slot, position.repeat(len(ids), axis=1)
-        row = np.array([self._marks + ids])
+        row = np.array([self._markers + ids])
         begun = int((row == tokens.boi).sum())
-        position = image_positions(row, tokens, begun, seen)[:, len(self._marks) :]
+        position = image_positions(row, tokens, begun, seen)[:, len(self._markers) :]
         images = np.flatnonzero(position.any(axis=(0, 1)))
         slots = [self._llm_values.slot(int(image)) for image in images]
         return pad_images(np.array(slots, np.int32), position[:, :, images], self.limits.images)
@@ -245,13 +245,13 @@ class Session:
                 "a picture can only be drawn after a begin-of-image token", fix="append it first"
             )
         bound = self.runtime.schedule(schedule)
-        self._read_waiting()
+        self._run_pending()
         picture = self.images
-        drawing = self._place_to_draw()
+        drawing = self._drawing_buffers()
         with self._measure("condition"):
             self.runtime.engine("image_condition").run(self._context(), drawing.condition)
         slot, position = self._earlier_pictures()
-        shape = drawing.still.shape
+        shape = drawing.zero_noise.shape
         drawing.begin(first_latents(seed, picture, shape) * bound.schedule.initial_sigma)
         full = self.runtime.engine("denoise_step")
         shallow = self.runtime.engine("denoise_shallow") if full_every > 1 else full
@@ -269,7 +269,7 @@ class Session:
         for step in range(steps):
             with self._measure("denoise"):
                 noisy = bound.schedule.draws_noise(step)
-                noise = step_noise(seed, picture, step, shape) if noisy else drawing.still
+                noise = step_noise(seed, picture, step, shape) if noisy else drawing.zero_noise
                 given = {**constant, **drawing.state, "noise": noise}
                 given["step"] = np.array(step, np.int64)
                 engine = full if step % full_every == 0 else shallow
@@ -283,10 +283,10 @@ class Session:
         check_finite(pixels, f"the pixels of picture {picture}")
         return to_rgb(pixels)
 
-    def _place_to_draw(self) -> Drawing:
+    def _drawing_buffers(self) -> DrawingBuffers:
         graphs = self.runtime.graphs
         if self._drawing is None:
-            self._drawing = Drawing(
+            self._drawing = DrawingBuffers(
                 graphs["denoise_step"], graphs["image_condition"], self.runtime.memory
             )
         return self._drawing
@@ -296,7 +296,7 @@ class Session:
         bos = self.config.tokens.bos
         ids = self.token_ids
         first = len(ids) - 1 - ids[::-1].index(bos) if bos in ids else 0
-        context = self._hidden.backwards(first, len(ids))
+        context = self._hidden.newest_first(first, len(ids))
         return {
             "context": context.reshaped((1, *context.shape)),
             "context_length": np.array([len(ids) - first], np.int64),
@@ -311,14 +311,14 @@ class Session:
 
     def _earlier_pictures(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Rows of the U-Net's pool and relative positions, both [1, m], for the open picture."""
-        row, seen = np.array([self._marks]), self._unet_values.rows
+        row, seen = np.array([self._markers]), self._unet_values.rows
         position = picture_positions(row, self.config.tokens, self.images + 1, seen)[:, -1]
         images = np.flatnonzero(position[0])
         slots = np.array([self._unet_values.slot(int(image)) for image in images], np.int32)
         return pad_images(slots, position[:, images], seen)
 
 
-def _one(graph: Graph, name: str, memory: Memory) -> Buffer:
+def _allocate_single(graph: Graph, name: str, memory: Memory) -> Buffer:
     """A place for tensor `name` of one row, token and logit."""
     tensor = graph[name]
     return memory.allocate(tensor.resolve(b=1, t=1, k=1, v=1), tensor.dtype)
@@ -337,6 +337,6 @@ def pad_images(
     slot: NDArray[np.int32], position: NDArray[np.int32], most: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Slots [m] and positions [1, ..., m] with m padded by hidden images, so that few m occur."""
-    missing = padded(len(slot), most) - len(slot)
+    missing = padded_count(len(slot), most) - len(slot)
     before = [(0, 0)] * (position.ndim - 1)
     return np.pad(slot, (0, missing))[None], np.pad(position, [*before, (0, missing)])

@@ -60,7 +60,7 @@ class OnnxRuntimeBackend:
         library = None if graph.name in self.bundle.beyond_kernels else self.library
         return OnnxRuntimeEngine(path, graph, OnnxOptions(self.threads, library))
 
-    def stays(self, graph: str) -> bool:
+    def is_resident(self, graph: str) -> bool:
         return True
 
     def plan(self) -> None:

@@ -17,7 +17,7 @@ from mmi_deploy.bundle.manifest import TargetManifest, check_receipts, sha256_of
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.runtime.memory_plan import SHALLOW, MemoryPlan, document_bytes
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
-from mmi_deploy.runtime.tensorrt.engine import GROUPS, Residency, Scratch, TensorRtEngine, group_of
+from mmi_deploy.runtime.tensorrt.engine import GROUPS, Residency, Workspace, TensorRtEngine, group_of
 from mmi_deploy.runtime.tensorrt.module import TensorRt, import_tensorrt
 from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS, backend_of
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
@@ -42,7 +42,7 @@ class TensorRtBackend:
     tensorrt: TensorRt
     memory: DeviceMemory
     residency: Residency
-    scratch: Scratch
+    workspace: Workspace
     record: bool = True
 
     @classmethod
@@ -72,7 +72,7 @@ class TensorRtBackend:
         residency = Residency(resident)
         memory = DeviceMemory(Cuda(cuda or import_cuda()), device)
         module = tensorrt or import_tensorrt(BACKENDS[runtime].module)
-        check_made_for(bundle, manifest, memory.gpu, module.__version__, plugin)
+        check_compatible(bundle, manifest, memory.gpu, module.__version__, plugin)
         made_with = manifest.recipe.get("plugin", AHEAD_OF_TIME)
         needed = None if made_with.startswith(AHEAD_OF_TIME) else plugin
         return cls(
@@ -83,7 +83,7 @@ class TensorRtBackend:
             TensorRt(module, runtime, needed, cache or cache_folder() / "tensorrt-rtx"),
             memory,
             residency,
-            Scratch(memory),
+            Workspace(memory),
             record,
         )
 
@@ -95,11 +95,11 @@ class TensorRtBackend:
 
     def load(self, graph: Graph) -> TensorRtEngine:
         """The engine of one graph, on the GPU."""
-        mend = self.bundle.build_command(self.name)
+        fix = self.bundle.build_command(self.name)
         if graph.name not in self.manifest.graphs:
             raise BundleError(
                 f"{self.name} has no engine of {graph.name}",
-                fix=f"build it with `{mend} --graph {graph.name}`",
+                fix=f"build it with `{fix} --graph {graph.name}`",
             )
         file = self.manifest.graphs[graph.name]
         return TensorRtEngine(
@@ -107,39 +107,39 @@ class TensorRtBackend:
             graph,
             self.tensorrt,
             self.memory,
-            self.scratch,
-            mend=mend,
+            self.workspace,
+            fix=fix,
             residency=self.residency,
             cache_name=f"{graph.name}-{self.manifest.files[file].sha256[:16]}",
             record=self.record,
         )
 
-    def stays(self, graph: str) -> bool:
+    def is_resident(self, graph: str) -> bool:
         """Whether the engine of `graph` stays on the GPU."""
-        return self.residency.stays(graph)
+        return self.residency.is_resident(graph)
 
     def plan(self) -> MemoryPlan:
         """What it all takes of the GPU's memory, as far as is known before it is loaded."""
         needed = {name: file for name, file in self.manifest.graphs.items() if name != SHALLOW}
         sizes = {name: self.manifest.files[file].size for name, file in needed.items()}
-        stays = {name: size for name, size in sizes.items() if self.residency.stays(name)}
-        guests: dict[str, int] = {}
+        stays = {name: size for name, size in sizes.items() if self.residency.is_resident(name)}
+        swapped: dict[str, int] = {}
         for name in sizes.keys() - stays.keys():
-            guests[group_of(name)] = guests.get(group_of(name), 0) + sizes[name]
+            swapped[group_of(name)] = swapped.get(group_of(name), 0) + sizes[name]
         config = self.bundle.config
         seen = min(config.image_decoder.mmfs.images_seen, self.limits.images)
         free, _ = self.memory.gpu.memory()
         return MemoryPlan(
             stays,
-            {group: guests[group] for group in GROUPS if group in guests},
+            {group: swapped[group] for group in GROUPS if group in swapped},
             document_bytes(self.graphs, self.limits, seen),
-            self.scratch.size or None,
+            self.workspace.size or None,
             free,
             self.memory.gpu.name,
         )
 
 
-def check_made_for(
+def check_compatible(
     bundle: Bundle, manifest: TargetManifest, gpu: Any, version: str, plugin: Path | None
 ) -> None:
     """Raise `EngineError` for engines that were made for another GPU, TensorRT or plugin."""
@@ -153,13 +153,13 @@ def check_made_for(
             got=f"{gpu.architecture} ({gpu.name})",
             fix=f"build for it: `{bundle.build_command(name.replace(wanted, gpu.architecture))}`",
         )
-    mend = bundle.build_command(name)
+    fix = bundle.build_command(name)
     if recipe.get("tensorrt", version) != version:
         raise EngineError(
             f"{name} was built with another version of {backend_of(name).name}",
             expected=recipe["tensorrt"],
             got=version,
-            fix=f"build it again with `{mend}`, or install that version",
+            fix=f"build it again with `{fix}`, or install that version",
         )
     made_with = recipe.get("plugin", "")
     if made_with.startswith(AHEAD_OF_TIME):
@@ -167,7 +167,7 @@ def check_made_for(
     if made_with.startswith(_BUILD_ONLY_IDENTITIES):
         raise EngineError(
             f"{name} was built with the build-only plugin, and its engines cannot run",
-            fix=f"compile the plugin with `mmi plugins build tensorrt`, then run `{mend}`",
+            fix=f"compile the plugin with `mmi plugins build tensorrt`, then run `{fix}`",
         )
     if made_with and plugin is None:
         raise EngineError(
@@ -182,7 +182,7 @@ def check_made_for(
                 f"{name} was built with another plugin",
                 expected=made_with,
                 got=given,
-                fix=f"name that one with --kernels FILE, or build it again with `{mend}`",
+                fix=f"name that one with --kernels FILE, or build it again with `{fix}`",
             )
 
 

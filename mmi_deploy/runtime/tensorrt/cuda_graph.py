@@ -14,10 +14,10 @@ from collections.abc import Callable, Hashable
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.tensorrt.device_memory import DeviceMemory
 
-MOST = 16
+MAX_RECORDINGS = 16
 """Recordings kept for a context. The least recently used one goes."""
 
-MOST_SEEN = 1024
+MAX_SEEN = 1024
 """Keys remembered that have run once; then they are forgotten, and runs are recorded later."""
 
 
@@ -29,8 +29,8 @@ class CudaGraphs:
     (new shapes, allocations); the second is recorded; later ones are launched from the recording.
     """
 
-    def __init__(self, memory: DeviceMemory, most: int = MOST) -> None:
-        self._cuda, self._stream, self._turn = memory.cuda, memory.stream, memory.turn
+    def __init__(self, memory: DeviceMemory, most: int = MAX_RECORDINGS) -> None:
+        self._cuda, self._stream, self._lock = memory.cuda, memory.stream, memory.lock
         self._most = most
         self._seen: set[Hashable] = set()
         self._recorded: OrderedDict[Hashable, object | None] = OrderedDict()
@@ -50,14 +50,14 @@ class CudaGraphs:
         """A run that has no recording: make one and launch it, or `run` it, which raises when it
         fails. Whether it was launched."""
         if may_record and key in self._seen and key not in self._recorded:
-            with self._turn.recording():
+            with self._lock.recording():
                 self._recorded[key] = self._record(run)
             if len(self._recorded) > self._most:
                 self._drop(self._recorded.popitem(last=False)[1])
             if self.launch(key):
                 return True
         run()
-        if len(self._seen) == MOST_SEEN:
+        if len(self._seen) == MAX_SEEN:
             self._seen.clear()
         self._seen.add(key)
         return False
@@ -78,13 +78,13 @@ class CudaGraphs:
         except EngineError as error:
             refusal = str(error)
         except BaseException:  # Ctrl-C: the stream must not go on recording
-            self._cuda.quietly("cudaStreamEndCapture", self._stream)
+            self._cuda.unchecked("cudaStreamEndCapture", self._stream)
             raise
         try:
             graph = self._cuda("cudaStreamEndCapture", self._stream)
         except EngineError as error:
             self.refusal = refusal or str(error)
-            self._cuda.quietly("cudaGetLastError")  # it would be found by whoever asks next
+            self._cuda.unchecked("cudaGetLastError")  # it would be found by whoever asks next
             return None
         try:
             if not refusal:

@@ -56,21 +56,21 @@ class Cuda:
             raise self._failure(name, error)
         return results[0] if len(results) == 1 else tuple(results) or None
 
-    def quietly(self, name: str, *arguments: Any) -> None:
+    def unchecked(self, name: str, *arguments: Any) -> None:
         """For what is given back: there is nobody to tell that it could not be."""
         getattr(self.runtime, name)(*arguments)
 
     def _failure(self, name: str, error: Any) -> EngineError:
         if error == self.runtime.cudaError_t.cudaErrorMemoryAllocation:
-            self.quietly("cudaGetLastError")  # it would be found by whoever asks next
+            self.unchecked("cudaGetLastError")  # it would be found by whoever asks next
             return EngineError(
                 "the GPU's memory is full",
                 fix="keep fewer engines in it with --resident, or build smaller ones with "
                 "`mmi build --precision int8`",
             )
-        return EngineError(f"CUDA's {name} failed: {self.words(error)}")
+        return EngineError(f"CUDA's {name} failed: {self.error_string(error)}")
 
-    def words(self, error: Any) -> str:
+    def error_string(self, error: Any) -> str:
         """What an error code means."""
         return str(self.runtime.cudaGetErrorString(error)[1].decode())
 
@@ -82,7 +82,7 @@ class Device:
         """Choose GPU `number`, from 0; raises `EngineError` where there is none."""
         error, count = cuda.runtime.cudaGetDeviceCount()
         if error != cuda.runtime.cudaError_t.cudaSuccess:
-            raise EngineError(f"there is no usable NVIDIA GPU: {cuda.words(error)}")
+            raise EngineError(f"there is no usable NVIDIA GPU: {cuda.error_string(error)}")
         if not 0 <= number < count:
             raise EngineError(f"there is no GPU {number}", expected=f"0 to {count - 1}", got=number)
         self.cuda, self.number = cuda, number
@@ -101,7 +101,7 @@ class Device:
         return free, total
 
 
-class Turn:
+class StreamLock:
     """A lock around all that is enqueued: two threads' kernels must not mix on the stream.
 
     Memory may be dropped at any moment, by any thread: Python's garbage collector does it. It is
@@ -152,7 +152,7 @@ class Turn:
                 if self._recording:
                     return
                 while self._dropped:
-                    self._device.cuda.quietly(*self._dropped.popleft())
+                    self._device.cuda.unchecked(*self._dropped.popleft())
             finally:
                 self._lock.release()
 
@@ -160,7 +160,7 @@ class Turn:
 class _Block:
     """A piece of device or pinned host memory, given back when nothing refers to it any more."""
 
-    def __init__(self, cuda: Cuda, turn: Turn, allocate: str, free: str, size: int) -> None:
+    def __init__(self, cuda: Cuda, turn: StreamLock, allocate: str, free: str, size: int) -> None:
         self.size = size
         self.pointer = int(cuda(allocate, max(size, 1)))
         end = weakref.finalize(self, turn.drop, free, self.pointer)
@@ -176,34 +176,34 @@ class DeviceMemory:
         """number: which GPU, from 0. Raises `EngineError` where there is none."""
         self.cuda = cuda
         self.gpu = Device(cuda, number)
-        self.turn = Turn(self.gpu)
+        self.lock = StreamLock(self.gpu)
         kind = cuda.runtime.cudaMemcpyKind
         self._to_device = kind.cudaMemcpyHostToDevice
         self._to_host = kind.cudaMemcpyDeviceToHost
         self._within = kind.cudaMemcpyDeviceToDevice
         self.stream = int(cuda("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking))
-        weakref.finalize(self, cuda.quietly, "cudaStreamDestroy", self.stream).atexit = False
+        weakref.finalize(self, cuda.unchecked, "cudaStreamDestroy", self.stream).atexit = False
         self._staging = self._pinned(STAGING)
         self._staged = 0  # bytes of it that copies under way still read or write
 
     def _pinned(self, size: int) -> _Block:
-        return _Block(self.cuda, self.turn, "cudaMallocHost", "cudaFreeHost", size)
+        return _Block(self.cuda, self.lock, "cudaMallocHost", "cudaFreeHost", size)
 
     def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         kind = element_type(dtype)
         buffer = self._allocate(tuple(shape), kind)
-        with self.turn:
+        with self.lock:
             self.cuda("cudaMemsetAsync", buffer.pointer, 0, buffer.bytes, self.stream)
         return buffer
 
     def _allocate(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> Buffer:
-        with self.turn:
+        with self.lock:
             block = _Block(
-                self.cuda, self.turn, "cudaMalloc", "cudaFree", prod(shape) * kind.itemsize
+                self.cuda, self.lock, "cudaMalloc", "cudaFree", prod(shape) * kind.itemsize
             )
         return Buffer(self, block.pointer, shape, kind, block)
 
-    def hold(self, array: Array) -> Buffer:
+    def from_array(self, array: Array) -> Buffer:
         buffer = self._allocate(array.shape, array.dtype)
         self.write(buffer, array)
         return buffer
@@ -211,13 +211,13 @@ class DeviceMemory:
     def write(self, buffer: Buffer, array: Array) -> None:
         check_alike(buffer, array)
         array = np.ascontiguousarray(array)
-        with self.turn:
+        with self.lock:
             place = self._stage(array.nbytes)
             ctypes.memmove(place, array.ctypes.data, array.nbytes)
             self._copy(buffer.pointer, place, array.nbytes, self._to_device)
 
     def read(self, buffer: Buffer) -> Array:
-        with self.turn:
+        with self.lock:
             place = self._stage(buffer.bytes)
             self._copy(place, buffer.pointer, buffer.bytes, self._to_host)
             self.wait()
@@ -227,7 +227,7 @@ class DeviceMemory:
 
     def copy(self, source: Buffer, target: Buffer, backwards: bool = False) -> None:
         check_alike(target, source)
-        with self.turn:
+        with self.lock:
             if not backwards:
                 self._copy(target.pointer, source.pointer, source.bytes, self._within)
                 return
@@ -237,7 +237,7 @@ class DeviceMemory:
                 self._copy(place, last - (index + 1) * row, row, self._within)
 
     def wait(self) -> None:
-        with self.turn:
+        with self.lock:
             self.cuda("cudaStreamSynchronize", self.stream)
             self._staged = 0
 

@@ -17,13 +17,13 @@ import numpy as np
 
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
-from mmi_deploy.runtime.engine import MOST_SHAPES, Buffers, Engine
+from mmi_deploy.runtime.engine import MAX_SHAPES, Buffers, Engine
 from mmi_deploy.runtime.tensorrt.cuda_graph import CudaGraphs
 from mmi_deploy.runtime.tensorrt.device_memory import ALIGNMENT, DeviceMemory
 from mmi_deploy.runtime.tensorrt.module import TensorRt
 from mmi_deploy.spec.graphs import Graph
 
-TYPES = {
+_DTYPE_NAMES = {
     "float32": "FLOAT",
     "float16": "HALF",
     "bfloat16": "BF16",
@@ -47,7 +47,7 @@ _COMPARED = 1024
 Shape = tuple[int, ...]
 
 
-class Scratch:
+class Workspace:
     """The memory in which engines compute. All share one block, of the greatest need: they run one
     after another, on one stream."""
 
@@ -63,7 +63,7 @@ class Scratch:
     def pointer(self) -> int:
         return self._block.pointer if self._block else 0
 
-    def provide(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         """Make it at least so large; where it was smaller, it lies elsewhere afterwards."""
         size = max(size, ALIGNMENT)  # an engine that needs none wants an address all the same
         if size > self.size:
@@ -112,12 +112,12 @@ class Residency:
         self._staying = None if staying is None else frozenset(staying)
         self._guests: list[TensorRtEngine] = []
 
-    def stays(self, graph: str) -> bool:
+    def is_resident(self, graph: str) -> bool:
         return self._staying is None or group_of(graph) in self._staying
 
     def make_room(self, engine: TensorRtEngine) -> None:
         """Called before `engine` is loaded."""
-        if self.stays(engine.graph.name):
+        if self.is_resident(engine.graph.name):
             return
         group = group_of(engine.graph.name)
         for guest in self._guests:
@@ -139,12 +139,12 @@ class _Context:
     inner: Any
     cache: Any
     graphs: CudaGraphs
-    scratch: int = 0
+    workspace: int = 0
     bound: dict[str, tuple[int, Shape, bytes]] = field(default_factory=dict)
 
 
 @dataclass
-class _Place:
+class _Staging:
     """Where an input or output that cannot stay where it is lies while the engine runs."""
 
     buffer: Buffer
@@ -162,25 +162,25 @@ class TensorRtEngine(Engine):
         graph: Graph,
         tensorrt: TensorRt,
         memory: DeviceMemory,
-        scratch: Scratch,
+        workspace: Workspace,
         *,
-        mend: str,
+        fix: str,
         residency: Residency | None = None,
         cache_name: str = "",
         record: bool = True,
     ) -> None:
-        """Load `path`; `mend` is the command that builds it. record: launch repeated runs as CUDA
+        """Load `path`; `fix` is the command that builds it. record: launch repeated runs as CUDA
         graphs. Raises `EngineError` when it cannot be loaded or is not `graph`."""
         super().__init__(graph, memory)
-        self._turn = memory.turn
-        self._path, self._tensorrt, self._scratch, self._mend = path, tensorrt, scratch, mend
+        self._lock = memory.lock
+        self._path, self._tensorrt, self._workspace, self._fix = path, tensorrt, workspace, fix
         self._residency = residency or Residency()
         self._cache_name = cache_name or path.stem
         self._record = record
         self._engine: Any = None
         self._on_host: set[str] = set()
         self._profiles: list[_Profile] = []
-        self._places: dict[str, _Place] = {}
+        self._staging: dict[str, _Staging] = {}
         self._chosen: dict[tuple[Shape, ...], int] = {}
         self._contexts: dict[int, _Context] = {}
         self.launches: int = 0
@@ -188,18 +188,18 @@ class TensorRtEngine(Engine):
 
     def open(self) -> None:
         """Load the engine, unless it is on the GPU."""
-        with self.memory.turn:
+        with self.memory.lock:
             if self._engine is not None:
                 return
             self._residency.make_room(self)
-            self._engine = self._tensorrt.load(self._path, self._mend)
+            self._engine = self._tensorrt.load(self._path, self._fix)
             try:
-                self._learn()
+                self._read_engine()
             except BaseException:
                 self._engine = None  # it does not stay on the GPU
                 raise
 
-    def _learn(self) -> None:
+    def _read_engine(self) -> None:
         """Read what the engine says of itself, and provide what it needs."""
         self._check(self._path)
         host = self._tensorrt.module.TensorLocation.HOST
@@ -208,30 +208,30 @@ class TensorRtEngine(Engine):
         count = self._engine.num_optimization_profiles
         self._on_host = {t.name for t in self.graph.inputs if location(t.name) == host}
         self._profiles = [self._profile(index) for index in range(count)]
-        self._scratch.provide(max(need(index) for index in range(count)))
+        self._workspace.reserve(max(need(index) for index in range(count)))
 
     def close(self) -> None:
         """Take the engine off the GPU, once what runs is done. It comes back when it is run."""
-        with self.memory.turn:
+        with self.memory.lock:
             self.memory.wait()
             for context in self._contexts.values():
                 context.graphs.clear()
                 self._tensorrt.save(context.cache, self._cache_name)
             self._contexts.clear()  # before the engine that they belong to
-            self._places.clear()
+            self._staging.clear()
             self._engine = None
 
     def run(
         self, inputs: Buffers, outputs: Mapping[str, Buffer] | None = None
     ) -> dict[str, Buffer]:
-        with self.memory.turn:
+        with self.memory.lock:
             self.open()
             return super().run(inputs, outputs)
 
     def _check(self, path: Path) -> None:
         """Raise `EngineError` unless the engine's inputs and outputs are those of the contract."""
         module, engine = self._tensorrt.module, self._engine
-        fix = f"build it again with `{self._mend}`"
+        fix = f"build it again with `{self._fix}`"
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         tensors = {tensor.name: tensor for tensor in (*self.graph.inputs, *self.graph.outputs)}
         if wrong := sorted(set(tensors) ^ names):
@@ -244,7 +244,7 @@ class TensorRtEngine(Engine):
                 ours == theirs or isinstance(ours, str)
                 for ours, theirs in zip(tensor.shape, shape, strict=True)
             )
-            if not same or kind != getattr(module.DataType, TYPES[tensor.dtype]):
+            if not same or kind != getattr(module.DataType, _DTYPE_NAMES[tensor.dtype]):
                 raise EngineError(
                     f"{path} is no {self.graph.name}: {name} differs",
                     expected=f"{tensor.dtype} {tensor.shape}",
@@ -263,36 +263,36 @@ class TensorRtEngine(Engine):
                 shapes[tensor.name] = (tuple(least), tuple(greatest))
         return _Profile(index, shapes)
 
-    def _hold(self, name: str, array: Array) -> Buffer:
+    def _to_buffer(self, name: str, array: Array) -> Buffer:
         """In a place that stays; what is there already is not copied again."""
         array = np.ascontiguousarray(array).reshape(np.shape(array))
         if name in self._on_host:
-            return HOST.hold(array)
-        place, buffer = self._place(name, array.shape, array.dtype)
+            return HOST.from_array(array)
+        place, buffer = self._stage(name, array.shape, array.dtype)
         contents = array.tobytes() if array.nbytes <= _COMPARED else None
         if contents is None or contents != place.contents:
             buffer.write(array)
         place.contents = None if name in self.graph.in_place.values() else contents
         return buffer
 
-    def _place(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> tuple[_Place, Buffer]:
+    def _stage(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> tuple[_Staging, Buffer]:
         """The place of a tensor, made anew where it is too small, and as a buffer."""
         size = prod(shape) * dtype.itemsize
-        place = self._places.get(name)
+        place = self._staging.get(name)
         if place is None or place.buffer.bytes < size:
             whole = max(ALIGNMENT, 1 << (size - 1).bit_length()) if size else ALIGNMENT
-            place = self._places[name] = _Place(self.memory.allocate((whole,), np.uint8))
+            place = self._staging[name] = _Staging(self.memory.allocate((whole,), np.uint8))
         inner = place.buffer
         return place, Buffer(self.memory, inner.pointer, shape, dtype, inner.owner)
 
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        read = {name: self._reachable(name, buffer) for name, buffer in inputs.items()}
+        read = {name: self._readable(name, buffer) for name, buffer in inputs.items()}
         written = {}
         for name, buffer in outputs.items():
             if name in self.graph.in_place:
                 written[name] = read[self.graph.in_place[name]]
             elif buffer.pointer % ALIGNMENT:
-                written[name] = self._place(name, buffer.shape, buffer.dtype)[1]
+                written[name] = self._stage(name, buffer.shape, buffer.dtype)[1]
             else:
                 written[name] = buffer
         self._run(read, written)
@@ -300,27 +300,27 @@ class TensorRtEngine(Engine):
             if written[name].pointer != buffer.pointer:
                 self.memory.copy(written[name], buffer)
 
-    def _reachable(self, name: str, buffer: Buffer) -> Buffer:
+    def _readable(self, name: str, buffer: Buffer) -> Buffer:
         """Where TensorRT can read it: in this memory or, for a shape, in the host's; aligned."""
         if name in self._on_host:
-            block, kept = self._place_on_host(name, buffer)
+            block, kept = self._stage_on_host(name, buffer)
             kept[...] = buffer.read()
             return block
         if buffer.memory is not self.memory:
-            return self._hold(name, buffer.read())
+            return self._to_buffer(name, buffer.read())
         if buffer.pointer % ALIGNMENT == 0:
             return buffer
-        place, aligned = self._place(name, buffer.shape, buffer.dtype)
+        place, aligned = self._stage(name, buffer.shape, buffer.dtype)
         place.contents = None
         self.memory.copy(buffer, aligned)
         return aligned
 
-    def _place_on_host(self, name: str, buffer: Buffer) -> tuple[Buffer, Array]:
+    def _stage_on_host(self, name: str, buffer: Buffer) -> tuple[Buffer, Array]:
         """An aligned place on the host that stays."""
-        place = self._places.get(name)
+        place = self._staging.get(name)
         if place is None or place.buffer.bytes < buffer.bytes:
             room = HOST.allocate((buffer.bytes + ALIGNMENT,), np.uint8)
-            place = self._places[name] = _Place(room.rows(-room.pointer % ALIGNMENT, room.bytes))
+            place = self._staging[name] = _Staging(room.rows(-room.pointer % ALIGNMENT, room.bytes))
         inner = place.buffer
         block = Buffer(HOST, inner.pointer, buffer.shape, buffer.dtype, inner.owner)
         return block, block.read()
@@ -329,7 +329,7 @@ class TensorRtEngine(Engine):
         context = self._context(self._profile_of(inputs))
         tensors = {**inputs, **outputs}
         key = (
-            self._scratch.pointer,
+            self._workspace.pointer,
             tuple((buffer.pointer, buffer.shape) for buffer in tensors.values()),
             tuple(inputs[name].read().tobytes() for name in sorted(self._on_host)),
         )
@@ -360,9 +360,9 @@ class TensorRtEngine(Engine):
                     f"{self.graph.name} was not built for this: {name} does not fit",
                     expected=f"{least} to {greatest}",
                     got=inputs[name].shape,
-                    fix=f"build it for more with `{self._mend}`",
+                    fix=f"build it for more with `{self._fix}`",
                 )
-            if len(self._chosen) == MOST_SHAPES:
+            if len(self._chosen) == MAX_SHAPES:
                 self._chosen.clear()
             self._chosen[key] = min(fitting, key=lambda profile: profile.width).index
         return self._chosen[key]
@@ -376,9 +376,9 @@ class TensorRtEngine(Engine):
             graphs = CudaGraphs(self.memory)
             self._contexts[profile] = _Context(inner, cache, graphs)
         context = self._contexts[profile]
-        if context.scratch != self._scratch.pointer:
-            context.inner.set_device_memory(self._scratch.pointer, self._scratch.size)
-            context.scratch = self._scratch.pointer
+        if context.scratch != self._workspace.pointer:
+            context.inner.set_device_memory(self._workspace.pointer, self._workspace.size)
+            context.scratch = self._workspace.pointer
         return context
 
     def _bind(

@@ -105,8 +105,8 @@ class TensorRt:
                 fix="build it for this TensorRT with `mmi plugins build tensorrt`",
             )
 
-    def load(self, path: Path, mend: str) -> Any:
-        """The engine in the file `path`; its weights go to the GPU. `mend`: the command that
+    def load(self, path: Path, fix: str) -> Any:
+        """The engine in the file `path`; its weights go to the GPU. `fix`: the command that
         builds it. Raises `EngineError`."""
         self.errors.clear()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
@@ -114,7 +114,7 @@ class TensorRt:
         if engine is None:
             raise EngineError(
                 f"{self.module.__name__} {self.version} cannot load {path}{self.reason()}",
-                fix=self._mend(mend),
+                fix=self._fix(fix),
             )
         return engine
 
@@ -159,7 +159,7 @@ class TensorRt:
     def _cache_file(self, name: str) -> Path | None:
         return self._cache and self._cache / f"{name}-{self.version}.cache"
 
-    def _mend(self, mend: str) -> str:
+    def _fix(self, fix: str) -> str:
         said = " ".join(self.errors).lower()
         if "plugin" in said or "creator" in said:
             return (
@@ -167,8 +167,8 @@ class TensorRt:
                 "by itself, or by --kernels FILE"
             )
         if "memory" in said:
-            return "keep fewer engines on the GPU with --resident, or build smaller ones: " + mend
-        return f"build it again on this machine with `{mend}`"
+            return "keep fewer engines on the GPU with --resident, or build smaller ones: " + fix
+        return f"build it again on this machine with `{fix}`"
 
 
 def _logger(module: Any, errors: list[str]) -> Any:

@@ -105,7 +105,7 @@ def test_growing_by_pieces_equals_one_run(split: str) -> None:
     )
     np.testing.assert_allclose(session.next_logits(), expected.next_logits(), atol=1e-6)
     states, others = (
-        one._hidden.backwards(0, len(session.token_ids)).read() for one in (session, expected)
+        one._hidden.newest_first(0, len(session.token_ids)).read() for one in (session, expected)
     )
     np.testing.assert_allclose(states, others, atol=1e-6)
     for name, buffer in session._cache.buffers.items():

@@ -112,4 +112,4 @@ def machine(
     module = FakeTensorRt(cuda, compute, rtx="rtx" in name)
     options.setdefault("cache", bundle.folder.parent / "kernels")
     target = TensorRtBackend.open(bundle, name, cuda=cuda, tensorrt=module, **options)
-    return Machine(cuda, module, target, Runtime.of(bundle, target))
+    return Machine(cuda, module, target, Runtime.from_backend(bundle, target))
