@@ -17,6 +17,8 @@ from mmi_deploy.parity import Proof
 
 REPORT = "report.json"
 PLUGIN_LAYER = "PLUGIN_V3"
+
+# Remarks of a target's report.
 BUILD_ONLY = (
     "built with the build-only plugin: proves parsing and compilation, cannot run. Compile the "
     "plugin with `mmi plugins build tensorrt` and build again"

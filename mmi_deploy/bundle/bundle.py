@@ -24,12 +24,12 @@ from mmi_deploy.bundle.manifest import (
     Hashes,
     Receipt,
     TargetManifest,
+    cache_hashes,
     check_files,
     check_receipts,
     file_entries,
     hash_of_files,
     read_manifest,
-    cache_hashes,
     sha256_of,
     write_manifest,
 )
@@ -47,6 +47,8 @@ EXPORT = "mmi export"
 BUILD = "mmi build"
 _TARGET = "target"
 VERIFY = "mmi verify"
+
+# Packages whose versions a manifest records.
 _TOOLS = ("mmi_deploy", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers")
 
 

@@ -51,7 +51,9 @@ class GpuKernel:
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
-        buffers = {name: self.memory.from_array(array) for name, array in device_arrays(call).items()}
+        buffers = {
+            name: self.memory.from_array(array) for name, array in device_arrays(call).items()
+        }
         buffers["output"] = self.memory.from_array(output_array(call))
         if prod := int(np.prod(workspace_shape(call, self.parts))):
             buffers["workspace"] = self.memory.allocate((prod,), np.float32)

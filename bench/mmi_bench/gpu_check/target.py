@@ -101,7 +101,9 @@ def measure(tried: Tried, repeats: int) -> Detail:
     detail: dict[str, Any] = {"case": case.to_json(), "schedule": schedule, "repeats": repeats}
     lines = []
     for record in (True, False):
-        runtime = tried.runtime if record else Runtime.from_backend(tried.bundle, tried.again(False))
+        runtime = (
+            tried.runtime if record else Runtime.from_backend(tried.bundle, tried.again(False))
+        )
         _taken(runtime, case, schedule)  # to warm up
         taken = [_taken(runtime, case, schedule) for _ in range(repeats)]
         recorded = runtime.recordings()

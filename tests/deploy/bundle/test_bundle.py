@@ -140,7 +140,7 @@ def test_verify_finds_what_a_disk_forgot(folder: Path) -> None:
 
 def test_another_format_is_refused(folder: Path) -> None:
     edit_manifest(folder, format=99)
-    with pytest.raises(BundleError, match="another format; expected 1; got 99"):
+    with pytest.raises(BundleError, match="another format version; expected 1; got 99"):
         Bundle.open(folder)
 
 

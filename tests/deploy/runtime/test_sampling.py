@@ -20,14 +20,14 @@ from deploy.runtime.fake_model import fake_config
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.sampling import (
     TextSampling,
+    ban,
     inverse_cdf,
-    largest,
+    keep_top_k,
+    keep_top_p,
     never_sampled,
-    nucleus,
-    penalised,
+    penalise_repetition,
     sample,
     softmax,
-    without,
 )
 
 VOCAB = 300

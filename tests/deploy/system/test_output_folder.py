@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mmi_deploy.bundle.manifest import FileEntry, check_files, cache_hashes
+from mmi_deploy.bundle.manifest import FileEntry, cache_hashes, check_files
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system import output_folder
 from mmi_deploy.system.output_folder import (

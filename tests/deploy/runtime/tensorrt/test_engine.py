@@ -20,7 +20,7 @@ from mmi_deploy.runtime.buffers import HOST
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.tensorrt.cuda_graph import CudaGraphs
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory
-from mmi_deploy.runtime.tensorrt.engine import Residency, Workspace, TensorRtEngine
+from mmi_deploy.runtime.tensorrt.engine import Residency, TensorRtEngine, Workspace
 from mmi_deploy.runtime.tensorrt.module import TensorRt
 from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
 from mmi_deploy.spec.graphs import Graph, Range, Tensor
@@ -156,7 +156,7 @@ def test_what_cannot_be_recorded_runs_all_the_same(
 def test_recordings_are_few_and_given_back(bench: Bench) -> None:
     bench.module.recordable_after = 0
     engine = bench.engine()
-    engine._context(0).graphs._most = 2
+    engine._context(0).graphs._capacity = 2
     places = [bench.memory.allocate((1, 2, 3), np.float32) for _ in range(4)]
     given = on_device(bench, inputs())
     for place in places:
@@ -257,8 +257,8 @@ def test_a_request_beyond_the_profiles_is_refused(bench: Bench) -> None:
     with pytest.raises(EngineError) as error:
         engine.run(on_device(bench, inputs(1, 3)))
     assert str(error.value) == (
-        "cache was not built for this: new does not fit; expected (1, 2, 1, 3) to (2, 2, 2, 3); "
-        "got (1, 2, 3, 3). build it for more with `mmi build it`"
+        "cache: new does not fit any profile of the engine; expected (1, 2, 1, 3) to (2, 2, 2, 3); "
+        "got (1, 2, 3, 3). build it for larger shapes with `mmi build it`"
     )
 
 
@@ -348,9 +348,12 @@ HALF = Graph(
         ({"version": "11.3.0"}, r"cannot load .*not compatible.*build it again .*`mmi build it`"),
         ({"plugin": True}, r"Cannot find plugin.*`mmi plugins build tensorrt`.*--kernels"),
         ({"weights": 1 << 40}, r"OutOfMemory.*--resident.*mmi build it"),
-        ({"types": {"total": "float32"}}, r"is no cache: it differs in new, pair, past, present"),
+        (
+            {"types": {"total": "float32"}},
+            r"is not a cache engine: it differs in new, pair, past, present",
+        ),
         ({"shapes": {t.name: [2] for t in (*CACHE.inputs, *CACHE.outputs)}}, "new differs"),
-        ({"in_place": {"present": "new"}}, "does not write present where past lies"),
+        ({"in_place": {"present": "new"}}, "does not write present in place of past"),
     ],
 )
 def test_engines_that_are_not_the_graph_are_refused(
