@@ -81,7 +81,7 @@ def _verify_bundle(bundle: Path, run: bool, as_json: bool) -> None:
 
     with shown(remarks(), "hashing", patience=PATIENCE) as progress:
         hashes = Hashes(progress)
-        opened = Bundle.open(bundle, hashed=hashes)
+        opened = Bundle.open(bundle, hash_file=hashes)
         unproved = opened.verify(hashes)
     manifest = opened.manifest
     found: dict[str, Any] = {

@@ -135,7 +135,7 @@ def run_engine(runtime: Runtime, graph: Graph, inputs: Mapping[str, Array]) -> A
     """`written` outputs of an engine as float32; `inputs` are rounded to the types it takes."""
     typed = {t.name: inputs[t.name].astype(element_type(t.dtype)) for t in graph.inputs}
     # Copies: on the host a buffer is the array itself, and the engine writes into it.
-    caches = {old: runtime.memory.hold(typed[old].copy()) for old in graph.in_place.values()}
+    caches = {old: runtime.memory.from_array(typed[old].copy()) for old in graph.in_place.values()}
     buffers = runtime.engine(graph.name).run({**typed, **caches})
     buffers |= {new: caches[old] for new, old in graph.in_place.items()}
     outputs = {name: buffer.read().astype(np.float32) for name, buffer in buffers.items()}
