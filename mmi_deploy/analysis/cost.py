@@ -196,8 +196,8 @@ class _Count:
             value.name: (value,) for value in (*graph.inputs, *graph.weights)
         }
         self.modules = {value.name: _module(value.name) for value in graph.weights}
+        # Bytes of every weight and input that the most thorough of its readers touches.
         self.touched: dict[str, int] = defaultdict(int)
-        """Bytes of every weight and input that the most thorough of its readers touches."""
         self.nodes: list[NodeCost] = []
 
     def result(self, sizes: Mapping[str, int]) -> GraphCost:

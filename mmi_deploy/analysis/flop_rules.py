@@ -35,11 +35,11 @@ class Work:
 
 Rule = Callable[[Step], Work]
 
+# Operators that only give the same elements another shape.
 VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Constant", "Size"}
-"""Operators that only give the same elements another shape."""
 
+# Operators whose output is the buffer of this input.
 IN_PLACE = {"TensorScatter": 0}
-"""Operators whose output is the buffer of this input."""
 
 
 def work(step: Step) -> Work:
@@ -186,15 +186,16 @@ def _mmfs(step: Step) -> Work:
     return Work(vector=vector, touched={0: min(4 * samples * d, pool)})
 
 
+# Per element: greatest, difference, exponential, sum, division.
 _SOFTMAX = 5
-"""Per element: greatest, difference, exponential, sum, division."""
 
+# Per element: mean, difference, square, mean, product with 1 / deviation, scale, shift.
 _LAYER_NORM = 7
-"""Per element: mean, difference, square, mean, product with 1 / deviation, scale, shift."""
 
+# Per element: square, mean, product with 1 / root, scale.
 _RMS_NORM = 4
-"""Per element: square, mean, product with 1 / root, scale."""
 
+# Vector FLOPs per element of the output.
 _ELEMENTWISE = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Relu", "Sqrt", "Exp", "Abs"), 1),
     **dict.fromkeys(("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"), 1),
@@ -212,8 +213,8 @@ _ELEMENTWISE = {
     "QuantizeLinear": 4,  # divide, round, shift, clip
     "DequantizeLinear": 2,  # shift, scale
 }
-"""Vector FLOPs per element of the output."""
 
+# Operator, with its domain unless that is ONNX's own -> its rule.
 RULES: dict[str, Rule] = {
     **{name: _per_output(count) for name, count in _ELEMENTWISE.items()},
     **{name: _per_input(1) for name in ("ReduceSum", "ReduceMax", "ReduceMean", "ReduceMin")},
@@ -234,4 +235,3 @@ RULES: dict[str, Rule] = {
     MMFS: _mmfs,
     "com.microsoft.MatMulNBits": _mat_mul_n_bits,
 }
-"""Operator, with its domain unless that is ONNX's own -> its rule."""

@@ -15,11 +15,11 @@ from mmi_deploy.errors import ConfigError
 GB = 10**9
 TERA = 1e12
 
+# Assumed, not computed: CUDA context, libraries' code and their workspaces.
 DRIVER_RESERVE = 1 * GB
-"""Assumed, not computed: CUDA context, libraries' code and their workspaces."""
 
+# Assumed, not computed: the operating system and our process, where the CPU shares the memory.
 SYSTEM_RESERVE = 4 * GB
-"""Assumed, not computed: the operating system and our process, where the CPU shares the memory."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ _ORIN_BRIEF = (
     "204.8 GB/s; github.com/NVIDIA/Deep-Learning-Accelerator-SW: GPU 171 sparse INT8 TOPS at MAXN"
 )
 
+# GPUs by name, small ones first.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -194,10 +195,9 @@ GPUS = {
         ),
     )
 }
-"""GPUs by name, small ones first."""
 
+# Gigabytes of the GPUs that people ask about without a name.
 SIZES = (8, 16, 24, 40, 80)
-"""Gigabytes of the GPUs that people ask about without a name."""
 
 
 def gpu(name: str) -> Gpu:

@@ -33,9 +33,9 @@ from mmi_deploy.system.files import size as readable
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe
 from mmi_deploy.targets.profiles import profiles
 
+# Which engines stay in memory, from all of them to none. A turn reads an engine from disk for every
+# image read or picture drawn, so fewer bits are tried before turns.
 TURNS: tuple[tuple[str, ...] | None, ...] = (None, ("llm", "denoise"), ("llm",), ())
-"""Which engines stay in memory, from all of them to none. A turn reads an engine from disk for
-every image read or picture drawn, so fewer bits are tried before turns."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": GB, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -207,8 +207,8 @@ def weight_bytes(graph: Sized, storage: Storage) -> int:
 
 def workspace(graph: Sized, storage: Storage) -> int:
     """The greatest sum of values between inputs and outputs that live at once, in bytes."""
+    # Values by name, as the ones whose memory they use.
     own: dict[str, Value] = {}
-    """Values by name, as the ones whose memory they use."""
     last: dict[str, int] = {}
     made: list[list[Value]] = []
     outside = {value.name for value in (*graph.inputs, *graph.weights)}

@@ -21,8 +21,8 @@ from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.precision.weight_only import Product, products
 from mmi_deploy.targets.sample_inputs import Arrays, record
 
+# Sets of inputs: the last ones recorded, where caches are full.
 _RUNS = 3
-"""Sets of inputs: the last ones recorded, where caches are full."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from onnx.shape_inference import InferenceError, infer_node_outputs
 from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, Graph
 
+# Where a value comes from.
 INPUT, WEIGHT, NODE = "input", "weight", "node"
-"""Where a value comes from."""
 
 _BITS = {
     TensorProto.BOOL: 8,
@@ -47,11 +47,11 @@ _BITS = {
     TensorProto.DOUBLE: 64,
 }
 
+# Only arrays up to this many elements are evaluated: shapes, axes, scales of a resize.
 _FOLDED = 1024
-"""Only arrays up to this many elements are evaluated: shapes, axes, scales of a resize."""
 
+# Standard operators defined by a function body alone, whose output has the shape of input 0.
 _SHAPE_OF_INPUT = {"GroupNormalization", "Gelu", "Swish"}
-"""Standard operators defined by a function body alone, whose output has the shape of input 0."""
 
 
 @dataclass(frozen=True)
@@ -300,9 +300,9 @@ def _mat_mul_n_bits(node: NodeProto, inputs: tuple[Value | None, ...]) -> Shapes
     return [(inputs[0].type, (*inputs[0].shape[:-1], columns))]
 
 
+# (domain, operator) -> element type and shape of each output, for operators that are not ONNX's
+# own.
 FOREIGN_SHAPES: dict[tuple[str, str], Callable[[NodeProto, tuple[Value | None, ...]], Shapes]] = {
     (MMFS_DOMAIN, MMFS_OPERATOR): _mmfs,
     ("com.microsoft", "MatMulNBits"): _mat_mul_n_bits,
 }
-"""(domain, operator) -> element type and shape of each output, for operators that are not ONNX's
-own."""

@@ -19,12 +19,12 @@ from mmi_deploy.spec.mmfs_operator import FLOAT32_INPUTS
 from mmi_deploy.targets.precision.recipes import BITS, FLOAT32, Recipe, Scheme, quantised_bytes
 from mmi_deploy.targets.precision.weight_only import scheme_on
 
+# The types that a recipe may change.
 _FLOATS = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
 }
-"""The types that a recipe may change."""
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# More make everything slower, and many more never begin.
 MOST_THREADS = 8 * (os.cpu_count() or 1)
-"""More make everything slower, and many more never begin."""
 
 
 class _Pipe(Console):

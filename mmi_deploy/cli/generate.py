@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 BUNDLE = Path("bundles/tiny")
 
+# Seconds that a picture may take before a log hears of its steps.
 PATIENCE = 5.0
-"""Seconds that a picture may take before a log hears of its steps."""
 
 ENDS = {
     "end": "the model ended the document",

@@ -23,8 +23,8 @@ from mmi_deploy.system.memory import is_shortage, shortage
 
 STOPPED = 128 + signal.SIGINT
 
+# Those that asked us to stop.
 _signals: list[int] = []
-"""Those that asked us to stop."""
 
 
 def program(name: str, command: Callable[..., int]) -> Callable[[Sequence[str]], int]:

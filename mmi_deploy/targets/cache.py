@@ -29,8 +29,8 @@ from mmi_deploy.system.temporary_folder import taken, temporary_folder
 log = logging.getLogger(__name__)
 
 LIMIT = "MMI_ENGINE_CACHE_GB"
+# Gigabytes of engines that are kept where the variable `LIMIT` says nothing else.
 DEFAULT_LIMIT = 50
-"""Gigabytes of engines that are kept where the variable `LIMIT` says nothing else."""
 
 _ENTRY = "entry.json"
 _WORK = ".work-"

@@ -26,8 +26,8 @@ from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.sample_inputs import Sample, samples_of
 from mmi_deploy.targets.verify_target import check_proof, prove
 
+# Memory of ONNX Runtime over the float32 weights of the graphs that it runs.
 RUN_FACTOR = 2.5
-"""Memory of ONNX Runtime over the float32 weights of the graphs that it runs."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ DEFAULT = "default"
 PREFILL = "prefill"
 DECODE = "decode"
 
+# Tokens of a prompt for which prefill is tuned, where the context allows so many.
 LIKELY_PREFILL = 256
-"""Tokens of a prompt for which prefill is tuned, where the context allows so many."""
 
 
 @dataclass(frozen=True)

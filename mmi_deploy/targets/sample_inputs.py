@@ -27,8 +27,8 @@ from mmi_deploy.spec.graphs import Graph, Limits, Tensor, graphs
 
 Arrays = dict[str, NDArray[Any]]
 
+# Tokens that are written after the recorded document.
 RECORDED_TOKENS = 24
-"""Tokens that are written after the recorded document."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Sample:
     recorded: bool
 
 
+# Images that a row looks at in random inputs: none, one, several.
 _IMAGES = (0, 1, 4)
-"""Images that a row looks at in random inputs: none, one, several."""
 
+# Tokens of a run: decode and prefill.
 _TOKENS = (1, 17)
-"""Tokens of a run: decode and prefill."""
 
 
 def record(bundle: Bundle) -> dict[str, list[Arrays]]:

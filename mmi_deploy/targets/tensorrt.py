@@ -39,8 +39,8 @@ from mmi_deploy.targets.tensorrt_plan import Part, Request, graph_of, parts_of, 
 from mmi_deploy.targets.tensorrt_process import Measured, build_in_process
 from mmi_deploy.targets.tensorrt_rewrites import rewritten
 
+# The target's contract, its ONNX file, and how that compares with the portable one.
 _Prepared = tuple[Graph, Path, Proof | None]
-"""The target's contract, its ONNX file, and how that compares with the portable one."""
 
 Build = Callable[[Job, Progress], Measured]
 

@@ -23,9 +23,9 @@ from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS
 from mmi_deploy.system.progress import Cancelled, Progress
 from mmi_deploy.targets.profiles import Profile
 
+# What TensorRT's parser logs when it leaves out an input that it does not know how to use: the
+# engine would compute something else, and say nothing.
 DROPPED = "Unused Input"
-"""What TensorRT's parser logs when it leaves out an input that it does not know how to use: the
-engine would compute something else, and say nothing."""
 
 _FIRST_ERRORS = 3
 _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}

@@ -28,18 +28,18 @@ from mmi_deploy.targets.precision.recipes import BITS, quantised_bytes
 from mmi_deploy.targets.profiles import Profile, profiles
 from mmi_deploy.targets.tensorrt_build import Plugin
 
+# Memory of a build over the bytes of its weights, beyond `MEMORY_BASE`: TensorRT copies them once,
+# and those of convolutions twice.
 MEMORY_FACTOR = 2.0
-"""Memory of a build over the bytes of its weights, beyond `MEMORY_BASE`: TensorRT copies them once,
-and those of convolutions twice."""
 
+# The same for the language model, which has no convolutions.
 LLM_FACTOR = 1.5
-"""The same for the language model, which has no convolutions."""
 
+# Bytes that TensorRT takes for a graph without weights: its libraries and its compiler.
 MEMORY_BASE = 700 * 10**6
-"""Bytes that TensorRT takes for a graph without weights: its libraries and its compiler."""
 
+# Bytes of an engine beyond its weights, about: compiled kernels, which depend on the layers.
 KERNELS = 20 * 10**6
-"""Bytes of an engine beyond its weights, about: compiled kernels, which depend on the layers."""
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 

@@ -19,11 +19,11 @@ from mmi_deploy.errors import BundleError
 
 BFLOAT16 = TensorProto.BFLOAT16
 
+# Suffix of the file with weights that were put together.
 SIBLINGS = ".siblings"
-"""Suffix of the file with weights that were put together."""
 
+# Bytes of a weight that is worth it.
 LARGE = 2**20
-"""Bytes of a weight that is worth it."""
 
 _CHUNK = 2**24
 
@@ -321,12 +321,12 @@ def _shapes_and_types(
     return shapes, types
 
 
+# In the order in which they are made.
 REWRITES: tuple[Callable[[onnx.ModelProto, Path], None], ...] = (
     deconvolution_in_float32,
     samples_by_gathers,
     siblings_in_one_product,
 )
-"""In the order in which they are made."""
 
 
 def _cast(source: str, out: str, to: int) -> onnx.NodeProto:

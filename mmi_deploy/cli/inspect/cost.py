@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from mmi_deploy.analysis.gpu_specs import Gpu
     from mmi_deploy.spec.graphs import Graph
 
+# Rows of the tables by operator and by module; `--json` has all of them and every node.
 SHOWN = 12
-"""Rows of the tables by operator and by module; `--json` has all of them and every node."""
 
 
 FLOOR = (

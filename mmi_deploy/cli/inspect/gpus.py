@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from mmi_deploy.analysis.gpu_specs import Gpu
     from mmi_deploy.analysis.memory_estimate import Model
 
+# Denoising steps of a picture, as the default sampler has.
 STEPS = 20
-"""Denoising steps of a picture, as the default sampler has."""
 
 BASIS = (
     "Computed from the graphs and the vendors' figures, not measured: floors that no "

@@ -14,8 +14,8 @@ from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
 from mmi_deploy.system.progress import shown
 
+# Rows of the table; `--json` has every weight.
 SHOWN = 25
-"""Rows of the table; `--json` has every weight."""
 
 
 def sensitivity(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mmi_deploy.bundle.build_report import GraphReport, TargetSummary
     from mmi_deploy.bundle.bundle import Bundle
 
+# Types of layers that a table names, the most frequent ones.
 SHOWN = 8
-"""Types of layers that a table names, the most frequent ones."""
 
 
 def target(

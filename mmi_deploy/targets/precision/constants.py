@@ -29,14 +29,14 @@ NUMPY = {
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
 
+# `float16` -> ir.DataType.FLOAT16.
 ONNX = {str(dtype): name for name, dtype in NUMPY.items()}
-"""`float16` -> ir.DataType.FLOAT16."""
 
+# Numbers that are worked on at once.
 CHUNK = 2**18
-"""Numbers that are worked on at once."""
 
+# Numbers beyond it stand for infinity: a mask's -3.4e38.
 INFINITE = 1e30
-"""Numbers beyond it stand for infinity: a mask's -3.4e38."""
 
 
 def read(tensor: ir.TensorProtocol) -> Array:

@@ -21,12 +21,12 @@ Array = NDArray[Any]
 _GREATEST = {INT8: 127.0, INT4: 7.0, FP8: GREATEST[FP8]}
 _LEAST = {INT8: -127.0, INT4: -8.0, FP8: -GREATEST[FP8]}
 
+# Factors by which the range of an int4 block is cut on trial: losing the greatest number a little
+# can leave the others finer. The one with the smallest squared error is taken.
 SHRINK = (0.95, 0.9, 0.85, 0.8, 0.75)
-"""Factors by which the range of an int4 block is cut on trial: losing the greatest number a little
-can leave the others finer. The one with the smallest squared error is taken."""
 
+# Below it the scales weigh as much as what they save.
 LEAST_BLOCK = 16
-"""Below it the scales weigh as much as what they save."""
 
 
 @dataclass(frozen=True)

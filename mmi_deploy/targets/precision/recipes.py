@@ -18,8 +18,8 @@ from mmi_deploy.spec.backends import BACKENDS, backend
 FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
 INT8, INT4, FP8 = "int8", "int4", "float8_e4m3fn"
 
+# The greatest finite number of each type.
 GREATEST = {FLOAT32: 3.4028234e38, FLOAT16: 65504.0, BFLOAT16: 3.3895314e38, FP8: 448.0}
-"""The greatest finite number of each type."""
 
 # Bits of one number.
 BITS = {FLOAT32: 32, FLOAT16: 16, BFLOAT16: 16, INT8: 8, FP8: 8, INT4: 4}
@@ -92,11 +92,11 @@ class Recipe:
         return self.on_cpu
 
 
+# The product that gives MMFS its offsets and weights: small, and its error moves points.
 _LOCATIONS = (r"look_back.*query_weight", None)
-"""The product that gives MMFS its offsets and weights: small, and its error moves points."""
 
+# The product that gives the logits.
 _HEAD = r"(^|\.)head(_new)?[_.]weight"
-"""The product that gives the logits."""
 
 
 def _llm(scheme: Scheme, *higher: tuple[str, Scheme | None]) -> Mapping[str, Weights]:

@@ -28,9 +28,10 @@ from mmi_deploy.targets.precision.constants import FLOATS, Constants
 
 F32 = ir.DataType.FLOAT
 
+# Operators with weights: a constant of at least so many dimensions.
 _PRODUCTS = {"MatMul": 2, "Gemm": 2, "Conv": 2, "ConvTranspose": 2, "Einsum": 2}
-"""Operators with weights: a constant of at least so many dimensions."""
 
+# Operators that start anew: what is behind them may have another type.
 _BARRIERS = {
     "Attention",
     "LayerNormalization",
@@ -38,19 +39,18 @@ _BARRIERS = {
     "GroupNormalization",
     MMFS_OPERATOR,
 }
-"""Operators that start anew: what is behind them may have another type."""
 
+# Inputs that are float32 whatever the node computes in.
 _ALWAYS_FLOAT32 = {
     MMFS_OPERATOR: set(FLOAT32_INPUTS),
     "Resize": {1, 2},  # roi and scales
 }
-"""Inputs that are float32 whatever the node computes in."""
 
+# Inputs that are places: their rounding moves what is read.
 _LOCATIONS = {"GridSample": 1}
-"""Inputs that are places: their rounding moves what is read."""
 
+# Operators that take a float of any type and give none.
 _ANY = {"Shape", "Size", "IsNaN", "IsInf"}
-"""Operators that take a float of any type and give none."""
 
 
 class Typed:

@@ -23,11 +23,11 @@ _STORED = {
 }
 
 
+# Rows that share a scale on the CPU where the scheme has one for all: MatMulNBits knows blocks.
 CPU_BLOCK = 32
-"""Rows that share a scale on the CPU where the scheme has one for all: MatMulNBits knows blocks."""
 
+# MatMulNBits rounds activations to int8 too, block by block, and multiplies integers.
 ACCURACY_LEVEL = 4
-"""MatMulNBits rounds activations to int8 too, block by block, and multiplies integers."""
 
 CPU_DOMAIN = "com.microsoft"
 

@@ -19,8 +19,8 @@ import onnx_ir as ir
 from mmi_deploy.system.safetensors_writer import Stored, write_safetensors_file
 from mmi_deploy.targets.precision.constants import read
 
+# Smaller initialisers, and those that are shapes or indices, stay in the ONNX file.
 INLINE_BYTES = 256
-"""Smaller initialisers, and those that are shapes or indices, stay in the ONNX file."""
 
 _SAFETENSORS = {
     ir.DataType.FLOAT: "F32",
@@ -31,12 +31,12 @@ _SAFETENSORS = {
     ir.DataType.UINT8: "U8",
 }
 
+# Two numbers a byte: a plain row of bytes to safetensors.
 _PACKED = (ir.DataType.INT4, ir.DataType.UINT4)
-"""Two numbers a byte: a plain row of bytes to safetensors."""
 
+# What is copied rather than linked, even for a folder that does not last: a link is there for the
+# whole file, and some tools take one for an attack.
 LINK_BYTES = 2**20
-"""What is copied rather than linked, even for a folder that does not last: a link is there for the
-whole file, and some tools take one for an attack."""
 
 
 def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> None:

@@ -24,8 +24,8 @@ pytestmark = [
     ),
 ]
 
+# How often each graph of `tiny` looks at images.
 MMFS = {"llm": 3, "denoise_step": 3, "denoise_shallow": 1}
-"""How often each graph of `tiny` looks at images."""
 
 
 @pytest.fixture(scope="module")

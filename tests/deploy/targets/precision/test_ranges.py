@@ -22,8 +22,8 @@ from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.sample_inputs import Sample
 from mmi_deploy.targets.verify_target import prove
 
+# How loud queries and keys must be for logits beyond 65504 before the scale.
 OVERFLOWING = 250.0
-"""How loud queries and keys must be for logits beyond 65504 before the scale."""
 
 
 def ranges_of(path: Path, graph: Graph, x: np.ndarray) -> Ranges:

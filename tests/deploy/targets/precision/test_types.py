@@ -31,13 +31,13 @@ KINDS = {
 }
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
+# Inputs that may have another type than the rest: by definition of the operator.
 OTHER_TYPES = {
     MMFS_OPERATOR: {4, 5, 7, 8},
     "Resize": {1, 2},
     "Cast": {0},
     "Shape": {0},
 }
-"""Inputs that may have another type than the rest: by definition of the operator."""
 
 
 def kinds_of(model: onnx.ModelProto) -> dict[str, int]:
