@@ -13,7 +13,7 @@ COMMANDS = (
     "bench", "build", "convert", "evaluate", "export", "generate", "init", "inspect",
     "plugins build", "plugins list", "train", "verify",
 )  # fmt: skip
-# Options in one panel: more are a list that nobody reads.
+# Most options in one panel: longer lists are hard to read.
 MOST = 12
 
 # Commands of many views, each with options of its own.

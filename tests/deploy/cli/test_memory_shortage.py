@@ -21,7 +21,7 @@ from mmi_deploy.runtime.onnxruntime.run_graph import runner
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET, Graph, Range, Tensor
 from mmi_deploy.system.memory import is_shortage
 
-# Numbers that no machine has room for, whatever it promises.
+# More elements than any machine has memory for, even with overcommit.
 BEYOND = 2**50
 
 SUM = Graph(

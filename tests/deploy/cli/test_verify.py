@@ -38,7 +38,7 @@ Program = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def bundle(exported_once: Callable[[str], Exported], tmp_path: Path) -> Bundle:
-    """A copy that a test may build into."""
+    """Copy of the bundle that a test may build into."""
     folder = tmp_path / "bundle"
     source = exported_once("paper").bundle.folder
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("engines"))
