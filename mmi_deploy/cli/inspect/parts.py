@@ -51,7 +51,7 @@ def parts(
         raise ConfigError("a folder and --preset were given", expected="one of them")
     is_bundle = folder is not None and (folder / "bundle.json").exists()
     if tensors and not is_bundle:
-        raise ConfigError("--tensors applies to bundles only", fix="leave it out")
+        raise ConfigError("--tensors does not apply here", expected="it with a bundle")
     if preset:
         results().print(to_json(preset_called(preset)), end="")
     elif folder is None:

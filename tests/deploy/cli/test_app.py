@@ -598,7 +598,11 @@ def test_numbers_for_people_have_no_exponents() -> None:
 
 def test_engines_that_take_turns_are_named_alike_everywhere() -> None:
     """What `mmi inspect memory --fit` advises is what `mmi generate` takes."""
-    assert resident_groups("none") == () and resident_groups("all") is None and resident_groups(None) is None
+    assert (
+        resident_groups("none") == ()
+        and resident_groups("all") is None
+        and resident_groups(None) is None
+    )
     assert resident_groups("llm, vae") == ("llm", "vae")
     choice = SimpleNamespace(resident=())
     advice = _residency(choice)  # type: ignore[arg-type]

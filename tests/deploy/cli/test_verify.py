@@ -150,7 +150,7 @@ def test_engines_on_a_gpu_get_receipts_and_run(
     made_with = {"plugin": f"{plugin.name}:{sha256_of(plugin)[:16]}"}
     name = add_target(bundle, activations, onnx=True, proved=False, recipe=made_with)
     code, _, err = verify()
-    assert code == 0 and f"`mmi verify {bundle.folder} --target {name}` compares them" in err
+    assert code == 0 and f"`mmi verify {bundle.folder} --target {name}`, on their" in err
     on_fake_gpu(bundle, name, monkeypatch, plugin=plugin)
     with pytest.raises(BundleError, match=f"no receipt.*`mmi verify .*--target {name}`"):
         Runtime.open(bundle, target=name, kernels=plugin)
