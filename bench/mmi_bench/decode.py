@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmi_bench.statistics import Spread, ratios
+from mmi_bench.statistics import Statistics, ratios
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.runtime.buffers import HOST, Buffer
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def line(name: str, seconds: Sequence[float], plain: Sequence[float]) -> str:
     """Median and quartiles of a token's milliseconds, and of how many times faster it is."""
-    each, faster = Spread.of([1000 * one for one in seconds]), ratios(plain, seconds)
+    each, faster = Statistics.of([1000 * one for one in seconds]), ratios(plain, seconds)
     return (
         f"{name:8} {each.median:8.2f} ms ({each.low:.2f} to {each.high:.2f})   "
         f"{faster.median:.2f} times as fast ({faster.low:.2f} to {faster.high:.2f})"

@@ -23,7 +23,7 @@ from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.sample_inputs import samples_of
 
 
-def simulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int = 0) -> Runtime:
+def emulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int = 0) -> Runtime:
     """A runtime of `bundle` on the graphs of a GPU recipe, which are written into `folder`.
 
     Raises `MmiError` for an unknown recipe or a bundle that cannot be rewritten or run.

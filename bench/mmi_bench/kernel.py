@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmi_bench.machine import describe
-from mmi_bench.statistics import Spread, ratios
+from mmi_bench.statistics import Statistics, ratios
 from mmi_deploy.cli import program
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET
@@ -51,15 +51,15 @@ class Comparison:
     difference: float
 
     @property
-    def speedup(self) -> Spread:
+    def speedup(self) -> Statistics:
         """How many times as long GridSample takes."""
         return ratios(self.grid_sample, self.ours)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "queries": self.queries,
-            "ours": Spread.of(self.ours).to_json(),
-            "grid_sample": Spread.of(self.grid_sample).to_json(),
+            "ours": Statistics.of(self.ours).to_json(),
+            "grid_sample": Statistics.of(self.grid_sample).to_json(),
             "speedup": self.speedup.to_json(),
             "difference": self.difference,
         }
@@ -258,7 +258,7 @@ def table(comparisons: Sequence[Comparison], threads: int) -> Table:
     shown = Table("queries", "our kernel", "GridSample", "times as fast", title=title)
     for item in comparisons:
         ours, theirs = (
-            f"{1e3 * Spread.of(side).median:.3f} ms" for side in (item.ours, item.grid_sample)
+            f"{1e3 * Statistics.of(side).median:.3f} ms" for side in (item.ours, item.grid_sample)
         )
         low, high = item.speedup.low, item.speedup.high
         times = f"{item.speedup.median:.0f} ({low:.0f} to {high:.0f})"

@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from rich.console import Console
 
-from mmi_bench.emulated_precision import simulated_runtime
+from mmi_bench.emulated_precision import emulated_runtime
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.bundle.manifest import PORTABLE
 from mmi_deploy.documents.tokenizer import read_tokenizer_file
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bundle = Bundle.open(given.bundle)
         with temporary_folder(given.bundle, ".quality-") as folder:
             if given.simulate:
-                other = simulated_runtime(bundle, given.simulate, folder, given.threads)
+                other = emulated_runtime(bundle, given.simulate, folder, given.threads)
             else:
                 other = Runtime.open(
                     bundle, target=given.target, kernels=NONE, threads=given.threads

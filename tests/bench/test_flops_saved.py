@@ -80,20 +80,22 @@ def llm_13b(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig
     import torch
 
     from mmi_export.graphs.llm import LlmGraph
-    from mmi_export.placeholder_model import cut, write_stand_in
-    from mmi_export.tracing.fake_weights_model import BlankModel
+    from mmi_export.placeholder_model import cut, write_placeholder_model
+    from mmi_export.tracing.fake_weights_model import FakeWeightsModel
     from mmi_export.tracing.onnx_from_module import onnx_from_module
     from mmi_export.tracing.stored_weights import link_file, stored_weights
     from mmi_export.tracing.weight_sources import WeightSources
 
     work = tmp_path_factory.mktemp("llm_13b")
     config = cut(released_13b(), 4)
-    write_stand_in(config, work / "model", "empty", torch.float16)
-    blank = BlankModel(config)
-    sources = WeightSources(blank, stored_weights(work / "model", blank.weights), link_file)
+    write_placeholder_model(config, work / "model", "empty", torch.float16)
+    fake_model = FakeWeightsModel(config)
+    sources = WeightSources(
+        fake_model, stored_weights(work / "model", fake_model.weights), link_file
+    )
     contract = graphs(config, Limits(2048))["llm"]
-    with blank.building():
-        module = LlmGraph(blank.module, contract, False)
+    with fake_model.building():
+        module = LlmGraph(fake_model.module, contract, False)
     (work / "graphs").mkdir()
     path = work / "graphs" / "llm.onnx"
     onnx_from_module(module, contract, path, sources)

@@ -15,8 +15,8 @@ from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.spec.backends import CPU, NONE
 from mmi_deploy.spec.config import DiffusionConfig
 
-SideName = Literal["runtime", "pytorch"]
-SIDES: tuple[SideName, ...] = ("runtime", "pytorch")
+BackendName = Literal["runtime", "pytorch"]
+BACKENDS: tuple[BackendName, ...] = ("runtime", "pytorch")
 
 Generate = Callable[[Document, GenerationOptions], Iterator[Event]]
 
@@ -51,7 +51,7 @@ class Settings:
         return cls(**fields | {name: Path(fields[name]) for name in paths if fields[name]})
 
 
-def open_side(side: SideName, settings: Settings) -> Generate:
+def open_backend(side: BackendName, settings: Settings) -> Generate:
     """Load everything that the first document would otherwise wait for."""
     return {"runtime": _runtime, "pytorch": _pytorch}[side](settings)
 

@@ -87,7 +87,7 @@ class Plan:
 DOCUMENT, TEXT = "document", "text"
 
 
-def look_back(images: int) -> str:
+def text_after(images: int) -> str:
     """The case whose context holds `images` images."""
     return f"text after {images} images"
 
@@ -106,7 +106,7 @@ def plan(config: ModelConfig, context: int, repeats: int, quick: bool) -> Plan:
     taken = 1 + config.visual_tokens
     for count in counts:
         filler = several + (max(counts) - count) * taken
-        cases.append(Case(look_back(count), count, filler, 2 * tokens))
+        cases.append(Case(text_after(count), count, filler, 2 * tokens))
     longest = max(case.length(config) for case in cases)
     if longest > context:
         raise ConfigError(

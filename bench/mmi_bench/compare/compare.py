@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from mmi_bench.compare.backends import SIDES, Settings, SideName
-from mmi_bench.compare.cases import DOCUMENT, GUIDANCE, TEXT, Case, Plan, look_back, plan
+from mmi_bench.compare.backends import BACKENDS, BackendName, Settings
+from mmi_bench.compare.cases import DOCUMENT, GUIDANCE, TEXT, Case, Plan, plan, text_after
 from mmi_bench.compare.remote import Answer, Remote
 from mmi_bench.compare.samples import Output, Sample
 from mmi_bench.machine import describe
-from mmi_bench.statistics import Spread, ratios
+from mmi_bench.statistics import Statistics, ratios
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.spec.backends import CPU
@@ -37,15 +37,15 @@ class Metric:
     pytorch: tuple[float, ...]
 
     @property
-    def speedup(self) -> Spread:
+    def speedup(self) -> Statistics:
         """How many times as long PyTorch takes."""
         return ratios(self.pytorch, self.runtime)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "unit": "seconds",
-            "runtime": Spread.of(self.runtime).to_json(),
-            "pytorch": Spread.of(self.pytorch).to_json(),
+            "runtime": Statistics.of(self.runtime).to_json(),
+            "pytorch": Statistics.of(self.pytorch).to_json(),
             "speedup": self.speedup.to_json(),
         }
 
@@ -56,15 +56,15 @@ class Comparison:
 
     about: dict[str, Any]
     plan: Plan
-    samples: dict[SideName, dict[str, list[Sample]]]
-    peak_bytes: dict[SideName, int]
-    load_seconds: dict[SideName, float]
+    samples: dict[BackendName, dict[str, list[Sample]]]
+    peak_bytes: dict[BackendName, int]
+    load_seconds: dict[BackendName, float]
     pixel_difference: int
 
     @property
     def image_counts(self) -> list[int]:
         """The numbers of images in context whose cost per token was measured."""
-        return [case.images for case in self.plan.cases if case.name == look_back(case.images)]
+        return [case.images for case in self.plan.cases if case.name == text_after(case.images)]
 
     def metrics(self) -> list[Metric]:
         """What is reported, most important first."""
@@ -80,19 +80,19 @@ class Comparison:
     def per_token(self, images: int) -> Metric:
         """Seconds per token with so many images in context."""
         name = f"per token, {images} image{'s' * (images != 1)} in context"
-        return self._metric(name, look_back(images), lambda sample: sample.per_token)
+        return self._metric(name, text_after(images), lambda sample: sample.per_token)
 
-    def cost_of_images(self, side: SideName) -> Spread:
+    def cost_of_images(self, side: BackendName) -> Statistics:
         """Time per token with the most images over that with none, at equal context."""
         most, none = (
-            [sample.per_token for sample in self.samples[side][look_back(images)]]
+            [sample.per_token for sample in self.samples[side][text_after(images)]]
             for images in (max(self.image_counts), min(self.image_counts))
         )
         return ratios(most, none)
 
     def _metric(self, name: str, case: str, of: Callable[[Sample], float]) -> Metric:
         runtime, pytorch = (
-            tuple(of(sample) for sample in self.samples[side][case]) for side in SIDES
+            tuple(of(sample) for sample in self.samples[side][case]) for side in BACKENDS
         )
         return Metric(name, runtime, pytorch)
 
@@ -102,7 +102,7 @@ class Comparison:
             "about": self.about,
             "cases": [case.to_json() for case in self.plan.cases],
             "metrics": {metric.name: metric.to_json() for metric in self.metrics()},
-            "cost_of_images": {side: self.cost_of_images(side).to_json() for side in SIDES},
+            "cost_of_images": {side: self.cost_of_images(side).to_json() for side in BACKENDS},
             "peak_bytes": self.peak_bytes,
             "load_seconds": self.load_seconds,
             "pixel_difference": self.pixel_difference,
@@ -157,7 +157,7 @@ def run(
         "machine": describe(),
     }
     with ExitStack() as stack:
-        remotes = {side: stack.enter_context(Remote(side, settings)) for side in SIDES}
+        remotes = {side: stack.enter_context(Remote(side, settings)) for side in BACKENDS}
         answers, difference = _measure(remotes, work, progress, settings.exact)
         return Comparison(
             about,
@@ -172,11 +172,11 @@ def run(
         )
 
 
-Answers = dict[SideName, dict[str, list[Answer]]]
+Answers = dict[BackendName, dict[str, list[Answer]]]
 
 
 def _measure(
-    remotes: dict[SideName, Remote], work: Plan, progress: Progress, exact: bool = True
+    remotes: dict[BackendName, Remote], work: Plan, progress: Progress, exact: bool = True
 ) -> tuple[Answers, int]:
     """Every case once to warm up, then round after round, the sides taking turns to go first."""
     answers: Answers = {side: {case.name: [] for case in work.cases} for side in remotes}
@@ -184,7 +184,7 @@ def _measure(
     difference = 0
     for round_ in range(work.repeats + 1):
         what = "measuring" if round_ else "warming up"
-        order = SIDES if round_ % 2 else SIDES[::-1]
+        order = BACKENDS if round_ % 2 else BACKENDS[::-1]
         for index, case in enumerate(work.cases):
             progress(what, round_ * len(work.cases) + index, total, detail=case.name)
             got = {side: remotes[side].run(case) for side in order}

@@ -6,9 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from mmi_bench.compare.backends import SIDES
+from mmi_bench.compare.backends import BACKENDS
 from mmi_bench.compare.compare import Comparison
-from mmi_bench.statistics import Spread
+from mmi_bench.statistics import Statistics
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system.files import write_new_file
 
@@ -38,9 +38,9 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 def _per_token(axes: Any, comparison: Comparison) -> None:
     counts = comparison.image_counts
-    for side in SIDES:
+    for side in BACKENDS:
         metrics = [comparison.per_token(images) for images in counts]
-        spreads = [Spread.of(getattr(metric, side)) for metric in metrics]
+        spreads = [Statistics.of(getattr(metric, side)) for metric in metrics]
         medians = [1000 * spread.median for spread in spreads]
         below = [1000 * (spread.median - spread.low) for spread in spreads]
         above = [1000 * (spread.high - spread.median) for spread in spreads]

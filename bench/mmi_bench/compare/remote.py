@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mmi_bench.compare.backends import Settings, SideName
+from mmi_bench.compare.backends import BackendName, Settings
 from mmi_bench.compare.cases import Case
 from mmi_bench.compare.samples import Output, Sample
 from mmi_bench.compare.worker import unpacked
@@ -33,7 +33,7 @@ class Answer:
 class Remote:
     """One side, loaded in its own process. Use it in a `with` block."""
 
-    def __init__(self, side: SideName, settings: Settings) -> None:
+    def __init__(self, side: BackendName, settings: Settings) -> None:
         self.side = side
         pools = dict.fromkeys(_THREAD_POOLS, str(settings.threads))
         paths = [str(Path(entry).resolve()) for entry in sys.path if entry]

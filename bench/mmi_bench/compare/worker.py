@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mmi_bench.compare.backends import Settings, SideName, open_side
+from mmi_bench.compare.backends import BackendName, Settings, open_backend
 from mmi_bench.compare.cases import Case
 from mmi_bench.compare.samples import Output, Sample, take
 from mmi_deploy.bundle.bundle import Bundle
@@ -46,7 +46,7 @@ def unpacked(picture: dict[str, Any]) -> Rgb:
     return raw.reshape(picture["shape"])
 
 
-def serve(side: SideName, settings: Settings, questions: IO[str], answers: IO[str]) -> None:
+def serve(side: BackendName, settings: Settings, questions: IO[str], answers: IO[str]) -> None:
     """Answer until the questions end."""
 
     def answer(value: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ def serve(side: SideName, settings: Settings, questions: IO[str], answers: IO[st
         start = time.perf_counter()
         bundle = Bundle.open(settings.bundle, unproved=settings.unproved)
         tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
-        generate = open_side(side, settings)
+        generate = open_backend(side, settings)
         answer({"load_seconds": time.perf_counter() - start})
         for line in questions:
             case = Case(**json.loads(line))
@@ -70,7 +70,7 @@ def serve(side: SideName, settings: Settings, questions: IO[str], answers: IO[st
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
-    side: SideName = "runtime" if sys.argv[1] == "runtime" else "pytorch"
+    side: BackendName = "runtime" if sys.argv[1] == "runtime" else "pytorch"
     serve(side, Settings.from_json(json.loads(sys.argv[2])), sys.stdin, answers)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmi_bench.compare.cases import DOCUMENT, IMAGES, Case
 from mmi_bench.compare.samples import Output, Sample, take
-from mmi_bench.statistics import Spread
+from mmi_bench.statistics import Statistics
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.bundle.manifest import PORTABLE
 from mmi_deploy.errors import ConfigError, EngineError
@@ -159,7 +159,7 @@ def _numbers(samples: list[Sample], firsts: list[float]) -> dict[str, Any]:
         "per step": _gaps([sample.step_gaps for sample in samples], stages["denoise"]),
     }
     named = whole | {f"stage {stage}": seconds for stage, seconds in stages.items()}
-    return {name: Spread.of(seconds).to_json() for name, seconds in named.items()}
+    return {name: Statistics.of(seconds).to_json() for name, seconds in named.items()}
 
 
 def _gaps(found: list[list[float]], stage: list[float]) -> list[float]:

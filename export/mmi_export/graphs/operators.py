@@ -1,7 +1,7 @@
-"""ONNX operators that PyTorch has no name for, as functions of tensors.
+"""Functions for ONNX operators without a counterpart in PyTorch.
 
-While a module is exported each emits one node; run eagerly it computes the same, so that the
-modules which use them can be tested without ONNX.
+During export each function emits one node; in eager mode it computes the same result, so that
+modules which call it can be tested without ONNX.
 
 Letters: b batch, q queries, t tokens, k rows taken, m images, h heads, d channels per head, n pool,
 s cells of one image, c cache slots.
@@ -33,7 +33,7 @@ def mmfs(
     base_grid: float,
     null_slot: bool,
 ) -> Tensor:
-    """The MMFS operator on square maps; shapes as in `multi_image_deformable_attention`."""
+    """Apply the MMFS operator to square maps; shapes as in `multi_image_deformable_attention`."""
     inputs = (
         value,
         image_slot,

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from mmi_bench.compare import compare, plot, remote, report
-from mmi_bench.compare.backends import SIDES, Settings, SideName
-from mmi_bench.compare.cases import Case, Plan, look_back
+from mmi_bench.compare.backends import BACKENDS, BackendName, Settings
+from mmi_bench.compare.cases import Case, Plan, text_after
 from mmi_bench.compare.compare import Comparison, _measure
 from mmi_bench.compare.remote import Answer, Remote
 from mmi_bench.compare.samples import Output, Sample
@@ -24,8 +24,8 @@ PLAN = Plan(
     (
         Case("document", 4, 8, 4, 1),
         Case("text", 4, 8, 4),
-        Case(look_back(0), 0, 8, 4),
-        Case(look_back(8), 8, 8, 4),
+        Case(text_after(0), 0, 8, 4),
+        Case(text_after(8), 8, 8, 4),
     ),
     repeats=3,
 )
@@ -39,8 +39,8 @@ def sample(seconds: float) -> Sample:
 class Fake:
     """A side that takes ever longer and writes down who was asked for what."""
 
-    side: SideName
-    log: list[tuple[SideName, str]]
+    side: BackendName
+    log: list[tuple[BackendName, str]]
     factor: float = 1.0
     output: Output = field(default_factory=lambda: Output("text", [np.zeros((2, 2, 3), np.uint8)]))
 
@@ -49,13 +49,13 @@ class Fake:
         return Answer(sample(self.factor * len(self.log)), self.output, 1000 * len(self.log))
 
 
-def fakes(log: list[tuple[SideName, str]]) -> dict[SideName, Fake]:
-    return {side: Fake(side, log) for side in SIDES}
+def fakes(log: list[tuple[BackendName, str]]) -> dict[BackendName, Fake]:
+    return {side: Fake(side, log) for side in BACKENDS}
 
 
 def comparison() -> Comparison:
     """PyTorch takes six times as long; with eight images twice as long as with none."""
-    seconds = {"document": 1.0, "text": 0.5, look_back(0): 0.2, look_back(8): 0.4}
+    seconds = {"document": 1.0, "text": 0.5, text_after(0): 0.2, text_after(8): 0.4}
     about = {
         "model": "tiny",
         "threads": 2,
@@ -78,14 +78,14 @@ def comparison() -> Comparison:
 
 
 def test_the_sides_take_turns_and_the_first_round_is_not_counted() -> None:
-    log: list[tuple[SideName, str]] = []
+    log: list[tuple[BackendName, str]] = []
     answers, _ = _measure(fakes(log), PLAN, silent)
     pairs = list(zip(log[::2], log[1::2], strict=True))
     assert len(pairs) == 4 * len(PLAN.cases)
     for first, second in pairs:
-        assert first[1] == second[1] and {first[0], second[0]} == set(SIDES)
-    assert {first[0] for first, _ in pairs} == set(SIDES)  # neither always goes first
-    for side in SIDES:
+        assert first[1] == second[1] and {first[0], second[0]} == set(BACKENDS)
+    assert {first[0] for first, _ in pairs} == set(BACKENDS)  # neither always goes first
+    for side in BACKENDS:
         assert {name: len(runs) for name, runs in answers[side].items()} == {
             case.name: 3 for case in PLAN.cases
         }

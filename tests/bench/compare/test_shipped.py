@@ -10,8 +10,8 @@ import pytest
 
 from exports import SHIPPED, Exported
 from mmi_bench.compare import compare
-from mmi_bench.compare.backends import SIDES
-from mmi_bench.compare.cases import DOCUMENT, TEXT, look_back
+from mmi_bench.compare.backends import BACKENDS
+from mmi_bench.compare.cases import DOCUMENT, TEXT, text_after
 
 
 @pytest.mark.slow
@@ -27,12 +27,12 @@ def test_a_quick_comparison_of_the_shipped_model(
         quick=True,
         progress=lambda *stage, detail: stages.append((*stage, detail)),
     )
-    names = [DOCUMENT, TEXT, look_back(0), look_back(8)]
+    names = [DOCUMENT, TEXT, text_after(0), text_after(8)]
     assert [stage[-1] for stage in stages] == 3 * names  # one round to warm up, two measured
     assert result.about["schedule"] == "unipc:20"  # the first of 20 steps
     assert result.about["bundle_sha256"] == bundle.identity
     assert result.pixel_difference <= 1
-    for side in SIDES:
+    for side in BACKENDS:
         for name in names:
             assert len(result.samples[side][name]) == 2
         document = result.samples[side][DOCUMENT][0]
