@@ -1,4 +1,4 @@
-"""Repeated measurements: their median and how far they spread."""
+"""Statistics of repeated measurements: median, quartiles, extremes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Statistics:
-    """`low` and `high` are the quartiles."""
+    """Summary of measurements. `low` and `high` are the quartiles."""
 
     median: float
     low: float
@@ -28,5 +28,5 @@ class Statistics:
 
 
 def ratios(dividends: Sequence[float], divisors: Sequence[float]) -> Statistics:
-    """Of pairs measured one right after the other, so that both saw the same machine."""
+    """Statistics of paired ratios. Pairs are measured one after the other, under the same load."""
     return Statistics.of([a / b for a, b in zip(dividends, divisors, strict=True)])

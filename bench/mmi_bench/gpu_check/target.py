@@ -1,5 +1,7 @@
-"""One target on a GPU beside the portable graphs in ONNX Runtime: graph by graph, whole documents,
-and how long everything takes."""
+"""Compare a target on a GPU with the portable graphs in ONNX Runtime, and measure latencies.
+
+Comparisons are graph by graph and of a whole document.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,17 @@ from mmi_deploy.targets.verify_target import (
     write_receipts,
 )
 
+# Precision whose documents must equal those of the CPU; rounding in a narrower one may decide
+# between two words of nearly equal probability.
 EXACT = "fp32"
-"""The precision whose documents must be those of the CPU; a narrower one may choose another word
-where two are as likely."""
 
+# Line for people, and all numbers.
 Detail = tuple[str, dict[str, Any]]
 
 
 @dataclass
 class Tried:
-    """A target, open on a GPU. `again(record)` opens it once more, with or without CUDA graphs."""
+    """Target that is open on a GPU. `again(record)` reopens it, with or without CUDA graphs."""
 
     bundle: Bundle
     precision: str
@@ -51,8 +54,8 @@ class Tried:
 
 
 def compare(tried: Tried) -> tuple[str, dict[str, Any], list[Proof]]:
-    """Every graph on recorded and random inputs, as `mmi verify` compares them; writes the receipts
-    into the target. A line, all errors, and the proofs."""
+    """Compare every graph on recorded and random inputs, as `mmi verify` does, and write the
+    receipts into the target. Returns a line, all errors, and the proofs."""
     proofs = compare_target(tried.bundle, tried.target.manifest, tried.runtime)
     tried.target.manifest = write_receipts(tried.bundle, tried.target.manifest, proofs)
     detail = {proof.graph: [asdict(case) for case in proof.cases] for proof in proofs}
@@ -61,7 +64,7 @@ def compare(tried: Tried) -> tuple[str, dict[str, Any], list[Proof]]:
 
 
 def document(tried: Tried) -> Detail:
-    """A whole document on both: text and pictures, greedy and with the same noise."""
+    """Generate a document on GPU and CPU, greedy and with the same noise, and compare both."""
     case = case_for(tried)
     schedule = tried.bundle.schedules[0]
     on_cpu = Runtime.open(tried.bundle, target=PORTABLE, kernels=NONE)
@@ -83,11 +86,13 @@ def document(tried: Tried) -> Detail:
     )
     if len(got.pictures) != len(expected.pictures):
         raise EngineError(
-            "another number of pictures", expected=len(expected.pictures), got=len(got.pictures)
+            "the GPU draws another number of pictures",
+            expected=len(expected.pictures),
+            got=len(got.pictures),
         )
     if tried.precision == EXACT and not (same and max(differences, default=0) <= 1):
         raise EngineError(
-            "the document is not the one that ONNX Runtime makes",
+            "the document differs from that of ONNX Runtime",
             expected="equal text, pixels within 1/255",
             got=line,
         )
@@ -95,14 +100,14 @@ def document(tried: Tried) -> Detail:
 
 
 def measure(tried: Tried, repeats: int) -> Detail:
-    """Whole documents with CUDA graphs and without: stages, tokens, steps, first token and
+    """Measure documents with and without CUDA graphs: stages, tokens, steps, first token and
     picture."""
     case, schedule = case_for(tried), tried.bundle.schedules[0]
     detail: dict[str, Any] = {"case": case.to_json(), "schedule": schedule, "repeats": repeats}
     lines = []
     for record in (True, False):
         runtime = tried.runtime if record else Runtime.of(tried.bundle, tried.again(False))
-        _taken(runtime, case, schedule)  # to warm up
+        _taken(runtime, case, schedule)  # warm-up
         taken = [_taken(runtime, case, schedule) for _ in range(repeats)]
         recorded = runtime.recordings()
         numbers = _numbers([sample for sample, _, _ in taken], [first for *_, first in taken])
@@ -115,7 +120,7 @@ def measure(tried: Tried, repeats: int) -> Detail:
 
 
 def case_for(tried: Tried) -> Case:
-    """The benchmark's document, or a shorter one where the bundle is too small for it."""
+    """Choose the largest benchmark document that fits the bundle."""
     config, context = tried.bundle.config, tried.runtime.limits.context
     room = tried.runtime.limits.images
     for images, turns, tokens in ((IMAGES, 3, 16), (1, 1, 4), (0, 1, 2)):
@@ -130,23 +135,23 @@ def case_for(tried: Tried) -> Case:
 
 
 def _taken(runtime: Runtime, case: Case, schedule: str) -> tuple[Sample, Output, float]:
-    """One run of a case, and when its first picture was there."""
+    """Run a case once; also return the seconds to its first picture."""
     first: list[float] = []
     start = time.perf_counter()
 
-    def watched(events: Iterator[Event]) -> Iterator[Event]:
+    def timed(events: Iterator[Event]) -> Iterator[Event]:
         for event in events:
             if isinstance(event, ImageDone) and not first:
                 first.append(time.perf_counter() - start)
             yield event
 
     given = case.document(runtime.tokenizer, runtime.config)
-    sample, output = take(watched(generate(runtime, given, case.options(schedule))))
+    sample, output = take(timed(generate(runtime, given, case.options(schedule))))
     return sample, output, first[0]
 
 
 def _numbers(samples: list[Sample], firsts: list[float]) -> dict[str, Any]:
-    """Seconds: median, quartiles and extremes of each thing that was measured."""
+    """Statistics of every measure, in seconds."""
     stages: Mapping[str, list[float]] = {
         stage: [s for sample in samples for s in sample.stages[stage]]
         for stage in samples[0].stages
@@ -163,11 +168,11 @@ def _numbers(samples: list[Sample], firsts: list[float]) -> dict[str, Any]:
 
 
 def _gaps(found: list[list[float]], stage: list[float]) -> list[float]:
-    """From one to the next, as a person sees them; of documents too short for that, the stage."""
+    """Gaps between events; for documents too short for gaps, the times of the stage."""
     return [gap for gaps in found for gap in gaps] or stage
 
 
 def _alike(some: str, other: str) -> int:
-    """Characters at the beginning that are the same."""
+    """Length of the common prefix, in characters."""
     pairs = zip(some, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(some), len(other)))
