@@ -48,7 +48,7 @@ class Decoder:
             if tensor.dtype == "float32":
                 array = draw.standard_normal(shape, np.float32)
             else:
-                array = np.full(shape, max(tensor.least, 0), tensor.dtype)
+                array = np.full(shape, max(tensor.min, 0), tensor.dtype)
             self._buffers[tensor.name] = HOST.hold(array)
         self._buffers["visual_index"].read()[...] = -1
         self._slot = start

@@ -169,7 +169,7 @@ def compare(
     rows = []
     for images in (count for count in IMAGES if count <= limits.images):
         visible = max(images, 1)
-        own = deployed("llm", t=1, k=1, b=1, m=visible, n=visible)
+        own = deployed("llm", t=1, w=1, b=1, m=visible, n=visible)
         with_images = f"a token with {images} image{'' if images == 1 else 's'}"
         rows.append(Row(with_images, published.token(images, limits.context), own))
     seen = min(config.image_decoder.mmfs.images_seen, limits.images, max(IMAGES))

@@ -138,11 +138,11 @@ def chosen_sizes(graph: Graph, given: Mapping[str, int]) -> dict[str, int]:
     for one outside its range. Letters that the graph does not have are left out."""
     sizes = {}
     for letter, allowed in graph.ranges.items():
-        size = given.get(letter, allowed.likely)
-        if not allowed.least <= size <= allowed.greatest:
+        size = given.get(letter, allowed.opt)
+        if not allowed.min <= size <= allowed.max:
             raise ConfigError(
                 f"{graph.name} cannot be run with {letter}={size}",
-                expected=f"{allowed.least} to {allowed.greatest}",
+                expected=f"{allowed.min} to {allowed.max}",
             )
         sizes[letter] = size
     return sizes

@@ -131,9 +131,9 @@ class Model:
             if name not in self.files:
                 continue
             path, ranges = self.files[name], profiles(self.contract[name])[0].ranges
-            sizes = {letter: allowed.greatest for letter, allowed in ranges.items()}
-            if "k" in sizes:
-                sizes["k"] = 1
+            sizes = {letter: allowed.max for letter, allowed in ranges.items()}
+            if "w" in sizes:
+                sizes["w"] = 1
             found[name] = sized(read_graph(path), contract, sizes)
         return found
 

@@ -33,7 +33,7 @@ class GraphReport(_Model):
     plugin_layers: those of our plugin. bindings: type of each input and output. seconds and the
     bytes of memory are those of the build, also when the engine now came out of the cache:
     peak_bytes with mapped weights, peak_private_bytes without, both above the process before it.
-    profiles: name -> letter -> least, likeliest, greatest. error: the worst of comparing the ONNX
+    profiles: name -> letter -> min, opt, max. error: the worst of comparing the ONNX
     file that it was made from with the portable graph, as compared_with says."""
 
     graph: str

@@ -64,7 +64,7 @@ def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> 
     """What a `Session` keeps for one document, by what it is. images: rows of the U-Net's pool."""
     llm, values, step = graphs["llm"], graphs["image_values"], graphs["denoise_step"]
     cached = set(llm.in_place.values())
-    sizes = {"b": 1, "t": 1, "k": 1, "v": 1}
+    sizes = {"b": 1, "t": 1, "w": 1, "v": 1}
     drawing = [
         *(step[name] for name in ("latents", "history", "next_latents", "next_history", "noise")),
         step[DEEP],

@@ -24,8 +24,7 @@ LIKELY_PREFILL = 256
 
 @dataclass(frozen=True)
 class Profile:
-    """Ranges of the dynamic dimensions, and for each input that has any: its least, likeliest and
-    greatest shape."""
+    """Ranges of the dynamic dimensions, and the (min, opt, max) shapes of each dynamic input."""
 
     name: str
     ranges: Mapping[str, Range]
@@ -40,13 +39,13 @@ class Profile:
         return [
             letter
             for letter, allowed in self.ranges.items()
-            if not allowed.least <= sizes[letter] <= allowed.greatest
+            if not allowed.min <= sizes[letter] <= allowed.max
         ]
 
     def record(self) -> dict[str, list[int]]:
         """Ranges as plain numbers, for reports and cache keys."""
         return {
-            letter: [allowed.least, allowed.likely, allowed.greatest]
+            letter: [allowed.min, allowed.opt, allowed.max]
             for letter, allowed in sorted(self.ranges.items())
         }
 
@@ -60,11 +59,11 @@ def profiles(graph: Graph, limits: Limits | None = None) -> tuple[Profile, ...]:
     ranges = dict(graph.ranges) if limits is None else _narrowed(graph, limits)
     if "t" not in ranges:
         return (_profile(graph, DEFAULT, ranges),)
-    prompt = {**ranges, "t": replace(ranges["t"], likely=LIKELY_PREFILL)}
+    prompt = {**ranges, "t": replace(ranges["t"], opt=LIKELY_PREFILL)}
     one = Range(1, 1, 1)
     return (
         _profile(graph, PREFILL, prompt),
-        _profile(graph, DECODE, {**ranges, "t": one, "k": one}),
+        _profile(graph, DECODE, {**ranges, "t": one, "w": one}),
     )
 
 
@@ -79,7 +78,7 @@ def choose(offered: Sequence[Profile], graph: str, sizes: Mapping[str, int]) -> 
     allowed = nearest.ranges[letter]
     raise EngineError(
         f"no profile of the engine of {graph} takes {letter} = {sizes[letter]}",
-        expected=f"{allowed.least} to {allowed.greatest}",
+        expected=f"{allowed.min} to {allowed.max}",
         fix=f"build it for more with `mmi build {_OPTIONS.get(letter, '--graph ' + graph)}`",
     )
 
@@ -98,12 +97,12 @@ def _narrowed(graph: Graph, limits: Limits) -> dict[str, Range]:
     }
     narrowed = {}
     for letter, allowed in graph.ranges.items():
-        greatest = most.get(letter, allowed.greatest)
-        if greatest < allowed.least:
+        limit = most.get(letter, allowed.max)
+        if limit < allowed.min:
             raise ConfigError(
-                f"{graph.name} takes no fewer than {allowed.least} for {letter}", got=greatest
+                f"{graph.name} takes no fewer than {allowed.min} for {letter}", got=limit
             )
-        narrowed[letter] = replace(allowed, greatest=min(greatest, allowed.greatest))
+        narrowed[letter] = replace(allowed, max=min(limit, allowed.max))
     return narrowed
 
 
@@ -111,7 +110,7 @@ def _profile(graph: Graph, name: str, ranges: Mapping[str, Range]) -> Profile:
     def sizes(end: str) -> dict[str, int]:
         return {letter: getattr(allowed, end) for letter, allowed in ranges.items()}
 
-    ends = [sizes(end) for end in ("least", "likely", "greatest")]
+    ends = [sizes(end) for end in ("min", "opt", "max")]
     shapes = {
         tensor.name: tuple(tensor.resolve(**end) for end in ends)
         for tensor in graph.inputs
@@ -121,4 +120,4 @@ def _profile(graph: Graph, name: str, ranges: Mapping[str, Range]) -> Profile:
 
 
 def _width(profile: Profile) -> int:
-    return sum(allowed.greatest - allowed.least for allowed in profile.ranges.values())
+    return sum(allowed.max - allowed.min for allowed in profile.ranges.values())

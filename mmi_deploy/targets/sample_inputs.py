@@ -128,11 +128,11 @@ def _sizes(graph: Graph) -> list[tuple[dict[str, int], int]]:
     for batch in (1, 2):
         for count in images:
             for t in tokens:
-                wanted = {"b": batch, "n": batch, "t": t, "k": 1, "v": 8, "x": 9, "steps": 4}
+                wanted = {"b": batch, "n": batch, "t": t, "w": 1, "v": 8, "x": 9, "steps": 4}
                 if "m" in graph.ranges:
                     wanted |= {"m": max(count, 1), "n": max(count, 1)}
                 sizes = {
-                    letter: min(max(wanted.get(letter, of.likely), of.least), of.greatest)
+                    letter: min(max(wanted.get(letter, of.opt), of.min), of.max)
                     for letter, of in graph.ranges.items()
                 }
                 if (sizes, count) not in found:
@@ -154,7 +154,7 @@ def _random(
             inputs[tensor.name] = _drawn(tensor, shape, like, draw)
             continue
         below = _below(graph, tensor, sizes)
-        inputs[tensor.name] = np.asarray(draw.integers(tensor.least, below, shape), tensor.dtype)
+        inputs[tensor.name] = np.asarray(draw.integers(tensor.min, below, shape), tensor.dtype)
         if tensor.name == "image_position" and not images:
             inputs[tensor.name][...] = 0
     return inputs
@@ -214,4 +214,4 @@ def dynamic_sizes(graph: Graph, inputs: Mapping[str, NDArray[Any]]) -> dict[str,
 
 def _fits(graph: Graph, inputs: Arrays) -> bool:
     sizes = dynamic_sizes(graph, inputs)
-    return all(sizes.get(letter, 0) <= of.greatest for letter, of in graph.ranges.items())
+    return all(sizes.get(letter, 0) <= of.max for letter, of in graph.ranges.items())

@@ -70,7 +70,7 @@ def test_at_the_released_sizes_it_is_28_gflop_a_token_and_148_a_call() -> None:
 
 def decode(path: Path, contract: Graph, images: int) -> int:
     """All FLOPs of one token that looks at `images`."""
-    sizes = {"b": 1, "t": 1, "k": 1, "m": images, "n": images}
+    sizes = {"b": 1, "t": 1, "w": 1, "m": images, "n": images}
     return cost_of_file(path, contract, sizes).total.flops
 
 

@@ -148,7 +148,7 @@ def _llm(
             sizes = {
                 "b": b,
                 "t": stop - start,
-                "k": inputs["logit_index"].shape[1],
+                "w": inputs["logit_index"].shape[1],
                 "v": len(fixed["visual_tokens"]),
                 "n": len(rows.features),
                 "m": rows.image_slot.shape[1],
@@ -226,7 +226,7 @@ def _denoise(
     diffusion = model.config.image_decoder.diffusion
     shallow = any(tensor.name == DEEP for tensor in graph.inputs)
     pair, pool = min(2, limits.batch), min(3, limits.images)
-    most = graph.ranges["m"].greatest
+    most = graph.ranges["m"].max
     for b, n, m, solver in ((1, 1, 0, "unipc"), (1, 1, 1, "ddpm"), (pair, pool, most, "unipc")):
         schedule = schedule_table(solver, _STEPS, diffusion)
         scheduler = ddim(diffusion) if solver == "ddpm" else diffusers_scheduler(solver, diffusion)

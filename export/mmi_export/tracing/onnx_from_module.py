@@ -175,14 +175,12 @@ def _expand_masks(model: ir.Model) -> None:
 def example_sizes(graph: Graph) -> dict[str, int]:
     """Choose a size for each dynamic dimension within its range, all different if possible."""
     sizes = zip(graph.ranges.items(), _EXAMPLE_SIZES, strict=False)
-    return {
-        letter: min(max(size, allowed.least), allowed.greatest) for (letter, allowed), size in sizes
-    }
+    return {letter: min(max(size, allowed.min), allowed.max) for (letter, allowed), size in sizes}
 
 
 def _dynamic_shapes(graph: Graph) -> dict[str, dict[int, object]]:
     letters = {
-        letter: torch.export.Dim(letter, min=allowed.least, max=allowed.greatest)
+        letter: torch.export.Dim(letter, min=allowed.min, max=allowed.max)
         for letter, allowed in graph.ranges.items()
         if not _fixed(allowed)
     }
@@ -206,12 +204,12 @@ def _dynamic_shapes(graph: Graph) -> dict[str, dict[int, object]]:
 
 
 def _fixed(allowed: Range) -> bool:
-    return allowed.least == allowed.greatest
+    return allowed.min == allowed.max
 
 
 def _apply_contract(model: ir.Model, graph: Graph) -> None:
     """Check names and types against the contract and write its shapes into the file."""
-    fixed = {letter: allowed.least for letter, allowed in graph.ranges.items() if _fixed(allowed)}
+    fixed = {letter: allowed.min for letter, allowed in graph.ranges.items() if _fixed(allowed)}
     _name_dimensions(model, graph)
     for values, tensors in (
         (model.graph.inputs, graph.inputs),

@@ -140,7 +140,7 @@ def _within(given: Mapping[str, int], graph: Graph, only: str | None) -> dict[st
     if only is not None:
         return dict(given)
     return {
-        letter: min(max(number, graph.ranges[letter].least), graph.ranges[letter].greatest)
+        letter: min(max(number, graph.ranges[letter].min), graph.ranges[letter].max)
         for letter, number in given.items()
         if letter in graph.ranges
     }

@@ -107,7 +107,7 @@ def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
     wanted: dict[str, dict[str, int]] = {
         "vision_encoder": {"n": 1},
         "image_values": {"n": 1},
-        "llm": {"b": 1, "t": 1, "k": 1, **looked_at},
+        "llm": {"b": 1, "t": 1, "w": 1, **looked_at},
         "image_condition": {"b": 1},
         "denoise_step": {"b": 1, **looked_at},
         "vae_decoder": {"b": 1},
@@ -115,9 +115,7 @@ def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
     found = {}
     for name, sizes in wanted.items():
         contract = model.exported_contract[name]
-        given = {
-            letter: min(count, contract.ranges[letter].greatest) for letter, count in sizes.items()
-        }
+        given = {letter: min(count, contract.ranges[letter].max) for letter, count in sizes.items()}
         chosen = recipe(precision)
         found[name] = cost_of_file(model.files[name], contract, given, chosen, model.runtime)
     return found

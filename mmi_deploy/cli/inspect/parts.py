@@ -209,9 +209,7 @@ def _shared_files(bundle: Bundle) -> Iterator[str]:
 
 
 def _tensor_table(graph: Graph) -> Table:
-    ranges = ", ".join(
-        f"{letter} {r.least}-{r.greatest}" for letter, r in sorted(graph.ranges.items())
-    )
+    ranges = ", ".join(f"{letter} {r.min}-{r.max}" for letter, r in sorted(graph.ranges.items()))
     table = _table("", "tensor", "type", "shape", title=f"{graph.name} ({ranges})")
     for side, listed in (("in", graph.inputs), ("out", graph.outputs)):
         for tensor in listed:

@@ -29,8 +29,8 @@ from mmi_deploy.targets.precision.recipes import RECIPES, quantised_bytes
 from mmi_export.export import MODULES
 
 SIZES = (
-    {"b": 1, "t": 1, "k": 1, "v": 4, "n": 1, "m": 1, "x": 5, "steps": 3},
-    {"b": 2, "t": 7, "k": 3, "v": 9, "n": 3, "m": 2, "x": 11, "steps": 5},
+    {"b": 1, "t": 1, "w": 1, "v": 4, "n": 1, "m": 1, "x": 5, "steps": 3},
+    {"b": 2, "t": 7, "w": 3, "v": 9, "n": 3, "m": 2, "x": 11, "steps": 5},
 )
 
 
@@ -43,7 +43,7 @@ def counted(exported: Exported, graph: str, sizes: Mapping[str, int]) -> GraphCo
     contract = exported.bundle.graphs[graph]
     given = {letter: sizes[letter] for letter in contract.ranges}
     if "m" in given:
-        given["m"] = min(given["m"], contract.ranges["m"].greatest)
+        given["m"] = min(given["m"], contract.ranges["m"].max)
     return cost_of_file(exported.bundle.graph_file(graph), contract, given)
 
 
@@ -52,7 +52,7 @@ def counted_by_torch(exported: Exported, graph: Graph, sizes: Mapping[str, int])
     module = MODULES[graph.name](exported.model, graph).requires_grad_(False)
     inputs = {
         tensor.name: torch.full(
-            tensor.resolve(**sizes), tensor.least, dtype=getattr(torch, tensor.dtype)
+            tensor.resolve(**sizes), tensor.min, dtype=getattr(torch, tensor.dtype)
         )
         for tensor in graph.inputs
     }
@@ -239,7 +239,7 @@ def test_sizes_inside_a_graph_are_those_that_it_has_when_it_runs(
 ) -> None:
     """Outputs are the contract's at sizes that no export has seen."""
     contract = exported.bundle.graphs[graph]
-    sizes = {letter: min(3, allowed.greatest) for letter, allowed in contract.ranges.items()}
+    sizes = {letter: min(3, allowed.max) for letter, allowed in contract.ranges.items()}
     found = sized(read_graph(exported.bundle.graph_file(graph)), contract, sizes)
     assert {value.name: value.shape for value in found.outputs} == {
         tensor.name: tensor.resolve(**sizes) for tensor in contract.outputs

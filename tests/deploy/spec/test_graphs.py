@@ -14,4 +14,4 @@ def test_the_likeliest_sizes_lie_within_the_limits(name: str, limits: Limits) ->
     """Engine builders refuse a profile whose best size is beyond its greatest."""
     for graph in graphs(PRESETS[name](), limits).values():
         for letter, sizes in graph.ranges.items():
-            assert sizes.least <= sizes.likely <= sizes.greatest, (graph.name, letter)
+            assert sizes.min <= sizes.opt <= sizes.max, (graph.name, letter)

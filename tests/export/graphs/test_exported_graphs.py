@@ -55,11 +55,7 @@ def graph_of(exported: Exported, name: str) -> Graph:
 @pytest.mark.parametrize("name", NAMES)
 def test_names_types_and_shapes_are_those_of_the_contract(exported: Exported, name: str) -> None:
     contract, model = graph_of(exported, name), exported.graph(name)
-    fixed = {
-        letter: span.least
-        for letter, span in contract.ranges.items()
-        if span.least == span.greatest
-    }
+    fixed = {letter: span.min for letter, span in contract.ranges.items() if span.min == span.max}
     for values, tensors in (
         (model.graph.input, contract.inputs),
         (model.graph.output, contract.outputs),
@@ -166,7 +162,7 @@ def test_aliased_caches_give_what_separate_ones_do(exported: Exported) -> None:
         for tensor in contract.inputs:
             if tensor.name in caches:
                 continue
-            shape = tensor.resolve(b=2, t=tokens, k=1, v=4, n=2, m=2)
+            shape = tensor.resolve(b=2, t=tokens, w=1, v=4, n=2, m=2)
             if tensor.dtype == "float32":
                 inputs[tensor.name] = draw.standard_normal(shape, np.float32)
             else:
