@@ -6,7 +6,7 @@ every U-Net call, W_q for every image, time embedding and the condition's keys a
 step. *Deployed* is counted from the ONNX files of a bundle (`mmi_deploy.analysis.cost`). Both count
 matrix products, convolutions and attention, a multiply-add as 2: PyTorch counts nothing else.
 
-Letters: b rows, t tokens, n images of the pool, m images looked at, s feature cells, c channels.
+Letters: b batch, t tokens, w wanted positions, n encoded images, m image slots, x context tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Run the MMFS kernels on a GPU without TensorRT or torch.
 
 NVRTC compiles them to machine code; CUDA's driver API (`cuda.bindings.driver`) launches them.
+
+Letters: b batch, q queries, h heads, d channels per head.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class GpuKernel:
         return nvrtc.missing("nvrtc")
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
-        """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
+        """Outputs [row, d] of `rows` [row, 3], each a (b, q, h)."""
         buffers = {name: self.memory.hold(array) for name, array in device_arrays(call).items()}
         buffers["output"] = self.memory.hold(output_array(call))
         if prod := int(np.prod(workspace_shape(call, self.parts))):

@@ -1,7 +1,7 @@
 """The `llm` graph: tokens to logits and hidden states, with the KV cache updated in place.
 
-Letters: b batch, t tokens, k positions whose logits are wanted, c cache slots, m images, n pool of
-encoded images, s feature cells, h heads, d channels per head, v rows of visual tokens.
+Letters: b batch, t tokens, w wanted positions, k keys, a key-value heads, d channels per head,
+c channels, u vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class InPlaceCache:
         self.present: Tensors = {}
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value [b, h, t, d] of one layer into its cache; returns it, [b, h, c, d]."""
+        """Write key and value [b, a, t, d] of one layer into its cache; return it, [b, a, k, d]."""
         return self._write("key", layer, key), self._write("value", layer, value)
 
     def _write(self, kind: str, layer: int, new: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Head(nn.Module):
         self.register_buffer("column", column)  # [u]: index of the new logit; `count`: none
 
     def forward(self, hidden: Tensor) -> Tensor:
-        new = F.pad(self.head_new(hidden), (0, 1))  # [b, k, new + 1], zeros at the end
+        new = F.pad(self.head_new(hidden), (0, 1))  # [b, w, count + 1], zeros at the end
         return self.head(hidden) + new.index_select(-1, self.get_buffer("column"))
 
 
@@ -133,7 +133,7 @@ class LlmGraph(nn.Module):
             inputs["image_slot"],
             inputs["image_position"],
         )
-        wanted = operators.gather_rows(hidden, inputs["logit_index"])  # [b, k, c]
+        wanted = operators.gather_rows(hidden, inputs["logit_index"])  # [b, w, c]
         outputs = {"logits": self.head(wanted), "hidden": hidden, **cache.present}
         return {tensor.name: outputs[tensor.name] for tensor in self.graph.outputs}
 
@@ -144,7 +144,7 @@ class LlmGraph(nn.Module):
         return torch.where((index >= 0).unsqueeze(-1), visual, words)
 
     def _visible(self, inputs: Tensors) -> Tensor:
-        """[b, 1, t, c]: query t of row b sees key j iff start[b] <= j <= write_index[b] + t.
+        """Mask [b, 1, t, k]: query t of row b sees key k iff start[b] <= k <= write_index[b] + t.
 
         A query before `start` is padding; it sees its own key, as a softmax over none is 0 / 0.
         """

@@ -5,8 +5,8 @@ form: MMFS with its projections unfolded, the language model over whole rows wit
 picture's context without padding, pictures drawn by diffusers' own schedulers. The function that
 runs the graph is an argument, so that engines are proved by the same code as portable files.
 
-Letters: b rows or pictures, t tokens, k positions whose logits are wanted, n encoded images,
-m images a row may look at, x context tokens.
+Letters: b batch, t tokens, w wanted positions, n encoded images, m image slots, c channels,
+v visual tokens, x context tokens.
 """
 
 from __future__ import annotations
