@@ -98,8 +98,8 @@ class Paired:
         )
 
     def verdict(self, band: float) -> str:
-        """Whether the difference lies within `band` points: `yes`, `no`, or `unsure` where the
-        interval reaches over its edge."""
+        """Verdict: is the difference within `band` points? `yes`, `no`, or `unsure` if the interval
+        crosses the edge of the band."""
         least, most = abs(self.points) - self.uncertainty, abs(self.points) + self.uncertainty
         return "yes" if most <= band else "no" if least > band else "unsure"
 

@@ -1,4 +1,4 @@
-"""What folding, image values and hoisting remove: FLOPs as published and as deployed."""
+"""FLOPs saved by folding, image values and hoisting: as published and as deployed."""
 
 from __future__ import annotations
 
@@ -207,8 +207,8 @@ def test_a_model_with_room_for_few_images_is_compared_with_few(exported: Exporte
 
 def test_the_command_prints_both(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "flops-saved", str(exported.bundle.folder), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["repeated_in_a_deployed_step"] == 0
-    ratios = {row["what"]: row["ratio"] for row in told["rows"]}
+    report = json.loads(capsys.readouterr().out)
+    assert report["repeated_in_a_deployed_step"] == 0
+    ratios = {row["what"]: row["ratio"] for row in report["rows"]}
     assert ratios["a token with 4 images"] > ratios["a token with 1 image"] > 1
-    assert told["repeated"][LLM_VALUES] > 0
+    assert report["repeated"][LLM_VALUES] > 0

@@ -59,10 +59,10 @@ def test_a_preset_without_weights_becomes_a_bundle_that_says_so(
     out = tmp_path / "bundle"
     command = ["export", "--preset", "small", "--sparse-weights", "--layers", "1", "-o", str(out)]
     assert run(command) == 0
-    told = capsys.readouterr()
-    assert "7 graphs, 7 comparisons" in told.out
-    assert "holds empty weights" in told.err and "proved by a slice" in told.err
-    assert "exporting llm (graph 3 of 7" in told.err and "linked" in told.err
+    captured = capsys.readouterr()
+    assert "7 graphs, 7 comparisons" in captured.out
+    assert "holds empty weights" in captured.err and "proved by a slice" in captured.err
+    assert "exporting llm (graph 3 of 7" in captured.err and "linked" in captured.err
     monkeypatch.setattr(manifest, "sha256_of", pytest.fail)  # hashed when it was written
     bundle = Bundle.open(out)
     assert bundle.config.llama.layers == 1 and bundle.manifest.weights == "empty"

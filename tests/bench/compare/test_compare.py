@@ -1,4 +1,4 @@
-"""How the comparison is made: in turns, warm, on equal outputs, and what is said about it."""
+"""Comparison of backends: in turns, after a warm-up, on equal outputs; its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the stopwatch reads, on a clock of our own."""
+"""Latencies of samples, measured on a fake clock."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_each_time_is_taken_between_the_events_that_it_names(clock: list[float])
     assert np.array_equal(output.pictures, [PICTURE])
 
 
-def test_a_spread_is_the_median_with_quartiles_and_extremes() -> None:
+def test_statistics_are_the_median_with_quartiles_and_extremes() -> None:
     assert Statistics.of([4.0, 1.0, 2.0, 3.0, 100.0]) == Statistics(3.0, 2.0, 4.0, 1.0, 100.0)
 
 

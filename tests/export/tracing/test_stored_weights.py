@@ -85,13 +85,13 @@ def test_numbers_that_are_not_finite_are_found_before_any_graph_is_made(
     state = load_file(folder / WEIGHTS)
     state["head.head.weight"][3, 5] = torch.inf
     save_file(state, folder / WEIGHTS)
-    told: list[str] = []
+    stages: list[str] = []
     export = prepare_export(folder, tmp_path / "bundle")
     with pytest.raises(WeightsError, match=r"head\.head\.weight holds NaN or infinity"):
         run_export(
-            export, tmp_path / "bundle", progress=lambda what, *_, **_more: told.append(what)
+            export, tmp_path / "bundle", progress=lambda what, *_, **_more: stages.append(what)
         )
-    assert not any("exporting" in what for what in told)
+    assert not any("exporting" in what for what in stages)
     assert not (tmp_path / "bundle").exists()
 
 
