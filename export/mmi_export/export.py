@@ -253,7 +253,7 @@ def _limits(config: ModelConfig, context: int | None, batch: int, images: int) -
     if not least <= limits.context <= most:
         raise ConfigError(
             "the context does not fit the model",
-            expected=f"{least} to {most} tokens: one image and two words up to the positions",
+            expected=f"{least} tokens (one image and two words) to {most} (positions of the model)",
             got=limits.context,
             fix=f"give --context {most}",
         )

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from mmi_bench.gpu_check.kernel import GpuKernel, import_driver
 from mmi_bench.gpu_check.report import KIND, write_report
-from mmi_bench.gpu_check.target import Detail, Tried, compare, document, measure
+from mmi_bench.gpu_check.target import Detail, OpenTarget, compare, document, measure
 from mmi_bench.machine import describe
 from mmi_deploy.bundle.build_report import read_report
 from mmi_deploy.bundle.bundle import Bundle
@@ -139,9 +139,9 @@ class Check:
 
     def _precision(self, precision: str) -> None:
         """Try the steps of one precision: build, load, compare, document, measure."""
-        opened: list[Tried] = []
+        opened: list[OpenTarget] = []
 
-        def with_engines(work: Callable[[Tried], Detail]) -> Callable[[], Detail]:
+        def with_engines(work: Callable[[OpenTarget], Detail]) -> Callable[[], Detail]:
             return lambda: work(self._opened(opened))
 
         self._try(f"build {precision}", partial(self._build, precision))
@@ -261,7 +261,7 @@ class Check:
         detail = {"report": report.model_dump()} if report else {}
         return f"{target.name}: {len(manifest.graphs)} engines, {size / 1e6:.1f} MB", detail
 
-    def _load(self, precision: str, opened: list[Tried]) -> Detail:
+    def _load(self, precision: str, opened: list[OpenTarget]) -> Detail:
         self._require(self._lacking(gpu=True, tensorrt=True))
         name = self._target(precision).name
         bundle = Bundle.open(self.bundle, unproved=True)
@@ -280,27 +280,27 @@ class Check:
                 tensorrt=module,
             )
 
-        tried = Tried.open(bundle, precision, target)
-        opened.append(tried)
-        tried.runtime.load()
-        plan = tried.target.plan()
+        open_target = OpenTarget.open(bundle, precision, target)
+        opened.append(open_target)
+        open_target.runtime.load()
+        plan = open_target.backend.plan()
         detail = {"plan": {**asdict(plan), "total": plan.total}, "lines": plan.lines()}
         return f"{plan.total / 1e6:.1f} MB of GPU memory", detail
 
-    def _opened(self, opened: list[Tried]) -> Tried:
+    def _opened(self, opened: list[OpenTarget]) -> OpenTarget:
         if not opened:
             loading = next(step for step in reversed(self.steps) if step.name.startswith("load"))
             raise Missing(f"{NO_ENGINES}{loading.line}")
         return opened[0]
 
-    def _compare(self, tried: Tried) -> Detail:
-        line, detail, proofs = compare(tried)
+    def _compare(self, open_target: OpenTarget) -> Detail:
+        line, detail, proofs = compare(open_target)
         if failed := [proof.graph for proof in proofs if not proof.passed]:
             raise EngineError(f"too far from ONNX Runtime: {', '.join(failed)}; {line}")
         return line, detail
 
-    def _measure(self, tried: Tried) -> Detail:
-        return measure(tried, self.repeats)
+    def _measure(self, open_target: OpenTarget) -> Detail:
+        return measure(open_target, self.repeats)
 
 
 def _version(number: int) -> str:

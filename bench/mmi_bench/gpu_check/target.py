@@ -38,37 +38,39 @@ Detail = tuple[str, dict[str, Any]]
 
 
 @dataclass
-class Tried:
-    """Target that is open on a GPU. `again(record)` reopens it, with or without CUDA graphs."""
+class OpenTarget:
+    """Target that is open on a GPU. `reopen(record)` opens it anew, with or without CUDA graphs."""
 
     bundle: Bundle
     precision: str
-    target: TensorRtBackend
+    backend: TensorRtBackend
     runtime: Runtime
-    again: Callable[[bool], TensorRtBackend]
+    reopen: Callable[[bool], TensorRtBackend]
 
     @classmethod
-    def open(cls, bundle: Bundle, precision: str, make: Callable[[bool], TensorRtBackend]) -> Tried:
-        target = make(True)
-        return cls(bundle, precision, target, Runtime.of(bundle, target), make)
+    def open(
+        cls, bundle: Bundle, precision: str, make: Callable[[bool], TensorRtBackend]
+    ) -> OpenTarget:
+        backend = make(True)
+        return cls(bundle, precision, backend, Runtime.of(bundle, backend), make)
 
 
-def compare(tried: Tried) -> tuple[str, dict[str, Any], list[Proof]]:
+def compare(opened: OpenTarget) -> tuple[str, dict[str, Any], list[Proof]]:
     """Compare every graph on recorded and random inputs, as `mmi verify` does, and write the
     receipts into the target. Returns a line, all errors, and the proofs."""
-    proofs = compare_target(tried.bundle, tried.target.manifest, tried.runtime)
-    tried.target.manifest = write_receipts(tried.bundle, tried.target.manifest, proofs)
+    proofs = compare_target(opened.bundle, opened.backend.manifest, opened.runtime)
+    opened.backend.manifest = write_receipts(opened.bundle, opened.backend.manifest, proofs)
     detail = {proof.graph: [asdict(case) for case in proof.cases] for proof in proofs}
     line = ", ".join(f"{proof.graph} {proof.error:.1e}" for proof in proofs)
     return f"relative rms at worst: {line}", {"cases": detail}, proofs
 
 
-def document(tried: Tried) -> Detail:
+def document(opened: OpenTarget) -> Detail:
     """Generate a document on GPU and CPU, greedy and with the same noise, and compare both."""
-    case = case_for(tried)
-    schedule = tried.bundle.schedules[0]
-    on_cpu = Runtime.open(tried.bundle, target=PORTABLE, kernels=NONE)
-    (_, expected), (_, got) = (_taken(r, case, schedule)[:2] for r in (on_cpu, tried.runtime))
+    case = case_for(opened)
+    schedule = opened.bundle.schedules[0]
+    on_cpu = Runtime.open(opened.bundle, target=PORTABLE, kernels=NONE)
+    (_, expected), (_, got) = (_taken(r, case, schedule)[:2] for r in (on_cpu, opened.runtime))
     pairs = list(zip(expected.pictures, got.pictures, strict=False))
     differences = [int(np.abs(a.astype(int) - b).max()) for a, b in pairs]
     same, alike = expected.text == got.text, _alike(expected.text, got.text)
@@ -90,7 +92,7 @@ def document(tried: Tried) -> Detail:
             expected=len(expected.pictures),
             got=len(got.pictures),
         )
-    if tried.precision == EXACT and not (same and max(differences, default=0) <= 1):
+    if opened.precision == EXACT and not (same and max(differences, default=0) <= 1):
         raise EngineError(
             "the document differs from that of ONNX Runtime",
             expected="equal text, pixels within 1/255",
@@ -99,14 +101,14 @@ def document(tried: Tried) -> Detail:
     return line, detail
 
 
-def measure(tried: Tried, repeats: int) -> Detail:
+def measure(opened: OpenTarget, repeats: int) -> Detail:
     """Measure documents with and without CUDA graphs: stages, tokens, steps, first token and
     picture."""
-    case, schedule = case_for(tried), tried.bundle.schedules[0]
+    case, schedule = case_for(opened), opened.bundle.schedules[0]
     detail: dict[str, Any] = {"case": case.to_json(), "schedule": schedule, "repeats": repeats}
     lines = []
     for record in (True, False):
-        runtime = tried.runtime if record else Runtime.of(tried.bundle, tried.again(False))
+        runtime = opened.runtime if record else Runtime.of(opened.bundle, opened.reopen(False))
         _taken(runtime, case, schedule)  # warm-up
         taken = [_taken(runtime, case, schedule) for _ in range(repeats)]
         recorded = runtime.recordings()
@@ -119,10 +121,10 @@ def measure(tried: Tried, repeats: int) -> Detail:
     return f"{lines[0]}; without CUDA graphs {lines[1]}", detail
 
 
-def case_for(tried: Tried) -> Case:
+def case_for(opened: OpenTarget) -> Case:
     """Choose the largest benchmark document that fits the bundle."""
-    config, context = tried.bundle.config, tried.runtime.limits.context
-    room = tried.runtime.limits.images
+    config, context = opened.bundle.config, opened.runtime.limits.context
+    room = opened.runtime.limits.images
     for images, turns, tokens in ((IMAGES, 3, 16), (1, 1, 4), (0, 1, 2)):
         case = Case(DOCUMENT, images, 8 * images, tokens, turns)
         if case.length(config) <= context and images + turns <= room:
