@@ -6,6 +6,8 @@ import re
 import shlex
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,9 @@ def test_files_and_tests_exist(doc: Path) -> None:
             assert word in (sources() if "/" in word else names), word
         if re.fullmatch(r"test_\w+", word):
             assert word in names_of_tests(), word
+        if re.fullmatch(r"mmi_\w+(\.\w+)+", word):
+            module, _, name = word.rpartition(".")
+            assert find_spec(word) or hasattr(import_module(module), name), word
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.stem)
