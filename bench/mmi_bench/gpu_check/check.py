@@ -201,7 +201,7 @@ class Check:
         return self.plugin.name, {"path": str(self.plugin)}
 
     def _lacking(self, *, gpu: bool = False, tensorrt: bool = False) -> list[str]:
-        """Causes why this machine lacks the GPU or TensorRT; empty if it has both."""
+        """Reasons why the requested ones of GPU and TensorRT cannot be used; empty if they can."""
         lines = []
         for wanted, find in (
             (gpu, self.machine.memory),

@@ -50,7 +50,7 @@ class GpuKernel:
         self._functions: dict[Variant, Any] = {}
 
     def missing(self) -> str | None:
-        """Cause why the kernel cannot run on this machine, or None."""
+        """Reason why the kernel cannot run on this machine, or None."""
         return nvrtc.missing("nvrtc")
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:

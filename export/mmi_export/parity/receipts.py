@@ -1,9 +1,10 @@
-"""Compare exported graphs with the PyTorch model, which shares no code with them.
+"""Compare exported graphs with the PyTorch model in its training form.
 
-Every graph is run on random inputs at several sizes and compared with the model in its training
-form: MMFS with its projections unfolded, the language model over whole rows without a cache, each
-picture's context without padding, pictures drawn by diffusers' own schedulers. The function that
-runs the graph is an argument, so that engines are proved by the same code as portable files.
+Every graph is run on random inputs at several sizes. The model computes the expected outputs by
+different code: MMFS with its projections unfolded, the language model over whole rows without a
+cache, each picture's context without padding, pictures drawn by diffusers' own schedulers. The
+function that runs the graph is an argument, so that engines are proved by the same code as
+portable files.
 
 Letters: b batch, t tokens, w wanted positions, n encoded images, m image slots, c channels,
 v visual tokens, x context tokens.
