@@ -308,9 +308,9 @@ def test_another_tokenizer_is_refused(convert, checkpoint):
     refused(convert, checkpoint, "is not the one of this model", "got bos 0, eos 1, pad None")
     (checkpoint / "tokenizer.json").unlink()
     (checkpoint / "tokenizer.model").write_bytes(published.sentencepiece_model(kind=1))
-    refused(convert, checkpoint, "is no byte-pair model")
+    refused(convert, checkpoint, "is not a byte-pair model")
     (checkpoint / "tokenizer.model").write_bytes(b"no model")
-    refused(convert, checkpoint, "is no SentencePiece model")
+    refused(convert, checkpoint, "is not a SentencePiece model")
     (checkpoint / "tokenizer.model").unlink()
     refused(convert, checkpoint, "holds no tokenizer; expected tokenizer.json or tokenizer.model")
 

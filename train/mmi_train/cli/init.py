@@ -125,18 +125,19 @@ def init(
     with extras("init"):
         import torch
 
-        from mmi_train.checkpoint_import.from_clip import read_vision
+        from mmi_train.checkpoint_import.from_clip import read_clip
         from mmi_train.checkpoint_import.from_diffusion import read_diffusion
-        from mmi_train.checkpoint_import.from_llama import read_language_model
-        from mmi_train.checkpoint_import.new_model import Parts, build_model
+        from mmi_train.checkpoint_import.from_llama import read_llama
+        from mmi_train.checkpoint_import.new_model import build_model
+        from mmi_train.checkpoint_import.parts import Parts
 
         if llm.is_file():
             from mmi_train.checkpoint_import.from_gguf import read_gguf
     with shown(remarks(), "reading the parts") as progress:
         decoder = form.image_decoder
         parts = Parts(
-            read_gguf(llm, tokenizer) if llm.is_file() else read_language_model(llm, tokenizer),
-            None if vision is None else read_vision(vision, image_size),
+            read_gguf(llm, tokenizer) if llm.is_file() else read_llama(llm, tokenizer),
+            None if vision is None else read_clip(vision, image_size),
             None
             if diffusion is None
             else read_diffusion(diffusion, decoder.unet, decoder.diffusion),
