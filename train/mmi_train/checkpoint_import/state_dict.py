@@ -152,47 +152,96 @@ def _plan(
     module: nn.Module, published: Mapping[str, TensorLike], theirs: str, ours: str
 ) -> tuple[Plan, list[str]]:
     """The plan of all tensors that fit, and messages about the others."""
-    own, constants = module.state_dict(), dict(module.named_buffers())
-    skips = _skips(module)
-    grid = _other_grid(own, published, theirs, ours)
-    plan = Plan({}, {})
-    extra, wrong = [], []
+    planner = _Planner(module, published, theirs, ours)
     for name in published:
+        planner.add(name)
+    return planner.plan, planner.problems()
+
+
+class _Planner:
+    """A plan while it is made: each published tensor becomes a source, a constant or a misfit."""
+
+    def __init__(
+        self, module: nn.Module, published: Mapping[str, TensorLike], theirs: str, ours: str
+    ) -> None:
+        self.published, self.theirs, self.ours = published, theirs, ours
+        self.own, self.buffers = module.state_dict(), dict(module.named_buffers())
+        self.skips = _skips(module)
+        self.grids = self._resized_grids()
+        self.plan = Plan({}, {})
+        self.unknown: list[str] = []
+        self.wrong: list[str] = []
+
+    def add(self, name: str) -> None:
+        """Plan the published tensor `name`."""
         try:
-            found = rename(theirs + name, skips)
+            found = rename(self.theirs + name, self.skips)
         except WeightsError:
-            extra.append(name)
-            continue
+            self.unknown.append(name)
+            return
+        derived = isinstance(found, DerivedConstant)
         target = found.buffer if isinstance(found, DerivedConstant) else found
-        target = target.removeprefix(ours) if target.startswith(ours) else ""
-        given = published[name]
-        if isinstance(found, DerivedConstant) and target in constants:
-            expected = constants[target]
-            if target == POSITION_IDS.removeprefix(ours):
-                ids = expected.numel() if grid is None else 1 + grid.given**2
-                expected = torch.arange(ids, device="cpu")
-            if problem := _shape_problem(name, given.shape, expected.shape):
-                wrong.append(problem)
-            else:
-                plan.constants[name] = expected
-        elif isinstance(found, DerivedConstant) or target not in own or target in plan.sources:
-            extra.append(name)
+        target = target.removeprefix(self.ours) if target.startswith(self.ours) else ""
+        if derived and target in self.buffers:
+            self._add_constant(name, target)
+        elif not derived and target in self.own and target not in self.plan.sources:
+            self._add_source(name, target)
         else:
-            resized = grid is not None and target == POSITION_TABLE.removeprefix(ours)
-            source = Source(name, own[target].shape, grid.own if grid and resized else None)
-            plan.sources[target] = source
-            problem = None if resized else _shape_problem(name, given.shape, source.shape)
-            problem = problem or _kind_problem(name, given.dtype, own[target])
-            wrong += [problem] if problem else []
-    missing = [_their_name(ours + name, theirs, skips) for name in own if name not in plan.sources]
-    missing += [
-        name for name in _constants_of(module, theirs, ours, skips) if name not in published
-    ]
-    if extra and not plan.sources:
-        return plan, [
-            f"none of its {len(published)} tensors belongs to this model, {extra[0]} first"
+            self.unknown.append(name)
+
+    def _add_constant(self, name: str, target: str) -> None:
+        expected = self.buffers[target]
+        if target == POSITION_IDS.removeprefix(self.ours):
+            ids = expected.numel() if self.grids is None else 1 + self.grids.given**2
+            expected = torch.arange(ids, device="cpu")
+        if problem := _shape_problem(name, self.published[name].shape, expected.shape):
+            self.wrong.append(problem)
+        else:
+            self.plan.constants[name] = expected
+
+    def _add_source(self, name: str, target: str) -> None:
+        given, own, grid = self.published[name], self.own[target], None
+        if self.grids is not None and target == POSITION_TABLE.removeprefix(self.ours):
+            grid = self.grids.own
+        self.plan.sources[target] = Source(name, own.shape, grid)
+        problem = None if grid is not None else _shape_problem(name, given.shape, own.shape)
+        if problem := problem or _kind_problem(name, given.dtype, own):
+            self.wrong.append(problem)
+
+    def problems(self) -> list[str]:
+        """Messages about tensors that are missing, unknown, misshapen or of another kind."""
+        sources = self.plan.sources
+        if self.unknown and not sources:
+            return [
+                f"none of its {len(self.published)} tensors belongs to this model, "
+                f"{self.unknown[0]} first"
+            ]
+        missing = [
+            self._published(name) or f"{self.ours}{name} (ours)"
+            for name in self.own
+            if name not in sources
         ]
-    return plan, misfits(missing, extra, wrong)
+        constants = [self._published(name) for name in self.buffers]
+        missing += [name for name in constants if name and name not in self.published]
+        return misfits(missing, self.unknown, self.wrong)
+
+    def _published(self, name: str) -> str | None:
+        """The published name of our tensor `name`, as this checkpoint spells it."""
+        found = published_name(self.ours + name, self.skips)
+        return None if found is None else found.removeprefix(self.theirs)
+
+    def _resized_grids(self) -> _Grids | None:
+        """The two grids, where CLIP's published position table is of another image size."""
+        table = self.published.get(str(published_name(POSITION_TABLE)).removeprefix(self.theirs))
+        wanted = self.own.get(POSITION_TABLE.removeprefix(self.ours))
+        if table is None or wanted is None or len(table.shape) != 2:
+            return None
+        if table.shape[0] == wanted.shape[0] or table.shape[1] != wanted.shape[1]:
+            return None
+        given = round((table.shape[0] - 1) ** 0.5)
+        if given**2 != table.shape[0] - 1:
+            return None  # not a square grid: refused later for its shape
+        return _Grids(given, round((wanted.shape[0] - 1) ** 0.5))
 
 
 @dataclass(frozen=True)
@@ -201,22 +250,6 @@ class _Grids:
 
     given: int
     own: int
-
-
-def _other_grid(
-    own: Mapping[str, Tensor], published: Mapping[str, TensorLike], theirs: str, ours: str
-) -> _Grids | None:
-    """The two grids, where CLIP's published position table is of another image size; else None."""
-    table = published.get(str(published_name(POSITION_TABLE)).removeprefix(theirs))
-    wanted = own.get(POSITION_TABLE.removeprefix(ours))
-    if table is None or wanted is None or len(table.shape) != 2:
-        return None
-    if table.shape[0] == wanted.shape[0] or table.shape[1] != wanted.shape[1]:
-        return None
-    given = round((table.shape[0] - 1) ** 0.5)
-    if given**2 != table.shape[0] - 1:
-        return None  # not a square grid: refused later for its shape
-    return _Grids(given, round((wanted.shape[0] - 1) ** 0.5))
 
 
 def bare_shape(shape: torch.Size) -> tuple[int, ...]:
@@ -233,12 +266,6 @@ def _skips(module: nn.Module) -> int:
         if isinstance(part, UNet):
             return len(part.look_back) - 1
     return RELEASED_SKIPS
-
-
-def _constants_of(module: nn.Module, theirs: str, ours: str, skips: int) -> list[str]:
-    """Published names of the derived constants that `module` holds as buffers."""
-    names = (published_name(ours + name, skips) for name, _ in module.named_buffers())
-    return [name.removeprefix(theirs) for name in names if name is not None]
 
 
 def _shape_problem(name: str, given: torch.Size, expected: torch.Size) -> str | None:
@@ -270,8 +297,3 @@ def _equal(value: Tensor, expected: Tensor) -> bool:
         expected.detach().float().numpy(),
         CONSTANT_TOLERANCES.get(stored, CONSTANT_TOLERANCES["float32"]),
     ).passed
-
-
-def _their_name(ours: str, theirs: str, skips: int) -> str:
-    name = published_name(ours, skips)
-    return name.removeprefix(theirs) if name else f"{ours} (ours)"
