@@ -58,7 +58,6 @@ class GpuKernel:
         buffers = {
             name: self.memory.from_array(array) for name, array in device_arrays(call).items()
         }
-        buffers["output"] = self.memory.from_array(output_array(call))
         if prod := int(np.prod(workspace_shape(call, self.parts))):
             buffers["workspace"] = self.memory.allocate((prod,), np.float32)
         for launch in launch_plan(call, _addresses(buffers), self.parts):
