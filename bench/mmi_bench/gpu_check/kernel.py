@@ -22,7 +22,6 @@ from mmi_plugins.compile.launch_plan import (
     Variant,
     device_arrays,
     launch_plan,
-    output_array,
     widen,
     workspace_shape,
 )
