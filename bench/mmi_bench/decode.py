@@ -46,7 +46,7 @@ class Decoder:
                 array = draw.standard_normal(shape, np.float32)
             else:
                 array = np.full(shape, max(tensor.min, 0), tensor.dtype)
-            self._buffers[tensor.name] = HOST.hold(array)
+            self._buffers[tensor.name] = HOST.from_array(array)
         self._buffers["visual_index"].read()[...] = -1
         self._slot = start
         outputs = [tensor for tensor in graph.outputs if tensor.name not in graph.in_place]

@@ -17,7 +17,7 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.targets.precision import measure_ranges, recipe, rewrite
-from mmi_deploy.targets.precision.emulation import simulated
+from mmi_deploy.targets.precision.emulation import emulated
 from mmi_deploy.targets.precision.recipes import FLOAT32
 from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.sample_inputs import samples_of
@@ -36,7 +36,7 @@ def simulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int
         if runs := [sample.inputs for sample in samples.get(name, []) if sample.recorded]:
             ranges = measure_ranges(read_model(portable, graph), portable.parent, runs)
         rewrite(chosen, graph, portable, out, runtime=TENSORRT, ranges=ranges)
-        onnx.save(ir.to_proto(simulated(out)), out)
+        onnx.save(ir.to_proto(emulated(out)), out)
 
     def load(graph: Graph) -> Engine:
         return OnnxRuntimeEngine(folder / f"{graph.name}.onnx", graph, OnnxOptions(threads))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmi_deploy.analysis.cost import Total, chosen_sizes, cost, cost_of_file, unchanging
+from mmi_deploy.analysis.cost import Total, chosen_sizes, cost, cost_of_file, loop_invariant
 from mmi_deploy.analysis.shapes import read_graph, sized
 from mmi_deploy.analysis.stored_bytes import as_in_file
 from mmi_deploy.spec.config import ModelConfig
@@ -147,7 +147,7 @@ def repeated_in_step(config: ModelConfig, limits: Limits, file: Path) -> Total:
     contract = graphs(config, limits)["denoise_step"]
     sizes = chosen_sizes(contract, {})
     graph = sized(read_graph(file), contract, sizes)
-    return unchanging(graph, cost(graph, sizes, as_in_file(graph)), CHANGING)
+    return loop_invariant(graph, cost(graph, sizes, as_in_file(graph)), CHANGING)
 
 
 def repeated(config: ModelConfig) -> dict[str, int]:

@@ -178,7 +178,7 @@ def export(
         with shown(remarks()) as progress:
             done = run_export(planned, out, force=force, progress=progress)
     if preset:
-        done.bundle.remember()
+        done.bundle.cache_hashes()
     _print_done(planned, done, out, as_json)
 
 

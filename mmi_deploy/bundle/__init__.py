@@ -1,1 +1,1 @@
-"""The deployed folder: graphs, weights, manifest with checksums and receipts, build reports."""
+"""Bundle: graphs, weights, manifest with checksums and receipts, build reports."""

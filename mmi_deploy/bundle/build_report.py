@@ -1,6 +1,8 @@
-"""What a build tells: per graph the layers, the plugin, sizes, time and memory; kept beside the
-engines as report.json, printed by `mmi build --json`, and read again to describe a bundle's
-targets."""
+"""Build report: layers, plugin, sizes, build time and memory of every graph of a target.
+
+Stored beside the engines as report.json, printed by `mmi build --json`, and read again to describe
+a bundle's targets.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ from mmi_deploy.parity import Proof
 
 REPORT = "report.json"
 PLUGIN_LAYER = "PLUGIN_V3"
+
+# Remarks of a target's report.
 BUILD_ONLY = (
     "built with the build-only plugin: proves parsing and compilation, cannot run. Compile the "
     "plugin with `mmi plugins build tensorrt` and build again"
@@ -29,12 +33,15 @@ class _Model(BaseModel):
 
 
 class GraphReport(_Model):
-    """One engine. layers: of the parsed network by type (nodes by operator in an ONNX target).
-    plugin_layers: those of our plugin. bindings: type of each input and output. seconds and the
-    bytes of memory are those of the build, also when the engine now came out of the cache:
-    peak_bytes with mapped weights, peak_private_bytes without, both above the process before it.
-    profiles: name -> letter -> min, opt, max. error: the worst of comparing the ONNX
-    file that it was made from with the portable graph, as compared_with says."""
+    """Report of one engine.
+
+    layers: layers of the parsed network by type (ONNX targets: nodes by operator). plugin_layers:
+    layers of our plugin among them. bindings: type of each input and output. seconds, peak_bytes,
+    peak_private_bytes: of the build that made the engine, also when this one came from the cache;
+    the peaks are resident memory above that before the build, with and without mapped weights.
+    profiles: name -> letter -> [min, opt, max]. error: worst relative error of the engine's ONNX
+    file against the graph that `compared_with` names.
+    """
 
     graph: str
     key: str = ""
@@ -54,7 +61,7 @@ class GraphReport(_Model):
     tolerance: float | None = None
 
     def with_proof(self, proof: Proof) -> GraphReport:
-        """With the worst case of a comparison of its ONNX file."""
+        """Copy of the report with the worst case of `proof`, a comparison of its ONNX file."""
         _, worst = proof.worst
         return self.model_copy(
             update={
@@ -66,7 +73,7 @@ class GraphReport(_Model):
 
 
 class TargetReport(_Model):
-    """One target. remark: what keeps its engines from being run or trusted, if anything."""
+    """Report of one target. remark: reason why its engines cannot be run or trusted, or ""."""
 
     target: str
     runtime: str
@@ -83,8 +90,11 @@ class TargetReport(_Model):
 
 
 class TargetSummary(_Model):
-    """What a bundle says of one of its targets. receipts: graph -> proved, failed or none. stale:
-    built from another export. report: None where the target was made without one."""
+    """Summary of one target of a bundle.
+
+    receipts: graph -> proved, failed or none. stale: built from another export of the bundle.
+    report: None where the target was written without one.
+    """
 
     target: str
     precision: str
@@ -98,7 +108,7 @@ class TargetSummary(_Model):
 
 
 def read_report(folder: Path) -> TargetReport | None:
-    """The report in a target's folder; None where there is none that can be read."""
+    """Read the report in a target's folder; None where it is missing or unreadable."""
     try:
         return TargetReport.model_validate_json((folder / REPORT).read_bytes())
     except (OSError, ValidationError):
@@ -106,7 +116,7 @@ def read_report(folder: Path) -> TargetReport | None:
 
 
 def describe_targets(bundle: Bundle) -> list[TargetSummary]:
-    """Every target of `bundle`, the stale and damaged ones included. Files are not hashed."""
+    """Summarise every target of `bundle`, stale and damaged ones included, without hashing."""
     identity = bundle.identity
     return [_summary(bundle.target_folder(name), name, identity) for name in bundle.targets]
 
@@ -130,7 +140,7 @@ def _summary(folder: Path, name: str, identity: str) -> TargetSummary:
         graphs=tuple(manifest.graphs),
         receipts=receipts,
         stale=manifest.made_for != identity,
-        # The build's remark is that nothing was run yet, which receipts end.
+        # The build remarks that nothing was run yet, which is no longer so once all are proved.
         remark=report.remark if report and not proved else "",
         report=report,
     )

@@ -1,10 +1,10 @@
-"""A bundle: the folder that is deployed.
+"""Bundle: the folder that is deployed, opened and verified, or written.
 
 bundle.json                configuration, limits, hashes, receipts; see `manifest.py`
 graphs/*.onnx              the portable graphs, weights as safetensors beside them
 schedules/*.safetensors    samplers as tables
 tokenizer.json
-engines/<target>/          what one target needs beyond the portable graphs, with its target.json
+engines/<target>/          engines or graphs of one target, with its target.json
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mmi_deploy.bundle.manifest import (
     Hashes,
     Receipt,
     TargetManifest,
+    cache_hashes,
     check_files,
     check_receipts,
     file_entries,
     hash_of_files,
     read_manifest,
-    remember_files,
     sha256_of,
     write_manifest,
 )
@@ -47,12 +47,17 @@ EXPORT = "mmi export"
 BUILD = "mmi build"
 _TARGET = "target"
 VERIFY = "mmi verify"
+
+# Packages whose versions a manifest records.
 _TOOLS = ("mmi_deploy", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "diffusers")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle, whose files are there and unchanged."""
+    """An opened bundle. Its files were complete and unchanged when it was opened.
+
+    unproved: run graphs without a receipt too.
+    """
 
     folder: Path
     manifest: BundleManifest
@@ -64,32 +69,33 @@ class Bundle:
         folder: Path | str,
         *,
         unproved: bool = False,
-        hashed: Callable[[Path], str] = sha256_of,
+        hash_file: Callable[[Path], str] = sha256_of,
     ) -> Bundle:
-        """Read `folder` and check that it is whole. `hashed` gives the hash of a file.
+        """Read `folder` and verify its checksums. `hash_file`: path -> SHA-256 in hex.
 
-        Raises `BundleError`, one line with the command that mends it: a file is missing or has
-        changed, the format is another, a graph is missing, or (unless `unproved`) has no receipt.
+        Raises `BundleError`, one line that names the command that fixes it: a file is missing or
+        has changed, the format version differs, or a graph is missing or (unless `unproved`) has
+        no receipt.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise BundleError(f"there is no bundle {folder}", fix=f"make one with `{EXPORT}`")
-        folder = folder.absolute()  # the program may change its folder before a graph is loaded
+        folder = folder.absolute()  # graphs are loaded later, perhaps from another working folder
         manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
         _check_parts(folder, manifest)
-        check_files(folder, manifest.files, EXPORT, hashed=hashed)
+        check_files(folder, manifest.files, EXPORT, hash_file=hash_file)
         if not unproved:
             check_receipts(manifest, manifest.graphs, folder, EXPORT)
         return cls(folder, manifest, unproved)
 
-    def verify(self, hashed: Callable[[Path], str] = sha256_of) -> tuple[str, ...]:
-        """Hash every file again, all targets included; raises `BundleError` at the first flaw.
+    def verify(self, hash_file: Callable[[Path], str] = sha256_of) -> tuple[str, ...]:
+        """Hash every file again, all targets included; raises `BundleError` at the first mismatch.
 
-        Returns the targets of which a graph has no receipt: engines that have not been run yet.
+        Returns the targets with a graph that has no receipt: engines that have not been run yet.
         """
-        check_files(self.folder, self.manifest.files, EXPORT, fresh=True, hashed=hashed)
+        check_files(self.folder, self.manifest.files, EXPORT, rehash=True, hash_file=hash_file)
         built = {
-            name: self.target(name, unproved=True, fresh=True, hashed=hashed)
+            name: self.target(name, unproved=True, rehash=True, hash_file=hash_file)
             for name in self.targets
         }
         return tuple(
@@ -117,12 +123,12 @@ class Bundle:
 
     @property
     def schedules(self) -> tuple[str, ...]:
-        """The samplers in it, as the command line spells them; the first is the default."""
+        """Keys of the bundle's schedules (`ddim:20`); the first is the default."""
         return tuple(self.manifest.schedules)
 
     def schedule(self, key: str | None = None) -> Schedule:
-        """One sampler, or the default. Raises `ConfigError` for a key that names no schedule, and
-        `BundleError` that lists those there are for one that is not in the bundle."""
+        """Read one schedule, by default the first. Raises `ConfigError` for a key that cannot be
+        parsed, and `BundleError`, listing those available, for one that is not in the bundle."""
         key = key or self.schedules[0]
         if key not in self.manifest.schedules:
             key = parse_schedule_name(key, self.config.image_decoder.diffusion.steps).key
@@ -135,18 +141,18 @@ class Bundle:
         return read_schedule(self.folder / self.manifest.schedules[key])
 
     def graph_file(self, graph: str) -> Path:
-        """The portable file of `graph`."""
+        """Path of the portable file of `graph`."""
         return self.folder / self.manifest.graphs[graph]
 
     @property
     def remarks(self) -> list[str]:
-        """What whoever runs it should know: what stands in for weights, what a smaller model
-        proves, and which graphs no kernel of ours runs."""
+        """Warnings for the user: placeholder weights, graphs proved on a smaller model only, and
+        graphs that our kernels do not support."""
         found = []
         if self.manifest.weights != "given":
             found.append(
-                f"{self.folder} holds {self.manifest.weights} weights: it shows what the model "
-                "needs, and computes nothing of meaning"
+                f"{self.folder} holds {self.manifest.weights} weights: it shows the model's time "
+                "and memory, and its output means nothing"
             )
         sliced = [
             graph
@@ -158,37 +164,40 @@ class Bundle:
                 f"proved by a slice, the same code on a smaller model: {', '.join(sliced)}"
             )
         found += [
-            f"{graph}: MMFS of {reason}: on the CPU its function runs instead, which is slower"
+            f"{graph}: MMFS has {reason}: on the CPU the operator's ONNX function runs instead of "
+            "the kernel, which is slower"
             for graph, reason in self.beyond_kernels.items()
         ]
         return found
 
     @cached_property
     def beyond_kernels(self) -> dict[str, str]:
-        """Graphs that run the operator's function whatever kernels there are, and why."""
+        """Graphs whose MMFS is outside the kernels' limits -> the reason. Their operator always
+        runs as its ONNX function."""
         return beyond_kernels(self.config)
 
-    def remember(self) -> None:
-        """Spare the next opening its hashes: only names were taken from the files since they were
-        hashed, as when the model folder that they are linked to goes."""
-        remember_files(self.folder, self.manifest.files)
+    def cache_hashes(self) -> None:
+        """Cache the hashes of all files as they are now, unchecked, so that the next `open` skips
+        them: call it where only hard links to the files were removed since they were hashed, which
+        changes their times."""
+        cache_hashes(self.folder, self.manifest.files)
 
-    def check_runs(self) -> None:
-        """Raise `BundleError` when its weights are not those of a model, unless `unproved`."""
+    def check_runnable(self) -> None:
+        """Raise `BundleError` for placeholder weights, unless `unproved`."""
         if self.manifest.weights != "given" and not self.unproved:
             raise BundleError(
                 f"{self.folder} holds {self.manifest.weights} weights, which mean nothing",
-                fix="export the model itself, or run it all the same with --unproved",
+                fix="export the model itself, or run the bundle anyway with --unproved",
             )
 
     @property
     def identity(self) -> str:
-        """Hash of bundle.json, and with it of all that the bundle was exported with."""
+        """SHA-256 of bundle.json, which holds the hashes of all exported files."""
         return sha256_of(self.folder / MANIFEST)
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Targets that engines were built for."""
+        """Names of the targets that were built, sorted."""
         return tuple(
             sorted(path.parent.name for path in self.folder.glob(f"engines/*/{TARGET_MANIFEST}"))
         )
@@ -197,11 +206,11 @@ class Bundle:
         return self.folder / "engines" / target
 
     def build_command(self, target: str) -> str:
-        """The command that builds `target`."""
+        """Command line that builds `target`."""
         return f"{BUILD} {self.folder} {build_options(target)}"
 
     def verify_command(self, target: str) -> str:
-        """The command that writes the receipts of `target`."""
+        """Command line that writes the receipts of `target`."""
         return f"{VERIFY} {self.folder} --target {target}"
 
     def target(
@@ -209,26 +218,27 @@ class Bundle:
         target: str,
         *,
         unproved: bool = False,
-        fresh: bool = False,
-        hashed: Callable[[Path], str] = sha256_of,
+        rehash: bool = False,
+        hash_file: Callable[[Path], str] = sha256_of,
     ) -> TargetManifest:
-        """What was built for `target`; raises `BundleError` if missing, changed, stale, or (unless
-        `unproved`) without receipts. `fresh`, `hashed`: see `check_files`."""
-        folder, mend = self.target_folder(target), self.build_command(target)
-        manifest = read_manifest(folder / TARGET_MANIFEST, TargetManifest, mend)
+        """Read and check the manifest of `target`; raises `BundleError` if the target is missing,
+        changed, stale, or (unless `unproved`) without receipts. `rehash`, `hash_file`: see
+        `check_files`."""
+        folder, fix = self.target_folder(target), self.build_command(target)
+        manifest = read_manifest(folder / TARGET_MANIFEST, TargetManifest, fix)
         if manifest.made_for != self.identity:
             raise BundleError(
                 f"the engines in {folder} were built from another export of this bundle",
-                fix=f"build them again with `{mend}`",
+                fix=f"build them again with `{fix}`",
             )
-        check_files(folder, manifest.files, mend, fresh=fresh, hashed=hashed)
+        check_files(folder, manifest.files, fix, rehash=rehash, hash_file=hash_file)
         if not (unproved or self.unproved):
             check_receipts(manifest, manifest.graphs, folder, self.verify_command(target))
         return manifest
 
 
 def _check_parts(folder: Path, manifest: BundleManifest) -> None:
-    """All that the manifest points at must be among its files."""
+    """Raise `BundleError` unless every graph, schedule and tokenizer of the manifest has a hash."""
     missing = [make.__name__ for make in GRAPHS if make.__name__ not in manifest.graphs]
     if missing or not manifest.schedules:
         raise BundleError(
@@ -238,12 +248,14 @@ def _check_parts(folder: Path, manifest: BundleManifest) -> None:
     named = (*manifest.graphs.values(), *manifest.schedules.values(), manifest.tokenizer)
     for name in named:
         if name not in manifest.files:
-            raise BundleError(f"{folder / MANIFEST} knows no hash of {name}", fix=f"run `{EXPORT}`")
+            raise BundleError(
+                f"{folder / MANIFEST} has no hash of {name}", fix=f"write it again with `{EXPORT}`"
+            )
 
 
 @dataclass
 class _FolderWriter:
-    """Collects what goes into a manifest while the caller writes files under `folder`."""
+    """Collects the entries of a manifest while the caller writes files under `folder`."""
 
     folder: Path
     target: str
@@ -253,8 +265,7 @@ class _FolderWriter:
     _receipts: list[Receipt] = field(default_factory=list)
 
     def share(self, graph: str, names: Iterable[str]) -> None:
-        """Say which files of weights `graph` refers to that are not its own, by their paths in the
-        folder."""
+        """Record the weight files that `graph` shares with other graphs, as paths in the folder."""
         self._shared[graph] = tuple(sorted(names))
 
     def add_receipt(
@@ -264,8 +275,8 @@ class _FolderWriter:
         cases: Iterable[Case],
         scope: Literal["full", "slice"] = "full",
     ) -> Receipt:
-        """Vouch for the file of `graph` and its weights, which differ from it in the suffix alone
-        or are shared, as they are now. They must not be changed afterwards."""
+        """Add a receipt for the file of `graph` and its weights (files with its stem, and shared
+        ones) as they are now. They must not change afterwards, or the receipt becomes invalid."""
         files = file_entries(
             self.folder, self._graphs[graph], self._shared.get(graph, ()), self.hashes
         )
@@ -282,7 +293,7 @@ class _FolderWriter:
 
 
 class BundleWriter(_FolderWriter):
-    """Fills a new bundle. Use `write_bundle`, which puts it in place when all went well."""
+    """Writer of a new bundle. Use `write_bundle`, which puts it in place once it is complete."""
 
     def __init__(self, folder: Path, config: ModelConfig, limits: Limits) -> None:
         super().__init__(folder, PORTABLE)
@@ -295,12 +306,12 @@ class BundleWriter(_FolderWriter):
         (folder / "schedules").mkdir()
 
     def graph_file(self, graph: str) -> Path:
-        """Where to write the portable file of `graph`; its weights go into the same folder."""
+        """Path to write the portable file of `graph` to; its weights go into the same folder."""
         self._graphs[graph] = f"graphs/{graph}.onnx"
         return self.folder / self._graphs[graph]
 
     def add_schedule(self, schedule: Schedule) -> None:
-        """Add a sampler with its time table; the first one added is the default."""
+        """Add a schedule with its time table; the first one added is the default."""
         if schedule.time_table is None:
             raise BundleError(f"schedule {schedule.key} has no time table")
         name = f"schedules/{schedule.name}-{schedule.steps}.safetensors"
@@ -313,7 +324,7 @@ class BundleWriter(_FolderWriter):
             format=FORMAT,
             graphs=self._graphs,
             shared=self._shared,
-            files=file_entries(self.folder, hashed=self.hashes),
+            files=file_entries(self.folder, hash_file=self.hashes),
             weights=self.weights,
             receipts=tuple(self._receipts),
             versions=tool_versions(),
@@ -324,14 +335,14 @@ class BundleWriter(_FolderWriter):
         )
         _check_parts(self.folder, manifest)
         write_manifest(self.folder / MANIFEST, manifest)
-        remember_files(self.folder, manifest.files)
+        cache_hashes(self.folder, manifest.files)
 
 
 class TargetWriter(_FolderWriter):
-    """Fills the folder of one target. Use `write_target`."""
+    """Writer of the folder of one target. Use `write_target`."""
 
     def engine_file(self, graph: str, suffix: str) -> Path:
-        """Where to write the engine of `graph`; what else it needs goes into the same folder."""
+        """Path to write the engine of `graph` to; its other files go into the same folder."""
         self._graphs[graph] = f"{graph}{suffix}"
         return self.folder / self._graphs[graph]
 
@@ -341,7 +352,7 @@ class TargetWriter(_FolderWriter):
             format=FORMAT,
             graphs=self._graphs,
             shared=self._shared,
-            files=file_entries(self.folder, hashed=self.hashes),
+            files=file_entries(self.folder, hash_file=self.hashes),
             receipts=tuple(self._receipts),
             versions=tool_versions(),
             target=self.target,
@@ -361,10 +372,10 @@ def write_bundle(
     force: bool = False,
     inputs: Sequence[Path] = (),
 ) -> Iterator[BundleWriter]:
-    """Write a bundle into a temporary folder that takes the place of `folder` at the end.
+    """Write a bundle into a temporary folder that replaces `folder` at the end.
 
-    Whatever goes wrong, Ctrl-C included, leaves what was there before. `inputs`: what is read on
-    the way, and must not be replaced.
+    An error, or Ctrl-C, leaves `folder` as it was. `inputs`: paths that are read meanwhile and must
+    not be replaced.
     """
     hashes = Hashes()
     with new_folder(folder, force, kind="bundle", inputs=inputs, hashed=hashes) as work:
@@ -375,7 +386,7 @@ def write_bundle(
 
 
 def check_target(bundle: Bundle, target: str) -> None:
-    """Raise `MmiError` where `write_target` would, at the end of long work."""
+    """Raise `MmiError` where `write_target` would refuse the folder: called before long work."""
     check_replaceable(bundle.target_folder(target), None, kind=_TARGET)
 
 
@@ -383,7 +394,7 @@ def check_target(bundle: Bundle, target: str) -> None:
 def write_target(
     bundle: Bundle, target: str, recipe: Mapping[str, str], activations: str = "float32"
 ) -> Iterator[TargetWriter]:
-    """Write `engines/<target>` of a bundle, whole or not at all."""
+    """Write `engines/<target>` of a bundle atomically: complete, or not at all."""
     folder, hashes = bundle.target_folder(target), Hashes()
     with new_folder(folder, None, kind=_TARGET, hashed=hashes) as work:
         writer = TargetWriter(work, target, hashes)
@@ -392,7 +403,7 @@ def write_target(
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of the installed packages that shape a bundle."""
+    """Versions of the installed packages that a bundle's content depends on."""
     found = {}
     for tool in _TOOLS:
         try:

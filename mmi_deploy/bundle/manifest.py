@@ -1,7 +1,7 @@
-"""What is written about a deployment: hashes of its files, and receipts that prove its graphs.
+"""Manifests of a bundle and its targets: file hashes, and receipts that prove their graphs.
 
-A receipt says against what a graph was compared, at which sizes and with what error. It holds one
-hash of the compared graph and its weights, so that it cannot vouch for any others.
+A receipt records the reference that a graph was compared with, the sizes, and the errors. It holds
+one hash over the compared graph and its weights, so it is void once either changes.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from mmi_deploy.system.output_folder import CHECKED
 from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.system.safetensors_reader import reject_duplicates
 
+# Version of the folder's layout; a runtime reads exactly one.
 FORMAT = 1
-"""Version of the folder's layout; a runtime reads exactly one."""
 
+# Target name of the graphs as exported, before any rewrite for an execution provider.
 PORTABLE = "portable"
-"""The target of a graph's own file, before any rewrite for an execution provider."""
 
+# Bytes that are hashed at a time.
 _BLOCK = 2**24
-"""Bytes that are hashed at a time."""
-
 
 Bytes = Annotated[int, Field(ge=0, le=2**50)]
 Size = Annotated[int, Field(ge=0, le=2**32)]
@@ -50,17 +49,17 @@ class _Model(BaseModel):
 
 
 class FileEntry(_Model):
-    """Hash and size in bytes of one file of the folder."""
+    """SHA-256 and size in bytes of one file of the folder."""
 
     sha256: str
     size: Bytes
 
 
 class Receipt(_Model):
-    """Proof that the files of `graph` for `target` compute what `compared_with` computes.
+    """Proof that the files of `graph` for `target` compute the same as `compared_with`.
 
-    `sha256`: of the graph and its weights together, see `hash_of_files`. `scope`: `full` if these
-    files were run; `slice` if they were too large and the same code was run at a smaller size.
+    sha256: of the graph and its weights together, see `hash_of_files`. scope: `full` if these very
+    files were run; `slice` if they were too large, and a smaller model of the same code was run.
     """
 
     graph: str
@@ -76,9 +75,9 @@ class Receipt(_Model):
 
 
 class FolderManifest(_Model):
-    """What the bundle and each of its targets say alike. Paths are relative, with `/`.
+    """Fields that the manifests of a bundle and of a target have in common.
 
-    `shared`: files of weights that several graphs refer to, by graph.
+    Paths are relative, with `/`. shared: graph -> weight files that it shares with other graphs.
     """
 
     format: int
@@ -98,7 +97,7 @@ class FolderManifest(_Model):
         return value
 
     def graph_files(self, graph: str) -> dict[str, FileEntry]:
-        """The file of `graph` and its weights, by name."""
+        """Entries of the file of `graph` and of its weights, by path."""
         path, shared = self.graphs[graph], self.shared.get(graph, ())
         return {
             name: entry
@@ -107,7 +106,7 @@ class FolderManifest(_Model):
         }
 
     def receipt(self, graph: str) -> Receipt | None:
-        """The receipt for the files of `graph` as they are now, if there is one."""
+        """Receipt whose hash is that of the present files of `graph`; None without one."""
         sha256 = hash_of_files(self.graph_files(graph))
         for receipt in self.receipts:
             if receipt.graph == graph and receipt.sha256 == sha256:
@@ -116,20 +115,20 @@ class FolderManifest(_Model):
 
 
 def belongs(name: str, graph_file: str) -> bool:
-    """Whether `name` is `graph_file` or differs from it in the suffix alone, as its weights do."""
+    """Test whether `name` is `graph_file` or has the same stem, as the graph's weights have."""
     return f"{name}.".startswith(f"{PurePosixPath(graph_file).with_suffix('')}.")
 
 
 def hash_of_files(files: Mapping[str, FileEntry]) -> str:
-    """One hash of the names and contents of `files`: that of the lines which `sha256sum` prints for
-    them in the order of their names."""
+    """Combined SHA-256 of names and contents: that of the output of `sha256sum` for the files in
+    the order of their names."""
     lines = (f"{entry.sha256}  {name}\n" for name, entry in sorted(files.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class BundleManifest(FolderManifest):
-    """`bundle.json`. `schedules` maps `NAME:STEPS` to a file; the first is the default. `weights`:
-    whether they are a model's or stand in for one, empty or random."""
+    """`bundle.json`. schedules: `NAME:STEPS` -> file; the first is the default. weights: `given`
+    for a model's own, `empty` or `random` for placeholders."""
 
     weights: Literal["given", "empty", "random"] = "given"
     config: ModelConfig
@@ -148,11 +147,11 @@ class BundleManifest(FolderManifest):
 
 
 class TargetManifest(FolderManifest):
-    """`engines/<target>/target.json`: engines made from the portable graphs for one target.
+    """`engines/<target>/target.json`: engines built from the portable graphs for one target.
 
-    `made_for`: hash of the bundle.json that they were made from. `recipe`: whatever the builder's
-    cache key consists of (precision, architecture, flags). `activations`: the type in which its
-    graphs take and give what `graphs.py` calls activations.
+    made_for: hash of the bundle.json that they were built from. recipe: fields of the builder's
+    cache key (precision, architecture, flags). activations: element type of the tensors that
+    `graphs.py` marks as activations.
     """
 
     target: str
@@ -164,50 +163,50 @@ class TargetManifest(FolderManifest):
 Manifest = TypeVar("Manifest", bound=FolderManifest)
 
 
-def read_manifest(path: Path, kind: type[Manifest], mend: str) -> Manifest:
-    """Read a manifest; raises `BundleError` that ends with the command `mend`."""
+def read_manifest(path: Path, kind: type[Manifest], fix: str) -> Manifest:
+    """Read a manifest; raises `BundleError` that ends with `fix`, the command that writes it."""
     try:
         text = path.read_bytes()
         found = json.loads(text, object_pairs_hook=reject_duplicates)
     except FileNotFoundError:
         raise BundleError(
-            f"{path.parent} is not complete: it holds no {path.name}", fix=f"write it with `{mend}`"
+            f"{path.parent} is not complete: it holds no {path.name}", fix=f"write it with `{fix}`"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
-            f"cannot read {path}: {error}", fix=f"remove it, and write it again with `{mend}`"
+            f"cannot read {path}: {error}", fix=f"remove it, and write it again with `{fix}`"
         ) from None
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT:
         raise BundleError(
-            f"{path} has another format",
+            f"{path} has another format version",
             expected=FORMAT,
             got=f"{version!s:.40}",
-            fix=f"write it with `{mend}`",
+            fix=f"write it with `{fix}`",
         )
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         raise BundleError(
             f"{path} is damaged: {first_flaw(error)}",
-            fix=f"remove it, and write it again with `{mend}`",
+            fix=f"remove it, and write it again with `{fix}`",
         ) from None
 
 
 def manifest_text(manifest: FolderManifest) -> str:
-    """What the file of a manifest holds."""
+    """Manifest as the JSON text of its file."""
     return manifest.model_dump_json(indent=2) + "\n"
 
 
 def write_manifest(path: Path, manifest: FolderManifest) -> None:
-    """Write `path` whole or not at all."""
+    """Write `path` atomically: complete, or not at all."""
     write_file(path, manifest_text(manifest))
 
 
 class Hashes:
-    """Hashes of files, each computed once whatever names it has.
+    """SHA-256 of files; a file with several hard links is hashed once.
 
-    `progress`: told of the bytes of large files.
+    progress: receives the bytes done of files larger than one block.
     """
 
     def __init__(self, progress: Progress = silent) -> None:
@@ -236,22 +235,22 @@ def file_entries(
     folder: Path,
     graph_file: str | None = None,
     shared: Sequence[str] = (),
-    hashed: Callable[[Path], str] = sha256_of,
+    hash_file: Callable[[Path], str] = sha256_of,
 ) -> dict[str, FileEntry]:
-    """Every file under `folder` that is not hidden, or those of one graph, with hash and size."""
+    """Entries of all files under `folder` that are not hidden, or of the files of one graph."""
     entries = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if graph_file and not belongs(name, graph_file) and name not in shared:
             continue
         if path.is_file() and not path.name.startswith("."):
-            entries[name] = FileEntry(sha256=hashed(path), size=path.stat().st_size)
+            entries[name] = FileEntry(sha256=hash_file(path), size=path.stat().st_size)
     return entries
 
 
-def remember_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
-    """What `check_files` would find out: `files` were hashed just now."""
-    _remember(folder, {name: _seen(folder / name, entry) for name, entry in files.items()})
+def cache_hashes(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """Cache the hashes of `files`, which were computed just now, for the next `check_files`."""
+    _write_checked(folder, {name: _seen(folder / name, entry) for name, entry in files.items()})
 
 
 def _seen(path: Path, entry: FileEntry) -> list[object]:
@@ -262,36 +261,37 @@ def _seen(path: Path, entry: FileEntry) -> list[object]:
 def check_files(
     folder: Path,
     files: Mapping[str, FileEntry],
-    mend: str,
+    fix: str,
     *,
-    fresh: bool = False,
-    hashed: Callable[[Path], str] = sha256_of,
+    rehash: bool = False,
+    hash_file: Callable[[Path], str] = sha256_of,
 ) -> None:
-    """Raise `BundleError` for the first file that is missing or changed.
+    """Raise `BundleError` for the first file that is missing or changed; `fix`: the command that
+    writes the files.
 
-    Hashes are computed for files whose size or times are not those of the last check, or for all
-    when `fresh`. The times are that of the content and that of the file's entry, which programs
-    cannot set back; what remains is a disk that forgets, and for that there is `fresh`.
+    A file is hashed if its size, mtime or ctime differs from that of the last check. Programs
+    cannot set back the ctime, so only silent corruption of the disk goes unnoticed: `rehash`
+    hashes every file.
     """
-    checked = {} if fresh else _read_checked(folder)
+    checked = {} if rehash else _read_checked(folder)
     now: dict[str, list[object]] = {}
     for name, entry in files.items():
         try:
             now[name] = _seen(folder / name, entry)
         except OSError:
             raise BundleError(
-                f"{folder} is not complete: {name} is missing", fix=f"write it again with `{mend}`"
+                f"{folder} is not complete: {name} is missing", fix=f"write it again with `{fix}`"
             ) from None
         size = now[name][0]
         if size == entry.size and checked.get(name) == now[name]:
             continue
-        if size != entry.size or hashed(folder / name) != entry.sha256:
+        if size != entry.size or hash_file(folder / name) != entry.sha256:
             raise BundleError(
                 f"{folder / name} has changed since it was written",
-                fix=f"remove it, and write it with `{mend}`",
+                fix=f"remove it, and write it with `{fix}`",
             )
     if now != checked:
-        _remember(folder, now)
+        _write_checked(folder, now)
 
 
 def _read_checked(folder: Path) -> dict[str, list[object]]:
@@ -302,19 +302,21 @@ def _read_checked(folder: Path) -> dict[str, list[object]]:
     return found if isinstance(found, dict) else {}
 
 
-def _remember(folder: Path, checked: dict[str, list[object]]) -> None:
-    """Best effort: a bundle that cannot be written to is hashed each time."""
+def _write_checked(folder: Path, checked: dict[str, list[object]]) -> None:
+    """Cache the result of a check, if possible: a read-only bundle is hashed at every opening."""
     with suppress(OSError):
         write_file(folder / CHECKED, json.dumps(checked))
 
 
-def check_receipts(manifest: FolderManifest, graphs: Iterable[str], where: Path, mend: str) -> None:
-    """Raise `BundleError` for the first graph that nothing proves."""
+def check_receipts(manifest: FolderManifest, graphs: Iterable[str], where: Path, fix: str) -> None:
+    """Raise `BundleError` for the first graph without a receipt that passed; `fix`: the command
+    that writes receipts. `where`: the folder, for the message."""
     for graph in graphs:
         receipt = manifest.receipt(graph)
         if receipt is None or not receipt.passed:
             state = "no receipt" if receipt is None else "a receipt with too large an error"
             raise BundleError(
-                f"{graph} in {where} has {state}: nothing shows that it does what the model does",
-                fix=f"write it with `{mend}`, or run it all the same with --unproved",
+                f"{graph} in {where} has {state}: nothing proves that it computes what the model "
+                "does",
+                fix=f"write it with `{fix}`, or run the graph anyway with --unproved",
             )

@@ -1,1 +1,1 @@
-"""The autoregressive text-and-image loop over the engines of a bundle."""
+"""Runtime: autoregressive generation of text and images with the engines of a bundle."""

@@ -1,7 +1,7 @@
-"""Backend: the engines of one target of a bundle, and where they run.
+"""Backend: the engines of one target of a bundle, and the device that they run on.
 
-`open_backend` finds the class in `mmi_deploy.spec.backends` and the kernels in the package that
-has them; both are imported when they are needed, so that a machine has only what it runs.
+`open_backend` looks up the class in `mmi_deploy.spec.backends` and the kernel library by an entry
+point. Both are imported at first use, so a machine installs only the packages of its backend.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from mmi_deploy.spec.backends import AUTO, CPU, NONE, backend_of
 from mmi_deploy.spec.graphs import Graph, Limits
 from mmi_deploy.system.entry_points import load
 
+# Entry point of the function (backend, kernels) -> path of the kernel library, or None.
 KERNEL_LIBRARY = "mmi_plugins.library:kernel_library"
 
 
 class Backend(Protocol):
-    """Memory, graphs, limits and engines of one target, as a `Runtime` needs them."""
+    """Interface of a backend to `Runtime`: memory, graphs, limits and engines of one target."""
 
-    # The contract as the target keeps it: its limits, its types.
+    # The contract at the target's own limits and element types.
     @property
     def graphs(self) -> Mapping[str, Graph]: ...
 
@@ -40,25 +41,24 @@ class Backend(Protocol):
     def load(self, graph: Graph) -> Engine:
         """Load the engine of one graph. Raises `MmiError`."""
 
-    def stays(self, graph: str) -> bool:
-        """Whether the engine of `graph` stays in memory, rather than take turns with others."""
+    def is_resident(self, graph: str) -> bool:
+        """True if the engine of `graph` stays in memory; False if it is swapped with others."""
 
     def plan(self) -> MemoryPlan | None:
-        """Memory on the device, as far as it is known before engines are loaded; None for the
-        host's."""
+        """Estimate of device memory before engines are loaded; None on the host."""
 
 
 @dataclass(frozen=True)
 class HostBackend:
-    """Engines on the host that a function loads: recorders of inputs, emulated precisions, models
-    of tests."""
+    """Backend on the host whose engines a function loads: to record inputs, emulate precisions, or
+    run fake models in tests."""
 
     graphs: Mapping[str, Graph]
     limits: Limits
     load: Callable[[Graph], Engine]
     memory: Memory = HOST
 
-    def stays(self, graph: str) -> bool:
+    def is_resident(self, graph: str) -> bool:
         return True
 
     def plan(self) -> None:
@@ -74,7 +74,7 @@ def open_backend(
     device: int = 0,
     resident: Collection[str] | None = None,
 ) -> Backend:
-    """Open a target of `bundle`; parameters as of `Runtime.open`. Raises `MmiError`."""
+    """Open a target of `bundle`; parameters as in `Runtime.open`. Raises `MmiError`."""
     check_target(bundle, target)
     row = backend_of(target)
     opened: Backend = load(row.entry_point).open(
@@ -89,9 +89,9 @@ def open_backend(
 
 
 def find_kernel_library(target: str, kernels: str | Path = AUTO) -> Path | None:
-    """The library of kernels (TensorRT: of the plugin) for a target, None for the functions inside
-    the model files. May compile the library for ONNX Runtime, which it says in the log. Raises
-    `MmiError` for a file that is not such a library."""
+    """Find the kernel library (TensorRT: the plugin library) of a target; None runs the ONNX
+    functions inside the model files. May compile the library for ONNX Runtime, which is logged.
+    Raises `MmiError` for a file that is not such a library."""
     if kernels == NONE:
         return None
     found: Path | None = load(KERNEL_LIBRARY)(backend_of(target).name, kernels)

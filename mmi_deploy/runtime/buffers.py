@@ -1,4 +1,4 @@
-"""Memory of tensors, on the host or on a device, that engines read and write where it is."""
+"""Buffers: tensors in host or device memory, which engines read and write without a copy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 
 def element_type(name: DTypeLike) -> np.dtype[Any]:
-    """numpy's type of that name; `bfloat16` is that of `ml_dtypes`. Raises `EngineError`."""
+    """numpy dtype of a name; `bfloat16` comes from `ml_dtypes`. Raises `EngineError`."""
     if name == "bfloat16":
         try:
             import ml_dtypes
@@ -40,7 +40,7 @@ class Buffer:
     owner: object
 
     def rows(self, first: int, last: int) -> Buffer:
-        """Rows `first` to `last` (exclusive) of the outermost dimension, at their address."""
+        """View of rows `first` to `last` (exclusive) of the outermost dimension."""
         if not 0 <= first <= last <= self.shape[0]:
             raise IndexError(f"rows {first}:{last} of {self.shape[0]}")
         row = prod(self.shape[1:]) * self.dtype.itemsize
@@ -48,58 +48,58 @@ class Buffer:
         return replace(self, pointer=self.pointer + first * row, shape=shape)
 
     def reshaped(self, shape: Sequence[int]) -> Buffer:
-        """The same memory seen in another shape of as many elements."""
+        """View of the same memory with another shape of as many elements."""
         if prod(shape) != prod(self.shape):
-            raise ValueError(f"cannot see {self.shape} as {tuple(shape)}")
+            raise ValueError(f"cannot reshape {self.shape} to {tuple(shape)}")
         return replace(self, shape=tuple(shape))
 
     def write(self, array: Array) -> None:
-        """Copy `array`, of the same shape and type, into it."""
+        """Copy `array`, of the same shape and dtype, into the buffer."""
         self.memory.write(self, array)
 
     def read(self) -> Array:
-        """The contents, once all that writes them is done. On the host this is the memory itself:
+        """Read the contents after all enqueued work. On the host the array is a view of the memory:
         copy it to keep it."""
         return self.memory.read(self)
 
     @property
     def bytes(self) -> int:
-        """How many bytes it takes."""
+        """Size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class Memory(Protocol):
-    """Where buffers live. `device` is `cpu` or `cuda`.
+    """Memory that buffers are allocated in. `device` is `cpu` or `cuda`.
 
-    A device works through what it is asked for in order and behind the caller's back: only `read`
-    and `wait` wait for it. What is given to `write` or `hold` may be changed afterwards on a
-    device, and is the memory itself on the host.
+    Device operations are asynchronous and run in order; only `read` and `wait` wait for them. An
+    array passed to `write` or `from_array` may be changed afterwards on a device; on the host
+    `from_array` shares its memory.
     """
 
     device: str
 
     def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
-        """A new buffer of zeros."""
+        """Allocate a buffer of zeros."""
 
-    def hold(self, array: Array) -> Buffer:
-        """A buffer with the contents of `array`; on the host `array` itself."""
+    def from_array(self, array: Array) -> Buffer:
+        """Make a buffer with the contents of `array`; on the host it shares memory with `array`."""
 
     def write(self, buffer: Buffer, array: Array) -> None:
         """Copy `array` into `buffer`."""
 
     def read(self, buffer: Buffer) -> Array:
-        """The contents of `buffer`; on the host its memory itself."""
+        """Read the contents of `buffer`; on the host a view of its memory."""
 
     def copy(self, source: Buffer, target: Buffer, backwards: bool = False) -> None:
-        """Copy `source` into `target`, of the same shape and type and not overlapping;
-        `backwards`: the last row of the outermost dimension first."""
+        """Copy `source` into `target`, which has the same shape and dtype and does not overlap it.
+        backwards: reverse the order of the rows of the outermost dimension."""
 
     def wait(self) -> None:
-        """Return when all that was asked for is done."""
+        """Wait until all enqueued work is done."""
 
 
 def check_alike(buffer: Buffer, other: Buffer | Array) -> None:
-    """Raise `ValueError` unless both have one shape and type, so that one may be copied."""
+    """Raise `ValueError` unless both have the same shape and dtype, as a copy requires."""
     if buffer.shape != other.shape or buffer.dtype != other.dtype:
         raise ValueError(
             f"cannot copy {other.dtype} {other.shape} into {buffer.dtype} {buffer.shape}"
@@ -107,14 +107,14 @@ def check_alike(buffer: Buffer, other: Buffer | Array) -> None:
 
 
 class HostMemory:
-    """Memory of the process: numpy arrays. Zeros cost nothing until they are touched."""
+    """Memory of the process: numpy arrays. The system commits pages of zeros at first access."""
 
     device = "cpu"
 
     def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
-        return self.hold(np.zeros(shape, element_type(dtype)))
+        return self.from_array(np.zeros(shape, element_type(dtype)))
 
-    def hold(self, array: Array) -> Buffer:
+    def from_array(self, array: Array) -> Buffer:
         array = np.ascontiguousarray(array).reshape(np.shape(array))  # keeps scalars 0-dimensional
         return Buffer(self, array.ctypes.data, array.shape, array.dtype, array)
 

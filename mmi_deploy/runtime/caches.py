@@ -1,5 +1,7 @@
-"""What a document keeps between runs: keys and values of its tokens, their hidden states, MMFS
-values of its images, and the place where its pictures are drawn."""
+"""Caches of a session: KV cache, hidden states, MMFS values of images, buffers of the sampler.
+
+Letters: t tokens, n encoded images, c channels.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ import numpy as np
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
 from mmi_deploy.spec.graphs import DEEP, IMAGE_SLOT_PADDING, Graph, Tensor
 
+# Sampler state: input of a denoising step -> output that is this input of the next step.
 _STATE = {"latents": "next_latents", "history": "next_history"}
-"""What a step of denoising reads, and where it writes the same for the next step."""
 
 
 class KvCache:
-    """The LLM's keys and values, one row of `context` slots, written in place by the graph."""
+    """Keys and values of all LLM layers, `context` slots a row.
+
+    The graph writes new tokens into the slots in place: its output is the same buffer.
+    """
 
     def __init__(self, llm: Graph, memory: Memory, batch: int = 1) -> None:
         names = set(llm.in_place.values())
@@ -27,8 +32,10 @@ class KvCache:
 
 
 class HiddenStates:
-    """The LLM's last hidden state of every token, the newest first: so the context of a picture,
-    which is read backwards, is a slice."""
+    """Final hidden state of every token, filled from the end so that the newest comes first.
+
+    A picture's context is the hidden states in reverse order, which makes it a slice: no copy.
+    """
 
     def __init__(self, llm: Graph, memory: Memory, tokens: int) -> None:
         hidden = llm["hidden"]
@@ -37,21 +44,21 @@ class HiddenStates:
         self._tokens = tokens
 
     def write(self, first: int, hidden: Buffer) -> None:
-        """The states [t, c] of the tokens from number `first` on."""
+        """Write `hidden` [t, c], the states of the tokens from index `first` on."""
         last = self._tokens - first
         self._memory.copy(hidden, self._rows.rows(last - hidden.shape[0], last), backwards=True)
 
-    def backwards(self, first: int, last: int) -> Buffer:
-        """Those of the tokens `first` to `last` (exclusive), the last one first: [last - first, c].
-        Valid while the document lives."""
+    def newest_first(self, first: int, last: int) -> Buffer:
+        """View of the states of tokens `first` to `last` (exclusive), the last one first:
+        [last - first, c]. Valid as long as this object."""
         return self._rows.rows(self._tokens - last, self._tokens - first)
 
 
 class ValuePool:
-    """MMFS values of the images of a document, one row per image, written where they are read.
+    """Ring buffer of the MMFS values of a document's images, one row per image.
 
-    A ring: with more images than rows the oldest makes room. Rows are encoded once and shared by
-    every layer, token, step and guidance branch that looks at the image.
+    With more images than rows, a new image overwrites the oldest. The encoder writes into the rows
+    that the LLM or U-Net reads; every token, step and guidance branch shares them.
     """
 
     def __init__(self, tensors: Iterable[Tensor], memory: Memory, rows: int) -> None:
@@ -62,55 +69,58 @@ class ValuePool:
         }
 
     @property
-    def run(self) -> int:
-        """How many rows from that of the next image on lie side by side."""
+    def contiguous(self) -> int:
+        """Number of contiguous rows from that of the next image to the end of the ring."""
         return self.rows - self.slot(self.images)
 
-    def add(self, count: int) -> dict[str, Buffer]:
-        """Where to write the values of the next `count` images, at most `run`: so many rows of each
-        tensor."""
+    def reserve(self, count: int) -> dict[str, Buffer]:
+        """Reserve rows for the next `count` images, at most `contiguous`: tensor name -> buffer
+        [count, ...] to write to."""
         row = self.slot(self.images)
         self.images += count
         return {name: buffer.rows(row, row + count) for name, buffer in self._buffers.items()}
 
     def slot(self, image: int) -> int:
-        """The row of image number `image` of the document."""
+        """Row of image number `image` of the document."""
         return image % self.rows
 
     def buffers(self) -> dict[str, Buffer]:
-        """The rows in use, one at least: graphs want a pool even where nothing is visible. Some
-        more, all zeros, where that leaves fewer different numbers of rows."""
-        used = padded(self.images, self.rows)
+        """Rows in use, rounded up with rows of zeros so that few values of n occur; at least one,
+        as the graphs require n >= 1."""
+        used = padded_count(self.images, self.rows)
         return {name: buffer.rows(0, used) for name, buffer in self._buffers.items()}
 
 
-def padded(images: int, most: int) -> int:
-    """`images`, at most `most`, rounded up to one of few numbers."""
+def padded_count(images: int, most: int) -> int:
+    """Round `images` up to one of `IMAGE_SLOT_PADDING`, or to `most` beyond them."""
     return next((size for size in IMAGE_SLOT_PADDING if images <= size < most), most)
 
 
-class Drawing:
-    """What `denoise_step` reads and writes, at addresses that stay from step to step and from
-    picture to picture."""
+class DrawingBuffers:
+    """Buffers of `denoise_step`, allocated once per session.
+
+    The sampler state alternates between two fixed addresses, so two recorded CUDA graphs per engine
+    serve all steps and pictures of the same shapes.
+    """
 
     def __init__(self, denoise_step: Graph, image_condition: Graph, memory: Memory) -> None:
-        def place(tensor: Tensor) -> Buffer:
+        def allocate(tensor: Tensor) -> Buffer:
             return memory.allocate(tensor.resolve(b=1), tensor.dtype)
 
-        self.state = {name: place(denoise_step[name]) for name in _STATE}
-        self.next_state = {name: place(denoise_step[name]) for name in _STATE.values()}
-        self.still = place(denoise_step["noise"])  # no noise
-        self.deep = place(denoise_step[DEEP])
-        self.condition = {tensor.name: place(tensor) for tensor in image_condition.outputs}
+        self.state = {name: allocate(denoise_step[name]) for name in _STATE}
+        self.next_state = {name: allocate(denoise_step[name]) for name in _STATE.values()}
+        self.zero_noise = allocate(denoise_step["noise"])  # for steps that add no noise
+        self.deep = allocate(denoise_step[DEEP])
+        self.condition = {tensor.name: allocate(tensor) for tensor in image_condition.outputs}
 
     def begin(self, latents: Array) -> None:
-        """Start a picture from `latents` with an empty history."""
+        """Start a picture from `latents`, with an empty history."""
         history = self.state["history"]
         self.state["latents"].write(latents)
         history.write(np.zeros(history.shape, history.dtype))
 
     def swap(self) -> None:
-        """The state after a step is the one that the next step starts from."""
+        """Exchange input and output state: a step's output is the next step's input."""
         before = self.state
         self.state = {old: self.next_state[new] for old, new in _STATE.items()}
         self.next_state = {new: before[old] for old, new in _STATE.items()}

@@ -1,8 +1,8 @@
-"""What runs a graph: one interface, whatever executes it.
+"""Engine: the interface to one graph, implemented by ONNX Runtime and TensorRT.
 
-An engine takes named buffers, checks them against the contract (`mmi_deploy.spec.graphs`) and runs.
-What a `Graph` declares in place shares its buffer with the input; all other outputs go where the
-caller says, or into new buffers.
+An engine checks named buffers against the contract (`mmi_deploy.spec.graphs`), then runs. An output
+that the `Graph` declares in place shares the buffer of its input; other outputs go into the
+caller's buffers, or into new ones.
 """
 
 from __future__ import annotations
@@ -21,35 +21,39 @@ from mmi_deploy.spec.graphs import Graph, Tensor
 
 Buffers = Mapping[str, Buffer | Array]
 
-MOST_SHAPES = 256
-"""Combinations of shapes that an engine remembers; then it forgets them: documents never stop
-differing, and one of the largest LLM takes 20 kB."""
+# Combinations of input shapes cached per engine, after which the cache is cleared: every document
+# adds its own, and an entry of the largest LLM takes 20 kB.
+MAX_SHAPES = 256
 
 
 class Engine(ABC):
-    """One graph, ready to run. Several threads may share it: they take turns."""
+    """One graph, ready to run. Thread-safe: concurrent runs are serialised by a lock."""
 
     def __init__(self, graph: Graph, memory: Memory) -> None:
         self.graph = graph
         self.memory = memory
-        # Launches from a CUDA graph, None where there are none, and why a run was not recorded.
+        # Runs launched from a CUDA graph (None: the engine has none), and the reason why the last
+        # attempt to record one failed.
         self.launches: int | None = None
         self.refusal = ""
-        self._turn: AbstractContextManager[object] = Lock()
+        self._lock: AbstractContextManager[object] = Lock()
         self._known_shapes: dict[tuple[object, ...], dict[str, int]] = {}
 
     def run(
         self, inputs: Buffers, outputs: Mapping[str, Buffer] | None = None
     ) -> dict[str, Buffer]:
-        """Run once and return all outputs that are not in place; on a device it is only begun.
+        """Run once; returns all outputs that are not in place. On a device the run is asynchronous:
+        it is enqueued, and reading a buffer waits for it.
 
-        `inputs`: every input of the graph; arrays are brought to the engine's memory (on the host
-        they are used as they are). `outputs`: buffers to write to. Raises `EngineError` for what
-        does not fit the contract: names, types, shapes, ranges, indices out of range.
+        inputs: every input of the graph; arrays are copied to the engine's memory (on the host they
+        are used directly). outputs: buffers to write to. Raises `EngineError` for a mismatch with
+        the contract: names, types, shapes, ranges, indices out of range.
         """
-        with self._turn:
+        with self._lock:
+            # All checks come before the run: an engine trusts its shapes and indices, and a bad one
+            # would read or write foreign memory.
             held = {
-                name: value if isinstance(value, Buffer) else self._hold(name, value)
+                name: value if isinstance(value, Buffer) else self._to_buffer(name, value)
                 for name, value in inputs.items()
             }
             sizes = self._sizes(held)
@@ -59,23 +63,23 @@ class Engine(ABC):
             self._execute(held, {**written, **shared})
         return written
 
-    def _hold(self, name: str, array: Array) -> Buffer:
-        """The contents of `array` where the engine reads its input `name`."""
-        return self.memory.hold(array)
+    def _to_buffer(self, name: str, array: Array) -> Buffer:
+        """Make a buffer with the contents of `array` that the engine reads as its input `name`."""
+        return self.memory.from_array(array)
 
     @abstractmethod
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        """Run on checked buffers; an output in place has its input's buffer."""
+        """Run on checked buffers; the buffer of an in-place output is that of its input."""
 
     def close(self) -> None:
-        """Give back what the engine holds; it is not run again."""
+        """Free the engine's resources."""
         return
 
     def _sizes(self, held: Mapping[str, Buffer]) -> dict[str, int]:
-        """Sizes of the dynamic dimensions; checked once for each combination of shapes."""
+        """Sizes of the dynamic dimensions, checked once per combination of shapes and cached."""
         key = tuple((name, buffer.shape, buffer.dtype) for name, buffer in held.items())
         if key not in self._known_shapes:
-            if len(self._known_shapes) == MOST_SHAPES:
+            if len(self._known_shapes) == MAX_SHAPES:
                 self._known_shapes.clear()
             self._known_shapes[key] = dynamic_sizes(self.graph, held)
         return self._known_shapes[key]
@@ -99,7 +103,7 @@ class Engine(ABC):
 
 
 def dynamic_sizes(graph: Graph, given: Mapping[str, Buffer]) -> dict[str, int]:
-    """The size of every dynamic dimension, from the inputs' shapes; raises `EngineError`."""
+    """Derive the size of every dynamic dimension from the inputs' shapes; raises `EngineError`."""
     names = {tensor.name for tensor in graph.inputs}
     if wrong := sorted(names ^ set(given)):
         kind = "lacks the input" if wrong[0] in names else "has no input"
@@ -129,7 +133,7 @@ def dynamic_sizes(graph: Graph, given: Mapping[str, Buffer]) -> dict[str, int]:
 
 
 def _fits(tensor: Tensor, shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
-    """Whether `shape` is one of `tensor`; learns the sizes of letters that are new."""
+    """Match `shape` with that of `tensor`; letters not yet in `sizes` are added to it."""
     if len(shape) != len(tensor.shape):
         return False
     for side, size in zip(tensor.shape, shape, strict=True):
@@ -145,8 +149,9 @@ def _fits(tensor: Tensor, shape: tuple[int, ...], sizes: dict[str, int]) -> bool
 
 
 def check_indices(graph: Graph, inputs: Buffers, sizes: Mapping[str, int]) -> None:
-    """Raise `EngineError` for an index out of its range: an engine would read foreign memory, or
-    count it as hidden and give a wrong answer. Only what is on the host can be looked at."""
+    """Raise `EngineError` for an index out of its range, with which an engine would read foreign
+    memory or silently give a wrong result. Buffers on a device are not checked: reading them would
+    wait for the device."""
     for tensor in graph.inputs:
         if tensor.below is None:
             continue

@@ -1,4 +1,4 @@
-"""What `generate` reports, in the order in which it happens."""
+"""Events that `generate` yields."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Literal
 from mmi_deploy.documents.images import Rgb
 from mmi_deploy.runtime.timings import Timings
 
+# end: the model ended the document. stop: a stop text was written. max_tokens, max_images: the
+# limit is reached. context: the next token or picture does not fit. cancelled: by the caller.
 Reason = Literal["end", "stop", "max_tokens", "max_images", "context", "cancelled"]
-"""end: the model ended the document. stop: a stop text came. max_tokens, max_images: the next one
-would be too many. context: it would not fit. cancelled: the caller wanted no more."""
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Text that follows what came before."""
+    """Text to append to the text so far."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ImageStarted:
-    """Picture `index` of the document, given ones counted, will be drawn in `steps` steps."""
+    """Start of a picture. index: among all images of the document, given ones included. steps:
+    number of denoising steps."""
 
     index: int
     steps: int
@@ -30,7 +31,7 @@ class ImageStarted:
 
 @dataclass(frozen=True)
 class ImageProgress:
-    """`step` of `of` steps are done."""
+    """Progress of a picture: `step` of `of` denoising steps are done."""
 
     index: int
     step: int
@@ -39,7 +40,7 @@ class ImageProgress:
 
 @dataclass(frozen=True)
 class ImageDone:
-    """The picture, uint8 [h, w, 3]."""
+    """A finished picture. rgb: uint8 [height, width, 3]."""
 
     index: int
     rgb: Rgb
@@ -47,7 +48,7 @@ class ImageDone:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event: why it ended, what was written and drawn, and how long the stages took."""
+    """Last event. tokens: text tokens written. images: pictures drawn."""
 
     reason: Reason
     tokens: int

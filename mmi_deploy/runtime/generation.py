@@ -1,7 +1,7 @@
-"""The loop: read a document, then write text and draw pictures until something ends it.
+"""Autoregressive generation: read a document, then write text and draw pictures until the end.
 
-Text is written in turns; a turn ends with the begin-of-image token, whose picture is drawn at once
-and read like a given one.
+Text is written in turns. A turn ends with a begin-of-image token; its picture is drawn at once and
+appended like a given one.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ def generate(
     *,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
-    """Read `document` (drawing the pictures that it asks for), then continue it.
+    """Read `document`, drawing the pictures that it asks for, then continue it.
 
-    The last event is `Finished`. `cancelled` is asked before each token and denoising step. Raises
-    `MmiError` when the document does not fit the model.
+    Yields events as they happen; the last one is `Finished`. `cancelled` is polled before each
+    token and denoising step. Raises `MmiError` if the document does not fit the model.
     """
     return _Generation(runtime, document, options, cancelled).run()
 
 
 class _Cancelled(Exception):
-    """Leaves a half-drawn picture."""
+    """Raised to abandon a picture that is being drawn."""
 
 
 class _Generation:
-    """The state of one `generate`."""
+    """State of one `generate` call."""
 
     def __init__(
         self,
@@ -68,8 +68,8 @@ class _Generation:
         self.stream = TextStream(runtime.tokenizer)
         self.stop_text = StopText(options.stop)
         self.turn: list[int] = []  # text tokens since the last picture
-        self.written = 0
-        self.drawn = 0
+        self.written = 0  # text tokens
+        self.drawn = 0  # pictures
 
     def run(self) -> Iterator[Event]:
         try:
@@ -81,7 +81,7 @@ class _Generation:
         yield Finished(reason, self.written, self.drawn, self.session.timings)
 
     def _read(self) -> Iterator[Event]:
-        """Append the document; a picture that it leaves to the model is drawn in its place."""
+        """Append the document; pictures that it leaves to the model are drawn at their places."""
         begun, images = 0, iter(self.encoded.images)
         ids = self.encoded.token_ids.tolist()
         for place, token in enumerate(ids):
@@ -94,16 +94,18 @@ class _Generation:
                 else:
                     yield from self._draw()
         self.session.append_text(ids[begun:])
+        # Decoding depends on the text before, as for the space in front of a word.
         self.stream = TextStream(self.session.runtime.tokenizer, before=ids[begun:])
 
     def _write(self) -> Generator[Event, None, Reason]:
-        """Write and draw until there is a reason to end."""
+        """Write text and draw pictures; returns the reason to end."""
         options, session = self.options, self.session
         drawable = options.max_images
         draw_now = options.draw_first
         while True:
             if self.cancelled():
                 return "cancelled"
+            # The limits are checked before sampling: a token beyond them is never computed.
             if draw_now or len(self.turn) == options.turn_tokens:
                 token = self.tokens.boi
             elif self.written == options.max_tokens:
@@ -134,18 +136,19 @@ class _Generation:
                 return "stop"
 
     def _next_token(self) -> int:
-        """Sample; what must not come yet, or ever, is banned."""
+        """Sample a token, with those banned that may not come now or ever."""
         tokens, options = self.tokens, self.options
         banned = never_sampled(tokens)
         if len(self.turn) < max(options.min_tokens, options.turn_tokens or 0):
             banned |= {*tokens.ends, tokens.boi}
+        # Keyed by the position and not drawn from a stream: the text repeats whatever came before.
         uniform = text_uniform(options.seed, len(self.session.token_ids))
         logits = self.session.next_logits()
         return sample(logits, options.sampling, uniform, seen=self.turn, banned=banned)
 
     def _draw(self) -> Iterator[Event]:
         """Append a begin-of-image token, draw its picture and append it; a new turn begins."""
-        yield from self._rest_of_text()
+        yield from self._rest_of_text()  # before the picture: it belongs in front of it
         session, index = self.session, self.session.images
         session.append_text([self.tokens.boi])
         yield ImageStarted(index, self.steps)
@@ -169,7 +172,7 @@ class _Generation:
         yield ImageDone(index, rgb)
 
     def _rest_of_text(self) -> Iterator[Event]:
-        """What the stream and the stop rule hold back."""
+        """Flush the text that the decoder and the stop texts hold back."""
         text, _ = self.stop_text.feed(self.stream.rest())
         yield from self._text(text + self.stop_text.rest())
 

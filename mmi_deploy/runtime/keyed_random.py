@@ -1,8 +1,7 @@
-"""Every random number of a generation, addressed by what it is for.
+"""Counter-based random numbers of a generation, keyed by their purpose.
 
-A draw depends on (seed, purpose, picture, step) alone and never on how many were made before, so
-that runs repeat, a picture does not change when the text before it is cached, and the PyTorch path
-makes the very same draws.
+A draw depends only on (seed, purpose, picture, step), never on the draws before it: runs are
+reproducible, caching changes nothing, and the PyTorch path makes the same draws.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 
 class Purpose(IntEnum):
-    """What a draw is for. The numbers are part of what a seed means: never renumber them."""
+    """Purpose of a draw. Renumbering would change the result of every seed."""
 
     LATENTS = 0
     STEP_NOISE = 1
@@ -22,10 +21,10 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, picture: int = 0, step: int = 0) -> np.random.Generator:
-    """The stream of one draw.
+    """Generator of one draw.
 
-    Philox is a keyed function of a 256-bit counter: the seed is its key, and the address fills the
-    upper three 64-bit words of the counter, so streams cannot meet before 2^64 draws.
+    Philox is a keyed function of a 256-bit counter. The seed is its key; purpose, picture and step
+    fill the upper three 64-bit words of the counter, so streams overlap only after 2^64 draws.
     """
     counter = np.array([0, purpose, picture, step], dtype=np.uint64)
     key = np.array([seed % 2**64, 0], dtype=np.uint64)
@@ -33,15 +32,15 @@ def generator(seed: int, purpose: Purpose, picture: int = 0, step: int = 0) -> n
 
 
 def first_latents(seed: int, picture: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normal latents that picture number `picture` of a document starts from."""
+    """Standard normal latents to start picture number `picture` of a document from."""
     return generator(seed, Purpose.LATENTS, picture).standard_normal(shape, np.float32)
 
 
 def step_noise(seed: int, picture: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Standard normal noise that an ancestral solver adds at one step."""
+    """Standard normal noise of one step of an ancestral solver."""
     return generator(seed, Purpose.STEP_NOISE, picture, step).standard_normal(shape, np.float32)
 
 
 def text_uniform(seed: int, place: int) -> float:
-    """The uniform number in [0, 1) that chooses the token at `place` of the document."""
+    """Uniform number in [0, 1) that samples the token at position `place` of the document."""
     return float(generator(seed, Purpose.TEXT, step=place).random())

@@ -1,4 +1,4 @@
-"""What a document takes of a GPU's memory, before any of it is taken."""
+"""GPU memory of engines and one document, computed before any of it is allocated."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from mmi_deploy.runtime.buffers import element_type
 from mmi_deploy.spec.graphs import DEEP, Graph, Limits, Tensor
 from mmi_deploy.system.files import size as readable
 
+# Engine that only `--full-every` uses, so no plan counts it.
 SHALLOW = "denoise_shallow"
-"""The engine that only documents with `--full-every` need."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the GPU. weights: engines at a time, by name. caches: what one document keeps.
-    workspace: the scratch block that engines share, None until they are loaded. free: what the GPU
-    had left. device: the GPU's name."""
+    """Bytes on the GPU.
+
+    weights: resident engines, by name. swapped: groups of engines of which one is loaded at a time.
+    caches: buffers of one document. workspace: scratch block that engines share, None before they
+    are loaded. free: free memory when the plan was made. device: name of the GPU.
+    """
 
     weights: Mapping[str, int]
-    guests: Mapping[str, int]
+    swapped: Mapping[str, int]
     caches: Mapping[str, int]
     workspace: int | None
     free: int
@@ -30,38 +33,39 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """All that is there at once; of the engines that take turns, the largest group."""
-        together = sum(self.weights.values()) + max(self.guests.values(), default=0)
+        """Peak: everything at once, with the largest of the groups that are swapped."""
+        together = sum(self.weights.values()) + max(self.swapped.values(), default=0)
         return together + sum(self.caches.values()) + (self.workspace or 0)
 
     def lines(self) -> list[str]:
-        """A table for people."""
+        """Lines of a table for the console."""
         rows = [(f"weights of {name}", size) for name, size in self.weights.items()]
-        rows += [(f"weights of {name}, in turns", size) for name, size in self.guests.items()]
+        rows += [(f"weights of {name}, in turns", size) for name, size in self.swapped.items()]
         rows += list(self.caches.items())
         if self.workspace is not None:
             rows.append(("workspace that engines share", self.workspace))
-        rows += [("in all, at once", self.total), ("free on the GPU", self.free)]
+        rows += [("total, at the peak", self.total), ("free on the GPU", self.free)]
         width = max(len(name) for name, _ in rows)
-        told = [f"{name:<{width}}  {readable(size):>9}" for name, size in rows]
+        lines = [f"{name:<{width}}  {readable(size):>9}" for name, size in rows]
         if self.workspace is None:
-            told.append("and the engines' workspace, which is known when they are loaded")
-        return told
+            lines.append("plus the engines' workspace, which is known once they are loaded")
+        return lines
 
     def check(self) -> None:
-        """Raise `EngineError` where there is not enough."""
+        """Raise `EngineError` if the total exceeds the free memory."""
         if self.total > self.free:
             raise EngineError(
                 "the GPU has too little free memory for this bundle",
                 expected=f"{readable(self.total)} and the engines' workspace",
                 got=readable(self.free),
-                fix="keep fewer engines in it, as with --resident llm, or build smaller ones "
+                fix="keep fewer engines resident, as with --resident llm, or build smaller ones "
                 "with `mmi build --precision int8` or int4",
             )
 
 
 def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> dict[str, int]:
-    """What a `Session` keeps for one document, by what it is. images: rows of the U-Net's pool."""
+    """Bytes of a `Session`'s buffers for one document, by kind. images: rows of the U-Net's value
+    pool."""
     llm, values, step = graphs["llm"], graphs["image_values"], graphs["denoise_step"]
     cached = set(llm.in_place.values())
     sizes = {"b": 1, "t": 1, "w": 1, "v": 1}

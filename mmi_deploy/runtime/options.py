@@ -1,4 +1,4 @@
-"""What a generation is asked for. Without engines, so that the PyTorch path takes the same."""
+"""Options of a generation, shared by the runtime and the PyTorch path."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mmi_deploy.runtime.sampling import TextSampling, check_ranges, check_types
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What to generate, and how.
+    """Options of a generation.
 
-    seed: of all draws. max_tokens: text tokens to write in all. min_tokens: text tokens of a turn
-    before which neither an end nor a picture may come. max_images: pictures to draw beyond those
-    the document asks for. draw_first: begin with a picture. turn_tokens: write exactly so many
-    tokens, then draw, again and again until `max_images` (for measuring). stop: texts that end the
-    generation; they are not given out. temperature, top_k, top_p, repetition_penalty: see
-    `TextSampling`; the penalty counts the tokens of the current turn, as the published code does.
-    schedule: which sampler draws, as in `ddim:20`; None is the bundle's first. guidance:
-    classifier-free guidance scale, 1 for none (the paper's evaluation uses 3.5). full_every: of how
-    many denoising steps one runs the whole U-Net; the others use its deep features again, which is
-    faster and an approximation.
+    seed: of all random draws. max_tokens: text tokens to write in total. min_tokens: text tokens of
+    a turn before the model may end the text or begin a picture. max_images: pictures to draw beyond
+    those the document asks for. draw_first: begin with a picture. turn_tokens: write exactly this
+    number of tokens, then draw, repeatedly until `max_images` (for benchmarks). stop: texts that
+    end the generation; they are not part of the output. temperature, top_k, top_p,
+    repetition_penalty: see `TextSampling`; the penalty applies to tokens of the current turn, as in
+    the published code. schedule: key of the sampler, as `ddim:20`; None for the bundle's first.
+    guidance: scale of classifier-free guidance, 1 for none (the paper's evaluation uses 3.5).
+    full_every: run the whole U-Net at every n-th denoising step and reuse its deep features at the
+    others, a faster approximation.
     """
 
     seed: int = 0
@@ -40,7 +40,7 @@ class GenerationOptions:
     full_every: int = 1
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` for a value of another type or out of range."""
+        """Raise `ConfigError` for a value of a wrong type or out of range."""
         check_types(self)
         check_ranges(
             self,
@@ -52,8 +52,8 @@ class GenerationOptions:
             ("guidance", 0 <= self.guidance <= 100, "0 to 100"),
         )
         if "" in self.stop:
-            raise ConfigError("an empty stop text would stop everything")
-        _ = self.sampling
+            raise ConfigError("an empty stop text would end every generation at once")
+        _ = self.sampling  # checks its own ranges
 
     @property
     def sampling(self) -> TextSampling:

@@ -1,4 +1,4 @@
-"""A bundle made ready to run: its engines, loaded when first needed, its samplers and tokenizer."""
+"""Runtime: the engines, samplers and tokenizer of a bundle, loaded at first use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmi_deploy.spec.schedule import Schedule
 
 @dataclass(frozen=True)
 class BoundSchedule:
-    """A sampler whose tables lie where `denoise_step` reads them."""
+    """A sampler with its tables in the memory of `denoise_step`."""
 
     schedule: Schedule
     coefficients: Buffer
@@ -30,7 +30,7 @@ class BoundSchedule:
 class Runtime:
     """Engines, samplers and tokenizer of one model, shared by any number of sessions.
 
-    Engines are loaded, and `load_schedule` is called, once for each name that is asked for.
+    Each engine is loaded once, at its first use, and so is each schedule. Thread-safe.
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class Runtime:
         load_schedule: Callable[[str | None], Schedule],
         schedules: Collection[str] = (),
     ) -> None:
-        """schedules: the samplers that `load` reads beside the default."""
+        """load_schedule: reads a schedule by its key, None for the default. schedules: keys that
+        `load` reads besides the default."""
         self.config = config
         self.tokenizer = tokenizer
         self.backend = backend
@@ -66,50 +67,52 @@ class Runtime:
         resident: Collection[str] | None = None,
         unproved: bool = False,
     ) -> Runtime:
-        """Open a bundle for one of its targets: `cpu` and the like for ONNX Runtime, or a name such
-        as `tensorrt-sm89-fp16` for a GPU.
+        """Open a bundle for one of its targets.
 
-        target: whose engines run, on the CPU graph by graph where it has any; `portable` takes
-        none. kernels: `auto` finds or compiles the MMFS kernels (for a GPU: finds the plugin),
-        `none` runs the functions inside the model files, or a library file. threads: of the CPU; 0
-        lets ONNX Runtime choose. device: the GPU, from 0. resident: engines that stay on it, as in
-        `mmi_deploy.runtime.tensorrt.engine.GROUPS`; None: all. unproved: run graphs without a
+        target: `cpu` or another CPU target for ONNX Runtime, where graphs without a file of the
+        target run as exported; `portable` for all graphs as exported; a name such as
+        `tensorrt-sm89-fp16` for a GPU. kernels: `auto` finds or compiles the MMFS kernels (GPU:
+        finds the plugin), `none` runs the ONNX functions inside the model files, otherwise the path
+        of a library. threads: CPU threads; 0 lets ONNX Runtime choose. device: index of the GPU.
+        resident: engine groups that stay on the GPU, names of
+        `mmi_deploy.runtime.tensorrt.engine.GROUPS`; None for all. unproved: run graphs without a
         receipt. Raises `MmiError`.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, unproved=unproved)
-        bundle.check_runs()
+        bundle.check_runnable()
         backend = open_backend(
             bundle, target, kernels=kernels, threads=threads, device=device, resident=resident
         )
-        return cls.of(bundle, backend)
+        return cls.from_backend(bundle, backend)
 
     @classmethod
-    def of(cls, bundle: Bundle, backend: Backend) -> Runtime:
-        """The runtime of an opened backend; raises `EngineError` where the device has too little
+    def from_backend(cls, bundle: Bundle, backend: Backend) -> Runtime:
+        """Make the runtime of an opened backend; raises `EngineError` if the device has too little
         memory."""
+        # Before any engine is loaded: loading is slow, and would fail only at its end.
         if (plan := backend.plan()) is not None:
             plan.check()
         tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
         return cls(bundle.config, tokenizer, backend, bundle.schedule, bundle.schedules)
 
     def close(self) -> None:
-        """Give back what engines hold, and keep what they learned for the next time."""
+        """Free the engines, and save RTX's compiled kernels for the next start."""
         with self._loading:
             for engine in self._engines.values():
                 engine.close()
             self._engines.clear()
 
     def engine(self, name: str) -> Engine:
-        """The engine of one graph; loads it the first time."""
+        """Engine of one graph, loaded at its first use."""
         with self._loading:
             if name not in self._engines:
                 self._engines[name] = self.backend.load(self.graphs[name])
             return self._engines[name]
 
     def recordings(self) -> dict[str, dict[str, Any]]:
-        """CUDA graphs of engines on a GPU: launches of each engine from one (`launches`), and the
-        reasons of runs that could not be recorded (`refusals`)."""
+        """Statistics of CUDA graphs: `launches`, engine -> runs launched from a recording, and
+        `refusals`, engine -> the reason why its last attempt to record a run failed."""
         engines = self._engines.items()
         return {
             "launches": {name: e.launches for name, e in engines if e.launches is not None},
@@ -117,23 +120,24 @@ class Runtime:
         }
 
     def load(self) -> None:
-        """Read every sampler, and load every engine that stays, now: the first request does not
-        wait, and on the CPU the bundle's files are needed no more."""
+        """Load all samplers and resident engines now, so that the first request does not wait. On
+        the CPU the bundle's files may be removed afterwards."""
         for key in (None, *self.schedules):
             self.schedule(key)
         for name in self.graphs:
-            if self.backend.stays(name):
+            if self.backend.is_resident(name):
                 self.engine(name)
 
     def schedule(self, key: str | None = None) -> BoundSchedule:
-        """One sampler (`ddim:20`), or the default; raises `BundleError` when there is none such."""
+        """Sampler of a key such as `ddim:20`, or the default; raises `BundleError` for one that is
+        not in the bundle."""
         with self._loading:
             if key not in self._schedules:
                 schedule = self._load_schedule(key)
                 assert schedule.time_table is not None, "a bundle's schedules have time tables"
                 tables = (
-                    self.memory.hold(schedule.coefficients),
-                    self.memory.hold(schedule.time_table),
+                    self.memory.from_array(schedule.coefficients),
+                    self.memory.from_array(schedule.time_table),
                 )
                 self._schedules[key] = BoundSchedule(schedule, *tables)
             return self._schedules[key]

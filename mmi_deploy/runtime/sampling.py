@@ -1,7 +1,9 @@
-"""From logits to the next token, in numpy and in the order of transformers' processors.
+"""Sampling of the next token from logits, in numpy, in the order of transformers' processors.
 
-Repetition penalty, bans, temperature, top-k, top-p, then one uniform number through the inverse
-cumulative distribution.
+Repetition penalty, banned ids, temperature, top-k, top-p, then inverse transform sampling with one
+uniform number.
+
+Letters: u vocabulary.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TextSampling:
-    """How text is sampled.
+    """Parameters of text sampling.
 
-    temperature: 0 takes the likeliest token. top_k: 0 keeps all. top_p: keeps the smallest set of
-    tokens with at least this mass. repetition_penalty: factor on the logits of tokens seen before
+    temperature: 0 is greedy. top_k: 0 keeps all tokens. top_p: keep the smallest set of tokens with
+    at least this probability mass. repetition_penalty: factor on the logits of tokens seen before
     (Keskar et al. 2019), 1 for none.
     """
 
@@ -39,10 +41,10 @@ class TextSampling:
 
     def __post_init__(self) -> None:
         check_types(self)
-        warmth = self.temperature  # nearer to 0 or infinity, logits would be no numbers
+        heat = self.temperature  # nearer to 0 or infinity, scaled logits would overflow
         check_ranges(
             self,
-            ("temperature", warmth == 0 or 0.001 <= warmth <= 1000, "0, or 0.001 to 1000"),
+            ("temperature", heat == 0 or 0.001 <= heat <= 1000, "0, or 0.001 to 1000"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
@@ -74,11 +76,12 @@ def _string(value: object) -> str:
 
 
 def _strings(value: object) -> tuple[str, ...]:
-    if not isinstance(value, tuple | list):  # a string is a sequence too: of its letters
+    if not isinstance(value, tuple | list):  # not any sequence: a string is one of its letters
         raise TypeError
     return tuple(map(_string, value))
 
 
+# Annotation of a field -> its converter, and its name for messages. numpy numbers are accepted.
 _TYPES: dict[str, tuple[Callable[[object], object], str]] = {
     "int": (_whole, "a whole number"),
     "float": (_number, "a number"),
@@ -86,11 +89,10 @@ _TYPES: dict[str, tuple[Callable[[object], object], str]] = {
     "str": (_string, "a string"),
     "tuple[str, ...]": (_strings, 'a tuple of strings, as in ("moves",)'),
 }
-"""What a field of options takes, by how its type is written. numpy's numbers are numbers too."""
 
 
 def check_types(options: DataclassInstance) -> None:
-    """Raise `ConfigError` for the first field whose value is not of its type; others become it."""
+    """Convert every field to its type; raises `ConfigError` for the first that cannot be."""
     for field in fields(options):
         value, written = getattr(options, field.name), str(field.type)
         take, expected = _TYPES[written.removesuffix(" | None")]
@@ -101,48 +103,52 @@ def check_types(options: DataclassInstance) -> None:
         except TypeError:
             got = f"{type(value).__name__} {value!r:.60}"
             raise ConfigError(
-                f"{field.name} is of another type", expected=expected, got=got
+                f"{field.name} has the wrong type", expected=expected, got=got
             ) from None
         object.__setattr__(options, field.name, taken)  # the options are frozen
 
 
 def check_ranges(options: object, *rules: tuple[str, bool, str]) -> None:
-    """Raise `ConfigError` for the first of (field, whether it is good, what is expected) that is
-    not. Not a number is in no range: comparisons say what is good."""
-    for name, good, expected in rules:
-        if not good:
+    """Raise `ConfigError` for the first rule (field, in range, expected) that is not in range.
+
+    Rules compare positively, as NaN fails every comparison.
+    """
+    for name, in_range, expected in rules:
+        if not in_range:
             raise ConfigError(
                 f"{name} is out of range", expected=expected, got=getattr(options, name)
             )
 
 
 def never_sampled(tokens: TokenConfig) -> frozenset[int]:
-    """Ids that no generation samples: `<|image|>`, which stands for an image that is there, and
-    `<s>` and padding, which are never targets in training, unless they end a text."""
+    """Ids that are always banned: `<|image|>`, which only images produce, and `<s>` and padding,
+    which are never targets in training, unless they are end tokens."""
     return frozenset((tokens.image, tokens.bos, tokens.pad)) - {*tokens.ends}
 
 
 def sample(
     logits: Logits,
-    how: TextSampling,
+    sampling: TextSampling,
     uniform: float,
     *,
     seen: Collection[int] = (),
     banned: Collection[int] = (),
 ) -> int:
-    """The next token's id from `logits` [vocab]; `uniform` in [0, 1) decides among the candidates.
+    """Sample the next token's id from `logits` [u] with one number `uniform` in [0, 1).
 
-    `seen`: ids that the repetition penalty applies to. `banned`: ids that never come out.
+    seen: ids that the repetition penalty applies to. banned: ids that are never sampled.
     """
-    scores = without(penalised(logits, seen, how.repetition_penalty), banned)
-    if how.temperature == 0:
+    scores = ban(penalise_repetition(logits, seen, sampling.repetition_penalty), banned)
+    if sampling.temperature == 0:
         return int(scores.argmax())
-    scores = nucleus(largest(scores / np.float32(how.temperature), how.top_k), how.top_p)
-    return inverse_cumulative(softmax(scores), uniform)
+    scores = keep_top_p(
+        keep_top_k(scores / np.float32(sampling.temperature), sampling.top_k), sampling.top_p
+    )
+    return inverse_cdf(softmax(scores), uniform)
 
 
-def penalised(logits: Logits, seen: Collection[int], penalty: float) -> Logits:
-    """Make seen tokens less likely: positive logits divided by the penalty, others multiplied."""
+def penalise_repetition(logits: Logits, seen: Collection[int], penalty: float) -> Logits:
+    """Divide positive logits of the ids in `seen` by the penalty, and multiply negative ones."""
     if penalty == 1 or not seen:
         return logits
     scores, ids = logits.copy(), list(set(seen))
@@ -150,8 +156,8 @@ def penalised(logits: Logits, seen: Collection[int], penalty: float) -> Logits:
     return scores
 
 
-def without(logits: Logits, banned: Collection[int]) -> Logits:
-    """Minus infinity for the banned ids."""
+def ban(logits: Logits, banned: Collection[int]) -> Logits:
+    """Set the logits of banned ids to minus infinity."""
     if not banned:
         return logits
     scores = logits.copy()
@@ -159,33 +165,34 @@ def without(logits: Logits, banned: Collection[int]) -> Logits:
     return scores
 
 
-def largest(logits: Logits, count: int) -> Logits:
-    """Keep the `count` largest logits, and those equal to the least of them; 0 keeps all."""
+def keep_top_k(logits: Logits, count: int) -> Logits:
+    """Top-k: keep the `count` largest logits and ties with the smallest of them; 0 keeps all."""
     if not 0 < count < len(logits):
         return logits
-    least = np.partition(logits, -count)[-count]
-    return np.where(logits < least, -np.inf, logits).astype(logits.dtype)
+    smallest = np.partition(logits, -count)[-count]
+    return np.where(logits < smallest, -np.inf, logits).astype(logits.dtype)
 
 
-def nucleus(logits: Logits, mass: float) -> Logits:
-    """Keep the likeliest tokens until their probabilities reach `mass`, one at least."""
+def keep_top_p(logits: Logits, mass: float) -> Logits:
+    """Top-p: keep the most probable tokens until their probabilities reach `mass`, at least one."""
     if mass >= 1:
         return logits
     order = np.argsort(logits, kind="stable")  # least likely first
     tail = np.cumsum(softmax(logits[order]))
     dropped = order[:-1][tail[:-1] <= 1 - mass]
-    return without(logits, dropped.tolist())
+    return ban(logits, dropped.tolist())
 
 
 def softmax(logits: Logits) -> NDArray[np.float64]:
-    """Probabilities in float64, so that their sum does not depend on the size of the vocabulary."""
+    """Probabilities in float64: in float32, rounding of the sum would grow with the vocabulary."""
     powers = np.exp(logits.astype(np.float64) - logits.max())
     return powers / powers.sum()
 
 
-def inverse_cumulative(probabilities: NDArray[np.float64], uniform: float) -> int:
-    """The first id whose cumulative probability exceeds `uniform`; never one of probability 0."""
+def inverse_cdf(probabilities: NDArray[np.float64], uniform: float) -> int:
+    """First id whose cumulative probability exceeds `uniform`; never one of probability 0."""
     cumulative = np.cumsum(probabilities)
     chosen = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
-    last = np.flatnonzero(probabilities)[-1]  # where rounding brings the product up to the sum
+    # Rounding may bring the product up to the sum, whose position lies beyond the last id.
+    last = np.flatnonzero(probabilities)[-1]
     return int(min(chosen, last))

@@ -1,6 +1,7 @@
-"""One document in the making: everything it has computed so far is kept, and it only ever grows.
+"""Session: one document that only grows, with its KV cache, image values and hidden states.
 
-Letters: t tokens, m images, n rows of a value pool, c width of the LLM, x tokens of context.
+Letters: t tokens, n encoded images, m image slots, c channels, v visual tokens, x context tokens,
+u vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from mmi_deploy.documents.images import Rgb, as_rgb, resize, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
-from mmi_deploy.runtime.caches import Drawing, HiddenStates, KvCache, ValuePool, padded
+from mmi_deploy.runtime.caches import DrawingBuffers, HiddenStates, KvCache, ValuePool, padded_count
 from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.timings import Timings
@@ -25,9 +26,10 @@ Logits = NDArray[np.float32]
 
 
 class Session:
-    """Appends text and images to one document, gives the next token's logits, draws pictures.
+    """Appends text and images to one document, computes the next token's logits, draws pictures.
 
-    Tokens wait until something needs them: a prompt of many parts is one run of the LLM.
+    Appending is lazy: images are encoded and tokens pass through the LLM once logits or a picture
+    are asked for, so a prompt of many parts is a single prefill.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -50,51 +52,55 @@ class Session:
         )
         llm = runtime.graphs["llm"]
         self._hidden = HiddenStates(llm, memory, self.limits.context)
-        # Where a run of one token reads and writes: it stays, so that such runs can be replayed.
-        self._one_hidden = _one(llm, "hidden", memory)
-        self._logits = _one(llm, "logits", memory)
-        self._no_visual = _one(llm, "visual_tokens", memory)
-        self._drawing: Drawing | None = None
-        self._done = 0  # tokens that the LLM has seen
-        self._marks: list[int] = []  # the `<s>` and begin-of-image tokens among them
-        # What the next token sees, where the last one read was no such token: nothing has changed.
-        self._sight: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
-        self._unencoded: list[Array] = []  # pixels [3, side, side] of the images that wait
-        self._unread: list[Buffer] = []  # visual tokens of those that were encoded since
+        # Fixed buffers of a decode step: with the same addresses at each token, the step can be
+        # replayed as a CUDA graph.
+        self._one_hidden = _allocate_single(llm, "hidden", memory)
+        self._logits = _allocate_single(llm, "logits", memory)
+        self._no_visual_tokens = _allocate_single(llm, "visual_tokens", memory)
+        self._drawing: DrawingBuffers | None = None
+        self._processed = 0  # tokens in the KV cache
+        self._markers: list[int] = []  # the `<s>` and begin-of-image tokens among them
+        # Image slots and positions of the last token, which later text inherits; None after `<s>`
+        # or a begin-of-image token, which change them.
+        self._visible: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
+        self._pending_pixels: list[Array] = []  # [3, height, width], not encoded yet
+        self._pending_visual_tokens: list[Buffer] = []  # [n, visual_tokens, c], not in the LLM yet
 
     @property
     def room(self) -> int:
-        """Tokens that still fit."""
+        """Number of tokens that still fit."""
         return self.limits.context - len(self.token_ids)
 
     @property
     def images(self) -> int:
-        """Images in the document, given and drawn."""
-        return self._llm_values.images + len(self._unencoded)
+        """Number of images in the document, given and drawn."""
+        return self._llm_values.images + len(self._pending_pixels)
 
     @property
     def image_open(self) -> bool:
-        """Whether the document ends with a begin-of-image token, so that an image comes next."""
+        """True if the document ends with a begin-of-image token, so that an image must follow."""
         return bool(self.token_ids) and self.token_ids[-1] == self.config.tokens.boi
 
     def append_text(self, token_ids: Sequence[int]) -> None:
         """Append tokens: text, `<s>`, or the begin-of-image token of a picture to be drawn.
 
-        Raises `DocumentError` when they do not fit, or are not followed as they must be.
+        Raises `DocumentError` if they do not fit, or an image is missing after its begin-of-image
+        token.
         """
         tokens = self.config.tokens
         ids = [int(token) for token in token_ids]
         if tokens.image in ids:
-            raise DocumentError("image tokens come from images alone", fix="use append_image")
+            raise DocumentError("image tokens come from images alone", fix="call append_image")
         if ids and (self.image_open or tokens.boi in ids[:-1]):
             raise DocumentError("an image must follow its begin-of-image token")
         self._append(ids)
 
     def append_image(self, rgb: Rgb) -> None:
-        """Append an image, uint8 [h, w, 3] of any size: its begin-of-image token unless the
-        document ends with one, and its visual tokens. It is encoded once, when it is first needed.
+        """Append an image, uint8 [height, width, 3] of any size: its begin-of-image token unless
+        the document ends with one, and its image tokens. It is encoded once, before the next run of
+        the LLM.
 
-        Raises `DocumentError` when there is no room for it, or it is no picture.
+        Raises `DocumentError` if the image does not fit, or is not a picture.
         """
         rgb = as_rgb(rgb)
         tokens, count = self.config.tokens, self.config.visual_tokens
@@ -103,9 +109,9 @@ class Session:
             raise DocumentError(
                 "the document has too many images", expected=f"at most {self.limits.images}"
             )
-        self._append(ids)
+        self._append(ids)  # may raise, so before the pixels: an error leaves the session as it was
         side = self.config.vision.image_size
-        self._unencoded.append(
+        self._pending_pixels.append(
             to_pixels(rgb if rgb.shape == (side, side, 3) else resize(rgb, side))
         )
 
@@ -119,36 +125,40 @@ class Session:
             )
         self.token_ids += ids
 
-    def _encode_waiting(self) -> None:
-        """Values into the pools and visual tokens [n, visual_tokens, c] of the images that wait, as
-        many at a time as the graphs take and as lie side by side in the pools."""
+    def _encode_pending(self) -> None:
+        """Encode the pending images: MMFS values into the pools, visual tokens for the LLM.
+
+        A batch is limited by the graphs, and by the rows that are contiguous in both ring buffers.
+        """
         pools = (self._llm_values, self._unet_values)
-        while self._unencoded:
-            count = min(self.limits.batch, len(self._unencoded), *(pool.run for pool in pools))
-            pixels = np.stack(self._unencoded[:count])
+        while self._pending_pixels:
+            count = min(
+                self.limits.batch, len(self._pending_pixels), *(pool.contiguous for pool in pools)
+            )
+            pixels = np.stack(self._pending_pixels[:count])
             with self._measure("encode", count):
-                seen = self.runtime.engine("vision_encoder").run({"pixels": pixels})
-                rows = {**self._llm_values.add(count), **self._unet_values.add(count)}
-                self.runtime.engine("image_values").run({"features": seen["features"]}, rows)
-            del self._unencoded[:count]
-            self._unread.append(seen["visual_tokens"])
+                encoded = self.runtime.engine("vision_encoder").run({"pixels": pixels})
+                rows = {**self._llm_values.reserve(count), **self._unet_values.reserve(count)}
+                self.runtime.engine("image_values").run({"features": encoded["features"]}, rows)
+            del self._pending_pixels[:count]
+            self._pending_visual_tokens.append(encoded["visual_tokens"])
 
     def next_logits(self) -> Logits:
-        """Logits [vocab] of the token that follows. Valid until the document grows."""
+        """Logits [u] of the next token. A view on the host: valid until the document grows."""
         if not self.token_ids:
             raise DocumentError("an empty document has no next token", fix="begin with `<s>`")
-        self._read_waiting()
+        self._run_pending()
         logits: Logits = self._logits.read()[0, 0]
         check_finite(logits, f"the logits after {len(self.token_ids)} tokens")
         return logits
 
-    def _read_waiting(self) -> None:
-        """Run the LLM over the tokens that wait: one run, whatever they are."""
-        ids = self.token_ids[self._done :]
+    def _run_pending(self) -> None:
+        """Run the LLM once over all pending tokens, which fills their slots of the KV cache."""
+        ids = self.token_ids[self._processed :]
         if not ids:
             return
-        self._encode_waiting()
-        first, last, count = self._done, len(self.token_ids), len(ids)
+        self._encode_pending()  # before the buffers below are taken: encoding fills the value pool
+        first, last, count = self._processed, len(self.token_ids), len(ids)
         tokens, engine = self.config.tokens, self.runtime.engine("llm")
         visual_tokens, visual_index = self._visual(ids)
         slot, position = self._visible_images(ids)
@@ -166,44 +176,46 @@ class Session:
             **self._cache.buffers,
         }
         outputs = {"logits": self._logits}
-        if count == 1:
+        if count == 1:  # a decode step: all of its addresses are fixed, see __init__
             outputs["hidden"] = self._one_hidden
         with self._measure("prefill" if count > 1 else "decode", count):
             hidden = engine.run(inputs, outputs)["hidden"]  # [1, t, c]
             self._hidden.write(first, hidden.reshaped(hidden.shape[1:]))
-        self._done = last
-        self._marks += [token for token in ids if token in (tokens.bos, tokens.boi)]
-        self._sight = None if ids[-1] in (tokens.bos, tokens.boi) else (slot, position[:, -1:])
-        self._unread.clear()
+        # Last: if the run raised, its tokens stay pending, and the next run overwrites their slots.
+        self._processed = last
+        self._markers += [token for token in ids if token in (tokens.bos, tokens.boi)]
+        self._visible = None if ids[-1] in (tokens.bos, tokens.boi) else (slot, position[:, -1:])
+        self._pending_visual_tokens.clear()
 
     def _visual(self, ids: list[int]) -> tuple[Buffer, NDArray[np.int64]]:
-        """Visual tokens of the waiting images [v, c], and which of them each token is [1, t]."""
+        """Visual tokens of the pending images [v, c], and the row of it for each of `ids` [1, t];
+        -1 for text."""
         is_image = np.array([ids]) == self.config.tokens.image
         index = np.where(is_image, is_image.cumsum() - 1, -1)
-        images = sum(tokens.shape[0] for tokens in self._unread)
+        images = sum(tokens.shape[0] for tokens in self._pending_visual_tokens)
         if not images:
-            return self._no_visual, index
-        memory, (count, width) = self.runtime.memory, self._unread[0].shape[1:]
-        joined = memory.allocate((images, count, width), self._unread[0].dtype)
+            return self._no_visual_tokens, index
+        memory, (count, width) = self.runtime.memory, self._pending_visual_tokens[0].shape[1:]
+        joined = memory.allocate((images, count, width), self._pending_visual_tokens[0].dtype)
         first = 0
-        for tokens in self._unread:
+        for tokens in self._pending_visual_tokens:
             memory.copy(tokens, joined.rows(first, first + tokens.shape[0]))
             first += tokens.shape[0]
         return joined.reshaped((images * count, width)), index
 
     def _visible_images(self, ids: list[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Rows of the pool [1, m] and relative positions [1, t, m] for the waiting tokens.
+        """Rows of the value pool [1, m] and relative positions [1, t, m] for the pending tokens.
 
-        Only where documents and images begin matters, so earlier tokens are left out except these:
-        what is found for the new ones is the same as over the whole row.
+        Relative positions depend only on where documents and images begin, so of the earlier tokens
+        only `<s>` and begin-of-image tokens are kept: the result equals that over the whole row.
         """
         tokens, seen = self.config.tokens, self.config.llm_mmfs.images_seen
-        if self._sight is not None and tokens.bos not in ids and tokens.boi not in ids:
-            slot, position = self._sight
+        if self._visible is not None and tokens.bos not in ids and tokens.boi not in ids:
+            slot, position = self._visible
             return slot, position.repeat(len(ids), axis=1)
-        row = np.array([self._marks + ids])
+        row = np.array([self._markers + ids])
         begun = int((row == tokens.boi).sum())
-        position = image_positions(row, tokens, begun, seen)[:, len(self._marks) :]
+        position = image_positions(row, tokens, begun, seen)[:, len(self._markers) :]
         images = np.flatnonzero(position.any(axis=(0, 1)))
         slots = [self._llm_values.slot(int(image)) for image in images]
         return pad_images(np.array(slots, np.int32), position[:, :, images], self.limits.images)
@@ -218,10 +230,10 @@ class Session:
     ) -> Rgb:
         """Draw the picture that the document's last token begins, and append it.
 
-        schedule: which sampler, as in `Runtime.schedule`. guidance: 1 is none. full_every: of how
-        many steps one runs the whole U-Net; the others use its deep features again, which is an
-        approximation. on_step(step, of) is called after each step, `step` from 1. Returns uint8
-        [h, w, 3].
+        schedule: key of a sampler, as in `Runtime.schedule`. guidance: scale of classifier-free
+        guidance, 1 for none. full_every: run the whole U-Net at every n-th step, and reuse its deep
+        features at the others, which is an approximation. on_step(step, of): called after each
+        step, `step` from 1. Returns uint8 [height, width, 3].
         """
         steps = self.draw_steps(schedule, guidance, seed, full_every)
         while True:
@@ -235,23 +247,23 @@ class Session:
     def draw_steps(
         self, schedule: str | None, guidance: float, seed: int, full_every: int = 1
     ) -> Generator[tuple[int, int], None, Rgb]:
-        """`draw` in steps: yields (step, of) after each and returns the picture, not appended.
+        """`draw` as a generator: yields (step, of) after each step and returns the picture.
 
-        The same document and seed give the same picture; nothing is appended, so abandoning it
-        leaves the document as it was. A session draws one picture at a time.
+        The same document and seed give the same picture. The picture is not appended, so closing
+        the generator leaves the document as it was. A session draws one picture at a time.
         """
         if not self.image_open:
             raise DocumentError(
                 "a picture can only be drawn after a begin-of-image token", fix="append it first"
             )
         bound = self.runtime.schedule(schedule)
-        self._read_waiting()
-        picture = self.images
-        drawing = self._place_to_draw()
+        self._run_pending()
+        picture = self.images  # index of the new picture: part of the key of its random draws
+        drawing = self._drawing_buffers()
         with self._measure("condition"):
             self.runtime.engine("image_condition").run(self._context(), drawing.condition)
         slot, position = self._earlier_pictures()
-        shape = drawing.still.shape
+        shape = drawing.zero_noise.shape
         drawing.begin(first_latents(seed, picture, shape) * bound.schedule.initial_sigma)
         full = self.runtime.engine("denoise_step")
         shallow = self.runtime.engine("denoise_shallow") if full_every > 1 else full
@@ -269,13 +281,14 @@ class Session:
         for step in range(steps):
             with self._measure("denoise"):
                 noisy = bound.schedule.draws_noise(step)
-                noise = step_noise(seed, picture, step, shape) if noisy else drawing.still
+                noise = step_noise(seed, picture, step, shape) if noisy else drawing.zero_noise
                 given = {**constant, **drawing.state, "noise": noise}
                 given["step"] = np.array(step, np.int64)
                 engine = full if step % full_every == 0 else shallow
+                # The shallow graph takes a subset of the whole one's inputs, and `deep` besides.
                 inputs = {tensor.name: given[tensor.name] for tensor in engine.graph.inputs}
                 engine.run(inputs, {**drawing.next_state, DEEP: drawing.deep})
-                drawing.swap()
+                drawing.swap()  # double buffering: a step must not overwrite what it reads
             yield step + 1, steps
         with self._measure("vae"):
             decoded = self.runtime.engine("vae_decoder").run({"latents": drawing.state["latents"]})
@@ -283,20 +296,20 @@ class Session:
         check_finite(pixels, f"the pixels of picture {picture}")
         return to_rgb(pixels)
 
-    def _place_to_draw(self) -> Drawing:
+    def _drawing_buffers(self) -> DrawingBuffers:
         graphs = self.runtime.graphs
         if self._drawing is None:
-            self._drawing = Drawing(
+            self._drawing = DrawingBuffers(
                 graphs["denoise_step"], graphs["image_condition"], self.runtime.memory
             )
         return self._drawing
 
     def _context(self) -> dict[str, Buffer | Array]:
-        """Hidden states from the last token backwards to its `<s>`: [1, x, c], and x."""
+        """Hidden states of the current document, newest first, [1, x, c], and x [1]."""
         bos = self.config.tokens.bos
         ids = self.token_ids
         first = len(ids) - 1 - ids[::-1].index(bos) if bos in ids else 0
-        context = self._hidden.backwards(first, len(ids))
+        context = self._hidden.newest_first(first, len(ids))
         return {
             "context": context.reshaped((1, *context.shape)),
             "context_length": np.array([len(ids) - first], np.int64),
@@ -304,28 +317,30 @@ class Session:
 
     @contextmanager
     def _measure(self, stage: str, count: int = 1) -> Iterator[None]:
-        """Time the block as a run of `stage`, until the device has done what the block asks for."""
+        """Time the block as one run of `stage`, up to the completion of the device's work."""
         with self.timings.measure(stage, count):
             yield
             self.runtime.memory.wait()
 
     def _earlier_pictures(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Rows of the U-Net's pool and relative positions, both [1, m], for the open picture."""
-        row, seen = np.array([self._marks]), self._unet_values.rows
+        """Rows of the U-Net's value pool and relative positions, both [1, m], for the picture to be
+        drawn."""
+        row, seen = np.array([self._markers]), self._unet_values.rows
         position = picture_positions(row, self.config.tokens, self.images + 1, seen)[:, -1]
         images = np.flatnonzero(position[0])
         slots = np.array([self._unet_values.slot(int(image)) for image in images], np.int32)
         return pad_images(slots, position[:, images], seen)
 
 
-def _one(graph: Graph, name: str, memory: Memory) -> Buffer:
-    """A place for tensor `name` of one row, token and logit."""
+def _allocate_single(graph: Graph, name: str, memory: Memory) -> Buffer:
+    """Allocate tensor `name` for one row, token and logit."""
     tensor = graph[name]
     return memory.allocate(tensor.resolve(b=1, t=1, w=1, v=1), tensor.dtype)
 
 
 def check_finite(array: Array, what: str) -> None:
-    """Raise `EngineError` for NaN or infinity: they must not pass for a text or a black picture."""
+    """Raise `EngineError` for NaN or infinity, which would become arbitrary text or a black
+    picture."""
     if not np.isfinite(array).all():
         raise EngineError(
             f"{what} are not finite",
@@ -336,7 +351,8 @@ def check_finite(array: Array, what: str) -> None:
 def pad_images(
     slot: NDArray[np.int32], position: NDArray[np.int32], most: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Slots [m] and positions [1, ..., m] with m padded by hidden images, so that few m occur."""
-    missing = padded(len(slot), most) - len(slot)
+    """Pad slots [m] and positions [1, ..., m] with hidden images (position 0), so that few values
+    of m occur. Returns slots [1, m]."""
+    missing = padded_count(len(slot), most) - len(slot)
     before = [(0, 0)] * (position.ndim - 1)
     return np.pad(slot, (0, missing))[None], np.pad(position, [*before, (0, missing)])

@@ -1,4 +1,4 @@
-"""How long each stage of a generation took."""
+"""Latency of the stages of a generation."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+# encode: images to visual tokens and MMFS values. prefill: several tokens at once. decode: one
+# token. condition, denoise (one step) and vae: the parts of drawing a picture.
 STAGES = ("encode", "prefill", "decode", "condition", "denoise", "vae")
-"""encode: an image to values. prefill: several tokens at once. decode: one token. condition,
-denoise (one step) and vae: the parts of a drawn picture."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One run of a stage: seconds, and the tokens, images or steps that it dealt with."""
+    """One run of a stage. count: its tokens, images or steps."""
 
     stage: str
     seconds: float
@@ -23,23 +23,23 @@ class Timing:
 
 @dataclass
 class Timings:
-    """All runs, in order."""
+    """Timings of all runs, in order."""
 
     runs: list[Timing] = field(default_factory=list)
 
     @contextmanager
     def measure(self, stage: str, count: int = 1) -> Iterator[None]:
-        """Time the block as one run of `stage`; a block that raises is not recorded."""
+        """Time the block as one run of `stage`, unless it raises."""
         start = time.perf_counter()
         yield
         self.runs.append(Timing(stage, time.perf_counter() - start, count))
 
     def seconds(self, stage: str) -> list[float]:
-        """Seconds of every run of `stage`."""
+        """Latency in seconds of every run of `stage`."""
         return [run.seconds for run in self.runs if run.stage == stage]
 
     def totals(self) -> dict[str, tuple[float, int]]:
-        """(seconds, count) of each stage that ran, in the order of `STAGES`."""
+        """Total (seconds, count) of each stage that ran, in the order of `STAGES`."""
         found = {}
         for stage in STAGES:
             runs = [run for run in self.runs if run.stage == stage]

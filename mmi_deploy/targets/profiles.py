@@ -1,7 +1,7 @@
-"""Optimisation profiles: for which shapes an engine is made, and which it takes best.
+"""Optimisation profiles: the shapes that an engine accepts, and those that it is tuned for.
 
-They come from the ranges of `mmi_deploy.spec.graphs` alone. `llm` has two, prefill and decode, in
-one engine, so that its weights exist once. Letters as in `graphs`.
+Profiles are derived from the ranges of `mmi_deploy.spec.graphs` alone. `llm` has two, prefill and
+decode, in one engine, so that its weights exist once. Letters as in `graphs`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ DEFAULT = "default"
 PREFILL = "prefill"
 DECODE = "decode"
 
+# Prompt length in tokens that prefill is tuned for, clamped to the context.
 OPT_PREFILL = 256
-"""Tokens of a prompt for which prefill is tuned, where the context allows so many."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Profile:
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Whether a request of these sizes lies within."""
+        """Return True if a request of these sizes lies within the profile."""
         return not self.misfits(sizes)
 
     def misfits(self, sizes: Mapping[str, int]) -> list[str]:
-        """The letters of `sizes` that lie outside."""
+        """Letters of the dimensions whose size lies outside the profile."""
         return [
             letter
             for letter, allowed in self.ranges.items()
@@ -51,8 +51,7 @@ class Profile:
 
 
 def profiles(graph: Graph, limits: Limits | None = None) -> tuple[Profile, ...]:
-    """The profiles of `graph`, narrowed to `limits` where an engine is to take less than the bundle
-    allows: fewer rows or images need less memory when it runs.
+    """Profiles of `graph`, narrowed to `limits`: fewer rows or images take less memory at run time.
 
     Raises `ConfigError` for limits beyond those of the graph.
     """
@@ -68,8 +67,8 @@ def profiles(graph: Graph, limits: Limits | None = None) -> tuple[Profile, ...]:
 
 
 def choose(offered: Sequence[Profile], graph: str, sizes: Mapping[str, int]) -> int:
-    """The narrowest profile for a request of these sizes: its index. Raises `EngineError` that
-    names what no profile takes, and how to build one that does."""
+    """Index of the narrowest profile for a request of these sizes. Raises `EngineError` that names
+    the dimension beyond all profiles, and the option to build for more."""
     fitting = [index for index, profile in enumerate(offered) if profile.holds(sizes)]
     if fitting:
         return min(fitting, key=lambda index: _width(offered[index]))

@@ -12,7 +12,7 @@ import pytest
 from export.small_models import paper_reading, released_reading
 from exports import Exported
 from mmi_bench.flops_saved import CHANGING, Published, compare, repeated_in_step
-from mmi_deploy.analysis.cost import chosen_sizes, cost, cost_of_file, unchanging
+from mmi_deploy.analysis.cost import chosen_sizes, cost, cost_of_file, loop_invariant
 from mmi_deploy.analysis.flop_rules import MMFS
 from mmi_deploy.analysis.gpu_specs import GPUS
 from mmi_deploy.analysis.shapes import read_graph, sized
@@ -163,9 +163,9 @@ def test_a_step_computes_nothing_that_stays_the_same(exported: Exported, graph: 
     sizes = chosen_sizes(contract, {})
     found = sized(read_graph(bundle.graph_file(graph)), contract, sizes)
     whole = cost(found, sizes, as_in_file(found))
-    same = unchanging(found, whole, [*CHANGING, "deep"])
+    same = loop_invariant(found, whole, [*CHANGING, "deep"])
     assert same.flops == 0 and whole.total.flops > 0
-    assert unchanging(found, whole, ()).flops == whole.total.flops
+    assert loop_invariant(found, whole, ()).flops == whole.total.flops
 
 
 def test_a_step_costs_the_same_however_much_it_was_prepared(exported: Exported) -> None:

@@ -51,8 +51,10 @@ class GpuKernel:
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
-        buffers = {name: self.memory.hold(array) for name, array in device_arrays(call).items()}
-        buffers["output"] = self.memory.hold(output_array(call))
+        buffers = {
+            name: self.memory.from_array(array) for name, array in device_arrays(call).items()
+        }
+        buffers["output"] = self.memory.from_array(output_array(call))
         if prod := int(np.prod(workspace_shape(call, self.parts))):
             buffers["workspace"] = self.memory.allocate((prod,), np.float32)
         for launch in launch_plan(call, _addresses(buffers), self.parts):
@@ -62,7 +64,7 @@ class GpuKernel:
     def _launch(self, launch: Launch) -> None:
         parameter = ctypes.create_string_buffer(launch.parameter, len(launch.parameter))
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(parameter))
-        with self.memory.turn:
+        with self.memory.lock:
             self._call(
                 "cuLaunchKernel",
                 self._function(launch.variant),

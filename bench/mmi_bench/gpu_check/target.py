@@ -47,7 +47,7 @@ class Tried:
     @classmethod
     def open(cls, bundle: Bundle, precision: str, make: Callable[[bool], TensorRtBackend]) -> Tried:
         target = make(True)
-        return cls(bundle, precision, target, Runtime.of(bundle, target), make)
+        return cls(bundle, precision, target, Runtime.from_backend(bundle, target), make)
 
 
 def compare(tried: Tried) -> tuple[str, dict[str, Any], list[Proof]]:
@@ -101,7 +101,9 @@ def measure(tried: Tried, repeats: int) -> Detail:
     detail: dict[str, Any] = {"case": case.to_json(), "schedule": schedule, "repeats": repeats}
     lines = []
     for record in (True, False):
-        runtime = tried.runtime if record else Runtime.of(tried.bundle, tried.again(False))
+        runtime = (
+            tried.runtime if record else Runtime.from_backend(tried.bundle, tried.again(False))
+        )
         _taken(runtime, case, schedule)  # to warm up
         taken = [_taken(runtime, case, schedule) for _ in range(repeats)]
         recorded = runtime.recordings()

@@ -33,7 +33,7 @@ from mmi_deploy.spec.graphs import (
     Range,
 )
 from mmi_deploy.targets.precision.rewrite import check_model
-from mmi_deploy.targets.precision.weights_file import goes_out, write_values
+from mmi_deploy.targets.precision.weights_file import is_external, write_values
 from mmi_export.tracing.weight_sources import WeightSources
 from mmi_plugins.onnx_function import mmfs_function
 from mmi_train.weights.lazy_tensor import InFile
@@ -272,7 +272,7 @@ def _externalise(model: ir.Model, file: Path) -> None:
         for value in model.graph.initializers.values()
         if (tensor := value.const_value) is not None
         and not isinstance(tensor, ir.ExternalTensor)
-        and goes_out(tensor)
+        and is_external(tensor)
     ]
     if weights:
         write_values(file, weights)

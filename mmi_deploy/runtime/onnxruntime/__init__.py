@@ -1,1 +1,1 @@
-"""ONNX Runtime as a backend: engines on the CPU."""
+"""ONNX Runtime backend: engines on the CPU."""

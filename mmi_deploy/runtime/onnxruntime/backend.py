@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU as a backend: portable graphs, and those that a target replaces."""
+"""ONNX Runtime backend on the CPU: the portable graphs, or those of a target."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, graphs
 
 @dataclass(frozen=True)
 class OnnxRuntimeBackend:
-    """Graph files of one target. library: kernels, which graphs beyond them do without. threads: 0
-    lets ONNX Runtime choose."""
+    """Engines of one CPU target.
+
+    files: graph -> ONNX file. library: kernel library; None runs the operator's ONNX function.
+    threads: CPU threads; 0 lets ONNX Runtime choose.
+    """
 
     bundle: Bundle
     files: dict[str, Path]
@@ -38,7 +41,8 @@ class OnnxRuntimeBackend:
         device: int = 0,
         resident: Collection[str] | None = None,
     ) -> OnnxRuntimeBackend:
-        """Raises `ConfigError` for a residency: on the CPU all engines stay."""
+        """Open a target; parameters as in `Runtime.open`. Raises `ConfigError` for `resident`: on
+        the CPU all engines stay in memory."""
         if resident is not None:
             raise ConfigError("on the CPU all engines stay in memory", fix="leave out --resident")
         return cls(bundle, graph_files(bundle, target), library and library.absolute(), threads)
@@ -56,11 +60,11 @@ class OnnxRuntimeBackend:
         path = self.files[graph.name]
         if path.suffix != BACKENDS[CPU].engine_suffix:
             raise EngineError(f"{path} is not an ONNX file, and this backend runs on the CPU")
-        # Of a graph beyond the kernels, the function inside the file runs, as for its receipt.
+        # Outside the kernels' limits the ONNX function inside the file runs, as for its receipt.
         library = None if graph.name in self.bundle.beyond_kernels else self.library
         return OnnxRuntimeEngine(path, graph, OnnxOptions(self.threads, library))
 
-    def stays(self, graph: str) -> bool:
+    def is_resident(self, graph: str) -> bool:
         return True
 
     def plan(self) -> None:
@@ -68,7 +72,7 @@ class OnnxRuntimeBackend:
 
 
 def graph_files(bundle: Bundle, target: str) -> dict[str, Path]:
-    """The file of every graph: that of `target` where it has one, or else the portable one."""
+    """File of every graph: that of `target` where it has one, the portable one otherwise."""
     files = {make.__name__: bundle.graph_file(make.__name__) for make in GRAPHS}
     if target == PORTABLE or (target == CPU and target not in bundle.targets):
         return files

@@ -1,4 +1,4 @@
-"""ONNX Runtime behind the `Engine` interface, on the CPU."""
+"""ONNX Runtime engine: a graph on the CPU, with buffers bound by address."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from mmi_deploy.system.memory import is_out_of_memory, out_of_memory
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """threads: 0 lets ONNX Runtime choose. library: a file with kernels for our operators; without
-    it the functions inside the model files are run."""
+    """Options of an ONNX Runtime session.
+
+    threads: CPU threads; 0 lets ONNX Runtime choose. library: kernel library for our operators;
+    None runs the ONNX functions inside the model files.
+    """
 
     threads: int = 0
     library: Path | None = None
 
 
 class OnnxRuntimeEngine(Engine):
-    """Binds buffers by address: nothing is copied on the way in or out, and the KV cache is written
-    where it lies."""
+    """One graph in an ONNX Runtime session.
+
+    Buffers are bound by address (I/O binding): inputs and outputs are not copied, and the KV cache
+    is updated in place.
+    """
 
     def __init__(self, path: Path, graph: Graph, options: OnnxOptions = OnnxOptions()) -> None:
-        """Load `path`; raises `EngineError` when it cannot be loaded or is not `graph`."""
+        """Load `path`; raises `EngineError` if it cannot be loaded or does not match `graph`."""
         super().__init__(graph, HOST)
         settings = _session_options(options)
         try:
@@ -42,7 +48,8 @@ class OnnxRuntimeEngine(Engine):
             ) from None
         check_interface(path, graph, self._session)
         self._binding = self._session.io_binding()
-        # Where each tensor was bound, and no buffer: a document's memory goes with the document.
+        # Address and shape that each tensor is bound to. Not the buffer: a reference would keep the
+        # memory of a document alive after its session.
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
 
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
@@ -51,7 +58,7 @@ class OnnxRuntimeEngine(Engine):
             (outputs, self._binding.bind_output),
         ):
             for name, buffer in named.items():
-                # Binding costs microseconds a tensor, and most stay where they are from run to run.
+                # Binding costs microseconds per tensor, and most addresses repeat from run to run.
                 place = (buffer.pointer, buffer.shape)
                 if self._bound.get(name) != place:
                     bind(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.pointer)
@@ -59,7 +66,7 @@ class OnnxRuntimeEngine(Engine):
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
-            self._bound.clear()
+            self._bound.clear()  # bind everything again: the state of the binding is unknown
             if is_out_of_memory(error):
                 raise out_of_memory(f"to run {self.graph.name}") from error
             raise EngineError(f"{self.graph.name} failed: {str(error).splitlines()[0]}") from error
@@ -68,13 +75,13 @@ class OnnxRuntimeEngine(Engine):
 def _session_options(options: OnnxOptions) -> ort.SessionOptions:
     session = ort.SessionOptions()
     session.intra_op_num_threads = options.threads
-    session.log_severity_level = 4  # errors are raised, which is enough
-    # It would keep a block of memory for each set of shapes, and documents never stop differing.
+    session.log_severity_level = 4  # errors are raised as exceptions
+    # The memory pattern keeps a plan for each set of shapes, and every document adds new ones.
     session.enable_mem_pattern = False
-    # An arena keeps the most that any document took, once for each engine and in pieces that fit no
-    # other shapes. The system's allocator gives memory back, and a run takes as long.
+    # An arena keeps the peak of all documents, per engine and in blocks that fit no other shapes.
+    # The system's allocator returns memory, at the same latency.
     session.enable_cpu_mem_arena = False
-    # Several engines take turns: one whose turn is over must not keep the cores busy.
+    # Engines run one after another: idle threads of one must not spin while another runs.
     session.add_session_config_entry("session.force_spinning_stop", "1")
     if options.library is not None:
         register_library(session, options.library)
@@ -82,21 +89,21 @@ def _session_options(options: OnnxOptions) -> ort.SessionOptions:
 
 
 def register_library(session: ort.SessionOptions, library: Path) -> None:
-    """Have a session take our kernels from `library`; `EngineError` where that cannot be loaded."""
+    """Register the kernels of `library` with a session; raises `EngineError` if that fails."""
     try:
         session.register_custom_ops_library(str(library))
     except Exception as error:  # as above
         reason = str(error).splitlines()[0]
         raise EngineError(
             f"ONNX Runtime cannot load the kernel library {library}: {reason}",
-            fix="compile it again with `mmi plugins build onnxruntime`, or do without: "
+            fix="compile it again with `mmi plugins build onnxruntime`, or run without kernels: "
             "--kernels none",
         ) from None
 
 
 def check_library(library: Path) -> None:
-    """Raise `EngineError` where ONNX Runtime cannot load the kernel library, before it is needed:
-    it was made for another system, lies on a disk without execution, or is something else."""
+    """Raise `EngineError` if ONNX Runtime cannot load the kernel library: it was built for another
+    system, lies on a file system mounted noexec, or is another file."""
     register_library(ort.SessionOptions(), library)
 
 
@@ -110,25 +117,26 @@ def check_interface(path: Path, graph: Graph, session: ort.InferenceSession) -> 
         got = {argument.name: argument for argument in found}
         if wrong := sorted(set(expected) ^ set(got)):
             raise EngineError(
-                f"{path} is no {graph.name}: its {kind} differ in {', '.join(wrong)}",
+                f"{path} is not a {graph.name} graph: its {kind} differ in {', '.join(wrong)}",
                 fix="write it again with `mmi export`",
             )
         for name, tensor in expected.items():
             if not _same(tensor, got[name]):
                 raise EngineError(
-                    f"{path} is no {graph.name}: {name} differs",
+                    f"{path} is not a {graph.name} graph: {name} differs",
                     expected=f"{tensor.dtype} {tensor.shape}",
                     got=f"{got[name].type} {tuple(got[name].shape)}",
                     fix="write it again with `mmi export`",
                 )
 
 
-_ELEMENT = {"float32": "tensor(float)", "int64": "tensor(int64)", "int32": "tensor(int32)"}
+# dtype of the contract -> type name in ONNX Runtime.
+_ORT_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "int32": "tensor(int32)"}
 
 
 def _same(tensor: Tensor, argument: ort.NodeArg) -> bool:
-    """Type and rank agree, and so does every side that both know."""
-    if argument.type != _ELEMENT[tensor.dtype] or len(argument.shape) != len(tensor.shape):
+    """Test that types and ranks are equal, and all dimensions that are fixed in both."""
+    if argument.type != _ORT_TYPES[tensor.dtype] or len(argument.shape) != len(tensor.shape):
         return False
     pairs = zip(tensor.shape, argument.shape, strict=True)
     return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))

@@ -1,7 +1,7 @@
-"""ONNX Runtime, imported by this module alone, with its telemetry off.
+"""Import of ONNX Runtime with its telemetry disabled; no other module imports it.
 
-From release 1.32 on, importing `onnxruntime` writes a device identifier and a queue of events below
-the user's cache folder and looks up a server, unless this variable is set before.
+From release 1.32 on, importing `onnxruntime` writes a device identifier and an event queue below
+the user's cache folder and looks up a server, unless an environment variable is set before.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 
 TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"
 
-# Who wants telemetry has set it to 0.
+# Before the import below. A user who wants telemetry sets the variable to 0.
 os.environ[TELEMETRY_OFF] = os.environ.get(TELEMETRY_OFF) or "1"
 
 import onnxruntime as ort  # noqa: E402

@@ -1,4 +1,4 @@
-"""ONNX graphs run on the CPU as they are, to be compared and measured."""
+"""Run ONNX graphs on the CPU without a contract, for comparisons and measurements."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from numpy.typing import NDArray
 from mmi_deploy.errors import EngineError
 from mmi_deploy.system.memory import is_out_of_memory, out_of_memory
 
+# All inputs of a graph by name -> all outputs by name.
 Run = Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]
-"""Runs a graph: all of its inputs by name to its outputs by name."""
 
 
 def runner(path: Path, threads: int = 0) -> Run:
-    """Runs an ONNX file, on as many threads as there are cores or on `threads`; `EngineError` if
-    ONNX Runtime is missing or refuses it."""
+    """Load an ONNX file; returns a function that runs it. threads: 0 for one per core. Raises
+    `EngineError` if ONNX Runtime is missing or cannot load the file."""
     return _session(path, str(path), threads=threads)
 
 
 def model_runner(model: ir.Model, folder: Path, outputs: Sequence[str] | None = None) -> Run:
-    """Runs a model in memory whose weights lie in `folder`; gives all outputs or those named."""
+    """Load a model in memory whose weights lie in `folder`; returns a function that runs it and
+    returns all outputs, or only `outputs`."""
     return _session(
         ir.to_proto(model).SerializeToString(), str(model.graph.name), folder, outputs=outputs
     )
@@ -40,12 +41,13 @@ def _session(
         from mmi_deploy.runtime.onnxruntime.module import ort
     except ImportError:
         raise EngineError(
-            "a graph is compared in ONNX Runtime", fix="pip install 'mmi_deploy[cpu]'"
+            "graphs are run by ONNX Runtime, which is not installed",
+            fix="pip install 'mmi_deploy[cpu]'",
         ) from None
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    # Behind a DequantizeLinear it would round activations too, as TensorRT does not.
+    # Level 1 keeps the activations of quantised products in float32, as TensorRT does.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if folder is not None:
         options.add_session_config_entry(
@@ -57,6 +59,6 @@ def _session(
         if is_out_of_memory(error):
             raise out_of_memory(f"to load {what}") from None
         reason = str(error).splitlines()[0]
-        raise EngineError(f"ONNX Runtime does not load {what}: {reason}") from None
+        raise EngineError(f"ONNX Runtime cannot load {what}: {reason}") from None
     names = outputs or [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True))

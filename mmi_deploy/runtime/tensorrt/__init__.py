@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX as backends: engines on an NVIDIA GPU."""
+"""TensorRT and TensorRT-RTX backend: engines on an NVIDIA GPU."""

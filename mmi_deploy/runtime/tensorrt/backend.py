@@ -1,7 +1,7 @@
-"""The engines of one TensorRT target of a bundle, and the GPU that they run on.
+"""TensorRT backend: the engines of one target of a bundle, on one GPU.
 
-What does not belong together is refused here, before anything is loaded: another GPU, another
-TensorRT, another plugin, too little memory.
+Incompatibilities are errors here, before anything is loaded: another GPU, TensorRT version or
+plugin, or too little memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from mmi_deploy.bundle.manifest import TargetManifest, check_receipts, sha256_of
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.runtime.memory_plan import SHALLOW, MemoryPlan, document_bytes
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
-from mmi_deploy.runtime.tensorrt.engine import GROUPS, Residency, Scratch, TensorRtEngine, group_of
+from mmi_deploy.runtime.tensorrt.engine import (
+    GROUPS,
+    Residency,
+    TensorRtEngine,
+    Workspace,
+    group_of,
+)
 from mmi_deploy.runtime.tensorrt.module import TensorRt, import_tensorrt
 from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS, backend_of
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
@@ -27,13 +33,13 @@ from mmi_deploy.system.files import cache_folder
 BUILD_ONLY = "build-only"
 _BUILD_ONLY_IDENTITIES = (BUILD_ONLY, "stand-in")  # the latter: in targets of earlier versions
 
+# The same prefix of a target whose engines contain the plugin's kernels, and so load no library.
 AHEAD_OF_TIME = "ahead-of-time"
-"""How it begins where the engines hold the plugin themselves."""
 
 
 @dataclass
 class TensorRtBackend:
-    """Engines of one TensorRT target, on one GPU."""
+    """Engines of one TensorRT target, on one GPU. record: launch repeated runs as CUDA graphs."""
 
     bundle: Bundle
     name: str
@@ -42,7 +48,7 @@ class TensorRtBackend:
     tensorrt: TensorRt
     memory: DeviceMemory
     residency: Residency
-    scratch: Scratch
+    workspace: Workspace
     record: bool = True
 
     @classmethod
@@ -60,11 +66,16 @@ class TensorRtBackend:
         cuda: Any = None,
         tensorrt: Any = None,
     ) -> TensorRtBackend:
-        """library: of the plugin, for engines that need it. device: the GPU, from 0. resident: the
-        engines that stay on it (`GROUPS`); None: all. record: launch repeated runs as CUDA graphs.
-        cache: folder of RTX's compiled kernels, the user's cache folder by default. cuda, tensorrt:
-        the Python modules. Raises `MmiError` for whatever does not fit."""
+        """Open a target, check its compatibility, and load the plugin; engines are loaded later.
+
+        library: plugin library, for engines that need it. threads: not used. device: index of the
+        GPU. resident: engine groups that stay on the GPU (`GROUPS`); None for all. record: launch
+        repeated runs as CUDA graphs. cache: folder of RTX's compiled kernels, by default in the
+        user's cache folder. cuda, tensorrt: modules to use in place of the real ones, in tests.
+        Raises `MmiError` for an incompatible target.
+        """
         plugin, runtime = library and library.absolute(), backend_of(name).name
+        # Receipts are checked apart, with a fix that writes them rather than builds the target.
         manifest = replace(bundle, unproved=True).target(name)
         if not bundle.unproved:
             folder, fix = bundle.target_folder(name), bundle.verify_command(name)
@@ -72,9 +83,9 @@ class TensorRtBackend:
         residency = Residency(resident)
         memory = DeviceMemory(Cuda(cuda or import_cuda()), device)
         module = tensorrt or import_tensorrt(BACKENDS[runtime].module)
-        check_made_for(bundle, manifest, memory.gpu, module.__version__, plugin)
-        made_with = manifest.recipe.get("plugin", AHEAD_OF_TIME)
-        needed = None if made_with.startswith(AHEAD_OF_TIME) else plugin
+        check_compatible(bundle, manifest, memory.gpu, module.__version__, plugin)
+        built_with = manifest.recipe.get("plugin", AHEAD_OF_TIME)
+        needed = None if built_with.startswith(AHEAD_OF_TIME) else plugin
         return cls(
             bundle,
             name,
@@ -83,23 +94,23 @@ class TensorRtBackend:
             TensorRt(module, runtime, needed, cache or cache_folder() / "tensorrt-rtx"),
             memory,
             residency,
-            Scratch(memory),
+            Workspace(memory),
             record,
         )
 
     @property
     def graphs(self) -> dict[str, Graph]:
-        """The contract as the target keeps it: its limits, its types."""
+        """The contract at the target's own limits and element types."""
         wide = graphs(self.bundle.config, self.limits)
         return {name: graph.typed(self.manifest.activations) for name, graph in wide.items()}
 
     def load(self, graph: Graph) -> TensorRtEngine:
-        """The engine of one graph, on the GPU."""
-        mend = self.bundle.build_command(self.name)
+        """Load the engine of one graph onto the GPU. Raises `MmiError`."""
+        fix = self.bundle.build_command(self.name)
         if graph.name not in self.manifest.graphs:
             raise BundleError(
                 f"{self.name} has no engine of {graph.name}",
-                fix=f"build it with `{mend} --graph {graph.name}`",
+                fix=f"build it with `{fix} --graph {graph.name}`",
             )
         file = self.manifest.graphs[graph.name]
         return TensorRtEngine(
@@ -107,42 +118,42 @@ class TensorRtBackend:
             graph,
             self.tensorrt,
             self.memory,
-            self.scratch,
-            mend=mend,
+            self.workspace,
+            fix=fix,
             residency=self.residency,
             cache_name=f"{graph.name}-{self.manifest.files[file].sha256[:16]}",
             record=self.record,
         )
 
-    def stays(self, graph: str) -> bool:
-        """Whether the engine of `graph` stays on the GPU."""
-        return self.residency.stays(graph)
+    def is_resident(self, graph: str) -> bool:
+        """True if the engine of `graph` stays on the GPU."""
+        return self.residency.is_resident(graph)
 
     def plan(self) -> MemoryPlan:
-        """What it all takes of the GPU's memory, as far as is known before it is loaded."""
+        """Estimate of GPU memory, as far as it is known before the engines are loaded."""
         needed = {name: file for name, file in self.manifest.graphs.items() if name != SHALLOW}
         sizes = {name: self.manifest.files[file].size for name, file in needed.items()}
-        stays = {name: size for name, size in sizes.items() if self.residency.stays(name)}
-        guests: dict[str, int] = {}
-        for name in sizes.keys() - stays.keys():
-            guests[group_of(name)] = guests.get(group_of(name), 0) + sizes[name]
+        resident = {name: size for name, size in sizes.items() if self.residency.is_resident(name)}
+        swapped: dict[str, int] = {}
+        for name in sizes.keys() - resident.keys():
+            swapped[group_of(name)] = swapped.get(group_of(name), 0) + sizes[name]
         config = self.bundle.config
         seen = min(config.image_decoder.mmfs.images_seen, self.limits.images)
         free, _ = self.memory.gpu.memory()
         return MemoryPlan(
-            stays,
-            {group: guests[group] for group in GROUPS if group in guests},
+            resident,
+            {group: swapped[group] for group in GROUPS if group in swapped},
             document_bytes(self.graphs, self.limits, seen),
-            self.scratch.size or None,
+            self.workspace.size or None,
             free,
             self.memory.gpu.name,
         )
 
 
-def check_made_for(
+def check_compatible(
     bundle: Bundle, manifest: TargetManifest, gpu: Any, version: str, plugin: Path | None
 ) -> None:
-    """Raise `EngineError` for engines that were made for another GPU, TensorRT or plugin."""
+    """Raise `EngineError` for engines built for another GPU, TensorRT version or plugin."""
     recipe, name = manifest.recipe, manifest.target
     wanted = recipe.get("architecture", gpu.architecture)
     if wanted != gpu.architecture:
@@ -153,41 +164,41 @@ def check_made_for(
             got=f"{gpu.architecture} ({gpu.name})",
             fix=f"build for it: `{bundle.build_command(name.replace(wanted, gpu.architecture))}`",
         )
-    mend = bundle.build_command(name)
+    fix = bundle.build_command(name)
     if recipe.get("tensorrt", version) != version:
         raise EngineError(
             f"{name} was built with another version of {backend_of(name).name}",
             expected=recipe["tensorrt"],
             got=version,
-            fix=f"build it again with `{mend}`, or install that version",
+            fix=f"build it again with `{fix}`, or install the expected version",
         )
-    made_with = recipe.get("plugin", "")
-    if made_with.startswith(AHEAD_OF_TIME):
+    built_with = recipe.get("plugin", "")
+    if built_with.startswith(AHEAD_OF_TIME):
         return
-    if made_with.startswith(_BUILD_ONLY_IDENTITIES):
+    if built_with.startswith(_BUILD_ONLY_IDENTITIES):
         raise EngineError(
             f"{name} was built with the build-only plugin, and its engines cannot run",
-            fix=f"compile the plugin with `mmi plugins build tensorrt`, then run `{mend}`",
+            fix=f"compile the plugin with `mmi plugins build tensorrt`, then run `{fix}`",
         )
-    if made_with and plugin is None:
+    if built_with and plugin is None:
         raise EngineError(
-            f"{name} needs our TensorRT plugin, and there is none",
-            expected=made_with,
-            fix="compile it with `mmi plugins build tensorrt`, or name it with --kernels FILE",
+            f"{name} needs our TensorRT plugin, which was not found",
+            expected=built_with,
+            fix="compile it with `mmi plugins build tensorrt`, or give it with --kernels FILE",
         )
-    if made_with and plugin is not None and plugin.is_file():
+    if built_with and plugin is not None and plugin.is_file():
         given = f"{plugin.name}:{sha256_of(plugin)[:16]}"
-        if given.rpartition(":")[2] != made_with.rpartition(":")[2]:
+        if given.rpartition(":")[2] != built_with.rpartition(":")[2]:
             raise EngineError(
                 f"{name} was built with another plugin",
-                expected=made_with,
+                expected=built_with,
                 got=given,
-                fix=f"name that one with --kernels FILE, or build it again with `{mend}`",
+                fix=f"give that plugin with --kernels FILE, or build the target again with `{fix}`",
             )
 
 
 def _limits(bundle: Bundle, target: str) -> Limits:
-    """The bundle's, narrowed to what the engines were built for."""
+    """Limits of the bundle, reduced to the profiles that the target's engines were built for."""
     limits, report = bundle.limits, read_report(bundle.target_folder(target))
     for graph in report.graphs if report else ():
         for profile in graph.profiles.values():

@@ -1,8 +1,8 @@
 """Memory of an NVIDIA GPU, by CUDA's runtime API (`cuda.bindings.runtime`).
 
-All work of a `DeviceMemory` is enqueued on one stream, in the order in which it is asked for:
-copies, engines, replayed graphs. So nothing needs to wait but the host, and whatever shares a place
-(the engines' scratch memory, an input that is staged) takes turns by itself.
+All work of a `DeviceMemory` (copies, engines, CUDA graphs) runs in order on one stream. So only the
+host ever waits, and users of shared memory (the engines' workspace, staging buffers) need no
+further synchronisation.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from numpy.typing import DTypeLike
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, check_alike, element_type
 
+# Alignment in bytes that TensorRT requires of addresses, and `cudaMalloc` guarantees.
 ALIGNMENT = 256
-"""Bytes that an address given to TensorRT must be a multiple of; `cudaMalloc` gives no other."""
 
+# Initial bytes of the pinned host memory through which copies between host and device pass.
 STAGING = 1 << 20
-"""Bytes of pinned host memory that copies pass through, at first."""
 
 INSTALL = "install it with: pip install cuda-bindings"
 
 
 def import_cuda() -> Any:
-    """`cuda.bindings.runtime`; raises `EngineError` where it is not installed."""
+    """Import `cuda.bindings.runtime`; raises `EngineError` if it is not installed."""
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
@@ -44,8 +44,8 @@ def import_cuda() -> Any:
 
 
 class Cuda:
-    """CUDA's runtime API with every call checked: `cuda("cudaMalloc", 256)` gives the result
-    without the error code, and raises `EngineError` in its stead."""
+    """CUDA's runtime API with checked calls: `cuda("cudaMalloc", 256)` returns the result without
+    the error code, and raises `EngineError` for an error."""
 
     def __init__(self, runtime: ModuleType | Any) -> None:
         self.runtime = runtime
@@ -56,22 +56,23 @@ class Cuda:
             raise self._failure(name, error)
         return results[0] if len(results) == 1 else tuple(results) or None
 
-    def quietly(self, name: str, *arguments: Any) -> None:
-        """For what is given back: there is nobody to tell that it could not be."""
+    def unchecked(self, name: str, *arguments: Any) -> None:
+        """Call without a check, for clean-up, where no caller could handle an error."""
         getattr(self.runtime, name)(*arguments)
 
     def _failure(self, name: str, error: Any) -> EngineError:
         if error == self.runtime.cudaError_t.cudaErrorMemoryAllocation:
-            self.quietly("cudaGetLastError")  # it would be found by whoever asks next
+            # CUDA keeps the error until it is read; the next caller would take it for its own.
+            self.unchecked("cudaGetLastError")
             return EngineError(
                 "the GPU's memory is full",
-                fix="keep fewer engines in it with --resident, or build smaller ones with "
+                fix="keep fewer engines resident with --resident, or build smaller ones with "
                 "`mmi build --precision int8`",
             )
-        return EngineError(f"CUDA's {name} failed: {self.words(error)}")
+        return EngineError(f"CUDA's {name} failed: {self.error_string(error)}")
 
-    def words(self, error: Any) -> str:
-        """What an error code means."""
+    def error_string(self, error: Any) -> str:
+        """CUDA's description of an error code."""
         return str(self.runtime.cudaGetErrorString(error)[1].decode())
 
 
@@ -79,10 +80,10 @@ class Device:
     """One GPU: its name and its architecture, such as `sm89`."""
 
     def __init__(self, cuda: Cuda, number: int) -> None:
-        """Choose GPU `number`, from 0; raises `EngineError` where there is none."""
+        """Select GPU `number`, from 0; raises `EngineError` if there is none."""
         error, count = cuda.runtime.cudaGetDeviceCount()
         if error != cuda.runtime.cudaError_t.cudaSuccess:
-            raise EngineError(f"there is no usable NVIDIA GPU: {cuda.words(error)}")
+            raise EngineError(f"there is no usable NVIDIA GPU: {cuda.error_string(error)}")
         if not 0 <= number < count:
             raise EngineError(f"there is no GPU {number}", expected=f"0 to {count - 1}", got=number)
         self.cuda, self.number = cuda, number
@@ -92,20 +93,21 @@ class Device:
         self.architecture = f"sm{properties.major}{properties.minor}"
 
     def choose(self) -> None:
-        """Make it the one that this thread talks to."""
+        """Make it the current device of the calling thread."""
         self.cuda("cudaSetDevice", self.number)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and bytes there are."""
+        """Free and total bytes."""
         free, total = self.cuda("cudaMemGetInfo")
         return free, total
 
 
-class Turn:
-    """A lock around all that is enqueued: two threads' kernels must not mix on the stream.
+class StreamLock:
+    """Lock of a stream: one thread at a time enqueues, so two threads' kernels do not interleave.
 
-    Memory may be dropped at any moment, by any thread: Python's garbage collector does it. It is
-    given back here, but not while a graph is recorded, in which no memory may be freed.
+    It also frees device memory. Python's garbage collector may drop a buffer at any moment and in
+    any thread, but memory must not be freed while a CUDA graph is captured: it is then freed after
+    the capture.
     """
 
     def __init__(self, device: Device) -> None:
@@ -116,7 +118,7 @@ class Turn:
     def __enter__(self) -> None:
         self._lock.acquire()
         try:
-            self._device.choose()
+            self._device.choose()  # CUDA's current device is per thread
         except BaseException:
             self._lock.release()
             raise
@@ -132,7 +134,7 @@ class Turn:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """A turn in which a graph is recorded."""
+        """Hold the lock for the capture of a graph, and free no memory meanwhile."""
         with self:
             self._recording = True
             try:
@@ -141,69 +143,70 @@ class Turn:
                 self._recording = False
 
     def drop(self, free: str, pointer: int) -> None:
-        """Give memory back by CUDA's function `free`: now, or after another thread's turn."""
+        """Free memory with CUDA's function `free`: now, or once the lock is released."""
         self._dropped.append((free, pointer))
         self._give_back()
 
     def _give_back(self) -> None:
-        # Whoever has the lock comes by here once it is released: nobody waits, nothing is lost.
+        # Never blocks: a garbage collector must not. A thread that holds the lock calls this again
+        # after its release, so nothing is lost.
         while self._dropped and self._lock.acquire(blocking=False):
             try:
-                if self._recording:
+                if self._recording:  # the lock is reentrant: this thread is capturing
                     return
                 while self._dropped:
-                    self._device.cuda.quietly(*self._dropped.popleft())
+                    self._device.cuda.unchecked(*self._dropped.popleft())
             finally:
                 self._lock.release()
 
 
 class _Block:
-    """A piece of device or pinned host memory, given back when nothing refers to it any more."""
+    """Block of device or pinned host memory, freed when the last reference to it goes."""
 
-    def __init__(self, cuda: Cuda, turn: Turn, allocate: str, free: str, size: int) -> None:
+    def __init__(self, cuda: Cuda, lock: StreamLock, allocate: str, free: str, size: int) -> None:
         self.size = size
         self.pointer = int(cuda(allocate, max(size, 1)))
-        end = weakref.finalize(self, turn.drop, free, self.pointer)
-        end.atexit = False  # the process takes it along
+        end = weakref.finalize(self, lock.drop, free, self.pointer)
+        end.atexit = False  # the driver frees it when the process exits
 
 
 class DeviceMemory:
-    """Memory of one GPU and the stream on which all its work runs."""
+    """Memory of one GPU, and the stream that all its work runs on."""
 
     device = "cuda"
 
     def __init__(self, cuda: Cuda, number: int = 0) -> None:
-        """number: which GPU, from 0. Raises `EngineError` where there is none."""
+        """number: index of the GPU. Raises `EngineError` if there is none."""
         self.cuda = cuda
         self.gpu = Device(cuda, number)
-        self.turn = Turn(self.gpu)
+        self.lock = StreamLock(self.gpu)
         kind = cuda.runtime.cudaMemcpyKind
         self._to_device = kind.cudaMemcpyHostToDevice
         self._to_host = kind.cudaMemcpyDeviceToHost
         self._within = kind.cudaMemcpyDeviceToDevice
         self.stream = int(cuda("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking))
-        weakref.finalize(self, cuda.quietly, "cudaStreamDestroy", self.stream).atexit = False
+        weakref.finalize(self, cuda.unchecked, "cudaStreamDestroy", self.stream).atexit = False
         self._staging = self._pinned(STAGING)
-        self._staged = 0  # bytes of it that copies under way still read or write
+        self._staged = 0  # bytes of it in use by copies in flight
 
     def _pinned(self, size: int) -> _Block:
-        return _Block(self.cuda, self.turn, "cudaMallocHost", "cudaFreeHost", size)
+        return _Block(self.cuda, self.lock, "cudaMallocHost", "cudaFreeHost", size)
 
     def allocate(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         kind = element_type(dtype)
         buffer = self._allocate(tuple(shape), kind)
-        with self.turn:
+        with self.lock:
             self.cuda("cudaMemsetAsync", buffer.pointer, 0, buffer.bytes, self.stream)
         return buffer
 
     def _allocate(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> Buffer:
-        with self.turn:
+        with self.lock:
             block = _Block(
-                self.cuda, self.turn, "cudaMalloc", "cudaFree", prod(shape) * kind.itemsize
+                self.cuda, self.lock, "cudaMalloc", "cudaFree", prod(shape) * kind.itemsize
             )
         return Buffer(self, block.pointer, shape, kind, block)
 
-    def hold(self, array: Array) -> Buffer:
+    def from_array(self, array: Array) -> Buffer:
         buffer = self._allocate(array.shape, array.dtype)
         self.write(buffer, array)
         return buffer
@@ -211,13 +214,15 @@ class DeviceMemory:
     def write(self, buffer: Buffer, array: Array) -> None:
         check_alike(buffer, array)
         array = np.ascontiguousarray(array)
-        with self.turn:
+        with self.lock:
+            # Through pinned memory, so that the copy is asynchronous and the caller may change
+            # `array` at once.
             place = self._stage(array.nbytes)
             ctypes.memmove(place, array.ctypes.data, array.nbytes)
             self._copy(buffer.pointer, place, array.nbytes, self._to_device)
 
     def read(self, buffer: Buffer) -> Array:
-        with self.turn:
+        with self.lock:
             place = self._stage(buffer.bytes)
             self._copy(place, buffer.pointer, buffer.bytes, self._to_host)
             self.wait()
@@ -227,17 +232,18 @@ class DeviceMemory:
 
     def copy(self, source: Buffer, target: Buffer, backwards: bool = False) -> None:
         check_alike(target, source)
-        with self.turn:
+        with self.lock:
             if not backwards:
                 self._copy(target.pointer, source.pointer, source.bytes, self._within)
                 return
+            # Row by row: CUDA's copies cannot reverse an order.
             row, last = source.bytes // max(source.shape[0], 1), source.pointer + source.bytes
             for index in range(source.shape[0]):
                 place = target.pointer + index * row
                 self._copy(place, last - (index + 1) * row, row, self._within)
 
     def wait(self) -> None:
-        with self.turn:
+        with self.lock:
             self.cuda("cudaStreamSynchronize", self.stream)
             self._staged = 0
 
@@ -246,10 +252,10 @@ class DeviceMemory:
             self.cuda("cudaMemcpyAsync", target, source, size, kind, self.stream)
 
     def _stage(self, size: int) -> int:
-        """Pinned memory that no copy under way uses."""
+        """Reserve pinned memory that no copy in flight uses; returns its address."""
         if self._staged + size > self._staging.size:
             self.wait()
-        if size > self._staging.size:
+        if size > self._staging.size:  # after the wait: no copy uses the old block any more
             self._staging = self._pinned(1 << (size - 1).bit_length())
         place = self._staging.pointer + self._staged
         self._staged += -(-size // ALIGNMENT) * ALIGNMENT

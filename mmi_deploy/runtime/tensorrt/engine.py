@@ -1,7 +1,7 @@
-"""A TensorRT engine behind the `Engine` interface: reads and writes the GPU where buffers lie.
+"""TensorRT engine: one graph on a GPU, with buffers bound by address and runs as CUDA graphs.
 
-Arrays that are given for inputs pass through places of the engine's own, which stay where they are:
-so a run that differs from the last one only in them is launched from its recording (cuda_graph.py).
+Arrays given for inputs are copied to staging buffers at fixed addresses. So a run that differs from
+an earlier one only in their contents is launched from its recording (cuda_graph.py).
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ import numpy as np
 
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
-from mmi_deploy.runtime.engine import MOST_SHAPES, Buffers, Engine
+from mmi_deploy.runtime.engine import MAX_SHAPES, Buffers, Engine
 from mmi_deploy.runtime.tensorrt.cuda_graph import CudaGraphs
 from mmi_deploy.runtime.tensorrt.device_memory import ALIGNMENT, DeviceMemory
 from mmi_deploy.runtime.tensorrt.module import TensorRt
 from mmi_deploy.spec.graphs import Graph
 
-TYPES = {
+# dtype of the contract -> name in TensorRT's `DataType`.
+_DTYPE_NAMES = {
     "float32": "FLOAT",
     "float16": "HALF",
     "bfloat16": "BF16",
     "int32": "INT32",
     "int64": "INT64",
 }
-"""TensorRT's names of the contract's types."""
 
+# Engines that are used together, by their group's name in `--resident`.
 GROUPS = {
     "encoder": ("vision_encoder", "image_values"),
     "llm": ("llm",),
@@ -39,17 +40,19 @@ GROUPS = {
     "denoise": ("denoise_step", "denoise_shallow"),
     "vae": ("vae_decoder",),
 }
-"""Engines that are needed together, as `--resident` calls them."""
 
+# Largest input in bytes that is compared with its previous contents to save the copy.
 _COMPARED = 1024
-"""Bytes up to which an input is not copied again when it is the same as in the last run."""
 
 Shape = tuple[int, ...]
 
 
-class Scratch:
-    """The memory in which engines compute. All share one block, of the greatest need: they run one
-    after another, on one stream."""
+class Workspace:
+    """Workspace: scratch memory for the activations inside engines.
+
+    All engines share one block, as large as the largest requirement: they run one after another on
+    one stream.
+    """
 
     def __init__(self, memory: DeviceMemory) -> None:
         self._memory = memory
@@ -63,96 +66,103 @@ class Scratch:
     def pointer(self) -> int:
         return self._block.pointer if self._block else 0
 
-    def provide(self, size: int) -> None:
-        """Make it at least so large; where it was smaller, it lies elsewhere afterwards."""
-        size = max(size, ALIGNMENT)  # an engine that needs none wants an address all the same
+    def reserve(self, size: int) -> None:
+        """Grow to at least `size` bytes, which changes `pointer`. Raises `EngineError` if memory is
+        short; the workspace then has its old size."""
+        size = max(size, ALIGNMENT)  # TensorRT requires an address even for an empty workspace
         if size > self.size:
-            self._memory.wait()
-            before, self._block = self.size, None  # gone before the larger one comes
+            self._memory.wait()  # enqueued runs still use the old block
+            # Freed before the allocation of the larger one: both together may not fit.
+            before, self._block = self.size, None
             try:
                 self._block = self._memory.allocate((size,), np.uint8)
             except EngineError:
-                if before:  # the engines that are there run on
+                if before:  # engines that were loaded before remain usable
                     self._block = self._memory.allocate((before,), np.uint8)
                 raise
 
 
 @dataclass(frozen=True, eq=False)
 class _Profile:
-    """The shapes of dynamic inputs that a profile of the engine takes: least and greatest."""
+    """Optimisation profile of an engine. shapes: dynamic input -> (min, max) shape."""
 
     index: int
     shapes: Mapping[str, tuple[Shape, Shape]]
 
     def misfit(self, given: Mapping[str, Buffer]) -> str | None:
-        """An input whose shape it does not take."""
-        for name, (least, greatest) in self.shapes.items():
+        """Name of the first input whose shape is out of range, or None."""
+        for name, (min_shape, max_shape) in self.shapes.items():
             shape = given[name].shape
-            if any(not a <= s <= b for a, s, b in zip(least, shape, greatest, strict=True)):
+            if any(not a <= s <= b for a, s, b in zip(min_shape, shape, max_shape, strict=True)):
                 return name
         return None
 
     @property
     def width(self) -> int:
-        return sum(prod(greatest) for _, greatest in self.shapes.values())
+        """Elements of all dynamic inputs at their max shapes."""
+        return sum(prod(max_shape) for _, max_shape in self.shapes.values())
 
 
 class Residency:
-    """Which engines stay on the GPU. Of the others there is one group at a time: to make room for
-    the next one, it is taken off."""
+    """Policy of which engines stay on the GPU: resident groups always, and of the others one group
+    at a time, which is unloaded when another one is needed."""
 
-    def __init__(self, staying: Collection[str] | None = None) -> None:
-        """staying: names of `GROUPS`; None lets every engine stay."""
-        if unknown := sorted(set(staying or ()) - set(GROUPS)):
+    def __init__(self, resident: Collection[str] | None = None) -> None:
+        """resident: names of `GROUPS`; None keeps every engine. Raises `ConfigError`."""
+        if unknown := sorted(set(resident or ()) - set(GROUPS)):
             raise ConfigError(
                 f"no engines are called {unknown[0]!r}",
                 expected=", ".join(GROUPS),
-                fix="give --resident names of these, with commas between them",
+                fix="give --resident a comma-separated list of these",
             )
-        self._staying = None if staying is None else frozenset(staying)
-        self._guests: list[TensorRtEngine] = []
+        self._resident = None if resident is None else frozenset(resident)
+        self._swapped: list[TensorRtEngine] = []  # loaded now, all of one group
 
-    def stays(self, graph: str) -> bool:
-        return self._staying is None or group_of(graph) in self._staying
+    def is_resident(self, graph: str) -> bool:
+        return self._resident is None or group_of(graph) in self._resident
 
     def make_room(self, engine: TensorRtEngine) -> None:
-        """Called before `engine` is loaded."""
-        if self.stays(engine.graph.name):
+        """Unload the engines of other groups. Call it before `engine` is loaded."""
+        if self.is_resident(engine.graph.name):
             return
         group = group_of(engine.graph.name)
-        for guest in self._guests:
-            if group_of(guest.graph.name) != group:
-                guest.close()
-        alike = [one for one in self._guests if group_of(one.graph.name) == group]
-        self._guests = [*alike, engine]
+        for other in self._swapped:
+            if group_of(other.graph.name) != group:
+                other.close()
+        same_group = [other for other in self._swapped if group_of(other.graph.name) == group]
+        self._swapped = [*same_group, engine]
 
 
 def group_of(graph: str) -> str:
-    """The group that `graph` belongs to: they are needed together."""
+    """Name of the group in `GROUPS` that `graph` belongs to."""
     return next(group for group, graphs in GROUPS.items() if graph in graphs)
 
 
 @dataclass
 class _Context:
-    """TensorRT's context for one profile, and what it has been told."""
+    """Execution context for one profile.
+
+    cache: RTX's compiled kernels, or None. workspace: its address as last set. bound: tensor ->
+    address, shape, and value (of an input that TensorRT reads on the host), as last set.
+    """
 
     inner: Any
     cache: Any
     graphs: CudaGraphs
-    scratch: int = 0
+    workspace: int = 0
     bound: dict[str, tuple[int, Shape, bytes]] = field(default_factory=dict)
 
 
 @dataclass
-class _Place:
-    """Where an input or output that cannot stay where it is lies while the engine runs."""
+class _StagingBuffer:
+    """Fixed buffer for an array, or for a tensor at an address that TensorRT does not accept."""
 
     buffer: Buffer
-    contents: bytes | None = None  # of a small input, as it was last written
+    contents: bytes | None = None  # of a small input, as last written; None: unknown
 
 
 class TensorRtEngine(Engine):
-    """One graph on a GPU. The profile is the narrowest one that takes the request."""
+    """One graph on a GPU. Each run uses the smallest optimisation profile that its shapes fit."""
 
     memory: DeviceMemory
 
@@ -162,45 +172,47 @@ class TensorRtEngine(Engine):
         graph: Graph,
         tensorrt: TensorRt,
         memory: DeviceMemory,
-        scratch: Scratch,
+        workspace: Workspace,
         *,
-        mend: str,
+        fix: str,
         residency: Residency | None = None,
         cache_name: str = "",
         record: bool = True,
     ) -> None:
-        """Load `path`; `mend` is the command that builds it. record: launch repeated runs as CUDA
-        graphs. Raises `EngineError` when it cannot be loaded or is not `graph`."""
+        """Load `path`. fix: command that builds it. record: launch repeated runs as CUDA graphs.
+
+        Raises `EngineError` if the file cannot be loaded or does not match `graph`.
+        """
         super().__init__(graph, memory)
-        self._turn = memory.turn
-        self._path, self._tensorrt, self._scratch, self._mend = path, tensorrt, scratch, mend
+        self._lock = memory.lock  # of the stream: engines that share it must not interleave
+        self._path, self._tensorrt, self._workspace, self._fix = path, tensorrt, workspace, fix
         self._residency = residency or Residency()
         self._cache_name = cache_name or path.stem
         self._record = record
         self._engine: Any = None
         self._on_host: set[str] = set()
         self._profiles: list[_Profile] = []
-        self._places: dict[str, _Place] = {}
+        self._staging: dict[str, _StagingBuffer] = {}
         self._chosen: dict[tuple[Shape, ...], int] = {}
         self._contexts: dict[int, _Context] = {}
         self.launches: int = 0
         self.open()
 
     def open(self) -> None:
-        """Load the engine, unless it is on the GPU."""
-        with self.memory.turn:
+        """Load the engine, unless it is loaded."""
+        with self.memory.lock:
             if self._engine is not None:
                 return
             self._residency.make_room(self)
-            self._engine = self._tensorrt.load(self._path, self._mend)
+            self._engine = self._tensorrt.load(self._path, self._fix)
             try:
-                self._learn()
+                self._read_engine()
             except BaseException:
-                self._engine = None  # it does not stay on the GPU
+                self._engine = None  # frees its weights
                 raise
 
-    def _learn(self) -> None:
-        """Read what the engine says of itself, and provide what it needs."""
+    def _read_engine(self) -> None:
+        """Check the engine's interface, read its profiles, and reserve its workspace."""
         self._check(self._path)
         host = self._tensorrt.module.TensorLocation.HOST
         location = self._engine.get_tensor_location
@@ -208,35 +220,36 @@ class TensorRtEngine(Engine):
         count = self._engine.num_optimization_profiles
         self._on_host = {t.name for t in self.graph.inputs if location(t.name) == host}
         self._profiles = [self._profile(index) for index in range(count)]
-        self._scratch.provide(max(need(index) for index in range(count)))
+        self._workspace.reserve(max(need(index) for index in range(count)))
 
     def close(self) -> None:
-        """Take the engine off the GPU, once what runs is done. It comes back when it is run."""
-        with self.memory.turn:
-            self.memory.wait()
+        """Unload the engine after its enqueued runs. The next `run` loads it again."""
+        with self.memory.lock:
+            self.memory.wait()  # runs in flight use everything that is freed below
             for context in self._contexts.values():
                 context.graphs.clear()
                 self._tensorrt.save(context.cache, self._cache_name)
-            self._contexts.clear()  # before the engine that they belong to
-            self._places.clear()
+            self._contexts.clear()  # TensorRT requires contexts to go before their engine
+            self._staging.clear()
             self._engine = None
 
     def run(
         self, inputs: Buffers, outputs: Mapping[str, Buffer] | None = None
     ) -> dict[str, Buffer]:
-        with self.memory.turn:
-            self.open()
+        with self.memory.lock:
+            self.open()  # it may have been unloaded to make room for another group
             return super().run(inputs, outputs)
 
     def _check(self, path: Path) -> None:
         """Raise `EngineError` unless the engine's inputs and outputs are those of the contract."""
         module, engine = self._tensorrt.module, self._engine
-        fix = f"build it again with `{self._mend}`"
+        fix = f"build it again with `{self._fix}`"
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         tensors = {tensor.name: tensor for tensor in (*self.graph.inputs, *self.graph.outputs)}
         if wrong := sorted(set(tensors) ^ names):
             raise EngineError(
-                f"{path} is no {self.graph.name}: it differs in {', '.join(wrong)}", fix=fix
+                f"{path} is not a {self.graph.name} engine: it differs in {', '.join(wrong)}",
+                fix=fix,
             )
         for name, tensor in tensors.items():
             shape, kind = tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name)
@@ -244,102 +257,119 @@ class TensorRtEngine(Engine):
                 ours == theirs or isinstance(ours, str)
                 for ours, theirs in zip(tensor.shape, shape, strict=True)
             )
-            if not same or kind != getattr(module.DataType, TYPES[tensor.dtype]):
+            if not same or kind != getattr(module.DataType, _DTYPE_NAMES[tensor.dtype]):
                 raise EngineError(
-                    f"{path} is no {self.graph.name}: {name} differs",
+                    f"{path} is not a {self.graph.name} engine: {name} differs",
                     expected=f"{tensor.dtype} {tensor.shape}",
                     got=f"{kind.name} {shape}",
                     fix=fix,
                 )
         for new, old in self.graph.in_place.items():
             if engine.get_aliased_input_tensor(new) not in (None, "", old):
-                raise EngineError(f"{path} does not write {new} where {old} lies", fix=fix)
+                raise EngineError(f"{path} does not write {new} in place of {old}", fix=fix)
 
     def _profile(self, index: int) -> _Profile:
         shapes = {}
         for tensor in self.graph.inputs:
             if any(isinstance(side, str) for side in tensor.shape):
-                least, _, greatest = self._engine.get_tensor_profile_shape(tensor.name, index)
-                shapes[tensor.name] = (tuple(least), tuple(greatest))
+                min_shape, _, max_shape = self._engine.get_tensor_profile_shape(tensor.name, index)
+                shapes[tensor.name] = (tuple(min_shape), tuple(max_shape))
         return _Profile(index, shapes)
 
-    def _hold(self, name: str, array: Array) -> Buffer:
-        """In a place that stays; what is there already is not copied again."""
+    def _to_buffer(self, name: str, array: Array) -> Buffer:
+        """Copy `array` to the input's staging buffer, unless it is known to hold the same."""
         array = np.ascontiguousarray(array).reshape(np.shape(array))
         if name in self._on_host:
-            return HOST.hold(array)
-        place, buffer = self._place(name, array.shape, array.dtype)
+            return HOST.from_array(array)
+        staging, buffer = self._stage(name, array.shape, array.dtype)
         contents = array.tobytes() if array.nbytes <= _COMPARED else None
-        if contents is None or contents != place.contents:
+        if contents is None or contents != staging.contents:
             buffer.write(array)
-        place.contents = None if name in self.graph.in_place.values() else contents
+        # The run writes into an in-place input, so afterwards its contents are unknown.
+        staging.contents = None if name in self.graph.in_place.values() else contents
         return buffer
 
-    def _place(self, name: str, shape: Shape, dtype: np.dtype[Any]) -> tuple[_Place, Buffer]:
-        """The place of a tensor, made anew where it is too small, and as a buffer."""
+    def _stage(
+        self, name: str, shape: Shape, dtype: np.dtype[Any]
+    ) -> tuple[_StagingBuffer, Buffer]:
+        """Staging buffer of a tensor, and the view of it with `shape`. One that is too small is
+        replaced by one of the next power of two, so that addresses rarely change."""
         size = prod(shape) * dtype.itemsize
-        place = self._places.get(name)
-        if place is None or place.buffer.bytes < size:
+        staging = self._staging.get(name)
+        if staging is None or staging.buffer.bytes < size:
             whole = max(ALIGNMENT, 1 << (size - 1).bit_length()) if size else ALIGNMENT
-            place = self._places[name] = _Place(self.memory.allocate((whole,), np.uint8))
-        inner = place.buffer
-        return place, Buffer(self.memory, inner.pointer, shape, dtype, inner.owner)
+            staging = self._staging[name] = _StagingBuffer(self.memory.allocate((whole,), np.uint8))
+        inner = staging.buffer
+        return staging, Buffer(self.memory, inner.pointer, shape, dtype, inner.owner)
 
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        read = {name: self._reachable(name, buffer) for name, buffer in inputs.items()}
+        read = {name: self._readable(name, buffer) for name, buffer in inputs.items()}
         written = {}
         for name, buffer in outputs.items():
             if name in self.graph.in_place:
                 written[name] = read[self.graph.in_place[name]]
             elif buffer.pointer % ALIGNMENT:
-                written[name] = self._place(name, buffer.shape, buffer.dtype)[1]
+                written[name] = self._stage(name, buffer.shape, buffer.dtype)[1]
             else:
                 written[name] = buffer
         self._run(read, written)
+        # On the same stream, so after the engine. Of in-place outputs, the staged cache is written
+        # back.
         for name, buffer in outputs.items():
             if written[name].pointer != buffer.pointer:
                 self.memory.copy(written[name], buffer)
 
-    def _reachable(self, name: str, buffer: Buffer) -> Buffer:
-        """Where TensorRT can read it: in this memory or, for a shape, in the host's; aligned."""
+    def _readable(self, name: str, buffer: Buffer) -> Buffer:
+        """Buffer with the input's contents that TensorRT can read: aligned, and on the GPU or, for
+        an input that shapes depend on, on the host."""
         if name in self._on_host:
-            block, kept = self._place_on_host(name, buffer)
+            block, kept = self._stage_on_host(name, buffer)
             kept[...] = buffer.read()
             return block
         if buffer.memory is not self.memory:
-            return self._hold(name, buffer.read())
+            return self._to_buffer(name, buffer.read())
         if buffer.pointer % ALIGNMENT == 0:
             return buffer
-        place, aligned = self._place(name, buffer.shape, buffer.dtype)
-        place.contents = None
+        staging, aligned = self._stage(name, buffer.shape, buffer.dtype)
+        staging.contents = None  # unknown: `_to_buffer` must not take it for the last array
         self.memory.copy(buffer, aligned)
         return aligned
 
-    def _place_on_host(self, name: str, buffer: Buffer) -> tuple[Buffer, Array]:
-        """An aligned place on the host that stays."""
-        place = self._places.get(name)
-        if place is None or place.buffer.bytes < buffer.bytes:
+    def _stage_on_host(self, name: str, buffer: Buffer) -> tuple[Buffer, Array]:
+        """Aligned staging buffer on the host with the input's shape, and the same as an array."""
+        staging = self._staging.get(name)
+        if staging is None or staging.buffer.bytes < buffer.bytes:
             room = HOST.allocate((buffer.bytes + ALIGNMENT,), np.uint8)
-            place = self._places[name] = _Place(room.rows(-room.pointer % ALIGNMENT, room.bytes))
-        inner = place.buffer
+            staging = self._staging[name] = _StagingBuffer(
+                room.rows(-room.pointer % ALIGNMENT, room.bytes)
+            )
+        inner = staging.buffer
         block = Buffer(HOST, inner.pointer, buffer.shape, buffer.dtype, inner.owner)
         return block, block.read()
 
     def _run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Enqueue a run: launched from a recording, or kernel by kernel, or recorded first."""
+        # First, because recordings belong to the context of a profile, and because the workspace
+        # may have moved since the context's last run.
         context = self._context(self._profile_of(inputs))
         tensors = {**inputs, **outputs}
+        # Everything that is fixed in a recording. TensorRT reads inputs on the host when it
+        # enqueues, so their values are fixed too.
         key = (
-            self._scratch.pointer,
+            self._workspace.pointer,
             tuple((buffer.pointer, buffer.shape) for buffer in tensors.values()),
             tuple(inputs[name].read().tobytes() for name in sorted(self._on_host)),
         )
+        # The fast path of decoding: a recording has its addresses, so nothing is bound.
         if context.graphs.launch(key):
             self.launches += 1
             return
         reshaped = self._bind(context, inputs, outputs)
         if reshaped:
-            # TensorRT may now hold other numbers where a recorded run reads its sizes.
+            # A recorded run may read its sizes from memory of the context, which `_bind` changed.
             context.graphs.clear()
+        # A run after a change of shape must not be captured: TensorRT allocates in it. RTX is asked
+        # after `_bind`, since it compiles kernels for the shapes that are bound.
         stream = self.memory.stream
         ready = self._record and not reshaped and self._tensorrt.may_record(context.inner, stream)
         launched = context.graphs.enqueue(key, partial(self._enqueue, context), ready)
@@ -347,6 +377,7 @@ class TensorRtEngine(Engine):
         self.refusal = context.graphs.refusal or self.refusal
 
     def _profile_of(self, inputs: Mapping[str, Buffer]) -> int:
+        """Index of the smallest profile that the shapes fit, cached; raises `EngineError`."""
         key = tuple(buffer.shape for buffer in inputs.values())
         if key not in self._chosen:
             misfits = {profile: profile.misfit(inputs) for profile in self._profiles}
@@ -355,20 +386,20 @@ class TensorRtEngine(Engine):
                 profile = max(misfits, key=lambda profile: profile.width)
                 name = misfits[profile]
                 assert name is not None
-                least, greatest = profile.shapes[name]
+                min_shape, max_shape = profile.shapes[name]
                 raise EngineError(
-                    f"{self.graph.name} was not built for this: {name} does not fit",
-                    expected=f"{least} to {greatest}",
+                    f"{self.graph.name}: {name} does not fit any profile of the engine",
+                    expected=f"{min_shape} to {max_shape}",
                     got=inputs[name].shape,
-                    fix=f"build it for more with `{self._mend}`",
+                    fix=f"build it for larger shapes with `{self._fix}`",
                 )
-            if len(self._chosen) == MOST_SHAPES:
+            if len(self._chosen) == MAX_SHAPES:
                 self._chosen.clear()
             self._chosen[key] = min(fitting, key=lambda profile: profile.width).index
         return self._chosen[key]
 
     def _context(self, profile: int) -> _Context:
-        """The context of a profile: made once, and given the scratch memory as it is now."""
+        """Context of a profile, made once, with the present address of the workspace set."""
         if profile not in self._contexts:
             inner, cache = self._tensorrt.context(self._engine, self._cache_name)
             if profile and not inner.set_optimization_profile_async(profile, self.memory.stream):
@@ -376,30 +407,33 @@ class TensorRtEngine(Engine):
             graphs = CudaGraphs(self.memory)
             self._contexts[profile] = _Context(inner, cache, graphs)
         context = self._contexts[profile]
-        if context.scratch != self._scratch.pointer:
-            context.inner.set_device_memory(self._scratch.pointer, self._scratch.size)
-            context.scratch = self._scratch.pointer
+        if context.workspace != self._workspace.pointer:
+            context.inner.set_device_memory(self._workspace.pointer, self._workspace.size)
+            context.workspace = self._workspace.pointer
         return context
 
     def _bind(
         self, context: _Context, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> bool:
-        """Tell the context what differs from the last run; whether that was a shape."""
+        """Set in the context the shapes and addresses that changed; returns True for new shapes.
+
+        A changed value of an input that TensorRT reads on the host counts as a new shape.
+        """
         self._tensorrt.errors.clear()
         reshaped = False
         for name, buffer in {**inputs, **outputs}.items():
             value = buffer.read().tobytes() if name in self._on_host else b""
-            told = (buffer.pointer, buffer.shape, value)
+            binding = (buffer.pointer, buffer.shape, value)
             before = context.bound.get(name)
-            if before == told:
+            if before == binding:
                 continue
-            if name in inputs and (before is None or before[1:] != told[1:]):
+            if name in inputs and (before is None or before[1:] != binding[1:]):
                 reshaped = True
                 if not context.inner.set_input_shape(name, buffer.shape):
                     raise self._failure(f"refuses {name} of shape {buffer.shape}")
             if not context.inner.set_tensor_address(name, buffer.pointer):
                 raise self._failure(f"refuses the address of {name}")
-            context.bound[name] = told
+            context.bound[name] = binding
         if reshaped:
             self._infer_shapes(context)
         return reshaped

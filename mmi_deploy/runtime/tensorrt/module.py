@@ -1,7 +1,7 @@
-"""Import of TensorRT and TensorRT-RTX, and one interface to both: engines, contexts, error lines.
+"""Import of TensorRT and TensorRT-RTX, and one interface to both: engines, contexts, errors.
 
-The two differ in their module's name and in how a context is made: RTX compiles kernels at their
-first use, and keeps them in a cache between runs of the program.
+They differ in the module's name and in the creation of contexts: RTX compiles kernels at first use
+(just in time), and this module keeps them in a cache file between runs of the program.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ INSTALL = {row.module: f"pip install {row.package}" for row in BACKENDS.values()
     "tensorrt_lean_bindings": "pip install tensorrt-lean-cu13-libs tensorrt-lean-cu13-bindings",
 }
 
+# Most errors that the logger keeps.
 _KEPT_LINES = 20
 
 
 def import_tensorrt(module: str) -> Any:
     """Import `module`, one of `INSTALL`, so that it can parse graphs with plugins.
 
-    TensorRT-RTX must be imported by this function: its parser opens `libtensorrt_rtx.so` for a
-    plugin, the wheel has only `libtensorrt_rtx.so.1`, and the process would be aborted. Raises
-    `EngineError` where the module is not installed, or RTX was imported in another way.
+    TensorRT-RTX must be imported by this function: for a plugin, its parser opens
+    `libtensorrt_rtx.so`, but the wheel has only `libtensorrt_rtx.so.1`, and the process would
+    abort. Raises `EngineError` if the module is not installed, or RTX was imported otherwise.
     """
     if module == BACKENDS[TENSORRT_RTX].module:
         _link_rtx_libraries()
@@ -49,10 +50,10 @@ _rtx_links: tempfile.TemporaryDirectory[str] | None = None
 
 
 def _link_rtx_libraries() -> None:
-    """Open RTX's libraries through a folder of links that also has their unversioned names.
+    """Load RTX's libraries through a folder of symbolic links that adds their unversioned names.
 
-    The libraries look for one another beside themselves (their run path is $ORIGIN), which is then
-    that folder; the wheel opens the same files later and gets the copies that are open.
+    The libraries search one another in their own folder (RUNPATH $ORIGIN), which is then that
+    folder. When the wheel loads the same files later, it gets the libraries that are loaded.
     """
     global _rtx_links
     name = BACKENDS[TENSORRT_RTX].module
@@ -71,19 +72,19 @@ def _link_rtx_libraries() -> None:
     for library in libraries:
         for link in (library.name, library.name.partition(".so")[0] + ".so"):
             (folder / link).symlink_to(library)
-    # The builder's library goes first: the parser's looks for it.
+    # The core library before the parser's, which depends on it.
     for library in sorted(libraries, key=lambda library: "parser" in library.name):
         ctypes.CDLL(str(folder / library.name))
 
 
 class TensorRt:
-    """One of the two, with its logger and our plugin."""
+    """TensorRT or TensorRT-RTX, with its logger and our plugin."""
 
     def __init__(
         self, module: Any, runtime: str, plugin: Path | None = None, cache: Path | None = None
     ) -> None:
-        """plugin: our library (`mmi plugins build tensorrt`), for engines that need it. cache: the
-        folder of RTX's compiled kernels; None keeps none. Raises `EngineError`."""
+        """plugin: our plugin library (`mmi plugins build tensorrt`), for engines that need it.
+        cache: folder of RTX's compiled kernels; None disables the cache. Raises `EngineError`."""
         self.module, self.runtime_name = module, runtime
         self.version = str(module.__version__)
         self.errors: list[str] = []
@@ -91,7 +92,8 @@ class TensorRt:
         self._cache = cache
         self._runtime = module.Runtime(self._logger)
         if self.errors:
-            # An empty shell, as without a driver: it would crash when it is used or deleted.
+            # Without a driver the object is invalid, and its destructor would crash: the extra
+            # reference keeps it from ever being deleted.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._runtime))
             raise EngineError(f"{module.__name__} {self.version} cannot start{self.reason()}")
         if plugin is not None:
@@ -105,8 +107,8 @@ class TensorRt:
                 fix="build it for this TensorRT with `mmi plugins build tensorrt`",
             )
 
-    def load(self, path: Path, mend: str) -> Any:
-        """The engine in the file `path`; its weights go to the GPU. `mend`: the command that
+    def load(self, path: Path, fix: str) -> Any:
+        """Deserialise the engine file `path`; its weights are copied to the GPU. fix: command that
         builds it. Raises `EngineError`."""
         self.errors.clear()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
@@ -114,12 +116,13 @@ class TensorRt:
         if engine is None:
             raise EngineError(
                 f"{self.module.__name__} {self.version} cannot load {path}{self.reason()}",
-                fix=self._mend(mend),
+                fix=self._load_fix(fix),
             )
         return engine
 
     def context(self, engine: Any, cache_name: str) -> tuple[Any, Any]:
-        """A context whose scratch memory comes from us, and RTX's cache of kernels or None."""
+        """Create an execution context whose workspace the caller sets; returns it and RTX's kernel
+        cache, or None."""
         self.errors.clear()
         ours = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         cache = None
@@ -130,7 +133,7 @@ class TensorRt:
             config.set_execution_context_allocation_strategy(ours)
             cache = config.create_runtime_cache()
             if (file := self._cache_file(cache_name)) and file.is_file():
-                cache.deserialize(file.read_bytes())  # what is of no use here is left out
+                cache.deserialize(file.read_bytes())  # kernels of another GPU are ignored
             config.set_runtime_cache(cache)
             context = engine.create_execution_context(config)
         if context is None:
@@ -138,7 +141,7 @@ class TensorRt:
         return context, cache
 
     def save(self, cache: Any, cache_name: str) -> None:
-        """Keep RTX's compiled kernels for the next time, where there is room for them."""
+        """Write RTX's compiled kernels to the cache folder, if it can be written to."""
         file = self._cache_file(cache_name)
         if cache is None or file is None:
             return
@@ -146,33 +149,36 @@ class TensorRt:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_file(file, bytes(cache.serialize()))
         except OSError:
-            return  # a cache: without it they are compiled again
+            return  # without the cache, the kernels are compiled again
 
     def may_record(self, context: Any, stream: int) -> bool:
-        """Whether a run may be recorded as a CUDA graph now: RTX may still be compiling."""
+        """True if a run can be captured as a CUDA graph now. RTX compiles kernels in the background
+        and cannot be captured before that is done."""
         return self.runtime_name == TENSORRT or context.is_stream_capturable(stream)
 
     def reason(self) -> str:
-        """What was logged as an error since the last call, as the end of a sentence, or ""."""
+        """First error that TensorRT logged since `errors` was cleared, as ": error", or ""."""
         return "".join(f": {line}" for line in self.errors[:1])
 
     def _cache_file(self, name: str) -> Path | None:
         return self._cache and self._cache / f"{name}-{self.version}.cache"
 
-    def _mend(self, mend: str) -> str:
-        said = " ".join(self.errors).lower()
-        if "plugin" in said or "creator" in said:
+    def _load_fix(self, fix: str) -> str:
+        """Fix of a failed load by its logged errors; `fix`, the command that builds, by default."""
+        logged = " ".join(self.errors).lower()
+        if "plugin" in logged or "creator" in logged:
             return (
-                "give it our plugin: build it with `mmi plugins build tensorrt`; it is then found "
-                "by itself, or by --kernels FILE"
+                "build our plugin with `mmi plugins build tensorrt` (it is then found by default), "
+                "or give its library with --kernels FILE"
             )
-        if "memory" in said:
-            return "keep fewer engines on the GPU with --resident, or build smaller ones: " + mend
-        return f"build it again on this machine with `{mend}`"
+        if "memory" in logged:
+            return "keep fewer engines on the GPU with --resident, or build smaller ones: " + fix
+        return f"build it again on this machine with `{fix}`"
 
 
 def _logger(module: Any, errors: list[str]) -> Any:
-    """Keeps the first errors since they were last read; TensorRT gives them to nobody else."""
+    """Make a logger that collects errors in `errors`: TensorRT's calls only return None or False,
+    and the reason is logged."""
     severities = (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR)
 
     class Logger(module.ILogger):

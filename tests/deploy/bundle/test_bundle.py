@@ -85,10 +85,10 @@ def test_hashes_are_remembered_until_a_file_is_touched(folder: Path) -> None:
         hashed.append(path.name)
         return sha256_of(path)
 
-    bundle = Bundle.open(folder, hashed=spy)
+    bundle = Bundle.open(folder, hash_file=spy)
     assert hashed == []
     (folder / "graphs/llm.onnx").touch()
-    Bundle.open(folder, hashed=spy)
+    Bundle.open(folder, hash_file=spy)
     assert hashed == ["llm.onnx"]
     bundle.verify(spy)
     assert sorted(hashed[1:]) == sorted(Path(name).name for name in bundle.manifest.files)
@@ -107,7 +107,7 @@ def test_a_bundle_that_cannot_be_written_to_is_hashed_each_time(
     monkeypatch.setattr(manifest, "write_file", refuse)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="hashed"):
-            Bundle.open(folder, hashed=refuse_to_hash)
+            Bundle.open(folder, hash_file=refuse_to_hash)
         Bundle.open(folder)
 
 
@@ -140,7 +140,7 @@ def test_verify_finds_what_a_disk_forgot(folder: Path) -> None:
 
 def test_another_format_is_refused(folder: Path) -> None:
     edit_manifest(folder, format=99)
-    with pytest.raises(BundleError, match="another format; expected 1; got 99"):
+    with pytest.raises(BundleError, match="another format version; expected 1; got 99"):
         Bundle.open(folder)
 
 
@@ -152,7 +152,7 @@ def test_another_format_is_refused(folder: Path) -> None:
         ({"graphs": {"llm": "../llm.onnx"}}, "leaves the folder"),
         ({"graphs": {"llm": "graphs/llm.onnx"}}, "it has no vision_encoder, image_values"),
         ({"schedules": {}}, "it has no schedule"),
-        ({"tokenizer": "other.json"}, "knows no hash of other.json"),
+        ({"tokenizer": "other.json"}, "has no hash of other.json"),
     ],
 )
 def test_a_damaged_manifest_is_refused(folder: Path, changes: dict, message: str) -> None:

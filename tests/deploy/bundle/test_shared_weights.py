@@ -104,4 +104,4 @@ def test_weights_that_stand_in_are_refused_by_the_runtime(tmp_path: Path, weight
     assert f"holds {weights} weights" in Bundle.open(folder).remarks[0]
     with pytest.raises(BundleError, match=f"{weights} weights, which mean nothing.*--unproved"):
         Runtime.open(folder, kernels="none")
-    Bundle.open(folder, unproved=True).check_runs()
+    Bundle.open(folder, unproved=True).check_runnable()

@@ -21,8 +21,8 @@ from mmi_deploy.runtime.onnxruntime.run_graph import runner
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET, Graph, Range, Tensor
 from mmi_deploy.system.memory import is_out_of_memory
 
+# More elements than any machine has memory for, even with overcommit.
 BEYOND = 2**50
-"""Numbers that no machine has room for, whatever it promises."""
 
 SUM = Graph(
     "sum",

@@ -179,7 +179,7 @@ _GRAPHS = {
 
 @dataclass
 class Log:
-    """What the engines were asked: every call's host inputs, copied."""
+    """Recorded runs of the engines: every call's host inputs, copied."""
 
     calls: list[tuple[str, dict[str, Array]]] = field(default_factory=list)
 

@@ -20,14 +20,14 @@ from deploy.runtime.fake_model import fake_config
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.sampling import (
     TextSampling,
-    inverse_cumulative,
-    largest,
+    ban,
+    inverse_cdf,
+    keep_top_k,
+    keep_top_p,
     never_sampled,
-    nucleus,
-    penalised,
+    penalise_repetition,
     sample,
     softmax,
-    without,
 )
 
 VOCAB = 300
@@ -68,8 +68,8 @@ def test_candidates_and_their_probabilities_equal_transformers(
     seen = generator.integers(0, VOCAB, 40).tolist()
     banned = [4, int(logits.argmax())]
     expected = transformers_probabilities(logits, how, seen, banned)
-    scores = without(penalised(logits, seen, how.repetition_penalty), banned)
-    scores = nucleus(largest(scores / np.float32(how.temperature), how.top_k), how.top_p)
+    scores = ban(penalise_repetition(logits, seen, how.repetition_penalty), banned)
+    scores = keep_top_p(keep_top_k(scores / np.float32(how.temperature), how.top_k), how.top_p)
     np.testing.assert_allclose(softmax(scores), expected, atol=1e-6)
     edges = np.cumsum(expected)
     for uniform in np.linspace(0.005, 0.995, 100):
@@ -108,7 +108,7 @@ def test_logits_are_left_as_they_were() -> None:
 def test_draws_follow_the_probabilities() -> None:
     probabilities = np.array([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     uniforms = (np.arange(10_000) + 0.5) / 10_000
-    drawn = [inverse_cumulative(probabilities, uniform) for uniform in uniforms]
+    drawn = [inverse_cdf(probabilities, uniform) for uniform in uniforms]
     np.testing.assert_array_equal(np.bincount(drawn, minlength=6), probabilities * 10_000)
 
 
@@ -116,7 +116,7 @@ def test_draws_follow_the_probabilities() -> None:
 def test_ends_of_the_unit_interval_never_give_an_impossible_token(uniform: float) -> None:
     for total in (0.1, 0.3, 0.7, 1.0, 1.1):
         probabilities = np.array([0.0, total / 3, total / 3, total / 3, 0.0])
-        assert inverse_cumulative(probabilities, uniform) in (1, 3)
+        assert inverse_cdf(probabilities, uniform) in (1, 3)
 
 
 def test_image_start_and_padding_ids_are_never_sampled() -> None:

@@ -56,8 +56,8 @@ def where(
 
 TOKENS = fake_config().tokens
 BOI, BOS = TOKENS.boi, TOKENS.bos
+# Token runs and numbers of pictures; the middle text ends one document and begins another.
 PARTS: list[list[int] | int] = [[BOS, 7, 8], 0, [9], 1, [10, 11, BOS, 12, 13], 2, [14, 15]]
-"""Token runs and numbers of pictures; the middle text ends one document and begins another."""
 
 
 def append(session: Session, part: list[int] | int) -> None:
@@ -105,7 +105,7 @@ def test_growing_by_pieces_equals_one_run(split: str) -> None:
     )
     np.testing.assert_allclose(session.next_logits(), expected.next_logits(), atol=1e-6)
     states, others = (
-        one._hidden.backwards(0, len(session.token_ids)).read() for one in (session, expected)
+        one._hidden.newest_first(0, len(session.token_ids)).read() for one in (session, expected)
     )
     np.testing.assert_allclose(states, others, atol=1e-6)
     for name, buffer in session._cache.buffers.items():
@@ -114,7 +114,7 @@ def test_growing_by_pieces_equals_one_run(split: str) -> None:
 
 @pytest.mark.parametrize("seen", [1, 2, 49])
 def test_incremental_positions_equal_the_whole_row(seen: int) -> None:
-    """What the LLM is told about images at each run is the slice of `layout.image_positions`."""
+    """Positions of images at each run of the LLM are a slice of `token_layout.image_positions`."""
     config = fake_config(llm_sees=seen)
     runtime, log = fake_runtime(config)
     session = Session(runtime)
@@ -188,7 +188,8 @@ def test_context_of_a_picture_runs_backwards_to_its_document() -> None:
 
 
 def test_the_unet_sees_earlier_pictures_of_the_document_nearest_first() -> None:
-    """As `layout.picture_positions` says, through a ring of as many rows as it may see."""
+    """As `token_layout.picture_positions` defines, with a ring buffer of as many rows as it may
+    see."""
     runtime, log = fake_runtime()  # sees 2
     session = Session(runtime)
     session.append_text([BOS, 5])

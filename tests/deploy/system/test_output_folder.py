@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mmi_deploy.bundle.manifest import FileEntry, check_files, remember_files
+from mmi_deploy.bundle.manifest import FileEntry, cache_hashes, check_files
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system import output_folder
 from mmi_deploy.system.output_folder import (
@@ -898,7 +898,7 @@ def test_engines_and_what_readers_remember_are_part_of_a_bundle(tmp_path: Path) 
     bundle(folder)
     target(folder, "cpu-int8")
     entry = FileEntry(sha256=output_folder.sha256_of(folder / "bundle.json"), size=2)
-    remember_files(folder, {"bundle.json": entry})
+    cache_hashes(folder, {"bundle.json": entry})
     check_files(folder, {"bundle.json": entry}, "mmi export")
     assert (folder / CHECKED).is_file()
     bundle(folder)

@@ -81,7 +81,7 @@ def test_the_narrowest_profile_that_holds_a_request_is_chosen() -> None:
         ("t", 513, r"takes t = 513; expected 1 to 512\. .*mmi build --graph llm"),
     ],
 )
-def test_a_request_that_no_profile_holds_is_refused_with_what_mends_it(
+def test_a_request_that_no_profile_holds_is_refused_with_the_fix(
     letter: str, size: int, line: str
 ) -> None:
     offered = profiles(GRAPHS["llm"])

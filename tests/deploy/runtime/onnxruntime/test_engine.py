@@ -16,6 +16,7 @@ from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET, Graph, Range, Tensor
 
 SLOTS = 5
+# A small graph with every feature: an in-place cache, a scalar, a product dimension, an index.
 CACHE = Graph(
     "cache",
     inputs=(
@@ -32,7 +33,6 @@ CACHE = Graph(
     ranges={"b": Range(1, 1, 2), "t": Range(1, 1, SLOTS)},
     in_place={"present": "past"},
 )
-"""A toy with all that matters: a cache in place, a scalar, a product dimension, an index."""
 
 _ELEMENT = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
@@ -117,7 +117,7 @@ def test_inputs_are_read_where_they_lie(engine: OnnxRuntimeEngine) -> None:
 def test_few_combinations_of_shapes_are_remembered(
     engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmi_deploy.runtime.engine.MOST_SHAPES", 2)
+    monkeypatch.setattr("mmi_deploy.runtime.engine.MAX_SHAPES", 2)
     engine._known_shapes.clear()
     for batch, count in ((1, 1), (1, 2), (2, 1), (2, 2), (2, 1), (1, 1)):
         assert engine.run(inputs(batch, count))["total"].shape == (batch, 2, 3)
@@ -125,7 +125,7 @@ def test_few_combinations_of_shapes_are_remembered(
 
 
 def test_a_pool_that_grows_at_one_address_is_seen_whole(engine: OnnxRuntimeEngine) -> None:
-    pool = HOST.hold(np.array([[1], [2], [4], [8]], np.float32))
+    pool = HOST.from_array(np.array([[1], [2], [4], [8]], np.float32))
     past = HOST.allocate((2, 2, SLOTS, 3), np.float32)
     for batch, expected in ((1, 3), (2, 15), (1, 3)):
         given = {**inputs(batch), "past": past.rows(0, batch), "pair": pool.rows(0, 2 * batch)}
@@ -213,15 +213,15 @@ def test_a_file_that_is_not_the_graph_is_refused(tmp_path: Path) -> None:
 
 
 def test_buffers_are_views_of_one_memory() -> None:
-    buffer = HOST.hold(np.arange(12, dtype=np.int32).reshape(4, 3))
+    buffer = HOST.from_array(np.arange(12, dtype=np.int32).reshape(4, 3))
     rows = buffer.rows(1, 3)
     np.testing.assert_array_equal(rows.read(), [[3, 4, 5], [6, 7, 8]])
     rows.reshaped((3, 2)).write(np.full((3, 2), 9, np.int32))
     assert buffer.read().tolist() == [[0, 1, 2], [9, 9, 9], [9, 9, 9], [9, 10, 11]]
-    assert HOST.hold(np.float32(3)).shape == ()
+    assert HOST.from_array(np.float32(3)).shape == ()
     with pytest.raises(IndexError):
         buffer.rows(2, 5)
-    with pytest.raises(ValueError, match="cannot see"):
+    with pytest.raises(ValueError, match="cannot reshape"):
         buffer.reshaped((5, 3))
     with pytest.raises(ValueError, match="cannot copy float32"):
         buffer.write(np.zeros((4, 3), np.float32))

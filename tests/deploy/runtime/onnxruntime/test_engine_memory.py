@@ -17,16 +17,17 @@ from mmi_deploy.spec.graphs import IR_VERSION, OPSET, Graph, Range, Tensor
 from mmi_deploy.system.process_memory import memory_bytes
 
 WIDE = 2048
+
+# Between x [n, 1] and y [n, 1] lie tensors [n, WIDE], as between one and the next of a prefill.
 WIDENS = Graph(
     "widens",
     inputs=(Tensor("x", "float32", ("n", 1)),),
     outputs=(Tensor("y", "float32", ("n", 1)),),
     ranges={"n": Range(1, 1, 2**16)},
 )
-"""Between x [n, 1] and y [n, 1] lie tensors [n, WIDE], as between one and the next of a prefill."""
 
+# Bytes that may stay allocated after runs that took ten times as much.
 MOST_KEPT = 60e6
-"""Bytes that may stay of runs that took ten times as much."""
 
 
 def onnx_file(path: Path) -> Path:

@@ -14,14 +14,14 @@ from exports import Exported
 from mmi_deploy.runtime.onnxruntime.module import TELEMETRY_OFF
 
 REPOSITORY = Path(__file__).resolve().parents[4]
+# Environment variables that name the folders where programs keep caches and settings.
 FOLDERS = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "TMPDIR")
-"""Variables that name where programs keep what they remember."""
 
 REPORT = f"import os; print(repr(os.environ[{TELEMETRY_OFF!r}]))"
 
 
 def run_python(arguments: list[str], folder: Path, **variables: str) -> str:
-    """What a fresh Python prints whose every folder of `FOLDERS` is an empty one in `folder`."""
+    """Output of a fresh Python whose `FOLDERS` are empty ones in `folder`."""
     for name in FOLDERS:
         (folder / name).mkdir(parents=True)
     named = {name: str(folder / name) for name in FOLDERS}

@@ -23,7 +23,7 @@ DEVICE, PINNED = "device", "pinned"
 
 
 class Fault(AssertionError):
-    """What no correct program does."""
+    """Call that a correct program never makes."""
 
 
 class cudaError_t(IntEnum):
@@ -119,7 +119,7 @@ class FakeCuda:
                     raise Fault(f"{block.kind} memory where {kind} memory is wanted")
                 first = pointer - block.pointer
                 return block.array[first : first + size]
-        raise Fault(f"{size} bytes at {pointer:#x} are no memory that is allocated")
+        raise Fault(f"{size} bytes at {pointer:#x} are not allocated memory")
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
         """For the fake TensorRT: `work` runs when its turn on the stream has come."""
@@ -129,7 +129,7 @@ class FakeCuda:
 
     def stream(self, handle: int) -> Stream:
         if int(handle) not in self.streams:
-            raise Fault(f"{handle} is no stream")
+            raise Fault(f"{handle} is not a stream")
         return self.streams[int(handle)]
 
     @property
@@ -153,7 +153,7 @@ class FakeCuda:
         if self.recording:
             self.faults.append("memory is freed while a graph is recorded")
         if pointer not in self.live or self.live[pointer].kind != kind:
-            self.faults.append(f"{pointer:#x} is freed, and is no {kind} memory")
+            self.faults.append(f"{pointer:#x} is freed, and is not {kind} memory")
             return (cudaError_t.cudaErrorInvalidValue,)
         for stream in self.streams.values():
             self._drain(stream)  # so does cudaFree

@@ -24,8 +24,8 @@ from deploy.runtime.tensorrt.fake_cuda import ALIGNMENT, DEVICE, GARBAGE, FakeCu
 from mmi_deploy.spec.graphs import Graph, Range
 
 Compute = Callable[[str, dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+# Class, attribute, and the arguments where it was called.
 Use = tuple[str, str, tuple[Any, ...] | None]
-"""Class, attribute, and the arguments where it was called."""
 
 
 class ExecutionContextAllocationStrategy(IntEnum):
@@ -303,7 +303,7 @@ class IExecutionContext(Fake):
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if name not in self._about["inputs"]:
-            raise Fault(f"{name} is no input")
+            raise Fault(f"{name} is not an input")
         ends = self._about["profiles"][self._profile].get(name)
         if ends:
             least, _, greatest = ends
@@ -321,7 +321,7 @@ class IExecutionContext(Fake):
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if name not in self._about["types"]:
-            raise Fault(f"{name} is no tensor of the engine")
+            raise Fault(f"{name} is not a tensor of the engine")
         if not memory or memory % ALIGNMENT:
             raise Fault(f"the address of {name} is not aligned")
         self._addresses[name] = memory

@@ -1,4 +1,4 @@
-"""A bundle with a target for a GPU, on the fake one."""
+"""Bundles with a target for a GPU, opened on the fake GPU."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mmi_deploy.spec.graphs import GRAPHS, Limits, Range, graphs
 
 PROVED = [Case(sizes={}, error=0.0, tolerance=1e-4)]
 PLUGIN = b"\x7fELF our plugin"
+# Bytes of workspace of the engines that need more than the others.
 SCRATCH = {"llm": 1 << 14, "denoise_step": 1 << 16}
-"""Of the engines that need more than others."""
 
 
 def fake_bundle(folder: Path, config: ModelConfig, limits: Limits) -> Bundle:
-    """A bundle whose graphs are no graphs."""
+    """Write a bundle with placeholders for graphs."""
     with write_bundle(folder, config, limits) as writer:
         for make in GRAPHS:
             writer.graph_file(make.__name__).write_bytes(b"no graph")
@@ -84,7 +84,7 @@ class Machine:
 
     @property
     def launches(self) -> dict[str, int]:
-        """How often each engine was launched from a recording."""
+        """Number of launches of each engine from a recording."""
         return self.runtime.recordings()["launches"]
 
 
@@ -112,4 +112,4 @@ def machine(
     module = FakeTensorRt(cuda, compute, rtx="rtx" in name)
     options.setdefault("cache", bundle.folder.parent / "kernels")
     target = TensorRtBackend.open(bundle, name, cuda=cuda, tensorrt=module, **options)
-    return Machine(cuda, module, target, Runtime.of(bundle, target))
+    return Machine(cuda, module, target, Runtime.from_backend(bundle, target))

@@ -138,7 +138,7 @@ def test_a_document_takes_the_memory_that_was_planned(bundle: Bundle) -> None:
     assert plan.workspace is None and "known when they are loaded" in plan.lines()[-1]
     before = gpu.cuda.held()
     session = Session(gpu.runtime)
-    session._place_to_draw()
+    session._drawing_buffers()
     assert gpu.cuda.held() - before == sum(plan.caches.values())
     gpu.runtime.load()
     assert gpu.target.plan().workspace == 1 << 16  # the greatest need of one engine
@@ -164,8 +164,8 @@ def test_engines_that_take_turns_give_the_same(bundle: Bundle) -> None:
     assert loads.count("vae_decoder") == loads.count("denoise_step") == len(pictures)
     plan, planned = some.target.plan(), whole.target.plan()
     assert plan.weights.keys() == {"vision_encoder", "image_values", "llm"}
-    assert list(plan.guests) == ["condition", "denoise", "vae"]
-    saved = sum(plan.guests.values()) - max(plan.guests.values())
+    assert list(plan.swapped) == ["condition", "denoise", "vae"]
+    saved = sum(plan.swapped.values()) - max(plan.swapped.values())
     assert plan.workspace and planned.total - (plan.total - plan.workspace) == saved
     some.runtime.load()
     assert not some.cuda.faults
@@ -223,7 +223,7 @@ def test_engines_that_nothing_proves_are_refused(bundle: Bundle) -> None:
     name = add_target(bundle, proved=False)
     line = refusal(bundle, name)
     command = f"mmi verify {bundle.folder} --target {name}"
-    assert "vision_encoder in" in line and f"`{command}`, or run it all the same" in line
+    assert "vision_encoder in" in line and f"`{command}`, or run the graph anyway" in line
     machine(replace(bundle, unproved=True), name).runtime.load()
 
 

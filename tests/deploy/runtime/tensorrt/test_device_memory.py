@@ -30,7 +30,7 @@ def memory(gpu: FakeCuda) -> DeviceMemory:
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5, 7), (0, 4), (1, STAGING // 2)])
 def test_what_is_held_is_read(memory: DeviceMemory, shape: tuple[int, ...], dtype: type) -> None:
     array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    buffer = memory.hold(array)
+    buffer = memory.from_array(array)
     assert buffer.pointer % ALIGNMENT == 0 and buffer.shape == shape and buffer.dtype == dtype
     found = buffer.read()
     assert found.dtype == dtype and found.shape == shape
@@ -56,23 +56,23 @@ def test_an_array_may_change_while_its_copy_is_under_way(memory: DeviceMemory) -
 
 def test_an_array_larger_than_the_staging_memory(gpu: FakeCuda, memory: DeviceMemory) -> None:
     array = np.arange(STAGING, dtype=np.int32)  # four times as large
-    np.testing.assert_array_equal(memory.hold(array).read(), array)
+    np.testing.assert_array_equal(memory.from_array(array).read(), array)
     assert gpu.held(PINNED) == 4 * STAGING
 
 
 def test_staging_memory_is_left_as_it_was_where_there_is_no_more(
     gpu: FakeCuda, memory: DeviceMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    buffer = memory.hold(np.arange(8, dtype=np.int32))
+    buffer = memory.from_array(np.arange(8, dtype=np.int32))
     refused = (gpu.cudaError_t.cudaErrorMemoryAllocation, None)
     with monkeypatch.context() as patched, pytest.raises(EngineError, match="memory is full"):
         patched.setattr(gpu, "cudaMallocHost", lambda size: refused)
-        memory.hold(np.zeros(STAGING, np.int32))
+        memory.from_array(np.zeros(STAGING, np.int32))
     assert buffer.read().tolist() == list(range(8)) and gpu.held(PINNED) == STAGING
 
 
 def test_rows_and_copies(memory: DeviceMemory) -> None:
-    whole = memory.hold(np.arange(12, dtype=np.float32).reshape(4, 3))
+    whole = memory.from_array(np.arange(12, dtype=np.float32).reshape(4, 3))
     other = memory.allocate((4, 3), np.float32)
     memory.copy(whole, other)
     np.testing.assert_array_equal(other.read(), whole.read())
@@ -91,7 +91,7 @@ def test_everything_is_given_back_once(gpu: FakeCuda) -> None:
     memory = DeviceMemory(Cuda(gpu))
     kept = memory.allocate((100,), np.float32)
     for _ in range(3):
-        part = memory.hold(np.ones((10, 10), np.float32)).rows(2, 4)
+        part = memory.from_array(np.ones((10, 10), np.float32)).rows(2, 4)
         assert gpu.held() == 800  # rows keep their memory alive
         del part
         assert gpu.held() == 400
@@ -128,7 +128,7 @@ def test_threads_take_turns(memory: DeviceMemory) -> None:
     def work(number: int) -> None:
         for step in range(50):
             array = np.full(300, 100 * number + step, np.int32)
-            if (memory.hold(array).read() != array).any():
+            if (memory.from_array(array).read() != array).any():
                 wrong.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
@@ -146,7 +146,7 @@ def test_nothing_is_given_back_while_a_graph_is_recorded(
     before = gpu.held()
     buffers = [memory.allocate((1000,), np.uint8) for _ in range(3)]
     other = threading.Thread(target=buffers.pop)
-    with memory.turn.recording():
+    with memory.lock.recording():
         held = gpu.held()
         other.start()
         other.join()
@@ -154,6 +154,6 @@ def test_nothing_is_given_back_while_a_graph_is_recorded(
         gc.collect()
         assert gpu.held() == held
     assert gpu.held() == before + 1000
-    with memory.turn:  # an ordinary turn of the same thread does not keep it
+    with memory.lock:  # an ordinary turn of the same thread does not keep it
         buffers.pop()
         assert gpu.held() == before

@@ -20,12 +20,12 @@ from mmi_deploy.runtime.buffers import HOST
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.tensorrt.cuda_graph import CudaGraphs
 from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory
-from mmi_deploy.runtime.tensorrt.engine import Residency, Scratch, TensorRtEngine
+from mmi_deploy.runtime.tensorrt.engine import Residency, TensorRtEngine, Workspace
 from mmi_deploy.runtime.tensorrt.module import TensorRt
 from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
 from mmi_deploy.spec.graphs import Graph, Range, Tensor
 
-MEND = "mmi build it"
+FIX = "mmi build it"
 
 
 class Bench:
@@ -38,14 +38,14 @@ class Bench:
         self.module = FakeTensorRt(self.cuda, rtx=rtx, **module)
         runtime = TENSORRT_RTX if rtx else TENSORRT
         self.tensorrt = TensorRt(self.module, runtime, cache=folder / "kernels")
-        self.scratch = Scratch(self.memory)
+        self.scratch = Workspace(self.memory)
 
     def engine(self, graph: Graph = CACHE, **fields: Any) -> TensorRtEngine:
         options = {name: fields.pop(name) for name in ("record", "residency") if name in fields}
         path, onnx = self.folder / f"{graph.name}.engine", self.folder / f"{CACHE.name}.onnx"
         write_plan(path, graph, onnx if onnx.exists() else onnx_file(onnx), **fields)
         return TensorRtEngine(
-            path, graph, self.tensorrt, self.memory, self.scratch, mend=MEND, **options
+            path, graph, self.tensorrt, self.memory, self.scratch, fix=FIX, **options
         )
 
 
@@ -64,7 +64,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> OnnxRuntimeEngine:
 
 def on_device(bench: Bench, given: dict[str, Any]) -> dict[str, Any]:
     """The cache in the GPU's memory, the rest as arrays."""
-    return {**given, "past": bench.memory.hold(given["past"].read())}
+    return {**given, "past": bench.memory.from_array(given["past"].read())}
 
 
 @pytest.mark.parametrize("record", [True, False])
@@ -75,7 +75,7 @@ def test_it_computes_what_onnx_runtime_does(
     engine = bench.engine(record=record)
     for batch in (1, 2, 1):
         here = HOST.allocate((batch, 2, SLOTS, 3), np.float32)
-        there = bench.memory.hold(here.read())
+        there = bench.memory.from_array(here.read())
         for at, count in ((0, 2), (2, 1), (3, 1), (4, 1)):
             given = inputs(batch, count, at)
             expected = on_cpu.run({**given, "past": here})
@@ -156,7 +156,7 @@ def test_what_cannot_be_recorded_runs_all_the_same(
 def test_recordings_are_few_and_given_back(bench: Bench) -> None:
     bench.module.recordable_after = 0
     engine = bench.engine()
-    engine._context(0).graphs._most = 2
+    engine._context(0).graphs._capacity = 2
     places = [bench.memory.allocate((1, 2, 3), np.float32) for _ in range(4)]
     given = on_device(bench, inputs())
     for place in places:
@@ -178,7 +178,7 @@ def test_ctrl_c_does_not_leave_the_stream_recording(bench: Bench) -> None:
     with pytest.raises(KeyboardInterrupt):
         graphs.enqueue("key", run, may_record=True)
     assert not bench.cuda.recording
-    assert bench.memory.hold(np.arange(3)).read().tolist() == [0, 1, 2]
+    assert bench.memory.from_array(np.arange(3)).read().tolist() == [0, 1, 2]
 
 
 def test_addresses_that_tensorrt_does_not_take_are_gone_round(
@@ -190,7 +190,7 @@ def test_addresses_that_tensorrt_does_not_take_are_gone_round(
     here = {**given, "past": HOST.allocate((1, 2, SLOTS, 3), np.float32)}
     store, pairs = memory.allocate((3, 2, 3), np.float32), memory.allocate((3, 1), np.float32)
     caches = memory.allocate((3, 2, SLOTS, 3), np.float32)
-    memory.copy(memory.hold(given["pair"]), pairs.rows(1, 3))
+    memory.copy(memory.from_array(given["pair"]), pairs.rows(1, 3))
     for at in (0, 1, 2):
         here["write_index"] = np.array([at])
         expected = on_cpu.run(here)["total"].read()
@@ -206,7 +206,7 @@ def test_an_input_that_is_the_same_again_is_copied_where_its_place_has_changed(
 ) -> None:
     """Its place held another buffer meanwhile, or is the cache, which the run wrote into."""
     engine, given = bench.engine(), inputs()
-    pair, others = given["pair"], bench.memory.hold(np.full((3, 1), 7, np.float32))
+    pair, others = given["pair"], bench.memory.from_array(np.full((3, 1), 7, np.float32))
     for there in (pair, others.rows(1, 3), pair, pair):
         past = np.zeros((1, 2, SLOTS, 3), np.float32)
         here = pair if there is pair else np.full((2, 1), 7, np.float32)
@@ -219,7 +219,7 @@ def test_an_input_that_is_the_same_again_is_copied_where_its_place_has_changed(
 def test_buffers_on_the_host_are_brought_over(bench: Bench, on_cpu: OnnxRuntimeEngine) -> None:
     given = inputs()
     expected = on_cpu.run(given)["total"].read()
-    given["new"] = HOST.hold(given["new"])
+    given["new"] = HOST.from_array(given["new"])
     given["past"] = bench.memory.allocate((1, 2, SLOTS, 3), np.float32)
     np.testing.assert_array_equal(bench.engine().run(given)["total"].read(), expected)
 
@@ -233,7 +233,7 @@ def test_inputs_that_shapes_depend_on_stay_on_the_host(bench: Bench, name: str) 
     total = bench.memory.allocate((1, 2, 3), np.float32)
     for step in range(6):
         value = np.array(0.5 + step // 3, np.float32) if name == "scale" else np.array([step // 3])
-        on_gpu = bench.memory.hold(value) if step % 2 else value
+        on_gpu = bench.memory.from_array(value) if step % 2 else value
         given["past"].write(np.zeros((1, 2, SLOTS, 3), np.float32))
         engine.run({**given, name: on_gpu}, {"total": total})
         factor = value if name == "scale" else 0.5
@@ -257,8 +257,8 @@ def test_a_request_beyond_the_profiles_is_refused(bench: Bench) -> None:
     with pytest.raises(EngineError) as error:
         engine.run(on_device(bench, inputs(1, 3)))
     assert str(error.value) == (
-        "cache was not built for this: new does not fit; expected (1, 2, 1, 3) to (2, 2, 2, 3); "
-        "got (1, 2, 3, 3). build it for more with `mmi build it`"
+        "cache: new does not fit any profile of the engine; expected (1, 2, 1, 3) to (2, 2, 2, 3); "
+        "got (1, 2, 3, 3). build it for larger shapes with `mmi build it`"
     )
 
 
@@ -348,9 +348,12 @@ HALF = Graph(
         ({"version": "11.3.0"}, r"cannot load .*not compatible.*build it again .*`mmi build it`"),
         ({"plugin": True}, r"Cannot find plugin.*`mmi plugins build tensorrt`.*--kernels"),
         ({"weights": 1 << 40}, r"OutOfMemory.*--resident.*mmi build it"),
-        ({"types": {"total": "float32"}}, r"is no cache: it differs in new, pair, past, present"),
+        (
+            {"types": {"total": "float32"}},
+            r"is not a cache engine: it differs in new, pair, past, present",
+        ),
         ({"shapes": {t.name: [2] for t in (*CACHE.inputs, *CACHE.outputs)}}, "new differs"),
-        ({"in_place": {"present": "new"}}, "does not write present where past lies"),
+        ({"in_place": {"present": "new"}}, "does not write present in place of past"),
     ],
 )
 def test_engines_that_are_not_the_graph_are_refused(
@@ -374,7 +377,7 @@ def test_a_file_that_is_no_engine_is_refused(bench: Bench) -> None:
     path = bench.folder / "none.engine"
     path.write_bytes(b"no engine")
     with pytest.raises(EngineError, match=r"cannot load .*none.engine: .*magicTag.*mmi build it"):
-        TensorRtEngine(path, CACHE, bench.tensorrt, bench.memory, bench.scratch, mend=MEND)
+        TensorRtEngine(path, CACHE, bench.tensorrt, bench.memory, bench.scratch, fix=FIX)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         told(gpu.runtime)
         gpu.runtime.close()
     memory = gpu.target.memory
-    memory.hold(np.zeros(2 * STAGING, np.uint8))
+    memory.from_array(np.zeros(2 * STAGING, np.uint8))
     with pytest.raises(EngineError, match="full"):
         memory.allocate((gpu.cuda.capacity,), np.uint8)
     with pytest.raises(EngineError, match="cudaSetDevice failed"):
