@@ -1,5 +1,4 @@
-"""A precision that no processor here computes in, run all the same: the graphs that a GPU would
-get, in float32 with every number rounded to its type."""
+"""Emulate a GPU precision on the CPU: its graphs in float32, rounded after every operator."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.sample_inputs import samples_of
 
 
-def simulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int = 0) -> Runtime:
-    """A runtime of `bundle` on the graphs of a GPU recipe, which are written into `folder`.
+def emulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int = 0) -> Runtime:
+    """Open `bundle` on emulated graphs of a GPU recipe, which are written into `folder`.
 
     Raises `MmiError` for an unknown recipe or a bundle that cannot be rewritten or run.
     """

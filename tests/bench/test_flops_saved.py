@@ -1,4 +1,4 @@
-"""What folding, image values and hoisting remove: FLOPs as published and as deployed."""
+"""FLOPs saved by folding, image values and hoisting: as published and as deployed."""
 
 from __future__ import annotations
 
@@ -80,20 +80,22 @@ def llm_13b(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig
     import torch
 
     from mmi_export.graphs.llm import LlmGraph
-    from mmi_export.placeholder_model import cut, write_stand_in
-    from mmi_export.tracing.fake_weights_model import BlankModel
+    from mmi_export.placeholder_model import cut, write_placeholder_model
+    from mmi_export.tracing.fake_weights_model import FakeWeightsModel
     from mmi_export.tracing.onnx_from_module import onnx_from_module
     from mmi_export.tracing.stored_weights import link_file, stored_weights
     from mmi_export.tracing.weight_sources import WeightSources
 
     work = tmp_path_factory.mktemp("llm_13b")
     config = cut(released_13b(), 4)
-    write_stand_in(config, work / "model", "empty", torch.float16)
-    blank = BlankModel(config)
-    sources = WeightSources(blank, stored_weights(work / "model", blank.weights), link_file)
+    write_placeholder_model(config, work / "model", "empty", torch.float16)
+    fake_model = FakeWeightsModel(config)
+    sources = WeightSources(
+        fake_model, stored_weights(work / "model", fake_model.weights), link_file
+    )
     contract = graphs(config, Limits(2048))["llm"]
-    with blank.building():
-        module = LlmGraph(blank.module, contract, False)
+    with fake_model.building():
+        module = LlmGraph(fake_model.module, contract, False)
     (work / "graphs").mkdir()
     path = work / "graphs" / "llm.onnx"
     onnx_from_module(module, contract, path, sources)
@@ -205,8 +207,8 @@ def test_a_model_with_room_for_few_images_is_compared_with_few(exported: Exporte
 
 def test_the_command_prints_both(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "flops-saved", str(exported.bundle.folder), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["repeated_in_a_deployed_step"] == 0
-    ratios = {row["what"]: row["ratio"] for row in told["rows"]}
+    report = json.loads(capsys.readouterr().out)
+    assert report["repeated_in_a_deployed_step"] == 0
+    ratios = {row["what"]: row["ratio"] for row in report["rows"]}
     assert ratios["a token with 4 images"] > ratios["a token with 1 image"] > 1
-    assert told["repeated"][LLM_VALUES] > 0
+    assert report["repeated"][LLM_VALUES] > 0

@@ -1,4 +1,4 @@
-"""What an exported bundle holds: graphs that keep to the contract and compute nothing twice."""
+"""Exported graphs follow the contract and compute nothing twice."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ TYPES = {
     "int32": onnx.TensorProto.INT32,
 }
 
+# Operators that move numbers and compute none: rows of the time table, the heads of the condition's
+# keys and values, slots and positions repeated for both guidance branches.
 LAYOUT = {
     "Cast",
     "Concat",
@@ -41,11 +43,9 @@ LAYOUT = {
     "Transpose",
     "Unsqueeze",
 }
-"""Operators that move numbers and compute none: rows of the time table, the heads of the
-condition's keys and values, slots and positions repeated for both guidance branches."""
 
+# `LAYOUT`, and the operators that compute sizes.
 LAYOUT_OF_SIZES = LAYOUT | {"Shape", "Mul", "Add", "Sub", "Div", "Max", "Min"}
-"""What sizes are computed with."""
 
 
 def graph_of(exported: Exported, name: str) -> Graph:

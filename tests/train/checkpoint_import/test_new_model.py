@@ -431,7 +431,7 @@ def test_damaged_gguf_files(init, tmp_path):
     whole = path.read_bytes()
     for broken in (b"", b"GGUF", whole[:3000], whole[: len(whole) // 2], b"x" * 5000):
         path.write_bytes(broken)
-        refused(init, path, "is no GGUF file, or it is cut off or damaged")
+        refused(init, path, "is not a GGUF file, or it is cut off or damaged")
 
 
 def shard(folder: Path) -> Path:
@@ -472,7 +472,7 @@ def test_damaged_folders(init, tmp_path):
         left.unlink()
     refused(init, folder, "holds no weights; expected model.safetensors")
     (folder / "config.json").write_text("[]")
-    refused(init, folder, "config.json is no JSON object")
+    refused(init, folder, "config.json is not a JSON object")
     (folder / "config.json").unlink()
     refused(init, folder, "cannot read", "config.json")
 
@@ -507,7 +507,7 @@ def test_a_language_model_that_knows_pictures_is_refused(init, tmp_path):
     tokenizer = parts.byte_tokenizer()
     tokenizer.add_special_tokens(["<|image|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    refused(init, folder, "has one of our marks already")
+    refused(init, folder, "has one of our special tokens already")
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ def test_a_clip_that_does_not_fit_is_refused(init, tmp_path, llama_folder):
     assert code == 2 and "width 64 is not a multiple of 3" in said.splitlines()[-1]
     parts.edit_json(config, model_type="siglip_vision_model")
     code, said = init(llama_folder, "--vision", tmp_path / "clip")
-    assert code == 2 and "is no CLIP" in said.splitlines()[-1]
+    assert code == 2 and "is not a CLIP" in said.splitlines()[-1]
     parts.write_clip_vision(tmp_path / "clip")
     code, said = init(llama_folder, "--vision", tmp_path / "clip", "--image-size", 4)
     assert code == 2 and "position_grid" in said.splitlines()[-1]

@@ -12,10 +12,10 @@ from torch import nn
 
 from mmi_deploy.errors import WeightsError
 from mmi_deploy.spec.presets import released_13b
+from mmi_train.checkpoint_import.misfits import compact
 from mmi_train.checkpoint_import.published import DerivedConstant, published_name, rename
 from mmi_train.checkpoint_import.state_dict import (
     bare_shape,
-    compact,
     convert_state,
     published_module,
 )

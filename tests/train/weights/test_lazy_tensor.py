@@ -216,5 +216,5 @@ def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
 
 def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path):
     (tmp_path / "i.json").write_text('{"weight_map": {"a": "x.bin", "a": "y.bin"}}')
-    with pytest.raises(MmiError, match="is no index of a checkpoint"):
+    with pytest.raises(MmiError, match="is not an index of a checkpoint"):
         weight_map(tmp_path / "i.json")
