@@ -18,14 +18,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Folders and files that are checked.
 ROOTS = """
-    mmi_deploy plugins examples bench/mmi_bench/cli
-    train/mmi_train/baseline train/mmi_train/cli train/mmi_train/data train/mmi_train/evaluation
-    train/mmi_train/model train/mmi_train/training
-    tests/bench/gpu_check tests/deploy/analysis tests/deploy/bundle tests/deploy/cli
-    tests/deploy/documents tests/deploy/runtime tests/deploy/spec tests/deploy/system
-    tests/deploy/targets/precision tests/emulator tests/oracles tests/plugins tests/train
-    tests/conftest.py tests/exports.py
-    docs/architecture.md docs/mmfs_kernel.md README.md CONTRIBUTING.md Makefile
+    mmi_deploy plugins export train bench tests docs examples
+    README.md CONTRIBUTING.md Makefile
 """.split()
 
 SUFFIXES = {".py", ".cuh", ".h", ".cu", ".cpp", ".md"}

@@ -226,7 +226,7 @@ def test_the_users_folder_and_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_what_somebody_put_into_an_entry_stays(
     cache: EngineCache, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether the entry is built again, is damaged, or is evicted."""
+    """An entry that is built again, is damaged, or is evicted."""
     small = EngineCache(cache.folder, 0)
     for number, act in enumerate(
         (
