@@ -43,7 +43,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(INSTALLED) ## let ruff mend style and imports
+format: $(INSTALLED) ## let ruff fix style and imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -1,4 +1,4 @@
-"""Renders the pictures of the examples: scenes of the drawn world that training never saw.
+"""Render the pictures of the examples: scenes of the drawn world that training never saw.
 
 python examples/make_pictures.py
 """
@@ -23,7 +23,7 @@ SCENE: Scene = ordered_scene(
 
 
 def pictures() -> dict[str, np.ndarray]:
-    """Every picture by file name, uint8 [64, 64, 3]."""
+    """Render every picture; uint8 [height, width, 3] by file name."""
     return {"scene.png": render(SCENE), "classes.png": render(SCENE, segmentation=True)}
 
 

@@ -1,4 +1,4 @@
-"""Where `mmi` starts: importing the command line takes a moment, in which Ctrl-C is no fault."""
+"""Entry point of `mmi`; Ctrl-C while the command line is being imported ends it quietly."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Errors for people: one readable line that says what, expected, got, and what to do about it."""
+"""Errors for users: one readable line with what is wrong, expected, got, and the fix."""
 
 from __future__ import annotations
 
 
 class MmiError(Exception):
-    """Anything the user can mend. The command line prints it as one line and exits with
+    """An error that the user can fix. The command line prints it as one line and exits with
     `exit_code`."""
 
     exit_code = 2

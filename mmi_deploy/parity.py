@@ -90,16 +90,16 @@ PRECISION_TOLERANCES: Mapping[str, Tolerance] = {
     "mixed": Tolerance(5e-1, f"{_INT4} where it is narrowest", "rms"),
 }
 
-# How much greater the error may be on random tokens. They are not text, and here and there one puts
-# the model on an edge from which any rounding pushes it off.
+# Factor by which the error may be greater on random tokens. They are not text, and some of them
+# bring the model to a point where any rounding changes the output.
 RANDOM_FACTOR = 5.0
 
-# An error as great as the output, which says nothing, is never allowed.
+# Greatest tolerance: an error as great as the output would pass any output.
 MOST = 0.99
 
 
 def precision_tolerance(precision: str, recorded: bool) -> Tolerance:
-    """Tolerance of a recipe on inputs that were recorded or are random."""
+    """Tolerance of a recipe, on recorded inputs or on random ones."""
     tolerance = PRECISION_TOLERANCES[precision]
     if recorded:
         return tolerance
@@ -195,7 +195,7 @@ def _kind(array: Array) -> str:
 @dataclass(frozen=True)
 class Comparison:
     """One tensor compared with its expected values. got, expected: the values at the worst index.
-    flaw: the reason for which there is no error, such as another shape."""
+    flaw: why no error could be computed, such as another shape."""
 
     name: str
     tolerance: Tolerance
@@ -297,7 +297,7 @@ def worst_of(comparisons: Sequence[Comparison]) -> Comparison:
 
 
 def _rank(error: float) -> float:
-    """Order of errors: what was not compared is as bad as can be."""
+    """Sort key of errors; NaN (nothing compared) ranks as infinite."""
     return float("inf") if isnan(error) else error
 
 
@@ -313,11 +313,11 @@ class Case:
 
     def __post_init__(self) -> None:
         if any(not 0 <= size <= 2**32 for size in self.sizes.values()):
-            raise ValueError("a size is out of range")
+            raise ValueError("sizes must lie between 0 and 2^32")
         if self.error < 0:  # NaN is written, and does not pass
-            raise ValueError("an error is not below 0")
+            raise ValueError("error must not be negative")
         if not 0 < self.tolerance <= 1:
-            raise ValueError("a tolerance lies in (0, 1]")
+            raise ValueError("tolerance must lie in (0, 1]")
 
     @property
     def passed(self) -> bool:
@@ -335,7 +335,7 @@ class Proof:
 
     @property
     def cases(self) -> tuple[Case, ...]:
-        """As a receipt holds them."""
+        """The comparisons in the form that a receipt stores."""
         return tuple(
             Case(sizes, one.relative, one.tolerance.relative) for sizes, one in self.comparisons
         )
@@ -355,8 +355,7 @@ class Proof:
         return max(self.comparisons, key=lambda sized: _rank(sized[1].share))
 
     def check(self, what: str, fix: str) -> None:
-        """Raise `BundleError` for the first case that failed: `what` is wrong, and how to fix
-        it."""
+        """Raise `BundleError` for the first case that failed; `what` and `fix` word the error."""
         for sizes, one in self.comparisons:
             if not one.passed:
                 raise BundleError(

@@ -1,4 +1,4 @@
-"""What all tests share: threads, exported bundles, and the outputs of the published code.
+"""Shared fixtures: threads, exported bundles, and the outputs of the published code.
 
 The small ones lie in tests/golden. `MMI_GOLDEN_DIR` names a folder that holds the large ones too;
 tests that need those are skipped without it.
@@ -82,7 +82,7 @@ def golden_file() -> Callable[[str], Path]:
         folders = [REPOSITORY / "tests" / "golden"]
         if elsewhere := os.environ.get("MMI_GOLDEN_DIR"):
             folders.append(Path(elsewhere))
-            assert folders[-1].is_dir(), f"MMI_GOLDEN_DIR is {elsewhere}, which is no folder"
+            assert folders[-1].is_dir(), f"MMI_GOLDEN_DIR is {elsewhere}, which is not a folder"
         for folder in folders:
             if (folder / name).exists():
                 return folder / name

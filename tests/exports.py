@@ -1,4 +1,4 @@
-"""What the tests need exported, by `mmi export` as users run it, each model once in a session."""
+"""Bundles for tests, exported by `mmi export` as users run it, each model once per session."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.model_folder import CONFIG, TOKENIZER, load_model, save_model
 
+# The trained model, or in a checkout without it one of its size with random weights.
 SHIPPED = "shipped"
-"""The trained model, or in a checkout without it one of its size with random weights."""
 
 CONFIGS: dict[str, Callable[[], ModelConfig]] = {
     "paper": paper_reading,
@@ -39,8 +39,8 @@ _STAGE = re.compile(r"^(.+) \((\d+) of (\d+) done", re.M)
 
 @dataclass(frozen=True)
 class Exported:
-    """A model, its folder, its bundle, and the stages that the export told: what, how many of how
-    many done."""
+    """A model, its folder, its bundle, and the reported stages of the export: name, number of
+    finished stages, number of stages."""
 
     model: MMInterleaved
     folder: Path

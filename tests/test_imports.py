@@ -185,7 +185,7 @@ def test_no_file_imports_a_library_that_its_folder_does_without(package: str) ->
 
 
 def test_model_code_knows_neither_data_nor_training_nor_export() -> None:
-    """Of this repository the model imports its own parts and `mmi_deploy` alone."""
+    """The model imports its own parts and `mmi_deploy` alone."""
     for module, path in modules("mmi_train").items():
         if module.startswith("mmi_train.model"):
             used = {name for name in imports(ast.parse(path.read_text())) if module_in(name)}

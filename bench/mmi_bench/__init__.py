@@ -1,1 +1,1 @@
-"""How fast deployment is: the runtime against the same weights, run as the published code does."""
+"""Benchmarks: the runtime against PyTorch in the published order of work, kernels, GPU check."""

@@ -1,9 +1,9 @@
-"""Time of one decoded token, precision against precision, on the CPU.
+"""Benchmark the latency of one decoded token by precision, on the CPU.
 
     python -m mmi_bench.decode bundles/tiny --precisions int8 int4
 
-Only the language model is run, token after token, its cache written in place as the runtime does
-it. The precisions take turns in one process, so that a machine that slows down slows all of them.
+Only the language model is run, token after token, with its KV cache written in place as in the
+runtime. The precisions take turns in one process, so that a machine that slows down slows all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmi_bench.statistics import Spread, ratios
+from mmi_bench.statistics import Statistics, ratios
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.runtime.buffers import HOST, Buffer
@@ -28,12 +28,15 @@ from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_deploy.targets.precision import recipe, rewrite
 
+# Precision of the portable graph.
 PLAIN = "fp32"
+
+# Tokens that are decoded before the measured ones.
 WARM_UP = 3
 
 
 class Decoder:
-    """One file of the LLM, decoding from slot `start` on with one hidden image."""
+    """Decoder that runs one file of the `llm` graph from slot `start` on, with one hidden image."""
 
     def __init__(self, path: Path, graph: Graph, threads: int, start: int) -> None:
         self._engine = OnnxRuntimeEngine(path, graph, OnnxOptions(threads=threads))
@@ -45,7 +48,7 @@ class Decoder:
             if tensor.dtype == "float32":
                 array = draw.standard_normal(shape, np.float32)
             else:
-                array = np.full(shape, max(tensor.least, 0), tensor.dtype)
+                array = np.full(shape, max(tensor.min, 0), tensor.dtype)
             self._buffers[tensor.name] = HOST.from_array(array)
         self._buffers["visual_index"].read()[...] = -1
         self._slot = start
@@ -53,7 +56,7 @@ class Decoder:
         self._outputs = {t.name: HOST.allocate(t.resolve(**sizes), t.dtype) for t in outputs}
 
     def token(self) -> float:
-        """Decode one token; seconds."""
+        """Decode one token; return its latency in seconds."""
         for name in ("position", "write_index"):
             self._buffers[name].read()[...] = self._slot
         self._slot += 1
@@ -65,7 +68,7 @@ class Decoder:
 def compare(
     portable: Path, graph: Graph, precisions: Sequence[str], tokens: int, threads: int, start: int
 ) -> dict[str, list[float]]:
-    """Seconds of each of `tokens` tokens, by precision; the n-th tokens of all came in turn."""
+    """Measure `tokens` tokens of every precision, in turns; latencies in seconds by precision."""
     with temporary_folder(portable.parent, ".decode-") as folder:
         decoders = {PLAIN: Decoder(portable, graph, threads, start)}
         for name in precisions:
@@ -87,9 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--precisions", nargs="+", default=["int8", "int4"], metavar="NAME")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--start", type=int, default=128, help="tokens that are in the cache")
+    parser.add_argument(
+        "--start",
+        type=int,
+        default=128,
+        help="tokens in the KV cache before the first measured one",
+    )
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write all times here too")
+    parser.add_argument("--json", type=Path, help="write all latencies to this JSON file")
     given = parser.parse_args(arguments)
     try:
         if given.json:
@@ -99,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokens = min(given.tokens, bundle.limits.context - given.start - WARM_UP)
         if tokens < 1:
             raise ConfigError(
-                f"{given.bundle} has no room for a token there",
+                f"{given.bundle} has no free slot after --start",
                 expected=f"--start of at most {bundle.limits.context - WARM_UP - 1}",
                 got=given.start,
             )
@@ -116,8 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def line(name: str, seconds: Sequence[float], plain: Sequence[float]) -> str:
-    """Median and quartiles of a token's milliseconds, and of how many times faster it is."""
-    each, faster = Spread.of([1000 * one for one in seconds]), ratios(plain, seconds)
+    """Format the median and quartiles of a token's milliseconds and of its speedup."""
+    each, faster = Statistics.of([1000 * one for one in seconds]), ratios(plain, seconds)
     return (
         f"{name:8} {each.median:8.2f} ms ({each.low:.2f} to {each.high:.2f})   "
         f"{faster.median:.2f} times as fast ({faster.low:.2f} to {faster.high:.2f})"

@@ -1,5 +1,4 @@
-"""A precision that no processor here computes in, run all the same: the graphs that a GPU would
-get, in float32 with every number rounded to its type."""
+"""Emulate a GPU precision on the CPU: its graphs in float32, rounded after every operator."""
 
 from __future__ import annotations
 
@@ -17,14 +16,14 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.targets.precision import measure_ranges, recipe, rewrite
-from mmi_deploy.targets.precision.emulation import simulated
+from mmi_deploy.targets.precision.emulation import emulated
 from mmi_deploy.targets.precision.recipes import FLOAT32
 from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.sample_inputs import samples_of
 
 
-def simulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int = 0) -> Runtime:
-    """A runtime of `bundle` on the graphs of a GPU recipe, which are written into `folder`.
+def emulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int = 0) -> Runtime:
+    """Open `bundle` on emulated graphs of a GPU recipe, which are written into `folder`.
 
     Raises `MmiError` for an unknown recipe or a bundle that cannot be rewritten or run.
     """
@@ -36,7 +35,7 @@ def simulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int
         if runs := [sample.inputs for sample in samples.get(name, []) if sample.recorded]:
             ranges = measure_ranges(read_model(portable, graph), portable.parent, runs)
         rewrite(chosen, graph, portable, out, runtime=TENSORRT, ranges=ranges)
-        onnx.save(ir.to_proto(simulated(out)), out)
+        onnx.save(ir.to_proto(emulated(out)), out)
 
     def load(graph: Graph) -> Engine:
         return OnnxRuntimeEngine(folder / f"{graph.name}.onnx", graph, OnnxOptions(threads))

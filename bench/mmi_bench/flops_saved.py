@@ -1,4 +1,4 @@
-"""What deployment removes: FLOPs of the model as published beside those of its graphs.
+"""FLOPs saved by deployment: the model as published beside its exported graphs.
 
 *As published* is counted by PyTorch's own counter while the training modules run in the published
 order on the meta device, where tensors have no contents: image values projected for every token and
@@ -6,7 +6,7 @@ every U-Net call, W_q for every image, time embedding and the condition's keys a
 step. *Deployed* is counted from the ONNX files of a bundle (`mmi_deploy.analysis.cost`). Both count
 matrix products, convolutions and attention, a multiply-add as 2: PyTorch counts nothing else.
 
-Letters: b rows, t tokens, n images of the pool, m images looked at, s feature cells, c channels.
+Letters: b batch, t tokens, w wanted positions, n encoded images, m image slots, x context tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmi_deploy.analysis.cost import Total, chosen_sizes, cost, cost_of_file, unchanging
+from mmi_deploy.analysis.cost import Total, chosen_sizes, cost, cost_of_file, loop_invariant
 from mmi_deploy.analysis.shapes import read_graph, sized
 from mmi_deploy.analysis.stored_bytes import as_in_file
 from mmi_deploy.spec.config import ModelConfig
@@ -31,15 +31,15 @@ from mmi_train.model.mm_interleaved import MMInterleaved
 
 META = torch.device("meta")
 
+# Inputs of a denoising step that change every step; all others are the same for a whole picture.
 CHANGING = ("latents", "history", "noise", "step")
-"""What a denoising step is given anew every time. All else is the same for a whole picture."""
 
+# Numbers of images in context for which tokens are counted.
 IMAGES = (0, 1, 2, 4)
-"""Images in context that tokens are counted with."""
 
 
 class Published:
-    """The model of `config` in the published order of computation, without contents."""
+    """Model of `config` in the published order of computation, on the meta device."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -67,8 +67,8 @@ class Published:
         return flops(decode)
 
     def call(self, images: int) -> int:
-        """FLOPs of one call of the U-Net on both branches of guidance, which look at copies of the
-        same images."""
+        """FLOPs of one call of the U-Net on both branches of guidance, which see copies of the same
+        images."""
         unet, decoder = self.config.image_decoder.unet, self.model.image_decoder
         rows = UNET_BATCH_PER_PICTURE
 
@@ -88,7 +88,7 @@ class Published:
         return flops(run)
 
     def parts(self) -> dict[str, int]:
-        """FLOPs of what is computed again and again, by what it is."""
+        """FLOPs of repeated computations, by name."""
         unet, config = self.model.image_decoder.unet, self.config
         rows = UNET_BATCH_PER_PICTURE
         decoder = config.image_decoder
@@ -113,7 +113,7 @@ class Published:
 
 
 def flops(run: Callable[[], object]) -> int:
-    """What PyTorch counts while `run` runs on the meta device, attention written out."""
+    """Count the FLOPs of `run` with PyTorch's counter on the meta device, attention as matmuls."""
     with torch.no_grad(), META, sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
             run()
@@ -130,8 +130,8 @@ def _longs(*shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that is done, and its matrix FLOPs in both ways. published: None for what only the
-    deployed model does."""
+    """Matrix FLOPs of one piece of work, as published and as deployed. `published`: None for work
+    of the deployed model alone."""
 
     what: str
     published: int | None
@@ -143,11 +143,11 @@ class Row:
 
 
 def repeated_in_step(config: ModelConfig, limits: Limits, file: Path) -> Total:
-    """What the graph `denoise_step` in `file` computes from nothing that changes between steps."""
+    """FLOPs of the `denoise_step` graph in `file` that depend on no input that changes by step."""
     contract = graphs(config, limits)["denoise_step"]
     sizes = chosen_sizes(contract, {})
     graph = sized(read_graph(file), contract, sizes)
-    return unchanging(graph, cost(graph, sizes, as_in_file(graph)), CHANGING)
+    return loop_invariant(graph, cost(graph, sizes, as_in_file(graph)), CHANGING)
 
 
 def repeated(config: ModelConfig) -> dict[str, int]:
@@ -158,8 +158,8 @@ def repeated(config: ModelConfig) -> dict[str, int]:
 def compare(
     config: ModelConfig, limits: Limits, files: Mapping[str, Path], steps: int = 20
 ) -> list[Row]:
-    """Rows for a token, a U-Net call, an image read and a picture of `steps` steps, at a full
-    context. files: graph name -> portable ONNX file."""
+    """Compare a token, a U-Net call, an encoded image and a picture of `steps` steps, at a full
+    context. `files`: graph name -> portable ONNX file."""
     contract = graphs(config, limits)
 
     def deployed(graph: str, **sizes: int) -> int:
@@ -168,15 +168,15 @@ def compare(
     published = Published(config)
     rows = []
     for images in (count for count in IMAGES if count <= limits.images):
-        looked_at = max(images, 1)
-        own = deployed("llm", t=1, k=1, b=1, m=looked_at, n=looked_at)
+        visible = max(images, 1)
+        own = deployed("llm", t=1, w=1, b=1, m=visible, n=visible)
         with_images = f"a token with {images} image{'' if images == 1 else 's'}"
         rows.append(Row(with_images, published.token(images, limits.context), own))
     seen = min(config.image_decoder.mmfs.images_seen, limits.images, max(IMAGES))
     calls = {}
     for images in sorted({0, 1, seen}):
-        looked_at = max(images, 1)
-        step = deployed("denoise_step", b=1, m=looked_at, n=looked_at)
+        visible = max(images, 1)
+        step = deployed("denoise_step", b=1, m=visible, n=visible)
         calls[images] = Row(
             f"a denoising step that sees {images} image{'' if images == 1 else 's'}",
             published.call(images),

@@ -1,9 +1,12 @@
-"""Our MMFS kernel for ONNX Runtime against the operator built from GridSample, on this machine.
+"""Benchmark our MMFS kernel for ONNX Runtime against a decomposition into GridSample.
 
-The baseline is the usual decomposition, a GridSample a level, and is spared everything but the
-sampling: locations and weights are given to it ready-made. Our kernel computes those as well.
-Both take `value` as the model holds it, channels last; GridSample's has to be turned for that.
+The baseline is the usual decomposition, one GridSample per level, and does the sampling alone: it
+gets locations and weights precomputed. Our kernel computes these as well. Both take `value` as the
+model holds it, channels last, which GridSample has to transpose.
 `python -m mmi_bench.kernel` prints the table.
+
+Letters: q queries, m image slots, s feature cells, l levels, h heads, p points,
+d channels per head.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmi_bench.machine import describe
-from mmi_bench.statistics import Spread, ratios
+from mmi_bench.statistics import Statistics, ratios
 from mmi_deploy.cli import program
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET
@@ -34,16 +37,19 @@ from mmi_plugins.reference import all_rows, mmfs_reference
 
 HEADS, CHANNELS, POINTS, IMAGES = 16, 64, 8, 4
 LEVELS = ((32, 32), (16, 16), (8, 8))
+# One token; a short prompt; a long prompt; a U-Net's finest map.
 QUERIES = (1, 64, 2048, 4096)
-"""One token; a short prompt; a long prompt; a U-Net's finest map."""
 
+# Bytes of a cache line.
 _ALIGNED = 64
+
+# Output rows that are compared with float64.
 _ROWS_COMPARED = 64
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of each run, both sides in turns, and how far the two outputs differ."""
+    """Seconds of each run of both implementations, and the largest difference of their outputs."""
 
     queries: int
     ours: tuple[float, ...]
@@ -51,22 +57,22 @@ class Comparison:
     difference: float
 
     @property
-    def speedup(self) -> Spread:
-        """How many times as long GridSample takes."""
+    def speedup(self) -> Statistics:
+        """Time of GridSample over that of our kernel."""
         return ratios(self.grid_sample, self.ours)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "queries": self.queries,
-            "ours": Spread.of(self.ours).to_json(),
-            "grid_sample": Spread.of(self.grid_sample).to_json(),
+            "ours": Statistics.of(self.ours).to_json(),
+            "grid_sample": Statistics.of(self.grid_sample).to_json(),
             "speedup": self.speedup.to_json(),
             "difference": self.difference,
         }
 
 
 def call_of(queries: int) -> Call:
-    """A call of the benchmark's size: all images visible, one reference a query, row by row."""
+    """Draw a call of the benchmark's size: all images visible, one reference point per query."""
     call = draw(
         np.random.default_rng(queries),
         b=1,
@@ -92,9 +98,9 @@ def call_of(queries: int) -> Call:
     return call
 
 
-def ready_made(call: Call) -> dict[str, np.ndarray]:
-    """What the baseline is given: value [m, s, h, d], grid [m*h, q, p, 2] in [-1, 1] and weights
-    [l, m*h, 1, q, p], in the layout that GridSample wants."""
+def precomputed(call: Call) -> dict[str, np.ndarray]:
+    """Compute the baseline's inputs: value [m, s, h, d], grid [m*h, q, p, 2] in [-1, 1] and weights
+    [l, m*h, 1, q, p], in the layout of GridSample."""
     b, position = 0, call["image_position"][0, 0]
     offsets = call["offsets"][b][:, :, None] + call["offset_table"][position].transpose(1, 0, 2, 3)
     location = call["reference"][:, None, None, None] + offsets / call.base_grid  # [q, h, m, p, 2]
@@ -112,7 +118,7 @@ def ready_made(call: Call) -> dict[str, np.ndarray]:
 
 
 def grid_sample_model(call: Call) -> bytes:
-    """ONNX: value, grid and weight as `ready_made` gives them to output [1, q, h*d]."""
+    """Build the baseline as ONNX: inputs of `precomputed` -> output [1, q, h*d]."""
     import onnx.helper as oh
     from onnx import TensorProto
 
@@ -175,13 +181,13 @@ Run = Callable[[], np.ndarray]
 
 
 def bound(model: bytes, inputs: dict[str, np.ndarray], threads: int, library: Path | None) -> Run:
-    """A function that runs the model on inputs that stay where they are."""
+    """Load `model` and bind its inputs and output; return a function that runs it on them."""
     from mmi_deploy.runtime.onnxruntime.module import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    # Or threads of the side that rests keep the cores busy, waiting, while the other is timed.
+    # Otherwise idle threads of one implementation spin and slow the other one while it is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if library is not None:
         options.register_custom_ops_library(str(library))
@@ -191,7 +197,7 @@ def bound(model: bytes, inputs: dict[str, np.ndarray], threads: int, library: Pa
     for name, value in held.items():
         binding.bind_ortvalue_input(name, value)
     shape = session.get_outputs()[0].shape
-    output = aligned(np.zeros(shape, np.float32))  # made once, as the runtime's are
+    output = aligned(np.zeros(shape, np.float32))  # allocated once, as in the runtime
     binding.bind_ortvalue_output("output", ort.OrtValue.ortvalue_from_numpy(output))
 
     def run() -> np.ndarray:
@@ -203,7 +209,7 @@ def bound(model: bytes, inputs: dict[str, np.ndarray], threads: int, library: Pa
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy that begins on a cache line: where numpy puts one differs from run to run."""
+    """Copy `array` to a cache-line boundary; NumPy's alignment differs from run to run."""
     raw = np.empty(array.nbytes + _ALIGNED, np.uint8)
     first = -raw.ctypes.data % _ALIGNED
     copy = raw[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
@@ -214,17 +220,17 @@ def aligned(array: np.ndarray) -> np.ndarray:
 def compare(
     queries: int, library: Path, threads: int, repeats: int, seconds: float = 0.5
 ) -> Comparison:
-    """Both sides in turns, `repeats` times; a run is repeated until it takes `seconds / repeats`.
+    """Time both implementations in turns, `repeats` times, each over `seconds / repeats` seconds.
 
-    Raises `EngineError` when the two do not compute the same, or either not what float64 does.
+    Raises `EngineError` if the output of either differs from the float64 reference.
     """
     call = call_of(queries)
     inputs = {name: call[name] for name in INPUT_SHAPES}
-    sides = (
+    implementations = (
         bound(one_node_model(call), inputs, threads, library),
-        bound(grid_sample_model(call), ready_made(call), threads, None),
+        bound(grid_sample_model(call), precomputed(call), threads, None),
     )
-    ours, theirs = (run().copy() for run in sides)
+    ours, theirs = (run().copy() for run in implementations)
     difference = float(np.abs(ours - theirs).max())
     rows = all_rows(call)[:: max(1, call.rows // _ROWS_COMPARED)]
     b, q, h = rows.T
@@ -235,13 +241,13 @@ def compare(
             raise EngineError(f"{name} is wrong at {queries} queries", expected="< 1e-4", got=error)
     taken: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
-        for run, times in zip(sides, taken, strict=True):
+        for run, times in zip(implementations, taken, strict=True):
             times.append(_seconds(run, seconds / repeats))
     return Comparison(queries, tuple(taken[0]), tuple(taken[1]), difference)
 
 
 def _seconds(run: Run, least: float) -> float:
-    """Mean seconds of a run, over as many as take `least` seconds."""
+    """Mean seconds of a run, over as many runs as take `least` seconds."""
     count, start = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - start < least:
         run()
@@ -250,7 +256,7 @@ def _seconds(run: Run, least: float) -> float:
 
 
 def table(comparisons: Sequence[Comparison], threads: int) -> Table:
-    """What people read."""
+    """Build the printed table: medians, and the speedup with quartiles."""
     title = (
         f"{HEADS} heads x {CHANNELS}, {IMAGES} images, {POINTS} points, "
         f"levels {', '.join(f'{height}x{width}' for height, width in LEVELS)}, {threads} threads"
@@ -258,7 +264,7 @@ def table(comparisons: Sequence[Comparison], threads: int) -> Table:
     shown = Table("queries", "our kernel", "GridSample", "times as fast", title=title)
     for item in comparisons:
         ours, theirs = (
-            f"{1e3 * Spread.of(side).median:.3f} ms" for side in (item.ours, item.grid_sample)
+            f"{1e3 * Statistics.of(times).median:.3f} ms" for times in (item.ours, item.grid_sample)
         )
         low, high = item.speedup.low, item.speedup.high
         times = f"{item.speedup.median:.0f} ({low:.0f} to {high:.0f})"
@@ -267,7 +273,7 @@ def table(comparisons: Sequence[Comparison], threads: int) -> Table:
 
 
 def main(
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of both sides.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of both implementations.")] = 2,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each size.")] = 9,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the samples to this JSON file.")

@@ -1,4 +1,4 @@
-"""What a measurement was made on and with."""
+"""Provenance of a measurement: machine and software versions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# Packages that matter for speed.
 _PACKAGES = (
     "mmi_deploy",
     "numpy",
@@ -20,7 +21,7 @@ _PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, memory, system and versions of what runs."""
+    """Describe processor, cores, memory, load, system and software versions."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -33,7 +34,7 @@ def describe() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name, as Linux gives it, or what Python knows."""
+    """Name of the processor from /proc/cpuinfo, or else from Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -43,7 +44,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the installed packages that matter for speed."""
+    """Versions of the installed packages that matter for speed."""
     found = {}
     for package in _PACKAGES:
         try:

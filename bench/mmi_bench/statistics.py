@@ -1,4 +1,4 @@
-"""Repeated measurements: their median and how far they spread."""
+"""Statistics of repeated measurements: median, quartiles, extremes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Spread:
-    """`low` and `high` are the quartiles."""
+class Statistics:
+    """Summary of measurements. `low` and `high` are the quartiles."""
 
     median: float
     low: float
@@ -19,7 +19,7 @@ class Spread:
     greatest: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> Statistics:
         low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
         return cls(median, low, high, min(values), max(values))
 
@@ -27,6 +27,6 @@ class Spread:
         return asdict(self)
 
 
-def ratios(dividends: Sequence[float], divisors: Sequence[float]) -> Spread:
-    """Of pairs measured one right after the other, so that both saw the same machine."""
-    return Spread.of([a / b for a, b in zip(dividends, divisors, strict=True)])
+def ratios(dividends: Sequence[float], divisors: Sequence[float]) -> Statistics:
+    """Statistics of paired ratios. Pairs are measured one after the other, under the same load."""
+    return Statistics.of([a / b for a, b in zip(dividends, divisors, strict=True)])

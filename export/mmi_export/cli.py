@@ -1,4 +1,4 @@
-"""`mmi export`: a model folder becomes a bundle that the runtime can trust."""
+"""`mmi export`: export a model folder to a bundle of ONNX graphs, each with a receipt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Scope(StrEnum):
 
 
 class Storage(StrEnum):
-    """What stand-in weights are stored in."""
+    """Data type of placeholder weights."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"
@@ -80,8 +80,7 @@ def export(
     layout: Annotated[
         Layout | None,
         typer.Option(
-            help="How weights lie in the bundle: copied in float32, or linked to the model's own "
-            "files.",
+            help="Weights of the bundle: copied in float32, or linked to the model's own files.",
             show_default="fused up to 2 GB of weights, else linked",
             rich_help_panel="Bundle",
         ),
@@ -89,8 +88,8 @@ def export(
     prove: Annotated[
         Scope | None,
         typer.Option(
-            help="What is run to prove the graphs: they themselves, the same code at a smaller "
-            "size, or nothing.",
+            help="Graphs that are run and compared with the model: the exported ones, those of a "
+            "small model with the same structure, or none.",
             show_default="full where memory allows it, else slice",
             rich_help_panel="Bundle",
         ),
@@ -99,7 +98,7 @@ def export(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Export a preset instead of a model folder, with weights that stand in.",
+            help="Export a preset instead of a model folder, with placeholder weights.",
             show_default=False,
             rich_help_panel="A preset instead of a model",
         ),
@@ -108,7 +107,7 @@ def export(
         bool,
         typer.Option(
             "--sparse-weights",
-            help="With --preset: zeros, which take no disk.",
+            help="With --preset: zeros in a sparse file, which takes no disk.",
             rich_help_panel="A preset instead of a model",
         ),
     ] = False,
@@ -116,7 +115,7 @@ def export(
         bool,
         typer.Option(
             "--random-weights",
-            help="With --preset: drawn numbers.",
+            help="With --preset: random weights.",
             rich_help_panel="A preset instead of a model",
         ),
     ] = False,
@@ -124,7 +123,7 @@ def export(
         int | None,
         typer.Option(
             min=1,
-            help="With --preset: layers of the language model.",
+            help="With --preset: number of layers of the language model.",
             show_default="all",
             metavar="N",
             rich_help_panel="A preset instead of a model",
@@ -133,42 +132,48 @@ def export(
     storage: Annotated[
         Storage,
         typer.Option(
-            help="With --preset: the type of the weights.",
+            help="With --preset: data type of the weights.",
             rich_help_panel="A preset instead of a model",
         ),
     ] = Storage.float16,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print weights, disk and memory that the export takes; write nothing."
+        ),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+        bool,
+        typer.Option("--force", help="Replace a folder that mmi wrote and that is not a bundle."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Turn a trained model into ONNX graphs and prove each against the model.
+    """Export a trained model to ONNX graphs and compare each with the model.
 
-    Every graph is run in ONNX Runtime next to the PyTorch module it came from; what they differ by
-    is its receipt. A graph that differs too much is refused, and nothing is written. Large models
-    are exported without being loaded: weights stay in their files, to which the bundle holds links.
+    Every graph runs in ONNX Runtime beside the PyTorch module it was traced from; its receipt
+    records the error. If a graph exceeds its tolerance, the export fails and writes nothing. Large
+    models are exported without being loaded: weights stay in their files, and the bundle links
+    to them.
     """
-    _check_stand_in(model, preset, sparse_weights, random_weights, layers)
+    _check_preset_options(model, preset, sparse_weights, random_weights, layers)
     read_from = [] if preset else [model or SHIPPED]
     check_replaceable(out, force, kind="bundle", inputs=read_from)
     with extras("export"):
         import torch
 
         from mmi_export.export import DEFAULT_SCHEDULES, prepare_export, run_export
-        from mmi_export.placeholder_model import Weights, stand_in
+        from mmi_export.placeholder_model import Weights, placeholder_model
     weights: Weights = "random" if random_weights else "empty" if preset else "given"
     options: dict[str, Any] = {"scope": prove and prove.value, "weights": weights}
     options["layout"] = layout.value if layout else "linked" if preset else None
     folder: AbstractContextManager[Path] = nullcontext(model or SHIPPED)
     if preset:
+        # A dry run reads names and sizes only.
         made: Weights = "empty" if dry_run else weights
         dtype = getattr(torch, storage.value)
-        folder = stand_in(presets.preset(preset), out, made, layers, dtype)
+        folder = placeholder_model(presets.preset(preset), out, made, layers, dtype)
     with folder as read:
-        with shown(remarks(), "looking at the model"):
+        with shown(remarks(), "reading the model's headers"):
             planned = prepare_export(read, out, context, schedule or DEFAULT_SCHEDULES, **options)
         if dry_run:
             _print_plan(planned, out, as_json)
@@ -182,7 +187,7 @@ def export(
     _print_done(planned, done, out, as_json)
 
 
-def _check_stand_in(
+def _check_preset_options(
     model: Path | None,
     preset: str | None,
     sparse_weights: bool,
@@ -192,15 +197,15 @@ def _check_stand_in(
     if preset is None:
         if sparse_weights or random_weights or layers is not None:
             raise ConfigError(
-                "--sparse-weights, --random-weights and --layers are for a preset",
+                "--sparse-weights, --random-weights and --layers apply to a preset only",
                 fix="give --preset released_13b",
             )
         return
     if model is not None:
-        raise ConfigError(f"give a model folder or --preset, got {model} and {preset}")
+        raise ConfigError("give a model folder or --preset, not both", got=f"{model} and {preset}")
     if sparse_weights == random_weights:
         raise ConfigError(
-            f"a preset has no weights of its own: say which are to stand in for those of {preset}",
+            f"{preset} is a preset without weights: choose placeholder weights",
             fix="give --sparse-weights or --random-weights",
         )
 
@@ -223,7 +228,7 @@ def _planned(export: Export) -> str:
 
 def _print_plan(export: Export, out: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"bundle": str(out), "model": export.config.name, **export.plan.described()})
+        print_json({"bundle": str(out), "model": export.config.name, **export.plan.to_json()})
     else:
         results().print(_planned(export))
     export.plan.check_room()
@@ -233,8 +238,8 @@ def _print_done(export: Export, done: Exported, out: Path, as_json: bool) -> Non
     bundle = done.bundle
     if as_json:
         stages = [vars(stage) for stage in done.stages]
-        told = {"bundle": str(out), "plan": export.plan.described(), "stages": stages}
-        print_json(told | bundle.manifest.model_dump(mode="json"))
+        report = {"bundle": str(out), "plan": export.plan.to_json(), "stages": stages}
+        print_json(report | bundle.manifest.model_dump(mode="json"))
         return
     if export.plan.layout == "linked":
         for stage in done.stages:

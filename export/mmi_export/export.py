@@ -1,4 +1,4 @@
-"""From a model folder to a bundle: every graph exported, proved and written, samplers as tables."""
+"""Export of a model folder to a bundle: graphs with receipts, samplers as tables."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ from mmi_export.graphs.llm import LlmGraph
 from mmi_export.graphs.vision import ImageValuesGraph, VisionEncoderGraph
 from mmi_export.parity.receipts import onnx_runner, prove
 from mmi_export.parity.small_model import difference, slice_of
-from mmi_export.placeholder_model import Weights, write_stand_in
+from mmi_export.placeholder_model import Weights, write_placeholder_model
 from mmi_export.plan import Layout, Plan, Scope, plan_export
 from mmi_export.schedules import parse_schedule
-from mmi_export.tracing.fake_weights_model import BlankModel
+from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_export.tracing.onnx_from_module import onnx_from_module
 from mmi_export.tracing.stored_weights import StoredWeights, link_file, load_stored, stored_weights
 from mmi_export.tracing.weight_sources import ONNX_TYPES, WeightSources
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.model_folder import CONFIG, TOKENIZER
 
+# Module that is exported for each graph; it maps inputs by name to outputs by name.
 MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
     "vision_encoder": VisionEncoderGraph,
     "image_values": ImageValuesGraph,
@@ -49,26 +50,25 @@ MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
     "denoise_shallow": DenoiseShallowGraph,
     "vae_decoder": VaeDecoderGraph,
 }
-"""What is exported for each graph: modules that map inputs by name to outputs by name."""
 
 DEFAULT_SCHEDULES = ("unipc:20",)
 
-LOOKING = "looking through the weights"
+CHECKING = "checking that weights are finite"
 
-_BESIDE_A_PICTURE = 4
-"""Tokens of the shortest useful document next to its visual tokens: `<s>`, the begin-of-image token
-and a word on either side."""
+# Tokens of the shortest useful document besides its visual tokens: `<s>`, the begin-of-image token
+# and a word on either side.
+_TOKENS_BESIDE_IMAGE = 4
 
 
 @dataclass(frozen=True)
 class Export:
-    """A model folder that was looked at and can be exported: what is known before the work."""
+    """A checked model folder with the plan, limits and samplers of its export."""
 
     folder: Path
     config: ModelConfig
     limits: Limits
     schedules: tuple[Schedule, ...]
-    model: BlankModel
+    model: FakeWeightsModel
     stored: StoredWeights
     plan: Plan
     weights: Weights
@@ -86,15 +86,17 @@ def prepare_export(
     scope: Scope | None = None,
     weights: Weights = "given",
 ) -> Export:
-    """Look at `model_folder` and plan its export; arguments and errors as `export_bundle`."""
+    """Check `model_folder` and plan its export; arguments and errors as `export_bundle`."""
     tokenizer = model_folder / TOKENIZER
     if not tokenizer.is_file():
-        raise WeightsError(f"{model_folder} holds no {TOKENIZER}", fix="give a whole model folder")
+        raise WeightsError(
+            f"{model_folder} holds no {TOKENIZER}", fix="give a complete model folder"
+        )
     config = read_config(model_folder / CONFIG)
     Tokenizer.open(tokenizer, config.tokens)
     limits = _limits(config, context, batch, images)
     tables = _tables(config, schedules)
-    model = BlankModel(config)
+    model = FakeWeightsModel(config)
     stored = stored_weights(model_folder, model.weights)
     if scope is None and weights != "given":
         scope = "slice"
@@ -112,17 +114,16 @@ def export_bundle(
     progress: Progress = silent,
     **options: Any,
 ) -> Bundle:
-    """Export the model in `model_folder` and prove its graphs in ONNX Runtime.
+    """Export the model in `model_folder` and compare its graphs with it in ONNX Runtime.
 
     `context`: slots of the KV cache, a constant of the `llm` graph (None: as many as the model has
-    positions). `schedules`: samplers `NAME:STEPS`, the first the default. Of `options`, as
-    `prepare_export` takes them: `batch`, `images`: the most rows and pool images that the bundle
-    allows; `layout`, `scope`: see `plan` (None: what suits the size of the weights and the memory
-    of this machine); `weights`: what the model's are, for the manifest. `out_folder` is written
-    whole or not at all.
+    positions). `schedules`: samplers `NAME:STEPS`; the first is the default. `options` are those of
+    `prepare_export`: `batch`, `images`: maximum batch size and pool size of the bundle; `layout`,
+    `scope`: see `plan` (None: chosen by the size of the weights and the memory of this machine);
+    `weights`: their origin, for the manifest. `out_folder` is written whole or not at all.
 
     Raises `ConfigError`, `WeightsError`, `EngineError` for what cannot be exported, `MmiError` for
-    too little room, and `BundleError` for a graph that does not compute what the model does.
+    too little disk, and `BundleError` for a graph whose error exceeds its tolerance.
     """
     export = prepare_export(model_folder, out_folder, context, schedules, **options)
     return run_export(export, out_folder, force=force, progress=progress).bundle
@@ -130,7 +131,7 @@ def export_bundle(
 
 @dataclass(frozen=True)
 class Exported:
-    """A new bundle, and what each stage of its making took."""
+    """A new bundle, and time and peak memory of each stage of its export."""
 
     bundle: Bundle
     stages: tuple[Stage, ...]
@@ -139,10 +140,10 @@ class Exported:
 def run_export(
     export: Export, out_folder: Path, *, force: bool = False, progress: Progress = silent
 ) -> Exported:
-    """Do what was planned."""
+    """Export, compare and write as planned; arguments and errors as `export_bundle`."""
     export.plan.check_room()
     config, stored = export.config, export.stored
-    # Each graph is exported and proved.
+    # Two stages per graph: it is exported and proved.
     timer = StageTimer(progress, 2 * len(graphs(config, export.limits)))
     with write_bundle(
         out_folder, config, export.limits, force=force, inputs=[export.folder]
@@ -150,9 +151,9 @@ def run_export(
         writer.weights = export.weights
         writer.hashes.progress = timer.within
         if export.weights == "given":
-            timer.begin(LOOKING, 0)
+            timer.begin(CHECKING, 0)
             stored.check_finite(
-                lambda done: timer.within(LOOKING, done, stored.bytes, unit="bytes")
+                lambda done: timer.within(CHECKING, done, stored.bytes, unit="bytes")
             )
         read_tokenizer_file(export.folder / TOKENIZER).save(str(writer.tokenizer))
         for table in export.schedules:
@@ -165,7 +166,7 @@ def run_export(
 
 
 def _write_graphs(export: Export, writer: BundleWriter, timer: StageTimer) -> None:
-    """The graphs with their receipts."""
+    """Write every graph and its receipt."""
     scope = export.plan.scope
     sources = _sources(export.model, export.stored, export.plan.layout)
     whole = load_stored(export.config, export.stored) if scope == "full" else None
@@ -203,12 +204,12 @@ def _module(graph: Graph, model: MMInterleaved, fused: bool) -> nn.Module:
     return MODULES[graph.name](model, graph)
 
 
-def _sources(model: BlankModel, stored: StoredWeights, layout: Layout) -> WeightSources:
+def _sources(model: FakeWeightsModel, stored: StoredWeights, layout: Layout) -> WeightSources:
     return WeightSources(model, stored, link_file if layout == "linked" else None)
 
 
 class _Slice:
-    """A slice of an export's model, exported as the model is and proved in its place."""
+    """Small model with the structure of an export's model, exported and proved in its place."""
 
     def __init__(self, export: Export, folder: Path) -> None:
         self.folder = folder
@@ -217,15 +218,15 @@ class _Slice:
         self.limits = Limits(context, export.limits.batch, export.limits.images)
         self.graphs = graphs(self.config, self.limits)
         dtype = export.stored.dtype if export.stored.dtype in ONNX_TYPES else torch.float32
-        write_stand_in(self.config, folder, "random", dtype)
-        model = BlankModel(self.config)
+        write_placeholder_model(self.config, folder, "random", dtype)
+        model = FakeWeightsModel(self.config)
         stored = stored_weights(folder, model.weights)
         self.sources = _sources(model, stored, export.plan.layout)
         self.whole = load_stored(self.config, stored)
         self.difference = difference(export.config)
 
     def prove(self, name: str) -> Proof:
-        """The proof of the slice's graph of that name."""
+        """Export the slice's graph `name` and compare it with the slice."""
         graph, path = self.graphs[name], self.folder / f"{name}.onnx"
         export_graph(self.sources, graph, path)
         proof = prove(self.whole, graph, self.limits, onnx_runner(path))
@@ -233,13 +234,13 @@ class _Slice:
 
 
 def with_time_table(model: MMInterleaved, schedule: Schedule) -> Schedule:
-    """`schedule` with what the U-Net derives from its timesteps alone."""
+    """`schedule` with the U-Net's time embedding rows, which depend on timesteps alone."""
     with torch.no_grad():
         rows = model.image_decoder.unet.time_rows(torch.from_numpy(schedule.timesteps))
     return schedule.with_time_table(rows.numpy())
 
 
-def _time_table(model: BlankModel, stored: StoredWeights, schedule: Schedule) -> Schedule:
+def _time_table(model: FakeWeightsModel, stored: StoredWeights, schedule: Schedule) -> Schedule:
     with model.building():
         rows = model.module.image_decoder.unet.time_rows(torch.from_numpy(schedule.timesteps))
     return schedule.with_time_table(model.compute(rows, stored.read).numpy())
@@ -247,25 +248,26 @@ def _time_table(model: BlankModel, stored: StoredWeights, schedule: Schedule) ->
 
 def _limits(config: ModelConfig, context: int | None, batch: int, images: int) -> Limits:
     most = config.llama.context
-    least = config.visual_tokens + _BESIDE_A_PICTURE
+    least = config.visual_tokens + _TOKENS_BESIDE_IMAGE
     limits = Limits(context=most if context is None else context, batch=batch, images=images)
     if not least <= limits.context <= most:
         raise ConfigError(
             "the context does not fit the model",
-            expected=f"{least} to {most} tokens: from a picture and two words to as far as its "
-            "positions reach",
+            expected=f"{least} tokens (one image and two words) to {most} (positions of the model)",
             got=limits.context,
             fix=f"give --context {most}",
         )
     if min(batch, images) < 1:
-        raise ConfigError("a bundle needs room for one row and one image", got=f"{batch}, {images}")
+        raise ConfigError(
+            "a bundle allows at least a batch size of 1 and 1 image", got=f"{batch} and {images}"
+        )
     return limits
 
 
 def _tables(config: ModelConfig, schedules: Sequence[str]) -> tuple[Schedule, ...]:
     if not schedules:
         raise ConfigError(
-            "a bundle needs a schedule", fix=f"give --schedule {DEFAULT_SCHEDULES[0]}"
+            "a bundle has at least one schedule", fix=f"give --schedule {DEFAULT_SCHEDULES[0]}"
         )
     diffusion = config.image_decoder.diffusion
     return tuple(parse_schedule(text, diffusion) for text in dict.fromkeys(schedules))

@@ -1,7 +1,7 @@
-"""Models that stand in for real ones: right names, shapes, types and sizes, weights of no meaning.
+"""Placeholder models: right names, shapes, types and sizes, weights without meaning.
 
-For trying what a large model needs (exports, builds, memory, FLOPs) without its weights. Empty
-weights are all zeros and take no disk; random ones are drawn.
+They show what a large model takes (export, build, memory, FLOPs) without its weights. Empty weights
+are zeros in a sparse file, which takes no disk; random weights are drawn.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import ModelConfig, to_json
 from mmi_deploy.system.safetensors_writer import Stored, write_safetensors_file
 from mmi_deploy.system.temporary_folder import temporary_folder
-from mmi_export.tracing.fake_weights_model import BlankModel
+from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_train.weights.lazy_tensor import Computed, StoredTensor
 from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS
 from mmi_train.weights.writer import NAMES, write_safetensors
 
+# Origin of a bundle's weights: a model's own, or placeholders.
 Weights = Literal["given", "empty", "random"]
-"""What the weights of a bundle are: a model's, or those of a stand-in."""
 
+# Weights that are looked up or used as they are, and multiply nothing.
 _TABLES = (
     "embed_tokens",
     "boi_embedding",
@@ -38,19 +39,18 @@ _TABLES = (
     "queries",
     "null_condition",
 )
-"""Weights that are looked up or taken as they are, and multiply nothing."""
 
 
 @contextmanager
-def stand_in(
+def placeholder_model(
     config: ModelConfig, beside: Path, weights: Weights, layers: int | None, dtype: torch.dtype
 ) -> Iterator[Path]:
-    """A model folder for the time of an export, on the disk of `beside`, so that its weights can be
-    linked from there. `layers`: cut the language model to its first so many."""
+    """Temporary model folder with placeholder weights, on the disk of `beside`, from where weights
+    can be linked. `layers`: keep the first `layers` layers of the language model; None: all."""
     config = config if layers is None else cut(config, layers)
     beside.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(beside.parent, f".{beside.name}.model-") as folder:
-        write_stand_in(config, folder, weights, dtype)
+        write_placeholder_model(config, folder, weights, dtype)
         yield folder
 
 
@@ -68,12 +68,14 @@ def cut(config: ModelConfig, layers: int) -> ModelConfig:
     )
 
 
-def write_stand_in(config: ModelConfig, folder: Path, weights: Weights, dtype: torch.dtype) -> None:
+def write_placeholder_model(
+    config: ModelConfig, folder: Path, weights: Weights, dtype: torch.dtype
+) -> None:
     """Write a model folder of `config`: configuration, a tokenizer of numbered words, weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(to_json(config))
     _tokenizer(config).save(str(folder / TOKENIZER))
-    shapes = BlankModel(config).weights
+    shapes = FakeWeightsModel(config).weights
     if weights == "random":
         write_safetensors(folder / WEIGHTS, _drawn(shapes), dtype)
     else:
@@ -85,8 +87,8 @@ def write_stand_in(config: ModelConfig, folder: Path, weights: Weights, dtype: t
 
 
 def _drawn(shapes: Mapping[str, Tensor], seed: int = 0) -> dict[str, StoredTensor]:
-    """Every weight drawn when it is written, so that no part of a model is silent: maps keep the
-    size of what they map, norms scale by about 1, tables are as large as activations."""
+    """Draw every weight when it is written. Scales keep every part of the model active: linear maps
+    keep the scale of their input, norms scale by about 1, tables are as large as activations."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: str, shape: torch.Size) -> Tensor:
@@ -106,7 +108,7 @@ def _drawn(shapes: Mapping[str, Tensor], seed: int = 0) -> dict[str, StoredTenso
 
 
 def _tokenizer(config: ModelConfig) -> Tokenizer:
-    """Words that name their ids, so that every id has its own text."""
+    """Tokenizer with one word per id, `w` and the id."""
     tokens = config.tokens
     special = {tokens.pad: "<pad>", tokens.bos: "<s>", tokens.eos: "</s>"}
     special |= {tokens.boi: "<|beginofimage|>", tokens.image: "<|image|>"}

@@ -1,4 +1,4 @@
-"""What an export will take, known before it starts: weights, disk and memory."""
+"""Plan of an export: layout, scope of the proof, and bytes of weights, disk and memory."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from mmi_deploy.system.files import size
 from mmi_deploy.system.memory import free_memory
 from mmi_export.tracing.stored_weights import StoredWeights, can_link
 
+# Storage of weights in the bundle. `fused`: copied in float32, the fastest form on a CPU. `linked`:
+# weights that folding leaves unchanged stay in the model's own files, in their type; the
+# bundle holds hard links to these files.
 Layout = Literal["fused", "linked"]
-"""How weights lie in the bundle. `fused`: copied in float32, as the fastest graph on a CPU wants
-them. `linked`: whatever folding leaves as it is stays in the model's own files and their type, to
-which the bundle holds hard links."""
 
+# Graphs that are run and compared with the model: the exported ones, those of a small model of the
+# same structure, or none.
 Scope = Literal["full", "slice", "none"]
-"""What is run to prove the graphs: they themselves, the same code at a smaller size, or nothing."""
 
+# Bytes of weights above which they are linked rather than copied.
 LINKED_FROM = 2 * 10**9
-"""Bytes of weights above which they are linked rather than copied."""
 
+# Gigabytes that an export of a large model holds even if no weight is in memory: Python, torch, and
+# the traced graphs, hundreds of thousands of small objects.
 _BASE = 1.1
-"""Gigabytes that an export of a large model holds however few of its weights are in memory: Python,
-torch, and the graphs that are traced, hundreds of thousands of small objects."""
 
+# Bytes per element of the language model's square matrices while one is folded in float64: the
+# matrix as stored, in float32 and in float64, and the products.
 _FOLDING = 32
-"""Bytes per number of the language model's square matrices while one is folded in float64: the
-matrix as stored, in float32 and in float64, and the products."""
 
 _FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes. `linked`: weights that stay where they are. `computed`: what the bundle holds
-    besides. `disk`: what must be free where the bundle is written. `memory`: the greatest that the
-    export is expected to hold."""
+    """Sizes in bytes. `linked`: weights that stay in the model's files. `computed`: all other
+    weights of the bundle. `disk`: free disk that the bundle takes. `memory`: estimated peak.
+    `copies`: linked files are on another disk and have to be copied."""
 
     layout: Layout
     scope: Scope
@@ -55,18 +56,22 @@ class Plan:
     copies: bool
 
     def check_room(self) -> None:
-        """Raise `MmiError` where the disk is too small, before any work."""
+        """Raise `MmiError` if the free disk is too small."""
         if self.disk > self.disk_free:
             raise MmiError(
                 "the bundle does not fit on the disk",
                 expected=size(self.disk),
-                got=f"{size(self.disk_free)} that are free",
-                fix="make room"
-                + (", or write it on the disk of the model, where links do" if self.copies else ""),
+                got=f"{size(self.disk_free)} free",
+                fix="free some disk"
+                + (
+                    ", or write to the disk of the model, where links suffice"
+                    if self.copies
+                    else ""
+                ),
             )
 
-    def described(self) -> dict[str, Any]:
-        """For a program that reads it."""
+    def to_json(self) -> dict[str, Any]:
+        """Plan as JSON."""
         return asdict(self)
 
 
@@ -78,7 +83,7 @@ def plan_export(
     layout: Layout | None,
     scope: Scope | None,
 ) -> Plan:
-    """The plan for weights in `stored`; None lets it choose."""
+    """Plan the export of the weights in `stored`. `layout`, `scope`: None to choose them here."""
     numbers = sum(tensor.numel() for tensor in weights.values())
     layout = layout or ("linked" if stored.bytes > LINKED_FROM else "fused")
     linked = stored.bytes if layout == "linked" else 0
@@ -92,10 +97,10 @@ def plan_export(
         scope = "full" if full <= available else "slice"
     elif scope == "full" and full > available:
         raise ConfigError(
-            "the model is too large to be proved whole on this machine",
+            "the model is too large for a full proof on this machine",
             expected=f"{full / 1e9:.0f} GB of free memory",
             got=f"{available / 1e9:.0f} GB",
-            fix="leave --prove out, or give --prove slice",
+            fix="omit --prove, or give --prove slice",
         )
     return Plan(
         layout=layout,
@@ -111,8 +116,8 @@ def plan_export(
 
 
 def folded_bytes(config: ModelConfig) -> int:
-    """What folding makes of the weights, in float32: MMFS and its values, the null condition, and
-    tables of positions."""
+    """Bytes of folded weights in float32: MMFS and its values, the null condition, and tables of
+    positions."""
     unet, decoder = config.image_decoder.unet, config.image_decoder
     layers = [(config.llama.width, config.llm_mmfs)] * len(config.llama.mmfs_layers)
     layers += [(channels, decoder.mmfs) for channels, _ in unet.mmfs_maps]

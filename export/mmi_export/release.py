@@ -1,7 +1,7 @@
-"""`python -m mmi_export.release`: archive a bundle with example documents, and hash a release.
+"""`python -m mmi_export.release`: archive a bundle with example documents; write checksums.
 
-The archive is the same byte for byte whenever and wherever it is made of the same files. Engines
-are left out: they are for the machine that built them.
+The archive is reproducible: the same files give the same bytes. Engines are left out, as they
+run on the machine that built them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mmi_deploy.cli import program
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import write_file
 
+# File name of the checksums that `sha256sum --check` reads.
 SUMS = "SHA256SUMS"
-"""What `sha256sum --check` reads."""
 
 
 def archive(out: Path, folders: dict[str, Path]) -> None:
@@ -42,9 +42,9 @@ def archive(out: Path, folders: dict[str, Path]) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files that belong to a bundle or a folder of documents, in the order of their names.
+    """Files of a bundle or of a folder of documents, sorted by name.
 
-    Hidden ones say what this machine has seen.
+    Engines and hidden files belong to one machine and are left out.
     """
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -53,7 +53,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def write_sums(folder: Path, files: Iterable[Path]) -> Path:
-    """Write SHA256SUMS of `files`, which lie in `folder`; its path."""
+    """Write SHA256SUMS of `files`, which lie in `folder`; return its path."""
     lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(files)]
     path = folder / SUMS
     write_file(path, "".join(lines))
@@ -61,15 +61,17 @@ def write_sums(folder: Path, files: Iterable[Path]) -> Path:
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder that holds the wheel already.")
-    ] = Path("dist"),
-    examples: Annotated[Path, typer.Option(help="Documents to put beside the bundle.")] = Path(
-        "examples"
+    bundle: Annotated[Path, typer.Argument(help="Bundle that `mmi export` wrote.")] = Path(
+        "bundles/tiny"
     ),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder that holds the wheel.")] = Path(
+        "dist"
+    ),
+    examples: Annotated[
+        Path, typer.Option(help="Example documents to archive with the bundle.")
+    ] = Path("examples"),
 ) -> int:
-    """Archive a bundle with example documents beside its wheel, and write SHA256SUMS of both."""
+    """Archive a bundle with example documents beside its wheel, and write checksums of both."""
     wheels = sorted(out.glob("mmi_deploy-*.whl"))
     if len(wheels) != 1:
         raise ConfigError(

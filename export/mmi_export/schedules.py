@@ -1,10 +1,9 @@
 """Samplers as tables of coefficients, probed from diffusers' own schedulers.
 
 Every solver here is linear: its next latents and the history it keeps are weighted sums of the
-latents, the U-Net's prediction, fresh noise and the history. So the weights can be read off by
-running the scheduler itself on a basis: a "latent" becomes the row of its own six weights, the
-inputs of a step are the rows of the identity, and whatever the scheduler computes from them comes
-out as rows of the table. Predictions of v need nothing special: they are converted linearly too.
+latents, the U-Net's prediction, fresh noise and the history. One step of the scheduler on a basis
+therefore gives these weights: each input is a row of the identity (six terms), each output is a row
+of the table. Predictions of v are converted linearly too, so that they work the same way.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ _SOLVERS = {
 
 
 def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: str = SPACINGS[0]) -> Any:
-    """diffusers' scheduler called `name`, configured as Stable Diffusion configures it."""
+    """Build diffusers' scheduler `name` with the configuration of Stable Diffusion."""
     solver = _SOLVERS[name]
     return solver.scheduler(
         **scheduler_options(diffusion),
@@ -69,19 +68,21 @@ def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: str = SP
 def schedule_table(
     name: str, steps: int, diffusion: DiffusionConfig, spacing: str = SPACINGS[0]
 ) -> Schedule:
-    """The table of one solver at one number of steps, without the U-Net's time table."""
+    """Build the table of one solver for `steps` steps, without the U-Net's time table."""
     named = parse_schedule_name(f"{name}-{spacing}:{steps}", diffusion.steps)
     scheduler = diffusers_scheduler(name, diffusion, spacing)
     scheduler.set_timesteps(steps)
     if len(scheduler.timesteps) != steps:
         raise ConfigError(
-            f"{name} makes {len(scheduler.timesteps)} steps of {steps}", fix="choose another number"
+            f"{name} cannot make {steps} steps",
+            got=f"{len(scheduler.timesteps)} steps",
+            fix="choose another number of steps",
         )
     table = torch.stack([_probe_step(scheduler, timestep) for timestep in scheduler.timesteps])
     if not table.isfinite().all():
         raise ConfigError(
-            f"{name} at {steps} steps has coefficients that are not finite",
-            fix="choose another number",
+            f"{name} with {steps} steps has coefficients that are not finite",
+            fix="choose another number of steps",
         )
     return Schedule(
         name=named.name,
@@ -92,7 +93,7 @@ def schedule_table(
 
 
 def parse_schedule(text: str, diffusion: DiffusionConfig) -> Schedule:
-    """The table that the command line spells `NAME:STEPS`, or `NAME-SPACING:STEPS`."""
+    """Build the table for `NAME:STEPS` or `NAME-SPACING:STEPS`, the form of the command line."""
     named = parse_schedule_name(text, diffusion.steps)
     return schedule_table(named.solver, named.steps, diffusion, named.spacing)
 
@@ -122,7 +123,7 @@ def _probe_step(scheduler: Any, timestep: torch.Tensor) -> torch.Tensor:
 def _without_noise(
     scheduler: DDPMScheduler, timestep: torch.Tensor, prediction: torch.Tensor, sample: torch.Tensor
 ) -> torch.Tensor:
-    """The mean of an ancestral step: its result less what the same draw adds to a step of zeros."""
+    """Mean of an ancestral step: its result minus a step of zeros with the same draw."""
     zero = torch.zeros_like(sample)
     step, alone = (
         scheduler.step(output, int(timestep), latents, torch.Generator().manual_seed(0)).prev_sample
@@ -132,7 +133,7 @@ def _without_noise(
 
 
 def _noise_scale(scheduler: DDPMScheduler, timestep: torch.Tensor) -> float:
-    """The factor of an ancestral step's noise: a step of zeros over the draw it was given."""
+    """Factor of the noise of an ancestral step: a step of zeros divided by its draw."""
     zero = torch.zeros(1, 1, dtype=torch.float64)
     added = scheduler.step(zero, int(timestep), zero, torch.Generator().manual_seed(0)).prev_sample
     draw = torch.randn(1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""Analysis of graphs without running them: shapes, FLOPs, bytes, memory, roofline."""
+"""Static analysis of graphs: shapes, FLOPs, bytes, memory, roofline."""

@@ -1,15 +1,15 @@
-"""What a graph costs, node by node: FLOPs, bytes, and the time that no GPU can beat.
+"""Cost of a graph: FLOPs, bytes and roofline time, node by node and in total.
 
 Two counts of bytes:
 
-* *node by node*: every node reads its inputs from memory and writes its outputs there. What a
-  runtime without fusion moves.
-* *floor*: weights and the graph's inputs are read once (of tables, pools and caches the part that
-  is touched), its outputs are written once (of a cache the new rows), and what lies between never
-  leaves the chip. No implementation of the graph moves less.
+* *node by node*: every node reads its inputs from memory and writes its outputs there. The traffic
+  of a runtime without fusion.
+* *floor*: weights and the graph's inputs are read once (of tables, pools and caches only the part
+  in use), its outputs are written once (of a cache only the new rows), and intermediate values
+  never leave the chip. No implementation of the graph moves less.
 
-The roofline's time is the greatest of bytes over bandwidth, matrix FLOPs over the rate of the
-tensor cores and vector FLOPs over that of the fp32 units. It is a limit, computed and not measured.
+The roofline time is the maximum of bytes / bandwidth, matrix FLOPs / rate of the tensor cores, and
+vector FLOPs / rate of the fp32 units. It is a lower bound, computed and not measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mmi_deploy.analysis.flop_rules import IN_PLACE, VIEWS, Work, work
 from mmi_deploy.analysis.gpu_specs import Gpu
-from mmi_deploy.analysis.shapes import INPUT, WEIGHT, Sized, Step, Value, read_graph, sized
+from mmi_deploy.analysis.shapes import INPUT, WEIGHT, SizedGraph, Step, Value, read_graph, sized
 from mmi_deploy.analysis.stored_bytes import Storage, as_in_file, storage_of
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.backends import TENSORRT
@@ -32,7 +32,8 @@ from mmi_deploy.targets.precision.recipes import Recipe
 
 @dataclass(frozen=True)
 class NodeCost:
-    """One node. module: the weights it uses, or those of what it works on. bytes: node by node."""
+    """Cost of one node. matrix, vector: FLOPs. module: of its weights, or else of its inputs.
+    bytes: node by node."""
 
     name: str
     operator: str
@@ -44,7 +45,7 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class Total:
-    """The sum over some nodes."""
+    """Sum over several nodes."""
 
     nodes: int
     matrix: int
@@ -58,7 +59,8 @@ class Total:
 
 @dataclass(frozen=True)
 class GraphCost:
-    """One graph at one choice of sizes. weight_bytes, input_bytes, output_bytes: the floor's."""
+    """Cost of a graph at given sizes. weight_bytes, input_bytes, output_bytes: parts of the
+    floor."""
 
     graph: str
     sizes: Mapping[str, int]
@@ -98,11 +100,11 @@ class GraphCost:
         return dict(sorted(totals.items(), key=lambda item: (-item[1].flops, -item[1].bytes)))
 
     def seconds(self, gpu: Gpu) -> float:
-        """The roofline of the whole graph: what the floor's traffic and its FLOPs take at least."""
+        """Roofline time of the whole graph, by its floor and FLOPs."""
         return max(self._times(gpu).values())
 
     def bound(self, gpu: Gpu) -> str:
-        """What the roofline is: `memory`, `matrix` or `vector`."""
+        """Limiting resource of the roofline: `memory`, `matrix` or `vector`."""
         times = self._times(gpu)
         return max(times, key=times.__getitem__)
 
@@ -115,7 +117,7 @@ class GraphCost:
         }
 
     def seconds_unfused(self, gpu: Gpu) -> float:
-        """The sum of the rooflines of all nodes: the limit of a runtime that fuses nothing."""
+        """Sum of the roofline times of all nodes: the lower bound without fusion."""
         peak = gpu.peak(self.compute)
         return sum(
             max(node.bytes / gpu.bandwidth, node.matrix / peak, node.vector / gpu.vector)
@@ -134,15 +136,17 @@ def _total(nodes: Iterable[NodeCost]) -> Total:
 
 
 def chosen_sizes(graph: Graph, given: Mapping[str, int]) -> dict[str, int]:
-    """The likeliest size of every dynamic dimension, but for those `given`; raises `ConfigError`
-    for one outside its range. Letters that the graph does not have are left out."""
+    """Sizes of the dynamic dimensions: those `given`, else the typical ones of the contract.
+
+    Raises `ConfigError` for a size outside its range. Ignores letters that the graph does not have.
+    """
     sizes = {}
     for letter, allowed in graph.ranges.items():
-        size = given.get(letter, allowed.likely)
-        if not allowed.least <= size <= allowed.greatest:
+        size = given.get(letter, allowed.opt)
+        if not allowed.min <= size <= allowed.max:
             raise ConfigError(
                 f"{graph.name} cannot be run with {letter}={size}",
-                expected=f"{allowed.least} to {allowed.greatest}",
+                expected=f"{allowed.min} to {allowed.max}",
             )
         sizes[letter] = size
     return sizes
@@ -155,8 +159,8 @@ def cost_of_file(
     recipe: Recipe | None = None,
     runtime: str = TENSORRT,
 ) -> GraphCost:
-    """The cost of the graph in `path` at `given` sizes (the others: their likeliest), in the file's
-    own types or in those that `recipe` would give it on `runtime`."""
+    """Cost of the graph in `path` at `chosen_sizes`, in the file's own types, or as `recipe` stores
+    it on `runtime`."""
     sizes = chosen_sizes(contract, given)
     graph = sized(read_graph(path), contract, sizes)
     if recipe is None:
@@ -166,9 +170,9 @@ def cost_of_file(
     return cost(graph, sizes, storage)
 
 
-def unchanging(graph: Sized, costs: GraphCost, changing: Collection[str]) -> Total:
-    """The nodes that depend on none of the inputs `changing`: what a loop that gives the graph new
-    values of these alone computes again and again."""
+def loop_invariant(graph: SizedGraph, costs: GraphCost, changing: Collection[str]) -> Total:
+    """Total of the nodes that depend on none of the inputs `changing`: recomputed needlessly in a
+    loop that changes only these."""
     depends = set(changing)
     for step in graph.steps:
         if any(value is not None and value.name in depends for value in step.inputs):
@@ -181,23 +185,23 @@ def unchanging(graph: Sized, costs: GraphCost, changing: Collection[str]) -> Tot
     )
 
 
-def cost(graph: Sized, sizes: Mapping[str, int], storage: Storage) -> GraphCost:
-    """The cost of `graph`, its values stored as `storage` says."""
-    return _Count(graph, storage).result(sizes)
+def cost(graph: SizedGraph, sizes: Mapping[str, int], storage: Storage) -> GraphCost:
+    """Cost of `graph` with its values stored as in `storage`."""
+    return _CostWalk(graph, storage).result(sizes)
 
 
-class _Count:
-    """One walk. `sources`: for every value the weights and inputs that it merely renames or
-    unpacks; reading it is reading them."""
+class _CostWalk:
+    """One walk over the nodes. sources: value -> weights and inputs that it only renames or
+    unpacks; reading the value reads these."""
 
-    def __init__(self, graph: Sized, storage: Storage) -> None:
+    def __init__(self, graph: SizedGraph, storage: Storage) -> None:
         self.graph, self.storage = graph, storage
         self.sources: dict[str, tuple[Value, ...]] = {
             value.name: (value,) for value in (*graph.inputs, *graph.weights)
         }
         self.modules = {value.name: _module(value.name) for value in graph.weights}
+        # Weight or input -> most bytes of it that one of its readers reads.
         self.touched: dict[str, int] = defaultdict(int)
-        """Bytes of every weight and input that the most thorough of its readers touches."""
         self.nodes: list[NodeCost] = []
 
     def result(self, sizes: Mapping[str, int]) -> GraphCost:
@@ -222,7 +226,7 @@ class _Count:
         module = self._module_of(step)
         for output in step.outputs:
             self.modules[output.name] = module
-        if _free(step):
+        if _is_free(step):
             kept = [value for value in step.inputs if value is not None]
             renamed = kept if step.outputs and step.outputs[0].constant else kept[:1]
             for output in step.outputs:
@@ -231,7 +235,7 @@ class _Count:
                 )
             return
         found = work(step)
-        moved = self._read(step, found) + self._bytes_written(step, found)
+        moved = self._bytes_read(step, found) + self._bytes_written(step, found)
         place = IN_PLACE.get(step.operator)
         if place is not None:
             self.sources[step.outputs[0].name] = self._sources(step.input(place))
@@ -241,7 +245,7 @@ class _Count:
     def _sources(self, value: Value) -> tuple[Value, ...]:
         return self.sources.get(value.name, (value,))
 
-    def _read(self, step: Step, found: Work) -> int:
+    def _bytes_read(self, step: Step, found: Work) -> int:
         read = 0
         for index, value in enumerate(step.inputs):
             if value is None or not value.elements:
@@ -261,7 +265,7 @@ class _Count:
         return round(whole * found.written / max(elements, 1))
 
     def _written(self) -> int:
-        """Outputs of the graph; of one that is written in place the new rows alone."""
+        """Bytes of the graph's outputs; of one written in place only the new rows."""
         makers = {value.name: step for step in self.graph.steps for value in step.outputs}
         written = 0
         for value in self.graph.outputs:
@@ -273,7 +277,7 @@ class _Count:
         return written
 
     def _module_of(self, step: Step) -> str:
-        """Of the first weight, or else of whatever the node works on."""
+        """Module of the first weight that a node reads, else of its first input with a module."""
         names = [value.name for value in step.inputs if value is not None]
         for value in step.inputs:
             if value is not None and value.constant:
@@ -283,9 +287,9 @@ class _Count:
         return next((self.modules[name] for name in names if self.modules.get(name)), "")
 
 
-def _free(step: Step) -> bool:
-    """Nothing is computed when the graph runs: another name, shape arithmetic, or something made of
-    weights alone, which is made once or as the weight is read."""
+def _is_free(step: Step) -> bool:
+    """Return True if a node computes nothing at run time: a view, shape arithmetic, or a function
+    of weights alone, which is folded or computed while the weight is read."""
     known = all(value.data is not None or value.constant for value in step.outputs)
     return step.operator in VIEWS or known
 

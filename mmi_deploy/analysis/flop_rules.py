@@ -1,11 +1,12 @@
-"""What each operator costs: one rule per operator, an operator without one is an error.
+"""FLOP rules: one per operator; an operator without a rule is an error.
 
-A rule gives three things for one node at concrete sizes: *matrix* FLOPs (products that tensor cores
-take: a multiply-add is 2), *vector* FLOPs (everything else: an addition, multiplication, comparison
-or one exponential, root or division is 1), and how many elements of each input it touches, for
-operators that read a part of it. Operators that only rename (Reshape) cost nothing.
+A rule gives three counts for one node at concrete sizes: *matrix* FLOPs (products on tensor cores:
+a multiply-add is 2), *vector* FLOPs (everything else: an addition, multiplication, comparison,
+exponential, root or division is 1), and elements of each input that it reads, for operators that
+read a part of it. Views (Reshape) cost nothing.
 
-Letters: b batch, t queries, k keys, h heads, d channels per head, m images, l levels, p points.
+Letters: b batch, k keys, q queries, n encoded images, m image slots, s feature cells, l levels,
+h heads, p points, d channels per head.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ MMFS = f"{MMFS_DOMAIN}.{MMFS_OPERATOR}"
 
 @dataclass(frozen=True)
 class Work:
-    """matrix, vector: FLOPs. touched: input index -> elements read, for inputs read in part.
-    Elements touched more than once count once: no more than there are. written: elements of all
-    outputs that are written, None for all of them."""
+    """Work of one node. matrix, vector: FLOPs. touched: input index -> distinct elements read, for
+    inputs read in part. written: elements of all outputs that are written, None for all."""
 
     matrix: int = 0
     vector: int = 0
@@ -35,21 +35,21 @@ class Work:
 
 Rule = Callable[[Step], Work]
 
+# Operators that only change the shape.
 VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Constant", "Size"}
-"""Operators that only give the same elements another shape."""
 
+# Operator -> index of the input whose buffer is its output.
 IN_PLACE = {"TensorScatter": 0}
-"""Operators whose output is the buffer of this input."""
 
 
 def work(step: Step) -> Work:
-    """What `step` costs; raises `BundleError` that names an operator nobody wrote a rule for."""
+    """Work of `step`. Raises `BundleError` for an operator without a rule."""
     if step.operator in VIEWS:
         return Work(touched={index: 0 for index in range(len(step.inputs))}, written=0)
     rule = RULES.get(step.operator)
     if rule is None:
         raise BundleError(
-            f"there is no rule for what {step.operator} costs (node {step.node.name!r})",
+            f"no FLOP rule for operator {step.operator} (node {step.node.name!r})",
             fix="add one to mmi_deploy/analysis/flop_rules.py",
         )
     return rule(step)
@@ -69,17 +69,17 @@ def _per_input(count: int) -> Rule:
 
 
 def _copies(step: Step) -> Work:
-    """Reads the elements that it writes, wherever they are."""
+    """Copy all inputs: no FLOPs."""
     return Work()
 
 
 def _takes(step: Step) -> Work:
-    """Takes part of input 0: reads as much as it writes."""
+    """Copy a part of input 0: reads as many elements as it writes."""
     return Work(touched={0: sum(value.elements for value in step.outputs)})
 
 
 def _among(step: Step) -> Work:
-    """Minimum, maximum or sum of several."""
+    """Elementwise minimum, maximum or sum of several inputs."""
     return Work(vector=(len(step.inputs) - 1) * _out(step))
 
 
@@ -106,24 +106,25 @@ def _conv_transpose(step: Step) -> Work:
 
 
 def _attention(step: Step) -> Work:
-    """Q K^T and the product with V over all k keys, masked ones too; the softmax between them."""
+    """Q K^T, softmax and the product with V, over all k keys, masked ones included."""
     query, key, value = step.input(0), step.input(1), step.input(2)
     if len(query.shape) == 4:
-        b, h, t, d = query.shape
+        b, h, q, d = query.shape
         keys, out_width = key.shape[2], value.shape[3]
-    else:  # [b, t, h * d]
-        b, t, width = query.shape
+    else:  # [b, q, h * d]
+        b, q, width = query.shape
         h = step.attribute("q_num_heads", 1)
         groups = step.attribute("kv_num_heads", h)
         d, out_width = width // h, value.shape[2] // groups
         keys = key.shape[1]
-    scores = b * h * t * keys
+    scores = b * h * q * keys
     masked = len(step.inputs) > 3 and step.inputs[3] is not None
     return Work(matrix=2 * scores * (d + out_width), vector=(_SOFTMAX + 1 + masked) * scores)
 
 
 def _mat_mul_n_bits(step: Step) -> Work:
-    """ONNX Runtime's product with a weight in blocks: unpack it (2 per weight), then multiply."""
+    """ONNX Runtime's product with a block-quantised weight: dequantise (2 per weight) and
+    multiply."""
     inner, columns = step.attribute("K", 0), step.attribute("N", 0)
     return Work(matrix=2 * _out(step) * inner, vector=2 * inner * columns)
 
@@ -135,8 +136,8 @@ def _rotary(step: Step) -> Work:
 def _grid_sample(step: Step) -> Work:
     """Per location 2 products, 2 sums, 2 floors, 4 differences, 4 corner weights; per channel 4
     multiply-adds."""
-    n, channels, *cells = step.outputs[0].shape
-    locations = n * prod(cells)
+    b, channels, *cells = step.outputs[0].shape
+    locations = b * prod(cells)
     return Work(
         vector=locations * (14 + 8 * channels),
         touched={0: 4 * locations * channels},
@@ -154,47 +155,47 @@ def _max_pool(step: Step) -> Work:
 
 
 def _scatter(step: Step) -> Work:
-    """TensorScatter in place: the new rows are read and written, the cache is not touched."""
+    """In-place TensorScatter: the new rows are read and written, the rest of the cache is not."""
     update = step.input(1).elements
     return Work(touched={0: 0}, written=update)
 
 
 def _mmfs(step: Step) -> Work:
-    """The operator by its definition (`mmi_deploy.spec.graphs`, docs/mmfs_kernel.md), all m images
-    counted as visible: which are is data.
+    """MMFS by its definition (docs/mmfs_kernel.md), with all m images counted as visible.
 
-    Per (b, t, m, h, p): the offset plus its table row, over the base grid, plus the reference, x
-    and y (6). Per (b, t, m, h, l, p): the logit plus its table row and its share of the softmax
+    Per (b, q, m, h, p): the offset plus its table row, over the base grid, plus the reference, x
+    and y (6). Per (b, q, m, h, l, p): the logit plus its table row and its share of the softmax
     (6); the pixel (4), its floor and remainders (6), the four corner weights (4) and their product
     with the softmax weight (4); then 4 multiply-adds for each of d channels. At the end d divisions
-    per (b, t, h), and with a null slot d multiply-adds more.
+    per (b, q, h), and with a null slot d multiply-adds more.
 
-    A cell that several samples read is fetched once at best, and rows of a batch may look at the
-    same images, as both branches of guidance do. So the values touched are the corners or all cells
-    of m images, whichever is less.
+    A cell that several samples read is fetched once at best, and rows of a batch may share their
+    images, as both branches of guidance do. So the elements read are the corners of all samples or
+    all cells of m images, whichever is less.
     """
     value, offsets, logits = step.input(0), step.input(2), step.input(3)
-    n, cells, h, d = value.shape
-    b, t, _, levels, points = logits.shape
+    n, cells, h, d = value.shape  # [n, s, h, d]
+    b, q, _, levels, points = logits.shape  # [b, q, h, l, p]
     images = step.input(1).shape[1]
-    per_image = b * t * images * h * points
+    per_image = b * q * images * h * points
     samples = per_image * levels
     end = d * (3 if step.attribute("null_slot", 0) else 1)
-    vector = 6 * per_image + samples * (_SOFTMAX + 1 + 18 + 8 * d) + b * t * h * end
+    vector = 6 * per_image + samples * (_SOFTMAX + 1 + 18 + 8 * d) + b * q * h * end
     pool = min(n, images) * cells * h * d
-    assert offsets.elements == b * t * h * points * 2
+    assert offsets.elements == b * q * h * points * 2
     return Work(vector=vector, touched={0: min(4 * samples * d, pool)})
 
 
+# Per element: maximum, difference, exponential, sum, division.
 _SOFTMAX = 5
-"""Per element: greatest, difference, exponential, sum, division."""
 
+# Per element: mean, difference, square, mean, product with 1 / deviation, scale, shift.
 _LAYER_NORM = 7
-"""Per element: mean, difference, square, mean, product with 1 / deviation, scale, shift."""
 
+# Per element: square, mean, product with 1 / root, scale.
 _RMS_NORM = 4
-"""Per element: square, mean, product with 1 / root, scale."""
 
+# Vector FLOPs per element of the output.
 _ELEMENTWISE = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Relu", "Sqrt", "Exp", "Abs"), 1),
     **dict.fromkeys(("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"), 1),
@@ -212,8 +213,8 @@ _ELEMENTWISE = {
     "QuantizeLinear": 4,  # divide, round, shift, clip
     "DequantizeLinear": 2,  # shift, scale
 }
-"""Vector FLOPs per element of the output."""
 
+# Operator -> rule. Operators of other domains than ONNX's have the domain as a prefix.
 RULES: dict[str, Rule] = {
     **{name: _per_output(count) for name, count in _ELEMENTWISE.items()},
     **{name: _per_input(1) for name in ("ReduceSum", "ReduceMax", "ReduceMean", "ReduceMin")},
@@ -234,4 +235,3 @@ RULES: dict[str, Rule] = {
     MMFS: _mmfs,
     "com.microsoft.MatMulNBits": _mat_mul_n_bits,
 }
-"""Operator, with its domain unless that is ONNX's own -> its rule."""

@@ -1,9 +1,9 @@
-"""What GPUs can do: peak rates, memory bandwidth and size, by the vendor's own figures.
+"""GPU data sheets: peak rates, memory bandwidth and memory size, from the vendor's figures.
 
-Rates are dense: where the vendor gives the figure with structured sparsity only, it is halved.
-GeForce GPUs run fp16 at half rate when they accumulate in fp32, as TensorRT does by default: that
-rate is given. Products in fp32 are taken in TF32, TensorRT's default. A gigabyte is 10^9 bytes,
-which is no more than any GPU with that name has.
+Rates are dense: where the vendor gives a figure with structured sparsity only, it is halved.
+GeForce GPUs run fp16 at half rate when they accumulate in fp32, as TensorRT does by default: the
+table has that rate. fp32 products run in TF32, TensorRT's default. A gigabyte is 10^9 bytes, so the
+memory of every GPU is rounded down.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from mmi_deploy.errors import ConfigError
 GB = 10**9
 TERA = 1e12
 
+# Assumed, not measured: CUDA context, code and workspaces of libraries.
 DRIVER_RESERVE = 1 * GB
-"""Assumed, not computed: CUDA context, libraries' code and their workspaces."""
 
+# Assumed, not measured: operating system and host process, where CPU and GPU share the memory.
 SYSTEM_RESERVE = 4 * GB
-"""Assumed, not computed: the operating system and our process, where the CPU shares the memory."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """name: as on the command line. title: as people say it. memory: bytes. bandwidth: bytes/s.
-    matrix: type -> FLOP/s (or integer operations/s) of the tensor cores, for the types they have.
-    vector: FLOP/s of the ordinary fp32 units. shared: its memory is the CPU's too."""
+    """Data sheet of one GPU. name: on the command line. title: product name. memory: bytes.
+    bandwidth: bytes/s. matrix: type -> FLOP/s (or integer operations/s) of the tensor cores, for
+    the types that they support. vector: FLOP/s of the fp32 units. shared: CPU and GPU share the
+    memory.
+    """
 
     name: str
     title: str
@@ -40,21 +42,22 @@ class Gpu:
 
     @property
     def reserve(self) -> int:
-        """Bytes that are not ours, assumed."""
+        """Bytes that the driver and the system take (assumed)."""
         return DRIVER_RESERVE + (SYSTEM_RESERVE if self.shared else 0)
 
     @property
     def room(self) -> int:
-        """Bytes that a model may take."""
+        """Bytes that a model may use."""
         return self.memory - self.reserve
 
     def peak(self, compute: str) -> float:
-        """FLOP/s of matrix products in `compute`; in fp16 where it has no units for that type."""
+        """FLOP/s of matrix products in `compute`; the fp16 rate for a type without tensor cores."""
         return self.matrix.get(compute, self.matrix["float16"])
 
 
 def _rates(fp16: float, *, tf32: float, fp8: float | None, int8: float) -> dict[str, float]:
-    """Dense peak rates in tera-operations per second; bf16 runs as fp16 does on all of them."""
+    """Convert dense peak rates from tera-operations/s. bf16 has the rate of fp16 on all GPUs
+    here."""
     rates = {"float32": tf32, "float16": fp16, "bfloat16": fp16, "int8": int8}
     if fp8 is not None:
         rates["float8_e4m3fn"] = fp8
@@ -68,6 +71,7 @@ _ORIN_BRIEF = (
     "204.8 GB/s; github.com/NVIDIA/Deep-Learning-Accelerator-SW: GPU 171 sparse INT8 TOPS at MAXN"
 )
 
+# Data sheets by name, small GPUs first.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -194,14 +198,13 @@ GPUS = {
         ),
     )
 }
-"""GPUs by name, small ones first."""
 
+# Common GPU memory sizes in gigabytes, for tables without named GPUs.
 SIZES = (8, 16, 24, 40, 80)
-"""Gigabytes of the GPUs that people ask about without a name."""
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU called `name`; raises `ConfigError` that lists the known ones."""
+    """Data sheet of the GPU called `name`. Raises `ConfigError` that lists the known GPUs."""
     if name not in GPUS:
-        raise ConfigError(f"there are no figures for a GPU {name!r}", expected=", ".join(GPUS))
+        raise ConfigError(f"unknown GPU {name!r}", expected=", ".join(GPUS))
     return GPUS[name]

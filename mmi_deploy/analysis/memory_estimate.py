@@ -1,14 +1,14 @@
-"""How much memory a model needs, by recipe, and which GPU holds it: computed from its graphs.
+"""Estimate the memory of a model by recipe, and choose the recipe that fits a GPU.
 
-Exact: weights as a recipe stores them, and what a document keeps (caches, image values, condition).
-An estimate: the workspace. It is the greatest sum of intermediate values that live at once when the
-nodes run in the order of the file, each value from its making to its last use; renamed values share
-their memory, and so do caches written in place. A runtime that fuses nodes needs less, one that
-picks an algorithm with a workspace of its own needs more. Assumed: what the driver takes
+Exact: weights as a recipe stores them, and the state of a document (KV cache, image values,
+condition). An estimate: the workspace, the peak of intermediate values that are live at once when
+the nodes run in the order of the file. A value is live from its producer to its last use; views
+share memory, as do caches written in place. A runtime with fusion takes less, one that picks
+algorithms with their own workspace takes more. Assumed: the driver's share
 (`gpu_specs.DRIVER_RESERVE`).
 
-Engines share one workspace, since they run one after another; with `resident` the engines that are
-not named take turns in memory, see `mmi_deploy.runtime.tensorrt.engine.GROUPS`.
+Engines run one after another and share one workspace. With `resident` the engines that are not
+named are swapped in when they run, see `mmi_deploy.runtime.tensorrt.engine.GROUPS`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mmi_deploy.analysis.flop_rules import IN_PLACE, VIEWS
 from mmi_deploy.analysis.gpu_specs import GB
-from mmi_deploy.analysis.shapes import Sized, Value, read_graph, sized
+from mmi_deploy.analysis.shapes import SizedGraph, Value, read_graph, sized
 from mmi_deploy.analysis.stored_bytes import Storage, storage_of
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.memory_plan import SHALLOW, document_bytes
@@ -33,16 +33,16 @@ from mmi_deploy.system.files import size as readable
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe
 from mmi_deploy.targets.profiles import profiles
 
-TURNS: tuple[tuple[str, ...] | None, ...] = (None, ("llm", "denoise"), ("llm",), ())
-"""Which engines stay in memory, from all of them to none. A turn reads an engine from disk for
-every image read or picture drawn, so fewer bits are tried before turns."""
+# Engine groups to keep in memory, from all (None) to none. Swapping reads an engine from disk for
+# every image that is read or drawn, so recipes with fewer bits are tried first.
+RESIDENT_CHOICES: tuple[tuple[str, ...] | None, ...] = (None, ("llm", "denoise"), ("llm",), ())
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": GB, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 @dataclass(frozen=True)
 class GraphMemory:
-    """Bytes of one graph: weights in the target, and the estimate of its workspace."""
+    """Memory of one graph in bytes: weights in the target, and its estimated workspace."""
 
     graph: str
     weights: int
@@ -51,8 +51,8 @@ class GraphMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a whole deployment. documents: what each keeps, by what it is, for `batch` of them.
-    resident: groups that stay, None for all."""
+    """Memory of a deployment in bytes. documents: state of `batch` documents, by kind. resident:
+    engine groups that stay in memory, None for all."""
 
     recipe: str
     graphs: tuple[GraphMemory, ...]
@@ -61,7 +61,7 @@ class Memory:
 
     @property
     def weights(self) -> int:
-        """Those that are there at once: what stays, and the largest group that takes turns."""
+        """Weights in memory at once: resident groups, and the largest of the others."""
         groups = {
             name: sum(graph.weights for graph in self.graphs if graph.graph in members)
             for name, members in GROUPS.items()
@@ -76,13 +76,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """At once, the driver's share left out."""
+        """Bytes in use at once, without the driver's share."""
         return self.weights + self.workspace + sum(self.documents.values())
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The recipe for a budget. Spare: bytes that are left."""
+    """Recipe chosen for a memory budget. spare: bytes that are left."""
 
     recipe: str
     resident: tuple[str, ...] | None
@@ -91,11 +91,10 @@ class Choice:
 
 
 class Model:
-    """Graph files of one model, whose memory is asked for by recipe. Each graph is sized once.
+    """Memory model of one bundle's graphs, by recipe. Shapes are inferred once per graph.
 
-    files: graph name -> portable ONNX file, as `mmi export` writes it, weights not needed.
-    context: slots of the KV cache that they were exported with. limits: what is to be allowed,
-    fewer images, rows or slots need less.
+    files: graph name -> portable ONNX file; its weights are not read. context: KV-cache slots of
+    the exported graphs. limits: tokens, rows and images to allow.
     """
 
     def __init__(
@@ -118,37 +117,38 @@ class Model:
         self.exported = replace(limits, context=context)
         self.exported_contract = graphs(config, self.exported)
         self._everything: dict[str, Memory] = {}
-        # As the runtime plans it: the engine of cached denoising is for --full-every alone.
+        # As in the runtime's memory plan: denoise_shallow is loaded for --full-every only.
         self.files = {name: path for name, path in files.items() if name != SHALLOW}
         self.contract = graphs(config, limits)
 
     @cached_property
-    def sized(self) -> dict[str, Sized]:
-        """Every graph at the greatest sizes that its engine allows, with the logits of one
-        position and no more tokens than are allowed."""
+    def sized(self) -> dict[str, SizedGraph]:
+        """Every graph at the maximum sizes of its engine, with the logits of one position."""
         found = {}
         for name, contract in self.exported_contract.items():
             if name not in self.files:
                 continue
             path, ranges = self.files[name], profiles(self.contract[name])[0].ranges
-            sizes = {letter: allowed.greatest for letter, allowed in ranges.items()}
-            if "k" in sizes:
-                sizes["k"] = 1
+            sizes = {letter: allowed.max for letter, allowed in ranges.items()}
+            if "w" in sizes:
+                sizes["w"] = 1
             found[name] = sized(read_graph(path), contract, sizes)
         return found
 
     def memory(self, recipe: Recipe, resident: Sequence[str] | None = None) -> Memory:
-        """What it all takes with `recipe`; raises `ConfigError` for a group that there is not."""
+        """Memory with `recipe`. Raises `ConfigError` for an unknown engine group."""
         stay = _groups(None if resident is None else tuple(resident))
         if recipe.name not in self._everything:
             self._everything[recipe.name] = self._count(recipe)
         return replace(self._everything[recipe.name], resident=stay)
 
     def _count(self, recipe: Recipe) -> Memory:
-        needs = []
+        measured = []
         for name, graph in self.sized.items():
             storage = storage_of(graph, self.contract[name], recipe, self.runtime)
-            needs.append(GraphMemory(name, weight_bytes(graph, storage), workspace(graph, storage)))
+            measured.append(
+                GraphMemory(name, weight_bytes(graph, storage), workspace(graph, storage))
+            )
         typed = {
             name: graph.typed(recipe.activations_on(self.runtime))
             for name, graph in self.contract.items()
@@ -158,14 +158,14 @@ class Model:
             what: size * self.limits.batch
             for what, size in document_bytes(typed, self.limits, seen).items()
         }
-        return Memory(recipe.name, tuple(needs), documents, None)
+        return Memory(recipe.name, tuple(measured), documents, None)
 
     def recipe_for(self, budget: int) -> Choice:
-        """The most faithful recipe whose `Memory.total` is within `budget` bytes, with all engines
-        in memory if there is one, else with as many as possible. Raises `ConfigError` that says
-        what the smallest would need."""
+        """Choose the most accurate recipe within `budget` bytes, with all engines resident if one
+        fits, else with as many as possible. Raises `ConfigError` with the least memory that any
+        recipe takes."""
         least: Memory | None = None
-        for resident in TURNS:
+        for resident in RESIDENT_CHOICES:
             for name in BACKENDS[self.runtime].precisions:
                 memory = self.memory(RECIPES[name], resident)
                 if memory.total <= budget:
@@ -182,7 +182,7 @@ class Model:
 
 
 def _groups(resident: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Each once; raises `ConfigError` for a group that there is not."""
+    """Remove duplicates. Raises `ConfigError` for an unknown engine group."""
     if unknown := sorted(set(resident or ()) - set(GROUPS)):
         raise ConfigError(f"no engines are called {unknown[0]!r}", expected=", ".join(GROUPS))
     return None if resident is None else tuple(dict.fromkeys(resident))
@@ -196,19 +196,19 @@ def recipe_for(
     limits: Limits,
     runtime: str = TENSORRT,
 ) -> Choice:
-    """`Model.recipe_for` for those who ask once. budget: bytes that are free for us."""
+    """Choose a recipe, see `Model.recipe_for`. budget: free memory in bytes."""
     return Model(config, files, context, limits, runtime).recipe_for(budget)
 
 
-def weight_bytes(graph: Sized, storage: Storage) -> int:
-    """Every weight once, as `storage` keeps it."""
+def weight_bytes(graph: SizedGraph, storage: Storage) -> int:
+    """Bytes of all weights in `storage`."""
     return sum(storage.bytes(value) for value in graph.weights)
 
 
-def workspace(graph: Sized, storage: Storage) -> int:
-    """The greatest sum of values between inputs and outputs that live at once, in bytes."""
+def workspace(graph: SizedGraph, storage: Storage) -> int:
+    """Peak bytes of intermediate values that are live at once."""
+    # Value name -> value whose memory it uses (itself, or the source of a view).
     own: dict[str, Value] = {}
-    """Values by name, as the ones whose memory they use."""
     last: dict[str, int] = {}
     made: list[list[Value]] = []
     outside = {value.name for value in (*graph.inputs, *graph.weights)}
@@ -240,7 +240,8 @@ def _peak(
     bound: Collection[str],
     storage: Storage,
 ) -> int:
-    """`bound`: values that lie in the memory of the graph's outputs."""
+    """Peak of live bytes. bound: values in the memory of the graph's outputs, which do not
+    count."""
     live = peak = 0
     ends: dict[int, int] = {}
     for index, fresh in enumerate(made):
@@ -259,7 +260,7 @@ def _peak(
 def with_limits(
     limits: Limits, context: int | None, batch: int | None, images: int | None
 ) -> Limits:
-    """`limits` with what was asked for instead; raises `ConfigError` for less than one."""
+    """Replace the limits that are given. Raises `ConfigError` for less than 1."""
     for name, asked in (("context", context), ("batch", batch), ("images", images)):
         if asked is not None:
             if asked < 1:
@@ -269,7 +270,7 @@ def with_limits(
 
 
 def parse_bytes(text: str) -> int:
-    """`24GB`, `512 MB` or `8GiB` in bytes; raises `ConfigError`."""
+    """Parse `24GB`, `512 MB` or `8GiB` into bytes. Raises `ConfigError`."""
     word = text.strip().upper().removesuffix("B")
     unit = word.lstrip("0123456789. ")
     with suppress(ValueError, OverflowError):
@@ -277,5 +278,5 @@ def parse_bytes(text: str) -> int:
         if found > 0:
             return found
     raise ConfigError(
-        f"{text!r} is no amount of memory", fix="for example --fit 24GB, or the name of a GPU"
+        f"{text!r} is not an amount of memory", fix="for example --fit 24GB, or the name of a GPU"
     )

@@ -1,4 +1,4 @@
-"""Which weights suffer most from few bits: each is quantised alone, and what comes out compared."""
+"""Quantisation sensitivity: the error of a graph when one weight at a time is quantised."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mmi_deploy.runtime.onnxruntime.run_graph import Run, model_runner
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.targets.precision.constants import Constants
-from mmi_deploy.targets.precision.quantise import fitting, quantise
+from mmi_deploy.targets.precision.quantise import quantise, scheme_for_rows
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe, Scheme, recipe
 from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.precision.weight_only import Product, products
 from mmi_deploy.targets.sample_inputs import Arrays, record
 
+# Recorded inputs per measurement: the last ones, whose KV cache is full.
 _RUNS = 3
-"""Sets of inputs: the last ones recorded, where caches are full."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One weight: its name, its size as [rows, columns], how it was stored, and the root mean
-    square of the error of the graph's results over that of the results."""
+class WeightSensitivity:
+    """Sensitivity of one weight [rows, columns], quantised as `dtype` in blocks of `block` rows.
+    error: relative RMS error of the graph's results."""
 
     name: str
     rows: int
@@ -43,11 +43,11 @@ def sensitivity(
     graph: str = "llm",
     precision: str = "int4",
     progress: Progress = silent,
-) -> list[Layer]:
-    """Quantise one weight of `graph` at a time; returns all, the most sensitive first.
+) -> list[WeightSensitivity]:
+    """Measure the sensitivity of every weight of `graph`, most sensitive first.
 
-    precision: whose scheme is tried on every weight, also on those that the recipe keeps higher.
-    Results are the logits, or a graph's latents or pixels; where it has neither all outputs. Raises
+    precision: recipe whose scheme is applied, also to weights that the recipe overrides. Errors are
+    those of the logits, latents or pixels; of all outputs in a graph without these. Raises
     `ConfigError` for an unknown graph and for a recipe that quantises nothing.
     """
     if graph not in bundle.graphs:
@@ -67,8 +67,8 @@ def sensitivity(
     layers = []
     for index, (name, product) in enumerate(weights.items()):
         progress("quantising one weight at a time", index, len(weights), detail=product.name)
-        chosen = fitting(scheme, product.rows)
-        changed = quantise(plain[name], chosen).restored()
+        chosen = scheme_for_rows(scheme, product.rows)
+        changed = quantise(plain[name], chosen).dequantised()
         error = max(
             compare_outputs(
                 _results(contract, run, {**inputs, **plain, name: changed}), wanted, tolerance
@@ -76,7 +76,9 @@ def sensitivity(
             for inputs, wanted in zip(runs, results, strict=True)
         )
         layers.append(
-            Layer(product.name, product.rows, product.columns, chosen.dtype, chosen.block, error)
+            WeightSensitivity(
+                product.name, product.rows, product.columns, chosen.dtype, chosen.block, error
+            )
         )
     return sorted(layers, key=lambda layer: -layer.error)
 
@@ -91,7 +93,7 @@ def _scheme(chosen: Recipe) -> Scheme:
 
 
 def _input_of(graph: ir.Graph, product: Product) -> str:
-    """Let the weight of a product be an input, so that another can be given without loading all."""
+    """Turn the weight of a product into a graph input, so that one session serves all weights."""
     value = ir.Value(
         name=f"{product.name}.weight",
         type=ir.TensorType(ir.DataType.FLOAT),

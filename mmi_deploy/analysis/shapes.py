@@ -1,10 +1,10 @@
-"""Sizes of every value of an ONNX graph at given sizes of its inputs; no weight is ever read.
+"""Shape inference: the shape of every value of an ONNX graph at given input sizes.
 
-One walk in the order of the file. ONNX's own inference gives each node's output shapes from the
-types of its inputs and from the shape arithmetic before it, which is evaluated on the way (a dozen
-integers at a time). Weights stay where they are: external data is not even opened.
+One walk in the order of the file. ONNX's own inference gives the output shapes of a node from the
+types of its inputs and from shape arithmetic, which is evaluated on the way (a dozen integers at a
+time). Weights are not read: external data is never opened.
 
-Model-local functions are not looked into: operators of other domains have a rule here.
+Model-local functions are not expanded: operators of other domains have a rule here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from onnx.shape_inference import InferenceError, infer_node_outputs
 from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.graphs import MMFS_DOMAIN, MMFS_OPERATOR, Graph
 
+# Origin of a value.
 INPUT, WEIGHT, NODE = "input", "weight", "node"
-"""Where a value comes from."""
 
 _BITS = {
     TensorProto.BOOL: 8,
@@ -47,17 +47,17 @@ _BITS = {
     TensorProto.DOUBLE: 64,
 }
 
-_FOLDED = 1024
-"""Only arrays up to this many elements are evaluated: shapes, axes, scales of a resize."""
+# Most elements of an array that is evaluated: shapes, axes, scales of a Resize.
+_MAX_FOLDED = 1024
 
+# ONNX operators without a shape rule (function bodies); output 0 has the shape of input 0.
 _SHAPE_OF_INPUT = {"GroupNormalization", "Gelu", "Swish"}
-"""Standard operators defined by a function body alone, whose output has the shape of input 0."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the graph. constant: it depends on weights alone, not even on sizes. data: its
-    elements where they are few and known from weights and sizes."""
+    """A tensor of the graph. constant: depends on weights alone, not on sizes. data: its elements,
+    if they are few and follow from weights and sizes."""
 
     name: str
     type: int
@@ -72,18 +72,18 @@ class Value:
 
     @property
     def bits(self) -> int:
-        """Per element, in the file."""
+        """Bits of one element in the file's type."""
         return _BITS[self.type]
 
     @property
     def bytes(self) -> int:
-        """In the file's own type; four-bit elements are packed."""
+        """Bytes in the file's type; 4-bit elements are packed."""
         return -(-self.elements * self.bits // 8)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One node with the sizes of what it takes (None: an optional input left out) and gives."""
+    """One node with its sized inputs (None for an omitted optional input) and outputs."""
 
     node: NodeProto
     inputs: tuple[Value | None, ...]
@@ -108,21 +108,21 @@ class Step:
         return found
 
     def ints(self, name: str) -> tuple[int, ...]:
-        """A list attribute, empty when it is not there."""
+        """List attribute, empty if absent."""
         found = self.attributes.get(name, ())
         assert isinstance(found, list | tuple)
         return tuple(found)
 
     def input(self, index: int) -> Value:
-        """An input that must be there."""
+        """Required input."""
         value = self.inputs[index]
         assert value is not None, f"{self.operator} {self.node.name} lacks input {index}"
         return value
 
 
 @dataclass(frozen=True)
-class Sized:
-    """A whole graph at one choice of sizes."""
+class SizedGraph:
+    """A graph at one choice of sizes."""
 
     name: str
     inputs: tuple[Value, ...]
@@ -132,19 +132,22 @@ class Sized:
 
 
 def read_graph(path: Path) -> ModelProto:
-    """The graph of `path` without its weights; raises `BundleError`."""
+    """Read an ONNX file without its external weights. Raises `BundleError`."""
     try:
         return onnx.load(path, load_external_data=False)
     except (OSError, ValueError) as error:
         raise BundleError(f"cannot read {path}: {error}", fix="export it again") from None
-    except Exception as error:  # protobuf's DecodeError is no ValueError in every version
-        raise BundleError(f"{path} is no ONNX file: {error}", fix="export it again") from None
+    except Exception as error:  # protobuf's DecodeError is a ValueError in some versions only
+        raise BundleError(f"{path} is not an ONNX file: {error}", fix="export it again") from None
 
 
-def sized(model: ModelProto, graph: Graph, sizes: Mapping[str, int]) -> Sized:
-    """Every value of `model`, which keeps to the contract `graph`, at `sizes` of its dynamic
-    dimensions. Raises `BundleError` that names the node whose output cannot be told."""
-    walk = _Walk(model)
+def sized(model: ModelProto, graph: Graph, sizes: Mapping[str, int]) -> SizedGraph:
+    """Infer the shape of every value of `model` at `sizes` of the dynamic dimensions.
+
+    graph: the contract of `model`. Raises `BundleError` that names a node whose output shape cannot
+    be inferred.
+    """
+    walk = _ShapeWalk(model)
     expected = {tensor.name: tensor for tensor in graph.inputs}
     weights = {tensor.name for tensor in model.graph.initializer}
     for described in model.graph.input:
@@ -152,14 +155,14 @@ def sized(model: ModelProto, graph: Graph, sizes: Mapping[str, int]) -> Sized:
             continue
         if described.name not in expected:
             raise BundleError(
-                f"{graph.name} has an input {described.name} that it should not have",
+                f"{graph.name} has an unexpected input {described.name}",
                 fix="write the bundle again with `mmi export`",
             )
         shape = expected[described.name].resolve(**sizes)
         walk.add(described.name, described.type.tensor_type.elem_type, shape, INPUT)
     steps = tuple(walk.step(node) for node in model.graph.node)
     known = walk.values
-    return Sized(
+    return SizedGraph(
         graph.name,
         tuple(value for value in known.values() if value.origin == INPUT),
         tuple(value for value in known.values() if value.origin == WEIGHT),
@@ -168,7 +171,7 @@ def sized(model: ModelProto, graph: Graph, sizes: Mapping[str, int]) -> Sized:
     )
 
 
-class _Walk:
+class _ShapeWalk:
     def __init__(self, model: ModelProto) -> None:
         self.values: dict[str, Value] = {}
         self.opsets = list(model.opset_import)
@@ -178,7 +181,7 @@ class _Walk:
         self.known: dict[str, TensorProto] = {}
         for weight in model.graph.initializer:
             external = weight.data_location == TensorProto.EXTERNAL
-            small = not external and prod(weight.dims) <= _FOLDED
+            small = not external and prod(weight.dims) <= _MAX_FOLDED
             data = numpy_helper.to_array(weight) if small else None
             self.add(weight.name, weight.data_type, tuple(weight.dims), WEIGHT, data, True)
 
@@ -211,7 +214,7 @@ class _Walk:
         return Step(node, inputs, tuple(outputs))
 
     def _evaluated(self, node: NodeProto, given: list[Value], constant: bool) -> list[Value] | None:
-        """The outputs of shape arithmetic, or None where `node` is something else."""
+        """Evaluate shape arithmetic. Returns None for any other node."""
         if node.op_type == "Shape" and not node.domain:
             shape = given[0].shape
             start, end = (
@@ -226,7 +229,7 @@ class _Walk:
         else:
             feeds = {value.name: value.data for value in given}
             data = ReferenceEvaluator(node).run(None, feeds)
-            if any(array.size > _FOLDED for array in data):
+            if any(array.size > _MAX_FOLDED for array in data):
                 return None
         return [
             self.add(
@@ -243,7 +246,7 @@ class _Walk:
     def _inferred(
         self, node: NodeProto, inputs: tuple[Value | None, ...]
     ) -> dict[str, tuple[int, tuple[int, ...]]]:
-        rule = FOREIGN_SHAPES.get((node.domain, node.op_type))
+        rule = CUSTOM_SHAPES.get((node.domain, node.op_type))
         if rule is not None:
             found = rule(node, inputs)
             return {name: out for name, out in zip(node.output, found, strict=False) if name}
@@ -263,7 +266,7 @@ class _Walk:
                 ir_version=self.ir_version,
             )
         except onnx.defs.SchemaError:
-            raise _unknown(node, "no rule tells the shape of its outputs") from None
+            raise _unknown(node, "no rule for the shape of its outputs") from None
         except InferenceError as error:
             raise _unknown(node, str(error).strip()) from None
         return {name: _concrete(node, types[name]) for name in node.output if name}
@@ -274,7 +277,7 @@ def _concrete(node: NodeProto, found: TypeProto) -> tuple[int, tuple[int, ...]]:
     if not tensor.HasField("shape") or any(
         not dim.HasField("dim_value") for dim in tensor.shape.dim
     ):
-        raise _unknown(node, "the size of its output depends on more than sizes")
+        raise _unknown(node, "the shape of its output depends on data")
     return tensor.elem_type, tuple(dim.dim_value for dim in tensor.shape.dim)
 
 
@@ -300,9 +303,8 @@ def _mat_mul_n_bits(node: NodeProto, inputs: tuple[Value | None, ...]) -> Shapes
     return [(inputs[0].type, (*inputs[0].shape[:-1], columns))]
 
 
-FOREIGN_SHAPES: dict[tuple[str, str], Callable[[NodeProto, tuple[Value | None, ...]], Shapes]] = {
+# (domain, operator) -> element type and shape of each output, for operators of other domains.
+CUSTOM_SHAPES: dict[tuple[str, str], Callable[[NodeProto, tuple[Value | None, ...]], Shapes]] = {
     (MMFS_DOMAIN, MMFS_OPERATOR): _mmfs,
     ("com.microsoft", "MatMulNBits"): _mat_mul_n_bits,
 }
-"""(domain, operator) -> element type and shape of each output, for operators that are not ONNX's
-own."""

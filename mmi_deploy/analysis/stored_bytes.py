@@ -1,8 +1,7 @@
-"""How many bytes a target spends on what a portable graph holds: the recipes of
-`mmi_deploy.targets.precision`, as arithmetic.
+"""Bytes of the values of a portable graph in a target, by recipe.
 
-Nothing is rewritten here. For a graph that a recipe has been applied to already, `AS_IN_FILE`
-counts the file's own types.
+The recipes of `mmi_deploy.targets.precision` as arithmetic: nothing is rewritten. For a graph that
+has been rewritten already, `as_in_file` counts the file's own types.
 """
 
 from __future__ import annotations
@@ -13,28 +12,27 @@ from dataclasses import dataclass
 from onnx import TensorProto
 
 from mmi_deploy.analysis.flop_rules import MMFS
-from mmi_deploy.analysis.shapes import Sized, Value
+from mmi_deploy.analysis.shapes import SizedGraph, Value
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.spec.mmfs_operator import FLOAT32_INPUTS
 from mmi_deploy.targets.precision.recipes import BITS, FLOAT32, Recipe, Scheme, quantised_bytes
 from mmi_deploy.targets.precision.weight_only import scheme_on
 
+# Types that a recipe may change.
 _FLOATS = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
 }
-"""The types that a recipe may change."""
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of the values of one graph. activations: the type of activations, None for the file's.
-    compute: the type in which products are taken. weights: bytes of every weight by name, scales of
-    quantised ones included. kept: inputs and outputs that stay in the file's type whatever the
-    recipe."""
+    """Storage of the values of one graph. activations: their type, None for the file's. compute:
+    type of matrix products. weights: name -> bytes, scales of quantised weights included. kept:
+    inputs and outputs that keep the file's type in every recipe."""
 
     name: str
     activations: str | None
@@ -43,7 +41,7 @@ class Storage:
     kept: frozenset[str]
 
     def bytes(self, value: Value) -> int:
-        """Of a value in the target's memory."""
+        """Bytes of `value` in the target's memory."""
         if value.name in self.weights:
             return self.weights[value.name]
         if self.activations is None or value.type not in _FLOATS or value.name in self.kept:
@@ -51,15 +49,15 @@ class Storage:
         return value.elements * BITS[self.activations] // 8
 
 
-def as_in_file(graph: Sized) -> Storage:
-    """The types that the file itself has; products are taken in the type of the first of them."""
+def as_in_file(graph: SizedGraph) -> Storage:
+    """Storage in the file's own types. compute: the type of the first matrix product."""
     products = (step for step in graph.steps if step.operator in _PRODUCTS)
     types = (_FLOATS.get(step.outputs[0].type) for step in products)
     return Storage("as exported", None, next(filter(None, types), FLOAT32), {}, frozenset())
 
 
-def storage_of(graph: Sized, contract: Graph, recipe: Recipe, runtime: str) -> Storage:
-    """What `recipe` makes of `graph` on `runtime`; raises `ConfigError` where it makes nothing."""
+def storage_of(graph: SizedGraph, contract: Graph, recipe: Recipe, runtime: str) -> Storage:
+    """Storage of `graph` with `recipe` on `runtime`. Raises `ConfigError` where it is refused."""
     activations = recipe.activations_on(runtime)
     schemes = _schemes(graph, recipe, runtime)
     single = _always_float32(graph)
@@ -79,9 +77,9 @@ def storage_of(graph: Sized, contract: Graph, recipe: Recipe, runtime: str) -> S
 
 
 def _schemes(
-    graph: Sized, recipe: Recipe, runtime: str
+    graph: SizedGraph, recipe: Recipe, runtime: str
 ) -> dict[str, tuple[tuple[int, int], Scheme]]:
-    """Weight -> its shape [in, out] as it is multiplied, and how it is stored."""
+    """Quantised weights: name -> shape [in, out] in the product, and scheme."""
     wanted = recipe.weights.get(graph.name)
     found: dict[str, tuple[tuple[int, int], Scheme]] = {}
     if wanted is None:
@@ -96,8 +94,8 @@ def _schemes(
     return found
 
 
-def multiplied(graph: Sized) -> dict[str, tuple[int, int]]:
-    """Two-dimensional weights of matrix products -> [in, out], through casts and transposes too."""
+def multiplied(graph: SizedGraph) -> dict[str, tuple[int, int]]:
+    """Two-dimensional weights of matrix products -> [in, out], also behind Cast and Transpose."""
     source = {value.name: value.name for value in graph.weights}
     found: dict[str, tuple[int, int]] = {}
     for step in graph.steps:
@@ -110,8 +108,8 @@ def multiplied(graph: Sized) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _always_float32(graph: Sized) -> set[str]:
-    """Weights that the MMFS operator takes in float32 whatever its type: tables, places, null."""
+def _always_float32(graph: SizedGraph) -> set[str]:
+    """Weights that MMFS reads in float32 in every recipe: tables, reference points, null value."""
     return {
         value.name
         for step in graph.steps

@@ -29,7 +29,7 @@ from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.system.files import sha256_of, write_file
 from mmi_deploy.system.output_folder import CHECKED
 from mmi_deploy.system.progress import Progress, silent
-from mmi_deploy.system.safetensors_reader import once
+from mmi_deploy.system.safetensors_reader import reject_duplicates
 
 # Version of the folder's layout; a runtime reads exactly one.
 FORMAT = 1
@@ -167,7 +167,7 @@ def read_manifest(path: Path, kind: type[Manifest], fix: str) -> Manifest:
     """Read a manifest; raises `BundleError` that ends with `fix`, the command that writes it."""
     try:
         text = path.read_bytes()
-        found = json.loads(text, object_pairs_hook=once)
+        found = json.loads(text, object_pairs_hook=reject_duplicates)
     except FileNotFoundError:
         raise BundleError(
             f"{path.parent} is not complete: it holds no {path.name}", fix=f"write it with `{fix}`"

@@ -1,1 +1,1 @@
-"""The command line `mmi`: the table of commands, and those that need neither torch nor training."""
+"""Command line `mmi`: the table of commands, and the commands that run without torch."""

@@ -1,6 +1,6 @@
-"""`mmi`: the command line, a table of commands that are imported when they are asked for.
+"""Command line `mmi`: a table of commands, each imported on first use.
 
-Exit codes: 0 done; 2 something that the user can fix, said in one line; 1 an unexpected error; 130
+Exit codes: 0 success; 2 an error that the user can fix, in one line; 1 an unexpected error; 130
 stopped by Ctrl-C; 143 stopped by SIGTERM.
 """
 
@@ -50,7 +50,7 @@ def options(
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code; errors are one line on stderr."""
+    """Run one command line and return its exit code. Errors are one line on stderr."""
     try:
         return program.run(app, "mmi", arguments)
     except Exception as error:
@@ -65,5 +65,5 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """The program."""
+    """Entry point of `mmi`."""
     program.main(run)

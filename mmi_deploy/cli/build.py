@@ -1,4 +1,4 @@
-"""`mmi build`: portable graphs become engines for a card, or rewritten ones for a CPU."""
+"""`mmi build`: build engines for GPUs, or quantised graphs for the CPU."""
 
 from __future__ import annotations
 
@@ -25,100 +25,104 @@ if TYPE_CHECKING:
     from mmi_deploy.spec.graphs import Limits
     from mmi_deploy.spec.target import Target
     from mmi_deploy.targets.cache import EngineCache
-    from mmi_deploy.targets.calibration import Evidence
+    from mmi_deploy.targets.calibration import Calibration
     from mmi_deploy.targets.precision import Recipe
-    from mmi_deploy.targets.tensorrt_plan import Part, Request
+    from mmi_deploy.targets.tensorrt_plan import EnginePlan, Request
 
 
-# Gives the `mmi_deploy.targets.tensorrt_build.Plugin` for a backend, an architecture and a choice.
+# Entry point that returns a `mmi_deploy.targets.tensorrt_build.Plugin` for a backend, an
+# architecture and the value of --plugin.
 PLUGIN = "mmi_plugins.tensorrt.plugin:plugin_for"
 
 
 def build(
-    bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
+    bundle: Annotated[Path, typer.Argument(help="Bundle, as written by `mmi export`.")] = Path(
+        "bundles/tiny"
+    ),
     target: Annotated[
         str,
         typer.Option(
             "--target",
-            help="Who runs it: tensorrt, tensorrt-rtx or cpu.",
-            rich_help_panel="What is built",
+            help="Backend: tensorrt, tensorrt-rtx or cpu.",
+            rich_help_panel="Target",
         ),
     ] = "tensorrt-rtx",
     arch: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SM",
-            help="The card, as in sm89; several may be given.",
-            show_default="the card of this machine",
-            rich_help_panel="What is built",
+            help="GPU architecture, such as sm89; may be repeated.",
+            show_default="the GPU of this machine",
+            rich_help_panel="Target",
         ),
     ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
-            help="A recipe: fp32, fp16, bf16, int8, int4, int4-128, fp8, mixed.",
+            help="Recipe: fp32, fp16, bf16, int8, int4, int4-128, fp8 or mixed.",
             show_default="fp16; int8 on the CPU",
-            rich_help_panel="What is built",
+            rich_help_panel="Target",
         ),
     ] = None,
     graph: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only this graph, and what is there already; several may be given.",
+            help="Build only this graph; engines of other graphs stay. May be repeated.",
             show_default="all",
-            rich_help_panel="What is built",
+            rich_help_panel="Target",
         ),
     ] = None,
     plugin: Annotated[
         str,
         typer.Option(
             metavar="auto|ahead-of-time|FILE",
-            help="Our plugin for TensorRT: what `mmi plugins build` made, inside the engines, or a "
-            "library of your own.",
-            rich_help_panel="What is built",
+            help="MMFS plugin for TensorRT: the newest of `mmi plugins build`, compiled into the "
+            "engines ahead of time, or a library file.",
+            rich_help_panel="Target",
         ),
     ] = AUTO,
     max_batch: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="The most rows that engines take.",
+            help="Maximum batch size of the engines.",
             show_default="the bundle's",
             metavar="N",
-            rich_help_panel="What is built",
+            rich_help_panel="Target",
         ),
     ] = None,
     max_images: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="The most images in the pool.",
+            help="Maximum number of images of the engines.",
             show_default="the bundle's",
             metavar="N",
-            rich_help_panel="What is built",
+            rich_help_panel="Target",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be built, and what it takes.")
+        bool,
+        typer.Option("--dry-run", help="Print the build plan with memory and disk; build nothing."),
     ] = False,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Build again what is cached, and where memory or disk look too small."
+            "--force", help="Ignore cached engines and the checks of memory and disk space."
         ),
     ] = False,
     unproved: Annotated[
         bool,
         typer.Option(
-            "--unproved", help="Leave out the range check and the comparison with the bundle."
+            "--unproved", help="Skip calibration: no range check, no comparison with the bundle."
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Build the engines of a bundle for one kind of card or more, or its graphs for a CPU.
+    """Build the engines of a bundle for one or more GPU architectures, or its graphs for the CPU.
 
-    Engines are cached by all that they depend on; what is unchanged is not built again. They go to
-    engines/TARGET of the bundle, where TARGET names runtime, architecture and precision.
+    Engines are cached; only changed ones are built. They are written to engines/TARGET of the
+    bundle, where TARGET names backend, architecture and precision.
     """
     from mmi_deploy.bundle.bundle import Bundle, check_target
 
@@ -152,7 +156,7 @@ def build(
 
 
 def _built(bundle: Bundle, targets: tuple[Target, ...]) -> set[str]:
-    """Graphs that the targets hold already: they stay beside the one that is asked for."""
+    """Graphs that the targets already have engines for; these are kept up to date."""
     found: set[str] = set()
     for target in targets:
         with suppress(BundleError):  # of another export, or not there
@@ -162,7 +166,7 @@ def _built(bundle: Bundle, targets: tuple[Target, ...]) -> set[str]:
 
 @dataclass(frozen=True)
 class _Options:
-    """What the command line says besides what to build."""
+    """Options of `mmi build` besides bundle, target and precision."""
 
     limits: Limits
     plugin: str
@@ -180,21 +184,23 @@ def _targets(runtime: str, architectures: list[str] | None, precision: str) -> t
         return (Target(runtime, architectures[0] if architectures else None, precision),)
     named = list(dict.fromkeys(architectures or filter(None, [device_architecture()])))
     if not named:
-        return (Target(runtime, None, precision),)  # refused, with the list of those there are
+        return (
+            Target(runtime, None, precision),
+        )  # check_architecture refuses it and lists the choices
     return tuple(Target(runtime, name, precision) for name in named)
 
 
 def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
-    """Refuses options that mean nothing there, rather than leave them unheard."""
+    """Build a CPU target. Reject options that do not apply to CPU targets."""
     from mmi_deploy.targets.cpu import build_cpu_target
 
-    unheard = {
+    inapplicable = {
         "--plugin": options.plugin != AUTO,
         "--max-batch or --max-images": options.limits != bundle.limits,
     }
-    for option, given in unheard.items():
+    for option, given in inapplicable.items():
         if given:
-            raise ConfigError(f"the CPU target takes no {option}", fix="leave it out")
+            raise ConfigError(f"{option} does not apply to CPU targets", fix="leave it out")
     if options.dry_run:
         plan = {
             "bundle": str(bundle.folder),
@@ -205,7 +211,7 @@ def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
             print_json(plan)
         else:
             named = ", ".join(plan["graphs"]) or "no graph"
-            results().print(f"{plan['target']}: {recipe.what}; rewrites {named}")
+            results().print(f"{plan['target']}: {recipe.description}; rewrites {named}")
         return
     with shown(remarks()) as progress:
         report = build_cpu_target(
@@ -218,15 +224,15 @@ def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
     _say_reports(bundle, [report], options.as_json)
 
 
-def _evidence(
+def _calibration(
     bundle: Bundle, cache: EngineCache, progress: Progress, options: _Options
-) -> Evidence:
+) -> Calibration:
     from mmi_deploy.system.memory import free_memory
-    from mmi_deploy.targets.calibration import Evidence, check_can_run
+    from mmi_deploy.targets.calibration import Calibration, check_can_run
 
     if not (options.unproved or options.force or options.dry_run):
         check_can_run(bundle, free_memory())
-    return Evidence(bundle, cache.folder.parent / "ranges", progress)
+    return Calibration(bundle, cache.folder.parent / "ranges", progress)
 
 
 def _tensorrt(
@@ -239,43 +245,48 @@ def _tensorrt(
     from mmi_deploy.targets.cache import EngineCache
     from mmi_deploy.targets.tensorrt import build_targets
     from mmi_deploy.targets.tensorrt_build import open_tensorrt
-    from mmi_deploy.targets.tensorrt_plan import Request, check_limits, check_room, parts_of
+    from mmi_deploy.targets.tensorrt_plan import (
+        Request,
+        check_limits,
+        check_resources,
+        plan_engines,
+    )
 
     cache, runtime = EngineCache.of_user(), targets[0].runtime
     check_limits(bundle, options.limits)
     plugin = load(PLUGIN)(runtime, str(targets[0].architecture), options.plugin)
     for one in targets:
         trt = open_tensorrt(plugin, one.runtime, str(one.architecture))
-    plugin.load(trt).unregister()  # refused here, not after minutes
+    plugin.load(trt).unregister()  # fail now, not after minutes of calibration
     with shown(remarks()) as progress:
-        evidence = _evidence(bundle, cache, progress, options)
+        calibration = _calibration(bundle, cache, progress, options)
         measured = () if options.unproved or options.dry_run else graphs
         ranges = {
-            name: evidence.ranges(name, recipe, runtime)
+            name: calibration.ranges(name, recipe, runtime)
             if name in measured
-            else evidence.known_ranges(name)
+            else calibration.known_ranges(name)
             for name in bundle.graphs
         }
         request = Request(
             bundle, targets, recipe, graphs, plugin, trt.__version__, options.limits, ranges,
-            None if options.unproved else evidence, options.force,
+            None if options.unproved else calibration, options.force,
         )  # fmt: skip
-        parts = parts_of(request)
-        missing = [part for part in parts if options.force or not cache.has(part.key)]
+        plans = plan_engines(request)
+        missing = [plan for plan in plans if options.force or not cache.has(plan.key)]
         if not options.dry_run:
-            _say_memory(missing, len(parts))
+            _say_memory(missing, len(plans))
             if not options.force:
-                check_room(missing, bundle, cache)
+                check_resources(missing, bundle, cache)
             reports = build_targets(request, cache, progress)
     if options.dry_run:
-        _say_plan(request, parts, missing, cache, options.as_json)
+        _say_plan(request, plans, missing, cache, options.as_json)
     else:
         _say_reports(bundle, reports, options.as_json)
 
 
-def _say_memory(missing: list[Part], of: int) -> None:
+def _say_memory(missing: list[EnginePlan], of: int) -> None:
     if missing:
-        largest = max(missing, key=lambda part: part.memory)
+        largest = max(missing, key=lambda plan: plan.memory)
         remarks().print(
             f"{len(missing)} of {of} engines to build; the largest, of {largest.graph}, "
             f"takes about {size(largest.memory)} of memory"
@@ -294,20 +305,24 @@ def _say_reports(bundle: Bundle, reports: list[TargetReport], as_json: bool) -> 
 
 
 def _say_plan(
-    request: Request, parts: list[Part], missing: list[Part], cache: EngineCache, as_json: bool
+    request: Request,
+    plans: list[EnginePlan],
+    missing: list[EnginePlan],
+    cache: EngineCache,
+    as_json: bool,
 ) -> None:
     rows = [
         {
-            "target": part.target.name,
-            "graph": part.graph,
-            "key": part.key,
-            "cached": part not in missing,
-            "weights_bytes": part.weights,
-            "memory_bytes": part.memory if part in missing else 0,
-            "disk_bytes": part.disk if part in missing else 0,
-            "profiles": {profile.name: profile.record() for profile in part.profiles},
+            "target": plan.target.name,
+            "graph": plan.graph,
+            "key": plan.key,
+            "cached": plan not in missing,
+            "weights_bytes": plan.weights,
+            "memory_bytes": plan.memory if plan in missing else 0,
+            "disk_bytes": plan.disk if plan in missing else 0,
+            "profiles": {profile.name: profile.record() for profile in plan.profiles},
         }
-        for part in parts
+        for plan in plans
     ]
     if as_json:
         print_json(
@@ -326,32 +341,32 @@ def _say_plan(
         table.add_column("profiles", no_wrap=True)
         for heading in ("weights", "memory to build"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for part in parts:
-            if part.target == target:
-                names = ", ".join(profile.name for profile in part.profiles)
-                memory = size(part.memory) if part in missing else "cached"
-                table.add_row(part.graph, names, size(part.weights), memory)
+        for plan in plans:
+            if plan.target == target:
+                names = ", ".join(profile.name for profile in plan.profiles)
+                memory = size(plan.memory) if plan in missing else "cached"
+                table.add_row(plan.graph, names, size(plan.weights), memory)
         results().print(table)
     results().print(
         f"TensorRT {request.tensorrt}, plugin {request.plugin.identity}, cache {cache.folder}. "
-        "Engines are built one after another, each in a process of its own"
+        "Engines are built one after another, each in its own process"
     )
 
 
 def _table(report: TargetReport) -> Table:
-    card = report.architecture is not None
+    on_gpu = report.architecture is not None
     table = Table(
         box=box.SIMPLE_HEAD, title=report.target, title_justify="left", collapse_padding=True
     )
     table.add_column("graph", no_wrap=True)
     headings = ("layers", "plugin", "weights", "engine", "time", "memory", "error")
-    for heading in headings if card else ("nodes", "weights", "all", "time", "error"):
+    for heading in headings if on_gpu else ("nodes", "weights", "all", "time", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     for graph in report.graphs:
         layers, seconds = str(sum(graph.layers.values())), f"{graph.seconds:.0f} s"
         error = "none" if graph.error is None else f"{graph.error:.1e}"
         sizes = size(graph.weights_bytes), size(graph.engine_bytes)
-        if card:
+        if on_gpu:
             seconds = "cached" if graph.cached else seconds
             plugin, peak = str(graph.plugin_layers), size(graph.peak_bytes)
             table.add_row(graph.graph, layers, plugin, *sizes, seconds, peak, error)

@@ -1,4 +1,4 @@
-"""The commands of `mmi`: a row each, whose module is imported once the command is asked for."""
+"""Table of the commands of `mmi`; the module of a command is imported when the command runs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MODELS, BUNDLES, RESULTS = "Models", "Bundles and engines", "Use and measure"
 
 @dataclass(frozen=True)
 class Row:
-    """One command. entry_point: its function, or a `typer.Typer` of subcommands. help: the line
-    in the list of commands. extra: the optional dependencies of `mmi_deploy` that it needs.
-    section: the heading that it is listed under. examples: shown below its own help."""
+    """One command. entry_point: its function, or a `typer.Typer` of subcommands. help: the line in
+    the list of commands. extra: optional dependencies (extra of `mmi_deploy`) that it requires.
+    section: heading in the list. examples: shown below its own help."""
 
     entry_point: str
     help: str
@@ -32,7 +32,7 @@ class Row:
 COMMANDS: Mapping[str, Row] = {
     "train": Row(
         "mmi_train.cli.train:train",
-        "Train the tiny model from nothing on synthetic pictures.",
+        "Train the tiny model from scratch on synthetic pictures.",
         "train",
         MODELS,
         (
@@ -54,7 +54,7 @@ COMMANDS: Mapping[str, Row] = {
     ),
     "init": Row(
         "mmi_train.cli.init:init",
-        "Build a new model around a trained LLaMA, CLIP and Stable Diffusion.",
+        "Assemble a model from a pretrained LLaMA, CLIP and Stable Diffusion.",
         "init",
         MODELS,
         (
@@ -71,7 +71,7 @@ COMMANDS: Mapping[str, Row] = {
     ),
     "export": Row(
         "mmi_export.cli:export",
-        "Export a model folder to ONNX graphs, each compared with PyTorch.",
+        "Export a model folder to ONNX and compare every graph with PyTorch.",
         "export",
         BUNDLES,
         (
@@ -92,7 +92,7 @@ COMMANDS: Mapping[str, Row] = {
     ),
     "verify": Row(
         "mmi_deploy.cli.verify:verify",
-        "Verify checksums and receipts of a bundle, or the engines of a target.",
+        "Verify checksums and receipts of a bundle, or engines of a target.",
         "cpu",
         BUNDLES,
         (
@@ -192,13 +192,13 @@ INSPECT: Mapping[str, Row] = {
 
 
 def row_of(words: str) -> Row:
-    """The row of `generate`, or of `inspect cost`."""
+    """Row of a command, such as `generate` or `inspect cost`."""
     command, _, view = words.partition(" ")
     return INSPECT[view] if view else COMMANDS[command]
 
 
 class TableGroup(TyperGroup):
-    """Subcommands of a table, each a placeholder until it is the one to run."""
+    """Group of commands from a table; each is a placeholder until it runs."""
 
     rows: Mapping[str, Row] = {}
 
@@ -240,5 +240,5 @@ def _app(**options: Any) -> typer.Typer:
 
 
 def _placeholder() -> None:
-    """Stand in the list of commands; `TableGroup` runs the row's entry point instead."""
+    """Placeholder in the list of commands; `TableGroup` runs the row's entry point instead."""
     raise AssertionError("the group imports the command before it runs")

@@ -1,4 +1,4 @@
-"""Where commands print: results to stdout, progress and remarks to stderr."""
+"""Output of commands: results on stdout, progress and remarks on stderr; formatting of numbers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# Upper bound of --threads: more are slower, and far more cannot be started.
 MOST_THREADS = 8 * (os.cpu_count() or 1)
-"""More make everything slower, and many more never begin."""
 
 
 class _Pipe(Console):
-    """A console whose reader may leave: `mmi generate ... | head` still writes its folder."""
+    """Console that survives a closed pipe: `mmi generate ... | head` still writes its folder."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -23,29 +23,29 @@ class _Pipe(Console):
 
 
 def results() -> Console:
-    """For what was asked for; never wraps or colours what is piped on. Brackets and colons in texts
-    and names of files are neither markup nor emoji."""
+    """Console for results on stdout. Piped output is neither wrapped nor coloured; brackets and
+    colons in texts and file names are not interpreted as markup or emoji."""
     return _Pipe(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def remarks() -> Console:
-    """For people who watch, and for logs: what is said beside the results, and progress."""
+    """Console for remarks and progress on stderr."""
     return Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on stdout, for programs."""
+    """Print one JSON value on stdout."""
     json.dump(value, sys.stdout, indent=2)  # ASCII: whole in whatever encoding stdout has
     sys.stdout.write("\n")
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 picture`, `2 pictures`."""
+    """Format a count: `1 picture`, `2 pictures`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def print_table(out: Console, table: Table) -> None:
-    """Whole, where nobody's terminal limits it."""
+    """Print a table at its full width unless `out` is a terminal."""
     if not out.is_terminal:
         wide = table.__rich_measure__(out, out.options.update(max_width=1000)).maximum
         out.width = max(wide, out.width)
@@ -53,7 +53,7 @@ def print_table(out: Console, table: Table) -> None:
 
 
 def flops(count: int) -> str:
-    """FLOPs for people: `26.2 G`."""
+    """Format FLOPs: `26.2 G`."""
     value, unit = float(count), ""
     for unit in ("", "k", "M", "G", "T"):
         if value < 999.5 or unit == "T":
@@ -63,7 +63,7 @@ def flops(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`7.9 ms`."""
+    """Format a duration: `7.9 ms`."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= 0.9995 * scale:
             return f"{_three_digits(seconds / scale)} {unit}"
@@ -71,5 +71,5 @@ def duration(seconds: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    """At least; never with an exponent."""
+    """Three significant digits, more for integers above 999; no exponent."""
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

@@ -1,4 +1,4 @@
-"""Optional dependencies of commands: a missing one is named in one line, with its extra."""
+"""Optional dependencies of commands: a missing module becomes a one-line error with its extra."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mmi_deploy.errors import MmiError
 
 @contextmanager
 def extras(command: str, extra: str | None = None) -> Iterator[None]:
-    """Around the imports of `command`: a missing module becomes a `MmiError` naming the extra, that
-    of the command's row by default."""
+    """Convert a missing module in the imports of `command` to a `MmiError` that names the extra
+    (default: that of the command's row)."""
     try:
         yield
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module.startswith("mmi_"):
-            raise  # a fault of this project, not something to install
+            raise  # a bug in this project, not a missing dependency
         raise MmiError(
             f"`mmi {command}` needs {module}, which is not installed",
             fix=f"install it with: pip install 'mmi_deploy[{extra or row_of(command).extra}]'",

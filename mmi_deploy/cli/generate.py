@@ -1,4 +1,4 @@
-"""`mmi generate`: continue a document, live in the terminal, then as a folder."""
+"""`mmi generate`: continue a document, streamed to the terminal and written to a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmi_deploy.cli.target_options import (
     Resident,
     TargetName,
     check_engines,
-    groups,
+    resident_groups,
     say_memory,
 )
 from mmi_deploy.spec.backends import AUTO, CPU
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 BUNDLE = Path("bundles/tiny")
 
+# Seconds before the denoising steps of a picture are logged.
 PATIENCE = 5.0
-"""Seconds that a picture may take before a log hears of its steps."""
 
 ENDS = {
     "end": "the model ended the document",
@@ -47,66 +47,74 @@ ENDS = {
 
 def generate(
     document: Annotated[
-        Path, typer.Argument(help="A Markdown or JSON document.", show_default=False)
+        Path, typer.Argument(help="Markdown or JSON document.", show_default=False)
     ],
     out: Annotated[
         Path,
         typer.Option(
             "--out",
             "-o",
-            help="Folder for story.md, pictures and index.html.",
+            help="Output folder: story.md, pictures and index.html.",
             rich_help_panel="Document",
         ),
     ] = Path("out"),
     bundle: Annotated[
         Path,
-        typer.Option("--bundle", "-b", help="What `mmi export` wrote.", rich_help_panel="Document"),
+        typer.Option("--bundle", "-b", help="Bundle of `mmi export`.", rich_help_panel="Document"),
     ] = BUNDLE,
     seed: Annotated[
         int,
-        typer.Option(min=0, help="Same seed, same story.", metavar="N", rich_help_panel="Document"),
+        typer.Option(
+            min=0,
+            help="Random seed; same seed, same story.",
+            metavar="N",
+            rich_help_panel="Document",
+        ),
     ] = 0,
     max_tokens: Annotated[
         int,
         typer.Option(
-            min=0, help="Text tokens to add at most.", metavar="N", rich_help_panel="Text"
+            min=0, help="Maximum number of new text tokens.", metavar="N", rich_help_panel="Text"
         ),
     ] = 256,
     temperature: Annotated[
         float,
         typer.Option(
-            min=0, help="0 always takes the likeliest word.", metavar="X", rich_help_panel="Text"
+            min=0, help="Sampling temperature; 0 is greedy.", metavar="X", rich_help_panel="Text"
         ),
     ] = 1.0,
     top_k: Annotated[
         int,
         typer.Option(
-            min=0, help="Keep the k likeliest; 0 keeps all.", metavar="N", rich_help_panel="Text"
+            min=0,
+            help="Sample from the k most likely tokens; 0: all.",
+            metavar="N",
+            rich_help_panel="Text",
         ),
     ] = 0,
     top_p: Annotated[
         float,
         typer.Option(
-            help="Keep the likeliest of this total mass.", metavar="X", rich_help_panel="Text"
+            help="Nucleus sampling: probability mass to keep.", metavar="X", rich_help_panel="Text"
         ),
     ] = 0.9,
     repetition_penalty: Annotated[
         float,
         typer.Option(
-            help="Above 1 makes repeated words less likely.", metavar="X", rich_help_panel="Text"
+            help="Above 1 penalises repeated tokens.", metavar="X", rich_help_panel="Text"
         ),
     ] = 1.0,
     max_images: Annotated[
         int,
         typer.Option(
-            min=0, help="Pictures to add at most.", metavar="N", rich_help_panel="Pictures"
+            min=0, help="Maximum number of new pictures.", metavar="N", rich_help_panel="Pictures"
         ),
     ] = 4,
     schedule: Annotated[
         str | None,
         typer.Option(
             metavar="NAME:STEPS",
-            help="Sampler of the bundle, as in ddim:20.",
+            help="Sampler of the bundle, such as ddim:20.",
             rich_help_panel="Pictures",
         ),
     ] = None,
@@ -114,7 +122,7 @@ def generate(
         float,
         typer.Option(
             min=0,
-            help="How closely pictures follow the text; 1 is off.",
+            help="Classifier-free guidance scale; 1 is off.",
             metavar="X",
             rich_help_panel="Pictures",
         ),
@@ -124,8 +132,8 @@ def generate(
         typer.Option(
             min=1,
             metavar="N",
-            help="Run the whole U-Net in every Nth step; between them its deep features are used "
-            "again: faster, less exact.",
+            help="Run the whole U-Net in every Nth step and reuse its deep features in between: "
+            "faster, less accurate.",
             rich_help_panel="Pictures",
         ),
     ] = 1,
@@ -137,7 +145,7 @@ def generate(
         typer.Option(
             min=0,
             max=MOST_THREADS,
-            help="CPU threads; 0: as many as cores.",
+            help="CPU threads; 0: one per core.",
             metavar="N",
             rich_help_panel="Machine",
         ),
@@ -146,14 +154,17 @@ def generate(
     unproved: Annotated[
         bool,
         typer.Option(
-            "--unproved", help="Run graphs that have no receipt.", rich_help_panel="Machine"
+            "--unproved", help="Run engines that have no receipt.", rich_help_panel="Machine"
         ),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+        bool,
+        typer.Option(
+            "--force", help="Replace an output folder that mmi wrote for another purpose."
+        ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, nothing live.")
+        bool, typer.Option("--json", help="Print the result as JSON, without streaming.")
     ] = False,
 ) -> None:
     """Continue a document: the model writes text and draws pictures.
@@ -173,7 +184,7 @@ def generate(
 
         check_engines(target)
     inputs = (document, bundle)
-    check_replaceable(out, force, kind="story", inputs=inputs)  # before minutes of work
+    check_replaceable(out, force, kind="story", inputs=inputs)  # fail before minutes of work
     options = GenerationOptions(
         seed=seed,
         max_images=max_images,
@@ -193,26 +204,26 @@ def generate(
     images = min(opened.limits.images, opened.config.llm_mmfs.images - 1)
     source = read_document(document, opened.limits.context, images)
     compiling = time.perf_counter()
-    started += time.perf_counter() - compiling  # once on a machine: no part of the loading
+    started += time.perf_counter() - compiling  # compiled once per machine: not loading time
     runtime = Runtime.open(
         opened,
         threads=threads,
         target=target,
         kernels=kernels,
         device=device,
-        resident=groups(resident),
+        resident=resident_groups(resident),
     )
     say_memory(runtime, target)
     used = runtime.schedule(schedule).schedule.key
     story = Story(source)
-    events = events_of(runtime, source, options)  # refused before it is shown
+    events = events_of(runtime, source, options)  # refuses the document before it is shown
     finished: Finished | None = None
     with new_folder(out, force, kind="story", inputs=inputs) as work:
-        watch = _Nobody() if as_json else _Terminal(source)
-        with watch:
+        view = _Silent() if as_json else _Terminal(source)
+        with view:
             for event in events:
                 _collect(story, event)
-                watch.show(event)
+                view.show(event)
                 if isinstance(event, Finished):
                     finished = event
         assert finished is not None, "generate ends with Finished"
@@ -238,8 +249,8 @@ def _collect(story: Story, event: Event) -> None:
         story.add_picture(event.rgb)
 
 
-class _Nobody:
-    """Nobody watches."""
+class _Silent:
+    """View that shows nothing, for --json."""
 
     def __enter__(self) -> None:
         return None
@@ -251,8 +262,8 @@ class _Nobody:
         return None
 
 
-class _Terminal(_Nobody):
-    """The document as it grows on stdout; a bar for each picture on stderr."""
+class _Terminal(_Silent):
+    """Stream the document to stdout, with a progress bar per picture on stderr."""
 
     def __init__(self, document: Document) -> None:
         self._out, self._err = results(), remarks()
@@ -288,7 +299,7 @@ class _Terminal(_Nobody):
                 self._show_given()
 
     def _show_given(self) -> None:
-        """What the document says up to the next picture that the model has to draw."""
+        """Print the parts of the document up to the next picture to draw."""
         from mmi_deploy.documents.document import Draw, Text
 
         for part in self._given:
@@ -317,7 +328,7 @@ class _Terminal(_Nobody):
 def _facts(
     model: str, schedule: str, options: GenerationOptions, finished: Finished, seconds: float
 ) -> dict[str, str]:
-    """The foot of the page."""
+    """Facts in the footer of the page."""
     facts = {
         "model": model,
         "added": _added(finished),
@@ -335,7 +346,7 @@ def _facts(
 def _command(
     document: Path, bundle: Path, target: str, schedule: str, options: GenerationOptions
 ) -> str:
-    """The command line that makes the same document again, for a shell."""
+    """Shell command that reproduces the document."""
     words = ["mmi", "generate", str(document), "--bundle", str(bundle)]
     words += ["--schedule", schedule] + (["--target", target] if target != CPU else [])
     for name in (
@@ -369,7 +380,7 @@ def _report(
     schedule: str,
     seconds: float,
 ) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Result for `--json`."""
     from mmi_deploy.documents.document import Text
     from mmi_deploy.documents.story import picture_names
 

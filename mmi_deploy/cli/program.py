@@ -1,7 +1,7 @@
-"""One command line: results on stdout, errors one line on stderr, and an exit code that fits.
+"""Run a command line: results on stdout, errors as one line on stderr, and an exit code.
 
-Exit codes: 0 done; 2 something that the user can mend; 130 stopped by Ctrl-C; 143 stopped by
-SIGTERM. Faults of ours are raised.
+Exit codes: 0 success; 2 an error that the user can fix; 130 stopped by Ctrl-C; 143 stopped by
+SIGTERM. Unexpected errors (bugs) are raised.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ import typer
 from typer.exceptions import TyperException
 
 from mmi_deploy.errors import MmiError
-from mmi_deploy.system.memory import is_shortage, shortage
+from mmi_deploy.system.memory import is_out_of_memory, out_of_memory
 
 STOPPED = 128 + signal.SIGINT
 
+# Signals received, which stop the command.
 _signals: list[int] = []
-"""Those that asked us to stop."""
 
 
 def program(name: str, command: Callable[..., int]) -> Callable[[Sequence[str]], int]:
-    """`run` for a program that has this command alone, which returns its exit code."""
+    """Make a `run` function for a program with a single command, which returns its exit code."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=help_of(command))(command)
     return partial(run, app, name)
 
 
 def help_of(command: Callable[..., object]) -> str:
-    """The help of a command: its docstring, a line for each paragraph.
+    """Help text of a command: its docstring with one line per paragraph.
 
-    A terminal wraps the lines; the breaks of the source would be kept beside those.
+    The terminal wraps lines, and would keep the line breaks of the source as well.
     """
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
-    """Run one command line of the program called `name` and return its exit code. Raises what
-    nobody expected."""
+    """Run one command line of the program called `name` and return its exit code. Raises unexpected
+    errors."""
     for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed by who started us, as in `mmi ... >&-`
+        if getattr(sys, stream) is None:  # closed by the caller, as in `mmi ... >&-`
             setattr(sys, stream, open(os.devnull, "w"))
     try:
         code = app(list(arguments), prog_name=name, standalone_mode=False)
@@ -56,7 +56,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     except TyperException as error:
         line = " ".join(error.format_message().split()).rstrip(".")
         if not line:
-            return 2  # the help is on the screen
+            return 2  # typer has printed the help
         context = getattr(error, "ctx", None)
         return say(f"{line}. See `{context.command_path if context else name} --help`", 2)
     except SystemExit as end:
@@ -70,36 +70,36 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     except MmiError as error:
         return say(str(error), error.exit_code)
     except Exception as error:
-        if _signals:  # a library made an error of its own of it, as imports do
+        if _signals:  # a library converted KeyboardInterrupt, as imports do
             return _stopped()
         if "--debug" in arguments:
             raise
         if _disk_is_full(error):
             return say("the disk is full. Free some space and run the command again", 2)
-        if is_shortage(error):
-            return say(str(shortage("for this command")), 2)
+        if is_out_of_memory(error):
+            return say(str(out_of_memory("for this command")), 2)
         if isinstance(error, OSError) and error.filename:
             return say(f"{error.filename}: {error.strerror}", 2)
         raise
 
 
 def say(line: str, code: int) -> int:
-    """Tell people on stderr; returns `code`."""
+    """Print one line on stderr and return `code`."""
     print(f"mmi: {line}", file=sys.stderr)
     return code
 
 
 def main(run: Callable[[list[str]], int]) -> None:
-    """The program that `run` runs. SIGTERM ends it as Ctrl-C does, so that temporary files go."""
+    """Run the program and exit. SIGTERM is handled like Ctrl-C, so temporary files are removed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a letter
+        sys.stdout.reconfigure(errors="backslashreplace")  # for encodings that lack a character
     sys.exit(run(sys.argv[1:]))
 
 
 def _disk_is_full(error: Exception) -> bool:
-    """Libraries that are not Python's own say it in their text alone."""
+    """Return True for a full disk or quota; some libraries name it in the error's text only."""
     full = (errno.ENOSPC, errno.EDQUOT)
     known = isinstance(error, OSError) and error.errno in full
     return known or any(os.strerror(number) in str(error) for number in full)

@@ -1,4 +1,4 @@
-"""The options that choose whose engines run, and on which GPU."""
+"""Options that choose the target, its GPU and its kernels."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Kernels = Annotated[
     str,
     typer.Option(
         metavar="auto|none|FILE",
-        help="The MMFS kernel for ONNX Runtime: compiled once where there is a C++ compiler, "
-        "left out, or a library file. For TensorRT: the plugin.",
+        help="MMFS kernel for ONNX Runtime: auto (compiled once, if there is a C++ compiler), none "
+        "(plain ONNX operators), or a library file. For TensorRT: the plugin.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -30,7 +30,7 @@ TargetName = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Whose engines run: cpu, or one that `mmi build` made, as in tensorrt-sm89-fp16.",
+        help="Target to run: cpu, or one of `mmi build`, such as tensorrt-sm89-fp16.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -39,7 +39,7 @@ Device = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="Which GPU, for a target that has one.",
+        help="GPU index, for a GPU target.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -47,16 +47,16 @@ Resident = Annotated[
     str | None,
     typer.Option(
         metavar="A,B",
-        help="Engines that stay on the GPU; the others are loaded in turn. Of: encoder, llm, "
-        "condition, denoise, vae; none.",
+        help="Engine groups to keep on the GPU, of encoder, llm, condition, denoise, vae, or none; "
+        "the others are swapped in.",
         show_default="all",
         rich_help_panel=MACHINE,
     ),
 ]
 
 
-def groups(resident: str | None) -> tuple[str, ...] | None:
-    """What `--resident` names; None is all of them."""
+def resident_groups(resident: str | None) -> tuple[str, ...] | None:
+    """Parse `--resident` into engine groups; None stands for all."""
     if resident is None or resident == "all":
         return None
     return () if resident == "none" else tuple(name.strip() for name in resident.split(","))
@@ -68,7 +68,7 @@ def check_engines(target: str) -> None:
 
 
 def say_memory(runtime: Runtime, target: str) -> None:
-    """What a target takes of its GPU's memory, before it takes it."""
+    """Print the planned GPU memory of a target on stderr; nothing for a CPU target."""
     plan = runtime.backend.plan()
     if plan is None:
         return

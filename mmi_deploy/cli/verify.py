@@ -1,4 +1,4 @@
-"""`mmi verify`: is a bundle whole, proved, and does it run?"""
+"""`mmi verify`: verify checksums and receipts of a bundle, or the engines of a target."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import counted, print_json, print_table, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.target_options import Device, Kernels, Resident, groups
+from mmi_deploy.cli.target_options import Device, Kernels, Resident, resident_groups
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.backends import AUTO, NONE
 from mmi_deploy.system.progress import shown
@@ -21,20 +21,22 @@ if TYPE_CHECKING:
     from mmi_deploy.bundle.bundle import Bundle
     from mmi_deploy.parity import Proof
 
-# Seconds that hashing may take before a log hears of it; most bundles are hashed sooner.
+# Seconds before hashing is logged; most bundles take less.
 PATIENCE = 5.0
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
+    bundle: Annotated[Path, typer.Argument(help="Bundle, as written by `mmi export`.")] = Path(
+        "bundles/tiny"
+    ),
     run: Annotated[
-        bool, typer.Option("--run", help="Also draw a picture and read it, a few seconds.")
+        bool, typer.Option("--run", help="Also run every graph once; takes seconds.")
     ] = False,
     target: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Compare the engines of this target with the portable graphs, where they run, and "
+            help="Compare the engines of this target with the portable graphs on this machine, and "
             "write their receipts.",
             show_default=False,
         ),
@@ -42,19 +44,17 @@ def verify(
     device: Device = 0,
     resident: Resident = None,
     kernels: Kernels = AUTO,
-    force: Annotated[
-        bool, typer.Option("--force", help="Compare even where memory looks too small.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Skip the check of free memory.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Hash every file of a bundle again and check that every graph has a receipt.
+    """Hash every file of a bundle and check that every graph has a receipt.
 
-    A receipt says against what a graph was compared, and with what error. With --run every graph
-    runs once too, and numbers that are not finite are an error.
+    A receipt records what a graph was compared with, and the error. With --run every graph also
+    runs once; values that are not finite are an error.
 
-    With --target the engines of that target are run instead, graph by graph, on recorded and random
-    inputs beside the portable graphs in ONNX Runtime. Their receipts are written into the target,
-    which from then on runs without --unproved.
+    With --target the engines of that target run instead, on recorded and random inputs, and are
+    compared with the portable graphs in ONNX Runtime. Receipts are written into the target, which
+    then runs without --unproved.
     """
     if target is not None:
         if run:
@@ -62,7 +62,7 @@ def verify(
                 "--run draws a picture with the portable graphs, --target runs engines",
                 fix="leave out one of them",
             )
-        _verify_target(bundle, target, device, groups(resident), kernels, force, as_json)
+        _verify_target(bundle, target, device, resident_groups(resident), kernels, force, as_json)
         return
     for option, given in {
         "--device": device != 0,
@@ -114,7 +114,7 @@ def _verify_bundle(bundle: Path, run: bool, as_json: bool) -> None:
         names = ", ".join(unproved)
         command = opened.verify_command(unproved[0] if len(unproved) == 1 else "NAME")
         remarks().print(
-            f"never run, and so without receipts: {names}. `{command}` compares them where they run"
+            f"targets without receipts: {names}. Write them with `{command}`, on their hardware"
         )
 
 
@@ -127,8 +127,8 @@ def _verify_target(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Compare the engines of one target and write their receipts; raises `BundleError` for the
-    first graph that fails, whose receipt says so."""
+    """Compare the engines of one target and write their receipts. Raises `BundleError` for the
+    first graph that fails; its receipt is written too."""
     with extras("verify --target", "build"):
         from mmi_deploy.bundle.bundle import Bundle
         from mmi_deploy.runtime.runtime import Runtime
@@ -173,7 +173,7 @@ def _check_memory(bundle: Bundle) -> None:
 
 
 def _table(proofs: list[Proof]) -> Table:
-    """A row per graph: its worst case, and the tolerance with which that would have passed."""
+    """One row per graph: its worst case, and the tolerance at which that would have passed."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("graph", no_wrap=True)
     for heading in ("cases", "max error", "relative rms", "tolerance", "would pass at"):
@@ -194,7 +194,7 @@ def _table(proofs: list[Proof]) -> Table:
 
 
 def _to_json(proof: Proof) -> dict[str, Any]:
-    """One graph; numbers that are not finite, which JSON does not have, are null."""
+    """Result of one graph. Values that are not finite become null, as JSON has none."""
     sizes, worst = proof.worst
     error = worst.error
     return {
@@ -220,7 +220,7 @@ def _finite(value: float) -> float | None:
 
 
 def _smoke(runtime: Any) -> tuple[int, int]:
-    """Draw a picture from nothing, read it, and write a little: every graph runs."""
+    """Smoke test: draw a picture, read it, and generate four tokens, so that every graph runs."""
     from mmi_deploy.documents.document import Draw, document_of
     from mmi_deploy.runtime.events import Finished
     from mmi_deploy.runtime.generation import GenerationOptions, generate

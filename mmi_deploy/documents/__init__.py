@@ -1,1 +1,1 @@
-"""Interleaved documents: parts, files, pictures, tokens, and the HTML page."""
+"""Interleaved documents: parts, files, pictures, tokenizer, and the HTML page."""

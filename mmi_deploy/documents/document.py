@@ -1,7 +1,9 @@
-"""Interleaved documents: parts in reading order, and how they become tokens.
+"""Interleaved documents: parts in reading order, and their conversion to tokens.
 
-Three kinds of part: `Text`, `Image` (a picture that is given) and `Draw` (the model draws here).
-`document_files.py` reads and writes them.
+Three kinds of part: `Text`, `Image` (a given picture) and `Draw` (the model draws a picture here).
+`files.py` reads and writes documents.
+
+Letters: t tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +24,7 @@ from mmi_deploy.spec.config import ModelConfig
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of text, not empty. Raises `DocumentError` for what is no string of whole
-    characters."""
+    """A piece of text. Raises `DocumentError` unless it is a string without lone surrogates."""
 
     text: str
 
@@ -33,8 +34,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture that is given: a file, uint8 [h, w, 3], or an image of Pillow, which becomes that.
-    Raises `DocumentError` for anything else."""
+    """A given picture: a file, uint8 [height, width, 3], or an image of Pillow, which is converted.
+
+    Raises `DocumentError` for anything else.
+    """
 
     source: Path | Rgb
     alt: str = ""
@@ -47,7 +50,10 @@ class Image:
 
     @cached_property
     def rgb(self) -> Rgb:
-        """The picture, uint8 [h, w, 3]; raises `DocumentError` when the file cannot be read."""
+        """The decoded picture, uint8 [height, width, 3].
+
+        Raises `DocumentError` if the file cannot be read.
+        """
         return read_rgb(self.source) if isinstance(self.source, Path) else self.source
 
 
@@ -61,7 +67,9 @@ Part = Text | Image | Draw
 
 def _check_string(what: str, text: object) -> None:
     if not isinstance(text, str):
-        raise DocumentError(f"{what} is none", expected="a string", got=type(text).__name__)
+        raise DocumentError(
+            f"{what} has the wrong type", expected="a string", got=type(text).__name__
+        )
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -80,24 +88,24 @@ class Document:
         for part in self.parts:
             if not isinstance(part, Text | Image | Draw):
                 raise DocumentError(
-                    "a part of the document is none",
+                    "a part of the document has the wrong type",
                     expected="a Text, an Image or a Draw",
                     got=type(part).__name__,
                 )
 
     @property
     def images(self) -> tuple[Image | Draw, ...]:
-        """Every picture, given or to be drawn, in order."""
+        """All pictures, given or to be drawn, in order."""
         return tuple(part for part in self.parts if not isinstance(part, Text))
 
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as the model reads it.
+    """Tokens and pictures of a document, the model's input.
 
     `token_ids` int64 [t]: `<s>`, then texts and pictures; each picture is one begin-of-image token
     and `ModelConfig.visual_tokens` image tokens. `images`: the pictures in the same order; None is
-    one that the model has to draw before it reads on.
+    a picture that the model has to draw before it reads on.
     """
 
     token_ids: NDArray[np.int64]
@@ -105,8 +113,11 @@ class EncodedDocument:
 
 
 def document_of(*parts: Part) -> Document:
-    """A document of `parts`: neighbouring texts become one, whitespace next to pictures and at both
-    ends goes (the published code strips it too), and so do texts that are empty then."""
+    """Build a document of `parts`.
+
+    Adjacent texts are merged, whitespace next to pictures and at both ends is stripped (as in the
+    published code), and texts that are empty afterwards are dropped.
+    """
     merged: list[Part] = []
     for part in parts:
         if isinstance(part, Text) and merged and isinstance(merged[-1], Text):
@@ -119,7 +130,7 @@ def document_of(*parts: Part) -> Document:
 
 
 def check_pictures(count: int, most: int) -> None:
-    """Raise `DocumentError` for more pictures, given and to be drawn, than a model takes."""
+    """Raise `DocumentError` for more than `most` pictures, given and to be drawn."""
     if count > most:
         raise DocumentError(
             "the document has too many pictures for the model",
@@ -136,11 +147,11 @@ def encode_document(
     context: int | None = None,
     images: int | None = None,
 ) -> EncodedDocument:
-    """Tokens and pictures of `document` for the model `config`.
+    """Tokenise `document` for the model `config`.
 
-    `context`, `images`: token positions and pictures that there is room for (a bundle may have less
-    than the model). Raises `DocumentError` when the document is empty, too long, or has more
-    pictures than that or than the model can tell apart.
+    `context`, `images`: limits of tokens and pictures (a bundle's may be below the model's). Raises
+    `DocumentError` if the document is empty, too long, or has more pictures than the limit or than
+    the model has image positions.
     """
     tokens = config.tokens
     picture = [tokens.boi, *[tokens.image] * config.visual_tokens]

@@ -1,14 +1,16 @@
-"""Documents in files: Markdown and JSON become parts, and parts become Markdown again.
+"""Document files: parse Markdown and JSON into parts, and write parts as Markdown.
 
 In Markdown an image link is a given picture, an image link without a target, `![]()`, is a place
-where the model draws one, and everything else is text, word for word. A link may be spelled
-`![alt](file.png)`, or `![alt][name]` with a line `[name]: file.png` somewhere, which is no text
-then. A literal `![` is written `\\![`. In JSON a document is a list such as
-`[{"text": "a red circle"}, {"image": "circle.png"}, {"draw": true}]`; the published code's
-annt.json is read too. A backslash before `<img`, or before what begins a code fence or an open
-HTML block at the start of a line, is left out as well.
+where the model draws a picture, and everything else is literal text. A link is spelled
+`![alt](file.png)`, or `![alt][name]` with a definition `[name]: file.png`, which then is not part
+of the text. A literal `![` is written `\\![`. A backslash before `<img`, or before the start of a
+code fence or an HTML block at the beginning of a line, is an escape too.
 
-Pictures are files beside the document: a link that leaves its folder is refused.
+In JSON a document is a list such as
+`[{"text": "a red circle"}, {"image": "circle.png"}, {"draw": true}]`; the annt.json of the
+published code is read too.
+
+Pictures are files beside the document: a link out of the document's folder is refused.
 """
 
 from __future__ import annotations
@@ -42,16 +44,16 @@ from mmi_deploy.errors import DocumentError
 from mmi_deploy.spec.config import first_flaw
 from mmi_deploy.system.files import open_regular
 
+# Limits of a document that is read without a model.
 CONTEXT = 15 * 1024
 IMAGES = 1000
-"""Of a document that is read for no certain model."""
 
+# Largest size of a document file: bytes per token, and bytes for links and a few long words.
 _BYTES_PER_TOKEN = 64
 _MORE_BYTES = 2**16
-"""For links, and for texts with a few long words."""
 
+# Number of names in a folder that are compared with a missing file's name.
 _LISTED = 10_000
-"""Names of a folder that are looked at for the one that was meant."""
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:|//")
 _MARKS = re.compile(r"!\[|<img", re.IGNORECASE)
@@ -70,12 +72,11 @@ _ESCAPED_IN_ALT = re.compile(r"\\([!-/:-@\[-`{-~])")
 
 
 def read_document(path: Path, context: int = CONTEXT, images: int = IMAGES) -> Document:
-    """Read a document by its suffix: .md, .markdown, .txt or .json. Every picture is decoded once,
-    so that a damaged one is found now.
+    """Read a document by its suffix: .md, .markdown, .txt or .json.
 
-    `context`, `images`: tokens and pictures that the model takes. Raises `DocumentError` for what
-    cannot be read and for more than the model can take: before the file is parsed where it is
-    larger than any text of so many tokens, before a picture is decoded where there are too many.
+    Every picture is decoded once, to find damaged ones now. `context`, `images`: the model's limits
+    of tokens and pictures. Raises `DocumentError` for a file that cannot be read, before parsing
+    for a file larger than any text of `context` tokens, and before decoding for too many pictures.
     """
     parsers = {
         ".md": parse_markdown,
@@ -94,7 +95,7 @@ def read_document(path: Path, context: int = CONTEXT, images: int = IMAGES) -> D
     try:
         with open_regular(path) as file:
             _check_size(f"{path}", os.fstat(file.fileno()).st_size, most)
-            content = file.read(most + 1)  # it may be growing
+            content = file.read(most + 1)  # the file may be growing
         _check_size(f"{path}", len(content), most)
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -110,12 +111,12 @@ def read_document(path: Path, context: int = CONTEXT, images: int = IMAGES) -> D
 
 
 def _most_bytes(context: int) -> int:
-    """Bytes of a document that no text of `context` tokens exceeds."""
+    """Upper bound of the bytes of a document of `context` tokens."""
     return _MORE_BYTES + _BYTES_PER_TOKEN * context
 
 
 def _check_size(what: str, size: int, most: int) -> None:
-    """Raise `DocumentError` for more bytes than a model's context can hold."""
+    """Raise `DocumentError` for more than `most` bytes."""
     if size > most:
         raise DocumentError(
             f"{what} is too long for the model",
@@ -126,7 +127,7 @@ def _check_size(what: str, size: int, most: int) -> None:
 
 
 def resolve_link(target: str, folder: Path) -> Path:
-    """The file that `target` names inside `folder`; raises `DocumentError` for anything else."""
+    """Resolve `target` to a file inside `folder`; raises `DocumentError` for anything else."""
     if _URL.match(target) or "\0" in target:
         raise DocumentError(
             f"the picture {target} is not a file beside the document",
@@ -135,7 +136,7 @@ def resolve_link(target: str, folder: Path) -> Path:
     try:
         path = _as_on_disk(target, folder).resolve()
         there = path.is_file()
-    except (OSError, RuntimeError) as error:  # a name without end, or a link to itself
+    except (OSError, RuntimeError) as error:  # a name that is too long, or a link to itself
         raise DocumentError(f"the picture {target} cannot be looked up: {error}") from None
     if Path(target).is_absolute() or not path.is_relative_to(folder.resolve()):
         raise DocumentError(
@@ -148,8 +149,10 @@ def resolve_link(target: str, folder: Path) -> Path:
 
 
 def _as_on_disk(target: str, folder: Path) -> Path:
-    """The path of `target` in `folder`, with names that differ in nothing that can be seen as they
-    are on the disk: macOS writes `é` as two characters (NFD), keyboards as one (NFC)."""
+    """Path of `target` in `folder`, spelled in the disk's Unicode normal form.
+
+    macOS writes `é` as two characters (NFD), keyboards as one (NFC).
+    """
     place = folder
     for name in Path(target).parts:
         if name != ".." and not os.path.lexists(place / name):
@@ -160,13 +163,13 @@ def _as_on_disk(target: str, folder: Path) -> Path:
 
 
 def _nearest(target: str, folder: Path, path: Path) -> str:
-    """What an author can do about a link to a file that is not there."""
+    """The fix for a link to a missing file: the nearest name, if there is one."""
     if path.exists():
         return "link a file, not a folder, a pipe or a device"
     turned = target.replace("\\", "/")
     if turned != target and (folder / turned).resolve().is_relative_to(folder.resolve()):
         if (folder / turned).is_file():
-            return f"write {turned}: folders are parted by /"
+            return f"write {turned}: folders are separated by /"
     lower = {name.lower(): name for name in _names(path.parent)}
     if near := get_close_matches(path.name.lower(), lower, n=1, cutoff=0.6):
         return f"the nearest name there is {lower[near[0]]}"
@@ -174,7 +177,7 @@ def _nearest(target: str, folder: Path, path: Path) -> str:
 
 
 def _names(folder: Path) -> list[str]:
-    """Names in `folder`, of the first `_LISTED`; none where it cannot be read."""
+    """The first `_LISTED` names in `folder`; none if the folder cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in islice(entries, _LISTED)]
@@ -187,7 +190,7 @@ def _composed(name: str) -> str:
 
 
 def _parser() -> MarkdownIt:
-    """CommonMark that accepts every link target: we refuse bad ones ourselves, in words."""
+    """CommonMark parser that accepts every link target; `resolve_link` refuses the bad ones."""
     markdown = MarkdownIt("commonmark", {"store_labels": True})
     markdown.validateLink = lambda url: True  # type: ignore[method-assign]
     markdown.normalizeLink = lambda url: url  # type: ignore[method-assign]
@@ -196,18 +199,17 @@ def _parser() -> MarkdownIt:
 
 @dataclass(frozen=True)
 class _Definition:
-    """What defines the target of image links, `[name]: file.png`: no text, only its place."""
+    """Range [start, end) of a link reference definition, `[name]: file.png`, which is not text."""
 
     start: int
     end: int
 
 
 def _links(text: str) -> list[Link | _Definition]:
-    """Every image link of `text` and what defines its target, in order; no link inside code or
-    alternative text.
+    """All image links of `text` and the definitions of their targets, in order, without links
+    inside code or alternative text.
 
-    The block parser says which lines are paragraphs, headings and so on; `image_links` says where
-    the links are in those lines.
+    The block parser finds paragraphs, headings and so on; `image_links` finds the links in them.
     """
     if not _MARKS.search(text):
         return []
@@ -227,7 +229,7 @@ def _links(text: str) -> list[Link | _Definition]:
         first, last = block.map
         source = "\n".join(lines[first:last])
         links = image_links(source, references)
-        inside = block.content  # without the marks of lists and quotations
+        inside = block.content  # without the markers of lists and quotations
         if source != inside and len(links) != len(image_links(inside, references)):
             raise DocumentError(
                 f"the image links in line {first + 1} of the document are ambiguous",
@@ -237,14 +239,14 @@ def _links(text: str) -> list[Link | _Definition]:
         found += [replace(x, start=x.start + offset, end=x.end + offset) for x in links]
     for name in {link.name for link in found if isinstance(link, Link)} - {""}:
         first, last = environment["references"][name]["map"]
-        while last < len(lines) and not lines[last].strip():  # the blank lines after it go too
+        while last < len(lines) and not lines[last].strip():  # including the blank lines after it
             last += 1
         found.append(_Definition(starts[first], starts[last]))
     return sorted(found, key=lambda place: place.start)
 
 
 def _refuse_pictures_in_html(block: str) -> None:
-    """Raise `DocumentError` for a picture among HTML that CommonMark takes as it is written."""
+    """Raise `DocumentError` for a picture inside an HTML block, where links are not parsed."""
     shown = _HTML_COMMENT.sub("", block)
     refuse_html_picture(shown)
     if link := _LINK_IN_HTML.search(shown):
@@ -255,8 +257,10 @@ def _refuse_pictures_in_html(block: str) -> None:
 
 
 def parse_markdown(text: str, folder: Path, context: int = CONTEXT) -> Document:
-    """A Markdown document whose pictures lie in `folder`, for a model of `context` tokens; raises
-    `DocumentError`."""
+    """Parse Markdown with pictures in `folder`, for a model of `context` tokens.
+
+    Raises `DocumentError`.
+    """
     _check_size("the document", len(text), _most_bytes(context))
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as CommonMark counts lines
     parts: list[Part] = []
@@ -273,7 +277,7 @@ def parse_markdown(text: str, folder: Path, context: int = CONTEXT) -> Document:
 
 
 def title_of(document: Document) -> str:
-    """The words of the first heading in the document's texts; empty when there is none."""
+    """Text of the first heading of the document; empty if there is none."""
     for part in document.parts:
         if isinstance(part, Text):
             blocks = iter(_parser().parse(part.text))
@@ -286,14 +290,16 @@ def title_of(document: Document) -> str:
 
 
 def _unescape(text: str) -> str:
-    """What `_escape` was given; and in any other text, what CommonMark says of these escapes."""
+    """Inverse of `_escape`; in any other text, these escapes as CommonMark defines them."""
     text = _ESCAPED_LINE.sub(r"\1", text)
     return _ESCAPED_MARK.sub(lambda run: run[1][: len(run[1]) // 2], text)
 
 
 def _escape(text: str) -> str:
-    """Markdown that reads back as `text`, holds no picture, and leaves nothing open that would make
-    text of a picture after it, such as a code fence."""
+    """Escape `text` as Markdown that parses back to `text`, without pictures.
+
+    Nothing is left open, such as a code fence, that would turn a picture after it into text.
+    """
     text = _BEFORE_MARK.sub(lambda run: run[1] * 2 + "\\", text)
     end = _parser().disable("inline").parse(f"{text}\n\nend")
     is_open = len(end) < 2 or (end[-2].content, end[-2].level) != ("end", 1)
@@ -309,8 +315,11 @@ def _unescape_alt(alt: str) -> str:
 
 
 def to_markdown(parts: Sequence[Part], name_of: Callable[[Image], str]) -> str:
-    """`parts` as Markdown that reads back as they are, each picture a paragraph of its own, linked
-    by its `name_of`. Line ends become `\\n`, and spaces in alternative texts single ones."""
+    """Write `parts` as Markdown that parses back to the same parts.
+
+    Each picture is a paragraph of its own, linked by `name_of(picture)`. Line ends become `\\n`,
+    and runs of spaces in alternative texts become one space.
+    """
     blocks = []
     for part in parts:
         if isinstance(part, Text):
@@ -323,8 +332,8 @@ def to_markdown(parts: Sequence[Part], name_of: Callable[[Image], str]) -> str:
 
 
 def parse_json(text: str, folder: Path, context: int = CONTEXT) -> Document:
-    """JSON parts, or the published code's annt.json with one entry, for a model of `context`
-    tokens; raises `DocumentError`."""
+    """Parse JSON parts, or an annt.json of the published code with one entry, for a model of
+    `context` tokens. Raises `DocumentError`."""
     _check_size("the document", len(text), _most_bytes(context))
     try:
         value = json.loads(text)
@@ -371,9 +380,10 @@ def _json_part(entry: object, index: int, folder: Path) -> Part:
 class _Published:
     """One entry of the published code's annt.json.
 
-    `sentence_ixs[i]` is the sentence that an image belongs to and `image_first[i]` whether it comes
-    before it. With `generate_mode` "generate_images" the last image is the one to draw. `num_iter`,
-    the number of turns of the published loop, is not read: `mmi generate` has its own limits.
+    `sentence_ixs[i]` is the sentence to which an image belongs; `image_first[i]`: the image comes
+    before the sentence. With `generate_mode` "generate_images" the last image is the one to draw.
+    `num_iter`, the number of turns of the published loop, is not read: `mmi generate` has its own
+    limits.
     """
 
     sentences: list[str]
@@ -411,7 +421,7 @@ def _published(value: object, folder: Path) -> Document:
         given = given[:-1]
     pictures: list[Part] = [Image(resolve_link(target, folder)) for target in given]
     pictures += [Draw()] * drawn
-    in_order = iter(pictures)  # the k-th slot in reading order takes the k-th image
+    in_order = iter(pictures)  # the i-th slot in reading order takes the i-th image
     parts: list[Part] = []
     for index, sentence in enumerate(entry.sentences):
         parts += [next(in_order) for _ in range(slots.count((index, True)))]

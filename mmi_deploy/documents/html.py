@@ -1,8 +1,8 @@
-"""index.html: a finished document for people. One file beside its pictures; no scripts, no network.
+"""HTML page (index.html) of a finished document: one file beside its pictures.
 
-A picture is enlarged by its address (`:target`), the command line selected by one click.
-
-What the model made stands out by a coloured edge and the word "generated". All text is escaped.
+The page has no scripts and loads nothing from the network. A link to a picture's anchor enlarges it
+(CSS `:target`); one click selects the command line. Generated parts are marked by a coloured edge
+and the word "generated". All text is escaped.
 """
 
 from __future__ import annotations
@@ -89,17 +89,16 @@ $views
 </html>
 """)
 
+# Pictures with both sides below this number of pixels are shown enlarged, with sharp pixels.
 _SMALL = 256
-"""Pictures with sides below this are shown larger than they are, with sharp pixels."""
 
-
+# Characters of the text before a drawn picture that become its alternative text.
 _ALT = 120
-"""Letters of the words before a drawn picture that describe it."""
 
 
 def page(title: str, entries: Sequence[Entry], facts: Mapping[str, str], command: str = "") -> str:
-    """The page of `entries`; `facts` (name and value) stand at its foot, and the command line that
-    makes the document again. Wide screens show it as a storyboard: a text above its pictures."""
+    """HTML page of `entries`, with `facts` (name -> value) and the command line that reproduces the
+    document in the footer. Wide screens show a storyboard: each text above its pictures."""
     names = picture_names(entries)
     pictures = list(names)
     listed = [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()]
@@ -117,7 +116,7 @@ def page(title: str, entries: Sequence[Entry], facts: Mapping[str, str], command
 
 
 def _sections(entries: Sequence[Entry], names: Mapping[int, str]) -> Iterator[str]:
-    """A section for each run of texts, with the pictures that follow it."""
+    """One section per run of texts, with the pictures that follow it."""
     numbers = {index: number for number, index in enumerate(names, start=1)}
     blocks: list[str] = []
     runs = groupby(enumerate(entries), key=lambda item: isinstance(item[1].part, Text))
@@ -156,7 +155,7 @@ def _figure(entries: Sequence[Entry], index: int, name: str, number: int) -> str
 
 
 def _view(number: int, of: int, image: str) -> str:
-    """A picture as large as the window, shown while the address names it."""
+    """Overlay of a picture in the size of the window, shown while the URL's fragment names it."""
     links = [(number - 1, "previous"), (number + 1, "next")]
     beside = [f'<a href="#view-{at}">{word}</a>' for at, word in links if 1 <= at <= of]
     return (
@@ -182,8 +181,8 @@ def _kind(entry: Entry) -> str:
 
 
 def alt_of(entries: Sequence[Entry], index: int) -> str:
-    """What a picture shows, for those who do not see it: its own words, or for a drawn one the last
-    line of the text right before it."""
+    """Alternative text of a picture: its own, or for a drawn picture without one the last line of
+    the text right before it."""
     entry = entries[index]
     assert isinstance(entry.part, Image)
     if entry.part.alt:
@@ -198,7 +197,7 @@ def alt_of(entries: Sequence[Entry], index: int) -> str:
 
 
 def _tail(line: str) -> str:
-    """The last words of a long line."""
+    """The last words of a line, at most `_ALT` characters."""
     if len(line) <= _ALT:
         return line
     return f"… {line[-_ALT:].partition(' ')[2] or line[-_ALT:]}"

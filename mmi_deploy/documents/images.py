@@ -1,7 +1,7 @@
-"""Pictures: read from files, brought to the model's size, turned to pixels and back.
+"""Pictures: decode files, resize to the model's input, convert to and from pixel tensors.
 
-Letters: h height, w width in pixels. `rgb` is uint8 [h, w, 3]; `pixels` is float32 [3, h, w] in
-[0, 1], as every graph takes and gives them.
+`rgb` is uint8 [height, width, 3]; `pixels` is float32 [3, height, width] in [0, 1], the form of
+every graph's inputs and outputs.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ Pixels = NDArray[np.float32]
 Fit = Literal["crop", "squash"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+# Larger pictures are refused before they are decoded: a small file can unpack to gigabytes.
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded: a small file can unpack to gigabytes."""
 
-
+# Larger files are refused before they are read: `MAX_PIXELS` of 64 bits, and room for metadata.
 MAX_BYTES = 8 * MAX_PIXELS + 2**20
-"""Larger files are refused before they are read: so much are the most pixels in 64 bits each."""
 
+# Bytes of text chunks and colour profiles that are kept of a PNG; Pillow refuses files with more.
 _MOST_TEXT = 2**20
-"""Bytes of texts and colour profiles in a PNG that are looked at; Pillow refuses larger ones."""
 
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def read_rgb(path: Path) -> Rgb:
-    """Decode a picture whole, upright (EXIF orientation), transparent parts on white: [h, w, 3].
-    Of an animation or of several pages the first is read.
+    """Decode a picture to [height, width, 3], upright (EXIF orientation), transparent parts white.
 
-    Raises `DocumentError` when it cannot be read, or stores what has no meaning as a colour.
+    Of an animation or of several pages the first is read. Raises `DocumentError` for a file that
+    cannot be read or whose values have no meaning as colours.
     """
     with _refusals(path):
-        # Not by name: Pillow maps a file that it knows by name, and where it turns the picture too,
-        # it reads rows of the wrong width.
+        # Pillow gets the open file, not its name: it maps named files, and for a rotated picture it
+        # then reads rows of the wrong width.
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
                 raise DocumentError(
@@ -64,8 +64,11 @@ def read_rgb(path: Path) -> Rgb:
 
 
 def as_rgb(picture: object) -> Rgb:
-    """A picture that a program hands over, as uint8 [h, w, 3]: such an array, or one of Pillow's
-    images in any mode, which is read as a file is. Raises `DocumentError` for anything else."""
+    """Convert a picture in memory to uint8 [height, width, 3].
+
+    Accepts such an array, or an image of Pillow in any mode, which is converted as `read_rgb` does.
+    Raises `DocumentError` for anything else.
+    """
     name = "that was given"
     if isinstance(picture, Image.Image):
         file = str(getattr(picture, "filename", ""))
@@ -81,32 +84,32 @@ def as_rgb(picture: object) -> Rgb:
     else:
         got = type(picture).__name__
     raise DocumentError(
-        f"the picture {name} is none",
-        expected="a uint8 [h, w, 3] array, an image of Pillow, or a path",
+        f"the picture {name} has the wrong type or shape",
+        expected="a uint8 [height, width, 3] array, an image of Pillow, or a path",
         got=got,
-        fix="PIL.Image.fromarray makes one of greys or RGBA; scale floats to 0...255 first",
+        fix="convert greys or RGBA with PIL.Image.fromarray; scale floats to 0...255 first",
     )
 
 
 @contextmanager
 def _refusals(path: Path | str) -> Iterator[None]:
-    """Make `DocumentError` of whatever goes wrong in reading the picture `path`."""
+    """Turn every error of reading the picture `path` into a `DocumentError`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own limit comes below Pillow's warning
+            warnings.simplefilter("ignore")  # our own limit is below that of Pillow's warning
             yield
-    except Image.DecompressionBombError:  # before we could see its size
+    except Image.DecompressionBombError:  # raised before the size can be read
         most = 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS) // 1_000_000
         raise _too_large(path, f"more than {most} million") from None
     except UnidentifiedImageError:
         raise DocumentError(
-            f"{path} is no picture that can be read",
+            f"{path} is not a picture that can be read",
             expected=", ".join(FORMATS),
             fix="save it again as PNG",
         ) from None
     except (DocumentError, MemoryError):
         raise
-    except Exception as error:  # decoders stumble over damage in many ways
+    except Exception as error:  # decoders raise many types for damaged files
         if isinstance(error, OSError) and error.strerror:  # the system's own
             raise DocumentError(f"cannot read the picture {path}: {error.strerror}") from None
         raise DocumentError(
@@ -115,7 +118,7 @@ def _refusals(path: Path | str) -> Iterator[None]:
 
 
 def _without_long_texts(file: BinaryIO) -> BinaryIO:
-    """The same picture; of a PNG, without the texts that Pillow would refuse it for."""
+    """The file, or if it is a PNG with more text than Pillow accepts, a copy without that text."""
     left_out = []
     if file.read(len(_PNG)) == _PNG:
         room = _MOST_TEXT
@@ -138,7 +141,7 @@ def _without_long_texts(file: BinaryIO) -> BinaryIO:
 
 
 def _text_size(kind: bytes, text: bytes, most: int) -> int:
-    """Bytes that a text of a PNG unpacks to; `most` + 1 for more."""
+    """Uncompressed size of a text chunk of a PNG in bytes, at most `most` + 1."""
     _, _, rest = text.partition(b"\0")
     if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
         return len(text)
@@ -146,7 +149,7 @@ def _text_size(kind: bytes, text: bytes, most: int) -> int:
     try:
         return len(zlib.decompressobj().decompress(packed, most + 1))
     except zlib.error:
-        return len(text)  # damaged: Pillow says so
+        return len(text)  # damaged: Pillow reports it
 
 
 def _check_size(size: tuple[int, int], path: Path | str) -> None:
@@ -192,21 +195,21 @@ def _rgb_of(image: Image.Image, path: Path | str) -> Rgb:
     return np.asarray(_opaque(upright))
 
 
+# TIFF tags BitsPerSample and PhotometricInterpretation, and a value of the latter.
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-"""Tags of TIFF, and a value of the second."""
 
+# White level of PNG greys with fewer than 8 bits.
 _LEVELS = {"1": 1, "L;2": 3, "L;4": 15}
-"""Of a PNG's greys with fewer than 8 bits: which is white."""
 
 
 def _stored_as(image: Image.Image) -> str:
-    """Pillow's word for the layout of the pixels in a PNG that is not decoded yet."""
+    """Raw mode, Pillow's name of the pixel layout, of a PNG that is not decoded yet; else empty."""
     tiles = getattr(image, "tile", None)
     return str(tiles[0][3]) if image.format == "PNG" and tiles else ""
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white."""
+    """Convert to RGB; transparent parts become white."""
     if image.mode in _PREMULTIPLIED:
         image = image.convert(_PREMULTIPLIED[image.mode])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -220,11 +223,11 @@ _PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 
 
 def resize(rgb: Rgb, side: int, fit: Fit = "crop") -> Rgb:
-    """To [side, side, 3], as the published data pipeline does.
+    """Resize to [side, side, 3] as the published data pipeline does.
 
-    `crop`: while the shorter side is at least twice `side` the picture is halved with a box filter;
-    then its shorter side is scaled to `side` bicubically and the middle is cut out. `squash` (the
-    published grounding transform) scales both sides to `side` and gives up the proportions.
+    `crop`: halve the picture with a box filter while its shorter side is at least twice `side`,
+    scale its shorter side to `side` bicubically, and crop the centre. `squash` (the published
+    grounding transform): scale both sides to `side` without keeping the aspect ratio.
     """
     image = Image.fromarray(rgb)
     if fit == "squash":
@@ -232,7 +235,7 @@ def resize(rgb: Rgb, side: int, fit: Fit = "crop") -> Rgb:
     while min(image.size) >= 2 * side:
         image = _scale(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     shorter = min(image.size)
-    if max(image.size) > 4 * shorter:  # only the middle is kept: do not scale the rest
+    if max(image.size) > 4 * shorter:  # only the centre is kept: do not scale the rest
         left, top = (max((length - 4 * shorter) // 2, 0) for length in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))
     factor = side / shorter
@@ -243,22 +246,28 @@ def resize(rgb: Rgb, side: int, fit: Fit = "crop") -> Rgb:
 
 
 def _scale(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
-    """Horizontally first, then vertically: Pillow rounds to 8 bits in between, and which axis it
-    takes first by itself depends on its version."""
+    """Scale horizontally, then vertically.
+
+    Pillow rounds to 8 bits in between, and the order of the axes in one call depends on its
+    version.
+    """
     width, height = size
     return image.resize((width, image.height), filter).resize((width, height), filter)
 
 
 def to_pixels(rgb: Rgb) -> Pixels:
-    """uint8 [h, w, 3] to float32 [3, h, w] in [0, 1]; raises `DocumentError` for anything else."""
+    """Convert uint8 [height, width, 3] to float32 [3, height, width] in [0, 1].
+
+    Raises `DocumentError` for anything else.
+    """
     rgb = as_rgb(rgb)
     return np.ascontiguousarray(rgb.transpose(2, 0, 1), dtype=np.float32) / np.float32(255)
 
 
 def to_rgb(pixels: Pixels) -> Rgb:
-    """float [3, h, w] to uint8 [h, w, 3]; values outside [0, 1] are clipped, rounding to nearest.
+    """Convert float [3, height, width] to uint8 [height, width, 3], clipped and rounded to nearest.
 
-    Raises `ValueError` when a value is not finite: a picture of NaNs must not pass for a black one.
+    Raises `ValueError` if a value is not finite: a picture of NaNs must not become a black one.
     """
     if not np.isfinite(pixels).all():
         raise ValueError("the pixels hold values that are not finite")
@@ -267,7 +276,7 @@ def to_rgb(pixels: Pixels) -> Rgb:
 
 
 def to_png(rgb: Rgb) -> bytes:
-    """The picture as a PNG file."""
+    """Encode a picture as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -1,8 +1,8 @@
-"""Picture links in one paragraph of Markdown, found in a time that grows with its length alone.
+"""Image links in one paragraph of Markdown, parsed in linear time.
 
-CommonMark 0.31, section 6.3 and 6.4, by the algorithm of its appendix: brackets wait on a stack for
-the one that closes them. Of the other inline marks only those matter that hide brackets: escapes,
-code spans, HTML and autolinks.
+CommonMark 0.31, sections 6.3 and 6.4, by the algorithm of its appendix: opening brackets wait on a
+stack for the bracket that closes them. Of the other inline constructs only those matter that hide
+brackets: escapes, code spans, HTML and autolinks.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ _LONGEST_LABEL = 999
 _TEXT = "write \\![ if it is text"
 _DEFINE = f"add a line such as [name]: file.png, or {_TEXT}"
 _BRACKET = f"put a name with spaces in <>, as in ![](<my file.png>), or {_TEXT}"
+
+# Texts that an author may have meant as a picture, and the fix.
 _LIKE_A_LINK = (
     (re.compile(r"!\[[^\[\]]*\]\[[^\[\]]+\]"), _DEFINE),
     (re.compile(r"!\[[^\[\]]*\]\([^()\n]*\)"), _BRACKET),
@@ -55,7 +57,6 @@ _LIKE_A_LINK = (
         f"take out the space before (, or {_TEXT}",
     ),
 )
-"""What an author may have meant for a picture, and what to do about it."""
 
 _IMG = re.compile(r"<img[\s/>]", re.IGNORECASE)
 HTML_PICTURE = re.compile(r"(?<!\\)(?:\\\\)*<img[\s/>][^>\n]*>?", re.IGNORECASE)
@@ -63,7 +64,8 @@ HTML_PICTURE = re.compile(r"(?<!\\)(?:\\\\)*<img[\s/>][^>\n]*>?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Link:
-    """An image link: where it stands in the text, and what it says. `name`: of its definition."""
+    """An image link: its range [start, end) in the text, target and alternative text. `name`: label
+    of its link reference definition."""
 
     start: int
     end: int
@@ -74,7 +76,7 @@ class Link:
 
 @dataclass
 class _Opener:
-    """A bracket that waits for its end. `first`: how many links were found before it."""
+    """An opening bracket on the stack. `first`: number of links found before it."""
 
     start: int
     inside: int
@@ -83,20 +85,20 @@ class _Opener:
 
 
 def refuse_html_picture(text: str) -> None:
-    """Raise `DocumentError` for a picture that is written as HTML, which is read as text."""
+    """Raise `DocumentError` for an `<img>` tag: HTML is read as text."""
     if found := HTML_PICTURE.search(text):
         tag = " ".join(found[0].lstrip("\\").split())
         raise DocumentError(
-            f"{tag:.60} is HTML, and no picture here",
+            f"{tag:.60} is HTML, which is not read as a picture",
             fix="link it as ![what it shows](file.png), or write \\<img if it is text",
         )
 
 
 def image_links(source: str, references: Mapping[str, Any]) -> list[Link]:
-    """The image links of a paragraph, in order, none inside code or alternative text.
+    """Image links of a paragraph in order, without those inside code or alternative text.
 
-    `references`: definitions by normalised name, as markdown-it collects them. Raises
-    `DocumentError` for what looks like a picture and is none.
+    `references`: link reference definitions by normalised label, as markdown-it collects them.
+    Raises `DocumentError` for text that looks like a picture but is not one.
     """
     return _Paragraph(source, references).links()
 
@@ -106,10 +108,11 @@ class _Paragraph:
         self.source, self.references = source, references
         self.openers: list[_Opener] = []
         self.found: list[Link] = []
+        # Closing marks that do not occur any more: searched once, so that time stays linear.
         self.no_more: set[object] = set()
-        """Ends that do not occur any more: looked for once, not from each beginning."""
+        # Number of openers before the last link: they cannot open a link, which must not contain
+        # another one; pictures may.
         self.before_link = 0
-        """So many openers stand before a link: no link is inside another, but pictures are."""
 
     def links(self) -> list[Link]:
         position = 0
@@ -188,7 +191,7 @@ class _Paragraph:
         return end
 
     def _inline_target(self, position: int) -> tuple[str, str, int] | None:
-        """`(target "title")` at `position`: its target, no name, and where it ends."""
+        """Parse `(target "title")` at `position`: target, empty name, end."""
         if not self.source.startswith("(", position):
             return None
         position = self._after_spaces(position + 1)
@@ -200,15 +203,15 @@ class _Paragraph:
 
     def _after_spaces(self, position: int) -> int:
         spaces = _SPACES.match(self.source, position)
-        assert spaces is not None, "it matches nothing too"
+        assert spaces is not None, "the pattern matches the empty string"
         return spaces.end()
 
     def _destination(self, start: int) -> tuple[str, int]:
-        """A link's destination and where it ends; empty where there is none."""
+        """Parse a link's destination: destination (empty if there is none) and end."""
         if self.source.startswith("<", start):
             pointed = _POINTED.match(self.source, start)
             return (unescapeAll(pointed[1]), pointed.end()) if pointed else ("", start)
-        if _TOO_NESTED.match(self.source, start):  # seen at once, however often it is asked
+        if _TOO_NESTED.match(self.source, start):  # one match: without it time would be quadratic
             return "", start
         level, position = 0, start
         while piece := _PLAIN.match(self.source, position):
@@ -233,7 +236,7 @@ class _Paragraph:
         return title.end() if title else None
 
     def _reference(self, inside: tuple[int, int], is_image: bool) -> tuple[str, str, int] | None:
-        """`[name]`, `[]` or nothing after a closing bracket: target, name, and where it ends."""
+        """Parse `[name]`, `[]` or nothing after a closing bracket: target, name, end."""
         position = inside[1] + 1
         if not self.references or (is_image and self.source.startswith("(", position)):
             return None
@@ -256,4 +259,6 @@ class _Paragraph:
         for form, fix in _LIKE_A_LINK:
             if like := form.match(self.source, opener.start):
                 shown = " ".join(like[0].split())
-                raise DocumentError(f"{shown:.60} looks like a picture link and is none", fix=fix)
+                raise DocumentError(
+                    f"{shown:.60} looks like a picture link but is not one", fix=fix
+                )

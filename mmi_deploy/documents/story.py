@@ -1,4 +1,4 @@
-"""A document while it is generated: what was given, what the model added, and both in a folder."""
+"""Story: a document during generation, given and generated parts together, written to a folder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _SHOWN_BY_BROWSERS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One part of the finished document, and whether the model made it."""
+    """One part of the finished document; generated: the model made it."""
 
     part: Text | Image
     generated: bool
 
 
 class Story:
-    """Collects texts and pictures as they come; `entries` is the document so far, in order.
+    """Collects generated texts and pictures; `entries` is the document so far, in order.
 
-    The k-th drawn picture takes the k-th place that the document left open, later ones follow the
+    The i-th drawn picture replaces the i-th `Draw` of the document; further pictures follow the
     document's end.
     """
 
@@ -38,14 +38,14 @@ class Story:
         self._added: list[Text | Image] = []
 
     def add_text(self, text: str) -> None:
-        """Text that the model wrote."""
+        """Append a generated text."""
         if self._added and isinstance(self._added[-1], Text):
             self._added[-1] = Text(self._added[-1].text + text)
         else:
             self._added.append(Text(text))
 
     def add_picture(self, rgb: Rgb) -> None:
-        """A picture that the model drew, uint8 [h, w, 3]."""
+        """Add a drawn picture, uint8 [height, width, 3]."""
         if len(self._drawn) < self._open:
             self._drawn.append(Image(rgb))
         else:
@@ -53,7 +53,7 @@ class Story:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Every part that there is; places that nothing was drawn for are left out."""
+        """All parts so far; a `Draw` without a drawn picture is left out."""
         drawn = iter(self._drawn)
         found: list[Entry] = []
         for part in self._given:
@@ -65,7 +65,7 @@ class Story:
 
 
 def picture_names(entries: Sequence[Entry]) -> dict[int, str]:
-    """File name of the picture at each index of `entries` that is one: `picture-01.png`, ..."""
+    """Index of each picture in `entries` -> its file name: `picture-01.png`, ..."""
     names: dict[int, str] = {}
     for index, entry in enumerate(entries):
         if isinstance(entry.part, Image):
@@ -77,7 +77,7 @@ def picture_names(entries: Sequence[Entry]) -> dict[int, str]:
 
 
 def write_story(folder: Path, entries: Sequence[Entry]) -> None:
-    """Write the pictures and story.md, which can be read as a document again, into `folder`."""
+    """Write story.md, which `read_document` reads again, and its pictures into `folder`."""
     names = picture_names(entries)
     for index, name in names.items():
         part = entries[index].part
@@ -96,5 +96,6 @@ def write_story(folder: Path, entries: Sequence[Entry]) -> None:
         else:
             merged.append(part)
     text = to_markdown(merged, lambda image: str(image.source))
-    encoding = "utf-8-sig" if text.startswith("\ufeff") else "utf-8"  # readers leave out the first
+    # Readers drop one byte order mark.
+    encoding = "utf-8-sig" if text.startswith("\ufeff") else "utf-8"
     (folder / MARKDOWN_NAME).write_text(text, encoding=encoding, newline="\n")

@@ -1,4 +1,4 @@
-"""Text to token ids and back, on Hugging Face's `tokenizers` (a tokenizer.json, no Python code)."""
+"""Tokenizer: text to token ids and back, by Hugging Face's `tokenizers` and a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from mmi_deploy.spec.config import TokenConfig
 
 FILE_NAME = "tokenizer.json"
 
+# Tokens of context that a stream decodes with its first token; more if they begin inside a
+# character.
 _CONTEXT = 8
-"""Tokens before a stream that decide how it begins, where they begin with a character."""
 
+# Spelling of byte tokens, which a decoder with byte fallback joins to characters.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-"""The spelling of the tokens that a decoder with byte fallback joins to characters."""
 
+# Number of words that an error lists.
 _LISTED = 8
-"""Words that an error names."""
 
 
 def read_tokenizer_file(path: Path) -> tokenizers.Tokenizer:
@@ -37,8 +38,10 @@ def read_tokenizer_file(path: Path) -> tokenizers.Tokenizer:
 
 
 def exact(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Switch off, in place, what training leaves in a tokenizer.json and what would cut a text, pad
-    it or split its words at random: truncation, padding and the dropout of byte pairs."""
+    """Switch off truncation, padding and BPE dropout in place.
+
+    Training may leave them in a tokenizer.json, where they would cut, pad or randomly split texts.
+    """
     inner.no_truncation()
     inner.no_padding()
     if getattr(inner.model, "dropout", None) is not None:
@@ -46,26 +49,25 @@ def exact(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return inner
 
 
+# Largest vocabulary whose words are listed.
 LISTED_WORDS = 500
-"""The most words of a vocabulary that are listed rather than counted."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How many different words, or parts of words, texts are made of; `words`: all of them in order
-    where they are few, else none."""
+    """Number of words and word pieces; `words`: all of them, sorted, if they are few, else none."""
 
     size: int
     words: tuple[str, ...]
 
 
 class Tokenizer:
-    """A tokenizer that never makes special tokens out of what a user wrote."""
+    """Tokenizer that never encodes a user's text as special tokens."""
 
     def __init__(
         self, inner: tokenizers.Tokenizer, tokens: TokenConfig, folder: Path | None = None
     ) -> None:
-        """`folder`: the bundle or model folder that it lies in, for errors."""
+        """`folder`: the bundle or model folder of the tokenizer, for error messages."""
         self._inner, self._folder = exact(inner), folder
         self._inner.encode_special_tokens = True  # `<s>` in a text is three characters
         self._reserved = {tokens.bos, *tokens.ends, tokens.boi, tokens.image}
@@ -100,10 +102,10 @@ class Tokenizer:
         return cls(read_tokenizer_file(path), tokens, path.parent)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, none added at either end.
+        """Encode `text` without adding special tokens at its ends.
 
-        Raises `DocumentError` for words the model has no token for, among them the spellings of
-        special tokens unless the vocabulary has tokens for their letters.
+        Raises `DocumentError` for words without a token, among them the spellings of special tokens
+        unless the vocabulary has tokens for their letters.
         """
         encoding = self._inner.encode(text, add_special_tokens=False)
         unknown = [
@@ -131,60 +133,60 @@ class Tokenizer:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What texts are made of."""
+        """Words and word pieces of texts, without special tokens."""
         listed = sorted(set(self._inner.get_vocab()) - self._special())
         return Vocabulary(len(listed), tuple(listed) if len(listed) <= LISTED_WORDS else ())
 
     def _special(self) -> set[str]:
-        """Spellings of the tokens that no text is made of."""
+        """Spellings of special tokens, which do not occur in texts."""
         unknown = getattr(self._inner.model, "unk_token", None)
         added = self._inner.get_added_tokens_decoder().values()
         found = {self._inner.id_to_token(token) for token in self._reserved} | {unknown}
         return {name for name in found if name} | {one.content for one in added if one.special}
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids`; special tokens are left out."""
+        """Decode `token_ids`; special tokens are left out."""
         return self._inner.decode(list(token_ids), skip_special_tokens=True)
 
     def is_silent(self, token_id: int) -> bool:
-        """Whether `decode` leaves the token out: special tokens, and ids that have no word."""
+        """True if `decode` leaves the token out: a special token, or an id without a word."""
         return token_id in self._silent or self._inner.id_to_token(token_id) is None
 
     def is_byte(self, token_id: int) -> bool:
-        """Whether the token is a byte, a run of which `decode` joins to characters as a whole: one
-        byte that is wrong makes U+FFFD of every other in its run."""
+        """True for a byte token. `decode` joins a run of bytes as a whole: one invalid byte turns
+        every byte of the run into U+FFFD."""
         return token_id in self._bytes
 
 
 def _listed(words: Iterable[str]) -> str:
-    """The first of the different words, and how many more there are."""
+    """The first distinct words, and the number of further ones."""
     different = list(dict.fromkeys(words))
     more = f" and {len(different) - _LISTED} more" if len(different) > _LISTED else ""
     return ", ".join(map(repr, different[:_LISTED])) + more
 
 
 class TextStream:
-    """Decodes tokens as they come and gives out only text that later tokens cannot change.
+    """Streaming decoder that returns only text which later tokens cannot change.
 
-    All of it together is what decoding every token at once gives. One character may take several
-    tokens (bytes), a run of byte tokens is decoded as a whole, and a token's text depends on the
-    one before it (spaces): so text waits until its characters are complete and its run of bytes has
-    ended, and the tokens of the last text given out are decoded again together with the new ones.
-    `before`: the tokens of the text that the stream goes on from, if there is one.
+    The concatenated text equals decoding all tokens at once. A character may consist of several
+    tokens (bytes), a run of byte tokens is decoded as a whole, and the text of a token depends on
+    the previous token (spaces). So text waits until its characters are complete and its run of
+    bytes has ended, and the tokens of the last returned text are decoded again with the new ones.
+    `before`: tokens of the text that the stream continues, if any.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._given: list[int] = []
         self._waiting: list[int] = []
+        # Part of the waiting tokens' text that `before` already contains.
         self._shown = ""
-        """What `before` shows of the tokens that wait."""
         for token in self._end_of(before):
             self.feed(token)
         self._shown = self._new_text()
 
     def _end_of(self, before: Sequence[int]) -> list[int]:
-        """The last tokens of `before`, from one on that begins with a character."""
+        """The last tokens of `before`, starting at one that begins a character."""
         ids = [token for token in before if not self._tokenizer.is_silent(token)]
         start = max(len(ids) - _CONTEXT, 0)
         while start > 0 and (
@@ -195,7 +197,8 @@ class TextStream:
         return ids[start:]
 
     def feed(self, token_id: int) -> str:
-        """The text that is certain now; empty while a character is incomplete."""
+        """Add a token and return the text that is final now; empty while a character is
+        incomplete."""
         if self._tokenizer.is_silent(token_id):
             return ""
         self._waiting.append(token_id)
@@ -209,7 +212,7 @@ class TextStream:
         return text
 
     def rest(self) -> str:
-        """What was held back, for the end of a text; incomplete characters show as U+FFFD."""
+        """Flush the waiting text at the end of a stream; incomplete characters become U+FFFD."""
         text = self._not_shown(self._new_text())
         self._given, self._waiting, self._shown = [], [], ""
         return text

@@ -122,10 +122,10 @@ def dynamic_sizes(graph: Graph, given: Mapping[str, Buffer]) -> dict[str, int]:
             )
     for letter, size in sizes.items():
         allowed = graph.ranges.get(letter)
-        if allowed and not allowed.least <= size <= allowed.greatest:
+        if allowed and not allowed.min <= size <= allowed.max:
             raise EngineError(
                 f"{graph.name}: dimension {letter} is out of range",
-                expected=f"{allowed.least} to {allowed.greatest}",
+                expected=f"{allowed.min} to {allowed.max}",
                 got=size,
                 fix="export the bundle with larger limits",
             )
@@ -161,9 +161,9 @@ def check_indices(graph: Graph, inputs: Buffers, sizes: Mapping[str, int]) -> No
                 continue
             value = value.read()
         below = sizes[tensor.below] if isinstance(tensor.below, str) else tensor.below
-        if prod(np.shape(value)) and not (tensor.least <= value.min() and value.max() < below):
+        if prod(np.shape(value)) and not (tensor.min <= value.min() and value.max() < below):
             raise EngineError(
                 f"{graph.name}: {tensor.name} is out of range",
-                expected=f"{tensor.least} to {below - 1}",
+                expected=f"{tensor.min} to {below - 1}",
                 got=f"{value.min()} to {value.max()}",
             )

@@ -68,7 +68,7 @@ def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> 
     pool."""
     llm, values, step = graphs["llm"], graphs["image_values"], graphs["denoise_step"]
     cached = set(llm.in_place.values())
-    sizes = {"b": 1, "t": 1, "k": 1, "v": 1}
+    sizes = {"b": 1, "t": 1, "w": 1, "v": 1}
     drawing = [
         *(step[name] for name in ("latents", "history", "next_latents", "next_history", "noise")),
         step[DEEP],

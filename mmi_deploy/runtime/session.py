@@ -335,7 +335,7 @@ class Session:
 def _allocate_single(graph: Graph, name: str, memory: Memory) -> Buffer:
     """Allocate tensor `name` for one row, token and logit."""
     tensor = graph[name]
-    return memory.allocate(tensor.resolve(b=1, t=1, k=1, v=1), tensor.dtype)
+    return memory.allocate(tensor.resolve(b=1, t=1, w=1, v=1), tensor.dtype)
 
 
 def check_finite(array: Array, what: str) -> None:

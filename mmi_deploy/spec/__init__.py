@@ -1,3 +1,3 @@
-"""The specification that training, export, builds and runtime share: configuration, graph contract,
+"""Specification shared by training, export, builds and runtime: configuration, graph contract,
 token layout, schedules and targets.
 """

@@ -1,4 +1,4 @@
-"""Backends: the runtimes that execute graphs, a row each. No other file names their differences."""
+"""Backends: the runtimes that execute graphs, and the one table of their differences."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ CPU = "cpu"
 TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt-rtx"
 
-# Choices of kernels beside a file: found or compiled by themselves, or none.
+# Values of --kernels besides a file: find or compile a kernel library, or use none.
 AUTO, NONE = "auto", "none"
 
-# Compute capabilities of NVIDIA GPUs, and GPUs that have them.
+# Compute capabilities of NVIDIA GPUs, with examples of GPUs.
 ARCHITECTURES = {
     "sm80": "A100",
     "sm86": "RTX 30, A10",
@@ -31,17 +31,17 @@ ARCHITECTURES = {
 class Backend:
     """One row of `BACKENDS`."""
 
-    # As in `mmi build --target` and at the beginning of a target's name.
+    # Value of `mmi build --target`, and prefix of a target's name.
     name: str
     # The class that opens a target of a bundle: a `mmi_deploy.runtime.backend.Backend`.
     entry_point: str
-    # Python module of the runtime, the pip package that brings it, and the oldest version that
-    # computes all operators of the graphs.
+    # Python module of the runtime, its pip package, and the oldest version that supports all
+    # operators of the graphs.
     module: str
     package: str
     minimum_version: tuple[int, ...]
     engine_suffix: str
-    # Architectures that engines are built for; none on the CPU.
+    # Architectures for which engines are built; empty on the CPU.
     architectures: tuple[str, ...] = ()
     # Whether engines can be built for a GPU that is not in this machine.
     cross_compiles: bool = False
@@ -49,15 +49,15 @@ class Backend:
     # allocates nothing when it runs, so that it can be recorded into a CUDA graph. REFIT and
     # STRIP_PLAN need a GPU while they build; WEIGHT_STREAMING makes no difference to a build.
     builder_flags: tuple[str, ...] = ()
-    # Whether quantised weights have a scale per block of rows always: MatMulNBits knows no other.
+    # Whether quantised weights always have a scale per block of rows, as MatMulNBits requires.
     block_scales: bool = False
-    # Recipes to choose from, the most exact first; the first is built by default.
+    # Precision that is built by default, and all recipes to choose from, the most exact first.
     default_precision: str = "fp16"
     precisions: tuple[str, ...] = ("fp16", "int8", "mixed", "int4")
 
     @property
     def on_gpu(self) -> bool:
-        """Whether engines run on a GPU: its memory, its architectures, the MMFS plugin."""
+        """True if engines run on a GPU: with its memory, for its architecture, with the plugin."""
         return bool(self.architectures)
 
 
@@ -76,7 +76,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
                 default_precision="int8",
                 precisions=("fp32", "int8", "int4"),
             ),
-            # Attention, rotary embedding and the KV cache in place are known from 10.15.1 on.
+            # 10.15.1 is the first version with attention, rotary embedding and in-place KV cache.
             Backend(
                 TENSORRT,
                 "mmi_deploy.runtime.tensorrt.backend:TensorRtBackend",
@@ -86,7 +86,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
                 ".engine",
                 tuple(ARCHITECTURES),
             ),
-            # 1.7 is the first that was tried; the installed one is asked before a build.
+            # 1.7 is the first version that was tested; a build checks the installed version first.
             Backend(
                 TENSORRT_RTX,
                 "mmi_deploy.runtime.tensorrt.backend:TensorRtBackend",
@@ -104,14 +104,16 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
 
 
 def backend(name: str) -> Backend:
-    """The backend called `name`; raises `ConfigError` that lists those there are."""
+    """The backend called `name`; raises `ConfigError` that lists all backends."""
     if name not in BACKENDS:
         raise ConfigError(f"there is no backend {name!r}", expected=" or ".join(BACKENDS))
     return BACKENDS[name]
 
 
 def backend_of(target: str) -> Backend:
-    """The backend of a target by its name: `tensorrt-sm89-fp16` runs in TensorRT, all that no
-    other backend's name begins is for the CPU."""
+    """The backend of a target by the target's name: `tensorrt-sm89-fp16` runs in TensorRT.
+
+    A name that begins with none of the backends' names is a CPU target.
+    """
     named = [row for row in BACKENDS.values() if target.startswith(f"{row.name}-")]
     return max(named, key=lambda row: len(row.name), default=BACKENDS[CPU])

@@ -1,4 +1,4 @@
-"""What a model is: frozen, validated configuration, read from and written to JSON.
+"""Model configuration: frozen, validated dataclasses, read from and written to JSON.
 
 Two readings of MM-Interleaved are configurations of one implementation: the paper's (MMFS after the
 U-Net's up blocks, all previous images, plain softmax, Perceiver Resamplers) and that of the
@@ -27,21 +27,22 @@ from mmi_deploy.errors import ConfigError
 
 _STRICT = ConfigDict(extra="forbid")
 
-# Bounds far beyond any model that exists: what lies beyond them is a damaged or hostile file, and
-# is refused before memory is asked for by it.
+# Bounds far beyond any existing model. A value beyond them comes from a damaged or hostile file and
+# is refused before any memory is allocated for it.
 Id = Annotated[int, Field(ge=0, lt=2**24)]
+
+# Tokens, channels, training steps.
 Count = Annotated[int, Field(ge=1, le=2**24)]
-"""Tokens, channels, training steps."""
 
+# Layers, heads, points, images, rows.
 Few = Annotated[int, Field(ge=1, le=2**12)]
-"""Layers, heads, points, images, rows."""
 
+# Pixels, patches or cells along one side.
 Side = Annotated[int, Field(ge=1, le=2**14)]
-"""Pixels, patches or cells along one side."""
 
+# Tuples with one entry per resolution, which halves from block to block.
 Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=12)]
 Fews = Annotated[tuple[Few, ...], Field(min_length=1, max_length=12)]
-"""One for each resolution, which halves from block to block."""
 
 Finite = Annotated[float, Field(ge=-1e6, le=1e6)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
@@ -58,7 +59,7 @@ _SIN_COS = "as sin/cos tables of two coordinates need"
 def _multiple(what: str, size: int, count: int, which: str) -> None:
     """Raise `ValueError` unless `size` is a multiple of `count`."""
     if size < count or size % count:
-        raise ValueError(f"{what} {size} is no multiple of {count}, {which}")
+        raise ValueError(f"{what} {size} is not a multiple of {count}, {which}")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -86,7 +87,7 @@ class TokenConfig:
 
     @model_serializer(mode="wrap")
     def _without_empty(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write a model with one end token as before `other_eos`: checkpoints compare this text."""
+        """Omit an empty `other_eos`: checkpoints from before the field compare this text."""
         fields: dict[str, Any] = inner(self)
         return {name: value for name, value in fields.items() if value not in ((), [])}
 
@@ -105,11 +106,11 @@ class MmfsConfig:
     """Multi-image Multi-scale Feature Synchronizer (paper Sec. 3.2, Eq. 4).
 
     `levels`: indices into the encoder's four maps (0 = finest), finest first.
-    `value_width`: heads * channels per head. `base_grid`: offsets are in cells of a grid of this
-    side; None: of the query's own map, `grid_scale` times as fine (2 in the published U-Net with an
-    encoder at 448 pixels, whose maps are twice as large as those it was built for). `images`: rows
-    of the relative-position table (row 0 hidden, 1 the nearest image). `images_seen`: how many of
-    the nearest images a query may look at.
+    `value_width`: heads * channels per head. `base_grid`: side of the grid whose cells are the unit
+    of offsets; None: the grid of the query's own map, `grid_scale` times as fine (2 in the
+    published U-Net with an encoder at 448 pixels, whose maps are twice as large as those it was
+    built for). `images`: rows of the relative-position table (row 0 hidden, 1 the nearest image).
+    `images_seen`: number of nearest images that a query may look at.
     """
 
     heads: Few
@@ -137,7 +138,7 @@ class MmfsConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class ResamplerConfig:
-    """Maps any number of context tokens to `queries` tokens.
+    """Resampler: any number of context tokens to `queries` tokens.
 
     `perceiver`: Flamingo's resampler, keys and values are [context; queries].
     `qformer`: BLIP-2's, self-attention over the queries, cross-attention every `cross_every`
@@ -199,14 +200,13 @@ class VisionConfig:
 
     @property
     def level_sides(self) -> tuple[int, int, int, int]:
-        """Sides of the four feature maps, finest first: strides 1/4, 1/2, 1, 2 of the patch
-        grid."""
+        """Sides of the four feature maps, finest first: strides of 1/4, 1/2, 1 and 2 patches."""
         return (self.grid * 4, self.grid * 2, self.grid, self.grid // 2)
 
 
 @dataclass(frozen=True, config=_STRICT)
 class LlamaConfig:
-    """LLaMA with MMFS before the MLP of every `mmfs_every`-th block, beginning with block 0."""
+    """LLaMA with MMFS before the MLP of every `mmfs_every`-th block, starting with block 0."""
 
     vocab: Count
     width: Count
@@ -272,7 +272,7 @@ class UnetConfig:
 
     @property
     def resnet_widths(self) -> tuple[int, ...]:
-        """Output channels of every ResNet, in the order in which they run."""
+        """Output channels of every ResNet, in the order of execution."""
         layers, widths = self.layers_per_block, self.block_widths
         down = [width for width in widths for _ in range(layers)]
         up = [width for width in reversed(widths) for _ in range(layers + 1)]
@@ -280,7 +280,7 @@ class UnetConfig:
 
     @property
     def cross_attention_widths(self) -> tuple[int, ...]:
-        """Channels of every cross-attention to the condition, in the order in which they run."""
+        """Channels of every cross-attention to the condition, in the order of execution."""
         layers = self.layers_per_block
         blocks = list(zip(self.block_widths, self.attention_blocks, strict=True))
         down = [width for width, attends in blocks if attends for _ in range(layers)]
@@ -289,7 +289,7 @@ class UnetConfig:
 
     @property
     def mmfs_maps(self) -> tuple[tuple[int, int], ...]:
-        """(channels, side) of every map that MMFS is added to, in the order in which they occur."""
+        """(channels, side) of every map to which MMFS is added, in the order of execution."""
         widths, side, last = self.block_widths, self.latent_side, len(self.block_widths) - 1
         if self.mmfs_at == "up_blocks":
             return tuple(
@@ -308,13 +308,13 @@ class UnetConfig:
 
     @property
     def deep_width(self) -> int:
-        """Channels of the deep features, which the last up block is given; their side is that of
-        the latents."""
+        """Channels of the deep features, the input of the last up block; their side is that of the
+        latents."""
         return self.block_widths[min(1, len(self.block_widths) - 1)]
 
     @property
     def outer_cross_attentions(self) -> tuple[int, ...]:
-        """Which of `cross_attention_widths` are in the first down and the last up block."""
+        """Indices into `cross_attention_widths` of those in the first down and last up block."""
         layers, count = self.layers_per_block, len(self.cross_attention_widths)
         if not self.attention_blocks[0]:
             return ()
@@ -322,7 +322,7 @@ class UnetConfig:
 
     @property
     def outer_mmfs_blocks(self) -> tuple[int, ...]:
-        """Which of `mmfs_maps` are in the first down and the last up block."""
+        """Indices into `mmfs_maps` of those in the first down and last up block."""
         if self.mmfs_at == "up_blocks":
             return (self.mmfs_blocks - 1,)
         return tuple(range(1 + self.layers_per_block))
@@ -332,7 +332,7 @@ class UnetConfig:
 class VaeConfig:
     """Latent autoencoder, in the terms of diffusers' `AutoencoderKL`.
 
-    `patch`: it works on patches of this side, each a cell of 3 * patch^2 channels.
+    `patch`: side in pixels of the patches it works on, each a cell of 3 * patch^2 channels.
     """
 
     block_widths: Counts
@@ -357,7 +357,7 @@ class VaeConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class DiffusionConfig:
-    """The forward process and what the U-Net predicts. Steps and betas as in diffusers' DDPM."""
+    """Noise schedule of training and the U-Net's prediction type, as in diffusers' DDPM."""
 
     prediction: Literal["epsilon", "v_prediction"]
     steps: Count = 1000
@@ -368,7 +368,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class ImageDecoderConfig:
-    """From LLM hidden states to a picture: context resampler, U-Net with MMFS, VAE."""
+    """Image decoder, LLM hidden states to a picture: context resampler, U-Net with MMFS, VAE."""
 
     resampler: ResamplerConfig
     unet: UnetConfig
@@ -383,7 +383,7 @@ class ImageDecoderConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
-    """A whole MM-Interleaved."""
+    """Complete configuration of an MM-Interleaved model."""
 
     name: str
     tokens: TokenConfig
@@ -395,7 +395,7 @@ class ModelConfig:
 
     @property
     def visual_tokens(self) -> int:
-        """LLM positions that one image takes, the begin-of-image token not counted."""
+        """Number of LLM positions of one image, without its begin-of-image token."""
         return self.vision_resampler.queries
 
     @model_validator(mode="after")
@@ -452,7 +452,7 @@ def to_json(config: ModelConfig) -> str:
 
 
 def first_flaw(error: ValidationError) -> str:
-    """The first wrong field, what is wrong with it, and what it holds: one line."""
+    """Describe the first wrong field in one line: its name, the fault, its value."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"]) or "the whole"
     line = f"{field}: {first['msg'].removeprefix('Value error, ')}"
@@ -461,7 +461,7 @@ def first_flaw(error: ValidationError) -> str:
 
 
 def from_json(text: str | bytes, source: str = "configuration") -> ModelConfig:
-    """Read a configuration; raises `ConfigError` that names the first wrong field."""
+    """Parse a configuration; raises `ConfigError` that names the first wrong field."""
     try:
         return _ADAPTER.validate_json(text)
     except ValidationError as error:
@@ -472,7 +472,7 @@ def from_json(text: str | bytes, source: str = "configuration") -> ModelConfig:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Read `path`; raises `ConfigError` when it is missing or wrong."""
+    """Read a configuration file; raises `ConfigError` if it is missing or wrong."""
     try:
         text = path.read_bytes()
     except OSError as error:

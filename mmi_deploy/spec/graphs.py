@@ -3,9 +3,8 @@
 Exporters name tensors from here, builders take their profiles from here, runtimes allocate from
 here, and tests walk over it. No tensor name is written anywhere else.
 
-Letters: b batch, t tokens, k positions whose logits are wanted, c cache slots, n encoded images
-(the pool), m images a row may look at, s feature cells of one image, h heads, d channels per head,
-v rows of visual tokens, x tokens of context for one picture.
+Letters: b batch, t tokens, w wanted positions, n encoded images, m image slots, v visual tokens,
+x context tokens.
 """
 
 from __future__ import annotations
@@ -22,54 +21,54 @@ MMFS_DOMAIN = "mmi"
 MMFS_OPERATOR = "MultiImageDeformableAttention"
 MMFS_VERSION = 1
 
+# Numbers of image slots that the runtime pads to, so that few shapes occur.
 IMAGE_SLOT_PADDING = (1, 2, 4, 8, 16, 32, 49)
-"""Numbers of image slots that the runtime pads to, so that few shapes occur."""
 
+# Latents that a solver may carry: its last corrected sample and its last two data predictions.
 HISTORY = 3
-"""Latents that a solver may carry: its last corrected sample and its last two data predictions."""
 
+# Rows of one step of the coefficient table: the next latents, then the next history.
 STATE = 1 + HISTORY
-"""Rows of a step of the coefficient table: the next latents, then the next history."""
 
+# Columns of one step of the coefficient table: latents, prediction, noise, then the history.
 TERMS = 3 + HISTORY
-"""Columns of it: latents, the U-Net's prediction, noise, then the history."""
 
+# Input of the U-Net's last up block besides its skips; `denoise_shallow` uses it again.
 DEEP = "deep"
-"""What the U-Net's last up block is given, besides its skips: `denoise_shallow` uses it again."""
 
+# Classifier-free guidance runs the conditional and the unconditional branch in one batch,
+# conditional rows first.
 UNET_BATCH_PER_PICTURE = 2
-"""Guidance runs the conditional and the unconditional branch in one batch, conditional rows
-first."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a dynamic dimension may be: the least, the likeliest and the greatest value.
+    """Sizes of a dynamic dimension as in a TensorRT profile: smallest, most frequent, largest.
 
-    A likeliest value beyond the greatest is cut to it.
+    An `opt` beyond `max` is cut to `max`.
     """
 
-    least: int
-    likely: int
-    greatest: int
+    min: int
+    opt: int
+    max: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "likely", min(self.likely, self.greatest))
+        object.__setattr__(self, "opt", min(self.opt, self.max))
 
 
 @dataclass(frozen=True)
 class Tensor:
     """Name, element type (numpy's name) and shape; a string in the shape is a dynamic dimension.
 
-    Integers that index something lie in [least, below); a string is a dynamic dimension here too.
-    `activation`: whether a target of lower precision may hold it in its own type. What it is read
-    as, drawn from and counted by stays: pixels, logits, latents and the sampler's tables.
+    Integers that index something lie in [min, below); `below` may name a dynamic dimension too.
+    `activation`: whether a target of lower precision may hold the tensor in its own type. Pixels,
+    logits, latents and the sampler's tables keep theirs.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-    least: int = 0
+    min: int = 0
     below: int | str | None = None
     activation: bool = False
 
@@ -87,8 +86,10 @@ def _size(side: int | str, sizes: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph: inputs and outputs in order, ranges of its dynamic dimensions, and which output
-    shares its buffer with which input (`in_place`: output name -> input name)."""
+    """One graph: inputs and outputs in order, and the ranges of its dynamic dimensions.
+
+    in_place: output name -> name of the input whose buffer the output shares.
+    """
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -103,7 +104,7 @@ class Graph:
         raise KeyError(f"{self.name} has no tensor {name}")
 
     def typed(self, activations: str) -> Graph:
-        """The same graph for a target that holds activations as `activations` (numpy's name, or
+        """The graph for a target that holds activations as `activations` (numpy's name, or
         bfloat16)."""
 
         def of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -127,13 +128,13 @@ def _activation(name: str, *shape: int | str) -> Tensor:
 
 
 def numbered(prefix: str, index: int) -> str:
-    """The name of one of several alike tensors: `past_key.07`."""
+    """Name of one tensor of a numbered series: `past_key.07`."""
     return f"{prefix}.{index:02d}"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an exported bundle allows: cache slots per row, rows, images in the pool."""
+    """Limits of an exported bundle: cache slots per row, rows, images in the pool."""
 
     context: Count
     batch: Few = 4
@@ -141,13 +142,13 @@ class Limits:
 
 
 def feature_cells(config: ModelConfig, mmfs: MmfsConfig | None = None) -> int:
-    """Cells of one image's feature maps, all four levels or those that `mmfs` reads."""
+    """Number of cells of one image's feature maps, on all four levels or those `mmfs` reads."""
     levels = range(4) if mmfs is None else mmfs.levels
     return sum(config.vision.level_sides[level] ** 2 for level in levels)
 
 
 def beyond_kernels(config: ModelConfig) -> dict[str, str]:
-    """Graphs whose MMFS no kernel of ours takes, and why: there the model-local function runs."""
+    """Graphs whose MMFS exceeds our kernels, with the reason: their model-local function runs."""
     decoder = config.image_decoder.mmfs
     of = {llm: config.llm_mmfs, denoise_step: decoder, denoise_shallow: decoder}
     reasons = {make.__name__: _beyond_kernels(mmfs) for make, mmfs in of.items()}
@@ -169,7 +170,7 @@ def _beyond_kernels(mmfs: MmfsConfig) -> str | None:
 
 
 def level_sides(config: ModelConfig, mmfs: MmfsConfig) -> tuple[int, ...]:
-    """Sides of the maps that `mmfs` reads, finest first."""
+    """Side of each feature map that `mmfs` reads, in cells, finest first."""
     return tuple(config.vision.level_sides[level] for level in mmfs.levels)
 
 
@@ -181,8 +182,10 @@ def _values(
 
 
 def vision_encoder(config: ModelConfig, limits: Limits) -> Graph:
-    """Pixels in [0, 1] to the visual tokens of the LLM and the multi-scale features, all levels one
-    after another (finest first, row-major)."""
+    """Pixels in [0, 1] to the visual tokens of the LLM and the multi-scale features.
+
+    Features hold all levels one after another, finest first, row-major.
+    """
     side, vision = config.vision.image_size, config.vision
     return Graph(
         "vision_encoder",
@@ -233,25 +236,25 @@ def llm(config: ModelConfig, limits: Limits) -> Graph:
         inputs=(
             Tensor("token_ids", "int64", ("b", "t"), below=llama.vocab),
             _activation("visual_tokens", "v", llama.width),
-            Tensor("visual_index", "int64", ("b", "t"), least=-1, below="v"),
+            Tensor("visual_index", "int64", ("b", "t"), min=-1, below="v"),
             Tensor("position", "int64", ("b", "t"), below=limits.context),
             Tensor("write_index", "int64", ("b",), below=limits.context),
             Tensor("start", "int64", ("b",), below=limits.context),
-            Tensor("logit_index", "int64", ("b", "k"), below="t"),
+            Tensor("logit_index", "int64", ("b", "w"), below="t"),
             Tensor("image_slot", "int32", ("b", "m"), below="n"),
             Tensor("image_position", "int32", ("b", "t", "m"), below=mmfs.images),
             *_values("llm_value", range(len(llama.mmfs_layers)), config, mmfs),
             *past,
         ),
         outputs=(
-            Tensor("logits", "float32", ("b", "k", llama.vocab)),
+            Tensor("logits", "float32", ("b", "w", llama.vocab)),
             _activation("hidden", "b", "t", llama.width),
             *present,
         ),
         ranges={
             "b": Range(1, 1, limits.batch),
             "t": Range(1, 1, limits.context),
-            "k": Range(1, 1, limits.context),
+            "w": Range(1, 1, limits.context),
             "v": Range(1, config.visual_tokens, limits.context),
             "n": Range(1, 4, limits.images),
             "m": Range(1, 4, limits.images),
@@ -263,16 +266,16 @@ def llm(config: ModelConfig, limits: Limits) -> Graph:
 def image_condition(config: ModelConfig, limits: Limits) -> Graph:
     """Hidden states of the context to the keys and values of each U-Net cross-attention.
 
-    `context`: LLM hidden states from the picture's begin-of-image token backwards (row 0) to the
+    `context`: LLM hidden states from the picture's begin-of-image token (row 0) backwards to the
     start of its document; rows from `context_length[b]` on are padding. Outputs hold the
-    conditional rows, then the unconditional ones, which stem from the learned null condition.
+    conditional rows, then the unconditional rows, computed from the learned null condition.
     """
     widths = config.image_decoder.unet.cross_attention_widths
     return Graph(
         "image_condition",
         inputs=(
             _activation("context", "b", "x", config.llama.width),
-            Tensor("context_length", "int64", ("b",), least=1, below=limits.context + 1),
+            Tensor("context_length", "int64", ("b",), min=1, below=limits.context + 1),
         ),
         outputs=_condition(config, range(len(widths))),
         ranges={"b": Range(1, 1, limits.batch), "x": Range(1, 64, limits.context)},
@@ -310,8 +313,10 @@ def denoise_step(config: ModelConfig, limits: Limits) -> Graph:
 
 
 def denoise_shallow(config: ModelConfig, limits: Limits) -> Graph:
-    """A step with the deep features of an earlier one: the U-Net's first down block and last up
-    block alone (DeepCache, Ma et al., CVPR 2024). An approximation of `denoise_step`."""
+    """Approximate `denoise_step` with cached deep features (DeepCache, Ma et al., CVPR 2024).
+
+    Only the U-Net's first down block and last up block run.
+    """
     unet = config.image_decoder.unet
     return Graph(
         "denoise_shallow",
@@ -353,7 +358,8 @@ def _denoise_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
 def _denoise_constants(
     config: ModelConfig, attentions: Sequence[int], blocks: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """What the condition and the images give, for some cross-attentions and MMFS blocks."""
+    """Inputs that stay the same over all steps: keys and values of the condition for some
+    cross-attentions, image values for some MMFS blocks."""
     decoder = config.image_decoder
     return (
         *_condition(config, attentions),
@@ -407,5 +413,5 @@ GRAPHS = (
 
 
 def graphs(config: ModelConfig, limits: Limits) -> dict[str, Graph]:
-    """Every graph of a bundle of `config`, by name, in the order in which a document meets them."""
+    """Every graph of a bundle of `config` by name, in the order in which a document needs them."""
     return {make.__name__: make(config, limits) for make in GRAPHS}

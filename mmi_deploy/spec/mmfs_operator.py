@@ -6,7 +6,7 @@ n encoded images, s feature cells, r table rows.
 
 from __future__ import annotations
 
-# Inputs in order, a letter an axis; `*` is 1 (shared by all queries) or q.
+# Inputs in order, one letter per axis; `*` is 1 (shared by all queries) or q.
 INPUT_SHAPES = {
     "value": "nshd",
     "image_slot": "bm",
@@ -28,8 +28,8 @@ MAX_LEVELS, MAX_POINTS, MAX_CHANNELS, CHANNEL_STEP = 4, 16, 128, 8
 # Inputs of type int32.
 INDEX_INPUTS = ("image_slot", "image_position")
 
-# Positions of the inputs that are float32 whatever T is: all others, which are small and whose
-# rounding would move sampling locations and weights.
+# Positions of the inputs that are float32 for every T: they are small, and rounding them would
+# change sampling locations and weights.
 FLOAT32_INPUTS = tuple(
     position
     for position, name in enumerate(INPUT_SHAPES)

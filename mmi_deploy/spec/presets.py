@@ -1,4 +1,4 @@
-"""The model sizes that have a name. Each preset is a function that returns a `ModelConfig`."""
+"""Presets: named model configurations. Each preset is a function that returns a `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmi_deploy.spec.config import (
 
 
 def tiny() -> ModelConfig:
-    """The paper's reading at 64 px, trained from scratch on a drawn world; runs anywhere."""
+    """The paper's reading at 64 px, trained from scratch on synthetic scenes; runs anywhere."""
     return ModelConfig(
         name="tiny",
         tokens=TokenConfig(bos=1, eos=2, pad=0, boi=3, image=4),
@@ -112,9 +112,9 @@ def tiny() -> ModelConfig:
                 mid_attention=False,
                 patch=4,
             ),
-            # Stable Diffusion's 0.012 leaves a trace of the picture in the noisiest latents. On
-            # flat shapes it tells every colour: the U-Net would learn to draw what it sees in the
-            # noise, and not what it is told.
+            # Stable Diffusion's 0.012 leaves a trace of the picture in the noisiest latents. With
+            # flat shapes that trace reveals every colour: the U-Net would learn to copy it from the
+            # noise instead of following the condition.
             diffusion=DiffusionConfig(prediction="v_prediction", beta_end=0.03),
         ),
     )
@@ -290,7 +290,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset called `name`; raises `ConfigError` that lists the known ones."""
+    """The configuration of the preset `name`; raises `ConfigError` that lists all presets."""
     if name not in PRESETS:
         raise ConfigError(f"there is no preset {name!r}", expected=", ".join(PRESETS))
     return PRESETS[name]()

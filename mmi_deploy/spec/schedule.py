@@ -1,7 +1,8 @@
-"""A sampler as data: coefficients that `denoise_step` multiplies, no solver code in the runtime.
+"""Schedules: samplers as tables of coefficients, so that the runtime needs no solver code.
 
-A bundle holds one file per (solver, steps). Tables are made from diffusers' own schedulers by
-`mmi_export.schedules`; every solver here is linear in (latents, prediction, noise, history).
+`denoise_step` multiplies the coefficients. A bundle holds one file per (solver, steps).
+`mmi_export.schedules` computes the tables from diffusers' schedulers; every solver here is linear
+in (latents, prediction, noise, history).
 """
 
 from __future__ import annotations
@@ -21,19 +22,18 @@ from mmi_deploy.spec.graphs import STATE, TERMS
 from mmi_deploy.system.files import write_file
 from mmi_deploy.system.safetensors_reader import read_header
 
+# Columns of the coefficients of a step; the history begins at the last of these.
 LATENTS, PREDICTION, NOISE, HISTORY_START = 0, 1, 2, 3
-"""Columns of a step's coefficients; the history takes the rest."""
 
 SOLVERS = ("ddpm", "ddim", "dpmpp_2m", "unipc")
 
+# Timestep spacings of diffusers. `leading`, Stable Diffusion's, is left out of a schedule's name.
 SPACINGS = ("leading", "trailing", "linspace")
-"""How diffusers spreads the steps over the training steps; `leading` is Stable Diffusion's, and is
-left out of a schedule's name."""
 
 
 @dataclass(frozen=True)
 class ScheduleName:
-    """A schedule by name: what the command line spells `SOLVER:STEPS` or `SOLVER-SPACING:STEPS`."""
+    """Name of a schedule, on the command line `SOLVER:STEPS` or `SOLVER-SPACING:STEPS`."""
 
     solver: str
     spacing: str
@@ -46,14 +46,14 @@ class ScheduleName:
 
     @property
     def key(self) -> str:
-        """The one spelling that bundles use."""
+        """Canonical spelling, as in bundles."""
         return f"{self.name}:{self.steps}"
 
 
 def parse_schedule_name(text: str, most: int) -> ScheduleName:
-    """Read a schedule's name; `most`: training steps of the model, which a schedule has fewer of.
+    """Parse the name of a schedule; `most`: training steps of the model.
 
-    Raises `ConfigError`.
+    Raises `ConfigError`, also for a schedule of `most` steps or more.
     """
     found = re.fullmatch(r"([a-z0-9_]+)(?:-([a-z]+))?([:-])([0-9]{1,6})", text)
     solver, spacing, colon, steps = found.groups() if found else ("", None, "", "0")
@@ -81,13 +81,13 @@ def parse_schedule_name(text: str, most: int) -> ScheduleName:
 class Schedule:
     """One solver at one number of steps.
 
-    timesteps [steps] int64: training steps that the U-Net is asked about, noisiest first.
+    timesteps [steps] int64: training steps at which the U-Net is evaluated, noisiest first.
     coefficients [steps, STATE, TERMS] float32: rows are the next latents, then the next history
     (last corrected sample, last and second last data prediction); columns are the latents, the
-    prediction (of whatever kind the model makes), noise, then the history.
+    prediction (of the model's prediction type), noise, then the history.
     initial_sigma: standard deviation of the first latents.
-    time_table [steps, sum of ResNet widths] float32: the U-Net's time projections of `timesteps`;
-    added by the exporter, which owns the weights.
+    time_table [steps, sum of ResNet widths] float32: the U-Net's time projections of `timesteps`,
+    added by the exporter, which has the weights.
     """
 
     name: str
@@ -118,19 +118,19 @@ class Schedule:
 
     @property
     def key(self) -> str:
-        """How the command line and the manifest spell it: `ddim:20`."""
+        """Spelling on the command line and in the manifest: `ddim:20`."""
         return f"{self.name}:{self.steps}"
 
     def draws_noise(self, step: int) -> bool:
-        """Whether this step adds fresh noise; deterministic solvers never do."""
+        """True if this step adds fresh noise; deterministic solvers never do."""
         return bool(self.coefficients[step, :, NOISE].any())
 
     def with_time_table(self, time_table: NDArray[np.float32]) -> Schedule:
-        """The same schedule with the U-Net's time projections [steps, width]."""
+        """Copy of the schedule with the U-Net's time projections [steps, width]."""
         return replace(self, time_table=np.ascontiguousarray(time_table, np.float32))
 
     def save(self, path: Path) -> None:
-        """Write as safetensors; `read_schedule` reads it back."""
+        """Write the schedule as safetensors, for `read_schedule`."""
         tensors: dict[str, NDArray[Any]] = {
             "timesteps": self.timesteps,
             "coefficients": self.coefficients,
@@ -142,7 +142,7 @@ class Schedule:
 
 
 def read_schedule(path: Path) -> Schedule:
-    """Read what `Schedule.save` wrote; raises `BundleError`."""
+    """Read a file of `Schedule.save`; raises `BundleError`."""
     try:
         read_header(path)
         with safe_open(path, framework="numpy") as file:

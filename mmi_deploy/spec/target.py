@@ -13,8 +13,8 @@ from mmi_deploy.spec.backends import ARCHITECTURES, backend, backend_of
 
 @dataclass(frozen=True)
 class Target:
-    """runtime: the name of a backend. architecture: `sm89`, or None for the CPU. precision: the
-    name of a recipe, see `mmi_deploy.targets.precision`. Raises `ConfigError`."""
+    """Build target. runtime: name of a backend. architecture: as `sm89`, None for the CPU.
+    precision: name of a recipe, see `mmi_deploy.targets.precision`. Raises `ConfigError`."""
 
     runtime: str
     architecture: str | None

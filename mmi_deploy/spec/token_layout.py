@@ -1,10 +1,10 @@
-"""Where the images of packed token rows are, who may see them, and what each picture is drawn from.
+"""Token layout of packed rows: positions of images, their visibility, and contexts of pictures.
 
-One definition for training, generation and the runtime. A row may hold several documents, each
-from one `<s>` to the next. Image k of a row is the one that its k-th begin-of-image token (BoI)
-announces; the image's visual tokens follow it, or none when its picture is only drawn.
+Training, generation and the runtime share this definition. A row may hold several documents, each
+from one `<s>` to the next. Image i of a row belongs to its i-th begin-of-image token (BoI); the
+image's visual tokens follow the BoI, or none if the picture is only drawn.
 
-Letters: b rows, t tokens, m images of a row.
+Letters: b batch, t tokens, m image slots, v visual tokens, c channels.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ _NOWHERE = np.iinfo(np.int64).max
 
 
 def image_count(token_ids: ArrayLike, tokens: TokenConfig) -> int:
-    """The most images that any row of `token_ids` [b, t] holds."""
+    """Largest number of images in any row of `token_ids` [b, t]."""
     ids = np.asarray(token_ids)
     return int((ids == tokens.boi).sum(axis=1).max(initial=0))
 
 
 def document_starts(token_ids: ArrayLike, tokens: TokenConfig) -> NDArray[np.int64]:
-    """[b, t]: where each token's document starts, the latest `<s>` at or before it; -1 if none."""
+    """Column of the start of each token's document, [b, t]: the last `<s>` at or before the token,
+    -1 if there is none."""
     ids = np.asarray(token_ids)
     here = np.where(ids == tokens.bos, np.arange(ids.shape[1]), -1)
     return np.maximum.accumulate(here, axis=1)
 
 
 def boi_columns(token_ids: ArrayLike, tokens: TokenConfig, images: int) -> NDArray[np.int64]:
-    """[b, m]: the column of each image's BoI; the greatest int64 where a row has fewer images.
+    """Column of each image's BoI, [b, m]; the largest int64 where a row has fewer images.
 
-    Raises `DocumentError` when a row has more than `images`.
+    Raises `DocumentError` if a row has more than `images`.
     """
     ids = np.asarray(token_ids)
     is_boi = ids == tokens.boi
@@ -50,10 +51,10 @@ def boi_columns(token_ids: ArrayLike, tokens: TokenConfig, images: int) -> NDArr
 def image_positions(
     token_ids: ArrayLike, tokens: TokenConfig, images: int, seen: int
 ) -> NDArray[np.int32]:
-    """[b, t, m]: how far back each image lies from each token: 1 the nearest, 0 hidden.
+    """Relative position of each image as seen from each token, [b, t, m]: 1 nearest, 0 hidden.
 
-    Image k is visible from the token after its BoI up to the next `<s>` (paper Sec. 3.2: a token
-    sees the images before it), as far as it is among the `seen` nearest.
+    An image is visible from the token after its BoI up to the next `<s>` (paper Sec. 3.2: a token
+    sees the images before it), if it is among the `seen` nearest.
     """
     ids = np.asarray(token_ids)
     first = boi_columns(ids, tokens, images)[:, None, :]  # [b, 1, m]
@@ -67,9 +68,10 @@ def image_positions(
 def picture_positions(
     token_ids: ArrayLike, tokens: TokenConfig, images: int, seen: int
 ) -> NDArray[np.int32]:
-    """[b, m, m]: for picture i of a row, how far back image k lies: 1 the one before, 0 hidden.
+    """Relative position of each image as seen from each picture, [b, m (picture), m (image)]: 1 for
+    the image before the picture, 0 hidden.
 
-    Visible are the earlier images of its document, as far as they are among the `seen` nearest.
+    The `seen` nearest of the earlier images of the same document are visible.
     """
     ids = np.asarray(token_ids)
     columns = boi_columns(ids, tokens, images)
@@ -81,10 +83,10 @@ def picture_positions(
 
 
 def context_ranges(token_ids: ArrayLike, tokens: TokenConfig, images: int) -> NDArray[np.int64]:
-    """[b, m, 2]: first and one past the last column of the context that each picture is drawn from.
+    """Columns [start, end) of the context from which each picture is drawn, [b, m, 2].
 
-    The context reaches from the picture's `<s>` (the row's first token where it has none) to its
-    BoI, both included. (0, 0) where a row has fewer images.
+    The context begins with the picture's `<s>` (the row's first token if there is none) and ends
+    with its BoI. (0, 0) where a row has fewer images.
     """
     ids = np.asarray(token_ids)
     columns = boi_columns(ids, tokens, images)
@@ -97,11 +99,12 @@ def context_ranges(token_ids: ArrayLike, tokens: TokenConfig, images: int) -> ND
 def visual_index(
     token_ids: ArrayLike, tokens: TokenConfig, image_slot: ArrayLike, visual_tokens: int
 ) -> NDArray[np.int64]:
-    """[b, t]: the row of the flattened visual tokens [n * visual_tokens, c] that stands in each
-    token's place; -1 for ordinary tokens.
+    """Row of the flattened visual tokens [v, c] that replaces each token's embedding, [b, t]; -1
+    for ordinary tokens.
 
-    `image_slot` [b, m]: which encoded image each image of the row is; -1: its BoI has no visual
-    tokens. Raises `DocumentError` when the image ids after a BoI do not agree with that.
+    `image_slot` [b, m]: index of the encoded image of each image of the row; -1: its BoI has no
+    visual tokens. `visual_tokens`: number of visual tokens per image. Raises `DocumentError` if the
+    image tokens after a BoI do not agree with `image_slot`.
     """
     ids, slot = np.asarray(token_ids), np.asarray(image_slot, dtype=np.int64)
     columns = boi_columns(ids, tokens, slot.shape[1])
@@ -126,8 +129,11 @@ def visual_index(
 def only_seen(
     image_slot: NDArray[np.integer], position: NDArray[np.integer]
 ) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """Drop the images that nobody looks at: `image_slot` [b, m] and `position` [b, ..., m] with as
-    few columns as the row that sees most needs, one at least. The order of the others is kept."""
+    """Drop hidden images from `image_slot` [b, m] and `position` [b, ..., m].
+
+    The results have as many columns as the row that sees most images needs, at least one. The
+    order of the visible images is kept.
+    """
     seen = (position > 0).reshape(len(position), -1, position.shape[-1]).any(axis=1)  # [b, m]
     columns = max(int(seen.sum(axis=1).max(initial=0)), 1)
     kept = np.argsort(~seen, axis=1, kind="stable")[:, :columns]

@@ -1,1 +1,1 @@
-"""Files, temporary folders, memory and progress: what depends on the operating system alone."""
+"""Operating system: files, output and temporary folders, memory, progress."""

@@ -1,7 +1,7 @@
-"""Entry points: a function or a class by its name in a string, imported when it is asked for.
+"""Entry points: functions and classes named by a string and imported on first use.
 
 Tables of commands, backends and kernel libraries hold such strings, so that `mmi_deploy` imports
-neither a package beside it nor a runtime that is not installed.
+neither its sibling packages nor a runtime that is not installed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Files that are either there whole or not at all. Folders: `output_folder`.
+"""Atomic writes of files, file hashes and the cache folder. Folders: `output_folder`.
 
-Everything is written beside its destination under a temporary name and renamed at the end, so that
-Ctrl-C, a full disk or a crash leaves what was there before.
+A file is written beside its destination under a temporary name and renamed at the end, so that
+Ctrl-C, a full disk or a crash leaves the old file as it was.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import BinaryIO
 
 from mmi_deploy.errors import ConfigError, MmiError
 
+# Environment variable that names the cache folder.
 CACHE = "MMI_CACHE"
-"""The variable that names the folder of what is made once and used again."""
 
+# Longest file name, in bytes.
 _LONGEST = 255
-"""Bytes of a file's name."""
 
 
 def shortened(name: str, room: int) -> str:
-    """`name`, cut where it must be so that `room` more bytes make no name that is too long."""
+    """`name`, truncated so that `room` more bytes still fit into a file name."""
     encoded = os.fsencode(name)
     if len(encoded) + room <= _LONGEST:
         return name
@@ -37,28 +37,28 @@ def shortened(name: str, room: int) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` that nobody has."""
+    """A hidden, unused path in the folder of `path`."""
     ending = f".{secrets.token_hex(8)}.tmp"
     return path.with_name(f".{shortened(path.name, len(ending) + 1)}{ending}")
 
 
 def write_file(path: Path, data: bytes | str) -> None:
-    """Write `path`, a file of ours, whole or not at all; what it held before is replaced."""
+    """Write `path` atomically; an existing file, which must be our own, is replaced."""
     with _written(path, data) as temporary:
         temporary.replace(path)
 
 
 def write_new_file(path: Path, data: bytes | str) -> None:
-    """Write a result to `path`, whole or not at all, and replace no file.
+    """Write a result to `path` atomically, without replacing any file.
 
-    Where one has appeared since `prepare_file`, the result gets another name beside it, and
-    `MmiError` says which.
+    If a file has appeared there since `prepare_file`, the result gets another name beside it, and
+    `MmiError` names that file.
     """
     with _written(path, data) as temporary:
         for number in count(1):
@@ -76,7 +76,7 @@ def write_new_file(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def _written(path: Path, data: bytes | str) -> Iterator[Path]:
-    """A file beside `path` that holds `data` and goes at the end. The umask rules its mode."""
+    """A temporary file beside `path` that holds `data`; removed at the end. The umask applies."""
     temporary = temporary_name(path)
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
@@ -88,7 +88,7 @@ def _written(path: Path, data: bytes | str) -> Iterator[Path]:
 
 
 def _give_name(file: Path, free: Path) -> None:
-    """Give `file` the name `free` too; raises `FileExistsError` where that is taken."""
+    """Give `file` the second name `free`; raises `FileExistsError` if a file has that name."""
     try:
         os.link(file, free)
     except FileExistsError:
@@ -103,8 +103,8 @@ def _give_name(file: Path, free: Path) -> None:
 
 
 def check_parent(path: Path, shown: Path | None = None) -> None:
-    """Raise `MmiError`, which calls it `shown`, where nothing can be made at `path`: because of the
-    folders above it, or of its name."""
+    """Raise `MmiError` if nothing can be created at `path`: its name is too long, or a folder above
+    it is a file or read-only. shown: the path that the error names."""
     shown = shown or path
     try:
         there = next(above for above in path.absolute().parents if os.path.lexists(above))
@@ -120,9 +120,9 @@ def check_parent(path: Path, shown: Path | None = None) -> None:
 
 
 def prepare_file(path: Path, *endings: str) -> None:
-    """Make the folder of a file that will be written after minutes of work.
+    """Create the folder of a file that will be written after minutes of work.
 
-    Raises `MmiError` where no file can be written there, one is there already, or its name has none
+    Raises `MmiError` if no file can be written there, if the file exists, or if its name has none
     of `endings`.
     """
     if endings and path.suffix not in endings:
@@ -141,11 +141,11 @@ def prepare_file(path: Path, *endings: str) -> None:
 
 
 def cache_folder(*, writes: bool = False) -> Path:
-    """Where compiled kernels and built engines are kept: `$MMI_CACHE`, or `mmi_deploy` in the
-    user's cache folder. It need not be there yet.
+    """Cache folder of compiled kernels and built engines: `$MMI_CACHE`, or `mmi_deploy` in the
+    user's cache folder. The folder may not exist yet.
 
-    Raises `ConfigError` where the user has no home folder and none is named, and with `writes`
-    where `$MMI_CACHE` cannot be written. Who only reads may have it on a read-only disk.
+    Raises `ConfigError` if the user has no home folder and `$MMI_CACHE` is not set, and with
+    `writes` if `$MMI_CACHE` cannot be written. Without `writes` it may lie on a read-only disk.
     """
     named = os.environ.get(CACHE)
     if not named:
@@ -173,7 +173,7 @@ def cache_folder(*, writes: bool = False) -> Path:
 
 
 def size(count: int) -> str:
-    """Bytes for people: `9.3 MB`."""
+    """Format a number of bytes: `9.3 MB`."""
     value, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
@@ -183,9 +183,11 @@ def size(count: int) -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; raises `OSError`, also for pipes, devices and sockets, from which a
-    read may wait for ever or never end."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe opens at once
+    """Open a regular file for reading.
+
+    Raises `OSError`, also for pipes, devices and sockets: a read of those may block for ever.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe does not block
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
         return os.fdopen(handle, "rb")

@@ -1,5 +1,4 @@
-"""How much memory this process can still take, as the system tells it, and what a lack of it looks
-like."""
+"""Free memory as the operating system reports it, and the errors of running out of memory."""
 
 from __future__ import annotations
 
@@ -12,6 +11,11 @@ from mmi_deploy.errors import EngineError
 
 _MEMINFO = Path("/proc/meminfo")
 _MEMBERSHIP = Path("/proc/self/cgroup")
+
+# Mount points of cgroup version 2, version 2 beside version 1, and version 1. Each row: the
+# controller as /proc/self/cgroup names it, the mount point, the files with a group's limit and
+# usage, and the line of `memory.stat` with the part of the usage that is page cache, which the
+# kernel frees on demand.
 _CGROUPS = (
     ("", Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     ("", Path("/sys/fs/cgroup/unified"), "memory.max", "memory.current", "inactive_file"),
@@ -23,15 +27,11 @@ _CGROUPS = (
         "total_inactive_file",
     ),
 )
-"""Of cgroups version 2, alone and beside version 1, and version 1: the controller as
-/proc/self/cgroup names it, where the tree of groups is mounted, the files with a group's limit and
-use, and which line of `memory.stat` says how much of the use is files that were read, which go when
-room is wanted."""
 
 
 def free_memory(swap: bool = True) -> int:
-    """Bytes that can still be taken: memory, and swap where that counts, or what a container leaves
-    of them; all that is installed where the system does not tell."""
+    """Bytes that can still be allocated: free memory, and with `swap` free swap, within the limits
+    of the container. All installed memory if the system does not report what is free."""
     kinds = ("MemAvailable:", "SwapFree:") if swap else ("MemAvailable:",)
     try:
         lines = _MEMINFO.read_text().splitlines()
@@ -49,8 +49,10 @@ def free_memory(swap: bool = True) -> int:
 
 
 def _groups(root: Path, controller: str) -> list[Path]:
-    """The folder of this process's group and of all above it: each has a limit of its own. In a
-    container the path may be the host's, of which only the root can be seen."""
+    """Folders of this process's cgroup and of its ancestors: each has a limit of its own.
+
+    In a container the path may be that of the host, of which only the root is visible.
+    """
     with suppress(OSError):
         for line in _MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -60,6 +62,7 @@ def _groups(root: Path, controller: str) -> list[Path]:
     return [root]
 
 
+# Messages of libraries that report a failed allocation by their text alone.
 _SHORTAGES = (
     "std::bad_alloc",  # ONNX Runtime while it loads a graph
     "Failed to allocate memory",  # ONNX Runtime while it runs one
@@ -69,16 +72,15 @@ _SHORTAGES = (
     "Maximum allowed dimension exceeded",  # NumPy again
     "Storage size calculation overflowed",  # torch
 )
-"""What libraries say in their text alone when they get no memory."""
 
 
-def is_shortage(error: BaseException) -> bool:
-    """Whether `error` says that there was not enough memory."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if `error` reports a failed allocation."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in _SHORTAGES)
 
 
-def shortage(what: str) -> EngineError:
-    """The error for a lack of memory; `what` it was wanted for, as in "to load llm.onnx"."""
+def out_of_memory(what: str) -> EngineError:
+    """Out-of-memory error; `what` names the purpose, as in "to load llm.onnx"."""
     return EngineError(
         f"there is not enough memory {what}",
         got=f"{free_memory() / 1e9:.1f} GB free",

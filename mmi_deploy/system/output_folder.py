@@ -1,20 +1,18 @@
-"""Output folders: every folder that a command writes, and the only place that replaces or removes
-one.
+"""Create, replace and remove output folders: the folders that commands write.
 
-The rule: mmi removes only what it wrote itself. Each output folder holds a marker, `.mmi`, which
-lists its files with sizes and hashes. A folder is replaced while it holds those and nothing else,
-all unchanged; otherwise the run is refused before its work starts, and the error names the first
-file in question. `--force` overrules the kind of our own folder, never what it holds. The home
-folder, the root of a repository, a mount point, the current folder and those above them are never
-replaced.
+mmi removes only what it wrote itself. Each output folder holds a marker, `.mmi`, which lists its
+files with sizes and hashes. A folder is replaced if it holds exactly these files, all unchanged;
+otherwise the run is refused before its work starts, and the error names the first such file.
+`--force` overrules the kind of an output folder, never its contents. The home folder, the root of a
+repository, a mount point, the current folder and the folders above them are never replaced.
 
 A new folder is filled beside its destination in a folder of unfinished work, `.NAME.new-*`, which
-holds `new` and, for the moment of the exchange, `old`:
+holds `new` and, during the exchange, `old`:
 
-    check NAME; rename NAME to old; check old; rename new to NAME; remove from old what is ours
+    check NAME; rename NAME to old; check old; rename new to NAME; remove our own files from old
 
-A process that is killed in between leaves `old` there, and the next run puts it back. What cannot
-take its place at the end stays beside it, as `NAME-new`, and the error says so.
+If the process is killed during the exchange, the next run moves `old` back. A new folder that
+cannot replace the old one at the end is kept beside it as `NAME-new`, and the error names it.
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ from mmi_deploy.errors import MmiError
 from mmi_deploy.system.files import check_parent, sha256_of, shortened, write_file
 from mmi_deploy.system.temporary_folder import (
     UNFINISHED,
-    in_work,
-    refuse_second,
+    in_use,
+    in_use_error,
     remove_work,
     state_of,
     temporary_folder,
@@ -48,11 +46,11 @@ from mmi_deploy.system.temporary_folder import (
 
 log = logging.getLogger(__name__)
 
+# Marker of an output folder: JSON list of the files that were written.
 MARKER = ".mmi"
-"""The file in an output folder that lists what was written, as JSON."""
 
+# Cache of verified hashes in a bundle or target, written by readers.
 CHECKED = ".checked.json"
-"""The file in a bundle or target that remembers which hashes were checked. Readers write it."""
 
 _FORMAT = 1
 _NEW, _OLD = "new", "old"
@@ -60,15 +58,15 @@ _ELSEWHERE = "give another output folder"
 _MOVE = "move it elsewhere, or give another output folder"
 _REPOSITORIES = (".git", ".hg", ".svn")
 
+# Kind of an output folder -> its subfolder that holds further output folders, and their kind.
 _PARTS = {"bundle": ("engines", "target")}
-"""By kind: the folder in it whose folders are output folders of their own, and of which kind."""
 
+# Files of this many bytes or more are not hashed again if their times are those in the marker.
 _LARGE = 2**26
-"""Bytes from which a file whose times are those that the marker names is not hashed again."""
 
+# Nanoseconds after which the times of a file are reliable: within one tick of the file system's
+# clock a second change would not show in them.
 _SETTLED = 3 * 10**9
-"""Nanoseconds. A file that was changed more recently could change again within one tick of the file
-system's clock."""
 
 Hashed = Callable[[Path], str]
 Signature = tuple[int, ...]
@@ -82,12 +80,12 @@ def new_folder(
     inputs: Sequence[Path] = (),
     hashed: Hashed = sha256_of,
 ) -> _NewFolder:
-    """A temporary folder to fill, in a `with` block; when the block ends well it takes the place of
-    `folder`, and its marker is written.
+    """Fill a temporary folder in a `with` block; if the block succeeds, it replaces `folder`.
 
-    Arguments and errors as `check_replaceable`, before anything is written; `hashed` gives a file's
-    hash. Checks again before the exchange: what cannot be replaced then stays, the new folder gets
-    a name beside it, and `MmiError` says which.
+    The marker is written at the end. Arguments and errors are those of `check_replaceable`, which
+    runs before anything is written, and again before the exchange: if `folder` cannot be replaced
+    then, it stays, the new folder gets a name beside it, and `MmiError` names that. `hashed`
+    returns the hash of a file.
     """
     return _NewFolder(folder, force, kind, inputs, hashed)
 
@@ -99,26 +97,29 @@ def check_replaceable(
     kind: str = "folder",
     inputs: Sequence[Path] = (),
 ) -> None:
-    """Raise `MmiError` when `folder` cannot be written, or only by removing what mmi did not write.
+    """Raise `MmiError` unless `folder` can be written without removing what mmi did not write.
 
-    Absent and empty folders are free to take; so is one that we wrote and nobody changed, of the
-    same `kind` or, with `force`, of any (None: the command has no `--force`). Never what is named
-    in this module's docstring, a link, a file, a folder that holds any of `inputs`, or one that
+    Accepted: an absent or empty folder, and an unchanged output folder of the same `kind` or, with
+    `force`, of any kind (None: the command has no `--force`). Refused: the folders that the
+    module's docstring names, a link, a file, a folder that holds any of `inputs`, and a folder that
     another process is writing.
     """
     place = _place(folder)
     with _readable(folder):
         _check_place(folder, place)
         check_parent(place, folder)
-        if in_work(place.parent, _prefix(place)):
-            raise refuse_second(str(folder))
+        if in_use(place.parent, _prefix(place)):
+            raise in_use_error(str(folder))
         _check_contents(folder, place, force, kind, inputs)
 
 
 @contextmanager
 def run_folder(folder: Path, kind: str) -> Iterator[None]:
-    """A folder to which one run at a time adds output folders and files of its own. It need not be
-    ours; raises `MmiError` as `check_replaceable` does, but may be a mount point."""
+    """Lock a folder to which one run at a time adds output folders and files.
+
+    The folder may hold other files too. Raises `MmiError` as `check_replaceable` does, but accepts
+    a mount point.
+    """
     place = _place(folder)
     with ExitStack() as stack:
         check_run_folder(folder)
@@ -129,7 +130,7 @@ def run_folder(folder: Path, kind: str) -> Iterator[None]:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise `MmiError` where `run_folder` would, others that run there aside."""
+    """Raise `MmiError` where `run_folder` would; runs of other processes are not looked for."""
     place = _place(folder)
     with _readable(folder):
         _check_place(folder, place, mounts=True)
@@ -137,9 +138,9 @@ def check_run_folder(folder: Path) -> None:
 
 
 def rewrite_file(folder: Path, name: str, data: bytes | str) -> None:
-    """Replace one file of an output folder, and what its marker says of it."""
+    """Replace one file of an output folder and its entry in the marker."""
     marker = None
-    with suppress(MmiError):  # of an earlier mmi
+    with suppress(MmiError):  # the marker of an earlier version lists no files
         marker = _read_marker(folder, folder)
     write_file(folder / name, data)
     if marker is not None:
@@ -149,19 +150,19 @@ def rewrite_file(folder: Path, name: str, data: bytes | str) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove an output folder; raises `MmiError` unless it is ours and nothing else is in it."""
+    """Remove an output folder; raises `MmiError` if it holds anything that mmi did not write."""
     place = _place(folder)
     with _readable(folder):
         _check_place(folder, place)
-        if in_work(place.parent, _prefix(place)):
-            raise refuse_second(str(folder))
+        if in_use(place.parent, _prefix(place)):
+            raise in_use_error(str(folder))
         _remove(place, _examine(place, folder).entries)
         if os.path.lexists(place):
-            raise MmiError(f"{folder} could not be removed as a whole: look at what is left")
+            raise MmiError(f"{folder} could not be removed completely: look at what is left")
 
 
 class _NewFolder:
-    """See `new_folder`."""
+    """Context manager of `new_folder`."""
 
     def __init__(
         self,
@@ -204,7 +205,7 @@ class _NewFolder:
             self._exchange()
         except (MmiError, OSError) as error:
             kept = _keep(self._work, self.place, _NEW)
-            if kept is None:  # it stays where it is
+            if kept is None:  # no name beside it can be had: keep the work folder itself
                 kept = self._work
                 (self._wrapper / UNFINISHED).unlink(missing_ok=True)
             reason = error if isinstance(error, MmiError) else error.strerror
@@ -214,7 +215,7 @@ class _NewFolder:
             ) from None
 
     def _spelled(self, beside: Path) -> Path:
-        """A folder beside ours, as the user names ours."""
+        """Path of a folder beside the output folder, spelled as the user spells the latter."""
         if beside.parent == self.place.parent and self.folder.name == self.place.name:
             return self.folder.with_name(beside.name)
         return beside
@@ -223,7 +224,7 @@ class _NewFolder:
         place, before = self.place, self._check()
         if before is not None and before != self._before:
             raise MmiError(f"{self.folder} was written by somebody else meanwhile")
-        if before is None:  # the system refuses where a file or a filled folder has come
+        if before is None:  # the rename fails if a file or a filled folder has appeared meanwhile
             self._work.rename(place)
             return
         old = place.rename(self._wrapper / _OLD)
@@ -236,7 +237,8 @@ class _NewFolder:
             raise
 
     def _settle(self, wrapper: Path) -> None:
-        """Clear unfinished work; an old folder in it goes back, or goes where the new one is."""
+        """Clear unfinished work: restore the old folder in it, or remove it if the new one is in
+        place."""
         old, place = wrapper / _OLD, self.place
         if os.path.lexists(old) and not os.path.lexists(place):
             with suppress(OSError):
@@ -256,7 +258,7 @@ class _NewFolder:
 
 @dataclass(frozen=True)
 class _Marker:
-    """What the marker of an output folder says. `written`: when, in ns."""
+    """Contents of a marker. `written`: its modification time in ns."""
 
     about: dict[str, Any]
     written: int
@@ -274,14 +276,14 @@ class _Marker:
 
 @dataclass
 class _Found:
-    """An output folder whose contents are ours: its marker, and what may be removed."""
+    """An unchanged output folder: its marker, and the entries that may be removed."""
 
     marker: _Marker
     entries: dict[str, Signature] = field(default_factory=dict)
 
 
 def _place(folder: Path) -> Path:
-    """Where `folder` is, however it is spelled; a link at its end is not followed."""
+    """Canonical path of `folder`; a link as its last component is not followed."""
     with _readable(folder):
         if folder.name in ("", ".."):
             return Path(os.path.realpath(folder))
@@ -294,7 +296,7 @@ def _prefix(place: Path) -> str:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """What the system refuses, as one line that names `folder`."""
+    """Turn an `OSError` into a `MmiError` that names `folder`; a full disk stays an `OSError`."""
     try:
         yield
     except OSError as error:
@@ -306,7 +308,7 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def _check_place(folder: Path, place: Path, *, mounts: bool = False) -> None:
-    """Raise `MmiError` for a place whose folder is never replaced, whatever it holds."""
+    """Raise `MmiError` for a place that is never replaced, regardless of its contents."""
     with suppress(FileNotFoundError):
         if _holds(place, Path.cwd()):
             raise MmiError(f"{folder} is the folder you are in, or above it", fix=_ELSEWHERE)
@@ -334,7 +336,7 @@ def _check_place(folder: Path, place: Path, *, mounts: bool = False) -> None:
 
 
 def _homes() -> list[Path]:
-    """The user's home folder, as the environment and as the system's list of users names it."""
+    """The user's home folder according to the environment and to the user database."""
     found = []
     if named := os.environ.get("HOME"):
         found.append(Path(named))
@@ -346,7 +348,7 @@ def _homes() -> list[Path]:
 
 
 def _holds(place: Path, other: Path) -> bool:
-    """Whether `place` is `other` or above it, under whatever name."""
+    """True if `place` is `other` or an ancestor of it, also by another path to the same folder."""
     other = Path(os.path.realpath(other))
     if other.is_relative_to(place):
         return True
@@ -391,8 +393,10 @@ def _foreign(shown: Path, name: str, why: str = "which mmi did not write") -> Mm
 
 
 def _examine(place: Path, shown: Path) -> _Found:
-    """What is in an output folder; raises `MmiError`, which calls it `shown`, where anything is in
-    it that we did not write, or that was changed since."""
+    """List the contents of an output folder. shown: the path that errors name.
+
+    Raises `MmiError` for an entry that mmi did not write, or that was changed since.
+    """
     marker = _read_marker(place, shown)
     if marker is None:
         if not (names := sorted(os.listdir(place))):
@@ -432,10 +436,10 @@ def _walk(place: Path, inside: str, shown: Path, found: _Found) -> None:
 
 
 def _walk_unfinished(place: Path, name: str, shown: Path, found: _Found) -> None:
-    """What a killed process left in the folder; all of it was written by us."""
+    """Add the unfinished work of a killed process to `found`: all of it was written by mmi."""
     state = state_of(place / name)
     if state == "held":
-        raise refuse_second(str(shown))
+        raise in_use_error(str(shown))
     if state != "left" or os.path.lexists(place / name / _OLD):
         raise _foreign(shown, name)
     for above, folders, files in os.walk(place / name):
@@ -447,7 +451,7 @@ def _walk_unfinished(place: Path, name: str, shown: Path, found: _Found) -> None
 def _check_file(
     place: Path, name: str, shown: Path, status: os.stat_result, marker: _Marker
 ) -> None:
-    """Raise `MmiError` unless we wrote this file, and what it holds now."""
+    """Raise `MmiError` unless mmi wrote this file and it is unchanged."""
     path, entry = place / name, marker.files.get(name)
     if entry is None:
         if path.name != CHECKED or not _remembers(path, status):
@@ -468,8 +472,8 @@ def _is_as(path: Path, status: os.stat_result, entry: dict[str, Any], written: i
     return _hash_of(path, status) == entry.get("sha256")
 
 
+# Hashes of large files, cached in this process because a folder is checked more than once.
 _hashes: dict[Signature, str] = {}
-"""Of large files that were hashed in this process, as a folder is checked more than once."""
 
 
 def _hash_of(path: Path, status: os.stat_result) -> str:
@@ -484,8 +488,7 @@ def _hash_of(path: Path, status: os.stat_result) -> str:
 
 
 def _remembers(path: Path, status: os.stat_result) -> bool:
-    """Whether a file says what readers remember, and nothing else: by name, size, two times and a
-    hash."""
+    """True for a cache of verified hashes (`CHECKED`): name -> size, two times and a hash."""
     if not stat.S_ISREG(status.st_mode):
         return False
     try:
@@ -499,7 +502,7 @@ def _remembers(path: Path, status: os.stat_result) -> bool:
 
 
 def _signature(status: os.stat_result) -> Signature:
-    """What tells a file or folder from another that has taken its name."""
+    """Identity of a file or folder, which another one of the same name does not have."""
     if stat.S_ISDIR(status.st_mode):
         return (status.st_dev, status.st_ino)
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -511,8 +514,8 @@ def _sorted(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _read_marker(place: Path, shown: Path) -> _Marker | None:
-    """The marker of an output folder, None where it has none; raises `MmiError` where it lists no
-    files."""
+    """Read the marker of an output folder; None if there is none. Raises `MmiError` for a marker
+    that cannot be read or lists no files."""
     path = place / MARKER
     try:
         status = os.lstat(path)
@@ -538,7 +541,7 @@ def _read_marker(place: Path, shown: Path) -> _Marker | None:
 
 
 def _listing(work: Path, kind: str, name: str, hashed: Hashed) -> dict[str, Any]:
-    """What the marker will say of the folder `work`."""
+    """Contents of the marker for the folder `work`."""
     files, folders = {}, []
     for above, below, names in os.walk(work):
         for one in (*below, *names):
@@ -565,7 +568,7 @@ def _text(about: dict[str, Any]) -> str:
 
 
 def _keep(path: Path, place: Path, what: str) -> Path | None:
-    """Give a folder a name beside `place` that nobody has; None where that cannot be."""
+    """Rename a folder to an unused name beside `place`; None if that is not possible."""
     for number in count(1):
         ending = f"-{what}" if number == 1 else f"-{what}-{number}"
         free = place.with_name(f"{shortened(place.name, len(ending))}{ending}")
@@ -582,11 +585,11 @@ def _keep(path: Path, place: Path, what: str) -> Path | None:
 
 
 def _remove(place: Path, entries: dict[str, Signature]) -> None:
-    """Remove `entries` and what is empty then; whatever else is in the folder stays, and so does
-    the folder with it."""
+    """Remove `entries` and the folders that are empty afterwards; anything else stays, and with it
+    the folder."""
     for above, folders, files, descriptor in os.fwalk(place, topdown=False):
         inside = Path(above).relative_to(place)
-        for name in sorted((*files, *folders), key=lambda name: name == MARKER):  # it last
+        for name in sorted((*files, *folders), key=lambda name: name == MARKER):  # the marker last
             known = entries.get((inside / name).as_posix())
             with suppress(OSError):
                 status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
@@ -598,7 +601,7 @@ def _remove(place: Path, entries: dict[str, Signature]) -> None:
 
 
 def main(folders: Sequence[str]) -> int:
-    """Remove output folders that are ours and say which are not; the exit code."""
+    """Remove output folders and report those that are not removed; returns the exit code."""
     left = 0
     for folder in map(Path, folders):
         if os.path.lexists(folder):

@@ -1,7 +1,7 @@
-"""Progress of long work: one protocol, a bar in a terminal, sparse lines in a log.
+"""Progress of long work: one protocol, a progress bar in a terminal, sparse lines in a log.
 
-Whatever takes long has a parameter `progress: Progress = silent` and calls it as it goes; the
-commands pass what `shown` gives.
+Functions that take long have a parameter `progress: Progress = silent` and call it while they run;
+commands pass the `Progress` that `shown` yields.
 """
 
 from __future__ import annotations
@@ -20,47 +20,47 @@ if TYPE_CHECKING:
 
 Unit = Literal["steps", "bytes"]
 
+# Seconds between two log lines about the same stage: initial and largest interval.
 FIRST_INTERVAL, LAST_INTERVAL = 5.0, 60.0
-"""Seconds between two lines of a log about the same stage: at first, and at most."""
 
+# Interval as a fraction of the elapsed time, so that hours of work do not flood the log.
 _INTERVAL_GROWTH = 1 / 20
-"""The interval as a part of the time that has passed, so that hours of work make no flood."""
 
 
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 class Progress(Protocol):
-    """Called when a stage begins and as often as it likes while the stage lasts."""
+    """Callback for the beginning of a stage, and any number of times while the stage lasts."""
 
     def __call__(
         self, what: str, done: int = 0, total: int = 0, *, detail: str = "", unit: Unit = "steps"
     ) -> None:
-        """Tell that `what` is being done now.
+        """Report that the stage `what` is running.
 
-        `done` of `total` steps or bytes are finished; total 0: nobody knows how many there are.
-        `detail`: what changes from call to call, such as a loss. May raise `Cancelled`.
+        `done` of `total` steps or bytes are finished; total 0: unknown. `detail`: text that changes
+        from call to call, such as a loss. May raise `Cancelled`.
         """
 
 
 class Cancelled(Exception):
-    """Raised by a `Progress` whose work is to stop: nobody waits for it any more."""
+    """Raised by a `Progress` to stop the work: its result is not wanted any more."""
 
 
 def silent(
     what: str, done: int = 0, total: int = 0, *, detail: str = "", unit: Unit = "steps"
 ) -> None:
-    """Progress that nobody watches."""
+    """Discard progress: the default of every `progress` parameter."""
 
 
 @contextmanager
 def shown(
     console: Console, first: str | None = None, *, patience: float = 0.0
 ) -> Iterator[Progress]:
-    """Show progress on `console`: a bar where it is a terminal, else lines, as `LogLines` does.
+    """Show progress on `console`: a bar if it is a terminal, otherwise the lines of `LogLines`.
 
-    `first` names what is done before the first call; None: a log says nothing of it. `patience`:
-    seconds in which a log stays silent, for work that is mostly done sooner.
+    `first`: stage before the first call; None: the log has no line for it. `patience`: seconds
+    before the first log line, for work that is usually done sooner.
     """
     if console.is_terminal:
         with _bar(console) as bar:
@@ -92,7 +92,7 @@ def shown(
 
 
 def _bar(console: Console) -> Bar:
-    """A bar that goes when it is done."""
+    """A progress bar that is erased when the work is done."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
@@ -108,7 +108,7 @@ def _bar(console: Console) -> Bar:
 
 
 def count_of(done: int, total: int, unit: Unit) -> str:
-    """`3 of 14 done`, `1.2 of 30.0 GB`; empty where the total is not known."""
+    """`3 of 14 done`, `1.2 of 30.0 GB`; empty if the total is unknown."""
     if not total:
         return ""
     if unit == "steps":
@@ -119,7 +119,7 @@ def count_of(done: int, total: int, unit: Unit) -> str:
 
 @dataclass
 class LogLines:
-    """A line when a stage begins; while it lasts, one every few seconds, and ever fewer."""
+    """Log lines: one when a stage begins, then one per interval, which grows with elapsed time."""
 
     print: Callable[[str], object]
     patience: float = 0.0
@@ -152,7 +152,7 @@ class LogLines:
         self.print(f"{what} ({said})" if said else what)
 
     def _left(self, now: float, done: int, total: int) -> str:
-        """The rest of this stage at its pace so far."""
+        """Estimated remaining time of this stage at its average speed; empty if not yet known."""
         spent, finished = now - self._stage_began, done - self._stage_done
         if spent < FIRST_INTERVAL or finished <= 0 or done >= total:
             return ""
@@ -168,7 +168,7 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """A finished stage of work, its seconds, and the peak memory of the process by its end."""
+    """A finished stage: name, seconds, and the peak memory of the process at its end."""
 
     what: str
     seconds: float
@@ -177,9 +177,9 @@ class Stage:
 
 @dataclass
 class StageTimer:
-    """Tells of the stages of a piece of work, and keeps their times and memory for its report.
+    """Reports the stages of a job to `progress` and records their times and peak memory.
 
-    `total`: stages that there will be.
+    `total`: number of stages.
     """
 
     progress: Progress
@@ -190,7 +190,7 @@ class StageTimer:
     _detail: str = ""
 
     def begin(self, what: str, done: int, detail: str = "") -> None:
-        """The stage before is over; `what` begins, after `done` of `total`."""
+        """End the current stage and begin stage `what`, after `done` of `total`."""
         self.end()
         self._current, self._done, self._detail = (what, time.monotonic()), done, detail
         self.progress(what, done, self.total, detail=self._facts())
@@ -198,14 +198,14 @@ class StageTimer:
     def within(
         self, what: str, done: int = 0, total: int = 0, *, detail: str = "", unit: Unit = "steps"
     ) -> None:
-        """A `Progress` for the parts of the stage that runs: told as the stage's detail."""
+        """A `Progress` for parts of the current stage, reported as the stage's detail."""
         stage = self._current[0] if self._current else what
         part = " ".join(filter(None, ["" if what == stage else what, count_of(done, total, unit)]))
         facts = ", ".join(filter(None, [self._facts(), part, detail]))
         self.progress(stage, self._done, self.total, detail=facts)
 
     def end(self) -> None:
-        """The last stage is over."""
+        """End the current stage."""
         if self._current is not None:
             what, began = self._current
             self.stages.append(Stage(what, time.monotonic() - began, peak_bytes()))

@@ -1,7 +1,7 @@
-"""Headers of safetensors files: the one place that judges whether a file is one.
+"""Read and validate the header of safetensors files.
 
-A file is taken if the safetensors package opens it and no name stands twice in its header, which
-the format forbids and the package overlooks. Contents are then read by place
+A file is accepted if the safetensors package opens it and its header has no duplicate name, which
+the format forbids and the package overlooks. Contents are then read by offset
 (`mmi_train.weights.lazy_tensor`) or by the package itself.
 """
 
@@ -18,15 +18,15 @@ from safetensors import SafetensorError, safe_open
 
 from mmi_deploy.errors import WeightsError
 
+# Longest header that the format allows, in bytes.
 _MOST_HEADER = 100_000_000
-"""Bytes; the format's own limit."""
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: type as the format calls it, shape, and its first and last byte + 1 in the
+    """One tensor: type as the format names it, shape, and its byte range [start, end) in the
     file."""
 
     dtype: str
@@ -48,7 +48,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
             if length > min(size - 8, _MOST_HEADER):
                 raise ValueError("its header has no end")
-            fields = json.loads(file.read(length).decode(), object_pairs_hook=once)
+            fields = json.loads(file.read(length).decode(), object_pairs_hook=reject_duplicates)
         fields.pop("__metadata__", None)
         first = 8 + length
         end = first + max((entry["data_offsets"][1] for entry in fields.values()), default=0)
@@ -70,8 +70,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise _damaged(path, error) from None
 
 
-def once(pairs: Iterable[tuple[str, Value]]) -> dict[str, Value]:
-    """A JSON object whose names stand in it once, for `object_pairs_hook`; raises `ValueError`."""
+def reject_duplicates(pairs: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+    """Reject duplicate names in a JSON object: an `object_pairs_hook` that raises `ValueError`."""
     found: dict[str, Value] = {}
     for name, value in pairs:
         if name in found:
@@ -88,6 +88,6 @@ def _entry(first: int, dtype: str, shape: list[int], data_offsets: list[int], **
 def _damaged(path: Path, error: Exception) -> WeightsError:
     reason = " ".join(str(error).removeprefix("Error while deserializing header: ").split())
     return WeightsError(
-        f"{path} is no safetensors file, or it is damaged: {reason:.200}",
+        f"{path} is not a safetensors file, or is damaged: {reason:.200}",
         fix="copy or download it again",
     )

@@ -1,8 +1,8 @@
-"""One safetensors file of any size, written tensor by tensor.
+"""Write a safetensors file of any size, tensor by tensor.
 
-The format is a header of types, shapes and places, then plain rows of bytes. ONNX refers to the
-same bytes as external data, so a runtime that maps the file maps the weights. Contents are asked
-for while they are written, and where they are zeros the file has a hole.
+The format is a header of types, shapes and offsets, then the raw bytes. ONNX refers to the same
+bytes as external data, so a runtime that maps the file maps the weights. Contents are requested
+while they are written; runs of zeros become holes of a sparse file.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 
 from mmi_deploy.system.files import temporary_name
 
+# Alignment in bytes of the data section, and of every tensor whose size is a multiple of it.
 ALIGNMENT = 64
-"""Bytes. Data start at a multiple of it, and so does every tensor whose bytes are one."""
 
+# Bytes per write; a chunk of zeros is skipped instead.
 _CHUNK = 2**24
-"""Bytes that are written, or left out as zeros, at once."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a file holds it. dtype: as the format calls it. bytes: of all of it. pieces:
-    gives its contents in row-major order, as arrays of any type and shape; None: all zeros."""
+    """A tensor to be written. dtype: name in the format. bytes: size of the whole tensor. pieces:
+    yields the contents in row-major order, as arrays of any type and shape; None: all zeros."""
 
     dtype: str
     shape: Sequence[int]
@@ -43,15 +43,16 @@ class Stored:
 def write_safetensors_file(
     path: Path, tensors: Mapping[str, Stored], on_tensor: Callable[[int], None] = lambda done: None
 ) -> dict[str, int]:
-    """Write `tensors` to `path`, whole or not at all; returns the position of each in it.
+    """Write `tensors` to `path` atomically; returns the byte offset of each in the file.
 
-    Their contents are taken in the order of the mapping. on_tensor: is given the bytes that are
-    done before each of them. Raises `OSError`, and what `pieces` raise.
+    Contents are requested in the order of the mapping. on_tensor: called before each tensor with
+    the number of bytes done. Raises `OSError`, and whatever `pieces` raise.
     """
     header: dict[str, dict[str, object]] = {}
     starts: dict[str, int] = {}
     end = 0
-    # By the power of two that divides its bytes, each starts at a multiple of its own.
+    # Sorted by the power of two that divides its size, every tensor starts at a multiple of that
+    # power, without padding in between.
     for name in sorted(tensors, key=lambda name: -math.gcd(tensors[name].bytes, ALIGNMENT)):
         tensor = tensors[name]
         starts[name], end = end, end + tensor.bytes
@@ -87,8 +88,10 @@ def _write(file: BinaryIO, pieces: Iterable[NDArray]) -> None:
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when it is whole. On Linux it has no name
-    before, so that even a killed process leaves nothing behind."""
+    """A file to write that replaces `path` when it is complete.
+
+    On Linux the file has no name before that, so that a killed process leaves nothing behind.
+    """
     temporary = temporary_name(path)
     try:
         descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
@@ -109,7 +112,7 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
 
 def _name(descriptor: int, path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
-    try:  # Python follows the link of /proc only if it is told a folder
+    try:  # Python follows the link in /proc only if dst_dir_fd is given
         os.link(f"/proc/self/fd/{descriptor}", path.name, dst_dir_fd=folder)
     finally:
         os.close(folder)

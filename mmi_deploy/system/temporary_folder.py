@@ -1,9 +1,9 @@
-"""Folders of unfinished work, which go even when their process is killed.
+"""Temporary folders that are cleaned up even after their process was killed.
 
-A file in such a folder says that it is one, and of which work; its process holds the kernel's lock
-on that file, which ends with the process. Whoever begins the same work in the same place clears
-away what nobody holds any more. Nothing else is touched, whatever its name. Where there are no
-locks (some network disks) what a killed process leaves stays.
+A marker file in each folder names its work. The process holds an advisory lock (`flock`) on the
+marker, which the kernel releases when the process ends. The next process that begins the same work
+in the same place removes the folders whose marker is not locked, and nothing else. On disks without
+locks (some network disks) folders of killed processes stay.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from typing import Literal
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system.files import shortened
 
+# Marker file of a folder of unfinished work: JSON with the folder's name and the work.
 UNFINISHED = ".mmi-unfinished"
-"""The file in a folder of unfinished work: JSON, its folder's name and its work."""
 
+# State of unfinished work: its process is alive, it has ended, or locks are not available.
 State = Literal["held", "left", "unknown"]
-"""Of unfinished work: its process is alive; it is not; or there are no locks that would tell."""
 
+# Seconds to wait for a lock that other processes hold only briefly.
 _PATIENCE = 2.0
-"""Seconds to wait for a lock that others hold for a moment only."""
 
+# Number of characters that `tempfile` adds to a name.
 _RANDOM = 8
-"""Characters that `tempfile` adds to a name."""
 
 
 def remove_work(folder: Path) -> None:
-    """Remove a folder of unfinished work, the file that says so last; no other folder."""
+    """Remove a folder of unfinished work, its marker last; any other folder is left alone."""
     if not (folder / UNFINISHED).is_file():
         return
     for entry in list(os.scandir(folder)):
@@ -53,11 +53,11 @@ def remove_work(folder: Path) -> None:
 def temporary_folder(
     parent: Path, prefix: str, *, alone: str = "", clear: Callable[[Path], None] = remove_work
 ) -> Iterator[Path]:
-    """A folder below `parent` that goes at the end, or, when its process is killed, as soon as
-    another one of the same `prefix` is made here.
+    """Create a folder below `parent` and remove it at the end; after a killed process, the next
+    call with the same `prefix` removes it.
 
-    `alone`: for work that only one process may do at a time, the folder that it writes: `MmiError`
-    is raised where another one does. `clear`: removes a folder, or puts back what must not go.
+    `alone`: for work that only one process may do at a time, the folder that it writes; `MmiError`
+    is raised while another process does it. `clear`: removes a folder, or restores what must stay.
     """
     work, descriptor = _begin(parent, prefix, alone)
     try:
@@ -73,34 +73,34 @@ def temporary_folder(
             os.close(descriptor)
 
 
-def in_work(parent: Path, prefix: str) -> bool:
-    """Whether a living process has a folder of this `prefix` in `parent`."""
+def in_use(parent: Path, prefix: str) -> bool:
+    """True if a living process has a folder of this `prefix` in `parent`."""
     with _guarded(parent):
         return _held(parent, prefix)
 
 
 def state_of(folder: Path) -> State | None:
-    """What has become of the work in `folder`; None where it is no folder of unfinished work."""
+    """State of the work in `folder`; None if it is not a folder of unfinished work."""
     with _state(folder, None) as state:
         return state
 
 
-def refuse_second(folder: str) -> MmiError:
-    """The error for whoever comes second."""
+def in_use_error(folder: str) -> MmiError:
+    """Error for the second process that writes `folder`."""
     return MmiError(
         f"another process of mmi writes {folder} just now",
         fix="wait until it is done, or give another output folder",
     )
 
 
-def taken(descriptor: int) -> bool:
-    """Whether the lock of an open file is ours now, without waiting."""
+def try_lock(descriptor: int) -> bool:
+    """Try to lock an open file without waiting; True if this process holds the lock now."""
     return _lock(descriptor) is True
 
 
 def _lock(descriptor: int) -> bool | None:
-    """As `taken`; None where there are no locks."""
-    import fcntl  # where there is none, no folder can be opened
+    """Try to lock an open file without waiting; None if locks are not available."""
+    import fcntl  # absent on Windows
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,10 +112,10 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _begin(parent: Path, prefix: str, alone: str) -> tuple[Path, int]:
-    """A new folder, and the file in it that is locked while that is open."""
+    """Create a folder; returns it and the open, locked marker. Closing the marker unlocks it."""
     with _guarded(parent):
         if alone and _held(parent, prefix):
-            raise refuse_second(alone)
+            raise in_use_error(alone)
         work = Path(tempfile.mkdtemp(prefix=shortened(prefix, _RANDOM), dir=parent))
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -147,8 +147,10 @@ def _named(parent: Path, prefix: str) -> list[Path]:
 
 @contextmanager
 def _state(folder: Path, work: str | None) -> Iterator[State | None]:
-    """What has become of the work in `folder`, and nobody else may clear it meanwhile. None: it is
-    no such folder, or not of this `work`."""
+    """State of the work in `folder`, which no other process can clear inside the `with` block.
+
+    None: not a folder of unfinished work, or of other work than `work`.
+    """
     try:
         descriptor = os.open(folder / UNFINISHED, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -165,7 +167,7 @@ def _state(folder: Path, work: str | None) -> Iterator[State | None]:
 
 
 def _says(descriptor: int, folder: str, work: str | None) -> bool:
-    """Whether the file was written for this folder, not for another that was copied or renamed."""
+    """True if the marker was written for this folder, not copied or renamed with another one."""
     try:
         found = json.loads(os.read(descriptor, 2**16))
         return found["folder"] == folder and work in (None, found["work"])
@@ -175,8 +177,10 @@ def _says(descriptor: int, folder: str, work: str | None) -> bool:
 
 @contextmanager
 def _guarded(parent: Path) -> Iterator[None]:
-    """Hold the lock of the folder `parent` for a moment: of two that look for each other and begin,
-    one is first. Who keeps that lock for other ends does not stop us."""
+    """Lock the folder `parent`, so that checking for other work and beginning one's own is atomic.
+
+    A lock that somebody else keeps for longer than `_PATIENCE` is ignored.
+    """
     try:
         descriptor = os.open(parent, os.O_RDONLY)
     except OSError:

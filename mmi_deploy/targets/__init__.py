@@ -1,1 +1,1 @@
-"""Building targets: rewritten CPU graphs and TensorRT engines from portable graphs."""
+"""Build targets from portable graphs: rewritten CPU graphs and TensorRT engines."""

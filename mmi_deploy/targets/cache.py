@@ -1,7 +1,8 @@
-"""Built engines, kept under the hash of all that they depend on.
+"""Cache of built engines, keyed by a hash of everything that an engine depends on.
 
 An entry is a folder that is written under a temporary name and renamed: a killed build, a full disk
-or Ctrl-C leaves nothing. Locks are the kernel's, so they end with the process that holds them.
+or Ctrl-C leaves no partial entry. Entries are locked with `flock`: the kernel releases the lock
+when the process ends.
 """
 
 from __future__ import annotations
@@ -24,46 +25,48 @@ from typing import Any
 from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.system.files import CACHE, cache_folder, write_file
-from mmi_deploy.system.temporary_folder import taken, temporary_folder
+from mmi_deploy.system.temporary_folder import temporary_folder, try_lock
 
 log = logging.getLogger(__name__)
 
-LIMIT = "MMI_ENGINE_CACHE_GB"
-DEFAULT_LIMIT = 50
-"""Gigabytes of engines that are kept where the variable `LIMIT` says nothing else."""
+LIMIT_VARIABLE = "MMI_ENGINE_CACHE_GB"
+# Size limit in gigabytes, unless the environment variable `LIMIT_VARIABLE` sets another.
+DEFAULT_LIMIT_GB = 50
 
 _ENTRY = "entry.json"
 _WORK = ".work-"
 _LOCKS = ".locks"
 
 
-def key_of(parts: Mapping[str, str]) -> str:
-    """The name of the entry that depends on `parts`."""
-    return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()[:32]
+def key_of(key_parts: Mapping[str, str]) -> str:
+    """Key of a cache entry: the hash of `key_parts`."""
+    return hashlib.sha256(json.dumps(dict(key_parts), sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class EngineCache:
-    """Engines in `folder`, at most `limit` bytes of them: those used longest ago go first."""
+    """LRU cache of engines in `folder`, limited to `limit` bytes."""
 
     folder: Path
     limit: int
 
     @classmethod
     def of_user(cls) -> EngineCache:
-        """`engines` in the cache folder; raises `ConfigError` where that or `LIMIT` is wrong."""
+        """Open the user's cache. Raises `ConfigError` where its folder or limit is invalid."""
         folder = cache_folder(writes=True) / "engines"
-        text = os.environ.get(LIMIT) or str(DEFAULT_LIMIT)
+        text = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_GB)
         try:
             gigabytes = float(text)
         except ValueError:
             gigabytes = -1.0
         if not 0 <= gigabytes < float("inf"):
-            raise ConfigError(f"{LIMIT} is no size", expected="gigabytes, such as 50", got=text)
+            raise ConfigError(
+                f"{LIMIT_VARIABLE} is not a size", expected="gigabytes, such as 50", got=text
+            )
         return cls(folder, int(gigabytes * 1e9))
 
     def has(self, key: str) -> bool:
-        """Whether an entry is there, its bytes not looked at."""
+        """Return True if the entry exists; its files are not hashed."""
         return (self.folder / key / _ENTRY).is_file()
 
     def obtain(
@@ -72,29 +75,31 @@ class EngineCache:
         make: Callable[[Path], None],
         into: Path,
         *,
-        parts: Mapping[str, str] | None = None,
-        afresh: bool = False,
-        waits: Callable[[], None] = lambda: None,
+        key_parts: Mapping[str, str] | None = None,
+        rebuild: bool = False,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Put the files of entry `key` into the folder `into`; True when they were there already.
+        """Link the files of entry `key` into the folder `into`. Returns True on a cache hit.
 
-        Otherwise (or with `afresh`) `make(folder)` writes them. Who asks for an entry that another
-        process is making calls `waits()` and waits for it. Files are hard links where the file
-        system allows, so they must not be changed. `parts` is written down beside them.
+        On a miss, or with `rebuild`, `make(folder)` writes the files. While another process makes
+        the same entry, this call runs `on_wait()` once and blocks. Files are hard links where the
+        file system has them, so they must not be changed. `key_parts` are stored with the entry.
         """
         self._prepare()
-        with self._lock(key, waits):
+        with self._lock(key, on_wait):
             entry = self.folder / key
-            found = not afresh and self._sound(entry)
+            found = not rebuild and self._intact(entry)
             if not found:
-                self._make(entry, make, parts or {})
+                self._make(entry, make, key_parts or {})
             os.utime(entry / _ENTRY)
             for name in _files_of(entry):
                 link_or_copy(entry / name, into / name)
         self._trim()
         return found
 
-    def _make(self, entry: Path, make: Callable[[Path], None], parts: Mapping[str, str]) -> None:
+    def _make(
+        self, entry: Path, make: Callable[[Path], None], key_parts: Mapping[str, str]
+    ) -> None:
         with self.work_folder() as work:
             made = work / entry.name
             made.mkdir()
@@ -102,13 +107,13 @@ class EngineCache:
             files = {
                 path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(made.iterdir())
             }
-            about = {"files": files, "key": dict(parts)}
+            about = {"files": files, "key": dict(key_parts)}
             write_file(made / _ENTRY, json.dumps(about, indent=2) + "\n")
             _remove(entry)
             made.rename(entry)
 
-    def _sound(self, entry: Path) -> bool:
-        """Whether every file of an entry has the bytes that were written; if not, it goes."""
+    def _intact(self, entry: Path) -> bool:
+        """Return True if every file of an entry has its recorded hash; remove the entry if not."""
         if not entry.exists():
             return False
         try:
@@ -124,13 +129,13 @@ class EngineCache:
         return False
 
     def _trim(self) -> None:
-        """Remove what was used longest ago until the rest fits; never what is in use."""
+        """Evict the least recently used entries until the rest fits; entries in use stay."""
         with self._lock("", lambda: None):
             entries = []
             for path in self.folder.glob(f"*/{_ENTRY}"):
                 if not _files_in(path):
-                    continue  # somebody else's
-                with suppress(FileNotFoundError):  # another process makes it again just now
+                    continue  # not an entry of this cache
+                with suppress(FileNotFoundError):  # another process is rebuilding it
                     entries.append((path.stat().st_mtime, path.parent, _bytes_of(path.parent)))
             total = sum(size for _, _, size in entries)
             for _, entry, size in sorted(entries):
@@ -143,7 +148,7 @@ class EngineCache:
 
     @contextmanager
     def work_folder(self) -> Iterator[Path]:
-        """A temporary folder in the cache's file system. Those of killed processes go first."""
+        """Temporary folder in the cache's file system. Removes those of killed processes first."""
         with temporary_folder(self.folder, _WORK) as work:
             yield work
 
@@ -160,17 +165,17 @@ class EngineCache:
             ) from None
 
     @contextmanager
-    def _lock(self, key: str, waits: Callable[[], None]) -> Iterator[None]:
+    def _lock(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
         with (self.folder / _LOCKS / (key or "all")).open("a") as file:
-            if not taken(file.fileno()):
-                waits()
+            if not try_lock(file.fileno()):
+                on_wait()
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     @contextmanager
     def _try_lock(self, key: str) -> Iterator[bool]:
         with (self.folder / _LOCKS / key).open("a") as file:
-            yield taken(file.fileno())
+            yield try_lock(file.fileno())
 
 
 def _files_of(entry: Path) -> list[str]:
@@ -178,8 +183,7 @@ def _files_of(entry: Path) -> list[str]:
 
 
 def _files_in(path: Path) -> dict[str, list[Any]]:
-    """The files that an entry's list names, with sizes and hashes; none where it is no such
-    list."""
+    """Files of an entry with size and hash, from its `entry.json`; empty if that is invalid."""
     try:
         found = json.loads(path.read_bytes())
         assert isinstance(found["key"], dict)
@@ -190,8 +194,10 @@ def _files_in(path: Path) -> dict[str, list[Any]]:
 
 
 def _remove(entry: Path) -> None:
-    """Remove an entry: the files that it names, damaged ones too. Whatever else is in the folder is
-    somebody's, who finds it beside the entry."""
+    """Remove the files that an entry lists, damaged ones too.
+
+    Other files in its folder belong to the user: the folder is renamed instead of removed.
+    """
     if not os.path.lexists(entry):
         return
     with suppress(OSError):
@@ -201,7 +207,7 @@ def _remove(entry: Path) -> None:
     if os.path.lexists(entry):
         kept = entry.with_name(f"{entry.name}-{secrets.token_hex(4)}")
         entry.rename(kept)
-        log.warning("%s holds what mmi did not write; it is in %s now", entry, kept)
+        log.warning("%s holds files that mmi did not write; moved to %s", entry, kept)
 
 
 def _bytes_of(entry: Path) -> int:
@@ -209,7 +215,7 @@ def _bytes_of(entry: Path) -> int:
 
 
 def link_or_copy(source: Path, to: Path) -> None:
-    """Give a file a second name, or where that cannot be, its bytes."""
+    """Hard-link a file, or copy it where the file system has no hard links."""
     try:
         os.link(source, to)
     except OSError as error:

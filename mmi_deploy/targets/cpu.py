@@ -1,4 +1,4 @@
-"""Targets of the CPU: graphs whose weights are stored in few bits, for ONNX Runtime."""
+"""Build CPU targets: graphs with quantised weights for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def build_cpu_target(
 ) -> TargetReport:
     """Write `engines/cpu-<recipe>` of `bundle`: the graphs that the recipe changes, with receipts.
 
-    A runtime takes the portable file for every other graph. unproved: compare nothing, write no
-    receipt. force: compare even where memory looks too small for it. Raises `ConfigError` for a
-    recipe that makes no sense on a CPU, `EngineError` where the bundle is too large to be run here,
-    `BundleError` where the error is greater than the recipe allows; nothing is written then.
+    The runtime takes the portable file for every other graph. unproved: skip the comparison and its
+    receipt. force: compare even where memory looks too small. Raises `ConfigError` for a recipe
+    without a CPU form, `EngineError` where memory is too small to run the bundle, `BundleError`
+    where the error exceeds the tolerance of the recipe. The target is not written then.
     """
     check_possible(recipe, CPU, None)
     names = [name for name in bundle.graphs if name in recipe.weights]
     if not names:
         useful = [r.name for r in RECIPES.values() if r.weights and r.on_cpu]
         raise ConfigError(
-            f"precision {recipe.name} changes no graph on the CPU: the portable ones are that",
+            f"precision {recipe.name} changes no graph on the CPU",
             fix=f"choose --precision {' or '.join(useful)}",
         )
     target = Target(CPU, None, recipe.name)

@@ -1,7 +1,7 @@
-"""Optimisation profiles: for which shapes an engine is made, and which it takes best.
+"""Optimisation profiles: the shapes that an engine accepts, and those that it is tuned for.
 
-They come from the ranges of `mmi_deploy.spec.graphs` alone. `llm` has two, prefill and decode, in
-one engine, so that its weights exist once. Letters as in `graphs`.
+Profiles are derived from the ranges of `mmi_deploy.spec.graphs` alone. `llm` has two, prefill and
+decode, in one engine, so that its weights exist once. Letters as in `graphs`.
 """
 
 from __future__ import annotations
@@ -18,59 +18,57 @@ DEFAULT = "default"
 PREFILL = "prefill"
 DECODE = "decode"
 
-LIKELY_PREFILL = 256
-"""Tokens of a prompt for which prefill is tuned, where the context allows so many."""
+# Prompt length in tokens that prefill is tuned for, clamped to the context.
+OPT_PREFILL = 256
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Ranges of the dynamic dimensions, and for each input that has any: its least, likeliest and
-    greatest shape."""
+    """Ranges of the dynamic dimensions, and the (min, opt, max) shapes of each dynamic input."""
 
     name: str
     ranges: Mapping[str, Range]
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Whether a request of these sizes lies within."""
+        """Return True if a request of these sizes lies within the profile."""
         return not self.misfits(sizes)
 
     def misfits(self, sizes: Mapping[str, int]) -> list[str]:
-        """The letters of `sizes` that lie outside."""
+        """Letters of the dimensions whose size lies outside the profile."""
         return [
             letter
             for letter, allowed in self.ranges.items()
-            if not allowed.least <= sizes[letter] <= allowed.greatest
+            if not allowed.min <= sizes[letter] <= allowed.max
         ]
 
     def record(self) -> dict[str, list[int]]:
         """Ranges as plain numbers, for reports and cache keys."""
         return {
-            letter: [allowed.least, allowed.likely, allowed.greatest]
+            letter: [allowed.min, allowed.opt, allowed.max]
             for letter, allowed in sorted(self.ranges.items())
         }
 
 
 def profiles(graph: Graph, limits: Limits | None = None) -> tuple[Profile, ...]:
-    """The profiles of `graph`, narrowed to `limits` where an engine is to take less than the bundle
-    allows: fewer rows or images need less memory when it runs.
+    """Profiles of `graph`, narrowed to `limits`: fewer rows or images take less memory at run time.
 
     Raises `ConfigError` for limits beyond those of the graph.
     """
     ranges = dict(graph.ranges) if limits is None else _narrowed(graph, limits)
     if "t" not in ranges:
         return (_profile(graph, DEFAULT, ranges),)
-    prompt = {**ranges, "t": replace(ranges["t"], likely=LIKELY_PREFILL)}
+    prompt = {**ranges, "t": replace(ranges["t"], opt=OPT_PREFILL)}
     one = Range(1, 1, 1)
     return (
         _profile(graph, PREFILL, prompt),
-        _profile(graph, DECODE, {**ranges, "t": one, "k": one}),
+        _profile(graph, DECODE, {**ranges, "t": one, "w": one}),
     )
 
 
 def choose(offered: Sequence[Profile], graph: str, sizes: Mapping[str, int]) -> int:
-    """The narrowest profile for a request of these sizes: its index. Raises `EngineError` that
-    names what no profile takes, and how to build one that does."""
+    """Index of the narrowest profile for a request of these sizes. Raises `EngineError` that names
+    the dimension beyond all profiles, and the option to build for more."""
     fitting = [index for index, profile in enumerate(offered) if profile.holds(sizes)]
     if fitting:
         return min(fitting, key=lambda index: _width(offered[index]))
@@ -79,7 +77,7 @@ def choose(offered: Sequence[Profile], graph: str, sizes: Mapping[str, int]) -> 
     allowed = nearest.ranges[letter]
     raise EngineError(
         f"no profile of the engine of {graph} takes {letter} = {sizes[letter]}",
-        expected=f"{allowed.least} to {allowed.greatest}",
+        expected=f"{allowed.min} to {allowed.max}",
         fix=f"build it for more with `mmi build {_OPTIONS.get(letter, '--graph ' + graph)}`",
     )
 
@@ -98,12 +96,12 @@ def _narrowed(graph: Graph, limits: Limits) -> dict[str, Range]:
     }
     narrowed = {}
     for letter, allowed in graph.ranges.items():
-        greatest = most.get(letter, allowed.greatest)
-        if greatest < allowed.least:
+        limit = most.get(letter, allowed.max)
+        if limit < allowed.min:
             raise ConfigError(
-                f"{graph.name} takes no fewer than {allowed.least} for {letter}", got=greatest
+                f"{graph.name} takes no fewer than {allowed.min} for {letter}", got=limit
             )
-        narrowed[letter] = replace(allowed, greatest=min(greatest, allowed.greatest))
+        narrowed[letter] = replace(allowed, max=min(limit, allowed.max))
     return narrowed
 
 
@@ -111,7 +109,7 @@ def _profile(graph: Graph, name: str, ranges: Mapping[str, Range]) -> Profile:
     def sizes(end: str) -> dict[str, int]:
         return {letter: getattr(allowed, end) for letter, allowed in ranges.items()}
 
-    ends = [sizes(end) for end in ("least", "likely", "greatest")]
+    ends = [sizes(end) for end in ("min", "opt", "max")]
     shapes = {
         tensor.name: tuple(tensor.resolve(**end) for end in ends)
         for tensor in graph.inputs
@@ -121,4 +119,4 @@ def _profile(graph: Graph, name: str, ranges: Mapping[str, Range]) -> Profile:
 
 
 def _width(profile: Profile) -> int:
-    return sum(allowed.greatest - allowed.least for allowed in profile.ranges.values())
+    return sum(allowed.max - allowed.min for allowed in profile.ranges.values())

@@ -1,4 +1,4 @@
-"""What graphs are compared on: inputs recorded from a real run, and random ones at other sizes.
+"""Sample inputs of graphs: recorded from a real run, and random ones at other sizes.
 
 Letters as in `graphs.py`.
 """
@@ -27,31 +27,30 @@ from mmi_deploy.spec.graphs import Graph, Limits, Tensor, graphs
 
 Arrays = dict[str, NDArray[Any]]
 
+# Tokens that are generated after the recorded document.
 RECORDED_TOKENS = 24
-"""Tokens that are written after the recorded document."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """All inputs of a graph by name, and whether they were recorded or are random."""
+    """Inputs of a graph by name. recorded: False for random inputs."""
 
     inputs: Arrays
     recorded: bool
 
 
+# Images that a row attends to in random inputs: none, one, several.
 _IMAGES = (0, 1, 4)
-"""Images that a row looks at in random inputs: none, one, several."""
 
+# Tokens per row in random inputs: decode and prefill.
 _TOKENS = (1, 17)
-"""Tokens of a run: decode and prefill."""
 
 
 def record(bundle: Bundle) -> dict[str, list[Arrays]]:
-    """Continue a document with the portable graphs: two pictures, words that the tokenizer knows,
-    and a picture to draw. Returns inputs by graph.
+    """Record the inputs of every graph while the portable graphs continue a synthetic document.
 
-    Of the runs of a graph those whose number is a power of two are kept: the first ones, where
-    little is in the caches, and ever later ones.
+    The document has two pictures, words of the tokenizer and a picture to draw. Runs 1, 2, 4, 8 ...
+    of a graph are kept: the first ones, with nearly empty caches, and a few late ones.
     """
     kept: dict[str, list[Arrays]] = {name: [] for name in bundle.graphs}
 
@@ -61,7 +60,7 @@ def record(bundle: Bundle) -> dict[str, list[Arrays]]:
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
     backend = HostBackend(bundle.graphs, bundle.limits, load)
     runtime = Runtime(bundle.config, tokenizer, backend, bundle.schedule)
-    # Every second step is a shallow one, so that both kinds are recorded.
+    # full_every=2: every second step is shallow, so both denoising graphs are recorded.
     options = GenerationOptions(max_tokens=RECORDED_TOKENS, max_images=0, full_every=2)
     for _ in generate(runtime, _made_up(bundle, tokenizer), options):
         pass
@@ -69,7 +68,7 @@ def record(bundle: Bundle) -> dict[str, list[Arrays]]:
 
 
 class _Recorder(OnnxRuntimeEngine):
-    """An engine that keeps copies of some of its inputs."""
+    """ONNX Runtime engine that records its inputs at runs 1, 2, 4, 8 ..."""
 
     def __init__(self, path: Path, graph: Graph, kept: list[Arrays]) -> None:
         super().__init__(path, graph, OnnxOptions(threads=1))
@@ -77,13 +76,13 @@ class _Recorder(OnnxRuntimeEngine):
 
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         self._runs += 1
-        if self._runs & (self._runs - 1) == 0:
+        if self._runs & (self._runs - 1) == 0:  # a power of two
             self._kept.append({name: buffer.read().copy() for name, buffer in inputs.items()})
         super()._execute(inputs, outputs)
 
 
 def _made_up(bundle: Bundle, tokenizer: Tokenizer) -> Document:
-    """Two pictures with some words each, and one to draw."""
+    """Synthetic document: two pictures with some words each, and one picture to draw."""
     draw, config = np.random.default_rng(0), bundle.config
     side = config.vision.image_size
     parts: list[Image | Text | Draw] = []
@@ -97,7 +96,7 @@ def _made_up(bundle: Bundle, tokenizer: Tokenizer) -> Document:
     document = document_of(*parts, Draw())
     try:
         encode_document(document, tokenizer, config, bundle.limits.context)
-    except DocumentError:  # a context for hardly more than one picture
+    except DocumentError:  # the context is too short for three pictures
         return document_of(Draw())
     return document
 
@@ -112,27 +111,28 @@ def _known_words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Text]:
 
 
 def random_inputs(graph: Graph, like: Sequence[Arrays], draw: np.random.Generator) -> list[Arrays]:
-    """Random inputs of `graph` at batch 1 and 2 and with no, one and several images.
+    """Random inputs of `graph` at batch size 1 and 2, with no, one and several images.
 
-    Indices are random. Floats are rows drawn from `like`, inputs that were recorded: what no model
-    ever sees, such as noise in the cache, tells little about an error. Without any they are normal.
+    Indices are uniform. Floats are rows drawn from the recorded inputs `like`, since errors on
+    inputs that never occur, such as noise in the KV cache, say little. Without any, floats are
+    standard normal.
     """
     return [_random(graph, like, sizes, draw, images) for sizes, images in _sizes(graph)]
 
 
 def _sizes(graph: Graph) -> list[tuple[dict[str, int], int]]:
-    """Sizes of the dynamic dimensions, and how many images are visible."""
+    """Sizes of the dynamic dimensions, with the number of visible images."""
     found: list[tuple[dict[str, int], int]] = []
     images = _IMAGES if "m" in graph.ranges else _IMAGES[:1]
     tokens = _TOKENS if "t" in graph.ranges else _TOKENS[:1]
     for batch in (1, 2):
         for count in images:
             for t in tokens:
-                wanted = {"b": batch, "n": batch, "t": t, "k": 1, "v": 8, "x": 9, "steps": 4}
+                wanted = {"b": batch, "n": batch, "t": t, "w": 1, "v": 8, "x": 9, "steps": 4}
                 if "m" in graph.ranges:
                     wanted |= {"m": max(count, 1), "n": max(count, 1)}
                 sizes = {
-                    letter: min(max(wanted.get(letter, of.likely), of.least), of.greatest)
+                    letter: min(max(wanted.get(letter, of.opt), of.min), of.max)
                     for letter, of in graph.ranges.items()
                 }
                 if (sizes, count) not in found:
@@ -154,14 +154,14 @@ def _random(
             inputs[tensor.name] = _drawn(tensor, shape, like, draw)
             continue
         below = _below(graph, tensor, sizes)
-        inputs[tensor.name] = np.asarray(draw.integers(tensor.least, below, shape), tensor.dtype)
+        inputs[tensor.name] = np.asarray(draw.integers(tensor.min, below, shape), tensor.dtype)
         if tensor.name == "image_position" and not images:
             inputs[tensor.name][...] = 0
     return inputs
 
 
 def _below(graph: Graph, tensor: Tensor, sizes: Mapping[str, int]) -> int:
-    """The bound of an index; what is written must end before the cache does."""
+    """Exclusive upper bound of an index input. Rows written at `write_index` must fit the cache."""
     assert tensor.below is not None, f"{graph.name}: {tensor.name} has no bound"
     below = sizes[tensor.below] if isinstance(tensor.below, str) else tensor.below
     if tensor.name == "write_index":
@@ -176,11 +176,11 @@ def _below(graph: Graph, tensor: Tensor, sizes: Mapping[str, int]) -> int:
 def _drawn(
     tensor: Tensor, shape: Sequence[int], like: Sequence[Arrays], draw: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Rows of a recorded tensor in random order, as many as `shape` asks for."""
+    """Rows of a recorded tensor, drawn with replacement, in the shape `shape`."""
     found = [inputs[tensor.name] for inputs in like if inputs[tensor.name].size]
     if not found:
         return np.asarray(draw.standard_normal(shape), np.float32)
-    values = found[draw.integers(len(found) // 2, len(found))]  # late ones: caches are filled
+    values = found[draw.integers(len(found) // 2, len(found))]  # late runs: caches are filled
     for axis, side in enumerate(tensor.shape):
         if isinstance(side, str):
             rows = draw.integers(0, values.shape[axis], shape[axis])
@@ -189,7 +189,7 @@ def _drawn(
 
 
 def samples_of(bundle: Bundle, limits: Limits | None = None) -> dict[str, list[Sample]]:
-    """Recorded, then random inputs of every graph, within `limits`, the bundle's by default."""
+    """Recorded, then random inputs of every graph within `limits` (default: the bundle's)."""
     recorded = record(bundle)
     samples = {}
     for name, graph in graphs(bundle.config, limits or bundle.limits).items():
@@ -203,7 +203,7 @@ def samples_of(bundle: Bundle, limits: Limits | None = None) -> dict[str, list[S
 
 
 def dynamic_sizes(graph: Graph, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-    """Sizes of the dynamic dimensions of a set of inputs."""
+    """Sizes of the dynamic dimensions, read from the shapes of `inputs`."""
     sizes: dict[str, int] = {}
     for tensor in graph.inputs:
         for side, found in zip(tensor.shape, inputs[tensor.name].shape, strict=True):
@@ -214,4 +214,4 @@ def dynamic_sizes(graph: Graph, inputs: Mapping[str, NDArray[Any]]) -> dict[str,
 
 def _fits(graph: Graph, inputs: Arrays) -> bool:
     sizes = dynamic_sizes(graph, inputs)
-    return all(sizes.get(letter, 0) <= of.greatest for letter, of in graph.ranges.items())
+    return all(sizes.get(letter, 0) <= of.max for letter, of in graph.ranges.items())

@@ -1,7 +1,7 @@
-"""From a bundle's portable graphs to the engines of one or more TensorRT targets.
+"""Build the engines of one or more TensorRT targets from a bundle's portable graphs.
 
 For each graph: the recipe's ONNX, written once for all architectures; TensorRT's own copy of it;
-one engine per architecture through the cache; at the end each target's folder, whole or not at all.
+one engine per architecture from the cache. At the end each target's folder is replaced atomically.
 """
 
 from __future__ import annotations
@@ -35,14 +35,20 @@ from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_deploy.targets.cache import EngineCache, link_or_copy
 from mmi_deploy.targets.precision import rewrite
 from mmi_deploy.targets.tensorrt_build import Job
-from mmi_deploy.targets.tensorrt_plan import Part, Request, graph_of, parts_of, weight_bytes
-from mmi_deploy.targets.tensorrt_process import Measured, build_in_process
-from mmi_deploy.targets.tensorrt_rewrites import rewritten
+from mmi_deploy.targets.tensorrt_plan import (
+    EnginePlan,
+    Request,
+    graph_of,
+    plan_engines,
+    weight_bytes,
+)
+from mmi_deploy.targets.tensorrt_process import MeasuredBuild, build_in_process
+from mmi_deploy.targets.tensorrt_rewrites import rewrite_for_tensorrt
 
+# Contract of the typed graph, its ONNX file, and the comparison with the portable graph.
 _Prepared = tuple[Graph, Path, Proof | None]
-"""The target's contract, its ONNX file, and how that compares with the portable one."""
 
-Build = Callable[[Job, Progress], Measured]
+Build = Callable[[Job, Progress], MeasuredBuild]
 
 
 def build_targets(
@@ -50,26 +56,25 @@ def build_targets(
 ) -> list[TargetReport]:
     """Build all engines of `request` and write its targets into the bundle.
 
-    Engines that are finished stay in the cache when a later one fails, so that a second try goes
-    on from there. Raises `EngineError`, `BundleError` or `OSError`; the bundle's targets are then
-    as they were.
+    When a build fails, finished engines stay in the cache, so a second call continues from there.
+    Raises `EngineError`, `BundleError` or `OSError`; the bundle's targets are unchanged then.
     """
     for target in request.targets:
         check_target(request.bundle, target.name)
-    parts = parts_of(request)
+    plans = plan_engines(request)
     engines = request.bundle.folder / "engines"
     engines.mkdir(exist_ok=True)
     with temporary_folder(engines, ".build-") as work:
-        workshop = _Workshop(request, cache, work, progress, build, len(parts))
-        made = [(part, workshop.engine(part)) for part in parts]
+        builder = _EngineBuilder(request, cache, work, progress, build, len(plans))
+        made = [(plan, builder.engine(plan)) for plan in plans]
         return [
             _write(request, target, [m for m in made if m[0].target == target], work)
             for target in request.targets
         ]
 
 
-class _Workshop:
-    """Makes engines one after another; parts of one graph share its rewritten ONNX."""
+class _EngineBuilder:
+    """Builds engines one after another; the plans of one graph share its rewritten ONNX."""
 
     def __init__(
         self,
@@ -85,42 +90,43 @@ class _Workshop:
         self._done, self._of, self._built = 0, of, False
         self._prepared: _Prepared | None = None
 
-    def engine(self, part: Part) -> GraphReport:
-        """The engine of `part`, in the work folder of its target."""
-        label = f"{part.graph} for {part.target.architecture}"
-        stage = self._work / part.target.name
+    def engine(self, plan: EnginePlan) -> GraphReport:
+        """Build the engine of `plan`, or take it from the cache, in the work folder of its
+        target."""
+        label = f"{plan.graph} for {plan.target.architecture}"
+        stage = self._work / plan.target.name
         stage.mkdir(exist_ok=True)
         self._built = False
         self._cache.obtain(
-            part.key,
-            lambda folder: self._make(part, label, folder),
+            plan.key,
+            lambda folder: self._make(plan, label, folder),
             stage,
-            parts=part.parts,
-            afresh=self._request.force,
-            waits=lambda: self._say(f"waiting for another build of {label}"),
+            key_parts=plan.key_parts,
+            rebuild=self._request.force,
+            on_wait=lambda: self._say(f"waiting for another build of {label}"),
         )
         if not self._built:
             self._say(f"{label}: cached")
         self._done += 1
-        report = GraphReport.model_validate_json((stage / _report_name(part.graph)).read_bytes())
+        report = GraphReport.model_validate_json((stage / _report_name(plan.graph)).read_bytes())
         return report.model_copy(update={"cached": not self._built})
 
     def _say(self, what: str, phase: str = "") -> None:
         self._progress(what, self._done, self._of, detail=phase)
 
-    def _make(self, part: Part, label: str, folder: Path) -> None:
-        if not self._request.force and _reuse(self._request.bundle, part, folder):
+    def _make(self, plan: EnginePlan, label: str, folder: Path) -> None:
+        if not self._request.force and _reuse(self._request.bundle, plan, folder):
             return
         self._built = True
-        typed, source, proof = self._onnx(part)
+        typed, source, proof = self._onnx(plan)
         self._say(label)
         job = Job(
-            part.graph,
-            part.target.runtime,
-            str(part.target.architecture),
+            plan.graph,
+            plan.target.runtime,
+            str(plan.target.architecture),
             source,
-            folder / _engine_name(part),
-            part.profiles,
+            folder / _engine_name(plan),
+            plan.profiles,
             self._request.plugin,
         )
 
@@ -131,41 +137,41 @@ class _Workshop:
 
         measured = self._build(job, phases)
         check_bindings(typed, measured.built.bindings)
-        report = _graph_report(part, measured, weight_bytes(source))
+        report = _graph_report(plan, measured, weight_bytes(source))
         if proof is not None:
             report = report.with_proof(proof)
-        write_file(folder / _report_name(part.graph), report.model_dump_json(indent=2) + "\n")
+        write_file(folder / _report_name(plan.graph), report.model_dump_json(indent=2) + "\n")
 
-    def _onnx(self, part: Part) -> _Prepared:
-        """The recipe's ONNX of a graph with TensorRT's attributes; one graph's at a time."""
-        if self._prepared is None or self._prepared[0].name != part.graph:
+    def _onnx(self, plan: EnginePlan) -> _Prepared:
+        """TensorRT's ONNX of a graph. Only the latest graph's file is kept, to save disk space."""
+        if self._prepared is None or self._prepared[0].name != plan.graph:
             if self._prepared is not None:
                 _remove(self._prepared[1])
-            self._prepared = self._prepare(part)
+            self._prepared = self._prepare(plan)
         return self._prepared
 
-    def _prepare(self, part: Part) -> _Prepared:
-        request, path = self._request, self._work / f"{part.graph}.onnx"
-        self._say(f"writing {part.graph} in {part.target.precision}")
+    def _prepare(self, plan: EnginePlan) -> _Prepared:
+        request, path = self._request, self._work / f"{plan.graph}.onnx"
+        self._say(f"writing {plan.graph} in {plan.target.precision}")
         typed = rewrite(
             request.recipe,
-            graph_of(request.bundle, part.graph),
-            request.bundle.graph_file(part.graph),
+            graph_of(request.bundle, plan.graph),
+            request.bundle.graph_file(plan.graph),
             path,
-            runtime=part.target.runtime,
-            ranges=(request.ranges or {}).get(part.graph),
+            runtime=plan.target.runtime,
+            ranges=(request.ranges or {}).get(plan.graph),
         )
         proof = None
-        if request.evidence is not None:
-            self._say(f"proving {part.graph} in {part.target.precision}")
-            proof = request.evidence.prove(part.graph, request.recipe, part.target.runtime, path)
+        if request.calibration is not None:
+            self._say(f"proving {plan.graph} in {plan.target.precision}")
+            proof = request.calibration.prove(plan.graph, request.recipe, plan.target.runtime, path)
         model = onnx.load(path, load_external_data=False)
-        onnx.save(rewritten(request.plugin.copy(model), path), path)
+        onnx.save(rewrite_for_tensorrt(request.plugin.copy(model), path), path)
         return typed, path, proof
 
 
 def check_bindings(typed: Graph, bindings: Mapping[str, str]) -> None:
-    """Raise `EngineError` unless an engine takes and gives what the target's contract says."""
+    """Raise `EngineError` unless an engine's inputs and outputs match the target's contract."""
     names = {"float32": "float", "float16": "half", "bfloat16": "bf16"}
     expected = {tensor.name: tensor.dtype for tensor in (*typed.inputs, *typed.outputs)}
     for name, dtype in expected.items():
@@ -176,14 +182,14 @@ def check_bindings(typed: Graph, bindings: Mapping[str, str]) -> None:
                 got=bindings.get(name, "none"),
             )
     if extra := set(bindings) - set(expected):
-        raise EngineError(f"the engine of {typed.name} has a tensor too many", got=min(extra))
+        raise EngineError(f"the engine of {typed.name} has an extra tensor", got=min(extra))
 
 
-def _graph_report(part: Part, measured: Measured, weights: int) -> GraphReport:
+def _graph_report(plan: EnginePlan, measured: MeasuredBuild, weights: int) -> GraphReport:
     built = measured.built
     return GraphReport(
-        graph=part.graph,
-        key=part.key,
+        graph=plan.graph,
+        key=plan.key,
         layers=dict(built.layers),
         plugin_layers=built.layers.get(PLUGIN_LAYER, 0),
         bindings=dict(built.bindings),
@@ -192,39 +198,39 @@ def _graph_report(part: Part, measured: Measured, weights: int) -> GraphReport:
         seconds=round(measured.seconds, 2),
         peak_bytes=measured.memory.added,
         peak_private_bytes=measured.memory.private_added,
-        profiles={profile.name: profile.record() for profile in part.profiles},
+        profiles={profile.name: profile.record() for profile in plan.profiles},
         warnings=built.warnings,
     )
 
 
-def _reuse(bundle: Bundle, part: Part, folder: Path) -> bool:
-    """Take the engine from the bundle's own target, where the same build put it."""
-    there = bundle.target_folder(part.target.name)
+def _reuse(bundle: Bundle, plan: EnginePlan, folder: Path) -> bool:
+    """Link the engine from the bundle's own target, if it was built under the same key."""
+    there = bundle.target_folder(plan.target.name)
     found = read_report(there)
-    same = [graph for graph in found.graphs if graph.key == part.key] if found else []
+    same = [graph for graph in found.graphs if graph.key == plan.key] if found else []
     if not same:
         return False
     with suppress(BundleError, OSError, KeyError):
         manifest = read_manifest(there / TARGET_MANIFEST, TargetManifest, "mmi build")
-        name = manifest.graphs[part.graph]
+        name = manifest.graphs[plan.graph]
         if sha256_of(there / name) == manifest.files[name].sha256:
-            link_or_copy(there / name, folder / _engine_name(part))
-            write_file(folder / _report_name(part.graph), same[0].model_dump_json(indent=2) + "\n")
+            link_or_copy(there / name, folder / _engine_name(plan))
+            write_file(folder / _report_name(plan.graph), same[0].model_dump_json(indent=2) + "\n")
             return True
     return False
 
 
 def _write(
-    request: Request, target: Target, made: Sequence[tuple[Part, GraphReport]], work: Path
+    request: Request, target: Target, made: Sequence[tuple[EnginePlan, GraphReport]], work: Path
 ) -> TargetReport:
-    """Write the folder of one target: what was made, and beside it the graphs that were not asked
-    for now and are as they would be built."""
+    """Write the folder of one target: the engines of this build, and up-to-date engines of graphs
+    that this build leaves out."""
     stage = work / target.name
-    kept = _keep(request, target, {part.graph for part, _ in made}, stage)
+    kept = _keep(request, target, {plan.graph for plan, _ in made}, stage)
     made = sorted([*made, *kept], key=lambda one: list(request.bundle.graphs).index(one[0].graph))
     shared = ("runtime", "tensorrt", "architecture", "precision", "recipe", "plugin", "flags")
-    recipe = {name: made[0][0].parts[name] for name in shared}
-    recipe |= {f"key.{part.graph}": part.key for part, _ in made}
+    recipe = {name: made[0][0].key_parts[name] for name in shared}
+    recipe |= {f"key.{plan.graph}": plan.key for plan, _ in made}
     report = TargetReport(
         target=target.name,
         runtime=target.runtime,
@@ -237,24 +243,24 @@ def _write(
     )
     activations = request.recipe.activations_on(target.runtime)
     with write_target(request.bundle, target.name, recipe, activations) as writer:
-        for part, _ in made:
-            engine = stage / _engine_name(part)
-            engine.rename(writer.engine_file(part.graph, engine.suffix))
+        for plan, _ in made:
+            engine = stage / _engine_name(plan)
+            engine.rename(writer.engine_file(plan.graph, engine.suffix))
         write_file(writer.folder / REPORT, report.model_dump_json(indent=2) + "\n")
     return report
 
 
 def _keep(
     request: Request, target: Target, made: set[str], stage: Path
-) -> list[tuple[Part, GraphReport]]:
+) -> list[tuple[EnginePlan, GraphReport]]:
     others = tuple(name for name in request.bundle.graphs if name not in made)
     rest = replace(request, targets=(target,), graphs=others, force=False)
     kept = []
-    for part in parts_of(rest):
-        if _reuse(request.bundle, part, stage):
-            path = stage / _report_name(part.graph)
+    for plan in plan_engines(rest):
+        if _reuse(request.bundle, plan, stage):
+            path = stage / _report_name(plan.graph)
             report = GraphReport.model_validate_json(path.read_bytes())
-            kept.append((part, report.model_copy(update={"cached": True})))
+            kept.append((plan, report.model_copy(update={"cached": True})))
     return kept
 
 
@@ -268,5 +274,5 @@ def _remove(source: Path) -> None:
             path.unlink()
 
 
-def _engine_name(part: Part) -> str:
-    return f"{part.graph}{BACKENDS[part.target.runtime].engine_suffix}"
+def _engine_name(plan: EnginePlan) -> str:
+    return f"{plan.graph}{BACKENDS[plan.target.runtime].engine_suffix}"

@@ -1,8 +1,8 @@
-"""From an ONNX file to an engine: one builder for TensorRT and TensorRT-RTX, which differ in how
-they are told the architecture and in nothing else here.
+"""Build a TensorRT or TensorRT-RTX engine from an ONNX file.
 
-Networks are strongly typed: precision is what the file says. Weights are never read into Python:
-the parser maps the file beside the graph, and the engine leaves in pieces while it is written.
+Both use one code path; they differ in how the architecture is set. Networks are strongly typed: the
+file decides the precision. Weights are never read into Python: the parser maps the file beside the
+graph, and the engine is streamed to disk while it is serialised.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS
 from mmi_deploy.system.progress import Cancelled, Progress
 from mmi_deploy.targets.profiles import Profile
 
-DROPPED = "Unused Input"
-"""What TensorRT's parser logs when it leaves out an input that it does not know how to use: the
-engine would compute something else, and say nothing."""
+# Logged by TensorRT's parser when it drops an input of a node that it does not support. The engine
+# would silently compute something else.
+UNUSED_INPUT = "Unused Input"
 
 _FIRST_ERRORS = 3
 _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
@@ -33,12 +33,13 @@ _CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJ
 
 @dataclass(frozen=True)
 class Plugin:
-    """The MMFS plugin, as the command passes it in: this package knows no plugin sources.
+    """The MMFS plugin, passed in by the command: this package does not depend on the plugins'.
 
-    `import_tensorrt(module name)`: the module, ready to parse plugins. `load(module)`: registers
-    the plugin; the result has `last_report()`. `copy(model)`: TensorRT's own copy of a graph.
-    `check(network, model)`: raises unless every MMFS node became a plugin layer. All can be
-    pickled. `identity` names its bytes. `build_only`: engines built with it cannot run.
+    `import_tensorrt(module name)`: import the module, ready to parse plugins. `load(module)`:
+    register the plugin; the result has `last_report()` and `unregister()`. `copy(model)`:
+    TensorRT's own copy of a graph. `check(network, model)`: raise unless every MMFS node became a
+    plugin layer. All can be pickled. `identity`: hash of its bytes. `build_only`: engines built
+    with it cannot run.
     """
 
     identity: str
@@ -63,9 +64,9 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Built:
-    """What came out: layers of the parsed network by type, inputs and outputs by name with type,
-    bytes of the engine, and what the builder warned of."""
+class BuildResult:
+    """Result of a build. layers: count by type in the parsed network. bindings: inputs and outputs,
+    name -> type. warnings: lines of the builder's log."""
 
     layers: Mapping[str, int]
     bindings: Mapping[str, str]
@@ -85,19 +86,19 @@ class Log:
         line = " ".join(line.split())
         if severity in ("ERROR", "INTERNAL_ERROR"):
             self.errors.append(line)
-        elif severity == "WARNING" or DROPPED in line:
+        elif severity == "WARNING" or UNUSED_INPUT in line:
             self.warnings.append(line)
 
     def dropped(self) -> str | None:
-        """The first line that says that an input was left out."""
-        return next((line for line in [*self.errors, *self.warnings] if DROPPED in line), None)
+        """First log line about a dropped input, or None."""
+        return next((line for line in [*self.errors, *self.warnings] if UNUSED_INPUT in line), None)
 
 
 def open_tensorrt(plugin: Plugin, runtime: str, architecture: str) -> Any:
-    """The module of `runtime`, of a version that will do, which builds for `architecture`.
+    """Import the TensorRT module of `runtime` and check that it builds for `architecture`.
 
     Raises `EngineError` where it is not installed or too old, `ConfigError` where it cannot build
-    for that architecture here.
+    for that architecture on this machine.
     """
     trt = plugin.import_tensorrt(BACKENDS[runtime].module)
     check_version(runtime, trt.__version__)
@@ -106,7 +107,7 @@ def open_tensorrt(plugin: Plugin, runtime: str, architecture: str) -> Any:
 
 
 def check_version(runtime: str, version: str) -> None:
-    """Raise `EngineError` for a TensorRT that is too old for our graphs."""
+    """Raise `EngineError` for a TensorRT version that is too old for the graphs."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
     backend = BACKENDS[runtime]
     if numbers < backend.minimum_version:
@@ -147,12 +148,12 @@ def check_architecture(trt: Any, runtime: str, architecture: str) -> None:
 
 
 def rtx_architectures(trt: Any) -> list[str]:
-    """Those of `ARCHITECTURES` that this TensorRT-RTX compiles for."""
+    """Architectures of `ARCHITECTURES` that this TensorRT-RTX compiles for."""
     return [name for name in ARCHITECTURES if hasattr(trt.ComputeCapability, name.upper())]
 
 
 def device_architecture() -> str | None:
-    """`sm89` for the first GPU of this machine, or None without one."""
+    """Architecture of the first GPU of this machine, such as `sm89`, or None without a GPU."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -166,10 +167,10 @@ def device_architecture() -> str | None:
     return f"sm{numbers[0].value}{numbers[1].value}"
 
 
-def build_engine(trt: Any, job: Job, progress: Progress) -> Built:
-    """Parse `job.source`, check what the parser made of it, and write `job.engine`.
+def build_engine(trt: Any, job: Job, progress: Progress) -> BuildResult:
+    """Parse `job.source`, check the parsed network, and write `job.engine`.
 
-    Raises `EngineError` for whatever TensorRT refuses, with its own words and the node, and
+    Raises `EngineError` with TensorRT's message and the node where parsing or building fails, and
     `OSError` where the engine cannot be written.
     """
     model = onnx.load(job.source, load_external_data=False)
@@ -182,7 +183,7 @@ def build_engine(trt: Any, job: Job, progress: Progress) -> Built:
         if not parser.parse_from_file(str(job.source)):
             raise _parse_error(job, parser, registered)
         if line := log.dropped():
-            raise EngineError(f"TensorRT left out an input of {job.graph}: {line}")
+            raise EngineError(f"TensorRT dropped an input of {job.graph}: {line}")
         job.plugin.check(network, model)
         check_samples(trt, network, model)
         config = _config(trt, builder, job)
@@ -194,7 +195,7 @@ def build_engine(trt: Any, job: Job, progress: Progress) -> Built:
             raise writer.failure
         if not done or not writer.written:
             raise _build_error(job, log, registered)
-        return Built(
+        return BuildResult(
             layers=layers_of(network),
             bindings=_bindings(network),
             engine_bytes=writer.written,
@@ -211,9 +212,8 @@ _PADDING = {"zeros": "FILL", "border": "CLAMP", "reflection": "REFLECT"}
 
 
 def check_samples(trt: Any, network: Any, model: onnx.ModelProto) -> None:
-    """Raise `EngineError` unless `network`, parsed from `model`, samples as its GridSample nodes
-    say: TensorRT's parser up to 11.1 takes a mode that it does not know for nearest, and says
-    nothing."""
+    """Raise `EngineError` unless the GRID_SAMPLE layers of `network` match the GridSample nodes of
+    `model`. TensorRT's parser up to 11.1 silently reads a mode that it does not know as nearest."""
     expected = Counter(_sampling(node) for node in model.graph.node if node.op_type == "GridSample")
     found: Counter[tuple[str, str, bool]] = Counter()
     for index in range(network.num_layers):
@@ -225,37 +225,39 @@ def check_samples(trt: Any, network: Any, model: onnx.ModelProto) -> None:
     if found != expected:
         raise EngineError(
             "TensorRT misreads GridSample",
-            expected=_told(expected),
-            got=_told(found),
+            expected=_format_counts(expected),
+            got=_format_counts(found),
             fix="build with another TensorRT, and report its version",
         )
 
 
 def _sampling(node: onnx.NodeProto) -> tuple[str, str, bool]:
-    """A GridSample node in TensorRT's words: interpolation, what is beyond the border, corners."""
+    """(interpolation mode, sample mode, align_corners) of a GridSample node, named as in
+    TensorRT."""
     given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     mode = given.get("mode", b"linear").decode()
     padding = given.get("padding_mode", b"zeros").decode()
     return _MODES[mode], _PADDING[padding], bool(given.get("align_corners", 0))
 
 
-def _told(kinds: Mapping[tuple[str, str, bool], int]) -> str:
-    """Counted kinds of sampling for an error."""
-    told = (
+def _format_counts(kinds: Mapping[tuple[str, str, bool], int]) -> str:
+    """Format counted GRID_SAMPLE layers for an error message."""
+    parts = (
         f"{count} {mode} {padding}{' align_corners' * corners}"
         for (mode, padding, corners), count in sorted(kinds.items())
     )
-    return ", ".join(told) or "no GRID_SAMPLE layer"
+    return ", ".join(parts) or "no GRID_SAMPLE layer"
 
 
 def strongly_typed(trt: Any) -> int:
-    """The network flags; TensorRT 11 knows no other networks and may drop the flag."""
+    """Network creation flags. In TensorRT 11 all networks are strongly typed; the flag may be
+    gone."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 def layers_of(network: Any) -> dict[str, int]:
-    """How many layers of each type."""
+    """Count of layers by type, most frequent first."""
     counts = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
     return dict(counts.most_common())
 
@@ -335,7 +337,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self.steps[phase] = steps
-            with suppress(Cancelled):  # the next step stops the build
+            with suppress(Cancelled):  # only step_complete can stop TensorRT
                 progress(phase, 0, steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
@@ -352,7 +354,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _writer(trt: Any, path: Path) -> Any:
-    """Writes the engine as it comes; what goes wrong is kept, for TensorRT swallows it."""
+    """Stream writer of the engine. Keeps the failure, since TensorRT discards exceptions."""
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:

@@ -1,5 +1,8 @@
-"""What a build would do, before it does it: one part per graph and target, with the key of its
-engine, its profiles, and what memory and disk it takes. Refuses what cannot be done."""
+"""Plan a TensorRT build: one engine per graph and target, with cache key, profiles, memory and
+disk.
+
+Invalid requests are refused here, before anything is built.
+"""
 
 from __future__ import annotations
 
@@ -22,34 +25,36 @@ from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import size
 from mmi_deploy.system.memory import free_memory
 from mmi_deploy.targets.cache import EngineCache, key_of
-from mmi_deploy.targets.calibration import Evidence, islands_key
+from mmi_deploy.targets.calibration import Calibration, islands_key
 from mmi_deploy.targets.precision import Ranges, Recipe
 from mmi_deploy.targets.precision.recipes import BITS, quantised_bytes
 from mmi_deploy.targets.profiles import Profile, profiles
 from mmi_deploy.targets.tensorrt_build import Plugin
 
+# Peak memory of a build as a multiple of its weights, on top of `MEMORY_BASE`. TensorRT copies the
+# weights once, those of convolutions twice.
 MEMORY_FACTOR = 2.0
-"""Memory of a build over the bytes of its weights, beyond `MEMORY_BASE`: TensorRT copies them once,
-and those of convolutions twice."""
 
+# `MEMORY_FACTOR` of the language model, which has no convolutions.
 LLM_FACTOR = 1.5
-"""The same for the language model, which has no convolutions."""
 
+# Bytes that TensorRT takes for a graph without weights: libraries and compiler.
 MEMORY_BASE = 700 * 10**6
-"""Bytes that TensorRT takes for a graph without weights: its libraries and its compiler."""
 
-KERNELS = 20 * 10**6
-"""Bytes of an engine beyond its weights, about: compiled kernels, which depend on the layers."""
+# Approximate bytes of an engine beyond its weights: compiled kernels, which depend on the layers.
+KERNEL_BYTES = 20 * 10**6
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to build: targets of one runtime and precision, graphs by name, and the limits to which
-    their profiles are narrowed (None: the bundle's). ranges: graph -> what the range check saw,
-    also of other graphs whose engines may be kept. evidence: what proves the rewritten graphs, None
-    to build without."""
+    """A build request: targets of one runtime and precision, and graphs by name.
+
+    limits: narrow the profiles to these, None for the bundle's. ranges: activation ranges by graph,
+    also of graphs whose engines may be kept. calibration: data to compare rewritten graphs on, None
+    to build without a comparison.
+    """
 
     bundle: Bundle
     targets: tuple[Target, ...]
@@ -59,24 +64,24 @@ class Request:
     tensorrt: str
     limits: Limits | None = None
     ranges: Mapping[str, Ranges | None] | None = None
-    evidence: Evidence | None = None
+    calibration: Calibration | None = None
     force: bool = False
 
 
 @dataclass(frozen=True)
-class Part:
-    """One engine. parts: of its cache key. weights: bytes in the target's types. memory, disk: what
-    a build takes, in bytes: about, rather more."""
+class EnginePlan:
+    """One engine to build. weights: bytes in the target's types. memory, disk: upper estimates of
+    what the build takes, in bytes."""
 
     target: Target
     graph: str
     profiles: tuple[Profile, ...]
-    parts: dict[str, str]
+    key_parts: dict[str, str]
     weights: int
 
     @property
     def key(self) -> str:
-        return key_of(self.parts)
+        return key_of(self.key_parts)
 
     @property
     def memory(self) -> int:
@@ -85,28 +90,28 @@ class Part:
 
     @property
     def disk(self) -> int:
-        """The rewritten weights and the engine, which the cache and the target share."""
-        return 2 * self.weights + KERNELS
+        """The rewritten weights, and the engine; the cache and the target share one file."""
+        return 2 * self.weights + KERNEL_BYTES
 
 
-def parts_of(request: Request) -> list[Part]:
-    """The parts of `request`, graph by graph. Raises `ConfigError` for graphs or limits that the
-    bundle does not have."""
+def plan_engines(request: Request) -> list[EnginePlan]:
+    """Plan every engine of `request`, graph by graph. Raises `ConfigError` for graphs or limits
+    that the bundle does not have."""
     if request.limits is not None:
         check_limits(request.bundle, request.limits)
-    parts = []
+    plans = []
     for name in request.graphs:
         graph = graph_of(request.bundle, name)
         weights = weights_of(request.bundle, request.recipe, name)
         shapes = profiles(graph, request.limits)
         for target in request.targets:
             keyed = key_parts(request, target, graph, shapes)
-            parts.append(Part(target, name, shapes, keyed, weights))
-    return parts
+            plans.append(EnginePlan(target, name, shapes, keyed, weights))
+    return plans
 
 
 def graph_of(bundle: Bundle, name: str) -> Graph:
-    """The contract of one graph; raises `ConfigError` that lists those there are."""
+    """Contract of the graph called `name`. Raises `ConfigError` that lists the graphs."""
     if name not in bundle.graphs:
         raise ConfigError(f"there is no graph {name!r}", expected=", ".join(bundle.graphs))
     return bundle.graphs[name]
@@ -115,7 +120,7 @@ def graph_of(bundle: Bundle, name: str) -> Graph:
 def key_parts(
     request: Request, target: Target, graph: Graph, shapes: Sequence[Profile]
 ) -> dict[str, str]:
-    """All that an engine depends on, by name."""
+    """Everything that an engine depends on, by name; hashed into its cache key."""
     files = request.bundle.manifest.graph_files(graph.name)
     ranges = (request.ranges or {}).get(graph.name)
     return {
@@ -128,7 +133,7 @@ def key_parts(
         "precision": target.precision,
         "recipe": _digest(repr(request.recipe)),
         "islands": islands_key(ranges, request.recipe),
-        "proved": "yes" if request.evidence else "no",
+        "proved": "yes" if request.calibration else "no",
         "plugin": request.plugin.identity,
         "profiles": json.dumps({shape.name: shape.record() for shape in shapes}),
         "flags": ",".join(BACKENDS[target.runtime].builder_flags),
@@ -137,7 +142,7 @@ def key_parts(
 
 
 def builder_digest() -> str:
-    """Hash of the sources that rewrite and build: other code may make other engines."""
+    """Hash of the source files that rewrite and build, since a code change may change engines."""
     folder = Path(__file__).parent
     sources = [
         folder / "tensorrt_build.py",
@@ -152,9 +157,11 @@ def _digest(text: str) -> str:
 
 
 def weights_of(bundle: Bundle, recipe: Recipe, name: str) -> int:
-    """Bytes of a graph's weights in the target's types, scales included, from its file without
-    them: about, for what a recipe keeps in float32 is small. Tables that are looked up are in the
-    type of activations."""
+    """Approximate bytes of a graph's weights in the target's types, scales included.
+
+    The weights are not read. The few that a recipe keeps in float32 are counted in the type of
+    activations, as are embedding tables (inputs of Gather).
+    """
     graph = onnx.load(bundle.graph_file(name), load_external_data=False).graph
     bits, schemes = BITS[recipe.activations], recipe.weights.get(name)
     tables = {node.input[0] for node in graph.node if node.op_type == "Gather"}
@@ -175,7 +182,7 @@ def weights_of(bundle: Bundle, recipe: Recipe, name: str) -> int:
 
 
 def weight_bytes(graph_file: Path) -> int:
-    """Bytes of the weights of an ONNX file, wherever they lie."""
+    """Bytes of the weights of an ONNX file, inline and external."""
     model = onnx.load(graph_file, load_external_data=False)
     total = 0
     for tensor in model.graph.initializer:
@@ -185,11 +192,11 @@ def weight_bytes(graph_file: Path) -> int:
     return total
 
 
-def check_room(parts: Sequence[Part], bundle: Bundle, cache: EngineCache) -> None:
-    """Raise `EngineError` where memory or disk are too small for what is to be built."""
-    if not parts:
+def check_resources(plans: Sequence[EnginePlan], bundle: Bundle, cache: EngineCache) -> None:
+    """Raise `EngineError` where memory or disk space is too small for the build."""
+    if not plans:
         return
-    largest = max(parts, key=lambda part: part.memory)
+    largest = max(plans, key=lambda plan: plan.memory)
     free = free_memory()
     if largest.memory > free:
         raise EngineError(
@@ -199,12 +206,12 @@ def check_room(parts: Sequence[Part], bundle: Bundle, cache: EngineCache) -> Non
             fix="Close other programs, add swap, build the smaller graphs here with --graph, "
             "or try all the same with --force",
         )
-    needed = max(part.disk for part in parts) + sum(part.weights + KERNELS for part in parts)
+    needed = max(plan.disk for plan in plans) + sum(plan.weights + KERNEL_BYTES for plan in plans)
     for folder in (bundle.folder, cache.folder):
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
         if (room := shutil.disk_usage(there).free) < needed:
             raise EngineError(
-                f"too little room on the disk of {there}",
+                f"too little space on the disk of {there}",
                 expected=f"about {size(needed)} free",
                 got=size(room),
                 fix="Free some space, or try all the same with --force",

@@ -1,8 +1,8 @@
-"""Each engine is built in a process of its own.
+"""Build each engine in a child process.
 
-So its memory goes back when it is done and can be measured, TensorRT's aborts and the kernel's
-killing become errors in one line, and Ctrl-C ends a build at once: TensorRT itself asks only
-between its steps.
+The child's memory is measured and returned when the build ends. An abort in TensorRT or a kill by
+the OOM killer becomes a one-line error. Ctrl-C ends a build at once, while TensorRT itself can only
+be cancelled between its steps.
 """
 
 from __future__ import annotations
@@ -26,27 +26,30 @@ import psutil
 
 from mmi_deploy.errors import EngineError, MmiError
 from mmi_deploy.system.progress import Cancelled, Progress, Unit
-from mmi_deploy.targets.tensorrt_build import Built, Job, build_engine, open_tensorrt
+from mmi_deploy.targets.tensorrt_build import BuildResult, Job, build_engine, open_tensorrt
 
-_EVERY = 0.02  # seconds between two looks at the memory
-_TELL_EVERY = 0.1  # seconds between two lines of progress
-_GIVE_BACK_EVERY = 0.1  # seconds between two times that read weights are given back
+# Seconds between two events.
+_MEMORY_INTERVAL = 0.02
+_PROGRESS_INTERVAL = 0.1
+_RELEASE_INTERVAL = 0.1
+
+# Constants of <sys/prctl.h> and <sys/mman.h>.
 _PR_SET_PDEATHSIG = 1
 _MADV_DONTNEED = 4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process: before the graph was parsed, and at most. `private` leaves out what is
-    mapped from files (the weights), which the kernel drops when it needs room."""
+    """Resident memory of a process in bytes: before the graph was parsed, and the peak. `private`
+    excludes file mappings (the weights), which the kernel can drop under memory pressure."""
 
     before: int = 0
     private_before: int = 0
     peak: int = 0
     private_peak: int = 0
 
-    def seen(self, resident: int, shared: int) -> Memory:
-        """With one more look."""
+    def updated(self, resident: int, shared: int) -> Memory:
+        """Add one sample of resident and shared bytes."""
         return Memory(
             self.before,
             self.private_before,
@@ -56,27 +59,29 @@ class Memory:
 
     @property
     def added(self) -> int:
-        """What the build itself took at most, mapped weights included."""
+        """Peak bytes of the build itself, mapped weights included."""
         return max(0, self.peak - self.before)
 
     @property
     def private_added(self) -> int:
-        """What the build itself took at most and could not be taken back."""
+        """Peak bytes of the build itself, file mappings excluded."""
         return max(0, self.private_peak - self.private_before)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A finished build, how long it took in seconds, and its memory."""
+class MeasuredBuild:
+    """A finished build with its duration in seconds and its memory."""
 
-    built: Built
+    built: BuildResult
     seconds: float
     memory: Memory
 
 
-def build_in_process(job: Job, progress: Progress) -> Measured:
-    """Build `job` in a new process. Raises what `build_engine` raises, and `EngineError` when the
-    process is killed. Whatever goes wrong, the process is gone when this returns."""
+def build_in_process(job: Job, progress: Progress) -> MeasuredBuild:
+    """Build `job` in a child process, which has always ended when this returns.
+
+    Raises what `build_engine` raises, and `EngineError` when the process is killed.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(job, sender), daemon=True)
@@ -87,22 +92,24 @@ def build_in_process(job: Job, progress: Progress) -> Measured:
         built, memory = _follow(process, receiver, progress)
     except EOFError:
         process.join()
-        raise _died(job, process.exitcode) from None
+        raise _exit_error(job, process.exitcode) from None
     finally:
         process.kill()
         process.join()
         receiver.close()
-    return Measured(built, time.monotonic() - started, memory)
+    return MeasuredBuild(built, time.monotonic() - started, memory)
 
 
-def _follow(process: BaseProcess, receiver: Connection, progress: Progress) -> tuple[Built, Memory]:
+def _follow(
+    process: BaseProcess, receiver: Connection, progress: Progress
+) -> tuple[BuildResult, Memory]:
     memory = Memory()
     observed = psutil.Process(process.pid)
     while True:
         with suppress(psutil.Error):
             info = observed.memory_info()
-            memory = memory.seen(info.rss, getattr(info, "shared", 0))
-        if not receiver.poll(_EVERY):
+            memory = memory.updated(info.rss, getattr(info, "shared", 0))
+        if not receiver.poll(_MEMORY_INTERVAL):
             continue
         kind, value = receiver.recv()
         if kind == "progress":
@@ -117,7 +124,7 @@ def _follow(process: BaseProcess, receiver: Connection, progress: Progress) -> t
             raise value
 
 
-def _died(job: Job, code: int | None) -> EngineError:
+def _exit_error(job: Job, code: int | None) -> EngineError:
     what = f"the build of {job.graph} for {job.architecture}"
     if code == -signal.SIGKILL:
         return EngineError(
@@ -130,15 +137,15 @@ def _died(job: Job, code: int | None) -> EngineError:
 
 
 def _child(job: Job, sender: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent kills the child
     _die_with_parent()
-    os.dup2(2, 1)  # whatever libraries print must not mix with the results on stdout
+    os.dup2(2, 1)  # output of libraries must not mix with results on stdout
     try:
         trt = open_tensorrt(job.plugin, job.runtime, job.architecture)
         info = psutil.Process().memory_info()
         sender.send(("ready", (info.rss, getattr(info, "shared", 0))))
-        with _weights_given_back(job.source.parent):
-            built = build_engine(trt, job, _Teller(sender))
+        with _mapped_weights_released(job.source.parent):
+            built = build_engine(trt, job, _ProgressSender(sender))
         sender.send(("built", built))
     except (MmiError, OSError) as error:
         sender.send(("failed", error))
@@ -147,17 +154,19 @@ def _child(job: Job, sender: Connection) -> None:
 
 
 @contextmanager
-def _weights_given_back(folder: Path) -> Iterator[None]:
-    """TensorRT maps the weights beside a graph and copies them; what it has read of the map is
-    given back while it works, so that the process holds them once (Linux).
+def _mapped_weights_released(folder: Path) -> Iterator[None]:
+    """Drop the pages of the weight files below `folder` from memory while TensorRT copies them.
 
-    Only read-only maps are touched, whose pages the system reads again when they are wanted.
+    TensorRT maps the weights and copies them, so without this the process holds them twice. Only
+    read-only mappings are released: the kernel reads their pages again on access. Linux only.
     """
     if sys.platform != "linux":
         yield
         return
     done = threading.Event()
-    thread = threading.Thread(target=_give_back, args=(str(folder.resolve()), done), daemon=True)
+    thread = threading.Thread(
+        target=_release_mapped_weights, args=(str(folder.resolve()), done), daemon=True
+    )
     thread.start()
     try:
         yield
@@ -166,9 +175,9 @@ def _weights_given_back(folder: Path) -> Iterator[None]:
         thread.join()
 
 
-def _give_back(folder: str, done: threading.Event) -> None:
+def _release_mapped_weights(folder: str, done: threading.Event) -> None:
     libc: Any = ctypes.CDLL(None)
-    while not done.wait(_GIVE_BACK_EVERY):
+    while not done.wait(_RELEASE_INTERVAL):
         for line in Path("/proc/self/maps").read_text().splitlines():
             fields = line.split(maxsplit=5)
             if len(fields) == 6 and fields[1] == "r--p" and fields[5].startswith(f"{folder}/"):
@@ -176,8 +185,8 @@ def _give_back(folder: str, done: threading.Event) -> None:
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
-class _Teller:
-    """Passes progress on, not more often than anyone can read; stops when nobody listens."""
+class _ProgressSender:
+    """Sends progress to the parent, rate-limited. Raises `Cancelled` when the parent is gone."""
 
     def __init__(self, sender: Connection) -> None:
         self._sender, self._last = sender, 0.0
@@ -186,7 +195,7 @@ class _Teller:
         self, what: str, done: int = 0, total: int = 0, *, detail: str = "", unit: Unit = "steps"
     ) -> None:
         now = time.monotonic()
-        if now - self._last < _TELL_EVERY:
+        if now - self._last < _PROGRESS_INTERVAL:
             return
         self._last = now
         try:
@@ -196,7 +205,7 @@ class _Teller:
 
 
 def _die_with_parent() -> None:
-    """A parent that is killed takes the build with it (Linux; elsewhere the next step does)."""
+    """Kill this process when its parent dies (Linux; elsewhere the next progress call stops it)."""
     if sys.platform == "linux":
         libc: Any = ctypes.CDLL(None)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

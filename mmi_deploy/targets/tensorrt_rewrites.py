@@ -1,6 +1,8 @@
-"""What TensorRT's compiler cannot do, does wrongly or does at a price, said in what it can: one
-named rewrite for each, exact, and done on TensorRT's own copy of a graph alone. Weights are moved,
-never computed."""
+"""ONNX rewrites that work around TensorRT's limits.
+
+One function per limit. Each rewrite is exact and changes only TensorRT's own copy of a graph.
+Weights are copied, never computed.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,18 @@ from mmi_deploy.errors import BundleError
 
 BFLOAT16 = TensorProto.BFLOAT16
 
+# Suffix of the file with concatenated weights.
 SIBLINGS = ".siblings"
-"""Suffix of the file with weights that were put together."""
 
-LARGE = 2**20
-"""Bytes of a weight that is worth it."""
+# Smaller weights are not merged.
+MIN_SIBLING_BYTES = 2**20
 
-_CHUNK = 2**24
+_CHUNK_BYTES = 2**24
 
 
-def rewritten(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """A copy of `model`, which is or will be the file `path`, after all rewrites. What they write
-    lies beside it."""
+def rewrite_for_tensorrt(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """Copy `model` and apply all rewrites. path: the ONNX file of `model`; weights are written
+    beside it."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for rewrite in REWRITES:
@@ -39,8 +41,11 @@ def rewritten(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
 
 def deconvolution_in_float32(model: onnx.ModelProto, path: Path) -> None:
-    """ConvTranspose between casts where it would be in bfloat16: TensorRT-RTX 1.7 knows it in
-    float16 and float32 only ("Could not infer output types for operation: deconv")."""
+    """Compute bfloat16 ConvTranspose in float32, between casts.
+
+    TensorRT-RTX 1.7 supports ConvTranspose in float16 and float32 only ("Could not infer output
+    types for operation: deconv").
+    """
     bfloat16 = _bfloat16_values(model)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -57,12 +62,13 @@ def deconvolution_in_float32(model: onnx.ModelProto, path: Path) -> None:
     model.graph.node.extend(nodes)
 
 
-def samples_by_gathers(model: onnx.ModelProto, path: Path) -> None:
-    """Bilinear GridSample as a gather of the four corners: TensorRT up to 11.1 reads the mode
-    `linear`, its name from opset 20 on, as nearest, and takes strongly typed nodes wrongly.
+def grid_sample_by_gathers(model: onnx.ModelProto, path: Path) -> None:
+    """Replace bilinear GridSample by a gather of the four corners.
 
-    Locations and weights are float32, whatever the types of the node. Raises `BundleError` for a
-    bilinear node whose sizes are not known, or that repeats or mirrors the border.
+    TensorRT up to 11.1 reads the mode `linear`, its name from opset 20 on, as nearest, and misreads
+    strongly typed nodes. Locations and weights are float32, whatever the types of the node. Raises
+    `BundleError` for a bilinear node whose sizes are not known, or whose padding mode is not
+    `zeros`.
     """
     if not any(_is_bilinear(node) for node in model.graph.node):
         return
@@ -88,7 +94,8 @@ def _four_corners(
     types: Mapping[str, int],
     stored: dict[str, TensorProto],
 ) -> list[onnx.NodeProto]:
-    """Image [n, c, h, w] and grid [n, p, q, 2], as x and y from -1 to 1, to [n, c, p, q]."""
+    """Image [b, c, height, width] and grid [b, rows, columns, 2], as x and y from -1 to 1, to
+    [b, c, rows, columns]. In shape comments `points` is rows * columns."""
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     (image, grid), (result,) = node.input, node.output
     _, channels, height, width = [*shapes.get(image, ()), *[None] * 4][:4]
@@ -100,7 +107,7 @@ def _four_corners(
     ):
         raise BundleError(
             f"GridSample {node.name} cannot be computed by gathers, and TensorRT misreads it",
-            expected="zeros beyond the border, and known channels, sides and points",
+            expected="padding mode zeros, and a known number of channels, height, width and points",
             got=f"{given.get('padding_mode', b'zeros').decode()}, image {shapes.get(image)}, "
             f"grid {shapes.get(grid)}",
         )
@@ -129,21 +136,23 @@ def _four_corners(
         return value if known else op("Cast", value, to=TensorProto.FLOAT)
 
     scaled = op("Mul", in_float32(grid, grid), constant(half))
-    at = op("Unsqueeze", op("Add", scaled, constant(last / 2)), integers(3))  # [n, p, q, 1, 2]
+    at = op(
+        "Unsqueeze", op("Add", scaled, constant(last / 2)), integers(3)
+    )  # [b, rows, columns, 1, 2]
     low = op("Floor", at)
     share = op("Abs", op("Sub", constant(1 - corners), op("Sub", at, low)))
-    cell = op("Add", low, constant(corners))  # [n, p, q, 4, 2]
+    cell = op("Add", low, constant(corners))  # [b, rows, columns, 4, 2]
     nearest = op("Min", op("Max", cell, constant(np.zeros(2, np.float32))), constant(last))
     inside = op("Cast", op("Equal", cell, nearest), to=TensorProto.FLOAT)
     axis = integers(-1)
-    weight = op("ReduceProd", op("Mul", share, inside), axis, keepdims=0)  # [n, p, q, 4]
+    weight = op("ReduceProd", op("Mul", share, inside), axis, keepdims=0)  # [b, rows, columns, 4]
     stride = constant(np.array([1, width], np.float32))
     number = op("ReduceSum", op("Mul", nearest, stride), axis, keepdims=0)
     column = integers(0, -1, 1)
-    index = op("Reshape", op("Cast", number, to=TensorProto.INT64), column)  # [n, p*q*4, 1]
+    index = op("Reshape", op("Cast", number, to=TensorProto.INT64), column)  # [b, points * 4, 1]
     flat = op("Reshape", image, integers(0, channels, height * width))
-    cells = op("Transpose", flat, perm=[0, 2, 1])  # [n, h*w, c]
-    found = in_float32(op("GatherND", cells, index, batch_dims=1), image)  # [n, p*q*4, c]
+    cells = op("Transpose", flat, perm=[0, 2, 1])  # [b, height * width, c]
+    found = in_float32(op("GatherND", cells, index, batch_dims=1), image)  # [b, points * 4, c]
     weighted = op("Mul", found, op("Reshape", weight, column))
     apart = op("Reshape", weighted, integers(0, -1, 4, channels))
     samples = op("Transpose", op("ReduceSum", apart, integers(2), keepdims=0), perm=[0, 2, 1])
@@ -163,14 +172,15 @@ class _Product:
     weight: TensorProto
 
 
-def siblings_in_one_product(model: onnx.ModelProto, path: Path) -> None:
-    """Products of one tensor with large weights of one shape (query, key and value; gate and up)
-    become one product with the weights one after another, and views of its result.
+def merge_sibling_products(model: onnx.ModelProto, path: Path) -> None:
+    """Merge products of one tensor with large weights of one shape (query, key, value; gate, up).
 
-    TensorRT does so itself, but holds the weights once more for it while it builds: two thirds of a
-    LLaMA. The results lie on an axis of their own, since it takes a plain Split apart again.
+    The weights are concatenated; the results are slices of the merged product. TensorRT fuses such
+    products itself, but then holds their weights twice during the build: two thirds of a LLaMA. The
+    results are gathered from an axis of their own, since TensorRT splits the product at a plain
+    Split.
     """
-    groups = _siblings(model)
+    groups = _sibling_groups(model)
     ranks = _ranks(model) if groups else {}
     groups = [products for products in groups if products[0].node.input[0] in ranks]
     if not groups:
@@ -181,8 +191,8 @@ def siblings_in_one_product(model: onnx.ModelProto, path: Path) -> None:
     with path.with_suffix(SIBLINGS).open("wb") as file:
         for products in groups:
             weights = [product.weight for product in products]
-            merged = _stacked(weights, path, file)
-            made[id(products[0].node)] = _one_product(products, merged.name, ranks)
+            merged = _concatenated(weights, path, file)
+            made[id(products[0].node)] = _merged_product(products, merged.name, ranks)
             dropped |= {id(node) for one in products for node in (one.node, one.transpose)}
             for weight in weights:
                 del stored[weight.name]
@@ -201,13 +211,13 @@ def siblings_in_one_product(model: onnx.ModelProto, path: Path) -> None:
     model.graph.initializer.extend(initialisers)
 
 
-def _siblings(model: onnx.ModelProto) -> list[list[_Product]]:
+def _sibling_groups(model: onnx.ModelProto) -> list[list[_Product]]:
     weights = {
         tensor.name: tensor
         for tensor in model.graph.initializer
         if tensor.data_location == TensorProto.EXTERNAL
         and len(tensor.dims) == 2
-        and _length(tensor) >= LARGE
+        and _length(tensor) >= MIN_SIBLING_BYTES
     }
     uses = Counter(name for node in model.graph.node for name in node.input)
     transposes = {
@@ -226,7 +236,7 @@ def _siblings(model: onnx.ModelProto) -> list[list[_Product]]:
     return [products for products in groups.values() if len(products) > 1]
 
 
-def _one_product(
+def _merged_product(
     products: list[_Product], weight: str, ranks: dict[str, int]
 ) -> list[onnx.NodeProto]:
     source, rank = products[0].node.input[0], ranks[products[0].node.input[0]]
@@ -246,9 +256,11 @@ def _one_product(
 
 
 def _index_constants(count: int, out: int, rank: int, stored: dict[str, TensorProto]) -> None:
-    """Small initialisers that `_one_product` names."""
+    """Add the small initialisers that `_merged_product` refers to."""
     name = _shape_name(count, out, rank)
-    shape = np.array([0] * (rank - 1) + [count, out], np.int64)  # 0: as it was
+    shape = np.array(
+        [0] * (rank - 1) + [count, out], np.int64
+    )  # Reshape copies a dimension given as 0
     stored[name] = numpy_helper.from_array(shape, name)
     for index in range(count):
         name = f"siblings.index.{index}"
@@ -259,12 +271,12 @@ def _shape_name(count: int, out: int, rank: int) -> str:
     return f"siblings.shape.{rank}.{count}.{out}"
 
 
-def _stacked(weights: list[TensorProto], path: Path, file: BinaryIO) -> TensorProto:
-    """One initialiser of all rows of `weights`; their bytes are copied into `file`, piece by
-    piece."""
+def _concatenated(weights: list[TensorProto], path: Path, file: BinaryIO) -> TensorProto:
+    """Concatenate the rows of `weights` into one initialiser, copying their bytes to `file` in
+    chunks."""
     start = file.tell()
     for weight in weights:
-        for piece in _pieces(weight, path.parent):
+        for piece in _file_chunks(weight, path.parent):
             file.write(piece)
     rows, columns = weights[0].dims
     merged = TensorProto(
@@ -279,13 +291,13 @@ def _stacked(weights: list[TensorProto], path: Path, file: BinaryIO) -> TensorPr
     return merged
 
 
-def _pieces(weight: TensorProto, folder: Path) -> Iterator[bytes]:
+def _file_chunks(weight: TensorProto, folder: Path) -> Iterator[bytes]:
     where = {entry.key: entry.value for entry in weight.external_data}
     left = _length(weight)
     with (folder / where["location"]).open("rb") as file:
         file.seek(int(where.get("offset", 0)))
         while left:
-            piece = file.read(min(left, _CHUNK))
+            piece = file.read(min(left, _CHUNK_BYTES))
             if not piece:
                 raise BundleError(f"{folder / where['location']} is too short for {weight.name}")
             left -= len(piece)
@@ -308,7 +320,7 @@ def _ranks(model: onnx.ModelProto) -> dict[str, int]:
 def _shapes_and_types(
     model: onnx.ModelProto,
 ) -> tuple[dict[str, list[int | None]], dict[str, int]]:
-    """What is known of every value: its sides, None where they may differ, and its type."""
+    """Shape (None for a dynamic dimension) and element type of every value, as far as inferred."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     shapes: dict[str, list[int | None]] = {t.name: list(t.dims) for t in graph.initializer}
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -316,17 +328,17 @@ def _shapes_and_types(
         tensor = value.type.tensor_type
         types[value.name] = tensor.elem_type
         if tensor.HasField("shape"):
-            sides = tensor.shape.dim
-            shapes[value.name] = [s.dim_value if s.HasField("dim_value") else None for s in sides]
+            dims = tensor.shape.dim
+            shapes[value.name] = [d.dim_value if d.HasField("dim_value") else None for d in dims]
     return shapes, types
 
 
+# All rewrites, in the order in which they are applied.
 REWRITES: tuple[Callable[[onnx.ModelProto, Path], None], ...] = (
     deconvolution_in_float32,
-    samples_by_gathers,
-    siblings_in_one_product,
+    grid_sample_by_gathers,
+    merge_sibling_products,
 )
-"""In the order in which they are made."""
 
 
 def _cast(source: str, out: str, to: int) -> onnx.NodeProto:
@@ -334,7 +346,7 @@ def _cast(source: str, out: str, to: int) -> onnx.NodeProto:
 
 
 def _bfloat16_values(model: onnx.ModelProto) -> set[str]:
-    """Names of values that are known to be bfloat16."""
+    """Names of bfloat16 values, by shape inference; empty for a graph without ConvTranspose."""
     if not any(node.op_type == "ConvTranspose" for node in model.graph.node):
         return set()
     graph = onnx.shape_inference.infer_shapes(model).graph

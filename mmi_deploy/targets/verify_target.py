@@ -1,7 +1,7 @@
-"""Comparison of a target's graphs with the portable ones in ONNX Runtime, and their receipts.
+"""Compare a target's graphs with the portable ones in ONNX Runtime, and write their receipts.
 
-Both run on the same inputs, recorded ones and random ones. `prove` compares a rewritten ONNX file
-while a target is built, `compare_target` the engines of a finished target where they run.
+Both run on the same recorded and random inputs. `prove` compares a rewritten ONNX file during a
+build, `compare_target` the engines of a finished target on their own hardware.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mmi_deploy.runtime.buffers import Array, element_type
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, model_runner, runner
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.targets.precision.emulation import simulated
+from mmi_deploy.targets.precision.emulation import emulated
 from mmi_deploy.targets.precision.recipes import FLOAT32, Recipe
 from mmi_deploy.targets.sample_inputs import Arrays, Sample, dynamic_sizes, samples_of
 
 COMPARED_WITH = "the portable graph in ONNX Runtime, recorded and random inputs, root mean square"
-SIMULATED = f"{COMPARED_WITH}; simulated: rounded to the type after every operator, float32 sums"
+EMULATED = f"{COMPARED_WITH}; emulated: rounded to the type after every operator, float32 sums"
 ON_GPU = (
     "the portable graph in ONNX Runtime, on the GPU itself, recorded and random inputs at batch 1 "
     "and 2 with no, one and several images, root mean square"
@@ -49,23 +49,21 @@ def prove(
 ) -> Proof:
     """Compare `rewritten`, made for `runtime`, with the `portable` file of `graph`.
 
-    Narrow activations are simulated: ONNX Runtime's CPU kernels for them are few, and between those
-    that it replaces it leaves out the roundings.
+    fp16 and bf16 activations are emulated: ONNX Runtime has few CPU kernels for them, and does not
+    round between operators that it runs in float32 instead.
     """
-    simulate = recipe.activations_on(runtime) != FLOAT32
+    emulate = recipe.activations_on(runtime) != FLOAT32
 
     def load() -> Run:
-        run = (
-            model_runner(simulated(rewritten), rewritten.parent) if simulate else runner(rewritten)
-        )
+        run = model_runner(emulated(rewritten), rewritten.parent) if emulate else runner(rewritten)
         return lambda inputs: written(graph, inputs, run(inputs))
 
-    compared_with = SIMULATED if simulate else COMPARED_WITH
+    compared_with = EMULATED if emulate else COMPARED_WITH
     return compare_graph(graph, recipe.name, samples, portable, load, compared_with)
 
 
 def check_proof(proof: Proof, precision: str) -> None:
-    """Raise `BundleError` for the first case of a target's graph that failed."""
+    """Raise `BundleError` for the first failed case of a target's graph."""
     proof.check(f"{proof.graph} in {precision} is too far from the portable graph", TOO_FAR)
 
 
@@ -75,7 +73,7 @@ def compare_target(
     runtime: Runtime,
     progress: Progress = lambda what, done, total: None,
 ) -> list[Proof]:
-    """Compare every engine of a target, open in `runtime`, with the portable graph.
+    """Compare every engine of the target opened in `runtime` with its portable graph.
 
     Raises `BundleError` for a target of an unknown precision, and what running the graphs raises.
     """
@@ -115,9 +113,10 @@ def compare_graph(
     load: Callable[[], Run],
     compared_with: str,
 ) -> Proof:
-    """Compare what `load()` runs with the `portable` file of `graph`. Both give `written` outputs.
+    """Compare the graph that `load()` opens with the `portable` file. Both return `written`
+    outputs.
 
-    The portable graph is unloaded before the other is loaded: two may not fit in memory.
+    The portable graph is unloaded first, since both may not fit in memory.
     """
     run = runner(portable)
     expected = [written(graph, sample.inputs, run(sample.inputs)) for sample in samples]
@@ -132,9 +131,9 @@ def compare_graph(
 
 
 def run_engine(runtime: Runtime, graph: Graph, inputs: Mapping[str, Array]) -> Arrays:
-    """`written` outputs of an engine as float32; `inputs` are rounded to the types it takes."""
+    """Run an engine; returns `written` outputs as float32. Casts `inputs` to the engine's types."""
     typed = {t.name: inputs[t.name].astype(element_type(t.dtype)) for t in graph.inputs}
-    # Copies: on the host a buffer is the array itself, and the engine writes into it.
+    # Copies: a host buffer shares memory with its array, and the engine writes into it.
     caches = {old: runtime.memory.from_array(typed[old].copy()) for old in graph.in_place.values()}
     buffers = runtime.engine(graph.name).run({**typed, **caches})
     buffers |= {new: caches[old] for new, old in graph.in_place.items()}
@@ -144,8 +143,11 @@ def run_engine(runtime: Runtime, graph: Graph, inputs: Mapping[str, Array]) -> A
 
 
 def written(graph: Graph, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Arrays:
-    """Outputs. Those in place are taken as one, since each of them went into the others already;
-    and of them only what is new, which the rest would drown."""
+    """Outputs to compare: in-place outputs (KV caches) are replaced by one array of their changes.
+
+    One array, since each cache already depends on the others; changes only, since the unchanged
+    entries would hide the error.
+    """
     found = {name: value for name, value in outputs.items() if name not in graph.in_place}
     new = [outputs[name] - inputs[old] for name, old in graph.in_place.items()]
     if new:
@@ -156,11 +158,10 @@ def written(graph: Graph, inputs: Mapping[str, Array], outputs: Mapping[str, Arr
 def write_receipts(
     bundle: Bundle, compared: TargetManifest, proofs: Sequence[Proof]
 ) -> TargetManifest:
-    """Write a receipt of every proof into the target's manifest, whole or not at all, in place of
-    the earlier receipts of these graphs; returns the new manifest.
+    """Replace the receipts of the compared graphs in the target's manifest, atomically.
 
-    compared: the manifest of the engines that were run. Raises `BundleError` where the target was
-    built again since.
+    compared: the manifest of the engines that were run. Returns the new manifest. Raises
+    `BundleError` where the target has been rebuilt since.
     """
     manifest = bundle.target(compared.target, unproved=True)
     receipts = []

@@ -32,10 +32,10 @@ def build(
     target: Annotated[Target, typer.Argument(help="The runtime that will load it.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder to put it into.", show_default="the user's cache"),
+        typer.Option("--out", "-o", help="Folder of the library.", show_default="the user's cache"),
     ] = None,
     cuda: Annotated[
-        bool, typer.Option("--cuda", help="For ONNX Runtime: kernels for NVIDIA GPUs as well.")
+        bool, typer.Option("--cuda", help="For ONNX Runtime: CUDA kernels for NVIDIA GPUs too.")
     ] = False,
     tensorrt_include: Annotated[
         Path | None,
@@ -44,18 +44,18 @@ def build(
 ) -> None:
     """Compile a kernel library and print where it is.
 
-    For ONNX Runtime, `mmi generate` does this once, where there is a C++ compiler. The TensorRT
-    plugin takes CUDA's nvcc and TensorRT's headers, which pip does not install.
+    For ONNX Runtime, `mmi generate` compiles it the first time, given a C++ compiler. The TensorRT
+    plugin requires CUDA's nvcc and TensorRT's headers, which pip does not install.
     """
     from mmi_plugins.onnxruntime import library
     from mmi_plugins.tensorrt import build_plugin
 
-    for option, given, of in (
+    for option, given, runtime in (
         ("--cuda", cuda, Target.onnxruntime),
         ("--tensorrt-include", tensorrt_include, Target.tensorrt),
     ):
-        if given and target != of:
-            raise ConfigError(f"{option} does not apply here", expected=f"it with {of}")
+        if given and target != runtime:
+            raise ConfigError(f"{option} does not apply here", expected=f"it with {runtime}")
     with shown(remarks()) as progress:
         if target == Target.onnxruntime:
             path = library.build(out, cuda=cuda, progress=progress)
@@ -75,23 +75,23 @@ def show() -> None:
 
     compiled = library.find()
     compiler = library.compiler()
-    say = results().print
-    say(f"ONNX Runtime  {compiled or 'not compiled'}", soft_wrap=True)
-    say(
+    write = results().print
+    write(f"ONNX Runtime  {compiled or 'not compiled'}", soft_wrap=True)
+    write(
         f"              C++ compiler: {compiler or 'none (install one, as with `apt install g++`)'}"
     )
     folder = cache_folder() / "tensorrt"
     found = sorted(folder.glob("*.so"))
     for path in found:
-        say(f"TensorRT      {path}", soft_wrap=True)
+        write(f"TensorRT      {path}", soft_wrap=True)
     if not found:
-        say("TensorRT      not compiled")
+        write("TensorRT      not compiled")
     try:
         headers, version = build_plugin.find_tensorrt_headers()
-        say(f"              headers: {version} in {headers}", soft_wrap=True)
-        say(f"              nvcc: {compilers.find_nvcc()}", soft_wrap=True)
+        write(f"              headers: {version} in {headers}", soft_wrap=True)
+        write(f"              nvcc: {compilers.find_nvcc()}", soft_wrap=True)
     except EngineError as error:
-        say(f"              {error}", soft_wrap=True)
+        write(f"              {error}", soft_wrap=True)
 
 
 app.command(help=help_of(build))(build)

@@ -27,7 +27,7 @@ def test_ratios_are_of_tokens_that_came_in_turn() -> None:
     ("options", "said"),
     [
         (["--precisions", "int9", "--start", "8"], "there is no precision 'int9'"),
-        (["--start", "100000"], "no room for a token there; expected --start of at most"),
+        (["--start", "100000"], "no free slot after --start; expected --start of at most"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(

@@ -1,4 +1,4 @@
-"""What folding, image values and hoisting remove: FLOPs as published and as deployed."""
+"""FLOPs saved by folding, image values and hoisting: as published and as deployed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from export.small_models import paper_reading, released_reading
 from exports import Exported
 from mmi_bench.flops_saved import CHANGING, Published, compare, repeated_in_step
-from mmi_deploy.analysis.cost import chosen_sizes, cost, cost_of_file, unchanging
+from mmi_deploy.analysis.cost import chosen_sizes, cost, cost_of_file, loop_invariant
 from mmi_deploy.analysis.flop_rules import MMFS
 from mmi_deploy.analysis.gpu_specs import GPUS
 from mmi_deploy.analysis.shapes import read_graph, sized
@@ -70,7 +70,7 @@ def test_at_the_released_sizes_it_is_28_gflop_a_token_and_148_a_call() -> None:
 
 def decode(path: Path, contract: Graph, images: int) -> int:
     """All FLOPs of one token that looks at `images`."""
-    sizes = {"b": 1, "t": 1, "k": 1, "m": images, "n": images}
+    sizes = {"b": 1, "t": 1, "w": 1, "m": images, "n": images}
     return cost_of_file(path, contract, sizes).total.flops
 
 
@@ -80,20 +80,22 @@ def llm_13b(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig
     import torch
 
     from mmi_export.graphs.llm import LlmGraph
-    from mmi_export.placeholder_model import cut, write_stand_in
-    from mmi_export.tracing.fake_weights_model import BlankModel
+    from mmi_export.placeholder_model import cut, write_placeholder_model
+    from mmi_export.tracing.fake_weights_model import FakeWeightsModel
     from mmi_export.tracing.onnx_from_module import onnx_from_module
     from mmi_export.tracing.stored_weights import link_file, stored_weights
     from mmi_export.tracing.weight_sources import WeightSources
 
     work = tmp_path_factory.mktemp("llm_13b")
     config = cut(released_13b(), 4)
-    write_stand_in(config, work / "model", "empty", torch.float16)
-    blank = BlankModel(config)
-    sources = WeightSources(blank, stored_weights(work / "model", blank.weights), link_file)
+    write_placeholder_model(config, work / "model", "empty", torch.float16)
+    fake_model = FakeWeightsModel(config)
+    sources = WeightSources(
+        fake_model, stored_weights(work / "model", fake_model.weights), link_file
+    )
     contract = graphs(config, Limits(2048))["llm"]
-    with blank.building():
-        module = LlmGraph(blank.module, contract, False)
+    with fake_model.building():
+        module = LlmGraph(fake_model.module, contract, False)
     (work / "graphs").mkdir()
     path = work / "graphs" / "llm.onnx"
     onnx_from_module(module, contract, path, sources)
@@ -163,9 +165,9 @@ def test_a_step_computes_nothing_that_stays_the_same(exported: Exported, graph: 
     sizes = chosen_sizes(contract, {})
     found = sized(read_graph(bundle.graph_file(graph)), contract, sizes)
     whole = cost(found, sizes, as_in_file(found))
-    same = unchanging(found, whole, [*CHANGING, "deep"])
+    same = loop_invariant(found, whole, [*CHANGING, "deep"])
     assert same.flops == 0 and whole.total.flops > 0
-    assert unchanging(found, whole, ()).flops == whole.total.flops
+    assert loop_invariant(found, whole, ()).flops == whole.total.flops
 
 
 def test_a_step_costs_the_same_however_much_it_was_prepared(exported: Exported) -> None:
@@ -205,8 +207,8 @@ def test_a_model_with_room_for_few_images_is_compared_with_few(exported: Exporte
 
 def test_the_command_prints_both(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "flops-saved", str(exported.bundle.folder), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["repeated_in_a_deployed_step"] == 0
-    ratios = {row["what"]: row["ratio"] for row in told["rows"]}
+    report = json.loads(capsys.readouterr().out)
+    assert report["repeated_in_a_deployed_step"] == 0
+    ratios = {row["what"]: row["ratio"] for row in report["rows"]}
     assert ratios["a token with 4 images"] > ratios["a token with 1 image"] > 1
-    assert told["repeated"][LLM_VALUES] > 0
+    assert report["repeated"][LLM_VALUES] > 0

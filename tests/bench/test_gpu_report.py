@@ -13,7 +13,7 @@ from mmi_deploy.errors import MmiError
 def test_a_report_replaces_a_report_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What a user writes into the folder while minutes of checks run costs nobody the report."""
+    """Files that a user adds to the folder while the checks run do not cost the report."""
     out, late = tmp_path / "gpu_check", False
 
     def run(self: check.Check) -> int:
@@ -34,7 +34,7 @@ def test_a_report_replaces_a_report_and_nothing_else(
     assert (tmp_path / "gpu_check-new" / "report.json").is_file()
 
 
-def test_a_folder_of_somebody_else_is_refused_before_the_check(
+def test_a_folder_of_another_origin_is_refused_before_the_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "check_arguments", lambda *_: None)

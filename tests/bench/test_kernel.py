@@ -22,7 +22,7 @@ def ours() -> OnnxRuntimeKernel:
     return found
 
 
-def test_both_sides_compute_the_same(ours: OnnxRuntimeKernel) -> None:
+def test_both_implementations_compute_the_same(ours: OnnxRuntimeKernel) -> None:
     found = kernel.compare(40, ours.library, threads=1, repeats=3, seconds=0)
     assert 0 < found.difference < 1e-4
     assert len(found.ours) == len(found.grid_sample) == 3
@@ -34,12 +34,12 @@ def test_both_sides_compute_the_same(ours: OnnxRuntimeKernel) -> None:
 def test_a_baseline_that_computes_something_else_is_refused(
     ours: OnnxRuntimeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = kernel.ready_made
+    honest = kernel.precomputed
 
     def shifted(call: Call) -> dict[str, np.ndarray]:
         inputs = honest(call)
         return inputs | {"grid": inputs["grid"] + np.float32(0.01)}
 
-    monkeypatch.setattr(kernel, "ready_made", shifted)
+    monkeypatch.setattr(kernel, "precomputed", shifted)
     with pytest.raises(EngineError, match="GridSample is wrong at 1 queries"):
         kernel.compare(1, ours.library, threads=1, repeats=1, seconds=0)

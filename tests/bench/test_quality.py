@@ -1,5 +1,4 @@
-"""The comparison of two targets on the same questions: its arithmetic, and that it tells a damaged
-model from a sound one."""
+"""Paired evaluation of two targets: its statistics, and its detection of a damaged model."""
 
 from __future__ import annotations
 
@@ -74,7 +73,7 @@ def test_wrong_questions_and_targets_are_one_line(
     for arguments, message in (
         ([str(tmp_path / "none"), "--target", "cpu-int8"], "there is no bundle"),
         ([str(bundle.folder), "--target", "cpu-int9"], "cpu-int9"),
-        ([str(bundle.folder), "--simulate", "int9"], "there is no precision 'int9'"),
+        ([str(bundle.folder), "--emulate", "int9"], "there is no precision 'int9'"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -67,10 +67,10 @@ def random_model(config: ModelConfig, seed: int = 0) -> MMInterleaved:
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
-        for look_back in model.llm.mmfs_layers:
-            look_back.gate.fill_(0.8)
-        for look_back in (*model.llm.mmfs_layers, *model.image_decoder.unet.look_back):
-            mmfs = look_back.mmfs
+        for layer in model.llm.mmfs_layers:
+            layer.gate.fill_(0.8)
+        for layer in (*model.llm.mmfs_layers, *model.image_decoder.unet.look_back):
+            mmfs = layer.mmfs
             mmfs.image_index.weight.normal_()
             mmfs.weight_proj.weight.normal_(std=0.3)
             mmfs.null_value.normal_()

@@ -18,7 +18,7 @@ from mmi_deploy.parity import Comparison, Error, Proof, Tolerance
 from mmi_deploy.spec import presets
 from mmi_deploy.spec.graphs import Graph
 from mmi_export import export
-from mmi_export.placeholder_model import write_stand_in
+from mmi_export.placeholder_model import write_placeholder_model
 from mmi_export.tracing.weight_sources import WeightSources
 from mmi_train.weights.model_folder import WEIGHTS
 
@@ -59,10 +59,10 @@ def test_a_preset_without_weights_becomes_a_bundle_that_says_so(
     out = tmp_path / "bundle"
     command = ["export", "--preset", "small", "--sparse-weights", "--layers", "1", "-o", str(out)]
     assert run(command) == 0
-    told = capsys.readouterr()
-    assert "7 graphs, 7 comparisons" in told.out
-    assert "holds empty weights" in told.err and "proved by a slice" in told.err
-    assert "exporting llm (graph 3 of 7" in told.err and "linked" in told.err
+    captured = capsys.readouterr()
+    assert "7 graphs, 7 comparisons" in captured.out
+    assert "holds empty weights" in captured.err and "proved by a slice" in captured.err
+    assert "exporting llm (graph 3 of 7" in captured.err and "linked" in captured.err
     monkeypatch.setattr(manifest, "sha256_of", pytest.fail)  # hashed when it was written
     bundle = Bundle.open(out)
     assert bundle.config.llama.layers == 1 and bundle.manifest.weights == "empty"
@@ -80,7 +80,7 @@ def test_a_large_model_shares_its_file_with_the_bundle(
     from mmi_export import plan
 
     monkeypatch.setattr(plan, "LINKED_FROM", 1000)
-    write_stand_in(paper_reading(), tmp_path / "model", "random", torch.float16)
+    write_placeholder_model(paper_reading(), tmp_path / "model", "random", torch.float16)
     command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "bundle")]
     assert run(command) == 0
     bundle = Bundle.open(tmp_path / "bundle")
@@ -115,13 +115,13 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--preset", "small"], "say which are to stand in for those of small"),
+        (["--preset", "small"], "small is a preset without weights: choose"),
         (["--preset", "small", "--sparse-weights", "--random-weights"], "say which"),
         (["--preset", "small", "--sparse-weights", "--layers", "3"], "expected 1 to 2"),
         (["--preset", "nobody", "--sparse-weights"], "there is no preset 'nobody'"),
         (["model", "--preset", "small", "--sparse-weights"], "give a model folder or --preset"),
-        (["--layers", "3"], "--layers are for a preset"),
-        (["--sparse-weights"], "are for a preset"),
+        (["--layers", "3"], "--layers apply to a preset"),
+        (["--sparse-weights"], "apply to a preset"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(
@@ -142,16 +142,16 @@ from dataclasses import replace
 from pathlib import Path
 from mmi_deploy.spec.graphs import Limits, graphs
 from mmi_deploy.spec.presets import released_13b
-from mmi_export.tracing.fake_weights_model import BlankModel
+from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_export.export import export_graph
-from mmi_export.placeholder_model import cut, write_stand_in
+from mmi_export.placeholder_model import cut, write_placeholder_model
 from mmi_export.tracing.stored_weights import link_file, stored_weights
 from mmi_deploy.system.process_memory import peak_bytes
 from mmi_export.tracing.weight_sources import WeightSources
 folder, config = Path(sys.argv[1]), cut(released_13b(), 2)
-write_stand_in(config, folder, "empty", torch.float16)
-blank = BlankModel(config)
-sources = WeightSources(blank, stored_weights(folder, blank.weights), link_file)
+write_placeholder_model(config, folder, "empty", torch.float16)
+fake_model = FakeWeightsModel(config)
+sources = WeightSources(fake_model, stored_weights(folder, fake_model.weights), link_file)
 (folder / "graphs").mkdir()
 export_graph(sources, graphs(config, Limits(2048))["llm"], folder / "graphs" / "llm.onnx")
 print(sources.stored.bytes, peak_bytes())

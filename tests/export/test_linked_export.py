@@ -16,8 +16,8 @@ from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
 from mmi_export.export import export_graph
 from mmi_export.parity.receipts import onnx_runner, prove
-from mmi_export.placeholder_model import write_stand_in
-from mmi_export.tracing.fake_weights_model import BlankModel
+from mmi_export.placeholder_model import write_placeholder_model
+from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_export.tracing.stored_weights import INDEX, link_file, load_stored, stored_weights
 from mmi_export.tracing.weight_sources import WeightSources
 from mmi_train.weights.model_folder import WEIGHTS
@@ -52,8 +52,8 @@ def linked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def linked_graphs(config: ModelConfig, dtype: torch.dtype, folder: Path) -> Linked:
-    write_stand_in(config, folder / "model", "random", dtype)
-    model = BlankModel(config)
+    write_placeholder_model(config, folder / "model", "random", dtype)
+    model = FakeWeightsModel(config)
     stored = stored_weights(folder / "model", model.weights)
     sources = WeightSources(model, stored, link_file)
     (folder / "graphs").mkdir()
@@ -115,15 +115,15 @@ def test_the_file_of_a_graph_holds_no_weight(linked: Linked) -> None:
 def test_a_file_of_weights_called_as_a_graph_is_left_as_it_is(tmp_path: Path) -> None:
     """The graph writes weights of its own, and under that name."""
     model = tmp_path / "model"
-    write_stand_in(paper_reading(), model, "random", torch.float16)
+    write_placeholder_model(paper_reading(), model, "random", torch.float16)
     state = load_file(model / WEIGHTS)
     files = {name: "llm.safetensors" if name.startswith("llm.") else WEIGHTS for name in state}
     for file in set(files.values()):
         save_file({name: state[name] for name in state if files[name] == file}, model / file)
     (model / INDEX).write_text(json.dumps({"weight_map": files}))
     before = (model / "llm.safetensors").read_bytes()
-    blank = BlankModel(paper_reading())
-    sources = WeightSources(blank, stored_weights(model, blank.weights), link_file)
+    fake_model = FakeWeightsModel(paper_reading())
+    sources = WeightSources(fake_model, stored_weights(model, fake_model.weights), link_file)
     (tmp_path / "graphs").mkdir()
     contract = graphs(paper_reading(), Limits(64))["llm"]
     shared = export_graph(sources, contract, tmp_path / "graphs" / "llm.onnx")

@@ -25,7 +25,7 @@ def denoiser(timestep: int, latents: np.ndarray) -> np.ndarray:
 def by_table(
     schedule: Schedule, latents: np.ndarray, noises: np.ndarray, dtype: type
 ) -> np.ndarray:
-    """What `denoise_step` does: one matrix product per step."""
+    """Apply the table as `denoise_step` does: one matrix product per step."""
     state = np.zeros((STATE, *latents.shape), dtype)
     state[0] = latents * schedule.initial_sigma
     for step, timestep in enumerate(schedule.timesteps):
@@ -39,7 +39,7 @@ def by_table(
 def by_diffusers(
     name: str, diffusion: DiffusionConfig, steps: int, latents: np.ndarray, dtype: torch.dtype
 ):
-    """The same through diffusers' scheduler; also the noise that it drew, step by step."""
+    """Run diffusers' scheduler; also return the noise of every step."""
     scheduler = diffusers_scheduler(name, diffusion)
     scheduler.set_timesteps(steps)
     sample = torch.from_numpy(latents).to(dtype) * scheduler.init_noise_sigma

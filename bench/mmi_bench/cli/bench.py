@@ -1,4 +1,4 @@
-"""`mmi bench`: the runtime against the same weights in PyTorch, on this machine."""
+"""`mmi bench`: benchmark the runtime against the same weights in PyTorch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from mmi_deploy.system.progress import shown
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
+    bundle: Annotated[Path, typer.Argument(help="Bundle that `mmi export` wrote.")] = Path(
+        "bundles/tiny"
+    ),
     model: Annotated[
         Path,
         typer.Option(
             "--model",
             "-m",
-            help="The model folder it was exported from.",
+            help="Model folder that the bundle was exported from.",
             rich_help_panel="Measurement",
         ),
     ] = Path("assets/tiny"),
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Short documents, to see that it works.", rich_help_panel="Measurement"
+            "--quick", help="Smoke test with short documents.", rich_help_panel="Measurement"
         ),
     ] = False,
     repeats: Annotated[
@@ -45,7 +47,7 @@ def bench(
         typer.Option(
             min=1,
             max=MOST_THREADS,
-            help="CPU threads of both sides.",
+            help="CPU threads of both backends.",
             metavar="N",
             rich_help_panel="Machine",
         ),
@@ -72,7 +74,7 @@ def bench(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the result into this .svg or .png file.",
+            help="Plot the result to this .svg or .png file.",
             dir_okay=False,
             rich_help_panel="Results",
         ),
@@ -92,15 +94,15 @@ def bench(
 ) -> None:
     """Compare the runtime with PyTorch: whole documents, tokens, denoising steps, memory.
 
-    Both sides get the same weights, threads and counts and take turns; they must write the same
-    text and draw the same pictures, or nothing is reported. With the defaults this takes minutes.
+    Both backends get the same weights, threads and counts and take turns. Unless they write the
+    same text and draw the same pictures, nothing is reported. The defaults take minutes.
     """
     if out:
         prepare_file(out)
     if plot:
         prepare_file(plot, ".svg", ".png")
     with extras("bench"):
-        import torch  # noqa: F401  # the other side runs in a process that could only fail
+        import torch  # noqa: F401  # reported here, before the process of the PyTorch backend fails
 
         from mmi_bench.compare.compare import run
         from mmi_bench.compare.report import print_report

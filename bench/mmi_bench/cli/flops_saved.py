@@ -1,4 +1,4 @@
-"""`mmi inspect flops-saved`: FLOPs as deployed beside those of the model as published."""
+"""`mmi inspect flops-saved`: FLOPs of the graphs beside those of the model as published."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flops_saved(folder: Folder = None, preset: Preset = None, as_json: AsJson = 
 
 
 def show_flops_saved(manifest: BundleManifest, files: Mapping[str, Path], as_json: bool) -> None:
-    """Print FLOPs as published and as deployed, and what is computed again and again."""
+    """Print FLOPs as published and as deployed, and those of repeated computations."""
     from mmi_bench.flops_saved import compare, repeated, repeated_in_step
 
     rows = compare(manifest.config, manifest.limits, files)
@@ -48,7 +48,7 @@ def show_flops_saved(manifest: BundleManifest, files: Mapping[str, Path], as_jso
         title=f"{manifest.config.name}: matrix FLOPs at a context of {manifest.limits.context}",
         title_justify="left",
     )
-    table.add_column("what is done")
+    table.add_column("work")
     for heading in ("as published", "deployed", "times fewer"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -60,6 +60,6 @@ def show_flops_saved(manifest: BundleManifest, files: Mapping[str, Path], as_jso
     for what, count in again.items():
         out.print(f"As published, {what}: {flops(count)}FLOP")
     out.print(
-        f"Deployed, all that a denoising step computes from what does not change between steps: "
+        f"Deployed, repeated by every denoising step although its inputs do not change: "
         f"{flops(left.flops)} FLOP"
     )

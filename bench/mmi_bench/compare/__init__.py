@@ -1,1 +1,1 @@
-"""`mmi bench`: the runtime against the published way of running the same weights."""
+"""`mmi bench`: the runtime against PyTorch in the published order of work, equal weights."""

@@ -1,4 +1,4 @@
-"""The two sides of the comparison, each a function from (document, options) to events."""
+"""Backends of the comparison, each a function from (document, options) to events."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.spec.backends import CPU, NONE
 from mmi_deploy.spec.config import DiffusionConfig
 
-SideName = Literal["runtime", "pytorch"]
-SIDES: tuple[SideName, ...] = ("runtime", "pytorch")
+# `runtime`: a bundle in our runtime. `pytorch`: the model in the published order of work.
+BackendName = Literal["runtime", "pytorch"]
+BACKENDS: tuple[BackendName, ...] = ("runtime", "pytorch")
 
 Generate = Callable[[Document, GenerationOptions], Iterator[Event]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides are given. `bundle` and `model` hold the same weights."""
+    """Settings of both backends. `bundle` and `model` hold the same weights."""
 
     bundle: Path
     model: Path
@@ -36,7 +37,7 @@ class Settings:
 
     @property
     def exact(self) -> bool:
-        """Whether the runtime computes in float32, so that both sides must do the same."""
+        """True if the runtime computes in float32, so that outputs must be equal."""
         return self.target in (CPU, PORTABLE) or self.target.endswith("fp32")
 
     def to_json(self) -> dict[str, Any]:
@@ -51,9 +52,9 @@ class Settings:
         return cls(**fields | {name: Path(fields[name]) for name in paths if fields[name]})
 
 
-def open_side(side: SideName, settings: Settings) -> Generate:
-    """Load everything that the first document would otherwise wait for."""
-    return {"runtime": _runtime, "pytorch": _pytorch}[side](settings)
+def open_backend(backend: BackendName, settings: Settings) -> Generate:
+    """Load a backend completely, so that the first document does not wait for anything."""
+    return {"runtime": _runtime, "pytorch": _pytorch}[backend](settings)
 
 
 def _runtime(settings: Settings) -> Generate:
@@ -87,7 +88,7 @@ def _pytorch(settings: Settings) -> Generate:
     model = as_published(load_model(settings.model))
     if model.config != bundle.config:
         raise ConfigError(
-            f"{settings.bundle} was not exported from {settings.model}: they are different models",
+            f"{settings.bundle} was not exported from {settings.model}: other configuration",
             fix="give the model folder with --model, or export again",
         )
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
@@ -98,7 +99,7 @@ def _pytorch(settings: Settings) -> Generate:
 
 
 def scheduler_of(key: str, diffusion: DiffusionConfig) -> tuple[Any, float]:
-    """diffusers' own scheduler for a table's key, its timesteps set, and the eta to run it with.
+    """Build diffusers' scheduler for a schedule's key, with its timesteps set, and its eta.
 
     The ancestral sampler takes its noise explicitly, as DDIM with eta 1.
     """

@@ -1,4 +1,4 @@
-"""What is measured: documents of exact lengths, and how much both sides must write and draw."""
+"""Benchmark cases: documents of exact lengths, and the tokens and pictures to generate."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from mmi_deploy.errors import ConfigError, DocumentError
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.spec.config import ModelConfig
 
+# Images in the context of the whole document.
 IMAGES = 4
-"""Images in the context of the whole document."""
 
+# Guidance scale of the paper's evaluation.
 GUIDANCE = 3.5
-"""The scale of the paper's evaluation."""
 
+# Filler words; the first one that is a single token is used.
 _WORDS = ("a", "the", "red", "one")
-"""Fillers; the first that the tokenizer turns into one token each is taken."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One document and what follows it.
+    """One document and the amount of text and pictures to generate after it.
 
     The context has `images` images and `text_tokens` tokens of text, then either `turns` turns of
     `tokens` tokens and a picture each, or `tokens` tokens and no picture.
@@ -42,16 +42,16 @@ class Case:
         return asdict(self)
 
     def context_tokens(self, config: ModelConfig) -> int:
-        """Tokens before the first generated one."""
+        """Number of tokens before the first generated one."""
         return 1 + self.images * (1 + config.visual_tokens) + self.text_tokens
 
     def length(self, config: ModelConfig) -> int:
-        """Tokens at the end of it all."""
+        """Number of tokens at the end of the case."""
         turn = self.tokens + 1 + config.visual_tokens
         return self.context_tokens(config) + (self.turns * turn or self.tokens)
 
     def document(self, tokenizer: Tokenizer, config: ModelConfig) -> Document:
-        """Text and images in turn, so that the tokens come out exactly."""
+        """Build the document, text and images in turn, with exactly the tokens of the case."""
         word = one_token_word(tokenizer)
         pieces = np.array_split(np.arange(self.text_tokens), self.images + 1)
         parts: list[Part] = []
@@ -63,7 +63,7 @@ class Case:
         return document_of(*parts)
 
     def options(self, schedule: str) -> GenerationOptions:
-        """Greedy, with forced counts: both sides do the same work."""
+        """Options: greedy, with forced counts, so that both backends do the same work."""
         total = self.tokens * max(self.turns, 1)
         return GenerationOptions(
             max_tokens=total,
@@ -78,7 +78,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cases of a comparison, and how often each is measured after one run to warm up."""
+    """All cases of a comparison, and the repeats of each after one warm-up run."""
 
     cases: tuple[Case, ...]
     repeats: int
@@ -87,15 +87,15 @@ class Plan:
 DOCUMENT, TEXT = "document", "text"
 
 
-def look_back(images: int) -> str:
-    """The case whose context holds `images` images."""
+def text_after(images: int) -> str:
+    """Name of the case whose context holds `images` images."""
     return f"text after {images} images"
 
 
 def plan(config: ModelConfig, context: int, repeats: int, quick: bool) -> Plan:
-    """The cases for a bundle of `context` tokens.
+    """Plan the cases for a bundle of `context` tokens.
 
-    `quick`: less of everything, to see that it runs. Raises `ConfigError` when they do not fit.
+    `quick`: small cases for a smoke test. Raises `ConfigError` if the cases do not fit.
     """
     turns, tokens, counts = (1, 4, (0, 8)) if quick else (3, 16, (0, 1, 2, 4, 8))
     several = 8 * IMAGES
@@ -106,12 +106,12 @@ def plan(config: ModelConfig, context: int, repeats: int, quick: bool) -> Plan:
     taken = 1 + config.visual_tokens
     for count in counts:
         filler = several + (max(counts) - count) * taken
-        cases.append(Case(look_back(count), count, filler, 2 * tokens))
+        cases.append(Case(text_after(count), count, filler, 2 * tokens))
     longest = max(case.length(config) for case in cases)
     if longest > context:
         raise ConfigError(
             "the bundle is too small for the benchmark's documents",
-            expected=f"room for {longest} tokens",
+            expected=f"a context of {longest} tokens",
             got=context,
             fix=f"export it with --context {longest} or more",
         )
@@ -119,7 +119,7 @@ def plan(config: ModelConfig, context: int, repeats: int, quick: bool) -> Plan:
 
 
 def one_token_word(tokenizer: Tokenizer) -> str:
-    """A word that is one token, however often it is repeated; raises `ConfigError` without one."""
+    """Find a filler word that is one token even if repeated; raises `ConfigError` if none is."""
     for word in _WORDS:
         try:
             if len(tokenizer.encode(" ".join([word] * 5))) == 5:
@@ -130,6 +130,6 @@ def one_token_word(tokenizer: Tokenizer) -> str:
 
 
 def picture(seed: int, side: int) -> Rgb:
-    """Coloured squares, uint8 [side, side, 3]."""
+    """Draw coloured squares, uint8 [height, width, 3] with `side` for both."""
     cells = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
     return np.kron(cells, np.ones((-(-side // 8),) * 2 + (1,), np.uint8))[:side, :side]

@@ -1,4 +1,4 @@
-"""The comparison: both sides take turns on the same cases, in one run, on this machine."""
+"""Compare both backends: they take turns on the same cases, in one run, on this machine."""
 
 from __future__ import annotations
 
@@ -12,62 +12,62 @@ from typing import Any
 
 import numpy as np
 
-from mmi_bench.compare.backends import SIDES, Settings, SideName
-from mmi_bench.compare.cases import DOCUMENT, GUIDANCE, TEXT, Case, Plan, look_back, plan
+from mmi_bench.compare.backends import BACKENDS, BackendName, Settings
+from mmi_bench.compare.cases import DOCUMENT, GUIDANCE, TEXT, Case, Plan, plan, text_after
 from mmi_bench.compare.remote import Answer, Remote
 from mmi_bench.compare.samples import Output, Sample
 from mmi_bench.machine import describe
-from mmi_bench.statistics import Spread, ratios
+from mmi_bench.statistics import Statistics, ratios
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.config import to_json
 from mmi_deploy.system.progress import Progress, silent
 
+# Denoising steps of a picture, unless a schedule is given by name.
 STEPS = 20
-"""Denoising steps of a picture, unless a schedule is asked for by name."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One line of the result. Values are seconds, one per repeat, measured in turns."""
+    """One measure of the result: seconds of every repeat, measured in turns."""
 
     name: str
     runtime: tuple[float, ...]
     pytorch: tuple[float, ...]
 
     @property
-    def speedup(self) -> Spread:
-        """How many times as long PyTorch takes."""
+    def speedup(self) -> Statistics:
+        """Time of PyTorch over that of the runtime."""
         return ratios(self.pytorch, self.runtime)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "unit": "seconds",
-            "runtime": Spread.of(self.runtime).to_json(),
-            "pytorch": Spread.of(self.pytorch).to_json(),
+            "runtime": Statistics.of(self.runtime).to_json(),
+            "pytorch": Statistics.of(self.pytorch).to_json(),
             "speedup": self.speedup.to_json(),
         }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All samples by side and case, and what they were taken from."""
+    """All samples by backend and case, with their provenance in `about`."""
 
     about: dict[str, Any]
     plan: Plan
-    samples: dict[SideName, dict[str, list[Sample]]]
-    peak_bytes: dict[SideName, int]
-    load_seconds: dict[SideName, float]
+    samples: dict[BackendName, dict[str, list[Sample]]]
+    peak_bytes: dict[BackendName, int]
+    load_seconds: dict[BackendName, float]
     pixel_difference: int
 
     @property
     def image_counts(self) -> list[int]:
-        """The numbers of images in context whose cost per token was measured."""
-        return [case.images for case in self.plan.cases if case.name == look_back(case.images)]
+        """Numbers of images in context for which the time per token was measured."""
+        return [case.images for case in self.plan.cases if case.name == text_after(case.images)]
 
     def metrics(self) -> list[Metric]:
-        """What is reported, most important first."""
+        """All measures, most important first."""
         return [
             self._metric("whole document", DOCUMENT, lambda sample: sample.seconds),
             self._metric("the same without drawing", TEXT, lambda sample: sample.seconds),
@@ -78,37 +78,39 @@ class Comparison:
         ]
 
     def per_token(self, images: int) -> Metric:
-        """Seconds per token with so many images in context."""
+        """Seconds per token with `images` images in context."""
         name = f"per token, {images} image{'s' * (images != 1)} in context"
-        return self._metric(name, look_back(images), lambda sample: sample.per_token)
+        return self._metric(name, text_after(images), lambda sample: sample.per_token)
 
-    def cost_of_images(self, side: SideName) -> Spread:
+    def cost_of_images(self, backend: BackendName) -> Statistics:
         """Time per token with the most images over that with none, at equal context."""
         most, none = (
-            [sample.per_token for sample in self.samples[side][look_back(images)]]
+            [sample.per_token for sample in self.samples[backend][text_after(images)]]
             for images in (max(self.image_counts), min(self.image_counts))
         )
         return ratios(most, none)
 
     def _metric(self, name: str, case: str, of: Callable[[Sample], float]) -> Metric:
         runtime, pytorch = (
-            tuple(of(sample) for sample in self.samples[side][case]) for side in SIDES
+            tuple(of(sample) for sample in self.samples[backend][case]) for backend in BACKENDS
         )
         return Metric(name, runtime, pytorch)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, raw samples included."""
+        """Comparison as JSON, raw samples included."""
         return {
             "about": self.about,
             "cases": [case.to_json() for case in self.plan.cases],
             "metrics": {metric.name: metric.to_json() for metric in self.metrics()},
-            "cost_of_images": {side: self.cost_of_images(side).to_json() for side in SIDES},
+            "cost_of_images": {
+                backend: self.cost_of_images(backend).to_json() for backend in BACKENDS
+            },
             "peak_bytes": self.peak_bytes,
             "load_seconds": self.load_seconds,
             "pixel_difference": self.pixel_difference,
             "samples": {
-                side: {name: [s.to_json() for s in samples] for name, samples in cases.items()}
-                for side, cases in self.samples.items()
+                backend: {name: [s.to_json() for s in samples] for name, samples in cases.items()}
+                for backend, cases in self.samples.items()
             },
         }
 
@@ -130,11 +132,10 @@ def run(
     """Measure the runtime on `bundle` against PyTorch on the folder `model` it was exported from.
 
     Both get the same threads, fp32 weights, solver, guidance and forced counts. `schedule`: a
-    sampler of the bundle; None takes its first of 20 steps. `library`: kernels for the runtime;
-    None: it runs MMFS as standard operators. `target`: whose engines the runtime takes, on GPU
-    `device` where they are for one; PyTorch stays on the CPU. `quick`: short documents and two
-    repeats, to see that it works; not for quoting. Raises `MmiError` when a side fails, or when the
-    two do not write and draw the same, so that there is nothing to compare.
+    sampler of the bundle; None for its first one of 20 steps. `library`: kernel library of the
+    runtime; None to run MMFS as standard operators. `target`: engines of the runtime, on GPU
+    `device` if they are for a GPU; PyTorch stays on the CPU. `quick`: short documents and two
+    repeats, a smoke test. Raises `MmiError` if a backend fails, or if their outputs differ.
     """
     opened = Bundle.open(bundle, unproved=unproved)
     key = _schedule(opened, schedule)
@@ -157,57 +158,57 @@ def run(
         "machine": describe(),
     }
     with ExitStack() as stack:
-        remotes = {side: stack.enter_context(Remote(side, settings)) for side in SIDES}
+        remotes = {backend: stack.enter_context(Remote(backend, settings)) for backend in BACKENDS}
         answers, difference = _measure(remotes, work, progress, settings.exact)
         return Comparison(
             about,
             work,
             {
-                side: {name: [answer.sample for answer in runs] for name, runs in cases.items()}
-                for side, cases in answers.items()
+                backend: {name: [answer.sample for answer in runs] for name, runs in cases.items()}
+                for backend, cases in answers.items()
             },
-            {side: _peak(cases) for side, cases in answers.items()},
-            {side: remote.load_seconds for side, remote in remotes.items()},
+            {backend: _peak(cases) for backend, cases in answers.items()},
+            {backend: remote.load_seconds for backend, remote in remotes.items()},
             difference,
         )
 
 
-Answers = dict[SideName, dict[str, list[Answer]]]
+Answers = dict[BackendName, dict[str, list[Answer]]]
 
 
 def _measure(
-    remotes: dict[SideName, Remote], work: Plan, progress: Progress, exact: bool = True
+    remotes: dict[BackendName, Remote], work: Plan, progress: Progress, exact: bool = True
 ) -> tuple[Answers, int]:
-    """Every case once to warm up, then round after round, the sides taking turns to go first."""
-    answers: Answers = {side: {case.name: [] for case in work.cases} for side in remotes}
+    """Run a warm-up round of all cases, then `repeats` rounds; backends alternate in order."""
+    answers: Answers = {backend: {case.name: [] for case in work.cases} for backend in remotes}
     total = len(work.cases) * (work.repeats + 1)
     difference = 0
     for round_ in range(work.repeats + 1):
         what = "measuring" if round_ else "warming up"
-        order = SIDES if round_ % 2 else SIDES[::-1]
+        order = BACKENDS if round_ % 2 else BACKENDS[::-1]
         for index, case in enumerate(work.cases):
             progress(what, round_ * len(work.cases) + index, total, detail=case.name)
-            got = {side: remotes[side].run(case) for side in order}
+            got = {backend: remotes[backend].run(case) for backend in order}
             outputs = (got["runtime"].output, got["pytorch"].output)
             difference = max(difference, _same(case, *outputs, exact))
             if round_:
-                for side, answer in got.items():
-                    answers[side][case.name].append(answer)
+                for backend, answer in got.items():
+                    answers[backend][case.name].append(answer)
     return answers, difference
 
 
 def _same(case: Case, runtime: Output, pytorch: Output, exact: bool) -> int:
-    """The greatest difference of a pixel, of 255; raises `MmiError` when it is another document.
-    Not `exact`: a type that rounds may choose another word where two are as likely."""
+    """Compare outputs; return the largest difference of a pixel, of 255. Raises `MmiError` if they
+    differ. Not `exact`: text may differ, as rounding decides between words of equal probability."""
     pairs = list(zip(runtime.pictures, pytorch.pictures, strict=False))
     difference = max((int(np.abs(a.astype(int) - b).max()) for a, b in pairs), default=0)
     same_count = len(pairs) == len(runtime.pictures) == len(pytorch.pictures)
     if same_count and (not exact or (runtime.text == pytorch.text and difference <= 1)):
         return difference
     raise MmiError(
-        f"the two sides do not make the same of {case.name!r}: nothing to compare",
+        f"outputs of the two backends differ for {case.name!r}: nothing to compare",
         expected="equal text, pixels within 1/255",
-        got=f"{'equal' if runtime.text == pytorch.text else 'another'} text, "
+        got=f"{'equal' if runtime.text == pytorch.text else 'different'} text, "
         f"{difference}/255 in {len(pairs)} pictures",
         fix="export the bundle again from this model",
     )
@@ -222,7 +223,7 @@ def _schedule(bundle: Bundle, asked: str | None) -> str:
     raise ConfigError(
         f"{bundle.folder} has no schedule of {STEPS} steps",
         got=", ".join(bundle.schedules),
-        fix=f"name one with --schedule, or export with --schedule unipc:{STEPS}",
+        fix=f"choose one with --schedule, or export with --schedule unipc:{STEPS}",
     )
 
 

@@ -1,4 +1,4 @@
-"""A comparison as a picture: what a token costs by images in context, and the speedups."""
+"""Plot of a comparison: time per token by images in context, and speedups."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import io
 from pathlib import Path
 from typing import Any
 
-from mmi_bench.compare.backends import SIDES
+from mmi_bench.compare.backends import BACKENDS
 from mmi_bench.compare.compare import Comparison
-from mmi_bench.statistics import Spread
+from mmi_bench.statistics import Statistics
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system.files import write_new_file
 
 _COLOURS = {"runtime": "#0072b2", "pytorch": "#d55e00"}
 _LABELS = {"runtime": "runtime", "pytorch": "PyTorch as published"}
+
+# Number of measures that are shown as bars; those by number of images are shown as lines.
 _SHOWN = 5
-"""The first measures are shown as bars; those by number of images as lines."""
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Write `path`, whose ending (`.svg`, `.png`) is its format; raises `MmiError` without
-    matplotlib."""
+    """Write the plot to `path`, whose suffix (`.svg`, `.png`) is the format; raises `MmiError`
+    without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise MmiError(
-            "plots need matplotlib, which is not installed", fix="pip install matplotlib"
+            "plots require matplotlib, which is not installed", fix="pip install matplotlib"
         ) from None
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     tokens, speedups = figure.subplots(1, 2)
@@ -38,34 +39,34 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 def _per_token(axes: Any, comparison: Comparison) -> None:
     counts = comparison.image_counts
-    for side in SIDES:
+    for backend in BACKENDS:
         metrics = [comparison.per_token(images) for images in counts]
-        spreads = [Spread.of(getattr(metric, side)) for metric in metrics]
-        medians = [1000 * spread.median for spread in spreads]
-        below = [1000 * (spread.median - spread.low) for spread in spreads]
-        above = [1000 * (spread.high - spread.median) for spread in spreads]
+        measured = [Statistics.of(getattr(metric, backend)) for metric in metrics]
+        medians = [1000 * one.median for one in measured]
+        below = [1000 * (one.median - one.low) for one in measured]
+        above = [1000 * (one.high - one.median) for one in measured]
         axes.errorbar(
             counts,
             medians,
             yerr=[below, above],
             marker="o",
             capsize=3,
-            color=_COLOURS[side],
-            label=_LABELS[side],
+            color=_COLOURS[backend],
+            label=_LABELS[backend],
         )
     axes.set_ylim(bottom=0)
     axes.set_xticks(counts)
     axes.set_xlabel("images in a context of equal length")
     axes.set_ylabel("milliseconds per token")
-    axes.set_title("What a token costs")
+    axes.set_title("Time per token")
     axes.legend(frameon=False)
 
 
 def _speedups(axes: Any, comparison: Comparison) -> None:
     metrics = comparison.metrics()[:_SHOWN][::-1]
-    spreads = [metric.speedup for metric in metrics]
-    medians = [spread.median for spread in spreads]
-    errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+    measured = [metric.speedup for metric in metrics]
+    medians = [one.median for one in measured]
+    errors = [[s.median - s.low for s in measured], [s.high - s.median for s in measured]]
     bars = axes.barh(
         [metric.name for metric in metrics],
         medians,

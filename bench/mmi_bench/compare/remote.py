@@ -1,4 +1,4 @@
-"""Asks a worker process; see `worker.py`."""
+"""Client of a worker process; see `worker.py`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mmi_bench.compare.backends import Settings, SideName
+from mmi_bench.compare.backends import BackendName, Settings
 from mmi_bench.compare.cases import Case
 from mmi_bench.compare.samples import Output, Sample
 from mmi_bench.compare.worker import unpacked
 from mmi_deploy.errors import MmiError
 
+# Environment variables that set the threads of numerical libraries.
 _THREAD_POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A case as one side ran it; `peak_bytes`: the most memory that the side has held so far."""
+    """Result of one case of one backend; `peak_bytes`: its peak memory so far."""
 
     sample: Sample
     output: Output
@@ -31,10 +32,10 @@ class Answer:
 
 
 class Remote:
-    """One side, loaded in its own process. Use it in a `with` block."""
+    """Backend in its own process. Use it in a `with` block."""
 
-    def __init__(self, side: SideName, settings: Settings) -> None:
-        self.side = side
+    def __init__(self, backend: BackendName, settings: Settings) -> None:
+        self.backend = backend
         pools = dict.fromkeys(_THREAD_POOLS, str(settings.threads))
         paths = [str(Path(entry).resolve()) for entry in sys.path if entry]
         self._process = subprocess.Popen(
@@ -42,7 +43,7 @@ class Remote:
                 sys.executable,
                 "-m",
                 "mmi_bench.compare.worker",
-                side,
+                backend,
                 json.dumps(settings.to_json()),
             ],
             stdin=subprocess.PIPE,
@@ -69,7 +70,7 @@ class Remote:
         self._end()
 
     def run(self, case: Case) -> Answer:
-        """Run one case; raises `MmiError` when the side cannot."""
+        """Run one case; raises `MmiError` if the backend fails."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # `_read` says how the process ended
             self._process.stdin.write(json.dumps(case.to_json()) + "\n")
@@ -87,8 +88,8 @@ class Remote:
             code = self._process.wait()
             how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
             raise MmiError(
-                f"the {self.side} side of the benchmark {how}",
-                fix="its own message, if it had time for one, stands above",
+                f"the {self.backend} backend of the benchmark {how}",
+                fix="see its own message above, if there is one",
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

@@ -1,4 +1,4 @@
-"""A comparison as tables for people."""
+"""Tables of a comparison."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mmi_bench.compare.backends import SIDES
+from mmi_bench.compare.backends import BACKENDS
 from mmi_bench.compare.compare import Comparison
-from mmi_bench.statistics import Spread
+from mmi_bench.statistics import Statistics
 
+# Minimum speedup by measure.
 GOALS = {"whole document": 5.0}
+
+# Maximum time of a token that looks at eight images over that of one that looks at none.
 COST_GOAL = 1.15
-"""What is aimed at: the speedup of a whole document; the time of a token that looks at eight images
-over that of one that looks at none."""
 
 
 def print_report(console: Console, comparison: Comparison) -> None:
-    """The medians, then how far they spread; both fit 80 columns."""
+    """Print the medians, then the quartiles; both tables fit 80 columns."""
     console.print(table(comparison))
-    console.print(spread_table(comparison))
+    console.print(quartiles_table(comparison))
     about = comparison.about
     console.print(
         f"{about['machine']['processor']}, {about['threads']} threads, float32, "
@@ -30,7 +31,7 @@ def print_report(console: Console, comparison: Comparison) -> None:
 
 
 def table(comparison: Comparison) -> Table:
-    """One line per measure: the median of both sides and of their ratio, and the goal."""
+    """Build the table of medians: both backends, their ratio, and the goal."""
     columns = _table(
         f"{comparison.about['model']}: ONNX Runtime against PyTorch as published, medians",
         ("", "runtime", "PyTorch", "ratio", "goal"),
@@ -39,12 +40,12 @@ def table(comparison: Comparison) -> Table:
         ratio, goal = metric.speedup.median, GOALS.get(metric.name)
         columns.add_row(
             f"{_short(metric.name)}, ms",
-            _milliseconds(Spread.of(metric.runtime).median),
-            _milliseconds(Spread.of(metric.pytorch).median),
+            _milliseconds(Statistics.of(metric.runtime).median),
+            _milliseconds(Statistics.of(metric.pytorch).median),
             f"{ratio:.2f}",
             _goal(f">= {goal:g}", ratio >= goal) if goal else "",
         )
-    ours, theirs = (comparison.cost_of_images(side).median for side in SIDES)
+    ours, theirs = (comparison.cost_of_images(backend).median for backend in BACKENDS)
     columns.add_row(
         _cost_name(comparison),
         f"{ours:.2f}",
@@ -52,7 +53,7 @@ def table(comparison: Comparison) -> Table:
         "",
         _goal(f"<= {COST_GOAL:g}", ours <= COST_GOAL),
     )
-    ours, theirs = (comparison.peak_bytes[side] for side in SIDES)
+    ours, theirs = (comparison.peak_bytes[backend] for backend in BACKENDS)
     columns.add_row(
         "peak memory, MB",
         f"{ours / 1e6:.0f}",
@@ -60,27 +61,27 @@ def table(comparison: Comparison) -> Table:
         f"{theirs / ours:.2f}",
         _goal("no larger", ours <= theirs),
     )
-    ours, theirs = (comparison.load_seconds[side] for side in SIDES)
+    ours, theirs = (comparison.load_seconds[backend] for backend in BACKENDS)
     loading = (f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}")
     columns.add_row("loading once, s", *loading, "")
     return columns
 
 
-def spread_table(comparison: Comparison) -> Table:
-    """The quartiles of the medians, and the least and the greatest ratio."""
+def quartiles_table(comparison: Comparison) -> Table:
+    """Build the table of quartiles, with the minimum and maximum ratio."""
     columns = _table(
         "quartiles, and the range of the ratio",
         ("", "runtime", "PyTorch", "ratio", "range"),
     )
     for metric in comparison.metrics():
-        sides = (Spread.of(side) for side in (metric.runtime, metric.pytorch))
+        both = (Statistics.of(seconds) for seconds in (metric.runtime, metric.pytorch))
         columns.add_row(
             f"{_short(metric.name)}, ms",
-            *(f"{_milliseconds(one.low)}–{_milliseconds(one.high)}" for one in sides),
+            *(f"{_milliseconds(one.low)}–{_milliseconds(one.high)}" for one in both),
             _between(metric.speedup.low, metric.speedup.high),
             _between(metric.speedup.least, metric.speedup.greatest),
         )
-    costs = (comparison.cost_of_images(side) for side in SIDES)
+    costs = (comparison.cost_of_images(backend) for backend in BACKENDS)
     quartiles = (_between(one.low, one.high) for one in costs)
     columns.add_row(_cost_name(comparison), *quartiles, "", "")
     return columns
@@ -99,7 +100,7 @@ def _cost_name(comparison: Comparison) -> str:
 
 
 def _short(name: str) -> str:
-    """A measure's name without what the other rows say."""
+    """Shorten a measure's name by words that its row implies."""
     for words in ("the same ", "time to ", " in context"):
         name = name.replace(words, "")
     return name

@@ -1,4 +1,4 @@
-"""One timed run of a case: what a person who waits would measure with a stopwatch."""
+"""Latencies of one run of a case, as a user of the runtime sees them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mmi_deploy.runtime.events import (
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds. `token_gaps`: from one token of a turn to the next. `step_gaps`: from one denoising
-    step of a picture to the next. `stages`: what the side itself says about its parts, by name."""
+    """Latencies in seconds. `token_gaps`: from one token of a turn to the next. `step_gaps`: from
+    one denoising step of a picture to the next. `stages`: the backend's own timings, by stage."""
 
     seconds: float
     first_token: float
@@ -42,14 +42,14 @@ class Sample:
 
 @dataclass
 class Output:
-    """What was written and drawn, to see that both sides did the same."""
+    """Text and pictures of a run, for the comparison of both backends."""
 
     text: str = ""
     pictures: list[Rgb] = field(default_factory=list)
 
 
 def take(events: Iterator[Event]) -> tuple[Sample, Output]:
-    """Run a generation to its end. The clock starts here: the generator has not begun."""
+    """Run a generation to its end and time its events. `events` must not have been started."""
     start = time.perf_counter()
     output = Output()
     first, before = 0.0, None

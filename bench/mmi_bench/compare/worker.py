@@ -1,7 +1,7 @@
-"""One side in a process of its own: its memory and its threads are its own.
+"""Worker process of one backend, so that its memory and threads are its own.
 
-`python -m mmi_bench.compare.worker SIDE SETTINGS` reads a JSON line per case from stdin
-and answers each with one on stdout; everything else that it prints goes to stderr.
+`python -m mmi_bench.compare.worker BACKEND SETTINGS` reads a JSON line per case from stdin
+and answers each with one on stdout; all other output goes to stderr.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mmi_bench.compare.backends import Settings, SideName, open_side
+from mmi_bench.compare.backends import BackendName, Settings, open_backend
 from mmi_bench.compare.cases import Case
 from mmi_bench.compare.samples import Output, Sample, take
 from mmi_deploy.bundle.bundle import Bundle
@@ -26,7 +26,7 @@ from mmi_deploy.system.process_memory import peak_bytes
 
 
 def answer_of(sample: Sample, output: Output) -> dict[str, Any]:
-    """What a case is answered with."""
+    """Answer to a case as JSON."""
     return {
         "sample": sample.to_json(),
         "text": output.text,
@@ -36,18 +36,18 @@ def answer_of(sample: Sample, output: Output) -> dict[str, Any]:
 
 
 def packed(rgb: Rgb) -> dict[str, Any]:
-    """A picture as JSON."""
+    """Encode a picture as JSON."""
     return {"shape": rgb.shape, "bytes": base64.b64encode(rgb.tobytes()).decode()}
 
 
 def unpacked(picture: dict[str, Any]) -> Rgb:
-    """The picture again, uint8 [h, w, 3]."""
+    """Decode a picture of `packed`, uint8 [height, width, 3]."""
     raw = np.frombuffer(base64.b64decode(picture["bytes"]), np.uint8)
     return raw.reshape(picture["shape"])
 
 
-def serve(side: SideName, settings: Settings, questions: IO[str], answers: IO[str]) -> None:
-    """Answer until the questions end."""
+def serve(backend: BackendName, settings: Settings, questions: IO[str], answers: IO[str]) -> None:
+    """Load a backend and run the cases of `questions`, one JSON line each, until they end."""
 
     def answer(value: dict[str, Any]) -> None:
         answers.write(json.dumps(value) + "\n")
@@ -57,7 +57,7 @@ def serve(side: SideName, settings: Settings, questions: IO[str], answers: IO[st
         start = time.perf_counter()
         bundle = Bundle.open(settings.bundle, unproved=settings.unproved)
         tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
-        generate = open_side(side, settings)
+        generate = open_backend(backend, settings)
         answer({"load_seconds": time.perf_counter() - start})
         for line in questions:
             case = Case(**json.loads(line))
@@ -69,9 +69,9 @@ def serve(side: SideName, settings: Settings, questions: IO[str], answers: IO[st
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    side: SideName = "runtime" if sys.argv[1] == "runtime" else "pytorch"
-    serve(side, Settings.from_json(json.loads(sys.argv[2])), sys.stdin, answers)
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
+    backend: BackendName = "runtime" if sys.argv[1] == "runtime" else "pytorch"
+    serve(backend, Settings.from_json(json.loads(sys.argv[2])), sys.stdin, answers)
 
 
 if __name__ == "__main__":

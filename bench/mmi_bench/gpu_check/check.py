@@ -1,7 +1,7 @@
-"""`make gpu-check`: everything that only a GPU can show, in one run, told in a report.
+"""`make gpu-check`: run every check that takes a GPU, and write a report.
 
-Each step is tried whatever became of the others, and says in one line what came out or what is
-missing. Exit code 0: all passed. 1: something is wrong. 2: something could not be run here.
+Each step is tried even if others failed, and reports its result or what is missing in one line.
+Exit code 0: all passed. 1: a step failed. 2: a step could not be run here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.console import Console
 
 from mmi_bench.gpu_check.kernel import GpuKernel, import_driver
 from mmi_bench.gpu_check.report import KIND, write_report
-from mmi_bench.gpu_check.target import Detail, Tried, compare, document, measure
+from mmi_bench.gpu_check.target import Detail, OpenTarget, compare, document, measure
 from mmi_bench.machine import describe
 from mmi_deploy.bundle.build_report import read_report
 from mmi_deploy.bundle.bundle import Bundle
@@ -49,27 +49,28 @@ from mmi_plugins.tensorrt.build_plugin import (
     find_tensorrt_headers,
 )
 
+# Exit codes.
 WRONG, NOT_RUN = 1, 2
 PRECISIONS = ("fp32", "fp16")
+# Separator of the causes of one step.
 CAUSES = "; "
-"""Between the causes of one step."""
 
+# Prefix of the line of a step that depends on engines which were not loaded.
 NO_ENGINES = "no engines were loaded: "
-"""What comes of it in later steps when engines are not loaded."""
 
+# Random calls of the kernel: six of each kind.
 KERNEL_CASES = 48
-"""Drawn calls of the kernel: each situation six times."""
 
 State = Literal["passed", "FAILED", "not run"]
 
 
 class Missing(Exception):
-    """What a step needs and this machine lacks."""
+    """A step requires something that this machine lacks."""
 
 
 @dataclass
 class Step:
-    """What became of one step. `line`: for people. `detail`: all numbers."""
+    """Result of one step. `line`: for people. `detail`: all numbers."""
 
     name: str
     state: State
@@ -78,13 +79,13 @@ class Step:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
+# Function that builds the engines of a bundle for a target, with the plugin library if given.
 Builder = Callable[[Path, Target, Path | None], None]
-"""Builds the engines of a bundle for a target, with the plugin library if there is one."""
 
 
 @dataclass
 class Machine:
-    """What steps run with; tests put their own in its place."""
+    """GPU, libraries and builders that steps use; tests pass fakes. None: the real one."""
 
     device: int = 0
     cuda: Any = None
@@ -96,7 +97,7 @@ class Machine:
     _memory: DeviceMemory | None = None
 
     def memory(self) -> DeviceMemory:
-        """The GPU; raises `Missing`."""
+        """Open the GPU; raises `Missing`."""
         if self._memory is None:
             try:
                 self._memory = DeviceMemory(Cuda(self.cuda or import_cuda()), self.device)
@@ -105,7 +106,7 @@ class Machine:
         return self._memory
 
     def module(self, runtime: str) -> Any:
-        """TensorRT; raises `Missing`."""
+        """Import TensorRT or TensorRT-RTX; raises `Missing`."""
         try:
             return self.tensorrt or import_tensorrt(BACKENDS[runtime].module)
         except EngineError as error:
@@ -127,7 +128,7 @@ class Check:
     plugin: Path | None = None
 
     def run(self) -> int:
-        """Try every step; the exit code."""
+        """Try every step; return the exit code."""
         self._try("machine", self._machine)
         self._try("plugin", self._plugin)
         self._try("kernel", self._kernel)
@@ -137,10 +138,10 @@ class Check:
         return WRONG if "FAILED" in states else NOT_RUN if "not run" in states else 0
 
     def _precision(self, precision: str) -> None:
-        """What is tried with the engines of one precision."""
-        opened: list[Tried] = []
+        """Try the steps of one precision: build, load, compare, document, measure."""
+        opened: list[OpenTarget] = []
 
-        def with_engines(work: Callable[[Tried], Detail]) -> Callable[[], Detail]:
+        def with_engines(work: Callable[[OpenTarget], Detail]) -> Callable[[], Detail]:
             return lambda: work(self._opened(opened))
 
         self._try(f"build {precision}", partial(self._build, precision))
@@ -161,7 +162,7 @@ class Check:
             state, line = "not run", str(missing)
         except MmiError as error:
             state, line = "FAILED", str(error)
-        except Exception as error:  # a step that breaks must not keep the others from being tried
+        except Exception as error:  # the other steps are tried all the same
             words = " ".join(str(error).split())
             state, line = "FAILED", f"unexpected {type(error).__name__}: {words}"
             detail = {"traceback": traceback.format_exc()}
@@ -196,11 +197,11 @@ class Check:
         except EngineError as error:
             if self.runtime != TENSORRT or find_spec("tensorrt") is None or lacking:
                 raise Missing(CAUSES.join([*lacking, str(error)])) from None
-            return f"goes into the engines ahead of time: the library cannot be built: {error}", {}
+            return f"compiled ahead of time into the engines; no library: {error}", {}
         return self.plugin.name, {"path": str(self.plugin)}
 
     def _lacking(self, *, gpu: bool = False, tensorrt: bool = False) -> list[str]:
-        """What of these this machine lacks."""
+        """Reasons why the requested ones of GPU and TensorRT cannot be used; empty if they can."""
         lines = []
         for wanted, find in (
             (gpu, self.machine.memory),
@@ -219,7 +220,6 @@ class Check:
             raise Missing(CAUSES.join(lacking))
 
     def _kernel(self) -> Detail:
-
         no_compiler = nvrtc.missing("nvrtc") if self.machine.kernel is None else None
         self._require([*self._lacking(gpu=True), *([no_compiler] if no_compiler else [])])
         make = self.machine.kernel or (
@@ -241,8 +241,8 @@ class Check:
                 f"the kernel is wrong in {len(wrong)} of {len(verdicts)} cases",
                 got=f"{wrong[0].reason} in {wrong[0].case!r}",
             )
-        told = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
-        return f"{len(verdicts)} cases against float64; greatest relative rms: {told}", detail
+        errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in worst.items())
+        return f"{len(verdicts)} cases against float64; greatest relative rms: {errors}", detail
 
     def _target(self, precision: str) -> Target:
         return Target(self.runtime, self.machine.memory().gpu.architecture, precision)
@@ -250,7 +250,7 @@ class Check:
     def _build(self, precision: str) -> Detail:
         self._require(self._lacking(gpu=True, tensorrt=True))
         if self.plugin is None and self.runtime != TENSORRT:
-            raise Missing(f"{self.runtime} needs the compiled plugin, and it was not built")
+            raise Missing(f"{self.runtime} requires the compiled plugin, which was not built")
         target = self._target(precision)
         build = self.machine.build or build_engines
         build(self.bundle, target, self.plugin)
@@ -261,7 +261,7 @@ class Check:
         detail = {"report": report.model_dump()} if report else {}
         return f"{target.name}: {len(manifest.graphs)} engines, {size / 1e6:.1f} MB", detail
 
-    def _load(self, precision: str, opened: list[Tried]) -> Detail:
+    def _load(self, precision: str, opened: list[OpenTarget]) -> Detail:
         self._require(self._lacking(gpu=True, tensorrt=True))
         name = self._target(precision).name
         bundle = Bundle.open(self.bundle, unproved=True)
@@ -280,27 +280,27 @@ class Check:
                 tensorrt=module,
             )
 
-        tried = Tried.open(bundle, precision, target)
-        opened.append(tried)
-        tried.runtime.load()
-        plan = tried.target.plan()
+        open_target = OpenTarget.open(bundle, precision, target)
+        opened.append(open_target)
+        open_target.runtime.load()
+        plan = open_target.backend.plan()
         detail = {"plan": {**asdict(plan), "total": plan.total}, "lines": plan.lines()}
-        return f"{plan.total / 1e6:.1f} MB of the GPU's memory in all", detail
+        return f"{plan.total / 1e6:.1f} MB of GPU memory", detail
 
-    def _opened(self, opened: list[Tried]) -> Tried:
+    def _opened(self, opened: list[OpenTarget]) -> OpenTarget:
         if not opened:
             loading = next(step for step in reversed(self.steps) if step.name.startswith("load"))
             raise Missing(f"{NO_ENGINES}{loading.line}")
         return opened[0]
 
-    def _compare(self, tried: Tried) -> Detail:
-        line, detail, proofs = compare(tried)
+    def _compare(self, open_target: OpenTarget) -> Detail:
+        line, detail, proofs = compare(open_target)
         if failed := [proof.graph for proof in proofs if not proof.passed]:
             raise EngineError(f"too far from ONNX Runtime: {', '.join(failed)}; {line}")
         return line, detail
 
-    def _measure(self, tried: Tried) -> Detail:
-        return measure(tried, self.repeats)
+    def _measure(self, open_target: OpenTarget) -> Detail:
+        return measure(open_target, self.repeats)
 
 
 def _version(number: int) -> str:
@@ -308,9 +308,10 @@ def _version(number: int) -> str:
 
 
 def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
-    """`mmi build`, in a process of its own: what the builder leaves behind does not meet what runs.
+    """Run `mmi build` in its own process, so that the builder's state does not affect the engines.
 
-    Without a library the plugin goes into TensorRT's engines ahead of time."""
+    Without a library the plugin is compiled into TensorRT's engines ahead of time. Raises
+    `EngineError` with the last line of a build that failed."""
     code = "from mmi_deploy.cli.app import main; main()"
     words = ["build", str(bundle), "--target", target.runtime, "--precision", target.precision]
     words += ["--arch", str(target.architecture), "--plugin", str(plugin or AHEAD_OF_TIME)]
@@ -318,11 +319,13 @@ def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
     done = subprocess.run(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise EngineError(said[-1].removeprefix("mmi: ") if said else "mmi build said nothing")
+        raise EngineError(
+            said[-1].removeprefix("mmi: ") if said else "mmi build failed without a message"
+        )
 
 
 def check_arguments(bundle: Path, runtime: str, precisions: Sequence[str]) -> None:
-    """Raise `MmiError` for what no machine could run."""
+    """Raise `MmiError` for arguments that are wrong on every machine."""
     on_gpu = [row.name for row in BACKENDS.values() if row.on_gpu]
     if runtime not in on_gpu:
         raise ConfigError(f"{runtime!r} runs no engines", expected=" or ".join(on_gpu))
@@ -332,19 +335,19 @@ def check_arguments(bundle: Path, runtime: str, precisions: Sequence[str]) -> No
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="What `mmi export` wrote.")] = Path("bundles/tiny"),
+    bundle: Annotated[Path, typer.Argument(help="Bundle that `mmi export` wrote.")] = Path(
+        "bundles/tiny"
+    ),
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for report.md and report.json.")
     ] = Path("gpu_check"),
-    target: Annotated[
-        str, typer.Option(help="Who runs the engines: tensorrt or tensorrt-rtx.")
-    ] = TENSORRT,
+    target: Annotated[str, typer.Option(help="Backend: tensorrt or tensorrt-rtx.")] = TENSORRT,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="A recipe of `mmi build`; several may be given.", show_default="both"),
+        typer.Option(help="Recipe of `mmi build`; several may be given.", show_default="both"),
     ] = None,
-    device: Annotated[int, typer.Option(min=0, help="Which GPU.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured documents.")] = 5,
+    device: Annotated[int, typer.Option(min=0, help="Index of the GPU.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of measured documents.")] = 5,
 ) -> int:
     """Build, run, compare and measure the engines of a bundle on this machine's GPU."""
     console = Console(highlight=False, soft_wrap=True)
@@ -368,18 +371,17 @@ def main(
 
 
 def shortened(step: Step, causes: dict[str, str]) -> str:
-    """The line of a step, in which causes that were said before are named by their step.
+    """Shorten the line of a step that was not run: repeated causes become the name of their step.
 
-    `causes`: what was said, with the name of the step that said it; grows. The report has all
-    lines whole.
+    `causes`: causes printed so far, with their steps; updated. The report has all lines in full.
     """
     if step.state != "not run":
         return step.line
     parts = step.line.removeprefix(NO_ENGINES).split(CAUSES)
     fresh = [part for part in parts if part not in causes]
     causes.update(dict.fromkeys(fresh, step.name))
-    told = dict.fromkeys(causes[part] for part in parts if part not in fresh)
-    return CAUSES.join([*fresh, *([f"as for {' and '.join(told)}"] if told else [])])
+    steps = dict.fromkeys(causes[part] for part in parts if part not in fresh)
+    return CAUSES.join([*fresh, *([f"as for {' and '.join(steps)}"] if steps else [])])
 
 
 @contextmanager

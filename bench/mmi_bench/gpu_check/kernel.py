@@ -1,5 +1,9 @@
-"""The MMFS kernels on a GPU, one call at a time: machine code from NVRTC, launched by CUDA's driver
-API (`cuda.bindings.driver`), without TensorRT and without torch."""
+"""Run the MMFS kernels on a GPU without TensorRT or torch.
+
+NVRTC compiles them to machine code; CUDA's driver API (`cuda.bindings.driver`) launches them.
+
+Letters: b batch, q queries, h heads, d channels per head.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ from mmi_plugins.reference import rows_of
 
 
 def import_driver() -> Any:
-    """`cuda.bindings.driver`; raises `EngineError` where it is not installed."""
+    """Import `cuda.bindings.driver`; raises `EngineError` if it is not installed."""
     try:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
@@ -35,7 +39,7 @@ def import_driver() -> Any:
 
 
 class GpuKernel:
-    """An implementation of the operator as `mmi_plugins.conformance.check` takes it. `parts` as in
+    """Implementation of the operator for `mmi_plugins.conformance.check`. `parts` as in
     `launch_plan`."""
 
     name = "gpu"
@@ -46,11 +50,11 @@ class GpuKernel:
         self._functions: dict[Variant, Any] = {}
 
     def missing(self) -> str | None:
-        """Why it cannot run on this machine, or None."""
+        """Reason why the kernel cannot run on this machine, or None."""
         return nvrtc.missing("nvrtc")
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
-        """Outputs [k, d] of `rows` [k, 3], each a (b, q, h)."""
+        """Outputs [row, d] of `rows` [row, 3], each a (b, q, h)."""
         buffers = {
             name: self.memory.from_array(array) for name, array in device_arrays(call).items()
         }

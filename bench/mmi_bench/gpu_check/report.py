@@ -1,4 +1,4 @@
-"""The report of `make gpu-check`: Markdown to paste into an issue, JSON with every number."""
+"""Report of `make gpu-check`: Markdown to paste into an issue, JSON with every number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmi_deploy.system.files import write_file
 if TYPE_CHECKING:
     from mmi_bench.gpu_check.check import Step
 
-
+# Kind of the output folder in its marker.
 KIND = "report"
 MARKDOWN, JSON = "report.md", "report.json"
 
@@ -21,8 +21,8 @@ MARKDOWN, JSON = "report.md", "report.json"
 def write_report(
     out: Path, machine: dict[str, Any], bundle: Path, target: str, steps: Sequence[Step]
 ) -> tuple[Path, Path]:
-    """Write report.md and report.json into the folder `out`; their paths."""
-    told = {
+    """Write report.md and report.json into the folder `out`; return their paths."""
+    report = {
         "machine": machine,
         "bundle": str(bundle),
         "target": target,
@@ -30,12 +30,12 @@ def write_report(
     }
     paths = out / MARKDOWN, out / JSON
     write_file(paths[0], markdown(machine, bundle, target, steps))
-    write_file(paths[1], json.dumps(told, indent=2, default=str) + "\n")
+    write_file(paths[1], json.dumps(report, indent=2, default=str) + "\n")
     return paths
 
 
 def markdown(machine: dict[str, Any], bundle: Path, target: str, steps: Sequence[Step]) -> str:
-    """The report for people."""
+    """Format the report as Markdown."""
     lines = [
         "# GPU check",
         "",
@@ -60,7 +60,7 @@ def markdown(machine: dict[str, Any], bundle: Path, target: str, steps: Sequence
 
 
 def _timings(step: Step) -> list[str]:
-    """Medians in milliseconds, with the quartiles."""
+    """Format medians in milliseconds with quartiles, as a Markdown table."""
     recorded, plain = step.detail["cuda graphs"], step.detail["without"]
     lines = [
         f"## Milliseconds, {step.name}",
@@ -72,13 +72,13 @@ def _timings(step: Step) -> list[str]:
     ]
     for name in recorded:
         if name not in ("launches", "refusals"):
-            cells = (_spread(side[name]) for side in (recorded, plain))
+            cells = (_milliseconds(times[name]) for times in (recorded, plain))
             lines.append(f"| {name} | {' | '.join(cells)} |")
     launches = ", ".join(f"{name} {count}" for name, count in recorded["launches"].items() if count)
     lines += ["", f"Launched from recordings: {launches or 'nothing'}."]
     return lines + [f"Not recorded: {name}: {why}." for name, why in recorded["refusals"].items()]
 
 
-def _spread(found: dict[str, float]) -> str:
-    median, low, high = (1000 * found[name] for name in ("median", "low", "high"))
+def _milliseconds(seconds: dict[str, float]) -> str:
+    median, low, high = (1000 * seconds[name] for name in ("median", "low", "high"))
     return f"{median:.2f} ({low:.2f}–{high:.2f})"

@@ -1,5 +1,7 @@
-"""One target on a GPU beside the portable graphs in ONNX Runtime: graph by graph, whole documents,
-and how long everything takes."""
+"""Compare a target on a GPU with the portable graphs in ONNX Runtime, and measure latencies.
+
+Comparisons are graph by graph and of a whole document.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from mmi_bench.compare.cases import DOCUMENT, IMAGES, Case
 from mmi_bench.compare.samples import Output, Sample, take
-from mmi_bench.statistics import Spread
+from mmi_bench.statistics import Statistics
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.bundle.manifest import PORTABLE
 from mmi_deploy.errors import ConfigError, EngineError
@@ -27,45 +29,48 @@ from mmi_deploy.targets.verify_target import (
     write_receipts,
 )
 
+# Precision whose documents must equal those of the CPU; rounding in a narrower one may decide
+# between two words of nearly equal probability.
 EXACT = "fp32"
-"""The precision whose documents must be those of the CPU; a narrower one may choose another word
-where two are as likely."""
 
+# Line for people, and all numbers.
 Detail = tuple[str, dict[str, Any]]
 
 
 @dataclass
-class Tried:
-    """A target, open on a GPU. `again(record)` opens it once more, with or without CUDA graphs."""
+class OpenTarget:
+    """Target that is open on a GPU. `reopen(record)` opens it anew, with or without CUDA graphs."""
 
     bundle: Bundle
     precision: str
-    target: TensorRtBackend
+    backend: TensorRtBackend
     runtime: Runtime
-    again: Callable[[bool], TensorRtBackend]
+    reopen: Callable[[bool], TensorRtBackend]
 
     @classmethod
-    def open(cls, bundle: Bundle, precision: str, make: Callable[[bool], TensorRtBackend]) -> Tried:
-        target = make(True)
-        return cls(bundle, precision, target, Runtime.from_backend(bundle, target), make)
+    def open(
+        cls, bundle: Bundle, precision: str, make: Callable[[bool], TensorRtBackend]
+    ) -> OpenTarget:
+        backend = make(True)
+        return cls(bundle, precision, backend, Runtime.from_backend(bundle, backend), make)
 
 
-def compare(tried: Tried) -> tuple[str, dict[str, Any], list[Proof]]:
-    """Every graph on recorded and random inputs, as `mmi verify` compares them; writes the receipts
-    into the target. A line, all errors, and the proofs."""
-    proofs = compare_target(tried.bundle, tried.target.manifest, tried.runtime)
-    tried.target.manifest = write_receipts(tried.bundle, tried.target.manifest, proofs)
+def compare(opened: OpenTarget) -> tuple[str, dict[str, Any], list[Proof]]:
+    """Compare every graph on recorded and random inputs, as `mmi verify` does, and write the
+    receipts into the target. Returns a line, all errors, and the proofs."""
+    proofs = compare_target(opened.bundle, opened.backend.manifest, opened.runtime)
+    opened.backend.manifest = write_receipts(opened.bundle, opened.backend.manifest, proofs)
     detail = {proof.graph: [asdict(case) for case in proof.cases] for proof in proofs}
     line = ", ".join(f"{proof.graph} {proof.error:.1e}" for proof in proofs)
     return f"relative rms at worst: {line}", {"cases": detail}, proofs
 
 
-def document(tried: Tried) -> Detail:
-    """A whole document on both: text and pictures, greedy and with the same noise."""
-    case = case_for(tried)
-    schedule = tried.bundle.schedules[0]
-    on_cpu = Runtime.open(tried.bundle, target=PORTABLE, kernels=NONE)
-    (_, expected), (_, got) = (_taken(r, case, schedule)[:2] for r in (on_cpu, tried.runtime))
+def document(opened: OpenTarget) -> Detail:
+    """Generate a document on GPU and CPU, greedy and with the same noise, and compare both."""
+    case = case_for(opened)
+    schedule = opened.bundle.schedules[0]
+    on_cpu = Runtime.open(opened.bundle, target=PORTABLE, kernels=NONE)
+    (_, expected), (_, got) = (_taken(r, case, schedule)[:2] for r in (on_cpu, opened.runtime))
     pairs = list(zip(expected.pictures, got.pictures, strict=False))
     differences = [int(np.abs(a.astype(int) - b).max()) for a, b in pairs]
     same, alike = expected.text == got.text, _alike(expected.text, got.text)
@@ -83,28 +88,30 @@ def document(tried: Tried) -> Detail:
     )
     if len(got.pictures) != len(expected.pictures):
         raise EngineError(
-            "another number of pictures", expected=len(expected.pictures), got=len(got.pictures)
+            "the GPU draws another number of pictures",
+            expected=len(expected.pictures),
+            got=len(got.pictures),
         )
-    if tried.precision == EXACT and not (same and max(differences, default=0) <= 1):
+    if opened.precision == EXACT and not (same and max(differences, default=0) <= 1):
         raise EngineError(
-            "the document is not the one that ONNX Runtime makes",
+            "the document differs from that of ONNX Runtime",
             expected="equal text, pixels within 1/255",
             got=line,
         )
     return line, detail
 
 
-def measure(tried: Tried, repeats: int) -> Detail:
-    """Whole documents with CUDA graphs and without: stages, tokens, steps, first token and
+def measure(opened: OpenTarget, repeats: int) -> Detail:
+    """Measure documents with and without CUDA graphs: stages, tokens, steps, first token and
     picture."""
-    case, schedule = case_for(tried), tried.bundle.schedules[0]
+    case, schedule = case_for(opened), opened.bundle.schedules[0]
     detail: dict[str, Any] = {"case": case.to_json(), "schedule": schedule, "repeats": repeats}
     lines = []
     for record in (True, False):
         runtime = (
-            tried.runtime if record else Runtime.from_backend(tried.bundle, tried.again(False))
+            opened.runtime if record else Runtime.from_backend(opened.bundle, opened.reopen(False))
         )
-        _taken(runtime, case, schedule)  # to warm up
+        _taken(runtime, case, schedule)  # warm-up
         taken = [_taken(runtime, case, schedule) for _ in range(repeats)]
         recorded = runtime.recordings()
         numbers = _numbers([sample for sample, _, _ in taken], [first for *_, first in taken])
@@ -116,10 +123,10 @@ def measure(tried: Tried, repeats: int) -> Detail:
     return f"{lines[0]}; without CUDA graphs {lines[1]}", detail
 
 
-def case_for(tried: Tried) -> Case:
-    """The benchmark's document, or a shorter one where the bundle is too small for it."""
-    config, context = tried.bundle.config, tried.runtime.limits.context
-    room = tried.runtime.limits.images
+def case_for(opened: OpenTarget) -> Case:
+    """Choose the largest benchmark document that fits the bundle."""
+    config, context = opened.bundle.config, opened.runtime.limits.context
+    room = opened.runtime.limits.images
     for images, turns, tokens in ((IMAGES, 3, 16), (1, 1, 4), (0, 1, 2)):
         case = Case(DOCUMENT, images, 8 * images, tokens, turns)
         if case.length(config) <= context and images + turns <= room:
@@ -132,23 +139,23 @@ def case_for(tried: Tried) -> Case:
 
 
 def _taken(runtime: Runtime, case: Case, schedule: str) -> tuple[Sample, Output, float]:
-    """One run of a case, and when its first picture was there."""
+    """Run a case once; also return the seconds to its first picture."""
     first: list[float] = []
     start = time.perf_counter()
 
-    def watched(events: Iterator[Event]) -> Iterator[Event]:
+    def timed(events: Iterator[Event]) -> Iterator[Event]:
         for event in events:
             if isinstance(event, ImageDone) and not first:
                 first.append(time.perf_counter() - start)
             yield event
 
     given = case.document(runtime.tokenizer, runtime.config)
-    sample, output = take(watched(generate(runtime, given, case.options(schedule))))
+    sample, output = take(timed(generate(runtime, given, case.options(schedule))))
     return sample, output, first[0]
 
 
 def _numbers(samples: list[Sample], firsts: list[float]) -> dict[str, Any]:
-    """Seconds: median, quartiles and extremes of each thing that was measured."""
+    """Statistics of every measure, in seconds."""
     stages: Mapping[str, list[float]] = {
         stage: [s for sample in samples for s in sample.stages[stage]]
         for stage in samples[0].stages
@@ -161,15 +168,15 @@ def _numbers(samples: list[Sample], firsts: list[float]) -> dict[str, Any]:
         "per step": _gaps([sample.step_gaps for sample in samples], stages["denoise"]),
     }
     named = whole | {f"stage {stage}": seconds for stage, seconds in stages.items()}
-    return {name: Spread.of(seconds).to_json() for name, seconds in named.items()}
+    return {name: Statistics.of(seconds).to_json() for name, seconds in named.items()}
 
 
 def _gaps(found: list[list[float]], stage: list[float]) -> list[float]:
-    """From one to the next, as a person sees them; of documents too short for that, the stage."""
+    """Gaps between events; for documents too short for gaps, the times of the stage."""
     return [gap for gaps in found for gap in gaps] or stage
 
 
 def _alike(some: str, other: str) -> int:
-    """Characters at the beginning that are the same."""
+    """Length of the common prefix, in characters."""
     pairs = zip(some, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(some), len(other)))

@@ -1,1 +1,1 @@
-"""The modules that are traced to ONNX: one wrapper per graph of the contract."""
+"""Modules that are traced to ONNX: one wrapper per graph of the contract."""

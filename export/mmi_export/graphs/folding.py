@@ -1,4 +1,4 @@
-"""Exact algebra that makes MMFS cheap: linear maps that follow one another become one.
+"""Fold successive linear maps of MMFS into one, by exact algebra.
 
 The paper's Eq. (4) projects every query once per image, W(W_q f + e_m). Since W is linear,
 
@@ -9,8 +9,8 @@ for W_A. The released form's extra output per (head, level), which nothing reads
 follows the output projection (the gate of the language model, the 1x1 convolution of the U-Net) is
 folded into it. All products are taken in float64 and rounded once.
 
-Letters: b batch, q queries, m images, l levels, h heads, p points, d channels per head, n pool of
-encoded images, s feature cells, r rows of the tables, c channels.
+Letters: b batch, q queries, n encoded images, m image slots, s feature cells, l levels, h heads,
+p points, d channels per head, c channels, r table rows.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from mmi_train.model.mmfs import Mmfs
 
 
 class Affine(NamedTuple):
-    """x -> weight x + bias, in float64."""
+    """Affine map x -> weight x + bias, in float64."""
 
     weight: Tensor
     bias: Tensor
 
     def after(self, first: Affine) -> Affine:
-        """The one map that equals `first` and then this one."""
+        """Compose: the map that applies `first`, then this one."""
         return Affine(self.weight @ first.weight, self.weight @ first.bias + self.bias)
 
 
 def affine(layer: nn.Linear | nn.Conv2d) -> Affine:
-    """A linear layer, or a 1x1 convolution, which is one."""
+    """Weight and bias of a linear layer or a 1x1 convolution, in float64."""
     assert layer.bias is not None
     return Affine(layer.weight.detach().double().flatten(1), layer.bias.detach().double())
 
 
 class FoldedMmfs(nn.Module):
-    """`Mmfs.forward` with its projections folded, `output` in place of its output projection."""
+    """`Mmfs` with its projections folded; `output` replaces its output projection."""
 
     def __init__(self, mmfs: Mmfs, output: Affine) -> None:
         super().__init__()
@@ -73,10 +73,10 @@ class FoldedMmfs(nn.Module):
         image_position: Tensor,
         reference: Tensor,
     ) -> Tensor:
-        """As `Mmfs.forward`: query [b, q, c], value [n, s, h, d], ... -> [b, q, out]."""
+        """Compute `Mmfs.forward`: query [b, q, c], value [n, s, h, d], ... -> [b, q, c]."""
         widths = (self.heads * self.points * 2, self.heads * len(self.level_sides) * self.points)
         offsets, logits = F.linear(query, self.query_weight).split(widths, -1)
-        looked = operators.mmfs(
+        sampled = operators.mmfs(
             value,
             image_slot,
             offsets.unflatten(-1, (self.heads, self.points, 2)),
@@ -90,18 +90,18 @@ class FoldedMmfs(nn.Module):
             base_grid=self.base_grid,
             null_slot=self.null_slot,
         )
-        return F.linear(looked, self.output_weight, self.output_bias)
+        return F.linear(sampled, self.output_weight, self.output_bias)
 
 
-class FoldedLlmLookBack(nn.Module):
+class FoldedGatedMmfs(nn.Module):
     """`llama.GatedMmfs` with its gate folded into the output projection."""
 
-    def __init__(self, look_back: llama.GatedMmfs) -> None:
+    def __init__(self, layer: llama.GatedMmfs) -> None:
         super().__init__()
-        self.query_norm = look_back.query_norm
-        gate = look_back.gate.detach().double().tanh()
-        output = affine(look_back.mmfs.output_proj)
-        self.mmfs = FoldedMmfs(look_back.mmfs, Affine(gate * output.weight, gate * output.bias))
+        self.query_norm = layer.query_norm
+        gate = layer.gate.detach().double().tanh()
+        output = affine(layer.mmfs.output_proj)
+        self.mmfs = FoldedMmfs(layer.mmfs, Affine(gate * output.weight, gate * output.bias))
         self.centre = _constant(torch.full((1, 2), 0.5))
 
     def forward(
@@ -111,48 +111,48 @@ class FoldedLlmLookBack(nn.Module):
         return self.mmfs(query, value, image_slot, image_position, self.centre)
 
 
-class FoldedUnetLookBack(nn.Module):
+class FoldedMmfsBlock(nn.Module):
     """`unet.MmfsBlock` with its convolution folded into the output projection."""
 
-    def __init__(self, look_back: unet.MmfsBlock) -> None:
+    def __init__(self, block: unet.MmfsBlock) -> None:
         super().__init__()
-        self.query_norm = look_back.query_norm
-        output = affine(look_back.conv).after(affine(look_back.mmfs.output_proj))
-        self.mmfs = FoldedMmfs(look_back.mmfs, output)
-        self.positions = _constant(look_back.get_buffer("positions"))
-        self.reference = _constant(look_back.get_buffer("reference"))
+        self.query_norm = block.query_norm
+        output = affine(block.conv).after(affine(block.mmfs.output_proj))
+        self.mmfs = FoldedMmfs(block.mmfs, output)
+        self.positions = _constant(block.get_buffer("positions"))
+        self.reference = _constant(block.get_buffer("reference"))
 
     def forward(
         self, x: Tensor, value: Tensor, image_slot: Tensor, image_position: Tensor
     ) -> Tensor:
         cells = x.permute(0, 2, 3, 1)  # [b, side, side, c]
         query = self.query_norm(cells.flatten(1, 2)) + self.positions
-        seen = self.mmfs(query, value, image_slot, image_position[:, None], self.reference)
-        return x + seen.view_as(cells).permute(0, 3, 1, 2)
+        update = self.mmfs(query, value, image_slot, image_position[:, None], self.reference)
+        return x + update.view_as(cells).permute(0, 3, 1, 2)
 
 
 class FoldedValues(nn.Module):
-    """`values` of several look-backs of one kind: one plain norm, then a projection each."""
+    """`values` of several MMFS layers of one kind: one norm without weights, a projection each."""
 
-    def __init__(self, look_backs: Sequence[llama.GatedMmfs] | Sequence[unet.MmfsBlock]) -> None:
+    def __init__(self, layers: Sequence[llama.GatedMmfs] | Sequence[unet.MmfsBlock]) -> None:
         super().__init__()
-        first = look_backs[0].value_norm
+        first = layers[0].value_norm
         assert first.eps is not None
         self.eps = first.eps
         self.centred = isinstance(first, nn.LayerNorm)
-        self.heads = look_backs[0].mmfs.config.heads
+        self.heads = layers[0].mmfs.config.heads
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for look_back in look_backs:
-            norm = look_back.value_norm
+        for layer in layers:
+            norm = layer.value_norm
             assert type(norm) is type(first) and norm.eps == first.eps
-            weight, bias = affine(look_back.mmfs.value_proj)
+            weight, bias = affine(layer.mmfs.value_proj)
             if isinstance(norm, nn.LayerNorm):
                 bias = bias + weight @ norm.bias.detach().double()
             self.weights.append(_constant(weight * norm.weight.detach().double()))
             self.biases.append(_constant(bias))
 
     def forward(self, features: Tensor) -> list[Tensor]:
-        """Features [n, s, c] of the levels that the layers read -> [n, s, h, d] per layer."""
+        """Project features [n, s, c] of the layers' levels to values [n, s, h, d] of each layer."""
         width = features.shape[-1:]
         if self.centred:
             normed = F.layer_norm(features, width, eps=self.eps)

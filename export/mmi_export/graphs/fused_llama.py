@@ -1,12 +1,11 @@
-"""LLaMA's attention and MLP as a runtime wants them: fewer, larger operators, the same numbers.
+"""LLaMA's attention and MLP in fewer, larger ONNX operators, with the same results.
 
-Queries and keys turn by their rotary angles in one operator; attention is one operator over the
-whole cache with an explicit mask. The fused forms also make one matrix product of the linear maps
-of one input, which needs a copy of their weights: on a CPU a decode step of a small model is mostly
-the dispatch of small operators.
+Rotary embedding is one operator; attention is one operator over the whole cache with an explicit
+mask. The fused forms also stack the linear maps of one input into one matrix product, which takes a
+copy of their weights: on a CPU the dispatch of small operators dominates a decode step of a small
+model.
 
-Letters: b batch, t tokens, k cache slots, h query heads, g key heads, d channels per head,
-c channels.
+Letters: b batch, t tokens, k keys, h heads, a key-value heads, d channels per head, c channels.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mmi_train.model.llama import Attention, KvCache, Mlp
 
 
 class DeployedAttention(nn.Module):
-    """`llama.Attention` with a cache and a bool mask, which it must be given."""
+    """`llama.Attention` with a KV cache and a bool mask, both required."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -29,10 +28,10 @@ class DeployedAttention(nn.Module):
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         query, key, _ = (proj.out_features // self.head_width for proj in projections)
         self.query_heads, self.key_heads = query, key
-        self._take(projections)
+        self._use_projections(projections)
         self.o_proj = attention.o_proj
 
-    def _take(self, projections: Sequence[nn.Linear]) -> None:
+    def _use_projections(self, projections: Sequence[nn.Linear]) -> None:
         self.q_proj, self.k_proj, self.v_proj = projections
 
     def forward(
@@ -40,40 +39,40 @@ class DeployedAttention(nn.Module):
     ) -> Tensor:
         """hidden [b, t, c], rotary: cos, sin [b, 1, t, d/2], mask bool [b, 1, t, k] -> [b, t, c]"""
         cos, sin = (table.squeeze(1) for table in rotary)  # [b, t, d/2]
-        queries, keys, values = self._turned(hidden, cos, sin)
+        queries, keys, values = self._rotated(hidden, cos, sin)
         keys, values = cache.update(self.layer, keys, values)
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, enable_gqa=self.query_heads > self.key_heads
         )
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
-    def _turned(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [b, h, t, d] and keys [b, g, t, d], both turned, and values [b, g, t, d]."""
+    def _rotated(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [b, h, t, d] and keys [b, a, t, d], and values [b, a, t, d]."""
         query, key, value = (
             proj(hidden).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        turned = (torch.onnx.ops.rotary_embedding(heads, cos, sin) for heads in (query, key))
-        return (*turned, value)
+        rotated = (torch.onnx.ops.rotary_embedding(heads, cos, sin) for heads in (query, key))
+        return (*rotated, value)
 
 
 class FusedAttention(DeployedAttention):
-    """The same with one matrix product and one operator that turns; its weight is a copy."""
+    """`DeployedAttention` with one matrix product and one rotary embedding; copies its weights."""
 
-    def _take(self, projections: Sequence[nn.Linear]) -> None:
+    def _use_projections(self, projections: Sequence[nn.Linear]) -> None:
         self.qkv_weight = _stacked(projections)
 
-    def _turned(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotated(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key = self.query_heads, self.key_heads
         heads = F.linear(hidden, self.qkv_weight).unflatten(-1, (query + 2 * key, self.head_width))
-        heads = heads.transpose(1, 2)  # [b, h + 2g, t, d]
-        turning, values = heads.split((query + key, key), 1)
-        queries, keys = torch.onnx.ops.rotary_embedding(turning, cos, sin).split((query, key), 1)
+        heads = heads.transpose(1, 2)  # [b, h + 2a, t, d]
+        rotating, values = heads.split((query + key, key), 1)
+        queries, keys = torch.onnx.ops.rotary_embedding(rotating, cos, sin).split((query, key), 1)
         return queries, keys, values
 
 
 class FusedMlp(nn.Module):
-    """`llama.Mlp` with one projection into both of its halves."""
+    """`llama.Mlp` with its gate and up projections stacked; copies their weights."""
 
     def __init__(self, mlp: Mlp) -> None:
         super().__init__()

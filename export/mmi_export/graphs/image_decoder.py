@@ -1,7 +1,6 @@
-"""The graphs that draw a picture: `image_condition`, the two denoising steps and `vae_decoder`.
+"""Graphs that draw a picture: `image_condition`, the two denoising steps and `vae_decoder`.
 
-Letters: b pictures, x context tokens, q condition tokens, n pool of encoded images, m images a
-picture looks at, z latent channels, c channels, w width of a cross-attention.
+Letters: b batch, c channels, y condition tokens, z latent channels.
 """
 
 from __future__ import annotations
@@ -13,18 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from mmi_deploy.spec.graphs import DEEP, UNET_BATCH_PER_PICTURE, Graph
-from mmi_export.graphs.folding import FoldedUnetLookBack
+from mmi_export.graphs.folding import FoldedMmfsBlock
 from mmi_export.tracing.onnx_from_module import Tensors, sharing_copy
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.model.unet import KeyValue, MmfsBlock
 
+# Arguments of `UNet.step` that are the same in every step.
 Constants = tuple[Tensor, list[KeyValue], list[Tensor], Tensor, Tensor]
 
 
 class ImageConditionGraph(nn.Module):
-    """Hidden states of the context to the keys and values of every cross-attention.
+    """Map hidden states of the context to keys and values of every cross-attention.
 
-    The unconditional rows depend on no input: they are constants of the graph.
+    The rows of the unconditional branch depend on no input: they are constants of the graph.
     """
 
     def __init__(self, model: MMInterleaved, graph: Graph) -> None:
@@ -35,39 +35,38 @@ class ImageConditionGraph(nn.Module):
         )
         with torch.no_grad():
             pairs = self.decoder.unet.condition_keys_values(self.decoder.null_condition)
-        unconditional = [tensor for pair in pairs for tensor in pair]  # [1, q, w] each
+        unconditional = [tensor for pair in pairs for tensor in pair]  # [1, y, c] each
         self.unconditional = nn.ParameterList(
             nn.Parameter(tensor, requires_grad=False) for tensor in unconditional
         )
 
     def forward(self, inputs: Tensors) -> Tensors:
-        condition = self.decoder.condition(inputs["context"], inputs["context_length"])  # [b, q, c]
+        condition = self.decoder.condition(inputs["context"], inputs["context_length"])  # [b, y, c]
         pairs = self.decoder.unet.condition_keys_values(condition)
         conditional = [tensor for pair in pairs for tensor in pair]
         names = [name for pair in self.names for name in pair]
         return {
-            name: torch.cat([own, other.expand_as(own)])  # [2b, q, w]
+            name: torch.cat([own, other.expand_as(own)])  # [2b, y, c]
             for name, own, other in zip(names, conditional, self.unconditional, strict=True)
         }
 
 
 class _DenoiseGraph(nn.Module):
-    """What a full and a shallow step share: the U-Net with its look-backs folded, on both guidance
+    """Base of a full and a shallow step: the U-Net with its MMFS blocks folded, on both guidance
     branches, and the update of a tabulated sampler."""
 
     def __init__(self, model: MMInterleaved, graph: Graph) -> None:
         super().__init__()
         self.unet = sharing_copy(model.image_decoder.unet)
         self.unet.look_back = nn.ModuleList(
-            FoldedUnetLookBack(look_back)
-            for look_back in cast(Iterable[MmfsBlock], self.unet.look_back)
+            FoldedMmfsBlock(block) for block in cast(Iterable[MmfsBlock], self.unet.look_back)
         )
         keys, values = graph.names("condition_key"), graph.names("condition_value")
         self.keys_values = list(zip(keys, values, strict=True))
         self.values = graph.names("unet_value")
 
     def constants(self, inputs: Tensors) -> Constants:
-        """Time rows, condition and images, as `UNet.step` takes them, for both branches."""
+        """Time rows, condition and images of both guidance branches, as `UNet.step` takes them."""
         return (
             _row(inputs["time_table"], inputs["step"]),
             [(inputs[key], inputs[value]) for key, value in self.keys_values],
@@ -78,7 +77,7 @@ class _DenoiseGraph(nn.Module):
 
 
 class DenoiseStepGraph(_DenoiseGraph):
-    """One step of a tabulated sampler, and the deep features that shallow steps use again."""
+    """One step of a tabulated sampler; also gives the deep features that shallow steps reuse."""
 
     def forward(self, inputs: Tensors) -> Tensors:
         branches, deep = self.unet.step_and_deep(_both(inputs["latents"]), *self.constants(inputs))
@@ -96,7 +95,7 @@ class DenoiseShallowGraph(_DenoiseGraph):
 
 
 class VaeDecoderGraph(nn.Module):
-    """Latents [b, z, side, side] to pixels in [0, 1]."""
+    """Decode latents [b, z, side, side] to pixels in [0, 1]."""
 
     def __init__(self, model: MMInterleaved, graph: Graph) -> None:
         super().__init__()
@@ -107,12 +106,12 @@ class VaeDecoderGraph(nn.Module):
 
 
 def _both(tensor: Tensor) -> Tensor:
-    """A row for each guidance branch."""
+    """Repeat `tensor` along the batch, once for each guidance branch."""
     return torch.cat([tensor] * UNET_BATCH_PER_PICTURE)
 
 
 def _next_state(inputs: Tensors, branches: Tensor) -> Tensors:
-    """The sampler's update by unconditional + guidance (conditional - unconditional)."""
+    """Update of the sampler by unconditional + guidance (conditional - unconditional)."""
     conditional, unconditional = branches.unflatten(0, (UNET_BATCH_PER_PICTURE, -1))
     prediction = unconditional + inputs["guidance"] * (conditional - unconditional)
     latents, noise, history = (inputs[name] for name in ("latents", "noise", "history"))
@@ -123,5 +122,5 @@ def _next_state(inputs: Tensors, branches: Tensor) -> Tensors:
 
 
 def _row(table: Tensor, step: Tensor) -> Tensor:
-    """Row `step` (a scalar) of a table, [1, ...]."""
+    """Row `step` (a scalar tensor) of a table, [1, ...]."""
     return table.index_select(0, step.reshape(1))

@@ -1,7 +1,7 @@
-"""The `llm` graph: tokens to logits and hidden states, KV cache in place.
+"""The `llm` graph: tokens to logits and hidden states, with the KV cache updated in place.
 
-Letters: b batch, t tokens, k positions whose logits are wanted, c cache slots, m images, n pool of
-encoded images, s feature cells, h heads, d channels per head, v rows of visual tokens.
+Letters: b batch, t tokens, w wanted positions, k keys, a key-value heads, d channels per head,
+c channels, u vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mmi_deploy.spec.graphs import Graph, numbered
 from mmi_export.graphs import operators
-from mmi_export.graphs.folding import FoldedLlmLookBack
+from mmi_export.graphs.folding import FoldedGatedMmfs
 from mmi_export.graphs.fused_llama import DeployedAttention, FusedAttention, FusedMlp
 from mmi_export.tracing.onnx_from_module import Tensors, sharing_copy
 from mmi_train.model.llama import Block, KvCache
@@ -24,14 +24,14 @@ from mmi_train.model.mm_interleaved import MMInterleaved
 
 
 class InPlaceCache:
-    """Stands for `KvCache`: keys and values of all slots, the new ones written at `write_index`."""
+    """Replacement of `KvCache`: all slots are inputs; new entries are written at `write_index`."""
 
     def __init__(self, inputs: Tensors) -> None:
         self.inputs = inputs
         self.present: Tensors = {}
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value [b, h, t, d] of one layer into its cache; returns it, [b, h, c, d]."""
+        """Write key and value [b, a, t, d] of one layer into its cache; return it, [b, a, k, d]."""
         return self._write("key", layer, key), self._write("value", layer, value)
 
     def _write(self, kind: str, layer: int, new: Tensor) -> Tensor:
@@ -41,11 +41,11 @@ class InPlaceCache:
         return present
 
     def advance(self, tokens: int) -> None:
-        """The caller keeps count."""
+        """Do nothing: the caller counts tokens."""
 
 
-class Words(nn.Module):
-    """Token ids [b, t] to embeddings [b, t, c], the learned vector added to begin-of-image."""
+class TokenEmbedding(nn.Module):
+    """Embed token ids [b, t] as [b, t, c]; begin-of-image gets its learned vector added."""
 
     def __init__(self, model: MMInterleaved) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class Words(nn.Module):
         return torch.where(is_boi, words + self.boi_embedding, words)
 
 
-class FoldedWords(nn.Module):
-    """The same from one table."""
+class FoldedTokenEmbedding(nn.Module):
+    """`TokenEmbedding` as one table."""
 
     def __init__(self, model: MMInterleaved) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class FoldedWords(nn.Module):
 
 
 class Head(nn.Module):
-    """`LmHead`: the logits of the new ids are added to those of the frozen head."""
+    """`LmHead`: logits of the new ids are added to those of the frozen head."""
 
     def __init__(self, head: LmHead) -> None:
         super().__init__()
@@ -80,15 +80,15 @@ class Head(nn.Module):
         count = head.head_new.out_features
         column = torch.full((head.head.out_features,), count)
         column = column.index_copy(0, head.new_ids, torch.arange(count))
-        self.register_buffer("column", column)  # [vocab]: of the new logits; the last: none
+        self.register_buffer("column", column)  # [u]: index of the new logit; `count`: none
 
     def forward(self, hidden: Tensor) -> Tensor:
-        new = F.pad(self.head_new(hidden), (0, 1))  # [b, k, new + 1], zeros at the end
+        new = F.pad(self.head_new(hidden), (0, 1))  # [b, w, count + 1], zeros at the end
         return self.head(hidden) + new.index_select(-1, self.get_buffer("column"))
 
 
 class FoldedHead(nn.Module):
-    """The same as one linear map."""
+    """`LmHead` as one linear map."""
 
     def __init__(self, head: LmHead) -> None:
         super().__init__()
@@ -101,16 +101,16 @@ class FoldedHead(nn.Module):
 
 
 class LlmGraph(nn.Module):
-    """`MMInterleaved.llm` and its head, MMFS folded.
+    """`MMInterleaved.llm` and its head, with MMFS folded.
 
-    `fused`: with the head and the begin-of-image vector folded too, and linear maps of one input
+    `fused`: the head and the begin-of-image vector are folded too, and linear maps of one input are
     stacked. Otherwise every large weight is used as the model's file holds it.
     """
 
     def __init__(self, model: MMInterleaved, graph: Graph, fused: bool = True) -> None:
         super().__init__()
         self.graph = graph
-        self.words: nn.Module = FoldedWords(model) if fused else Words(model)
+        self.words: nn.Module = FoldedTokenEmbedding(model) if fused else TokenEmbedding(model)
         self.llm = sharing_copy(model.llm)
         del self.llm.embed_tokens
         attention = FusedAttention if fused else DeployedAttention
@@ -119,7 +119,7 @@ class LlmGraph(nn.Module):
             if fused:
                 block.register_module("mlp", FusedMlp(block.mlp))
             if block.look_back is not None:
-                block.register_module("look_back", FoldedLlmLookBack(block.look_back))
+                block.register_module("look_back", FoldedGatedMmfs(block.look_back))
         self.head: nn.Module = FoldedHead(model.head) if fused else Head(model.head)
 
     def forward(self, inputs: Tensors) -> Tensors:
@@ -133,7 +133,7 @@ class LlmGraph(nn.Module):
             inputs["image_slot"],
             inputs["image_position"],
         )
-        wanted = operators.gather_rows(hidden, inputs["logit_index"])  # [b, k, c]
+        wanted = operators.gather_rows(hidden, inputs["logit_index"])  # [b, w, c]
         outputs = {"logits": self.head(wanted), "hidden": hidden, **cache.present}
         return {tensor.name: outputs[tensor.name] for tensor in self.graph.outputs}
 
@@ -144,9 +144,9 @@ class LlmGraph(nn.Module):
         return torch.where((index >= 0).unsqueeze(-1), visual, words)
 
     def _visible(self, inputs: Tensors) -> Tensor:
-        """[b, 1, t, c]: query t of row b sees key j iff start[b] <= j <= write_index[b] + t.
+        """Mask [b, 1, t, k]: query t of row b sees key k iff start[b] <= k <= write_index[b] + t.
 
-        A query before `start` is padding; it sees its own key, so that its softmax is no 0 / 0.
+        A query before `start` is padding; it sees its own key, as a softmax over none is 0 / 0.
         """
         tokens = inputs["token_ids"].shape[1]
         slots = inputs[numbered("past_key", 0)].shape[2]

@@ -1,10 +1,10 @@
-"""ONNX operators that PyTorch has no name for, as functions of tensors.
+"""Functions for ONNX operators without a counterpart in PyTorch.
 
-While a module is exported each emits one node; run eagerly it computes the same, so that the
-modules which use them can be tested without ONNX.
+During export each function emits one node; in eager mode it computes the same result, so that
+modules which call it can be tested without ONNX.
 
-Letters: b batch, q queries, t tokens, k rows taken, m images, h heads, d channels per head, n pool,
-s cells of one image, c cache slots.
+Letters: b batch, t tokens, w wanted positions, k keys, a key-value heads, d channels per head,
+c channels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def mmfs(
     base_grid: float,
     null_slot: bool,
 ) -> Tensor:
-    """The MMFS operator on square maps; shapes as in `multi_image_deformable_attention`."""
+    """Apply the MMFS operator to square maps; shapes as in `multi_image_deformable_attention`."""
     inputs = (
         value,
         image_slot,
@@ -72,7 +72,7 @@ def mmfs(
 
 
 def tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
-    """`cache` [b, h, c, d] with `update` [b, h, t, d] written from slot `write_index[b]` on."""
+    """Write `update` [b, a, t, d] into `cache` [b, a, k, d] from slot `write_index[b]` on."""
     if torch.compiler.is_exporting():
         return torch.onnx.ops.symbolic(
             "TensorScatter",
@@ -87,7 +87,7 @@ def tensor_scatter(cache: Tensor, update: Tensor, write_index: Tensor) -> Tensor
 
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows [b, t, c] at `index` [b, k] of each batch entry: [b, k, c]."""
+    """Gather `rows` [b, t, c] at `index` [b, w] of each batch entry: [b, w, c]."""
     if torch.compiler.is_exporting():
         return torch.onnx.ops.symbolic(
             "GatherND",

@@ -1,6 +1,6 @@
-"""The graphs that run once per image: `vision_encoder` and `image_values`.
+"""Graphs that run once per image: `vision_encoder` and `image_values`.
 
-Letters: n images, s feature cells of one image, h heads, d channels per head, c channels.
+Letters: n encoded images, s feature cells, h heads, d channels per head, c channels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmi_train.model.visual_tokenizer import flatten_maps
 
 
 class VisionEncoderGraph(nn.Module):
-    """`MMInterleaved.vision`: pixels to visual tokens and features of all levels [n, s, c]."""
+    """`MMInterleaved.vision`: encode pixels as visual tokens and features [n, s, c]."""
 
     def __init__(self, model: MMInterleaved, graph: Graph) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class VisionEncoderGraph(nn.Module):
 
 
 class ImageValuesGraph(nn.Module):
-    """Features to what every MMFS layer samples, [n, s, h, d] each.
+    """Project features to the values of every MMFS layer, [n, s, h, d] each.
 
-    Layers of one kind differ in the weights of their norm alone, which are folded into their
-    projections, so features are normalised once for the language model and once for the U-Net.
+    Norms of one kind of layer differ in their weights alone, which are folded into the projections:
+    features are normalised once for the language model and once for the U-Net.
     """
 
     def __init__(self, model: MMInterleaved, graph: Graph) -> None:

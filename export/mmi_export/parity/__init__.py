@@ -1,1 +1,1 @@
-"""Comparison of exported graphs with the PyTorch model: receipts."""
+"""Parity of exported graphs with the PyTorch model; its results become receipts."""

@@ -1,6 +1,6 @@
-"""Random rows of interleaved documents, in the form that the `llm` graph takes them.
+"""Random rows of interleaved documents as inputs of the `llm` graph.
 
-Letters: b rows, t tokens, m images of a row, n encoded images, s feature cells, c channels.
+Letters: b batch, t tokens, n encoded images, m image slots, s feature cells, c channels.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from mmi_deploy.spec.config import ModelConfig
 
 @dataclass(frozen=True)
 class LlmRows:
-    """Rows of different lengths, padded on the left to one length."""
+    """Rows of different lengths, left-padded to one length."""
 
     token_ids: NDArray[np.int64]  # [b, t]
     start: NDArray[np.int64]  # [b]: columns of padding before each row
     position: NDArray[np.int64]  # [b, t]
     visual_index: NDArray[np.int64]  # [b, t]
     image_position: NDArray[np.int32]  # [b, t, m]
-    own_images: NDArray[np.int64]  # [b, m]: the encoded image that each image is; -1: no image
+    own_images: NDArray[np.int64]  # [b, m]: index of the encoded image; -1: no image
     visual_tokens: NDArray[np.float32]  # [n, visual tokens, c]
     features: NDArray[np.float32]  # [n, s, c]
 
     @property
     def image_slot(self) -> NDArray[np.int32]:
-        """[b, m]: as the graph takes it, where position 0 says that there is no image."""
+        """Pool slots [b, m] of the graph's input; slots without an image have position 0."""
         return self.own_images.clip(min=0).astype(np.int32)
 
     def inputs(self, first: int, stop: int, draw: np.random.Generator) -> dict[str, NDArray]:
-        """The graph's inputs for columns `first` to `stop`; some logits are asked for at random."""
+        """Inputs of the graph for columns `first` to `stop`, with random wanted positions."""
         part = slice(first, stop)
         rows, columns = len(self.token_ids), stop - first
         wanted = draw.integers(0, columns, (rows, min(3, columns)))
@@ -52,8 +52,8 @@ class LlmRows:
 def random_rows(
     config: ModelConfig, draw: np.random.Generator, rows: int, tokens: int, images: int
 ) -> LlmRows:
-    """`rows` rows of at most `tokens` tokens with `images` images each, where they fit, drawn from
-    a pool that the rows share. The first row is the longest."""
+    """Draw `rows` rows of at most `tokens` tokens with up to `images` images each (as many as fit)
+    from a shared pool. The first row is the longest."""
     ids = config.tokens
     block = 1 + config.visual_tokens
     images = min(images, (tokens - 2) // (block + 1))

@@ -1,12 +1,13 @@
-"""Proof that a graph computes what the PyTorch model does, by different code.
+"""Compare exported graphs with the PyTorch model in its training form.
 
-Every graph is run on random inputs at several sizes and compared with the model as it is trained:
-MMFS with its projections unfolded, the language model over whole rows without a cache, each
-picture's context without padding, pictures drawn by diffusers' own schedulers. Whatever runs the
-graph is passed in, so that engines made from the portable files are proved by the same code.
+Every graph is run on random inputs at several sizes. The model computes the expected outputs by
+different code: MMFS with its projections unfolded, the language model over whole rows without a
+cache, each picture's context without padding, pictures drawn by diffusers' own schedulers. The
+function that runs the graph is an argument, so that engines are proved by the same code as
+portable files.
 
-Letters: b rows or pictures, t tokens, k positions whose logits are wanted, n encoded images,
-m images a row may look at, x context tokens.
+Letters: b batch, t tokens, w wanted positions, n encoded images, m image slots, c channels,
+v visual tokens, x context tokens.
 """
 
 from __future__ import annotations
@@ -49,16 +50,17 @@ COMPARED_WITH = {
     "vae_decoder": "Vae.decode in PyTorch",
 }
 
+# Fix of a graph that fails.
 VERSIONS = "install the versions of torch, onnxscript and onnxruntime that pyproject.toml names"
 
+# Maximum length of a row, so that a proof stays quick.
 _MOST_TOKENS = 512
-"""The greatest size that is tried is cut to this many tokens, so that a proof stays quick."""
 
+# Tokens of each row that are decoded one at a time.
 _DECODED = 3
-"""Tokens of each row that are fed one at a time."""
 
+# Steps of each picture: enough for a second-order solver to use its whole history.
 _STEPS = 3
-"""Steps of each picture: enough for a second-order solver to use its whole history."""
 
 
 def prove(model: MMInterleaved, graph: Graph, limits: Limits, run: Run, seed: int = 0) -> Proof:
@@ -76,14 +78,14 @@ def prove(model: MMInterleaved, graph: Graph, limits: Limits, run: Run, seed: in
 
 
 def onnx_runner(path: Path) -> Run:
-    """Runs an ONNX file on as many threads as torch does; raises as `runner` does."""
+    """Function that runs an ONNX file on as many threads as torch uses; raises as `runner` does."""
     return runner(path, torch.get_num_threads())
 
 
 def compare_with_model(
     graph: Graph, got: Mapping[str, NDArray[Any]], wanted: Mapping[str, Tensor]
 ) -> Comparison:
-    """The output of `graph` that is farthest from the model's, by name."""
+    """Compare the outputs of `graph` with the model's; return the output with the largest error."""
     expected = {name: tensor.numpy() for name, tensor in wanted.items()}
     return compare_outputs(got, expected, EXPORT_TOLERANCES[graph.name])
 
@@ -147,7 +149,7 @@ def _llm(
             sizes = {
                 "b": b,
                 "t": stop - start,
-                "k": inputs["logit_index"].shape[1],
+                "w": inputs["logit_index"].shape[1],
                 "v": len(fixed["visual_tokens"]),
                 "n": len(rows.features),
                 "m": rows.image_slot.shape[1],
@@ -159,7 +161,7 @@ def _llm(
 
 
 def _read(model: MMInterleaved, rows: LlmRows) -> list[Tensor]:
-    """Hidden states [t, c] of each row without its padding, from one pass over the whole row."""
+    """Hidden states [t, c] of each row without padding, from one pass over the whole row."""
     images = EncodedImages(torch.from_numpy(rows.visual_tokens), torch.from_numpy(rows.features))
     return [
         model.read(
@@ -180,7 +182,7 @@ def _compare_rows(
     logit_index: NDArray[np.int64],
     wanted: list[Tensor],
 ) -> list[Comparison]:
-    """The hidden states and logits of columns from `first` on, row by row, padding left out."""
+    """Compare hidden states and logits of the columns from `first`, row by row without padding."""
     found = []
     for row, (start, hidden) in enumerate(zip(rows.start, wanted, strict=True)):
         got = outputs["hidden"][row]
@@ -219,18 +221,18 @@ def _image_condition(
 def _denoise(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
 ) -> Cases:
-    """Whole pictures of a few steps, so that what a solver remembers is proved too. The graph runs
-    the steps of its kind; the others are taken from the model."""
+    """Compare whole pictures of a few steps, so that the solver's history is proved too. The graph
+    runs the steps of its kind; the model supplies the others."""
     decoder = model.image_decoder
     diffusion = model.config.image_decoder.diffusion
     shallow = any(tensor.name == DEEP for tensor in graph.inputs)
     pair, pool = min(2, limits.batch), min(3, limits.images)
-    most = graph.ranges["m"].greatest
+    most = graph.ranges["m"].max
     for b, n, m, solver in ((1, 1, 0, "unipc"), (1, 1, 1, "ddpm"), (pair, pool, most, "unipc")):
         schedule = schedule_table(solver, _STEPS, diffusion)
         scheduler = ddim(diffusion) if solver == "ddpm" else diffusers_scheduler(solver, diffusion)
         scheduler.set_timesteps(_STEPS)
-        images = _look_back_images(model, draw, b, n, m)
+        images = _previous_images(model, draw, b, n, m)
         latents = _normal(draw, graph["latents"].resolve(b=b))
         noise = _normal(draw, (_STEPS, *latents.shape))
         condition = torch.from_numpy(_normal(draw, (b, *decoder.null_condition.shape[1:])))
@@ -272,10 +274,10 @@ def _denoise(
         yield {"b": b, "steps": _STEPS, "n": n, "m": images.slot.shape[1]}, worst_of(compared)
 
 
-def _look_back_images(
+def _previous_images(
     model: MMInterleaved, draw: np.random.Generator, b: int, n: int, m: int
 ) -> PreviousImages:
-    """A pool of `n` images of which each of `b` pictures sees `m`; one hidden slot for none."""
+    """Pool of `n` images of which each of `b` pictures sees `m`; one hidden slot if `m` is 0."""
     seen = model.config.image_decoder.mmfs.images_seen
     position = np.broadcast_to(np.arange(m, 0, -1), (b, m)) if m else np.zeros((b, 1))
     return PreviousImages(
@@ -288,7 +290,7 @@ def _look_back_images(
 def _drawing_constants(
     decoder: ImageDecoder, graph: Graph, condition: Tensor, images: PreviousImages
 ) -> Arrays:
-    """What stays from step to step, of it what `graph` takes."""
+    """Inputs of `graph` that are the same in every step."""
     pictures = len(condition)
     both = torch.cat([condition, decoder.null_condition.expand(pictures, -1, -1)])
     tensors = {"image_slot": images.slot, "image_position": images.position}
@@ -304,7 +306,7 @@ def _drawing_constants(
 def _next_state(
     schedule: Schedule, step: int, state: Arrays, prediction: Tensor, noise: NDArray[np.float32]
 ) -> Arrays:
-    """What a step's row of the sampler's table makes of a prediction."""
+    """Apply one row of the sampler's table to a prediction, in NumPy."""
     terms = np.stack([state["latents"], prediction.numpy(), noise, *state["history"]])
     latents, *history = np.tensordot(schedule.coefficients[step], terms, 1)
     return {"latents": latents, "history": np.stack(history)}

@@ -1,8 +1,8 @@
-"""A small model of the same making as a large one: what is proved where the large one cannot run.
+"""Small model with the structure of a large one; it is proved if the large one cannot run.
 
-A slice keeps all that decides which code runs and which graph comes out: both kinds of every layer,
-forms of the resamplers, levels, points, grids, head widths of the language model, images, types. It
-has fewer of what is repeated and less of what is only wide.
+A slice keeps every setting that decides which code runs and which graph is exported: both kinds of
+every layer, forms of the resamplers, levels, points, grids, head widths of the language model,
+images, types. It has fewer layers, heads and channels.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from mmi_deploy.spec.config import (
     VisionConfig,
 )
 
+# Width of vision, resamplers and conditions: enough for a few heads and for sin/cos tables.
 _WIDTH = 128
-"""Of vision, resamplers and conditions: room for a few heads, and for sin/cos tables."""
 
 _HEADS = 2
 
+# Groups of the U-Net's norms. A norm over one channel of a few cells would amplify rounding errors
+# more than any norm of a whole model.
 _GROUPS = 8
-"""Of the U-Net's norms. Over one channel of a few cells a norm magnifies rounding, as none of a
-whole model does."""
 
 
 def slice_of(config: ModelConfig) -> ModelConfig:
-    """The slice of `config`; a model that is no larger than its slice in some part keeps it."""
+    """Derive the slice of `config`; parts that are already as small stay as they are."""
     vision = _vision(config.vision)
     llama = _llama(config.llama)
     return replace(
@@ -46,7 +46,7 @@ def slice_of(config: ModelConfig) -> ModelConfig:
 
 
 def difference(config: ModelConfig) -> str:
-    """How the slice differs, in words."""
+    """Describe the slice of `config` for receipts: its sizes beside those of the model."""
     small = slice_of(config)
     return (
         f"a slice with random weights ({small.llama.layers} of {config.llama.layers} language "
@@ -83,7 +83,7 @@ def _resampler(config: ResamplerConfig, context_width: int) -> ResamplerConfig:
 
 
 def _llama(config: LlamaConfig) -> LlamaConfig:
-    """As many layers as show both kinds, and a second look back at images."""
+    """Keep enough layers for both kinds and for a second MMFS layer."""
     group = config.heads // config.kv_heads
     heads = group * min(config.kv_heads, _HEADS)
     return replace(

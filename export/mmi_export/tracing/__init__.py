@@ -1,1 +1,1 @@
-"""Tracing of PyTorch modules to ONNX files, with weights that need not be in memory."""
+"""Tracing of PyTorch modules to ONNX files, without their weights in memory."""

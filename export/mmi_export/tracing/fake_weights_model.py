@@ -1,8 +1,8 @@
-"""A model without numbers: modules of any size are built, folded and traced in no memory.
+"""Model with fake weights: modules of any size are built, folded and traced without memory.
 
-Parameters are fake tensors, which have a shape and a type only. Whatever is computed from them is
-written down, operation by operation, so that any tensor that folding made can be computed later
-from the few weights that it was made of, and be dropped when it has been written.
+Parameters are fake tensors, which have a shape and a type only. Every operation on them is
+recorded, so that any folded tensor can be computed later from the few weights that it depends on,
+written, and dropped.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from transformers.initialization import no_init_weights
 from mmi_deploy.spec.config import ModelConfig
 from mmi_train.model.mm_interleaved import MMInterleaved
 
+# Function that reads a weight by name, in the type in which the model computes.
 Read = Callable[[str], Tensor]
-"""The weight of a name, in the type in which the model computes."""
 
 
-class BlankModel:
-    """`MMInterleaved` of `config`, its weights known by name alone.
+class FakeWeightsModel:
+    """`MMInterleaved` of `config` with fake weights.
 
-    `module` is used like any model within `building`; `compute` gives the numbers of a tensor that
+    `module` is used like any model within `building`; `compute` gives the values of a tensor that
     was made there.
     """
 
@@ -37,28 +37,28 @@ class BlankModel:
         self._record = _Record()
         with self.building():
             self.module = MMInterleaved(config).eval()
+        # Fake weights by name; their shapes are those that a checkpoint must hold.
         self.weights: dict[str, Tensor] = dict(self.module.state_dict(keep_vars=True))
-        """Shapes of all that a checkpoint must hold, by name."""
         self._names = {id(tensor): name for name, tensor in self.weights.items()}
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Modules that are made within hold no numbers, and what they are made of is recorded."""
+        """Context in which new modules get fake weights, and operations on weights are recorded."""
         with torch.no_grad(), no_init_weights(), self._fake, self._record:
             yield
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Tensors that are made within are fake, and nothing is recorded."""
+        """Context in which new tensors are fake, and no operation is recorded."""
         with torch.no_grad(), self._fake:
             yield
 
     def name(self, tensor: Tensor) -> str | None:
-        """The name of a weight of the model; None for what was computed."""
+        """Name of a weight of the model; None for a computed tensor."""
         return self._names.get(id(tensor))
 
     def compute(self, tensor: Tensor, read: Read) -> Tensor:
-        """The numbers of `tensor`, from no more weights than it depends on."""
+        """Compute the values of `tensor`; reads only the weights that it depends on."""
         known: dict[int, Tensor] = {}
         with torch.no_grad():
             return self._compute(tensor, read, known)
@@ -81,15 +81,16 @@ class BlankModel:
 
 
 class _Step:
-    """One recorded operation, and which of its outputs is meant."""
+    """One recorded operation, and the index `output` of the tensor among its outputs."""
 
     def __init__(self, operator: Any, args: Any, kwargs: Any, output: int, tensor: Tensor) -> None:
         self.operator, self.args, self.kwargs, self.output = operator, args, kwargs, output
-        self.tensor = tensor  # kept, so that no other tensor gets its identity
+        # Kept alive: steps are found by `id`, which Python gives again once a tensor is freed.
+        self.tensor = tensor
 
 
 class _Record(TorchDispatchMode):
-    """What every tensor was made by. Tensors that were written into have no steps."""
+    """Record the operation that made each fake tensor; an in-place operation removes its step."""
 
     def __init__(self) -> None:
         super().__init__()

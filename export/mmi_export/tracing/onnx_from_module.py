@@ -1,7 +1,7 @@
-"""From a module to an ONNX file that keeps to the contract in `mmi_deploy.spec.graphs`.
+"""Export a module to an ONNX file that follows the contract in `mmi_deploy.spec.graphs`.
 
-The module maps {input name: tensor} to {output name: tensor}; names, dynamic dimensions and their
-ranges come from its `Graph`, and nothing else does.
+The module maps {input name: tensor} to {output name: tensor}; its `Graph` gives names, dynamic
+dimensions and their ranges, and nothing else.
 """
 
 from __future__ import annotations
@@ -33,35 +33,36 @@ from mmi_deploy.spec.graphs import (
     Range,
 )
 from mmi_deploy.targets.precision.rewrite import check_model
-from mmi_deploy.targets.precision.weights_file import goes_out, write_values
+from mmi_deploy.targets.precision.weights_file import is_external, write_values
 from mmi_export.tracing.weight_sources import WeightSources
 from mmi_plugins.onnx_function import mmfs_function
 from mmi_train.weights.lazy_tensor import InFile
 
+# Inputs and outputs of exported modules: tensors by the names of the contract.
 Tensors = dict[str, Tensor]
-"""What exported modules take and give: tensors by the names of the contract."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
+# Sizes of the dynamic dimensions while tracing: all different, so that the tracer merges none.
 _EXAMPLE_SIZES = (2, 3, 5, 7, 11, 13, 17)
-"""Sizes of the dynamic dimensions while tracing, all different, none taken for another."""
 
 
 def onnx_from_module(
     module: nn.Module, graph: Graph, path: Path, weights: WeightSources | None = None
 ) -> set[str]:
-    """Write `module` as `path`, its weights beside it as safetensors.
+    """Write `module` as the ONNX file `path`, with its weights in a safetensors file beside it.
 
-    `weights`: where the numbers of a module without numbers come from, and which stay where they
-    are. Returns the names of the files beside `path` that hold those.
+    `weights`: sources of the values of a module with fake weights, of which some stay in the
+    model's files. Returns the names of these files beside `path`.
     """
     sizes = example_sizes(graph)
-    with weights.tracing() if weights else torch.no_grad(), _quiet():
+    with weights.tracing() if weights else torch.no_grad(), _quiet_exporter():
         inputs = {
             tensor.name: torch.zeros(tensor.resolve(**sizes), dtype=getattr(torch, tensor.dtype))
             for tensor in graph.inputs
         }
-        # Not left to the ONNX exporter, which fixes a dimension silently where tracing asks for it.
+        # The ONNX exporter would trace too, but silently makes a dimension static where the module
+        # asks for its size; torch.export raises.
         traced = torch.export.export(
             module,
             (),
@@ -83,11 +84,11 @@ def onnx_from_module(
     assert model.opset_imports[""] == OPSET, f"exported at opset {model.opset_imports}"
     model.ir_version = IR_VERSION
     linked = weights.attach(model, module) if weights else {}
-    with _quiet():
-        _tidy(model, linked)
+    with _quiet_exporter():
+        _simplify(model, linked)
     files = weights.link(model, linked, path.parent) if weights else set()
     _expand_masks(model)
-    _state_contract(model, graph)
+    _apply_contract(model, graph)
     _attach_function(model)
     _externalise(model, path.with_suffix(".safetensors"))
     proto = ir.to_proto(model)
@@ -96,17 +97,17 @@ def onnx_from_module(
     return files
 
 
-def _tidy(model: ir.Model, linked: Mapping[str, InFile]) -> None:
-    """Compute what is constant, share what is computed twice, drop what nobody reads.
+def _simplify(model: ir.Model, linked: Mapping[str, InFile]) -> None:
+    """Fold constants, merge equal subexpressions, remove unused nodes.
 
     These are the exporter's own passes without its pattern rewriting, which takes a third of an
-    export and does what every runtime does again when it loads the file. Weights that stay where
-    they are (`linked`) are no constants here: nothing is computed from them.
+    export and which every runtime repeats when it loads the file. Linked weights (`linked`) are
+    not constants here: nothing is computed from them.
     """
     passes.InlinePass()(model)
     _transpose_weights(model, linked)
     fold_constants(model)
-    for tidy in (
+    for simplify in (
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedFunctionsPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -119,11 +120,11 @@ def _tidy(model: ir.Model, linked: Mapping[str, InFile]) -> None:
         passes.NameFixPass(),
         passes.ClearMetadataAndDocStringPass(),
     ):
-        tidy(model)
+        simplify(model)
 
 
 def _transpose_weights(model: ir.Model, linked: Mapping[str, InFile]) -> None:
-    """Let the file hold transposed what the graph would only ever read transposed."""
+    """Store weights transposed that the graph reads through a Transpose only."""
     initializers = model.graph.initializers
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
@@ -134,29 +135,29 @@ def _transpose_weights(model: ir.Model, linked: Mapping[str, InFile]) -> None:
             continue
         order = node.attributes["perm"].as_ints()
         name = f"{weight.name}.transposed"
-        turned = ir.Value(
+        transposed = ir.Value(
             name=name,
             shape=ir.Shape(tensor.shape[axis] for axis in order),
             type=ir.TensorType(tensor.dtype),
             const_value=_transposed(tensor, order),
         )
-        model.graph.register_initializer(turned)
-        node.outputs[0].replace_all_uses_with(turned)
+        model.graph.register_initializer(transposed)
+        node.outputs[0].replace_all_uses_with(transposed)
         model.graph.remove(node, safe=True)
 
 
 def _transposed(tensor: ir.TensorProtocol, order: Sequence[int]) -> ir.LazyTensor:
     shape = ir.Shape(tensor.shape[axis] for axis in order)
 
-    def turn() -> ir.Tensor:
+    def transpose() -> ir.Tensor:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(order)))
 
-    return ir.LazyTensor(turn, dtype=tensor.dtype, shape=shape)
+    return ir.LazyTensor(transpose, dtype=tensor.dtype, shape=shape)
 
 
 def _expand_masks(model: ir.Model) -> None:
-    """Give every query of an Attention its own row of the mask: ONNX lets one row stand for all of
-    them, ONNX Runtime does not."""
+    """Expand masks of Attention to one row per query: ONNX broadcasts a single row, ONNX Runtime
+    does not."""
     for node in list(model.graph):
         mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
         if mask is None or mask.shape is None or mask.shape[-2] != 1:
@@ -172,16 +173,14 @@ def _expand_masks(model: ir.Model) -> None:
 
 
 def example_sizes(graph: Graph) -> dict[str, int]:
-    """A size for each dynamic dimension, within its range and unlike the others where it can be."""
+    """Choose a size for each dynamic dimension within its range, all different if possible."""
     sizes = zip(graph.ranges.items(), _EXAMPLE_SIZES, strict=False)
-    return {
-        letter: min(max(size, allowed.least), allowed.greatest) for (letter, allowed), size in sizes
-    }
+    return {letter: min(max(size, allowed.min), allowed.max) for (letter, allowed), size in sizes}
 
 
 def _dynamic_shapes(graph: Graph) -> dict[str, dict[int, object]]:
     letters = {
-        letter: torch.export.Dim(letter, min=allowed.least, max=allowed.greatest)
+        letter: torch.export.Dim(letter, min=allowed.min, max=allowed.max)
         for letter, allowed in graph.ranges.items()
         if not _fixed(allowed)
     }
@@ -205,12 +204,12 @@ def _dynamic_shapes(graph: Graph) -> dict[str, dict[int, object]]:
 
 
 def _fixed(allowed: Range) -> bool:
-    return allowed.least == allowed.greatest
+    return allowed.min == allowed.max
 
 
-def _state_contract(model: ir.Model, graph: Graph) -> None:
+def _apply_contract(model: ir.Model, graph: Graph) -> None:
     """Check names and types against the contract and write its shapes into the file."""
-    fixed = {letter: allowed.least for letter, allowed in graph.ranges.items() if _fixed(allowed)}
+    fixed = {letter: allowed.min for letter, allowed in graph.ranges.items() if _fixed(allowed)}
     _name_dimensions(model, graph)
     for values, tensors in (
         (model.graph.inputs, graph.inputs),
@@ -226,7 +225,7 @@ def _state_contract(model: ir.Model, graph: Graph) -> None:
 
 
 def _name_dimensions(model: ir.Model, graph: Graph) -> None:
-    """Let shapes inside the file speak of the contract's letters, not of the tracer's symbols."""
+    """Rename the tracer's symbols in shapes inside the file to the contract's letters."""
     letters = {
         str(dim): side
         for value, tensor in zip(model.graph.inputs, graph.inputs, strict=True)
@@ -245,6 +244,7 @@ def _name_dimensions(model: ir.Model, graph: Graph) -> None:
                 output.shape = ir.Shape(named(dim) for dim in output.shape)
 
 
+# Name of an element type in ONNX, by its name in the contract.
 _ONNX_NAMES = {"float32": "FLOAT", "int64": "INT64", "int32": "INT32"}
 
 
@@ -256,7 +256,7 @@ def _resolved(side: int | str, fixed: Mapping[str, int]) -> int | str:
 
 
 def _attach_function(model: ir.Model) -> None:
-    """Give the file the definition of the MMFS operator, for the number of levels it uses."""
+    """Add the model-local function of the MMFS operator, for the number of levels in use."""
     nodes = [node for node in model.graph if node.domain == MMFS_DOMAIN]
     levels = {len(node.attributes["level_heights"].as_ints()) for node in nodes}
     if not nodes:
@@ -268,21 +268,21 @@ def _attach_function(model: ir.Model) -> None:
 
 
 def _externalise(model: ir.Model, file: Path) -> None:
-    """Write the weights of `model` that lie nowhere yet to `file`, one at a time."""
+    """Write the weights of `model` that are in no file yet to `file`, one at a time."""
     weights = [
         value
         for value in model.graph.initializers.values()
         if (tensor := value.const_value) is not None
         and not isinstance(tensor, ir.ExternalTensor)
-        and goes_out(tensor)
+        and is_external(tensor)
     ]
     if weights:
         write_values(file, weights)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter reports its passes; what matters is checked here."""
+def _quiet_exporter() -> Iterator[None]:
+    """Silence the exporter's reports on its passes; results are checked here."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -297,6 +297,6 @@ def _quiet() -> Iterator[None]:
 
 
 def sharing_copy(module: Module) -> Module:
-    """A copy whose parts can be replaced, with the same parameters and buffers."""
+    """Copy `module` with shared parameters and buffers, so that its parts can be replaced."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -1,4 +1,4 @@
-"""The weights of a model folder where they lie: looked at before the work, read one at a time."""
+"""Weights of a model folder: checked from headers before the export, read one at a time."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from mmi_train.weights.model_folder import WEIGHTS
 from mmi_train.weights.pickles import read_together, weight_map
 from mmi_train.weights.safetensors_files import read_safetensors
 
+# Index of a model in several files, in Hugging Face's format: tensor name -> file.
 INDEX = f"{WEIGHTS}.index.json"
-"""Names the file of every tensor where there are several, as Hugging Face writes it."""
 
 
 class StoredWeights:
-    """The tensors of a model, by name, in files."""
+    """Tensors of a model by name, each in a file."""
 
     def __init__(self, places: Mapping[str, InFile]) -> None:
         self.places = places
 
     def read(self, name: str) -> Tensor:
-        """One weight in float32."""
+        """Read one weight as float32."""
         return self.places[name].read().float()
 
-    def check_finite(self, told: Callable[[int], None]) -> None:
-        """Raise `WeightsError` for the first weight that holds NaN or infinity. `told`: is given
-        the bytes that were read."""
+    def check_finite(self, on_read: Callable[[int], None]) -> None:
+        """Raise `WeightsError` for the first weight that holds NaN or infinity. `on_read`: called
+        with the number of bytes read so far."""
         done = 0
         for name, place in self.places.items():
             for piece in place.pieces():
@@ -45,16 +45,16 @@ class StoredWeights:
                         fix="use an intact checkpoint",
                     )
                 done += piece.nbytes
-                told(done)
+                on_read(done)
 
     @property
     def bytes(self) -> int:
-        """Of all weights together."""
+        """Size of all weights together."""
         return sum(_bytes(place) for place in self.places.values())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of most of it."""
+        """Type of the most bytes."""
         sizes: dict[torch.dtype, int] = {}
         for place in self.places.values():
             sizes[place.dtype] = sizes.get(place.dtype, 0) + _bytes(place)
@@ -66,9 +66,9 @@ class StoredWeights:
 
 
 def stored_weights(folder: Path, wanted: Mapping[str, Tensor]) -> StoredWeights:
-    """The weights in `folder`; `WeightsError` unless they are exactly `wanted`, by name and shape.
+    """Find the weights in `folder`; reads headers only.
 
-    Only headers are read.
+    Raises `WeightsError` unless they are exactly `wanted`, by name and shape.
     """
     index = folder / INDEX
     names = sorted({*weight_map(index).values()}) if index.is_file() else [WEIGHTS]
@@ -82,7 +82,7 @@ def stored_weights(folder: Path, wanted: Mapping[str, Tensor]) -> StoredWeights:
 
 
 def load_stored(config: ModelConfig, stored: StoredWeights) -> MMInterleaved:
-    """The model with its numbers, in float32 and evaluation mode."""
+    """Load the model in float32 and evaluation mode."""
     with no_init_weights():
         model = MMInterleaved(config).eval()
     with torch.no_grad():
@@ -92,9 +92,9 @@ def load_stored(config: ModelConfig, stored: StoredWeights) -> MMInterleaved:
 
 
 def link_file(file: Path, folder: Path) -> str:
-    """Give `file` a name in `folder` too, and return it: a hard link, or a copy on another disk.
+    """Make a hard link to `file` in `folder`, or a copy on another disk; return its name.
 
-    No graph's own weights may have that name: they would be taken for it.
+    The name begins with `model` or `weights.`, so that it is never that of a graph's own weights.
     """
     own = folder / (file.name if file.name.startswith("model") else f"weights.{file.name}")
     if not own.exists():
@@ -106,7 +106,7 @@ def link_file(file: Path, folder: Path) -> str:
 
 
 def can_link(file: Path, folder: Path) -> bool:
-    """Whether `link_file` would link: not to another disk, nor to somebody else's file."""
+    """Tell if `link_file` would make a hard link; False for another disk or user."""
     probe = folder / f".{file.name}.{os.getpid()}.probe"
     try:
         os.link(file.resolve(), probe)
@@ -136,7 +136,7 @@ def _check(places: Mapping[str, InFile], wanted: Mapping[str, Tensor], folder: P
             )
         if place.dtype not in PLAIN_TYPES:
             raise WeightsError(
-                f"{place.path}: {name} holds another kind of numbers",
+                f"{place.path}: {name} has the wrong data type",
                 expected="floating point",
                 got=str(place.dtype).removeprefix("torch."),
                 fix="use an intact checkpoint of this model",

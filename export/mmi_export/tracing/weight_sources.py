@@ -1,7 +1,7 @@
-"""Where the initialisers of an exported graph get their numbers from.
+"""Sources of the values of an exported graph's initialisers.
 
-An initialiser is either a weight of the model as it is, which may stay in the model's own file, or
-was made from weights by folding, and is then computed when it is written.
+An initialiser is either an unchanged weight of the model, which may stay in the model's own file,
+or a folded tensor, which is computed when it is written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mmi_export.tracing.fake_weights_model import BlankModel
+from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_export.tracing.stored_weights import StoredWeights
 from mmi_train.weights.lazy_tensor import InFile
 
@@ -25,28 +25,28 @@ ONNX_TYPES = {
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
 
+# Function of (file, folder) that links the file into the folder and returns its name there.
 Link = Callable[[Path, Path], str]
-"""(a file, a folder) to the name under which the file is found in the folder."""
 
 
 class WeightSources:
-    """The numbers of graphs of one model. `link`: None: every weight is copied, in float32."""
+    """Values of the graphs of one model. `link`: None to copy every weight in float32."""
 
-    def __init__(self, model: BlankModel, stored: StoredWeights, link: Link | None) -> None:
+    def __init__(self, model: FakeWeightsModel, stored: StoredWeights, link: Link | None) -> None:
         self.model, self.stored, self._link = model, stored, link
 
     @property
     def links(self) -> bool:
-        """Whether weights stay where they are."""
+        """True if unchanged weights stay in the model's files."""
         return self._link is not None
 
     def tracing(self) -> AbstractContextManager[None]:
-        """While a module without numbers is traced."""
+        """Context in which a module with fake weights is traced."""
         return self.model.tracing()
 
     def attach(self, model: ir.Model, module: nn.Module) -> dict[str, InFile]:
-        """Give the initialisers of `model`, which was traced from `module`, their numbers; returns
-        those that stay where they are, which get none yet."""
+        """Set the values of the initialisers of `model`, which was traced from `module`. Returns
+        the linked ones, which get their values in `link`."""
         tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         tensors |= dict(module.named_buffers(remove_duplicate=False))
         linked = {}
@@ -63,8 +63,8 @@ class WeightSources:
         return linked
 
     def link(self, model: ir.Model, linked: Mapping[str, InFile], folder: Path) -> set[str]:
-        """Let the weights that stay where they are be read from there, as float32; returns the
-        files that they lie in."""
+        """Let `model` read its linked weights from the model's files, cast to float32; returns the
+        names of these files in `folder`."""
         files = set()
         for name, place in linked.items():
             value = model.graph.initializers.get(name)
@@ -86,7 +86,7 @@ class WeightSources:
         return files
 
     def _place(self, tensor: Tensor) -> InFile | None:
-        """Where a weight can stay; None for what is computed or cannot be read in place."""
+        """File position of a weight that can be linked; None for a computed or unaligned tensor."""
         name = self.model.name(tensor)
         if name is None or self._link is None:
             return None
@@ -105,7 +105,7 @@ class WeightSources:
 
 
 def _read_as_float32(graph: ir.Graph, weight: ir.Value, stored: ir.DataType) -> None:
-    """Cast a weight of 16 bits before it is used; of a table only the rows that were looked up."""
+    """Cast a 16-bit weight to float32 before its use; of a table, cast the gathered rows only."""
     uses = list(weight.uses())
     weight.dtype = stored
     if all(node.op_type == "Gather" and index == 0 for node, index in uses):

@@ -1,4 +1,4 @@
-"""`mmi inspect`: a table of views. Without the name of one, the parts are shown."""
+"""`mmi inspect`: a group of views; `parts` is the default."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ app = table_app(Inspect)
 
 @app.callback()
 def inspect() -> None:
-    """Show what a bundle, a model folder or a preset is made of, and what it costs.
+    """Show parts, cost and memory of a bundle, a model folder or a preset.
 
     `mmi inspect FOLDER` shows its parts; without a folder, the presets.
     """

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from mmi_deploy.analysis.gpu_specs import Gpu
     from mmi_deploy.spec.graphs import Graph
 
+# Rows of the tables by operator and by module; `--json` has all of them and every node.
 SHOWN = 12
-"""Rows of the tables by operator and by module; `--json` has all of them and every node."""
 
 
 FLOOR = (
@@ -36,18 +36,21 @@ def cost(
     preset: Preset = None,
     graph: Annotated[
         str | None,
-        typer.Option(help="This graph alone, by operator and module.", show_default="all"),
+        typer.Option(help="Only this graph, by operator and module.", show_default="all"),
     ] = None,
     sizes: Annotated[
         str, typer.Option(metavar="t=1,m=4", help="Sizes of dynamic dimensions.")
     ] = "",
     precision: Annotated[
         str | None,
-        typer.Option(help="As this recipe stores it: fp16, int8 ...", show_default="as exported"),
+        typer.Option(
+            help="Recipe that weights are stored in: fp16, int8 ...", show_default="as exported"
+        ),
     ] = None,
     gpu: Gpus = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw it too, as .svg or .png.", show_default=False)
+        Path | None,
+        typer.Option(help="Write a roofline plot, as .svg or .png.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -71,14 +74,14 @@ def cost(
 
 
 def parse_sizes(text: str, contract: Mapping[str, Graph]) -> dict[str, int]:
-    """`t=1,m=4,n=4`; raises `ConfigError` for what is none of the dynamic dimensions."""
+    """Parse `t=1,m=4,n=4`. Raises `ConfigError` for anything but dynamic dimensions and sizes."""
     known = sorted({letter for graph in contract.values() for letter in graph.ranges})
     sizes = {}
     for part in filter(None, text.split(",")):
         letter, equals, number = (word.strip() for word in part.partition("="))
         if letter not in known or not equals or not number.isdecimal():
             raise ConfigError(
-                f"--sizes: {part!r} is no size",
+                f"--sizes: {part!r} is not a size",
                 expected=f"LETTER=NUMBER with one of {', '.join(known)}",
                 fix="for example --sizes t=1,m=4,n=4",
             )
@@ -128,26 +131,26 @@ def show_cost(
         at = " ".join(f"{letter}={number}" for letter, number in costs[0].sizes.items())
         bounds = ", ".join(f"{one.title}: {costs[0].bound(one)}" for one in chosen)
         out.print(f"At {at}. {costs[0].intensity:.1f} FLOPs per byte of the floor")
-        out.print(f"What bounds it: {bounds}")
+        out.print(f"Bound by: {bounds}")
     else:
-        out.print("Sizes are the likeliest; --sizes t=1,m=4 sets them. --graph NAME says more")
+        out.print("Sizes are typical ones; set them with --sizes t=1,m=4. Details: --graph NAME")
     out.print(FLOOR)
 
 
 def _within(given: Mapping[str, int], graph: Graph, only: str | None) -> dict[str, int]:
-    """Sizes that were given for all graphs may be beyond what one of them takes: it takes what it
-    can. Asked for alone, it refuses."""
+    """Clamp `given` sizes to the ranges of a graph, unless it is the only one: then its range check
+    reports them."""
     if only is not None:
         return dict(given)
     return {
-        letter: min(max(number, graph.ranges[letter].least), graph.ranges[letter].greatest)
+        letter: min(max(number, graph.ranges[letter].min), graph.ranges[letter].max)
         for letter, number in given.items()
         if letter in graph.ranges
     }
 
 
 def as_dict(cost: GraphCost, gpus: Sequence[Gpu]) -> dict[str, Any]:
-    """Everything about one graph, for programs."""
+    """Cost of one graph for `--json`."""
     total = cost.total
     return {
         "graph": cost.graph,
@@ -180,7 +183,7 @@ def as_dict(cost: GraphCost, gpus: Sequence[Gpu]) -> dict[str, Any]:
 
 def _overview(title: str, costs: Sequence[GraphCost], gpus: Sequence[Gpu]) -> Table:
     stored = costs[0].storage if costs[0].storage == "as exported" else f"in {costs[0].storage}"
-    table = Table(box=box.SIMPLE_HEAD, title=f"{title}: what a run costs, {stored}")
+    table = Table(box=box.SIMPLE_HEAD, title=f"{title}: cost of one run, {stored}")
     table.title_justify = "left"
     table.add_column("graph", no_wrap=True)
     headings = ("matrix\nFLOPs", "vector\nFLOPs", "floor", "node\nby node")

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from mmi_deploy.analysis.gpu_specs import Gpu
     from mmi_deploy.analysis.memory_estimate import Model
 
+# Denoising steps of a picture, as in the default sampler.
 STEPS = 20
-"""Denoising steps of a picture, as the default sampler has."""
 
 BASIS = (
     "Computed from the graphs and the vendors' figures, not measured: floors that no "
@@ -57,7 +57,7 @@ def gpus(
 
 
 def show_gpus(model: Model, names: Sequence[str], as_json: bool) -> None:
-    """Print a row per GPU, or for those in `names`."""
+    """Print one row per GPU in `names` (default: all)."""
     from mmi_deploy.analysis.gpu_specs import GPUS, gpu
 
     costs = cache(partial(run_costs, model))
@@ -98,7 +98,7 @@ def show_gpus(model: Model, names: Sequence[str], as_json: bool) -> None:
 
 
 def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
-    """What one run of each graph costs for one document at the model's limits."""
+    """Cost of one run of each graph, for one document at the model's limits."""
     from mmi_deploy.analysis.cost import cost_of_file
     from mmi_deploy.targets.precision.recipes import recipe
 
@@ -107,7 +107,7 @@ def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
     wanted: dict[str, dict[str, int]] = {
         "vision_encoder": {"n": 1},
         "image_values": {"n": 1},
-        "llm": {"b": 1, "t": 1, "k": 1, **looked_at},
+        "llm": {"b": 1, "t": 1, "w": 1, **looked_at},
         "image_condition": {"b": 1},
         "denoise_step": {"b": 1, **looked_at},
         "vae_decoder": {"b": 1},
@@ -115,9 +115,7 @@ def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
     found = {}
     for name, sizes in wanted.items():
         contract = model.exported_contract[name]
-        given = {
-            letter: min(count, contract.ranges[letter].greatest) for letter, count in sizes.items()
-        }
+        given = {letter: min(count, contract.ranges[letter].max) for letter, count in sizes.items()}
         chosen = recipe(precision)
         found[name] = cost_of_file(model.files[name], contract, given, chosen, model.runtime)
     return found
@@ -126,8 +124,8 @@ def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
 def gpu_row(
     model: Model, gpu: Gpu, costs: Callable[[str], Mapping[str, GraphCost]]
 ) -> dict[str, Any]:
-    """What fits `gpu`, and the floors of a token, an image that is read and a picture. costs:
-    precision -> what each graph costs."""
+    """Recipe that fits `gpu`, and roofline times of a token, an image that is read and a picture.
+    costs: precision -> cost of each graph."""
     about: dict[str, Any] = {"gpu": gpu.name, "title": gpu.title, "room": gpu.room}
     try:
         choice = model.recipe_for(gpu.room)

@@ -24,7 +24,7 @@ from mmi_deploy.cli.inspect.source import (
     graphs_of,
     memory_model,
 )
-from mmi_deploy.cli.target_options import groups
+from mmi_deploy.cli.target_options import resident_groups
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import size
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from mmi_deploy.analysis.memory_estimate import Choice, Memory, Model
 
 BASIS = (
-    "Weights and what documents keep are exact; the workspace is an estimate (values that live at "
-    "once, nothing fused). GPUs hold it when 1 GB is left for the driver (assumed), and 4 GB more "
-    "for the system where the CPU shares the memory"
+    "Weights and documents are exact; the workspace is an estimate (values that are live at once, "
+    "nothing fused). A GPU fits when 1 GB is left for the driver (assumed), and 4 GB more for the "
+    "system where the CPU shares the memory"
 )
 
 
@@ -44,7 +44,9 @@ def memory(
     fit: Annotated[
         str | None,
         typer.Option(
-            metavar="24GB", help="The precision for this much memory, or GPU.", show_default=False
+            metavar="24GB",
+            help="Choose the precision for this much memory, or for a GPU.",
+            show_default=False,
         ),
     ] = None,
     precision: Precision = None,
@@ -56,14 +58,14 @@ def memory(
         str | None,
         typer.Option(
             metavar="encoder,llm",
-            help="Engines that stay in memory; the others take turns. none: all do.",
+            help="Engine groups to keep in memory; the others are swapped in. none: swap all.",
             show_default="all",
         ),
     ] = None,
     on_cpu: OnCpu = False,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate memory by precision, and what holds it; with --fit, choose the precision."""
+    """Estimate memory by precision, and the GPU that it fits; with --fit, choose the precision."""
     if fit and (precision or resident or gpu):
         raise ConfigError(
             "--fit chooses precision and residency",
@@ -86,7 +88,7 @@ def show_memory(
     gpus: Sequence[str],
     as_json: bool,
 ) -> None:
-    """Print a row per recipe: what it takes, and what holds it."""
+    """Print one row per recipe: its memory, and the GPUs that it fits."""
     from mmi_deploy.spec.backends import BACKENDS
     from mmi_deploy.targets.precision.recipes import RECIPES, recipe
 
@@ -95,7 +97,7 @@ def show_memory(
         if precision
         else [r for r in RECIPES.values() if BACKENDS[model.runtime].on_gpu or r.on_cpu]
     )
-    memories = [model.memory(one, groups(resident)) for one in wanted]
+    memories = [model.memory(one, resident_groups(resident)) for one in wanted]
     if as_json:
         print_json(
             {
@@ -112,20 +114,20 @@ def show_memory(
 
 
 def show_fit(model: Model, budget: str, as_json: bool) -> None:
-    """Print the recipe for `budget`: an amount of memory that is free, or the name of a GPU."""
+    """Print the recipe for `budget`: an amount of free memory, or the name of a GPU."""
     from mmi_deploy.analysis.gpu_specs import GPUS
     from mmi_deploy.analysis.memory_estimate import parse_bytes
 
     room = GPUS[budget].room if budget in GPUS else parse_bytes(budget)
     choice = model.recipe_for(room)
     if as_json:
-        told = {"recipe": choice.recipe, "resident": choice.resident, "spare": choice.spare}
-        print_json({**_about(model), **told, **as_dict(choice.memory)})
+        report = {"recipe": choice.recipe, "resident": choice.resident, "spare": choice.spare}
+        print_json({**_about(model), **report, **as_dict(choice.memory)})
         return
     results().print(
         f"{model.config.name} in {budget}: build it with --precision {choice.recipe}"
         f"{_residency(choice)}. It takes {size(choice.memory.total)}, of which weights "
-        f"{size(choice.memory.weights)}, what a document keeps "
+        f"{size(choice.memory.weights)}, the document "
         f"{size(sum(choice.memory.documents.values()))} and the workspace "
         f"{size(choice.memory.workspace)} (an estimate); {size(choice.spare)} are left"
     )
@@ -140,7 +142,7 @@ def _residency(choice: Choice) -> str:
 
 
 def as_dict(memory: Memory) -> dict[str, Any]:
-    """Bytes, for programs."""
+    """Memory in bytes for `--json`."""
     return {
         "recipe": memory.recipe,
         "resident": memory.resident,
@@ -171,7 +173,7 @@ def _holding(memory: Memory, gpus: Sequence[str]) -> dict[str, Any]:
 
 
 def holders(memory: Memory, gpus: Sequence[str]) -> dict[str, bool]:
-    """Sizes of memory and named GPUs -> whether `memory` fits, the assumed reserve left free."""
+    """Common memory sizes and named GPUs -> True if `memory` fits beside the assumed reserve."""
     from mmi_deploy.analysis.gpu_specs import DRIVER_RESERVE, GB, SIZES, gpu
 
     rooms: Mapping[str, int] = {f"{gb} GB": gb * GB - DRIVER_RESERVE for gb in SIZES}

@@ -35,10 +35,11 @@ def parts(
         Path | None, typer.Argument(help="A bundle or a model folder.", show_default=False)
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Instead: print a named configuration.", show_default=False)
+        str | None,
+        typer.Option(help="Print the configuration of this preset instead.", show_default=False),
     ] = None,
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="List inputs and outputs of every graph too.")
+        bool, typer.Option("--tensors", help="Also list inputs and outputs of every graph.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +83,7 @@ def show_presets(as_json: bool) -> None:
 
 
 def parameter_counts(path: Path) -> dict[str, int]:
-    """Parameters of each part of a model, from the header of its safetensors file alone."""
+    """Number of parameters by part, read from the header of a safetensors file."""
     counts: Counter[str] = Counter()
     for name, entry in read_header(path).items():
         counts[name.partition(".")[0]] += prod(entry.shape)
@@ -128,8 +129,8 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
     targets = describe_targets(bundle)
     vocabulary = _vocabulary(bundle.tokenizer, bundle.config.tokens)
     if as_json:
-        told = [target.model_dump(mode="json") for target in targets]
-        shown = {"targets": told, "vocabulary": vocabulary and asdict(vocabulary)}
+        report = [target.model_dump(mode="json") for target in targets]
+        shown = {"targets": report, "vocabulary": vocabulary and asdict(vocabulary)}
         print_json({**bundle.manifest.model_dump(mode="json"), **shown})
         return
     out, limits = results(), bundle.limits
@@ -149,7 +150,7 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         from mmi_deploy.cli.inspect.target import target_table
 
         print_table(out, target_table(targets))
-        out.print(f"`mmi inspect target {folder} NAME` says more of one")
+        out.print(f"Details of one: `mmi inspect target {folder} NAME`")
     for receipt in bundle.manifest.receipts:
         proof = f" was compared with: {receipt.compared_with}"
         out.print(Text.assemble((receipt.graph, "bold"), proof))
@@ -165,14 +166,14 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
 
 
 def _vocabulary(path: Path, tokens: TokenConfig) -> Vocabulary | None:
-    """The vocabulary of a tokenizer, or None where it cannot be read: the other parts can."""
+    """Vocabulary of a tokenizer, or None where it cannot be read, so that the rest is shown."""
     with suppress(BundleError):
         return Tokenizer.open(path, tokens).vocabulary
     return None
 
 
 def _print_vocabulary(out: Console, vocabulary: Vocabulary) -> None:
-    """All words where they are few, wrapped between words; else how many there are."""
+    """Print the size of a vocabulary, and its words if it lists them."""
     out.print(f"\nvocabulary: {vocabulary.size:,} words or parts of words")
     if vocabulary.words:
         words = " ".join(vocabulary.words)
@@ -209,9 +210,7 @@ def _shared_files(bundle: Bundle) -> Iterator[str]:
 
 
 def _tensor_table(graph: Graph) -> Table:
-    ranges = ", ".join(
-        f"{letter} {r.least}-{r.greatest}" for letter, r in sorted(graph.ranges.items())
-    )
+    ranges = ", ".join(f"{letter} {r.min}-{r.max}" for letter, r in sorted(graph.ranges.items()))
     table = _table("", "tensor", "type", "shape", title=f"{graph.name} ({ranges})")
     for side, listed in (("in", graph.inputs), ("out", graph.outputs)):
         for tensor in listed:
@@ -223,7 +222,7 @@ def _tensor_table(graph: Graph) -> Table:
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
-    """`>` before a heading aligns its column to the right."""
+    """Make a table; columns whose heading starts with `>` are right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for column in columns:
         right = column.startswith(">")

@@ -1,4 +1,4 @@
-"""Graphs in the roofline of a GPU, as a picture: which are held back by memory, which by FLOPs."""
+"""Roofline plot of graphs and GPUs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _MARKERS = "osD^vPX"
 
 
 def draw_roofline(costs: Sequence[GraphCost], gpus: Sequence[Gpu], path: Path) -> None:
-    """Write `path`, whose ending (`.svg`, `.png`) is its format; raises `MmiError` without
-    matplotlib or for another ending."""
+    """Write a roofline plot to `path`, as `.svg` or `.png`. Raises `MmiError` without matplotlib or
+    for another suffix."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -38,8 +38,8 @@ def draw_roofline(costs: Sequence[GraphCost], gpus: Sequence[Gpu], path: Path) -
 
 
 def _roofs(axes: Any, costs: Sequence[GraphCost], gpus: Sequence[Gpu]) -> None:
-    """FLOPs per byte across, FLOP/s up: a graph stands below the roof of each GPU at its own
-    intensity, at the most that the GPU can do for it."""
+    """Plot attainable FLOP/s over arithmetic intensity: a roof per GPU, and each graph at its own
+    intensity."""
     intensities = [cost.total.matrix / max(cost.floor_bytes, 1) for cost in costs]
     left, right = min(intensities) / 3, max(*intensities, 1000.0) * 3
     for gpu, colour in zip(gpus, _COLOURS, strict=False):
@@ -54,14 +54,14 @@ def _roofs(axes: Any, costs: Sequence[GraphCost], gpus: Sequence[Gpu]) -> None:
         axes.plot(xs, ys, linestyle="none", marker=marker, color="black", label=cost.graph)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("matrix FLOPs per byte that must move")
-    axes.set_ylabel("TFLOP/s that the GPU can reach")
+    axes.set_xlabel("matrix FLOPs per byte of the floor")
+    axes.set_ylabel("attainable TFLOP/s")
     axes.set_title("Roofline")
     axes.legend(frameon=False, fontsize=7)
 
 
 def _times(axes: Any, costs: Sequence[GraphCost], gpus: Sequence[Gpu]) -> None:
-    """The least time of each graph, and that of a runtime that fuses nothing."""
+    """Plot the roofline time of each graph, and its time without fusion."""
     height = 0.8 / len(gpus)
     for number, (gpu, colour) in enumerate(zip(gpus, _COLOURS, strict=False)):
         places = [row + number * height for row in range(len(costs))]
@@ -73,5 +73,5 @@ def _times(axes: Any, costs: Sequence[GraphCost], gpus: Sequence[Gpu]) -> None:
     axes.set_yticklabels([cost.graph for cost in costs])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("milliseconds at least (pale: nothing fused), computed")
+    axes.set_xlabel("lower bound in milliseconds (pale: without fusion), computed")
     axes.set_title(f"One run, {costs[0].storage}; colours as on the left")

@@ -1,4 +1,4 @@
-"""`mmi inspect sensitivity`: the error of each weight alone when it is quantised."""
+"""`mmi inspect sensitivity`: the error when one weight at a time is quantised."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
 from mmi_deploy.system.progress import shown
 
+# Rows of the table; `--json` lists every weight.
 SHOWN = 25
-"""Rows of the table; `--json` has every weight."""
 
 
 def sensitivity(
     folder: BundleFolder,
-    graph: Annotated[str, typer.Option(help="The graph whose weights are quantised.")] = "llm",
-    precision: Annotated[str, typer.Option(help="The recipe that they are stored in.")] = "int4",
+    graph: Annotated[str, typer.Option(help="Graph whose weights are quantised.")] = "llm",
+    precision: Annotated[str, typer.Option(help="Recipe that they are quantised with.")] = "int4",
     as_json: AsJson = False,
 ) -> None:
     """Quantise one weight at a time, run calibration inputs, and show the error of the outputs."""
@@ -31,16 +31,16 @@ def sensitivity(
 
 
 def show_sensitivity(folder: Path, graph: str, precision: str, as_json: bool) -> None:
-    """Quantise one weight at a time, run recorded inputs, and print what the results differ by."""
+    """Print the error of the outputs on recorded inputs when one weight at a time is quantised."""
     from mmi_deploy.analysis.sensitivity import sensitivity as measure
     from mmi_deploy.bundle.bundle import Bundle
 
     bundle = Bundle.open(folder, unproved=True)
-    with shown(remarks(), "recording a document") as progress:
+    with shown(remarks(), "recording inputs") as progress:
         layers = measure(bundle, graph, precision, progress=progress)
     if as_json:
-        told = {"graph": graph, "precision": precision, "weights": [vars(one) for one in layers]}
-        print_json(told)
+        report = {"graph": graph, "precision": precision, "weights": [vars(one) for one in layers]}
+        print_json(report)
         return
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -56,4 +56,4 @@ def show_sensitivity(folder: Path, graph: str, precision: str, as_json: bool) ->
     out = results()
     print_table(out, table)
     more = f"{len(layers) - SHOWN} more weights are in --json. " if len(layers) > SHOWN else ""
-    out.print(f"{more}Error: root mean square of the difference over that of the results")
+    out.print(f"{more}Error: relative RMS error of the results")

@@ -1,4 +1,4 @@
-"""Arguments that the views of `mmi inspect` share, and the graphs that they name."""
+"""Shared arguments of the views of `mmi inspect`, and the graphs that they select."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ if TYPE_CHECKING:
     from mmi_deploy.analysis.memory_estimate import Model
     from mmi_deploy.bundle.manifest import BundleManifest
 
-Folder = Annotated[Path | None, typer.Argument(help="The folder of a bundle.", show_default=False)]
-BundleFolder = Annotated[Path, typer.Argument(help="The folder of a bundle.", show_default=False)]
+Folder = Annotated[Path | None, typer.Argument(help="Folder of a bundle.", show_default=False)]
+BundleFolder = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
 Preset = Annotated[
     str | None,
-    typer.Option(help="Instead: the graphs of this preset, in bundles/PRESET.", show_default=False),
+    typer.Option(
+        help="Use the bundle of this preset in bundles/PRESET instead.", show_default=False
+    ),
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(help="As this recipe stores it: fp32, fp16, int8 ...", show_default="all"),
+    typer.Option(help="Only this recipe: fp32, fp16, int8 ...", show_default="all"),
 ]
 Gpus = Annotated[
     list[str] | None,
-    typer.Option("--gpu", help="A GPU, as in l4; several may be given.", show_default=False),
+    typer.Option("--gpu", help="GPU, such as l4; may be repeated.", show_default=False),
 ]
 Context = Annotated[
-    int | None, typer.Option(help="Tokens of a document.", show_default="the bundle's")
+    int | None, typer.Option(help="Tokens per document.", show_default="the bundle's")
 ]
-Batch = Annotated[int, typer.Option(min=1, max=1024, help="Documents at a time.")]
-Images = Annotated[int | None, typer.Option(min=1, help="Images of a document.", show_default="4")]
-OnCpu = Annotated[bool, typer.Option("--cpu", help="On the CPU, not on a GPU.")]
+Batch = Annotated[int, typer.Option(min=1, max=1024, help="Batch size: documents at a time.")]
+Images = Annotated[int | None, typer.Option(min=1, help="Images per document.", show_default="4")]
+OnCpu = Annotated[bool, typer.Option("--cpu", help="Estimate for the CPU instead of a GPU.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """The graph files of a bundle. Nothing is hashed and no weight is read, so that a bundle of a
+    """Graph files of a bundle. Files are not hashed and weights not read, so that a bundle of a
     hundred gigabytes is inspected in seconds."""
 
     name: str
@@ -48,7 +50,7 @@ class Graphs:
 
 
 def graphs_of(folder: Path | None, preset: str | None) -> Graphs:
-    """The graphs of a bundle, or of `bundles/PRESET`. Raises `ConfigError` where there are none."""
+    """Graphs of a bundle, or of `bundles/PRESET`. Raises `ConfigError` where there are none."""
     from mmi_deploy.bundle.bundle import EXPORT, MANIFEST
     from mmi_deploy.bundle.manifest import BundleManifest, read_manifest
     from mmi_deploy.spec.presets import preset as preset_called
@@ -60,8 +62,8 @@ def graphs_of(folder: Path | None, preset: str | None) -> Graphs:
         folder = Path("bundles") / preset
         if not (folder / MANIFEST).exists():
             raise ConfigError(
-                f"the graphs of {preset} are looked for in {folder}, and are not there",
-                fix=f"make them, without weights: `{EXPORT} --preset {preset} --sparse-weights "
+                f"there are no graphs of preset {preset} in {folder}",
+                fix=f"export them without weights: `{EXPORT} --preset {preset} --sparse-weights "
                 f"-o {folder}`",
             )
     if folder is None:
@@ -74,8 +76,8 @@ def graphs_of(folder: Path | None, preset: str | None) -> Graphs:
 def memory_model(
     graphs: Graphs, context: int | None, batch: int, images: int | None, on_cpu: bool
 ) -> Model:
-    """What memory is estimated for: graphs, and the documents that they hold at a time. Raises
-    `ConfigError` for more than the bundle takes."""
+    """Memory model of graphs and the documents that run at a time. Raises `ConfigError` for limits
+    beyond the bundle's."""
     from mmi_deploy.analysis.memory_estimate import Model, with_limits
     from mmi_deploy.spec.backends import CPU, TENSORRT
 

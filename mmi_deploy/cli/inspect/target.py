@@ -1,4 +1,4 @@
-"""`mmi inspect target`: one target of a bundle, graph by graph; without a name, all of them."""
+"""`mmi inspect target`: one target of a bundle, graph by graph; without a name, all targets."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from mmi_deploy.bundle.build_report import GraphReport, TargetSummary
     from mmi_deploy.bundle.bundle import Bundle
 
+# Layer types shown per graph, most frequent first.
 SHOWN = 8
-"""Types of layers that a table names, the most frequent ones."""
 
 
 def target(
     folder: BundleFolder,
     name: Annotated[
-        str | None, typer.Argument(help="A target, as in cpu-int8.", show_default="all, in a table")
+        str | None, typer.Argument(help="Target, such as cpu-int8.", show_default="all, in a table")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,8 +48,8 @@ def target(
 
 
 def target_table(summaries: Sequence[TargetSummary]) -> Table:
-    """A row per target: what it is for, its size, how much of it is proved, and a remark in a few
-    words: what comes before its colon."""
+    """One row per target: number of graphs, size, activations, receipts, and the remark up to its
+    colon."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("target", no_wrap=True)
     for heading in ("graphs", "size", "activations", "proved"):
@@ -75,7 +75,7 @@ def _remark(one: TargetSummary) -> str:
 
 
 def _activations(one: TargetSummary) -> str:
-    """The narrowest float type that its engines take or give."""
+    """Narrowest float type of the inputs and outputs of a target's engines."""
     graphs = one.report.graphs if one.report else ()
     types = {name.lower() for graph in graphs for name in graph.bindings.values()}
     for name, shown in (("half", "float16"), ("bf16", "bfloat16"), ("float", "float32")):
@@ -85,7 +85,7 @@ def _activations(one: TargetSummary) -> str:
 
 
 def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
-    """Print one target: per graph its layers, sizes, what building it took, and its receipt."""
+    """Print one target: per graph its layers, sizes, build time, peak memory and receipt."""
     from mmi_deploy.bundle.build_report import describe_targets
 
     found = {summary.target: summary for summary in describe_targets(bundle)}
@@ -103,7 +103,7 @@ def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
     if _remark(summary):
         out.print(_remark(summary))
     if summary.report is None:
-        out.print("There is no report beside it that says more")
+        out.print("It has no build report with details")
         return
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("graph", no_wrap=True)

@@ -11,7 +11,7 @@ from mmi_deploy.runtime.buffers import HOST, Buffer
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.onnxruntime.module import ort
 from mmi_deploy.spec.graphs import Graph, Tensor
-from mmi_deploy.system.memory import is_shortage, shortage
+from mmi_deploy.system.memory import is_out_of_memory, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class OnnxRuntimeEngine(Engine):
         try:
             self._session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower class
-            if is_shortage(error):
-                raise shortage(f"to load {path}") from None
+            if is_out_of_memory(error):
+                raise out_of_memory(f"to load {path}") from None
             reason = str(error).splitlines()[0]
             raise EngineError(
                 f"ONNX Runtime cannot load {path}: {reason}", fix="check it with `mmi verify`"
@@ -67,8 +67,8 @@ class OnnxRuntimeEngine(Engine):
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             self._bound.clear()  # bind everything again: the state of the binding is unknown
-            if is_shortage(error):
-                raise shortage(f"to run {self.graph.name}") from error
+            if is_out_of_memory(error):
+                raise out_of_memory(f"to run {self.graph.name}") from error
             raise EngineError(f"{self.graph.name} failed: {str(error).splitlines()[0]}") from error
 
 

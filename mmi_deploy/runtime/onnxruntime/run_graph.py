@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.system.memory import is_shortage, shortage
+from mmi_deploy.system.memory import is_out_of_memory, out_of_memory
 
 # All inputs of a graph by name -> all outputs by name.
 Run = Callable[[Mapping[str, NDArray[Any]]], dict[str, NDArray[Any]]]
@@ -56,8 +56,8 @@ def _session(
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no narrower class
-        if is_shortage(error):
-            raise shortage(f"to load {what}") from None
+        if is_out_of_memory(error):
+            raise out_of_memory(f"to load {what}") from None
         reason = str(error).splitlines()[0]
         raise EngineError(f"ONNX Runtime cannot load {what}: {reason}") from None
     names = outputs or [output.name for output in session.get_outputs()]

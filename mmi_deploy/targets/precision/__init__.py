@@ -1,4 +1,4 @@
-"""Precision of a target: recipes as data, and the ONNX that they make of a portable graph."""
+"""Precision of a target: recipes as data, and the rewrite of a portable graph by a recipe."""
 
 from mmi_deploy.targets.precision.ranges import Ranges, measure_ranges
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe, check_possible, recipe

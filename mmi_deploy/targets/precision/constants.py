@@ -1,8 +1,8 @@
-"""Constants of a graph in whatever type a node wants them, read when they are written, not before.
+"""Constants of a graph in the type that a node computes in, converted lazily.
 
-The portable graphs may store a weight in 16 bits with a Cast to float32 behind it. Here a constant
-is the stored tensor and the cast is a wish: a node that computes in the stored type reads the
-stored bytes, any other gets a converted copy.
+The portable graphs may store a weight in 16 bits, followed by a Cast to float32. Here the constant
+is the stored tensor and the Cast is ignored: a node that computes in the stored type reads the
+stored bytes, any other a converted copy. A copy is computed when it is written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mmi_deploy.errors import WeightsError
-from mmi_deploy.targets.precision.recipes import GREATEST
+from mmi_deploy.targets.precision.recipes import MAX_FINITE
 
 Array = NDArray[Any]
 
@@ -29,18 +29,18 @@ NUMPY = {
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
 
+# Name of the NumPy type -> ONNX type, such as `float16` -> ir.DataType.FLOAT16.
 ONNX = {str(dtype): name for name, dtype in NUMPY.items()}
-"""`float16` -> ir.DataType.FLOAT16."""
 
+# Elements that are processed at once, to bound memory.
 CHUNK = 2**18
-"""Numbers that are worked on at once."""
 
+# Larger magnitudes count as infinity, such as a mask's -3.4e38.
 INFINITE = 1e30
-"""Numbers beyond it stand for infinity: a mask's -3.4e38."""
 
 
 def read(tensor: ir.TensorProtocol) -> Array:
-    """The contents of a constant; a file is mapped, and let go when the array is."""
+    """Contents of a constant. External data is memory-mapped until the array is freed."""
     if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype not in NUMPY:
         return np.asarray(tensor.numpy())
     shape = tuple(int(side) for side in tensor.shape)
@@ -52,20 +52,20 @@ def read(tensor: ir.TensorProtocol) -> Array:
 
 
 def converted(values: Array, dtype: ir.DataType, name: str) -> Array:
-    """`values` rounded to `dtype`. What stands for infinity becomes the greatest number there is.
+    """Round `values` to `dtype`. Values beyond `INFINITE` become the largest finite value.
 
-    Raises `WeightsError` for what is not finite or does not fit.
+    Raises `WeightsError` for values that are not finite or overflow.
     """
     wanted = NUMPY[dtype]
     found = np.empty(values.shape, wanted)
-    for part in slices(values.shape):
+    for part in chunks(values.shape):
         found[part] = _converted(values[part], wanted, name)
     return found
 
 
 def _converted(values: Array, wanted: np.dtype, name: str) -> Array:
     check_finite(values, name)
-    greatest = GREATEST[str(wanted)]
+    greatest = MAX_FINITE[str(wanted)]
     peak = float(np.abs(values).max(initial=0.0)) if wanted == np.float16 else 0.0
     if greatest < peak < INFINITE:
         raise WeightsError(
@@ -79,9 +79,8 @@ def _converted(values: Array, wanted: np.dtype, name: str) -> Array:
     return values.astype(wanted)
 
 
-def slices(shape: Sequence[int], axis: int = 0) -> Iterator[tuple[slice, ...]]:
-    """Parts of an array along one axis, each of about `CHUNK` numbers: what is computed on one is
-    small, however large the array."""
+def chunks(shape: Sequence[int], axis: int = 0) -> Iterator[tuple[slice, ...]]:
+    """Slices of an array along one axis, each of about `CHUNK` elements, to bound memory."""
     if not shape:
         yield ()
         return
@@ -92,14 +91,14 @@ def slices(shape: Sequence[int], axis: int = 0) -> Iterator[tuple[slice, ...]]:
 
 def check_finite(values: Array, name: str) -> None:
     """Raise `WeightsError` when `values` holds NaN or infinity."""
-    if not all(np.isfinite(values[part]).all() for part in slices(values.shape)):
+    if not all(np.isfinite(values[part]).all() for part in chunks(values.shape)):
         raise WeightsError(
             f"{name} holds numbers that are not finite", fix="train or convert the model again"
         )
 
 
 class Constants:
-    """The constants of `graph`, by type."""
+    """Constants of `graph` in any float type, converted once per type."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
@@ -118,7 +117,7 @@ class Constants:
         return str(self._stored[value].name)
 
     def tensor(self, value: ir.Value) -> ir.TensorProtocol:
-        """What is stored for a constant."""
+        """Stored tensor of a constant."""
         found = self._stored[value].const_value
         assert found is not None, f"{value.name} has no value"
         return found
@@ -145,7 +144,7 @@ class Constants:
         shape: object,
         contents: Callable[[], Array],
     ) -> ir.Value:
-        """A new initialiser made from `source`; `contents` are computed when they are written."""
+        """Add an initialiser derived from `source`. `contents` is called when it is written."""
         key = (source, name)
         if key not in self._made:
             shape = ir.Shape([int(side) for side in shape])  # type: ignore[attr-defined]

@@ -1,12 +1,12 @@
-"""Any precision on a CPU: numbers are rounded to their type after every operator, sums are float32.
+"""Emulate fp16 and bf16 graphs on the CPU by rounding after every operator.
 
-ONNX Runtime has no kernels for bfloat16 on the CPU. A graph that was rewritten for a GPU is turned
-back into float32, with each of its narrow tensors rounded where it is made. That is what tensor
-cores do, which add up in float32 and round at the end; only the order of the sums differs.
+ONNX Runtime has no CPU kernels for bfloat16. A graph that was rewritten for a GPU is converted back
+to float32, and each of its fp16 or bf16 tensors is rounded where it is produced. Tensor cores do
+the same: they accumulate in float32 and round at the end; only the order of the sums differs.
 
-Attention keeps its logits in float32 in some kernels and in float16 in others, before the scale or
-after it. Here they have all their digits, but are infinite where float16 ends: a graph that needs
-the one kind of kernel is found out.
+Some attention kernels keep logits in float32, others in float16, before or after the scale. Here
+logits are float32, but infinite beyond the float16 range before the scale: a graph that is correct
+only with float32 logits gives infinities.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from mmi_deploy.targets.precision.recipes import FLOAT16, GREATEST
+from mmi_deploy.targets.precision.recipes import FLOAT16, MAX_FINITE
 
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 _F32 = ir.TensorType(ir.DataType.FLOAT)
 _INFINITY = float("inf")
 
 
-def simulated(path: Path) -> ir.Model:
-    """The graph of `path` in float32, rounding as it would; inputs and outputs are float32."""
+def emulated(path: Path) -> ir.Model:
+    """Convert the graph of `path` to float32 with the rounding of its types. Inputs and outputs are
+    float32."""
     model = ir.from_proto(onnx.load(path, load_external_data=False))
     ir.external_data.set_base_dir(model.graph, path.parent)
     graph = model.graph
@@ -59,8 +60,8 @@ def simulated(path: Path) -> ir.Model:
 
 
 def _round(graph: ir.Graph, value: ir.Value, stored: bool = False) -> None:
-    """Let all who read `value` read it rounded to its type, as float32. A stored one is rounded
-    already."""
+    """Insert casts after `value`, so that its readers get float32 rounded to its type. stored: the
+    value is an initialiser, which is rounded already."""
     narrow, readers = value.dtype, list(value.uses())
     assert narrow is not None
     if not stored:
@@ -84,8 +85,8 @@ def _round(graph: ir.Graph, value: ir.Value, stored: bool = False) -> None:
 
 
 def _overflowing_attention(graph: ir.Graph, node: ir.Node) -> None:
-    """Put operators in the place of an Attention on [b, h, t, d], its logits infinite where they
-    leave float16 before they are scaled. Softmax and products are in float32."""
+    """Replace an Attention on [b, h, t, d] by operators in float32, with infinite logits where the
+    unscaled logits exceed the float16 range."""
     query, key, value = node.inputs[:3]
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     assert query is not None and key is not None and value is not None
@@ -115,7 +116,7 @@ def _overflowing_attention(graph: ir.Graph, node: ir.Node) -> None:
 
     turned = tape.op("Transpose", [per_head(key, width)], {"perm": [0, 1, 3, 2]})
     logits = tape.op("MatMul", [wide(query), turned])
-    outside = tape.op("Greater", [tape.op("Abs", [logits]), number(GREATEST[FLOAT16])])
+    outside = tape.op("Greater", [tape.op("Abs", [logits]), number(MAX_FINITE[FLOAT16])])
     logits = tape.op("Where", [outside, tape.op("Mul", [logits, number(_INFINITY)]), logits])
     scale = node.attributes.get_float("scale", width**-0.5)
     logits = tape.op("Mul", [logits, number(scale)])

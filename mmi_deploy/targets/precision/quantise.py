@@ -1,7 +1,7 @@
-"""Weights as small integers or float8 and the scales that bring them back.
+"""Quantise weights to int8, int4 or float8 with scales per output channel or per block of rows.
 
-A weight is [in, out]; `block` rows of one output channel share a scale (0: all of them do). Numbers
-are symmetric: weight = scale * number.
+A weight is [in, out]; `block` rows of one output channel share a scale (0: all rows). Quantisation
+is symmetric: weight = scale * number.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mmi_deploy.targets.precision.constants import slices
-from mmi_deploy.targets.precision.recipes import FP8, GREATEST, INT4, INT8, Scheme
+from mmi_deploy.targets.precision.constants import chunks
+from mmi_deploy.targets.precision.recipes import FP8, INT4, INT8, MAX_FINITE, Scheme
 
 Array = NDArray[Any]
 
-_GREATEST = {INT8: 127.0, INT4: 7.0, FP8: GREATEST[FP8]}
-_LEAST = {INT8: -127.0, INT4: -8.0, FP8: -GREATEST[FP8]}
+_MAX = {INT8: 127.0, INT4: 7.0, FP8: MAX_FINITE[FP8]}
+_MIN = {INT8: -127.0, INT4: -8.0, FP8: -MAX_FINITE[FP8]}
 
-SHRINK = (0.95, 0.9, 0.85, 0.8, 0.75)
-"""Factors by which the range of an int4 block is cut on trial: losing the greatest number a little
-can leave the others finer. The one with the smallest squared error is taken."""
+# Clipping ratios tried for an int4 block: clipping its largest magnitude gives the others a finer
+# scale. The ratio with the least squared error is used.
+CLIP_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75)
 
-LEAST_BLOCK = 16
-"""Below it the scales weigh as much as what they save."""
+# In smaller blocks the scales take as many bytes as int4 saves.
+MIN_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -36,32 +36,32 @@ class Quantised:
     numbers: Array
     scales: Array
 
-    def restored(self) -> Array:
-        """The weight that is computed with, float32 [in, out]."""
+    def dequantised(self) -> Array:
+        """Dequantised weight, float32 [in, out]."""
         rows = self.numbers.shape[0] // (self.scales.shape[0] if self.scales.ndim == 2 else 1)
         scales = self.scales.astype(np.float32)
-        spread = np.repeat(scales, rows, 0) if scales.ndim == 2 else scales
-        return self.numbers.astype(np.float32) * spread
+        per_row = np.repeat(scales, rows, 0) if scales.ndim == 2 else scales
+        return self.numbers.astype(np.float32) * per_row
 
 
-def fitting(scheme: Scheme, rows: int) -> Scheme:
-    """`scheme`, its block halved until it divides `rows`; int8 where none does."""
+def scheme_for_rows(scheme: Scheme, rows: int) -> Scheme:
+    """`scheme` with its block halved until it divides `rows`; int8 per channel where none does."""
     block = scheme.block
-    while block >= LEAST_BLOCK and rows % block:
+    while block >= MIN_BLOCK and rows % block:
         block //= 2
-    if scheme.block and block < LEAST_BLOCK:
+    if scheme.block and block < MIN_BLOCK:
         return Scheme(INT8)
     return Scheme(scheme.dtype, block)
 
 
 def quantise(weight: Array, scheme: Scheme, scale_type: DTypeLike = np.float32) -> Quantised:
-    """`weight` [in, out] by a scheme whose block divides `in`; scales rounded to `scale_type`."""
+    """Quantise `weight` [in, out]. The block of `scheme` divides `in`; scales have `scale_type`."""
     rows, columns = weight.shape
     block = scheme.block or rows
     stored = ml_dtypes.float8_e4m3fn if scheme.dtype == FP8 else np.int8
     numbers = np.empty((rows, columns), stored)
     scales = np.empty((rows // block, columns), scale_type)
-    for part in slices(weight.shape, axis=1):
+    for part in chunks(weight.shape, axis=1):
         blocks = weight[part].astype(np.float32).reshape(rows // block, block, -1)
         found, scales[part] = _best(blocks, scheme.dtype, scale_type)
         numbers[part] = found.reshape(rows, -1).astype(stored)
@@ -69,15 +69,16 @@ def quantise(weight: Array, scheme: Scheme, scale_type: DTypeLike = np.float32) 
 
 
 def _best(blocks: Array, dtype: str, scale_type: DTypeLike) -> tuple[Array, Array]:
-    """Numbers [in / block, block, out] and scales [in / block, out] of the least squared error."""
+    """Numbers [in / block, block, out] and scales [in / block, out] with the least squared
+    error."""
     peak = np.abs(blocks).max(1)
-    scales = _rounded(peak / _GREATEST[dtype], scale_type)
+    scales = _rounded(peak / _MAX[dtype], scale_type)
     numbers = _numbers(blocks, scales, dtype)
     if dtype != INT4:
         return numbers, scales
     error = _squares(numbers, scales, blocks)
-    for shrink in SHRINK:
-        other = _rounded(peak * (shrink / _GREATEST[dtype]), scale_type)
+    for ratio in CLIP_RATIOS:
+        other = _rounded(peak * (ratio / _MAX[dtype]), scale_type)
         tried = _numbers(blocks, other, dtype)
         found = _squares(tried, other, blocks)
         better = found < error
@@ -93,21 +94,25 @@ def _squares(numbers: Array, scales: Array, blocks: Array) -> Array:
 
 
 def _rounded(scales: Array, scale_type: DTypeLike) -> Array:
-    """Scales as they will be stored, none of them 0."""
+    """Round scales to their stored type; zero becomes the smallest normal value."""
     least = float(ml_dtypes.finfo(scale_type).smallest_normal)
     return np.maximum(scales, least).astype(scale_type)
 
 
 def _numbers(blocks: Array, scales: Array, dtype: str) -> Array:
-    """float32 [in / block, block, out], whole numbers but for float8."""
+    """Divide by the scales and clip: float32 [in / block, block, out], rounded except for
+    float8."""
     found = blocks / scales.astype(np.float32)[:, None]
-    found = np.clip(found, _LEAST[dtype], _GREATEST[dtype], out=found)
+    found = np.clip(found, _MIN[dtype], _MAX[dtype], out=found)
     return found if dtype == FP8 else np.rint(found, out=found)
 
 
-def packed_blocks(quantised: Quantised, bits: int) -> tuple[Array, Array]:
-    """What ONNX Runtime's MatMulNBits reads: numbers uint8 [out, in / block, block * bits / 8] with
-    zero at the middle, two int4 a byte, the first in the low half; scales [out * in / block]."""
+def pack_blocks(quantised: Quantised, bits: int) -> tuple[Array, Array]:
+    """Pack for ONNX Runtime's MatMulNBits.
+
+    Returns numbers uint8 [out, in / block, block * bits / 8] with zero point 2 ** (bits - 1), two
+    int4 a byte, the first in the low half; and scales [out * in / block].
+    """
     count, columns = quantised.scales.shape
     middle = 2 ** (bits - 1)
     numbers: Array = quantised.numbers.T.astype(np.uint8) + np.uint8(middle)  # [out, in], mod 256

@@ -1,9 +1,9 @@
-"""The range check: how great the numbers inside a graph get, and what float16 therefore cannot do.
+"""Range check: measure activation ranges, and find the tensors that overflow float16.
 
-The portable graph is run in ONNX Runtime with the greatest magnitude of every float tensor as an
-extra output. Attention keeps its logits to itself; they are bounded by the norms of its queries and
-keys, before the scale, since kernels differ in when they apply it. That product is what leaves
-float16 in the U-Net of Stable Diffusion 2.1 and makes its pictures black.
+The portable graph runs in ONNX Runtime with the peak magnitude of every float tensor as an extra
+output. The logits of Attention are internal to the operator; the norms of its queries and keys
+bound them before the scale, since kernels differ in when they scale. Unscaled logits are what
+overflows float16 in the U-Net of Stable Diffusion 2.1 and makes its pictures black.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _ATTENTION = "Attention"
 
 @dataclass(frozen=True)
 class Ranges:
-    """peaks: name of a tensor -> its greatest magnitude. logits: name of an Attention's output ->
-    bound of its logits before the scale. runs: how many sets of inputs they were seen on."""
+    """Activation ranges of one graph. peaks: tensor -> peak magnitude. logits: output of an
+    Attention -> bound of its unscaled logits. runs: number of calibration inputs."""
 
     peaks: Mapping[str, float]
     logits: Mapping[str, float]
@@ -43,15 +43,15 @@ class Ranges:
 
     @classmethod
     def load(cls, path: Path) -> Ranges:
-        """Raises `BundleError` for what `save` did not write."""
+        """Read the ranges that `save` wrote. Raises `BundleError` for any other file."""
         try:
             return cls(**json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             raise BundleError(f"{path} holds no ranges: {error}") from None
 
     def beyond(self, greatest: float, margin: float) -> set[str]:
-        """Tensors whose numbers could pass `greatest` on inputs `margin` times as large, and
-        outputs of attentions whose logits could."""
+        """Tensors that exceed `greatest` on inputs `margin` times as large, and outputs of
+        attentions whose logits do."""
         found = {**self.peaks}
         for name, bound in self.logits.items():
             found[name] = max(bound, found.get(name, 0.0))
@@ -59,7 +59,7 @@ class Ranges:
 
 
 def islands(graph: ir.Graph, beyond: Collection[str]) -> set[str]:
-    """Outputs of all nodes that make or read one of the tensors `beyond`."""
+    """Outputs of all nodes that write or read one of the tensors `beyond`: they stay in float32."""
     names = set(beyond)
     for node in graph:
         touched = (*node.inputs, *node.outputs)
@@ -69,11 +69,12 @@ def islands(graph: ir.Graph, beyond: Collection[str]) -> set[str]:
 
 
 def measure_ranges(model: ir.Model, folder: Path, runs: Iterable[Arrays]) -> Ranges:
-    """Run a portable graph, whose weights lie in `folder`, on each of `runs`.
+    """Run a portable graph on each of `runs` and measure its activation ranges.
 
-    `model` gets outputs that it had not. Raises `EngineError` when ONNX Runtime cannot run it.
+    folder: where its weights are. Adds outputs to `model`. Raises `EngineError` where ONNX Runtime
+    cannot run it.
     """
-    names, attentions = _watch(model.graph)
+    names, attentions = _add_peak_outputs(model.graph)
     run = model_runner(model, folder, [_PEAKS, _LOGITS])
     peaks, logits, count = np.zeros(len(names)), np.zeros(len(attentions)), 0
     for inputs in runs:
@@ -90,8 +91,9 @@ def measure_ranges(model: ir.Model, folder: Path, runs: Iterable[Arrays]) -> Ran
     )
 
 
-def _watch(graph: ir.Graph) -> tuple[list[str], list[str]]:
-    """Add the outputs; returns the tensors they speak of, in order."""
+def _add_peak_outputs(graph: ir.Graph) -> tuple[list[str], list[str]]:
+    """Add the outputs `_PEAKS` and `_LOGITS`. Returns the tensors and attentions that their
+    elements stand for, in order."""
     tape = ir.tape.Tape()
     shape = tape.op("Constant", [], {"value_ints": [1]})
     limit = tape.op("Constant", [], {"value_float": INFINITE})
@@ -106,16 +108,16 @@ def _watch(graph: ir.Graph) -> tuple[list[str], list[str]]:
         norms = tape.op("ReduceL2", [value, tape.op("Constant", [], {"value_ints": [-1]})])
         return peak(norms)
 
-    watched = [value for value in graph.inputs if value.dtype in FLOATS]
+    tensors = [value for value in graph.inputs if value.dtype in FLOATS]
     attentions = []
     for node in graph:
-        watched += [value for value in node.outputs if value.dtype in FLOATS]
+        tensors += [value for value in node.outputs if value.dtype in FLOATS]
         if node.op_type == _ATTENTION:
             attentions.append(node)
     bounds = [
         tape.op("Mul", [longest(node.inputs[0]), longest(node.inputs[1])]) for node in attentions
     ]
-    for name, values in ((_PEAKS, [peak(value) for value in watched]), (_LOGITS, bounds)):
+    for name, values in ((_PEAKS, [peak(value) for value in tensors]), (_LOGITS, bounds)):
         if values:
             output = tape.op("Concat", values, {"axis": 0})
         else:
@@ -124,6 +126,6 @@ def _watch(graph: ir.Graph) -> tuple[list[str], list[str]]:
         output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([len(values)])
         graph.outputs.append(output)
     graph.extend(tape.nodes)
-    return [str(value.name) for value in watched], [
+    return [str(value.name) for value in tensors], [
         str(node.outputs[0].name) for node in attentions
     ]

@@ -1,8 +1,7 @@
-"""Precision recipes, as data: in which type a target computes, and how its weights are stored.
+"""Precision recipes as data: type of activations, float32 operators, quantisation of weights.
 
-A recipe names a type for activations, operators that stay in float32 whatever the type, and for
-some graphs a scheme for the weights of their matrix products. What the range check finds is added
-when the graph is rewritten; see `ranges.py`.
+Tensors that the range check finds are kept in float32 too, when a graph is rewritten; see
+`ranges.py`.
 """
 
 from __future__ import annotations
@@ -18,25 +17,25 @@ from mmi_deploy.spec.backends import BACKENDS, backend
 FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
 INT8, INT4, FP8 = "int8", "int4", "float8_e4m3fn"
 
-GREATEST = {FLOAT32: 3.4028234e38, FLOAT16: 65504.0, BFLOAT16: 3.3895314e38, FP8: 448.0}
-"""The greatest finite number of each type."""
+# Largest finite value of each type.
+MAX_FINITE = {FLOAT32: 3.4028234e38, FLOAT16: 65504.0, BFLOAT16: 3.3895314e38, FP8: 448.0}
 
-# Bits of one number.
+# Bits of one element.
 BITS = {FLOAT32: 32, FLOAT16: 16, BFLOAT16: 16, INT8: 8, FP8: 8, INT4: 4}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weight of one matrix product is stored. dtype: int8, int4 or float8_e4m3fn. block:
-    rows of the weight [in, out] that share a scale, 0 for one scale per output channel."""
+    """Quantisation scheme of one weight. dtype: int8, int4 or float8_e4m3fn. block: rows of the
+    weight [in, out] that share a scale, 0 for one scale per output channel."""
 
     dtype: str
     block: int = 0
 
 
 def quantised_bytes(shape: tuple[int, int], scheme: Scheme, scale_bits: int) -> int:
-    """A weight [in, out] with a scale for every block of rows (0: all rows) of every column. The
-    schemes are symmetric: there are no zero points."""
+    """Bytes of a quantised weight [in, out] and its scales. Schemes are symmetric: no zero
+    points."""
     rows, columns = shape
     blocks = rows // scheme.block if scheme.block else 1
     packed = -(-rows * columns * BITS[scheme.dtype] // 8)
@@ -47,41 +46,45 @@ def quantised_bytes(shape: tuple[int, int], scheme: Scheme, scale_bits: int) -> 
 class Weights:
     """Schemes for the matrix products of one graph.
 
-    `scheme` is for those whose weight has at least `least` elements; `higher` are patterns of
-    weight names, first match wins, with the scheme that they have instead (None: not quantised).
+    scheme: for weights with at least `min_elements` elements. overrides: (regular expression on the
+    weight's name, scheme or None for not quantised); the first match replaces `scheme`.
     """
 
     scheme: Scheme
-    least: int = 4096
-    higher: tuple[tuple[str, Scheme | None], ...] = ()
+    min_elements: int = 4096
+    overrides: tuple[tuple[str, Scheme | None], ...] = ()
 
     def of(self, name: str, elements: int) -> Scheme | None:
-        """The scheme of the weight called `name`."""
-        for pattern, scheme in self.higher:
+        """Scheme of the weight called `name`, None where it is not quantised."""
+        for pattern, scheme in self.overrides:
             if re.search(pattern, name):
                 return scheme
-        return self.scheme if elements >= self.least else None
+        return self.scheme if elements >= self.min_elements else None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """activations: type of the activations on a GPU. on_cpu: on the CPU, None where it makes no
-    sense there (`why_not_on_cpu` says why). weights: graph -> schemes, for GPU and CPU.
-    least_architecture: the first SM number that has the types. fp32_operators: stay in float32.
-    margin: how much greater than those of the range check numbers may get."""
+    """A precision recipe.
+
+    activations: their type on a GPU. on_cpu: their type on the CPU, None where the recipe is
+    refused (`why_not_on_cpu` is the reason). weights: graph -> schemes, for GPU and CPU.
+    min_architecture: first SM number that supports the types. fp32_operators: operators that stay
+    in float32. margin: factor by which activations may exceed the ranges of the calibration inputs.
+    """
 
     name: str
-    what: str
+    description: str
     activations: str
     on_cpu: str | None = FLOAT32
     why_not_on_cpu: str = ""
     weights: Mapping[str, Weights] = field(default_factory=lambda: MappingProxyType({}))
-    least_architecture: int = 0
+    min_architecture: int = 0
     fp32_operators: tuple[str, ...] = ("Softmax", "GridSample")
     margin: float = 4.0
 
     def activations_on(self, runtime: str) -> str:
-        """The type of activations on the backend called `runtime`; raises `ConfigError`."""
+        """Type of activations on the backend `runtime`. Raises `ConfigError` where it is
+        refused."""
         if backend(runtime).on_gpu:
             return self.activations
         if self.on_cpu is None:
@@ -92,15 +95,15 @@ class Recipe:
         return self.on_cpu
 
 
+# Projection to the offsets and weights of MMFS: small, and its error moves sampling points.
 _LOCATIONS = (r"look_back.*query_weight", None)
-"""The product that gives MMFS its offsets and weights: small, and its error moves points."""
 
+# Projection to the logits.
 _HEAD = r"(^|\.)head(_new)?[_.]weight"
-"""The product that gives the logits."""
 
 
-def _llm(scheme: Scheme, *higher: tuple[str, Scheme | None]) -> Mapping[str, Weights]:
-    return MappingProxyType({"llm": Weights(scheme, higher=(_LOCATIONS, *higher))})
+def _llm(scheme: Scheme, *overrides: tuple[str, Scheme | None]) -> Mapping[str, Weights]:
+    return MappingProxyType({"llm": Weights(scheme, overrides=(_LOCATIONS, *overrides))})
 
 
 _UPCAST = "ONNX Runtime computes it in float32 there, at twice the memory and no gain"
@@ -116,7 +119,7 @@ RECIPES = {
             BFLOAT16,
             None,
             _UPCAST,
-            least_architecture=80,
+            min_architecture=80,
         ),
         Recipe(
             "int8",
@@ -129,14 +132,14 @@ RECIPES = {
             "weights of the LLM in int4, one scale per 32 rows; its head in int8",
             FLOAT16,
             weights=_llm(Scheme(INT4, 32), (_HEAD, Scheme(INT8))),
-            least_architecture=80,
+            min_architecture=80,
         ),
         Recipe(
             "int4-128",
             "weights of the LLM in int4, one scale per 128 rows; its head in int8",
             FLOAT16,
             weights=_llm(Scheme(INT4, 128), (_HEAD, Scheme(INT8))),
-            least_architecture=80,
+            min_architecture=80,
         ),
         Recipe(
             "fp8",
@@ -145,23 +148,23 @@ RECIPES = {
             None,
             "no processor here computes with float8",
             weights=_llm(Scheme(FP8)),
-            least_architecture=89,
+            min_architecture=89,
         ),
         Recipe(
             "mixed",
-            "as int4, with the second product of each MLP and those that look back in int8",
+            "as int4; the down projections of the MLPs and the output projections of MMFS in int8",
             FLOAT16,
             weights=_llm(
                 Scheme(INT4, 32), (_HEAD, Scheme(INT8)), (r"down_proj|look_back", Scheme(INT8))
             ),
-            least_architecture=80,
+            min_architecture=80,
         ),
     )
 }
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe called `name`; raises `ConfigError` that lists those there are."""
+    """Recipe called `name`. Raises `ConfigError` that lists the recipes."""
     if name not in RECIPES:
         raise ConfigError(
             f"there is no precision {name!r}", expected=_named(RECIPES), fix="choose one of them"
@@ -174,17 +177,14 @@ def check_possible(
 ) -> None:
     """Raise `ConfigError` when `chosen` cannot be built for a target.
 
-    architecture: `sm89`, None on the CPU. graphs: those that were asked for by name, None for all
-    of a bundle; a recipe that leaves all of them as another one would is a misunderstanding.
+    architecture: such as `sm89`, None on the CPU. graphs: the graphs of --graph, None for all; a
+    recipe that quantises none of them is refused, since a plain one gives the same engines.
     """
     chosen.activations_on(runtime)
-    if (
-        architecture is not None
-        and int(architecture.removeprefix("sm")) < chosen.least_architecture
-    ):
+    if architecture is not None and int(architecture.removeprefix("sm")) < chosen.min_architecture:
         raise ConfigError(
             f"precision {chosen.name} cannot be built for {architecture}",
-            expected=f"sm{chosen.least_architecture} or later",
+            expected=f"sm{chosen.min_architecture} or later",
             fix="choose " + _named(_possible(architecture)),
         )
     if graphs is not None and chosen.weights and not set(graphs) & set(chosen.weights):
@@ -200,7 +200,7 @@ def check_possible(
 
 def _possible(architecture: str) -> list[str]:
     number = int(architecture.removeprefix("sm"))
-    return [r.name for r in RECIPES.values() if r.least_architecture <= number]
+    return [r.name for r in RECIPES.values() if r.min_architecture <= number]
 
 
 def _named(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""From a portable graph to the graph of one recipe: `rewrite`."""
+"""Rewrite a portable graph by a precision recipe."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.targets.precision.constants import FLOATS, ONNX, Constants
 from mmi_deploy.targets.precision.ranges import Ranges, islands
-from mmi_deploy.targets.precision.recipes import FLOAT32, GREATEST, Recipe
-from mmi_deploy.targets.precision.types import F32, Typed, cast, insert_casts
+from mmi_deploy.targets.precision.recipes import FLOAT32, MAX_FINITE, Recipe
+from mmi_deploy.targets.precision.types import F32, NodeTypes, cast, insert_casts
 from mmi_deploy.targets.precision.weight_only import quantise_products
 from mmi_deploy.targets.precision.weights_file import write_weights
 
@@ -30,11 +30,10 @@ def rewrite(
 ) -> Graph:
     """Write the ONNX of `graph` for a target of `runtime` with `recipe`, its weights beside it.
 
-    source: the portable file. out: what is written; its weights differ in the suffix alone. ranges:
-    what the range check found, for types that are narrower than float32.
-    Returns the contract as it is now. Raises `ConfigError` for a recipe that `runtime` cannot have,
-    `WeightsError` for weights that cannot be stored so, `BundleError` for a file that is another
-    graph, or has nothing that the recipe could quantise.
+    source: the portable file. out: the file to write; its weights get the suffix `.safetensors`.
+    ranges: activation ranges, for fp16 and bf16. Returns the typed contract. Raises `ConfigError`
+    for a recipe that `runtime` refuses, `WeightsError` for weights that overflow or are not finite,
+    `BundleError` for a file of another graph, or without a weight that the recipe quantises.
     """
     activations = recipe.activations_on(runtime)
     typed_graph = graph.typed(activations)
@@ -45,7 +44,7 @@ def rewrite(
     if graph.name in recipe.weights:
         quantise_products(model.graph, constants, recipe.weights[graph.name], runtime)
     _tidy(model)
-    # An engine holds its weights itself: the file that it is built from does not stay.
+    # An engine contains its weights, so its ONNX file is temporary and may link all of them.
     write_weights(model.graph, out.with_suffix(".safetensors"), link_all=BACKENDS[runtime].on_gpu)
     proto = ir.to_proto(model)
     check_model(proto)
@@ -54,9 +53,9 @@ def rewrite(
 
 
 def read_model(source: Path, graph: Graph) -> ir.Model:
-    """A portable graph, every value with its type; weights stay in their files.
+    """Read a portable graph and infer the type of every value; weights stay in their files.
 
-    Raises `BundleError` unless it is `graph`, by the names and types of its inputs and outputs.
+    Raises `BundleError` unless names and types of its inputs and outputs are those of `graph`.
     """
     try:
         proto = onnx.load(source, load_external_data=False)
@@ -76,7 +75,7 @@ def read_model(source: Path, graph: Graph) -> ir.Model:
         wanted = {tensor.name: _ONNX_OF[tensor.dtype] for tensor in tensors}
         if wrong := sorted(name for name in got | wanted if got.get(name) != wanted.get(name)):
             raise BundleError(
-                f"{source} is no portable {graph.name}: its {kind} differ in "
+                f"{source} is not the portable {graph.name}: its {kind} differ in "
                 + ", ".join(wrong[:5]),
                 fix="write it again with `mmi export`",
             )
@@ -96,10 +95,10 @@ def _lower(
     ranges: Ranges | None,
 ) -> None:
     low = {tensor.name for tensor in (*contract.inputs, *contract.outputs) if tensor.activation}
-    beyond = ranges.beyond(GREATEST[activations], recipe.margin) if ranges else set()
+    beyond = ranges.beyond(MAX_FINITE[activations], recipe.margin) if ranges else set()
     _check_contract(graph.name, beyond & low, activations)
     dtype = ONNX[activations]
-    typed = Typed(graph, constants, dtype, recipe.fp32_operators, islands(graph, beyond), low)
+    typed = NodeTypes(graph, constants, dtype, recipe.fp32_operators, islands(graph, beyond), low)
     for value in graph.inputs:
         if value.name in low:
             value.type = ir.TensorType(dtype)
@@ -117,7 +116,7 @@ def _check_contract(name: str | None, beyond: set[str], activations: str) -> Non
 
 
 def _give_outputs(graph: ir.Graph, low: set[str], activations: ir.DataType) -> None:
-    """Outputs in the contract's types and under its names."""
+    """Cast outputs to the contract's types, keeping their names."""
     for index, value in enumerate(graph.outputs):
         wanted = activations if value.name in low else F32
         if value.dtype not in FLOATS or value.dtype == wanted:
@@ -138,10 +137,10 @@ def _tidy(model: ir.Model) -> None:
 
 
 def check_model(model: onnx.ModelProto) -> None:
-    """Types and shapes of every node agree: what a strongly typed builder asks for.
+    """Check that types and shapes agree at every node, as strongly typed builders require.
 
-    Weights are left out: none of the checks reads one, and the checker takes a hard link for an
-    attack.
+    External weights become inputs: no check reads them, and the checker refuses hard links as a
+    security risk.
     """
     bare = onnx.ModelProto()
     bare.CopyFrom(model)

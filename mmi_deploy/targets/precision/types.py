@@ -1,18 +1,17 @@
-"""Which node of a graph computes in which type, and the casts between them.
+"""Assign a float type to every node of a graph, and insert the casts between them.
 
-Every node that handles floats computes either in the activations' type or in float32; all of its
-inputs agree, as strongly typed builders want it. Float32 are
+Every node on floats computes either in the type of activations or in float32; all of its inputs
+have that type, as strongly typed builders require. These nodes compute in float32:
 
-* what the contract gives or takes in float32, up to the first and back to the last operator that
-  has weights, norms or attends: the sampler's update, the time table, scaled pixels, the bias of
-  the logits;
+* nodes between a float32 input or output of the contract and the first or last operator with
+  weights, a norm or attention: the sampler's update, the time table, scaled pixels, the bias of the
+  logits;
 * operators that the recipe names, and the sampling locations of GridSample up to their product;
-* what the range check found (`ranges.py`), both the nodes that make a value too great for the type
-  and those that read it;
-* and what lies between two of these without weights of its own.
+* nodes that write or read a tensor that the range check found (`ranges.py`);
+* nodes without weights between two of these.
 
-Norms compute their statistics in float32 by ONNX's own rule (`stash_type`), attention its softmax;
-tables and null value of our operator are float32 by its definition.
+Norms compute their statistics in float32 by ONNX's rule (`stash_type`), attention its softmax.
+Tables and null value of MMFS are float32 by the definition of the operator.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ from mmi_deploy.targets.precision.constants import FLOATS, Constants
 
 F32 = ir.DataType.FLOAT
 
+# Operators with weights -> least number of dimensions of a constant that counts as a weight.
 _PRODUCTS = {"MatMul": 2, "Gemm": 2, "Conv": 2, "ConvTranspose": 2, "Einsum": 2}
-"""Operators with weights: a constant of at least so many dimensions."""
 
+# Operators that reset the type: their inputs need not have the type of their outputs.
 _BARRIERS = {
     "Attention",
     "LayerNormalization",
@@ -38,23 +38,22 @@ _BARRIERS = {
     "GroupNormalization",
     MMFS_OPERATOR,
 }
-"""Operators that start anew: what is behind them may have another type."""
 
+# Operator -> inputs that are float32 whatever type the node computes in.
 _ALWAYS_FLOAT32 = {
     MMFS_OPERATOR: set(FLOAT32_INPUTS),
     "Resize": {1, 2},  # roi and scales
 }
-"""Inputs that are float32 whatever the node computes in."""
 
-_LOCATIONS = {"GridSample": 1}
-"""Inputs that are places: their rounding moves what is read."""
+# Operator -> input with sampling locations: rounding them moves the samples.
+_COORDINATES = {"GridSample": 1}
 
+# Operators with float inputs of any type and no float output.
 _ANY = {"Shape", "Size", "IsNaN", "IsInf"}
-"""Operators that take a float of any type and give none."""
 
 
-class Typed:
-    """The types of all nodes of `graph`, once `activations` is to be its lower type."""
+class NodeTypes:
+    """The type that each node of `graph` computes in: float32 or `activations`."""
 
     def __init__(
         self,
@@ -76,8 +75,8 @@ class Typed:
                 attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()
             ):
                 raise BundleError(
-                    f"{graph.name} holds a {node.op_type} with a graph of its own, to which no "
-                    "precision is known",
+                    f"{graph.name} holds a {node.op_type} with a subgraph, which has no rule for "
+                    "its precision",
                     fix="export it again with `mmi export`",
                 )
             self._types[node] = self._first_type(node)
@@ -86,13 +85,13 @@ class Typed:
                 self._types[node] = self._readers_type(node)
 
     def of(self, node: ir.Node) -> ir.DataType:
-        """The type in which `node` computes."""
+        """Type that `node` computes in."""
         found = self._types[node]
         assert found is not None
         return found
 
     def typed_inputs(self, node: ir.Node) -> list[tuple[int, ir.Value, ir.DataType]]:
-        """(position, value, type wanted) of every float that `node` reads."""
+        """(position, value, required type) of every float input of `node`."""
         if node.op_type in _ANY or node.op_type == "Cast":
             return []
         fixed = _ALWAYS_FLOAT32.get(node.op_type, set())
@@ -109,9 +108,9 @@ class Typed:
             if node.op_type in operators or any(value.name in outputs for value in node.outputs)
         }
         behind = [
-            node.inputs[_LOCATIONS[node.op_type]]
+            node.inputs[_COORDINATES[node.op_type]]
             for node in self._graph
-            if node.op_type in _LOCATIONS
+            if node.op_type in _COORDINATES
         ]
         behind += [
             value
@@ -121,7 +120,7 @@ class Typed:
         while behind:
             value = behind.pop()
             node = value.producer() if value is not None else None
-            if node is None or node in islands or self._starts_anew(node):
+            if node is None or node in islands or self._resets_type(node):
                 continue
             islands.add(node)
             behind.extend(
@@ -129,7 +128,7 @@ class Typed:
             )
         return islands
 
-    def _starts_anew(self, node: ir.Node) -> bool:
+    def _resets_type(self, node: ir.Node) -> bool:
         return node.op_type in _BARRIERS or self._has_weights(node)
 
     def _has_weights(self, node: ir.Node) -> bool:
@@ -140,7 +139,7 @@ class Typed:
         )
 
     def is_constant(self, value: ir.Value) -> bool:
-        """Whether `value` is a constant, or a constant turned round."""
+        """Return True if `value` is a constant, also behind Transpose, Reshape or Identity."""
         if value in self._constants:
             return True
         node = value.producer()
@@ -152,7 +151,8 @@ class Typed:
         )
 
     def _first_type(self, node: ir.Node) -> ir.DataType | None:
-        """None where readers decide: the node makes its floats from constants or integers."""
+        """Type by the inputs of `node`. None where the readers decide: no input has a float type
+        yet, only constants and integers."""
         if node in self._islands:
             return F32
         found = {
@@ -160,7 +160,7 @@ class Typed:
             for value in node.inputs
             if value is not None and value.dtype in FLOATS
         }
-        if self._low in found or self._starts_anew(node):
+        if self._low in found or self._resets_type(node):
             return self._low
         return F32 if F32 in found or (node.op_type == "Cast" and not found) else None
 
@@ -173,7 +173,8 @@ class Typed:
         return self._types[node]
 
     def _readers_type(self, node: ir.Node) -> ir.DataType:
-        """Low if any reader is, so that a large table is stored in that."""
+        """Type by the readers: the lower one if any reader has it, so that large tables are stored
+        in it."""
         for value in node.outputs:
             if value.is_graph_output() and value.name in self._low_inputs:
                 return self._low
@@ -183,8 +184,8 @@ class Typed:
         return F32
 
 
-def insert_casts(graph: ir.Graph, constants: Constants, typed: Typed) -> None:
-    """Give every node inputs of its type."""
+def insert_casts(graph: ir.Graph, constants: Constants, typed: NodeTypes) -> None:
+    """Cast the inputs of every node to its type."""
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     nodes = list(graph)
     before: dict[ir.Value, ir.DataType] = {}
@@ -212,7 +213,7 @@ def cast(
     wanted: ir.DataType,
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value],
 ) -> ir.Value:
-    """`value` in another type, by one Cast right behind it however many read it."""
+    """Cast `value` to another type; all readers share one Cast, right behind `value`."""
     key = (value, wanted)
     if key not in casts:
         output = ir.Value(
@@ -239,7 +240,7 @@ def _retype_fill(node: ir.Node, dtype: ir.DataType) -> None:
 
 
 def _retype_cast(node: ir.Node, dtype: ir.DataType) -> None:
-    """What was stored in 16 bits and read as float32: gone where it is computed in as stored."""
+    """Retarget the Cast of a 16-bit constant; drop it where its readers compute in 16 bits."""
     value, output = node.inputs[0], node.outputs[0]
     assert value is not None
     if value.dtype == dtype and not output.is_graph_output():

@@ -1,7 +1,7 @@
-"""Matrix products whose weight is stored in few bits, as the target's runtime wants them.
+"""Weight-only quantisation of matrix products, in the form that each runtime supports.
 
-TensorRT reads a DequantizeLinear in front of the product, with a scale per channel or per block of
-rows; ONNX Runtime has one operator for both, MatMulNBits, on weights turned round.
+TensorRT fuses a DequantizeLinear in front of the product, with a scale per channel or per block of
+rows. ONNX Runtime has one operator for both, MatMulNBits, on transposed weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import onnx_ir as ir
 from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.targets.precision.constants import NUMPY, Array, Constants, check_finite, read
-from mmi_deploy.targets.precision.quantise import Quantised, fitting, packed_blocks, quantise
+from mmi_deploy.targets.precision.quantise import Quantised, pack_blocks, quantise, scheme_for_rows
 from mmi_deploy.targets.precision.recipes import BITS, FP8, INT4, INT8, Scheme, Weights
 
 _STORED = {
@@ -23,72 +23,73 @@ _STORED = {
 }
 
 
+# Block on the CPU for a scheme with one scale per channel: MatMulNBits supports blocks only.
 CPU_BLOCK = 32
-"""Rows that share a scale on the CPU where the scheme has one for all: MatMulNBits knows blocks."""
 
+# MatMulNBits quantises activations to int8 as well, block by block, and multiplies integers.
 ACCURACY_LEVEL = 4
-"""MatMulNBits rounds activations to int8 too, block by block, and multiplies integers."""
 
 CPU_DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True)
 class Product:
-    """A MatMul with a weight: stored under `name` as [in, out], or turned round if `turned`."""
+    """A MatMul with a constant weight [rows, columns]. transposed: stored as [columns, rows]."""
 
     node: ir.Node
     name: str
     stored: ir.Value
     rows: int
     columns: int
-    turned: bool
+    transposed: bool
 
     def weight(self, constants: Constants) -> Array:
-        """The weight as it is stored, [in, out]; raises `WeightsError` if it is not finite."""
+        """Stored weight as [in, out]. Raises `WeightsError` if it is not finite."""
         values = read(constants.tensor(self.stored))
         check_finite(values, self.name)
-        return values.T if self.turned else values
+        return values.T if self.transposed else values
 
 
 def products(graph: ir.Graph, constants: Constants) -> list[Product]:
-    """Every matrix product of a running value and a constant weight, in order."""
+    """Every MatMul of an activation and a constant weight, in the order of the graph."""
     found = []
     for node in graph:
         value = node.inputs[1] if node.op_type == "MatMul" else None
-        turned = False
+        transposed = False
         if value is not None and value not in constants:
-            turn = value.producer()
-            turned = (
-                turn is not None
-                and turn.op_type == "Transpose"
-                and turn.attributes.get_ints("perm", (1, 0)) == (1, 0)
+            transpose = value.producer()
+            transposed = (
+                transpose is not None
+                and transpose.op_type == "Transpose"
+                and transpose.attributes.get_ints("perm", (1, 0)) == (1, 0)
             )
-            value = turn.inputs[0] if turned and turn is not None else None
+            value = transpose.inputs[0] if transposed and transpose is not None else None
         if value is None or value not in constants or node.inputs[0] in constants:
             continue
         shape = constants.tensor(value).shape
         if len(shape) != 2:
             continue
-        rows, columns = (int(side) for side in (reversed(shape) if turned else shape))
-        found.append(Product(node, constants.name(value), value, rows, columns, turned))
+        rows, columns = (int(side) for side in (reversed(shape) if transposed else shape))
+        found.append(Product(node, constants.name(value), value, rows, columns, transposed))
     return found
 
 
 def scheme_on(runtime: str, scheme: Scheme, rows: int) -> Scheme | None:
-    """The scheme of a weight with `rows` rows on a backend: with blocks that divide them. None
-    where the backend knows blocks alone, and none fits."""
+    """Scheme of a weight with `rows` rows on a backend, its block a divisor of `rows`. None where
+    the backend supports blocks only and none fits."""
     blocks = BACKENDS[runtime].block_scales
-    found = fitting(Scheme(scheme.dtype, scheme.block or CPU_BLOCK) if blocks else scheme, rows)
+    found = scheme_for_rows(
+        Scheme(scheme.dtype, scheme.block or CPU_BLOCK) if blocks else scheme, rows
+    )
     return None if blocks and not found.block else found
 
 
 def quantise_products(
     graph: ir.Graph, constants: Constants, weights: Weights, runtime: str
 ) -> None:
-    """Store the weights of `graph` by their schemes. Raises `BundleError` when there is no product
-    at all to quantise."""
+    """Quantise the weights of `graph` by their schemes. Raises `BundleError` if there are none."""
     quantised = False
-    latest = _Latest(constants)
+    latest = _LastQuantised(constants)
     for product in products(graph, constants):
         scheme = weights.of(product.name, product.rows * product.columns)
         if scheme is None:
@@ -102,13 +103,13 @@ def quantise_products(
     if not quantised:
         raise BundleError(
             f"{graph.name} has no matrix product to quantise",
-            expected=f"weights of {weights.least} numbers or more",
+            expected=f"weights of {weights.min_elements} elements or more",
             fix="choose --precision fp16, or fp32 on the CPU",
         )
 
 
 def _behind_dequantise(
-    graph: ir.Graph, constants: Constants, product: Product, scheme: Scheme, latest: _Latest
+    graph: ir.Graph, constants: Constants, product: Product, scheme: Scheme, latest: _LastQuantised
 ) -> None:
     node = product.node
     output = node.inputs[1]
@@ -130,8 +131,8 @@ def _behind_dequantise(
         lambda: latest(product, scheme, dtype).scales,
     )
     attributes = {"axis": 0, "block_size": scheme.block} if scheme.block else {"axis": 1}
-    restored = ir.Value(
-        name=f"{product.name}.restored",
+    dequantised = ir.Value(
+        name=f"{product.name}.dequantised",
         type=ir.TensorType(dtype),
         shape=ir.Shape([product.rows, product.columns]),
     )
@@ -139,15 +140,15 @@ def _behind_dequantise(
         "DequantizeLinear",
         [numbers, scales],
         attributes,
-        outputs=[restored],
-        name=f"{restored.name}.dequantise",
+        outputs=[dequantised],
+        name=f"{dequantised.name}.dequantise",
     )
     graph.insert_before(node, step)
-    node.replace_input_with(1, restored)
+    node.replace_input_with(1, dequantised)
 
 
 def _as_matmul_nbits(
-    graph: ir.Graph, constants: Constants, product: Product, scheme: Scheme, latest: _Latest
+    graph: ir.Graph, constants: Constants, product: Product, scheme: Scheme, latest: _LastQuantised
 ) -> None:
     node, bits = product.node, BITS[scheme.dtype]
     blocks = product.rows // scheme.block
@@ -157,14 +158,14 @@ def _as_matmul_nbits(
         name,
         ir.DataType.UINT8,
         (product.columns, blocks, scheme.block * bits // 8),
-        lambda: packed_blocks(latest(product, scheme, ir.DataType.FLOAT), bits)[0],
+        lambda: pack_blocks(latest(product, scheme, ir.DataType.FLOAT), bits)[0],
     )
     scales = constants.make(
         product.stored,
         f"{name}.scales",
         ir.DataType.FLOAT,
         (product.columns * blocks,),
-        lambda: packed_blocks(latest(product, scheme, ir.DataType.FLOAT), bits)[1],
+        lambda: pack_blocks(latest(product, scheme, ir.DataType.FLOAT), bits)[1],
     )
     old = node.outputs[0]
     step = ir.node(
@@ -184,9 +185,9 @@ def _as_matmul_nbits(
     graph.opset_imports[CPU_DOMAIN] = 1
 
 
-class _Latest:
-    """The weight that was quantised last: its numbers and scales are written one after the other,
-    and nothing is kept for longer."""
+class _LastQuantised:
+    """Cache of the weight that was quantised last. Its numbers and scales are written one after the
+    other, so one entry is enough and memory stays bounded."""
 
     def __init__(self, constants: Constants) -> None:
         self._constants = constants

@@ -1,9 +1,8 @@
-"""The weights of a rewritten graph: unchanged ones stay where they are, others are written one by
-one.
+"""Write the weights of a rewritten graph: unchanged ones as hard links, new ones as safetensors.
 
-A file of which at least half is still needed is linked (no bytes are copied); what is needed of
-others is copied. New weights become one safetensors file, to which the ONNX file refers as external
-data, so a runtime that maps the file maps the weights.
+A file of which at least half is still in use is linked; of other files the weights in use are
+copied. New weights go to one safetensors file, one weight at a time. The ONNX file refers to it as
+external data, so the runtime can memory-map the weights.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import onnx_ir as ir
 from mmi_deploy.system.safetensors_writer import Stored, write_safetensors_file
 from mmi_deploy.targets.precision.constants import read
 
+# Initialisers up to this size, and integer ones such as shapes, stay in the ONNX file.
 INLINE_BYTES = 256
-"""Smaller initialisers, and those that are shapes or indices, stay in the ONNX file."""
 
 _SAFETENSORS = {
     ir.DataType.FLOAT: "F32",
@@ -31,18 +30,18 @@ _SAFETENSORS = {
     ir.DataType.UINT8: "U8",
 }
 
+# Two elements a byte; safetensors stores them as a row of bytes.
 _PACKED = (ir.DataType.INT4, ir.DataType.UINT4)
-"""Two numbers a byte: a plain row of bytes to safetensors."""
 
-LINK_BYTES = 2**20
-"""What is copied rather than linked, even for a folder that does not last: a link is there for the
-whole file, and some tools take one for an attack."""
+# Copy less than this even with `link_all`: a link keeps the whole file, and some tools refuse hard
+# links as a security risk.
+MIN_LINK_BYTES = 2**20
 
 
 def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> None:
     """Write the weights of `graph` as `file` and links beside it; its initialisers refer to them.
 
-    link_all: link every file that more than a little is needed of, for a folder that does not last.
+    link_all: link every file of which more than `MIN_LINK_BYTES` are in use, for temporary folders.
     """
     new: list[ir.Value] = []
     kept: dict[Path, list[ir.Value]] = defaultdict(list)
@@ -50,13 +49,13 @@ def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> None:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             kept[Path(tensor.path)].append(value)
-        elif tensor is not None and goes_out(tensor):
+        elif tensor is not None and is_external(tensor):
             new.append(value)
         elif isinstance(tensor, ir.LazyTensor):
             value.const_value = tensor.raw()
     for number, (source, values) in enumerate(sorted(kept.items())):
         link = file.with_suffix(f".portable{number or ''}{source.suffix}")
-        if not (_worth_a_link(source, values, link_all) and _link(source, link)):
+        if not (_worth_linking(source, values, link_all) and _link(source, link)):
             new.extend(values)
             continue
         for value in values:
@@ -67,19 +66,19 @@ def write_weights(graph: ir.Graph, file: Path, link_all: bool = False) -> None:
         write_values(file, new)
 
 
-def goes_out(tensor: ir.TensorProtocol) -> bool:
-    """Whether a weight is large enough to stand outside the ONNX file, and of a type that can."""
+def is_external(tensor: ir.TensorProtocol) -> bool:
+    """Return True if a weight is stored outside the ONNX file, by its size and type."""
     known = tensor.dtype in _SAFETENSORS or tensor.dtype in _PACKED
     return known and tensor.nbytes > INLINE_BYTES
 
 
-def _worth_a_link(source: Path, values: Iterable[ir.Value], link_all: bool) -> bool:
+def _worth_linking(source: Path, values: Iterable[ir.Value], link_all: bool) -> bool:
     needed = sum(_tensor(value).nbytes for value in values)
-    return needed > LINK_BYTES if link_all else 2 * needed >= source.stat().st_size
+    return needed > MIN_LINK_BYTES if link_all else 2 * needed >= source.stat().st_size
 
 
 def _link(source: Path, link: Path) -> bool:
-    """False where the disk is another one, or does not do links."""
+    """Hard-link a file. Returns False where the file system cannot."""
     try:
         os.link(source.resolve(), link)
     except OSError:
@@ -101,8 +100,8 @@ def _external(value: ir.Value, file: Path, offset: int, length: int) -> ir.Exter
 
 
 def write_values(file: Path, values: Iterable[ir.Value]) -> None:
-    """A safetensors file of `values`, which refer to it afterwards. Each is read, or computed, when
-    it is written."""
+    """Write `values` to a safetensors file and make them refer to it. Each value is read or
+    computed when it is written."""
     named = {str(value.name): value for value in values}
     stored = {name: _stored(_tensor(value)) for name, value in named.items()}
     positions = write_safetensors_file(file, stored)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mmi_bench.compare.cases import DOCUMENT, TEXT, Case, look_back, one_token_word, picture, plan
+from mmi_bench.compare.cases import DOCUMENT, TEXT, Case, one_token_word, picture, plan, text_after
 from mmi_deploy.documents.document import encode_document
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
@@ -30,9 +30,9 @@ def test_a_document_has_the_tokens_and_images_of_its_case(case: Case) -> None:
 
 
 def test_the_documents_by_number_of_images_are_equally_long() -> None:
-    lengths = {CASES[look_back(n)].context_tokens(CONFIG) for n in (0, 1, 2, 4, 8)}
+    lengths = {CASES[text_after(n)].context_tokens(CONFIG) for n in (0, 1, 2, 4, 8)}
     assert len(lengths) == 1
-    assert {CASES[look_back(n)].tokens for n in (0, 1, 2, 4, 8)} == {32}
+    assert {CASES[text_after(n)].tokens for n in (0, 1, 2, 4, 8)} == {32}
 
 
 def test_with_and_without_drawing_differ_in_the_drawing_alone() -> None:

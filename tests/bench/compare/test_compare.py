@@ -1,4 +1,4 @@
-"""How the comparison is made: in turns, warm, on equal outputs, and what is said about it."""
+"""Comparison of backends: in turns, after a warm-up, on equal outputs; its report."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from mmi_bench.compare import compare, plot, remote, report
-from mmi_bench.compare.backends import SIDES, Settings, SideName
-from mmi_bench.compare.cases import Case, Plan, look_back
+from mmi_bench.compare.backends import BACKENDS, BackendName, Settings
+from mmi_bench.compare.cases import Case, Plan, text_after
 from mmi_bench.compare.compare import Comparison, _measure
 from mmi_bench.compare.remote import Answer, Remote
 from mmi_bench.compare.samples import Output, Sample
@@ -24,8 +24,8 @@ PLAN = Plan(
     (
         Case("document", 4, 8, 4, 1),
         Case("text", 4, 8, 4),
-        Case(look_back(0), 0, 8, 4),
-        Case(look_back(8), 8, 8, 4),
+        Case(text_after(0), 0, 8, 4),
+        Case(text_after(8), 8, 8, 4),
     ),
     repeats=3,
 )
@@ -37,25 +37,25 @@ def sample(seconds: float) -> Sample:
 
 @dataclass
 class Fake:
-    """A side that takes ever longer and writes down who was asked for what."""
+    """A backend that takes ever longer and writes down who was asked for what."""
 
-    side: SideName
-    log: list[tuple[SideName, str]]
+    backend: BackendName
+    log: list[tuple[BackendName, str]]
     factor: float = 1.0
     output: Output = field(default_factory=lambda: Output("text", [np.zeros((2, 2, 3), np.uint8)]))
 
     def run(self, case: Case) -> Answer:
-        self.log.append((self.side, case.name))
+        self.log.append((self.backend, case.name))
         return Answer(sample(self.factor * len(self.log)), self.output, 1000 * len(self.log))
 
 
-def fakes(log: list[tuple[SideName, str]]) -> dict[SideName, Fake]:
-    return {side: Fake(side, log) for side in SIDES}
+def fakes(log: list[tuple[BackendName, str]]) -> dict[BackendName, Fake]:
+    return {backend: Fake(backend, log) for backend in BACKENDS}
 
 
 def comparison() -> Comparison:
     """PyTorch takes six times as long; with eight images twice as long as with none."""
-    seconds = {"document": 1.0, "text": 0.5, look_back(0): 0.2, look_back(8): 0.4}
+    seconds = {"document": 1.0, "text": 0.5, text_after(0): 0.2, text_after(8): 0.4}
     about = {
         "model": "tiny",
         "threads": 2,
@@ -68,8 +68,10 @@ def comparison() -> Comparison:
         about,
         PLAN,
         {
-            side: {name: [sample(factor * s * r) for r in (1, 2, 3)] for name, s in seconds.items()}
-            for side, factor in (("runtime", 1), ("pytorch", 6))
+            backend: {
+                name: [sample(factor * s * r) for r in (1, 2, 3)] for name, s in seconds.items()
+            }
+            for backend, factor in (("runtime", 1), ("pytorch", 6))
         },
         {"runtime": 100_000_000, "pytorch": 400_000_000},
         {"runtime": 1.0, "pytorch": 3.0},
@@ -77,16 +79,16 @@ def comparison() -> Comparison:
     )
 
 
-def test_the_sides_take_turns_and_the_first_round_is_not_counted() -> None:
-    log: list[tuple[SideName, str]] = []
+def test_the_backends_take_turns_and_the_first_round_is_not_counted() -> None:
+    log: list[tuple[BackendName, str]] = []
     answers, _ = _measure(fakes(log), PLAN, silent)
     pairs = list(zip(log[::2], log[1::2], strict=True))
     assert len(pairs) == 4 * len(PLAN.cases)
     for first, second in pairs:
-        assert first[1] == second[1] and {first[0], second[0]} == set(SIDES)
-    assert {first[0] for first, _ in pairs} == set(SIDES)  # neither always goes first
-    for side in SIDES:
-        assert {name: len(runs) for name, runs in answers[side].items()} == {
+        assert first[1] == second[1] and {first[0], second[0]} == set(BACKENDS)
+    assert {first[0] for first, _ in pairs} == set(BACKENDS)  # neither always goes first
+    for backend in BACKENDS:
+        assert {name: len(runs) for name, runs in answers[backend].items()} == {
             case.name: 3 for case in PLAN.cases
         }
     warm_up = 2 * len(PLAN.cases)
@@ -102,26 +104,26 @@ def test_the_sides_take_turns_and_the_first_round_is_not_counted() -> None:
     ],
     ids=["text", "pixels", "pictures"],
 )
-def test_sides_that_disagree_are_not_compared(other: Output) -> None:
-    sides = fakes([])
-    sides["pytorch"].output = other
+def test_backends_that_disagree_are_not_compared(other: Output) -> None:
+    backends = fakes([])
+    backends["pytorch"].output = other
     with pytest.raises(MmiError, match="nothing to compare"):
-        _measure(sides, PLAN, silent)
+        _measure(backends, PLAN, silent)
 
 
 def test_a_difference_of_one_level_is_let_pass_and_reported() -> None:
-    sides = fakes([])
-    sides["pytorch"].output = Output("text", [np.ones((2, 2, 3), np.uint8)])
-    assert _measure(sides, PLAN, silent)[1] == 1
+    backends = fakes([])
+    backends["pytorch"].output = Output("text", [np.ones((2, 2, 3), np.uint8)])
+    assert _measure(backends, PLAN, silent)[1] == 1
 
 
 def test_a_target_that_rounds_may_choose_another_word_but_draws_as_many_pictures() -> None:
-    sides = fakes([])
-    sides["pytorch"].output = Output("another text", [np.full((2, 2, 3), 9, np.uint8)])
-    assert _measure(sides, PLAN, silent, exact=False)[1] == 9
-    sides["pytorch"].output = Output("text", [])
+    backends = fakes([])
+    backends["pytorch"].output = Output("another text", [np.full((2, 2, 3), 9, np.uint8)])
+    assert _measure(backends, PLAN, silent, exact=False)[1] == 9
+    backends["pytorch"].output = Output("text", [])
     with pytest.raises(MmiError, match="nothing to compare"):
-        _measure(sides, PLAN, silent, exact=False)
+        _measure(backends, PLAN, silent, exact=False)
 
 
 def test_settings_reach_the_other_process_whole() -> None:
@@ -183,7 +185,7 @@ def test_a_bundle_that_is_not_there_is_refused_before_anything_is_loaded(tmp_pat
 
 
 @pytest.mark.parametrize("before", ["", "echo '{\"load_seconds\": 1}'; exec <&-; "])
-def test_a_side_that_is_killed_is_named(
+def test_a_backend_that_is_killed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     """While it loads, or while it waits for a case."""
@@ -191,13 +193,13 @@ def test_a_side_that_is_killed_is_named(
     (tmp_path / "killed").write_text(f"#!/bin/sh\n{before}kill -9 $$\n")
     (tmp_path / "killed").chmod(0o755)
     settings = Settings(tmp_path, tmp_path, "ddim:20", 1, None, False)
-    killed = pytest.raises(MmiError, match="pytorch side .* signal 9")
-    with killed, Remote("pytorch", settings) as side:
-        side._process.wait()
-        side.run(PLAN.cases[0])
+    killed = pytest.raises(MmiError, match="pytorch backend .* signal 9")
+    with killed, Remote("pytorch", settings) as backend:
+        backend._process.wait()
+        backend.run(PLAN.cases[0])
 
 
-def test_an_error_of_a_side_reaches_the_caller_as_its_line(tmp_path: Path) -> None:
+def test_an_error_of_a_backend_reaches_the_caller_as_its_line(tmp_path: Path) -> None:
     settings = Settings(tmp_path / "none", tmp_path, "ddim:20", 1, None, False)
     with pytest.raises(MmiError, match="there is no bundle"), Remote("runtime", settings):
         pass

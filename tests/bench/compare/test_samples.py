@@ -1,4 +1,4 @@
-"""What the stopwatch reads, on a clock of our own."""
+"""Latencies of samples, measured on a fake clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from mmi_bench.compare import samples
 from mmi_bench.compare.samples import take
-from mmi_bench.statistics import Spread, ratios
+from mmi_bench.statistics import Statistics, ratios
 from mmi_deploy.runtime.events import (
     Event,
     Finished,
@@ -63,10 +63,10 @@ def test_each_time_is_taken_between_the_events_that_it_names(clock: list[float])
     assert np.array_equal(output.pictures, [PICTURE])
 
 
-def test_a_spread_is_the_median_with_quartiles_and_extremes() -> None:
-    assert Spread.of([4.0, 1.0, 2.0, 3.0, 100.0]) == Spread(3.0, 2.0, 4.0, 1.0, 100.0)
+def test_statistics_are_the_median_with_quartiles_and_extremes() -> None:
+    assert Statistics.of([4.0, 1.0, 2.0, 3.0, 100.0]) == Statistics(3.0, 2.0, 4.0, 1.0, 100.0)
 
 
 def test_ratios_are_of_neighbours_not_of_medians() -> None:
     # The machine was twice as slow in the second round; the ratio does not see it.
-    assert ratios([10.0, 20.0, 10.0], [2.0, 4.0, 2.0]) == Spread(5.0, 5.0, 5.0, 5.0, 5.0)
+    assert ratios([10.0, 20.0, 10.0], [2.0, 4.0, 2.0]) == Statistics(5.0, 5.0, 5.0, 5.0, 5.0)

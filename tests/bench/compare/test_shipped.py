@@ -1,5 +1,5 @@
 """The whole comparison on the shipped model: parity at real size too, as a round is refused unless
-both sides write and draw the same (20 steps, guidance 3.5, four pictures in context)."""
+both backends write and draw the same (20 steps, guidance 3.5, four pictures in context)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from exports import SHIPPED, Exported
 from mmi_bench.compare import compare
-from mmi_bench.compare.backends import SIDES
-from mmi_bench.compare.cases import DOCUMENT, TEXT, look_back
+from mmi_bench.compare.backends import BACKENDS
+from mmi_bench.compare.cases import DOCUMENT, TEXT, text_after
 
 
 @pytest.mark.slow
@@ -27,18 +27,18 @@ def test_a_quick_comparison_of_the_shipped_model(
         quick=True,
         progress=lambda *stage, detail: stages.append((*stage, detail)),
     )
-    names = [DOCUMENT, TEXT, look_back(0), look_back(8)]
+    names = [DOCUMENT, TEXT, text_after(0), text_after(8)]
     assert [stage[-1] for stage in stages] == 3 * names  # one round to warm up, two measured
     assert result.about["schedule"] == "unipc:20"  # the first of 20 steps
     assert result.about["bundle_sha256"] == bundle.identity
     assert result.pixel_difference <= 1
-    for side in SIDES:
+    for backend in BACKENDS:
         for name in names:
-            assert len(result.samples[side][name]) == 2
-        document = result.samples[side][DOCUMENT][0]
+            assert len(result.samples[backend][name]) == 2
+        document = result.samples[backend][DOCUMENT][0]
         assert len(document.step_gaps) == 19 and len(document.token_gaps) == 3
         assert 0 < document.first_token < document.seconds
-        assert result.peak_bytes[side] > 50e6
+        assert result.peak_bytes[backend] > 50e6
     # The four given images together; nothing asks for the drawn one.
     assert len(result.samples["runtime"][DOCUMENT][0].stages["encode"]) == 1
     assert json.loads(json.dumps(result.to_json()))["metrics"]["whole document"]["speedup"]

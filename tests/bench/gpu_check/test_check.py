@@ -205,8 +205,10 @@ def test_what_no_machine_could_run_is_refused_at_once(
     options: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_program(["none", *options]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith(line) and len(told.err.splitlines()) == 1 and not told.out
+    captured = capsys.readouterr()
+    assert (
+        captured.err.startswith(line) and len(captured.err.splitlines()) == 1 and not captured.out
+    )
 
 
 @pytest.mark.parametrize("library", [True, False], ids=["library", "ahead of time"])

@@ -1,4 +1,4 @@
-"""What a graph costs: counted from the ONNX file, and by others in other ways."""
+"""Cost of graphs: counted from the ONNX file, and by independent counters."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from mmi_deploy.targets.precision.recipes import RECIPES, quantised_bytes
 from mmi_export.export import MODULES
 
 SIZES = (
-    {"b": 1, "t": 1, "k": 1, "v": 4, "n": 1, "m": 1, "x": 5, "steps": 3},
-    {"b": 2, "t": 7, "k": 3, "v": 9, "n": 3, "m": 2, "x": 11, "steps": 5},
+    {"b": 1, "t": 1, "w": 1, "v": 4, "n": 1, "m": 1, "x": 5, "steps": 3},
+    {"b": 2, "t": 7, "w": 3, "v": 9, "n": 3, "m": 2, "x": 11, "steps": 5},
 )
 
 
@@ -43,7 +43,7 @@ def counted(exported: Exported, graph: str, sizes: Mapping[str, int]) -> GraphCo
     contract = exported.bundle.graphs[graph]
     given = {letter: sizes[letter] for letter in contract.ranges}
     if "m" in given:
-        given["m"] = min(given["m"], contract.ranges["m"].greatest)
+        given["m"] = min(given["m"], contract.ranges["m"].max)
     return cost_of_file(exported.bundle.graph_file(graph), contract, given)
 
 
@@ -52,7 +52,7 @@ def counted_by_torch(exported: Exported, graph: Graph, sizes: Mapping[str, int])
     module = MODULES[graph.name](exported.model, graph).requires_grad_(False)
     inputs = {
         tensor.name: torch.full(
-            tensor.resolve(**sizes), tensor.least, dtype=getattr(torch, tensor.dtype)
+            tensor.resolve(**sizes), tensor.min, dtype=getattr(torch, tensor.dtype)
         )
         for tensor in graph.inputs
     }
@@ -214,7 +214,7 @@ def one_node(  # type: ignore[no-untyped-def]
 def test_an_operator_without_a_rule_is_named() -> None:
     node = helper.make_node("Selu", ["x"], ["y"], name="the_node")
     graph = one_node(node, {"x": (2, 3)})
-    with pytest.raises(BundleError, match="no rule for what Selu costs .*the_node"):
+    with pytest.raises(BundleError, match="no FLOP rule for operator Selu .*the_node"):
         cost(graph, {}, as_in_file(graph))
 
 
@@ -239,7 +239,7 @@ def test_sizes_inside_a_graph_are_those_that_it_has_when_it_runs(
 ) -> None:
     """Outputs are the contract's at sizes that no export has seen."""
     contract = exported.bundle.graphs[graph]
-    sizes = {letter: min(3, allowed.greatest) for letter, allowed in contract.ranges.items()}
+    sizes = {letter: min(3, allowed.max) for letter, allowed in contract.ranges.items()}
     found = sized(read_graph(exported.bundle.graph_file(graph)), contract, sizes)
     assert {value.name: value.shape for value in found.outputs} == {
         tensor.name: tensor.resolve(**sizes) for tensor in contract.outputs
@@ -326,11 +326,11 @@ def test_the_command_says_what_the_count_says(
     folder = str(exported.bundle.folder)
     asked = ["--graph", "llm", "--sizes", "t=1,m=2,n=2", "--gpu", "l4", "--json"]
     assert run(["inspect", "cost", folder, *asked]) == 0
-    (told,) = json.loads(capsys.readouterr().out)["graphs"]
+    (report,) = json.loads(capsys.readouterr().out)["graphs"]
     sizes = {"t": 1, "m": 2, "n": 2}
     found = cost_of_file(exported.bundle.graph_file("llm"), exported.bundle.graphs["llm"], sizes)
-    assert told["matrix_flops"] == found.total.matrix == sum(n["matrix"] for n in told["nodes"])
-    assert told["roofline"]["l4"]["seconds"] == found.seconds(GPUS["l4"])
+    assert report["matrix_flops"] == found.total.matrix == sum(n["matrix"] for n in report["nodes"])
+    assert report["roofline"]["l4"]["seconds"] == found.seconds(GPUS["l4"])
     assert run(["inspect", "cost", folder, "--graph", "llm"]) == 0
     assert "MultiImageDeformableAttention" in capsys.readouterr().out
 
@@ -338,10 +338,10 @@ def test_the_command_says_what_the_count_says(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--sizes", "z=3"], "'z=3' is no size"),
-        (["--sizes", "t=-3"], "'t=-3' is no size"),
+        (["--sizes", "z=3"], "'z=3' is not a size"),
+        (["--sizes", "t=-3"], "'t=-3' is not a size"),
         (["--graph", "nothing"], "there is no graph 'nothing'"),
-        (["--gpu", "abacus"], "no figures for a GPU 'abacus'"),
+        (["--gpu", "abacus"], "unknown GPU 'abacus'"),
         (["--precision", "int3"], "no precision 'int3'"),
     ],
 )
@@ -361,8 +361,8 @@ def test_graphs_of_a_preset_are_those_in_bundles(
     monkeypatch.chdir(tmp_path)
     asked = ["inspect", "cost", "--preset", "tiny"]
     assert run(asked) == 2
-    mend = "`mmi export --preset tiny --sparse-weights -o bundles/tiny`"
-    assert mend in capsys.readouterr().err
+    fix = "`mmi export --preset tiny --sparse-weights -o bundles/tiny`"
+    assert fix in capsys.readouterr().err
     (tmp_path / "bundles").mkdir()
     (tmp_path / "bundles" / "tiny").symlink_to(exported.bundle.folder)
     assert run(asked) == 0
@@ -382,5 +382,5 @@ def test_a_picture_of_the_costs_is_drawn(exported: Exported, tmp_path: Path) -> 
 
 def test_a_broken_graph_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "llm.onnx").write_bytes(b"no graph at all")
-    with pytest.raises(BundleError, match=r"llm\.onnx is no ONNX file"):
+    with pytest.raises(BundleError, match=r"llm\.onnx is not an ONNX file"):
         read_graph(tmp_path / "llm.onnx")

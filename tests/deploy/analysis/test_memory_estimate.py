@@ -1,4 +1,4 @@
-"""What a model takes of a GPU: weights as the recipes store them, workspaces, and what fits."""
+"""Memory estimate: weights as the recipes store them, workspaces, and the recipe that fits."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_amounts_of_memory_are_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["lots", "", "GB", "12 apples", "1e400GB", "nan", "-5GB", "0GB"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no amount of memory"):
+    with pytest.raises(ConfigError, match="is not an amount of memory"):
         parse_bytes(text)
 
 
@@ -201,9 +201,9 @@ def test_the_command_tells_what_the_model_does(
 ) -> None:
     folder = str(exported.bundle.folder)
     assert run(["inspect", "memory", folder, "--json", "--gpu", "l4"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["batch"] == 1 and told["images"] == 4
-    by_recipe = {row["recipe"]: row for row in told["recipes"]}
+    report = json.loads(capsys.readouterr().out)
+    assert report["batch"] == 1 and report["images"] == 4
+    by_recipe = {row["recipe"]: row for row in report["recipes"]}
     assert by_recipe.keys() == RECIPES.keys()
     assert by_recipe["int8"]["bytes"] == model.memory(RECIPES["int8"]).total
     assert by_recipe["int8"]["holds"]["8 GB"] and by_recipe["int8"]["holds"]["l4"]
@@ -238,7 +238,7 @@ def test_every_card_gets_what_fits_it_and_floors(
         (["--context", "9999"], "the graphs have a smaller KV cache"),
         (["--cpu", "--precision", "fp16"], "precision fp16 is not for the CPU"),
         (["--fit", "24GB", "--precision", "int8"], "--fit chooses precision and residency"),
-        (["--fit", "12 apples"], "is no amount of memory"),
+        (["--fit", "12 apples"], "is not an amount of memory"),
         (["--fit", "1kB"], "no recipe fits paper_reading into 1.0 kB"),
     ],
 )

@@ -36,7 +36,7 @@ from mmi_deploy.cli.generate import ENDS
 from mmi_deploy.cli.generate import generate as generate_command
 from mmi_deploy.cli.inspect.app import RENAMED
 from mmi_deploy.cli.inspect.memory import _residency
-from mmi_deploy.cli.target_options import groups
+from mmi_deploy.cli.target_options import resident_groups
 from mmi_deploy.documents import story as story_module
 from mmi_deploy.documents.files import read_document
 from mmi_deploy.documents.images import to_png
@@ -498,7 +498,7 @@ def test_inspect_counts_parameters_of_a_model_folder(mmi: Screen, tmp_path: Path
     assert "1,013" in mmi.out and "98.8%" in mmi.out
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
     assert mmi("inspect", tmp_path) == 2
-    assert "no safetensors file" in mmi.err
+    assert "not a safetensors file" in mmi.err
 
 
 def test_inspect_shows_graphs_and_receipts_of_a_bundle(
@@ -597,9 +597,13 @@ def test_numbers_for_people_have_no_exponents() -> None:
 
 
 def test_engines_that_take_turns_are_named_alike_everywhere() -> None:
-    """What `mmi inspect memory --fit` advises is what `mmi generate` takes."""
-    assert groups("none") == () and groups("all") is None and groups(None) is None
-    assert groups("llm, vae") == ("llm", "vae")
+    """The options that `mmi inspect memory --fit` recommends are accepted by `mmi generate`."""
+    assert (
+        resident_groups("none") == ()
+        and resident_groups("all") is None
+        and resident_groups(None) is None
+    )
+    assert resident_groups("llm, vae") == ("llm", "vae")
     choice = SimpleNamespace(resident=())
     advice = _residency(choice)  # type: ignore[arg-type]
     assert re.findall(r"--resident (\S+)", advice) == ["none"]

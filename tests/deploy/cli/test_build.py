@@ -1,4 +1,4 @@
-"""`mmi build`: the bundle's engines, from the plan to the target's folder. TensorRT obeys a script
+"""`mmi build`: the bundle's engines, from the plan to the target's folder. TensorRT is a fake
 (fake_tensorrt.py) and recipes copy; everything between them is real."""
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from mmi_deploy.targets import tensorrt, tensorrt_plan
 from mmi_deploy.targets.cache import EngineCache
 from mmi_deploy.targets.precision import Ranges, recipe
 from mmi_deploy.targets.tensorrt import build_targets, check_bindings
-from mmi_deploy.targets.tensorrt_build import Built, Job, Plugin
-from mmi_deploy.targets.tensorrt_plan import Request, check_room, parts_of
-from mmi_deploy.targets.tensorrt_process import Measured, Memory
+from mmi_deploy.targets.tensorrt_build import BuildResult, Job, Plugin
+from mmi_deploy.targets.tensorrt_plan import Request, check_resources, plan_engines
+from mmi_deploy.targets.tensorrt_process import MeasuredBuild, Memory
 
 ELEMENTS = 1000
 BINDING = {"float32": "float", "float16": "half", "int64": "int64", "int32": "int32"}
@@ -67,7 +67,7 @@ def cache(tmp_path: Path) -> EngineCache:
 
 @pytest.fixture(autouse=True)
 def recipes_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe's ONNX is the portable one, with the contract's new types."""
+    """Fake `rewrite`: the portable ONNX, with the contract's new types."""
 
     def rewrite(chosen: Any, graph: Graph, source: Path, out: Path, **_: Any) -> Graph:
         out.write_bytes(source.read_bytes())
@@ -78,13 +78,13 @@ def recipes_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Builder:
-    """Builds engines of a few bytes, and remembers which."""
+    """Fake builder: writes engines of a few bytes and records them."""
 
     def __init__(self, fails: dict[str, BaseException] | None = None) -> None:
         self.jobs: list[Job] = []
         self.fails = fails or {}
 
-    def __call__(self, job: Job, progress: Progress) -> Measured:
+    def __call__(self, job: Job, progress: Progress) -> MeasuredBuild:
         self.jobs.append(job)
         assert job.source.is_file() and job.source.with_suffix(".safetensors").is_file()
         progress("Building", 1, 2)
@@ -92,14 +92,14 @@ class Builder:
         if job.graph in self.fails:
             raise self.fails[job.graph]
         graph: Graph = self.contract[job.graph]
-        built = Built(
+        built = BuildResult(
             layers={"CAST": 4, "PLUGIN_V3": 3},
             bindings={t.name: BINDING[t.dtype] for t in (*graph.inputs, *graph.outputs)},
             engine_bytes=job.engine.stat().st_size,
             tensorrt="1.7.1",
             warnings=("be careful",),
         )
-        return Measured(built, 1.5, Memory(100, 50, 400, 150))
+        return MeasuredBuild(built, 1.5, Memory(100, 50, 400, 150))
 
     contract: dict[str, Graph] = {}
 
@@ -136,7 +136,7 @@ def same(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def accept(network: Any, model: onnx.ModelProto) -> None:
-    """A check that finds nothing."""
+    """Plugin check that passes."""
 
 
 def build(asked: Request, cache: EngineCache, builder: Builder) -> list[Any]:
@@ -256,8 +256,8 @@ def test_another_precision_or_other_weights_are_another_engine(
     bundle: Bundle, cache: EngineCache, request_for: Callable[..., Request]
 ) -> None:
     asked = request_for(graphs=("llm",))
-    keys = {part.key for part in parts_of(asked)}
-    keys |= {part.key for part in parts_of(request_for(graphs=("llm",), precision="bf16"))}
+    keys = {part.key for part in plan_engines(asked)}
+    keys |= {part.key for part in plan_engines(request_for(graphs=("llm",), precision="bf16"))}
     model = small_model("llm")
     model.graph.initializer[0].raw_data = b"\1" * 4 * ELEMENTS
     with write_bundle(bundle.folder, tiny(), Limits(context=64)) as writer:
@@ -266,7 +266,7 @@ def test_another_precision_or_other_weights_are_another_engine(
             path = writer.graph_file(name)
             onnx.save(model if name == "llm" else small_model(name), path)
     other = Bundle.open(bundle.folder, unproved=True)
-    keys |= {part.key for part in parts_of(replace(asked, bundle=other))}
+    keys |= {part.key for part in plan_engines(replace(asked, bundle=other))}
     assert len(keys) == 3
 
 
@@ -322,7 +322,7 @@ def test_an_engine_that_breaks_its_contract_is_refused(bundle: Bundle) -> None:
         check_bindings(graph, {"latents": "float", "pixels": "half"})
     with pytest.raises(EngineError, match="another pixels .* got none"):
         check_bindings(graph, {"latents": "float"})
-    with pytest.raises(EngineError, match="a tensor too many; got extra"):
+    with pytest.raises(EngineError, match="an extra tensor; got extra"):
         check_bindings(graph, {"latents": "float", "pixels": "float", "extra": "float"})
 
 
@@ -332,18 +332,18 @@ def test_too_little_memory_or_disk_is_refused_before_anything_is_built(
     request_for: Callable[..., Request],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    parts = parts_of(request_for())
-    check_room(parts, bundle, cache)
-    check_room([], bundle, cache)
+    parts = plan_engines(request_for())
+    check_resources(parts, bundle, cache)
+    check_resources([], bundle, cache)
     monkeypatch.setattr(tensorrt_plan, "free_memory", lambda: 10**8)
     line = "too little memory to build .* expected about 700.0 MB free; got 100.0 MB.*--force"
     with pytest.raises(EngineError, match=line):
-        check_room(parts, bundle, cache)
+        check_resources(parts, bundle, cache)
     monkeypatch.setattr(tensorrt_plan, "free_memory", lambda: 10**12)
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(EngineError, match="too little room on the disk.*--force"):
-        check_room(parts, bundle, cache)
+    with pytest.raises(EngineError, match="too little space on the disk.*--force"):
+        check_resources(parts, bundle, cache)
 
 
 def test_free_memory_is_at_most_what_there_is() -> None:
@@ -356,9 +356,9 @@ def test_free_memory_is_at_most_what_there_is() -> None:
 
 def test_limits_beyond_the_bundles_are_refused(request_for: Callable[..., Request]) -> None:
     with pytest.raises(ConfigError, match="--max-images .* expected 1 to 49; got 50"):
-        parts_of(request_for(limits=Limits(context=64, images=50)))
+        plan_engines(request_for(limits=Limits(context=64, images=50)))
     with pytest.raises(ConfigError, match="--max-batch .* expected 1 to 4; got 9"):
-        parts_of(request_for(limits=Limits(context=64, batch=9)))
+        plan_engines(request_for(limits=Limits(context=64, batch=9)))
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_limits_beyond_the_bundles_are_refused(request_for: Callable[..., Reques
 def command(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """Runs `mmi build BUNDLE ...` with a builder that obeys."""
+    """Run `mmi build BUNDLE ...` with the fake builder."""
     from mmi_plugins.tensorrt import plugin as plugins_for_builds
 
     monkeypatch.setenv("MMI_CACHE", str(tmp_path / "cache"))
@@ -380,7 +380,7 @@ def command(
     monkeypatch.setattr(
         tensorrt,
         "build_targets",
-        lambda request, cache, watch: real(request, cache, watch, builder),
+        lambda request, cache, progress: real(request, cache, progress, builder),
     )
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -410,7 +410,7 @@ def test_the_command_says_memory_first_and_shows_a_table(
 def test_ranges_that_are_known_count_without_proofs(
     command: Callable[..., tuple[int, str, str]], bundle: Bundle, tmp_path: Path
 ) -> None:
-    """A card's own machine may be too small to run the bundle; another one's ranges will do."""
+    """A GPU's machine may be too small to run the bundle; ranges of another machine will do."""
 
     def key(*options: str) -> str:
         code, out, err = command(*ONE, "--dry-run", "--json", *options)

@@ -13,11 +13,11 @@ COMMANDS = (
     "bench", "build", "convert", "evaluate", "export", "generate", "init", "inspect",
     "plugins build", "plugins list", "train", "verify",
 )  # fmt: skip
+# Most options in one panel: longer lists are hard to read.
 MOST = 12
-"""Options in one panel: more are a list that nobody reads."""
 
+# Commands of many views, each with options of its own.
 LONG = {"inspect"}
-"""Commands of many views, each with options of its own."""
 
 
 def help_of(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:

@@ -19,10 +19,10 @@ from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.onnxruntime.run_graph import runner
 from mmi_deploy.spec.graphs import IR_VERSION, OPSET, Graph, Range, Tensor
-from mmi_deploy.system.memory import is_shortage
+from mmi_deploy.system.memory import is_out_of_memory
 
+# More elements than any machine has memory for, even with overcommit.
 BEYOND = 2**50
-"""Numbers that no machine has room for, whatever it promises."""
 
 SUM = Graph(
     "sum",
@@ -74,7 +74,7 @@ def test_a_command_that_gets_no_memory_says_so(
     app.command()(lambda: SHORTAGES[library](tmp_path))
     with pytest.raises(Exception) as caught:  # each library has its own
         SHORTAGES[library](tmp_path)
-    assert is_shortage(caught.value)
+    assert is_out_of_memory(caught.value)
     assert program.run(app, "mmi", []) == 2
     said = capsys.readouterr().err
     assert said.startswith("mmi: there is not enough memory for this command; got ")
@@ -91,7 +91,7 @@ def test_a_command_that_gets_no_memory_says_so(
     ],
 )
 def test_other_errors_are_no_shortage(error: Exception) -> None:
-    assert not is_shortage(error)
+    assert not is_out_of_memory(error)
     app = typer.Typer()
 
     @app.command()

@@ -38,7 +38,7 @@ Program = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def bundle(exported_once: Callable[[str], Exported], tmp_path: Path) -> Bundle:
-    """A copy that a test may build into."""
+    """Copy of the bundle that a test may build into."""
     folder = tmp_path / "bundle"
     source = exported_once("paper").bundle.folder
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("engines"))
@@ -150,7 +150,7 @@ def test_engines_on_a_gpu_get_receipts_and_run(
     made_with = {"plugin": f"{plugin.name}:{sha256_of(plugin)[:16]}"}
     name = add_target(bundle, activations, onnx=True, proved=False, recipe=made_with)
     code, _, err = verify()
-    assert code == 0 and f"`mmi verify {bundle.folder} --target {name}` compares them" in err
+    assert code == 0 and f"`mmi verify {bundle.folder} --target {name}`, on their" in err
     on_fake_gpu(bundle, name, monkeypatch, library=plugin)
     with pytest.raises(BundleError, match=f"no receipt.*`mmi verify .*--target {name}`"):
         Runtime.open(bundle, target=name, kernels=plugin)
@@ -209,7 +209,7 @@ def test_engines_of_smaller_limits_are_compared_within_them(bundle: Bundle) -> N
             for tensor in graph.inputs:
                 sides = zip(tensor.shape, sample.inputs[tensor.name].shape, strict=True)
                 assert all(
-                    size <= graph.ranges[side].greatest
+                    size <= graph.ranges[side].max
                     for side, size in sides
                     if isinstance(side, str) and side in graph.ranges
                 ), (name, tensor.name)

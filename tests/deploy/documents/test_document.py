@@ -130,8 +130,14 @@ def test_the_target_of_a_link_may_stand_elsewhere(
 @pytest.mark.parametrize(
     ("text", "fix"),
     [
-        ("see ![x][one] there", "![x][one] looks like a picture link and is none. add a line such"),
-        ("![x](my pic.png)", "![x](my pic.png) looks like a picture link and is none. put a name"),
+        (
+            "see ![x][one] there",
+            "![x][one] looks like a picture link but is not one. add a line",
+        ),
+        (
+            "![x](my pic.png)",
+            "![x](my pic.png) looks like a picture link but is not one. put a",
+        ),
     ],
 )
 def test_what_only_looks_like_a_link_is_refused(folder: Path, text: str, fix: str) -> None:

@@ -139,21 +139,30 @@ def test_a_story_keeps_a_mark_at_its_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ('see <img src="a.png"> there', '<img src="a.png"> is HTML, and no picture here. link it'),
-        ("<p>\n<IMG SRC=a.png/>\n</p>", "<IMG SRC=a.png/> is HTML, and no picture"),
-        ("<img\nsrc='a.png'>", "is HTML, and no picture here"),
+        (
+            'see <img src="a.png"> there',
+            '<img src="a.png"> is HTML, which is not read as a picture.',
+        ),
+        ("<p>\n<IMG SRC=a.png/>\n</p>", "<IMG SRC=a.png/> is HTML, which is not"),
+        ("<img\nsrc='a.png'>", "is HTML, which is not read as a picture"),
         ("<center>\n![x](a.png)\n</center>", "![x](a.png) is inside HTML, where no link is a pic"),
-        ("note ![[a.png]] here", "![[a.png]] looks like a picture link and is none. a picture is"),
-        ("![a](a.png", "![a](a.png looks like a picture link and is none. close it with )"),
+        (
+            "note ![[a.png]] here",
+            "![[a.png]] looks like a picture link but is not one. a pic",
+        ),
+        ("![a](a.png", "![a](a.png looks like a picture link but is not one. close it with )"),
         (
             "![a](a.png\n\nmore)",
-            "![a](a.png looks like a picture link and is none. close it with )",
+            "![a](a.png looks like a picture link but is not one. close it with )",
         ),
-        ("![a](x (1.png)", "looks like a picture link and is none. close it with )"),
-        ("![a]b](a.png)", "looks like a picture link and is none"),
-        ("![a] (a.png)", "![a] (a.png) looks like a picture link and is none. take out the space"),
-        ("![a](<a.png)", "![a](<a.png) looks like a picture link and is none"),
-        ("[![a](my a.png)](b)", "![a](my a.png) looks like a picture link and is none"),
+        ("![a](x (1.png)", "looks like a picture link but is not one. close it with )"),
+        ("![a]b](a.png)", "looks like a picture link but is not one"),
+        (
+            "![a] (a.png)",
+            "![a] (a.png) looks like a picture link but is not one. take out",
+        ),
+        ("![a](<a.png)", "![a](<a.png) looks like a picture link but is not one"),
+        ("[![a](my a.png)](b)", "![a](my a.png) looks like a picture link but is not one"),
     ],
 )
 def test_what_was_meant_for_a_picture_is_refused(folder: Path, text: str, line: str) -> None:
@@ -191,7 +200,7 @@ def test_a_backslash_says_that_it_is_text(folder: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("target", "fix"),
     [
-        ("pictures\\b.png", "write pictures/b.png: folders are parted by /"),
+        ("pictures\\b.png", "write pictures/b.png: folders are separated by /"),
         ("A.png", "the nearest name there is a.png"),
         ("a.jpg", "the nearest name there is a.png"),
         ("photo 1.png", "the nearest name there is Photo 1.PNG"),

@@ -50,7 +50,7 @@ def tiff(path: Path, image: Image.Image, compression: str | None, **tags: int) -
 
 
 def turned(rgb: np.ndarray, orientation: int) -> np.ndarray:
-    """What a viewer shows of stored rows (EXIF 2.32, Orientation)."""
+    """Stored rows as a viewer shows them (EXIF 2.32, Orientation)."""
     flat = rgb if orientation < 5 else rgb.transpose(1, 0, 2)
     flips = {1: "", 2: "x", 3: "xy", 4: "y", 5: "", 6: "x", 7: "xy", 8: "y"}[orientation]
     flat = flat[:, ::-1] if "x" in flips else flat
@@ -267,7 +267,7 @@ def test_a_program_gives_arrays_images_and_paths(tmp_path: Path) -> None:
     ids=lambda value: "" if isinstance(value, np.ndarray) else str(value)[:12],
 )
 def test_other_pictures_are_refused_at_the_door(source: object, got: str) -> None:
-    expected = rf"expected a uint8 \[h, w, 3\] array, .*; got {got}\. "
+    expected = rf"expected a uint8 \[height, width, 3\] array, .*; got {got}\. "
     with pytest.raises(DocumentError, match=expected):
         document.Image(source)  # type: ignore[arg-type]
     with pytest.raises(DocumentError, match=expected):

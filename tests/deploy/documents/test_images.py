@@ -123,7 +123,7 @@ def test_a_truncated_picture_is_refused_in_one_line(tmp_path: Path, suffix: str)
 @pytest.mark.parametrize("content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
 def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(DocumentError, match="no picture that can be read"):
+    with pytest.raises(DocumentError, match="not a picture that can be read"):
         images.read_rgb(tmp_path / "a.png")
 
 

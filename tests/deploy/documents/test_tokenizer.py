@@ -37,7 +37,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def metaspace() -> tokenizers.Tokenizer:
-    """As LLaMA's: a word's first piece carries its space; unknown characters fall back to bytes."""
+    """Tokenizer like LLaMA's: first pieces carry their space, unknown characters become bytes."""
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     pieces = ["▁", *"abcdefghijklmnopqrstuvwxyz.,'?", "▁the", "▁red", "▁circle"]
     names = dict.fromkeys([*SPECIALS, "<unk>", *bytes_, *pieces])
@@ -227,7 +227,7 @@ def test_what_training_leaves_in_a_tokenizer_changes_no_text(tmp_path: Path, tex
 
 def test_tokenizers_are_opened_in_one_way() -> None:
     """`exact` is where a tokenizer.json becomes a tokenizer."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     found = [
         f"{path.name}: {line.strip()}"
         for folder in ("mmi_deploy", "export", "train", "bench", "plugins")
@@ -235,7 +235,7 @@ def test_tokenizers_are_opened_in_one_way() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search(r"Tokenizer\.from_(file|str|buffer)\(", line) and "exact(" not in line
     ]
-    assert found == ["init_model.py: " + COPY]
+    assert found == ["new_model.py: " + COPY]
 
 
 COPY = "llm, tokenizer = parts.llm, Tokenizer.from_str(parts.llm.tokenizer.to_str())"

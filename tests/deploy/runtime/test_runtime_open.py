@@ -65,7 +65,7 @@ def test_what_no_kernel_takes_is_known_from_the_configuration(
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path | None]:
-    """Which library the engine of each graph was loaded with; nothing is loaded."""
+    """Graph -> library that its engine would be loaded with; nothing is loaded."""
     found: dict[str, Path | None] = {}
 
     def load(path: Path, graph: Graph, options: OnnxOptions) -> None:
@@ -111,7 +111,7 @@ def test_a_relative_bundle_outlives_a_change_of_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is loaded later is found; after `load` nothing is read, were the bundle gone."""
+    """Engines that are loaded later are found; after `load` nothing is read from the bundle."""
     (tmp_path / "elsewhere").mkdir()
     shutil.copytree(exported_once("paper").bundle.folder, tmp_path / "here" / "bundle")
     monkeypatch.chdir(tmp_path / "here")

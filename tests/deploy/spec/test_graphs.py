@@ -10,8 +10,8 @@ from mmi_deploy.spec.presets import PRESETS
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("limits", [Limits(context=512), Limits(context=20, batch=1, images=1)])
-def test_the_likeliest_sizes_lie_within_the_limits(name: str, limits: Limits) -> None:
-    """Engine builders refuse a profile whose best size is beyond its greatest."""
+def test_the_optimal_sizes_lie_within_the_limits(name: str, limits: Limits) -> None:
+    """Engine builders refuse a profile whose optimum is beyond its maximum."""
     for graph in graphs(PRESETS[name](), limits).values():
         for letter, sizes in graph.ranges.items():
-            assert sizes.least <= sizes.likely <= sizes.greatest, (graph.name, letter)
+            assert sizes.min <= sizes.opt <= sizes.max, (graph.name, letter)

@@ -16,6 +16,7 @@ from mmi_train.model.mm_interleaved import MMInterleaved
 
 MILLION = 1e6
 
+# The first pattern that a parameter's name begins with says which part it belongs to.
 PARTS = {
     "LLM MMFS": r"llm\..*look_back\.",
     "LLM body": r"llm\.",
@@ -34,8 +35,8 @@ PARTS = {
     "null condition": r"image_decoder\.null_condition",
     "rest": r"",
 }
-"""The first pattern that a parameter's name begins with says which part it belongs to."""
 
+# Million parameters of the published model.
 RELEASED = {
     "LLM body": 12852,
     "LLM MMFS": 363.0,
@@ -53,7 +54,6 @@ RELEASED = {
     "VAE": 83.7,
     "null condition": 0.08,
 }
-"""Million parameters of the published model."""
 
 
 @cache
@@ -129,7 +129,7 @@ def test_tiny_is_tiny():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_fit_their_models_and_graphs(name: str):
-    """What a configuration derives is what its model has, and every graph of it can be declared."""
+    """Derived values of a configuration are those of its model; all its graphs can be declared."""
     config, model = preset(name), build(name)
     assert config.name == name
     looking = [index for index, block in enumerate(model.llm.layers) if block.look_back is not None]

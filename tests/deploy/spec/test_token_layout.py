@@ -1,4 +1,4 @@
-"""Where images are and who sees them: against loops that say the same, and the published code."""
+"""Token layout against plain loops and against the published code."""
 
 from __future__ import annotations
 

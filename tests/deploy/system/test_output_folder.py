@@ -86,7 +86,7 @@ def refuse_renames(monkeypatch: pytest.MonkeyPatch, refused: Callable[[Path, Pat
 WHOLE = {"a.txt": "new", "deep/b.txt": "new"}
 
 
-# A folder of ours.
+# An output folder of our own.
 
 
 def test_a_folder_appears_whole_and_its_marker_lists_it(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path, force: bool
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("kind", ["story", "bundle"])
 def test_a_folder_of_an_earlier_mmi_is_refused(tmp_path: Path, force: bool, kind: str) -> None:
-    """Its marker names a kind, and no files."""
+    """The marker of an earlier version names a kind and lists no files."""
     out = tmp_path / "out"
     out.mkdir()
     (out / MARKER).write_text(kind + "\n")

@@ -1,4 +1,4 @@
-"""A TensorRT that obeys: its parser and builder say and do what a test tells them to."""
+"""Fake TensorRT: a parser and a builder that follow a test's script."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class Script:
-    """What happens: lines logged while parsing, (node, operator, text) of parser errors, lines
+    """Scripted events: lines logged while parsing, (node, operator, text) of parser errors, lines
     logged as errors while building, pieces of the engine, layer types."""
 
     parse_lines: Sequence[tuple[str, str]] = ()
@@ -138,7 +138,7 @@ def _gives(value: str) -> Callable[[], str]:
 
 
 class FakePlugin:
-    """What `Plugin.load` returns."""
+    """Result of `Plugin.load`."""
 
     def __init__(self, report: str = "") -> None:
         self.report, self.registered = report, True

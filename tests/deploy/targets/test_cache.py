@@ -44,13 +44,13 @@ def out(tmp_path: Path) -> Path:
 
 
 def left(cache: EngineCache) -> set[str]:
-    """What lies in the cache's folder besides its locks."""
+    """Names in the cache's folder besides its locks."""
     return {path.name for path in cache.folder.iterdir()} - {".locks"}
 
 
 def test_what_was_made_once_is_found_again(cache: EngineCache, out: Path, tmp_path: Path) -> None:
     assert not cache.has("k")
-    assert cache.obtain("k", writes(), out, parts={"precision": "fp16"}) is False
+    assert cache.obtain("k", writes(), out, key_parts={"precision": "fp16"}) is False
     assert cache.has("k") and left(cache) == {"k"}
     again = tmp_path / "again"
     again.mkdir()
@@ -78,17 +78,17 @@ def test_a_file_system_without_links_gets_a_copy(
 
 
 def test_the_key_depends_on_every_part_and_not_on_their_order() -> None:
-    parts = {"source": "1", "precision": "fp16", "tensorrt": "11.1", "plugin": "x"}
-    assert key_of(parts) == key_of(dict(reversed(parts.items())))
-    keys = {key_of(parts)} | {key_of({**parts, name: "other"}) for name in parts}
-    assert len(keys) == len(parts) + 1
+    key_parts = {"source": "1", "precision": "fp16", "tensorrt": "11.1", "plugin": "x"}
+    assert key_of(key_parts) == key_of(dict(reversed(key_parts.items())))
+    keys = {key_of(key_parts)} | {key_of({**key_parts, name: "other"}) for name in key_parts}
+    assert len(keys) == len(key_parts) + 1
 
 
 def test_afresh_replaces_what_is_there(cache: EngineCache, out: Path, tmp_path: Path) -> None:
     cache.obtain("k", writes(), out)
     again = tmp_path / "again"
     again.mkdir()
-    assert cache.obtain("k", writes(data=b"newer"), again, afresh=True) is False
+    assert cache.obtain("k", writes(data=b"newer"), again, rebuild=True) is False
     assert (again / "a.engine").read_bytes() == b"newer"
     assert (out / "a.engine").read_bytes() == b"engine", "a bundle's engine never changes"
 
@@ -195,7 +195,7 @@ def test_two_that_want_the_same_build_it_once(cache: EngineCache, tmp_path: Path
     def obtain(make: Callable[[Path], None]) -> None:
         folder = tmp_path / str(len(found) + threading.get_ident())
         folder.mkdir()
-        found.append(cache.obtain("k", make, folder, waits=waited.set))
+        found.append(cache.obtain("k", make, folder, on_wait=waited.set))
 
     first = threading.Thread(target=obtain, args=(slow,))
     first.start()
@@ -219,25 +219,25 @@ def test_the_users_folder_and_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert EngineCache.of_user().limit == 50_000_000_000
     for wrong in ("much", "-1", "inf"):
         monkeypatch.setenv("MMI_ENGINE_CACHE_GB", wrong)
-        with pytest.raises(ConfigError, match=rf"MMI_ENGINE_CACHE_GB is no size.*got {wrong}"):
+        with pytest.raises(ConfigError, match=rf"MMI_ENGINE_CACHE_GB is not a size.*got {wrong}"):
             EngineCache.of_user()
 
 
 def test_what_somebody_put_into_an_entry_stays(
     cache: EngineCache, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether the entry is built again, is damaged, or has to make room."""
+    """Whether the entry is built again, is damaged, or is evicted."""
     small = EngineCache(cache.folder, 0)
     for number, act in enumerate(
         (
-            lambda: cache.obtain("k", writes(data=b"again"), out, afresh=True),
+            lambda: cache.obtain("k", writes(data=b"again"), out, rebuild=True),
             lambda: cache.obtain("k", writes(), out),
             lambda: small.obtain("other", writes("b.engine"), out),
         )
     ):
         shutil.rmtree(out)
         out.mkdir()
-        cache.obtain("k", writes(), out, afresh=number == 0)
+        cache.obtain("k", writes(), out, rebuild=number == 0)
         (cache.folder / "k" / "notes.txt").write_text(f"mine {number}")
         if number == 1:
             (cache.folder / "k" / "a.engine").write_bytes(b"damage")

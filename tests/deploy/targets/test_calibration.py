@@ -1,4 +1,4 @@
-"""What a build is judged by: ranges measured once per bundle, and proofs that can fail."""
+"""Calibration data: ranges measured once per bundle, and proofs that can fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exports import Exported
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.spec.backends import CPU, TENSORRT_RTX
-from mmi_deploy.targets.calibration import Evidence, check_can_run, islands_key
+from mmi_deploy.targets.calibration import Calibration, check_can_run, islands_key
 from mmi_deploy.targets.precision import Ranges, recipe, rewrite
 
 
@@ -26,13 +26,13 @@ def bundle(exported_once: Callable[[str], Exported]) -> Bundle:
 
 def test_ranges_are_measured_once_and_kept_for_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
     said: list[str] = []
-    evidence = Evidence(bundle, tmp_path / "ranges", said.append)
-    assert evidence.known_ranges("vae_decoder") is None
-    assert evidence.ranges("vae_decoder", recipe("fp32"), TENSORRT_RTX) is None and not said
-    found = evidence.ranges("vae_decoder", recipe("fp16"), TENSORRT_RTX)
+    calibration = Calibration(bundle, tmp_path / "ranges", said.append)
+    assert calibration.known_ranges("vae_decoder") is None
+    assert calibration.ranges("vae_decoder", recipe("fp32"), TENSORRT_RTX) is None and not said
+    found = calibration.ranges("vae_decoder", recipe("fp16"), TENSORRT_RTX)
     assert found is not None and max(found.peaks.values()) > 0 and found.runs >= 1
     assert said == ["recording inputs", "measuring ranges of vae_decoder"]
-    again = Evidence(bundle, tmp_path / "ranges", said.append)
+    again = Calibration(bundle, tmp_path / "ranges", said.append)
     assert again.ranges("vae_decoder", recipe("bf16"), TENSORRT_RTX) == found
     assert len(said) == 2, "nothing was run"
 
@@ -40,12 +40,12 @@ def test_ranges_are_measured_once_and_kept_for_the_bundle(bundle: Bundle, tmp_pa
 def test_a_rewritten_graph_is_proved_and_a_wrong_one_refused(
     bundle: Bundle, tmp_path: Path
 ) -> None:
-    evidence, chosen = Evidence(bundle, tmp_path / "ranges"), recipe("fp16")
+    calibration, chosen = Calibration(bundle, tmp_path / "ranges"), recipe("fp16")
     path = tmp_path / "vae_decoder.onnx"
     source = bundle.graph_file("vae_decoder")
     rewrite(chosen, bundle.graphs["vae_decoder"], source, path, runtime=TENSORRT_RTX)
-    proof = evidence.prove("vae_decoder", chosen, TENSORRT_RTX, path)
-    assert 0 < proof.error < 5e-3 and "simulated" in proof.compared_with
+    proof = calibration.prove("vae_decoder", chosen, TENSORRT_RTX, path)
+    assert 0 < proof.error < 5e-3 and "emulated" in proof.compared_with
 
     model = onnx.load(path)
     bias = next(
@@ -58,7 +58,7 @@ def test_a_rewritten_graph_is_proved_and_a_wrong_one_refused(
     wrong.parent.mkdir()
     onnx.save(model, wrong)
     with pytest.raises(BundleError, match="vae_decoder in fp16 is too far from the portable graph"):
-        evidence.prove("vae_decoder", chosen, TENSORRT_RTX, wrong)
+        calibration.prove("vae_decoder", chosen, TENSORRT_RTX, wrong)
 
 
 def test_the_key_knows_which_tensors_stay_in_float32_and_nothing_else() -> None:
@@ -85,5 +85,5 @@ def test_a_bundle_too_large_to_run_is_refused_with_the_way_around(bundle: Bundle
 
 
 def test_ranges_on_the_cpu_are_those_of_its_own_type(bundle: Bundle, tmp_path: Path) -> None:
-    evidence = Evidence(bundle, tmp_path / "ranges")
-    assert evidence.ranges("llm", recipe("int8"), CPU) is None
+    calibration = Calibration(bundle, tmp_path / "ranges")
+    assert calibration.ranges("llm", recipe("int8"), CPU) is None

@@ -1,5 +1,5 @@
-"""Targets of the CPU from an exported bundle: inputs, proofs, the target's folder, and the runtime
-that runs it. Sensitivity, of the same graphs."""
+"""CPU targets of an exported bundle: sample inputs, proofs, the target's folder, the runtime on it;
+sensitivity of the same graphs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.backends import CPU
 from mmi_deploy.targets.cpu import build_cpu_target
 from mmi_deploy.targets.precision import recipe, rewrite
-from mmi_deploy.targets.precision.quantise import fitting, quantise
+from mmi_deploy.targets.precision.quantise import quantise, scheme_for_rows
 from mmi_deploy.targets.precision.recipes import INT4, Scheme
 from mmi_deploy.targets.sample_inputs import Sample, random_inputs, samples_of
 from mmi_deploy.targets.verify_target import check_proof, prove
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def bundle(
     exported_once: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
-    """A copy that this module may build into."""
+    """Copy of the bundle that this module builds into."""
     folder = tmp_path_factory.mktemp("cpu") / "bundle"
     shutil.copytree(exported_once("paper").bundle.folder, folder)
     return Bundle.open(folder)
@@ -77,8 +77,8 @@ def test_random_inputs_are_drawn_from_recorded_values(
 
 @pytest.mark.parametrize("name", ["int8", "int4", "mixed"])
 def test_a_cpu_target_is_proved_and_runs(bundle: Bundle, name: str) -> None:
-    told: list[str] = []
-    report = build_cpu_target(bundle, recipe(name), lambda what, done, of: told.append(what))
+    stages: list[str] = []
+    report = build_cpu_target(bundle, recipe(name), lambda what, done, of: stages.append(what))
     manifest = bundle.target(f"cpu-{name}")
     receipt = manifest.receipt("llm")
     assert receipt is not None and receipt.passed and "recorded and random" in receipt.compared_with
@@ -88,7 +88,7 @@ def test_a_cpu_target_is_proved_and_runs(bundle: Bundle, name: str) -> None:
     assert report.graphs[0].weights_bytes < portable / 2
     written = sum(entry.size for entry in manifest.graph_files("llm").values())
     assert report.engine_bytes == written > report.graphs[0].weights_bytes
-    assert told == ["recording inputs", f"writing llm in {name}", f"proving llm in {name}"]
+    assert stages == ["recording inputs", f"writing llm in {name}", f"proving llm in {name}"]
     runtime = Runtime.open(bundle, target=f"cpu-{name}", threads=1, kernels="none")
     options = GenerationOptions(max_tokens=4, max_images=0)
     assert list(generate(runtime, document_of(Text("a red square"), Draw()), options))
@@ -145,7 +145,7 @@ def test_weights_that_are_not_finite_leave_nothing(bundle: Bundle, tmp_path: Pat
 def test_sensitivity_is_the_error_of_one_quantised_weight(
     bundle: Bundle, samples: dict[str, list[Sample]], tmp_path: Path
 ) -> None:
-    """Of the first layer, by hand: its weight replaced in a copy of the file."""
+    """Sensitivity of the first layer by hand: its weight is replaced in a copy of the file."""
     layers = sensitivity(bundle, "llm", "int4")
     assert [layer.error for layer in layers] == sorted(
         (layer.error for layer in layers), reverse=True
@@ -153,8 +153,8 @@ def test_sensitivity_is_the_error_of_one_quantised_weight(
     model = onnx.load(bundle.graph_file("llm"))
     tensor = next(t for t in model.graph.initializer if t.name == layers[0].name)
     weight = onnx.numpy_helper.to_array(tensor)
-    scheme = fitting(Scheme(INT4, 32), weight.shape[0])
-    changed = quantise(weight, scheme).restored()
+    scheme = scheme_for_rows(Scheme(INT4, 32), weight.shape[0])
+    changed = quantise(weight, scheme).dequantised()
     tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
     onnx.save(model, tmp_path / "llm.onnx")
     runs = [sample.inputs for sample in samples["llm"] if sample.recorded][-3:]

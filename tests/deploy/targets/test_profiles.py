@@ -53,11 +53,11 @@ def test_narrower_limits_cut_rows_images_and_the_pool() -> None:
     narrow = Limits(context=512, batch=2, images=3)
     prefill, decode = profiles(GRAPHS["llm"], narrow)
     for profile in (prefill, decode):
-        assert profile.ranges["b"].greatest == 2
-        assert profile.ranges["n"].greatest == profile.ranges["m"].greatest == 3
-        assert profile.ranges["n"].likely == 3
+        assert profile.ranges["b"].max == 2
+        assert profile.ranges["n"].max == profile.ranges["m"].max == 3
+        assert profile.ranges["n"].opt == 3
     (encoder,) = profiles(GRAPHS["vision_encoder"], narrow)
-    assert encoder.ranges["n"].greatest == 2, "here n is the batch"
+    assert encoder.ranges["n"].max == 2, "here n is the batch"
 
 
 def test_limits_below_the_least_are_refused() -> None:
@@ -67,10 +67,10 @@ def test_limits_below_the_least_are_refused() -> None:
 
 def test_the_narrowest_profile_that_holds_a_request_is_chosen() -> None:
     offered = profiles(GRAPHS["llm"])
-    sizes = {"b": 2, "t": 1, "k": 1, "v": 1, "n": 1, "m": 1}
+    sizes = {"b": 2, "t": 1, "w": 1, "v": 1, "n": 1, "m": 1}
     assert offered[choose(offered, "llm", sizes)].name == DECODE
     assert offered[choose(offered, "llm", {**sizes, "t": 2})].name == PREFILL
-    assert offered[choose(offered, "llm", {**sizes, "t": 512, "k": 512})].name == PREFILL
+    assert offered[choose(offered, "llm", {**sizes, "t": 512, "w": 512})].name == PREFILL
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_the_narrowest_profile_that_holds_a_request_is_chosen() -> None:
         ("t", 513, r"takes t = 513; expected 1 to 512\. .*mmi build --graph llm"),
     ],
 )
-def test_a_request_that_no_profile_holds_is_refused_with_what_mends_it(
+def test_a_request_that_no_profile_holds_is_refused_with_the_fix(
     letter: str, size: int, line: str
 ) -> None:
     offered = profiles(GRAPHS["llm"])
-    sizes = {"b": 1, "t": 2, "k": 1, "v": 1, "n": 1, "m": 1}
+    sizes = {"b": 1, "t": 2, "w": 1, "v": 1, "n": 1, "m": 1}
     with pytest.raises(EngineError, match=line):
         choose(offered, "llm", {**sizes, letter: size})

@@ -1,5 +1,5 @@
-"""From an ONNX file to an engine: what is asked of TensorRT, and what is made of its refusals. The
-builder obeys a script here; test_tensorrt_rtx_build.py has a real one."""
+"""Building an engine from an ONNX file: calls to TensorRT, and errors from it. The builder is a
+scripted fake here; test_tensorrt_rtx_build.py has a real one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmi_deploy.spec.presets import tiny
 from mmi_deploy.system.progress import Cancelled, silent
 from mmi_deploy.targets.profiles import profiles
 from mmi_deploy.targets.tensorrt_build import (
-    Built,
+    BuildResult,
     Job,
     Plugin,
     build_engine,
@@ -36,7 +36,7 @@ LLM = graphs(tiny(), Limits(context=64))["llm"]
 
 
 def accept(network: Any, model: onnx.ModelProto) -> None:
-    """A check that finds nothing."""
+    """Plugin check that passes."""
 
 
 def plugin_of(registered: FakePlugin, check: Any = accept) -> Plugin:
@@ -55,7 +55,7 @@ def job(tmp_path: Path) -> Job:
     return Job("llm", TENSORRT_RTX, "sm89", source, engine, profiles(LLM), plugin)
 
 
-def run(script: Script, job: Job, **changes: Any) -> Built:
+def run(script: Script, job: Job, **changes: Any) -> BuildResult:
 
     return build_engine(fake_tensorrt(script), replace(job, **changes), silent)
 
@@ -64,7 +64,7 @@ def test_an_engine_is_written_as_it_comes(job: Job) -> None:
     script = Script()
     built = run(script, job)
     assert job.engine.read_bytes() == b"engine"
-    assert built == Built(
+    assert built == BuildResult(
         layers={"CAST": 2, "PLUGIN_V3": 1},
         bindings={"x": "half", "y": "half"},
         engine_bytes=6,
@@ -104,7 +104,7 @@ def test_the_plugins_own_words_are_added(job: Job) -> None:
 @pytest.mark.parametrize("severity", ["INFO", "WARNING", "ERROR"])
 def test_an_input_that_the_parser_drops_is_an_error(job: Job, severity: str) -> None:
     lines = [(severity, "node attn: Unused Input: nonpad_kv_seqlen")]
-    with pytest.raises(EngineError, match="left out an input of llm: .*nonpad_kv_seqlen"):
+    with pytest.raises(EngineError, match="dropped an input of llm: .*nonpad_kv_seqlen"):
         run(Script(parse_lines=lines), job)
 
 
@@ -141,16 +141,16 @@ def test_a_full_disk_is_told_as_such(job: Job) -> None:
 
 
 def test_progress_that_says_stop_ends_the_build(job: Job) -> None:
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
 
     def stop(what: str, done: int = 0, total: int = 0, **_: str) -> None:
-        told.append((what, done, total))
+        calls.append((what, done, total))
         if done == 1:
             raise Cancelled
 
     with pytest.raises(EngineError, match="cannot build llm"):
         build_engine(fake_tensorrt(Script()), job, stop)
-    assert told == [("Building", 0, 2), ("Building", 1, 2)]
+    assert calls == [("Building", 0, 2), ("Building", 1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def _missing(name: str) -> Any:
 
 
 def _faulty(name: str) -> Any:
-    raise KeyError("a fault of ours")
+    raise KeyError("a bug in mmi")
 
 
 def _register(trt: Any) -> FakePlugin:
@@ -247,7 +247,7 @@ def test_an_engine_is_built_in_a_process_of_its_own(job: Job) -> None:
         (_killed, EngineError, "build of llm for sm89 was killed.*memory.*--dry-run"),
         (_aborting, EngineError, "TensorRT stopped the process .signal SIGABRT"),
         (_missing, EngineError, "cannot be imported. pip install"),
-        (_faulty, RuntimeError, "KeyError: 'a fault of ours'"),
+        (_faulty, RuntimeError, "KeyError: 'a bug in mmi'"),
     ],
 )
 def test_whatever_ends_the_process_is_one_line(

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mmi_deploy.errors import BundleError
-from mmi_deploy.targets.tensorrt_rewrites import SIBLINGS, rewritten
+from mmi_deploy.targets.tensorrt_rewrites import SIBLINGS, rewrite_for_tensorrt
 
 
 def deconvolution(dtype: int, bias: bool = True) -> onnx.ModelProto:
@@ -43,7 +43,7 @@ def deconvolution(dtype: int, bias: bool = True) -> onnx.ModelProto:
 def test_a_bfloat16_deconvolution_is_computed_in_float32(bias: bool, tmp_path: Path) -> None:
     """TensorRT-RTX 1.7.1 stops at it; ONNX Runtime has no such kernel either, so what comes out is
     compared with NumPy: products of the rounded numbers, rounded once."""
-    model = rewritten(deconvolution(TensorProto.BFLOAT16, bias), tmp_path / "up.onnx")
+    model = rewrite_for_tensorrt(deconvolution(TensorProto.BFLOAT16, bias), tmp_path / "up.onnx")
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
     types = {value.name: value.type.tensor_type.elem_type for value in inferred}
@@ -70,10 +70,10 @@ def test_a_bfloat16_deconvolution_is_computed_in_float32(bias: bool, tmp_path: P
 def test_what_tensorrt_knows_stays_and_the_original_too(tmp_path: Path) -> None:
     path = tmp_path / "up.onnx"
     single = deconvolution(TensorProto.FLOAT)
-    assert rewritten(single, path) == single
+    assert rewrite_for_tensorrt(single, path) == single
     narrow = deconvolution(TensorProto.BFLOAT16)
     before = narrow.SerializeToString()
-    assert rewritten(narrow, path) != narrow and narrow.SerializeToString() == before
+    assert rewrite_for_tensorrt(narrow, path) != narrow and narrow.SerializeToString() == before
     assert not list(tmp_path.iterdir())
 
 
@@ -120,7 +120,7 @@ def test_products_of_one_tensor_become_one_with_the_same_results(tmp_path: Path)
     onnx.save(model, path)
     x = np.random.default_rng(1).standard_normal((2, 3, WIDTH)).astype(np.float32)
     before = run(path, x)
-    onnx.save(rewritten(model, path), path)
+    onnx.save(rewrite_for_tensorrt(model, path), path)
     onnx.checker.check_model(path, full_check=True)
     after = onnx.load(path, load_external_data=False).graph
     assert [node.op_type for node in after.node].count("MatMul") == 2, "the wider one is alone"
@@ -135,7 +135,7 @@ def test_small_or_single_products_stay(tmp_path: Path) -> None:
     path = tmp_path / "qkv.onnx"
     for rows in ((64, 64), (WIDTH,), (WIDTH, 2 * WIDTH)):
         model = attention_products(path, rows)
-        assert rewritten(model, path) == model
+        assert rewrite_for_tensorrt(model, path) == model
 
 
 def test_weights_that_end_too_soon_are_refused(tmp_path: Path) -> None:
@@ -144,4 +144,4 @@ def test_weights_that_end_too_soon_are_refused(tmp_path: Path) -> None:
     weights = path.with_suffix(".safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(BundleError, match="qkv.safetensors is too short for w1"):
-        rewritten(model, path)
+        rewrite_for_tensorrt(model, path)

@@ -24,15 +24,15 @@ pytestmark = [
     ),
 ]
 
+# Number of MMFS nodes in each graph of `tiny`.
 MMFS = {"llm": 3, "denoise_step": 3, "denoise_shallow": 1}
-"""How often each graph of `tiny` looks at images."""
 
 
 @pytest.fixture(scope="module")
 def bundle(
     exported_once: Callable[[str], Exported], tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
-    """A copy: what is built into it is no other test's."""
+    """Copy of the bundle that this module builds into."""
     folder = tmp_path_factory.mktemp("built") / "bundle"
     shutil.copytree(exported_once(SHIPPED).bundle.folder, folder, copy_function=os.link)
     return Bundle.open(folder)
@@ -42,7 +42,7 @@ def bundle(
 def build(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> Callable[..., dict[str, Any]]:
-    """Runs `mmi build BUNDLE --json ...` with a cache of its own and gives the only target."""
+    """Run `mmi build BUNDLE --json ...` with a cache of its own; returns the only target."""
     monkeypatch.setenv("MMI_CACHE", str(tmp_path / "cache"))
 
     def call(*arguments: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""GridSample for TensorRT: by gathers, as NumPy, PyTorch and ONNX Runtime have it; what a parser
-makes of the nodes that stay is checked."""
+"""GridSample for TensorRT: gathers give the results of NumPy, PyTorch and ONNX Runtime; remaining
+nodes are checked in the parsed network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from mmi_deploy.errors import BundleError, EngineError
 from mmi_deploy.targets.tensorrt_build import check_samples
-from mmi_deploy.targets.tensorrt_rewrites import rewritten
+from mmi_deploy.targets.tensorrt_rewrites import rewrite_for_tensorrt
 
 IMAGE, GRID = ["n", 3, 5, 7], ["n", 4, 6, 2]
 
@@ -62,7 +62,7 @@ def test_a_bilinear_sample_is_gathered(
     mode: dict[str, str], aligned: int, grid: list[Any], tmp_path: Path
 ) -> None:
     model = sampling(grid=grid, align_corners=aligned, padding_mode="zeros", **mode)
-    new = rewritten(model, tmp_path / "x.onnx")
+    new = rewrite_for_tensorrt(model, tmp_path / "x.onnx")
     onnx.checker.check_model(new, full_check=True)
     kinds = [node.op_type for node in new.graph.node]
     assert "GridSample" not in kinds and kinds.count("GatherND") == 1
@@ -75,7 +75,9 @@ def test_a_bilinear_sample_is_gathered(
 
 def test_locations_stay_float32_where_the_image_is_float16(tmp_path: Path) -> None:
     """Rounded to float16 only as the image is, and at the end."""
-    new = rewritten(sampling(dtype=TensorProto.FLOAT16, mode="linear"), tmp_path / "x.onnx")
+    new = rewrite_for_tensorrt(
+        sampling(dtype=TensorProto.FLOAT16, mode="linear"), tmp_path / "x.onnx"
+    )
     given = inputs()
     narrow = given["image"].astype(np.float16).astype(np.float32)
     expected = torch.nn.functional.grid_sample(
@@ -94,7 +96,10 @@ def test_two_samples_of_one_image_do_not_meet(tmp_path: Path) -> None:
     model.graph.node[-1].input[1] = "again"
     given = inputs()
     np.testing.assert_allclose(
-        run(rewritten(model, tmp_path / "x.onnx"), given), run(model, given), rtol=1e-5, atol=1e-5
+        run(rewrite_for_tensorrt(model, tmp_path / "x.onnx"), given),
+        run(model, given),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -109,13 +114,13 @@ def test_two_samples_of_one_image_do_not_meet(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_gathered_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="GridSample one cannot be computed by gathers"):
-        rewritten(sampling(mode="linear", **changed), tmp_path / "x.onnx")
+        rewrite_for_tensorrt(sampling(mode="linear", **changed), tmp_path / "x.onnx")
 
 
 def test_other_modes_stay(tmp_path: Path) -> None:
     for mode in ("nearest", "cubic"):
         model = sampling(mode=mode)
-        assert rewritten(model, tmp_path / "x.onnx") == model
+        assert rewrite_for_tensorrt(model, tmp_path / "x.onnx") == model
 
 
 class Layer(SimpleNamespace):

@@ -1,4 +1,4 @@
-"""What an exported bundle holds: graphs that keep to the contract and compute nothing twice."""
+"""Exported graphs follow the contract and compute nothing twice."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ TYPES = {
     "int32": onnx.TensorProto.INT32,
 }
 
+# Operators that move numbers and compute none: rows of the time table, the heads of the condition's
+# keys and values, slots and positions repeated for both guidance branches.
 LAYOUT = {
     "Cast",
     "Concat",
@@ -41,11 +43,9 @@ LAYOUT = {
     "Transpose",
     "Unsqueeze",
 }
-"""Operators that move numbers and compute none: rows of the time table, the heads of the
-condition's keys and values, slots and positions repeated for both guidance branches."""
 
+# `LAYOUT`, and the operators that compute sizes.
 LAYOUT_OF_SIZES = LAYOUT | {"Shape", "Mul", "Add", "Sub", "Div", "Max", "Min"}
-"""What sizes are computed with."""
 
 
 def graph_of(exported: Exported, name: str) -> Graph:
@@ -55,11 +55,7 @@ def graph_of(exported: Exported, name: str) -> Graph:
 @pytest.mark.parametrize("name", NAMES)
 def test_names_types_and_shapes_are_those_of_the_contract(exported: Exported, name: str) -> None:
     contract, model = graph_of(exported, name), exported.graph(name)
-    fixed = {
-        letter: span.least
-        for letter, span in contract.ranges.items()
-        if span.least == span.greatest
-    }
+    fixed = {letter: span.min for letter, span in contract.ranges.items() if span.min == span.max}
     for values, tensors in (
         (model.graph.input, contract.inputs),
         (model.graph.output, contract.outputs),
@@ -166,7 +162,7 @@ def test_aliased_caches_give_what_separate_ones_do(exported: Exported) -> None:
         for tensor in contract.inputs:
             if tensor.name in caches:
                 continue
-            shape = tensor.resolve(b=2, t=tokens, k=1, v=4, n=2, m=2)
+            shape = tensor.resolve(b=2, t=tokens, w=1, v=4, n=2, m=2)
             if tensor.dtype == "float32":
                 inputs[tensor.name] = draw.standard_normal(shape, np.float32)
             else:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mmi_deploy.spec.config import LlamaConfig, MmfsConfig
 from mmi_export.graphs.folding import (
     Affine,
-    FoldedLlmLookBack,
+    FoldedGatedMmfs,
     FoldedMmfs,
-    FoldedUnetLookBack,
+    FoldedMmfsBlock,
     FoldedValues,
     affine,
 )
@@ -112,19 +112,19 @@ def test_the_dead_outputs_of_the_null_slot_are_dropped() -> None:
 
 
 @torch.no_grad()
-def test_folded_language_model_layer_equals_look_back() -> None:
-    look_back = drawn(llama.GatedMmfs(LLAMA, MMFS, FEATURES, SIDES))
+def test_folded_language_model_layer_equals_the_layer_it_replaces() -> None:
+    layer = drawn(llama.GatedMmfs(LLAMA, MMFS, FEATURES, SIDES))
     arguments = (torch.randn(2, 3, WIDTH), *seen(3))
-    assert_same(FoldedLlmLookBack(look_back)(*arguments), look_back(*arguments))
+    assert_same(FoldedGatedMmfs(layer)(*arguments), layer(*arguments))
 
 
 @torch.no_grad()
-def test_folded_unet_block_equals_look_back() -> None:
+def test_folded_unet_block_equals_the_block_it_replaces() -> None:
     config = replace(MMFS, base_grid=None, null_slot=True)
-    look_back = drawn(unet.MmfsBlock(config, 16, 4, 8, FEATURES, SIDES))
+    layer = drawn(unet.MmfsBlock(config, 16, 4, 8, FEATURES, SIDES))
     value, slot, position = seen(1)
     arguments = (torch.randn(2, 16, 4, 4), value, slot, position[:, 0])
-    assert_same(FoldedUnetLookBack(look_back)(*arguments), look_back(*arguments))
+    assert_same(FoldedMmfsBlock(layer)(*arguments), layer(*arguments))
 
 
 @torch.no_grad()
@@ -132,10 +132,10 @@ def test_values_of_all_layers_need_one_norm() -> None:
     features = torch.randn(2, CELLS, FEATURES)
     language = [drawn(llama.GatedMmfs(LLAMA, MMFS, FEATURES, SIDES)) for _ in range(3)]
     pictures = [drawn(unet.MmfsBlock(MMFS, 16, 4, 8, FEATURES, SIDES)) for _ in range(2)]
-    for look_backs in (language, pictures):
-        folded = FoldedValues(look_backs)(features)
-        for got, look_back in zip(folded, look_backs, strict=True):
-            assert_same(got, look_back.values(features))
+    for layers in (language, pictures):
+        folded = FoldedValues(layers)(features)
+        for got, layer in zip(folded, layers, strict=True):
+            assert_same(got, layer.values(features))
 
 
 class Remember:

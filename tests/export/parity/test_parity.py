@@ -1,8 +1,8 @@
 """The top of the parity ladder: whole documents, a bundle in ONNX Runtime against plain PyTorch.
 
-Both sides get the same document, options and seed. They share no code but the rules of sampling and
-the keyed draws: the runtime has engines, caches, pools and a table of coefficients; PyTorch reads
-everything again at every turn and draws with diffusers' own solver.
+Both implementations get the same document, options and seed. They share no code but the rules of
+sampling and the keyed draws: the runtime has engines, caches, pools and a table of coefficients;
+PyTorch reads everything again at every turn and draws with diffusers' own solver.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ WAYS = {
 
 @dataclass
 class Run:
-    """What came of a document: all its tokens and pictures, the text as given out, the reason."""
+    """Result of a document: its tokens, pictures and text, and the reason of its end."""
 
     token_ids: list[int]
     pictures: list[Rgb]
@@ -80,8 +80,8 @@ def taken(events: Iterator[Event], token_ids: Callable[[], list[int]]) -> Run:
 
 
 @dataclass
-class Sides:
-    """Both ways to run one model."""
+class Implementations:
+    """One model in the runtime and in PyTorch."""
 
     model: MMInterleaved
     bundle: Bundle
@@ -89,7 +89,7 @@ class Sides:
     runtime: Runtime
 
     @classmethod
-    def of(cls, model: MMInterleaved, bundle: Bundle) -> Sides:
+    def of(cls, model: MMInterleaved, bundle: Bundle) -> Implementations:
         tokenizer = Tokenizer(build_tokenizer(), bundle.config.tokens)
         backend = HostBackend(
             bundle.graphs,
@@ -123,12 +123,14 @@ class Sides:
         return taken(events, lambda: row.ids)
 
 
-def assert_same(sides: Sides, document: Document, options: GenerationOptions) -> Run:
+def assert_same(
+    implementations: Implementations, document: Document, options: GenerationOptions
+) -> Run:
     """The same tokens, text and reason; pictures of 8 bits within one level of each other: fp32 in
     another order moves a value across a rounding boundary now and then."""
     with pytest.MonkeyPatch.context() as patch:
-        expected = sides.slow(document, options, patch)
-        got = sides.fast(document, options, patch)
+        expected = implementations.slow(document, options, patch)
+        got = implementations.fast(document, options, patch)
     assert got.token_ids == expected.token_ids
     assert got.text == expected.text
     assert got.last.reason == expected.last.reason
@@ -141,26 +143,26 @@ def assert_same(sides: Sides, document: Document, options: GenerationOptions) ->
 
 
 @pytest.fixture(scope="module")
-def small(exported: Exported) -> Sides:
+def small(exported: Exported) -> Implementations:
     """A small random model of either reading."""
-    return Sides.of(exported.model, exported.bundle)
+    return Implementations.of(exported.model, exported.bundle)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_bundle_writes_and_draws_what_the_model_does(
-    small: Sides, document: str, way: str
+    small: Implementations, document: str, way: str
 ) -> None:
     got = assert_same(small, DOCUMENTS[document], WAYS[way])
     assert got.last.tokens + got.last.images > 0
 
 
-def test_so_it_does_with_the_ancestral_sampler_whose_noise_is_drawn(small: Sides) -> None:
+def test_so_it_does_with_the_ancestral_sampler_whose_noise_is_drawn(small: Implementations) -> None:
     options = replace(WAYS["turns"], schedule="ddpm:3", guidance=1.7)
     assert assert_same(small, DOCUMENTS["an image"], options).last.images == 2
 
 
-def test_so_it_does_up_to_the_end_of_its_context(small: Sides) -> None:
+def test_so_it_does_up_to_the_end_of_its_context(small: Implementations) -> None:
     options = GenerationOptions(max_tokens=999, min_tokens=999, temperature=0.0)
     got = assert_same(small, DOCUMENTS["several images"], options)
     assert got.last.reason == "context"

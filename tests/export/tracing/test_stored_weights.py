@@ -18,23 +18,23 @@ from mmi_deploy.errors import ConfigError, MmiError, WeightsError
 from mmi_export import plan
 from mmi_export.export import prepare_export, run_export
 from mmi_export.parity.small_model import slice_of
-from mmi_export.placeholder_model import cut, write_stand_in
+from mmi_export.placeholder_model import cut, write_placeholder_model
 from mmi_export.plan import plan_export
 from mmi_export.tracing import stored_weights
-from mmi_export.tracing.fake_weights_model import BlankModel
+from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_export.tracing.stored_weights import INDEX, link_file, load_stored
 from mmi_train.weights.model_folder import TOKENIZER, WEIGHTS, load_model
 
 
 @pytest.fixture(scope="module")
-def blank() -> BlankModel:
-    return BlankModel(paper_reading())
+def fake_model() -> FakeWeightsModel:
+    return FakeWeightsModel(paper_reading())
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
-    write_stand_in(paper_reading(), folder, "random", torch.bfloat16)
+    write_placeholder_model(paper_reading(), folder, "random", torch.bfloat16)
     return folder
 
 
@@ -57,7 +57,7 @@ Change = Callable[[dict[str, torch.Tensor]], object]
         ),
         (
             lambda state: state.update({"llm.norm.weight": torch.zeros(192, dtype=torch.int32)}),
-            "llm.norm.weight holds another kind of numbers; expected floating point; got int32",
+            "llm.norm.weight has the wrong data type; expected floating point; got int32",
         ),
     ],
 )
@@ -85,17 +85,19 @@ def test_numbers_that_are_not_finite_are_found_before_any_graph_is_made(
     state = load_file(folder / WEIGHTS)
     state["head.head.weight"][3, 5] = torch.inf
     save_file(state, folder / WEIGHTS)
-    told: list[str] = []
+    stages: list[str] = []
     export = prepare_export(folder, tmp_path / "bundle")
     with pytest.raises(WeightsError, match=r"head\.head\.weight holds NaN or infinity"):
         run_export(
-            export, tmp_path / "bundle", progress=lambda what, *_, **_more: told.append(what)
+            export, tmp_path / "bundle", progress=lambda what, *_, **_more: stages.append(what)
         )
-    assert not any("exporting" in what for what in told)
+    assert not any("exporting" in what for what in stages)
     assert not (tmp_path / "bundle").exists()
 
 
-def test_weights_in_several_files_are_found_by_their_index(folder: Path, blank: BlankModel) -> None:
+def test_weights_in_several_files_are_found_by_their_index(
+    folder: Path, fake_model: FakeWeightsModel
+) -> None:
     state = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names = sorted(state)
@@ -104,15 +106,15 @@ def test_weights_in_several_files_are_found_by_their_index(folder: Path, blank: 
         save_file({name: state[name] for name in part}, folder / file)
     index = {name: file for file, part in parts.items() for name in part}
     (folder / INDEX).write_text(json.dumps({"weight_map": index}))
-    found = stored_weights.stored_weights(folder, blank.weights)
+    found = stored_weights.stored_weights(folder, fake_model.weights)
     assert [file.name for file in found.files] == sorted(parts)
     assert all(torch.equal(found.read(name), state[name].float()) for name in names[:20])
 
 
 def test_a_model_is_loaded_from_its_places_as_from_its_folder(
-    drawn: Path, blank: BlankModel
+    drawn: Path, fake_model: FakeWeightsModel
 ) -> None:
-    loaded = load_stored(paper_reading(), stored_weights.stored_weights(drawn, blank.weights))
+    loaded = load_stored(paper_reading(), stored_weights.stored_weights(drawn, fake_model.weights))
     wanted = load_model(drawn).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
     buffers = dict(load_model(drawn).named_buffers())
@@ -135,18 +137,18 @@ def test_what_does_not_fit_into_memory_is_proved_by_a_slice(
     assert prepare_export(drawn, tmp_path / "bundle").plan.scope == "full"
     monkeypatch.setattr(plan, "free_memory", lambda swap: 10**6)
     assert prepare_export(drawn, tmp_path / "bundle").plan.scope == "slice"
-    with pytest.raises(ConfigError, match="too large to be proved whole.*--prove slice"):
+    with pytest.raises(ConfigError, match="too large for a full proof.*--prove slice"):
         prepare_export(drawn, tmp_path / "bundle", scope="full")
 
 
 def test_another_disk_gets_a_copy_and_the_plan_says_so(
-    drawn: Path, tmp_path: Path, blank: BlankModel, monkeypatch: pytest.MonkeyPatch
+    drawn: Path, tmp_path: Path, fake_model: FakeWeightsModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def elsewhere(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    stored = stored_weights.stored_weights(drawn, blank.weights)
-    arguments = (paper_reading(), blank.weights, stored, tmp_path / "new" / "bundle")
+    stored = stored_weights.stored_weights(drawn, fake_model.weights)
+    arguments = (paper_reading(), fake_model.weights, stored, tmp_path / "new" / "bundle")
     near = plan_export(*arguments, "linked", None)
     monkeypatch.setattr(os, "link", elsewhere)
     far = plan_export(*arguments, "linked", None)
@@ -156,14 +158,16 @@ def test_another_disk_gets_a_copy_and_the_plan_says_so(
     assert list(tmp_path.iterdir()) == [tmp_path / WEIGHTS]
 
 
-def test_empty_weights_have_sizes_and_take_no_disk(tmp_path: Path, blank: BlankModel) -> None:
-    write_stand_in(paper_reading(), tmp_path, "empty", torch.float16)
+def test_empty_weights_have_sizes_and_take_no_disk(
+    tmp_path: Path, fake_model: FakeWeightsModel
+) -> None:
+    write_placeholder_model(paper_reading(), tmp_path, "empty", torch.float16)
     status = (tmp_path / WEIGHTS).stat()
-    assert status.st_size > 2 * sum(tensor.numel() for tensor in blank.weights.values())
+    assert status.st_size > 2 * sum(tensor.numel() for tensor in fake_model.weights.values())
     assert status.st_blocks * 512 < 200_000
     state = load_file(tmp_path / WEIGHTS)
     assert {name: value.shape for name, value in state.items()} == {
-        name: tensor.shape for name, tensor in blank.weights.items()
+        name: tensor.shape for name, tensor in fake_model.weights.items()
     }
     Tokenizer.open(tmp_path / TOKENIZER, paper_reading().tokens)
 
@@ -181,7 +185,7 @@ def test_a_slice_is_small_and_keeps_what_decides_the_code(name: str) -> None:
     from mmi_deploy.spec.presets import preset
 
     config, small = preset(name), slice_of(preset(name))
-    assert sum(tensor.numel() for tensor in BlankModel(small).weights.values()) < 30e6
+    assert sum(tensor.numel() for tensor in FakeWeightsModel(small).weights.values()) < 30e6
     assert small.vision.level_sides == config.vision.level_sides
     assert len(small.llama.mmfs_layers) == 2 and small.llama.layers > 2
     assert small.llama.head_width == config.llama.head_width

@@ -133,7 +133,7 @@ def test_a_kernel_wins_over_the_function_of_the_file(library: Path) -> None:
 
 
 def refused(library: Path, call: Call, change: Callable[[dict[str, np.ndarray]], None]) -> str:
-    """What the kernel says to inputs of other shapes than the file names; never a crash."""
+    """The kernel's error for inputs of other shapes than the file declares; never a crash."""
     import onnx
 
     model = onnx.load_from_string(one_node_model(call))

@@ -124,7 +124,7 @@ def test_unknown_head_size_takes_the_kernel_for_all() -> None:
 
 
 def test_a_profile_beyond_what_the_kernels_can_address_is_refused() -> None:
-    """Nothing of ours is asked when such an engine runs."""
+    """Such an engine runs without any of our code."""
     call = draw(np.random.default_rng(1), dtype="float16", b=2, h=2, d=64)
     shapes = {name: call[name].shape for name in INPUT_SHAPES}
 

@@ -14,9 +14,10 @@ from transformers import CLIPModel, LlamaForCausalLM
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import read_config
 from mmi_train.checkpoint_import.config_fields import read_json
-from mmi_train.checkpoint_import.from_clip import read_vision
+from mmi_train.checkpoint_import.from_clip import read_clip
 from mmi_train.checkpoint_import.from_gguf import read_gguf
-from mmi_train.checkpoint_import.from_llama import EMBEDDING, HEAD, read_language_model
+from mmi_train.checkpoint_import.from_llama import read_llama
+from mmi_train.checkpoint_import.parts import EMBEDDING, HEAD
 from mmi_train.weights.model_folder import CONFIG, load_model
 from train import small_parts as parts
 from train.checkpoint_import.test_new_model import Init, assert_same_text, built, init, refused
@@ -53,7 +54,7 @@ def test_a_head_that_differs_in_one_number_is_kept(folder: Path) -> None:
     state[HEAD][-1, -1] += 1e-4
     write_whole(folder, state)
     parts.edit_json(folder / "config.json", tie_word_embeddings=True)
-    model = read_language_model(folder)
+    model = read_llama(folder)
     assert not model.tied and torch.equal(model.head.read(), state[HEAD])
 
 
@@ -66,7 +67,7 @@ def test_a_head_that_equals_the_embedding_is_tied_and_nothing_said(
     parts.edit_json(folder / "config.json", tie_word_embeddings=True)
     code, said = init(folder)
     assert code == 0 and "tie_word_embeddings" not in said
-    assert read_language_model(folder).tied
+    assert read_llama(folder).tied
     assert_same_text(load_model(tmp_path / "out"), theirs(folder), tmp_path / "out")
 
 
@@ -106,7 +107,7 @@ def test_the_base_of_rotary_positions_is_transformers(
 ) -> None:
     parts.edit_json(folder / "config.json", **changes)
     wanted = theirs(folder).config.rope_parameters["rope_theta"]
-    assert read_language_model(folder).rope_theta == wanted
+    assert read_llama(folder).rope_theta == wanted
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_fields_that_change_nothing_are_taken(init: Init, folder: Path) -> None:
 def test_a_field_that_stands_twice_is_refused(init: Init, folder: Path, name: str) -> None:
     text = (folder / name).read_text()
     (folder / name).write_text(text.replace("{", '{"bos_token_id": 0, ', 1))
-    refused(init, folder, f"{name} is no JSON object: bos_token_id stands in it twice")
+    refused(init, folder, f"{name} is not a JSON object: bos_token_id stands in it twice")
     with pytest.raises(ConfigError, match="stands in it twice"):
         read_json(folder / name)
 
@@ -178,9 +179,7 @@ def test_all_end_tokens_are_kept(
 
 def test_the_end_tokens_are_those_that_transformers_generates_to(folder: Path) -> None:
     parts.edit_json(folder / "generation_config.json", eos_token_id=[2, 0, 7])
-    assert set(theirs(folder).generation_config.eos_token_id) == set(
-        read_language_model(folder).ends
-    )
+    assert set(theirs(folder).generation_config.eos_token_id) == set(read_llama(folder).ends)
 
 
 def test_a_named_end_token_takes_the_place_of_all(init: Init, folder: Path, tmp_path: Path) -> None:
@@ -238,13 +237,13 @@ def test_clip_sizes_in_its_older_place_are_transformers(tmp_path: Path) -> None:
     older = {name: config["vision_config"].pop(name) for name in ("hidden_size", "patch_size")}
     parts.edit_json(path, vision_config=config["vision_config"], vision_config_dict=parts.VISION)
     wanted = CLIPModel.from_pretrained(tmp_path / "clip").config.vision_config
-    found = read_vision(tmp_path / "clip")
+    found = read_clip(tmp_path / "clip")
     assert (found.width, found.patch_size) == (wanted.hidden_size, wanted.patch_size)
     assert (found.width, found.patch_size) == (older["hidden_size"], older["patch_size"])
     changed = {**parts.VISION, "num_attention_heads": 4}
     parts.edit_json(path, vision_config_dict=changed)
     with pytest.raises(ConfigError, match=r"vision_config_dict\.num_attention_heads; got 2 and 4"):
-        read_vision(tmp_path / "clip")
+        read_clip(tmp_path / "clip")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +256,7 @@ def test_pixels_that_are_prepared_otherwise_are_refused(
     path = tmp_path / "clip" / "preprocessor_config.json"
     plain = {"do_rescale": True, "rescale_factor": 0.00392156862745098, "do_normalize": None}
     path.write_text(json.dumps({**plain, "image_mean": [0.1, 0.2, 0.3]}))
-    assert read_vision(tmp_path / "clip").pixel_mean == (0.1, 0.2, 0.3)
+    assert read_clip(tmp_path / "clip").pixel_mean == (0.1, 0.2, 0.3)
     path.write_text(json.dumps(plain | field))
     with pytest.raises(ConfigError, match=f"not prepared with this {next(iter(field))}"):
-        read_vision(tmp_path / "clip")
+        read_clip(tmp_path / "clip")

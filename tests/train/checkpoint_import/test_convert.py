@@ -266,10 +266,10 @@ def other_zip(path: Path) -> None:
     [
         (cut, "is cut off or damaged"),
         (pack, "is a compressed zip file"),
-        (old_form, "in the form that PyTorch wrote before version 1.6"),
-        (other_zip, "is damaged or no PyTorch checkpoint"),
-        (lambda path: path.write_bytes(b""), "is no PyTorch checkpoint; expected a zip file"),
-        (lambda path: path.write_bytes(b"\x93NUMPY"), "is no PyTorch checkpoint"),
+        (old_form, "in the format that PyTorch wrote before version 1.6"),
+        (other_zip, "is damaged or not a PyTorch checkpoint"),
+        (lambda path: path.write_bytes(b""), "is not a PyTorch checkpoint; expected a zip file"),
+        (lambda path: path.write_bytes(b"\x93NUMPY"), "is not a PyTorch checkpoint"),
         (lambda path: path.write_bytes(b"PK\x03\x04" * 9), "is cut off or damaged"),
         (lambda path: torch.save([torch.ones(1)], path), "holds no dictionary of tensors"),
         (lambda path: torch.save({"step": 3}, path), "holds more than tensors: step"),
@@ -299,7 +299,7 @@ def test_folders_without_weights_or_with_two_checkpoints(convert, checkpoint, st
 
 def test_an_index_cannot_reach_outside_of_its_folder(convert, checkpoint):
     (checkpoint / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../x.bin"}}')
-    refused(convert, checkpoint, "is no index of a checkpoint")
+    refused(convert, checkpoint, "is not an index of a checkpoint")
 
 
 def test_another_tokenizer_is_refused(convert, checkpoint):
@@ -308,9 +308,9 @@ def test_another_tokenizer_is_refused(convert, checkpoint):
     refused(convert, checkpoint, "is not the one of this model", "got bos 0, eos 1, pad None")
     (checkpoint / "tokenizer.json").unlink()
     (checkpoint / "tokenizer.model").write_bytes(published.sentencepiece_model(kind=1))
-    refused(convert, checkpoint, "is no byte-pair model")
+    refused(convert, checkpoint, "is not a byte-pair model")
     (checkpoint / "tokenizer.model").write_bytes(b"no model")
-    refused(convert, checkpoint, "is no SentencePiece model")
+    refused(convert, checkpoint, "is not a SentencePiece model")
     (checkpoint / "tokenizer.model").unlink()
     refused(convert, checkpoint, "holds no tokenizer; expected tokenizer.json or tokenizer.model")
 

@@ -35,7 +35,7 @@ def exported_logits(model: MMInterleaved, ids: list[int], folder: Path) -> np.nd
         onnx_from_module(LlmGraph(model, graph), graph, path)
     t = len(ids)
     inputs = {
-        tensor.name: np.zeros(tensor.resolve(b=1, t=t, k=t, v=1, n=1, m=1), tensor.dtype)
+        tensor.name: np.zeros(tensor.resolve(b=1, t=t, w=t, v=1, n=1, m=1), tensor.dtype)
         for tensor in graph.inputs
     }
     inputs["token_ids"][:] = ids

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from mmi_deploy.errors import MmiError
 from mmi_train.checkpoint_import.from_gguf import read_gguf
-from mmi_train.checkpoint_import.from_llama import LanguageModel
+from mmi_train.checkpoint_import.parts import LlmPart
 from mmi_train.checkpoint_import.sentencepiece_model import read_pieces
 from train import small_parts as parts
 from train.checkpoint_import.test_new_model import Init, assert_same_text, built, init, refused
@@ -20,7 +20,7 @@ from train.checkpoint_import.test_new_model import Init, assert_same_text, built
 __all__ = ["init"]
 
 
-def weights(model: LanguageModel) -> dict[str, torch.Tensor]:
+def weights(model: LlmPart) -> dict[str, torch.Tensor]:
     return {name: tensor.read() for name, tensor in model.tensors.items()}
 
 
@@ -58,9 +58,9 @@ def test_parts_that_are_missing_or_mixed_up(init: Init, tmp_path: Path) -> None:
     third.unlink()
     refused(init, first, "the first of 4 parts", f"1 are missing, {third.name} first", "download")
     third.write_bytes(second.read_bytes())
-    refused(init, first, f"{third} is no part of {first}; expected part 3 of 4")
+    refused(init, first, f"{third} is not a part of {first}; expected part 3 of 4")
     third.write_bytes(kept[: len(kept) // 2])
-    refused(init, first, f"{third} is no GGUF file, or it is cut off")
+    refused(init, first, f"{third} is not a GGUF file, or it is cut off")
     other = first.rename(tmp_path / "model.gguf")
     refused(init, other, "is part 1 of 4", "expected NAME-00001-of-00004.gguf", "--merge")
 

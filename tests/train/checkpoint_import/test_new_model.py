@@ -172,7 +172,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clip_output(model: Any, pixels: Tensor) -> Tensor:
-    """What CLIP's layers give, without its last norm."""
+    """Output of CLIP's layers, without its last norm."""
     with torch.no_grad():
         vision = getattr(model, "vision_model", model)
         return vision(pixels, output_hidden_states=True).hidden_states[-1]
@@ -431,7 +431,7 @@ def test_damaged_gguf_files(init, tmp_path):
     whole = path.read_bytes()
     for broken in (b"", b"GGUF", whole[:3000], whole[: len(whole) // 2], b"x" * 5000):
         path.write_bytes(broken)
-        refused(init, path, "is no GGUF file, or it is cut off or damaged")
+        refused(init, path, "is not a GGUF file, or it is cut off or damaged")
 
 
 def shard(folder: Path) -> Path:
@@ -465,14 +465,14 @@ def test_damaged_folders(init, tmp_path):
     path.write_bytes(whole[:-5])
     refused(init, folder, path.name, "is cut off")
     path.write_bytes(b"\xff" * 64)
-    refused(init, folder, path.name, "is no safetensors file, or it is damaged")
+    refused(init, folder, path.name, "is not a safetensors file, or is damaged")
     path.unlink()
     refused(init, folder, "cannot read", path.name)
     for left in folder.glob("*.safetensors*"):
         left.unlink()
     refused(init, folder, "holds no weights; expected model.safetensors")
     (folder / "config.json").write_text("[]")
-    refused(init, folder, "config.json is no JSON object")
+    refused(init, folder, "config.json is not a JSON object")
     (folder / "config.json").unlink()
     refused(init, folder, "cannot read", "config.json")
 
@@ -507,7 +507,7 @@ def test_a_language_model_that_knows_pictures_is_refused(init, tmp_path):
     tokenizer = parts.byte_tokenizer()
     tokenizer.add_special_tokens(["<|image|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    refused(init, folder, "has one of our marks already")
+    refused(init, folder, "has one of our special tokens already")
 
 
 @pytest.mark.parametrize(
@@ -518,7 +518,7 @@ def test_a_language_model_that_knows_pictures_is_refused(init, tmp_path):
         ("unet", {"transformer_layers_per_block": [1, 2, 2]}, "transformer_layers_per_block"),
         ("unet", {"in_channels": 9}, "out_channels; expected 9; got 4"),
         ("unet", {"new_switch": True}, "new_switch"),
-        ("unet", {"attention_head_dim": 7}, "block width 32 is no multiple of 7"),
+        ("unet", {"attention_head_dim": 7}, "block width 32 is not a multiple of 7"),
         ("unet", {"block_out_channels": "many"}, "block_out_channels is wrong"),
         ("unet", {"sample_size": None}, "sample_size is wrong"),
         ("vae", {"block_out_channels": [32, 32, 32]}, "down_block_types"),
@@ -582,10 +582,10 @@ def test_a_clip_that_does_not_fit_is_refused(init, tmp_path, llama_folder):
     assert code == 2 and "must be an even number of patches wide" in said.splitlines()[-1]
     parts.edit_json(config, image_size=32, num_attention_heads=3)
     code, said = init(llama_folder, "--vision", tmp_path / "clip")
-    assert code == 2 and "width 64 is no multiple of 3" in said.splitlines()[-1]
+    assert code == 2 and "width 64 is not a multiple of 3" in said.splitlines()[-1]
     parts.edit_json(config, model_type="siglip_vision_model")
     code, said = init(llama_folder, "--vision", tmp_path / "clip")
-    assert code == 2 and "is no CLIP" in said.splitlines()[-1]
+    assert code == 2 and "is not a CLIP" in said.splitlines()[-1]
     parts.write_clip_vision(tmp_path / "clip")
     code, said = init(llama_folder, "--vision", tmp_path / "clip", "--image-size", 4)
     assert code == 2 and "position_grid" in said.splitlines()[-1]

@@ -20,7 +20,7 @@ from mmi_train.checkpoint_import.sentencepiece_model import (
     Piece,
     byte_pair_tokenizer,
 )
-from mmi_train.checkpoint_import.tokenizer_files import add_marks, read_tokenizer
+from mmi_train.checkpoint_import.tokenizer_files import add_special_tokens, read_tokenizer
 from mmi_train.weights.model_folder import load_model
 from train import small_parts as parts
 
@@ -59,7 +59,7 @@ def test_the_best_scored_union_is_joined_first():
 def test_a_cut_sentencepiece_model_is_refused_or_shorter_by_whole_pieces(references, tmp_path, cut):
     data = (references / "sentencepiece.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(data[:cut])
-    with pytest.raises(WeightsError, match="is no SentencePiece model|is no byte-pair model"):
+    with pytest.raises(WeightsError, match="is not a SentencePiece model|is not a byte-pair model"):
         read_tokenizer(tmp_path)
 
 
@@ -69,7 +69,7 @@ def runtime_tokenizer(name: str, references: Path, tmp_path: Path) -> Tokenizer:
         source = tmp_path / "tokenizer.json"
         parts.byte_tokenizer().save(str(source))
     inner = read_tokenizer(source)
-    boi, image = add_marks(inner, ("<|beginofimage|>", "<|image|>"))
+    boi, image = add_special_tokens(inner, ("<|beginofimage|>", "<|image|>"))
     inner.save(str(tmp_path / "extended.json"))
     tokens = TokenConfig(bos=1, eos=2, pad=0, boi=boi, image=image)
     return Tokenizer.open(tmp_path / "extended.json", tokens)
@@ -160,7 +160,7 @@ def test_tokens_in_tokenizer_config_are_read_as_transformers_reads_them(folder):
         ("added_tokens.json", {SPECIAL_MARK: 300}, "an id that it cannot have; expected id 420"),
         ("added_tokens.json", {"<s>": 420}, "an id that it cannot have; expected id 1; got 420"),
         ("added_tokens.json", {SPECIAL_MARK: "420"}, "cannot be built on"),
-        ("added_tokens.json", [SPECIAL_MARK], "is no JSON object"),
+        ("added_tokens.json", [SPECIAL_MARK], "is not a JSON object"),
         (
             "tokenizer_config.json",
             {"added_tokens_decoder": {"421": {"content": SPECIAL_MARK}}},

@@ -261,7 +261,7 @@ def images(model: MMInterleaved, count: int) -> Tensor:
 
 
 def write_forward(folder: Path, model: MMInterleaved) -> None:
-    """What the training forward says: three images in two rows, one of them without context, one
+    """Losses of the training forward: three images in two rows, one of them without context, one
     with its condition dropped."""
     image = image_tokens(model)
     ids = rows([BOS, *image, 9, 8, *image, EOS], [BOS, 7, 6, 5, *image, 4, EOS])

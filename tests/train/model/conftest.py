@@ -1,4 +1,4 @@
-"""What the model's tests share: comparisons in one form, and the published code's small outputs."""
+"""Shared fixtures: comparisons in one form, and small outputs of the published code."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_qformer_without_qk_norm_equals_transformers_blip2(agree):
         for published, name in names.items():
             if match := re.fullmatch(pattern, published):
                 named[name] = ours.state_dict()[match.expand(replacement)]
-    theirs.load_state_dict(named)  # strict: every tensor of theirs has one of ours
+    theirs.load_state_dict(named)  # strict: each of their tensors has one here
     assert len(named) == len(ours.state_dict()) - 1  # the queries are an input of theirs
 
     context = torch.randn(3, 7, config.context_width, generator=torch.Generator().manual_seed(3))

@@ -99,7 +99,7 @@ def test_without_images_it_is_diffusers_unet(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parts_and_maps_are_as_the_configuration_counts_them(name: str) -> None:
-    """What the deployment contract declares: widths of time rows and condition keys, MMFS maps."""
+    """Quantities of the deployment contract: widths of time rows and condition keys, MMFS maps."""
     config = SHAPES[name]
     model = build(config)
     latents, timestep, condition = inputs(config)

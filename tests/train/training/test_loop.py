@@ -198,7 +198,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_model_makes_the_model(
 
 
 def test_progress_is_told_at_the_start_and_at_every_step(tmp_path):
-    """Where there is no terminal as well; a run that goes on says so and counts from there."""
+    """Without a terminal too; a resumed run says so and counts on."""
     told: list[tuple[str, int, int, str]] = []
 
     def tell(what: str, done: int = 0, total: int = 0, *, detail: str = "", unit: str = "") -> None:

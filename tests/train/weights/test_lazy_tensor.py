@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_of_a_run_is_told(tmp_path):
 
 
 def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
-    """Which of the two is meant, nothing says."""
+    """Nothing says which of the two is meant."""
     folder = write_model(tmp_path / "model")
     (folder / WEIGHTS).unlink()
     files = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
@@ -216,5 +216,5 @@ def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
 
 def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path):
     (tmp_path / "i.json").write_text('{"weight_map": {"a": "x.bin", "a": "y.bin"}}')
-    with pytest.raises(MmiError, match="is no index of a checkpoint"):
+    with pytest.raises(MmiError, match="is not an index of a checkpoint"):
         weight_map(tmp_path / "i.json")

@@ -1,4 +1,4 @@
-"""Configurations of parts: JSON files of others, read with errors for people."""
+"""Fields of other projects' configuration files, checked with readable errors."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pydantic import ValidationError
 
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import first_flaw
-from mmi_deploy.system.safetensors_reader import once
+from mmi_deploy.system.safetensors_reader import reject_duplicates
 
 Fields = dict[str, Any]
 
 
 def read_json(path: Path) -> Fields:
-    """The object in `path`; raises `ConfigError`, for a name that stands twice in it as well."""
+    """Read the JSON object in `path`; raises `ConfigError`, for a repeated name too."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicates)
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", fix="give a folder that holds it"
         ) from None
     except (ValueError, RecursionError) as error:
         line = " ".join(str(error).split())
-        raise ConfigError(f"{path} is no JSON object: {line}", fix="download it again") from None
+        raise ConfigError(f"{path} is not a JSON object: {line}", fix="download it again") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} is no JSON object", fix="download it again")
+        raise ConfigError(f"{path} is not a JSON object", fix="download it again")
     return value
 
 
-def agreed(source: Path, places: Mapping[str, object]) -> Any:
-    """The value of a field that may stand in several `places` (by their names) of `source`; None
-    where no place has one. Raises `ConfigError` where two contradict each other."""
+def consistent_value(source: Path, places: Mapping[str, object]) -> Any:
+    """The value of a field that may stand in several places of `source`; None where no place has
+    one. `places`: values by the place's name. Raises `ConfigError` where two values differ."""
     stated = {place: value for place, value in places.items() if value is not None}
     first = next(iter(stated.values()), None)
     if any(value != first for value in stated.values()):
@@ -48,16 +48,16 @@ def agreed(source: Path, places: Mapping[str, object]) -> Any:
     return first
 
 
-def count(source: Path, fields: Fields, name: str) -> int:
-    """The positive number `name` of `fields`, which were read from `source`."""
+def positive_int(source: Path, fields: Fields, name: str) -> int:
+    """The positive integer `name` among the fields of `source`; raises `ConfigError`."""
     value = fields.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{source}: {name} is wrong", expected="a positive number", got=value)
     return value
 
 
-def refuse(source: Path, field: str, expected: object, got: object) -> ConfigError:
-    """The error for a `field` of another architecture than ours."""
+def unsupported(source: Path, field: str, expected: object, got: object) -> ConfigError:
+    """The error for a `field` of a language model that our LLaMA block does not implement."""
     return ConfigError(
         f"{source}: our blocks do not have {field}",
         expected=expected,
@@ -67,9 +67,9 @@ def refuse(source: Path, field: str, expected: object, got: object) -> ConfigErr
 
 
 @contextmanager
-def fitting(source: object) -> Iterator[None]:
-    """Around what is made of the fields of `source`: sizes that contradict each other become a
-    `ConfigError`."""
+def readable_errors(source: object) -> Iterator[None]:
+    """Turn every error from values of `source` (missing, of another type, contradicting sizes) into
+    one `ConfigError`."""
     try:
         yield
     except ValidationError as error:

@@ -1,5 +1,4 @@
-"""The published checkpoint, a folder of pickles, becomes a model folder of ours, tensor by
-tensor."""
+"""Conversion of the published checkpoint, a folder of pickles, to a model folder."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from mmi_train.weights.writer import write_safetensors
 
 
 @dataclass(frozen=True)
-class Converted:
-    """What was written: tensors, and bytes of the weights file."""
+class ConvertedModel:
+    """A written model. tensors: their number. size: bytes of the weights file."""
 
     tensors: int
     size: int
@@ -39,13 +38,13 @@ def convert_checkpoint(
     force: bool = False,
     inputs: Sequence[Path] = (),
     progress: Progress = silent,
-) -> Converted:
-    """Write the model of `config` whose published weights lie in `checkpoint` (a folder of pickles,
-    or one) into the folder `out`, whole or not at all. `tokenizer`: see `published_tokenizer`.
+) -> ConvertedModel:
+    """Convert `checkpoint` (a folder of pickles, or one) into the model folder `out`, atomically.
 
-    `dtype` None keeps the types that the checkpoint has. Never more than a few pieces of a tensor
-    are in memory. Raises `WeightsError` and `ConfigError`, for names and shapes before anything is
-    written.
+    config: of the checkpoint's model. tokenizer: see `published_tokenizer`. dtype: of the written
+    weights; None keeps the checkpoint's types. inputs: further files that were read. No more than a
+    few pieces of a tensor are in memory. Raises `WeightsError` and `ConfigError`, for names and
+    shapes before anything is written.
     """
     read = [checkpoint, tokenizer, *inputs]
     with new_folder(out, force, kind=FOLDER_KIND, inputs=read) as work:
@@ -53,12 +52,12 @@ def convert_checkpoint(
         (work / CONFIG).write_text(to_json(config))
         published = read_pickles(checkpoint)
         progress("comparing names and shapes")
-        tensors = _plan(config, published).stored(published)
+        tensors = _plan(config, published).lazy_tensors(published)
         size = write_safetensors(work / WEIGHTS, tensors, dtype, progress)
-    return Converted(len(tensors), size)
+    return ConvertedModel(len(tensors), size)
 
 
 def _plan(config: ModelConfig, published: Mapping[str, StoredTensor]) -> Plan:
     with torch.device("meta"):
-        sketch = MMInterleaved(config)
-    return plan_state(sketch, published)
+        outline = MMInterleaved(config)
+    return plan_state(outline, published)

@@ -1,7 +1,7 @@
-"""New weights as the published training starts them, drawn part by part.
+"""Initialisation of new weights as in the published training, module by module.
 
-Only the part that is being written is in memory. A part that comes from elsewhere (CLIP's layers,
-the U-Net's body) is built as small as it can be, or not at all.
+Only the module whose weights are being written is in memory. Modules whose weights are taken from
+trained parts (CLIP's layers, the U-Net's body) are built at a minimal size, or not at all.
 """
 
 from __future__ import annotations
@@ -26,54 +26,63 @@ from mmi_train.weights.lazy_tensor import Computed, StoredTensor
 Build = Callable[[], nn.Module]
 
 
-class FreshPart:
-    """Some weights of a module that is built when the first of them is asked for, and let go as
-    they are taken."""
+class FreshModule:
+    """New weights of one module, built when the first of them is read.
+
+    A weight is freed once it has been read.
+    """
 
     def __init__(self, build: Build, seed: int) -> None:
         self._build, self._seed = build, seed
-        self._wanted: set[str] = set()
+        self._names: set[str] = set()
         self._state: dict[str, Tensor] | None = None
 
-    def promise(self, name: str, shape: torch.Size) -> StoredTensor:
-        """The tensor `name`, which can be read once."""
-        self._wanted.add(name)
-        return Computed(shape, torch.float32, lambda: self._take(name))
+    def lazy_tensor(self, name: str, shape: torch.Size) -> StoredTensor:
+        """The tensor `name` of the module; it can be read once."""
+        self._names.add(name)
+        return Computed(shape, torch.float32, lambda: self._pop(name))
 
-    def _take(self, name: str) -> Tensor:
+    def _pop(self, name: str) -> Tensor:
         if self._state is None:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]):  # leaves the caller's generator as it was
                 torch.manual_seed(self._seed)
                 module = self._build()
             state = module.state_dict()
-            self._state = {name: state[name] for name in self._wanted}
+            self._state = {name: state[name] for name in self._names}
         return self._state.pop(name)
 
 
 def fresh_tensors(
     shapes: Mapping[str, torch.Size], config: ModelConfig, taken: Iterable[str], seed: int
 ) -> dict[str, StoredTensor]:
-    """A new tensor for each of our names in `shapes`, in an order in which parts follow each other.
+    """A lazy new tensor for each name in `shapes`, ordered by module.
 
-    `taken`: the names that come from elsewhere.
+    taken: names whose tensors come from trained parts. seed: of the first module; each next module
+    has the next seed.
     """
     builds = _builds(config, set(taken))
-    parts = {prefix: FreshPart(build, seed + i) for i, (prefix, build) in enumerate(builds.items())}
+    modules = {
+        prefix: FreshModule(build, seed + i) for i, (prefix, build) in enumerate(builds.items())
+    }
     found: dict[str, StoredTensor] = {}
-    for prefix, part in parts.items():
+    for prefix, module in modules.items():
         for name, shape in shapes.items():
             if name.startswith(prefix) and name not in found:
-                found[name] = part.promise(name.removeprefix(prefix), shape)
+                found[name] = module.lazy_tensor(name.removeprefix(prefix), shape)
     assert found.keys() == shapes.keys(), shapes.keys() - found.keys()
     return found
 
 
 def _builds(config: ModelConfig, taken: set[str]) -> dict[str, Build]:
-    """How each part is built, by the prefix of its names; longer prefixes first."""
+    """Builders of the modules by the prefix of their weights' names.
+
+    The order counts twice: a weight belongs to the first prefix that its name begins with, and a
+    module's seed is its place.
+    """
     vision, decoder = config.vision, config.image_decoder
     given_clip = any(name.startswith("vision.encoder.layers.") for name in taken)
     given_unet = any(name.startswith("image_decoder.unet.") for name in taken)
-    if given_clip:  # the layers that are drawn in vain are few
+    if given_clip:  # its layers are taken: as few as the adapter allows are drawn for nothing
         vision = replace(vision, layers=vision.interactions)
     small = replace(
         decoder.unet,
@@ -95,7 +104,7 @@ def _builds(config: ModelConfig, taken: set[str]) -> dict[str, Build]:
     llama = config.llama
     block = replace(llama, vocab=2, mlp_width=1, context=1, layers=1, mmfs_every=1)
     builds: dict[str, Build] = {
-        "vision.": lambda: _started(
+        "vision.": lambda: _initialised(
             VisualTokenizer(vision, config.vision_resampler, llama.width), given_clip
         )
     }
@@ -126,7 +135,7 @@ def _builds(config: ModelConfig, taken: set[str]) -> dict[str, Build]:
 
 
 class _Boi(nn.Module):
-    """What is added to the embedding of the begin-of-image token: nothing, at first."""
+    """Holder of the vector that is added to the begin-of-image token's embedding, at first zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -137,12 +146,13 @@ def _look_back(llama: Llama) -> nn.Module:
     return llama.mmfs_layers[0]
 
 
-def _started(tokenizer: VisualTokenizer, given_clip: bool) -> VisualTokenizer:
-    """As the published training starts what stands around a given CLIP: PyTorch's own start for the
-    adapter's convolutions and feed-forward layers and the position projection, no offsets (its
-    loader set all biases of the adapter's linear layers to zero), small visual tokens.
+def _initialised(tokenizer: VisualTokenizer, given_clip: bool) -> VisualTokenizer:
+    """Initialise what surrounds a given CLIP as the published training does.
 
-    Without a CLIP everything is trained from nothing, and starts as `mmi train` does.
+    The adapter's convolutions and feed-forward layers and the position projection get PyTorch's
+    default initialisation, sampling offsets and biases are zero (the published loader zeroes all
+    biases of the adapter's linear layers), visual tokens are small. Without a CLIP the tokenizer
+    keeps the initialisation of `mmi train`.
     """
     if not given_clip:
         return tokenizer

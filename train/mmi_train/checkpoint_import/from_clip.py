@@ -1,26 +1,36 @@
-"""CLIP's vision transformer to build on, from a Hugging Face folder."""
+"""Reader of CLIP's vision transformer in a Hugging Face folder."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from math import isclose
 from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import ConfigError
-from mmi_train.checkpoint_import.config_fields import Fields, agreed, count, fitting, read_json
+from mmi_train.checkpoint_import.config_fields import (
+    Fields,
+    consistent_value,
+    positive_int,
+    read_json,
+    readable_errors,
+)
+from mmi_train.checkpoint_import.parts import VisionPart
 from mmi_train.model.vit_adapter import resize_positions
 from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
 from mmi_train.weights.safetensors_files import read_folder
 
 _PREFIX = "vision_model."
 _POSITIONS = "embeddings.position_embedding.weight"
-_NOT_OURS = re.compile(
+
+# CLIP's text half; its last norm, which our encoder leaves out; ids that the configuration
+# determines.
+_UNUSED = re.compile(
     r"(text_model|text_projection|visual_projection|logit_scale|post_layernorm)\b.*|.*position_ids"
 )
-"""CLIP's other half; its last norm, which ours leaves out; what the configuration determines."""
 
+# Values of absent fields: Hugging Face writes only what differs from these.
 _DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -32,53 +42,58 @@ _DEFAULTS: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-"""What a CLIP folder that does not mention a field means: Hugging Face writes differences only."""
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
+# CLIP's image processor as we implement it: pixels from 0 to 1, then mean and deviation.
 _PIXELS = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-"""Fields of CLIP's image processor: pixels from 0 to 1, then mean and deviation."""
 
 
-@dataclass(frozen=True)
-class VisionPart:
-    """Sizes of a CLIP, and its tensors by the names below our `vision.encoder.`."""
+def read_clip(folder: Path, image_size: int | None = None) -> VisionPart:
+    """Read the vision half of the CLIP in `folder`; another `image_size` resizes its positions.
 
-    image_size: int
-    patch_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
-    activation: str
-    eps: float
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
-    tensors: dict[str, StoredTensor]
-
-
-def read_vision(folder: Path, image_size: int | None = None) -> VisionPart:
-    """The vision half of the CLIP in `folder`; with another `image_size`, its positions resized.
-
-    Raises `ConfigError` for another kind of model; whether the weights fit is for the caller.
+    Raises `ConfigError` for another kind of model; the caller checks that the weights fit.
     """
     path = folder / "config.json"
     config = read_json(path)
-    with fitting(path):
+    with readable_errors(path):
         return _read(folder, path, config, image_size)
 
 
 def _read(folder: Path, path: Path, config: Fields, image_size: int | None) -> VisionPart:
+    fields = _fields(folder, path, config)
+    pixel_mean, pixel_std = _pixel_statistics(folder / "preprocessor_config.json")
+    own, patch = (positive_int(path, fields, name) for name in ("image_size", "patch_size"))
+    part = VisionPart(
+        image_size=own,
+        patch_size=patch,
+        width=fields["hidden_size"],
+        layers=fields["num_hidden_layers"],
+        heads=fields["num_attention_heads"],
+        mlp_width=fields["intermediate_size"],
+        activation=fields["hidden_act"],
+        eps=fields["layer_norm_eps"],
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
+        tensors=_renamed(read_folder(folder, ("model", "pytorch_model"))),
+    )
+    return part if image_size in (None, own) else _resized(part, image_size)
+
+
+def _fields(folder: Path, path: Path, config: Fields) -> Fields:
+    """The vision half's fields with their defaults; raises `ConfigError` for another model."""
     inner, older = config.get("vision_config", config), config.get("vision_config_dict") or {}
-    for name, value in older.items():  # CLIP's first folders have both
+    for name, value in older.items():  # CLIP's first folders have both objects
         places = {"vision_config": inner.get(name), "vision_config_dict": value}
-        stated = agreed(path, {f"{place}.{name}": found for place, found in places.items()})
+        stated = consistent_value(
+            path, {f"{place}.{name}": found for place, found in places.items()}
+        )
         inner = {**inner, name: stated}
     kind = inner.get("model_type", config.get("model_type"))
     if kind not in ("clip_vision_model", "clip"):
         raise ConfigError(
-            f"{folder} is no CLIP", expected="model_type clip or clip_vision_model", got=kind
+            f"{folder} is not a CLIP", expected="model_type clip or clip_vision_model", got=kind
         )
     fields = {name: inner.get(name, default) for name, default in _DEFAULTS.items()}
     if fields["hidden_act"] not in ("quick_gelu", "gelu") or fields["num_channels"] != 3:
@@ -87,41 +102,40 @@ def _read(folder: Path, path: Path, config: Fields, image_size: int | None) -> V
             expected="quick_gelu or gelu, 3",
             got=f"{fields['hidden_act']}, {fields['num_channels']}",
         )
-    pixels = folder / "preprocessor_config.json"
-    scale = read_json(pixels) if pixels.is_file() else {}
+    return fields
+
+
+def _pixel_statistics(path: Path) -> tuple[Any, Any]:
+    """Mean and deviation of the image processor at `path`, or CLIP's own without one; raises
+    `ConfigError` for another preprocessing."""
+    scale = read_json(path) if path.is_file() else {}
     for field, plain in _PIXELS.items():
         if not isclose(plain if scale.get(field) is None else scale[field], plain):
             raise ConfigError(
-                f"{pixels}: our images are not prepared with this {field}",
+                f"{path}: our images are not prepared with this {field}",
                 expected=f"{plain:.6g}" if isinstance(plain, float) else plain,
                 got=scale[field],
             )
-    own, patch = (count(path, fields, name) for name in ("image_size", "patch_size"))
-    size = image_size or own
-    tensors = _named(read_folder(folder, ("model", "pytorch_model")))
-    if size != own and size >= patch and _POSITIONS in tensors:  # no patch: refused when built
+    return tuple(scale.get("image_mean", _MEAN)), tuple(scale.get("image_std", _STD))
+
+
+def _resized(part: VisionPart, image_size: int) -> VisionPart:
+    """The part for another image size, its position table interpolated."""
+    tensors = part.tensors
+    # An image smaller than a patch has no grid; the configuration refuses it later.
+    if image_size >= part.patch_size and _POSITIONS in tensors:
         table = tensors[_POSITIONS].read().float()
-        tensors[_POSITIONS] = InMemory(resize_positions(table, size // patch))
-    return VisionPart(
-        image_size=size,
-        patch_size=patch,
-        width=fields["hidden_size"],
-        layers=fields["num_hidden_layers"],
-        heads=fields["num_attention_heads"],
-        mlp_width=fields["intermediate_size"],
-        activation=fields["hidden_act"],
-        eps=fields["layer_norm_eps"],
-        pixel_mean=tuple(scale.get("image_mean", _MEAN)),
-        pixel_std=tuple(scale.get("image_std", _STD)),
-        tensors=tensors,
-    )
+        resized = InMemory(resize_positions(table, image_size // part.patch_size))
+        tensors = {**tensors, _POSITIONS: resized}
+    return replace(part, image_size=image_size, tensors=tensors)
 
 
-def _named(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _renamed(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors that our encoder has, by our names."""
     found = {}
     for name, tensor in stored.items():
         own = name.removeprefix(_PREFIX)
-        if _NOT_OURS.fullmatch(own):
+        if _UNUSED.fullmatch(own):
             continue
         own = re.sub(r"^pre_layrnorm\.", "pre_norm.", own)
         found[re.sub(r"^encoder\.layers\.", "layers.", own)] = tensor

@@ -1,11 +1,13 @@
-"""Stable Diffusion to build on, from a diffusers folder: U-Net, autoencoder, noise schedule, and
-what its text encoder makes of nothing."""
+"""Reader of a Stable Diffusion in a diffusers folder: U-Net, autoencoder, noise schedule, and the
+text encoder's output for an empty text.
+
+Letters: c channels, y condition tokens.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +16,39 @@ from torch import Tensor
 
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.spec.config import DiffusionConfig, UnetConfig, VaeConfig
-from mmi_train.checkpoint_import.config_fields import Fields, agreed, count, fitting, read_json
-from mmi_train.checkpoint_import.state_dict import compact
+from mmi_train.checkpoint_import.config_fields import (
+    Fields,
+    consistent_value,
+    positive_int,
+    read_json,
+    readable_errors,
+)
+from mmi_train.checkpoint_import.misfits import compact
+from mmi_train.checkpoint_import.parts import DiffusionPart
 from mmi_train.model.unet import diffusers_unet
 from mmi_train.model.vae import Vae
 from mmi_train.weights.lazy_tensor import Reshaped, StoredTensor
 from mmi_train.weights.safetensors_files import read_folder
 
+# Weights files without their suffix, the first that is there.
 _STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
 
-_WHOLE = "download the folder whole, or leave out text_encoder and tokenizer"
+_FIX_TEXT_ENCODER = "download the folder whole, or leave out text_encoder and tokenizer"
 
+# Layers of the autoencoder's attention, as diffusers named them before 2023, and names them now.
 _OLD_ATTENTION = {
     "query": "to_q",
     "key": "to_k",
     "value": "to_v",
     "proj_attn": "to_out.0",
 }
-"""How diffusers called the autoencoder's attention before 2023, and calls it now."""
 
+# Fields that do not change what diffusers' layers compute, or that are read here.
 _NO_EFFECT = {
-    "sample_size",  # read by us, not by the layers
-    "attention_head_dim",  # the number of heads, read by us
+    "sample_size",
+    "attention_head_dim",  # of the U-Net, the number of heads
     "num_attention_heads",
-    "upcast_attention",  # of the arithmetic
+    "upcast_attention",
     "force_upcast",
     "downsample_padding",
     "scaling_factor",
@@ -47,30 +58,19 @@ _NO_EFFECT = {
 }
 
 
-@dataclass(frozen=True)
-class DiffusionPart:
-    """Configurations, and tensors by the names below our `image_decoder.unet.` and
-    `image_decoder.vae.autoencoder.`. `null_condition` [1, tokens, width]: the text encoder's output
-    for an empty text, if the folder holds one."""
+def read_diffusion(folder: Path, like: UnetConfig, default: DiffusionConfig) -> DiffusionPart:
+    """Read the pipeline in `folder`.
 
-    unet: UnetConfig
-    vae: VaeConfig
-    diffusion: DiffusionConfig
-    unet_tensors: dict[str, StoredTensor]
-    vae_tensors: dict[str, StoredTensor]
-    null_condition: Tensor | None
-
-
-def read_diffusion(folder: Path, like: UnetConfig, prediction: DiffusionConfig) -> DiffusionPart:
-    """The parts of the pipeline in `folder`. `like`: where MMFS goes. `prediction`: the noise
-    schedule where the folder has none. Raises `ConfigError` naming the first field that our U-Net
-    or autoencoder does not have, and `WeightsError`."""
+    like: the U-Net whose places of MMFS are taken. default: the noise schedule where the folder has
+    none. Raises `ConfigError` that names the first field which our U-Net or autoencoder does not
+    implement, and `WeightsError`.
+    """
     unet = _unet(folder / "unet", like)
     vae = _vae(folder / "vae")
     return DiffusionPart(
         unet=unet,
         vae=vae,
-        diffusion=_schedule(folder / "scheduler" / "scheduler_config.json", prediction),
+        diffusion=_schedule(folder / "scheduler" / "scheduler_config.json", default),
         unet_tensors=read_folder(folder / "unet", _STEMS),
         vae_tensors=_renamed(read_folder(folder / "vae", _STEMS)),
         null_condition=_null_condition(folder),
@@ -80,17 +80,17 @@ def read_diffusion(folder: Path, like: UnetConfig, prediction: DiffusionConfig) 
 def _unet(folder: Path, like: UnetConfig) -> UnetConfig:
     path = folder / "config.json"
     fields = read_json(path)
-    widths = _counts(path, fields, "block_out_channels")
-    names = ("num_attention_heads", "attention_head_dim")  # of the U-Net, the same thing
-    heads = agreed(path, {name: fields.get(name) for name in names}) or 8
+    widths = _numbers(path, fields, "block_out_channels")
+    names = ("num_attention_heads", "attention_head_dim")  # of the U-Net, synonyms
+    heads = consistent_value(path, {name: fields.get(name) for name in names}) or 8
     down = fields.get("down_block_types") or []
-    with fitting(path), torch.device("meta"):
+    with readable_errors(path), torch.device("meta"):
         config = UnetConfig(
-            latent_side=count(path, fields, "sample_size"),
-            latent_channels=count(path, fields, "in_channels"),
+            latent_side=positive_int(path, fields, "sample_size"),
+            latent_channels=positive_int(path, fields, "in_channels"),
             block_widths=widths,
-            layers_per_block=count(path, fields, "layers_per_block"),
-            condition_width=count(path, fields, "cross_attention_dim"),
+            layers_per_block=positive_int(path, fields, "layers_per_block"),
+            condition_width=positive_int(path, fields, "cross_attention_dim"),
             attention_heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(widths),
             attention_blocks=tuple(kind == "CrossAttnDownBlock2D" for kind in down),
             mmfs_at=like.mmfs_at,
@@ -109,11 +109,11 @@ def _vae(folder: Path) -> VaeConfig:
         raise ConfigError(
             f"{folder}: our autoencoder does not have shift_factor or latents_mean", got=shift
         )
-    with fitting(path), torch.device("meta"):
+    with readable_errors(path), torch.device("meta"):
         config = VaeConfig(
-            block_widths=_counts(path, fields, "block_out_channels"),
+            block_widths=_numbers(path, fields, "block_out_channels"),
             layers_per_block=fields.get("layers_per_block", 1),
-            latent_channels=count(path, fields, "latent_channels"),
+            latent_channels=positive_int(path, fields, "latent_channels"),
             scaling_factor=fields.get("scaling_factor", 0.18215),
             norm_groups=fields.get("norm_num_groups", 32),
             mid_attention=fields.get("mid_block_add_attention", True),
@@ -123,7 +123,10 @@ def _vae(folder: Path) -> VaeConfig:
 
 
 def _compare(path: Path, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a field of `given` that changes what `own` computes."""
+    """Raise `ConfigError` for a field of `given` that changes what diffusers' layers compute.
+
+    own: the fields of our module.
+    """
     for name, value in given.items():
         if name.startswith("_") or name in _NO_EFFECT:
             continue
@@ -139,7 +142,8 @@ def _compare(path: Path, given: Mapping[str, Any], own: Mapping[str, Any]) -> No
             )
 
 
-def _counts(path: Path, fields: Fields, name: str) -> tuple[int, ...]:
+def _numbers(path: Path, fields: Fields, name: str) -> tuple[int, ...]:
+    """The list of numbers `name`; their values are checked by the configuration."""
     value = fields.get(name)
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{path}: {name} is wrong", expected="a list of numbers", got=value)
@@ -157,7 +161,7 @@ def _schedule(path: Path, default: DiffusionConfig) -> DiffusionConfig:
         )
     if fields.get("trained_betas") is not None or fields.get("rescale_betas_zero_snr"):
         raise ConfigError(f"{path}: trained_betas and rescale_betas_zero_snr are not known")
-    with fitting(path):
+    with readable_errors(path):
         return DiffusionConfig(
             prediction=kind,
             steps=fields.get("num_train_timesteps", 1000),
@@ -168,7 +172,8 @@ def _schedule(path: Path, default: DiffusionConfig) -> DiffusionConfig:
 
 
 def _renamed(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The autoencoder's tensors by today's names; its attention once was 1x1 convolutions."""
+    """The autoencoder's tensors by diffusers' present names; 1x1 convolutions, of which its
+    attention once consisted, become matrices."""
     found: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         if match := re.fullmatch(r"(.+\.attentions\.\d+\.)(\w+)\.(weight|bias)", name):
@@ -180,30 +185,36 @@ def _renamed(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def _null_condition(folder: Path) -> Tensor | None:
-    """[1, tokens, width]: what the text encoder makes of an empty text; raises `WeightsError`."""
-    words, weights = folder / "tokenizer", folder / "text_encoder"
-    if not words.is_dir() or not weights.is_dir():
+    """The text encoder's output for an empty text, [1, y, c], or None without a text encoder.
+
+    Raises `WeightsError`.
+    """
+    tokenizer_folder, weights = folder / "tokenizer", folder / "text_encoder"
+    if not tokenizer_folder.is_dir() or not weights.is_dir():
         return None
     from transformers import CLIPTextModel, CLIPTokenizer
 
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         encoder, found = CLIPTextModel.from_pretrained(
             weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
         ids = tokenizer("", padding="max_length", return_tensors="pt").input_ids
     except Exception as error:  # `tokenizers` raises plain Exception
         line = " ".join(str(error).split())
-        raise WeightsError(f"cannot read {weights} and {words}: {line}", fix=_WHOLE) from None
-    if missing := compact(sorted(found["missing_keys"])):  # transformers draws them at random
-        raise WeightsError(f"{weights} lacks tensors: {', '.join(missing)}", fix=_WHOLE)
+        raise WeightsError(
+            f"cannot read {weights} and {tokenizer_folder}: {line}", fix=_FIX_TEXT_ENCODER
+        ) from None
+    # transformers initialises missing tensors at random and goes on.
+    if missing := compact(sorted(found["missing_keys"])):
+        raise WeightsError(f"{weights} lacks tensors: {', '.join(missing)}", fix=_FIX_TEXT_ENCODER)
     length = encoder.config.max_position_embeddings
     if ids.shape[1] != length:
         raise WeightsError(
-            f"{words} is not the tokenizer of {weights}",
+            f"{tokenizer_folder} is not the tokenizer of {weights}",
             expected=f"texts padded to {length} tokens",
             got=ids.shape[1],
-            fix=_WHOLE,
+            fix=_FIX_TEXT_ENCODER,
         )
     with torch.no_grad():
         return encoder.eval()(ids).last_hidden_state

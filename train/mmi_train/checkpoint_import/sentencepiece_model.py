@@ -1,7 +1,7 @@
-"""LLaMA's `tokenizer.model`, a SentencePiece model, as a `tokenizers.Tokenizer`.
+"""Reader of LLaMA's `tokenizer.model`, a SentencePiece model, as a `tokenizers.Tokenizer`.
 
-Only what a byte-pair model needs is read of it, by its protobuf field numbers
-(sentencepiece_model.proto): pieces with their scores and kinds, and the normaliser's switches.
+Only the fields of a byte-pair model are read, by their protobuf numbers in
+sentencepiece_model.proto: pieces with their scores and kinds, and the normaliser's switches.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from mmi_deploy.errors import WeightsError
 
+# SentencePiece's character for a space.
 SPACE = "\u2581"
-"""How SentencePiece writes a space."""
 
+# TrainerSpec.model_type of byte-pair models.
 _BPE = 2
 
 
 class Kind(IntEnum):
-    """Of a piece; llama.cpp uses the same numbers."""
+    """Kind of a piece, with SentencePiece's numbers, which llama.cpp uses too."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -35,7 +36,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Piece:
-    """One entry of the vocabulary; its id is its place."""
+    """One entry of the vocabulary; its id is its position."""
 
     text: str
     score: float
@@ -44,7 +45,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What happens to a text before it is cut. `charsmap`: SentencePiece's compiled table."""
+    """Normalisation of a text before tokenisation.
+
+    charsmap: SentencePiece's compiled table of replacements. add_space: put a space before the
+    text. one_space: merge repeated spaces.
+    """
 
     charsmap: bytes = b""
     add_space: bool = True
@@ -52,12 +57,12 @@ class Normaliser:
 
 
 def read_sentencepiece(path: Path) -> Tokenizer:
-    """The tokenizer in a SentencePiece model file; raises `WeightsError`."""
+    """Read the tokenizer in a SentencePiece model file; raises `WeightsError`."""
     return byte_pair_tokenizer(*read_pieces(path))
 
 
 def read_pieces(path: Path) -> tuple[list[Piece], Normaliser]:
-    """What a SentencePiece model file of byte pairs holds; raises `WeightsError`."""
+    """Read pieces and normaliser of a byte-pair SentencePiece file; raises `WeightsError`."""
     try:
         model = _Message(path.read_bytes())
         pieces = [_piece(_Message(text)) for text in model.texts.get(1, [])]
@@ -69,11 +74,11 @@ def read_pieces(path: Path) -> tuple[list[Piece], Normaliser]:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, IndexError, KeyError, struct.error):
         raise WeightsError(
-            f"{path} is no SentencePiece model, or it is damaged", fix="download it again"
+            f"{path} is not a SentencePiece model, or it is damaged", fix="download it again"
         ) from None
     if trainer.numbers.get(3, 1) != _BPE:
         raise WeightsError(
-            f"{path} is no byte-pair model",
+            f"{path} is not a byte-pair model",
             expected="the tokenizer of a LLaMA",
             fix="give a folder with a tokenizer.json",
         )
@@ -83,10 +88,10 @@ def read_pieces(path: Path) -> tuple[list[Piece], Normaliser]:
 
 
 def byte_pair_tokenizer(pieces: Sequence[Piece], rules: Normaliser) -> Tokenizer:
-    """A byte-pair tokenizer that cuts texts as SentencePiece does with `pieces`.
+    """Build a byte-pair tokenizer with the same ids as SentencePiece gives with `pieces`.
 
-    SentencePiece joins the two neighbours whose union has the highest score; here every pair that
-    gives a piece is a merge, ranked by that piece's score.
+    SentencePiece merges the two neighbours whose union has the highest score; here every pair whose
+    union is a piece is a merge, ranked by that piece's score.
     """
     ids = vocabulary(piece.text for piece in pieces)
     unknown = next((piece.text for piece in pieces if piece.kind == Kind.UNKNOWN), None)
@@ -127,7 +132,7 @@ def byte_pair_tokenizer(pieces: Sequence[Piece], rules: Normaliser) -> Tokenizer
 
 
 def vocabulary(texts: Iterable[str]) -> dict[str, int]:
-    """The id of each text, its place; raises `WeightsError` for one that has two."""
+    """Ids of `texts` by position; raises `WeightsError` for a repeated text."""
     ids: dict[str, int] = {}
     for index, text in enumerate(texts):
         if ids.setdefault(text, index) != index:
@@ -140,6 +145,7 @@ def vocabulary(texts: Iterable[str]) -> dict[str, int]:
 
 
 def _merges(pieces: Sequence[Piece], ids: dict[str, int]) -> list[tuple[str, str]]:
+    """All pairs of pieces whose union is a piece, the best score first."""
     usable = {p.text for p in pieces if p.kind in (Kind.NORMAL, Kind.USER_DEFINED)}
     ranked = sorted(
         (piece for piece in pieces if piece.kind == Kind.NORMAL),
@@ -159,29 +165,29 @@ def _piece(message: _Message) -> Piece:
 
 
 class _Message:
-    """A protobuf message: whole numbers and byte strings by field number."""
+    """A protobuf message: integers and byte strings by field number."""
 
     def __init__(self, message: bytes) -> None:
         self.numbers: dict[int, int] = {}
         self.texts: dict[int, list[bytes]] = {}
         position = 0
         while position < len(message):
-            tag, position = _number(message, position)
+            tag, position = _varint(message, position)
             field, form = tag >> 3, tag & 7
             if form == 0:
-                self.numbers[field], position = _number(message, position)
+                self.numbers[field], position = _varint(message, position)
                 continue
             length = {1: 8, 5: 4}.get(form, -1)
             if form == 2:
-                length, position = _number(message, position)
+                length, position = _varint(message, position)
             if length < 0 or position + length > len(message):
-                raise ValueError("no protobuf message")
+                raise ValueError("not a protobuf message")
             self.texts.setdefault(field, []).append(message[position : position + length])
             position += length
 
 
-def _number(message: bytes, position: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and the position after it."""
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """Read a varint (seven bits per byte); returns it and the position after it."""
     value = shift = 0
     while shift < 64:
         byte = message[position]
@@ -189,4 +195,4 @@ def _number(message: bytes, position: int) -> tuple[int, int]:
         position, shift = position + 1, shift + 7
         if byte < 128:
             return value, position
-    raise ValueError("no number")
+    raise ValueError("not a varint")

@@ -1,14 +1,13 @@
-"""Published weights into our modules: strict, with every tensor accounted for.
+"""Mapping of published state dicts to our modules, strict: every tensor is accounted for.
 
-`plan_state` compares names, shapes and types, and says where each of our tensors comes from. What
-it returns converts a whole dictionary in memory (`convert_state`) as well as tensors that are read
-from files one at a time (`Plan.stored`).
+`plan_state` compares names, shapes and types, and plans the source of each of our tensors. The plan
+converts a whole state dict in memory (`convert_state`), or lazily, from files, one tensor at a time
+(`Plan.lazy_tensors`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from mmi_deploy.errors import WeightsError
 from mmi_deploy.parity import CONSTANT_TOLERANCES, compare
+from mmi_train.checkpoint_import.misfits import misfits
 from mmi_train.checkpoint_import.published import (
     RELEASED_SKIPS,
     DerivedConstant,
@@ -31,9 +31,11 @@ from mmi_train.weights.model_folder import kind_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_NOT_FINITE = "{} holds NaN or infinity"
 
-class Described(Protocol):
-    """What a plan needs to know of a tensor; those in memory and those in files tell it."""
+
+class TensorLike(Protocol):
+    """Shape and type of a tensor, in memory or in a file: all that planning reads."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -43,29 +45,29 @@ class Described(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one of our tensors comes from: the published `name`, in our `shape`. `grid`: CLIP's
-    positions, to be resized to this many patches along a side."""
+class Source:
+    """Source of one of our tensors: its published `name`, and our `shape`. `grid`: patches per side
+    to which CLIP's position table is resized; None for every other tensor."""
 
     name: str
     shape: torch.Size
     grid: int | None = None
 
     def convert(self, value: Tensor) -> Tensor:
-        """The published tensor as ours."""
+        """Resize and reshape the published tensor to ours."""
         resized = value if self.grid is None else resize_positions(value, self.grid)
         return resized.reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`places`: by our name. `constants`: by published name, what its values must be."""
+    """Sources by our name, and expected values of derived constants by published name."""
 
-    places: dict[str, Place]
+    sources: dict[str, Source]
     constants: dict[str, Tensor]
 
     def check_constants(self, read: Callable[[str], Tensor]) -> list[str]:
-        """What is wrong with the derived constants, which `read` gives by published name."""
+        """Messages about derived constants with other values; `read` takes published names."""
         return [
             _NOT_FINITE.format(name)
             if not _finite(value)
@@ -74,39 +76,36 @@ class Plan:
             if not _finite(value := read(name)) or not _equal(value, expected)
         ]
 
-    def stored(self, published: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """Our tensors by name, still in the files of `published`, in its order. Raises
-        `WeightsError` when a derived constant there has other values."""
+    def lazy_tensors(self, published: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Our tensors by name, still in the files of `published`, in the order of `published`.
+
+        Raises `WeightsError` when a derived constant has other values.
+        """
         if problems := self.check_constants(lambda name: published[name].read()):
             raise _misfit(problems)
         order = {name: index for index, name in enumerate(published)}
-        places = sorted(self.places.items(), key=lambda item: order[item[1].name])
+        sources = sorted(self.sources.items(), key=lambda item: order[item[1].name])
         found: dict[str, StoredTensor] = {}
-        for name, place in places:
-            if place.grid is None:
-                found[name] = Reshaped(published[place.name], place.shape)
+        for name, source in sources:
+            if source.grid is None:
+                found[name] = Reshaped(published[source.name], source.shape)
             else:
-                found[name] = InMemory(place.convert(published[place.name].read()))
+                found[name] = InMemory(source.convert(published[source.name].read()))
         return found
-
-
-_FIRST_NUMBER = re.compile(r"\.(\d+)\.")
-_NOT_FINITE = "{} holds NaN or infinity"
 
 
 def _misfit(problems: list[str]) -> WeightsError:
     return WeightsError("the weights do not fit the configuration: " + "; ".join(problems))
 
 
-def plan_state(module: nn.Module, published: Mapping[str, Described]) -> Plan:
-    """Where the state of the whole model `module`, which may be a sketch on the meta device, comes
-    from.
+def plan_state(module: nn.Module, published: Mapping[str, TensorLike]) -> Plan:
+    """Plan the source of every tensor of the whole model `module`, which may be on the meta device.
 
-    Raises `WeightsError` that names every tensor which is missing, extra, misshapen or of another
+    Raises `WeightsError` that names every tensor which is missing, unknown, misshapen or of another
     kind. Shapes may differ by leading dimensions of one, and CLIP's position table may be that of
     another image size: it is resized, as the published code does for 448 pixels.
     """
-    plan, problems = _plan(module, published, "", "")
+    plan, problems = _plan(module, published, theirs="", ours="")
     if problems:
         raise _misfit(problems)
     return plan
@@ -115,19 +114,19 @@ def plan_state(module: nn.Module, published: Mapping[str, Described]) -> Plan:
 def convert_state(
     module: nn.Module, published: Mapping[str, Tensor], *, theirs: str = "", ours: str = ""
 ) -> dict[str, Tensor]:
-    """The state dict of `module`, a part of the model or all of it, made of `published` tensors.
+    """Convert `published` tensors to the state dict of `module`, the model or a part of it.
 
-    `theirs` and `ours` are the prefixes that `published` names and the names of `module` lack to be
-    names of the whole model. Raises `WeightsError` as `plan_state` does, and for tensors that are
+    theirs, ours: prefixes that complete the names of `published` and of `module` to names of the
+    whole model. Raises `WeightsError` as `plan_state` does, and for tensors that are
     not finite and derived constants of other values than the configuration gives.
     """
     plan, problems = _plan(module, published, theirs, ours)
-    taken = [place.name for place in plan.places.values()]
+    taken = [source.name for source in plan.sources.values()]
     problems += [_NOT_FINITE.format(name) for name in taken if not _finite(published[name])]
     problems += plan.check_constants(lambda name: published[name])
     if problems:
         raise _misfit(problems)
-    return {name: place.convert(published[place.name]) for name, place in plan.places.items()}
+    return {name: src.convert(published[src.name]) for name, src in plan.sources.items()}
 
 
 def published_module(
@@ -137,87 +136,120 @@ def published_module(
     theirs: str = "",
     ours: str = "",
 ) -> Module:
-    """The module that `build` makes with the weights `published`, for evaluation.
+    """Build a module and load the weights `published`, in evaluation mode.
 
-    Shapes are checked before any memory is taken for its parameters. See `convert_state`.
+    Names and shapes are checked before memory is allocated. theirs, ours: see `convert_state`.
     """
     with torch.device("meta"):
-        sketch = build()
-    state = convert_state(sketch, published, theirs=theirs, ours=ours)
+        outline = build()
+    state = convert_state(outline, published, theirs=theirs, ours=ours)
     module = build()
     module.load_state_dict(state)
     return module.eval()
 
 
 def _plan(
-    module: nn.Module, published: Mapping[str, Described], theirs: str, ours: str
+    module: nn.Module, published: Mapping[str, TensorLike], theirs: str, ours: str
 ) -> tuple[Plan, list[str]]:
-    """The plan as far as it goes, and what is wrong."""
-    own, constants = module.state_dict(), dict(module.named_buffers())
-    skips = _skips(module)
-    grid = _other_grid(own, published, theirs, ours)
-    plan = Plan({}, {})
-    extra, wrong = [], []
+    """The plan of all tensors that fit, and messages about the others."""
+    planner = _Planner(module, published, theirs, ours)
     for name in published:
+        planner.add(name)
+    return planner.plan, planner.problems()
+
+
+class _Planner:
+    """A plan while it is made: each published tensor becomes a source, a constant or a misfit."""
+
+    def __init__(
+        self, module: nn.Module, published: Mapping[str, TensorLike], theirs: str, ours: str
+    ) -> None:
+        self.published, self.theirs, self.ours = published, theirs, ours
+        self.own, self.buffers = module.state_dict(), dict(module.named_buffers())
+        self.skips = _skips(module)
+        self.grids = self._resized_grids()
+        self.plan = Plan({}, {})
+        self.unknown: list[str] = []
+        self.wrong: list[str] = []
+
+    def add(self, name: str) -> None:
+        """Plan the published tensor `name`."""
         try:
-            found = rename(theirs + name, skips)
+            found = rename(self.theirs + name, self.skips)
         except WeightsError:
-            extra.append(name)
-            continue
+            self.unknown.append(name)
+            return
+        derived = isinstance(found, DerivedConstant)
         target = found.buffer if isinstance(found, DerivedConstant) else found
-        target = target.removeprefix(ours) if target.startswith(ours) else ""
-        given = published[name]
-        if isinstance(found, DerivedConstant) and target in constants:
-            expected = constants[target]
-            if target == POSITION_IDS.removeprefix(ours):
-                ids = expected.numel() if grid is None else 1 + grid.given**2
-                expected = torch.arange(ids, device="cpu")
-            if problem := _shape_problem(name, given.shape, expected.shape):
-                wrong.append(problem)
-            else:
-                plan.constants[name] = expected
-        elif isinstance(found, DerivedConstant) or target not in own or target in plan.places:
-            extra.append(name)
+        target = target.removeprefix(self.ours) if target.startswith(self.ours) else ""
+        if derived and target in self.buffers:
+            self._add_constant(name, target)
+        elif not derived and target in self.own and target not in self.plan.sources:
+            self._add_source(name, target)
         else:
-            resized = grid is not None and target == POSITION_TABLE.removeprefix(ours)
-            place = Place(name, own[target].shape, grid.own if grid and resized else None)
-            plan.places[target] = place
-            problem = None if resized else _shape_problem(name, given.shape, place.shape)
-            problem = problem or _kind_problem(name, given.dtype, own[target])
-            wrong += [problem] if problem else []
-    missing = [_their_name(ours + name, theirs, skips) for name in own if name not in plan.places]
-    missing += [
-        name for name in _constants_of(module, theirs, ours, skips) if name not in published
-    ]
-    if extra and not plan.places:
-        return plan, [
-            f"none of its {len(published)} tensors belongs to this model, {extra[0]} first"
+            self.unknown.append(name)
+
+    def _add_constant(self, name: str, target: str) -> None:
+        expected = self.buffers[target]
+        if target == POSITION_IDS.removeprefix(self.ours):
+            ids = expected.numel() if self.grids is None else 1 + self.grids.given**2
+            expected = torch.arange(ids, device="cpu")
+        if problem := _shape_problem(name, self.published[name].shape, expected.shape):
+            self.wrong.append(problem)
+        else:
+            self.plan.constants[name] = expected
+
+    def _add_source(self, name: str, target: str) -> None:
+        given, own, grid = self.published[name], self.own[target], None
+        if self.grids is not None and target == POSITION_TABLE.removeprefix(self.ours):
+            grid = self.grids.own
+        self.plan.sources[target] = Source(name, own.shape, grid)
+        problem = None if grid is not None else _shape_problem(name, given.shape, own.shape)
+        if problem := problem or _kind_problem(name, given.dtype, own):
+            self.wrong.append(problem)
+
+    def problems(self) -> list[str]:
+        """Messages about tensors that are missing, unknown, misshapen or of another kind."""
+        sources = self.plan.sources
+        if self.unknown and not sources:
+            return [
+                f"none of its {len(self.published)} tensors belongs to this model, "
+                f"{self.unknown[0]} first"
+            ]
+        missing = [
+            self._published(name) or f"{self.ours}{name} (ours)"
+            for name in self.own
+            if name not in sources
         ]
-    return plan, misfits(missing, extra, wrong)
+        constants = [self._published(name) for name in self.buffers]
+        missing += [name for name in constants if name and name not in self.published]
+        return misfits(missing, self.unknown, self.wrong)
+
+    def _published(self, name: str) -> str | None:
+        """The published name of our tensor `name`, as this checkpoint spells it."""
+        found = published_name(self.ours + name, self.skips)
+        return None if found is None else found.removeprefix(self.theirs)
+
+    def _resized_grids(self) -> _Grids | None:
+        """The two grids, where CLIP's published position table is of another image size."""
+        table = self.published.get(str(published_name(POSITION_TABLE)).removeprefix(self.theirs))
+        wanted = self.own.get(POSITION_TABLE.removeprefix(self.ours))
+        if table is None or wanted is None or len(table.shape) != 2:
+            return None
+        if table.shape[0] == wanted.shape[0] or table.shape[1] != wanted.shape[1]:
+            return None
+        given = round((table.shape[0] - 1) ** 0.5)
+        if given**2 != table.shape[0] - 1:
+            return None  # not a square grid: refused later for its shape
+        return _Grids(given, round((wanted.shape[0] - 1) ** 0.5))
 
 
 @dataclass(frozen=True)
 class _Grids:
-    """Patches along a side: of the published position table, and of ours."""
+    """Patches per side: of the published position table, and of our encoder."""
 
     given: int
     own: int
-
-
-def _other_grid(
-    own: Mapping[str, Tensor], published: Mapping[str, Described], theirs: str, ours: str
-) -> _Grids | None:
-    """The grids, if CLIP's published position table is that of another image size."""
-    table = published.get(str(published_name(POSITION_TABLE)).removeprefix(theirs))
-    wanted = own.get(POSITION_TABLE.removeprefix(ours))
-    if table is None or wanted is None or len(table.shape) != 2:
-        return None
-    if table.shape[0] == wanted.shape[0] or table.shape[1] != wanted.shape[1]:
-        return None
-    given = round((table.shape[0] - 1) ** 0.5)
-    if given**2 != table.shape[0] - 1:
-        return None  # no square grid: refused for its shape
-    return _Grids(given, round((wanted.shape[0] - 1) ** 0.5))
 
 
 def bare_shape(shape: torch.Size) -> tuple[int, ...]:
@@ -229,50 +261,11 @@ def bare_shape(shape: torch.Size) -> tuple[int, ...]:
 
 
 def _skips(module: nn.Module) -> int:
-    """How many skip connections the U-Net in `module` has, if there is one."""
+    """Number of the U-Net's skip connections; the released model's in a part without a U-Net."""
     for part in module.modules():
         if isinstance(part, UNet):
             return len(part.look_back) - 1
     return RELEASED_SKIPS
-
-
-def _constants_of(module: nn.Module, theirs: str, ours: str, skips: int) -> list[str]:
-    """Published names of the derived constants that `module` holds as buffers."""
-    names = (published_name(ours + name, skips) for name, _ in module.named_buffers())
-    return [name.removeprefix(theirs) for name in names if name is not None]
-
-
-def misfits(missing: Sequence[str], unknown: Sequence[str], wrong: Sequence[str]) -> list[str]:
-    """What is wrong with a set of tensors: names that are missing, names of no tensor of ours, and
-    lines about the others."""
-    return [
-        *([f"missing: {', '.join(compact(missing))}"] if missing else []),
-        *([f"unknown: {', '.join(compact(unknown))}"] if unknown else []),
-        *compact(wrong),
-    ]
-
-
-def compact(lines: Sequence[str]) -> list[str]:
-    """`lines` with those that differ in their first number alone made into one:
-    `layers.{0-39}.norm`."""
-    groups: dict[str, list[int]] = {}
-    for line in lines:
-        found = _FIRST_NUMBER.search(line)
-        template = line if found is None else f"{line[: found.start()]}.{{}}.{line[found.end() :]}"
-        groups.setdefault(template, []).extend([int(found[1])] if found else [])
-    return [
-        template.replace("{}", _spans(numbers), 1) if numbers else template
-        for template, numbers in groups.items()
-    ]
-
-
-def _spans(numbers: list[int]) -> str:
-    """`3`, `{0-39}`, `{0,4-7}`."""
-    ordered = sorted(set(numbers))
-    starts = [n for n in ordered if n - 1 not in ordered]
-    ends = [n for n in ordered if n + 1 not in ordered]
-    spans = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
-    return spans[0] if len(ordered) == 1 else "{" + ",".join(spans) + "}"
 
 
 def _shape_problem(name: str, given: torch.Size, expected: torch.Size) -> str | None:
@@ -304,8 +297,3 @@ def _equal(value: Tensor, expected: Tensor) -> bool:
         expected.detach().float().numpy(),
         CONSTANT_TOLERANCES.get(stored, CONSTANT_TOLERANCES["float32"]),
     ).passed
-
-
-def _their_name(ours: str, theirs: str, skips: int) -> str:
-    name = published_name(ours, skips)
-    return name.removeprefix(theirs) if name else f"{ours} (ours)"

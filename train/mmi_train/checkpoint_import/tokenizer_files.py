@@ -1,4 +1,4 @@
-"""The tokenizers of language models, with the marks for pictures that ours needs."""
+"""Tokenizer files of language models, and the special tokens for images that are added to them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from tokenizers import AddedToken, Tokenizer
 from mmi_deploy.documents.tokenizer import FILE_NAME, exact
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.spec.config import TokenConfig
-from mmi_train.checkpoint_import.config_fields import Fields, fitting, read_json
+from mmi_train.checkpoint_import.config_fields import Fields, read_json, readable_errors
 from mmi_train.checkpoint_import.sentencepiece_model import read_sentencepiece
 
 SENTENCEPIECE = "tokenizer.model"
+
+# Special tokens for images, as the published code spells them.
 BEGIN_OF_IMAGE = "<|beginofimage|>"
 IMAGE = "<|image|>"
-"""As the published code spells them."""
 
 PAD = "<|pad|>"
 
+# Files of transformers beside the tokenizer.
 _ADDED = "added_tokens.json"
 _ABOUT = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 
 
 def read_tokenizer(source: Path) -> Tokenizer:
-    """A tokenizer.json or a SentencePiece model, or the folder of one, with the tokens that files
-    beside it add. Raises `WeightsError`, and `ConfigError` for a file beside it."""
+    """Read a tokenizer.json or a SentencePiece model, or the folder of one, with the tokens that
+    files beside it add. Raises `WeightsError`, and `ConfigError` for a file beside it."""
     path = source
     if source.is_dir():
         known = [source / name for name in (FILE_NAME, SENTENCEPIECE)]
@@ -38,13 +40,13 @@ def read_tokenizer(source: Path) -> Tokenizer:
             expected=f"{FILE_NAME} or {SENTENCEPIECE}",
             fix="give --tokenizer the folder of the language model that it was trained with",
         )
-    tokenizer = read_sentencepiece(path) if path.suffix == ".model" else _read_json_form(path)
+    tokenizer = read_sentencepiece(path) if path.suffix == ".model" else _read_tokenizer_json(path)
     for token, added in sorted(_added_beside(path.parent).items()):
         _add(tokenizer, path, token, added)
     return tokenizer
 
 
-def _read_json_form(path: Path) -> Tokenizer:
+def _read_tokenizer_json(path: Path) -> Tokenizer:
     try:
         return exact(Tokenizer.from_str(path.read_text(encoding="utf-8")))
     except Exception as error:  # `tokenizers` raises plain Exception
@@ -54,12 +56,14 @@ def _read_json_form(path: Path) -> Tokenizer:
 
 
 def _added_beside(folder: Path) -> dict[int, AddedToken]:
-    """The tokens by id that transformers adds to the tokenizer in `folder`: as it wrote them until
-    2023 (added_tokens.json, where another file says which are special) and since then
-    (tokenizer_config.json)."""
+    """Tokens by id that transformers adds to the tokenizer in `folder`.
+
+    They are read from tokenizer_config.json, and from added_tokens.json as it was written until
+    2023, where another file names those that are special. Raises `ConfigError`.
+    """
     files = {name: folder / name for name in (_ADDED, _ABOUT, _SPECIAL)}
     fields = {name: read_json(path) if path.is_file() else {} for name, path in files.items()}
-    with fitting(folder):
+    with readable_errors(folder):
         special = _special_spellings(fields[_ABOUT]) | _special_spellings(fields[_SPECIAL])
         found = {
             int(token): AddedToken(
@@ -89,7 +93,7 @@ def _added_beside(folder: Path) -> dict[int, AddedToken]:
 
 
 def _special_spellings(fields: Fields) -> set[str]:
-    """The special tokens that a file names by their roles (`pad_token`), and those without one."""
+    """Spellings of special tokens in a file: by role (`pad_token`), and in lists without roles."""
     named: list[str | Fields] = [v for name, v in fields.items() if name.endswith("_token") and v]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = fields.get(name) or []
@@ -102,8 +106,10 @@ def _special_spellings(fields: Fields) -> set[str]:
 
 
 def _add(tokenizer: Tokenizer, path: Path, token: int, added: AddedToken) -> None:
-    """Let `tokenizer`, which was read from `path`, know a token under its id; `ConfigError` where
-    it has another one there, or the id is not the next."""
+    """Add a token with the id `token` to `tokenizer`, which was read from `path`.
+
+    Raises `ConfigError` where another token has that id, or the id is not the next free one.
+    """
     known = tokenizer.get_added_tokens_decoder().get(token)
     if known is not None and known.content == added.content:
         return
@@ -118,20 +124,20 @@ def _add(tokenizer: Tokenizer, path: Path, token: int, added: AddedToken) -> Non
         )
 
 
-def add_marks(tokenizer: Tokenizer, marks: Sequence[str]) -> list[int]:
-    """Let `tokenizer` know `marks` as special tokens, new ones after all it knew; their ids."""
+def add_special_tokens(tokenizer: Tokenizer, spellings: Sequence[str]) -> list[int]:
+    """Add special tokens to `tokenizer`, new ones after all its ids; returns the ids of all."""
     tokenizer.add_special_tokens(
-        [AddedToken(mark, special=True, normalized=False) for mark in marks]
+        [AddedToken(text, special=True, normalized=False) for text in spellings]
     )
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    return [vocabulary[mark] for mark in marks]
+    return [vocabulary[text] for text in spellings]
 
 
 def published_tokenizer(source: Path, tokens: TokenConfig) -> Tokenizer:
-    """The tokenizer at `source` with the two marks that the published code adds; raises
-    `ConfigError` when its ids are not `tokens`."""
+    """The tokenizer at `source` with the two special tokens that the published code adds; raises
+    `ConfigError` when its ids differ from `tokens`."""
     tokenizer = read_tokenizer(source)
-    boi, image = add_marks(tokenizer, (BEGIN_OF_IMAGE, IMAGE))
+    boi, image = add_special_tokens(tokenizer, (BEGIN_OF_IMAGE, IMAGE))
     found = {
         "bos": tokenizer.token_to_id("<s>"),
         "eos": tokenizer.token_to_id("</s>"),

@@ -1,1 +1,1 @@
-"""Commands of `mmi` that need PyTorch: train, evaluate, convert, init."""
+"""Commands of `mmi` that train and import models: train, evaluate, convert, init."""

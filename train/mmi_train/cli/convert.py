@@ -1,4 +1,4 @@
-"""`mmi convert`: the published checkpoint becomes a model folder."""
+"""`mmi convert`: convert the published checkpoint to a model folder."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def convert(
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="What the checkpoint is of; see `mmi inspect`.")
+        str, typer.Option(help="Configuration of the checkpoint; `mmi inspect` lists them.")
     ] = "released_13b",
     config: Annotated[
         Path | None,
-        typer.Option(help="Instead of --preset: a config.json.", show_default=False),
+        typer.Option(help="A config.json, instead of --preset.", show_default=False),
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Type of the written weights; keep: as they are.")
+        Dtype, typer.Option(help="Type of the written weights; keep: the checkpoint's.")
     ] = "keep",
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+        bool, typer.Option("--force", help="Replace a folder that mmi wrote, of another kind too.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Turn the published MM-Interleaved checkpoint into a model folder.
+    """Convert the published MM-Interleaved checkpoint to a model folder.
 
-    Nothing that a pickle may hold is run. Every tensor that is missing, unknown or misshapen is
-    named before anything is written. Memory stays small however large the checkpoint is.
+    Code in a pickle is never run. Every missing, unknown or misshapen tensor is named before
+    anything is written. Weights are streamed: memory does not grow with the checkpoint.
     """
     tokenizer = tokenizer or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
     inputs = [] if config is None else [config]

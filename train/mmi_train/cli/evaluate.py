@@ -1,4 +1,4 @@
-"""`mmi evaluate`: how often a trained model is right about scenes that it has never seen."""
+"""`mmi evaluate`: accuracy of a trained model on held-out synthetic scenes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmi_train.cli.train import World
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A model folder.")] = Path("assets/tiny"),
     world: Annotated[
-        World, typer.Option(help="How hard the drawn scenes are.", rich_help_panel="Questions")
+        World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Questions")
     ] = "easy",
     count: Annotated[
         int,
@@ -36,7 +36,9 @@ def evaluate(
     ] = 20,
     guidance: Annotated[
         float,
-        typer.Option(min=0, help="Guidance of pictures.", metavar="X", rich_help_panel="Pictures"),
+        typer.Option(
+            min=0, help="Guidance scale of pictures.", metavar="X", rich_help_panel="Pictures"
+        ),
     ] = 3.5,
     full_every: Annotated[
         int,
@@ -51,26 +53,29 @@ def evaluate(
         bool,
         typer.Option(
             "--without/--only-with",
-            help="Measure with MMFS switched off too.",
+            help="Also measure with MMFS switched off.",
             rich_help_panel="Questions",
         ),
     ] = True,
     seed: Annotated[
-        int, typer.Option(min=0, help="Which questions.", metavar="N", rich_help_panel="Questions")
+        int,
+        typer.Option(
+            min=0, help="Seed of the questions.", metavar="N", rich_help_panel="Questions"
+        ),
     ] = 0,
     pictures: Annotated[
         Path | None,
         typer.Option(
-            help="Draw a sheet of what was drawn into this .png file.",
+            help="Contact sheet of the drawn pictures: a new .png file.",
             dir_okay=False,
             rich_help_panel="Pictures",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Ask a model about held-out scenes and let it draw them; every answer is checked exactly.
+    """Evaluate a model on held-out scenes: answers, boxes and drawings, each checked exactly.
 
-    The column "MMFS off" shows what the model knows when it cannot look back at pictures.
+    The column "MMFS off" shows the accuracy without features of earlier pictures.
     """
     if pictures is not None:
         prepare_file(pictures)
@@ -82,7 +87,7 @@ def evaluate(
             from mmi_train.evaluation.synthetic_tasks import evaluate as evaluation_of
             from mmi_train.weights.model_folder import TOKENIZER, load_model
         loaded = load_model(model)
-        Tokenizer.open(model / TOKENIZER, loaded.config.tokens)  # refuses that of another model
+        Tokenizer.open(model / TOKENIZER, loaded.config.tokens)  # raises for another model's
         tokenizer = read_tokenizer_file(model / TOKENIZER)
         evaluation = evaluation_of(
             loaded,
@@ -105,7 +110,7 @@ def evaluate(
         print_json(found)
         return
     objects = sorted({count for entry in found.values() for count in entry["by_objects"]})
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)  # 80 columns hold it
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)  # fits into 80 columns
     table.add_column("measure", no_wrap=True)
     headings = ["asked", "right", *(["MMFS off"] if without else [])]
     for heading in [*headings, *(f"{count} object" + "s" * (count != "1") for count in objects)]:

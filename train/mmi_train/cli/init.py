@@ -1,4 +1,4 @@
-"""`mmi init`: a new model around a trained language model."""
+"""`mmi init`: build a new model around a trained language model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def init(
     preset: Annotated[
         str,
         typer.Option(
-            help="Whose form the new parts have; sizes follow from the given ones.",
+            help="Architecture of the new parts; sizes follow from the given ones.",
             rich_help_panel="New parts",
         ),
     ] = "released_13b",
@@ -68,7 +68,7 @@ def init(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens that a document may have.",
+            help="Tokens of the longest document.",
             show_default="the language model's",
             metavar="N",
             rich_help_panel="New parts",
@@ -78,7 +78,7 @@ def init(
         int | None,
         typer.Option(
             min=1,
-            help="Pixels of the images that it reads.",
+            help="Side of the images that it reads, in pixels.",
             show_default="CLIP's",
             metavar="N",
             rich_help_panel="New parts",
@@ -88,36 +88,37 @@ def init(
         str | None,
         typer.Option(
             help="The token that begins a document.",
-            show_default="its own",
+            show_default="the language model's",
             rich_help_panel="New parts",
         ),
     ] = None,
     eos: Annotated[
         str | None,
         typer.Option(
-            help="The one token that ends a document.",
-            show_default="its own",
+            help="The only token that ends a document.",
+            show_default="the language model's",
             rich_help_panel="New parts",
         ),
     ] = None,
     dtype: Annotated[
         Dtype,
         typer.Option(
-            help="Type of the written weights; keep: as the parts are.", rich_help_panel="New parts"
+            help="Type of the written weights; keep: the parts'.", rich_help_panel="New parts"
         ),
     ] = "keep",
     seed: Annotated[
-        int, typer.Option(min=0, help="Of new weights.", metavar="N", rich_help_panel="New parts")
+        int,
+        typer.Option(min=0, help="Seed of new weights.", metavar="N", rich_help_panel="New parts"),
     ] = 0,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a folder of mmi's that is something else.")
+        bool, typer.Option("--force", help="Replace a folder that mmi wrote, of another kind too.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Build a new model around a trained language model.
 
-    The language model writes as it did before; what ties pictures to it is new and has to be
-    trained. Parts that are not given are new and as small as those of the preset tiny.
+    The language model writes as before; the layers that connect images to it are new and have to be
+    trained. Parts that are not given are new, with the sizes of the preset tiny.
     """
     inputs = [path for path in (llm, vision, diffusion, tokenizer) if path is not None]
     check_replaceable(out, force, kind="model", inputs=inputs)
@@ -125,18 +126,19 @@ def init(
     with extras("init"):
         import torch
 
-        from mmi_train.checkpoint_import.from_clip import read_vision
+        from mmi_train.checkpoint_import.from_clip import read_clip
         from mmi_train.checkpoint_import.from_diffusion import read_diffusion
-        from mmi_train.checkpoint_import.from_llama import read_language_model
-        from mmi_train.checkpoint_import.new_model import Parts, build_model
+        from mmi_train.checkpoint_import.from_llama import read_llama
+        from mmi_train.checkpoint_import.new_model import build_model
+        from mmi_train.checkpoint_import.parts import Parts
 
         if llm.is_file():
             from mmi_train.checkpoint_import.from_gguf import read_gguf
     with shown(remarks(), "reading the parts") as progress:
         decoder = form.image_decoder
         parts = Parts(
-            read_gguf(llm, tokenizer) if llm.is_file() else read_language_model(llm, tokenizer),
-            None if vision is None else read_vision(vision, image_size),
+            read_gguf(llm, tokenizer) if llm.is_file() else read_llama(llm, tokenizer),
+            None if vision is None else read_clip(vision, image_size),
             None
             if diffusion is None
             else read_diffusion(diffusion, decoder.unet, decoder.diffusion),
@@ -156,9 +158,9 @@ def init(
         )
     for line in parts.llm.remarks:
         remarks().print(line)
-    for given, what in ((vision, "vision encoder is"), (diffusion, "U-Net and autoencoder are")):
+    for given, names in ((vision, "vision encoder is"), (diffusion, "U-Net and autoencoder are")):
         if given is None:
-            remarks().print(f"the {what} new and small: give trained parts for real use")
+            remarks().print(f"the {names} new and small: give trained parts for real use")
     if as_json:
         numbers = {"taken": done.taken, "new": done.new, "bytes": done.size}
         print_json({"model": str(out), **numbers})

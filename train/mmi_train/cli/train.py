@@ -1,4 +1,4 @@
-"""`mmi train`: the tiny model from nothing, on a world that is drawn while it learns."""
+"""`mmi train`: train the tiny model from nothing on synthetic pictures."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from mmi_deploy.system.progress import shown
 
 World = Literal["easy", "medium", "hard"]
 Precision = Literal["bf16", "fp32"]
+
+# The preset that is trained without pre-trained parts.
 FROM_NOTHING = "tiny"
 
 
@@ -23,13 +25,16 @@ def train(
         Path, typer.Option("--out", "-o", help="Folder for checkpoints, curves and the model.")
     ] = Path("runs/tiny"),
     preset: Annotated[
-        str, typer.Option(help="What to train; see `mmi inspect`.", rich_help_panel="Training")
+        str,
+        typer.Option(
+            help="Configuration to train; `mmi inspect` lists them.", rich_help_panel="Training"
+        ),
     ] = FROM_NOTHING,
     steps: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Steps of the main stage.",
+            help="Optimiser steps of the main stage.",
             show_default="the recipe's",
             metavar="N",
             rich_help_panel="Training",
@@ -39,49 +44,58 @@ def train(
         int | None,
         typer.Option(
             min=0,
-            help="Steps before it, without the U-Net.",
+            help="Optimiser steps of the stage before it, without the U-Net.",
             show_default="the recipe's",
             metavar="N",
             rich_help_panel="Training",
         ),
     ] = None,
     world: Annotated[
-        World, typer.Option(help="How hard the drawn scenes are.", rich_help_panel="Training")
+        World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Training")
     ] = "easy",
     start: Annotated[
         Path | None,
         typer.Option(
-            help="A model folder to go on from.",
+            help="Model folder whose weights are trained further.",
             show_default="new weights",
             rich_help_panel="Training",
         ),
     ] = None,
     seed: Annotated[
         int,
-        typer.Option(min=0, help="Of weights and data.", metavar="N", rich_help_panel="Training"),
+        typer.Option(
+            min=0, help="Seed of weights and data.", metavar="N", rich_help_panel="Training"
+        ),
     ] = 0,
     precision: Annotated[
         Precision,
-        typer.Option(help="Of the arithmetic; weights are fp32.", rich_help_panel="Machine"),
+        typer.Option(
+            help="Precision of the arithmetic; weights are fp32.", rich_help_panel="Machine"
+        ),
     ] = "bf16",
     accumulate: Annotated[
         int,
         typer.Option(
-            min=1, help="Parts of one optimiser step.", metavar="N", rich_help_panel="Training"
+            min=1,
+            help="Gradient accumulation: micro-batches per optimiser step.",
+            metavar="N",
+            rich_help_panel="Training",
         ),
     ] = 1,
     packed: Annotated[
         bool,
         typer.Option(
             "--packed",
-            help="Rows of the whole context length, as the paper packs them.",
+            help="Pack documents into rows of the full context length, as in the paper.",
             rich_help_panel="Training",
         ),
     ] = False,
     checkpoint_gradients: Annotated[
         bool,
         typer.Option(
-            "--checkpoint-gradients", help="Less memory, more time.", rich_help_panel="Machine"
+            "--checkpoint-gradients",
+            help="Gradient checkpointing: less memory, more time.",
+            rich_help_panel="Machine",
         ),
     ] = False,
     threads: Annotated[
@@ -96,10 +110,10 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a model: its autoencoder; then reading, and telling what to draw; then everything.
+    """Train a model in stages: the autoencoder; reading and conditioning; then everything.
 
-    Stop it whenever you like: the same command goes on from the last checkpoint and ends with the
-    same weights. A usable model lies in OUT/model after every checkpoint.
+    It can be stopped at any time: the same command resumes from the last checkpoint and ends with
+    the same weights. After every checkpoint OUT/model holds a usable model.
     """
     from mmi_deploy.spec.presets import preset as preset_called
 

@@ -1,4 +1,4 @@
-"""Comparison of golden outputs: a tolerance for each kind of quantity, a line for each tensor."""
+"""Comparison with golden outputs: a tolerance for each kind of quantity, a line for each tensor."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmi_train.golden.units import Unit
 
 Quantity = Literal["forward", "gradient", "loss", "exact"]
 
-# Tensors whose greatest entry is smaller are compared as if it were this.
+# Smallest scale of a tensor: errors are relative to its greatest entry, but at least to this.
 FLOOR = 1e-6
 
 TOLERANCES: Mapping[Quantity, Tolerance] = {
-    "forward": Tolerance(1e-4, "fp32 sums in another order, through tens of layers", floor=FLOOR),
+    "forward": Tolerance(1e-4, "fp32 sums in another order, over tens of layers", floor=FLOOR),
     "gradient": Tolerance(
-        1e-3, "the same, forwards and backwards, and small terms that cancel", floor=FLOOR
+        1e-3, "as forward, over two passes, and small terms that cancel", floor=FLOOR
     ),
     "loss": Tolerance(
         1e-5, "a mean over thousands of entries: their errors average out", floor=FLOOR
@@ -31,8 +31,8 @@ TOLERANCES: Mapping[Quantity, Tolerance] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the report. `error` and `allowed` are absolute; `detail` says why it failed or
-    was not compared."""
+    """One line of the report. error, allowed: absolute. detail: the reason of a failure, or of a
+    missing comparison."""
 
     unit: str
     tensor: str
@@ -50,7 +50,7 @@ def compare(
     quantity: Quantity,
     mask: Tensor | None = None,
 ) -> Line:
-    """Compare `got` with `expected` where `mask` (bool, over their first dimensions) is true.
+    """Compare `got` with `expected` where `mask` (bool, over the first dimensions) is true.
 
     NaN equals NaN and infinity equals itself; otherwise a value that is not finite fails.
     """
@@ -72,31 +72,31 @@ def compare(
 
 @dataclass
 class Checks:
-    """The comparisons of one unit, made while it runs."""
+    """Comparisons with the golden outputs of one unit, collected while the unit runs."""
 
     unit: Unit
     lines: list[Line] = field(default_factory=list)
 
     def wants(self, name: str) -> bool:
-        """Whether the unit holds `out.<name>`."""
+        """Return true where the unit has a golden output `out.<name>`."""
         return name in self.unit.outputs
 
     def compare(
         self, name: str, got: Tensor, quantity: Quantity = "forward", mask: Tensor | None = None
     ) -> None:
-        """Compare with `out.<name>`, if the unit holds it."""
+        """Compare `got` with `out.<name>`, if the unit has it."""
         if self.wants(name):
             self.lines.append(
                 compare(self.unit.name, name, got, self.unit.outputs[name], quantity, mask)
             )
 
     def skip(self, name: str, reason: str) -> None:
-        """List `out.<name>`, if the unit holds it, as not compared."""
+        """Report `out.<name>`, if the unit has it, as not compared."""
         if self.wants(name):
             self.lines.append(Line(self.unit.name, name, "not compared", detail=reason))
 
     def finish(self) -> list[Line]:
-        """All lines, those of outputs that nobody asked for included."""
+        """All lines; golden outputs that were never compared get a line too."""
         seen = {line.tensor for line in self.lines}
         for name in self.unit.outputs:
             if name not in seen:

@@ -1,9 +1,9 @@
-"""Tensors that lie in files, and are read piece by piece when they are needed.
+"""Lazy tensors: shape and type at once, values in pieces when they are read.
 
-A checkpoint of 60 GB is a mapping of names to `StoredTensor`: shapes and types are known at once,
-numbers are read in pieces of a few megabytes, in row-major order. Whole tensors in memory
-(`InMemory`), some rows of one (`Rows`) and several on top of each other (`Stacked`) are of the same
-kind, so that what is made of a checkpoint can be written without holding more than a piece of it.
+A checkpoint of 60 GB is a mapping of names to `StoredTensor`. Values are read in pieces of a few
+megabytes, in row-major order. Tensors in memory (`InMemory`), computed ones (`Computed`), rows of a
+tensor (`Rows`) and stacked tensors (`Stacked`) have the same interface, so that a converted
+checkpoint is written without more than a piece of it in memory.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from torch import Tensor
 
 from mmi_deploy.errors import WeightsError
 
+# Bytes of one piece, unless a single row is larger.
 PIECE_BYTES = 16 << 20
-"""Of one piece, unless a single row is larger."""
 
+# Types of weights that are read. Others (8-bit floats, integers with scales) mean nothing without
+# the code that quantised them.
 PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""What weights may be stored as. Others (8-bit floats, integers with scales) mean nothing without
-the code that quantised them."""
 
 
 class StoredTensor(Protocol):
-    """A tensor that is somewhere: known at once is its form, read are its numbers."""
+    """Interface of a lazy tensor."""
 
     @property
     def shape(self) -> torch.Size:
-        """As it lies there."""
+        """Shape of the stored tensor."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """As it lies there."""
+        """Type of the stored values."""
 
     def read(self) -> Tensor:
-        """All of it."""
+        """Read the whole tensor."""
 
     def pieces(self) -> Iterator[Tensor]:
-        """Flat pieces of about `PIECE_BYTES`, in row-major order."""
+        """Read flat pieces of about `PIECE_BYTES`, in row-major order."""
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A tensor that is there already."""
+    """A tensor in memory."""
 
     value: Tensor
 
@@ -69,8 +69,10 @@ class InMemory:
 
 @dataclass(frozen=True)
 class InFile:
-    """Plain numbers in a file, from the byte `offset` on. `strides` (in numbers): None means
-    row-major without gaps."""
+    """Values in a file from the byte `offset` on.
+
+    strides: in values, None: contiguous in row-major order.
+    """
 
     path: Path
     offset: int
@@ -80,43 +82,43 @@ class InFile:
 
     @property
     def span(self) -> int:
-        """Numbers from the first to the last of them, gaps included."""
+        """Number of values from the first to the last, gaps included."""
         if self.strides is None or not prod(self.shape):
             return prod(self.shape)
         steps = zip(self.shape, self.strides, strict=True)
         return 1 + sum((side - 1) * step for side, step in steps)
 
     def read(self) -> Tensor:
-        numbers = self._numbers(0, self.span)
+        values = self._values(0, self.span)
         if self.strides is None:
-            return numbers.view(self.shape)
-        return numbers.as_strided(self.shape, self.strides).contiguous()
+            return values.view(self.shape)
+        return values.as_strided(self.shape, self.strides).contiguous()
 
     def pieces(self) -> Iterator[Tensor]:
         if self.strides is not None:
             yield from _cut(self.read())
             return
-        numbers, step = prod(self.shape), PIECE_BYTES // self.dtype.itemsize
-        for start in range(0, numbers, step):
-            yield self._numbers(start, min(step, numbers - start))
+        total, step = prod(self.shape), PIECE_BYTES // self.dtype.itemsize
+        for start in range(0, total, step):
+            yield self._values(start, min(step, total - start))
 
-    def _numbers(self, start: int, count: int) -> Tensor:
-        """`count` numbers from the one at `start` on, flat."""
+    def _values(self, start: int, count: int) -> Tensor:
+        """Read `count` values from position `start` on, flat; raises `WeightsError`."""
         data = torch.empty(count * self.dtype.itemsize, dtype=torch.uint8)
         position = self.offset + start * self.dtype.itemsize
-        left = data.numpy().data
+        rest = data.numpy().data
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            while len(left):
-                got = os.preadv(descriptor, [left], position)
+            while len(rest):  # one call may read less than was asked for
+                got = os.preadv(descriptor, [rest], position)
                 if not got:
                     raise WeightsError(
                         f"{self.path} ends in the middle of a tensor",
-                        expected=f"at least {position + len(left)} bytes",
+                        expected=f"at least {position + len(rest)} bytes",
                         got=os.fstat(descriptor).st_size,
                         fix="download it again",
                     )
-                left, position = left[got:], position + got
+                rest, position = rest[got:], position + got
         finally:
             os.close(descriptor)
         return data.view(self.dtype)
@@ -124,8 +126,11 @@ class InFile:
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor whose numbers are computed when they are read. `rows`: computes those from the first
-    to before the last of two given rows; None: only the whole can be computed."""
+    """A tensor whose values are computed when they are read.
+
+    whole: computes all of it. rows: computes the rows from `start` to `end` (exclusive); None: rows
+    cannot be computed alone.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
@@ -163,17 +168,17 @@ class Rows:
         return self.tensor.read()[: self.count]
 
     def pieces(self) -> Iterator[Tensor]:
-        left = prod(self.shape)
+        rest = prod(self.shape)
         for piece in self.tensor.pieces():
-            yield piece[:left]
-            left -= piece.numel()
-            if left <= 0:
+            yield piece[:rest]
+            rest -= piece.numel()
+            if rest <= 0:
                 return
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """Tensors that differ at most in their number of rows, one below the other."""
+    """Tensors concatenated along their rows, read in the type of the first."""
 
     parts: Sequence[StoredTensor]
 
@@ -196,7 +201,7 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Reshaped:
-    """The same numbers in the same order, in another form."""
+    """The same values in the same order, in another shape."""
 
     tensor: StoredTensor
     shape: torch.Size
@@ -213,6 +218,7 @@ class Reshaped:
 
 
 def _cut(value: Tensor) -> Iterator[Tensor]:
+    """Flat pieces of a tensor in memory."""
     step = PIECE_BYTES // value.dtype.itemsize
     flat = value.reshape(-1)
     for start in range(0, flat.numel(), step):

@@ -1,4 +1,5 @@
-"""Model folders: `config.json`, `model.safetensors`, `tokenizer.json`; strict in, atomic out."""
+"""Model folders: `config.json`, `model.safetensors`, `tokenizer.json`; strict loading, atomic
+writing."""
 
 from __future__ import annotations
 
@@ -18,33 +19,37 @@ from mmi_train.weights.writer import write_safetensors
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
-FOLDER_KIND = "model"
-"""What the marker of an output folder calls one."""
 
+# Kind of a model folder in the marker of output folders.
+FOLDER_KIND = "model"
+
+# Names of tensors that one error shows.
 _SHOWN = 5
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def kind_of(value: torch.Tensor) -> str:
-    """The type of its numbers without their precision, in which checkpoints may differ."""
+    """Kind of a tensor's type: floating point, integer, bool or complex, whatever its width."""
     if value.is_floating_point():
         return "floating point"
     return "bool" if value.dtype == torch.bool else "complex" if value.is_complex() else "integer"
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Copy `state` into `module`; raises `WeightsError` naming what is missing, extra, misshapen,
-    of another kind or not finite. Values are converted to the module's types, but whole numbers
-    never pass for weights, nor the other way."""
+    """Copy `state` into `module`, converted to the module's types within the same kind.
+
+    Raises `WeightsError` that names what is missing, unknown, misshapen, of another kind or not
+    finite.
+    """
     own = module.state_dict()
     if missing := sorted(own.keys() - state.keys()):
-        raise WeightsError(f"{source} lacks {len(missing)} tensors: {_some(missing)}")
+        raise WeightsError(f"{source} lacks {len(missing)} tensors: {_first_names(missing)}")
     if extra := sorted(state.keys() - own.keys()):
-        raise WeightsError(f"{source} has {len(extra)} unknown tensors: {_some(extra)}")
+        raise WeightsError(f"{source} has {len(extra)} unknown tensors: {_first_names(extra)}")
     for name, value in state.items():
         if value.shape != own[name].shape:
             raise WeightsError(
@@ -67,7 +72,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
 
 
 def load_model(folder: Path) -> MMInterleaved:
-    """The model in `folder`, in float32 and evaluation mode; raises `ConfigError`,
+    """Load the model in `folder`, in float32 and evaluation mode; raises `ConfigError` and
     `WeightsError`."""
     model = MMInterleaved(read_config(folder / CONFIG))
     path = folder / WEIGHTS

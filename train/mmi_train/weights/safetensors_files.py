@@ -1,4 +1,4 @@
-"""Checkpoints as Hugging Face stores them: safetensors files, one or several with an index."""
+"""Hugging Face checkpoints: safetensors files, one or several with an index, read lazily."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mmi_deploy.system.safetensors_reader import Entry, read_header
 from mmi_train.weights.lazy_tensor import InFile, StoredTensor
 from mmi_train.weights.pickles import read_pickle, read_together, weight_map
 
+# Types by the format's names.
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -25,13 +26,13 @@ _TYPES = {
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file; raises `WeightsError`."""
+    """Read the tensors of one file, lazily; raises `WeightsError`."""
     return {name: _tensor(path, name, entry) for name, entry in read_header(path).items()}
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file, in memory; raises `WeightsError`."""
-    read_header(path)
+    """Read all tensors of one file into memory; raises `WeightsError`."""
+    read_header(path)  # checks the file, which `load_file` reports less readably
     return load_file(path)
 
 
@@ -46,8 +47,11 @@ def _tensor(path: Path, name: str, entry: Entry) -> StoredTensor:
 
 
 def read_folder(folder: Path, stems: Sequence[str]) -> dict[str, StoredTensor]:
-    """The tensors of a Hugging Face folder whose weights are called by one of `stems`: as
-    safetensors, one file or several with an index, else as pickles. Raises `WeightsError`."""
+    """Read the tensors of a Hugging Face folder, lazily; raises `WeightsError`.
+
+    stems: names of its weights files without the suffix. For the first stem that is there:
+    safetensors, one file or several with an index, else pickles.
+    """
     for stem in stems:
         for suffix, read in ((".safetensors", read_safetensors), (".bin", read_pickle)):
             index, single = folder / f"{stem}{suffix}.index.json", folder / (stem + suffix)

@@ -1,4 +1,4 @@
-"""Tensors that lie in files, written as one safetensors file piece by piece."""
+"""Streaming writer: lazy tensors into one safetensors file, piece by piece."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.system.safetensors_writer import Stored, write_safetensors_file
 from mmi_train.weights.lazy_tensor import PLAIN_TYPES, StoredTensor
 
+# The format's names of the types that are written.
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""What the format calls the types that are written."""
 
-_TOLD = 20
-"""How often progress is told, at most."""
+# Progress reports per file.
+_REPORTS = 20
 
 
 def write_safetensors(
@@ -29,24 +29,24 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> int:
-    """Write `tensors` to `path`, read in the order of the mapping; returns its bytes. dtype None:
-    each in its own type, fp64 as fp32.
+    """Write `tensors` to `path`, in the order of the mapping; returns the file's bytes.
 
-    No more than a few pieces of a tensor are in memory at any time, and `path` appears when it is
-    whole. Raises `WeightsError` when a tensor holds NaN or infinity or numbers beyond `dtype`, and
-    `MmiError` when the disk has no room.
+    dtype: of the written values; None: each tensor's own type, fp64 as fp32. No more than a few
+    pieces of a tensor are in memory at any time, and `path` appears when it is whole. Raises
+    `WeightsError` when a tensor holds NaN or infinity or numbers beyond `dtype`, and `MmiError`
+    when the disk has no room.
     """
     stored = {name: _stored(name, tensor, dtype) for name, tensor in tensors.items()}
-    total, told = sum(tensor.bytes for tensor in stored.values()), -1
+    total, reported = sum(tensor.bytes for tensor in stored.values()), -1
 
-    def tell(done: int) -> None:
-        nonlocal told
-        if (part := done * _TOLD // max(total, 1)) > told:
-            told = part
+    def report(done: int) -> None:
+        nonlocal reported
+        if (part := done * _REPORTS // max(total, 1)) > reported:
+            reported = part
             progress("writing weights", done, total, unit="bytes")
 
     _check_room(path, total)
-    write_safetensors_file(path, stored, tell)
+    write_safetensors_file(path, stored, report)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return path.stat().st_size

@@ -1,4 +1,5 @@
-"""`mmi inspect` tells which targets a bundle has, and which weights suffer from few bits."""
+"""`mmi inspect target` and `sensitivity`: the targets of a bundle, and weights that are hard to
+quantise."""
 
 from __future__ import annotations
 
@@ -59,8 +60,8 @@ def test_targets_are_listed_with_what_is_proved(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["inspect", str(bundle)]) == 0
-    told = capsys.readouterr().out
-    row = next(line for line in told.splitlines() if line.strip().startswith(TARGET))
+    report = capsys.readouterr().out
+    row = next(line for line in report.splitlines() if line.strip().startswith(TARGET))
     assert "float16" in row and "1 of 2" in row and "not run yet" in row
     assert run(["inspect", str(bundle), "--json"]) == 0
     (target,) = json.loads(capsys.readouterr().out)["targets"]
@@ -70,8 +71,8 @@ def test_targets_are_listed_with_what_is_proved(
 
 def test_a_target_is_told_by_graph(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "target", str(bundle), TARGET]) == 0
-    told = capsys.readouterr().out
-    assert "9 MATRIX_MULTIPLY" in told and "2 of our plugin" in told and "12 s" in told
+    report = capsys.readouterr().out
+    assert "9 MATRIX_MULTIPLY" in report and "2 of our plugin" in report and "12 s" in report
     assert run(["inspect", "target", str(bundle), "cpu-int8"]) == 2
     assert f"has no target 'cpu-int8'; expected {TARGET}" in capsys.readouterr().err
 
@@ -89,9 +90,9 @@ def test_the_weights_that_suffer_most_come_first(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["inspect", "sensitivity", str(bundle), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    errors = [weight["error"] for weight in told["weights"]]
-    assert told["graph"] == "llm" and told["precision"] == "int4"
+    report = json.loads(capsys.readouterr().out)
+    errors = [weight["error"] for weight in report["weights"]]
+    assert report["graph"] == "llm" and report["precision"] == "int4"
     assert errors == sorted(errors, reverse=True) and errors[0] > 0
     assert run(["inspect", "sensitivity", str(bundle), "--precision", "fp16"]) == 2
     assert "precision fp16 quantises no weights" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from mmi_deploy.documents.tokenizer import LISTED_WORDS, Tokenizer
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.spec.config import TokenConfig
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[4]
 SPECIAL = ("<pad>", "<s>", "</s>", "<boi>", "<image>", "<unk>")
 TOKENS = TokenConfig(pad=0, bos=1, eos=2, boi=3, image=4)
 

@@ -174,7 +174,7 @@ def test_slots_and_positions_out_of_range_are_refused() -> None:
     """system.md section 3: the kernels count them as hidden, the runtime refuses them."""
     runtime, _ = fake_runtime()
     graph, engine = runtime.graphs["llm"], runtime.engine("llm")
-    sizes = {"b": 1, "t": 2, "k": 1, "v": 1, "n": 3, "m": 1}
+    sizes = {"b": 1, "t": 2, "w": 1, "v": 1, "n": 3, "m": 1}
     good = {t.name: np.zeros(t.resolve(**sizes), t.dtype) for t in graph.inputs}
     engine.run(good)
     images = runtime.config.llm_mmfs.images

@@ -14,7 +14,6 @@ from exports import Exported
 from mmi_deploy.runtime.onnxruntime.module import TELEMETRY_OFF
 
 REPOSITORY = Path(__file__).resolve().parents[4]
-
 # Environment variables that name the folders where programs keep caches and settings.
 FOLDERS = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "TMPDIR")
 

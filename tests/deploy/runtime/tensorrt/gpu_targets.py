@@ -59,7 +59,7 @@ def add_target(
         for graph in graphs(bundle.config, limits or bundle.limits).values():
             if graph.name in leave_out:
                 continue
-            decode = {"t": Range(1, 1, 1), "k": Range(1, 1, 1)}
+            decode = {"t": Range(1, 1, 1), "w": Range(1, 1, 1)}
             options: dict[str, Any] = {
                 "onnx": bundle.graph_file(graph.name) if onnx else None,
                 "profiles": [{}, decode] if graph.name == "llm" else None,

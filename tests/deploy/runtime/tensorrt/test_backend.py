@@ -191,11 +191,16 @@ def test_sessions_in_several_threads_share_the_gpu(bundle: Bundle) -> None:
     assert not wrong and not gpu.cuda.faults
 
 
-def test_limits_are_those_that_the_engines_were_built_for(bundle: Bundle) -> None:
-    """Smaller engines take fewer images; what no longer fits is told as for any other limit."""
+@pytest.mark.parametrize("wanted", ["w", "k"])
+def test_limits_are_those_that_the_engines_were_built_for(bundle: Bundle, wanted: str) -> None:
+    """Smaller engines take fewer images, and a fourth is refused like any beyond the limit.
+
+    Reports of earlier versions call the wanted positions k.
+    """
     small = Limits(LIMITS.context, 1, 3)
     name = add_target(bundle, limits=small)
-    profile = {"prefill": {"b": [1, 1, 1], "n": [1, 3, 3], "m": [1, 3, 3], "t": [1, 9, 64]}}
+    sizes = {"b": [1, 1, 1], "n": [1, 3, 3], "m": [1, 3, 3], "t": [1, 9, 64], wanted: [1, 1, 64]}
+    profile = {"prefill": sizes}
     report = TargetReport(
         target=name, runtime="tensorrt", version="11.4.0", architecture="sm89", precision="fp32",
         graphs=(GraphReport(graph="llm", layers={}, engine_bytes=1, weights_bytes=1, seconds=1,
@@ -203,7 +208,7 @@ def test_limits_are_those_that_the_engines_were_built_for(bundle: Bundle) -> Non
     )  # fmt: skip
     (bundle.target_folder(name) / REPORT).write_text(report.model_dump_json())
     gpu = machine(bundle, name)
-    assert gpu.runtime.limits == small and gpu.runtime.graphs["llm"].ranges["n"].greatest == 3
+    assert gpu.runtime.limits == small and gpu.runtime.graphs["llm"].ranges["n"].max == 3
     session = Session(gpu.runtime)
     session.append_text([1])
     for number in range(3):

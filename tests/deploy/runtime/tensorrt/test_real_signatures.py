@@ -103,7 +103,7 @@ _HANDLES = {"cudaGraphLaunch", "cudaGraphDestroy", "cudaGraphExecDestroy", "cuda
 
 
 def _harmless(arguments: list[Any]) -> list[Any]:
-    """The same types, but no address of ours: there may be a driver, and a GPU."""
+    """The same types, but none of our addresses: there may be a driver, and a GPU."""
     return [type(argument)(0) if type(argument) is int else argument for argument in arguments]
 
 
@@ -182,7 +182,7 @@ ACCEPTED = {
 
 
 def fits(documentation: str, types: tuple[type, ...]) -> bool:
-    """Whether one of the overloads in `documentation` takes arguments of these types."""
+    """True if an overload in `documentation` takes arguments of these types."""
     for signature in re.findall(r"(?m)^\s*(?:\d+\. )?\w+\((self: .*)\) -> ", documentation):
         parameters = [part for part in re.split(r", (?=\w+: )", signature)][1:]
         needed = sum(" = " not in parameter for parameter in parameters)
@@ -226,7 +226,7 @@ def test_the_real_module_refuses_what_is_no_engine(runtime: str, tmp_path: Path)
 
 
 def test_uses_are_kept() -> None:
-    """What the comparison relies on: the fake keeps each use, called or not."""
+    """The fake records each use, called or not: the comparison relies on it."""
     module = fake_tensorrt.FakeTensorRt(fake_cuda.FakeCuda())
     expected: list[Use] = [("IPluginRegistry", "load_library", (__file__,))]
     module.logger = type("Silent", (), {"log": lambda *_: None})()

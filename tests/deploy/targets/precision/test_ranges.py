@@ -1,4 +1,4 @@
-"""The range check: what it sees, what it changes, and the overflow that it is for."""
+"""Range check: measured ranges, tensors kept in float32, and the overflow that it prevents."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mmi_deploy.runtime.onnxruntime.run_graph import model_runner, runner
 from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.graphs import Graph, Tensor
 from mmi_deploy.targets.precision import Ranges, measure_ranges, recipe, rewrite
-from mmi_deploy.targets.precision.emulation import simulated
+from mmi_deploy.targets.precision.emulation import emulated
 from mmi_deploy.targets.precision.rewrite import read_model
 from mmi_deploy.targets.sample_inputs import Sample
 from mmi_deploy.targets.verify_target import prove
 
+# Factor on queries and keys that takes the unscaled logits beyond 65504.
 OVERFLOWING = 250.0
-"""How loud queries and keys must be for logits beyond 65504 before the scale."""
 
 
 def ranges_of(path: Path, graph: Graph, x: np.ndarray) -> Ranges:
@@ -74,11 +74,11 @@ def proof(tmp_path: Path, loudness: float, checked: bool) -> Proof:
     return prove(recipe("fp16"), graph, path, out, TENSORRT, [Sample({"x": x}, True)])
 
 
-def test_attention_that_overflows_float16_is_mended_by_the_range_check(tmp_path: Path) -> None:
-    """What turns Stable Diffusion 2.1's pictures black: logits beyond 65504 before they are scaled.
+def test_attention_that_overflows_float16_is_fixed_by_the_range_check(tmp_path: Path) -> None:
+    """Unscaled logits beyond 65504 are what turns pictures of Stable Diffusion 2.1 black.
     Without the check the result is not finite; with it the attention computes in float32."""
     assert proof(tmp_path, OVERFLOWING, checked=False).error == float("inf")
-    mended = proof(tmp_path, OVERFLOWING, checked=True)
+    fixed = proof(tmp_path, OVERFLOWING, checked=True)
     model = onnx.load(tmp_path / "out/denoise_step.onnx", load_external_data=False)
     kinds = {
         info.name: info.type.tensor_type.elem_type
@@ -87,7 +87,7 @@ def test_attention_that_overflows_float16_is_mended_by_the_range_check(tmp_path:
     node = next(node for node in model.graph.node if node.op_type == "Attention")
     assert {kinds[name] for name in node.input} == {TensorProto.FLOAT}
     assert kinds["query_flat"] == TensorProto.FLOAT16  # no more than needed
-    assert mended.error <= PRECISION_TOLERANCES["fp16"].relative
+    assert fixed.error <= PRECISION_TOLERANCES["fp16"].relative
 
 
 def test_attention_within_range_stays_in_float16(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_ranges_need_inputs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)])
-def test_simulation_rounds_after_every_operator(name: str, dtype: type, tmp_path: Path) -> None:
+def test_emulation_rounds_after_every_operator(name: str, dtype: type, tmp_path: Path) -> None:
     """y = (x + x) * 1/3 with each of the three numbers in it rounded."""
     graph = contract([hidden("x", 32)], [hidden("y", 32)])
     nodes = [
@@ -163,7 +163,7 @@ def test_simulation_rounds_after_every_operator(name: str, dtype: type, tmp_path
     path = write(tmp_path / "llm.onnx", nodes, {"third": third}, graph)
     rewrite(recipe(name), graph, path, tmp_path / "out.onnx", runtime=TENSORRT)
     x = noise(3, 32)
-    got = model_runner(simulated(tmp_path / "out.onnx"), tmp_path)({"x": x})["y"]
+    got = model_runner(emulated(tmp_path / "out.onnx"), tmp_path)({"x": x})["y"]
 
     def rounded(values: np.ndarray) -> np.ndarray:
         return values.astype(dtype).astype(np.float32)
@@ -173,7 +173,7 @@ def test_simulation_rounds_after_every_operator(name: str, dtype: type, tmp_path
     assert np.abs(got - runner(path)({"x": x})["y"]).max() > 0
 
 
-def test_simulated_attention_is_attention_where_nothing_overflows(tmp_path: Path) -> None:
+def test_emulated_attention_is_attention_where_nothing_overflows(tmp_path: Path) -> None:
     """Four heads share two keys and values, and a mask hides some: against ONNX Runtime's own
     operator on numbers that float16 holds exactly."""
     tensors = [
@@ -191,6 +191,6 @@ def test_simulated_attention_is_attention_where_nothing_overflows(tmp_path: Path
         tensor.name: draw.integers(-8, 9, tensor.resolve(b=2)).astype(np.float32) / 4
         for tensor in tensors
     }
-    got = model_runner(simulated(tmp_path / "out.onnx"), tmp_path)(inputs)["y"]
+    got = model_runner(emulated(tmp_path / "out.onnx"), tmp_path)(inputs)["y"]
     expected = runner(path)(inputs)["y"].astype(np.float16).astype(np.float32)
     np.testing.assert_allclose(got, expected, rtol=2.0**-10, atol=1e-6)

@@ -31,13 +31,13 @@ KINDS = {
 }
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
+# Inputs that may have another type than the rest, by definition of the operator.
 OTHER_TYPES = {
     MMFS_OPERATOR: {4, 5, 7, 8},
     "Resize": {1, 2},
     "Cast": {0},
     "Shape": {0},
 }
-"""Inputs that may have another type than the rest: by definition of the operator."""
 
 
 def kinds_of(model: onnx.ModelProto) -> dict[str, int]:
@@ -210,7 +210,7 @@ def test_another_graph_is_refused_with_the_tensors_that_differ(tmp_path: Path) -
     path, graph, _ = product(tmp_path / "llm.onnx")
     other = contract(graph.inputs, [Tensor("hidden", "float32", ("b", 96))])
     with pytest.raises(
-        BundleError, match="is no portable llm: its outputs differ in hidden, logits"
+        BundleError, match="is not the portable llm: its outputs differ in hidden, logits"
     ):
         rewritten(path, other, "fp16", tmp_path / "out.onnx")
 

@@ -1,5 +1,5 @@
-"""Weights in few bits: numbers and scales against their definition, and what ONNX Runtime makes of
-the files against float64 products with the restored weight."""
+"""Weight-only quantisation: numbers and scales against their definition, and ONNX Runtime's results
+against float64 products with the dequantised weight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmi_deploy.runtime.onnxruntime.run_graph import runner
 from mmi_deploy.spec.backends import CPU, TENSORRT
 from mmi_deploy.spec.graphs import Graph, Tensor
 from mmi_deploy.targets.precision import check_possible, recipe, rewrite
-from mmi_deploy.targets.precision.quantise import fitting, packed_blocks, quantise
+from mmi_deploy.targets.precision.quantise import pack_blocks, quantise, scheme_for_rows
 from mmi_deploy.targets.precision.recipes import FP8, INT4, INT8, RECIPES, Scheme
 
 
@@ -33,7 +33,7 @@ def test_int8_is_off_by_half_a_step_at_most(block: int) -> None:
     made = quantise(weight, Scheme(INT8, block))
     groups = np.abs(weight).reshape(-1, block or 64, 48)
     step = np.repeat(groups.max(1) / 127, block or 64, 0)
-    assert (np.abs(made.restored() - weight) <= step * 0.5001).all()
+    assert (np.abs(made.dequantised() - weight) <= step * 0.5001).all()
     assert made.scales.shape == ((64 // block, 48) if block else (48,))
 
 
@@ -44,7 +44,7 @@ def test_int4_takes_the_best_of_the_cuts_that_it_tries() -> None:
     blocks = weight.reshape(8, 32, 64)
     scales = np.abs(blocks).max(1, keepdims=True) / 7
     plain = np.clip(np.rint(blocks / scales), -8, 7) * scales
-    error = ((made.restored() - weight).reshape(8, 32, 64) ** 2).sum(1)
+    error = ((made.dequantised() - weight).reshape(8, 32, 64) ** 2).sum(1)
     plain_error = ((plain - blocks) ** 2).sum(1)
     assert (error <= plain_error * 1.0001).all()
     assert (error < plain_error * 0.999).mean() > 0.5
@@ -57,14 +57,14 @@ def test_float8_has_three_bits_of_fraction() -> None:
     assert made.numbers.dtype == ml_dtypes.float8_e4m3fn
     smallest = np.abs(weight).max(0) / 448 * 2.0**-6  # below it float8 has no more fraction bits
     allowed = np.maximum(np.abs(weight) * 2.0**-4, smallest * 2.0**-3)
-    assert (np.abs(made.restored() - weight) <= allowed * 1.001).all()
+    assert (np.abs(made.dequantised() - weight) <= allowed * 1.001).all()
 
 
 def test_a_block_of_zeros_is_restored_as_zeros() -> None:
     weight = weight_of()
     weight[:32] = 0
     for dtype in (INT8, INT4):
-        assert not quantise(weight, Scheme(dtype, 32), np.float16).restored()[:32].any()
+        assert not quantise(weight, Scheme(dtype, 32), np.float16).dequantised()[:32].any()
 
 
 def test_scales_are_those_that_are_stored() -> None:
@@ -89,14 +89,14 @@ def test_scales_are_those_that_are_stored() -> None:
 def test_blocks_are_halved_until_they_divide_the_rows(
     rows: int, wanted: Scheme, got: Scheme
 ) -> None:
-    assert fitting(wanted, rows) == got
+    assert scheme_for_rows(wanted, rows) == got
 
 
 def test_two_int4_share_a_byte_the_first_in_its_low_half() -> None:
-    """As ONNX Runtime documents MatMulNBits."""
+    """The layout is the one that ONNX Runtime documents for MatMulNBits."""
     weight = np.zeros((32, 1), np.float32)
     weight[0], weight[1], weight[2] = 7, -7, 3
-    numbers, scales = packed_blocks(quantise(weight, Scheme(INT4, 32)), 4)
+    numbers, scales = pack_blocks(quantise(weight, Scheme(INT4, 32)), 4)
     step = round(7 / float(scales[0]))
     assert numbers.shape == (1, 1, 16)
     assert numbers[0, 0, 0] == (8 + step) | ((8 - step) << 4)
@@ -131,7 +131,7 @@ def test_onnx_runtime_multiplies_by_the_restored_weight(
     out.parent.mkdir()
     typed = rewrite(recipe(name), graph, path, out, runtime=runtime)
     x = np.random.default_rng(1).standard_normal((3, 64)).astype(typed["x"].dtype)
-    restored = quantise(weight, scheme, typed["x"].dtype).restored()
+    restored = quantise(weight, scheme, typed["x"].dtype).dequantised()
     expected = normed(x) @ restored.astype(np.float64) + 1
     error = np.abs(ran(out, {"x": x}) - expected).max() / np.abs(expected).max()
     assert error < (1e-2 if runtime == CPU else 2e-3)
@@ -154,7 +154,7 @@ def test_a_weight_that_is_stored_turned_round_is_quantised_along_its_inputs(
         out = tmp_path / runtime / "llm.onnx"
         out.parent.mkdir()
         typed = rewrite(recipe("int4"), graph, path, out, runtime=runtime)
-        restored = quantise(weight, Scheme(INT4, 32)).restored()
+        restored = quantise(weight, Scheme(INT4, 32)).dequantised()
         got = ran(out, {"x": x.astype(typed["x"].dtype)})
         expected = x @ restored
         assert np.abs(got - expected).max() / np.abs(expected).max() < 2e-2

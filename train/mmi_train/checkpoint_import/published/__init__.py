@@ -1,9 +1,9 @@
-"""The published checkpoint's tensor names and ours.
+"""Renaming between the published checkpoint's tensors and ours, in both directions.
 
-Each part of the model has a table of rules beside this file: `RULES`, pairs of (pattern of a whole
-published name, our name), and `DERIVED`, tensors that the published files hold although the
-configuration determines them (position ids, CLIP's mean and deviation, sin/cos tables), with the
-buffer of ours that holds the same values.
+Each part of the model has a table beside this file: `RULES`, pairs of (pattern of a whole published
+name, replacement by our name), and `DERIVED`, the same for tensors that the published files hold
+although the configuration determines them (position ids, CLIP's mean and deviation, sin/cos
+tables), and our buffer of the same values.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from mmi_train.checkpoint_import.published.image_decoder import MIDDLE
 _TABLES = (vision, llm, image_decoder)
 _LOOK_BACK = "image_decoder.unet.look_back."
 
+# Skip connections of the released model's U-Net.
 RELEASED_SKIPS = 12
 
 
 @dataclass(frozen=True)
 class DerivedConstant:
-    """A published tensor that no parameter of ours stands for; `buffer` holds the same values."""
+    """A published tensor that is not a parameter of our model; our `buffer` has the same values."""
 
     buffer: str
 
@@ -40,20 +41,24 @@ def _derived() -> list[tuple[re.Pattern[str], str]]:
 
 
 def rename(name: str, skips: int = RELEASED_SKIPS) -> str | DerivedConstant:
-    """Our name of the published tensor `name`; raises `WeightsError` when no rule knows it.
+    """Our name of the published tensor `name`; raises `WeightsError` without a rule for it.
 
-    `skips`: skip connections of the U-Net; the middle block of its MMFS comes after them.
+    skips: skip connections of the U-Net, which number the MMFS of its middle block.
     """
     for rules, derived in ((_rules(), False), (_derived(), True)):
         for pattern, ours in rules:
             if match := pattern.fullmatch(name):
                 target = match.expand(ours).replace(_LOOK_BACK + MIDDLE, f"{_LOOK_BACK}{skips}")
                 return DerivedConstant(target) if derived else target
-    raise WeightsError(f"{name} is no tensor of the published model")
+    raise WeightsError(f"{name} is not a tensor of the published model")
 
 
 def published_name(ours: str, skips: int = RELEASED_SKIPS) -> str | None:
-    """The published name of our parameter or buffer `ours`; None when it has none."""
+    """The published name of our parameter or buffer `ours`; None without one.
+
+    It inverts the tables: the replacement is read as a pattern, and the published pattern filled
+    with its groups.
+    """
     symbolic = ours.replace(f"{_LOOK_BACK}{skips}.", f"{_LOOK_BACK}{MIDDLE}.")
     for pattern, replacement in (*_rules(), *_derived()):
         if match := _reader(replacement).fullmatch(symbolic):
@@ -73,7 +78,7 @@ def _renamed(name: str, skips: int) -> str | None:
 
 @cache
 def _reader(replacement: str) -> re.Pattern[str]:
-    """A pattern that reads the groups `g1`, `g2`, ... back out of an expanded replacement."""
+    """The pattern that matches an expanded replacement and captures its groups as `g1`, `g2`, …"""
     pattern, known = "", set()
     for piece in re.split(r"(\\\d)", replacement):
         if not re.fullmatch(r"\\\d", piece):
@@ -87,7 +92,7 @@ def _reader(replacement: str) -> re.Pattern[str]:
 
 
 def _fill(pattern: str, groups: dict[int, str]) -> str | None:
-    """`pattern` with its groups replaced by their texts; None when a group's text is not known."""
+    """Fill the groups of `pattern` with their texts; None when a group's text is not known."""
     name, index, number = "", 0, 0
     while index < len(pattern):
         if pattern[index] == "\\":
@@ -110,7 +115,7 @@ def _fill(pattern: str, groups: dict[int, str]) -> str | None:
 
 
 def _group_end(pattern: str, start: int) -> int:
-    """The index of the parenthesis that closes the one at `start`."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for index in range(start, len(pattern)):
         depth += {"(": 1, ")": -1}.get(pattern[index], 0)

@@ -1,4 +1,4 @@
-"""Published names of the image decoder's tensors, and of the loose ones of the whole model -> ours.
+"""Names of the image decoder's tensors and of the model's top-level ones, published -> ours.
 
 `RULES`: (pattern of a whole published name, replacement by our name). `DERIVED`: tensors that the
 published files hold although the configuration determines them, and our buffer of the same value.
@@ -10,8 +10,9 @@ from mmi_train.checkpoint_import.published.llm import mmfs_rules
 from mmi_train.checkpoint_import.published.vision import qformer_rules
 
 _T = r"(weight|bias)"
+
+# Placeholder in our names for the number of the middle block, which comes after all skips.
 MIDDLE = "middle"
-"""Stands in our names for the number of the middle block, which comes after all skips."""
 
 _UNET = r"(?:time_embedding|conv_in|(?:down|up)_blocks|mid_block|conv_norm_out|conv_out)"
 _SKIP = r"image_decoder\.decoder\.mmfs_module\.mmfs_down_blocks\.(\d+)\."
@@ -20,8 +21,8 @@ _LOOK_BACK = r"image_decoder.unet.look_back.\1."
 
 
 def _of_middle_block(rules: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Rules of the blocks at the skip connections, made into those of the middle block, whose
-    published name has no number."""
+    """Turn rules of the blocks at the skip connections into those of the middle block, whose
+    published name has no number: every group moves down by one."""
     return [
         (
             theirs.replace(_SKIP, _MID),

@@ -1,8 +1,10 @@
-"""Published names of the language model's tensors -> ours.
+"""Names of the language model's tensors, published -> ours.
 
 `RULES`: (pattern of a whole published name, replacement by our name). `DERIVED`: tensors that the
 published files hold although the configuration determines them; the language model has none.
-The null value is published as [1,1,1,value width]; ours is flat.
+The null value is published as [1, 1, 1, c]; our shape is [c].
+
+Letters: c channels.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ _T = r"(weight|bias)"
 
 
 def mmfs_rules(theirs: str, ours: str) -> list[tuple[str, str]]:
-    """Rules of one published MMFS module. `theirs` is a pattern that ends in a dot and has as many
-    groups as the replacement `ours` refers to: one, the number of its block."""
+    """Rules of one published MMFS module.
+
+    theirs: a pattern that ends in a dot, with one group, the number of its block. ours: the
+    replacement of that prefix, which may refer to the group.
+    """
     layers = (
         ("sampling_offsets", "offset_proj"),
         ("dynamic_offset_mask", "query_proj"),

@@ -1,4 +1,4 @@
-"""Published names of the visual tokenizer's tensors -> ours.
+"""Names of the visual tokenizer's tensors, published -> ours.
 
 `RULES`: (pattern of a whole published name, replacement by our name). `DERIVED`: tensors that the
 published files hold although the configuration determines them, and our buffer of the same value.
@@ -57,9 +57,9 @@ def qformer_rules(theirs: str, ours: str) -> list[tuple[str, str]]:
     ]
 
 
+# Our names of the tensors whose size depends on the image size.
 POSITION_TABLE = "vision.encoder.embeddings.position_embedding.weight"
 POSITION_IDS = "vision.encoder.embeddings.position_ids"
-"""Our names of what depends on the image size that a checkpoint was made for."""
 
 _CLIP = r"visual_tokenizer\.encoder\.vision_model\."
 _BLOCK = _CLIP + r"adapter_interactions\.(\d+)\."

@@ -1,0 +1,97 @@
+"""The documentation names files, tests, links and commands that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from mmi_deploy.cli.app import run
+from mmi_deploy.cli.command_table import INSPECT
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = [REPOSITORY / "docs" / f"{n}.md" for n in ("export", "benchmarks", "gpu_check", "install")]
+
+# Files that commands write and the repository does not hold.
+WRITTEN = {
+    "bundle.json",
+    "gpu_check/report.json",
+    "gpu_check/report.md",
+    "model.safetensors.index.json",
+}
+
+
+@cache
+def sources() -> dict[str, Path]:
+    """Every file of the packages, tests and docs by its path in the repository."""
+    folders = ("mmi_deploy", "export", "train", "bench", "plugins", "tests", "docs", "examples")
+    paths = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.*")]
+    return {path.relative_to(REPOSITORY).as_posix(): path for path in paths}
+
+
+@cache
+def names_of_tests() -> set[str]:
+    """Names of all tests."""
+    texts = [path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    return {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.M)}
+
+
+def code(text: str) -> Iterator[str]:
+    """Lines of code blocks, and code within lines."""
+    for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S):
+        yield from block.splitlines()
+    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.stem)
+def test_files_and_tests_exist(doc: Path) -> None:
+    names = {Path(path).name for path in sources()}
+    for word in code(doc.read_text()):
+        if re.fullmatch(r"[\w./-]+\.(py|md|json|cpp|cuh?|h)", word) and word not in WRITTEN:
+            assert word in (sources() if "/" in word else names), word
+        if re.fullmatch(r"test_\w+", word):
+            assert word in names_of_tests(), word
+        if re.fullmatch(r"mmi_\w+(\.\w+)+", word):
+            module, _, name = word.rpartition(".")
+            assert find_spec(word) or hasattr(import_module(module), name), word
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.stem)
+def test_links_lead_somewhere(doc: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", doc.read_text()):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            target = doc.parent / path if path else doc
+            assert target.is_file(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.stem)
+def test_commands_have_the_options_they_are_given(
+    doc: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    two_words = {f"inspect {view}" for view in INSPECT} | {"plugins build", "plugins list"}
+    for line in code(doc.read_text()):
+        words = shlex.split(re.sub(r"^\.venv/bin/", "", line), comments=True)
+        if words[:1] != ["mmi"]:
+            continue
+        command = words[1:3] if " ".join(words[1:3]) in two_words else words[1:2]
+        if command == ["inspect"]:
+            command = ["inspect", "parts"]  # the view without its word
+        assert run([*command, "--help"]) == 0, line
+        options = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capsys.readouterr().out))
+        assert {word for word in words[1:] if word.startswith("-")} <= options, line
