@@ -368,8 +368,8 @@ class TensorRtEngine(Engine):
         if reshaped:
             # A recorded run may read its sizes from memory of the context, which `_bind` changed.
             context.graphs.clear()
-        # A run after a change of shape must not be captured: TensorRT allocates in it. RTX is asked
-        # after `_bind`, since it compiles kernels for the shapes that are bound.
+        # A run after a change of shape must not be captured: TensorRT may allocate in it. RTX is
+        # asked after `_bind`, since it compiles kernels for the shapes that are bound.
         stream = self.memory.stream
         ready = self._record and not reshaped and self._tensorrt.may_record(context.inner, stream)
         launched = context.graphs.enqueue(key, partial(self._enqueue, context), ready)

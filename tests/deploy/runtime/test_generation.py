@@ -326,7 +326,7 @@ def test_a_session_takes_no_floats_for_a_picture() -> None:
     """Of the model's own size they were read as another picture. The session stays as it was."""
     session = Session(fake_runtime()[0])
     with pytest.raises(
-        DocumentError, match=r"uint8 \[h, w, 3\] array.*; got float64 \[16, 16, 3\]"
+        DocumentError, match=r"uint8 \[height, width, 3\] array.*; got float64 \[16, 16, 3\]"
     ):
         session.append_image(picture(3) / 255)
     assert session.images == 0 and not session.token_ids

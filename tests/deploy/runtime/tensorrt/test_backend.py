@@ -135,7 +135,7 @@ def test_a_document_takes_the_memory_that_was_planned(bundle: Bundle) -> None:
     """To the byte, but for what one run needs and gives back, and the places of staged inputs."""
     gpu = machine(bundle, add_target(bundle, "float16"))
     plan = gpu.target.plan()
-    assert plan.workspace is None and "known when they are loaded" in plan.lines()[-1]
+    assert plan.workspace is None and "known once they are loaded" in plan.lines()[-1]
     before = gpu.cuda.held()
     session = Session(gpu.runtime)
     session._drawing_buffers()

@@ -28,9 +28,9 @@ from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.tensorrt.device_memory import STAGING, import_cuda
 from mmi_deploy.runtime.tensorrt.module import INSTALL, TensorRt, import_tensorrt
 
+# Modules whose classes are inspected: the lean runtime has those of TensorRT itself, and installs
+# without its builder.
 MODULES = {"tensorrt": "tensorrt_lean_bindings", "tensorrt-rtx": "tensorrt_rtx"}
-"""Whose classes are looked at: the lean runtime has those of TensorRT itself, and installs without
-its builder."""
 
 ENUMS = ("ExecutionContextAllocationStrategy", "TensorLocation", "DataType")
 
@@ -98,8 +98,8 @@ def test_cudas_calls_are_real(made: Any) -> None:
     }  # fmt: skip
 
 
+# Calls that would dereference an invalid handle: only their signatures are compared.
 _HANDLES = {"cudaGraphLaunch", "cudaGraphDestroy", "cudaGraphExecDestroy", "cudaGraphInstantiate"}
-"""Calls that would read through a handle, and there is none: only signatures are compared."""
 
 
 def _harmless(arguments: list[Any]) -> list[Any]:
