@@ -23,6 +23,8 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV); the first time this takes some minutes"
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --editable '.[dev]'
+	@# The emulator is not a part of the package; it is importable in this environment alone.
+	@echo '$(CURDIR)/plugins' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mmi_emulator.pth"
 	@touch $@
 
 # No other bundle is made here: BUNDLE=mine must never be replaced by the tiny model's.
@@ -66,11 +68,11 @@ floors: $(INSTALLED) bundles/tiny/bundle.json ## run the runtime with the oldest
 	$(VENV)/floors/bin/mmi verify bundles/tiny --run
 	$(VENV)/floors/bin/mmi generate examples/story.md --bundle bundles/tiny -o $(VENV)/floors/story
 
-# The wheel does not hold the bundle: 40 MB of fp32 weights, which do not compress.
+# The wheel does not hold the bundle: 40 MB of fp32 weights, which do not compress. It is built from a
+# copy of the last commit, so that nothing else in the working tree gets into it.
 release: $(INSTALLED) bundles/tiny/bundle.json ## the wheel, the tiny bundle as an archive, their SHA-256: into dist/
-	rm -rf dist build
-	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .
-	rm -rf build
+	work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && git archive HEAD | tar -x -C "$$work" && \
+	  $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist "$$work"
 	$(BIN)/python -m mmi_export.release bundles/tiny -o dist
 
 # Output folders go as far as mmi wrote them: OUT and what is in them may be anybody's. An environment

@@ -24,7 +24,7 @@ def test_what_is_installed_is_no_older_than_declared() -> None:
 
 def test_typer_is_new_enough_for_its_exceptions() -> None:
     """`typer.exceptions`, with which every command ends, came with 0.28: older ones start none."""
-    assert "from typer.exceptions" in (REPOSITORY / "mmi_deploy" / "command_line.py").read_text()
+    assert "from typer.exceptions" in (REPOSITORY / "mmi_deploy" / "cli" / "program.py").read_text()
     assert version(floors()["typer"]) >= (0, 28)
 
 

@@ -53,6 +53,7 @@ ORDER = """
     mmi_plugins.conformance
     mmi_plugins.cli
     mmi_plugins.check
+    mmi_plugins.budget
     mmi_plugins
     mmi_emulator.ptx
     mmi_emulator.mutants

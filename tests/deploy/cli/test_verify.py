@@ -101,7 +101,7 @@ def test_an_unproved_cpu_target_gets_the_receipts_of_a_build(
     assert float(relative) == pytest.approx(worst.error, rel=0.1)
     assert float(would) == pytest.approx(worst.error, rel=1e-2)
     assert float(tolerance) == worst.tolerance
-    assert "recording inputs (0 of 2 done)" in err and "comparing llm (1 of 2 done)" in err
+    assert "recording inputs" in err and "comparing llm (1 of 2 done)" in err
     assert "1 receipt written into" in err and "all within tolerance" in err
     assert found.compared_with == built.compared_with == COMPARED_WITH
     assert [case.sizes for case in found.cases] == [case.sizes for case in built.cases]
@@ -151,7 +151,7 @@ def test_engines_on_a_gpu_get_receipts_and_run(
     name = add_target(bundle, activations, onnx=True, proved=False, recipe=made_with)
     code, _, err = verify()
     assert code == 0 and f"`mmi verify {bundle.folder} --target {name}`, on their" in err
-    on_fake_gpu(bundle, name, monkeypatch, plugin=plugin)
+    on_fake_gpu(bundle, name, monkeypatch, library=plugin)
     with pytest.raises(BundleError, match=f"no receipt.*`mmi verify .*--target {name}`"):
         Runtime.open(bundle, target=name, kernels=plugin)
     code, _, err = verify("--target", name, "--kernels", "none")

@@ -123,7 +123,7 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
 
 def llama() -> tokenizers.Tokenizer:
     """A LLaMA's tokenizer.model: byte pairs that fall back to bytes."""
-    return read_sentencepiece(Path(__file__).parents[1] / "references/sentencepiece.model")
+    return read_sentencepiece(Path(__file__).parents[2] / "oracles/sentencepiece.model")
 
 
 @pytest.fixture(params=[byte_level, metaspace, llama, build_tokenizer], ids=lambda f: f.__name__)

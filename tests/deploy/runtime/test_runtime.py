@@ -80,5 +80,5 @@ def test_an_engine_of_another_kind_is_refused(bundle: Bundle) -> None:
     with write_target(bundle, "sm90", {}) as writer:
         writer.engine_file("llm", ".plan").write_bytes(b"for a GPU")
         writer.add_receipt("llm", "the portable graph", PROVED)
-    with pytest.raises(EngineError, match=r"llm\.plan is no ONNX file"):
+    with pytest.raises(EngineError, match=r"llm\.plan is not an ONNX file"):
         Runtime.open(bundle, target="sm90", kernels="none").engine("llm")

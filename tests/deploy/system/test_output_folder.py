@@ -729,7 +729,7 @@ def test_a_full_disk_at_the_end_loses_no_work(
 RUN = """
 import os, signal, sys, time
 from pathlib import Path
-from mmi_deploy import output_folder
+from mmi_deploy.system import output_folder
 from mmi_deploy.errors import MmiError
 out, text, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)

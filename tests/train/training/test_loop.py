@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmi_deploy.errors import WeightsError
-from mmi_train.training.checkpoints import Progress, latest_checkpoint, save_checkpoint
+from mmi_train.training.checkpoints import RunState, latest_checkpoint, save_checkpoint
 from mmi_train.training.loop import RunConfig, train
 from mmi_train.training.optimiser import OptimiserConfig
 
@@ -119,7 +119,7 @@ def test_only_checkpoints_as_they_were_written_are_removed(tmp_path):
     model = nn.Linear(2, 2)
     optimiser = torch.optim.AdamW(model.parameters())
     for step in range(1, 6):
-        progress = Progress(step, "mark")
+        progress = RunState(step, "mark")
         path = save_checkpoint(tmp_path, model, model.state_dict(), optimiser, progress, keep=2)
         assert latest_checkpoint(tmp_path) == path
         if step == 2:

@@ -22,7 +22,7 @@ from mmi_deploy.spec.presets import tiny
 from mmi_deploy.spec.schedule import Schedule, read_schedule
 from mmi_deploy.system.safetensors_writer import ALIGNMENT
 from mmi_export.tracing.stored_weights import stored_weights
-from mmi_train.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from mmi_train.training.checkpoints import RunState, load_checkpoint, save_checkpoint
 from mmi_train.weights import lazy_tensor
 from mmi_train.weights.lazy_tensor import InFile, InMemory, Rows, Stacked
 from mmi_train.weights.model_folder import WEIGHTS, load_model
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_of_a_run_is_told(tmp_path):
     module = nn.Linear(2, 2)
     average = {name: value.clone() for name, value in module.state_dict().items()}
     optimiser = torch.optim.AdamW(module.parameters())
-    path = save_checkpoint(tmp_path, module, average, optimiser, Progress(3, "mark"), keep=1)
+    path = save_checkpoint(tmp_path, module, average, optimiser, RunState(3, "mark"), keep=1)
     assert load_checkpoint(path, module, average, optimiser, "mark") == 3
     for name in ("model", "average", "moments"):
         file = path / f"{name}.safetensors"

@@ -263,15 +263,15 @@ def test_the_plugin_must_be_the_one_they_were_built_with(bundle: Bundle, tmp_pat
     identity = f"libmmi_tensorrt-11.4-0.so:{sha256_of(library)[:16]}"
     name = add_target(bundle, recipe={"plugin": identity}, engines={"llm": {"plugin": True}})
     assert "needs our TensorRT plugin" in refusal(bundle, name)
-    told(machine(bundle, name, plugin=library).runtime)
+    told(machine(bundle, name, library=library).runtime)
     library.write_bytes(PLUGIN + b" changed")
-    line = refusal(bundle, name, plugin=library)
+    line = refusal(bundle, name, library=library)
     assert "was built with another plugin" in line and "--kernels FILE" in line
     inside = add_target(bundle, "float16", recipe={"plugin": "ahead-of-time-sm80:0123"})
     for given in (None, library):  # the engines hold the plugin themselves
-        gpu = machine(bundle, inside, plugin=given)
+        gpu = machine(bundle, inside, library=given)
         assert gpu.runtime.schedule() and not gpu.tensorrt.plugins
-    missing = refusal(bundle, name, plugin=tmp_path / "none.so")
+    missing = refusal(bundle, name, library=tmp_path / "none.so")
     assert "cannot load the plugin" in missing and "`mmi plugins build tensorrt`" in missing
 
 

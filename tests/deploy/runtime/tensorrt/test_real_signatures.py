@@ -56,7 +56,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         recipe={"plugin": f"plugin.so:{sha256_of(library)[:16]}"},
         engines={"llm": {"plugin": True, "host": ["start"]}},
     )
-    gpu = machine(bundle, name, plugin=library, resident=["llm"])
+    gpu = machine(bundle, name, library=library, resident=["llm"])
     for _ in range(2):
         told(gpu.runtime)
         gpu.runtime.close()
