@@ -175,7 +175,7 @@ class Model:
         assert least is not None
         raise ConfigError(
             f"no recipe fits {self.config.name} into {readable(budget)}",
-            expected=f"at least {readable(least.total)} ({least.recipe}, engines in turns)",
+            expected=f"at least {readable(least.total)} ({least.recipe}, engines swapped in)",
             fix=f"allow fewer than {self.limits.context} tokens (--context) or "
             f"{self.limits.images} images (--images)",
         )

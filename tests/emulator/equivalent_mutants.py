@@ -311,6 +311,7 @@ def _of_the_upper_half_of_a_warp(
     return before.operation[:3] == ("shfl", "sync", "bfly") and before.operands[2] in steps
 
 
+# Changes that were thought through, once and for all kernels, and why they change nothing.
 _ARGUED = (
     (_of_the_same_stores, "every lane would write the same"),
     (_of_a_reciprocal, "all quotients that there are stay the same"),
@@ -318,7 +319,6 @@ _ARGUED = (
     (_of_lanes_without_an_entry, "what it finds weighs nothing"),
     (_of_the_upper_half_of_a_warp, "the upper half of the warp has nothing to add"),
 )
-"""Changes that were thought through, once and for all kernels, and why they change nothing."""
 
 
 class _Probe(Machine):

@@ -17,12 +17,12 @@ from mmi_plugins.operator import NARROW_INPUTS, TOLERANCES, Call
 
 COMPUTE = 90
 
+# Error beyond rounding the exact result to T, relative to the largest value, that no case of the
+# unchanged kernels may have. Mutants are held to what the unchanged kernel does in the same case.
 SHARP = 1e-6
-"""Error beyond rounding the exact result to T, relative to the largest value, that no case of the
-unchanged kernels may have. Mutants are held to what the unchanged kernel does in the same case."""
 
+# Below its smallest normal number a type has no relative precision.
 SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
-"""Below its smallest normal number a type has no relative precision."""
 
 _LEVELS = ([(8, 6), (4, 3), (2, 2), (1, 1)], [(6, 9), (3, 4)], [(5, 7)])
 
@@ -42,9 +42,9 @@ class Trial:
     work: int = 0
 
 
+# A kernel that executes more than this times what the unchanged one does is noticed: figures of
+# what is executed have a budget (`mmi_emulator.ptx_budget`).
 MORE_WORK = 1.01
-"""A kernel that executes more than this times what the unchanged one does is noticed: figures of
-what is executed have a budget (`mmi_emulator.ptx_budget`)."""
 
 
 def _calls(dtype: str, wide: bool) -> Iterator[tuple[str, Call]]:

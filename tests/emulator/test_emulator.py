@@ -35,8 +35,8 @@ from mmi_plugins.operator import TOLERANCES, Call
 
 COMPUTES = (80, 90, 100, 120)
 
+# Smallest normal numbers: outputs below have no relative precision.
 SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
-"""Smallest normal numbers: outputs below have no relative precision."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +260,9 @@ def test_reading_outside_an_input_is_a_fault(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(emulator, "launch_plan", plan)
 
 
+# By type and queries, with 4 images, 3 levels, 8 points and 64 channels: PTX instructions times
+# threads of the whole kernel, and bytes loaded 128 bits at a time, for each sampled point. One
+# query shares its 96 points between 8 warps, so that what every warp does once weighs more.
 DYNAMIC = {
     ("float16", 4): (610, 540),
     ("bfloat16", 4): (610, 540),
@@ -267,9 +270,6 @@ DYNAMIC = {
     ("float16", 1): (1950, 720),
     ("float32", 1): (2450, 1080),
 }
-"""By type and queries, with 4 images, 3 levels, 8 points and 64 channels: PTX instructions times
-threads of the whole kernel, and bytes loaded 128 bits at a time, for each sampled point. One query
-shares its 96 points between 8 warps, so that what every warp does once weighs more."""
 
 
 @pytest.mark.parametrize(("dtype", "queries"), DYNAMIC)

@@ -20,8 +20,8 @@ from mmi_plugins.compile.launch_plan import VARIANTS, Variant
 
 WANTED = 0.95
 
+# Of what counts, at most: who explains more explains too much.
 MAX_EQUIVALENT = 0.2
-"""Of what counts, at most: who explains more explains too much."""
 
 
 def kernel_of(variant: Variant) -> Kernel:

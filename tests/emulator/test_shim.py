@@ -24,11 +24,11 @@ from mmi_plugins.reference import all_rows, mmfs_reference
 if reason := shim.SHIM.missing():
     pytest.skip(reason, allow_module_level=True)
 
+# Outputs whose rms is below this cannot be held by the type to its tolerance.
 SMALLEST = {"float32": 1e-30, "float16": 1e-6, "bfloat16": 1e-30}
-"""Outputs whose rms is below this cannot be held by the type to its tolerance."""
 
+# A warp a row; a block a row; three blocks a row, and a merge.
 PARTS = (0, 1, 3)
-"""A warp a row; a block a row; three blocks a row, and a merge."""
 
 
 def error(call: Call, got: np.ndarray, expected: np.ndarray) -> float:

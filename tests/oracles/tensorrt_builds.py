@@ -78,12 +78,12 @@ def add_function(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+# The ranges of `one_node`.
 QUERIES: Profile = {
     "offsets": tuple([1, q, 2, 4, 2] for q in (1, 64, 512)),
     "logits": tuple([1, q, 2, 2, 4] for q in (1, 64, 512)),
     "image_position": tuple([1, q, 2] for q in (1, 64, 512)),
 }
-"""The ranges of `one_node`."""
 
 
 def profile_of(graph: Graph) -> Profile:

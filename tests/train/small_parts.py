@@ -36,8 +36,8 @@ def byte_tokens() -> list[str]:
 
 
 KNOWN = len(byte_tokens())
+# The embedding is padded, as many are.
 ROWS = KNOWN + 5
-"""The embedding is padded, as many are."""
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 STEPS = 20
 
 BASIS = (
-    "Computed from the graphs and the vendors' figures, not measured: floors that no "
-    "implementation beats. A token at a full context; a picture: its condition, "
+    "Computed from the graphs and the vendors' figures, not measured: lower bounds for "
+    "any implementation. A token at a full context; a picture: its condition, "
     f"{STEPS} steps with guidance and the VAE"
 )
 
@@ -72,9 +72,9 @@ def show_gpus(model: Model, names: Sequence[str], as_json: bool) -> None:
         "images: at least",
         title_justify="left",
     )
-    for heading in ("GPU", "precision", "stay in memory"):
+    for heading in ("GPU", "precision", "resident"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("in all", "a token", "tokens/s", "an image read", "a picture"):
+    for heading in ("total", "a token", "tokens/s", "an image read", "a picture"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if row["recipe"] is None:

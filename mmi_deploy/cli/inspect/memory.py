@@ -137,7 +137,7 @@ def _residency(choice: Choice) -> str:
     if choice.resident is None:
         return " and keep all engines in memory"
     if not choice.resident:
-        return " and run it with --resident none (all engines in turns)"
+        return " and run it with --resident none (engines swapped in)"
     return f" and run it with --resident {','.join(choice.resident)}"
 
 
@@ -191,7 +191,7 @@ def _overview(model: Model, memories: Sequence[Memory], gpus: Sequence[str]) -> 
         title_justify="left",
     )
     table.add_column("precision", no_wrap=True)
-    for heading in ("weights", "documents", "workspace", "in all", "a GPU of", *gpus):
+    for heading in ("weights", "documents", "workspace", "total", "a GPU of", *gpus):
         table.add_column(heading, justify="right", no_wrap=True)
     for memory in memories:
         held = holders(memory, gpus)

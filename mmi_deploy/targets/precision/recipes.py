@@ -152,7 +152,7 @@ RECIPES = {
         ),
         Recipe(
             "mixed",
-            "as int4; the down projections of the MLPs and the output projections of MMFS in int8",
+            "as int4, with the down projection of MLPs and the output projection of MMFS in int8",
             FLOAT16,
             weights=_llm(
                 Scheme(INT4, 32), (_HEAD, Scheme(INT8)), (r"down_proj|look_back", Scheme(INT8))

@@ -248,7 +248,7 @@ def test_what_somebody_put_into_an_entry_stays(
     notes = sorted((path / "notes.txt").read_text() for path in kept)
     assert notes == ["mine 0", "mine 1", "mine 2"]
     assert all(os.listdir(path) == ["notes.txt"] for path in kept)
-    assert len(caplog.records) == 3 and "that mmi did not write" in caplog.text
+    assert len(caplog.records) == 3 and "files that mmi did not write" in caplog.text
     again = out / "again"
     again.mkdir()
     small.obtain("other", writes("b.engine"), again)

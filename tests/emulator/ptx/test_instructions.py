@@ -14,8 +14,8 @@ import pytest
 from emulator.ptx_programs import evaluate
 from mmi_emulator.ptx import Fault, PtxError
 
+# Bits of the significand, and the exponent of the smallest subnormal.
 FORMATS = {"f16": (11, -24), "bf16": (8, -133), "f32": (24, -149)}
-"""Bits of the significand, and the exponent of the smallest subnormal."""
 
 
 def nearest(exact: Fraction, form: str) -> float:

@@ -11,8 +11,8 @@ from mmi_plugins.conformance.implementations import IMPLEMENTATIONS, Implementat
 from mmi_plugins.operator import Call
 from mmi_plugins.reference import mmfs_reference, output_of
 
+# Runs a kernel instruction by instruction in NumPy: few cases, a few rows of each.
 NUMPY = ("emulator",)
-"""Runs a kernel instruction by instruction in NumPy: few cases, a few rows of each."""
 
 
 def ready(name: str) -> Implementation:

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(bool(FUNCTION.missing()), reason=str(FUNCTION.mi
 
 BRANCHES = {"gather": FUNCTION, "grid_sample": Function(most_gathered=0)}
 
+# What the function may lose where scores are large: it adds logits and tables in fp32.
 FP32_SCORES = 1e-5
-"""What the function may lose where scores are large: it adds logits and tables in fp32."""
 
 
 def relative(got: np.ndarray, wanted: np.ndarray) -> float:

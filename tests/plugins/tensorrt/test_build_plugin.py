@@ -22,11 +22,11 @@ ENTERPRISE = "#define TRT_MAJOR_ENTERPRISE {}\n#define TRT_MINOR_ENTERPRISE {}\n
 OLD = "#define NV_TENSORRT_MAJOR {} //!< major\n#define NV_TENSORRT_MINOR {}\n"
 RTX = "#define TRT_MAJOR_RTX {}\n#define TRT_MINOR_RTX {}\n"
 
+# What cmake leaves in its folder, as shell.
 LIBRARIES_WITH_CHECKSUM = f"""if [ "$1" = --build ]; then
 for library in {" ".join(TARGETS)}; do
 touch $2/lib$library.so && {sys.executable} -I {checksum.__file__} $2/lib$library.so
 done; fi"""
-"""What cmake leaves in its folder, as shell."""
 
 
 def headers(folder: Path, form: str, major: int, minor: int) -> Path:

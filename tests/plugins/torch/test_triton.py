@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="no triton: pip 
 
 LEVELS = [(6, 9), (3, 4)]
 
+# Calls a function with arguments in the other process.
 Run = Callable[..., Any]
-"""Calls a function with arguments in the other process."""
 
 
 def process(start: Callable[..., None], *arguments: str) -> Iterator[Run]:

@@ -16,12 +16,12 @@ from mmi_train.checkpoint_import.published import published_name
 from mmi_train.model.mm_interleaved import MMInterleaved
 
 LETTERS = "▁abcdefghijklmnopqrstuvwxyz"
+# In the order in which they would have been learned: the earlier, the higher the score.
 WORDS = ["▁a", "▁th", "▁the", "in", "er", "on", "▁s", "at", "▁c", "▁cat", "▁sat", "▁on"]
-"""In the order in which they would have been learned: the earlier, the higher the score."""
 
 SPECIAL, BYTES = 3, 256
+# How many ids the tokenizer has without the marks for pictures.
 OWN = SPECIAL + BYTES + len(WORDS) + len(LETTERS)
-"""How many ids the tokenizer has without the marks for pictures."""
 
 
 def sentencepiece_model(kind: int = 2) -> bytes:

@@ -21,8 +21,8 @@ from mmi_train.golden.gradients import gradient_bounds
 from mmi_train.golden.units import KINDS, kind_of
 from mmi_train.model.mmfs import Mmfs
 
+# The smallest golden unit: what most tests damage.
 UNIT = "mmfs_llm"
-"""The smallest golden unit: what most tests damage."""
 
 
 def put(source: Path, folder: Path, name: str = "") -> Path:

@@ -25,9 +25,9 @@ from mmi_train.model.vae import Posterior
 
 Run = tuple[dict[str, Tensor], dict[str, Tensor]]
 
+# Tolerances relative to the greatest entry: fp32 sums in another order through tens of layers;
+# small terms that cancel; a mean over thousands of entries.
 FORWARD, GRADIENT, LOSS = 1e-4, 1e-3, 1e-5
-"""Tolerances relative to the greatest entry: fp32 sums in another order through tens of layers;
-small terms that cancel; a mean over thousands of entries."""
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = FORWARD) -> None:

@@ -30,8 +30,8 @@ from mmi_train.weights.pickles import read_pickles, weight_map
 from mmi_train.weights.safetensors_files import load_tensors, read_folder, read_safetensors
 from mmi_train.weights.writer import write_safetensors
 
+# The largest tensor of the published checkpoint.
 EMBEDDING = (32002, 5120)
-"""The largest tensor of the published checkpoint."""
 
 
 def kilobytes(field: str) -> int:
