@@ -206,7 +206,7 @@ def _check_preset_options(
     if sparse_weights == random_weights:
         raise ConfigError(
             f"{preset} is a preset without weights: choose placeholder weights",
-            fix="give --sparse-weights or --random-weights",
+            fix="give one of --sparse-weights and --random-weights",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_a_preset_without_weights_becomes_a_bundle_that_says_so(
     captured = capsys.readouterr()
     assert "7 graphs, 7 comparisons" in captured.out
     assert "holds empty weights" in captured.err and "proved by a slice" in captured.err
-    assert "exporting llm (graph 3 of 7" in captured.err and "linked" in captured.err
+    # A slow machine adds the seconds so far.
+    assert re.search(r"exporting llm \(.*graph 3 of 7", captured.err) and "linked" in captured.err
     monkeypatch.setattr(manifest, "sha256_of", pytest.fail)  # hashed when it was written
     bundle = Bundle.open(out)
     assert bundle.config.llama.layers == 1 and bundle.manifest.weights == "empty"
@@ -116,7 +118,7 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(
     ("options", "says"),
     [
         (["--preset", "small"], "small is a preset without weights: choose"),
-        (["--preset", "small", "--sparse-weights", "--random-weights"], "say which"),
+        (["--preset", "small", "--sparse-weights", "--random-weights"], "choose placeholder"),
         (["--preset", "small", "--sparse-weights", "--layers", "3"], "expected 1 to 2"),
         (["--preset", "nobody", "--sparse-weights"], "there is no preset 'nobody'"),
         (["model", "--preset", "small", "--sparse-weights"], "give a model folder or --preset"),
