@@ -12,7 +12,8 @@ import pytest
 
 from exports import Exported
 from mmi_deploy.errors import EngineError
-from mmi_deploy.runtime.onnxruntime import engine
+from mmi_deploy.runtime import backend as runtime_backend
+from mmi_deploy.runtime.onnxruntime import backend as onnxruntime_backend
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
@@ -71,7 +72,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path | None]:
     def load(path: Path, graph: Graph, options: OnnxOptions) -> None:
         found[graph.name] = options.library
 
-    monkeypatch.setattr(engine, "OnnxRuntimeEngine", load)
+    monkeypatch.setattr(onnxruntime_backend, "OnnxRuntimeEngine", load)
+    monkeypatch.setattr(runtime_backend, "find_kernel_library", lambda target, kernels: kernels)
     return found
 
 
