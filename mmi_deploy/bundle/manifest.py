@@ -172,9 +172,12 @@ def read_manifest(path: Path, kind: type[Manifest], fix: str) -> Manifest:
         raise BundleError(
             f"{path.parent} is not complete: it holds no {path.name}", fix=f"write it with `{fix}`"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise BundleError(
-            f"cannot read {path}: {error}", fix=f"remove it, and write it again with `{fix}`"
+            f"cannot read {path}: it is not the JSON that mmi writes ({error})",
+            fix=f"write it again with `{fix}`",
         ) from None
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT:

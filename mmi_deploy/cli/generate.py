@@ -21,7 +21,7 @@ from mmi_deploy.cli.target_options import (
     resident_groups,
     say_memory,
 )
-from mmi_deploy.spec.backends import AUTO, CPU
+from mmi_deploy.spec.backends import AUTO, CPU, NONE
 from mmi_deploy.system.progress import Progress, shown, silent
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ def generate(
         from mmi_deploy.documents.files import read_document, title_of
         from mmi_deploy.documents.html import page
         from mmi_deploy.documents.story import PAGE_NAME, Story, write_story
+        from mmi_deploy.runtime.backend import find_kernel_library
         from mmi_deploy.runtime.events import Finished
         from mmi_deploy.runtime.generation import GenerationOptions
         from mmi_deploy.runtime.generation import generate as events_of
@@ -203,13 +204,14 @@ def generate(
         remarks().print(remark)
     images = min(opened.limits.images, opened.config.llm_mmfs.images - 1)
     source = read_document(document, opened.limits.context, images)
-    compiling = time.perf_counter()
-    started += time.perf_counter() - compiling  # compiled once per machine: not loading time
+    before = time.perf_counter()
+    library = find_kernel_library(target, kernels)
+    started += time.perf_counter() - before  # compiled once per machine: not loading time
     runtime = Runtime.open(
         opened,
         threads=threads,
         target=target,
-        kernels=kernels,
+        kernels=library or NONE,
         device=device,
         resident=resident_groups(resident),
     )

@@ -100,7 +100,7 @@ def main(run: Callable[[list[str]], int]) -> None:
 
 def _disk_is_full(error: Exception) -> bool:
     """Return True for a full disk or quota; some libraries name it in the error's text only."""
-    full = (errno.ENOSPC, errno.EDQUOT)
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     known = isinstance(error, OSError) and error.errno in full
     return known or any(os.strerror(number) in str(error) for number in full)
 

@@ -50,6 +50,7 @@ class GenerationOptions:
             ("turn_tokens", self.turn_tokens is None or self.turn_tokens >= 0, "0 or more"),
             ("full_every", self.full_every >= 1, "1 or more"),
             ("guidance", 0 <= self.guidance <= 100, "0 to 100"),
+            ("seed", 0 <= self.seed < 2**64, "0 to 2^64 - 1"),
         )
         if "" in self.stop:
             raise ConfigError("an empty stop text would end every generation at once")

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
-from mmi_deploy.bundle.manifest import Receipt, TargetManifest, hash_of_files, write_manifest
+from mmi_deploy.bundle.manifest import Receipt, TargetManifest, hash_of_files, manifest_text
 from mmi_deploy.errors import BundleError
 from mmi_deploy.parity import PRECISION_TOLERANCES, Proof, compare_outputs, precision_tolerance
 from mmi_deploy.runtime.buffers import Array, element_type
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, model_runner, runner
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.system.output_folder import rewrite_file
 from mmi_deploy.targets.precision.emulation import emulated
 from mmi_deploy.targets.precision.recipes import FLOAT32, Recipe
 from mmi_deploy.targets.sample_inputs import Arrays, Sample, dynamic_sizes, samples_of
@@ -184,5 +185,6 @@ def write_receipts(
     graphs = {proof.graph for proof in proofs}
     kept = [receipt for receipt in manifest.receipts if receipt.graph not in graphs]
     changed = manifest.model_copy(update={"receipts": (*kept, *receipts)})
-    write_manifest(bundle.target_folder(compared.target) / TARGET_MANIFEST, changed)
+    folder = bundle.target_folder(compared.target)
+    rewrite_file(folder, TARGET_MANIFEST, manifest_text(changed))
     return changed

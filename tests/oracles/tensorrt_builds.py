@@ -91,7 +91,7 @@ def profile_of(graph: Graph) -> Profile:
     return {
         tensor.name: tuple(
             tensor.resolve(**{letter: getattr(of, end) for letter, of in graph.ranges.items()})
-            for end in ("least", "likely", "greatest")
+            for end in ("min", "opt", "max")
         )
         for tensor in graph.inputs
         if any(isinstance(side, str) for side in tensor.shape)

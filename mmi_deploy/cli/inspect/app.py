@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mmi_deploy.cli.command_table import INSPECT, TableGroup, table_app
@@ -26,12 +27,21 @@ class Inspect(TableGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put `parts` before arguments that do not begin with a view or ask for help."""
         if not args or args[0] not in {*self.rows, "-h", "--help"}:
-            for option in (word.partition("=")[0] for word in args):
+            for word in args:
+                option = word.partition("=")[0]
                 if option in RENAMED:
+                    view, *kept = RENAMED[option].split()
+                    others = [other for other in args if other != word]
+                    command = " ".join(["mmi inspect", view, *others[:1], *kept, *others[1:]])
                     raise ConfigError(
                         f"{option} is not an option of `mmi inspect`",
-                        fix=f"It is a view now: `mmi inspect {RENAMED[option]}`",
+                        fix=f"It is a view now: `{command}`",
                     )
+            if args and not args[0].startswith("-") and not Path(args[0]).exists():
+                raise ConfigError(
+                    f"{args[0]} is neither a folder nor a view",
+                    expected=f"a bundle, a model folder, or one of {', '.join(self.rows)}",
+                )
             args = ["parts", *args]
         return super().parse_args(ctx, args)
 

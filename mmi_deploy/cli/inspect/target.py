@@ -44,7 +44,7 @@ def target(
     elif targets:
         print_table(results(), target_table(targets))
     else:
-        results().print(f"{folder} has no target yet: `mmi build {folder}` makes one")
+        results().print(f"{folder} has no target yet: `mmi build {folder} --target cpu` makes one")
 
 
 def target_table(summaries: Sequence[TargetSummary]) -> Table:

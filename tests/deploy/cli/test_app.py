@@ -571,8 +571,15 @@ def test_options_that_mean_nothing_are_refused(mmi: Screen, words: tuple[str, ..
 
 @pytest.mark.parametrize("option", RENAMED)
 def test_options_that_became_views_are_named(mmi: Screen, option: str) -> None:
-    assert mmi("inspect", "bundle", option) == 2
-    assert f"`mmi inspect {RENAMED[option]}`" in mmi.err and mmi.err.count("\n") == 1
+    assert mmi("inspect", "bundle", option, "value") == 2
+    view, *kept = RENAMED[option].split()
+    command = " ".join(["mmi inspect", view, "bundle", *kept, "value"])
+    assert f"`{command}`" in mmi.err and mmi.err.count("\n") == 1
+
+
+def test_a_view_that_is_misspelt_is_told_from_a_folder(mmi: Screen) -> None:
+    assert mmi("inspect", "cots", "assets/tiny") == 2
+    assert "cots is neither a folder nor a view" in mmi.err and "cost" in mmi.err
 
 
 def test_help_imports_no_command() -> None:

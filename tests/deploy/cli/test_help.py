@@ -64,7 +64,7 @@ def test_examples_have_a_line_each(
 ) -> None:
     lines = [line.strip() for line in help_of("generate", monkeypatch, capsys).splitlines()]
     assert "Examples:" in lines
-    assert "mmi generate story.md --json | jq .parts" in lines
+    assert "mmi generate examples/story.md --json | jq .parts" in lines
 
 
 def test_help_of_keeps_paragraphs_apart() -> None:

@@ -24,6 +24,7 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.tensorrt import backend
 from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.graphs import graphs
+from mmi_deploy.system.output_folder import check_replaceable
 from mmi_deploy.targets import calibration
 from mmi_deploy.targets.cpu import build_cpu_target
 from mmi_deploy.targets.precision import recipe, rewrite
@@ -169,8 +170,17 @@ def test_engines_on_a_gpu_get_receipts_and_run(
     # In float32 the fake engines run the portable files themselves.
     greatest = max(graph["relative_rms"] for graph in found["graphs"])
     assert greatest == 0 if activations == "float32" else 1e-5 < greatest
-    assert Runtime.open(bundle, target=name, kernels=plugin).target is not None
+    assert Runtime.open(bundle, target=name, kernels=plugin).backend.plan() is not None
     assert verify()[2] == "" and describe_targets(bundle)[0].receipts["llm"] == "proved"
+
+
+def test_a_verified_target_is_built_and_exported_again(bundle: Bundle, verify: Program) -> None:
+    """The manifest that `mmi verify` rewrites counts as written by mmi."""
+    build_cpu_target(bundle, recipe("int8"), unproved=True)
+    assert verify("--target", "cpu-int8", "--kernels", "none")[0] == 0
+    build_cpu_target(bundle, recipe("int8"), unproved=True)
+    assert verify("--target", "cpu-int8", "--kernels", "none")[0] == 0
+    check_replaceable(bundle.folder, None, kind="bundle")
 
 
 def test_a_wrong_engine_on_a_gpu_fails_and_the_others_pass(
