@@ -169,9 +169,16 @@ def read_manifest(path: Path, kind: type[Manifest], fix: str) -> Manifest:
         text = path.read_bytes()
         found = json.loads(text, object_pairs_hook=reject_duplicates)
     except FileNotFoundError:
+        if (path.parent / "config.json").is_file():
+            raise BundleError(
+                f"{path.parent} is a model folder, not a bundle",
+                fix=f"export it: `mmi export {path.parent} -o FOLDER`",
+            ) from None
         raise BundleError(
             f"{path.parent} is not complete: it holds no {path.name}", fix=f"write it with `{fix}`"
         ) from None
+    except NotADirectoryError:
+        raise BundleError(f"there is no bundle {path.parent}", fix=f"make one: `{fix}`") from None
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
