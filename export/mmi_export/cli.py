@@ -157,12 +157,12 @@ def export(
     """
     _check_preset_options(model, preset, sparse_weights, random_weights, layers)
     read_from = [] if preset else [model or SHIPPED]
-    for folder_read in read_from:  # before PyTorch is imported, which takes seconds
-        if not (folder_read / "config.json").is_file():
-            raise ConfigError(
-                f"{folder_read} is not a model folder: it holds no config.json",
-                expected="what `mmi train`, `mmi convert` or `mmi init` wrote",
-            )
+    if model is not None and not (model / "config.json").is_file():
+        # Before PyTorch is imported, which takes seconds.
+        raise ConfigError(
+            f"{model} is not a model folder: it holds no config.json",
+            expected="what `mmi train`, `mmi convert` or `mmi init` wrote",
+        )
     check_replaceable(out, force, kind="bundle", inputs=read_from)
     with extras("export"):
         import torch
