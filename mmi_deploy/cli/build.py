@@ -149,7 +149,7 @@ def build(
         opened.limits.images if max_images is None else max_images,
     )
     options = _Options(limits, plugin, force, unproved, dry_run, as_json)
-    if row.on_gpu:
+    if row.plugin:
         _tensorrt(opened, targets, chosen, names, options)
     else:
         _cpu(opened, chosen, options)

@@ -45,6 +45,9 @@ class Backend:
     architectures: tuple[str, ...] = ()
     # Whether engines can be built for a GPU that is not in this machine.
     cross_compiles: bool = False
+    # Whether the MMFS operator is TensorRT's plugin, and engines come from TensorRT's builder; else
+    # it is a custom operator of ONNX Runtime.
+    plugin: bool = False
     # Names of TensorRT's builder flags beyond the defaults. An engine that requires user allocation
     # allocates nothing when it runs, so that it can be recorded into a CUDA graph. REFIT and
     # STRIP_PLAN need a GPU while they build; WEIGHT_STREAMING makes no difference to a build.
@@ -57,7 +60,7 @@ class Backend:
 
     @property
     def on_gpu(self) -> bool:
-        """True if engines run on a GPU: with its memory, for its architecture, with the plugin."""
+        """True if engines run on a GPU: with its memory, for its architecture."""
         return bool(self.architectures)
 
 
@@ -85,6 +88,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
                 (10, 15, 1),
                 ".engine",
                 tuple(ARCHITECTURES),
+                plugin=True,
             ),
             # 1.7 is the first version that was tested; a build checks the installed version first.
             Backend(
@@ -96,6 +100,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
                 ".engine",
                 ("sm80", "sm86", "sm89", "sm120"),
                 cross_compiles=True,
+                plugin=True,
                 builder_flags=("REQUIRE_USER_ALLOCATION",),
             ),
         )

@@ -21,9 +21,9 @@ def kernel_library(backend_name: str, choice: str | Path = AUTO) -> Path | None:
     warning in the log, where none can be loaded. Raises `ConfigError` or `EngineError` for a file
     that is not such a library.
     """
-    on_gpu = backend(backend_name).on_gpu
+    plugin = backend(backend_name).plugin
     if choice == AUTO:
-        return newest_library() if on_gpu else _loadable(ensure())
+        return newest_library() if plugin else _loadable(ensure())
     path = Path(choice)
     if not path.is_file():
         raise ConfigError(
@@ -35,7 +35,7 @@ def kernel_library(backend_name: str, choice: str | Path = AUTO) -> Path | None:
             fix="Compile it again: mmi plugins build",
         )
     path = path.resolve()
-    if not on_gpu:
+    if not plugin:
         _check(path)
     return path
 

@@ -326,9 +326,9 @@ def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
 
 def check_arguments(bundle: Path, runtime: str, precisions: Sequence[str]) -> None:
     """Raise `MmiError` for arguments that are wrong on every machine."""
-    on_gpu = [row.name for row in BACKENDS.values() if row.on_gpu]
-    if runtime not in on_gpu:
-        raise ConfigError(f"{runtime!r} runs no engines", expected=" or ".join(on_gpu))
+    tested = [row.name for row in BACKENDS.values() if row.plugin]
+    if runtime not in tested:
+        raise ConfigError(f"{runtime!r} runs no engines", expected=" or ".join(tested))
     for precision in precisions:
         recipe(precision)
     Bundle.open(bundle, unproved=True)

@@ -21,7 +21,7 @@ from mmi_deploy.spec.backends import BACKENDS, TENSORRT, TENSORRT_RTX
 from mmi_deploy.system.files import write_file
 
 # Python module -> command that installs it. TensorRT's lean runtime runs engines and builds none.
-INSTALL = {row.module: f"pip install {row.package}" for row in BACKENDS.values() if row.on_gpu} | {
+INSTALL = {row.module: f"pip install {row.package}" for row in BACKENDS.values() if row.plugin} | {
     "tensorrt_lean_bindings": "pip install tensorrt-lean-cu13-libs tensorrt-lean-cu13-bindings",
 }
 
