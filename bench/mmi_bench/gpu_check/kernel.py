@@ -22,6 +22,7 @@ from mmi_plugins.compile.launch_plan import (
     Variant,
     device_arrays,
     launch_plan,
+    output_array,
     widen,
     workspace_shape,
 )
@@ -54,9 +55,8 @@ class GpuKernel:
 
     def run(self, call: Call, rows: np.ndarray) -> np.ndarray:
         """Outputs [row, d] of `rows` [row, 3], each a (b, q, h)."""
-        buffers = {
-            name: self.memory.from_array(array) for name, array in device_arrays(call).items()
-        }
+        arrays = {**device_arrays(call), "output": output_array(call)}
+        buffers = {name: self.memory.from_array(array) for name, array in arrays.items()}
         if prod := int(np.prod(workspace_shape(call, self.parts))):
             buffers["workspace"] = self.memory.allocate((prod,), np.float32)
         for launch in launch_plan(call, _addresses(buffers), self.parts):

@@ -75,7 +75,7 @@ def test_other_weights_than_the_models_are_refused(
 def test_a_file_that_is_cut_short_is_refused(folder: Path, tmp_path: Path, kept: int) -> None:
     path = folder / WEIGHTS
     os.truncate(path, kept if kept >= 0 else path.stat().st_size + kept)
-    with pytest.raises(WeightsError, match=r"model\.safetensors (is cut off|is no safetensors)"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors (is cut off|is not a safetensors)"):
         prepare_export(folder, tmp_path / "bundle")
 
 
