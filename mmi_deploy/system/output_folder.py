@@ -532,10 +532,15 @@ def _read_marker(place: Path, shown: Path) -> _Marker | None:
         )
     try:
         about = json.loads(text)
-        assert isinstance(about["kind"], str) and isinstance(about["folder"], str)
-        assert all(isinstance(entry, dict) for entry in about["files"].values())
-        assert isinstance(about["folders"], list) and about["format"] == _FORMAT
-    except (AssertionError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if not (  # no assert: what decides over removal is checked under `python -O` too
+            isinstance(about["kind"], str)
+            and isinstance(about["folder"], str)
+            and all(isinstance(entry, dict) for entry in about["files"].values())
+            and isinstance(about["folders"], list)
+            and about["format"] == _FORMAT
+        ):
+            raise ValueError("a field of another type")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise MmiError(f"{shown / MARKER} cannot be understood", fix=fix) from None
     return _Marker(about, status.st_mtime_ns)
 

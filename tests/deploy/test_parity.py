@@ -270,7 +270,7 @@ def test_every_graph_and_recipe_has_a_tolerance_with_a_reason() -> None:
     ("dtype", "most"), [("float32", 1e-5), ("float16", 2e-3), ("bfloat16", 2e-2)]
 )
 def test_tolerances_of_constants_are_absolute(dtype: str, most: float) -> None:
-    """Whatever the constant is: small ones are not held to a share of themselves."""
+    """Constants of any size: small ones are not held to a share of themselves."""
     for value in (1.0, 1e-3, 0.0):
         for factor, passes in ((0.99, True), (1.01, False)):
             got = np.array([value + factor * most])

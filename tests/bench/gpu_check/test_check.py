@@ -181,7 +181,7 @@ def test_without_a_gpu_each_step_says_what_is_missing(bundle: Bundle, tmp_path: 
 def test_the_program_on_this_machine(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever it has: a line for each step, a report, and an exit code that fits them."""
+    """On any machine: a line for each step, a report, and an exit code that fits them."""
     if Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU here: run `make gpu-check`")
     arguments = [str(bundle.folder), "-o", str(tmp_path / "out"), "--precision", "fp16"]

@@ -295,7 +295,7 @@ def test_a_refused_document_is_not_shown_first(mmi: Screen, bundle: Path, tmp_pa
 def test_the_page_has_the_documents_heading_as_its_title(
     mmi: Screen, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a document without one, its name."""
+    """Title of the page: the file name of a document without a heading."""
     monkeypatch.setattr(Tokenizer, "encode", lambda *_: [5])  # the fake one does not know `#`
     arguments = ("-b", bundle, "-o", tmp_path / "out", "--max-tokens", 2, "--max-images", 0)
     for text, title in (("w5", "words"), ("# A *blue* day\n\nw7", "A blue day")):

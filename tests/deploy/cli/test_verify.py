@@ -84,7 +84,7 @@ def on_fake_gpu(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch, **op
 def test_an_unproved_cpu_target_gets_the_receipts_of_a_build(
     bundle: Bundle, verify: Program
 ) -> None:
-    """The same inputs and tolerances, and, up to how ONNX Runtime is set up, the same errors."""
+    """Equal inputs and tolerances; errors equal but for session options of ONNX Runtime."""
     build_cpu_target(bundle, recipe("int8"))
     built = bundle.target("cpu-int8").receipt("llm")
     build_cpu_target(bundle, recipe("int8"), unproved=True)

@@ -67,7 +67,7 @@ def model(request: pytest.FixtureRequest) -> MMInterleaved:
 
 
 def logits_of(model: MMInterleaved, token_ids: list[int], images: list[Array]) -> Array:
-    """Of the last token, everything computed at once."""
+    """Logits of the last token, computed in one forward pass."""
     with torch.no_grad():
         encoded = model.encode_images(pixels_of(images))
         slots = torch.arange(len(images))[None]

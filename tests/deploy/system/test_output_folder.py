@@ -1007,3 +1007,19 @@ def test_a_run_has_its_folder_for_itself(tmp_path: Path) -> None:
             with run_folder(out, "training"):
                 raise AssertionError("must not begin")
     assert tree(out) == {"mine.txt": "mine"} and os.listdir(out) == ["mine.txt"]
+
+
+@pytest.mark.parametrize("change", [{"kind": 1}, {"folders": "all"}, {"format": 99}])
+def test_a_marker_of_another_form_is_refused_without_asserts_too(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    """With `python -O`, which leaves assert statements out, nothing is removed on its word."""
+    folder = tmp_path / "out"
+    with new_folder(folder, None, kind="story") as work:
+        (work / "a.txt").write_text("a")
+    marker = folder / MARKER
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), **change}))
+    command = [sys.executable, "-O", "-m", "mmi_deploy.system.output_folder", str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "cannot be understood" in run.stderr
+    assert (folder / "a.txt").read_text() == "a"

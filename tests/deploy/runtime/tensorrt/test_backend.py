@@ -352,7 +352,7 @@ def test_an_exported_model_makes_the_document_that_onnx_runtime_makes(
 
 
 def copy_of(bundle: Bundle, folder: Path) -> Bundle:
-    """The same bundle, into which targets may be written."""
+    """Copy of the bundle, into which targets may be written."""
     shutil.copytree(bundle.folder, folder, ignore=shutil.ignore_patterns("engines"))
     return Bundle.open(folder)
 

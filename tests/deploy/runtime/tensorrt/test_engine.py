@@ -263,7 +263,7 @@ def test_a_request_beyond_the_profiles_is_refused(bench: Bench) -> None:
 
 
 def test_engines_share_one_block_to_compute_in(bench: Bench) -> None:
-    """Of the greatest need; when it moves, contexts are told and recordings made again."""
+    """Greatest need of all engines; after a move, contexts are told and graphs recorded again."""
     bench.module.recordable_after = 0
     first = bench.engine(scratch=1000)
     given, total = on_device(bench, inputs()), bench.memory.allocate((1, 2, 3), np.float32)
