@@ -269,3 +269,18 @@ def test_folders_of_others_never_make_room(
     EngineCache(cache.folder, 0).obtain("k", writes(), out)
     assert left(cache) == {"project"} and (other / "entry.json").read_text() == text
     assert (tmp_path / "thesis").read_text() == "m"
+
+
+def test_an_entry_lists_no_file_outside_itself_without_asserts_too(tmp_path: Path) -> None:
+    """With `python -O`, which leaves assert statements out."""
+    thesis, entry = tmp_path / "thesis", tmp_path / "engines" / "k"
+    thesis.write_text("mine")
+    entry.mkdir(parents=True)
+    listed = '{"files": {"../../thesis": [1, "0"]}, "key": {}}'
+    (entry / "entry.json").write_text(listed)
+    code = (
+        "import sys; from pathlib import Path; from mmi_deploy.targets import cache; "
+        "cache._remove(Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-O", "-c", code, str(entry)], check=True)
+    assert thesis.read_text() == "mine" and (entry / "entry.json").read_text() == listed
