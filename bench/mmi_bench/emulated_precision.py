@@ -42,4 +42,4 @@ def emulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int 
 
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
     backend = HostBackend(bundle.graphs, bundle.limits, load)
-    return Runtime(bundle.config, tokenizer, backend, bundle.schedule)
+    return Runtime(bundle.config, tokenizer, backend, bundle.schedule, bundle.schedules)

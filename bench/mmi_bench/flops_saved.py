@@ -183,7 +183,15 @@ def compare(
             step,
         )
     rows += calls.values()
-    rows.append(Row("values of an image, once", None, deployed("image_values", n=1)))
+    for who in ("llm", "unet"):
+        own = deployed(f"{who}_values", n=1)
+        rows.append(
+            Row(
+                f"values of an image for the {who.upper() if who == 'llm' else 'U-Net'}, once",
+                None,
+                own,
+            )
+        )
     last = calls[seen]
     assert last.published is not None
     condition = deployed("image_condition", b=1, x=min(64, limits.context))

@@ -67,6 +67,16 @@ def export(
             rich_help_panel="Bundle",
         ),
     ] = None,
+    rows: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Documents or pictures that one run may compute together.",
+            metavar="N",
+            rich_help_panel="Bundle",
+        ),
+    ] = 8,
     schedule: Annotated[
         list[str] | None,
         typer.Option(
@@ -170,7 +180,7 @@ def export(
         from mmi_export.export import DEFAULT_SCHEDULES, prepare_export, run_export
         from mmi_export.placeholder_model import Weights, placeholder_model
     weights: Weights = "random" if random_weights else "empty" if preset else "given"
-    options: dict[str, Any] = {"scope": prove and prove.value, "weights": weights}
+    options: dict[str, Any] = {"scope": prove and prove.value, "weights": weights, "rows": rows}
     options["layout"] = layout.value if layout else "linked" if preset else None
     folder: AbstractContextManager[Path] = nullcontext(model or SHIPPED)
     if preset:

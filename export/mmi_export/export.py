@@ -27,7 +27,7 @@ from mmi_export.graphs.image_decoder import (
     VaeDecoderGraph,
 )
 from mmi_export.graphs.llm import LlmGraph
-from mmi_export.graphs.vision import ImageValuesGraph, VisionEncoderGraph
+from mmi_export.graphs.vision import LlmValuesGraph, UnetValuesGraph, VisionEncoderGraph
 from mmi_export.parity.receipts import onnx_runner, prove
 from mmi_export.parity.small_model import difference, slice_of
 from mmi_export.placeholder_model import Weights, write_placeholder_model
@@ -43,9 +43,10 @@ from mmi_train.weights.model_folder import CONFIG, TOKENIZER
 # Module that is exported for each graph; it maps inputs by name to outputs by name.
 MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
     "vision_encoder": VisionEncoderGraph,
-    "image_values": ImageValuesGraph,
+    "llm_values": LlmValuesGraph,
     "llm": LlmGraph,
     "image_condition": ImageConditionGraph,
+    "unet_values": UnetValuesGraph,
     "denoise_step": DenoiseStepGraph,
     "denoise_shallow": DenoiseShallowGraph,
     "vae_decoder": VaeDecoderGraph,
@@ -80,7 +81,7 @@ def prepare_export(
     context: int | None = None,
     schedules: Sequence[str] = DEFAULT_SCHEDULES,
     *,
-    batch: int = 4,
+    rows: int = 8,
     images: int = 49,
     layout: Layout | None = None,
     scope: Scope | None = None,
@@ -94,7 +95,7 @@ def prepare_export(
         )
     config = read_config(model_folder / CONFIG)
     Tokenizer.open(tokenizer, config.tokens)
-    limits = _limits(config, context, batch, images)
+    limits = _limits(config, context, rows, images)
     tables = _tables(config, schedules)
     model = FakeWeightsModel(config)
     stored = stored_weights(model_folder, model.weights)
@@ -118,7 +119,7 @@ def export_bundle(
 
     `context`: slots of the KV cache, a constant of the `llm` graph (None: as many as the model has
     positions). `schedules`: samplers `NAME:STEPS`; the first is the default. `options` are those of
-    `prepare_export`: `batch`, `images`: maximum batch size and pool size of the bundle; `layout`,
+    `prepare_export`: `rows`, `images`: maximum batch size and images of a document; `layout`,
     `scope`: see `plan` (None: chosen by the size of the weights and the memory of this machine);
     `weights`: their origin, for the manifest. `out_folder` is written whole or not at all.
 
@@ -215,7 +216,7 @@ class _Slice:
         self.folder = folder
         self.config = slice_of(export.config)
         context = min(export.limits.context, self.config.llama.context)
-        self.limits = Limits(context, export.limits.batch, export.limits.images)
+        self.limits = replace(export.limits, context=context)
         self.graphs = graphs(self.config, self.limits)
         dtype = export.stored.dtype if export.stored.dtype in ONNX_TYPES else torch.float32
         write_placeholder_model(self.config, folder, "random", dtype)
@@ -246,10 +247,10 @@ def _time_table(model: FakeWeightsModel, stored: StoredWeights, schedule: Schedu
     return schedule.with_time_table(model.compute(rows, stored.read).numpy())
 
 
-def _limits(config: ModelConfig, context: int | None, batch: int, images: int) -> Limits:
+def _limits(config: ModelConfig, context: int | None, rows: int, images: int) -> Limits:
     most = config.llama.context
     least = config.visual_tokens + _TOKENS_BESIDE_IMAGE
-    limits = Limits(context=most if context is None else context, batch=batch, images=images)
+    limits = Limits(context=most if context is None else context, batch=rows, images=images)
     if not least <= limits.context <= most:
         raise ConfigError(
             "the context does not fit the model",
@@ -257,10 +258,8 @@ def _limits(config: ModelConfig, context: int | None, batch: int, images: int) -
             got=limits.context,
             fix=f"give --context {most}",
         )
-    if min(batch, images) < 1:
-        raise ConfigError(
-            "a bundle allows at least a batch size of 1 and 1 image", got=f"{batch} and {images}"
-        )
+    if min(rows, images) < 1:
+        raise ConfigError("a bundle allows at least 1 row and 1 image", got=f"{rows} and {images}")
     return limits
 
 

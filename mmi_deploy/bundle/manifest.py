@@ -31,8 +31,10 @@ from mmi_deploy.system.output_folder import CHECKED
 from mmi_deploy.system.progress import Progress, silent
 from mmi_deploy.system.safetensors_reader import reject_duplicates
 
-# Version of the folder's layout; a runtime reads exactly one.
-FORMAT = 1
+# Version of the folder's layout and of the graphs' contract; a runtime reads exactly one. 2: each
+# row of `denoise_step` has a step and a guidance; `llm_values` and `unet_values` in place of
+# `image_values`.
+FORMAT = 2
 
 # Target name of the graphs as exported, before any rewrite for an execution provider.
 PORTABLE = "portable"

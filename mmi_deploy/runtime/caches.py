@@ -32,30 +32,25 @@ class KvCache:
 
 
 class HiddenStates:
-    """Final hidden state of every token, filled from the end so that the newest comes first.
-
-    A picture's context is the hidden states in reverse order, which makes it a slice: no copy.
-    """
+    """Final hidden state of every token of a document: a picture's context is a slice of it."""
 
     def __init__(self, llm: Graph, memory: Memory, tokens: int) -> None:
         hidden = llm["hidden"]
         self._rows = memory.allocate(hidden.resolve(b=1, t=tokens)[1:], hidden.dtype)  # [tokens, c]
         self._memory = memory
-        self._tokens = tokens
 
     def write(self, first: int, hidden: Buffer) -> None:
         """Write `hidden` [t, c], the states of the tokens from index `first` on."""
-        last = self._tokens - first
-        self._memory.copy(hidden, self._rows.rows(last - hidden.shape[0], last), backwards=True)
+        self._memory.copy(hidden, self._rows.rows(first, first + hidden.shape[0]))
 
-    def newest_first(self, first: int, last: int) -> Buffer:
-        """View of the states of tokens `first` to `last` (exclusive), the last one first:
-        [last - first, c]. Valid as long as this object."""
-        return self._rows.rows(self._tokens - last, self._tokens - first)
+    def tokens(self, first: int, last: int) -> Buffer:
+        """View of the states of tokens `first` to `last` (exclusive), [last - first, c]. Valid as
+        long as this object."""
+        return self._rows.rows(first, last)
 
 
-class ValuePool:
-    """Ring buffer of the MMFS values of a document's images, one row per image.
+class ImagePool:
+    """Ring buffer of what a document keeps of its images: features or MMFS values, one row each.
 
     With more images than rows, a new image overwrites the oldest. The encoder writes into the rows
     that the LLM or U-Net reads; every token, step and guidance branch shares them.
@@ -73,12 +68,15 @@ class ValuePool:
         """Number of contiguous rows from that of the next image to the end of the ring."""
         return self.rows - self.slot(self.images)
 
-    def reserve(self, count: int) -> dict[str, Buffer]:
-        """Reserve rows for the next `count` images, at most `contiguous`: tensor name -> buffer
-        [count, ...] to write to."""
+    def next_rows(self, count: int) -> dict[str, Buffer]:
+        """Rows of the next `count` images, at most `contiguous`, to write to: tensor name -> buffer
+        [count, ...]. Call `add` once they are written."""
         row = self.slot(self.images)
-        self.images += count
         return {name: buffer.rows(row, row + count) for name, buffer in self._buffers.items()}
+
+    def add(self, count: int) -> None:
+        """Count `count` images whose rows were written, or that are skipped."""
+        self.images += count
 
     def slot(self, image: int) -> int:
         """Row of image number `image` of the document."""

@@ -64,9 +64,9 @@ class MemoryPlan:
 
 
 def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> dict[str, int]:
-    """Bytes of a `Session`'s buffers for one document, by kind. images: rows of the U-Net's value
-    pool."""
-    llm, values, step = graphs["llm"], graphs["image_values"], graphs["denoise_step"]
+    """Bytes of a `Session`'s buffers for one document, by kind. images: images that the U-Net
+    may see."""
+    llm, step = graphs["llm"], graphs["denoise_step"]
     cached = set(llm.in_place.values())
     sizes = {"b": 1, "t": 1, "w": 1, "v": 1}
     drawing = [
@@ -74,11 +74,11 @@ def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> 
         step[DEEP],
         *graphs["image_condition"].outputs,
     ]
-    pools = {name: limits.images for name in values.names("llm_value")}
-    pools |= {name: images for name in values.names("unet_value")}
+    seen = [graphs["vision_encoder"]["features"], *graphs["unet_values"].outputs]
+    values = _bytes(graphs["llm_values"].outputs, {"n": limits.images})
     return {
         "KV cache": _bytes((t for t in llm.inputs if t.name in cached), sizes),
-        "image values": sum(_bytes([values[name]], {"n": rows}) for name, rows in pools.items()),
+        "image values": values + _bytes(seen, {"n": images}),
         "hidden states": _bytes([llm["hidden"]], {"b": 1, "t": limits.context}),
         "one token": _bytes([llm["hidden"], llm["logits"], llm["visual_tokens"]], sizes),
         "a picture being drawn": _bytes(drawing, sizes),

@@ -8,6 +8,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.runtime.backend import Backend, open_backend
@@ -20,11 +23,10 @@ from mmi_deploy.spec.schedule import Schedule
 
 @dataclass(frozen=True)
 class BoundSchedule:
-    """A sampler with its tables in the memory of `denoise_step`."""
+    """A sampler, and the row of its first step in the tables of all samplers."""
 
     schedule: Schedule
-    coefficients: Buffer
-    time_table: Buffer
+    first: int
 
 
 class Runtime:
@@ -42,7 +44,7 @@ class Runtime:
         schedules: Collection[str] = (),
     ) -> None:
         """load_schedule: reads a schedule by its key, None for the default. schedules: keys that
-        `load` reads besides the default."""
+        can be asked for besides the default."""
         self.config = config
         self.tokenizer = tokenizer
         self.backend = backend
@@ -53,7 +55,8 @@ class Runtime:
         self._loading = Lock()
         self._load_schedule = load_schedule
         self._engines: dict[str, Engine] = {}
-        self._schedules: dict[str | None, BoundSchedule] = {}
+        self._schedules: dict[str | None, BoundSchedule] | None = None
+        self._tables: dict[str, Buffer] = {}
 
     @classmethod
     def open(
@@ -122,8 +125,7 @@ class Runtime:
     def load(self) -> None:
         """Load all samplers and resident engines now, so that the first request does not wait. On
         the CPU the bundle's files may be removed afterwards."""
-        for key in (None, *self.schedules):
-            self.schedule(key)
+        self.schedule()
         for name in self.graphs:
             if self.backend.is_resident(name):
                 self.engine(name)
@@ -132,12 +134,38 @@ class Runtime:
         """Sampler of a key such as `ddim:20`, or the default; raises `BundleError` for one that is
         not in the bundle."""
         with self._loading:
-            if key not in self._schedules:
-                schedule = self._load_schedule(key)
-                assert schedule.time_table is not None, "a bundle's schedules have time tables"
-                tables = (
-                    self.memory.from_array(schedule.coefficients),
-                    self.memory.from_array(schedule.time_table),
-                )
-                self._schedules[key] = BoundSchedule(schedule, *tables)
-            return self._schedules[key]
+            bound = self._bound_schedules()
+            return bound[key] if key in bound else bound[self._load_schedule(key).key]
+
+    def tables(self) -> dict[str, Buffer]:
+        """`coefficients` and `time_table` of all samplers, one after another, in the memory of
+        `denoise_step`."""
+        with self._loading:
+            self._bound_schedules()
+            return self._tables
+
+    def _bound_schedules(self) -> dict[str | None, BoundSchedule]:
+        if self._schedules is None:
+            default = self._load_schedule(None)
+            loaded = {default.key: default}
+            loaded |= {key: self._load_schedule(key) for key in self.schedules if key not in loaded}
+            found: dict[str | None, BoundSchedule] = {}
+            first = 0
+            for key, schedule in loaded.items():
+                found[key] = BoundSchedule(schedule, first)
+                first += schedule.steps
+            tables = {
+                "coefficients": [schedule.coefficients for schedule in loaded.values()],
+                "time_table": [_time_table(schedule) for schedule in loaded.values()],
+            }
+            self._tables = {
+                name: self.memory.from_array(np.concatenate(rows)) for name, rows in tables.items()
+            }
+            self._schedules = {None: found[default.key], **found}
+        return self._schedules
+
+
+def _time_table(schedule: Schedule) -> NDArray[np.float32]:
+    """Time table of a bundle's schedule, which always has one."""
+    assert schedule.time_table is not None, "a bundle's schedules have time tables"
+    return schedule.time_table

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mmi_deploy.documents.images import Rgb, as_rgb, resize, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
-from mmi_deploy.runtime.caches import DrawingBuffers, HiddenStates, KvCache, ValuePool, padded_count
+from mmi_deploy.runtime.caches import DrawingBuffers, HiddenStates, ImagePool, KvCache, padded_count
 from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.timings import Timings
@@ -38,19 +38,15 @@ class Session:
         self.limits = runtime.limits
         self.timings = Timings()
         self.token_ids: list[int] = []
-        unet = self.config.image_decoder.mmfs
-        values = runtime.graphs["image_values"]
-        memory = runtime.memory
-        self._cache = KvCache(runtime.graphs["llm"], memory)
-        self._llm_values = ValuePool(
-            [values[name] for name in values.names("llm_value")], memory, self.limits.images
-        )
-        self._unet_values = ValuePool(
-            [values[name] for name in values.names("unet_value")],
-            memory,
-            min(unet.images_seen, self.limits.images),
-        )
-        llm = runtime.graphs["llm"]
+        graphs, memory = runtime.graphs, runtime.memory
+        llm, most = graphs["llm"], self.limits.images
+        seen = min(self.config.image_decoder.mmfs.images_seen, most)
+        self._cache = KvCache(llm, memory)
+        self._llm_values = ImagePool(graphs["llm_values"].outputs, memory, most)
+        # The U-Net sees the last images alone, and only once a picture is begun: their features are
+        # kept until then.
+        self._features = ImagePool([graphs["vision_encoder"]["features"]], memory, seen)
+        self._unet_values = ImagePool(graphs["unet_values"].outputs, memory, seen)
         self._hidden = HiddenStates(llm, memory, self.limits.context)
         # Fixed buffers of a decode step: with the same addresses at each token, the step can be
         # replayed as a CUDA graph.
@@ -126,22 +122,40 @@ class Session:
         self.token_ids += ids
 
     def _encode_pending(self) -> None:
-        """Encode the pending images: MMFS values into the pools, visual tokens for the LLM.
-
-        A batch is limited by the graphs, and by the rows that are contiguous in both ring buffers.
-        """
-        pools = (self._llm_values, self._unet_values)
+        """Encode the pending images: the LLM's values into their pool, visual tokens for the LLM,
+        features for the U-Net. A batch is limited by the graphs."""
         while self._pending_pixels:
-            count = min(
-                self.limits.batch, len(self._pending_pixels), *(pool.contiguous for pool in pools)
-            )
+            count = min(self.limits.batch, len(self._pending_pixels), self._llm_values.contiguous)
             pixels = np.stack(self._pending_pixels[:count])
             with self._measure("encode", count):
                 encoded = self.runtime.engine("vision_encoder").run({"pixels": pixels})
-                rows = {**self._llm_values.reserve(count), **self._unet_values.reserve(count)}
-                self.runtime.engine("image_values").run({"features": encoded["features"]}, rows)
+                features = encoded["features"]
+                rows = self._llm_values.next_rows(count)
+                self.runtime.engine("llm_values").run({"features": features}, rows)
+                for image in range(count):
+                    row = self._features.next_rows(1)["features"]
+                    self.runtime.memory.copy(features.rows(image, image + 1), row)
+                    self._features.add(1)
+                self._llm_values.add(count)
             del self._pending_pixels[:count]
             self._pending_visual_tokens.append(encoded["visual_tokens"])
+
+    def _compute_unet_values(self) -> None:
+        """Compute the U-Net's values of the images that it may see and that have none yet."""
+        values, last = self._unet_values, self._features.images
+        while values.images < last:
+            # Images that a later one has pushed out of the ring are skipped.
+            values.add(max(last - values.rows - values.images, 0))
+            count = min(
+                self.limits.batch, last - values.images, values.contiguous, self._features.rows
+            )
+            with self._measure("values", count):
+                first = self._features.slot(values.images)
+                features = self._features.buffers()["features"].rows(first, first + count)
+                self.runtime.engine("unet_values").run(
+                    {"features": features}, values.next_rows(count)
+                )
+                values.add(count)
 
     def next_logits(self) -> Logits:
         """Logits [u] of the next token. A view on the host: valid until the document grows."""
@@ -258,6 +272,7 @@ class Session:
             )
         bound = self.runtime.schedule(schedule)
         self._run_pending()
+        self._compute_unet_values()
         picture = self.images  # index of the new picture: part of the key of its random draws
         drawing = self._drawing_buffers()
         with self._measure("condition"):
@@ -268,9 +283,8 @@ class Session:
         full = self.runtime.engine("denoise_step")
         shallow = self.runtime.engine("denoise_shallow") if full_every > 1 else full
         constant: dict[str, Buffer | Array] = {
-            "guidance": np.array(guidance, np.float32),
-            "coefficients": bound.coefficients,
-            "time_table": bound.time_table,
+            "guidance": np.array([guidance], np.float32),
+            **self.runtime.tables(),
             "image_slot": slot,
             "image_position": position,
             DEEP: drawing.deep,
@@ -283,7 +297,7 @@ class Session:
                 noisy = bound.schedule.draws_noise(step)
                 noise = step_noise(seed, picture, step, shape) if noisy else drawing.zero_noise
                 given = {**constant, **drawing.state, "noise": noise}
-                given["step"] = np.array(step, np.int64)
+                given["step"] = np.array([bound.first + step], np.int64)
                 engine = full if step % full_every == 0 else shallow
                 # The shallow graph takes a subset of the whole one's inputs, and `deep` besides.
                 inputs = {tensor.name: given[tensor.name] for tensor in engine.graph.inputs}
@@ -305,11 +319,11 @@ class Session:
         return self._drawing
 
     def _context(self) -> dict[str, Buffer | Array]:
-        """Hidden states of the current document, newest first, [1, x, c], and x [1]."""
+        """Hidden states of the current document [1, x, c], and x [1]."""
         bos = self.config.tokens.bos
         ids = self.token_ids
         first = len(ids) - 1 - ids[::-1].index(bos) if bos in ids else 0
-        context = self._hidden.newest_first(first, len(ids))
+        context = self._hidden.tokens(first, len(ids))
         return {
             "context": context.reshaped((1, *context.shape)),
             "context_length": np.array([len(ids) - first], np.int64),

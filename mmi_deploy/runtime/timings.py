@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-# encode: images to visual tokens and MMFS values. prefill: several tokens at once. decode: one
-# token. condition, denoise (one step) and vae: the parts of drawing a picture.
-STAGES = ("encode", "prefill", "decode", "condition", "denoise", "vae")
+# encode: images to visual tokens and the MMFS values of the LLM. prefill: several tokens at once.
+# decode: one token. values (the MMFS values of the U-Net), condition, denoise (a step) and vae: the
+# parts of drawing a picture.
+STAGES = ("encode", "prefill", "decode", "values", "condition", "denoise", "vae")
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,12 @@ TERMS = 3 + HISTORY
 # Input of the U-Net's last up block besides its skips; `denoise_shallow` uses it again.
 DEEP = "deep"
 
-# Classifier-free guidance runs the conditional and the unconditional branch in one batch,
-# conditional rows first.
+# Classifier-free guidance runs both branches in one batch: for each picture its conditional row,
+# then its unconditional row.
 UNET_BATCH_PER_PICTURE = 2
+
+# Rows of the tables of all the samplers in a bundle, together.
+MAX_STEPS = 4096
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,20 @@ def numbered(prefix: str, index: int) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of an exported bundle: cache slots per row, rows, images in the pool."""
+    """Limits of an exported bundle.
+
+    context: tokens of a document, which are the slots of a row of the KV cache. batch: rows of one
+    run. images: images of a document. pool: rows of the pools of image values, shared by all
+    documents; at least `images`.
+    """
 
     context: Count
-    batch: Few = 4
+    batch: Few = 8
     images: Few = 49
+    pool: Count = 128
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pool", max(self.pool, self.images))
 
 
 def feature_cells(config: ModelConfig, mmfs: MmfsConfig | None = None) -> int:
@@ -198,16 +210,28 @@ def vision_encoder(config: ModelConfig, limits: Limits) -> Graph:
     )
 
 
-def image_values(config: ModelConfig, limits: Limits) -> Graph:
-    """Features to the MMFS values of every LLM layer and U-Net block that looks at images."""
-    llm, unet = config.llm_mmfs, config.image_decoder.mmfs
+def llm_values(config: ModelConfig, limits: Limits) -> Graph:
+    """Features to the MMFS values of every LLM layer that looks at images. Runs when an image is
+    encoded."""
+    layers, mmfs = range(len(config.llama.mmfs_layers)), config.llm_mmfs
+    return _image_values("llm_values", _values("llm_value", layers, config, mmfs), config, limits)
+
+
+def unet_values(config: ModelConfig, limits: Limits) -> Graph:
+    """Features to the MMFS values of every U-Net block that looks at images. Runs when a picture is
+    begun, for the images that it sees."""
+    decoder = config.image_decoder
+    values = _values("unet_value", range(decoder.unet.mmfs_blocks), config, decoder.mmfs)
+    return _image_values("unet_values", values, config, limits)
+
+
+def _image_values(
+    name: str, values: Iterator[Tensor], config: ModelConfig, limits: Limits
+) -> Graph:
     return Graph(
-        "image_values",
+        name,
         inputs=(_activation("features", "n", feature_cells(config), config.vision.width),),
-        outputs=(
-            *_values("llm_value", range(len(config.llama.mmfs_layers)), config, llm),
-            *_values("unet_value", range(config.image_decoder.unet.mmfs_blocks), config, unet),
-        ),
+        outputs=tuple(values),
         ranges={"n": Range(1, 1, limits.batch)},
     )
 
@@ -256,7 +280,7 @@ def llm(config: ModelConfig, limits: Limits) -> Graph:
             "t": Range(1, 1, limits.context),
             "w": Range(1, 1, limits.context),
             "v": Range(1, config.visual_tokens, limits.context),
-            "n": Range(1, 4, limits.images),
+            "n": Range(1, 4, limits.pool),
             "m": Range(1, 4, limits.images),
         },
         in_place={new.name: old.name for new, old in zip(present, past, strict=True)},
@@ -266,9 +290,9 @@ def llm(config: ModelConfig, limits: Limits) -> Graph:
 def image_condition(config: ModelConfig, limits: Limits) -> Graph:
     """Hidden states of the context to the keys and values of each U-Net cross-attention.
 
-    `context`: LLM hidden states from the picture's begin-of-image token (row 0) backwards to the
-    start of its document; rows from `context_length[b]` on are padding. Outputs hold the
-    conditional rows, then the unconditional rows, computed from the learned null condition.
+    `context`: LLM hidden states from the start of the document to the picture's begin-of-image
+    token, as the LLM writes them; rows from `context_length[b]` on are padding. The unconditional
+    branch depends on no input: its keys and values are constants of the denoising graphs.
     """
     widths = config.image_decoder.unet.cross_attention_widths
     return Graph(
@@ -287,7 +311,7 @@ def _condition(config: ModelConfig, attentions: Sequence[int]) -> tuple[Tensor, 
     decoder = config.image_decoder
     tokens, widths = decoder.resampler.queries, decoder.unet.cross_attention_widths
     return tuple(
-        _activation(numbered(f"condition_{kind}", index), "2*b", tokens, widths[index])
+        _activation(numbered(f"condition_{kind}", index), "b", tokens, widths[index])
         for index in attentions
         for kind in ("key", "value")
     )
@@ -296,8 +320,10 @@ def _condition(config: ModelConfig, attentions: Sequence[int]) -> tuple[Tensor, 
 def denoise_step(config: ModelConfig, limits: Limits) -> Graph:
     """One step of any linear solver, both guidance branches inside.
 
-    `coefficients[step]` [STATE, TERMS] times (latents, prediction, noise, history) is the next
-    state; `time_table[step]` holds the time projection of every ResNet, one after another.
+    Each row is a picture with a step, sampler and guidance of its own. `coefficients[step[b]]`
+    [STATE, TERMS] times (latents, prediction, noise, history) is the next state of row b;
+    `time_table[step[b]]` holds the time projection of every ResNet, one after another. Both tables
+    hold all samplers, one after another.
     """
     unet = config.image_decoder.unet
     condition = range(len(unet.cross_attention_widths))
@@ -337,17 +363,19 @@ def _latents(config: ModelConfig) -> tuple[int, int, int]:
 
 def _deep(config: ModelConfig) -> Tensor:
     unet = config.image_decoder.unet
-    return _activation(DEEP, "2*b", unet.deep_width, unet.latent_side, unet.latent_side)
+    return _activation(
+        DEEP, "b", UNET_BATCH_PER_PICTURE, unet.deep_width, unet.latent_side, unet.latent_side
+    )
 
 
 def _denoise_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
     decoder, latents = config.image_decoder, _latents(config)
     return (
         Tensor("latents", "float32", ("b", *latents)),
-        Tensor("history", "float32", (HISTORY, "b", *latents)),
+        Tensor("history", "float32", ("b", HISTORY, *latents)),
         Tensor("noise", "float32", ("b", *latents)),
-        Tensor("step", "int64", (), below="steps"),
-        Tensor("guidance", "float32", ()),
+        Tensor("step", "int64", ("b",), below="steps"),
+        Tensor("guidance", "float32", ("b",)),
         Tensor("coefficients", "float32", ("steps", STATE, TERMS)),
         Tensor("time_table", "float32", ("steps", sum(decoder.unet.resnet_widths))),
         Tensor("image_slot", "int32", ("b", "m"), below="n"),
@@ -371,15 +399,15 @@ def _denoise_outputs(config: ModelConfig) -> tuple[Tensor, ...]:
     latents = _latents(config)
     return (
         Tensor("next_latents", "float32", ("b", *latents)),
-        Tensor("next_history", "float32", (HISTORY, "b", *latents)),
+        Tensor("next_history", "float32", ("b", HISTORY, *latents)),
     )
 
 
 def _denoise_ranges(config: ModelConfig, limits: Limits) -> dict[str, Range]:
     return {
         "b": Range(1, 1, limits.batch),
-        "steps": Range(1, 20, 1000),
-        "n": Range(1, 4, limits.images),
+        "steps": Range(1, 20, MAX_STEPS),
+        "n": Range(1, 4, limits.pool),
         "m": Range(1, 4, config.image_decoder.mmfs.images_seen),
     }
 
@@ -403,9 +431,10 @@ def vae_decoder(config: ModelConfig, limits: Limits) -> Graph:
 
 GRAPHS = (
     vision_encoder,
-    image_values,
+    llm_values,
     llm,
     image_condition,
+    unet_values,
     denoise_step,
     denoise_shallow,
     vae_decoder,

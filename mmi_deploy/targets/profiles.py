@@ -91,7 +91,7 @@ def _narrowed(graph: Graph, limits: Limits) -> dict[str, Range]:
     pooled = "m" in graph.ranges
     most = {
         "b": limits.batch,
-        "n": limits.images if pooled else limits.batch,
+        "n": limits.pool if pooled else limits.batch,
         "m": limits.images,
     }
     narrowed = {}

@@ -58,12 +58,12 @@ def linked_graphs(config: ModelConfig, dtype: torch.dtype, folder: Path) -> Link
     sources = WeightSources(model, stored, link_file)
     (folder / "graphs").mkdir()
     made = Linked(config, folder / "model", folder / "graphs", sources, Limits(64))
-    for name in ("image_values", "llm"):
+    for name in ("llm_values", "llm"):
         export_graph(sources, made.contract(name), made.graphs / f"{name}.onnx")
     return made
 
 
-@pytest.mark.parametrize("name", ["image_values", "llm"])
+@pytest.mark.parametrize("name", ["llm_values", "llm"])
 def test_linked_graphs_compute_what_the_model_does(linked: Linked, name: str) -> None:
     whole = load_stored(linked.config, linked.sources.stored)
     run = onnx_runner(linked.graphs / f"{name}.onnx")

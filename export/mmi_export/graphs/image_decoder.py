@@ -11,7 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mmi_deploy.spec.graphs import DEEP, UNET_BATCH_PER_PICTURE, Graph
+from mmi_deploy.spec.graphs import DEEP, UNET_BATCH_PER_PICTURE, Graph, numbered
+from mmi_export.graphs import operators
 from mmi_export.graphs.folding import FoldedMmfsBlock
 from mmi_export.tracing.onnx_from_module import Tensors, sharing_copy
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -22,32 +23,24 @@ Constants = tuple[Tensor, list[KeyValue], list[Tensor], Tensor, Tensor]
 
 
 class ImageConditionGraph(nn.Module):
-    """Map hidden states of the context to keys and values of every cross-attention.
-
-    The rows of the unconditional branch depend on no input: they are constants of the graph.
-    """
+    """Map hidden states of the context to keys and values of every cross-attention."""
 
     def __init__(self, model: MMInterleaved, graph: Graph) -> None:
         super().__init__()
         self.decoder = model.image_decoder
-        self.names = list(
-            zip(graph.names("condition_key"), graph.names("condition_value"), strict=True)
-        )
-        with torch.no_grad():
-            pairs = self.decoder.unet.condition_keys_values(self.decoder.null_condition)
-        unconditional = [tensor for pair in pairs for tensor in pair]  # [1, y, c] each
-        self.unconditional = nn.ParameterList(
-            nn.Parameter(tensor, requires_grad=False) for tensor in unconditional
-        )
+        self.names = condition_names(graph)
 
     def forward(self, inputs: Tensors) -> Tensors:
-        condition = self.decoder.condition(inputs["context"], inputs["context_length"])  # [b, y, c]
+        context, length = inputs["context"], inputs["context_length"]
+        # Positions count backwards from the begin-of-image token.
+        backwards = length[:, None] - 1 - torch.arange(context.shape[1])  # [b, x]
+        newest_first = operators.gather_rows(context, backwards.clamp(min=0))
+        condition = self.decoder.condition(newest_first, length)  # [b, y, c]
         pairs = self.decoder.unet.condition_keys_values(condition)
-        conditional = [tensor for pair in pairs for tensor in pair]
-        names = [name for pair in self.names for name in pair]
         return {
-            name: torch.cat([own, other.expand_as(own)])  # [2b, y, c]
-            for name, own, other in zip(names, conditional, self.unconditional, strict=True)
+            name: tensor
+            for names, pair in zip(self.names, pairs, strict=True)
+            for name, tensor in zip(names, pair, strict=True)
         }
 
 
@@ -61,27 +54,47 @@ class _DenoiseGraph(nn.Module):
         self.unet.look_back = nn.ModuleList(
             FoldedMmfsBlock(block) for block in cast(Iterable[MmfsBlock], self.unet.look_back)
         )
-        keys, values = graph.names("condition_key"), graph.names("condition_value")
-        self.keys_values = list(zip(keys, values, strict=True))
+        self.keys_values = condition_names(graph)
         self.values = graph.names("unet_value")
+        with torch.no_grad():
+            pairs = self.unet.condition_keys_values(model.image_decoder.null_condition)
+        # Keys and values of the unconditional branch, [1, y, c] each: the same for every picture.
+        names = [name for pair in self.keys_values for name in pair]
+        of_all = {
+            numbered(f"condition_{kind}", index): tensor
+            for index, pair in enumerate(pairs)
+            for kind, tensor in zip(("key", "value"), pair, strict=True)
+        }
+        self.unconditional = nn.ParameterList(
+            nn.Parameter(of_all[name].clone(), requires_grad=False) for name in names
+        )
 
     def constants(self, inputs: Tensors) -> Constants:
         """Time rows, condition and images of both guidance branches, as `UNet.step` takes them."""
         return (
-            _row(inputs["time_table"], inputs["step"]),
-            [(inputs[key], inputs[value]) for key, value in self.keys_values],
+            _twice(inputs["time_table"].index_select(0, inputs["step"])),
+            self._condition(inputs),
             [inputs[name] for name in self.values],
-            _both(inputs["image_slot"]),
-            _both(inputs["image_position"]),
+            _twice(inputs["image_slot"]),
+            _twice(inputs["image_position"]),
         )
+
+    def _condition(self, inputs: Tensors) -> list[KeyValue]:
+        """Keys and values [2b, y, c] of both branches for each cross-attention."""
+        names = [name for pair in self.keys_values for name in pair]
+        both = [
+            torch.stack([inputs[name], other.expand_as(inputs[name])], 1).flatten(0, 1)
+            for name, other in zip(names, self.unconditional, strict=True)
+        ]
+        return list(zip(both[::2], both[1::2], strict=True))
 
 
 class DenoiseStepGraph(_DenoiseGraph):
     """One step of a tabulated sampler; also gives the deep features that shallow steps reuse."""
 
     def forward(self, inputs: Tensors) -> Tensors:
-        branches, deep = self.unet.step_and_deep(_both(inputs["latents"]), *self.constants(inputs))
-        return {**_next_state(inputs, branches), DEEP: deep}
+        branches, deep = self.unet.step_and_deep(_twice(inputs["latents"]), *self.constants(inputs))
+        return {**_next_state(inputs, branches), DEEP: _by_picture(deep)}
 
 
 class DenoiseShallowGraph(_DenoiseGraph):
@@ -89,7 +102,7 @@ class DenoiseShallowGraph(_DenoiseGraph):
 
     def forward(self, inputs: Tensors) -> Tensors:
         branches = self.unet.shallow_step(
-            _both(inputs["latents"]), inputs[DEEP], *self.constants(inputs)
+            _twice(inputs["latents"]), inputs[DEEP].flatten(0, 1), *self.constants(inputs)
         )
         return _next_state(inputs, branches)
 
@@ -105,22 +118,29 @@ class VaeDecoderGraph(nn.Module):
         return {"pixels": self.vae.decode(inputs["latents"])}
 
 
-def _both(tensor: Tensor) -> Tensor:
-    """Repeat `tensor` along the batch, once for each guidance branch."""
-    return torch.cat([tensor] * UNET_BATCH_PER_PICTURE)
+def condition_names(graph: Graph) -> list[tuple[str, str]]:
+    """Names of key and value of each cross-attention of `graph`, in running order."""
+    keys, values = graph.names("condition_key"), graph.names("condition_value")
+    return list(zip(keys, values, strict=True))
+
+
+def _twice(tensor: Tensor) -> Tensor:
+    """Repeat each row [b, ...] for both guidance branches: [2b, ...]."""
+    return torch.stack([tensor] * UNET_BATCH_PER_PICTURE, 1).flatten(0, 1)
+
+
+def _by_picture(branches: Tensor) -> Tensor:
+    """Rows of both branches [2b, ...] by picture: [b, 2, ...]."""
+    return branches.unflatten(0, (-1, UNET_BATCH_PER_PICTURE))
 
 
 def _next_state(inputs: Tensors, branches: Tensor) -> Tensors:
     """Update of the sampler by unconditional + guidance (conditional - unconditional)."""
-    conditional, unconditional = branches.unflatten(0, (UNET_BATCH_PER_PICTURE, -1))
-    prediction = unconditional + inputs["guidance"] * (conditional - unconditional)
+    conditional, unconditional = _by_picture(branches).unbind(1)  # [b, z, side, side]
+    guidance = inputs["guidance"][:, None, None, None]
+    prediction = unconditional + guidance * (conditional - unconditional)
     latents, noise, history = (inputs[name] for name in ("latents", "noise", "history"))
-    terms = torch.cat([torch.stack([latents, prediction, noise]), history])  # [terms, b, z, ...]
-    coefficients = _row(inputs["coefficients"], inputs["step"]).squeeze(0)  # [state, terms]
-    state = (coefficients @ terms.flatten(1)).unflatten(1, latents.shape)  # [state, b, z, ...]
-    return {"next_latents": state[0], "next_history": state[1:]}
-
-
-def _row(table: Tensor, step: Tensor) -> Tensor:
-    """Row `step` (a scalar tensor) of a table, [1, ...]."""
-    return table.index_select(0, step.reshape(1))
+    terms = torch.cat([torch.stack([latents, prediction, noise], 1), history], 1)
+    coefficients = inputs["coefficients"].index_select(0, inputs["step"])  # [b, state, terms]
+    state = (coefficients @ terms.flatten(2)).unflatten(2, latents.shape[1:])  # [b, state, z, ...]
+    return {"next_latents": state[:, 0], "next_history": state[:, 1:]}

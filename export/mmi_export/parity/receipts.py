@@ -12,7 +12,8 @@ v visual tokens, x context tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,25 @@ from mmi_deploy.parity import (
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, runner
 from mmi_deploy.spec.graphs import DEEP, Graph, Limits, numbered
 from mmi_deploy.spec.schedule import Schedule
+from mmi_export.graphs.image_decoder import condition_names
 from mmi_export.parity.llm_rows import LlmRows, random_rows
 from mmi_export.schedules import diffusers_scheduler, schedule_table
 from mmi_train.model.diffusion import ddim
-from mmi_train.model.image_decoder import DenoisingStep, ImageDecoder, PreviousImages
+from mmi_train.model.image_decoder import DenoisingStep, PreviousImages
+from mmi_train.model.llama import Llama
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
+from mmi_train.model.unet import UNet
 
 Arrays = dict[str, NDArray[Any]]
 
 COMPARED_WITH = {
     "vision_encoder": "MMInterleaved.encode_images in PyTorch",
-    "image_values": "image_values of Llama and UNet in PyTorch, norms and projections unfolded",
+    "llm_values": "Llama.image_values in PyTorch, norms and projections unfolded",
     "llm": "MMInterleaved.read and head in PyTorch, row by row, without cache, padding or folding",
     "image_condition": "ImageDecoder.condition in PyTorch, picture by picture, without padding",
-    "denoise_step": "ImageDecoder.draw in PyTorch with diffusers' schedulers, MMFS unfolded",
+    "unet_values": "UNet.image_values in PyTorch, norms and projections unfolded",
+    "denoise_step": "ImageDecoder.draw in PyTorch with diffusers' schedulers, picture by picture, "
+    "MMFS unfolded",
     "denoise_shallow": "the same drawing with the deep features of its first step used again",
     "vae_decoder": "Vae.decode in PyTorch",
 }
@@ -104,16 +110,14 @@ def _vision_encoder(
         yield {"n": n}, compare_with_model(graph, run({"pixels": pixels}), wanted)
 
 
-def _image_values(
+def _values(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
 ) -> Cases:
+    unfolded: Llama | UNet = model.llm if graph.name == "llm_values" else model.image_decoder.unet
     for n in _batches(limits):
         features = _normal(draw, graph["features"].resolve(n=n))
-        tensor = torch.from_numpy(features)
-        llm = model.llm.image_values(tensor)
-        unet = model.image_decoder.unet.image_values(tensor)
-        names = graph.names("llm_value") + graph.names("unet_value")
-        wanted = dict(zip(names, llm + unet, strict=True))
+        values = unfolded.image_values(torch.from_numpy(features))
+        wanted = dict(zip((tensor.name for tensor in graph.outputs), values, strict=True))
         yield {"n": n}, compare_with_model(graph, run({"features": features}), wanted)
 
 
@@ -210,106 +214,216 @@ def _image_condition(
         context = _normal(draw, graph["context"].resolve(b=b, x=x))
         length = draw.integers(1, x + 1, b)
         length[0] = x
-        rows = [torch.from_numpy(context[row : row + 1, :end]) for row, end in enumerate(length)]
+        rows = [
+            torch.from_numpy(context[row : row + 1, :end][:, ::-1].copy())
+            for row, end in enumerate(length)
+        ]
         alone = [decoder.condition(row, torch.tensor([row.shape[1]])) for row in rows]
-        both = torch.cat([*alone, decoder.null_condition.expand(b, -1, -1)])
-        wanted = _condition_inputs(graph, decoder.unet.condition_keys_values(both))
+        pairs = decoder.unet.condition_keys_values(torch.cat(alone))
+        wanted = {
+            name: tensor
+            for names, pair in zip(condition_names(graph), pairs, strict=True)
+            for name, tensor in zip(names, pair, strict=True)
+        }
         got = run({"context": context, "context_length": length})
         yield {"b": b, "x": x}, compare_with_model(graph, got, wanted)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture of a batch as the model draws it alone.
+
+    schedule: the sampler's table. first: its first row in the table of all samplers. latents, noise
+    [steps, 1, z, side, side]: random draws. steps: the model's steps. constants: inputs that stay
+    the same, one row each, with slots in the batch's pool.
+    """
+
+    schedule: Schedule
+    first: int
+    guidance: float
+    latents: NDArray[np.float32]
+    noise: NDArray[np.float32]
+    steps: list[DenoisingStep]
+    constants: Arrays
+
+    def begin(self, history: tuple[int, ...]) -> Arrays:
+        """State before the first step."""
+        return {
+            "latents": self.latents * np.float32(self.schedule.initial_sigma),
+            "history": np.zeros(history, np.float32),
+        }
+
+    def moment(self, index: int) -> Arrays:
+        """Inputs that change from step to step."""
+        return {
+            "step": np.array([self.first + index]),
+            "guidance": np.array([self.guidance], np.float32),
+            "noise": self.noise[index],
+        }
+
+
+# Samplers of the rows of a batch, with and without noise of their own, and their guidance.
+_SOLVERS = ("unipc", "ddpm", "ddim")
+_GUIDANCE = (3.5, 1.0, 7.0)
 
 
 def _denoise(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
 ) -> Cases:
-    """Compare whole pictures of a few steps, so that the solver's history is proved too. The graph
-    runs the steps of its kind; the model supplies the others."""
-    decoder = model.image_decoder
+    """Compare whole pictures of a few steps, so that the solver's history is proved too. The rows
+    of a batch differ in sampler, guidance, images and step: row r begins r runs after the first.
+    The graph runs the steps of its kind; the model supplies the others."""
     diffusion = model.config.image_decoder.diffusion
+    unet = model.image_decoder.unet
     shallow = any(tensor.name == DEEP for tensor in graph.inputs)
-    pair, pool = min(2, limits.batch), min(3, limits.images)
+    schedules = [schedule_table(solver, _STEPS, diffusion) for solver in _SOLVERS]
+    tables = {
+        "coefficients": np.concatenate([schedule.coefficients for schedule in schedules]),
+        "time_table": np.concatenate(
+            [unet.time_rows(torch.from_numpy(schedule.timesteps)).numpy() for schedule in schedules]
+        ),
+    }
     most = graph.ranges["m"].max
-    for b, n, m, solver in ((1, 1, 0, "unipc"), (1, 1, 1, "ddpm"), (pair, pool, most, "unipc")):
-        schedule = schedule_table(solver, _STEPS, diffusion)
-        scheduler = ddim(diffusion) if solver == "ddpm" else diffusers_scheduler(solver, diffusion)
-        scheduler.set_timesteps(_STEPS)
-        images = _previous_images(model, draw, b, n, m)
-        latents = _normal(draw, graph["latents"].resolve(b=b))
-        noise = _normal(draw, (_STEPS, *latents.shape))
-        condition = torch.from_numpy(_normal(draw, (b, *decoder.null_condition.shape[1:])))
-        steps: list[DenoisingStep] = []
-        decoder.draw(
-            condition,
-            images,
-            torch.from_numpy(latents),
-            scheduler,
-            guidance=3.5,
-            full_every=_STEPS if shallow else 1,
-            step_noise=list(torch.from_numpy(noise)) if solver == "ddpm" else None,
-            on_step=steps.append,
+    few = min(3, limits.images)
+    for b, n, m in ((1, 1, 0), (1, 1, 1), (min(3, limits.batch), few, most)):
+        features = torch.from_numpy(_normal(draw, (n, *_feature_shape(model))))
+        pictures = [
+            _picture(model, graph, draw, features, row, max(m - row, 0), schedules[row], shallow)
+            for row in range(b)
+        ]
+        values = dict(
+            zip(
+                (numbered("unet_value", index) for index in range(len(unet.look_back))),
+                (value.numpy() for value in unet.image_values(features)),
+                strict=True,
+            )
         )
-        fixed = {
-            "guidance": np.array(3.5, np.float32),
-            "coefficients": schedule.coefficients,
-            "time_table": decoder.unet.time_rows(torch.from_numpy(schedule.timesteps)).numpy(),
-            **_drawing_constants(decoder, graph, condition, images),
-        }
-        state = {
-            "latents": latents * np.float32(schedule.initial_sigma),
-            "history": np.zeros(graph["history"].resolve(b=b), np.float32),
-        }
-        compared = []
-        for index, step in enumerate(steps):
-            if shallow and index == 0:
-                state = _next_state(schedule, index, state, step.prediction, noise[index])
+        taken = {tensor.name for tensor in graph.inputs}
+        shared = tables | {name: value for name, value in values.items() if name in taken}
+        compared = _draw_together(graph, run, pictures, shared, shallow)
+        slots = max(picture.constants["image_slot"].shape[1] for picture in pictures)
+        yield {"b": b, "steps": len(tables["coefficients"]), "n": n, "m": slots}, worst_of(compared)
+
+
+def _draw_together(
+    graph: Graph, run: Run, pictures: Sequence[_Picture], shared: Arrays, shallow: bool
+) -> list[Comparison]:
+    """Draw all pictures with `run`, row r beginning r runs late; compare each step of each."""
+    history = graph["history"].resolve(b=1)
+    state = [picture.begin(history) for picture in pictures]
+    compared = []
+    for turn in range(_STEPS + len(pictures) - 1):
+        running = []
+        for row, picture in enumerate(pictures):
+            index = turn - row
+            if not 0 <= index < _STEPS:
                 continue
-            moment: Arrays = {"step": np.array(index), "noise": noise[index]}
+            if shallow and index == 0:  # a whole step, which the model supplies
+                step = picture.steps[0]
+                state[row] = _next_state(
+                    picture.schedule, 0, state[row], step.prediction, picture.noise[0]
+                )
+                continue
+            running.append((row, index))
+        if not running:
+            continue
+        inputs = [
+            pictures[row].constants
+            | state[row]
+            | pictures[row].moment(index)
+            | ({DEEP: _deep(pictures[row].steps[index])} if shallow else {})
+            for row, index in running
+        ]
+        outputs = run(shared | _stacked(inputs))
+        for place, (row, index) in enumerate(running):
+            own = {name: array[place : place + 1] for name, array in outputs.items()}
+            state[row] = {"latents": own["next_latents"], "history": own["next_history"]}
+            step = pictures[row].steps[index]
             wanted = {"next_latents": step.latents}
-            if shallow:
-                moment[DEEP] = step.deep.numpy()
-            else:
-                wanted[DEEP] = step.deep
-            outputs = run(fixed | state | moment)
-            state = {"latents": outputs["next_latents"], "history": outputs["next_history"]}
-            compared.append(compare_with_model(graph, outputs, wanted))
-        yield {"b": b, "steps": _STEPS, "n": n, "m": images.slot.shape[1]}, worst_of(compared)
+            if not shallow:
+                wanted[DEEP] = torch.from_numpy(_deep(step))
+            compared.append(compare_with_model(graph, own, wanted))
+    return compared
+
+
+def _stacked(rows: Sequence[Arrays]) -> Arrays:
+    """Inputs of one row each as one batch; images are padded with hidden ones."""
+    most = max(row["image_slot"].shape[1] for row in rows)
+
+    def padded(name: str, array: NDArray[Any]) -> NDArray[Any]:
+        if name not in ("image_slot", "image_position"):
+            return array
+        return np.pad(array, ((0, 0), (0, most - array.shape[1])))
+
+    return {name: np.concatenate([padded(name, row[name]) for row in rows]) for name in rows[0]}
+
+
+def _picture(
+    model: MMInterleaved,
+    graph: Graph,
+    draw: np.random.Generator,
+    features: Tensor,
+    row: int,
+    m: int,
+    schedule: Schedule,
+    shallow: bool,
+) -> _Picture:
+    """Draw a picture of a few steps with the model. `features`: pool of images, of which it sees
+    `m`."""
+    decoder, diffusion = model.image_decoder, model.config.image_decoder.diffusion
+    noisy = schedule.name == "ddpm"
+    scheduler = ddim(diffusion) if noisy else diffusers_scheduler(schedule.name, diffusion)
+    scheduler.set_timesteps(_STEPS)
+    images = _previous_images(model, draw, features, m)
+    latents = _normal(draw, graph["latents"].resolve(b=1))
+    noise = _normal(draw, (_STEPS, *latents.shape))
+    condition = torch.from_numpy(_normal(draw, (1, *decoder.null_condition.shape[1:])))
+    steps: list[DenoisingStep] = []
+    decoder.draw(
+        condition,
+        images,
+        torch.from_numpy(latents),
+        scheduler,
+        guidance=_GUIDANCE[row],
+        full_every=_STEPS if shallow else 1,
+        step_noise=list(torch.from_numpy(noise)) if noisy else None,
+        on_step=steps.append,
+    )
+    constants = {"image_slot": images.slot.numpy(), "image_position": images.position.numpy()}
+    for index, pair in enumerate(decoder.unet.condition_keys_values(condition)):
+        for kind, tensor in zip(("key", "value"), pair, strict=True):
+            constants[numbered(f"condition_{kind}", index)] = tensor.numpy()
+    taken = {tensor.name for tensor in graph.inputs}
+    constants = {name: array for name, array in constants.items() if name in taken}
+    first = row * _STEPS
+    return _Picture(schedule, first, _GUIDANCE[row], latents, noise, steps, constants)
+
+
+def _deep(step: DenoisingStep) -> NDArray[np.float32]:
+    """Deep features of one picture, the conditional branch first: [1, 2, c, side, side]."""
+    return step.deep.numpy()[None]
 
 
 def _previous_images(
-    model: MMInterleaved, draw: np.random.Generator, b: int, n: int, m: int
+    model: MMInterleaved, draw: np.random.Generator, features: Tensor, m: int
 ) -> PreviousImages:
-    """Pool of `n` images of which each of `b` pictures sees `m`; one hidden slot if `m` is 0."""
+    """A pool of images of which one picture sees `m`; one hidden slot if `m` is 0."""
     seen = model.config.image_decoder.mmfs.images_seen
-    position = np.broadcast_to(np.arange(m, 0, -1), (b, m)) if m else np.zeros((b, 1))
+    position = np.arange(m, 0, -1)[None] if m else np.zeros((1, 1), np.int64)
     return PreviousImages(
-        torch.from_numpy(_normal(draw, (n, *_feature_shape(model)))),
-        torch.from_numpy(draw.integers(0, n, position.shape).astype(np.int32)),
+        features,
+        torch.from_numpy(draw.integers(0, len(features), position.shape).astype(np.int32)),
         torch.from_numpy(np.where(position <= seen, position, 0).astype(np.int32)),
     )
-
-
-def _drawing_constants(
-    decoder: ImageDecoder, graph: Graph, condition: Tensor, images: PreviousImages
-) -> Arrays:
-    """Inputs of `graph` that are the same in every step."""
-    pictures = len(condition)
-    both = torch.cat([condition, decoder.null_condition.expand(pictures, -1, -1)])
-    tensors = {"image_slot": images.slot, "image_position": images.position}
-    for index, pair in enumerate(decoder.unet.condition_keys_values(both)):
-        for kind, tensor in zip(("key", "value"), pair, strict=True):
-            tensors[numbered(f"condition_{kind}", index)] = tensor
-    for index, value in enumerate(decoder.unet.image_values(images.features)):
-        tensors[numbered("unet_value", index)] = value
-    taken = {tensor.name for tensor in graph.inputs}
-    return {name: tensor.numpy() for name, tensor in tensors.items() if name in taken}
 
 
 def _next_state(
     schedule: Schedule, step: int, state: Arrays, prediction: Tensor, noise: NDArray[np.float32]
 ) -> Arrays:
-    """Apply one row of the sampler's table to a prediction, in NumPy."""
-    terms = np.stack([state["latents"], prediction.numpy(), noise, *state["history"]])
+    """Apply one row of the sampler's table to a prediction of one picture, in NumPy."""
+    terms = np.concatenate([state["latents"], prediction.numpy(), noise, state["history"][0]])
     latents, *history = np.tensordot(schedule.coefficients[step], terms, 1)
-    return {"latents": latents, "history": np.stack(history)}
+    return {"latents": latents[None], "history": np.stack(history)[None]}
 
 
 def _vae_decoder(
@@ -323,19 +437,14 @@ def _vae_decoder(
 
 _COMPARISONS: dict[str, Callable[..., Cases]] = {
     "vision_encoder": _vision_encoder,
-    "image_values": _image_values,
+    "llm_values": _values,
     "llm": _llm,
     "image_condition": _image_condition,
+    "unet_values": _values,
     "denoise_step": _denoise,
     "denoise_shallow": _denoise,
     "vae_decoder": _vae_decoder,
 }
-
-
-def _condition_inputs(graph: Graph, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    keys, values = graph.names("condition_key"), graph.names("condition_value")
-    named = dict(zip(keys, (key for key, _ in pairs), strict=True))
-    return named | dict(zip(values, (value for _, value in pairs), strict=True))
 
 
 def _feature_shape(model: MMInterleaved) -> tuple[int, int]:
@@ -344,7 +453,7 @@ def _feature_shape(model: MMInterleaved) -> tuple[int, int]:
 
 
 def _batches(limits: Limits) -> list[int]:
-    return sorted({1, min(2, limits.batch)})
+    return sorted({1, min(2, limits.batch), limits.batch})
 
 
 def _normal(draw: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:

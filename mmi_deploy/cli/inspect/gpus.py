@@ -106,7 +106,8 @@ def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
     looked_at = {"n": images, "m": images}
     wanted: dict[str, dict[str, int]] = {
         "vision_encoder": {"n": 1},
-        "image_values": {"n": 1},
+        "llm_values": {"n": 1},
+        "unet_values": {"n": 1},
         "llm": {"b": 1, "t": 1, "w": 1, **looked_at},
         "image_condition": {"b": 1},
         "denoise_step": {"b": 1, **looked_at},
@@ -140,7 +141,7 @@ def gpu_row(
         "bytes": choice.memory.total,
         "seconds": {
             "token": seconds["llm"],
-            "image": seconds["vision_encoder"] + seconds["image_values"],
+            "image": seconds["vision_encoder"] + seconds["llm_values"],
             "step": step,
             "picture": STEPS * step + once,
         },

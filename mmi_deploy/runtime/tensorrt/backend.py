@@ -206,5 +206,6 @@ def _limits(bundle: Bundle, target: str) -> Limits:
             batch = most.get("b") or most.get("n") or limits.batch
             limits = replace(limits, batch=min(limits.batch, batch))
             if graph.graph == "llm":
-                limits = replace(limits, images=min(limits.images, most["n"], most["m"]))
+                images, pool = min(limits.images, most["m"]), min(limits.pool, most["n"])
+                limits = replace(limits, images=min(images, pool), pool=pool)
     return limits

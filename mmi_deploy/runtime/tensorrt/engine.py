@@ -34,9 +34,9 @@ _DTYPE_NAMES = {
 
 # Engines that are used together, by their group's name in `--resident`.
 GROUPS = {
-    "encoder": ("vision_encoder", "image_values"),
+    "encoder": ("vision_encoder", "llm_values"),
     "llm": ("llm",),
-    "condition": ("image_condition",),
+    "condition": ("image_condition", "unet_values"),
     "denoise": ("denoise_step", "denoise_shallow"),
     "vae": ("vae_decoder",),
 }

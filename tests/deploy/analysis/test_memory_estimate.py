@@ -144,7 +144,7 @@ def test_engines_in_turns_take_no_more_than_the_largest(model: Model) -> None:
     everything = model.memory(RECIPES["fp16"])
     in_turns = model.memory(RECIPES["fp16"], ())
     by_graph = {graph.graph: graph.weights for graph in in_turns.graphs}
-    encoder = by_graph["vision_encoder"] + by_graph["image_values"]
+    encoder = by_graph["vision_encoder"] + by_graph["llm_values"]
     assert in_turns.weights == max(encoder, by_graph["denoise_step"], by_graph["llm"])
     keeping = model.memory(RECIPES["fp16"], ("llm",))
     assert in_turns.weights < keeping.weights < everything.weights

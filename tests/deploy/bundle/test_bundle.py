@@ -140,7 +140,7 @@ def test_verify_finds_what_a_disk_forgot(folder: Path) -> None:
 
 def test_another_format_is_refused(folder: Path) -> None:
     edit_manifest(folder, format=99)
-    with pytest.raises(BundleError, match="another format version; expected 1; got 99"):
+    with pytest.raises(BundleError, match="another format version; expected 2; got 99"):
         Bundle.open(folder)
 
 
@@ -150,7 +150,7 @@ def test_another_format_is_refused(folder: Path) -> None:
         ({"tokenizer": 3}, "damaged: tokenizer"),
         ({"surprise": 1}, "damaged: surprise"),
         ({"graphs": {"llm": "../llm.onnx"}}, "leaves the folder"),
-        ({"graphs": {"llm": "graphs/llm.onnx"}}, "it has no vision_encoder, image_values"),
+        ({"graphs": {"llm": "graphs/llm.onnx"}}, "it has no vision_encoder, llm_values"),
         ({"schedules": {}}, "it has no schedule"),
         ({"tokenizer": "other.json"}, "has no hash of other.json"),
     ],

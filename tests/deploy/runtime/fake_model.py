@@ -26,6 +26,7 @@ from mmi_deploy.spec.schedule import Schedule
 
 VOCAB = 32
 LIMITS = Limits(context=64, images=6)
+SCHEDULES = ("plain:4", "ancestral:4")
 
 
 def fake_config(unet_sees: int = 2, llm_sees: int = 49) -> ModelConfig:
@@ -79,7 +80,7 @@ def vision_encoder(config: ModelConfig, x: dict[str, Array]) -> dict[str, Array]
     }
 
 
-def image_values(config: ModelConfig, x: dict[str, Array], graph: Graph) -> dict[str, Array]:
+def values(config: ModelConfig, x: dict[str, Array], graph: Graph) -> dict[str, Array]:
     mean = x["features"].mean(axis=1)
     return {
         tensor.name: np.broadcast_to(
@@ -128,14 +129,15 @@ def llm(config: ModelConfig, x: dict[str, Array]) -> dict[str, Array]:
 
 
 def image_condition(config: ModelConfig, x: dict[str, Array], graph: Graph) -> dict[str, Array]:
-    rows = np.arange(x["context"].shape[1])
-    weight = np.where(rows < x["context_length"][:, None], 1 / (1 + rows), 0)
+    back = x["context_length"][:, None] - 1 - np.arange(x["context"].shape[1])  # from the newest
+    weight = np.where(back >= 0, 1 / (1 + np.maximum(back, 0)), 0)
     mean = np.einsum("bx,bxc->bc", weight, x["context"])
     found = {}
     for index, tensor in enumerate(graph.outputs):
         _, tokens, width = tensor.shape
-        conditional = np.repeat((mean @ matrix(20 + index, 8, width))[:, None], tokens, axis=1)
-        found[tensor.name] = np.concatenate([conditional, np.full_like(conditional, 0.1)])
+        found[tensor.name] = np.repeat(
+            (mean @ matrix(20 + index, 8, width))[:, None], tokens, axis=1
+        )
     return found
 
 
@@ -143,21 +145,22 @@ def denoise_step(config: ModelConfig, x: dict[str, Array]) -> dict[str, Array]:
     keys = x["condition_key.00"].mean(axis=(1, 2)) + x["condition_value.00"].mean(axis=(1, 2))
     width = config.image_decoder.unet.deep_width
     side = config.image_decoder.unet.latent_side
-    deep = np.broadcast_to(keys[:, None, None, None], (len(keys), width, side, side))
-    deep = deep + 0.1 * x["latents"].mean()
+    both = np.stack([keys, np.full_like(keys, 0.2)], 1)  # the unconditional row is a constant
+    deep = np.broadcast_to(both[:, :, None, None, None], (len(keys), 2, width, side, side))
+    deep = deep + 0.1 * x["latents"].mean(axis=(1, 2, 3))[:, None, None, None, None]
     return {**denoise_shallow(config, {**x, DEEP: deep}), DEEP: deep}
 
 
 def denoise_shallow(config: ModelConfig, x: dict[str, Array]) -> dict[str, Array]:
-    latents, step = x["latents"], int(x["step"])
-    batch, deep = len(latents), x[DEEP].mean(axis=(1, 2, 3))
-    guided = deep[batch:] + x["guidance"] * (deep[:batch] - deep[batch:])
+    latents, step = x["latents"], x["step"]
+    conditional, unconditional = x[DEEP].mean(axis=(2, 3, 4)).T
+    guided = unconditional + x["guidance"] * (conditional - unconditional)
     looked = seen_images(x, "unet_value")[:, :, None, None]  # [b, 4, 1, 1]: the latents' channels
     bent = np.sin(2 * latents) + guided[:, None, None, None] + looked
-    prediction = 0.5 * bent + x["time_table"][step].mean()
-    terms = np.stack([latents, prediction, x["noise"], *x["history"]])
-    state = np.tensordot(x["coefficients"][step], terms, axes=1)
-    return {"next_latents": state[0], "next_history": state[1:]}
+    prediction = 0.5 * bent + x["time_table"][step].mean(axis=1)[:, None, None, None]
+    terms = np.concatenate([np.stack([latents, prediction, x["noise"]], 1), x["history"]], 1)
+    state = np.einsum("bst,bt...->bs...", x["coefficients"][step], terms)
+    return {"next_latents": state[:, 0], "next_history": state[:, 1:]}
 
 
 def vae_decoder(config: ModelConfig, x: dict[str, Array]) -> dict[str, Array]:
@@ -168,9 +171,10 @@ def vae_decoder(config: ModelConfig, x: dict[str, Array]) -> dict[str, Array]:
 
 _GRAPHS = {
     "vision_encoder": vision_encoder,
-    "image_values": image_values,
+    "llm_values": values,
     "llm": llm,
     "image_condition": image_condition,
+    "unet_values": values,
     "denoise_step": denoise_step,
     "denoise_shallow": denoise_shallow,
     "vae_decoder": vae_decoder,
@@ -202,7 +206,7 @@ class FakeEngine(Engine):
         arrays = {name: buffer.read() for name, buffer in inputs.items()}
         self._log.calls.append((self.graph.name, {n: a.copy() for n, a in arrays.items()}))
         graph = _GRAPHS[self.graph.name]
-        more = (self.graph,) if graph in (image_values, image_condition) else ()
+        more = (self.graph,) if graph in (values, image_condition) else ()
         for name, array in graph(self._config, arrays, *more).items():
             outputs[name].write(np.ascontiguousarray(array, np.float32))
 
@@ -234,7 +238,7 @@ def fake_runtime(config: ModelConfig | None = None, limits: Limits = LIMITS) -> 
     backend = HostBackend(
         graphs(config, limits), limits, lambda graph: FakeEngine(graph, config, log)
     )
-    return Runtime(config, fake_tokenizer(config), backend, fake_schedule), log
+    return Runtime(config, fake_tokenizer(config), backend, fake_schedule, SCHEDULES), log
 
 
 def picture(seed: int, side: int = 16) -> Array:

@@ -57,7 +57,8 @@ def torch_runtime(model: MMInterleaved) -> Runtime:
 
     limits = Limits(context=160)
     backend = HostBackend(graphs(config, limits), limits, lambda graph: TorchEngine(model, graph))
-    return Runtime(config, fake_tokenizer(config), backend, schedule)
+    keys = ("ddim:3", "unipc:4", "ddpm:3")
+    return Runtime(config, fake_tokenizer(config), backend, schedule, keys)
 
 
 @pytest.fixture(scope="module", params=[tiny, released_reading])

@@ -118,7 +118,7 @@ def test_a_document_may_ask_for_pictures_in_its_midst() -> None:
     document = document_of(Text("w5"), Draw(), Image(picture(3)), Text("w6"), Draw())
     events, log = run(TOKENS.eos, document=document, max_images=0)
     assert story(events) == [*drawing(0), *drawing(2), "end 0 2"]
-    (first, last) = (call for call in log.of("denoise_step") if call["step"] == 0)
+    (first, last) = (call for call in log.of("denoise_step") if call["step"].tolist() == [0])
     assert not first["image_position"].any()
     assert sorted(last["image_position"][0]) == [1, 2]
 

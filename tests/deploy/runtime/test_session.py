@@ -80,9 +80,13 @@ def full_document() -> tuple[Session, Log]:
 def test_a_prompt_is_one_run_and_every_image_is_encoded_once() -> None:
     session, log = full_document()
     session.next_logits()
-    assert log.counts() == {"vision_encoder": 2, "image_values": 2, "llm": 1}
+    assert log.counts() == {
+        "vision_encoder": 1,
+        "llm_values": 1,
+        "llm": 1,
+    }  # no picture: no values for it
     at_once = [len(call["pixels"]) for call in log.of("vision_encoder")]
-    assert at_once == [2, 1]  # the U-Net's pool has two rows
+    assert at_once == [3]
     assert session.images == 3 and session.room == LIMITS.context - len(session.token_ids)
 
 
@@ -105,7 +109,7 @@ def test_growing_by_pieces_equals_one_run(split: str) -> None:
     )
     np.testing.assert_allclose(session.next_logits(), expected.next_logits(), atol=1e-6)
     states, others = (
-        one._hidden.newest_first(0, len(session.token_ids)).read() for one in (session, expected)
+        one._hidden.tokens(0, len(session.token_ids)).read() for one in (session, expected)
     )
     np.testing.assert_allclose(states, others, atol=1e-6)
     for name, buffer in session._cache.buffers.items():
@@ -173,9 +177,9 @@ def test_images_are_padded_to_few_shapes() -> None:
     assert pad_images(np.arange(5, dtype=np.int32), np.ones((1, 5), np.int32), 6)[0].shape == (1, 6)
 
 
-def test_context_of_a_picture_runs_backwards_to_its_document() -> None:
-    """system.md: from the begin-of-image token to the latest `<s>`, both included, reversed; the
-    begin-of-image token has passed through the LLM before."""
+def test_context_of_a_picture_is_its_document() -> None:
+    """From the latest `<s>` to the begin-of-image token, both included; the latter has passed
+    through the LLM before."""
     runtime, log = fake_runtime()
     session = Session(runtime)
     session.append_text([BOS, 5, 6, BOS, 7, 8, BOI])
@@ -183,7 +187,7 @@ def test_context_of_a_picture_runs_backwards_to_its_document() -> None:
     assert log.calls[0][0] == "llm" and log.calls[1][0] == "image_condition"
     (call,) = log.of("image_condition")
     whole = fake_runtime()[0].engine("llm").run(log.of("llm")[0])["hidden"].read()[0]
-    np.testing.assert_array_equal(call["context"][0], whole[[6, 5, 4, 3]])
+    np.testing.assert_array_equal(call["context"][0], whole[3:7])
     assert call["context_length"].tolist() == [4]
 
 
@@ -202,9 +206,10 @@ def test_the_unet_sees_earlier_pictures_of_the_document_nearest_first() -> None:
     row = np.array([session.token_ids])
     whole = picture_positions(row, TOKENS, 6, 2)[0]
     assert whole.tolist()[3] == [0, 2, 1, 0, 0, 0] and whole.tolist()[5] == [0, 0, 0, 0, 1, 0]
-    values = [call["features"].mean(axis=1) for call in log.of("image_values")]
-    assert len(values) == 5  # nothing asked for the last picture
-    firsts = [call for call in log.of("denoise_step") if call["step"] == 0]
+    # Values are computed when a later picture of the document may see them; the last one is seen by
+    # none.
+    assert sum(len(call["features"]) for call in log.of("unet_values")) == 5
+    firsts = [call for call in log.of("denoise_step") if call["step"].tolist() == [0]]
     for number, call in enumerate(firsts):
         told = {
             int(position): call["unet_value.00"][slot]
@@ -214,7 +219,7 @@ def test_the_unet_sees_earlier_pictures_of_the_document_nearest_first() -> None:
         expected = {int(position): k for k, position in enumerate(whole[number]) if position}
         assert told.keys() == expected.keys()
         for position, image in expected.items():
-            fresh = fake_runtime()[0].engine("image_values")
+            fresh = fake_runtime()[0].engine("unet_values")
             seen = (
                 fake_runtime()[0]
                 .engine("vision_encoder")
@@ -240,10 +245,10 @@ def test_a_picture_is_the_schedule_applied_to_keyed_draws(schedule: str) -> None
     inputs = dict(log.of("denoise_step")[0])
     assert inputs["guidance"] == 2.0
     state = first_latents(11, 1, shape) * np.float32(1.5)
-    history = np.zeros((3, *shape), np.float32)
+    history = np.zeros((1, 3, *shape[1:]), np.float32)
     for step in range(4):
         noise = step_noise(11, 1, step, shape) if schedule == "ancestral:4" else np.zeros(shape)
-        inputs |= {"latents": state, "history": history, "noise": noise, "step": np.array(step)}
+        inputs |= {"latents": state, "history": history, "noise": noise, "step": np.array([step])}
         inputs |= {"coefficients": table.coefficients}
         out = denoise_step(runtime.config, inputs)
         state, history = out["next_latents"], out["next_history"]
@@ -269,10 +274,10 @@ def test_steps_between_two_whole_ones_use_the_deep_features_of_the_last(full_eve
     session.append_text([BOS, 5, BOI])
     session.draw(full_every=full_every, guidance=2.0)
     whole, shallow = log.of("denoise_step"), log.of("denoise_shallow")
-    assert [int(call["step"]) for call in whole] == list(range(0, 4, full_every))
-    assert [int(call["step"]) for call in shallow] == [s for s in range(4) if s % full_every]
+    assert [call["step"].item() for call in whole] == list(range(0, 4, full_every))
+    assert [call["step"].item() for call in shallow] == [s for s in range(4) if s % full_every]
     for call in shallow:
-        last = whole[int(call["step"]) // full_every]
+        last = whole[call["step"].item() // full_every]
         made = denoise_step(runtime.config, last)[DEEP]
         np.testing.assert_allclose(call[DEEP], made, rtol=1e-6)
 
@@ -369,6 +374,7 @@ def test_stages_are_timed() -> None:
         "encode": 2,
         "prefill": 11,
         "decode": 1,
+        "values": 1,
         "condition": 1,
         "denoise": 4,
         "vae": 1,

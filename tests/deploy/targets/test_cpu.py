@@ -68,8 +68,8 @@ def test_samples_are_recorded_for_every_graph_and_random_at_the_sizes_that_matte
 def test_random_inputs_are_drawn_from_recorded_values(
     bundle: Bundle, samples: dict[str, list[Sample]]
 ) -> None:
-    graph = bundle.graphs["image_values"]
-    recorded = [sample.inputs for sample in samples["image_values"] if sample.recorded]
+    graph = bundle.graphs["llm_values"]
+    recorded = [sample.inputs for sample in samples["llm_values"] if sample.recorded]
     known = {row.tobytes() for inputs in recorded for row in inputs["features"]}
     for inputs in random_inputs(graph, recorded, np.random.default_rng(5)):
         assert {row.tobytes() for row in inputs["features"]} <= known

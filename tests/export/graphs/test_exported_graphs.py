@@ -22,7 +22,7 @@ from mmi_deploy.spec.graphs import (
     Graph,
     level_sides,
 )
-from mmi_export.parity.receipts import onnx_runner
+from mmi_export.parity.receipts import Arrays, onnx_runner
 
 NAMES = [make.__name__ for make in GRAPHS]
 TYPES = {
@@ -196,24 +196,78 @@ def test_aliased_caches_give_what_separate_ones_do(exported: Exported) -> None:
             np.testing.assert_array_equal(aliased[name].numpy(), cache)
 
 
-def test_unconditional_rows_are_the_null_condition_whatever_the_context(exported: Exported) -> None:
+def test_a_condition_counts_its_distances_from_the_newest_token(exported: Exported) -> None:
+    """Padding after the context changes nothing, and a row has as many as its own length."""
     run = onnx_runner(exported.bundle.graph_file("image_condition"))
     draw = np.random.default_rng(0)
     width = exported.model.config.llama.width
-    got = [
-        run(
-            {
-                "context": draw.standard_normal((1, x, width), np.float32),
-                "context_length": np.array([x]),
-            }
+    context = draw.standard_normal((2, 9, width), np.float32)
+    both = run({"context": context, "context_length": np.array([9, 4])})
+    for row, length in enumerate((9, 4)):
+        alone = run(
+            {"context": context[row : row + 1, :length], "context_length": np.array([length])}
         )
-        for x in (2, 9)
-    ]
+        for name, tensor in alone.items():
+            np.testing.assert_allclose(both[name][row], tensor[0], atol=1e-6)
     decoder = exported.model.image_decoder
     with torch.no_grad():
-        wanted = decoder.unet.condition_keys_values(decoder.null_condition)
+        newest_first = torch.from_numpy(context[1:, :4][:, ::-1].copy())
+        wanted = decoder.unet.condition_keys_values(
+            decoder.condition(newest_first, torch.tensor([4]))
+        )
     for index, (key, value) in enumerate(wanted):
         for kind, tensor in (("key", key), ("value", value)):
-            first, second = (outputs[f"condition_{kind}.{index:02d}"] for outputs in got)
-            np.testing.assert_array_equal(first[1], second[1])
-            np.testing.assert_allclose(first[1], tensor[0].numpy(), atol=1e-6)
+            got = both[f"condition_{kind}.{index:02d}"][1]
+            np.testing.assert_allclose(got, tensor[0].numpy(), atol=1e-5)
+
+
+def step_inputs(exported: Exported, name: str, rows: int, draw: np.random.Generator) -> Arrays:
+    """Random inputs of a denoising graph, each row with a step, guidance and images of its own."""
+    contract = graph_of(exported, name)
+    sizes = {"b": rows, "n": 4, "m": 3, "steps": 9}
+    inputs = {
+        tensor.name: draw.standard_normal(tensor.resolve(**sizes), np.float32)
+        if tensor.dtype == "float32"
+        else draw.integers(0, 3, tensor.resolve(**sizes)).astype(tensor.dtype)
+        for tensor in contract.inputs
+    }
+    inputs["step"] = draw.permutation(9)[:rows]
+    seen = exported.model.config.image_decoder.mmfs.images_seen
+    inputs["image_position"] %= seen + 1
+    return inputs
+
+
+@pytest.mark.parametrize("name", ["denoise_step", "denoise_shallow"])
+def test_a_row_of_a_step_is_the_same_whatever_its_neighbours(exported: Exported, name: str) -> None:
+    """To the bit: steps, samplers, guidance and images of other rows change nothing."""
+    run = onnx_runner(exported.bundle.graph_file(name))
+    inputs = step_inputs(exported, name, 8, np.random.default_rng(0))
+    rows = {t.name for t in graph_of(exported, name).inputs if t.shape[0] == "b"}
+    assert {"step", "guidance", "history", "latents", "noise"} <= rows
+
+    def of(places: list[int]) -> Arrays:
+        return run({n: a[places] if n in rows else a for n, a in inputs.items()})
+
+    alone = [of([row]) for row in range(8)]
+    for places in ([0, 1], [5, 3, 1], [7, 6, 5, 4, 3, 2, 1, 0]):
+        together = of(places)
+        for place, row in enumerate(places):
+            for output, array in together.items():
+                np.testing.assert_array_equal(array[place], alone[row][output][0])
+
+
+def test_the_guidance_of_a_row_weighs_its_own_two_branches(exported: Exported) -> None:
+    """Guidance 0 leaves the unconditional branch alone: the condition does not matter then."""
+    run = onnx_runner(exported.bundle.graph_file("denoise_step"))
+    draw = np.random.default_rng(1)
+    inputs = step_inputs(exported, "denoise_step", 2, draw)
+    inputs["guidance"] = np.array([0, 2], np.float32)
+    others = {
+        name: draw.standard_normal(array.shape, np.float32)
+        if name.startswith("condition_")
+        else array
+        for name, array in inputs.items()
+    }
+    first, second = run(inputs)["next_latents"], run(others)["next_latents"]
+    np.testing.assert_array_equal(first[0], second[0])
+    assert (first[1] != second[1]).any()

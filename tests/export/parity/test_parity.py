@@ -96,7 +96,7 @@ class Implementations:
             bundle.limits,
             lambda graph: OnnxRuntimeEngine(bundle.graph_file(graph.name), graph, OnnxOptions(2)),
         )
-        runtime = Runtime(bundle.config, tokenizer, backend, bundle.schedule)
+        runtime = Runtime(bundle.config, tokenizer, backend, bundle.schedule, bundle.schedules)
         return cls(model, bundle, tokenizer, runtime)
 
     def fast(

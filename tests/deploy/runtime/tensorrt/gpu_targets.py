@@ -104,7 +104,7 @@ def machine(
         log.calls.append((graph, {name: array.copy() for name, array in inputs.items()}))
         function = fake_model._GRAPHS[graph]
         more = (graphs(config, bundle.limits)[graph],)
-        wants_graph = function in (fake_model.image_values, fake_model.image_condition)
+        wants_graph = function in (fake_model.values, fake_model.image_condition)
         caches = {name: array for name, array in inputs.items() if name.startswith("past_")}
         found = function(config, inputs, *(more if wants_graph else ()))
         return {**found, **{name.replace("past", "present"): a for name, a in caches.items()}}

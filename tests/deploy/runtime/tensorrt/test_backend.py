@@ -163,7 +163,7 @@ def test_engines_that_take_turns_give_the_same(bundle: Bundle) -> None:
     assert loads.count("llm") == loads.count("vision_encoder") == 1
     assert loads.count("vae_decoder") == loads.count("denoise_step") == len(pictures)
     plan, planned = some.target.plan(), whole.target.plan()
-    assert plan.weights.keys() == {"vision_encoder", "image_values", "llm"}
+    assert plan.weights.keys() == {"vision_encoder", "llm_values", "llm"}
     assert list(plan.swapped) == ["condition", "denoise", "vae"]
     saved = sum(plan.swapped.values()) - max(plan.swapped.values())
     assert plan.workspace and planned.total - (plan.total - plan.workspace) == saved
@@ -197,7 +197,7 @@ def test_limits_are_those_that_the_engines_were_built_for(bundle: Bundle, wanted
 
     Reports of earlier versions call the wanted positions k.
     """
-    small = Limits(LIMITS.context, 1, 3)
+    small = Limits(LIMITS.context, 1, 3, pool=3)
     name = add_target(bundle, limits=small)
     sizes = {"b": [1, 1, 1], "n": [1, 3, 3], "m": [1, 3, 3], "t": [1, 9, 64], wanted: [1, 1, 64]}
     profile = {"prefill": sizes}
