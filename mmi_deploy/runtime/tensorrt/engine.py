@@ -6,7 +6,7 @@ an earlier one only in their contents is launched from its recording (cuda_graph
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -330,6 +330,19 @@ class TensorRtEngine(Engine):
         for name, buffer in outputs.items():
             if written[name].pointer != buffer.pointer:
                 self.memory.copy(written[name], buffer)
+
+    def _prepare(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        # Views of the caller's memory, made once: they show what is written between runs.
+        arrays = {n: b.read() for n, b in inputs.items() if b.memory is not self.memory}
+
+        def start() -> None:
+            self.open()  # it may have been unloaded since the plan's last run
+            staged = {name: self._to_buffer(name, array) for name, array in arrays.items()}
+            self._execute({**inputs, **staged}, outputs)
+
+        return start
 
     def _readable(self, name: str, buffer: Buffer) -> Buffer:
         """Buffer with the input's contents that TensorRT can read: aligned, and on the GPU or, for

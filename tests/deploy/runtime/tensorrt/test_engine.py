@@ -499,3 +499,27 @@ def test_a_recording_is_found_by_names_whatever_the_order(bench: Bench) -> None:
     engine.run({**given, "less": three, "scale": five}, out)
     assert (kept[0].read() == 7).all()
     assert engine.launches == 2
+
+
+def test_a_bound_plan_sees_new_contents_and_survives_unloading(bench: Bench) -> None:
+    bench.module.recordable_after = 0
+    engine, given = bench.engine(), on_device(bench, inputs())
+    host = {k: v if k == "past" else HOST.from_array(v) for k, v in given.items()}
+    total = bench.memory.allocate((1, 2, 3), np.float32)
+    plan = engine.bind(host, {"total": total})
+    for index in (1, 2, 3, 4, 0):
+        given["past"].write(np.zeros((1, 2, SLOTS, 3), np.float32))
+        host["write_index"].write(np.array([index]))
+        host["scale"].write(np.array(index, np.float32))
+        plan.run()
+        np.testing.assert_allclose(total.read(), index * given["new"].sum(axis=2) + 2, rtol=1e-6)
+        if index == 3:
+            engine.close()
+            assert engine._engine is None and not engine._staging
+    assert engine.launches == 2 + 1
+    host["write_index"].write(np.array([SLOTS]))
+    with pytest.raises(EngineError, match="write_index is out of range; expected 0 to 4"):
+        plan.run()
+    host["write_index"].write(np.array([0]))
+    with pytest.raises(EngineError, match="bound outputs differ in total"):
+        engine.bind(host, {})
