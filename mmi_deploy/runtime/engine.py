@@ -8,12 +8,10 @@ caller's buffers, or into new ones.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from math import prod
+from functools import partial
 from threading import Lock
-
-import numpy as np
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
@@ -24,6 +22,9 @@ Buffers = Mapping[str, Buffer | Array]
 # Combinations of input shapes cached per engine, after which the cache is cleared: every document
 # adds its own, and an entry of the largest LLM takes 20 kB.
 MAX_SHAPES = 256
+
+# Elements up to which Python's min and max are faster than numpy's.
+_FEW = 64
 
 
 class Engine(ABC):
@@ -63,6 +64,25 @@ class Engine(ABC):
             self._execute(held, {**written, **shared})
         return written
 
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> BoundPlan:
+        """Check all inputs and outputs once, for repeated runs on the same buffers. Raises
+        `EngineError` as `run` does, and for an output that is missing."""
+        with self._lock:
+            sizes = self._sizes(inputs)
+            check_indices(self.graph, inputs, sizes)
+            names = {tensor.name for tensor in self.graph.outputs} - set(self.graph.in_place)
+            if wrong := sorted(names ^ set(outputs)):
+                raise EngineError(f"{self.graph.name}: bound outputs differ in {', '.join(wrong)}")
+            written = self._outputs(sizes, outputs)
+            shared = {new: inputs[old] for new, old in self.graph.in_place.items()}
+            return BoundPlan(self, dict(inputs), {**written, **shared}, sizes)
+
+    def _prepare(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        """Return the function that runs on these checked buffers again and again."""
+        return partial(self._execute, inputs, outputs)
+
     def _to_buffer(self, name: str, array: Array) -> Buffer:
         """Make a buffer with the contents of `array` that the engine reads as its input `name`."""
         return self.memory.from_array(array)
@@ -100,6 +120,37 @@ class Engine(ABC):
                 )
             written[tensor.name] = buffer
         return written
+
+
+class BoundPlan:
+    """Repeated runs of an engine on fixed buffers, made by `Engine.bind`.
+
+    Inputs in host memory may be written between runs: only their indices are checked again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        sizes: Mapping[str, int],
+    ) -> None:
+        self._engine, self._sizes = engine, sizes
+        # Buffers on a device are not read, and arrays are views: made once, they show new contents.
+        self._arrays = {
+            tensor.name: inputs[tensor.name].read()
+            if inputs[tensor.name].memory.device == "cpu"
+            else inputs[tensor.name]
+            for tensor in engine.graph.inputs
+            if tensor.below is not None
+        }
+        self._start = engine._prepare(inputs, outputs)
+
+    def run(self) -> None:
+        """Run once; asynchronous on a device. Raises `EngineError` for an index out of range."""
+        with self._engine._lock:
+            check_indices(self._engine.graph, self._arrays, self._sizes)
+            self._start()
 
 
 def dynamic_sizes(graph: Graph, given: Mapping[str, Buffer]) -> dict[str, int]:
@@ -161,9 +212,16 @@ def check_indices(graph: Graph, inputs: Buffers, sizes: Mapping[str, int]) -> No
                 continue
             value = value.read()
         below = sizes[tensor.below] if isinstance(tensor.below, str) else tensor.below
-        if prod(np.shape(value)) and not (tensor.min <= value.min() and value.max() < below):
+        if not value.size:
+            continue
+        if value.size <= _FEW:
+            values = value.ravel().tolist()
+            least, largest = min(values), max(values)
+        else:
+            least, largest = value.min(), value.max()
+        if not (tensor.min <= least and largest < below):
             raise EngineError(
                 f"{graph.name}: {tensor.name} is out of range",
                 expected=f"{tensor.min} to {below - 1}",
-                got=f"{value.min()} to {value.max()}",
+                got=f"{least} to {largest}",
             )

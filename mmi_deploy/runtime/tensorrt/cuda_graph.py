@@ -25,8 +25,8 @@ MAX_SEEN = 1024
 class CudaGraphs:
     """LRU cache of the recordings of one execution context.
 
-    The key holds everything that the launched kernels depend on except the contents of memory. New
-    shapes in the context invalidate all recordings: call `clear`.
+    The key holds everything that the launched kernels depend on, except the contents of memory and
+    the context's shapes and workspace. A change of these invalidates all recordings: call `clear`.
 
     The first run with a key is an ordinary one, the warm-up: TensorRT updates shapes and allocates
     in it, which must not be captured. The second is captured; later ones launch the recording.

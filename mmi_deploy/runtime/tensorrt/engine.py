@@ -6,7 +6,7 @@ an earlier one only in their contents is launched from its recording (cuda_graph
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -43,6 +43,11 @@ GROUPS = {
 
 # Largest input in bytes that is compared with its previous contents to save the copy.
 _COMPARED = 1024
+
+# Execution contexts per engine, one per set of input shapes. The least recently used one is given
+# the next new shapes, which destroys its recordings. They share the workspace, so a context takes
+# little memory of its own.
+MAX_CONTEXTS = 8
 
 Shape = tuple[int, ...]
 
@@ -138,18 +143,19 @@ def group_of(graph: str) -> str:
     return next(group for group, graphs in GROUPS.items() if graph in graphs)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Context:
-    """Execution context for one profile.
+    """Execution context for one set of input shapes.
 
-    cache: RTX's compiled kernels, or None. workspace: its address as last set. bound: tensor ->
-    address, shape, and value (of an input that TensorRT reads on the host), as last set.
+    workspace: its address as last set. used: number of the engine's run that last used it. bound:
+    tensor -> address, shape, and value (of an input that TensorRT reads on the host), as last set.
     """
 
     inner: Any
-    cache: Any
+    profile: int
     graphs: CudaGraphs
     workspace: int = 0
+    used: int = 0
     bound: dict[str, tuple[int, Shape, bytes]] = field(default_factory=dict)
 
 
@@ -194,7 +200,12 @@ class TensorRtEngine(Engine):
         self._profiles: list[_Profile] = []
         self._staging: dict[str, _StagingBuffer] = {}
         self._chosen: dict[tuple[Shape, ...], int] = {}
-        self._contexts: dict[int, _Context] = {}
+        self._contexts: dict[tuple[Shape, ...], _Context] = {}
+        self._kernels: Any = None  # RTX's compiled kernels, of all contexts
+        self._runs = 0
+        # The order in which keys list the tensors: that of the caller's mappings may differ.
+        self._input_names = tuple(tensor.name for tensor in graph.inputs)
+        self._output_names = tuple(tensor.name for tensor in graph.outputs)
         self.launches: int = 0
         self.open()
 
@@ -228,8 +239,9 @@ class TensorRtEngine(Engine):
             self.memory.wait()  # runs in flight use everything that is freed below
             for context in self._contexts.values():
                 context.graphs.clear()
-                self._tensorrt.save(context.cache, self._cache_name)
             self._contexts.clear()  # TensorRT requires contexts to go before their engine
+            self._tensorrt.save(self._kernels, self._cache_name)
+            self._kernels = None
             self._staging.clear()
             self._engine = None
 
@@ -319,6 +331,19 @@ class TensorRtEngine(Engine):
             if written[name].pointer != buffer.pointer:
                 self.memory.copy(written[name], buffer)
 
+    def _prepare(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        # Views of the caller's memory, made once: they show what is written between runs.
+        arrays = {n: b.read() for n, b in inputs.items() if b.memory is not self.memory}
+
+        def start() -> None:
+            self.open()  # it may have been unloaded since the plan's last run
+            staged = {name: self._to_buffer(name, array) for name, array in arrays.items()}
+            self._execute({**inputs, **staged}, outputs)
+
+        return start
+
     def _readable(self, name: str, buffer: Buffer) -> Buffer:
         """Buffer with the input's contents that TensorRT can read: aligned, and on the GPU or, for
         an input that shapes depend on, on the host."""
@@ -349,22 +374,28 @@ class TensorRtEngine(Engine):
 
     def _run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Enqueue a run: launched from a recording, or kernel by kernel, or recorded first."""
-        # First, because recordings belong to the context of a profile, and because the workspace
-        # may have moved since the context's last run.
-        context = self._context(self._profile_of(inputs))
-        tensors = {**inputs, **outputs}
-        # Everything that is fixed in a recording. TensorRT reads inputs on the host when it
-        # enqueues, so their values are fixed too.
+        # First, because recordings belong to a context, and because the workspace may have moved
+        # since the context's last run.
+        shapes = tuple([inputs[name].shape for name in self._input_names])
+        context = self._context(shapes, inputs)
+        # Everything that is fixed in a recording besides the context's shapes and workspace.
+        # TensorRT reads inputs on the host when it enqueues, so their values are fixed too.
         key = (
-            self._workspace.pointer,
-            tuple((buffer.pointer, buffer.shape) for buffer in tensors.values()),
-            tuple(inputs[name].read().tobytes() for name in sorted(self._on_host)),
+            *[inputs[name].pointer for name in self._input_names],
+            *[outputs[name].pointer for name in self._output_names],
+            *[inputs[name].read().tobytes() for name in sorted(self._on_host)],
         )
         # The fast path of decoding: a recording has its addresses, so nothing is bound.
         if context.graphs.launch(key):
             self.launches += 1
             return
-        reshaped = self._bind(context, inputs, outputs)
+        try:
+            reshaped = self._bind(context, inputs, outputs)
+        except EngineError:
+            # Only some of its shapes are set, and the next run must not take it for whole.
+            self._contexts.pop(shapes)
+            self._forget(context)
+            raise
         if reshaped:
             # A recorded run may read its sizes from memory of the context, which `_bind` changed.
             context.graphs.clear()
@@ -376,10 +407,9 @@ class TensorRtEngine(Engine):
         self.launches += launched
         self.refusal = context.graphs.refusal or self.refusal
 
-    def _profile_of(self, inputs: Mapping[str, Buffer]) -> int:
+    def _profile_of(self, shapes: tuple[Shape, ...], inputs: Mapping[str, Buffer]) -> int:
         """Index of the smallest profile that the shapes fit, cached; raises `EngineError`."""
-        key = tuple(buffer.shape for buffer in inputs.values())
-        if key not in self._chosen:
+        if shapes not in self._chosen:
             misfits = {profile: profile.misfit(inputs) for profile in self._profiles}
             fitting = [profile for profile, misfit in misfits.items() if misfit is None]
             if not fitting:
@@ -395,22 +425,43 @@ class TensorRtEngine(Engine):
                 )
             if len(self._chosen) == MAX_SHAPES:
                 self._chosen.clear()
-            self._chosen[key] = min(fitting, key=lambda profile: profile.width).index
-        return self._chosen[key]
+            self._chosen[shapes] = min(fitting, key=lambda profile: profile.width).index
+        return self._chosen[shapes]
 
-    def _context(self, profile: int) -> _Context:
-        """Context of a profile, made once, with the present address of the workspace set."""
-        if profile not in self._contexts:
-            inner, cache = self._tensorrt.context(self._engine, self._cache_name)
-            if profile and not inner.set_optimization_profile_async(profile, self.memory.stream):
-                raise self._failure(f"cannot take its profile {profile}")
-            graphs = CudaGraphs(self.memory)
-            self._contexts[profile] = _Context(inner, cache, graphs)
-        context = self._contexts[profile]
+    def _context(self, shapes: tuple[Shape, ...], inputs: Mapping[str, Buffer]) -> _Context:
+        """Context of the inputs' shapes, with the present address of the workspace set. Documents
+        that take turns have one each, so that neither destroys the recordings of the other."""
+        context = self._contexts.get(shapes)
+        if context is None:
+            context = self._new_context(self._profile_of(shapes, inputs))
+            self._contexts[shapes] = context
+        self._runs += 1
+        context.used = self._runs
         if context.workspace != self._workspace.pointer:
+            context.graphs.clear()  # the kernels of a recording use the old block
             context.inner.set_device_memory(self._workspace.pointer, self._workspace.size)
             context.workspace = self._workspace.pointer
         return context
+
+    def _new_context(self, profile: int) -> _Context:
+        """Context without recordings: a new one, or the least recently used one of too many."""
+        if len(self._contexts) >= MAX_CONTEXTS:
+            oldest = min(self._contexts, key=lambda shapes: self._contexts[shapes].used)
+            context = self._contexts.pop(oldest)
+            if context.profile == profile:
+                context.graphs.clear()
+                return context  # `_bind` sets the shapes that differ: cheaper than a new context
+            self._forget(context)
+        inner, self._kernels = self._tensorrt.context(self._engine, self._cache_name, self._kernels)
+        if profile and not inner.set_optimization_profile_async(profile, self.memory.stream):
+            raise self._failure(f"cannot take its profile {profile}")
+        return _Context(inner, profile, CudaGraphs(self.memory))
+
+    def _forget(self, context: _Context) -> None:
+        """Destroy a context after its enqueued runs, which use memory that goes with it."""
+        context.graphs.clear()
+        self.memory.wait()
+        context.inner = None
 
     def _bind(
         self, context: _Context, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]

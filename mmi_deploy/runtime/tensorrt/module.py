@@ -120,20 +120,21 @@ class TensorRt:
             )
         return engine
 
-    def context(self, engine: Any, cache_name: str) -> tuple[Any, Any]:
+    def context(self, engine: Any, cache_name: str, cache: Any = None) -> tuple[Any, Any]:
         """Create an execution context whose workspace the caller sets; returns it and RTX's kernel
-        cache, or None."""
+        cache, or None. cache: that of the engine's other contexts, which it then shares; without
+        one it is read from the cache folder."""
         self.errors.clear()
         ours = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        cache = None
         if self.runtime_name == TENSORRT:
             context = engine.create_execution_context(ours)
         else:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(ours)
-            cache = config.create_runtime_cache()
-            if (file := self._cache_file(cache_name)) and file.is_file():
-                cache.deserialize(file.read_bytes())  # kernels of another GPU are ignored
+            if cache is None:
+                cache = config.create_runtime_cache()
+                if (file := self._cache_file(cache_name)) and file.is_file():
+                    cache.deserialize(file.read_bytes())  # kernels of another GPU are ignored
             config.set_runtime_cache(cache)
             context = engine.create_execution_context(config)
         if context is None:

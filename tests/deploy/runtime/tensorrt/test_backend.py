@@ -389,3 +389,30 @@ def test_generate_says_what_the_gpu_holds_before_it_loads(
     words[3] = tmp_path / "other"
     assert run([*map(str, words), *options]) == 2
     assert "no engines are called 'unet'; expected encoder, llm" in capsys.readouterr().err
+
+
+def test_documents_that_take_turns_keep_their_recordings(bundle: Bundle) -> None:
+    """0 and 2 images, so other shapes and other caches at each token; as each would alone."""
+    gpu, cpu = machine(bundle, add_target(bundle)), fake_runtime()[0]
+    sessions = []
+    for runtime in (gpu.runtime, cpu):
+        pair = Session(runtime), Session(runtime)
+        for index, session in enumerate(pair):
+            session.append_text([1])
+            for image in range(2 * index):
+                session.append_image(picture(image))
+            session.append_text([6, 7])  # a prefill: no decode step begins the documents
+            session.next_logits()
+        sessions.append(pair)
+    before = gpu.launches["llm"]
+    logits = []
+    for token in range(50):
+        for session in sessions[0]:
+            session.append_text([5 + token % 7])
+            logits.append(session.next_logits().copy())
+    assert gpu.launches["llm"] - before == 98
+    for index, session in enumerate(sessions[1]):
+        for token in range(50):
+            session.append_text([5 + token % 7])
+            np.testing.assert_array_equal(session.next_logits(), logits[2 * token + index])
+    assert not gpu.cuda.faults

@@ -14,7 +14,7 @@ import pytest
 
 from deploy.runtime.onnxruntime.test_engine import CACHE, SLOTS, inputs, onnx_file
 from deploy.runtime.tensorrt.fake_cuda import FakeCuda
-from deploy.runtime.tensorrt.fake_tensorrt import FakeTensorRt, write_plan
+from deploy.runtime.tensorrt.fake_tensorrt import FakeTensorRt, IExecutionContext, write_plan
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.buffers import HOST
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
@@ -43,7 +43,8 @@ class Bench:
     def engine(self, graph: Graph = CACHE, **fields: Any) -> TensorRtEngine:
         options = {name: fields.pop(name) for name in ("record", "residency") if name in fields}
         path, onnx = self.folder / f"{graph.name}.engine", self.folder / f"{CACHE.name}.onnx"
-        write_plan(path, graph, onnx if onnx.exists() else onnx_file(onnx), **fields)
+        fields.setdefault("onnx", onnx if onnx.exists() else onnx_file(onnx))
+        write_plan(path, graph, **fields)
         return TensorRtEngine(
             path, graph, self.tensorrt, self.memory, self.scratch, fix=FIX, **options
         )
@@ -107,8 +108,8 @@ def test_repeated_runs_are_launched_from_a_recording(bench: Bench) -> None:
 
 
 def test_shapes_that_are_new_are_not_recorded(bench: Bench) -> None:
-    """TensorRT must have run once after a shape changed, and a recording is not launched any more
-    once its context had others: the fake refuses anything else."""
+    """TensorRT must have run once after a shape changed: the fake refuses anything else. Shapes
+    that alternate have a context each, so neither's recording is lost."""
     bench.module.recordable_after = 0
     engine = bench.engine()
     caches = {batch: bench.memory.allocate((batch, 2, SLOTS, 3), np.float32) for batch in (1, 2)}
@@ -117,7 +118,7 @@ def test_shapes_that_are_new_are_not_recorded(bench: Bench) -> None:
     for batch in (1, 2, 1, 2, 1, 1, 2, 2, 2, 1, 1, 1):
         engine.run({**inputs(batch), "past": caches[batch]}, {"total": totals[batch]})
         launches.append(engine.launches)
-    assert launches == [0, 0, 0, 0, 0, 1, 1, 2, 3, 3, 4, 5]
+    assert launches == [0, 0, *range(1, 11)]
 
 
 def test_rtx_is_asked_whether_it_can_be_recorded(tmp_path: Path) -> None:
@@ -156,9 +157,11 @@ def test_what_cannot_be_recorded_runs_all_the_same(
 def test_recordings_are_few_and_given_back(bench: Bench) -> None:
     bench.module.recordable_after = 0
     engine = bench.engine()
-    engine._context(0).graphs._capacity = 2
     places = [bench.memory.allocate((1, 2, 3), np.float32) for _ in range(4)]
     given = on_device(bench, inputs())
+    engine.run(given, {"total": places[0]})
+    (context,) = engine._contexts.values()
+    context.graphs._capacity = 2
     for place in places:
         for _ in range(3):
             engine.run(given, {"total": place})
@@ -247,9 +250,9 @@ def test_the_narrowest_profile_that_fits_is_taken(bench: Bench) -> None:
     engine = bench.engine(profiles=[{}, decode, {"b": Range(1, 1, 1)}])
     for batch, count in ((1, 1), (2, 1), (1, 3), (2, 2), (1, 1)):
         engine.run(on_device(bench, inputs(batch, count)))
-    assert list(engine._contexts) == [2, 1, 0]
+    assert [context.profile for context in engine._contexts.values()] == [2, 1, 2, 0]
     chosen = [u[2][0] for u in bench.module.used if u[1] == "set_optimization_profile_async"]
-    assert chosen == [2, 1]  # a context begins with profile 0
+    assert chosen == [2, 1, 2]  # a context begins with profile 0
 
 
 def test_a_request_beyond_the_profiles_is_refused(bench: Bench) -> None:
@@ -393,15 +396,15 @@ def test_what_tensorrt_refuses_is_told_with_its_reason(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, result: Any, message: str
 ) -> None:
     engine = bench.engine()
-    context = engine._context(0).inner
 
     def refuse(*_: Any) -> Any:
         bench.module.error("it is\n  Tuesday")
         return result
 
-    monkeypatch.setattr(context, method, refuse)
-    with pytest.raises(EngineError, match=f"^{message}: it is Tuesday$"):
-        engine.run(on_device(bench, inputs()))
+    monkeypatch.setattr(IExecutionContext, method, refuse)
+    for _ in range(2):  # a context with some of its shapes set is not taken for whole
+        with pytest.raises(EngineError, match=f"^{message}: it is Tuesday$"):
+            engine.run(on_device(bench, inputs()))
     monkeypatch.undo()
     engine.run(on_device(bench, inputs()))
 
@@ -411,3 +414,112 @@ def test_a_plugin_that_cannot_be_loaded(bench: Bench, tmp_path: Path) -> None:
     for path in (tmp_path / "text.so", tmp_path / "none.so"):
         with pytest.raises(EngineError, match="cannot load the plugin .*mmi plugins build tensor"):
             TensorRt(bench.module, TENSORRT, path)
+
+
+def shaped(bench: Bench, batch: int, count: int, scale: float = 0.5) -> dict[str, Any]:
+    given = on_device(bench, inputs(batch, count))
+    return {**given, "scale": np.array(scale, np.float32)}
+
+
+def total_of(given: dict[str, Any]) -> Any:
+    """`total` of a run on a cache of zeros."""
+    return given["scale"] * given["new"].sum(axis=2) + len(given["pair"])
+
+
+def test_shapes_beyond_the_contexts_take_the_oldest_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recordings go with its shapes, the others' stay; every result is right."""
+    bench.module.recordable_after = 0
+    monkeypatch.setattr("mmi_deploy.runtime.tensorrt.engine.MAX_CONTEXTS", 3)
+    engine = bench.engine()
+    runs = [
+        (shaped(bench, b, t), {"total": bench.memory.allocate((b, 2, 3), np.float32)})
+        for b, t in ((1, 1), (1, 2), (2, 1), (2, 2))
+    ]
+
+    def launched(index: int) -> bool:
+        given, out = runs[index]
+        given["past"].write(np.zeros(given["past"].shape, np.float32))
+        before = engine.launches
+        total = engine.run(given, out)["total"].read()
+        np.testing.assert_allclose(total, total_of(given), rtol=1e-6)
+        assert len(engine._contexts) <= 3
+        return engine.launches > before
+
+    assert [launched(index) for index in (0, 1, 2) * 3] == [False] * 3 + [True] * 6
+    assert [launched(index) for index in (3, 3, 3)] == [False, True, True]  # takes that of 0
+    assert [launched(index) for index in (1, 2)] == [True, True]
+    assert not launched(0)  # takes that of 3, whose recording is never launched again
+    assert [launched(index) for index in (1, 2, 0)] == [True] * 3
+    assert not launched(3)
+    made = [use for use in bench.module.used if use[1] == "create_execution_context"]
+    assert len(made) == 3
+
+
+def test_a_context_of_another_profile_is_destroyed_for_a_new_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.module.recordable_after = 0
+    monkeypatch.setattr("mmi_deploy.runtime.tensorrt.engine.MAX_CONTEXTS", 1)
+    engine = bench.engine(profiles=[{}, {"t": Range(1, 1, 1)}])
+    for count in (1, 2, 1, 2):
+        given = shaped(bench, 1, count)
+        out = {"total": bench.memory.allocate((1, 2, 3), np.float32)}
+        for _ in range(3):
+            given["past"].write(np.zeros(given["past"].shape, np.float32))
+            total = engine.run(given, out)["total"].read()
+            np.testing.assert_allclose(total, total_of(given), rtol=1e-6)
+        assert len(engine._contexts) == len(bench.cuda.graphs) == 1
+    assert engine.launches == 8
+    if bench.module.rtx:  # all contexts share the compiled kernels
+        caches = [use for use in bench.module.used if use[1] == "create_runtime_cache"]
+        assert len(caches) == 1
+
+
+def test_a_recording_is_found_by_names_whatever_the_order(bench: Bench) -> None:
+    """Two inputs of one shape that exchange their buffers, given in an order that hides it."""
+    bench.module.recordable_after = 0
+    one = Graph(
+        "other", (*CACHE.inputs, Tensor("less", "float32", ())), CACHE.outputs, CACHE.ranges, {}
+    )
+    bench.module.compute = lambda graph, given: {
+        "total": np.full((1, 2, 3), 2 * given["scale"] - given["less"], np.float32),
+        "present": given["past"],
+    }
+    engine = bench.engine(one, onnx=None)
+    kept = [bench.memory.allocate(shape, np.float32) for shape in ((1, 2, 3), (1, 2, SLOTS, 3))]
+    out = dict(zip(("total", "present"), kept, strict=True))
+    three, five = (bench.memory.from_array(np.array(x, np.float32)) for x in (3, 5))
+    given = on_device(bench, inputs())
+    del given["scale"]
+    for _ in range(3):
+        engine.run({**given, "scale": three, "less": five}, out)
+        assert (kept[0].read() == 1).all()
+    engine.run({**given, "less": three, "scale": five}, out)
+    assert (kept[0].read() == 7).all()
+    assert engine.launches == 2
+
+
+def test_a_bound_plan_sees_new_contents_and_survives_unloading(bench: Bench) -> None:
+    bench.module.recordable_after = 0
+    engine, given = bench.engine(), on_device(bench, inputs())
+    host = {k: v if k == "past" else HOST.from_array(v) for k, v in given.items()}
+    total = bench.memory.allocate((1, 2, 3), np.float32)
+    plan = engine.bind(host, {"total": total})
+    for index in (1, 2, 3, 4, 0):
+        given["past"].write(np.zeros((1, 2, SLOTS, 3), np.float32))
+        host["write_index"].write(np.array([index]))
+        host["scale"].write(np.array(index, np.float32))
+        plan.run()
+        np.testing.assert_allclose(total.read(), index * given["new"].sum(axis=2) + 2, rtol=1e-6)
+        if index == 3:
+            engine.close()
+            assert engine._engine is None and not engine._staging
+    assert engine.launches == 2 + 1
+    host["write_index"].write(np.array([SLOTS]))
+    with pytest.raises(EngineError, match="write_index is out of range; expected 0 to 4"):
+        plan.run()
+    host["write_index"].write(np.array([0]))
+    with pytest.raises(EngineError, match="bound outputs differ in total"):
+        engine.bind(host, {})
