@@ -61,6 +61,7 @@ class _Generation:
         self.session = Session(runtime)
         self.tokens = runtime.config.tokens
         self.steps = runtime.schedule(options.schedule).schedule.steps
+        options.sampling.check_ids(runtime.config.llama.vocab)
         limits = runtime.limits
         self.encoded = encode_document(
             document, runtime.tokenizer, runtime.config, limits.context, limits.images
