@@ -13,6 +13,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum()
 
 
+def keep_top_k(logits: np.ndarray, count: int) -> np.ndarray:
+    """Drop what is below the `count`-th largest logit."""
+    return np.where(logits < np.sort(logits)[-count], np.float32(-np.inf), logits)
+
+
 def keep_top_p(logits: np.ndarray, mass: float) -> np.ndarray:
     """Drop the least probable tokens whose probabilities sum up to at most 1 - `mass`."""
     if mass >= 1:

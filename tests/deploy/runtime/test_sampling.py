@@ -217,6 +217,20 @@ def test_top_p_at_the_edge_of_rounding_is_that_of_sorting(vocab: int) -> None:
                 np.testing.assert_array_equal(kept, expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_top_k_before_top_p_is_that_of_sorting(kind: str) -> None:
+    generator = np.random.default_rng(7)
+    for count in (1, 2, 7, 100, 299, 300):
+        logits = logits_of(kind, 300, generator)
+        temperature = np.float32(generator.uniform(0.3, 3))
+        for mass in (*generator.random(5).tolist(), 0.5, 0.9):
+            expected = oracle.keep_top_p(oracle.keep_top_k(logits / temperature, count), mass)
+            uniforms = generator.random(20)
+            how = TextSampling(float(temperature), count, mass)
+            tokens = [sample(logits, how, uniform) for uniform in uniforms.tolist()]
+            np.testing.assert_array_equal(tokens, oracle.draw(expected, uniforms))
+
+
 def test_sums_of_blocks_decide_all_but_the_draws_at_an_edge(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
