@@ -357,3 +357,22 @@ def test_presence_and_frequency_penalties_count_the_current_turn_alone() -> None
         events = story(list(generate(runtime, PROMPT, options)))
         texts = [event for event in events if event.startswith("text")]
         assert texts == [f"text: {words}", f"text:{words}"]
+
+
+@pytest.mark.parametrize("count", [None, 0, 2])
+def test_text_brings_the_log_probabilities_of_its_tokens_on_request(count: int | None) -> None:
+    chosen = {"turn_tokens": 4, "max_images": 2, "seed": 3, "top_p": 1.0}
+    events, _ = run(**chosen, logprobs=count)
+    plain, _ = run(**chosen)
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    given = [sampled for delta in deltas for sampled in delta.logprobs]
+    assert story(events) == story(plain)
+    if count is None:
+        assert given == []
+        return
+    words = "".join(f"{delta.text} " for delta in deltas).split()
+    assert [f"w{sampled.token}" for sampled in given] == words and len(words) == 8
+    for sampled in given:
+        assert sampled.logprob is not None and sampled.logprob < 0
+        assert len(sampled.top) == count
+        assert all(best >= sampled.logprob for _, best in sampled.top[:1])

@@ -403,8 +403,9 @@ def test_wrong_options_of_sampling_are_refused(options: dict[str, Any], line: st
     ("count", "line"), [(-1, "0 to 20; got -1"), (21, "0 to 20; got 21"), (True, "whole number")]
 )
 def test_wrong_numbers_of_log_probabilities_are_refused(count: int, line: str) -> None:
-    with pytest.raises(ConfigError, match=f"logprobs .*{line}"):
-        TextSampling(logprobs=count)
+    for kind in (TextSampling, GenerationOptions):
+        with pytest.raises(ConfigError, match=f"logprobs .*{line}"):
+            kind(logprobs=count)
 
 
 def test_options_with_a_bias_are_frozen_and_compare_by_value() -> None:
