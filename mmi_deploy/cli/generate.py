@@ -104,6 +104,40 @@ def generate(
             help="Above 1 penalises repeated tokens.", metavar="X", rich_help_panel="Text"
         ),
     ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            help="Drop tokens less than X times as likely as the most likely one.",
+            metavar="X",
+            rich_help_panel="Text",
+        ),
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Subtracted from the logits of tokens of the turn so far, -2 to 2.",
+            metavar="X",
+            rich_help_panel="Text",
+        ),
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(
+            help="The same for each time that a token came, -2 to 2.",
+            metavar="X",
+            rich_help_panel="Text",
+        ),
+    ] = 0.0,
+    biases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--logit-bias",
+            help="Add BIAS, -100 to 100, to the logit of token ID; may be repeated.",
+            metavar="ID=BIAS",
+            show_default=False,
+            rich_help_panel="Text",
+        ),
+    ] = None,
     max_images: Annotated[
         int,
         typer.Option(
@@ -194,6 +228,10 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_logit_bias(biases or []),
         schedule=schedule,
         guidance=guidance,
         full_every=full_every,
@@ -240,6 +278,26 @@ def generate(
         print_json(_report(out, story.entries, finished, seed, used, seconds))
     else:
         remarks().print(f"\n{_summary(finished, seconds)}\nRead it in {out / PAGE_NAME}")
+
+
+def _logit_bias(given: list[str]) -> dict[int, float]:
+    """Values of --logit-bias, ID=BIAS each, as a mapping."""
+    from mmi_deploy.errors import ConfigError
+
+    bias: dict[int, float] = {}
+    for pair in given:
+        token, _, number = pair.partition("=")
+        try:
+            value = float(number)
+            identifier = int(token)
+        except ValueError:
+            raise ConfigError(
+                "--logit-bias is malformed", expected="ID=BIAS, as 13=-100", got=pair
+            ) from None
+        if identifier in bias:
+            raise ConfigError("--logit-bias is given twice for a token", got=pair)
+        bias[identifier] = value
+    return bias
 
 
 def _collect(story: Story, event: Event) -> None:
@@ -359,10 +417,15 @@ def _command(
         "top_k",
         "top_p",
         "repetition_penalty",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
         "guidance",
         "full_every",
     ):
         words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    for token, bias in dict(options.logit_bias).items():
+        words += ["--logit-bias", f"{token}={bias}"]
     return shlex.join(words)
 
 

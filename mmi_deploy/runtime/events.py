@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmi_deploy.documents.images import Rgb
+from mmi_deploy.runtime.sampling import Sampled
 from mmi_deploy.runtime.timings import Timings
 
 # end: the model ended the document. stop: a stop text was written. max_tokens, max_images: the
@@ -15,9 +16,14 @@ Reason = Literal["end", "stop", "max_tokens", "max_images", "context", "cancelle
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Text to append to the text so far."""
+    """Text to append to the text so far.
+
+    logprobs: tokens sampled since the event before, if the options ask for log probabilities. Text
+    may be held back, so that it is not always the text of these tokens.
+    """
 
     text: str
+    logprobs: tuple[Sampled, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mmi_deploy.runtime.events import (
 from mmi_deploy.runtime.keyed_random import text_uniform
 from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.runtime.sampling import never_sampled, sample
+from mmi_deploy.runtime.sampling import Sampled, SampleRequest, never_sampled, sample_rows
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.runtime.stop_text import StopText
 
@@ -61,6 +61,7 @@ class _Generation:
         self.session = Session(runtime)
         self.tokens = runtime.config.tokens
         self.steps = runtime.schedule(options.schedule).schedule.steps
+        options.sampling.check_ids(runtime.config.llama.vocab)
         limits = runtime.limits
         self.encoded = encode_document(
             document, runtime.tokenizer, runtime.config, limits.context, limits.images
@@ -68,6 +69,7 @@ class _Generation:
         self.stream = TextStream(runtime.tokenizer)
         self.stop_text = StopText(options.stop)
         self.turn: list[int] = []  # text tokens since the last picture
+        self.logprobs: list[Sampled] = []  # of tokens since the last text, if asked for
         self.written = 0  # text tokens
         self.drawn = 0  # pictures
 
@@ -143,8 +145,11 @@ class _Generation:
             banned |= {*tokens.ends, tokens.boi}
         # Keyed by the position and not drawn from a stream: the text repeats whatever came before.
         uniform = text_uniform(options.seed, len(self.session.token_ids))
-        logits = self.session.next_logits()
-        return sample(logits, options.sampling, uniform, seen=self.turn, banned=banned)
+        request = SampleRequest(options.sampling, uniform, self.turn, banned)
+        (sampled,) = sample_rows(self.session.next_logits()[None], [request])
+        if options.logprobs is not None and sampled.token not in {*tokens.ends, tokens.boi}:
+            self.logprobs.append(sampled)
+        return sampled.token
 
     def _draw(self) -> Iterator[Event]:
         """Append a begin-of-image token, draw its picture and append it; a new turn begins."""
@@ -176,7 +181,7 @@ class _Generation:
         text, _ = self.stop_text.feed(self.stream.rest())
         yield from self._text(text + self.stop_text.rest())
 
-    @staticmethod
-    def _text(text: str) -> Iterator[Event]:
+    def _text(self, text: str) -> Iterator[Event]:
         if text:
-            yield TextDelta(text)
+            logprobs, self.logprobs = tuple(self.logprobs), []
+            yield TextDelta(text, logprobs)

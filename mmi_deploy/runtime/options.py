@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.runtime.sampling import TextSampling, check_ranges, check_types
+from mmi_deploy.runtime.sampling import LogitBias, TextSampling, check_ranges, check_types
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,12 @@ class GenerationOptions:
     those the document asks for. draw_first: begin with a picture. turn_tokens: write exactly this
     number of tokens, then draw, repeatedly until `max_images` (for benchmarks). stop: texts that
     end the generation; they are not part of the output. temperature, top_k, top_p,
-    repetition_penalty: see `TextSampling`; the penalty applies to tokens of the current turn, as in
-    the published code. schedule: key of the sampler, as `ddim:20`; None for the bundle's first.
-    guidance: scale of classifier-free guidance, 1 for none (the paper's evaluation uses 3.5).
-    full_every: run the whole U-Net at every n-th denoising step and reuse its deep features at the
-    others, a faster approximation.
+    repetition_penalty, min_p, presence_penalty, frequency_penalty, logit_bias, logprobs: see
+    `TextSampling`; penalties apply to tokens of the current turn, as in the published code.
+    schedule: key of the sampler, as `ddim:20`; None for the bundle's first. guidance: scale of
+    classifier-free guidance, 1 for none (the paper's evaluation uses 3.5). full_every: run the
+    whole U-Net at every n-th denoising step and reuse its deep features at the others, a faster
+    approximation.
     """
 
     seed: int = 0
@@ -35,6 +36,11 @@ class GenerationOptions:
     top_k: int = 0
     top_p: float = 0.9
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: LogitBias = ()
+    logprobs: int | None = None
     schedule: str | None = None
     guidance: float = 3.5
     full_every: int = 1
@@ -58,7 +64,17 @@ class GenerationOptions:
 
     @property
     def sampling(self) -> TextSampling:
-        return TextSampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+        return TextSampling(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.repetition_penalty,
+            self.min_p,
+            self.presence_penalty,
+            self.frequency_penalty,
+            self.logit_bias,
+            self.logprobs,
+        )
 
 
 DEFAULTS = GenerationOptions()

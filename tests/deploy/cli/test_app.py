@@ -144,6 +144,22 @@ def test_generate_writes_a_folder_that_can_be_read_and_looked_at(
     assert left_in(out.parent) == {"out"}
 
 
+def test_sampling_options_reach_the_text_and_the_command_of_the_page(
+    mmi: Screen, bundle: Path, tmp_path: Path
+) -> None:
+    story = tmp_path / "words.md"
+    story.write_text("w5 w6\n")
+    out = tmp_path / "out"
+    options = ("--max-images", 0, "--max-tokens", 3, "--min-p", 1, "--presence-penalty", 0.5)
+    more = ("--frequency-penalty", -0.25, "--logit-bias", "8=100", "--logit-bias", "7=-2.5")
+    assert mmi("generate", story, "-b", bundle, "-o", out, *options, *more) == 0
+    assert "w8 w8 w8" in mmi.out
+    (again,) = re.findall(r"<code>(.*)</code>", (out / "index.html").read_text())
+    command = unescape(again)
+    assert "--min-p 1.0 --presence-penalty 0.5 --frequency-penalty -0.25" in command
+    assert command.endswith("--logit-bias 7=-2.5 --logit-bias 8=100.0")
+
+
 def test_generated_text_goes_on_from_the_given_text(
     mmi: Screen, bundle: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +289,14 @@ def test_a_file_that_comes_into_the_folder_during_the_run_stays(
         (["missing.md"], "cannot read missing.md"),
         (["{story}", "--temperature", "-1"], "temperature"),
         (["{story}", "--top-p", "0"], "top_p is out of range"),
+        (["{story}", "--min-p", "2"], "min_p is out of range; expected 0 to 1; got 2.0"),
+        (["{story}", "--presence-penalty", "3"], "presence_penalty is out of range"),
+        (["{story}", "--frequency-penalty", "nan"], "frequency_penalty is out of range"),
+        (["{story}", "--logit-bias", "5"], "--logit-bias is malformed; expected ID=BIAS"),
+        (["{story}", "--logit-bias", "w=1"], "--logit-bias is malformed"),
+        (["{story}", "--logit-bias", "5=101"], "logit_bias is out of range"),
+        (["{story}", "--logit-bias", "5=1", "--logit-bias", "5=2"], "twice for a token; got 5=2"),
+        (["{story}", "--logit-bias", "99999=1"], "beyond the model's vocabulary"),
     ],
 )
 def test_wrong_arguments_are_told_in_a_line(

@@ -330,3 +330,49 @@ def test_a_session_takes_no_floats_for_a_picture() -> None:
     ):
         session.append_image(picture(3) / 255)
     assert session.images == 0 and not session.token_ids
+
+
+def test_a_bias_beyond_the_vocabulary_is_refused_before_anything_runs() -> None:
+    runtime, log = fake_runtime()
+    options = GenerationOptions(logit_bias={VOCAB: 1.0})
+    with pytest.raises(ConfigError, match=f"expected 0 to {VOCAB - 1}; got {VOCAB}"):
+        generate(runtime, PROMPT, options)
+    assert not log.calls
+
+
+def test_presence_and_frequency_penalties_count_the_current_turn_alone() -> None:
+    """Logits 0.5 apart: a penalty of 1 for each time gives way to the next words in turn."""
+    runtime, _ = fake_runtime()
+    llm = runtime.engine("llm")
+    real = llm._execute
+
+    def execute(inputs: Any, outputs: Any) -> None:
+        real(inputs, outputs)
+        outputs["logits"].read()[...] = 20 - np.arange(VOCAB) / 2
+
+    llm._execute = execute  # type: ignore[method-assign]
+    for penalty, words in (("presence", "w5 w6 w5 w5"), ("frequency", "w5 w6 w5 w7")):
+        chosen: dict[str, Any] = {f"{penalty}_penalty": 0.75}
+        options = GenerationOptions(turn_tokens=4, max_images=2, temperature=0, **chosen)
+        events = story(list(generate(runtime, PROMPT, options)))
+        texts = [event for event in events if event.startswith("text")]
+        assert texts == [f"text: {words}", f"text:{words}"]
+
+
+@pytest.mark.parametrize("count", [None, 0, 2])
+def test_text_brings_the_log_probabilities_of_its_tokens_on_request(count: int | None) -> None:
+    chosen = {"turn_tokens": 4, "max_images": 2, "seed": 3, "top_p": 1.0}
+    events, _ = run(**chosen, logprobs=count)
+    plain, _ = run(**chosen)
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    given = [sampled for delta in deltas for sampled in delta.logprobs]
+    assert story(events) == story(plain)
+    if count is None:
+        assert given == []
+        return
+    words = "".join(f"{delta.text} " for delta in deltas).split()
+    assert [f"w{sampled.token}" for sampled in given] == words and len(words) == 8
+    for sampled in given:
+        assert sampled.logprob is not None and sampled.logprob < 0
+        assert len(sampled.top) == count
+        assert all(best >= sampled.logprob for _, best in sampled.top[:1])
