@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -129,7 +129,6 @@ def build(
     with extras("build"):
         from mmi_deploy.targets.precision import check_possible, recipe
         from mmi_deploy.targets.tensorrt_plan import graph_of
-    from mmi_deploy.spec.graphs import Limits
 
     opened = Bundle.open(bundle, unproved=unproved)
     row = backend(target)
@@ -143,10 +142,10 @@ def build(
         graph_of(opened, name)
     kept = _built(opened, targets)
     names = tuple(name for name in opened.graphs if not graph or name in {*graph, *kept})
-    limits = Limits(
-        opened.limits.context,
-        opened.limits.batch if max_batch is None else max_batch,
-        opened.limits.images if max_images is None else max_images,
+    limits = replace(
+        opened.limits,
+        batch=opened.limits.batch if max_batch is None else max_batch,
+        images=opened.limits.images if max_images is None else max_images,
     )
     options = _Options(limits, plugin, force, unproved, dry_run, as_json)
     if row.plugin:

@@ -643,7 +643,7 @@ def test_engines_that_take_turns_are_named_alike_everywhere() -> None:
 def test_verify_finds_a_changed_byte(mmi: Screen, bundle: Path) -> None:
     assert mmi("verify", bundle, "--json") == 0
     assert json.loads(mmi.out)["ok"] is True
-    assert mmi("verify", bundle) == 0 and "7 receipts" in mmi.out
+    assert mmi("verify", bundle) == 0 and "8 receipts" in mmi.out
     weights = bundle / "graphs" / "llm.safetensors"
     times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
     weights.write_bytes(b"Weights")

@@ -357,7 +357,7 @@ def test_free_memory_is_at_most_what_there_is() -> None:
 def test_limits_beyond_the_bundles_are_refused(request_for: Callable[..., Request]) -> None:
     with pytest.raises(ConfigError, match="--max-images .* expected 1 to 49; got 50"):
         plan_engines(request_for(limits=Limits(context=64, images=50)))
-    with pytest.raises(ConfigError, match="--max-batch .* expected 1 to 4; got 9"):
+    with pytest.raises(ConfigError, match="--max-batch .* expected 1 to 8; got 9"):
         plan_engines(request_for(limits=Limits(context=64, batch=9)))
 
 

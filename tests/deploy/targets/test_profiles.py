@@ -31,31 +31,31 @@ def test_every_dynamic_input_of_every_graph_has_ordered_shapes(name: str) -> Non
 def test_llm_has_a_profile_for_prompts_and_one_for_single_tokens() -> None:
     prefill, decode = profiles(GRAPHS["llm"])
     assert (prefill.name, decode.name) == (PREFILL, DECODE)
-    assert prefill.shapes["token_ids"] == ((1, 1), (1, 256), (4, 512))
-    assert decode.shapes["token_ids"] == ((1, 1), (1, 1), (4, 1))
-    assert decode.shapes["logit_index"] == ((1, 1), (1, 1), (4, 1))
+    assert prefill.shapes["token_ids"] == ((1, 1), (1, 256), (8, 512))
+    assert decode.shapes["token_ids"] == ((1, 1), (1, 1), (8, 1))
+    assert decode.shapes["logit_index"] == ((1, 1), (1, 1), (8, 1))
     assert decode.shapes["past_key.00"] == prefill.shapes["past_key.00"]
     assert [profile.name for profile in profiles(GRAPHS["vae_decoder"])] == [DEFAULT]
 
 
 def test_a_short_context_cuts_the_likely_prompt() -> None:
     prefill, _ = profiles(graphs(tiny(), Limits(context=100))["llm"])
-    assert prefill.shapes["token_ids"] == ((1, 1), (1, 100), (4, 100))
+    assert prefill.shapes["token_ids"] == ((1, 1), (1, 100), (8, 100))
 
 
-def test_guidance_doubles_the_condition_and_not_the_latents() -> None:
+def test_every_row_of_a_step_is_a_picture() -> None:
     (profile,) = profiles(GRAPHS["denoise_step"])
-    assert [shape[0] for shape in profile.shapes["latents"]] == [1, 1, 4]
-    assert [shape[0] for shape in profile.shapes["condition_key.00"]] == [2, 2, 8]
+    for name in ("latents", "history", "step", "guidance", "condition_key.00"):
+        assert [shape[0] for shape in profile.shapes[name]] == [1, 1, 8]
 
 
 def test_narrower_limits_cut_rows_images_and_the_pool() -> None:
-    narrow = Limits(context=512, batch=2, images=3)
+    narrow = Limits(context=512, batch=2, images=3, pool=6)
     prefill, decode = profiles(GRAPHS["llm"], narrow)
     for profile in (prefill, decode):
         assert profile.ranges["b"].max == 2
-        assert profile.ranges["n"].max == profile.ranges["m"].max == 3
-        assert profile.ranges["n"].opt == 3
+        assert profile.ranges["n"].max == 6 and profile.ranges["m"].max == 3
+        assert profile.ranges["m"].opt == 3
     (encoder,) = profiles(GRAPHS["vision_encoder"], narrow)
     assert encoder.ranges["n"].max == 2, "here n is the batch"
 
@@ -76,8 +76,8 @@ def test_the_narrowest_profile_that_holds_a_request_is_chosen() -> None:
 @pytest.mark.parametrize(
     ("letter", "size", "line"),
     [
-        ("b", 5, r"takes b = 5; expected 1 to 4\. .*mmi build --max-batch"),
-        ("n", 99, r"takes n = 99; expected 1 to 49\. .*mmi build --max-images"),
+        ("b", 9, r"takes b = 9; expected 1 to 8\. .*mmi build --max-batch"),
+        ("n", 199, r"takes n = 199; expected 1 to 128\. .*mmi build --max-images"),
         ("t", 513, r"takes t = 513; expected 1 to 512\. .*mmi build --graph llm"),
     ],
 )

@@ -81,7 +81,7 @@ def test_the_network_is_strongly_typed_and_both_profiles_are_given(job: Job) -> 
     assert script.seen["flag"] == "REQUIRE_USER_ALLOCATION", "or no CUDA graph can hold it"
     assert config.capabilities == ["89"] and config.num_compute_capabilities == 1
     tokens = [profile["token_ids"] for profile in config.profiles]
-    assert tokens == [((1, 1), (1, 64), (4, 64)), ((1, 1), (1, 1), (4, 1))]
+    assert tokens == [((1, 1), (1, 64), (8, 64)), ((1, 1), (1, 1), (8, 1))]
 
 
 def test_a_parsers_errors_name_the_node(job: Job) -> None:
