@@ -1,15 +1,19 @@
-"""Autoregressive generation: read a document, then write text and draw pictures until the end.
+"""Rules of a generation: turns of text and pictures, limits, stop texts, drawing.
 
 Text is written in turns. A turn ends with a begin-of-image token; its picture is drawn at once and
 appended like a given one.
+
+`Generation` runs no engine: it yields events, and work that somebody does for it. `generate` drives
+one generation over a `Session`; the PyTorch baseline drives it over its own layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 from mmi_deploy.documents.document import Document, encode_document
-from mmi_deploy.documents.tokenizer import TextStream
+from mmi_deploy.documents.tokenizer import TextStream, Tokenizer
 from mmi_deploy.runtime.events import (
     Event,
     Finished,
@@ -22,9 +26,20 @@ from mmi_deploy.runtime.events import (
 from mmi_deploy.runtime.keyed_random import text_uniform
 from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.runtime.sampling import Sampled, SampleRequest, never_sampled, sample_rows
+from mmi_deploy.runtime.sampling import Sampled, SampleRequest, never_sampled
+from mmi_deploy.runtime.sequence import Sequence
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.runtime.stop_text import StopText
+from mmi_deploy.runtime.timings import Timings
+from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken, Picture, Work
+
+# Events and work in order; what is sent back after work is its result.
+Steps = Generator[Event | Work, Any, None]
+
+
+def never() -> bool:
+    """Default of `cancelled`."""
+    return False
 
 
 def generate(
@@ -32,76 +47,104 @@ def generate(
     document: Document,
     options: GenerationOptions = DEFAULTS,
     *,
-    cancelled: Callable[[], bool] = lambda: False,
+    cancelled: Callable[[], bool] = never,
 ) -> Iterator[Event]:
     """Read `document`, drawing the pictures that it asks for, then continue it.
 
     Yields events as they happen; the last one is `Finished`. `cancelled` is polled before each
     token and denoising step. Raises `MmiError` if the document does not fit the model.
     """
-    return _Generation(runtime, document, options, cancelled).run()
+    session = Session(runtime)
+    generation = Generation(
+        session.sequence,
+        runtime.tokenizer,
+        document,
+        options,
+        runtime.schedule(options.schedule).schedule.steps,
+        session.timings,
+        cancelled,
+    )
+    return drive(generation.run(), session.do)
+
+
+def drive(steps: Steps, do: Callable[[Work], Any]) -> Iterator[Event]:
+    """Yield the events of `steps`, doing its work with `do`, which returns the result."""
+    result = None
+    while True:
+        try:
+            item = steps.send(result)
+        except StopIteration:
+            return
+        result = None
+        if isinstance(item, Work):
+            result = do(item)
+        else:
+            yield item
 
 
 class _Cancelled(Exception):
     """Raised to abandon a picture that is being drawn."""
 
 
-class _Generation:
-    """State of one `generate` call."""
+class Generation:
+    """One document that is read and continued."""
 
     def __init__(
         self,
-        runtime: Runtime,
+        sequence: Sequence,
+        tokenizer: Tokenizer,
         document: Document,
         options: GenerationOptions,
-        cancelled: Callable[[], bool],
+        steps: int,
+        timings: Timings,
+        cancelled: Callable[[], bool] = never,
     ) -> None:
-        self.options = options
-        self.cancelled = cancelled
-        self.session = Session(runtime)
-        self.tokens = runtime.config.tokens
-        self.steps = runtime.schedule(options.schedule).schedule.steps
-        options.sampling.check_ids(runtime.config.llama.vocab)
-        limits = runtime.limits
-        self.encoded = encode_document(
-            document, runtime.tokenizer, runtime.config, limits.context, limits.images
-        )
-        self.stream = TextStream(runtime.tokenizer)
+        """sequence: empty; it grows with the document. steps: denoising steps of a picture.
+        timings: of the work, for the last event. Raises `MmiError` if the document or the options
+        do not fit the model."""
+        config, limits = sequence.config, sequence.limits
+        options.sampling.check_ids(config.llama.vocab)
+        self.sequence, self.options = sequence, options
+        self.tokenizer, self.tokens = tokenizer, config.tokens
+        self.steps, self.timings, self.cancelled = steps, timings, cancelled
+        self.encoded = encode_document(document, tokenizer, config, limits.context, limits.images)
+        self.stream = TextStream(tokenizer)
         self.stop_text = StopText(options.stop)
         self.turn: list[int] = []  # text tokens since the last picture
         self.logprobs: list[Sampled] = []  # of tokens since the last text, if asked for
         self.written = 0  # text tokens
         self.drawn = 0  # pictures
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Steps:
+        """Events and work from the first to `Finished`."""
         try:
             yield from self._read()
             reason = yield from self._write()
             yield from self._rest_of_text()
         except _Cancelled:
             reason = "cancelled"
-        yield Finished(reason, self.written, self.drawn, self.session.timings)
+        yield Finished(reason, self.written, self.drawn, self.timings)
 
-    def _read(self) -> Iterator[Event]:
+    def _read(self) -> Steps:
         """Append the document; pictures that it leaves to the model are drawn at their places."""
         begun, images = 0, iter(self.encoded.images)
         ids = self.encoded.token_ids.tolist()
         for place, token in enumerate(ids):
             if token == self.tokens.boi:
-                self.session.append_text(ids[begun:place])
-                begun = place + 1 + self.session.config.visual_tokens
+                self.sequence.append_text(ids[begun:place])
+                begun = place + 1 + self.sequence.config.visual_tokens
                 image = next(images)
                 if image is not None:
-                    self.session.append_image(image.rgb)
+                    self.sequence.append_image(image.rgb)
                 else:
                     yield from self._draw()
-        self.session.append_text(ids[begun:])
+        self.sequence.append_text(ids[begun:])
         # Decoding depends on the text before, as for the space in front of a word.
-        self.stream = TextStream(self.session.runtime.tokenizer, before=ids[begun:])
+        self.stream = TextStream(self.tokenizer, before=ids[begun:])
 
-    def _write(self) -> Generator[Event, None, Reason]:
+    def _write(self) -> Generator[Event | Work, Any, Reason]:
         """Write text and draw pictures; returns the reason to end."""
-        options, session = self.options, self.session
+        options, sequence = self.options, self.sequence
         drawable = options.max_images
         draw_now = options.draw_first
         while True:
@@ -112,24 +155,24 @@ class _Generation:
                 token = self.tokens.boi
             elif self.written == options.max_tokens:
                 return "max_tokens"
-            elif not session.room:
+            elif not sequence.room:
                 return "context"
             else:
-                token = self._next_token()
+                token = yield from self._next_token()
             draw_now = False
             if token in self.tokens.ends:
                 return "end"
             if token == self.tokens.boi:
-                if not drawable or session.images == session.limits.images:
+                if not drawable or sequence.images == sequence.limits.images:
                     return "max_images"
-                if session.room < 1 + session.config.visual_tokens:
+                if sequence.room < 1 + sequence.config.visual_tokens:
                     return "context"
                 yield from self._draw()
                 drawable -= 1
                 if options.turn_tokens is not None and not drawable:
                     return "max_images"
                 continue
-            session.append_text([token])
+            sequence.append_text([token])
             self.turn.append(token)
             self.written += 1
             text, stopped = self.stop_text.feed(self.stream.feed(token))
@@ -137,44 +180,45 @@ class _Generation:
             if stopped:
                 return "stop"
 
-    def _next_token(self) -> int:
+    def _next_token(self) -> Generator[Event | Work, Any, int]:
         """Sample a token, with those banned that may not come now or ever."""
         tokens, options = self.tokens, self.options
         banned = never_sampled(tokens)
         if len(self.turn) < max(options.min_tokens, options.turn_tokens or 0):
             banned |= {*tokens.ends, tokens.boi}
         # Keyed by the position and not drawn from a stream: the text repeats whatever came before.
-        uniform = text_uniform(options.seed, len(self.session.token_ids))
+        uniform = text_uniform(options.seed, len(self.sequence.token_ids))
         request = SampleRequest(options.sampling, uniform, self.turn, banned)
-        (sampled,) = sample_rows(self.session.next_logits()[None], [request])
+        sampled: Sampled = yield NextToken(request)
         if options.logprobs is not None and sampled.token not in {*tokens.ends, tokens.boi}:
             self.logprobs.append(sampled)
         return sampled.token
 
-    def _draw(self) -> Iterator[Event]:
+    def _draw(self) -> Steps:
         """Append a begin-of-image token, draw its picture and append it; a new turn begins."""
         yield from self._rest_of_text()  # before the picture: it belongs in front of it
-        session, index = self.session, self.session.images
-        session.append_text([self.tokens.boi])
+        options, index = self.options, self.sequence.images
+        self.sequence.append_text([self.tokens.boi])
         yield ImageStarted(index, self.steps)
-        drawing = session.draw_steps(
-            self.options.schedule,
-            self.options.guidance,
-            self.options.seed,
-            self.options.full_every,
+        picture = Picture(
+            index, options.schedule, options.guidance, options.seed, options.full_every
         )
-        while True:
-            if self.cancelled():
-                raise _Cancelled
-            try:
-                yield ImageProgress(index, *next(drawing))
-            except StopIteration as stop:
-                rgb = stop.value
-                break
-        session.append_image(rgb)
+        for step in range(self.steps):
+            self._check_cancelled()
+            if step == 0:
+                yield Condition(picture)
+            yield Denoise(picture, step)
+            yield ImageProgress(index, step + 1, self.steps)
+        self._check_cancelled()
+        rgb = yield DecodeLatents(picture)
+        self.sequence.append_image(rgb)
         self.drawn += 1
         self.turn = []
         yield ImageDone(index, rgb)
+
+    def _check_cancelled(self) -> None:
+        if self.cancelled():
+            raise _Cancelled
 
     def _rest_of_text(self) -> Iterator[Event]:
         """Flush the text that the decoder and the stop texts hold back."""

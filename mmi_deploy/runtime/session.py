@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmi_deploy.documents.images import Rgb, as_rgb, resize, to_pixels, to_rgb
+from mmi_deploy.documents.images import Rgb, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
 from mmi_deploy.runtime.caches import DrawingBuffers, HiddenStates, ImagePool, KvCache, padded_count
 from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.runtime.sampling import sample_rows
+from mmi_deploy.runtime.sequence import Sequence as TokenSequence
 from mmi_deploy.runtime.timings import Timings
+from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken, Picture, Work
 from mmi_deploy.spec.graphs import DEEP, Graph
 from mmi_deploy.spec.token_layout import image_positions, picture_positions
 
@@ -37,7 +41,7 @@ class Session:
         self.config = runtime.config
         self.limits = runtime.limits
         self.timings = Timings()
-        self.token_ids: list[int] = []
+        self.sequence = TokenSequence(runtime.config, runtime.limits)
         graphs, memory = runtime.graphs, runtime.memory
         llm, most = graphs["llm"], self.limits.images
         seen = min(self.config.image_decoder.mmfs.images_seen, most)
@@ -54,79 +58,44 @@ class Session:
         self._logits = _allocate_single(llm, "logits", memory)
         self._no_visual_tokens = _allocate_single(llm, "visual_tokens", memory)
         self._drawing: DrawingBuffers | None = None
+        self._constant: dict[str, Buffer | Array] = {}  # inputs of the present picture's steps
         self._processed = 0  # tokens in the KV cache
         self._markers: list[int] = []  # the `<s>` and begin-of-image tokens among them
         # Image slots and positions of the last token, which later text inherits; None after `<s>`
         # or a begin-of-image token, which change them.
         self._visible: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
-        self._pending_pixels: list[Array] = []  # [3, height, width], not encoded yet
         self._pending_visual_tokens: list[Buffer] = []  # [n, visual_tokens, c], not in the LLM yet
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Token ids of the document."""
+        return self.sequence.token_ids
 
     @property
     def room(self) -> int:
         """Number of tokens that still fit."""
-        return self.limits.context - len(self.token_ids)
+        return self.sequence.room
 
     @property
     def images(self) -> int:
         """Number of images in the document, given and drawn."""
-        return self._llm_values.images + len(self._pending_pixels)
-
-    @property
-    def image_open(self) -> bool:
-        """True if the document ends with a begin-of-image token, so that an image must follow."""
-        return bool(self.token_ids) and self.token_ids[-1] == self.config.tokens.boi
+        return self.sequence.images
 
     def append_text(self, token_ids: Sequence[int]) -> None:
-        """Append tokens: text, `<s>`, or the begin-of-image token of a picture to be drawn.
-
-        Raises `DocumentError` if they do not fit, or an image is missing after its begin-of-image
-        token.
-        """
-        tokens = self.config.tokens
-        ids = [int(token) for token in token_ids]
-        if tokens.image in ids:
-            raise DocumentError("image tokens come from images alone", fix="call append_image")
-        if ids and (self.image_open or tokens.boi in ids[:-1]):
-            raise DocumentError("an image must follow its begin-of-image token")
-        self._append(ids)
+        """Append tokens, as `Sequence.append_text`."""
+        self.sequence.append_text(token_ids)
 
     def append_image(self, rgb: Rgb) -> None:
-        """Append an image, uint8 [height, width, 3] of any size: its begin-of-image token unless
-        the document ends with one, and its image tokens. It is encoded once, before the next run of
-        the LLM.
-
-        Raises `DocumentError` if the image does not fit, or is not a picture.
-        """
-        rgb = as_rgb(rgb)
-        tokens, count = self.config.tokens, self.config.visual_tokens
-        ids = [tokens.image] * count if self.image_open else [tokens.boi] + [tokens.image] * count
-        if self.images == self.limits.images:
-            raise DocumentError(
-                "the document has too many images", expected=f"at most {self.limits.images}"
-            )
-        self._append(ids)  # may raise, so before the pixels: an error leaves the session as it was
-        side = self.config.vision.image_size
-        self._pending_pixels.append(
-            to_pixels(rgb if rgb.shape == (side, side, 3) else resize(rgb, side))
-        )
-
-    def _append(self, ids: list[int]) -> None:
-        if len(ids) > self.room:
-            raise DocumentError(
-                "the document is too long",
-                expected=f"at most {self.limits.context} tokens",
-                got=len(self.token_ids) + len(ids),
-                fix="shorten it, or export the bundle with a larger --context",
-            )
-        self.token_ids += ids
+        """Append an image, as `Sequence.append_image`. It is encoded once, before the next run of
+        the LLM."""
+        self.sequence.append_image(rgb)
 
     def _encode_pending(self) -> None:
         """Encode the pending images: the LLM's values into their pool, visual tokens for the LLM,
         features for the U-Net. A batch is limited by the graphs."""
-        while self._pending_pixels:
-            count = min(self.limits.batch, len(self._pending_pixels), self._llm_values.contiguous)
-            pixels = np.stack(self._pending_pixels[:count])
+        while pending := self.sequence.pictures[self._llm_values.images :]:
+            count = min(self.limits.batch, len(pending), self._llm_values.contiguous)
+            pixels = np.stack([to_pixels(rgb) for rgb in pending[:count]])
             with self._measure("encode", count):
                 encoded = self.runtime.engine("vision_encoder").run({"pixels": pixels})
                 features = encoded["features"]
@@ -137,7 +106,6 @@ class Session:
                     self.runtime.memory.copy(features.rows(image, image + 1), row)
                     self._features.add(1)
                 self._llm_values.add(count)
-            del self._pending_pixels[:count]
             self._pending_visual_tokens.append(encoded["visual_tokens"])
 
     def _compute_unet_values(self) -> None:
@@ -266,24 +234,44 @@ class Session:
         The same document and seed give the same picture. The picture is not appended, so closing
         the generator leaves the document as it was. A session draws one picture at a time.
         """
-        if not self.image_open:
+        picture = Picture(self.images, schedule, guidance, seed, full_every)
+        self.begin(picture)
+        steps = self.runtime.schedule(schedule).schedule.steps
+        for step in range(steps):
+            self.denoise(picture, step)
+            yield step + 1, steps
+        return self.decode_latents(picture)
+
+    def do(self, work: Work) -> Any:
+        """Do one item of work; returns its result."""
+        match work:
+            case NextToken(request):
+                (sampled,) = sample_rows(self.next_logits()[None], [request])
+                return sampled
+            case Condition(picture):
+                return self.begin(picture)
+            case Denoise(picture, step):
+                return self.denoise(picture, step)
+            case DecodeLatents(picture):
+                return self.decode_latents(picture)
+
+    def begin(self, picture: Picture) -> None:
+        """Compute what stays the same over the steps of `picture`, and draw its first latents."""
+        if not self.sequence.image_open:
             raise DocumentError(
                 "a picture can only be drawn after a begin-of-image token", fix="append it first"
             )
-        bound = self.runtime.schedule(schedule)
+        bound = self.runtime.schedule(picture.schedule)
         self._run_pending()
         self._compute_unet_values()
-        picture = self.images  # index of the new picture: part of the key of its random draws
         drawing = self._drawing_buffers()
         with self._measure("condition"):
             self.runtime.engine("image_condition").run(self._context(), drawing.condition)
         slot, position = self._earlier_pictures()
-        shape = drawing.zero_noise.shape
-        drawing.begin(first_latents(seed, picture, shape) * bound.schedule.initial_sigma)
-        full = self.runtime.engine("denoise_step")
-        shallow = self.runtime.engine("denoise_shallow") if full_every > 1 else full
-        constant: dict[str, Buffer | Array] = {
-            "guidance": np.array([guidance], np.float32),
+        noise = first_latents(picture.seed, picture.index, drawing.zero_noise.shape)
+        drawing.begin(noise * bound.schedule.initial_sigma)
+        self._constant = {
+            "guidance": np.array([picture.guidance], np.float32),
             **self.runtime.tables(),
             "image_slot": slot,
             "image_position": position,
@@ -291,23 +279,30 @@ class Session:
             **drawing.condition,
             **self._unet_values.buffers(),
         }
-        steps = bound.schedule.steps
-        for step in range(steps):
-            with self._measure("denoise"):
-                noisy = bound.schedule.draws_noise(step)
-                noise = step_noise(seed, picture, step, shape) if noisy else drawing.zero_noise
-                given = {**constant, **drawing.state, "noise": noise}
-                given["step"] = np.array([bound.first + step], np.int64)
-                engine = full if step % full_every == 0 else shallow
-                # The shallow graph takes a subset of the whole one's inputs, and `deep` besides.
-                inputs = {tensor.name: given[tensor.name] for tensor in engine.graph.inputs}
-                engine.run(inputs, {**drawing.next_state, DEEP: drawing.deep})
-                drawing.swap()  # double buffering: a step must not overwrite what it reads
-            yield step + 1, steps
+
+    def denoise(self, picture: Picture, step: int) -> None:
+        """Run step `step` of the picture that was begun last."""
+        bound, drawing = self.runtime.schedule(picture.schedule), self._drawing_buffers()
+        full = step % picture.full_every == 0
+        engine = self.runtime.engine("denoise_step" if full else "denoise_shallow")
+        with self._measure("denoise"):
+            noise: Buffer | Array = drawing.zero_noise
+            if bound.schedule.draws_noise(step):
+                noise = step_noise(picture.seed, picture.index, step, drawing.zero_noise.shape)
+            given = {**self._constant, **drawing.state, "noise": noise}
+            given["step"] = np.array([bound.first + step], np.int64)
+            # The shallow graph takes a subset of the whole one's inputs, and `deep` besides.
+            inputs = {tensor.name: given[tensor.name] for tensor in engine.graph.inputs}
+            engine.run(inputs, {**drawing.next_state, DEEP: drawing.deep})
+            drawing.swap()  # double buffering: a step must not overwrite what it reads
+
+    def decode_latents(self, picture: Picture) -> Rgb:
+        """Decode the latents after the last step to the picture, uint8 [height, width, 3]."""
+        latents = self._drawing_buffers().state["latents"]
         with self._measure("vae"):
-            decoded = self.runtime.engine("vae_decoder").run({"latents": drawing.state["latents"]})
+            decoded = self.runtime.engine("vae_decoder").run({"latents": latents})
             pixels = decoded["pixels"].read()[0]
-        check_finite(pixels, f"the pixels of picture {picture}")
+        check_finite(pixels, f"the pixels of picture {picture.index}")
         return to_rgb(pixels)
 
     def _drawing_buffers(self) -> DrawingBuffers:

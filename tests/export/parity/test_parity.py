@@ -120,7 +120,7 @@ class Implementations:
         key = self.bundle.schedule(options.schedule).key
         scheduler, eta = scheduler_of(key, self.model.config.image_decoder.diffusion)
         events = slow.generate(self.model, self.tokenizer, document, options, scheduler, eta=eta)
-        return taken(events, lambda: row.ids)
+        return taken(events, lambda: row.sequence.token_ids)
 
 
 def assert_same(

@@ -7,7 +7,7 @@ every denoising step, for both guidance branches.
 
 The layers are those of the model; `published_mmfs.py` replaces MMFS by the published computation.
 
-The rules are those of `mmi_deploy.runtime.generation`, implemented independently: the same
+The rules are those of `mmi_deploy.runtime.generation.Generation`, whose work is done here: the same
 document, options and seed give the same text and pictures. The solver is diffusers' own, not a
 table.
 
@@ -16,31 +16,26 @@ Letters: t tokens, m image slots, u vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from mmi_deploy.documents.document import Document, encode_document
-from mmi_deploy.documents.images import Rgb, resize, to_pixels, to_rgb
-from mmi_deploy.documents.tokenizer import TextStream, Tokenizer
+from mmi_deploy.documents.document import Document
+from mmi_deploy.documents.images import Rgb, to_pixels, to_rgb
+from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.runtime.events import (
-    Event,
-    Finished,
-    ImageDone,
-    ImageProgress,
-    ImageStarted,
-    Reason,
-    TextDelta,
-)
-from mmi_deploy.runtime.keyed_random import first_latents, step_noise, text_uniform
+from mmi_deploy.runtime.events import Event
+from mmi_deploy.runtime.generation import Generation, drive
+from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.options import GenerationOptions
-from mmi_deploy.runtime.sampling import never_sampled, sample
-from mmi_deploy.runtime.stop_text import StopText
+from mmi_deploy.runtime.sampling import sample_rows
+from mmi_deploy.runtime.sequence import Sequence
 from mmi_deploy.runtime.timings import Timings
+from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken, Picture, Work
 from mmi_deploy.spec import token_layout
 from mmi_deploy.spec.graphs import Limits
 from mmi_train.model.image_decoder import PreviousImages
@@ -69,9 +64,11 @@ def generate(
     """
     if options.full_every != 1:
         raise ConfigError("this path runs the whole U-Net in every step", got=options.full_every)
-    return _Generation(
-        Row(model, limits), tokenizer, document, options, scheduler, eta, kv_cache
-    ).run()
+    row = Row(model, limits)
+    steps = len(scheduler.timesteps)
+    worker = _Worker(row, scheduler, eta, kv_cache)
+    generation = Generation(row.sequence, tokenizer, document, options, steps, row.timings)
+    return drive(generation.run(), worker.do)
 
 
 class Row:
@@ -80,41 +77,29 @@ class Row:
     def __init__(self, model: MMInterleaved, limits: Limits | None = None) -> None:
         self.model = model
         self.config = model.config
-        self.context = limits.context if limits else self.config.llama.context
-        self.most_images = limits.images if limits else self.config.llm_mmfs.images - 1
-        self.ids: list[int] = []
-        self.images: list[Rgb] = []
+        most = Limits(self.config.llama.context, images=self.config.llm_mmfs.images - 1)
+        self.sequence = Sequence(self.config, limits or most)
         self.timings = Timings()
-
-    @property
-    def room(self) -> int:
-        """Number of tokens that still fit into the context."""
-        return self.context - len(self.ids)
-
-    def add_image(self, rgb: Rgb) -> None:
-        """Append an image and its visual tokens; the row ends with its begin-of-image token."""
-        side = self.config.vision.image_size
-        self.ids += [self.config.tokens.image] * self.config.visual_tokens
-        self.images.append(rgb if rgb.shape == (side, side, 3) else resize(rgb, side))
 
     @property
     def token_ids(self) -> Tensor:
         """Token ids of the row, [1, t]."""
-        return torch.tensor([self.ids])
+        return torch.tensor([self.sequence.token_ids])
 
     @property
     def image_slot(self) -> Tensor:
         """Index of each image among the encoded ones, [1, m]; -1 for the one about to be drawn."""
-        begun = max(self.ids.count(self.config.tokens.boi), 1)
-        slots = [image if image < len(self.images) else -1 for image in range(begun)]
-        return torch.tensor([slots])
+        given = self.sequence.images
+        begun = max(self.sequence.token_ids.count(self.config.tokens.boi), 1)
+        return torch.tensor([[image if image < given else -1 for image in range(begun)]])
 
     def encode(self) -> EncodedImages:
         """Encode all images from their pixels."""
-        with self.timings.measure("encode", len(self.images)):
-            if not self.images:
+        pictures = self.sequence.pictures
+        with self.timings.measure("encode", len(pictures)):
+            if not pictures:
                 return self.model.encode_images(None)
-            pixels = np.stack([to_pixels(rgb) for rgb in self.images])
+            pixels = np.stack([to_pixels(rgb) for rgb in pictures])
             return self.model.encode_images(torch.from_numpy(pixels))
 
 
@@ -124,13 +109,16 @@ class TextTurn:
     def __init__(self, row: Row, kv_cache: bool) -> None:
         self.row = row
         self.images = row.encode()
-        self.cache = KvCache(row.config.llama, 1, row.context) if kv_cache else None
+        self.cache: KvCache | None = None
+        if kv_cache:
+            self.cache = KvCache(row.config.llama, 1, row.sequence.limits.context)
 
     def next_logits(self) -> np.ndarray:
         """Logits [u] of the token that follows the row."""
         row, model = self.row, self.row.model
         first = self.cache.length if self.cache else 0
-        count = len(row.ids) - first
+        length = len(row.sequence.token_ids)
+        count = length - first
         with row.timings.measure("prefill" if count > 1 else "decode", count):
             ids, slot = row.token_ids, row.image_slot
             visual = token_layout.visual_index(
@@ -140,7 +128,7 @@ class TextTurn:
                 model.embed(
                     ids[:, first:], self.images.tokens, torch.from_numpy(visual[:, first:])
                 ),
-                torch.arange(first, len(row.ids))[None],
+                torch.arange(first, length)[None],
                 cache=self.cache,
                 values=model.llm.image_values(self.images.features),
                 image_slot=slot.clamp(min=0),
@@ -149,45 +137,50 @@ class TextTurn:
             return model.head(hidden[0, -1]).numpy()
 
 
-def draw(
-    row: Row, scheduler: SchedulerMixin, eta: float, guidance: float, seed: int
-) -> Generator[tuple[int, int], None, Rgb]:
-    """Draw the picture of the row's last begin-of-image token.
+class Drawing:
+    """A picture that is being drawn after the row's begin-of-image token."""
 
-    Yields (step, number of steps) after each step and returns uint8 [height, width, 3]; the row is
-    unchanged."""
-    decoder, picture = row.model.image_decoder, len(row.images)
-    images, ids, slot = row.encode(), row.token_ids, row.image_slot
-    with row.timings.measure("prefill", len(row.ids)):
-        hidden = row.model.read(ids, images, slot)
-    with row.timings.measure("condition"):
-        wanted = torch.tensor([[0, picture]])
-        condition = row.model.condition(hidden, ids, wanted)
-        both = torch.cat([condition, decoder.null_condition])
-        previous = _for_both_branches(row.model.previous_images(images, ids, slot, wanted))
-    shape = (1, *decoder.latent_shape)
-    steps = len(scheduler.timesteps)
-    scheduler.set_timesteps(steps)  # resets the state that the previous picture left
-    latents = torch.from_numpy(first_latents(seed, picture, shape)) * scheduler.init_noise_sigma
-    for step, timestep in enumerate(scheduler.timesteps):
-        with row.timings.measure("denoise"):
-            conditional, unconditional = decoder.unet(
-                scheduler.scale_model_input(latents, timestep).repeat(2, 1, 1, 1),
+    def __init__(self, row: Row, picture: Picture, scheduler: SchedulerMixin, eta: float) -> None:
+        self.row, self.picture, self.scheduler, self.eta = row, picture, scheduler, eta
+        decoder = row.model.image_decoder
+        images, ids, slot = row.encode(), row.token_ids, row.image_slot
+        with row.timings.measure("prefill", ids.shape[1]):
+            hidden = row.model.read(ids, images, slot)
+        with row.timings.measure("condition"):
+            wanted = torch.tensor([[0, picture.index]])
+            condition = row.model.condition(hidden, ids, wanted)
+            self.both = torch.cat([condition, decoder.null_condition])
+            self.previous = _for_both_branches(row.model.previous_images(images, ids, slot, wanted))
+        self.shape = (1, *decoder.latent_shape)
+        # Resets the state that the previous picture left.
+        scheduler.set_timesteps(len(scheduler.timesteps))
+        first = first_latents(picture.seed, picture.index, self.shape)
+        self.latents = torch.from_numpy(first) * scheduler.init_noise_sigma
+
+    def denoise(self, step: int) -> None:
+        """Run step `step`, from 0 on."""
+        scheduler, picture, previous = self.scheduler, self.picture, self.previous
+        timestep = scheduler.timesteps[step]
+        with self.row.timings.measure("denoise"):
+            conditional, unconditional = self.row.model.image_decoder.unet(
+                scheduler.scale_model_input(self.latents, timestep).repeat(2, 1, 1, 1),
                 timestep[None],
-                both,
+                self.both,
                 previous.features,
                 previous.slot,
                 previous.position,
             ).chunk(2)
-            prediction = unconditional + guidance * (conditional - unconditional)
+            prediction = unconditional + picture.guidance * (conditional - unconditional)
             noise = {}
-            if eta:
-                drawn = torch.from_numpy(step_noise(seed, picture, step, shape))
-                noise = {"eta": eta, "variance_noise": drawn}
-            latents = scheduler.step(prediction, timestep, latents, **noise).prev_sample
-        yield step + 1, steps
-    with row.timings.measure("vae"):
-        return to_rgb(decoder.vae.decode(latents)[0].numpy())
+            if self.eta:
+                drawn = step_noise(picture.seed, picture.index, step, self.shape)
+                noise = {"eta": self.eta, "variance_noise": torch.from_numpy(drawn)}
+            self.latents = scheduler.step(prediction, timestep, self.latents, **noise).prev_sample
+
+    def decode_latents(self) -> Rgb:
+        """Decode the picture: uint8 [height, width, 3]."""
+        with self.row.timings.measure("vae"):
+            return to_rgb(self.row.model.image_decoder.vae.decode(self.latents)[0].numpy())
 
 
 def _for_both_branches(images: PreviousImages) -> PreviousImages:
@@ -200,140 +193,29 @@ def _for_both_branches(images: PreviousImages) -> PreviousImages:
     )
 
 
-class _Generation:
-    """State of one call of `generate`."""
+class _Worker:
+    """Does the work of a generation: a turn of text or a picture at a time, each from scratch."""
 
-    def __init__(
-        self,
-        row: Row,
-        tokenizer: Tokenizer,
-        document: Document,
-        options: GenerationOptions,
-        scheduler: SchedulerMixin,
-        eta: float,
-        kv_cache: bool,
-    ) -> None:
-        self.options = options
-        self.scheduler, self.eta, self.kv_cache = scheduler, eta, kv_cache
-        self.row, self.tokens = row, row.config.tokens
-        self.encoded = encode_document(
-            document, tokenizer, row.config, row.context, row.most_images
-        )
-        self.tokenizer, self.stream = tokenizer, TextStream(tokenizer)
-        self.stop_text = StopText(options.stop)
+    def __init__(self, row: Row, scheduler: SchedulerMixin, eta: float, kv_cache: bool) -> None:
+        self.row, self.scheduler, self.eta, self.kv_cache = row, scheduler, eta, kv_cache
         self.turn: TextTurn | None = None
-        self.turn_ids: list[int] = []
-        self.written = 0
-        self.drawn = 0
+        self.drawing: Drawing | None = None
 
-    def run(self) -> Iterator[Event]:
-        """All events, each computed without gradients and yielded outside of `torch.no_grad`."""
-        events = self._events()
-        while True:
-            with torch.no_grad():
-                try:
-                    event = next(events)
-                except StopIteration:
-                    return
-            yield event
-
-    def _events(self) -> Iterator[Event]:
-        yield from self._read()
-        reason = yield from self._continue()
-        yield from self._held_text()
-        yield Finished(reason, self.written, self.drawn, self.row.timings)
-
-    def _read(self) -> Iterator[Event]:
-        """Append the given document; pictures that it leaves to the model are drawn in place."""
-        images = iter(self.encoded.images)
-        text: list[int] = []  # tokens after the last picture
-        for token in self.encoded.token_ids.tolist():
-            if token == self.tokens.image:
-                continue
-            self.row.ids.append(token)
-            text.append(token)
-            if token == self.tokens.boi:
-                image, text = next(images), []
-                if image is None:
-                    yield from self._picture()
-                else:
-                    self.row.add_image(image.rgb)
-        self.stream = TextStream(self.tokenizer, before=text)
-
-    def _continue(self) -> Generator[Event, None, Reason]:
-        """Alternate turns of text and of drawing; returns the reason to stop."""
-        options, pictures = self.options, 0
-        begin = options.draw_first
-        while True:
-            if not begin:
-                reason = yield from self._text_turn()
-                if reason is not None:
-                    return reason
-            begin = False
-            if pictures == options.max_images or len(self.row.images) == self.row.most_images:
-                return "max_images"
-            if self.row.room < 1 + self.row.config.visual_tokens:
-                return "context"
-            yield from self._held_text()
-            self.row.ids.append(self.tokens.boi)
-            yield from self._picture()
-            pictures += 1
-            if options.turn_tokens is not None and pictures == options.max_images:
-                return "max_images"
-
-    def _text_turn(self) -> Generator[Event, None, Reason | None]:
-        """Generate text up to a begin-of-image token, which is not appended (returns None), or up
-        to the end of the generation (returns the reason)."""
-        options = self.options
-        while len(self.turn_ids) != options.turn_tokens:
-            if self.written == options.max_tokens:
-                return "max_tokens"
-            if not self.row.room:
-                return "context"
-            token = self._sample()
-            if token in self.tokens.ends:
-                return "end"
-            if token == self.tokens.boi:
+    @torch.no_grad()
+    def do(self, work: Work) -> Any:
+        match work:
+            case NextToken(request):
+                if self.turn is None:
+                    self.turn, self.drawing = TextTurn(self.row, self.kv_cache), None
+                (sampled,) = sample_rows(self.turn.next_logits()[None], [request])
+                return sampled
+            case Condition(picture):
+                self.turn, self.drawing = None, None  # before the next takes its memory
+                self.drawing = Drawing(self.row, picture, self.scheduler, self.eta)
                 return None
-            self.row.ids.append(token)
-            self.turn_ids.append(token)
-            self.written += 1
-            text, stopped = self.stop_text.feed(self.stream.feed(token))
-            if text:
-                yield TextDelta(text)
-            if stopped:
-                return "stop"
-        return None
-
-    def _sample(self) -> int:
-        tokens, options = self.tokens, self.options
-        banned = never_sampled(tokens)
-        if len(self.turn_ids) < max(options.min_tokens, options.turn_tokens or 0):
-            banned |= {*tokens.ends, tokens.boi}
-        if self.turn is None:
-            self.turn = TextTurn(self.row, self.kv_cache)
-        uniform = text_uniform(options.seed, len(self.row.ids))
-        logits = self.turn.next_logits()
-        return sample(logits, options.sampling, uniform, seen=self.turn_ids, banned=banned)
-
-    def _picture(self) -> Iterator[Event]:
-        """Draw after the begin-of-image token that ends the row, then start a new turn."""
-        index, options = len(self.row.images), self.options
-        yield ImageStarted(index, len(self.scheduler.timesteps))
-        drawing = draw(self.row, self.scheduler, self.eta, options.guidance, options.seed)
-        while True:
-            try:
-                yield ImageProgress(index, *next(drawing))
-            except StopIteration as stop:
-                rgb = stop.value
-                break
-        self.row.add_image(rgb)
-        self.turn, self.turn_ids = None, []
-        self.drawn += 1
-        yield ImageDone(index, rgb)
-
-    def _held_text(self) -> Iterator[Event]:
-        """Flush the text that the token stream and the stop rule have held back."""
-        text = self.stop_text.feed(self.stream.rest())[0] + self.stop_text.rest()
-        if text:
-            yield TextDelta(text)
+        assert self.drawing is not None, "a picture begins with its condition"
+        match work:
+            case Denoise(_, step):
+                return self.drawing.denoise(step)
+            case DecodeLatents():
+                return self.drawing.decode_latents()

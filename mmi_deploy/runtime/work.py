@@ -1,0 +1,56 @@
+"""Work that a generation asks of the engines, one item at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmi_deploy.runtime.sampling import SampleRequest
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Sample the token that follows the document, which is not appended. Result: `Sampled`."""
+
+    request: SampleRequest
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to draw after the begin-of-image token that ends the document.
+
+    index: among all images of the document, given ones included; part of the key of its random
+    draws. schedule: key of a sampler, None for the default. guidance: scale of classifier-free
+    guidance, 1 for none. full_every: run the whole U-Net at every n-th step, and reuse its deep
+    features at the others, which is an approximation.
+    """
+
+    index: int
+    schedule: str | None = None
+    guidance: float = 1.0
+    seed: int = 0
+    full_every: int = 1
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Make a picture's condition from the document, and its first latents. Result: None."""
+
+    picture: Picture
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """Run one denoising step, from 0 on. Result: None."""
+
+    picture: Picture
+    step: int
+
+
+@dataclass(frozen=True)
+class DecodeLatents:
+    """Decode the latents after the last step. Result: uint8 [height, width, 3], not appended."""
+
+    picture: Picture
+
+
+Work = NextToken | Condition | Denoise | DecodeLatents
