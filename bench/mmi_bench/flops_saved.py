@@ -183,15 +183,8 @@ def compare(
             step,
         )
     rows += calls.values()
-    for who in ("llm", "unet"):
-        own = deployed(f"{who}_values", n=1)
-        rows.append(
-            Row(
-                f"values of an image for the {who.upper() if who == 'llm' else 'U-Net'}, once",
-                None,
-                own,
-            )
-        )
+    for graph, reader in (("llm_values", "LLM"), ("unet_values", "U-Net")):
+        rows.append(Row(f"values of an image for the {reader}, once", None, deployed(graph, n=1)))
     last = calls[seen]
     assert last.published is not None
     condition = deployed("image_condition", b=1, x=min(64, limits.context))

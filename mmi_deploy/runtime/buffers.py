@@ -90,9 +90,8 @@ class Memory(Protocol):
     def read(self, buffer: Buffer) -> Array:
         """Read the contents of `buffer`; on the host a view of its memory."""
 
-    def copy(self, source: Buffer, target: Buffer, backwards: bool = False) -> None:
-        """Copy `source` into `target`, which has the same shape and dtype and does not overlap it.
-        backwards: reverse the order of the rows of the outermost dimension."""
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy `source` into `target`, of the same shape and dtype and without an overlap."""
 
     def wait(self) -> None:
         """Wait until all enqueued work is done."""
@@ -128,10 +127,9 @@ class HostMemory:
         first = buffer.pointer - buffer.owner.ctypes.data
         return memory[first : first + buffer.bytes].view(buffer.dtype).reshape(buffer.shape)
 
-    def copy(self, source: Buffer, target: Buffer, backwards: bool = False) -> None:
+    def copy(self, source: Buffer, target: Buffer) -> None:
         check_alike(target, source)
-        rows = source.read()
-        target.read()[...] = rows[::-1] if backwards else rows
+        target.read()[...] = source.read()
 
     def wait(self) -> None:
         return

@@ -64,6 +64,12 @@ class ImagePool:
         }
 
     @property
+    def used(self) -> int:
+        """Number of rows in use, rounded up with rows of zeros so that few values of n occur; at
+        least one, as the graphs require n >= 1."""
+        return padded_count(self.images, self.rows)
+
+    @property
     def contiguous(self) -> int:
         """Number of contiguous rows from that of the next image to the end of the ring."""
         return self.rows - self.slot(self.images)
@@ -83,10 +89,8 @@ class ImagePool:
         return image % self.rows
 
     def buffers(self) -> dict[str, Buffer]:
-        """Rows in use, rounded up with rows of zeros so that few values of n occur; at least one,
-        as the graphs require n >= 1."""
-        used = padded_count(self.images, self.rows)
-        return {name: buffer.rows(0, used) for name, buffer in self._buffers.items()}
+        """The `used` rows."""
+        return {name: buffer.rows(0, self.used) for name, buffer in self._buffers.items()}
 
 
 def padded_count(images: int, most: int) -> int:

@@ -27,7 +27,7 @@ from mmi_deploy.runtime.keyed_random import text_uniform
 from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.sampling import Sampled, SampleRequest, never_sampled
-from mmi_deploy.runtime.sequence import Sequence
+from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.runtime.stop_text import StopText
 from mmi_deploy.runtime.timings import Timings
@@ -91,7 +91,7 @@ class Generation:
 
     def __init__(
         self,
-        sequence: Sequence,
+        sequence: TokenSequence,
         tokenizer: Tokenizer,
         document: Document,
         options: GenerationOptions,

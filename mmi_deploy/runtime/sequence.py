@@ -1,8 +1,8 @@
-"""Sequence: token ids and images of one document that only grows."""
+"""Token sequence: ids and images of one document that only grows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ids
+from collections.abc import Sequence
 
 from mmi_deploy.documents.images import Rgb, as_rgb, resize
 from mmi_deploy.errors import DocumentError
@@ -10,7 +10,7 @@ from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import Limits
 
 
-class Sequence:
+class TokenSequence:
     """Token ids of a document, and its images at the size that the encoder takes.
 
     It knows the rules of the token layout and the limits; engines read what is new in it.
@@ -37,7 +37,7 @@ class Sequence:
         """True if the document ends with a begin-of-image token, so that an image must follow."""
         return bool(self.token_ids) and self.token_ids[-1] == self.config.tokens.boi
 
-    def append_text(self, token_ids: Ids[int]) -> None:
+    def append_text(self, token_ids: Sequence[int]) -> None:
         """Append tokens: text, `<s>`, or the begin-of-image token of a picture to be drawn.
 
         Raises `DocumentError` if they do not fit, or an image is missing after its begin-of-image

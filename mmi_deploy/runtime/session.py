@@ -17,10 +17,11 @@ from mmi_deploy.documents.images import Rgb, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
 from mmi_deploy.runtime.caches import DrawingBuffers, HiddenStates, ImagePool, KvCache, padded_count
+from mmi_deploy.runtime.decode_step import DecodeStep
 from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.sampling import sample_rows
-from mmi_deploy.runtime.sequence import Sequence as TokenSequence
+from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken, Picture, Work
 from mmi_deploy.spec.graphs import DEEP, Graph
@@ -57,6 +58,7 @@ class Session:
         self._one_hidden = _allocate_single(llm, "hidden", memory)
         self._logits = _allocate_single(llm, "logits", memory)
         self._no_visual_tokens = _allocate_single(llm, "visual_tokens", memory)
+        self._decode_steps: dict[tuple[int, int], DecodeStep] = {}  # by image slots and pool rows
         self._drawing: DrawingBuffers | None = None
         self._constant: dict[str, Buffer | Array] = {}  # inputs of the present picture's steps
         self._processed = 0  # tokens in the KV cache
@@ -82,12 +84,12 @@ class Session:
         return self.sequence.images
 
     def append_text(self, token_ids: Sequence[int]) -> None:
-        """Append tokens, as `Sequence.append_text`."""
+        """Append tokens, as `TokenSequence.append_text`."""
         self.sequence.append_text(token_ids)
 
     def append_image(self, rgb: Rgb) -> None:
-        """Append an image, as `Sequence.append_image`. It is encoded once, before the next run of
-        the LLM."""
+        """Append an image, as `TokenSequence.append_image`. It is encoded once, before the next
+        run of the LLM."""
         self.sequence.append_image(rgb)
 
     def _encode_pending(self) -> None:
@@ -140,15 +142,45 @@ class Session:
         if not ids:
             return
         self._encode_pending()  # before the buffers below are taken: encoding fills the value pool
-        first, last, count = self._processed, len(self.token_ids), len(ids)
-        tokens, engine = self.config.tokens, self.runtime.engine("llm")
-        visual_tokens, visual_index = self._visual(ids)
+        tokens, first, count = self.config.tokens, self._processed, len(ids)
         slot, position = self._visible_images(ids)
+        with self._measure("prefill" if count > 1 else "decode", count):
+            if count == 1 and ids[0] != tokens.image:
+                self._decode_step(slot.shape[1]).run(ids[0], first, slot, position)
+                hidden = self._one_hidden
+            else:
+                hidden = self._prefill(ids, slot, position)
+            self._hidden.write(first, hidden.reshaped(hidden.shape[1:]))
+        # Last: if the run raised, its tokens stay pending, and the next run overwrites their slots.
+        self._processed = first + count
+        self._markers += [token for token in ids if token in (tokens.bos, tokens.boi)]
+        self._visible = None if ids[-1] in (tokens.bos, tokens.boi) else (slot, position[:, -1:])
+        self._pending_visual_tokens.clear()
+
+    def _decode_step(self, m: int) -> DecodeStep:
+        """Decode step for `m` image slots and the rows of the pool in use."""
+        key = (m, self._llm_values.used)
+        if key not in self._decode_steps:
+            fixed = {
+                "visual_tokens": self._no_visual_tokens,
+                **self._llm_values.buffers(),
+                **self._cache.buffers,
+            }
+            outputs = {"logits": self._logits, "hidden": self._one_hidden}
+            self._decode_steps[key] = DecodeStep(self.runtime.engine("llm"), m, fixed, outputs)
+        return self._decode_steps[key]
+
+    def _prefill(
+        self, ids: list[int], slot: NDArray[np.int32], position: NDArray[np.int32]
+    ) -> Buffer:
+        """Run the LLM over `ids`; returns their hidden states [1, t, c]."""
+        first, count = self._processed, len(ids)
+        visual_tokens, visual_index = self._visual(ids)
         inputs: dict[str, Buffer | Array] = {
             "token_ids": np.array([ids], np.int64),
             "visual_tokens": visual_tokens,
             "visual_index": visual_index,
-            "position": np.arange(first, last, dtype=np.int64)[None],
+            "position": np.arange(first, first + count, dtype=np.int64)[None],
             "write_index": np.array([first], np.int64),
             "start": np.zeros(1, np.int64),
             "logit_index": np.array([[count - 1]], np.int64),
@@ -157,17 +189,7 @@ class Session:
             **self._llm_values.buffers(),
             **self._cache.buffers,
         }
-        outputs = {"logits": self._logits}
-        if count == 1:  # a decode step: all of its addresses are fixed, see __init__
-            outputs["hidden"] = self._one_hidden
-        with self._measure("prefill" if count > 1 else "decode", count):
-            hidden = engine.run(inputs, outputs)["hidden"]  # [1, t, c]
-            self._hidden.write(first, hidden.reshaped(hidden.shape[1:]))
-        # Last: if the run raised, its tokens stay pending, and the next run overwrites their slots.
-        self._processed = last
-        self._markers += [token for token in ids if token in (tokens.bos, tokens.boi)]
-        self._visible = None if ids[-1] in (tokens.bos, tokens.boi) else (slot, position[:, -1:])
-        self._pending_visual_tokens.clear()
+        return self.runtime.engine("llm").run(inputs, {"logits": self._logits})["hidden"]
 
     def _visual(self, ids: list[int]) -> tuple[Buffer, NDArray[np.int64]]:
         """Visual tokens of the pending images [v, c], and the row of it for each of `ids` [1, t];

@@ -41,7 +41,7 @@ def test_no_difference_is_no_certainty() -> None:
 def test_a_target_without_its_head_is_found_out(
     exported_once, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same graphs agree in every answer; inverted logits lose the model's knowledge."""
+    """Equal graphs agree in every answer; inverted logits lose the model's knowledge."""
     bundle: Bundle = exported_once("shipped").bundle
     kinds = ("caption",)
     same = Runtime.open(bundle, threads=1, kernels="none")

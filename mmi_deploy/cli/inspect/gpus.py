@@ -133,7 +133,9 @@ def gpu_row(
     except ConfigError:
         return {**about, "recipe": None}
     seconds = {name: cost.seconds(gpu) for name, cost in costs(choice.recipe).items()}
-    step, once = seconds["denoise_step"], seconds["image_condition"] + seconds["vae_decoder"]
+    # A picture sees at least one image: the one before it, whose values are computed for it.
+    once = sum(seconds[name] for name in ("unet_values", "image_condition", "vae_decoder"))
+    step = seconds["denoise_step"]
     return {
         **about,
         "recipe": choice.recipe,

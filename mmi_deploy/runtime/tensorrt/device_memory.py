@@ -230,17 +230,10 @@ class DeviceMemory:
             ctypes.memmove(array.ctypes.data, place, buffer.bytes)
         return array
 
-    def copy(self, source: Buffer, target: Buffer, backwards: bool = False) -> None:
+    def copy(self, source: Buffer, target: Buffer) -> None:
         check_alike(target, source)
         with self.lock:
-            if not backwards:
-                self._copy(target.pointer, source.pointer, source.bytes, self._within)
-                return
-            # Row by row: CUDA's copies cannot reverse an order.
-            row, last = source.bytes // max(source.shape[0], 1), source.pointer + source.bytes
-            for index in range(source.shape[0]):
-                place = target.pointer + index * row
-                self._copy(place, last - (index + 1) * row, row, self._within)
+            self._copy(target.pointer, source.pointer, source.bytes, self._within)
 
     def wait(self) -> None:
         with self.lock:

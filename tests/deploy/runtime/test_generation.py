@@ -323,7 +323,7 @@ def test_options_take_lists_and_the_numbers_of_numpy() -> None:
 
 
 def test_a_session_takes_no_floats_for_a_picture() -> None:
-    """Of the model's own size they were read as another picture. The session stays as it was."""
+    """Floats of the model's own size are no 8-bit levels; the session stays as it was."""
     session = Session(fake_runtime()[0])
     with pytest.raises(
         DocumentError, match=r"uint8 \[height, width, 3\] array.*; got float64 \[16, 16, 3\]"

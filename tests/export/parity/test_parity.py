@@ -126,8 +126,8 @@ class Implementations:
 def assert_same(
     implementations: Implementations, document: Document, options: GenerationOptions
 ) -> Run:
-    """The same tokens, text and reason; pictures of 8 bits within one level of each other: fp32 in
-    another order moves a value across a rounding boundary now and then."""
+    """Assert equal tokens, text and reason; pictures of 8 bits within one level of each other: fp32
+    in another order moves a value across a rounding boundary now and then."""
     with pytest.MonkeyPatch.context() as patch:
         expected = implementations.slow(document, options, patch)
         got = implementations.fast(document, options, patch)

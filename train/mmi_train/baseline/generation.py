@@ -33,7 +33,7 @@ from mmi_deploy.runtime.generation import Generation, drive
 from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.sampling import sample_rows
-from mmi_deploy.runtime.sequence import Sequence
+from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken, Picture, Work
 from mmi_deploy.spec import token_layout
@@ -78,7 +78,7 @@ class Row:
         self.model = model
         self.config = model.config
         most = Limits(self.config.llama.context, images=self.config.llm_mmfs.images - 1)
-        self.sequence = Sequence(self.config, limits or most)
+        self.sequence = TokenSequence(self.config, limits or most)
         self.timings = Timings()
 
     @property

@@ -225,8 +225,6 @@ def test_buffers_are_views_of_one_memory() -> None:
         buffer.reshaped((5, 3))
     with pytest.raises(ValueError, match="cannot copy float32"):
         buffer.write(np.zeros((4, 3), np.float32))
-    turned = HOST.allocate((4, 3), np.int32)
-    HOST.copy(buffer, turned, backwards=True)
-    np.testing.assert_array_equal(turned.read(), buffer.read()[::-1])
-    HOST.copy(buffer, turned)
-    np.testing.assert_array_equal(turned.read(), buffer.read())
+    copied = HOST.allocate((4, 3), np.int32)
+    HOST.copy(buffer, copied)
+    np.testing.assert_array_equal(copied.read(), buffer.read())
