@@ -81,7 +81,7 @@ class Bundle:
         if not folder.is_dir():
             raise BundleError(f"there is no bundle {folder}", fix=f"make one with `{EXPORT}`")
         folder = folder.absolute()  # graphs are loaded later, perhaps from another working folder
-        manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
+        manifest = read_manifest(folder / MANIFEST, BundleManifest, f"{EXPORT} MODEL -o {folder}")
         _check_parts(folder, manifest)
         check_files(folder, manifest.files, EXPORT, hash_file=hash_file)
         if not unproved:

@@ -35,8 +35,8 @@ STEPS = 20
 
 BASIS = (
     "Computed from the graphs and the vendors' figures, not measured: lower bounds for "
-    "any implementation. A token at a full context; a picture: its condition, "
-    f"{STEPS} steps with guidance and the VAE"
+    "any implementation. A token at a full context; a picture: its condition, the U-Net's values "
+    f"of one image, {STEPS} steps with guidance and the VAE"
 )
 
 
