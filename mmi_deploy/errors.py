@@ -39,3 +39,7 @@ class BundleError(MmiError):
 
 class EngineError(MmiError):
     """An engine that cannot be loaded or refused its inputs."""
+
+
+class BusyError(MmiError):
+    """A service that cannot take the document now: try again later."""

@@ -42,6 +42,7 @@ ENDS = {
     "max_images": "--max-images was reached",
     "context": "the model's context is full",
     "cancelled": "it was cancelled",
+    "deadline": "its time was over",
 }
 
 

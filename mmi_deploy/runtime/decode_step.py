@@ -24,32 +24,52 @@ _WRITTEN = (
 
 
 class DecodeStep:
-    """Runs of `llm` for one document, one token each, that look at `m` image slots.
+    """Runs of `llm` for rows of one token each, which look at `m` image slots.
 
-    Letters: m image slots.
+    Letters: b batch, m image slots.
     """
 
     def __init__(
-        self, llm: Engine, m: int, fixed: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+        self,
+        llm: Engine,
+        b: int,
+        m: int,
+        fixed: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
     ) -> None:
         """fixed: the other inputs. Raises `EngineError` for buffers that do not fit the graph."""
         written = {}
         for name in _WRITTEN:
             tensor = llm.graph[name]
-            written[name] = HOST.allocate(tensor.resolve(b=1, t=1, w=1, m=m), tensor.dtype)
-        self._arrays: dict[str, Array] = {name: buffer.read() for name, buffer in written.items()}
-        self._arrays["visual_index"][...] = -1  # text
+            written[name] = HOST.allocate(tensor.resolve(b=b, t=1, w=1, m=m), tensor.dtype)
+        arrays: dict[str, Array] = {name: buffer.read() for name, buffer in written.items()}
+        arrays["visual_index"][...] = -1  # text
+        self._m = m
+        self._token, self._position = arrays["token_ids"][:, 0], arrays["position"][:, 0]
+        self._write_index = arrays["write_index"]
+        self._slot, self._image_position = arrays["image_slot"], arrays["image_position"][:, 0]
         self._plan = llm.bind({**fixed, **written}, outputs)
 
-    def run(
-        self, token: int, place: int, slot: NDArray[np.int32], position: NDArray[np.int32]
+    def set(
+        self,
+        row: int,
+        token: int,
+        place: int,
+        slot: NDArray[np.int32],
+        position: NDArray[np.int32],
     ) -> None:
-        """Decode `token` at `place` of the document, which sees the images in `slot` [1, m] at the
-        relative positions `position` [1, 1, m]."""
-        arrays = self._arrays
-        arrays["token_ids"][...] = token
-        arrays["position"][...] = place
-        arrays["write_index"][...] = place
-        arrays["image_slot"][...] = slot
-        arrays["image_position"][...] = position
+        """Let `row` decode `token` at `place` of its document, which sees the images in `slot` [m]
+        at the relative positions `position` [m]. With fewer than `m`, the rest is hidden."""
+        self._token[row] = token
+        self._position[row] = place
+        self._write_index[row] = place
+        count = len(slot)
+        self._slot[row, :count] = slot
+        self._image_position[row, :count] = position
+        if count < self._m:
+            self._slot[row, count:] = slot[0]
+            self._image_position[row, count:] = 0
+
+    def run(self) -> None:
+        """Decode a token of every row."""
         self._plan.run()

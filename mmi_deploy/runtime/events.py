@@ -11,7 +11,8 @@ from mmi_deploy.runtime.timings import Timings
 
 # end: the model ended the document. stop: a stop text was written. max_tokens, max_images: the
 # limit is reached. context: the next token or picture does not fit. cancelled: by the caller.
-Reason = Literal["end", "stop", "max_tokens", "max_images", "context", "cancelled"]
+# deadline: its time is over.
+Reason = Literal["end", "stop", "max_tokens", "max_images", "context", "cancelled", "deadline"]
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,12 @@ def drive(steps: Steps, do: Callable[[Work], Any]) -> Iterator[Event]:
             yield item
 
 
-class _Cancelled(Exception):
-    """Raised to abandon a picture that is being drawn."""
+class Stopped(Exception):
+    """Raised into a generation, in place of a result, to end it early for `reason`."""
+
+    def __init__(self, reason: Reason = "cancelled") -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class Generation:
@@ -116,13 +120,13 @@ class Generation:
         self.drawn = 0  # pictures
 
     def run(self) -> Steps:
-        """Events and work from the first to `Finished`."""
+        """Events and work from the first to `Finished`, also after a `Stopped` is thrown in."""
         try:
             yield from self._read()
             reason = yield from self._write()
-            yield from self._rest_of_text()
-        except _Cancelled:
-            reason = "cancelled"
+        except Stopped as stopped:
+            reason = stopped.reason
+        yield from self._rest_of_text()
         yield Finished(reason, self.written, self.drawn, self.timings)
 
     def _read(self) -> Steps:
@@ -218,7 +222,7 @@ class Generation:
 
     def _check_cancelled(self) -> None:
         if self.cancelled():
-            raise _Cancelled
+            raise Stopped
 
     def _rest_of_text(self) -> Iterator[Event]:
         """Flush the text that the decoder and the stop texts hold back."""

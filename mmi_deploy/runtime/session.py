@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from mmi_deploy.documents.images import Rgb, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
-from mmi_deploy.runtime.caches import DrawingBuffers, HiddenStates, ImagePool, KvCache, padded_count
+from mmi_deploy.runtime.caches import DrawingBuffers, HiddenStates, ImagePool, KvCache
 from mmi_deploy.runtime.decode_step import DecodeStep
 from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.sampling import sample_rows
 from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.timings import Timings
+from mmi_deploy.runtime.visible_images import VisibleImages, pad_images
 from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken, Picture, Work
 from mmi_deploy.spec.graphs import DEEP, Graph
-from mmi_deploy.spec.token_layout import image_positions, picture_positions
 
 Logits = NDArray[np.float32]
 
@@ -62,10 +62,7 @@ class Session:
         self._drawing: DrawingBuffers | None = None
         self._constant: dict[str, Buffer | Array] = {}  # inputs of the present picture's steps
         self._processed = 0  # tokens in the KV cache
-        self._markers: list[int] = []  # the `<s>` and begin-of-image tokens among them
-        # Image slots and positions of the last token, which later text inherits; None after `<s>`
-        # or a begin-of-image token, which change them.
-        self._visible: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
+        self._visible = VisibleImages(runtime.config.tokens, self.config.llm_mmfs.images_seen, most)
         self._pending_visual_tokens: list[Buffer] = []  # [n, visual_tokens, c], not in the LLM yet
 
     @property
@@ -143,18 +140,19 @@ class Session:
             return
         self._encode_pending()  # before the buffers below are taken: encoding fills the value pool
         tokens, first, count = self.config.tokens, self._processed, len(ids)
-        slot, position = self._visible_images(ids)
+        slot, position = self._visible.of_tokens(ids, self._llm_values.slot)
         with self._measure("prefill" if count > 1 else "decode", count):
             if count == 1 and ids[0] != tokens.image:
-                self._decode_step(slot.shape[1]).run(ids[0], first, slot, position)
+                step = self._decode_step(slot.shape[1])
+                step.set(0, ids[0], first, slot[0], position[0, 0])
+                step.run()
                 hidden = self._one_hidden
             else:
                 hidden = self._prefill(ids, slot, position)
             self._hidden.write(first, hidden.reshaped(hidden.shape[1:]))
         # Last: if the run raised, its tokens stay pending, and the next run overwrites their slots.
         self._processed = first + count
-        self._markers += [token for token in ids if token in (tokens.bos, tokens.boi)]
-        self._visible = None if ids[-1] in (tokens.bos, tokens.boi) else (slot, position[:, -1:])
+        self._visible.add(ids, slot, position)
         self._pending_visual_tokens.clear()
 
     def _decode_step(self, m: int) -> DecodeStep:
@@ -167,7 +165,7 @@ class Session:
                 **self._cache.buffers,
             }
             outputs = {"logits": self._logits, "hidden": self._one_hidden}
-            self._decode_steps[key] = DecodeStep(self.runtime.engine("llm"), m, fixed, outputs)
+            self._decode_steps[key] = DecodeStep(self.runtime.engine("llm"), 1, m, fixed, outputs)
         return self._decode_steps[key]
 
     def _prefill(
@@ -206,23 +204,6 @@ class Session:
             memory.copy(tokens, joined.rows(first, first + tokens.shape[0]))
             first += tokens.shape[0]
         return joined.reshaped((images * count, width)), index
-
-    def _visible_images(self, ids: list[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Rows of the value pool [1, m] and relative positions [1, t, m] for the pending tokens.
-
-        Relative positions depend only on where documents and images begin, so of the earlier tokens
-        only `<s>` and begin-of-image tokens are kept: the result equals that over the whole row.
-        """
-        tokens, seen = self.config.tokens, self.config.llm_mmfs.images_seen
-        if self._visible is not None and tokens.bos not in ids and tokens.boi not in ids:
-            slot, position = self._visible
-            return slot, position.repeat(len(ids), axis=1)
-        row = np.array([self._markers + ids])
-        begun = int((row == tokens.boi).sum())
-        position = image_positions(row, tokens, begun, seen)[:, len(self._markers) :]
-        images = np.flatnonzero(position.any(axis=(0, 1)))
-        slots = [self._llm_values.slot(int(image)) for image in images]
-        return pad_images(np.array(slots, np.int32), position[:, :, images], self.limits.images)
 
     def draw(
         self,
@@ -356,11 +337,10 @@ class Session:
     def _earlier_pictures(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Rows of the U-Net's value pool and relative positions, both [1, m], for the picture to be
         drawn."""
-        row, seen = np.array([self._markers]), self._unet_values.rows
-        position = picture_positions(row, self.config.tokens, self.images + 1, seen)[:, -1]
-        images = np.flatnonzero(position[0])
-        slots = np.array([self._unet_values.slot(int(image)) for image in images], np.int32)
-        return pad_images(slots, position[:, images], seen)
+        seen = self._unet_values.rows
+        images, position = self._visible.of_picture(self.images, seen)
+        slots = np.array([self._unet_values.slot(image) for image in images], np.int32)
+        return pad_images(slots, position, seen)
 
 
 def _allocate_single(graph: Graph, name: str, memory: Memory) -> Buffer:
@@ -377,13 +357,3 @@ def check_finite(array: Array, what: str) -> None:
             f"{what} are not finite",
             fix="check the bundle with `mmi verify`; a target of low precision may overflow",
         )
-
-
-def pad_images(
-    slot: NDArray[np.int32], position: NDArray[np.int32], most: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Pad slots [m] and positions [1, ..., m] with hidden images (position 0), so that few values
-    of m occur. Returns slots [1, m]."""
-    missing = padded_count(len(slot), most) - len(slot)
-    before = [(0, 0)] * (position.ndim - 1)
-    return np.pad(slot, (0, missing))[None], np.pad(position, [*before, (0, missing)])

@@ -1,0 +1,1 @@
+"""Many documents at once: the scheduler, its pools, and the API in front of them."""

@@ -1,0 +1,270 @@
+"""Batch engine: the public API for many documents at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from itertools import count
+from math import isnan
+from pathlib import Path
+from threading import Condition, Thread
+
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.documents.document import Document, Image
+from mmi_deploy.documents.images import resize
+from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.runtime.events import Event
+from mmi_deploy.runtime.generation import Generation
+from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
+from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.runtime.sequence import TokenSequence
+from mmi_deploy.runtime.timings import Timings
+from mmi_deploy.serve.capacity import image_rows, slot_count
+from mmi_deploy.serve.document_row import DocumentRow
+from mmi_deploy.serve.event_stream import EventStream
+from mmi_deploy.serve.executor import Executor
+from mmi_deploy.serve.job import Job
+from mmi_deploy.serve.scheduler import DEFAULT_POLICY, Policy, Scheduler
+from mmi_deploy.serve.warm_up import warm_up as warm_up_executor
+from mmi_deploy.spec.backends import AUTO, CPU
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """State of a batch engine, and totals since its start.
+
+    slots: documents at once; running, waiting: documents now. ended: documents by the reason of
+    their end, or `error`. tokens, pictures: generated. given_tokens: of the documents when they
+    began; cached_tokens: those of them that a slot still had. images, image_hits, image_evictions:
+    encoded images kept, found again, dropped. runs, rows, seconds: of each kind of run; rows /
+    runs is the mean batch. text_gap_p50, text_gap_p99: seconds between two tokens of a text, None
+    before the first; text_gap_bound: the most that a text should wait.
+    """
+
+    slots: int
+    running: int
+    waiting: int
+    ended: Mapping[str, int]
+    tokens: int
+    pictures: int
+    given_tokens: int
+    cached_tokens: int
+    images: int
+    image_hits: int
+    image_evictions: int
+    runs: Mapping[str, int]
+    rows: Mapping[str, int]
+    seconds: Mapping[str, float]
+    text_gap_p50: float | None
+    text_gap_p99: float | None
+    text_gap_bound: float
+
+
+class BatchEngine:
+    """Generates many documents at once: tokens and denoising steps of all of them share runs.
+
+    What a document gets depends on its own content and options alone. In 32 bits on the CPU it is
+    equal to the bit to what `generate` gives. Thread-safe; one thread of its own does the runs.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        slots: int | None = None,
+        image_memory: int | None = None,
+        policy: Policy = DEFAULT_POLICY,
+        warm_up: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """slots: documents at once; None for as many as the memory holds. image_memory: bytes of
+        encoded images to keep. warm_up: load and measure all engines now. Raises `MmiError`."""
+        images = image_rows(runtime, image_memory)
+        executor = Executor(runtime, slot_count(runtime, slots, images), images)
+        self.runtime, self._clock = runtime, clock
+        self._scheduler = Scheduler(executor, policy, clock)
+        if warm_up:
+            warm_up_executor(executor, self._scheduler.runs.times, clock)
+        self._owns_runtime = False
+        self._changed = Condition()
+        self._inbox: list[Job] = []
+        self._closed = False
+        self._broken: Exception | None = None
+        self._arrivals = count()
+        self._thread = Thread(target=self._run, name="mmi-batch-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle | Path | str,
+        *,
+        slots: int | None = None,
+        image_memory: int | None = None,
+        policy: Policy = DEFAULT_POLICY,
+        warm_up: bool = True,
+        target: str = CPU,
+        kernels: str | Path = AUTO,
+        threads: int = 0,
+        device: int = 0,
+        resident: Collection[str] | None = None,
+        unproved: bool = False,
+    ) -> BatchEngine:
+        """Open a bundle; parameters as in `Runtime.open` and `BatchEngine`. Raises `MmiError`."""
+        runtime = Runtime.open(
+            bundle,
+            target=target,
+            kernels=kernels,
+            threads=threads,
+            device=device,
+            resident=resident,
+            unproved=unproved,
+        )
+        engine = cls(
+            runtime, slots=slots, image_memory=image_memory, policy=policy, warm_up=warm_up
+        )
+        engine._owns_runtime = True
+        return engine
+
+    def submit(
+        self,
+        document: Document,
+        options: GenerationOptions = DEFAULTS,
+        *,
+        priority: int = 0,
+        max_seconds: float | None = None,
+        tenant: str = "",
+    ) -> EventStream:
+        """Queue a document; its events come as `generate` yields them.
+
+        priority: documents of a higher one get slots first. max_seconds: time from now until the
+        document is ended with `Finished("deadline")`. tenant: documents of different tenants share
+        no cache, so that latency does not tell one what another sent. Raises `MmiError` for a
+        document that does not fit the model, `BusyError` if the queue is full.
+        """
+        if max_seconds is not None and (isnan(max_seconds) or max_seconds < 0):
+            raise ConfigError("max_seconds is out of range", expected="0 or more", got=max_seconds)
+        stream, executor = EventStream(), self._scheduler.executor
+        sequence = TokenSequence(executor.config, executor.limits)
+        generation = Generation(
+            sequence,
+            self.runtime.tokenizer,
+            _resized(document, executor.config.vision.image_size),
+            options,
+            self.runtime.schedule(options.schedule).schedule.steps,
+            Timings(),
+        )
+        now = self._clock()
+        job = Job(
+            generation,
+            DocumentRow(sequence, tenant, executor.images, executor.unet_images),
+            lambda item: self._emit(stream, job, item),
+            priority=priority,
+            deadline=None if max_seconds is None else now + max_seconds,
+            arrival=now,
+            number=next(self._arrivals),
+        )
+        stream.connect(lambda: self._cancel(job))
+        with self._changed:
+            if self._closed or self._broken:
+                reason = f": {self._broken}" if self._broken else ""
+                raise EngineError(f"the batch engine is closed{reason}", fix="open a new one")
+            self._scheduler.check(job, len(self._inbox))
+            self._inbox.append(job)
+            self._changed.notify()
+        return stream
+
+    def stats(self) -> EngineStats:
+        """State and totals at this moment."""
+        scheduler = self._scheduler
+        counts, images = scheduler.runs.counts, scheduler.executor.images
+        with self._changed:
+            waiting = len(self._inbox) + len(scheduler.waiting)
+        return EngineStats(
+            slots=len(scheduler.executor.slots.slots),
+            running=len(scheduler.running),
+            waiting=waiting,
+            ended=dict(scheduler.ends),
+            tokens=counts.tokens,
+            pictures=counts.pictures,
+            given_tokens=counts.given,
+            cached_tokens=counts.cached,
+            images=images.kept,
+            image_hits=images.hits,
+            image_evictions=images.evictions,
+            runs=dict(counts.runs),
+            rows=dict(counts.rows),
+            seconds=dict(counts.seconds),
+            text_gap_p50=counts.gaps.percentile(50),
+            text_gap_p99=counts.gaps.percentile(99),
+            text_gap_bound=scheduler.text_gap_bound(),
+        )
+
+    def close(self) -> None:
+        """Cancel all documents and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        if self._owns_runtime:
+            self.runtime.close()
+
+    def __enter__(self) -> BatchEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _cancel(self, job: Job) -> None:
+        job.cancel()
+        with self._changed:
+            self._changed.notify()
+
+    def _emit(self, stream: EventStream, job: Job, item: Event | Exception | None) -> None:
+        if item is None or isinstance(item, Exception):
+            stream.stats = job.stats(self._clock())
+        stream.emit(item)
+
+    def _run(self) -> None:
+        """Turns of the scheduler, until the engine is closed."""
+        worked = True
+        while True:
+            with self._changed:
+                # Documents that wait or run always have a next run; without any, it may be long
+                # until the next one comes.
+                while not (worked or self._inbox or self._closed):
+                    self._changed.wait()
+                for job in self._inbox:
+                    self._scheduler.add(job)
+                self._inbox.clear()
+                if self._closed:
+                    break
+            try:
+                worked = self._scheduler.turn()
+            except Exception as error:
+                self._broken = error
+                break
+        self._end_all()
+
+    def _end_all(self) -> None:
+        """End all documents: as cancelled, or with the error that broke the engine."""
+        scheduler = self._scheduler
+        for job in [*scheduler.running, *scheduler.waiting, *self._inbox]:
+            if self._broken is not None:
+                job.emit(EngineError(f"the batch engine failed: {self._broken}"))
+            else:
+                job.stop("cancelled")
+
+
+def _resized(document: Document, side: int) -> Document:
+    """The document with its pictures at the model's size. This takes the caller's time, not that of
+    the thread that all documents share."""
+    return Document(
+        tuple(
+            Image(resize(part.rgb, side), part.alt)
+            if isinstance(part, Image) and part.rgb.shape != (side, side, 3)
+            else part
+            for part in document.parts
+        )
+    )

@@ -1,0 +1,138 @@
+"""Job: one document in the service, from its submission to its last event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mmi_deploy.runtime.events import Event, Finished, Reason
+from mmi_deploy.runtime.generation import Generation, Stopped
+from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, Work
+from mmi_deploy.serve.document_row import DocumentRow
+
+# Gets every event in order; at last an error, or None after `Finished`.
+Sink = Callable[[Event | Exception | None], None]
+
+
+@dataclass(frozen=True)
+class JobStats:
+    """Measurements of one document.
+
+    queued: seconds until it got a slot. first: seconds until its first token or picture, None
+    without one. total: seconds until its end. given: tokens of the document when it began; cached:
+    those of them that were found in a slot.
+    """
+
+    queued: float
+    first: float | None
+    total: float
+    given: int
+    cached: int
+
+
+class Job:
+    """A generation, and its progress in the service."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        row: DocumentRow,
+        emit: Sink,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        arrival: float = 0.0,
+        number: int = 0,
+    ) -> None:
+        """deadline: time of the clock at which the document ends. arrival: time of submission.
+        number: in the order of submission."""
+        self.generation, self.row, self.emit = generation, row, emit
+        self.priority, self.deadline = priority, deadline
+        self.arrival, self.number = arrival, number
+        self.work: Work | None = None
+        self.picture_row: int | None = None
+        # Run that its present work needs next: encode, prefill, decode, values, condition, denoise,
+        # shallow or vae; and the number of the turn in which it became ready.
+        self.stage, self.ready = "", 0
+        self.overtaken = 0  # later documents that got a slot first
+        self.images = 0  # rows of the image pool that it may need
+        self.admitted: float | None = None
+        self.first: float | None = None
+        self.last_token: float | None = None  # time, None after a picture
+        self.given = self.cached = 0
+        self.searched = False  # for a prefix in the other slots
+        self.reason: Reason = "end"  # of the document's end
+        self._cancelled = False
+        self._steps = generation.run()
+
+    def cancel(self) -> None:
+        """Ask for the end of the document. Thread-safe."""
+        self._cancelled = True
+
+    def stopped(self, now: float) -> Reason | None:
+        """Reason to stop the document early."""
+        if self._cancelled:
+            return "cancelled"
+        return "deadline" if self.deadline is not None and now >= self.deadline else None
+
+    def advance(self, result: Any = None) -> bool:
+        """Hand over the result of the present work and emit events up to the next work; returns
+        True at the end of the document."""
+        return self._emit_until_work(lambda: self._steps.send(result))
+
+    def stop(self, reason: Reason) -> None:
+        """End the document early with the events that this takes."""
+        if self.work is None:  # a generator that has not begun cannot catch
+            self._steps.close()
+            self.emit(Finished(reason, 0, 0, self.generation.timings))
+            self.emit(None)
+        else:
+            self._emit_until_work(lambda: self._steps.throw(Stopped(reason)))
+
+    def fail(self, error: Exception) -> None:
+        """End the document with an error."""
+        self._steps.close()
+        self.emit(error)
+
+    def _emit_until_work(self, begin: Callable[[], Event | Work]) -> bool:
+        try:
+            item = begin()
+            while not isinstance(item, Work):
+                if isinstance(item, Finished):
+                    self.reason = item.reason
+                self.emit(item)
+                item = next(self._steps)
+        except StopIteration:
+            self.work = None
+            self.emit(None)
+            return True
+        self.work = item
+        return False
+
+    def stats(self, now: float) -> JobStats:
+        """Measurements so far."""
+        queued = (now if self.admitted is None else self.admitted) - self.arrival
+        first = None if self.first is None else self.first - self.arrival
+        return JobStats(queued, first, now - self.arrival, self.given, self.cached)
+
+    def refresh(self, turn: int) -> None:
+        """Find the run that the present work needs next."""
+        self.stage, self.ready = self._next_run(), turn
+
+    def _next_run(self) -> str:
+        match self.work:
+            case Denoise(picture, step):
+                return "shallow" if step % picture.full_every else "denoise"
+            case DecodeLatents():
+                return "vae"
+        row = self.row
+        if row.images.missing(row.keys):
+            return "encode"
+        if pending := row.pending:
+            text = len(pending) == 1 and pending[0] != row.sequence.config.tokens.image
+            return "decode" if text else "prefill"
+        assert isinstance(self.work, Condition), "a token is wanted only after a pending one"
+        if row.unet_images.missing(row.seen_by_picture(self.work.picture.index)):
+            return "values"
+        return "condition"

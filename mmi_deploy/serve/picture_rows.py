@@ -1,0 +1,141 @@
+"""Rows of the pictures that are being drawn, kept dense: a run takes the first ones.
+
+Letters: b batch, m image slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmi_deploy.runtime.buffers import HOST, Array, Buffer, Memory
+from mmi_deploy.runtime.caches import padded_count
+from mmi_deploy.runtime.engine import BoundPlan
+from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.spec.graphs import DEEP, Graph, Tensor
+
+# Output of a step -> the rows that it becomes.
+_NEXT = {"next_latents": "latents", "next_history": "history"}
+
+
+class PictureRows:
+    """Sampler state, condition and deep features of pictures, one row each.
+
+    Each row has a step, sampler and guidance of its own. A step's output is copied back into the
+    rows, so that one set of addresses serves all steps.
+    """
+
+    def __init__(self, runtime: Runtime, rows: int, values: Mapping[str, Buffer]) -> None:
+        """values: pool of the U-Net's image values."""
+        self.rows = rows
+        self._runtime, self._values = runtime, values
+        graphs, memory = runtime.graphs, runtime.memory
+        step: Graph = graphs["denoise_step"]
+        self._seen = step.ranges["m"].max
+        condition = [tensor.name for tensor in graphs["image_condition"].outputs]
+
+        def allocate(tensor: Tensor, count: int, memory: Memory = memory) -> Buffer:
+            return memory.allocate(tensor.resolve(b=count, m=self._seen), tensor.dtype)
+
+        # Per row, exchanged when rows change places.
+        self._state = {
+            name: allocate(step[name], rows)
+            for name in ("latents", "history", "noise", DEEP, *condition)
+        }
+        self._scratch = {name: allocate(step[name], 1) for name in self._state}
+        self._next = {name: allocate(step[name], rows) for name in _NEXT}
+        # Written on the host before each run; the first b rows of contiguous arrays.
+        self._steps, self._guidance = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
+        self._slot = np.zeros((rows, self._seen), np.int32)
+        self._position = np.zeros((rows, self._seen), np.int32)
+        self._images = np.zeros(rows, np.int64)  # visible images of each row
+        self._noisy = np.zeros(rows, np.bool_)  # rows whose noise is not zero
+        self._plans: dict[tuple[str, int, int], tuple[BoundPlan, dict[str, Array]]] = {}
+
+    def condition(self, row: int) -> dict[str, Buffer]:
+        """Buffers of a row's condition, to write to."""
+        outputs = self._runtime.graphs["image_condition"].outputs
+        return {t.name: self._state[t.name].rows(row, row + 1) for t in outputs}
+
+    def latents(self, row: int) -> Buffer:
+        """Latents [1, ...] of a row."""
+        return self._state["latents"].rows(row, row + 1)
+
+    def begin(
+        self,
+        row: int,
+        latents: Array,
+        guidance: float,
+        slot: NDArray[np.int32],
+        position: NDArray[np.int32],
+    ) -> None:
+        """Start a picture in `row` from `latents` [1, ...], with an empty history, which sees the
+        images in `slot` [m] at the relative positions `position` [m]."""
+        self.latents(row).write(latents)
+        history = self._state["history"].rows(row, row + 1)
+        history.write(np.zeros(history.shape, history.dtype))
+        self._guidance[row] = guidance
+        count = self._images[row] = len(slot)
+        self._slot[row] = slot[0] if count else 0
+        self._position[row] = 0
+        self._slot[row, :count], self._position[row, :count] = slot, position
+
+    def set(self, row: int, step: int, noise: Array | None) -> None:
+        """Let `row` take row `step` of the samplers' tables next, with `noise` [1, ...] if it adds
+        any."""
+        self._steps[row] = step
+        if noise is not None or self._noisy[row]:
+            buffer = self._state["noise"].rows(row, row + 1)
+            buffer.write(np.zeros(buffer.shape, buffer.dtype) if noise is None else noise)
+            self._noisy[row] = noise is not None
+
+    def run(self, name: str, b: int) -> None:
+        """Run the graph `name`, `denoise_step` or `denoise_shallow`, over the first `b` rows."""
+        m = padded_count(int(self._images[:b].max()), self._seen)
+        plan, written = self._plan(name, b, m)
+        written["step"][...] = self._steps[:b]
+        written["guidance"][...] = self._guidance[:b]
+        written["image_slot"][...] = self._slot[:b, :m]
+        written["image_position"][...] = self._position[:b, :m]
+        plan.run()
+        for new, old in _NEXT.items():
+            self._runtime.memory.copy(self._next[new].rows(0, b), self._state[old].rows(0, b))
+
+    def swap(self, row: int, other: int) -> None:
+        """Exchange two rows."""
+        if row == other:
+            return
+        copy = self._runtime.memory.copy
+        for name, rows in self._state.items():
+            first, second = rows.rows(row, row + 1), rows.rows(other, other + 1)
+            copy(first, self._scratch[name])
+            copy(second, first)
+            copy(self._scratch[name], second)
+        for array in (self._guidance, self._slot, self._position, self._images, self._noisy):
+            array[[row, other]] = array[[other, row]]
+
+    def _plan(self, name: str, b: int, m: int) -> tuple[BoundPlan, dict[str, Array]]:
+        """Bound plan of a run, and the arrays to write before it."""
+        if (name, b, m) not in self._plans:
+            engine = self._runtime.engine(name)
+            given: dict[str, Buffer] = {
+                **{key: rows.rows(0, b) for key, rows in self._state.items()},
+                **self._runtime.tables(),
+                **self._values,
+            }
+            written = {}
+            for key in ("step", "guidance", "image_slot", "image_position"):
+                tensor = engine.graph[key]
+                written[key] = HOST.allocate(tensor.resolve(b=b, m=m), tensor.dtype)
+            given |= written
+            outputs = {key: rows.rows(0, b) for key, rows in self._next.items()}
+            outputs[DEEP] = self._state[DEEP].rows(0, b)
+            plan = engine.bind(
+                {tensor.name: given[tensor.name] for tensor in engine.graph.inputs},
+                {tensor.name: outputs[tensor.name] for tensor in engine.graph.outputs},
+            )
+            arrays = {key: buffer.read() for key, buffer in written.items()}
+            self._plans[name, b, m] = plan, arrays
+        return self._plans[name, b, m]

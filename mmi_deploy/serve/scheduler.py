@@ -1,0 +1,293 @@
+"""Scheduler: which documents run, and which run of an engine comes next.
+
+Every turn is one run (encoding: of two engines). What is computed for a document depends neither on
+the order of turns nor on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import ceil, inf
+
+from mmi_deploy.errors import BusyError, ConfigError, DocumentError
+from mmi_deploy.runtime.session import check_finite
+from mmi_deploy.serve.document_row import DocumentRow
+from mmi_deploy.serve.executor import Executor
+from mmi_deploy.serve.job import Job
+from mmi_deploy.serve.job_runs import CHUNK, JobRuns
+from mmi_deploy.serve.kv_slots import Slot
+
+# Runs on the way to a token, and on the way to a picture. Decode runs have a rule of their own.
+TEXT = ("encode", "prefill")
+PICTURE = ("values", "condition", "denoise", "shallow", "vae")
+
+# Tokens of a finished document that are computed again in one idle turn.
+IDLE_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Rules of the scheduler.
+
+    text_gap: seconds that a run may take while a text is being written, which makes runs smaller;
+    None for twice a denoising step of one picture, infinity for full runs. picture_share: share of
+    the time that pictures get while prompts wait as well, between 0 and 1. max_wait: runs besides
+    decoding after which the run that waits longest comes first. overtakes: later documents that
+    may get a slot before a document that does not fit yet. queue: documents that may wait for a
+    slot. queue_seconds: time that a document may wait for it.
+    """
+
+    text_gap: float | None = None
+    picture_share: float = 1 / 3
+    max_wait: int = 8
+    overtakes: int = 16
+    queue: int = 64
+    queue_seconds: float = inf
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a value out of range."""
+        for name, fits, expected in (
+            ("text_gap", self.text_gap is None or self.text_gap >= 0, "0 or more seconds"),
+            ("picture_share", 0 < self.picture_share < 1, "between 0 and 1"),
+            ("max_wait", self.max_wait >= 1, "1 or more"),
+            ("overtakes", self.overtakes >= 0, "0 or more"),
+            ("queue", self.queue >= 0, "0 or more"),
+            ("queue_seconds", self.queue_seconds >= 0, "0 or more seconds"),
+        ):
+            if not fits:
+                raise ConfigError(
+                    f"{name} is out of range", expected=expected, got=getattr(self, name)
+                )
+
+
+DEFAULT_POLICY = Policy()
+
+
+class Scheduler:
+    """Documents that wait and run, and the rule that picks the next run. Not thread-safe."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        policy: Policy = DEFAULT_POLICY,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.executor, self.policy, self.clock = executor, policy, clock
+        self.runs = JobRuns(executor, clock, self._advance, self._fail)
+        self.waiting: list[Job] = []  # in the order of admission
+        self.running: list[Job] = []
+        self.ends: Counter[str] = Counter()  # documents by the reason of their end, or `error`
+        self._round: list[Job] = []  # texts to decode before another run may come
+        self._spent = {"text": 0.0, "picture": 0.0}  # seconds over share
+        self._reserved = 0  # rows of the image pool that running documents may need
+        # Finished documents whose last tokens can be computed again in idle turns.
+        self._unsettled: OrderedDict[Slot, DocumentRow] = OrderedDict()
+
+    def check(self, job: Job, ahead: int = 0) -> None:
+        """Raise `BusyError` if the queue is full, `DocumentError` for a document that can never
+        run. ahead: documents that will be added before it. Any thread may call it."""
+        most = self.executor.images.rows
+        given = len(job.generation.encoded.images)
+        if given > most:
+            raise DocumentError(
+                "the document has more pictures than the pool of images has rows",
+                expected=f"at most {most}",
+                got=given,
+                fix="give the service more memory for images",
+            )
+        if len(self.waiting) + ahead >= self.policy.queue + max(self._free_slots, 0):
+            raise BusyError(
+                "the queue is full",
+                expected=f"at most {self.policy.queue} waiting documents",
+                fix="try again later",
+            )
+
+    def add(self, job: Job) -> None:
+        """Queue a document that `check` has passed."""
+        wanted = len(job.generation.encoded.images) + job.generation.options.max_images
+        job.images = min(wanted, self.executor.images.rows, self.executor.limits.images)
+        insort(self.waiting, job, key=lambda other: (-other.priority, other.number))
+
+    @property
+    def idle(self) -> bool:
+        """True if no document waits or runs."""
+        return not self.waiting and not self.running
+
+    def turn(self) -> bool:
+        """Do one run; False if there is nothing to do."""
+        self._stop_early()
+        self._admit()
+        texts = [job for job in self.running if job.stage == "decode"]
+        others = self._others()
+        self._round = [job for job in self._round if job in texts]
+        if not self._round and not others:
+            self._round = texts
+        if self._round:
+            most = self.executor.rows_of_a_run
+            chosen, self._round = self._round[:most], self._round[most:]
+            self.runs.run(chosen, inf)
+        elif others:
+            self._run_other(others, bool(texts))
+            # After every other run, all texts are decoded once.
+            self._round = [job for job in self.running if job.stage == "decode"]
+        else:
+            return self._settle()
+        return True
+
+    def text_gap(self) -> float:
+        """Seconds that a run besides decoding should take at most while a text is written."""
+        if self.policy.text_gap is not None:
+            return self.policy.text_gap
+        return 2 * self.runs.times.expected("denoise", 1)
+
+    def text_gap_bound(self) -> float:
+        """Seconds that a running text waits at most for its next token, from the measured run
+        times: the longest other run, which cannot be smaller than one image, step or picture, and
+        the decode runs of all slots."""
+        expected = self.runs.times.expected
+        least = [expected(kind, 1) for kind in ("encode", *PICTURE)]
+        least.append(expected("prefill", CHUNK))
+        most, slots = self.executor.rows_of_a_run, len(self.executor.slots.slots)
+        return max(self.text_gap(), *least) + ceil(slots / most) * expected("decode", most)
+
+    # Joining and leaving.
+
+    @property
+    def _free_slots(self) -> int:
+        return len(self.executor.slots.slots) - len(self.running)
+
+    def _stop_early(self) -> None:
+        """End the documents that were cancelled, or whose time is over."""
+        now = self.clock()
+        for job in [*self.running, *self.waiting]:
+            reason = job.stopped(now)
+            if reason is not None and self.runs.guarded(job, partial(job.stop, reason)):
+                self._leave(job, reason)
+        seconds = self.policy.queue_seconds
+        for job in [job for job in self.waiting if now - job.arrival > seconds]:
+            self._fail(job, BusyError(f"the document waited {seconds:g} s for a slot"))
+
+    def _admit(self) -> None:
+        """Give slots to waiting documents in their order. One that does not fit does not stop those
+        behind it, unless too many have overtaken it."""
+        passed: list[Job] = []
+        for job in list(self.waiting):
+            if not self._free_slots:
+                return
+            if self._reserved + job.images > self.executor.images.rows:
+                if job.overtaken >= self.policy.overtakes:
+                    return
+                passed.append(job)
+                continue
+            for other in passed:
+                other.overtaken += 1
+            self.waiting.remove(job)
+            self.runs.guarded(job, partial(self._begin, job))
+
+    def _begin(self, job: Job) -> None:
+        self.running.append(job)
+        self._reserved += job.images
+        job.admitted = self.clock()
+        if job.advance():
+            self._leave(job, job.reason)
+            return
+        ids = job.row.sequence.token_ids
+        slot = self.executor.slots.take(job.row.salt, ids, job.row.keys)
+        assert slot is not None, "a slot is free"
+        self._unsettled.pop(slot, None)
+        job.row.begin(slot)
+        job.given = len(ids)
+        job.refresh(self.runs.turn)
+
+    def _advance(self, job: Job, result: object) -> None:
+        """Hand over the result of a run: the job's next work becomes ready, or it ends."""
+        if job.advance(result):
+            self._leave(job, job.reason)
+        else:
+            job.refresh(self.runs.turn)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.fail(error)
+        self._leave(job, "error")
+
+    def _leave(self, job: Job, reason: str) -> None:
+        """Take a document that has ended out of the queue, or out of its slot and rows."""
+        self.ends[reason] += 1
+        job.stage = "ended"
+        if job in self.waiting:
+            self.waiting.remove(job)
+            return
+        self.running.remove(job)
+        self._reserved -= job.images
+        self.runs.leave_picture(job)
+        job.row.release()
+        slots, slot = self.executor.slots, job.row.slot
+        if slot is None:
+            return
+        if slots.exact:
+            slot.truncate(slot.exact, job.row.sequence.config.tokens.boi)
+            self._unsettled[slot] = job.row
+        slots.release(slot, failed=reason == "error")
+        if reason == "error":
+            self._unsettled.pop(slot, None)
+
+    # Choosing.
+
+    def _others(self) -> list[Job]:
+        """Documents that are ready for a run besides decoding, the oldest first."""
+        full = len(self.runs.drawing) == self.executor.pictures.rows
+        ready = [
+            job
+            for job in self.running
+            if job.stage != "decode"
+            and not (full and job.picture_row is None and job.stage in ("values", "condition"))
+        ]
+        return sorted(ready, key=lambda job: (job.ready, -job.priority, job.number))
+
+    def _run_other(self, others: list[Job], texts: bool) -> None:
+        """Run what is due of `others`. texts: a text is being written, which must not wait long."""
+        text = [job for job in others if job.stage in TEXT]
+        picture = [job for job in others if job.stage in PICTURE]
+        spent = self._spent
+        if self.runs.turn - others[0].ready > 2 * self.policy.max_wait:  # decode runs count too
+            kind = "text" if others[0].stage in TEXT else "picture"
+        elif text and picture:
+            kind = "text" if spent["text"] <= spent["picture"] else "picture"
+        else:
+            kind, other = ("text", "picture") if text else ("picture", "text")
+            # The share of a kind that has nothing to do is not saved up.
+            spent[other] = max(spent[other], spent[kind])
+        due = text if kind == "text" else picture
+        same = [job for job in due if job.stage == due[0].stage]
+        seconds = self.runs.run(same, self.text_gap() if texts else inf)
+        share = self.policy.picture_share if kind == "picture" else 1 - self.policy.picture_share
+        spent[kind] += seconds / share
+
+    def _settle(self) -> bool:
+        """Compute again, in a longer run, tokens of a finished document that were decoded one by
+        one, so that its next turn finds them; False if there are none."""
+        slots = self.executor.slots
+        while self._unsettled:
+            slot, row = next(iter(self._unsettled.items()))
+            # One place stays free for the idle rows of a run.
+            pending = min(len(row.sequence.token_ids), slots.context - 1) - row.processed
+            count = min(pending, IDLE_CHUNK)
+            count -= pending - count == 1
+            if count < 2 or row.images.missing(row.keys):
+                row.release()
+                del self._unsettled[slot]
+                continue
+            row.begin(slot)
+            try:
+                check_finite(self.executor.prefill(row, count), "the logits")
+            except Exception:  # no document waits for it
+                del self._unsettled[slot]
+                slots.release(slot, failed=True)
+            row.release()
+            return True
+        return False
