@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mmi_deploy.documents.story import Story, write_story
     from mmi_deploy.errors import (
         BundleError,
+        BusyError,
         ConfigError,
         DocumentError,
         EngineError,
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from mmi_deploy.runtime.options import GenerationOptions
     from mmi_deploy.runtime.runtime import Runtime
     from mmi_deploy.runtime.timings import Timings
+    from mmi_deploy.serve.batch_engine import BatchEngine, EngineStats
+    from mmi_deploy.serve.event_stream import EventStream
+    from mmi_deploy.serve.job import JobStats
+    from mmi_deploy.serve.scheduler import Policy
 
 _MODULES = {
     "bundle.bundle": ("Bundle",),
@@ -47,6 +52,7 @@ _MODULES = {
     "documents.story": ("Story", "write_story"),
     "errors": (
         "BundleError",
+        "BusyError",
         "ConfigError",
         "DocumentError",
         "EngineError",
@@ -65,28 +71,38 @@ _MODULES = {
     "runtime.options": ("GenerationOptions",),
     "runtime.runtime": ("Runtime",),
     "runtime.timings": ("Timings",),
+    "serve.batch_engine": ("BatchEngine", "EngineStats"),
+    "serve.event_stream": ("EventStream",),
+    "serve.job": ("JobStats",),
+    "serve.scheduler": ("Policy",),
 }
 _ENTRY_POINTS = {
     name: f"mmi_deploy.{module}:{name}" for module, names in _MODULES.items() for name in names
 }
 
 __all__ = [
+    "BatchEngine",
     "Bundle",
     "BundleError",
+    "BusyError",
     "ConfigError",
     "Document",
     "DocumentError",
     "Draw",
     "EngineError",
+    "EngineStats",
     "Event",
+    "EventStream",
     "Finished",
     "GenerationOptions",
     "Image",
     "ImageDone",
     "ImageProgress",
     "ImageStarted",
+    "JobStats",
     "MmiError",
     "Part",
+    "Policy",
     "Rgb",
     "Runtime",
     "Story",
