@@ -249,7 +249,7 @@ class Executor:
                 noise = step_noise(picture.seed, picture.index, step, shape)
             self.pictures.set(row, bound.first + step, noise)
         b = min(self.padded(len(steps)), self.pictures.rows)
-        self.pictures.run("denoise_step" if full else "denoise_shallow", b)
+        self.pictures.run("denoise_step" if full else "denoise_shallow", b, len(steps))
         self.runtime.memory.wait()
 
     def decode_latents(self, rows: Sequence[int]) -> list[NDArray[np.float32]]:
