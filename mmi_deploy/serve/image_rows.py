@@ -91,6 +91,12 @@ class ImageRows:
             del self._users[key]
             self._unused[key] = None
 
+    def forget(self, keys: Iterable[Key]) -> None:
+        """Drop those of `keys` that are in the pool and not in use."""
+        for key in keys:
+            if self._unused.pop(key, False) is None:
+                self._free.append(self._row.pop(key))
+
     def _hold(self, key: Key) -> None:
         self._users[key] = self._users.get(key, 0) + 1
         self._unused.pop(key, None)

@@ -226,6 +226,9 @@ class Scheduler:
         self._reserved -= job.images
         self.runs.leave_picture(job)
         job.row.release()
+        if reason == "error":  # its cause may be values that are not finite, by a fault of one run
+            for pool in (self.executor.images, self.executor.unet_images):
+                pool.forget(job.row.keys)
         slots, slot = self.executor.slots, job.row.slot
         if slot is None:
             return

@@ -121,7 +121,7 @@ class Alone:
                         parts.append(Given(rgb))
                 case TextDelta(text):
                     parts.append(Text(text))
-        return document_of(*parts, *more)
+        return document_of(*parts, Text(" "), *more)
 
     def _generation(self, sequence: TokenSequence) -> Generation:
         runtime = self.runtime
