@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import count
-from math import isnan
+from numbers import Integral, Real
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -143,8 +143,19 @@ class BatchEngine:
         no cache, so that latency does not tell one what another sent. Raises `MmiError` for a
         document that does not fit the model, `BusyError` if the queue is full.
         """
-        if max_seconds is not None and (isnan(max_seconds) or max_seconds < 0):
-            raise ConfigError("max_seconds is out of range", expected="0 or more", got=max_seconds)
+        # Here, as the thread that all documents share must not meet them.
+        for name, value, fits, expected in (
+            ("priority", priority, isinstance(priority, Integral), "a whole number"),
+            ("tenant", tenant, isinstance(tenant, str), "a string"),
+            (
+                "max_seconds",
+                max_seconds,
+                max_seconds is None or (isinstance(max_seconds, Real) and max_seconds >= 0),
+                "0 or more seconds",
+            ),
+        ):
+            if not fits:
+                raise ConfigError(f"{name} is out of range", expected=expected, got=repr(value))
         stream, executor = EventStream(), self._scheduler.executor
         sequence = TokenSequence(executor.config, executor.limits)
         generation = Generation(
