@@ -238,7 +238,19 @@ class BatchEngine:
         stream.emit(item)
 
     def _run(self) -> None:
-        """Turns of the scheduler, until the engine is closed."""
+        """Turns of the scheduler until the engine is closed or breaks; then all documents end."""
+        scheduler = self._scheduler
+        try:
+            self._turns()
+            scheduler.cancel_all()
+        except Exception as error:
+            with self._changed:  # from here on `submit` adds no document
+                self._broken = error
+                scheduler.waiting += [job for job in self._inbox if job not in scheduler.waiting]
+                self._inbox.clear()
+            scheduler.fail_all(EngineError(f"the batch engine failed: {error}"))
+
+    def _turns(self) -> None:
         worked = True
         while True:
             with self._changed:
@@ -250,22 +262,8 @@ class BatchEngine:
                     self._scheduler.add(job)
                 self._inbox.clear()
                 if self._closed:
-                    break
-            try:
-                worked = self._scheduler.turn()
-            except Exception as error:
-                self._broken = error
-                break
-        self._end_all()
-
-    def _end_all(self) -> None:
-        """End all documents: as cancelled, or with the error that broke the engine."""
-        scheduler = self._scheduler
-        for job in [*scheduler.running, *scheduler.waiting, *self._inbox]:
-            if self._broken is not None:
-                job.emit(EngineError(f"the batch engine failed: {self._broken}"))
-            else:
-                job.stop("cancelled")
+                    return
+            worked = self._scheduler.turn()
 
 
 def _resized(document: Document, side: int) -> Document:
