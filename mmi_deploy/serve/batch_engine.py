@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from numbers import Integral, Real
 from pathlib import Path
@@ -14,7 +14,7 @@ from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.documents.document import Document, Image
 from mmi_deploy.documents.images import resize
 from mmi_deploy.errors import ConfigError, EngineError
-from mmi_deploy.runtime.events import Event
+from mmi_deploy.runtime.events import Event, ImageDone
 from mmi_deploy.runtime.generation import Generation
 from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
@@ -235,6 +235,8 @@ class BatchEngine:
     def _emit(self, stream: EventStream, job: Job, item: Event | Exception | None) -> None:
         if item is None or isinstance(item, Exception):
             stream.stats = job.stats(self._clock())
+        if isinstance(item, ImageDone):  # the receiver may write to it, the document keeps its own
+            item = replace(item, rgb=item.rgb.copy())
         stream.emit(item)
 
     def _run(self) -> None:
@@ -267,13 +269,13 @@ class BatchEngine:
 
 
 def _resized(document: Document, side: int) -> Document:
-    """The document with its pictures at the model's size. This takes the caller's time, not that of
-    the thread that all documents share."""
+    """The document with copies of its pictures at the model's size, which the caller cannot change
+    any more. This takes the caller's time, not that of the thread that all documents share."""
+
+    def resized(image: Image) -> Image:
+        rgb = image.rgb
+        return Image(rgb.copy() if rgb.shape == (side, side, 3) else resize(rgb, side), image.alt)
+
     return Document(
-        tuple(
-            Image(resize(part.rgb, side), part.alt)
-            if isinstance(part, Image) and part.rgb.shape != (side, side, 3)
-            else part
-            for part in document.parts
-        )
+        tuple(resized(part) if isinstance(part, Image) else part for part in document.parts)
     )
