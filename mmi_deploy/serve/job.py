@@ -122,8 +122,8 @@ class Job:
 
     def _next_run(self) -> str:
         match self.work:
-            case Denoise(picture, step):
-                return "shallow" if step % picture.full_every else "denoise"
+            case Denoise():
+                return "denoise" if self.work.full else "shallow"
             case DecodeLatents():
                 return "vae"
         row = self.row
