@@ -19,7 +19,7 @@ from mmi_deploy.runtime.work import Denoise, Picture
 from mmi_deploy.spec.graphs import DEEP, Graph
 
 # Output of a step -> the rows that it becomes.
-_NEXT = {"next_latents": "latents", "next_history": "history"}
+_NEXT = {"next_latents": "latents", "next_history": "history", DEEP: DEEP}
 
 
 class PictureRows:
@@ -93,19 +93,22 @@ class PictureRows:
                 key = (picture.seed, picture.index, step, noise.shape)
                 noise.write(step_noise(*key) if draws else zero)
                 self._noisy[row] = draws
-        self.run("denoise_step" if steps[0].full else "denoise_shallow", b)
+        self.run("denoise_step" if steps[0].full else "denoise_shallow", b, len(steps))
 
-    def run(self, name: str, b: int) -> None:
-        """Run the graph `name`, `denoise_step` or `denoise_shallow`, over the first `b` rows."""
+    def run(self, name: str, b: int, count: int) -> None:
+        """Run the graph `name`, `denoise_step` or `denoise_shallow`, over the first `b` rows, of
+        which `count` take the step: the others may be pictures that wait for another run."""
         m = padded_count(int(self._images[:b].max()), self._seen)
         plan, written = self._plan(name, b, m)
+        outputs = [tensor.name for tensor in self._runtime.graphs[name].outputs]
         written["step"][...] = self._steps[:b]
         written["guidance"][...] = self._guidance[:b]
         written["image_slot"][...] = self._slot[:b, :m]
         written["image_position"][...] = self._position[:b, :m]
         plan.run()
-        for new, old in _NEXT.items():
-            self._runtime.memory.copy(self._next[new].rows(0, b), self._state[old].rows(0, b))
+        for new in outputs:
+            state = self._state[_NEXT[new]]
+            self._runtime.memory.copy(self._next[new].rows(0, count), state.rows(0, count))
 
     def swap(self, row: int, other: int) -> None:
         """Exchange two rows."""
@@ -138,7 +141,6 @@ class PictureRows:
                 written[key] = HOST.allocate(tensor.resolve(b=b, m=m), tensor.dtype)
             given |= written
             outputs = {key: rows.rows(0, b) for key, rows in self._next.items()}
-            outputs[DEEP] = self._state[DEEP].rows(0, b)
             plan = engine.bind(
                 {tensor.name: given[tensor.name] for tensor in engine.graph.inputs},
                 {tensor.name: outputs[tensor.name] for tensor in engine.graph.outputs},
