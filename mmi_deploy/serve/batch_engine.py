@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -150,7 +150,7 @@ class BatchEngine:
             (
                 "max_seconds",
                 max_seconds,
-                max_seconds is None or (isinstance(max_seconds, Real) and max_seconds >= 0),
+                max_seconds is None or (isinstance(max_seconds, int | float) and max_seconds >= 0),
                 "0 or more seconds",
             ),
         ):
