@@ -243,7 +243,7 @@ def in_runs_of(service: Service, job: Job) -> Callable[[], bool]:
     watch("prefill", lambda row, count: row is job.row)
     watch("decode", lambda rows: job.row in rows)
     watch("condition", lambda row, *rest: row is job.row)
-    watch("denoise", lambda steps, full: job.work in steps)
+    watch("denoise", lambda steps: job.work in steps)
     watch("decode_latents", lambda rows: job.picture_row in rows)
     return lambda: inside[0]
 
