@@ -64,8 +64,10 @@ class EngineStats:
 class BatchEngine:
     """Generates many documents at once: tokens and denoising steps of all of them share runs.
 
-    What a document gets depends on its own content and options alone. In 32 bits on the CPU it is
-    equal to the bit to what `generate` gives. Thread-safe; one thread of its own does the runs.
+    What a document gets depends on its own content and options alone. In 32 bits on the CPU, with
+    the kernel library, it is equal to the bit to what `generate` gives; without the library, the
+    last digits of logits depend on the number of images beside it. Thread-safe; one thread of its
+    own does the runs.
     """
 
     def __init__(

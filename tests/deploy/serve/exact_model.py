@@ -205,7 +205,5 @@ class ExactEngine(Engine):
 def exact_runtime(limits: Limits = LIMITS) -> tuple[Runtime, Hooks]:
     """A runtime of the exact model, and the hooks of its engines."""
     config, hooks = exact_config(), Hooks()
-    backend = HostBackend(
-        graphs(config, limits), limits, lambda graph: ExactEngine(graph, hooks)
-    )
+    backend = HostBackend(graphs(config, limits), limits, lambda graph: ExactEngine(graph, hooks))
     return Runtime(config, fake_tokenizer(config), backend, fake_schedule, SCHEDULES), hooks
