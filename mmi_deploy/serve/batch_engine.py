@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -146,13 +146,14 @@ class BatchEngine:
         document that does not fit the model, `BusyError` if the queue is full.
         """
         # Here, as the thread that all documents share must not meet them.
+        seconds: object = max_seconds
         for name, value, fits, expected in (
             ("priority", priority, isinstance(priority, Integral), "a whole number"),
             ("tenant", tenant, isinstance(tenant, str), "a string"),
             (
                 "max_seconds",
-                max_seconds,
-                max_seconds is None or (isinstance(max_seconds, Real) and max_seconds >= 0),
+                seconds,
+                seconds is None or (isinstance(seconds, int | float) and seconds >= 0),
                 "0 or more seconds",
             ),
         ):
