@@ -64,8 +64,10 @@ class EngineStats:
 class BatchEngine:
     """Generates many documents at once: tokens and denoising steps of all of them share runs.
 
-    What a document gets depends on its own content and options alone. In 32 bits on the CPU it is
-    equal to the bit to what `generate` gives. Thread-safe; one thread of its own does the runs.
+    What a document gets depends on its own content and options alone. In 32 bits on the CPU, with
+    the kernel library, it is equal to the bit to what `generate` gives; without the library, the
+    last digits of logits depend on the number of images beside it. Thread-safe; one thread of its
+    own does the runs.
     """
 
     def __init__(
@@ -144,13 +146,14 @@ class BatchEngine:
         document that does not fit the model, `BusyError` if the queue is full.
         """
         # Here, as the thread that all documents share must not meet them.
+        seconds: object = max_seconds
         for name, value, fits, expected in (
             ("priority", priority, isinstance(priority, Integral), "a whole number"),
             ("tenant", tenant, isinstance(tenant, str), "a string"),
             (
                 "max_seconds",
-                max_seconds,
-                max_seconds is None or (isinstance(max_seconds, int | float) and max_seconds >= 0),
+                seconds,
+                seconds is None or (isinstance(seconds, int | float) and seconds >= 0),
                 "0 or more seconds",
             ),
         ):

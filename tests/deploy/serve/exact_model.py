@@ -4,7 +4,7 @@ Sums are of integers that float64 holds exactly, and the sampler works element b
 order of a sum or the shape of a batch moves no bit. As in the real graphs, a hidden key or image
 has the weight zero, and zero times NaN is NaN. Cheap: a run takes tens of microseconds.
 
-Letters: b batch, t tokens, n images, m image slots, c channels.
+Letters: b batch, t tokens, n encoded images, m image slots, c channels.
 """
 
 from __future__ import annotations
@@ -205,7 +205,5 @@ class ExactEngine(Engine):
 def exact_runtime(limits: Limits = LIMITS) -> tuple[Runtime, Hooks]:
     """A runtime of the exact model, and the hooks of its engines."""
     config, hooks = exact_config(), Hooks()
-    backend = HostBackend(
-        graphs(config, limits), limits, lambda graph: ExactEngine(graph, hooks)
-    )
+    backend = HostBackend(graphs(config, limits), limits, lambda graph: ExactEngine(graph, hooks))
     return Runtime(config, fake_tokenizer(config), backend, fake_schedule, SCHEDULES), hooks

@@ -15,11 +15,10 @@ import pytest
 
 from deploy.runtime.fake_model import picture
 from deploy.serve.exact_model import Hooks, Inputs, Outputs, exact_runtime
-from deploy.serve.harness import Alone, Sent, Service, told
+from deploy.serve.harness import Alone, Service, told
 from mmi_deploy.documents.document import Draw, Image, Part, Text, document_of
 from mmi_deploy.errors import BusyError, DocumentError, EngineError
 from mmi_deploy.runtime.buffers import HOST
-from mmi_deploy.runtime.events import ImageDone
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.serve.image_rows import ImageRows, image_key
@@ -243,7 +242,7 @@ def in_runs_of(service: Service, job: Job) -> Callable[[], bool]:
     watch("prefill", lambda row, count: row is job.row)
     watch("decode", lambda rows: job.row in rows)
     watch("condition", lambda row, *rest: row is job.row)
-    watch("denoise", lambda steps, full: job.work in steps)
+    watch("denoise", lambda steps: job.work in steps)
     watch("decode_latents", lambda rows: job.picture_row in rows)
     return lambda: inside[0]
 
@@ -281,7 +280,9 @@ def test_an_engine_that_raises_once_is_asked_again_for_each_row(world: World, gr
     for place in range(6):
         runs = count()
 
-        def refuse(name: str, inputs: Inputs, place: int = place, runs: Iterator[int] = runs) -> None:
+        def refuse(
+            name: str, inputs: Inputs, place: int = place, runs: Iterator[int] = runs
+        ) -> None:
             if name == graph and next(runs) == place:
                 raise Refused(name)
 
@@ -372,7 +373,9 @@ def test_a_neighbour_cancelled_in_each_step_of_a_picture(world: World) -> None:
             sent[which].job.cancel()
             service.until_idle()
             service.check()
-            assert [each.reason == "cancelled" for each in sent] == [row == which for row in range(4)]
+            assert [each.reason == "cancelled" for each in sent] == [
+                row == which for row in range(4)
+            ]
 
 
 # Limits.
@@ -571,7 +574,9 @@ def test_a_prefix_is_copied_from_a_document_that_still_writes(world: World) -> N
 def test_slots_change_places_while_documents_read_write_and_draw(world: World) -> None:
     """Long texts at both ends of the slots, and between them prompts and pictures."""
     texts = [
-        alone(world, words(5 + seed), max_images=0, max_tokens=20, logit_bias=((2, -90.0),), seed=seed)
+        alone(
+            world, words(5 + seed), max_images=0, max_tokens=20, logit_bias=((2, -90.0),), seed=seed
+        )
         for seed in range(3)
     ]
     between = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import inf
 
@@ -101,9 +101,7 @@ def document(rng: random.Random, pictures: list[int], opening: str) -> Document:
 OPENINGS = ["w5 w6 w7", *(" ".join(f"w{5 + at % 27}" for at in range(n)) for n in (19, 19, 37))]
 
 
-def documents(
-    rng: random.Random, runtime: Runtime, count: int, pictures: list[int]
-) -> list[Alone]:
+def documents(rng: random.Random, runtime: Runtime, count: int, pictures: list[int]) -> list[Alone]:
     found: list[Alone] = []
     while len(found) < count:
         try:
