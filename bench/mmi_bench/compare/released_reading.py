@@ -1,12 +1,27 @@
-"""Configurations of the released reading at sizes that a CPU can measure; weights are drawn."""
+"""The released reading at sizes that a CPU can measure: configurations, and bundles of random
+weights.
+
+The weights mean nothing: text and pictures are noise. Time depends on shapes alone, and noise shows
+any difference between two backends.
+"""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
+
+import torch
 
 from mmi_deploy.spec.config import ModelConfig, TokenConfig
 from mmi_deploy.spec.presets import released_13b
+from mmi_deploy.system.progress import Progress, silent
+from mmi_deploy.system.temporary_folder import temporary_folder
+from mmi_export.export import export_bundle
+from mmi_export.placeholder_model import write_placeholder_model
 
 Size = Literal["small", "large"]
 
@@ -73,3 +88,21 @@ def released_reading(size: Size) -> ModelConfig:
             vae=replace(decoder.vae, block_widths=(32, 32, 32, 32), layers_per_block=1),
         ),
     )
+
+
+@contextmanager
+def placeholder_bundle(
+    config: ModelConfig, progress: Progress = silent
+) -> Iterator[tuple[Path, Path]]:
+    """A bundle of `config` with random fp32 weights and the model folder that it was exported from,
+    in a temporary folder.
+
+    The bundle has no receipts: a comparison, in which both compute the same documents, is itself
+    the proof.
+    """
+    with temporary_folder(Path(tempfile.gettempdir()), "mmi-bench-") as folder:
+        bundle, model = folder / "bundle", folder / "model"
+        progress("drawing weights", detail=config.name)
+        write_placeholder_model(config, model, "random", torch.float32)
+        export_bundle(model, bundle, scope="none", weights="random", progress=progress)
+        yield bundle, model

@@ -36,6 +36,10 @@ class Sample:
     def per_step(self) -> float:
         return sum(self.step_gaps) / len(self.step_gaps)
 
+    def stage(self, name: str) -> float:
+        """Seconds of all runs of a stage."""
+        return sum(self.stages[name])
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from mmi_bench.compare import compare, plot, remote, report
-from mmi_bench.compare.backends import BACKENDS, BackendName, Settings
+from mmi_bench.compare.backends import COMPILED, PYTORCH, RUNTIME, BackendName, Settings
 from mmi_bench.compare.cases import Case, Plan, text_after
 from mmi_bench.compare.compare import Comparison, _measure
 from mmi_bench.compare.remote import Answer, Remote
@@ -22,17 +22,34 @@ from mmi_deploy.system.progress import silent
 
 PLAN = Plan(
     (
-        Case("document", 4, 8, 4, 1),
+        Case("document", 4, 8, 4, 3),
         Case("text", 4, 8, 4),
         Case(text_after(0), 0, 8, 4),
         Case(text_after(8), 8, 8, 4),
     ),
     repeats=3,
 )
+BACKENDS: tuple[BackendName, ...] = (RUNTIME, PYTORCH, COMPILED)
 
 
 def sample(seconds: float) -> Sample:
-    return Sample(seconds, seconds / 2, [seconds / 10], [seconds / 5], {"decode": [seconds / 10]})
+    stages = {"encode": [seconds / 8], "prefill": [seconds / 16, seconds / 16]}
+    return Sample(seconds, seconds / 2, [seconds / 10], [seconds / 5], stages)
+
+
+@dataclass
+class Broken:
+    """A backend that fails at its run number `at`."""
+
+    backend: BackendName
+    at: int
+    runs: int = 0
+
+    def run(self, case: Case) -> Answer:
+        self.runs += 1
+        if self.runs == self.at:
+            raise MmiError(f"no {case.name}")
+        return Answer(sample(1.0), Output("text", [np.zeros((2, 2, 3), np.uint8)]), 1)
 
 
 @dataclass
@@ -53,8 +70,12 @@ def fakes(log: list[tuple[BackendName, str]]) -> dict[BackendName, Fake]:
     return {backend: Fake(backend, log) for backend in BACKENDS}
 
 
-def comparison() -> Comparison:
-    """PyTorch takes six times as long; with eight images twice as long as with none."""
+def comparison(compiled: bool = True) -> Comparison:
+    """PyTorch takes six times as long, compiled four times; a token with eight images takes twice
+    as long as one with none."""
+    factors: dict[BackendName, int] = {RUNTIME: 1, PYTORCH: 6, COMPILED: 4}
+    if not compiled:
+        del factors[COMPILED]
     seconds = {"document": 1.0, "text": 0.5, text_after(0): 0.2, text_after(8): 0.4}
     about = {
         "model": "tiny",
@@ -62,6 +83,7 @@ def comparison() -> Comparison:
         "schedule": "ddim:20",
         "guidance": 3.5,
         "repeats": 3,
+        "left_out": {},
         "machine": {"processor": "a processor"},
     }
     return Comparison(
@@ -71,10 +93,10 @@ def comparison() -> Comparison:
             backend: {
                 name: [sample(factor * s * r) for r in (1, 2, 3)] for name, s in seconds.items()
             }
-            for backend, factor in (("runtime", 1), ("pytorch", 6))
+            for backend, factor in factors.items()
         },
-        {"runtime": 100_000_000, "pytorch": 400_000_000},
-        {"runtime": 1.0, "pytorch": 3.0},
+        {"runtime": 100_000_000, "pytorch": 400_000_000, "pytorch-compiled": 900_000_000},
+        {"runtime": 1.0, "pytorch": 3.0, "pytorch-compiled": 3.0},
         1,
     )
 
@@ -82,16 +104,16 @@ def comparison() -> Comparison:
 def test_the_backends_take_turns_and_the_first_round_is_not_counted() -> None:
     log: list[tuple[BackendName, str]] = []
     answers, _ = _measure(fakes(log), PLAN, silent)
-    pairs = list(zip(log[::2], log[1::2], strict=True))
-    assert len(pairs) == 4 * len(PLAN.cases)
-    for first, second in pairs:
-        assert first[1] == second[1] and {first[0], second[0]} == set(BACKENDS)
-    assert {first[0] for first, _ in pairs} == set(BACKENDS)  # neither always goes first
+    turns = list(zip(log[::3], log[1::3], log[2::3], strict=True))
+    assert len(turns) == 4 * len(PLAN.cases)
+    for turn in turns:
+        assert len({case for _, case in turn}) == 1 and {who for who, _ in turn} == set(BACKENDS)
+    assert {turn[0][0] for turn in turns} == {RUNTIME, COMPILED}  # none always goes first
     for backend in BACKENDS:
         assert {name: len(runs) for name, runs in answers[backend].items()} == {
             case.name: 3 for case in PLAN.cases
         }
-    warm_up = 2 * len(PLAN.cases)
+    warm_up = 3 * len(PLAN.cases)
     assert min(a.sample.seconds for a in answers["runtime"]["document"]) > warm_up
 
 
@@ -104,9 +126,10 @@ def test_the_backends_take_turns_and_the_first_round_is_not_counted() -> None:
     ],
     ids=["text", "pixels", "pictures"],
 )
-def test_backends_that_disagree_are_not_compared(other: Output) -> None:
+@pytest.mark.parametrize("who", [PYTORCH, COMPILED])
+def test_backends_that_disagree_are_not_compared(other: Output, who: BackendName) -> None:
     backends = fakes([])
-    backends["pytorch"].output = other
+    backends[who].output = other
     with pytest.raises(MmiError, match="nothing to compare"):
         _measure(backends, PLAN, silent)
 
@@ -126,6 +149,24 @@ def test_a_target_that_rounds_may_choose_another_word_but_draws_as_many_pictures
         _measure(backends, PLAN, silent, exact=False)
 
 
+@pytest.mark.parametrize("at", [1, 3])
+def test_without_a_compiler_the_others_are_measured(at: int) -> None:
+    """Compilation fails in the warm-up, at once or at a later case."""
+    left_out: dict[BackendName, str] = {}
+    backends = {**fakes([]), COMPILED: Broken(COMPILED, at)}
+    answers, _ = _measure(backends, PLAN, silent, left_out=left_out)
+    assert list(answers) == [RUNTIME, PYTORCH]
+    assert all(len(runs) == 3 for cases in answers.values() for runs in cases.values())
+    assert left_out == {COMPILED: f"no {PLAN.cases[at - 1].name}"}
+
+
+@pytest.mark.parametrize(("who", "at"), [(PYTORCH, 1), (RUNTIME, 2), (COMPILED, 5)])
+def test_any_other_failure_ends_the_comparison(who: BackendName, at: int) -> None:
+    """PyTorch as published and the runtime at any time; the compiled one after the warm-up."""
+    with pytest.raises(MmiError, match="no "):
+        _measure({**fakes([]), who: Broken(who, at)}, PLAN, silent, left_out={})
+
+
 def test_settings_reach_the_other_process_whole() -> None:
     for target, exact in (("cpu", True), ("tensorrt-sm89-fp32", True), ("cpu-int8", False)):
         settings = Settings(Path("b"), Path("m"), "ddim:20", 1, None, False, target, 1)
@@ -139,6 +180,9 @@ def test_the_report_says_ratios_goals_and_memory() -> None:
     lines = console.file.getvalue().splitlines()
     document = next(line for line in lines if line.strip().startswith("whole document"))
     assert document.split()[-5:] == ["12000", "6.00", ">=", "5", "reached"]
+    compiled = lines[next(i for i, line in enumerate(lines) if "U-Net compiled" in line) :]
+    row = next(line for line in compiled if line.strip().startswith("whole document"))
+    assert row.split()[3:6] == ["8000", "6000–10000", "4.00"]
     images = next(line for line in lines if "8 images over none" in line)
     assert "2.00" in images and "missed" in images
     memory = next(line for line in lines if "peak memory, MB" in line)
@@ -158,16 +202,48 @@ def test_every_measure_has_one_line_of_at_most_80_columns() -> None:
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     names = [line.strip().split(",")[0] for line in lines if ", ms" in line]
     count = len(slow.metrics())
-    assert len(names) == 2 * count and names[:count] == names[count:]
+    assert len(names) == 3 * count and names[:count] == names[count : 2 * count]
+    assert names[:count] == names[2 * count :]
+
+
+def test_without_the_compiled_backend_the_report_says_why() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    without = comparison(compiled=False)
+    without.about["left_out"][COMPILED] = "torch.compile failed: [no] C++ compiler"
+    report.print_report(console, without)
+    *_, last = console.file.getvalue().splitlines()
+    assert last == (
+        "not measured: PyTorch, U-Net compiled: torch.compile failed: [no] C++ compiler"
+    )
+    assert "against PyTorch with its fastest MMFS" not in console.file.getvalue()
+    assert "speedup over compiled" not in without.to_json()["metrics"]["whole document"]
+
+
+@pytest.mark.parametrize(("model", "goal"), [("released_small", "15"), ("released_large", "8")])
+def test_the_released_reading_has_goals_of_its_own(model: str, goal: str) -> None:
+    one_turn = comparison()
+    one_turn.about["model"] = model
+    cases = (replace(PLAN.cases[0], turns=1), *PLAN.cases[1:])
+    console = Console(file=io.StringIO(), width=80)
+    report.print_report(console, replace(one_turn, plan=Plan(cases, 3)))
+    lines = console.file.getvalue().splitlines()
+    turn = next(line for line in lines if line.strip().startswith("whole turn"))
+    assert turn.split()[-3:] == [">=", goal, "missed"]
+    first = next(line for line in lines if line.strip().startswith("first token"))
+    assert first.split()[-4:] == ["6.00", ">=", "2", "reached"]
 
 
 def test_the_json_holds_every_raw_sample() -> None:
     written = json.loads(json.dumps(comparison().to_json()))
     assert written["metrics"]["whole document"]["speedup"]["median"] == 6.0
+    assert written["metrics"]["whole document"]["speedup over compiled"]["median"] == 4.0
+    assert written["metrics"]["encoding the images"]["runtime"]["median"] == 0.125
+    assert written["metrics"]["prefill"]["pytorch"]["median"] == 0.75
     assert written["cost_of_images"]["pytorch"]["median"] == 2.0
     runs = written["samples"]["runtime"]["document"]
     assert [run["seconds"] for run in runs] == [1.0, 2.0, 3.0]
     assert runs[0]["token_gaps"] == [0.1]
+    assert set(written["samples"]) == set(BACKENDS)
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
