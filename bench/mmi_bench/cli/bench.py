@@ -93,6 +93,15 @@ def bench(
             rich_help_panel="Measurement",
         ),
     ] = None,
+    cpu_time: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-time",
+            help="Measure CPU time in place of latency, for a machine that other work shares; "
+            "needs --threads 1, since waiting threads count.",
+            rich_help_panel="Measurement",
+        ),
+    ] = False,
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +152,12 @@ def bench(
     This takes an hour on two cores; with --quick, ten minutes.
     """
     made = _size_of_reading(reading, size, bundle, model, target)
+    if cpu_time and (threads > 1 or target.startswith("tensorrt")):
+        raise ConfigError(
+            "--cpu-time counts threads that wait",
+            expected=f"--threads 1 and --target {CPU}",
+            got=f"--threads {threads} and --target {target}",
+        )
     if out:
         prepare_file(out)
     if plot:
@@ -173,6 +188,7 @@ def bench(
                 device=device,
                 one_turn=made is not None,
                 compiled=not quick if compiled is None else compiled,
+                clock="cpu" if cpu_time else "wall",
                 progress=progress,
             )
     report = comparison.to_json()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from mmi_bench.compare.samples import ClockName
 from mmi_deploy.bundle.manifest import PORTABLE
 from mmi_deploy.documents.document import Document
 from mmi_deploy.errors import ConfigError
@@ -43,6 +44,7 @@ class Settings:
     unproved: bool
     target: str = CPU
     device: int = 0
+    clock: ClockName = "wall"
 
     @property
     def exact(self) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from mmi_bench.compare.backends import COMPILED, LABELS, PYTORCH, RUNTIME, BackendName, Settings
 from mmi_bench.compare.cases import DOCUMENT, GUIDANCE, TEXT, Case, Plan, plan, text_after
 from mmi_bench.compare.remote import Answer, Remote
-from mmi_bench.compare.samples import Output, Sample
+from mmi_bench.compare.samples import ClockName, Output, Sample
 from mmi_bench.machine import describe
 from mmi_bench.statistics import Statistics, ratios
 from mmi_deploy.bundle.bundle import Bundle
@@ -82,9 +82,15 @@ class Comparison:
             self._metric("time to first token", DOCUMENT, lambda sample: sample.first_token),
             self._metric("per token", TEXT, lambda sample: sample.per_token),
             self._metric("per denoising step", DOCUMENT, lambda sample: sample.per_step),
+            *(self._stages() if self.about["clock"] == "wall" else ()),
+            *(self.per_token(images) for images in self.image_counts),
+        ]
+
+    def _stages(self) -> list[Metric]:
+        """Measures of stages, which the backends time themselves, by the wall clock."""
+        return [
             self._metric("encoding the images", TEXT, lambda sample: sample.stage("encode")),
             self._metric("prefill", TEXT, lambda sample: sample.stage("prefill")),
-            *(self.per_token(images) for images in self.image_counts),
         ]
 
     def per_token(self, images: int) -> Metric:
@@ -142,6 +148,7 @@ def run(
     device: int = 0,
     one_turn: bool = False,
     compiled: bool = False,
+    clock: ClockName = "wall",
     progress: Progress = silent,
 ) -> Comparison:
     """Measure the runtime on `bundle` against PyTorch on the folder `model` it was exported from.
@@ -151,18 +158,20 @@ def run(
     runtime; None to run MMFS as standard operators. `target`: engines of the runtime, on GPU
     `device` if they are for a GPU; PyTorch stays on the CPU. `quick`: short documents and two
     repeats, a smoke test. `one_turn`: as in `plan`. `compiled`: measure PyTorch with a compiled
-    U-Net as well; where that fails, `about["left_out"]` says why. Raises `MmiError` if another
-    backend fails, or if their outputs differ.
+    U-Net as well; where that fails, `about["left_out"]` says why. `clock`: `cpu` measures CPU
+    time, which other work on the machine changes little, in place of latency. Raises `MmiError` if
+    another backend fails, or if their outputs differ.
     """
     opened = Bundle.open(bundle, unproved=unproved)
     key = _schedule(opened, schedule)
     work = plan(opened.config, opened.limits.context, 2 if quick else repeats, quick, one_turn)
-    settings = Settings(bundle, model, key, threads, library, unproved, target, device)
+    settings = Settings(bundle, model, key, threads, library, unproved, target, device, clock)
     left_out: dict[BackendName, str] = {}
     about = {
         "argv": sys.argv,
         "quick": quick,
         "threads": threads,
+        "clock": clock,
         "repeats": work.repeats,
         "schedule": key,
         "guidance": GUIDANCE,

@@ -42,6 +42,7 @@ def print_report(console: Console, comparison: Comparison) -> None:
     console.print(
         f"{about['machine']['processor']}, {about['threads']} threads, float32, "
         f"{about['schedule']}, guidance {about['guidance']:g}; {about['repeats']} repeats in turns"
+        + ("; CPU time" if about["clock"] == "cpu" else "")
     )
     for backend, reason in about["left_out"].items():
         console.print(f"not measured: {LABELS[backend]}: {reason}", highlight=False, markup=False)

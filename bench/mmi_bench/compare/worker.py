@@ -68,7 +68,8 @@ def serve(backend: BackendName, settings: Settings, questions: IO[str], answers:
         for line in questions:
             case = Case(**json.loads(line))
             document = case.document(tokenizer, bundle.config)
-            answer(answer_of(*take(generate(document, case.options(settings.schedule)))))
+            events = generate(document, case.options(settings.schedule))
+            answer(answer_of(*take(events, settings.clock)))
     except MmiError as error:
         answer({"error": str(error)})
     except Exception as error:

@@ -63,7 +63,7 @@ def test_pictures_have_the_side_asked_for_and_differ(side: int) -> None:
 
 
 def test_a_plan_of_one_turn_draws_one_picture() -> None:
-    """Where a picture takes PyTorch minutes; tokens are measured with the same numbers of them."""
+    """For models whose picture takes PyTorch minutes; tokens are measured as for the others."""
     one = plan(CONFIG, CONFIG.llama.context, 7, quick=False, one_turn=True)
     assert one.drawing == replace(CASES[DOCUMENT], turns=1)
     assert [case.tokens for case in one.cases] == [16, 16, 32, 32, 32]

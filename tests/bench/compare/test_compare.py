@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mmi_bench.compare import compare, plot, remote, report
-from mmi_bench.compare.backends import COMPILED, PYTORCH, RUNTIME, BackendName, Settings
+from mmi_bench.compare import compare, plot, remote, report, worker
+from mmi_bench.compare.backends import (
+    COMPILED,
+    PYTORCH,
+    RUNTIME,
+    BackendName,
+    Settings,
+    backend_name,
+)
 from mmi_bench.compare.cases import Case, Plan, text_after
 from mmi_bench.compare.compare import Comparison, _measure
 from mmi_bench.compare.remote import Answer, Remote
@@ -83,6 +90,7 @@ def comparison(compiled: bool = True) -> Comparison:
         "schedule": "ddim:20",
         "guidance": 3.5,
         "repeats": 3,
+        "clock": "wall",
         "left_out": {},
         "machine": {"processor": "a processor"},
     }
@@ -169,7 +177,7 @@ def test_any_other_failure_ends_the_comparison(who: BackendName, at: int) -> Non
 
 def test_settings_reach_the_other_process_whole() -> None:
     for target, exact in (("cpu", True), ("tensorrt-sm89-fp32", True), ("cpu-int8", False)):
-        settings = Settings(Path("b"), Path("m"), "ddim:20", 1, None, False, target, 1)
+        settings = Settings(Path("b"), Path("m"), "ddim:20", 1, None, False, target, 1, "cpu")
         assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
         assert settings.exact is exact
 
@@ -217,6 +225,17 @@ def test_without_the_compiled_backend_the_report_says_why() -> None:
     )
     assert "against PyTorch with its fastest MMFS" not in console.file.getvalue()
     assert "speedup over compiled" not in without.to_json()["metrics"]["whole document"]
+
+
+def test_cpu_time_is_named_and_has_no_measures_of_stages() -> None:
+    """Backends time their stages by the clock."""
+    console, in_cpu_time = Console(file=io.StringIO(), width=80), comparison()
+    in_cpu_time.about["clock"] = "cpu"
+    report.print_report(console, in_cpu_time)
+    assert " ".join(console.file.getvalue().split()).endswith("3 repeats in turns; CPU time")
+    stages = {"encoding the images", "prefill"}
+    assert not stages & in_cpu_time.to_json()["metrics"].keys()
+    assert stages < comparison().to_json()["metrics"].keys()
 
 
 @pytest.mark.parametrize(("model", "goal"), [("released_small", "15"), ("released_large", "8")])
@@ -279,3 +298,32 @@ def test_an_error_of_a_backend_reaches_the_caller_as_its_line(tmp_path: Path) ->
     settings = Settings(tmp_path / "none", tmp_path, "ddim:20", 1, None, False)
     with pytest.raises(MmiError, match="there is no bundle"), Remote("runtime", settings):
         pass
+
+
+@pytest.mark.parametrize(
+    ("backend", "answered"), [(COMPILED, True), (PYTORCH, False), (RUNTIME, False)]
+)
+def test_only_the_compiled_backend_answers_an_error_of_its_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: BackendName, answered: bool
+) -> None:
+    """In one line, for `left_out`; elsewhere the error is a fault and is raised."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler\nwas found")
+
+    monkeypatch.setattr(worker.Bundle, "open", fail)
+    settings, answers = Settings(tmp_path, tmp_path, "ddim:20", 1, None, False), io.StringIO()
+    if not answered:
+        with pytest.raises(RuntimeError, match="no C"):
+            worker.serve(backend, settings, io.StringIO(), answers)
+        return
+    worker.serve(backend, settings, io.StringIO(), answers)
+    (line,) = answers.getvalue().splitlines()
+    message = "torch.compile failed: RuntimeError: no C++ compiler"
+    assert json.loads(line) == {"error": message}
+
+
+def test_a_name_that_is_no_backend_is_refused() -> None:
+    assert [backend_name(name) for name in BACKENDS] == list(BACKENDS)
+    with pytest.raises(ValueError, match="'torch'"):
+        backend_name("torch")

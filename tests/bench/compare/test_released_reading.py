@@ -118,6 +118,7 @@ def test_a_drawn_model_leaves_nothing_behind_if_the_export_fails(
             ["bundles/x", "--reading", "released", "--size", "small"],
             "makes its own model and bundle; got bundles/x",
         ),
+        (["--cpu-time"], "counts threads that wait; expected --threads 1 and --target cpu"),
         (
             ["-m", "m", "--reading", "released", "--size", "small"],
             "makes its own model and bundle; got --model m",
@@ -173,4 +174,6 @@ def test_a_reading_is_measured_in_one_turn_with_the_options_given(
     }
     assert {name: asked[name] for name in wanted} == wanted
     assert app.run(["bench", *words, "--kernels", "none", "--json", "--quick"]) == 0
-    assert asked["quick"] is True and asked["compiled"] is False
+    assert asked["quick"] is True and asked["compiled"] is False and asked["clock"] == "wall"
+    assert app.run(["bench", *words, "--kernels", "none", "--json", "--cpu-time"]) == 0
+    assert asked["clock"] == "cpu"
