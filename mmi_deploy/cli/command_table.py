@@ -140,6 +140,7 @@ COMMANDS: Mapping[str, Row] = {
         (
             "mmi bench --quick",
             "mmi bench bundles/tiny -m assets/tiny -o bench.json --plot bench.svg",
+            "mmi bench --reading released --size small --repeats 3",
         ),
     ),
 }

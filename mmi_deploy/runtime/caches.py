@@ -5,7 +5,7 @@ Letters: t tokens, n encoded images, c channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mmi_deploy.runtime.buffers import Buffer, Memory
 from mmi_deploy.spec.graphs import IMAGE_SLOT_PADDING, Graph, Tensor
@@ -27,16 +27,25 @@ class KvCache:
 
 
 class HiddenStates:
-    """Final hidden state of every token of a document: a picture's context is a slice of it."""
+    """Final hidden state of every token of some documents: a picture's context is a slice of it."""
 
     def __init__(self, llm: Graph, memory: Memory, tokens: int) -> None:
         hidden = llm["hidden"]
         self._rows = memory.allocate(hidden.resolve(b=1, t=tokens)[1:], hidden.dtype)  # [tokens, c]
         self._memory = memory
+        self._array = self._rows.read() if memory.device == "cpu" else None
 
     def write(self, first: int, hidden: Buffer) -> None:
         """Write `hidden` [t, c], the states of the tokens from index `first` on."""
         self._memory.copy(hidden, self._rows.rows(first, first + hidden.shape[0]))
+
+    def write_each(self, places: Sequence[int], hidden: Buffer, rows: Sequence[int]) -> None:
+        """Write rows of `hidden` [b, c], the state of one token each, to `places`."""
+        if self._array is not None:  # one copy for all
+            self._array[places] = hidden.read()[rows]
+            return
+        for place, row in zip(places, rows, strict=True):
+            self.write(place, hidden.rows(row, row + 1))
 
     def tokens(self, first: int, last: int) -> Buffer:
         """View of the states of tokens `first` to `last` (exclusive), [last - first, c]. Valid as

@@ -163,13 +163,14 @@ class Executor:
         m = max(slot.shape[1] for _, slot, _ in seen.values())
         self.run_decode(first, b, m, seen)
         logits = self._logits.rows(0, b).read()
+        indices = [slot.index - first for slot in slots]
+        hidden = self._hidden.rows(0, b)
+        self.slots.write_each_hidden(slots, hidden.reshaped((b, hidden.shape[2])), indices)
         for row, slot in zip(rows, slots, strict=True):
-            hidden = self._hidden.rows(slot.index - first, slot.index - first + 1)
-            self.slots.write_hidden(slot, len(slot.token_ids), hidden.reshaped(hidden.shape[1:]))
             token, image_slot, position = seen[slot.index]
             row.visible.add([token], image_slot, position)
             row.add([token])
-        found: Logits = logits[[slot.index - first for slot in slots], 0]
+        found: Logits = logits[indices, 0]
         return found
 
     def run_decode(

@@ -20,8 +20,9 @@ IMAGES = 4
 # Guidance scale of the paper's evaluation.
 GUIDANCE = 3.5
 
-# Filler words; the first one that is a single token is used.
-_WORDS = ("a", "the", "red", "one")
+# Filler words; the first one that is a single token is used. The tokenizer of a placeholder model
+# has numbered words.
+_WORDS = ("a", "the", "red", "one", "w5")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Plan:
     cases: tuple[Case, ...]
     repeats: int
 
+    @property
+    def drawing(self) -> Case:
+        """The case that draws."""
+        return next(case for case in self.cases if case.turns)
+
 
 DOCUMENT, TEXT = "document", "text"
 
@@ -92,12 +98,17 @@ def text_after(images: int) -> str:
     return f"text after {images} images"
 
 
-def plan(config: ModelConfig, context: int, repeats: int, quick: bool) -> Plan:
+def plan(
+    config: ModelConfig, context: int, repeats: int, quick: bool, one_turn: bool = False
+) -> Plan:
     """Plan the cases for a bundle of `context` tokens.
 
-    `quick`: small cases for a smoke test. Raises `ConfigError` if the cases do not fit.
+    `quick`: small cases for a smoke test. `one_turn`: one picture instead of three, and fewer
+    numbers of images, where PyTorch takes minutes for a picture. Raises `ConfigError` if the cases
+    do not fit.
     """
-    turns, tokens, counts = (1, 4, (0, 8)) if quick else (3, 16, (0, 1, 2, 4, 8))
+    turns, tokens = (1, 4) if quick else (1 if one_turn else 3, 16)
+    counts = (0, 8) if quick else (0, IMAGES, 8) if one_turn else (0, 1, 2, 4, 8)
     several = 8 * IMAGES
     cases = [
         Case(DOCUMENT, IMAGES, several, tokens, turns),

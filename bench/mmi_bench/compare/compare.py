@@ -1,10 +1,10 @@
-"""Compare both backends: they take turns on the same cases, in one run, on this machine."""
+"""Compare the backends: they take turns on the same cases, in one run, on this machine."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from mmi_bench.compare.backends import BACKENDS, BackendName, Settings
+from mmi_bench.compare.backends import COMPILED, LABELS, PYTORCH, RUNTIME, BackendName, Settings
 from mmi_bench.compare.cases import DOCUMENT, GUIDANCE, TEXT, Case, Plan, plan, text_after
 from mmi_bench.compare.remote import Answer, Remote
-from mmi_bench.compare.samples import Output, Sample
+from mmi_bench.compare.samples import ClockName, Output, Sample
 from mmi_bench.machine import describe
 from mmi_bench.statistics import Statistics, ratios
 from mmi_deploy.bundle.bundle import Bundle
@@ -30,24 +30,26 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Metric:
-    """One measure of the result: seconds of every repeat, measured in turns."""
+    """One measure of the result: seconds of every repeat by backend, measured in turns."""
 
     name: str
-    runtime: tuple[float, ...]
-    pytorch: tuple[float, ...]
+    seconds: dict[BackendName, tuple[float, ...]]
 
-    @property
-    def speedup(self) -> Statistics:
-        """Time of PyTorch over that of the runtime."""
-        return ratios(self.pytorch, self.runtime)
+    def of(self, backend: BackendName) -> Statistics:
+        """Seconds of a backend."""
+        return Statistics.of(self.seconds[backend])
+
+    def speedup(self, over: BackendName = PYTORCH) -> Statistics:
+        """Time of the backend `over` over that of the runtime."""
+        return ratios(self.seconds[over], self.seconds[RUNTIME])
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "unit": "seconds",
-            "runtime": Statistics.of(self.runtime).to_json(),
-            "pytorch": Statistics.of(self.pytorch).to_json(),
-            "speedup": self.speedup.to_json(),
-        }
+        report: dict[str, Any] = {"unit": "seconds"}
+        report |= {backend: self.of(backend).to_json() for backend in self.seconds}
+        report["speedup"] = self.speedup().to_json()
+        if COMPILED in self.seconds:
+            report["speedup over compiled"] = self.speedup(COMPILED).to_json()
+        return report
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,33 @@ class Comparison:
     pixel_difference: int
 
     @property
+    def backends(self) -> tuple[BackendName, ...]:
+        """Backends that were measured, the runtime first."""
+        return tuple(self.samples)
+
+    @property
     def image_counts(self) -> list[int]:
         """Numbers of images in context for which the time per token was measured."""
         return [case.images for case in self.plan.cases if case.name == text_after(case.images)]
 
     def metrics(self) -> list[Metric]:
         """All measures, most important first."""
+        whole = "whole document" if self.plan.drawing.turns > 1 else "whole turn"
         return [
-            self._metric("whole document", DOCUMENT, lambda sample: sample.seconds),
+            self._metric(whole, DOCUMENT, lambda sample: sample.seconds),
             self._metric("the same without drawing", TEXT, lambda sample: sample.seconds),
             self._metric("time to first token", DOCUMENT, lambda sample: sample.first_token),
             self._metric("per token", TEXT, lambda sample: sample.per_token),
             self._metric("per denoising step", DOCUMENT, lambda sample: sample.per_step),
+            *(self._stages() if self.about["clock"] == "wall" else ()),
             *(self.per_token(images) for images in self.image_counts),
+        ]
+
+    def _stages(self) -> list[Metric]:
+        """Measures of stages, which the backends time themselves, by the wall clock."""
+        return [
+            self._metric("encoding the images", TEXT, lambda sample: sample.stage("encode")),
+            self._metric("prefill", TEXT, lambda sample: sample.stage("prefill")),
         ]
 
     def per_token(self, images: int) -> Metric:
@@ -91,10 +107,13 @@ class Comparison:
         return ratios(most, none)
 
     def _metric(self, name: str, case: str, of: Callable[[Sample], float]) -> Metric:
-        runtime, pytorch = (
-            tuple(of(sample) for sample in self.samples[backend][case]) for backend in BACKENDS
+        return Metric(
+            name,
+            {
+                backend: tuple(of(sample) for sample in cases[case])
+                for backend, cases in self.samples.items()
+            },
         )
-        return Metric(name, runtime, pytorch)
 
     def to_json(self) -> dict[str, Any]:
         """Comparison as JSON, raw samples included."""
@@ -103,7 +122,7 @@ class Comparison:
             "cases": [case.to_json() for case in self.plan.cases],
             "metrics": {metric.name: metric.to_json() for metric in self.metrics()},
             "cost_of_images": {
-                backend: self.cost_of_images(backend).to_json() for backend in BACKENDS
+                backend: self.cost_of_images(backend).to_json() for backend in self.backends
             },
             "peak_bytes": self.peak_bytes,
             "load_seconds": self.load_seconds,
@@ -127,6 +146,9 @@ def run(
     unproved: bool = False,
     target: str = CPU,
     device: int = 0,
+    one_turn: bool = False,
+    compiled: bool = False,
+    clock: ClockName = "wall",
     progress: Progress = silent,
 ) -> Comparison:
     """Measure the runtime on `bundle` against PyTorch on the folder `model` it was exported from.
@@ -135,16 +157,21 @@ def run(
     sampler of the bundle; None for its first one of 20 steps. `library`: kernel library of the
     runtime; None to run MMFS as standard operators. `target`: engines of the runtime, on GPU
     `device` if they are for a GPU; PyTorch stays on the CPU. `quick`: short documents and two
-    repeats, a smoke test. Raises `MmiError` if a backend fails, or if their outputs differ.
+    repeats, a smoke test. `one_turn`: as in `plan`. `compiled`: measure PyTorch with a compiled
+    U-Net as well; where that fails, `about["left_out"]` says why. `clock`: `cpu` measures CPU
+    time, which other work on the machine changes little, in place of latency. Raises `MmiError` if
+    another backend fails, or if their outputs differ.
     """
     opened = Bundle.open(bundle, unproved=unproved)
     key = _schedule(opened, schedule)
-    work = plan(opened.config, opened.limits.context, 2 if quick else repeats, quick)
-    settings = Settings(bundle, model, key, threads, library, unproved, target, device)
+    work = plan(opened.config, opened.limits.context, 2 if quick else repeats, quick, one_turn)
+    settings = Settings(bundle, model, key, threads, library, unproved, target, device, clock)
+    left_out: dict[BackendName, str] = {}
     about = {
         "argv": sys.argv,
         "quick": quick,
         "threads": threads,
+        "clock": clock,
         "repeats": work.repeats,
         "schedule": key,
         "guidance": GUIDANCE,
@@ -155,11 +182,13 @@ def run(
         "bundle_sha256": opened.identity,
         "bundle_targets": list(opened.targets),
         "kernels": library.parent.name if library else None,
+        "left_out": left_out,
         "machine": describe(),
     }
     with ExitStack() as stack:
-        remotes = {backend: stack.enter_context(Remote(backend, settings)) for backend in BACKENDS}
-        answers, difference = _measure(remotes, work, progress, settings.exact)
+        backends = (RUNTIME, PYTORCH, *((COMPILED,) if compiled else ()))
+        remotes = {backend: stack.enter_context(Remote(backend, settings)) for backend in backends}
+        answers, difference = _measure(remotes, work, progress, settings.exact, left_out)
         return Comparison(
             about,
             work,
@@ -168,7 +197,7 @@ def run(
                 for backend, cases in answers.items()
             },
             {backend: _peak(cases) for backend, cases in answers.items()},
-            {backend: remote.load_seconds for backend, remote in remotes.items()},
+            {backend: remotes[backend].load_seconds for backend in answers},
             difference,
         )
 
@@ -177,22 +206,47 @@ Answers = dict[BackendName, dict[str, list[Answer]]]
 
 
 def _measure(
-    remotes: dict[BackendName, Remote], work: Plan, progress: Progress, exact: bool = True
+    remotes: Mapping[BackendName, Remote],
+    work: Plan,
+    progress: Progress,
+    exact: bool = True,
+    left_out: dict[BackendName, str] | None = None,
 ) -> tuple[Answers, int]:
-    """Run a warm-up round of all cases, then `repeats` rounds; backends alternate in order."""
+    """Run a warm-up round of all cases, then `repeats` rounds; backends alternate in order.
+
+    If the compiled backend fails while it warms up, which is when it compiles, the others go on
+    without it; `left_out` gets the reason.
+    """
     answers: Answers = {backend: {case.name: [] for case in work.cases} for backend in remotes}
     total = len(work.cases) * (work.repeats + 1)
     difference = 0
     for round_ in range(work.repeats + 1):
         what = "measuring" if round_ else "warming up"
-        order = BACKENDS if round_ % 2 else BACKENDS[::-1]
         for index, case in enumerate(work.cases):
-            progress(what, round_ * len(work.cases) + index, total, detail=case.name)
-            got = {backend: remotes[backend].run(case) for backend in order}
-            outputs = (got["runtime"].output, got["pytorch"].output)
-            difference = max(difference, _same(case, *outputs, exact))
-            if round_:
-                for backend, answer in got.items():
+            order = list(answers) if round_ % 2 else list(answers)[::-1]
+            got: dict[BackendName, Answer] = {}
+            for backend in order:
+                compiles = backend == COMPILED and not round_
+                doing = "compiling, then " if compiles and case.turns else ""
+                progress(
+                    what,
+                    round_ * len(work.cases) + index,
+                    total,
+                    detail=f"{case.name}: {doing}{LABELS[backend]}",
+                )
+                try:
+                    got[backend] = remotes[backend].run(case)
+                except MmiError as error:
+                    if not compiles or left_out is None:
+                        raise
+                    left_out[backend] = str(error)
+                    del answers[backend]
+            for backend, answer in got.items():
+                if backend != RUNTIME:
+                    difference = max(
+                        difference, _same(case, got[RUNTIME].output, answer.output, exact)
+                    )
+                if round_:
                     answers[backend][case.name].append(answer)
     return answers, difference
 
@@ -206,7 +260,7 @@ def _same(case: Case, runtime: Output, pytorch: Output, exact: bool) -> int:
     if same_count and (not exact or (runtime.text == pytorch.text and difference <= 1)):
         return difference
     raise MmiError(
-        f"outputs of the two backends differ for {case.name!r}: nothing to compare",
+        f"outputs of two backends differ for {case.name!r}: nothing to compare",
         expected="equal text, pixels within 1/255",
         got=f"{'equal' if runtime.text == pytorch.text else 'different'} text, "
         f"{difference}/255 in {len(pairs)} pictures",

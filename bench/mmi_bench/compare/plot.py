@@ -6,14 +6,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-from mmi_bench.compare.backends import BACKENDS
+from mmi_bench.compare.backends import COMPILED, LABELS, PYTORCH, RUNTIME
 from mmi_bench.compare.compare import Comparison
-from mmi_bench.statistics import Statistics
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system.files import write_new_file
 
-_COLOURS = {"runtime": "#0072b2", "pytorch": "#d55e00"}
-_LABELS = {"runtime": "runtime", "pytorch": "PyTorch as published"}
+_COLOURS = {RUNTIME: "#0072b2", PYTORCH: "#d55e00", COMPILED: "#009e73"}
 
 # Number of measures that are shown as bars; those by number of images are shown as lines.
 _SHOWN = 5
@@ -39,9 +37,9 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 def _per_token(axes: Any, comparison: Comparison) -> None:
     counts = comparison.image_counts
-    for backend in BACKENDS:
+    for backend in comparison.backends:
         metrics = [comparison.per_token(images) for images in counts]
-        measured = [Statistics.of(getattr(metric, backend)) for metric in metrics]
+        measured = [metric.of(backend) for metric in metrics]
         medians = [1000 * one.median for one in measured]
         below = [1000 * (one.median - one.low) for one in measured]
         above = [1000 * (one.high - one.median) for one in measured]
@@ -52,7 +50,7 @@ def _per_token(axes: Any, comparison: Comparison) -> None:
             marker="o",
             capsize=3,
             color=_COLOURS[backend],
-            label=_LABELS[backend],
+            label=LABELS[backend],
         )
     axes.set_ylim(bottom=0)
     axes.set_xticks(counts)
@@ -64,7 +62,7 @@ def _per_token(axes: Any, comparison: Comparison) -> None:
 
 def _speedups(axes: Any, comparison: Comparison) -> None:
     metrics = comparison.metrics()[:_SHOWN][::-1]
-    measured = [metric.speedup for metric in metrics]
+    measured = [metric.speedup() for metric in metrics]
     medians = [one.median for one in measured]
     errors = [[s.median - s.low for s in measured], [s.high - s.median for s in measured]]
     bars = axes.barh(
@@ -72,7 +70,7 @@ def _speedups(axes: Any, comparison: Comparison) -> None:
         medians,
         xerr=errors,
         capsize=3,
-        color=_COLOURS["runtime"],
+        color=_COLOURS[RUNTIME],
     )
     axes.bar_label(bars, [f"{median:.1f}x" for median in medians], padding=4)
     axes.axvline(1, color="grey", linewidth=0.8)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mmi_deploy.documents.images import Rgb
 from mmi_deploy.runtime.events import (
@@ -15,6 +15,13 @@ from mmi_deploy.runtime.events import (
     ImageProgress,
     TextDelta,
 )
+
+# `wall`: latency. `cpu`: CPU time of the process, all of its threads together.
+ClockName = Literal["wall", "cpu"]
+CLOCKS: Mapping[ClockName, Callable[[], float]] = {
+    "wall": lambda: time.perf_counter(),
+    "cpu": lambda: time.process_time(),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,10 @@ class Sample:
     def per_step(self) -> float:
         return sum(self.step_gaps) / len(self.step_gaps)
 
+    def stage(self, name: str) -> float:
+        """Seconds of all runs of a stage."""
+        return sum(self.stages[name])
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -48,16 +59,18 @@ class Output:
     pictures: list[Rgb] = field(default_factory=list)
 
 
-def take(events: Iterator[Event]) -> tuple[Sample, Output]:
-    """Run a generation to its end and time its events. `events` must not have been started."""
-    start = time.perf_counter()
+def take(events: Iterator[Event], clock: ClockName = "wall") -> tuple[Sample, Output]:
+    """Run a generation to its end and time its events. `events` must not have been started.
+    `stages` are wall time whatever the clock."""
+    read = CLOCKS[clock]
+    start = read()
     output = Output()
     first, before = 0.0, None
     token_gaps, step_gaps = [], []
     stages: dict[str, list[float]] = {}
     last = start
     for event in events:
-        now = time.perf_counter()
+        now = read()
         if isinstance(event, TextDelta):
             output.text += event.text
             first = first or now - start

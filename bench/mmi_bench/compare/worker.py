@@ -15,7 +15,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from mmi_bench.compare.backends import BackendName, Settings, open_backend
+from mmi_bench.compare.backends import (
+    COMPILED,
+    BackendName,
+    Settings,
+    backend_name,
+    open_backend,
+)
 from mmi_bench.compare.cases import Case
 from mmi_bench.compare.samples import Output, Sample, take
 from mmi_deploy.bundle.bundle import Bundle
@@ -62,16 +68,28 @@ def serve(backend: BackendName, settings: Settings, questions: IO[str], answers:
         for line in questions:
             case = Case(**json.loads(line))
             document = case.document(tokenizer, bundle.config)
-            answer(answer_of(*take(generate(document, case.options(settings.schedule)))))
+            events = generate(document, case.options(settings.schedule))
+            answer(answer_of(*take(events, settings.clock)))
     except MmiError as error:
         answer({"error": str(error)})
+    except Exception as error:
+        if backend != COMPILED:
+            raise
+        # The exceptions of `torch.compile` and of its C++ compiler share no narrower class.
+        answer({"error": f"torch.compile failed: {_first_line(error)}"})
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
-    backend: BackendName = "runtime" if sys.argv[1] == "runtime" else "pytorch"
-    serve(backend, Settings.from_json(json.loads(sys.argv[2])), sys.stdin, answers)
+    serve(
+        backend_name(sys.argv[1]), Settings.from_json(json.loads(sys.argv[2])), sys.stdin, answers
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Letters: b batch, t tokens, n encoded images, m image slots, s feature cells, c 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,24 @@ class LlmRows:
             "start": self.start,
             "logit_index": wanted,
             "image_position": self.image_position[:, part],
+        }
+
+    def in_slots(self, rows: Sequence[int], first: Sequence[int], count: int) -> dict[str, NDArray]:
+        """Inputs for `count` tokens of some rows, from place `first[b]` of each document on, if a
+        document begins in the first place of its slot of the cache. The last token's logits are
+        wanted."""
+        of = np.array(rows)
+        place = np.array(first)[:, None] + np.arange(count)  # [b, t]
+        column = self.start[of][:, None] + place
+        return {
+            "token_ids": self.token_ids[of[:, None], column],
+            "visual_index": self.visual_index[of[:, None], column],
+            "position": place,
+            "write_index": np.array(first),
+            "start": np.zeros(len(of), np.int64),
+            "logit_index": np.full((len(of), 1), count - 1),
+            "image_position": self.image_position[of[:, None], column],
+            "image_slot": self.image_slot[of],
         }
 
 

@@ -162,6 +162,62 @@ def _llm(
                 model, graph, rows, start, outputs, inputs["logit_index"], wanted
             )
             yield sizes, worst_of(compared)
+    if limits.batch > 1:
+        yield from _slots(model, graph, min(3, limits.batch), half, images, run, draw)
+
+
+def _slots(
+    model: MMInterleaved,
+    graph: Graph,
+    b: int,
+    tokens: int,
+    images: int,
+    run: Run,
+    draw: np.random.Generator,
+) -> Cases:
+    """Documents in slots: each is prefilled alone, then all are decoded in one run, at unlike
+    places."""
+    rows = random_rows(model.config, draw, b, tokens, images)
+    wanted = _read(model, rows)
+    values = model.llm.image_values(torch.from_numpy(rows.features))
+    fixed = {
+        "visual_tokens": rows.visual_tokens.reshape(-1, model.config.llama.width),
+        **{
+            name: value.numpy()
+            for name, value in zip(graph.names("llm_value"), values, strict=True)
+        },
+    }
+    caches = {
+        name: np.zeros(graph[name].resolve(b=b), np.float32) for name in graph.in_place.values()
+    }
+    # Unlike even where the rows are equally long.
+    places = [max(len(wanted[row]) - _DECODED - row, 1) for row in range(b)]
+    decoded = min(len(hidden) - place for hidden, place in zip(wanted, places, strict=True))
+    for row, place in enumerate(places):
+        own = {name: cache[row : row + 1] for name, cache in caches.items()}
+        outputs = run(fixed | own | rows.in_slots([row], [0], place))
+        for new, old in graph.in_place.items():
+            caches[old][row] = outputs[new][0]
+    for _ in range(min(decoded, _DECODED)):
+        inputs = fixed | caches | rows.in_slots(range(b), places, 1)
+        outputs = run(inputs)
+        caches = {old: outputs[new] for new, old in graph.in_place.items()}
+        sizes = {
+            "b": b,
+            "t": 1,
+            "w": 1,
+            "v": len(fixed["visual_tokens"]),
+            "n": len(rows.features),
+            "m": rows.image_slot.shape[1],
+        }
+        compared = []
+        for row, place in enumerate(places):
+            hidden = wanted[row][place : place + 1]
+            got = {name: outputs[name][row] for name in ("hidden", "logits")}
+            expected = {"hidden": hidden, "logits": model.head(hidden)}
+            compared.append(compare_with_model(graph, got, expected))
+        places = [place + 1 for place in places]
+        yield sizes, worst_of(compared)
 
 
 def _read(model: MMInterleaved, rows: LlmRows) -> list[Tensor]:

@@ -62,6 +62,15 @@ def test_pictures_have_the_side_asked_for_and_differ(side: int) -> None:
     assert not np.array_equal(picture(0, side), picture(1, side))
 
 
+def test_a_plan_of_one_turn_draws_one_picture() -> None:
+    """For models whose picture takes PyTorch minutes; tokens are measured as for the others."""
+    one = plan(CONFIG, CONFIG.llama.context, 7, quick=False, one_turn=True)
+    assert one.drawing == replace(CASES[DOCUMENT], turns=1)
+    assert [case.tokens for case in one.cases] == [16, 16, 32, 32, 32]
+    assert [case.images for case in one.cases] == [4, 4, 0, 4, 8]
+    assert one.cases[3].context_tokens(CONFIG) == CASES[text_after(4)].context_tokens(CONFIG)
+
+
 def test_a_quick_plan_asks_for_less() -> None:
     quick = plan(CONFIG, CONFIG.llama.context, 2, quick=True).cases
     assert sum(replace(case).length(CONFIG) for case in quick) < sum(

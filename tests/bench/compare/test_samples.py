@@ -63,6 +63,17 @@ def test_each_time_is_taken_between_the_events_that_it_names(clock: list[float])
     assert np.array_equal(output.pictures, [PICTURE])
 
 
+def test_cpu_time_is_read_in_place_of_the_clock(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All measures but the stages; here the process gets a quarter of a core."""
+    monkeypatch.setattr(samples.time, "process_time", lambda: clock[0] / 4)
+    sample, _ = take(story(clock), "cpu")
+    assert (sample.seconds, sample.first_token) == (84.5 / 4, 1.25)
+    assert (sample.per_token, sample.per_step) == (0.5, 1.25)
+    assert sample.stages["vae"] == [2.0]
+
+
 def test_statistics_are_the_median_with_quartiles_and_extremes() -> None:
     assert Statistics.of([4.0, 1.0, 2.0, 3.0, 100.0]) == Statistics(3.0, 2.0, 4.0, 1.0, 100.0)
 

@@ -1,4 +1,4 @@
-"""Many documents on a GPU: the runs go through the fake CUDA runtime, which checks every address."""
+"""Many documents on a GPU: the runs go through the fake CUDA runtime, which checks addresses."""
 
 from __future__ import annotations
 
