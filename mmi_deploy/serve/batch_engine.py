@@ -123,9 +123,13 @@ class BatchEngine:
             resident=resident,
             unproved=unproved,
         )
-        engine = cls(
-            runtime, slots=slots, image_memory=image_memory, policy=policy, warm_up=warm_up
-        )
+        try:
+            engine = cls(
+                runtime, slots=slots, image_memory=image_memory, policy=policy, warm_up=warm_up
+            )
+        except Exception:
+            runtime.close()
+            raise
         engine._owns_runtime = True
         return engine
 

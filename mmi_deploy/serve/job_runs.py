@@ -174,11 +174,13 @@ class JobRuns:
         if not job.searched:
             # Only now: a document that began earlier may have computed the same prefix meanwhile.
             job.searched = True
-            if self.executor.slots.extend(row.slot, row.salt, row.sequence.token_ids, row.keys):
+            # Unless it has begun with a decode run, of the one token that a prefix had left.
+            if row.processed == job.cached and self.executor.slots.extend(
+                row.slot, row.salt, row.sequence.token_ids, row.keys
+            ):
                 row.begin(row.slot)
-            job.cached = row.processed
-            self.counts.given += job.given
-            self.counts.cached += job.cached
+                self.counts.cached += row.processed - job.cached
+                job.cached = row.processed
         count = self._piece(len(row.pending), gap)
 
         def run(_: Sequence[Job]) -> None:

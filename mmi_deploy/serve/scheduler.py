@@ -218,7 +218,9 @@ class Scheduler:
         assert slot is not None, "a slot is free"
         self._unsettled.pop(slot, None)
         job.row.begin(slot)
-        job.given = len(ids)
+        job.given, job.cached = len(ids), job.row.processed
+        self.runs.counts.given += job.given
+        self.runs.counts.cached += job.cached
         job.refresh(self.runs.turn)
 
     def _advance(self, job: Job, result: object) -> None:

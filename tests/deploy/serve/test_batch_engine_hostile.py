@@ -451,3 +451,25 @@ def test_many_short_documents_leave_the_memory_as_it_was(world: World) -> None:
         gc.collect()
         grown = anonymous_memory() - before
     assert grown < 1.5e6, f"{grown} bytes more"
+
+
+def test_an_engine_that_cannot_be_opened_keeps_no_engines_of_the_bundle(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, hooks = world
+    monkeypatch.setattr(Runtime, "open", lambda *_, **__: runtime)
+
+    def refuse(name: str, inputs: Any) -> None:
+        if name == "denoise_step":  # in the warm-up
+            raise EngineError("out of memory")
+
+    hooks.before = refuse
+    with pytest.raises(EngineError, match="out of memory"):
+        BatchEngine.open("bundle", slots=2)
+    assert not runtime._engines
+    with pytest.raises(ConfigError):
+        BatchEngine.open("bundle", slots=0)
+    hooks.reset()
+    with BatchEngine.open("bundle", slots=2) as engine:
+        assert isinstance(last(engine.submit(STORY, OPTIONS)), Finished)
+    assert not runtime._engines

@@ -587,3 +587,23 @@ def test_slots_change_places_while_documents_read_write_and_draw(world: World) -
     service.run(texts[0], *between[:3], texts[1], *between[3:], texts[2], *between)
     assert service.executor.slots.copies > 1
     service.check()
+
+
+def test_no_more_tokens_count_as_cached_than_were_given(world: World) -> None:
+    """On a device a prefix may leave a single token, which is decoded; the picture that follows is
+    no part of what was given."""
+    first = alone(world, LONG, max_images=0, max_tokens=1)
+    second = alone(world, *first.second_turn().parts, logit_bias=((3, 90.0),))
+    assert second.told[-1][3] == 1 and len(second.token_ids) == len(first.token_ids) + 4
+    for exact in (False, True):
+        service = Service(*world, slots=1, images=8, exact=exact, row_counts=(1,))
+        service.run(first)
+        (sent,) = service.run(second)
+        service.check()
+        left = 2 if exact else 1
+        assert (sent.job.given, sent.job.cached) == (
+            len(first.token_ids),
+            len(first.token_ids) - left,
+        )
+        counts = service.scheduler.runs.counts
+        assert (counts.given, counts.cached) == (25 + sent.job.given, sent.job.cached)
