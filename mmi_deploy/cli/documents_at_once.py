@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mmi_deploy.cli.console import remarks
 from mmi_deploy.cli.generate_output import Output
 from mmi_deploy.cli.machine import Machine
+from mmi_deploy.cli.program import disk_is_full
 from mmi_deploy.documents.document import Document, encode_document
 from mmi_deploy.errors import DocumentError, EngineError, MmiError
 from mmi_deploy.runtime.events import Event, ImageDone, ImageProgress, ImageStarted
@@ -143,8 +144,15 @@ class Failures:
             raise MmiError(f"{self.count} of {of} documents failed: {names}{more}")
 
 
+def of_all(error: Exception) -> bool:
+    """True for an error that the documents after this one would have as well."""
+    return isinstance(error, EngineStopped) or disk_is_full(error)
+
+
 def line_of(error: Exception) -> str:
     """An error in one line."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
     line = " ".join(str(error).split()) or "no message"
     return line if isinstance(error, MmiError) else f"unexpected {type(error).__name__}: {line}"
 

@@ -15,11 +15,11 @@ from mmi_deploy.cli.console import counted, print_json
 from mmi_deploy.cli.documents_at_once import (
     AHEAD,
     Board,
-    EngineStopped,
     Failures,
     check_fits,
     generated,
     most_images,
+    of_all,
     opened_engine,
     run_all,
 )
@@ -89,7 +89,8 @@ def generate_lines(
         }
         print_json(report)
     failures.check(left)
-    board.print(f"{counted(left, 'document')} in {seconds:.1f} s, in {out}")
+    if left:
+        board.print(f"{counted(left, 'document')} in {seconds:.1f} s, in {out}")
 
 
 def _generate(
@@ -109,9 +110,9 @@ def _generate(
             document, of_line = lines.document(line), _of_line(options, line)
             output, seconds = await generated(engine, name, document, of_line, board)
             names = _pictures(output.story.entries, line.number, out, results)
-        except (OSError, EngineStopped):
-            raise  # not an error of this document
         except Exception as error:
+            if of_all(error):
+                raise
             reason = failures.add(name, error)
             results.add(line.number, {"id": line.id, "error": reason})
             board.end(name, reason if name in reason else f"{name}: {reason}")

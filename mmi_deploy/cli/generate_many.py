@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 import unicodedata
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from mmi_deploy.cli.console import counted
+from mmi_deploy.cli.console import counted, results
 from mmi_deploy.cli.documents_at_once import (
     AHEAD,
     Board,
-    EngineStopped,
     Failures,
     check_fits,
     generated,
     most_images,
     named,
+    of_all,
     opened_engine,
     run_all,
 )
@@ -52,7 +51,7 @@ def generate_many(
     for document, folder in folders.items():
         check_replaceable(folder, force, kind="story", inputs=(document, machine.bundle))
     bundle = machine.open_bundle()
-    started, failures = time.perf_counter(), Failures()
+    started, failures, reports = time.perf_counter(), Failures(), results()
     with closing(machine.open_runtime(bundle, machine.find_kernels())) as runtime:
         for document in documents:
             _read(document, options, runtime)
@@ -70,17 +69,18 @@ def generate_many(
                         output, seconds = await generated(engine, name, source, options, board)
                         spent = f"{seconds:.1f} s, beside other documents"
                         output.write(work, document, machine.bundle, machine.target, spent)
-                except (OSError, EngineStopped):
-                    raise  # not an error of this document
                 except Exception as error:
+                    if of_all(error):
+                        raise
                     line = failures.add(name, error)
                     board.end(name, line if name in line else f"{name}: {line}")
                     if as_json:
-                        _print_line({"document": name, "error": line})
+                        reports.print(json.dumps({"document": name, "error": line}))
                     return
                 board.end(name, f"{name}: {output.summary(seconds)} {folder / PAGE_NAME}")
                 if as_json:
-                    _print_line({"document": name, **output.report(folder, seconds)})
+                    report = {"document": name, **output.report(folder, seconds)}
+                    reports.print(json.dumps(report))
 
             run_all(documents, generate, engine.stats().slots + AHEAD)
     failures.check(len(documents))
@@ -129,9 +129,3 @@ def _read(path: Path, options: GenerationOptions, runtime: Runtime) -> Document:
         document = read_document(path, runtime.limits.context, most_images(runtime))
         check_fits(document, options, runtime)
     return document
-
-
-def _print_line(report: dict[str, object]) -> None:
-    """Print one line of JSON on stdout at once."""
-    sys.stdout.write(json.dumps(report) + "\n")
-    sys.stdout.flush()

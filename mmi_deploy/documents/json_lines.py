@@ -61,7 +61,9 @@ class DocumentLines:
         hashed = hashlib.sha256()
         yield from self._read(hashed)
         if hashed.hexdigest() != self.sha256:
-            raise DocumentError(f"{self.path} was changed while it was read", fix="run it again")
+            raise DocumentError(
+                f"{self.path} was changed while it was read", fix="leave it as it is"
+            )
 
     def document(self, line: DocumentLine) -> Document:
         """Document of a line, its pictures decoded."""
