@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from mmi_deploy.documents.json_lines import SUFFIX, DocumentLine, DocumentLines
 from mmi_deploy.documents.story import Entry
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.options import GenerationOptions
+from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.serve.batch_engine import BatchEngine
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
@@ -65,11 +66,13 @@ def generate_lines(
     with closing(machine.open_runtime(bundle, machine.find_kernels())) as runtime:
         lines = DocumentLines(path, runtime.limits.context, most_images(runtime), OPTIONS)
         run = {**_run(bundle, machine.target, options), "input": lines.sha256}
+        fresh = not os.path.lexists(out)
+        if fresh:  # a file that is refused leaves nothing behind
+            _check(lines, lines, options, runtime)
         with result_lines(out, run) as results:
             skipped, started, failures = results.done, time.perf_counter(), Failures()
-            for line in _left(lines, results):
-                with lines.at(line.number):
-                    check_fits(lines.document(line), _of_line(options, line), runtime)
+            if not fresh:
+                _check(lines, _left(lines, results), options, runtime)
             left = lines.count - skipped
             with Board(left, as_json) as board:
                 if skipped:
@@ -91,6 +94,18 @@ def generate_lines(
     failures.check(left)
     if left:
         board.print(f"{counted(left, 'document')} in {seconds:.1f} s, in {out}")
+
+
+def _check(
+    lines: DocumentLines,
+    some: Iterable[DocumentLine],
+    options: GenerationOptions,
+    runtime: Runtime,
+) -> None:
+    """Raise `MmiError` for the first of `some` lines that does not fit the model."""
+    for line in some:
+        with lines.at(line.number):
+            check_fits(lines.document(line), _of_line(options, line), runtime)
 
 
 def _generate(

@@ -66,9 +66,8 @@ class DocumentLines:
             )
 
     def document(self, line: DocumentLine) -> Document:
-        """Document of a line, its pictures decoded."""
-        with self.at(line.number):
-            return with_pictures(document_of_json(line.parts, self._folder), self._images)
+        """Document of a line, its pictures decoded. Raises `DocumentError`."""
+        return with_pictures(document_of_json(line.parts, self._folder), self._images)
 
     @contextmanager
     def at(self, number: int) -> Iterator[None]:
@@ -123,17 +122,17 @@ class DocumentLines:
 
     def _parsed(self, data: bytes, number: int) -> DocumentLine | None:
         try:
-            text = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError:
             raise DocumentError("it is not UTF-8 text", fix="save the file as UTF-8") from None
-        if not text.strip():
+        if not text:
             return None
         value = json_value(text, number)
         if not isinstance(value, dict) or _PARTS not in value:
             raise DocumentError(
                 "it is not a document",
                 expected='an object with "parts", as {"parts": [{"text": "a red circle"}]}',
-                got=text.strip()[:80],
+                got=text[:80],
             )
         name = value.get(_ID, number)
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":

@@ -179,9 +179,10 @@ def result_lines(path: Path, run: Mapping[str, Any]) -> Iterator[ResultLines]:
     folder.mkdir(parents=True, exist_ok=True)
     with temporary_folder(folder, _WORK, alone=str(path)) as work:
         record = {"format": _FORMAT, "results": path.name, **json.loads(json.dumps(run))}
-        if os.path.lexists(folder / RECORD):
-            _check_record(path, folder / RECORD, record)
-        else:
+        found = _read_record(folder / RECORD) if os.path.lexists(folder / RECORD) else None
+        if found is not None and os.path.lexists(path) and os.path.getsize(path):
+            _check_record(path, found, record)
+        elif found != record:  # a run without results may become another one
             write_file(folder / RECORD, json.dumps(record, indent=1) + "\n")
         lines = ResultLines(path, work)
         try:
@@ -190,15 +191,20 @@ def result_lines(path: Path, run: Mapping[str, Any]) -> Iterator[ResultLines]:
             lines.close()
 
 
-def _check_record(path: Path, place: Path, record: Mapping[str, Any]) -> None:
-    """Raise `MmiError` if the results belong to another run than `record`."""
+def _read_record(place: Path) -> dict[str, Any]:
+    """Read the record of a run; raises `MmiError` for another file of its name."""
     try:
         with open_regular(place) as file:
             found = json.loads(file.read())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError):
+        if place.is_symlink() or not isinstance(found, dict) or found["format"] != _FORMAT:
+            raise ValueError("not a record")
+    except (OSError, ValueError, KeyError, RecursionError):
         raise MmiError(f"{place} cannot be understood", fix=_ELSEWHERE) from None
+    return found
+
+
+def _check_record(path: Path, found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Raise `MmiError` if the results belong to another run than `record`."""
     for key in sorted({*record, *found}):
         if record.get(key) != found.get(key):
             raise MmiError(
