@@ -49,7 +49,7 @@ def generate(
             "--out",
             "-o",
             help="Output folder: story.md, pictures and index.html. Of several documents: a folder "
-            "in it for each, called like the document. Of a JSONL: another JSONL.",
+            "in it for each, called like the document. Of a JSONL: the JSONL of its results.",
             rich_help_panel="Document",
         ),
     ] = Path("out"),
