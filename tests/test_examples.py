@@ -85,13 +85,18 @@ def test_the_service_of_the_docs_answers(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", (DOCS / "serving.md").read_text(), re.DOTALL)
+    scripts = re.findall(r"```python\n(.*?)```", (DOCS / "serving.md").read_text(), re.DOTALL)
+    together, alone = scripts
     (tmp_path / "bundles").mkdir()
     (tmp_path / "bundles" / "tiny").symlink_to(exported_once(SHIPPED).bundle.folder)
     (tmp_path / "examples").symlink_to(EXAMPLES)
     monkeypatch.chdir(tmp_path)
-    exec(compile(script, "serving.md", "exec"), {})
+    exec(compile(together, "serving.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "a running text waits at most" in out and "EngineStats(" in out
+    exec(compile(alone, "serving.md", "exec"), {})
     assert "max_images: {" in capsys.readouterr().out
-    pictures = sorted(tmp_path.glob("picture-*.png"))  # the one asked for, and one more
-    assert [picture.stem for picture in pictures] == ["picture-1", "picture-2"]
+    # The one asked for, and one more.
+    pictures = sorted(tmp_path.glob("document-0-picture-*.png"))
+    assert [picture.stem[-1] for picture in pictures] == ["1", "2"]
     assert all(read_rgb(picture).std() > 0 for picture in pictures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
@@ -45,13 +45,13 @@ class Buffer:
             raise IndexError(f"rows {first}:{last} of {self.shape[0]}")
         row = prod(self.shape[1:]) * self.dtype.itemsize
         shape = (last - first, *self.shape[1:])
-        return replace(self, pointer=self.pointer + first * row, shape=shape)
+        return Buffer(self.memory, self.pointer + first * row, shape, self.dtype, self.owner)
 
     def reshaped(self, shape: Sequence[int]) -> Buffer:
         """View of the same memory with another shape of as many elements."""
         if prod(shape) != prod(self.shape):
             raise ValueError(f"cannot reshape {self.shape} to {tuple(shape)}")
-        return replace(self, shape=tuple(shape))
+        return Buffer(self.memory, self.pointer, tuple(shape), self.dtype, self.owner)
 
     def write(self, array: Array) -> None:
         """Copy `array`, of the same shape and dtype, into the buffer."""

@@ -1,19 +1,14 @@
-"""Caches of a session: KV cache, hidden states, MMFS values of images, buffers of the sampler.
+"""Caches: KV cache, hidden states, MMFS values of a document's images.
 
 Letters: t tokens, n encoded images, c channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-import numpy as np
-
-from mmi_deploy.runtime.buffers import Array, Buffer, Memory
-from mmi_deploy.spec.graphs import DEEP, IMAGE_SLOT_PADDING, Graph, Tensor
-
-# Sampler state: input of a denoising step -> output that is this input of the next step.
-_STATE = {"latents": "next_latents", "history": "next_history"}
+from mmi_deploy.runtime.buffers import Buffer, Memory
+from mmi_deploy.spec.graphs import IMAGE_SLOT_PADDING, Graph, Tensor
 
 
 class KvCache:
@@ -32,16 +27,25 @@ class KvCache:
 
 
 class HiddenStates:
-    """Final hidden state of every token of a document: a picture's context is a slice of it."""
+    """Final hidden state of every token of some documents: a picture's context is a slice of it."""
 
     def __init__(self, llm: Graph, memory: Memory, tokens: int) -> None:
         hidden = llm["hidden"]
         self._rows = memory.allocate(hidden.resolve(b=1, t=tokens)[1:], hidden.dtype)  # [tokens, c]
         self._memory = memory
+        self._array = self._rows.read() if memory.device == "cpu" else None
 
     def write(self, first: int, hidden: Buffer) -> None:
         """Write `hidden` [t, c], the states of the tokens from index `first` on."""
         self._memory.copy(hidden, self._rows.rows(first, first + hidden.shape[0]))
+
+    def write_each(self, places: Sequence[int], hidden: Buffer, rows: Sequence[int]) -> None:
+        """Write rows of `hidden` [b, c], the state of one token each, to `places`."""
+        if self._array is not None:  # one copy for all
+            self._array[places] = hidden.read()[rows]
+            return
+        for place, row in zip(places, rows, strict=True):
+            self.write(place, hidden.rows(row, row + 1))
 
     def tokens(self, first: int, last: int) -> Buffer:
         """View of the states of tokens `first` to `last` (exclusive), [last - first, c]. Valid as
@@ -88,6 +92,11 @@ class ImagePool:
         """Row of image number `image` of the document."""
         return image % self.rows
 
+    @property
+    def all_rows(self) -> dict[str, Buffer]:
+        """All rows, used or not."""
+        return self._buffers
+
     def buffers(self) -> dict[str, Buffer]:
         """The `used` rows."""
         return {name: buffer.rows(0, self.used) for name, buffer in self._buffers.items()}
@@ -96,33 +105,3 @@ class ImagePool:
 def padded_count(images: int, most: int) -> int:
     """Round `images` up to one of `IMAGE_SLOT_PADDING`, or to `most` beyond them."""
     return next((size for size in IMAGE_SLOT_PADDING if images <= size < most), most)
-
-
-class DrawingBuffers:
-    """Buffers of `denoise_step`, allocated once per session.
-
-    The sampler state alternates between two fixed addresses, so two recorded CUDA graphs per engine
-    serve all steps and pictures of the same shapes.
-    """
-
-    def __init__(self, denoise_step: Graph, image_condition: Graph, memory: Memory) -> None:
-        def allocate(tensor: Tensor) -> Buffer:
-            return memory.allocate(tensor.resolve(b=1), tensor.dtype)
-
-        self.state = {name: allocate(denoise_step[name]) for name in _STATE}
-        self.next_state = {name: allocate(denoise_step[name]) for name in _STATE.values()}
-        self.zero_noise = allocate(denoise_step["noise"])  # for steps that add no noise
-        self.deep = allocate(denoise_step[DEEP])
-        self.condition = {tensor.name: allocate(tensor) for tensor in image_condition.outputs}
-
-    def begin(self, latents: Array) -> None:
-        """Start a picture from `latents`, with an empty history."""
-        history = self.state["history"]
-        self.state["latents"].write(latents)
-        history.write(np.zeros(history.shape, history.dtype))
-
-    def swap(self) -> None:
-        """Exchange input and output state: a step's output is the next step's input."""
-        before = self.state
-        self.state = {old: self.next_state[new] for old, new in _STATE.items()}
-        self.next_state = {new: before[old] for old, new in _STATE.items()}

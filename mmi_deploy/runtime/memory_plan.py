@@ -72,6 +72,7 @@ def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> 
     drawing = [
         *(step[name] for name in ("latents", "history", "next_latents", "next_history", "noise")),
         step[DEEP],
+        step[DEEP],  # as an output, before it is copied into the row
         *graphs["image_condition"].outputs,
     ]
     seen = [graphs["vision_encoder"]["features"], *graphs["unet_values"].outputs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.sampling import LogitBias, TextSampling, check_ranges, check_types
@@ -62,8 +63,9 @@ class GenerationOptions:
             raise ConfigError("an empty stop text would end every generation at once")
         _ = self.sampling  # checks its own ranges
 
-    @property
+    @cached_property
     def sampling(self) -> TextSampling:
+        """The options of text sampling, checked once and not at every token."""
         return TextSampling(
             self.temperature,
             self.top_k,

@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 from mmi_deploy.documents.images import Rgb, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, Memory
-from mmi_deploy.runtime.caches import DrawingBuffers, HiddenStates, ImagePool, KvCache
+from mmi_deploy.runtime.caches import HiddenStates, ImagePool, KvCache
 from mmi_deploy.runtime.decode_step import DecodeStep
-from mmi_deploy.runtime.keyed_random import first_latents, step_noise
+from mmi_deploy.runtime.picture_rows import PictureRows
+from mmi_deploy.runtime.prefill import prefill_inputs
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.sampling import sample_rows
 from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.runtime.visible_images import VisibleImages, pad_images
 from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken, Picture, Work
-from mmi_deploy.spec.graphs import DEEP, Graph
+from mmi_deploy.spec.graphs import Graph
 
 Logits = NDArray[np.float32]
 
@@ -59,8 +60,7 @@ class Session:
         self._logits = _allocate_single(llm, "logits", memory)
         self._no_visual_tokens = _allocate_single(llm, "visual_tokens", memory)
         self._decode_steps: dict[tuple[int, int], DecodeStep] = {}  # by image slots and pool rows
-        self._drawing: DrawingBuffers | None = None
-        self._constant: dict[str, Buffer | Array] = {}  # inputs of the present picture's steps
+        self._pictures: PictureRows | None = None
         self._processed = 0  # tokens in the KV cache
         self._visible = VisibleImages(runtime.config.tokens, self.config.llm_mmfs.images_seen, most)
         self._pending_visual_tokens: list[Buffer] = []  # [n, visual_tokens, c], not in the LLM yet
@@ -172,18 +172,10 @@ class Session:
         self, ids: list[int], slot: NDArray[np.int32], position: NDArray[np.int32]
     ) -> Buffer:
         """Run the LLM over `ids`; returns their hidden states [1, t, c]."""
-        first, count = self._processed, len(ids)
-        visual_tokens, visual_index = self._visual(ids)
+        visual_tokens, index = self._visual(ids)
         inputs: dict[str, Buffer | Array] = {
-            "token_ids": np.array([ids], np.int64),
+            **prefill_inputs(ids, self._processed, index, slot, position),
             "visual_tokens": visual_tokens,
-            "visual_index": visual_index,
-            "position": np.arange(first, first + count, dtype=np.int64)[None],
-            "write_index": np.array([first], np.int64),
-            "start": np.zeros(1, np.int64),
-            "logit_index": np.array([[count - 1]], np.int64),
-            "image_slot": slot,
-            "image_position": position,
             **self._llm_values.buffers(),
             **self._cache.buffers,
         }
@@ -264,57 +256,35 @@ class Session:
             raise DocumentError(
                 "a picture can only be drawn after a begin-of-image token", fix="append it first"
             )
-        bound = self.runtime.schedule(picture.schedule)
         self._run_pending()
         self._compute_unet_values()
-        drawing = self._drawing_buffers()
+        drawing = self._picture_rows()
         with self._measure("condition"):
-            self.runtime.engine("image_condition").run(self._context(), drawing.condition)
+            self.runtime.engine("image_condition").run(self._context(), drawing.condition(0))
         slot, position = self._earlier_pictures()
-        noise = first_latents(picture.seed, picture.index, drawing.zero_noise.shape)
-        drawing.begin(noise * bound.schedule.initial_sigma)
-        self._constant = {
-            "guidance": np.array([picture.guidance], np.float32),
-            **self.runtime.tables(),
-            "image_slot": slot,
-            "image_position": position,
-            DEEP: drawing.deep,
-            **drawing.condition,
-            **self._unet_values.buffers(),
-        }
+        drawing.begin(0, picture, slot[0], position[0])
 
     def denoise(self, picture: Picture, step: int) -> None:
         """Run step `step` of the picture that was begun last."""
-        bound, drawing = self.runtime.schedule(picture.schedule), self._drawing_buffers()
-        full = step % picture.full_every == 0
-        engine = self.runtime.engine("denoise_step" if full else "denoise_shallow")
         with self._measure("denoise"):
-            noise: Buffer | Array = drawing.zero_noise
-            if bound.schedule.draws_noise(step):
-                noise = step_noise(picture.seed, picture.index, step, drawing.zero_noise.shape)
-            given = {**self._constant, **drawing.state, "noise": noise}
-            given["step"] = np.array([bound.first + step], np.int64)
-            # The shallow graph takes a subset of the whole one's inputs, and `deep` besides.
-            inputs = {tensor.name: given[tensor.name] for tensor in engine.graph.inputs}
-            engine.run(inputs, {**drawing.next_state, DEEP: drawing.deep})
-            drawing.swap()  # double buffering: a step must not overwrite what it reads
+            self._picture_rows().denoise([Denoise(picture, step)], 1)
 
     def decode_latents(self, picture: Picture) -> Rgb:
         """Decode the latents after the last step to the picture, uint8 [height, width, 3]."""
-        latents = self._drawing_buffers().state["latents"]
+        latents = self._picture_rows().latents(0)
         with self._measure("vae"):
             decoded = self.runtime.engine("vae_decoder").run({"latents": latents})
             pixels = decoded["pixels"].read()[0]
         check_finite(pixels, f"the pixels of picture {picture.index}")
         return to_rgb(pixels)
 
-    def _drawing_buffers(self) -> DrawingBuffers:
-        graphs = self.runtime.graphs
-        if self._drawing is None:
-            self._drawing = DrawingBuffers(
-                graphs["denoise_step"], graphs["image_condition"], self.runtime.memory
-            )
-        return self._drawing
+    def _picture_rows(self) -> PictureRows:
+        """The one row of pictures, allocated with the first picture."""
+        if self._pictures is None:
+            # All rows: the plans of a picture's steps keep the buffers that they are bound to.
+            values = self._unet_values.all_rows
+            self._pictures = PictureRows(self.runtime, 1, values)
+        return self._pictures
 
     def _context(self) -> dict[str, Buffer | Array]:
         """Hidden states of the current document [1, x, c], and x [1]."""

@@ -45,6 +45,11 @@ class Denoise:
     picture: Picture
     step: int
 
+    @property
+    def full(self) -> bool:
+        """True if the whole U-Net runs."""
+        return self.step % self.picture.full_every == 0
+
 
 @dataclass(frozen=True)
 class DecodeLatents:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
-from math import isnan
+from numbers import Integral
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -14,7 +14,7 @@ from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.documents.document import Document, Image
 from mmi_deploy.documents.images import resize
 from mmi_deploy.errors import ConfigError, EngineError
-from mmi_deploy.runtime.events import Event
+from mmi_deploy.runtime.events import Event, ImageDone
 from mmi_deploy.runtime.generation import Generation
 from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
@@ -143,8 +143,19 @@ class BatchEngine:
         no cache, so that latency does not tell one what another sent. Raises `MmiError` for a
         document that does not fit the model, `BusyError` if the queue is full.
         """
-        if max_seconds is not None and (isnan(max_seconds) or max_seconds < 0):
-            raise ConfigError("max_seconds is out of range", expected="0 or more", got=max_seconds)
+        # Here, as the thread that all documents share must not meet them.
+        for name, value, fits, expected in (
+            ("priority", priority, isinstance(priority, Integral), "a whole number"),
+            ("tenant", tenant, isinstance(tenant, str), "a string"),
+            (
+                "max_seconds",
+                max_seconds,
+                max_seconds is None or (isinstance(max_seconds, int | float) and max_seconds >= 0),
+                "0 or more seconds",
+            ),
+        ):
+            if not fits:
+                raise ConfigError(f"{name} is out of range", expected=expected, got=repr(value))
         stream, executor = EventStream(), self._scheduler.executor
         sequence = TokenSequence(executor.config, executor.limits)
         generation = Generation(
@@ -224,10 +235,24 @@ class BatchEngine:
     def _emit(self, stream: EventStream, job: Job, item: Event | Exception | None) -> None:
         if item is None or isinstance(item, Exception):
             stream.stats = job.stats(self._clock())
+        if isinstance(item, ImageDone):  # the receiver may write to it, the document keeps its own
+            item = replace(item, rgb=item.rgb.copy())
         stream.emit(item)
 
     def _run(self) -> None:
-        """Turns of the scheduler, until the engine is closed."""
+        """Turns of the scheduler until the engine is closed or breaks; then all documents end."""
+        scheduler = self._scheduler
+        try:
+            self._turns()
+            scheduler.cancel_all()
+        except Exception as error:
+            with self._changed:  # from here on `submit` adds no document
+                self._broken = error
+                scheduler.waiting += [job for job in self._inbox if job not in scheduler.waiting]
+                self._inbox.clear()
+            scheduler.fail_all(EngineError(f"the batch engine failed: {error}"))
+
+    def _turns(self) -> None:
         worked = True
         while True:
             with self._changed:
@@ -239,32 +264,18 @@ class BatchEngine:
                     self._scheduler.add(job)
                 self._inbox.clear()
                 if self._closed:
-                    break
-            try:
-                worked = self._scheduler.turn()
-            except Exception as error:
-                self._broken = error
-                break
-        self._end_all()
-
-    def _end_all(self) -> None:
-        """End all documents: as cancelled, or with the error that broke the engine."""
-        scheduler = self._scheduler
-        for job in [*scheduler.running, *scheduler.waiting, *self._inbox]:
-            if self._broken is not None:
-                job.emit(EngineError(f"the batch engine failed: {self._broken}"))
-            else:
-                job.stop("cancelled")
+                    return
+            worked = self._scheduler.turn()
 
 
 def _resized(document: Document, side: int) -> Document:
-    """The document with its pictures at the model's size. This takes the caller's time, not that of
-    the thread that all documents share."""
+    """The document with copies of its pictures at the model's size, which the caller cannot change
+    any more. This takes the caller's time, not that of the thread that all documents share."""
+
+    def resized(image: Image) -> Image:
+        rgb = image.rgb
+        return Image(rgb.copy() if rgb.shape == (side, side, 3) else resize(rgb, side), image.alt)
+
     return Document(
-        tuple(
-            Image(resize(part.rgb, side), part.alt)
-            if isinstance(part, Image) and part.rgb.shape != (side, side, 3)
-            else part
-            for part in document.parts
-        )
+        tuple(resized(part) if isinstance(part, Image) else part for part in document.parts)
     )

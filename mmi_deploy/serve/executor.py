@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmi_deploy.documents.images import Rgb, to_pixels
-from mmi_deploy.runtime.buffers import Buffer
+from mmi_deploy.runtime.buffers import Array, Buffer
 from mmi_deploy.runtime.decode_step import DecodeStep
-from mmi_deploy.runtime.keyed_random import first_latents, step_noise
+from mmi_deploy.runtime.picture_rows import PictureRows
+from mmi_deploy.runtime.prefill import prefill_inputs
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Logits
 from mmi_deploy.runtime.visible_images import pad_images
@@ -25,7 +26,6 @@ from mmi_deploy.runtime.work import Denoise, Picture
 from mmi_deploy.serve.document_row import DocumentRow
 from mmi_deploy.serve.image_rows import ImageRows, Key
 from mmi_deploy.serve.kv_slots import KvSlots, Slot
-from mmi_deploy.serve.picture_rows import PictureRows
 
 # Slot and position of the image of a row that sees none.
 _NO_IMAGES = (np.zeros(1, np.int32), np.zeros(1, np.int32))
@@ -135,22 +135,13 @@ class Executor:
             copy(source, self._visual_tokens.rows(filled, filled + end - begin))
             filled += end - begin
         logits = self._logits.rows(0, 1)
-        outputs = self.runtime.engine("llm").run(
-            {
-                "token_ids": np.array([ids], np.int64),
-                "visual_tokens": self._visual_tokens.rows(0, max(filled, 1)),
-                "visual_index": index,
-                "position": np.arange(first, first + count, dtype=np.int64)[None],
-                "write_index": np.array([first], np.int64),
-                "start": np.zeros(1, np.int64),
-                "logit_index": np.array([[count - 1]], np.int64),
-                "image_slot": slot,
-                "image_position": position,
-                **{name: self.images.buffers[name] for name in self._values},
-                **self.slots.cache(row.slot.index, row.slot.index + 1),
-            },
-            {"logits": logits},
-        )
+        inputs: dict[str, Buffer | Array] = {
+            **prefill_inputs(ids, first, index, slot, position),
+            "visual_tokens": self._visual_tokens.rows(0, max(filled, 1)),
+            **{name: self.images.buffers[name] for name in self._values},
+            **self.slots.cache(row.slot.index, row.slot.index + 1),
+        }
+        outputs = self.runtime.engine("llm").run(inputs, {"logits": logits})
         hidden = outputs["hidden"]
         self.slots.write_hidden(row.slot, first, hidden.reshaped(hidden.shape[1:]))
         result: Logits = logits.read()[0, 0]  # waits for the run, which may raise
@@ -172,13 +163,14 @@ class Executor:
         m = max(slot.shape[1] for _, slot, _ in seen.values())
         self.run_decode(first, b, m, seen)
         logits = self._logits.rows(0, b).read()
+        indices = [slot.index - first for slot in slots]
+        hidden = self._hidden.rows(0, b)
+        self.slots.write_each_hidden(slots, hidden.reshaped((b, hidden.shape[2])), indices)
         for row, slot in zip(rows, slots, strict=True):
-            hidden = self._hidden.rows(slot.index - first, slot.index - first + 1)
-            self.slots.write_hidden(slot, len(slot.token_ids), hidden.reshaped(hidden.shape[1:]))
             token, image_slot, position = seen[slot.index]
             row.visible.add([token], image_slot, position)
             row.add([token])
-        found: Logits = logits[[slot.index - first for slot in slots], 0]
+        found: Logits = logits[indices, 0]
         return found
 
     def run_decode(
@@ -228,28 +220,15 @@ class Executor:
             },
             self.pictures.condition(at),
         )
-        bound = self.runtime.schedule(picture.schedule)
-        shape = self.pictures.latents(at).shape
-        noise = first_latents(picture.seed, picture.index, shape)
         images, position = row.visible.of_picture(picture.index, self.seen)
         slots = [row.unet_images.row(row.keys[image]) for image in images]
         slot, position = pad_images(np.array(slots, np.int32), position, self.seen)
-        self.pictures.begin(
-            at, noise * bound.schedule.initial_sigma, picture.guidance, slot[0], position[0]
-        )
+        self.pictures.begin(at, picture, slot[0], position[0])
         self.runtime.memory.wait()
 
-    def denoise(self, steps: Sequence[Denoise], full: bool) -> None:
+    def denoise(self, steps: Sequence[Denoise]) -> None:
         """Run a denoising step of the pictures in the first rows, one of `steps` each."""
-        for row, (picture, step) in enumerate((work.picture, work.step) for work in steps):
-            bound = self.runtime.schedule(picture.schedule)
-            noise = None
-            if bound.schedule.draws_noise(step):
-                shape = self.pictures.latents(row).shape
-                noise = step_noise(picture.seed, picture.index, step, shape)
-            self.pictures.set(row, bound.first + step, noise)
-        b = min(self.padded(len(steps)), self.pictures.rows)
-        self.pictures.run("denoise_step" if full else "denoise_shallow", b)
+        self.pictures.denoise(steps, min(self.padded(len(steps)), self.pictures.rows))
         self.runtime.memory.wait()
 
     def decode_latents(self, rows: Sequence[int]) -> list[NDArray[np.float32]]:

@@ -43,6 +43,7 @@ class ImageRows:
         self.evictions = 0
         self._row: dict[Key, int] = {}
         self._users: dict[Key, int] = {}  # of the rows in use
+        self._new: set[Key] = set()  # images that nobody has found yet
         self._unused: OrderedDict[Key, None] = OrderedDict()  # least recently used first
         self._free = list(range(rows, 0, -1))
 
@@ -61,7 +62,8 @@ class ImageRows:
         row held."""
         if key not in self._row:
             return None
-        self.hits += 1
+        self.hits += key not in self._new  # the document that had it encoded comes first
+        self._new.discard(key)
         self._hold(key)
         return self._row[key]
 
@@ -78,9 +80,10 @@ class ImageRows:
                     fix="serve fewer documents at once, or give the pool more rows",
                 )
             oldest, _ = self._unused.popitem(last=False)
-            self._free.append(self._row.pop(oldest))
+            self._drop(oldest)
             self.evictions += 1
         self._row[key] = self._free.pop()
+        self._new.add(key)
         self._hold(key)
         return self._row[key]
 
@@ -90,6 +93,16 @@ class ImageRows:
         if not self._users[key]:
             del self._users[key]
             self._unused[key] = None
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        """Drop those of `keys` that are in the pool and not in use."""
+        for key in keys:
+            if self._unused.pop(key, False) is None:
+                self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        self._free.append(self._row.pop(key))
+        self._new.discard(key)
 
     def _hold(self, key: Key) -> None:
         self._users[key] = self._users.get(key, 0) + 1

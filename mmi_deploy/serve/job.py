@@ -122,8 +122,8 @@ class Job:
 
     def _next_run(self) -> str:
         match self.work:
-            case Denoise(picture, step):
-                return "shallow" if step % picture.full_every else "denoise"
+            case Denoise():
+                return "denoise" if self.work.full else "shallow"
             case DecodeLatents():
                 return "vae"
         row = self.row
@@ -133,6 +133,9 @@ class Job:
             text = len(pending) == 1 and pending[0] != row.sequence.config.tokens.image
             return "decode" if text else "prefill"
         assert isinstance(self.work, Condition), "a token is wanted only after a pending one"
+        # Without a row for its picture it holds no image yet: the pool has room for the rows alone.
+        if self.picture_row is None:
+            return "values"
         if row.unet_images.missing(row.seen_by_picture(self.work.picture.index)):
             return "values"
         return "condition"

@@ -257,7 +257,7 @@ class JobRuns:
         kind = jobs[0].stage
         steps = [job.work for job in jobs if isinstance(job.work, Denoise)]
         with self._measured(kind, self.executor.padded(len(jobs)), dict.fromkeys(jobs, 1)):
-            self.executor.denoise(steps, full=kind == "denoise")
+            self.executor.denoise(steps)
         for job in jobs:
             self.guarded(job, partial(self._advance, job, None))
 

@@ -108,6 +108,11 @@ class KvSlots:
         """Write the hidden states [t, c] of the tokens from `place` on."""
         self._hidden.write(slot.index * self.context + place, hidden)
 
+    def write_each_hidden(self, slots: Sequence[Slot], hidden: Buffer, rows: Sequence[int]) -> None:
+        """Write rows of `hidden` [b, c] as the states of the next token of each slot."""
+        places = [slot.index * self.context + len(slot.token_ids) for slot in slots]
+        self._hidden.write_each(places, hidden, rows)
+
     def hidden(self, slot: Slot, first: int, last: int) -> Buffer:
         """View of the hidden states of tokens `first` to `last` (exclusive), [t, c]."""
         start = slot.index * self.context

@@ -34,7 +34,8 @@ class Recent:
 
 
 class RunTimes:
-    """Moving average of the seconds of each kind of run, by its size (rows, images or tokens)."""
+    """Moving average of the seconds of each kind of run, by its size (rows, images or tokens). One
+    thread adds, any thread reads."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, dict[int, float]] = defaultdict(dict)
@@ -48,7 +49,7 @@ class RunTimes:
     def expected(self, kind: str, size: int) -> float:
         """Expected seconds of a run: interpolated between the sizes that were measured, in
         proportion beyond the largest; 0 if none was."""
-        known = self._seconds[kind]
+        known = self._seconds.get(kind, {}).copy()  # at once: it may grow meanwhile
         if not known:
             return 0.0
         below = max((s for s in known if s <= size), default=None)

@@ -10,11 +10,13 @@ import time
 from bisect import insort
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, inf
 
 from mmi_deploy.errors import BusyError, ConfigError, DocumentError
+from mmi_deploy.runtime.events import Reason
 from mmi_deploy.runtime.session import check_finite
 from mmi_deploy.serve.document_row import DocumentRow
 from mmi_deploy.serve.executor import Executor
@@ -139,6 +141,21 @@ class Scheduler:
             return self._settle()
         return True
 
+    def cancel_all(self) -> None:
+        """End all documents as cancelled."""
+        for job in [*self.running, *self.waiting]:
+            self._stop(job, "cancelled")
+
+    def fail_all(self, error: Exception) -> None:
+        """End all documents with an error, after one that leaves the state of the runs unknown. No
+        document can be added afterwards."""
+        for job in [*self.running, *self.waiting]:
+            with suppress(Exception):
+                job.fail(error)
+            self.ends["error"] += 1
+        self.running.clear()
+        self.waiting.clear()
+
     def text_gap(self) -> float:
         """Seconds that a run besides decoding should take at most while a text is written."""
         if self.policy.text_gap is not None:
@@ -166,8 +183,8 @@ class Scheduler:
         now = self.clock()
         for job in [*self.running, *self.waiting]:
             reason = job.stopped(now)
-            if reason is not None and self.runs.guarded(job, partial(job.stop, reason)):
-                self._leave(job, reason)
+            if reason is not None:
+                self._stop(job, reason)
         seconds = self.policy.queue_seconds
         for job in [job for job in self.waiting if now - job.arrival > seconds]:
             self._fail(job, BusyError(f"the document waited {seconds:g} s for a slot"))
@@ -211,8 +228,13 @@ class Scheduler:
         else:
             job.refresh(self.runs.turn)
 
+    def _stop(self, job: Job, reason: Reason) -> None:
+        if self.runs.guarded(job, partial(job.stop, reason)):
+            self._leave(job, reason)
+
     def _fail(self, job: Job, error: Exception) -> None:
-        job.fail(error)
+        with suppress(Exception):  # a sink that raises must not end other documents
+            job.fail(error)
         self._leave(job, "error")
 
     def _leave(self, job: Job, reason: str) -> None:
@@ -226,6 +248,9 @@ class Scheduler:
         self._reserved -= job.images
         self.runs.leave_picture(job)
         job.row.release()
+        if reason == "error":  # its cause may be values that are not finite, by a fault of one run
+            for pool in (self.executor.images, self.executor.unet_images):
+                pool.forget(job.row.keys)
         slots, slot = self.executor.slots, job.row.slot
         if slot is None:
             return

@@ -39,7 +39,7 @@ def warm_up(executor: Executor, times: RunTimes, clock: Callable[[], float]) -> 
         measure("values", b, partial(executor.run_unet_values, b))
         measure("vae", b, partial(executor.run_vae, b))
         if b <= executor.pictures.rows:
-            measure("denoise", b, partial(executor.pictures.run, "denoise_step", b))
+            measure("denoise", b, partial(executor.pictures.run, "denoise_step", b, b))
     _prefill(executor, measure)
 
 

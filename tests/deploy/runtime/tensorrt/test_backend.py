@@ -89,8 +89,8 @@ def test_a_document_is_the_one_that_the_cpu_makes(
 
 
 def test_most_steps_and_tokens_are_launched_from_recordings(bundle: Bundle) -> None:
-    """Decode: one recording for as long as the images in sight stay. Denoising: two, for latents
-    go back and forth between two places, and they last for all pictures with as many images."""
+    """One recording for as long as the images in sight stay: of decoding within a document, of
+    denoising over all pictures with as many images."""
     gpu = machine(bundle, add_target(bundle))
     session = Session(gpu.runtime)
     session.append_text([1])
@@ -103,8 +103,8 @@ def test_most_steps_and_tokens_are_launched_from_recordings(bundle: Bundle) -> N
     for _ in range(3):
         session.append_text([3])
         session.draw()
-    # 1, 2 and 2 images in sight; of the first four steps with a number of them two are ordinary.
-    assert gpu.launches["denoise_step"] == 2 + 2 + 4
+    # 1, 2 and 2 images in sight; the first step with a number of them is an ordinary one.
+    assert gpu.launches["denoise_step"] == 3 + 3 + 4
 
 
 def test_nothing_passes_the_host_between_engines(bundle: Bundle) -> None:
@@ -138,7 +138,7 @@ def test_a_document_takes_the_memory_that_was_planned(bundle: Bundle) -> None:
     assert plan.workspace is None and "known once they are loaded" in plan.lines()[-1]
     before = gpu.cuda.held()
     session = Session(gpu.runtime)
-    session._drawing_buffers()
+    session._picture_rows()
     assert gpu.cuda.held() - before == sum(plan.caches.values())
     gpu.runtime.load()
     assert gpu.target.plan().workspace == 1 << 16  # the greatest need of one engine

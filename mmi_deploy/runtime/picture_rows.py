@@ -5,19 +5,21 @@ Letters: b batch, m image slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmi_deploy.runtime.buffers import HOST, Array, Buffer, Memory
+from mmi_deploy.runtime.buffers import HOST, Array, Buffer
 from mmi_deploy.runtime.caches import padded_count
 from mmi_deploy.runtime.engine import BoundPlan
+from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.spec.graphs import DEEP, Graph, Tensor
+from mmi_deploy.runtime.work import Denoise, Picture
+from mmi_deploy.spec.graphs import DEEP, Graph
 
 # Output of a step -> the rows that it becomes.
-_NEXT = {"next_latents": "latents", "next_history": "history"}
+_NEXT = {"next_latents": "latents", "next_history": "history", DEEP: DEEP}
 
 
 class PictureRows:
@@ -36,16 +38,14 @@ class PictureRows:
         self._seen = step.ranges["m"].max
         condition = [tensor.name for tensor in graphs["image_condition"].outputs]
 
-        def allocate(tensor: Tensor, count: int, memory: Memory = memory) -> Buffer:
-            return memory.allocate(tensor.resolve(b=count, m=self._seen), tensor.dtype)
+        def allocate(name: str) -> Buffer:
+            return memory.allocate(step[name].resolve(b=rows), step[name].dtype)
 
         # Per row, exchanged when rows change places.
-        self._state = {
-            name: allocate(step[name], rows)
-            for name in ("latents", "history", "noise", DEEP, *condition)
-        }
-        self._scratch = {name: allocate(step[name], 1) for name in self._state}
-        self._next = {name: allocate(step[name], rows) for name in _NEXT}
+        names = ("latents", "history", "noise", DEEP, *condition)
+        self._state = {name: allocate(name) for name in names}
+        self._next = {name: allocate(name) for name in _NEXT}
+        self._scratch: dict[str, Buffer] = {}  # one row of each, at the first exchange
         # Written on the host before each run; the first b rows of contiguous arrays.
         self._steps, self._guidance = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
         self._slot = np.zeros((rows, self._seen), np.int32)
@@ -64,51 +64,61 @@ class PictureRows:
         return self._state["latents"].rows(row, row + 1)
 
     def begin(
-        self,
-        row: int,
-        latents: Array,
-        guidance: float,
-        slot: NDArray[np.int32],
-        position: NDArray[np.int32],
+        self, row: int, picture: Picture, slot: NDArray[np.int32], position: NDArray[np.int32]
     ) -> None:
-        """Start a picture in `row` from `latents` [1, ...], with an empty history, which sees the
-        images in `slot` [m] at the relative positions `position` [m]."""
-        self.latents(row).write(latents)
+        """Start `picture` in `row`, from its first latents and an empty history. It sees the images
+        in `slot` [m] at the relative positions `position` [m]."""
+        latents = self.latents(row)
+        noise = first_latents(picture.seed, picture.index, latents.shape)
+        initial_sigma = self._runtime.schedule(picture.schedule).schedule.initial_sigma
+        latents.write(noise * initial_sigma)
         history = self._state["history"].rows(row, row + 1)
         history.write(np.zeros(history.shape, history.dtype))
-        self._guidance[row] = guidance
+        self._guidance[row] = picture.guidance
         count = self._images[row] = len(slot)
-        self._slot[row] = slot[0] if count else 0
-        self._position[row] = 0
+        self._slot[row], self._position[row] = slot[0], 0
         self._slot[row, :count], self._position[row, :count] = slot, position
 
-    def set(self, row: int, step: int, noise: Array | None) -> None:
-        """Let `row` take row `step` of the samplers' tables next, with `noise` [1, ...] if it adds
-        any."""
-        self._steps[row] = step
-        if noise is not None or self._noisy[row]:
-            buffer = self._state["noise"].rows(row, row + 1)
-            buffer.write(np.zeros(buffer.shape, buffer.dtype) if noise is None else noise)
-            self._noisy[row] = noise is not None
+    def denoise(self, steps: Sequence[Denoise], b: int) -> None:
+        """Run a step of the pictures in the first rows, one of `steps` each: all whole ones, or all
+        shallow ones. b: rows of the run, of which those beyond the steps are padding."""
+        for row, work in enumerate(steps):
+            picture, step = work.picture, work.step
+            bound = self._runtime.schedule(picture.schedule)
+            self._steps[row] = bound.first + step
+            draws = bound.schedule.draws_noise(step)
+            if draws or self._noisy[row]:
+                noise = self._state["noise"].rows(row, row + 1)
+                zero = np.zeros(noise.shape, noise.dtype)
+                key = (picture.seed, picture.index, step, noise.shape)
+                noise.write(step_noise(*key) if draws else zero)
+                self._noisy[row] = draws
+        self.run("denoise_step" if steps[0].full else "denoise_shallow", b, len(steps))
 
-    def run(self, name: str, b: int) -> None:
-        """Run the graph `name`, `denoise_step` or `denoise_shallow`, over the first `b` rows."""
+    def run(self, name: str, b: int, count: int) -> None:
+        """Run the graph `name`, `denoise_step` or `denoise_shallow`, over the first `b` rows, of
+        which `count` take the step: the others may be pictures that wait for another run."""
         m = padded_count(int(self._images[:b].max()), self._seen)
         plan, written = self._plan(name, b, m)
+        outputs = [tensor.name for tensor in self._runtime.graphs[name].outputs]
         written["step"][...] = self._steps[:b]
         written["guidance"][...] = self._guidance[:b]
         written["image_slot"][...] = self._slot[:b, :m]
         written["image_position"][...] = self._position[:b, :m]
         plan.run()
-        for new, old in _NEXT.items():
-            self._runtime.memory.copy(self._next[new].rows(0, b), self._state[old].rows(0, b))
+        for new in outputs:
+            state = self._state[_NEXT[new]]
+            self._runtime.memory.copy(self._next[new].rows(0, count), state.rows(0, count))
 
     def swap(self, row: int, other: int) -> None:
         """Exchange two rows."""
         if row == other:
             return
-        copy = self._runtime.memory.copy
+        memory = self._runtime.memory
+        copy = memory.copy
         for name, rows in self._state.items():
+            if name not in self._scratch:
+                self._scratch[name] = memory.allocate((1, *rows.shape[1:]), rows.dtype)
             first, second = rows.rows(row, row + 1), rows.rows(other, other + 1)
             copy(first, self._scratch[name])
             copy(second, first)
@@ -131,7 +141,6 @@ class PictureRows:
                 written[key] = HOST.allocate(tensor.resolve(b=b, m=m), tensor.dtype)
             given |= written
             outputs = {key: rows.rows(0, b) for key, rows in self._next.items()}
-            outputs[DEEP] = self._state[DEEP].rows(0, b)
             plan = engine.bind(
                 {tensor.name: given[tensor.name] for tensor in engine.graph.inputs},
                 {tensor.name: outputs[tensor.name] for tensor in engine.graph.outputs},
