@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from deploy.cli import test_app
 from deploy.cli.test_app import Screen, left_in, program
 from deploy.runtime import fake_model
 from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.cli import documents_at_once
 from mmi_deploy.documents.files import read_document
 from mmi_deploy.documents.images import to_png
+from mmi_deploy.runtime.events import ImageProgress, ImageStarted, TextDelta
 from mmi_deploy.serve.batch_engine import BatchEngine
 from mmi_deploy.system.output_folder import MARKER
+from mmi_deploy.system.progress import LogLines
 
 mmi, bundle = test_app.mmi, test_app.bundle
 
@@ -347,3 +353,38 @@ def test_a_signal_leaves_the_finished_documents_whole_and_nothing_else(
     assert left_in(tmp_path / "out") == {"text"}
     assert left_in(tmp_path / "out" / "text") == {"story.md", "index.html", MARKER}
     assert read_document(tmp_path / "out" / "text" / "story.md").parts
+
+
+def test_a_terminal_shows_a_line_for_each_running_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(documents_at_once, "remarks", lambda: console)
+    with documents_at_once.Board(3, quiet=False) as board:
+        board.show("a.md", TextDelta("w5"))
+        board.show("b.md", TextDelta("w5"))
+        board.show("b.md", ImageStarted(1, 20))
+        board.show("b.md", ImageProgress(1, 7, 20))
+        board.end("a.md", "a.md: 5 tokens")
+    assert "a.md: 5 tokens\n" in screen.getvalue()
+    _, _, last = screen.getvalue().rpartition("documents ")  # frame
+    assert last.split()[:4] == ["1", "of", "3", "done"]
+    assert re.search(r"b\.md +drawing picture 2 \(7 of 20 steps\)", last)
+    assert "a.md" not in last
+
+
+def test_a_log_has_a_line_from_time_to_time_and_json_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(documents_at_once, "LogLines", partial(LogLines, clock=lambda: now))
+    for quiet in (False, True):
+        now = 0.0
+        with documents_at_once.Board(3, quiet) as board:
+            for second in range(20):
+                now = float(second)
+                board.show("a.md", TextDelta("w5"))
+            board.end("a.md", "a.md: 5 tokens")
+        lines = capsys.readouterr().err.splitlines()
+        expected = ["0 of 3 done, 5 s", "0 of 3 done, 10 s", "0 of 3 done, 15 s"]
+        shown = [*(f"generating ({facts})" for facts in expected), "a.md: 5 tokens"]
+        assert lines == ([] if quiet else shown)
