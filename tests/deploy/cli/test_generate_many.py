@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import io
 import json
 import re
@@ -388,3 +390,23 @@ def test_a_log_has_a_line_from_time_to_time_and_json_none(
         expected = ["0 of 3 done, 5 s", "0 of 3 done, 10 s", "0 of 3 done, 15 s"]
         shown = [*(f"generating ({facts})" for facts in expected), "a.md: 5 tokens"]
         assert lines == ([] if quiet else shown)
+
+
+def test_an_error_of_all_ends_all_and_asyncio_prints_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    begun, ended = [], []
+
+    async def fail(job: int) -> None:
+        begun.append(job)
+        try:
+            await asyncio.sleep(0 if job < 3 else 60)
+            raise OSError(job)
+        finally:
+            ended.append(job)
+
+    with pytest.raises(OSError):
+        documents_at_once.run_all(range(100), fail, 4)
+    gc.collect()
+    assert begun == [0, 1, 2, 3] and sorted(ended) == begun
+    assert not caplog.records
