@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 
 from exports import SHIPPED, Exported
+from mmi_deploy.cli.generate_lines import OPTIONS
 from mmi_deploy.documents.document import Draw, Image, Text, encode_document
 from mmi_deploy.documents.files import read_document
 from mmi_deploy.documents.images import read_rgb
+from mmi_deploy.documents.json_lines import DocumentLines
 from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.spec import presets
 from mmi_train.data.synthetic.tasks import caption_of
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
@@ -41,6 +45,17 @@ def test_an_example_fits_the_tiny_model(path: Path) -> None:
     tokenizer = Tokenizer(build_tokenizer(), config.tokens)
     encoded = encode_document(read_document(path), tokenizer, config)
     assert len(encoded.token_ids) < config.llama.context // 4
+
+
+def test_the_lines_of_the_jsonl_fit_the_tiny_model() -> None:
+    config = presets.tiny()
+    tokenizer = Tokenizer(build_tokenizer(), config.tokens)
+    lines = DocumentLines(EXAMPLES / "documents.jsonl", 512, 49, OPTIONS)
+    assert [line.id for line in lines] == ["story", "draw", "question"]
+    for line in lines:
+        encoded = encode_document(lines.document(line), tokenizer, config)
+        assert len(encoded.token_ids) < config.llama.context // 4
+        replace(GenerationOptions(), **line.options)
 
 
 def test_the_story_is_a_picture_a_sentence_and_a_picture_to_draw() -> None:

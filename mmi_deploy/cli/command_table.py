@@ -130,6 +130,8 @@ COMMANDS: Mapping[str, Row] = {
             "mmi generate examples/story.md -o out",
             "mmi generate examples/story.md --seed 7 --max-images 2 --temperature 0.7",
             "mmi generate examples/story.md --json | jq .parts",
+            "mmi generate examples/story.md examples/question.md -o out",
+            "mmi generate examples/documents.jsonl -o results.jsonl",
         ),
     ),
     "bench": Row(

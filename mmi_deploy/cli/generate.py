@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmi_deploy.cli.console import MOST_THREADS, counted, print_json, remarks, results
+from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.target_options import (
     Device,
@@ -19,15 +18,14 @@ from mmi_deploy.cli.target_options import (
     TargetName,
     check_engines,
     resident_groups,
-    say_memory,
 )
-from mmi_deploy.spec.backends import AUTO, CPU, NONE
+from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.progress import Progress, shown, silent
 
 if TYPE_CHECKING:
+    from mmi_deploy.cli.machine import Machine
     from mmi_deploy.documents.document import Document
-    from mmi_deploy.documents.story import Entry, Story
-    from mmi_deploy.runtime.events import Event, Finished
+    from mmi_deploy.runtime.events import Event
     from mmi_deploy.runtime.options import GenerationOptions
 
 BUNDLE = Path("bundles/tiny")
@@ -35,27 +33,23 @@ BUNDLE = Path("bundles/tiny")
 # Seconds before the denoising steps of a picture are logged.
 PATIENCE = 5.0
 
-ENDS = {
-    "end": "the model ended the document",
-    "stop": "a stop text came",
-    "max_tokens": "--max-tokens was reached",
-    "max_images": "--max-images was reached",
-    "context": "the model's context is full",
-    "cancelled": "it was cancelled",
-    "deadline": "its time was over",
-}
-
 
 def generate(
-    document: Annotated[
-        Path, typer.Argument(help="Markdown or JSON document.", show_default=False)
+    documents: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Markdown or JSON document, several of them, or one JSONL with a document in each "
+            "line.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path,
         typer.Option(
             "--out",
             "-o",
-            help="Output folder: story.md, pictures and index.html.",
+            help="Output folder: story.md, pictures and index.html. Of several documents: a folder "
+            "in it for each, called like the document. Of a JSONL: the JSONL of its results.",
             rich_help_panel="Document",
         ),
     ] = Path("out"),
@@ -186,6 +180,16 @@ def generate(
         ),
     ] = 0,
     kernels: Kernels = AUTO,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Documents at once, where several are given.",
+            metavar="N",
+            show_default="as many as the memory holds",
+            rich_help_panel="Machine",
+        ),
+    ] = None,
     unproved: Annotated[
         bool,
         typer.Option(
@@ -199,28 +203,25 @@ def generate(
         ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, without streaming.")
+        bool,
+        typer.Option(
+            "--json",
+            help="Print the result as JSON, without streaming; of several documents, a line each.",
+        ),
     ] = False,
 ) -> None:
     """Continue a document: the model writes text and draws pictures.
 
-    Picture links in Markdown are shown to the model; ![]() asks it to draw one there.
+    Picture links in Markdown are shown to the model; ![]() asks it to draw one there. Several
+    documents are generated at once, each as it would be alone.
     """
     with extras("generate"):
-        from mmi_deploy.bundle.bundle import Bundle
-        from mmi_deploy.documents.files import read_document, title_of
-        from mmi_deploy.documents.html import page
-        from mmi_deploy.documents.story import PAGE_NAME, Story, write_story
-        from mmi_deploy.runtime.backend import find_kernel_library
-        from mmi_deploy.runtime.events import Finished
-        from mmi_deploy.runtime.generation import GenerationOptions
-        from mmi_deploy.runtime.generation import generate as events_of
-        from mmi_deploy.runtime.runtime import Runtime
-        from mmi_deploy.system.output_folder import check_replaceable, new_folder
+        from mmi_deploy.cli.generate_lines import generate_lines, is_lines
+        from mmi_deploy.cli.generate_many import generate_many
+        from mmi_deploy.cli.machine import Machine
+        from mmi_deploy.runtime.options import GenerationOptions
 
         check_engines(target)
-    inputs = (document, bundle)
-    check_replaceable(out, force, kind="story", inputs=inputs)  # fail before minutes of work
     options = GenerationOptions(
         seed=seed,
         max_images=max_images,
@@ -237,48 +238,58 @@ def generate(
         guidance=guidance,
         full_every=full_every,
     )
+    machine = Machine(
+        bundle, target, kernels, threads, device, resident_groups(resident), slots, unproved
+    )
+    if len(documents) > 1:
+        generate_many(documents, out, machine, options, force, as_json)
+    elif is_lines(documents[0]):
+        generate_lines(documents[0], out, machine, options, force, as_json)
+    else:
+        _generate_one(documents[0], out, machine, options, force, as_json)
+
+
+def _generate_one(
+    document: Path,
+    out: Path,
+    machine: Machine,
+    options: GenerationOptions,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Generate one document into the folder `out`, shown as it is written."""
+    from mmi_deploy.cli.generate_output import Output
+    from mmi_deploy.documents.files import read_document
+    from mmi_deploy.documents.story import PAGE_NAME
+    from mmi_deploy.runtime.generation import generate as events_of
+    from mmi_deploy.system.output_folder import check_replaceable, new_folder
+
+    inputs = (document, machine.bundle)
+    check_replaceable(out, force, kind="story", inputs=inputs)  # fail before minutes of work
     started = time.perf_counter()
-    opened = Bundle.open(bundle, unproved=unproved)
-    for remark in opened.remarks:
-        remarks().print(remark)
+    opened = machine.open_bundle()
     images = min(opened.limits.images, opened.config.llm_mmfs.images - 1)
     source = read_document(document, opened.limits.context, images)
     before = time.perf_counter()
-    library = find_kernel_library(target, kernels)
+    kernels = machine.find_kernels()
     started += time.perf_counter() - before  # compiled once per machine: not loading time
-    runtime = Runtime.open(
-        opened,
-        threads=threads,
-        target=target,
-        kernels=library or NONE,
-        device=device,
-        resident=resident_groups(resident),
-    )
-    say_memory(runtime, target)
-    used = runtime.schedule(schedule).schedule.key
-    story = Story(source)
+    runtime = machine.open_runtime(opened, kernels)
+    output = Output(source, runtime, options)
     events = events_of(runtime, source, options)  # refuses the document before it is shown
-    finished: Finished | None = None
     with new_folder(out, force, kind="story", inputs=inputs) as work:
         view = _Silent() if as_json else _Terminal(source)
         with view:
             for event in events:
-                _collect(story, event)
+                output.add(event)
                 view.show(event)
-                if isinstance(event, Finished):
-                    finished = event
-        assert finished is not None, "generate ends with Finished"
         runtime.close()
         seconds = time.perf_counter() - started
-        facts = _facts(runtime.config.name, used, options, finished, seconds)
-        write_story(work, story.entries)
-        command = _command(document, bundle, target, used, options)
-        html = page(title_of(source) or document.stem, story.entries, facts, command)
-        (work / PAGE_NAME).write_text(html, encoding="utf-8", errors="replace")
+        spent = f"{seconds:.1f} s, loading included"
+        output.write(work, document, machine.bundle, machine.target, spent)
     if as_json:
-        print_json(_report(out, story.entries, finished, seed, used, seconds))
+        print_json(output.report(out, seconds))
     else:
-        remarks().print(f"\n{_summary(finished, seconds)}\nRead it in {out / PAGE_NAME}")
+        remarks().print(f"\n{output.summary(seconds)}\nRead it in {out / PAGE_NAME}")
 
 
 def _logit_bias(given: list[str]) -> dict[int, float]:
@@ -299,15 +310,6 @@ def _logit_bias(given: list[str]) -> dict[int, float]:
             raise ConfigError("--logit-bias is given twice for a token", got=pair)
         bias[identifier] = value
     return bias
-
-
-def _collect(story: Story, event: Event) -> None:
-    from mmi_deploy.runtime.events import ImageDone, TextDelta
-
-    if isinstance(event, TextDelta):
-        story.add_text(event.text)
-    elif isinstance(event, ImageDone):
-        story.add_picture(event.rgb)
 
 
 class _Silent:
@@ -384,91 +386,3 @@ class _Terminal(_Silent):
         if self._in_line:
             self._out.print()
             self._in_line = False
-
-
-def _facts(
-    model: str, schedule: str, options: GenerationOptions, finished: Finished, seconds: float
-) -> dict[str, str]:
-    """Facts in the footer of the page."""
-    facts = {
-        "model": model,
-        "added": _added(finished),
-        "ended": ENDS[finished.reason],
-        "seed": str(options.seed),
-        "sampler": f"{schedule}, guidance {options.guidance:g}"
-        + (f", whole every {options.full_every} steps" if options.full_every > 1 else ""),
-        "time": f"{seconds:.1f} s, loading included",
-    }
-    for stage, (spent, count) in finished.timings.totals().items():
-        facts[stage] = f"{spent / count * 1000:.1f} ms each, {count} in all"
-    return facts
-
-
-def _command(
-    document: Path, bundle: Path, target: str, schedule: str, options: GenerationOptions
-) -> str:
-    """Shell command that reproduces the document."""
-    words = ["mmi", "generate", str(document), "--bundle", str(bundle)]
-    words += ["--schedule", schedule] + (["--target", target] if target != CPU else [])
-    for name in (
-        "seed",
-        "max_images",
-        "max_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "repetition_penalty",
-        "min_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "guidance",
-        "full_every",
-    ):
-        words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    for token, bias in dict(options.logit_bias).items():
-        words += ["--logit-bias", f"{token}={bias}"]
-    return shlex.join(words)
-
-
-def _added(finished: Finished) -> str:
-    return f"{counted(finished.tokens, 'token')} and {counted(finished.images, 'picture')}"
-
-
-def _summary(finished: Finished, seconds: float) -> str:
-    return f"{_added(finished)} in {seconds:.1f} s; {ENDS[finished.reason]}."
-
-
-def _report(
-    out: Path,
-    entries: tuple[Entry, ...],
-    finished: Finished,
-    seed: int,
-    schedule: str,
-    seconds: float,
-) -> dict[str, Any]:
-    """Result for `--json`."""
-    from mmi_deploy.documents.document import Text
-    from mmi_deploy.documents.story import picture_names
-
-    names = picture_names(entries)
-    parts = [
-        {
-            **({"text": entry.part.text} if isinstance(entry.part, Text) else {"image": names[i]}),
-            "generated": entry.generated,
-        }
-        for i, entry in enumerate(entries)
-    ]
-    return {
-        "out": str(out),
-        "parts": parts,
-        "reason": finished.reason,
-        "tokens": finished.tokens,
-        "images": finished.images,
-        "seed": seed,
-        "schedule": schedule,
-        "seconds": round(seconds, 3),
-        "stages": {
-            stage: {"seconds": round(spent, 6), "count": count}
-            for stage, (spent, count) in finished.timings.totals().items()
-        },
-    }

@@ -74,7 +74,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
             return _stopped()
         if "--debug" in arguments:
             raise
-        if _disk_is_full(error):
+        if disk_is_full(error):
             return say("the disk is full. Free some space and run the command again", 2)
         if is_out_of_memory(error):
             return say(str(out_of_memory("for this command")), 2)
@@ -98,7 +98,7 @@ def main(run: Callable[[list[str]], int]) -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def _disk_is_full(error: Exception) -> bool:
+def disk_is_full(error: Exception) -> bool:
     """Return True for a full disk or quota; some libraries name it in the error's text only."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     known = isinstance(error, OSError) and error.errno in full

@@ -91,7 +91,7 @@ def read_document(path: Path, context: int = CONTEXT, images: int = IMAGES) -> D
             expected=", ".join(parsers),
             got=path.suffix or "no suffix",
         )
-    most = _most_bytes(context)
+    most = most_bytes(context)
     try:
         with open_regular(path) as file:
             _check_size(f"{path}", os.fstat(file.fileno()).st_size, most)
@@ -102,7 +102,12 @@ def read_document(path: Path, context: int = CONTEXT, images: int = IMAGES) -> D
         raise DocumentError(f"{path} is not UTF-8 text", fix="save it as UTF-8") from None
     except OSError as error:
         raise DocumentError(f"cannot read {path}: {error.strerror}") from None
-    document = parse(text, path.parent, context)
+    return with_pictures(parse(text, path.parent, context), images)
+
+
+def with_pictures(document: Document, images: int = IMAGES) -> Document:
+    """The document, its given pictures decoded. Raises `DocumentError` for a damaged picture, and
+    before that for more than `images` pictures."""
     check_pictures(len(document.images), images)
     for image in document.images:
         if isinstance(image, Image):
@@ -110,7 +115,7 @@ def read_document(path: Path, context: int = CONTEXT, images: int = IMAGES) -> D
     return document
 
 
-def _most_bytes(context: int) -> int:
+def most_bytes(context: int) -> int:
     """Upper bound of the bytes of a document of `context` tokens."""
     return _MORE_BYTES + _BYTES_PER_TOKEN * context
 
@@ -261,7 +266,7 @@ def parse_markdown(text: str, folder: Path, context: int = CONTEXT) -> Document:
 
     Raises `DocumentError`.
     """
-    _check_size("the document", len(text), _most_bytes(context))
+    _check_size("the document", len(text), most_bytes(context))
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as CommonMark counts lines
     parts: list[Part] = []
     end = 0
@@ -334,12 +339,19 @@ def to_markdown(parts: Sequence[Part], name_of: Callable[[Image], str]) -> str:
 def parse_json(text: str, folder: Path, context: int = CONTEXT) -> Document:
     """Parse JSON parts, or an annt.json of the published code with one entry, for a model of
     `context` tokens. Raises `DocumentError`."""
-    _check_size("the document", len(text), _most_bytes(context))
+    _check_size("the document", len(text), most_bytes(context))
+    value = json_value(text)
+    return document_of_json(value.get("parts", value) if isinstance(value, dict) else value, folder)
+
+
+def json_value(text: str, line: int = 1) -> Any:
+    """Decode JSON that UTF-8 can hold. line: number of the first line, for `DocumentError`."""
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise DocumentError(f"the document is not JSON: line {error.lineno}: {error.msg}") from None
+        number = line + error.lineno - 1
+        raise DocumentError(f"the document is not JSON: line {number}: {error.msg}") from None
     except UnicodeEncodeError:
         raise DocumentError(
             "the document holds half a character, such as \\ud83d alone",
@@ -347,7 +359,12 @@ def parse_json(text: str, folder: Path, context: int = CONTEXT) -> Document:
         ) from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise DocumentError(f"the document is not JSON: {error}") from None
-    parts = value.get("parts", value) if isinstance(value, dict) else value
+    return value
+
+
+def document_of_json(parts: object, folder: Path) -> Document:
+    """Document of decoded JSON: a list of parts, or the entry of an annt.json, with pictures in
+    `folder`. Raises `DocumentError`."""
     entries = parts if isinstance(parts, list) else [parts]
     if entries and all(isinstance(entry, dict) and "sentences" in entry for entry in entries):
         if len(entries) > 1:

@@ -64,6 +64,7 @@ class Job:
         self.searched = False  # for a prefix in the other slots
         self.reason: Reason = "end"  # of the document's end
         self._cancelled = False
+        self._last: list[Event | Exception | None] = []
         self._steps = generation.run()
 
     def cancel(self) -> None:
@@ -78,22 +79,27 @@ class Job:
 
     def advance(self, result: Any = None) -> bool:
         """Hand over the result of the present work and emit events up to the next work; returns
-        True at the end of the document."""
+        True at the end of the document, which `end` emits."""
         return self._emit_until_work(lambda: self._steps.send(result))
 
     def stop(self, reason: Reason) -> None:
         """End the document early with the events that this takes."""
         if self.work is None:  # a generator that has not begun cannot catch
             self._steps.close()
-            self.emit(Finished(reason, 0, 0, self.generation.timings))
-            self.emit(None)
+            self._last = [Finished(reason, 0, 0, self.generation.timings), None]
         else:
             self._emit_until_work(lambda: self._steps.throw(Stopped(reason)))
 
     def fail(self, error: Exception) -> None:
         """End the document with an error."""
         self._steps.close()
-        self.emit(error)
+        self._last = [error]
+
+    def end(self) -> None:
+        """Emit the end of the document that `advance`, `stop` or `fail` came to. Not before it has
+        left its slot: whoever reads the end may submit the next document at once."""
+        for item in self._last:
+            self.emit(item)
 
     def _emit_until_work(self, begin: Callable[[], Event | Work]) -> bool:
         try:
@@ -101,11 +107,12 @@ class Job:
             while not isinstance(item, Work):
                 if isinstance(item, Finished):
                     self.reason = item.reason
-                self.emit(item)
+                    self._last = [item, None]
+                else:
+                    self.emit(item)
                 item = next(self._steps)
         except StopIteration:
             self.work = None
-            self.emit(None)
             return True
         self.work = item
         return False

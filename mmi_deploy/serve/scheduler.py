@@ -150,9 +150,10 @@ class Scheduler:
         """End all documents with an error, after one that leaves the state of the runs unknown. No
         document can be added afterwards."""
         for job in [*self.running, *self.waiting]:
+            self.ends["error"] += 1
             with suppress(Exception):
                 job.fail(error)
-            self.ends["error"] += 1
+                job.end()
         self.running.clear()
         self.waiting.clear()
 
@@ -235,22 +236,28 @@ class Scheduler:
             self._leave(job, reason)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        with suppress(Exception):  # a sink that raises must not end other documents
-            job.fail(error)
+        job.fail(error)
         self._leave(job, "error")
 
     def _leave(self, job: Job, reason: str) -> None:
-        """Take a document that has ended out of the queue, or out of its slot and rows."""
+        """Take a document that has ended out of the queue, or out of its slot and rows; then say
+        so."""
         self.ends[reason] += 1
         job.stage = "ended"
         if job in self.waiting:
             self.waiting.remove(job)
-            return
-        self.running.remove(job)
+        else:
+            self.running.remove(job)
+            self._free(job, failed=reason == "error")
+        with suppress(Exception):  # a sink that raises must not end other documents
+            job.end()
+
+    def _free(self, job: Job, failed: bool) -> None:
+        """Let go of all that a running document holds."""
         self._reserved -= job.images
         self.runs.leave_picture(job)
         job.row.release()
-        if reason == "error":  # its cause may be values that are not finite, by a fault of one run
+        if failed:  # its cause may be values that are not finite, by a fault of one run
             for pool in (self.executor.images, self.executor.unet_images):
                 pool.forget(job.row.keys)
         slots, slot = self.executor.slots, job.row.slot
@@ -259,8 +266,8 @@ class Scheduler:
         if slots.exact:
             slot.truncate(slot.exact, job.row.sequence.config.tokens.boi)
             self._unsettled[slot] = job.row
-        slots.release(slot, failed=reason == "error")
-        if reason == "error":
+        slots.release(slot, failed)
+        if failed:
             self._unsettled.pop(slot, None)
 
     # Choosing.

@@ -28,16 +28,16 @@ from deploy.bundle.test_bundle import fill
 from deploy.runtime.fake_model import fake_runtime
 from mmi_deploy.bundle import manifest
 from mmi_deploy.bundle.bundle import write_bundle
+from mmi_deploy.cli import generate_output
 from mmi_deploy.cli import verify as verify_command
 from mmi_deploy.cli.app import run
 from mmi_deploy.cli.command_table import COMMANDS, INSPECT
 from mmi_deploy.cli.console import duration, flops
-from mmi_deploy.cli.generate import ENDS
 from mmi_deploy.cli.generate import generate as generate_command
+from mmi_deploy.cli.generate_output import ENDS
 from mmi_deploy.cli.inspect.app import RENAMED
 from mmi_deploy.cli.inspect.memory import _residency
 from mmi_deploy.cli.target_options import resident_groups
-from mmi_deploy.documents import story as story_module
 from mmi_deploy.documents.files import read_document
 from mmi_deploy.documents.images import to_png
 from mmi_deploy.documents.tokenizer import Tokenizer
@@ -268,13 +268,13 @@ def test_a_file_that_comes_into_the_folder_during_the_run_stays(
     out = tmp_path / "out"
     assert mmi("generate", story, "-b", bundle, "-o", out) == 0
     before = (out / "story.md").read_bytes()
-    write = story_module.write_story
+    write = generate_output.write_story
 
     def late(*arguments: Any) -> None:
         (out / "notes.txt").write_text("mine")
         write(*arguments)
 
-    monkeypatch.setattr(story_module, "write_story", late)
+    monkeypatch.setattr(generate_output, "write_story", late)
     assert mmi("generate", story, "-b", bundle, "-o", out, "--seed", 5) == 2
     assert "holds notes.txt" in mmi.err and f"The new story is in {out}-new\n" in mmi.err
     assert (out / "notes.txt").read_text() == "mine"

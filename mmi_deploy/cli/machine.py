@@ -1,0 +1,53 @@
+"""Bundle, engines and machine that `mmi generate` runs on, as its options choose them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.cli.console import remarks
+from mmi_deploy.cli.target_options import say_memory
+from mmi_deploy.runtime.backend import find_kernel_library
+from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.spec.backends import NONE
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Options of `mmi generate`; see its help. slots: documents at once, None for as many as the
+    memory holds."""
+
+    bundle: Path
+    target: str
+    kernels: str
+    threads: int
+    device: int
+    resident: tuple[str, ...] | None
+    slots: int | None
+    unproved: bool
+
+    def open_bundle(self) -> Bundle:
+        """Open the bundle and print its remarks. Raises `BundleError`."""
+        opened = Bundle.open(self.bundle, unproved=self.unproved)
+        for remark in opened.remarks:
+            remarks().print(remark)
+        return opened
+
+    def find_kernels(self) -> str | Path:
+        """Library of the MMFS kernels, compiled the first time, or `none`."""
+        return find_kernel_library(self.target, self.kernels) or NONE
+
+    def open_runtime(self, bundle: Bundle, kernels: str | Path) -> Runtime:
+        """Open the runtime, which loads no engine yet, and print the memory of a GPU. Raises
+        `MmiError`."""
+        runtime = Runtime.open(
+            bundle,
+            threads=self.threads,
+            target=self.target,
+            kernels=kernels,
+            device=self.device,
+            resident=self.resident,
+        )
+        say_memory(runtime, self.target)
+        return runtime
