@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -189,17 +190,26 @@ class ExactEngine(Engine):
         self._hooks = hooks
 
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        self._prepare(inputs, outputs)()
+
+    def _prepare(
+        self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> Callable[[], None]:
+        # Views of host memory, which show what is written to it later.
+        given = {key: buffer.read() for key, buffer in inputs.items()}
+        return partial(self._run, given, {key: buffer.read() for key, buffer in outputs.items()})
+
+    def _run(self, given: Mapping[str, Array], written: Mapping[str, Array]) -> None:
         name, hooks = self.graph.name, self._hooks
-        arrays = {key: buffer.read() for key, buffer in inputs.items()}
-        hooks.before(name, arrays)
+        hooks.before(name, given)
         with np.errstate(invalid="ignore"):
-            found = _GRAPHS[name](arrays, self.graph)
-            hooks.after(name, arrays, found)
+            found = _GRAPHS[name](given, self.graph)
+            hooks.after(name, given, found)
             for key, array in found.items():
-                outputs[key].read()[...] = array
+                written[key][...] = array
         hooks.counts[name] += 1
         if name == "vision_encoder":
-            hooks.encoded += len(arrays["pixels"])
+            hooks.encoded += len(given["pixels"])
 
 
 def exact_runtime(limits: Limits = LIMITS) -> tuple[Runtime, Hooks]:

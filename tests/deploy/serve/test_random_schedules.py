@@ -232,6 +232,7 @@ class Schedule:
                     raise AssertionError("an error of the service's own") from error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_every_document_gets_what_it_gets_alone(shard: int) -> None:
     here, executor = world(shard), None
