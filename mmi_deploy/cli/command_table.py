@@ -193,6 +193,12 @@ INSPECT: Mapping[str, Row] = {
         "build",
         examples=("mmi inspect gpus bundles/tiny --gpu l4 --gpu orin-64",),
     ),
+    "batch": Row(
+        "mmi_bench.cli.inspect_batch:inspect_batch",
+        "Documents at once: computed tokens and steps a second of a GPU, slots that fit it.",
+        "build",
+        examples=("mmi inspect batch bundles/13b --gpu h100 --gpu l4",),
+    ),
     "target": Row(
         "mmi_deploy.cli.inspect.target:target",
         "One target of a bundle, graph by graph: layers, sizes, receipts.",

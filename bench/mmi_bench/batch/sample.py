@@ -1,4 +1,4 @@
-"""One measurement: some documents, at once or one after another, and what each of them gave."""
+"""One measurement: documents at once or one after another, their outputs and latencies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _tenants = map(str, count())
 
 @dataclass
 class Record:
-    """What one document gave, and when, in seconds after `start`.
+    """Output of one document and its latencies, in seconds after `start`.
 
     first_token: None without one. gaps: from one text event to the next, no picture between.
     stages: seconds and count of each stage of its runs.

@@ -29,7 +29,7 @@ _SHAPES = (
 _GUIDANCE = (3.5, 1.0, 5.0, 2.0)
 
 # Text only: images and tokens of text given, tokens to write.
-_TEXT = (1, 32, 96)
+_TEXT = (1, 32, 192)
 
 # Pictures only: tokens of text given, pictures to draw.
 _PICTURES = (8, 2)
