@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mmi_bench.batch.gains import BATCHED, RunBench, bound, gains_of, shares
@@ -43,22 +44,32 @@ _ANSWER = 32
 
 @dataclass(frozen=True)
 class Cell:
-    """Some documents of a workload: samples of both sides, in pairs."""
+    """Some documents of a workload: samples of both sides, in pairs. cpu_time: judged by CPU time
+    in place of wall time."""
 
     workload: str
     rows: int
     single: Sequence[Sample]
     together: Sequence[Sample]
+    cpu_time: bool = False
 
     @property
     def speedup(self) -> Statistics:
         """Time one after another over time at once."""
-        return ratios([s.seconds for s in self.single], [t.seconds for t in self.together])
+        return self._ratios(self.cpu_time)
 
     @property
-    def cpu_speedup(self) -> Statistics:
-        """The same of CPU time, which other processes disturb less."""
-        return ratios([s.cpu for s in self.single], [t.cpu for t in self.together])
+    def other_speedup(self) -> Statistics:
+        """The same by the other clock: CPU time, or wall time if CPU time is what is judged."""
+        return self._ratios(not self.cpu_time)
+
+    def _ratios(self, cpu_time: bool) -> Statistics:
+        pairs = [[s.time(cpu_time) for s in side] for side in (self.single, self.together)]
+        return ratios(*pairs)
+
+    def rate(self, side: Sequence[Sample], unit: str) -> float:
+        """Median of tokens or pictures a second."""
+        return median(getattr(sample, unit) / sample.time(self.cpu_time) for sample in side)
 
     @property
     def last_token(self) -> Statistics | None:
@@ -82,7 +93,8 @@ class Cell:
             "rows": self.rows,
             "equal": True,  # or the command has failed
             "speedup": self.speedup.to_json(),
-            "cpu_speedup": self.cpu_speedup.to_json(),
+            "clock": "CPU" if self.cpu_time else "wall",
+            "speedup_by_the_other_clock": self.other_speedup.to_json(),
             "last_first_token_over_queue": last.to_json() if last else None,
             "one_after_another": [sample.to_json() for sample in self.single],
             "at_once": [sample.to_json() for sample in self.together],
@@ -141,6 +153,7 @@ def run(
     device: int = 0,
     kernels: str = AUTO,
     unproved: bool = False,
+    cpu_time: bool = False,
     progress: Progress = silent,
 ) -> BatchResult:
     """Measure a bundle; see `measure`. Raises `MmiError`."""
@@ -158,7 +171,7 @@ def run(
             "machine": describe(),
         }
         exact = target == CPU
-        result = measure(runtime, workloads, rows, rounds, quick, exact, progress)
+        result = measure(runtime, workloads, rows, rounds, quick, exact, cpu_time, progress)
     finally:
         runtime.close()
     return replace(result, about={**about, **result.about})
@@ -171,12 +184,14 @@ def measure(
     rounds: int,
     quick: bool = False,
     exact: bool = True,
+    cpu_time: bool = False,
     progress: Progress = silent,
 ) -> BatchResult:
     """Measure `workloads` with `rows` documents at once; both sides alternate over `rounds` rounds
     after a warm-up round, in which token ids are compared as well.
 
-    exact: raise `MmiError` unless every document equals its single run to the byte.
+    exact: raise `MmiError` unless every document equals its single run to the byte. cpu_time: judge
+    by CPU time, on a machine that other processes disturb.
     """
     if unfit := [count for count in rows if not 1 <= count <= 64]:
         raise ConfigError("--rows is out of range", expected="1 to 64", got=unfit[0])
@@ -189,7 +204,7 @@ def measure(
 
     documents = {name: items(name, most) for name in workloads}
     runtime.load()
-    bench = RunBench(runtime, min(most, runtime.limits.batch))
+    bench = RunBench(runtime, min(most, runtime.limits.batch), cpu_time)
     cells: list[Cell] = []
     total = len(workloads) * len(rows) * (rounds + 1) + 2
     with BatchEngine(runtime, slots=most, policy=THROUGHPUT) as engine:
@@ -216,7 +231,8 @@ def measure(
                     if round_:
                         samples.setdefault((name, count), []).append(pair)
         for (name, count), pairs in samples.items():
-            cells.append(Cell(name, count, *map(list, zip(*pairs, strict=True))))
+            single, together = (list(side) for side in zip(*pairs, strict=True))
+            cells.append(Cell(name, count, single, together, cpu_time))
         progress("measuring", total - 2, total, detail="second turns")
         first = items(DOCUMENTS, 1)[0]
         question = " ".join([one_token_word(runtime.tokenizer)] * 8)
@@ -244,6 +260,7 @@ def measure(
         "slots": most,
         "policy": "text_gap=inf; a text beside pictures: default",
         "exact": exact,
+        "clock": "CPU" if cpu_time else "wall",
     }
     return BatchResult(about, cells, share, bounds, seconds, beside, second)
 

@@ -45,9 +45,12 @@ def print_report(console: Console, result: BatchResult) -> None:
 
 def speed_table(result: BatchResult) -> Table:
     """Build the table of throughput: medians over rounds, quartiles of the speed-up."""
+    cpu = result.about["clock"] == "CPU"
     table = _table(
-        f"{result.about['model']}: documents at once against one after another, medians",
-        "workload", "rows", "tokens/s", "images/s", "one by one", "times as fast", "CPU time",
+        f"{result.about['model']}: documents at once against one after another, medians"
+        + (" by CPU time" if cpu else ""),
+        "workload", "rows", "tokens/s", "images/s", "one by one", "times as fast",
+        "wall time" if cpu else "CPU time",
         "decode rows", "denoise rows", "equal",
     )  # fmt: skip
     for cell in result.cells:
@@ -56,11 +59,11 @@ def speed_table(result: BatchResult) -> Table:
         table.add_row(
             cell.workload,
             str(cell.rows),
-            _rate([s.tokens / s.seconds for s in cell.together]),
-            _rate([s.pictures / s.seconds for s in cell.together]),
-            _rate([getattr(s, unit) / s.seconds for s in cell.single]),
+            _rate(cell.rate(cell.together, "tokens")),
+            _rate(cell.rate(cell.together, "pictures")),
+            _rate(cell.rate(cell.single, unit)),
             _spread(speed),
-            f"{cell.cpu_speedup.median:.2f}",
+            f"{cell.other_speedup.median:.2f}",
             _number(runs.mean_batch("decode")),
             _number(runs.mean_batch("denoise")),
             "yes" if result.about["exact"] else "",
@@ -179,8 +182,7 @@ def _first(samples: Sequence[Sample], of: Callable[[list[float]], float]) -> flo
     return median(found) if found else None
 
 
-def _rate(values: Sequence[float]) -> str:
-    value = median(values)
+def _rate(value: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}" if value else ""
 
 

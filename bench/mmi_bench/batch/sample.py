@@ -122,6 +122,10 @@ class Sample:
     records: Sequence[Record]
     runs: Runs | None = None
 
+    def time(self, cpu: bool) -> float:
+        """CPU seconds, or seconds of the wall clock."""
+        return self.cpu if cpu else self.seconds
+
     @property
     def tokens(self) -> int:
         return sum(record.tokens for record in self.records)

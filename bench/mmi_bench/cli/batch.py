@@ -54,6 +54,14 @@ def batch(
         bool,
         typer.Option("--quick", help="Smoke test: short documents.", rich_help_panel=MEASUREMENT),
     ] = False,
+    cpu_time: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-time",
+            help="Judge by CPU time, on a machine that other processes disturb.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = False,
     threads: Annotated[
         int,
         typer.Option(
@@ -122,6 +130,7 @@ def batch(
             device=device,
             kernels=kernels,
             unproved=unproved,
+            cpu_time=cpu_time,
             progress=progress,
         )
     report = result.to_json()
