@@ -187,8 +187,8 @@ def measure(
     cpu_time: bool = False,
     progress: Progress = silent,
 ) -> BatchResult:
-    """Measure `workloads` with `rows` documents at once; both sides alternate over `rounds` rounds
-    after a warm-up round, in which token ids are compared as well.
+    """Measure `workloads` with `rows` documents at once; both sides alternate over `rounds` rounds.
+    Before comes a warm-up round of all documents, in which token ids are compared as well.
 
     exact: raise `MmiError` unless every document equals its single run to the byte. cpu_time: judge
     by CPU time, on a machine that other processes disturb.
@@ -206,7 +206,7 @@ def measure(
     runtime.load()
     bench = RunBench(runtime, min(most, runtime.limits.batch), cpu_time)
     cells: list[Cell] = []
-    total = len(workloads) * len(rows) * (rounds + 1) + 2
+    total = len(workloads) * (1 + len(rows) * rounds) + 2
     with BatchEngine(runtime, slots=most, policy=THROUGHPUT) as engine:
         samples: dict[tuple[str, int], list[tuple[Sample, Sample]]] = {}
         done = 0
@@ -214,7 +214,7 @@ def measure(
             wait_until_idle()
             bench.measure()
             for name in workloads:
-                for count in rows:
+                for count in rows if round_ else [most]:
                     progress(
                         "measuring" if round_ else "warming up",
                         done,
@@ -241,7 +241,7 @@ def measure(
     progress("measuring", total - 1, total, detail="a text beside pictures")
     many = 2 if quick else MANY
     drawn = [_endless(item) for item in items(PICTURES, many)]
-    beside = beside_pictures(runtime, items(TEXT, 1)[0], drawn, 1 if quick else 5, Policy())
+    beside = beside_pictures(runtime, items(TEXT, 1)[0], drawn, 1 if quick else 4, Policy())
     whole = [cell for cell in cells if cell.workload == DOCUMENTS]
     share = shares(sample for cell in whole for sample in cell.single) if whole else {}
     bounds = []

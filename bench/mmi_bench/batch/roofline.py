@@ -91,7 +91,8 @@ class Slots:
 
 def slots_of(model: Model, recipe: Recipe, gpu: Gpu, pool: Limits) -> Slots:
     """Slots that `--slots auto` would take on `gpu`, with all engines in memory and their
-    workspaces. pool: limits of the bundle. No slot if not even one fits."""
+    workspace; beside fewer images where not even one fits beside the default number. model: at the
+    limits of the bundle, as engines are built for these. pool: limits of the bundle."""
     memory = model.memory(recipe)
     typed = {
         name: graph.typed(recipe.activations_on(model.runtime))
@@ -112,10 +113,13 @@ def slots_of(model: Model, recipe: Recipe, gpu: Gpu, pool: Limits) -> Slots:
         SimpleNamespace(graphs=typed, limits=limits, backend=SimpleNamespace(plan=lambda: plan)),
     )
     images = image_rows(service, None)
-    try:
-        return Slots(slot_count(service, None, images), images)
-    except EngineError:
-        return Slots(0, images)
+    while True:
+        try:
+            return Slots(slot_count(service, None, images), images)
+        except EngineError:
+            if images <= model.limits.images:
+                return Slots(0, images)
+            images = max(images // 2, model.limits.images)
 
 
 def to_json(found: Sequence[AtOnce], slots: Slots) -> dict[str, Any]:

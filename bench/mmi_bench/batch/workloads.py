@@ -29,10 +29,10 @@ _SHAPES = (
 _GUIDANCE = (3.5, 1.0, 5.0, 2.0)
 
 # Text only: images and tokens of text given, tokens to write.
-_TEXT = (1, 32, 192)
+_TEXT = (1, 32, 128)
 
 # Pictures only: tokens of text given, pictures to draw.
-_PICTURES = (8, 2)
+_PICTURES = (8, 1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _case(name: str, number: int, quick: bool) -> Case:
         return Case(name, images, text, tokens // 8 if quick else tokens)
     if name == PICTURES:
         text, pictures = _PICTURES
-        return Case(name, 0, text, 0, 1 if quick else pictures)
+        return Case(name, 0, text, 0, pictures)
     images, text, tokens, turns = _SHAPES[number % len(_SHAPES)]
     return Case(name, images, text, tokens // 4 if quick else tokens, 1 if quick else turns)
 

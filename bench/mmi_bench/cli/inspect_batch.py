@@ -29,7 +29,8 @@ BASIS = (
     "Computed, not measured on a GPU: the roofline time of a run (weights, KV cache, images and "
     "activations once over the bandwidth, or FLOPs over the peak rate) plus the host time, "
     "measured here with engines that compute nothing, sampling with top-p 0.9 included. Full "
-    "caches; memory as `--slots auto` shares it, with up to 4.3 GB of encoded images"
+    "caches; memory as `--slots auto` shares it, with 4.3 GB of encoded images or, where no "
+    "slot fits beside these, fewer"
 )
 
 
@@ -66,13 +67,14 @@ def inspect_batch(
     counts = sorted(set(rows or (1, 4, 8, 16)))
     graphs = graphs_of(folder, preset)
     model = memory_model(graphs, context, counts[-1], images, on_cpu=False)
+    built = memory_model(graphs, context, graphs.manifest.limits.batch, images, on_cpu=False)
     one = memory_model(graphs, context, 1, images, on_cpu=False)
     with remarks().status("measuring the host time"):
         hosts = {count: host_time(model.config, count) for count in counts}
     found = {}
     for each in gpus:
         chosen = asked or recipe(one.recipe_for(each.room).recipe)
-        fit = slots_of(model, chosen, each, graphs.manifest.limits)
+        fit = slots_of(built, chosen, each, graphs.manifest.limits)
         found[each.name] = (
             each.title,
             chosen.name,

@@ -42,8 +42,8 @@ def test_every_workload_is_measured_on_both_sides(result: BatchResult) -> None:
             assert single.tokens == together.tokens and single.pictures == together.pictures
             assert together.runs is not None and single.runs is None
     two = result.cell("text", 2)
-    assert two and two.together[0].tokens == 2 * 24 and two.together[0].pictures == 0
-    assert two.runs.rows["decode"] == 2 * 23  # the first token comes from the prefill
+    assert two and two.together[0].tokens == 2 * 16 and two.together[0].pictures == 0
+    assert two.runs.rows["decode"] == 2 * 15  # the first token comes from the prefill
     assert two.runs.mean_batch("decode") > 1.5
     drawn = result.cell("pictures", 2)
     assert drawn and drawn.together[0].pictures == 2 and drawn.runs.rows["denoise"] == 2 * 4
@@ -63,7 +63,7 @@ def test_bounds_follow_from_shares_and_gains(result: BatchResult) -> None:
 def test_a_second_turn_encodes_nothing_again(result: BatchResult) -> None:
     assert result.second and result.second.encodes == 0
     assert result.second.cached > 0.5 * result.second.given
-    assert result.beside and len(result.beside.gaps) == 23
+    assert result.beside and len(result.beside.gaps) == 15
 
 
 def test_the_tables_and_the_json_have_all_of_it(result: BatchResult) -> None:

@@ -40,13 +40,13 @@ def test_a_text_has_an_image_and_draws_nothing() -> None:
     for item in items(TEXT):
         assert len(item.document.images) == 1
         assert item.options.max_images == 0
-        assert item.options.min_tokens == item.options.max_tokens == 192
+        assert item.options.min_tokens == item.options.max_tokens == 128
 
 
 def test_pictures_are_drawn_without_a_token_of_text() -> None:
     for item in items(PICTURES):
         assert item.options.draw_first and item.options.turn_tokens == 0
-        assert (item.options.max_tokens, item.options.max_images) == (0, 2)
+        assert (item.options.max_tokens, item.options.max_images) == (0, 1)
 
 
 def test_whole_documents_differ_in_length_images_samplers_and_guidance() -> None:
