@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmi_deploy.cli.app import run
-from mmi_deploy.cli.command_table import INSPECT
+from mmi_deploy.cli.command_table import VIEWS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = [REPOSITORY / "docs" / f"{n}.md" for n in ("export", "benchmarks", "gpu_check", "install")]
@@ -84,14 +84,15 @@ def test_commands_have_the_options_they_are_given(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
-    two_words = {f"inspect {view}" for view in INSPECT} | {"plugins build", "plugins list"}
+    two_words = {f"{command} {view}" for command in VIEWS for view in VIEWS[command]}
+    two_words |= {"plugins build", "plugins list"}
     for line in code(doc.read_text()):
         words = shlex.split(re.sub(r"^\.venv/bin/", "", line), comments=True)
         if words[:1] != ["mmi"]:
             continue
         command = words[1:3] if " ".join(words[1:3]) in two_words else words[1:2]
-        if command == ["inspect"]:
-            command = ["inspect", "parts"]  # the view without its word
+        if " ".join(command) in VIEWS:
+            command.append(next(iter(VIEWS[command[0]])))  # the default view without its word
         assert run([*command, "--help"]) == 0, line
         options = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capsys.readouterr().out))
         assert {word for word in words[1:] if word.startswith("-")} <= options, line

@@ -89,6 +89,7 @@ ORDER = """
     mmi_bench.statistics
     mmi_bench.emulated_precision
     mmi_bench.compare
+    mmi_bench.batch
     mmi_bench.decode
     mmi_bench.kernel
     mmi_bench.quality

@@ -135,14 +135,37 @@ COMMANDS: Mapping[str, Row] = {
         ),
     ),
     "bench": Row(
-        "mmi_bench.cli.bench:bench",
-        "Benchmark the runtime against the same weights in PyTorch.",
+        "mmi_bench.cli.app:app",
+        "Benchmark the runtime against PyTorch, or many documents at once against a queue.",
         "bench",
         RESULTS,
         (
             "mmi bench --quick",
             "mmi bench bundles/tiny -m assets/tiny -o bench.json --plot bench.svg",
             "mmi bench --reading released --size small --repeats 3",
+            "mmi bench batch bundles/tiny",
+        ),
+    ),
+}
+
+BENCH: Mapping[str, Row] = {
+    "pytorch": Row(
+        "mmi_bench.cli.bench:bench",
+        "Benchmark the runtime against the same weights in PyTorch (also without the word).",
+        "bench",
+        examples=(
+            "mmi bench --quick",
+            "mmi bench bundles/tiny -m assets/tiny -o bench.json --plot bench.svg",
+            "mmi bench --reading released --size small --repeats 3",
+        ),
+    ),
+    "batch": Row(
+        "mmi_bench.cli.batch:batch",
+        "Benchmark many documents at once against the same documents one after another.",
+        "cpu",
+        examples=(
+            "mmi bench batch --quick",
+            "mmi bench batch bundles/tiny --workload text --rows 1 --rows 8 -o batch.json",
         ),
     ),
 }
@@ -174,6 +197,12 @@ INSPECT: Mapping[str, Row] = {
         "build",
         examples=("mmi inspect gpus bundles/tiny --gpu l4 --gpu orin-64",),
     ),
+    "batch": Row(
+        "mmi_bench.cli.inspect_batch:inspect_batch",
+        "Documents at once: computed tokens and steps a second of a GPU, slots that fit it.",
+        "build",
+        examples=("mmi inspect batch bundles/13b --gpu h100 --gpu l4",),
+    ),
     "target": Row(
         "mmi_deploy.cli.inspect.target:target",
         "One target of a bundle, graph by graph: layers, sizes, receipts.",
@@ -193,11 +222,14 @@ INSPECT: Mapping[str, Row] = {
     ),
 }
 
+# Commands of several views, each a command of its own.
+VIEWS = {"bench": BENCH, "inspect": INSPECT}
+
 
 def row_of(words: str) -> Row:
     """Row of a command, such as `generate` or `inspect cost`."""
     command, _, view = words.partition(" ")
-    return INSPECT[view] if view else COMMANDS[command]
+    return VIEWS[command][view] if view else COMMANDS[command]
 
 
 class TableGroup(TyperGroup):

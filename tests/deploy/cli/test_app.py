@@ -31,7 +31,7 @@ from mmi_deploy.bundle.bundle import write_bundle
 from mmi_deploy.cli import generate_output
 from mmi_deploy.cli import verify as verify_command
 from mmi_deploy.cli.app import run
-from mmi_deploy.cli.command_table import COMMANDS, INSPECT
+from mmi_deploy.cli.command_table import COMMANDS, VIEWS
 from mmi_deploy.cli.console import duration, flops
 from mmi_deploy.cli.generate import generate as generate_command
 from mmi_deploy.cli.generate_output import ENDS
@@ -50,7 +50,7 @@ from mmi_deploy.system.output_folder import MARKER
 from mmi_plugins.onnxruntime import library
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-WORDS = [*COMMANDS, *(f"inspect {view}" for view in INSPECT)]
+WORDS = [*COMMANDS, *(f"{command} {view}" for command in VIEWS for view in VIEWS[command])]
 
 
 class Screen:
@@ -434,7 +434,7 @@ def test_a_missing_extra_is_named(
 
 def test_every_extra_that_is_named_exists() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    rows = {**COMMANDS, **INSPECT}.values()
+    rows = [*COMMANDS.values(), *(row for views in VIEWS.values() for row in views.values())]
     assert {row.extra for row in rows} - {None} <= project["optional-dependencies"].keys()
     assert "torch" not in " ".join(project["dependencies"])
 

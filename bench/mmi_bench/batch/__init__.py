@@ -1,0 +1,1 @@
+"""Many documents at once against the same documents one after another."""
