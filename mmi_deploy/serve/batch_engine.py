@@ -20,7 +20,7 @@ from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.timings import Timings
-from mmi_deploy.serve.capacity import image_rows, slot_count
+from mmi_deploy.serve.capacity import capacity
 from mmi_deploy.serve.document_row import DocumentRow
 from mmi_deploy.serve.event_stream import EventStream
 from mmi_deploy.serve.executor import Executor
@@ -82,8 +82,9 @@ class BatchEngine:
     ) -> None:
         """slots: documents at once; None for as many as the memory holds. image_memory: bytes of
         encoded images to keep. warm_up: load and measure all engines now. Raises `MmiError`."""
-        images = image_rows(runtime, image_memory)
-        executor = Executor(runtime, slot_count(runtime, slots, images), images)
+        plan = runtime.backend.plan()
+        fit = capacity(runtime.graphs, runtime.limits, plan, slots, image_memory)
+        executor = Executor(runtime, fit.slots, fit.images)
         self.runtime, self._clock = runtime, clock
         self._scheduler = Scheduler(executor, policy, clock)
         if warm_up:

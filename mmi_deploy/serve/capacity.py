@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.buffers import element_type
-from mmi_deploy.runtime.memory_plan import document_bytes
-from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.spec.graphs import Tensor
+from mmi_deploy.runtime.memory_plan import MemoryPlan, document_bytes
+from mmi_deploy.spec.graphs import Graph, Limits, Tensor
 from mmi_deploy.system.files import size as readable
 from mmi_deploy.system.memory import free_memory
 
@@ -20,55 +20,72 @@ IMAGE_MEMORY = 4 << 30
 HOST_SHARE = 0.5
 
 
-def image_rows(runtime: Runtime, image_memory: int | None) -> int:
-    """Number of images to keep encoded: as many as `image_memory` bytes hold, at most the pool of
-    the graphs, of which one row stays empty. Raises `ConfigError` if not even one fits."""
-    size = _image_bytes(runtime)
-    rows = (IMAGE_MEMORY if image_memory is None else image_memory) // size
-    if rows < 1 and image_memory is not None:
+@dataclass(frozen=True)
+class Capacity:
+    """slots: documents at once. images: encoded images that are kept."""
+
+    slots: int
+    images: int
+
+
+def capacity(
+    graphs: Mapping[str, Graph],
+    limits: Limits,
+    plan: MemoryPlan | None,
+    slots: int | None = None,
+    image_memory: int | None = None,
+) -> Capacity:
+    """Capacity of a service.
+
+    plan: of the device's memory; None on the host. slots: None for as many as fit beside the
+    engines and the images, at most the rows of one run (on a device four times as many).
+    image_memory: bytes of encoded images; None for `IMAGE_MEMORY`, or what is left of it where a
+    slot does not fit beside. Raises `ConfigError` for less than one slot or image, `EngineError` if
+    not even one slot fits on the device.
+    """
+    if slots is not None and slots < 1:
+        raise ConfigError("slots is out of range", expected="1 or more", got=slots)
+    size = _image_bytes(graphs)
+    if image_memory is not None and image_memory < size:
         raise ConfigError(
             "the memory for images does not hold one",
             expected=f"at least {readable(size)}",
             got=readable(image_memory),
         )
-    return max(min(rows, runtime.limits.pool - 1), 1)
-
-
-def slot_count(runtime: Runtime, slots: int | None, images: int) -> int:
-    """Number of slots: `slots`, or as many as fit beside the engines and `images` encoded images,
-    at most the rows of one run. Raises `ConfigError` for less than one, `EngineError` if not even
-    one fits on the device."""
+    # The pool of the graphs has one row more, which stays empty.
+    rows = (IMAGE_MEMORY if image_memory is None else image_memory) // size
+    images = max(min(rows, limits.pool - 1), 1)
     if slots is not None:
-        if slots < 1:
-            raise ConfigError("slots is out of range", expected="1 or more", got=slots)
-        return slots
-    most = runtime.limits.batch
-    graphs = runtime.graphs
-    seen = min(graphs["denoise_step"].ranges["m"].max, runtime.limits.images)
-    document = document_bytes(graphs, runtime.limits, seen)
-    # A slot has its caches and a row of the pictures; images are pooled.
-    each = sum(size for kind, size in document.items() if kind != "image values")
-    each += seen * _bytes(graphs["unet_values"].outputs, n=1)
-    plan = runtime.backend.plan()
+        return Capacity(slots, images)
+    most, each = limits.batch, _slot_bytes(graphs, limits)
     if plan is None:
-        return max(min(int(HOST_SHARE * free_memory(swap=False)) // each, most), 1)
-    engines = plan.total - sum(plan.caches.values())
-    left = plan.free - engines - images * _image_bytes(runtime)
-    fit = left // each
+        fit = int(HOST_SHARE * free_memory(swap=False)) // each
+        return Capacity(max(min(fit, most), 1), images)
+    left = plan.free - (plan.total - sum(plan.caches.values()))
+    while image_memory is None and images > 1 and left - images * size < each:
+        images //= 2
+    fit = (left - images * size) // each
     if fit < 1:
         raise EngineError(
-            "the GPU has too little free memory for one slot beside the encoded images",
-            expected=readable(each),
+            "the GPU has too little free memory for one slot beside the engines",
+            expected=readable(each + images * size),
             got=readable(max(left, 0)),
             fix="keep fewer images or fewer engines resident",
         )
-    return int(min(fit, 4 * most))
+    return Capacity(int(min(fit, 4 * most)), images)
 
 
-def _image_bytes(runtime: Runtime) -> int:
+def _slot_bytes(graphs: Mapping[str, Graph], limits: Limits) -> int:
+    """Bytes of a slot: its caches, and a row of the pictures with the images that it sees."""
+    seen = min(graphs["denoise_step"].ranges["m"].max, limits.images)
+    document = document_bytes(graphs, limits, seen)
+    caches = sum(size for kind, size in document.items() if kind != "image values")
+    return caches + seen * _bytes(graphs["unet_values"].outputs, n=1)
+
+
+def _image_bytes(graphs: Mapping[str, Graph]) -> int:
     """Bytes of an image in the pool."""
-    encoder = runtime.graphs["vision_encoder"]
-    values = runtime.graphs["llm_values"].outputs
+    encoder, values = graphs["vision_encoder"], graphs["llm_values"].outputs
     return _bytes([*values, encoder["visual_tokens"], encoder["features"]], n=1)
 
 

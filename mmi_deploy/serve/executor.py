@@ -149,9 +149,9 @@ class Executor:
         row.add(ids)
         return result
 
-    def decode(self, rows: Sequence[DocumentRow]) -> Logits:
+    def decode(self, rows: Sequence[DocumentRow]) -> list[Logits]:
         """Run the LLM over the next token of each document, at most `rows_of_a_run`; returns the
-        logits [b, u] after them."""
+        logits [u] after each. Views: valid until the next run."""
         slots = [_slot(row) for row in rows]
         first, last = self.slots.window(slots, self.rows_of_a_run)
         b = self.padded(last - first)
@@ -170,8 +170,7 @@ class Executor:
             token, image_slot, position = seen[slot.index]
             row.visible.add([token], image_slot, position)
             row.add([token])
-        found: Logits = logits[indices, 0]
-        return found
+        return [logits[index, 0] for index in indices]
 
     def run_decode(
         self,

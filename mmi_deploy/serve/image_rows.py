@@ -57,6 +57,9 @@ class ImageRows:
         """Number of images in the pool."""
         return len(self._row)
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._row
+
     def find(self, key: Key) -> int | None:
         """Hold the row of an image that is in the pool; None if it is not. Call `release` for every
         row held."""

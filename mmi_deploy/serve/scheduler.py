@@ -28,6 +28,14 @@ from mmi_deploy.serve.kv_slots import Slot
 TEXT = ("encode", "prefill")
 PICTURE = ("values", "condition", "denoise", "shallow", "vae")
 
+# Order of the runs while nobody waits for a text. Of a whole and a shallow step, the one of more
+# pictures comes first.
+RANKS = {"encode": 0, "prefill": 1, "decode": 2, "vae": 3, "values": 4, "condition": 5}
+RANKS |= {"denoise": 6, "shallow": 6}
+
+# Runs, over `max_wait`, after which the oldest work comes first in that order.
+PATIENCE = 32
+
 # Tokens of a finished document that are computed again in one idle turn.
 IDLE_CHUNK = 64
 
@@ -37,11 +45,12 @@ class Policy:
     """Rules of the scheduler.
 
     text_gap: seconds that a run may take while a text is being written, which makes runs smaller;
-    None for twice a denoising step of one picture, infinity for full runs. picture_share: share of
-    the time that pictures get while prompts wait as well, between 0 and 1. max_wait: runs besides
-    decoding after which the run that waits longest comes first. overtakes: later documents that
-    may get a slot before a document that does not fit yet. queue: documents that may wait for a
-    slot. queue_seconds: time that a document may wait for it.
+    None for twice a denoising step of one picture. Infinity: nobody waits for a text, and runs are
+    as full as can be. picture_share: share of the time that pictures get while prompts wait as
+    well, between 0 and 1. max_wait: runs besides decoding after which the run that waits longest
+    comes first. overtakes: later documents that may get a slot before a document that does not fit
+    yet. queue: documents that may wait for a slot. queue_seconds: time that a document may wait
+    for it.
     """
 
     text_gap: float | None = None
@@ -87,7 +96,7 @@ class Scheduler:
         self._round: list[Job] = []  # texts to decode before another run may come
         self._spent = {"text": 0.0, "picture": 0.0}  # seconds over share
         self._reserved = 0  # rows of the image pool that running documents may need
-        # Finished documents whose last tokens can be computed again in idle turns.
+        # Finished documents that idle turns prepare for their next turn.
         self._unsettled: OrderedDict[Slot, DocumentRow] = OrderedDict()
 
     def check(self, job: Job, ahead: int = 0) -> None:
@@ -124,21 +133,14 @@ class Scheduler:
         """Do one run; False if there is nothing to do."""
         self._stop_early()
         self._admit()
-        texts = [job for job in self.running if job.stage == "decode"]
-        others = self._others()
-        self._round = [job for job in self._round if job in texts]
-        if not self._round and not others:
-            self._round = texts
-        if self._round:
-            most = self.executor.rows_of_a_run
-            chosen, self._round = self._round[:most], self._round[most:]
-            self.runs.run(chosen, inf)
-        elif others:
-            self._run_other(others, bool(texts))
-            # After every other run, all texts are decoded once.
-            self._round = [job for job in self.running if job.stage == "decode"]
-        else:
+        ready = self._ready()
+        if not ready:
+            self._round = []
             return self._settle()
+        if self.text_gap() == inf:
+            self.runs.run(self._fullest(ready), inf)
+        else:
+            self._take_turns(ready)
         return True
 
     def cancel_all(self) -> None:
@@ -265,26 +267,39 @@ class Scheduler:
             return
         if slots.exact:
             slot.truncate(slot.exact, job.row.sequence.config.tokens.boi)
-            self._unsettled[slot] = job.row
         slots.release(slot, failed)
-        if failed:
-            self._unsettled.pop(slot, None)
+        if not failed:
+            self._unsettled[slot] = job.row
 
     # Choosing.
 
-    def _others(self) -> list[Job]:
-        """Documents that are ready for a run besides decoding, the oldest first."""
+    def _ready(self) -> list[Job]:
+        """Documents that are ready for a run, the oldest first."""
         full = len(self.runs.drawing) == self.executor.pictures.rows
         ready = [
             job
             for job in self.running
-            if job.stage != "decode"
-            and not (full and job.picture_row is None and job.stage in ("values", "condition"))
+            if not (full and job.picture_row is None and job.stage in ("values", "condition"))
         ]
         return sorted(ready, key=lambda job: (job.ready, -job.priority, job.number))
 
-    def _run_other(self, others: list[Job], texts: bool) -> None:
-        """Run what is due of `others`. texts: a text is being written, which must not wait long."""
+    def _take_turns(self, ready: list[Job]) -> None:
+        """Decode all texts after every other run, so that none of them waits long."""
+        texts = [job for job in ready if job.stage == "decode"]
+        others = [job for job in ready if job.stage != "decode"]
+        self._round = [job for job in self._round if job in texts]
+        if not self._round and not others:
+            self._round = texts
+        if self._round:
+            most = self.executor.rows_of_a_run
+            chosen, self._round = self._round[:most], self._round[most:]
+            self.runs.run(chosen, inf)
+        else:
+            self._run_other(others, self.text_gap() if texts else inf)
+            self._round = [job for job in self.running if job.stage == "decode"]
+
+    def _run_other(self, others: list[Job], gap: float) -> None:
+        """Run what is due of `others`, for at most `gap` seconds."""
         text = [job for job in others if job.stage in TEXT]
         picture = [job for job in others if job.stage in PICTURE]
         spent = self._spent
@@ -298,13 +313,24 @@ class Scheduler:
             spent[other] = max(spent[other], spent[kind])
         due = text if kind == "text" else picture
         same = [job for job in due if job.stage == due[0].stage]
-        seconds = self.runs.run(same, self.text_gap() if texts else inf)
+        seconds = self.runs.run(same, gap)
         share = self.policy.picture_share if kind == "picture" else 1 - self.policy.picture_share
         spent[kind] += seconds / share
 
+    def _fullest(self, ready: list[Job]) -> list[Job]:
+        """Documents for the next run if nobody waits for a text: the cheap runs first, so that
+        pictures gather for full denoising runs, which take most of the time."""
+        stages = Counter(job.stage for job in ready)
+        stage = min(stages, key=lambda stage: (RANKS[stage], -stages[stage]))
+        if self.runs.turn - ready[0].ready > PATIENCE * self.policy.max_wait:
+            stage = ready[0].stage
+        same = [job for job in ready if job.stage == stage]
+        return same[: self.executor.rows_of_a_run] if stage == "decode" else same
+
     def _settle(self) -> bool:
-        """Compute again, in a longer run, tokens of a finished document that were decoded one by
-        one, so that its next turn finds them; False if there are none."""
+        """Prepare a finished document for its next turn, with one run; False if there is nothing to
+        do. Its last pictures are encoded, and tokens that were decoded one by one are computed
+        again in a longer run."""
         slots = self.executor.slots
         while self._unsettled:
             slot, row = next(iter(self._unsettled.items()))
@@ -312,13 +338,20 @@ class Scheduler:
             pending = min(len(row.sequence.token_ids), slots.context - 1) - row.processed
             count = min(pending, IDLE_CHUNK)
             count -= pending - count == 1
-            if count < 2 or row.images.missing(row.keys):
-                row.release()
-                del self._unsettled[slot]
-                continue
-            row.begin(slot)
+            pictures = dict(zip(row.keys, row.sequence.pictures, strict=True))
+            missing = [key for key in pictures if key not in self.executor.images]
             try:
-                check_finite(self.executor.prefill(row, count), "the logits")
+                if missing:
+                    few = missing[: self.executor.rows_of_a_run]
+                    self.executor.encode({key: pictures[key] for key in few})
+                elif count > 1:
+                    row.images.missing(row.keys)  # holds them
+                    row.begin(slot)
+                    check_finite(self.executor.prefill(row, count), "the logits")
+                else:
+                    del self._unsettled[slot]
+                    row.release()
+                    continue
             except Exception:  # no document waits for it
                 del self._unsettled[slot]
                 slots.release(slot, failed=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from mmi_bench.batch.host_time import HostTime
 from mmi_deploy.analysis.cost import GraphCost, cost_of_file
@@ -17,8 +16,7 @@ from mmi_deploy.analysis.gpu_specs import Gpu
 from mmi_deploy.analysis.memory_estimate import Model
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.memory_plan import MemoryPlan, document_bytes
-from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.capacity import image_rows, slot_count
+from mmi_deploy.serve.capacity import Capacity, capacity
 from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.targets.precision.recipes import Recipe
 
@@ -81,18 +79,10 @@ def _costs(model: Model, recipe: Recipe, rows: int) -> tuple[GraphCost, GraphCos
     return of("llm", t=1, w=1), of("denoise_step")
 
 
-@dataclass(frozen=True)
-class Slots:
-    """Slots of KV cache, and encoded images beside them, that fit a GPU."""
-
-    slots: int
-    images: int
-
-
-def slots_of(model: Model, recipe: Recipe, gpu: Gpu, pool: Limits) -> Slots:
-    """Slots that `--slots auto` would take on `gpu`, with all engines in memory and their
-    workspace; beside fewer images where not even one fits beside the default number. model: at the
-    limits of the bundle, as engines are built for these. pool: limits of the bundle."""
+def slots_of(model: Model, recipe: Recipe, gpu: Gpu, pool: Limits) -> Capacity:
+    """Capacity that `--slots auto` would take on `gpu`, with all engines in memory and their
+    workspace. model: at the limits of the bundle, as engines are built for these. pool: limits of
+    the bundle."""
     memory = model.memory(recipe)
     typed = {
         name: graph.typed(recipe.activations_on(model.runtime))
@@ -107,22 +97,13 @@ def slots_of(model: Model, recipe: Recipe, gpu: Gpu, pool: Limits) -> Slots:
         memory.workspace,
         gpu.room,
     )
-    # The service asks a runtime for these three alone.
-    service = cast(
-        Runtime,
-        SimpleNamespace(graphs=typed, limits=limits, backend=SimpleNamespace(plan=lambda: plan)),
-    )
-    images = image_rows(service, None)
-    while True:
-        try:
-            return Slots(slot_count(service, None, images), images)
-        except EngineError:
-            if images <= model.limits.images:
-                return Slots(0, images)
-            images = max(images // 2, model.limits.images)
+    try:
+        return capacity(typed, limits, plan)
+    except EngineError:
+        return Capacity(0, 1)
 
 
-def to_json(found: Sequence[AtOnce], slots: Slots) -> dict[str, Any]:
+def to_json(found: Sequence[AtOnce], slots: Capacity) -> dict[str, Any]:
     """Rows and slots as JSON."""
     return {
         "slots": slots.slots,

@@ -23,7 +23,8 @@ from mmi_deploy.cli.inspect.source import (
 )
 
 if TYPE_CHECKING:
-    from mmi_bench.batch.roofline import AtOnce, Slots
+    from mmi_bench.batch.roofline import AtOnce
+    from mmi_deploy.serve.capacity import Capacity
 
 BASIS = (
     "Computed, not measured on a GPU: the roofline time of a run (weights, KV cache, images and "
@@ -100,7 +101,7 @@ def inspect_batch(
     out.print(BASIS)
 
 
-def _table(title: str, found: list[AtOnce], fit: Slots) -> Table:
+def _table(title: str, found: list[AtOnce], fit: Capacity) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"{title}: {fit.slots} slots fit beside {fit.images} encoded images",

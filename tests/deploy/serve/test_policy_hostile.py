@@ -15,7 +15,7 @@ from mmi_deploy.documents.document import Draw, Image, Part, Text, document_of
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.serve.job import Job
-from mmi_deploy.serve.scheduler import Policy
+from mmi_deploy.serve.scheduler import PATIENCE, Policy
 
 World = tuple[Runtime, Hooks]
 
@@ -60,7 +60,9 @@ class Watched(Service):
         of all documents that became ready before it, one run each."""
         slots = len(self.executor.slots.slots)
         decodes = ceil(slots / self.executor.rows_of_a_run)
-        return 2 * self.scheduler.policy.max_wait + (1 + decodes) * (slots + 1)
+        policy = self.scheduler.policy
+        runs = PATIENCE if policy.text_gap == inf else 2
+        return runs * policy.max_wait + (1 + decodes) * (slots + 1)
 
 
 @pytest.mark.parametrize("seed", range(30))
