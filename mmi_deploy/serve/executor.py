@@ -9,7 +9,8 @@ u vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,9 +66,6 @@ class Executor:
         self._hidden = allocate("hidden", b=most, t=1)
         self._logits = allocate("logits", b=most, w=1)
         self._visual_tokens = allocate("visual_tokens", v=self.limits.context)
-        self._features = memory.allocate(
-            encoder["features"].resolve(n=most), encoder["features"].dtype
-        )
         latents = graphs["vae_decoder"]["latents"]
         self._latents = memory.allocate(latents.resolve(b=most), latents.dtype)
         self._decode_steps: dict[tuple[int, int, int], DecodeStep] = {}
@@ -82,43 +80,41 @@ class Executor:
         return next(count for count in self.row_counts if count >= rows)
 
     def encode(self, pictures: Mapping[Key, Rgb]) -> None:
-        """Encode pictures, at most `rows_of_a_run`, into rows of the pool that nobody holds."""
+        """Encode those of `pictures` that are not in the pool, at most `rows_of_a_run`, into rows
+        that nobody holds."""
+        pictures = {key: rgb for key, rgb in pictures.items() if key not in self.images}
+        if not pictures:  # done by a run that failed for another picture
+            return
         pixels = np.stack([to_pixels(rgb) for rgb in pictures.values()])
-        encoded = self.run_encoder(pixels)
-        self._fill(self.images, list(pictures), encoded)
-        self.runtime.memory.wait()
-
-    def run_encoder(self, pixels: NDArray[np.float32]) -> dict[str, Buffer]:
-        """Visual tokens, features and the LLM's values of `pixels` [n, 3, height, width], padded to
-        the rows of a run."""
         missing = self.padded(len(pixels)) - len(pixels)
         pixels = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0)))
         encoded = self.runtime.engine("vision_encoder").run({"pixels": pixels})
-        values = self.runtime.engine("llm_values").run({"features": encoded["features"]})
-        return {**values, **encoded}
-
-    def unet_values(self, images: Mapping[Key, int]) -> None:
-        """Compute the U-Net's values of images, at most `rows_of_a_run`: key -> row of the pool of
-        encoded images."""
-        pool, copy = self.images.buffers["features"], self.runtime.memory.copy
-        for index, row in enumerate(images.values()):
-            copy(pool.rows(row, row + 1), self._features.rows(index, index + 1))
-        self._fill(self.unet_images, list(images), self.run_unet_values(len(images)))
+        for index, key in enumerate(pictures):
+            with _new_row(self.images, key) as row:
+                for name, rows in encoded.items():
+                    kept = self.images.buffers[name].rows(row, row + 1)
+                    self.runtime.memory.copy(rows.rows(index, index + 1), kept)
+                self._run_values("llm_values", row, self.images, row)
         self.runtime.memory.wait()
 
-    def run_unet_values(self, n: int) -> dict[str, Buffer]:
-        """U-Net values of the first `n` features that were gathered."""
-        features = self._features.rows(0, self.padded(n))
-        return self.runtime.engine("unet_values").run({"features": features})
+    def unet_values(self, images: Mapping[Key, int]) -> None:
+        """Compute the U-Net's values of those of `images` that have none: key -> row of the pool of
+        encoded images."""
+        for key, image in images.items():
+            if key in self.unet_images:  # as above
+                continue
+            with _new_row(self.unet_images, key) as row:
+                self._run_values("unet_values", image, self.unet_images, row)
+        self.runtime.memory.wait()
 
-    def _fill(self, pool: ImageRows, keys: Sequence[Key], values: Mapping[str, Buffer]) -> None:
-        """Copy `values` [n, ...] into new rows of `pool`."""
-        for index, key in enumerate(keys):
-            row = pool.add(key)
-            for name, rows in pool.buffers.items():
-                target = rows.rows(row, row + 1)
-                self.runtime.memory.copy(values[name].rows(index, index + 1), target)
-            pool.release(key)
+    def _run_values(self, name: str, image: int, pool: ImageRows, row: int) -> None:
+        """Run the graph `name` for one encoded image, into its row of `pool`. Images one by one: a
+        batch gains nothing, and would have to be copied into the rows."""
+        outputs = [tensor.name for tensor in self.runtime.graphs[name].outputs]
+        self.runtime.engine(name).run(
+            {"features": self.images.buffers["features"].rows(image, image + 1)},
+            {output: pool.buffers[output].rows(row, row + 1) for output in outputs},
+        )
 
     def prefill(self, row: DocumentRow, count: int) -> Logits:
         """Run the LLM over the next `count` tokens of a document; returns the logits [u] after
@@ -244,6 +240,20 @@ class Executor:
         decoded = self.runtime.engine("vae_decoder").run({"latents": latents})
         pixels: NDArray[np.float32] = decoded["pixels"].read()
         return pixels
+
+
+@contextmanager
+def _new_row(pool: ImageRows, key: Key) -> Iterator[int]:
+    """Row of `pool` to write an image to, which nobody holds afterwards; dropped if the block
+    raises."""
+    row = pool.add(key)
+    try:
+        yield row
+    except Exception:
+        pool.release(key)
+        pool.forget([key])
+        raise
+    pool.release(key)
 
 
 def powers_of_two(most: int) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ class JobRuns:
             case "decode":
                 self._isolated(jobs, self._decode)
             case "values" | "condition":
-                self._condition(jobs[0])
+                self._condition(jobs[0], gap)
             case "denoise" | "shallow":
                 self._isolated(self._most(jobs, gap), self._denoise)
             case "vae":
@@ -223,7 +223,7 @@ class JobRuns:
         job.last_token = None if begins_picture else now
         self._advance(job, sampled)
 
-    def _condition(self, job: Job) -> None:
+    def _condition(self, job: Job, gap: float) -> None:
         """Compute the U-Net's values of the images that a picture may see, or else its condition.
         The job keeps a row of the pictures from here on."""
         work, row = job.work, job.row
@@ -232,12 +232,12 @@ class JobRuns:
             job.picture_row = len(self.drawing)
             self.drawing.append(job)
         missing = row.unet_images.missing(row.seen_by_picture(work.picture.index))
-        images = {key: row.images.row(key) for key in missing[: self.executor.rows_of_a_run]}
+        most = self.times.largest("values", range(1, max(len(missing), 1) + 1), gap)
+        images = {key: row.images.row(key) for key in missing[:most]}
         at = job.picture_row
 
         def values(_: Sequence[Job]) -> None:
-            size = self.executor.padded(len(images))
-            with self._measured("values", size, {job: len(images)}):
+            with self._measured("values", len(images), {job: len(images)}):
                 self.executor.unet_values(images)
             job.refresh(self.turn)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
 
+from mmi_deploy.documents.images import Rgb
 from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.serve.document_row import DocumentRow
 from mmi_deploy.serve.executor import Executor, powers_of_two
+from mmi_deploy.serve.image_rows import Key
 from mmi_deploy.serve.job_runs import CHUNK
 from mmi_deploy.serve.kv_slots import Slot
 from mmi_deploy.serve.run_times import RunTimes
@@ -33,14 +35,25 @@ def warm_up(executor: Executor, times: RunTimes, clock: Callable[[], float]) -> 
         times.add(kind, size, min(seconds))
 
     for b in powers_of_two(executor.rows_of_a_run):
-        pixels = np.zeros((b, 3, side, side), np.float32)
-        measure("encode", b, partial(executor.run_encoder, pixels))
         measure("decode", b, partial(executor.run_decode, 0, b, 1, {}))
-        measure("values", b, partial(executor.run_unet_values, b))
         measure("vae", b, partial(executor.run_vae, b))
+        if b <= executor.images.rows:
+            pictures = {bytes([row]): np.zeros((side, side, 3), np.uint8) for row in range(b)}
+            measure("encode", b, partial(_encode, executor, pictures))
         if b <= executor.pictures.rows:
             measure("denoise", b, partial(executor.pictures.run, "denoise_step", b, b))
+    measure("values", 1, partial(_unet_values, executor))
     _prefill(executor, measure)
+
+
+def _encode(executor: Executor, pictures: Mapping[Key, Rgb]) -> None:
+    executor.encode(pictures)
+    executor.images.forget(pictures)
+
+
+def _unet_values(executor: Executor) -> None:
+    executor.unet_values({b"": 1})
+    executor.unet_images.forget([b""])
 
 
 def _prefill(executor: Executor, measure: Callable[[str, int, Callable[[], object]], None]) -> None:
