@@ -165,3 +165,37 @@ def test_higher_priorities_come_first_and_equal_ones_in_their_order(world: World
     service.check()
     order = sorted(range(len(sent)), key=lambda index: sent[index].job.admitted or 0.0)
     assert order == [5, 1, 3, 0, 4, 2]
+
+
+def test_an_idle_turn_encodes_a_picture_that_came_last(world: World) -> None:
+    """A document that ends with its picture never needs it again, but its next turn does."""
+    first = alone(world, words(20), Draw(), max_tokens=0)
+    again = Alone(
+        world[0],
+        first.second_turn(words(4, first=9)),
+        GenerationOptions(max_tokens=2, max_images=0, logit_bias=((2, -90.0),)),
+    )
+    service = Service(*world, slots=2, images=8)
+    service.run(first)
+    encoded = service.executor.images.kept
+    assert encoded == 1
+    service.run(again)
+    assert service.executor.images.kept == encoded
+    assert service.scheduler.runs.counts.runs["encode"] == 0  # of the second turn and of the first
+    assert service.sent[1].job.cached > 20
+    service.check()
+
+
+def test_while_nobody_watches_pictures_gather(world: World) -> None:
+    """Denoising runs are as full as the documents allow, for all prompts and texts come first."""
+    drawers = [
+        alone(world, words(2), turn_tokens=5 * at, max_tokens=40, max_images=1) for at in range(5)
+    ]
+    watched = Service(*world, slots=5, images=8)
+    watched.run(*drawers)
+    alike = Service(*world, slots=5, images=8, policy=Policy(text_gap=inf))
+    alike.run(*drawers)
+    alike.check()
+    counts = alike.scheduler.runs.counts
+    assert counts.runs["denoise"] == 4 and counts.rows["denoise"] == 5 * 4
+    assert watched.scheduler.runs.counts.runs["denoise"] > 4
