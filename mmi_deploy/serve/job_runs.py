@@ -192,10 +192,7 @@ class JobRuns:
 
     def _piece(self, pending: int, gap: float) -> int:
         """Number of the pending tokens to run at once."""
-        sizes = [CHUNK]
-        while sizes[-1] < pending:
-            sizes.append(2 * sizes[-1])
-        count = min(pending, self.times.largest("prefill", sizes, gap))
+        count = min(pending, self.times.largest("prefill", piece_sizes(pending), gap))
         # A run of a single token would round differently from a longer one.
         return count - 1 if pending - count == 1 else count
 
@@ -278,6 +275,14 @@ class JobRuns:
         if job.first is None:
             job.first = self.clock()
         self._advance(job, to_rgb(pixels))
+
+
+def piece_sizes(tokens: int) -> list[int]:
+    """Sizes of pieces of a prompt of `tokens` tokens, the smallest first."""
+    sizes = [CHUNK]
+    while sizes[-1] < tokens:
+        sizes.append(2 * sizes[-1])
+    return sizes
 
 
 def _power_of_two(count: int) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
 
 import numpy as np
 
 # Weight of the newest measurement in the moving average.
 NEWEST = 0.2
+
+# Runs of each kind and size among which the longest is found.
+LAST = 64
 
 # Measurements of which `Recent` keeps the last.
 KEPT = 4096
@@ -39,12 +42,14 @@ class RunTimes:
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, dict[int, float]] = defaultdict(dict)
+        self._last: defaultdict[str, dict[int, deque[float]]] = defaultdict(dict)
 
     def add(self, kind: str, size: int, seconds: float) -> None:
         """Add a measurement."""
         known = self._seconds[kind]
         before = known.get(size, seconds)
         known[size] = before + NEWEST * (seconds - before)
+        self._last[kind].setdefault(size, deque(maxlen=LAST)).append(seconds)
 
     def expected(self, kind: str, size: int) -> float:
         """Expected seconds of a run: interpolated between the sizes that were measured, in
@@ -63,6 +68,11 @@ class RunTimes:
             return known[below]
         share = (size - below) / (above - below)
         return known[below] + share * (known[above] - known[below])
+
+    def worst(self, kind: str, size: int) -> float:
+        """Longest of the last runs of at most this size; 0 if none was measured."""
+        last = self._last.get(kind, {}).copy()
+        return max((max(last[known].copy()) for known in last if known <= size), default=0.0)
 
     def largest(self, kind: str, sizes: Iterable[int], seconds: float) -> int:
         """Largest of `sizes`, in ascending order, that is expected to take at most `seconds`; the

@@ -21,7 +21,7 @@ from mmi_deploy.runtime.session import check_finite
 from mmi_deploy.serve.document_row import DocumentRow
 from mmi_deploy.serve.executor import Executor
 from mmi_deploy.serve.job import Job
-from mmi_deploy.serve.job_runs import CHUNK, JobRuns
+from mmi_deploy.serve.job_runs import JobRuns, piece_sizes
 from mmi_deploy.serve.kv_slots import Slot
 
 # Runs on the way to a token, and on the way to a picture. Decode runs have a rule of their own.
@@ -166,14 +166,20 @@ class Scheduler:
         return 2 * self.runs.times.expected("denoise", 1)
 
     def text_gap_bound(self) -> float:
-        """Seconds that a running text waits at most for its next token, from the measured run
-        times: the longest other run, which cannot be smaller than one image, step or picture, and
-        the decode runs of all slots."""
-        expected = self.runs.times.expected
-        least = [expected(kind, 1) for kind in ("encode", *PICTURE)]
-        least.append(expected("prefill", CHUNK))
-        most, slots = self.executor.rows_of_a_run, len(self.executor.slots.slots)
-        return max(self.text_gap(), *least) + ceil(slots / most) * expected("decode", most)
+        """Seconds that a running text waits at most for its next token, from the longest of the
+        last runs: one other run, of the size that the text gap allows, and the decode runs of all
+        slots. Infinity if nobody waits for a text."""
+        gap, times, executor = self.text_gap(), self.runs.times, self.executor
+        if gap == inf:
+            return inf
+        sizes = executor.row_counts
+        other = [
+            times.worst(kind, times.largest(kind, sizes, gap)) for kind in ("encode", *PICTURE)
+        ]
+        pieces = piece_sizes(executor.limits.context)
+        other.append(times.worst("prefill", times.largest("prefill", pieces, gap)))
+        runs = ceil(len(executor.slots.slots) / executor.rows_of_a_run)
+        return max(other) + runs * times.worst("decode", executor.rows_of_a_run)
 
     # Joining and leaving.
 
