@@ -22,7 +22,7 @@ from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.serve.capacity import capacity
 from mmi_deploy.serve.document_row import DocumentRow
-from mmi_deploy.serve.event_stream import EventStream
+from mmi_deploy.serve.event_stream import EventStream, wake_all
 from mmi_deploy.serve.executor import Executor
 from mmi_deploy.serve.job import Job
 from mmi_deploy.serve.scheduler import DEFAULT_POLICY, Policy, Scheduler
@@ -94,6 +94,7 @@ class BatchEngine:
         self._inbox: list[Job] = []
         self._closed = False
         self._broken: Exception | None = None
+        self._told: dict[EventStream, None] = {}  # streams with events since the last run
         self._arrivals = count()
         self._thread = Thread(target=self._run, name="mmi-batch-engine", daemon=True)
         self._thread.start()
@@ -246,6 +247,7 @@ class BatchEngine:
         if isinstance(item, ImageDone):  # the receiver may write to it, the document keeps its own
             item = replace(item, rgb=item.rgb.copy())
         stream.emit(item)
+        self._told[stream] = None
 
     def _run(self) -> None:
         """Turns of the scheduler until the engine is closed or breaks; then all documents end."""
@@ -259,6 +261,12 @@ class BatchEngine:
                 scheduler.waiting += [job for job in self._inbox if job not in scheduler.waiting]
                 self._inbox.clear()
             scheduler.fail_all(EngineError(f"the batch engine failed: {error}"))
+        self._wake()
+
+    def _wake(self) -> None:
+        """Wake the readers of all streams with new events."""
+        wake_all(self._told)
+        self._told.clear()
 
     def _turns(self) -> None:
         worked = True
@@ -274,6 +282,7 @@ class BatchEngine:
                 if self._closed:
                     return
             worked = self._scheduler.turn()
+            self._wake()
 
 
 def _resized(document: Document, side: int) -> Document:

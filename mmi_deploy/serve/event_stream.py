@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
 from threading import Condition
 
 from mmi_deploy.runtime.events import Event
 from mmi_deploy.serve.job import JobStats
+
+# A coroutine that waits for an event, and its loop.
+Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
 class EventStream:
@@ -23,7 +25,7 @@ class EventStream:
     def __init__(self) -> None:
         self._changed = Condition()
         self._items: deque[Event | Exception | None] = deque()
-        self._waiters: list[Callable[[], None]] = []
+        self._waiters: list[Waiter] = []
         self._cancel: Callable[[], None] = lambda: None
         self._ended = False
         self.stats: JobStats | None = None  # once the document has ended
@@ -33,13 +35,17 @@ class EventStream:
         self._cancel = cancel
 
     def emit(self, item: Event | Exception | None) -> None:
-        """Add an event; None at the end, an exception at a failure. Thread-safe."""
+        """Add an event; None at the end, an exception at a failure. Whoever waits for it is woken
+        by `wake`."""
         with self._changed:
             self._items.append(item)
+
+    def wake(self) -> list[Waiter]:
+        """Wake the threads that wait for an event; returns the coroutines that do."""
+        with self._changed:
             self._changed.notify_all()
             waiters, self._waiters = self._waiters, []
-        for wake in waiters:
-            wake()
+        return waiters
 
     def cancel(self) -> None:
         """End the document within one run: it ends with `Finished("cancelled")`. Without effect on
@@ -68,9 +74,9 @@ class EventStream:
                 if self._items or self._ended:
                     item = self._take()
                     break
-                waiter = loop.create_future()
-                self._waiters.append(partial(_wake, loop, waiter))
-            await waiter
+                future = loop.create_future()
+                self._waiters.append((loop, future))
+            await future
         if item is None:
             raise StopAsyncIteration
         return item
@@ -96,12 +102,19 @@ class EventStream:
         self.cancel()
 
 
-def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:
-    """Wake a coroutine of another thread's loop, unless the loop is closed."""
+def wake_all(streams: Iterable[EventStream]) -> None:
+    """Wake whoever waits for an event of `streams`: every event loop once, as that is a call to the
+    system, after which threads contend for Python's lock."""
+    waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for stream in streams:
+        for loop, future in stream.wake():
+            waiting.setdefault(loop, []).append(future)
+    for loop, futures in waiting.items():
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(_resolve, futures)
 
-    def done() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
 
-    with suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(done)
+def _resolve(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

@@ -25,7 +25,7 @@ from mmi_deploy.runtime.events import Event, Finished, ImageDone
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.serve.batch_engine import BatchEngine
-from mmi_deploy.serve.event_stream import EventStream
+from mmi_deploy.serve.event_stream import EventStream, wake_all
 from mmi_deploy.serve.run_times import RunTimes
 from mmi_deploy.serve.scheduler import Policy
 
@@ -149,6 +149,7 @@ def test_waking_a_loop_that_closes_at_that_moment_harms_nobody() -> None:
     task = loop.create_task(anext(stream))  # type: ignore[arg-type]
     loop.run_until_complete(asyncio.sleep(0))
     stream.emit(None)  # by the thread of the engine
+    wake_all([stream])
     task.cancel()
     loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
     loop.close()
