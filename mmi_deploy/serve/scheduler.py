@@ -344,20 +344,20 @@ class Scheduler:
             pending = min(len(row.sequence.token_ids), slots.context - 1) - row.processed
             count = min(pending, IDLE_CHUNK)
             count -= pending - count == 1
+            images = self.executor.images
             pictures = dict(zip(row.keys, row.sequence.pictures, strict=True))
-            missing = [key for key in pictures if key not in self.executor.images]
+            missing = [key for key in pictures if key not in images]
+            if len(pictures) > images.rows or not (missing or count > 1):
+                del self._unsettled[slot]
+                continue
             try:
+                row.images.missing(row.keys)  # holds the others
                 if missing:
                     few = missing[: self.executor.rows_of_a_run]
                     self.executor.encode({key: pictures[key] for key in few})
-                elif count > 1:
-                    row.images.missing(row.keys)  # holds them
+                else:
                     row.begin(slot)
                     check_finite(self.executor.prefill(row, count), "the logits")
-                else:
-                    del self._unsettled[slot]
-                    row.release()
-                    continue
             except Exception:  # no document waits for it
                 del self._unsettled[slot]
                 slots.release(slot, failed=True)

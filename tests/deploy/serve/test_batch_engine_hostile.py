@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from threading import Event as Flag
 from threading import Thread
@@ -445,13 +446,14 @@ def test_many_short_documents_leave_the_memory_as_it_was(world: World) -> None:
                 streams.clear()
 
     with opened(world, slots=4) as engine:
-        some(100)
-        gc.collect()
-        before = anonymous_memory()
-        some(300)
-        gc.collect()
-        grown = anonymous_memory() - before
-    assert grown < 1.5e6, f"{grown} bytes more"
+        sizes = []
+        for _ in range(5):
+            some(80)
+            gc.collect()
+            sizes.append(anonymous_memory())
+    # What leaks grows in every round; the allocator may keep more after some of them.
+    grown = min(after - before for before, after in pairwise(sizes))
+    assert grown < 0.2e6, f"{sizes} bytes"
 
 
 def test_an_engine_that_cannot_be_opened_keeps_no_engines_of_the_bundle(
