@@ -60,7 +60,7 @@ class Cell:
 
     @property
     def other_speedup(self) -> Statistics:
-        """The same by the other clock: CPU time, or wall time if CPU time is what is judged."""
+        """Speed-up by the other clock: CPU time, or wall time if CPU time is judged."""
         return self._ratios(not self.cpu_time)
 
     def _ratios(self, cpu_time: bool) -> Statistics:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from mmi_bench.compare.backends import COMPILED, LABELS, PYTORCH, RUNTIME
 from mmi_bench.compare.compare import Comparison
-from mmi_deploy.errors import MmiError
-from mmi_deploy.system.files import write_new_file
+from mmi_deploy.system.plots import plotted
 
 _COLOURS = {RUNTIME: "#0072b2", PYTORCH: "#d55e00", COMPILED: "#009e73"}
 
@@ -20,19 +18,10 @@ _SHOWN = 5
 def draw(comparison: Comparison, path: Path) -> None:
     """Write the plot to `path`, whose suffix (`.svg`, `.png`) is the format; raises `MmiError`
     without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise MmiError(
-            "plots require matplotlib, which is not installed", fix="pip install matplotlib"
-        ) from None
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    tokens, speedups = figure.subplots(1, 2)
-    _per_token(tokens, comparison)
-    _speedups(speedups, comparison)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], dpi=150)
-    write_new_file(path, drawn.getvalue())
+    with plotted(path, 10, 3.8) as figure:
+        tokens, speedups = figure.subplots(1, 2)
+        _per_token(tokens, comparison)
+        _speedups(speedups, comparison)
 
 
 def _per_token(axes: Any, comparison: Comparison) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmi_deploy.errors import MmiError
-from mmi_deploy.system.files import prepare_file, write_new_file
+from mmi_deploy.system.files import prepare_file
+from mmi_deploy.system.plots import plotted
 
 if TYPE_CHECKING:
     from mmi_deploy.analysis.cost import GraphCost
@@ -21,20 +20,11 @@ _MARKERS = "osD^vPX"
 def draw_roofline(costs: Sequence[GraphCost], gpus: Sequence[Gpu], path: Path) -> None:
     """Write a roofline plot to `path`, as `.svg` or `.png`. Raises `MmiError` without matplotlib or
     for another suffix."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise MmiError(
-            "plots need matplotlib, which is not installed", fix="pip install matplotlib"
-        ) from None
     prepare_file(path, ".svg", ".png")
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    roof, times = figure.subplots(1, 2)
-    _roofs(roof, costs, gpus)
-    _times(times, costs, gpus)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], dpi=150)
-    write_new_file(path, drawn.getvalue())
+    with plotted(path, 10, 4.2) as figure:
+        roof, times = figure.subplots(1, 2)
+        _roofs(roof, costs, gpus)
+        _times(times, costs, gpus)
 
 
 def _roofs(axes: Any, costs: Sequence[GraphCost], gpus: Sequence[Gpu]) -> None:
