@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 from mmi_deploy.system.entry_points import load
 
 if TYPE_CHECKING:
+    from mmi_deploy.batching.batch_engine import BatchEngine, EngineStats
+    from mmi_deploy.batching.event_stream import EventStream
+    from mmi_deploy.batching.job import JobStats
+    from mmi_deploy.batching.scheduler import Policy
     from mmi_deploy.bundle.bundle import Bundle
     from mmi_deploy.documents.document import Document, Draw, Image, Part, Text, document_of
     from mmi_deploy.documents.files import parse_json, parse_markdown, read_document
@@ -39,10 +43,6 @@ if TYPE_CHECKING:
     from mmi_deploy.runtime.options import GenerationOptions
     from mmi_deploy.runtime.runtime import Runtime
     from mmi_deploy.runtime.timings import Timings
-    from mmi_deploy.serve.batch_engine import BatchEngine, EngineStats
-    from mmi_deploy.serve.event_stream import EventStream
-    from mmi_deploy.serve.job import JobStats
-    from mmi_deploy.serve.scheduler import Policy
 
 _MODULES = {
     "bundle.bundle": ("Bundle",),

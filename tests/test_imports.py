@@ -34,7 +34,7 @@ ORDER = """
     mmi_deploy.runtime
     mmi_deploy.runtime.onnxruntime
     mmi_deploy.runtime.tensorrt
-    mmi_deploy.serve
+    mmi_deploy.batching
     mmi_deploy.targets.precision
     mmi_deploy.targets
     mmi_deploy.analysis

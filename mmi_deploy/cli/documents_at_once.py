@@ -9,6 +9,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from mmi_deploy.batching.batch_engine import BatchEngine
+from mmi_deploy.batching.scheduler import Policy
 from mmi_deploy.cli.console import remarks
 from mmi_deploy.cli.generate_output import Output
 from mmi_deploy.cli.machine import Machine
@@ -18,8 +20,6 @@ from mmi_deploy.errors import DocumentError, EngineError, MmiError
 from mmi_deploy.runtime.events import Event, ImageDone, ImageProgress, ImageStarted
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.batch_engine import BatchEngine
-from mmi_deploy.serve.scheduler import Policy
 from mmi_deploy.system.progress import LogLines
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mmi_deploy.batching.batch_engine import BatchEngine
 from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
 from mmi_deploy.cli.console import counted, print_json
 from mmi_deploy.cli.documents_at_once import (
@@ -32,7 +33,6 @@ from mmi_deploy.documents.story import Entry
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.batch_engine import BatchEngine
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
 from mmi_bench.batch.sample import Sample
+from mmi_deploy.batching.executor import Executor
+from mmi_deploy.batching.run_times import RunTimes
+from mmi_deploy.batching.warm_up import warm_up
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.executor import Executor
-from mmi_deploy.serve.run_times import RunTimes
-from mmi_deploy.serve.warm_up import warm_up
 
 # Stages whose runs take a row of each of several documents. The others take one document.
 BATCHED = ("encode", "decode", "values", "denoise", "vae")

@@ -13,6 +13,8 @@ import tokenizers
 
 from mmi_bench.batch.sample import at_once, wait_until_idle
 from mmi_bench.batch.workloads import Item
+from mmi_deploy.batching.batch_engine import BatchEngine
+from mmi_deploy.batching.scheduler import Policy
 from mmi_deploy.documents.document import Text, document_of
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.runtime.backend import HostBackend
@@ -20,8 +22,6 @@ from mmi_deploy.runtime.buffers import HOST, Buffer
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.batch_engine import BatchEngine
-from mmi_deploy.serve.scheduler import Policy
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import STATE, TERMS, Graph, Limits, graphs
 from mmi_deploy.spec.schedule import Schedule

@@ -24,11 +24,11 @@ from mmi_bench.batch.workloads import DOCUMENTS, PICTURES, TEXT, Item, workload
 from mmi_bench.compare.cases import one_token_word
 from mmi_bench.machine import describe
 from mmi_bench.statistics import Statistics, ratios
+from mmi_deploy.batching.batch_engine import BatchEngine
+from mmi_deploy.batching.scheduler import Policy
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.batch_engine import BatchEngine
-from mmi_deploy.serve.scheduler import Policy
 from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.progress import Progress, silent
 

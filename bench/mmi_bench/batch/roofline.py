@@ -14,9 +14,9 @@ from mmi_bench.batch.host_time import HostTime
 from mmi_deploy.analysis.cost import GraphCost, cost_of_file
 from mmi_deploy.analysis.gpu_specs import Gpu
 from mmi_deploy.analysis.memory_estimate import Model
+from mmi_deploy.batching.capacity import Capacity, capacity
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.memory_plan import MemoryPlan, document_bytes
-from mmi_deploy.serve.capacity import Capacity, capacity
 from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.targets.precision.recipes import Recipe
 

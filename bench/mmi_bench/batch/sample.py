@@ -10,13 +10,13 @@ from itertools import count
 from typing import Any
 
 from mmi_bench.batch.workloads import Item
+from mmi_deploy.batching.batch_engine import BatchEngine, EngineStats
+from mmi_deploy.batching.event_stream import EventStream
 from mmi_deploy.documents.images import Rgb, to_png
 from mmi_deploy.errors import MmiError
 from mmi_deploy.runtime.events import Event, Finished, ImageDone, ImageStarted, TextDelta
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.batch_engine import BatchEngine, EngineStats
-from mmi_deploy.serve.event_stream import EventStream
 
 # Seconds between two looks at a process that should become idle, its CPU seconds between them if it
 # is, and the most seconds to wait.

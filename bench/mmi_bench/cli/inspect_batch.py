@@ -24,7 +24,7 @@ from mmi_deploy.cli.inspect.source import (
 
 if TYPE_CHECKING:
     from mmi_bench.batch.roofline import AtOnce
-    from mmi_deploy.serve.capacity import Capacity
+    from mmi_deploy.batching.capacity import Capacity
 
 BASIS = (
     "Computed, not measured on a GPU: the roofline time of a run (weights, KV cache, images and "

@@ -17,12 +17,12 @@ from deploy.cli import test_app
 from deploy.cli.test_app import Screen, left_in, program
 from deploy.cli.test_generate_many import NO_NINE, SLOW, break_at_nine, tree
 from deploy.runtime.fake_model import fake_runtime
+from mmi_deploy.batching.batch_engine import BatchEngine
 from mmi_deploy.cli import generate_lines as command
 from mmi_deploy.documents.images import to_png
 from mmi_deploy.documents.json_lines import DocumentLines
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.batch_engine import BatchEngine
 from mmi_deploy.system import temporary_folder
 from mmi_deploy.system.result_lines import RECORD
 

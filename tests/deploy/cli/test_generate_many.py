@@ -20,12 +20,12 @@ from rich.console import Console
 from deploy.cli import test_app
 from deploy.cli.test_app import Screen, left_in, program
 from deploy.runtime import fake_model
+from mmi_deploy.batching.batch_engine import BatchEngine
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.cli import documents_at_once
 from mmi_deploy.documents.files import read_document
 from mmi_deploy.documents.images import to_png
 from mmi_deploy.runtime.events import ImageProgress, ImageStarted, TextDelta
-from mmi_deploy.serve.batch_engine import BatchEngine
 from mmi_deploy.system.output_folder import MARKER
 from mmi_deploy.system.progress import LogLines
 
@@ -318,7 +318,7 @@ SLOW = r"""
 import time
 from deploy.runtime import fake_model
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.batch_engine import BatchEngine
+from mmi_deploy.batching.batch_engine import BatchEngine
 Runtime.open = classmethod(lambda cls, *_, **__: fake_model.fake_runtime()[0])
 begun = []
 def submit(*arguments, submit=BatchEngine.submit):

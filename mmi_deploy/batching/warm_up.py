@@ -7,14 +7,14 @@ from functools import partial
 
 import numpy as np
 
+from mmi_deploy.batching.document_row import DocumentRow
+from mmi_deploy.batching.executor import Executor, powers_of_two
+from mmi_deploy.batching.image_rows import Key
+from mmi_deploy.batching.job_runs import CHUNK
+from mmi_deploy.batching.kv_slots import Slot
+from mmi_deploy.batching.run_times import RunTimes
 from mmi_deploy.documents.images import Rgb
 from mmi_deploy.runtime.sequence import TokenSequence
-from mmi_deploy.serve.document_row import DocumentRow
-from mmi_deploy.serve.executor import Executor, powers_of_two
-from mmi_deploy.serve.image_rows import Key
-from mmi_deploy.serve.job_runs import CHUNK
-from mmi_deploy.serve.kv_slots import Slot
-from mmi_deploy.serve.run_times import RunTimes
 
 # Runs of each kind and size; the fastest counts, as the first one also allocates.
 REPEATS = 3

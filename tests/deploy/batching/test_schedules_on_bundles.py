@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from deploy.serve.exact_model import Hooks
-from deploy.serve.harness import Alone, Sent, Service
+from deploy.batching.exact_model import Hooks
+from deploy.batching.harness import Alone, Sent, Service
 from exports import SHIPPED
+from mmi_deploy.batching.executor import Executor
+from mmi_deploy.batching.scheduler import Policy
 from mmi_deploy.documents.document import Document, Draw, Image, Part, Text, document_of
 from mmi_deploy.documents.images import to_png
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.runtime.events import ImageDone
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.executor import Executor
-from mmi_deploy.serve.scheduler import Policy
 
 if TYPE_CHECKING:
     from exports import Exported

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil, inf
 
+from mmi_deploy.batching.document_row import DocumentRow
+from mmi_deploy.batching.executor import Executor
+from mmi_deploy.batching.job import Job
+from mmi_deploy.batching.job_runs import JobRuns, piece_sizes
+from mmi_deploy.batching.kv_slots import Slot
 from mmi_deploy.errors import BusyError, ConfigError, DocumentError
 from mmi_deploy.runtime.events import Reason
 from mmi_deploy.runtime.session import check_finite
-from mmi_deploy.serve.document_row import DocumentRow
-from mmi_deploy.serve.executor import Executor
-from mmi_deploy.serve.job import Job
-from mmi_deploy.serve.job_runs import JobRuns, piece_sizes
-from mmi_deploy.serve.kv_slots import Slot
 
 # Runs on the way to a token, and on the way to a picture. Decode runs have a rule of their own.
 TEXT = ("encode", "prefill")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
-from deploy.serve.exact_model import Inputs, exact_runtime
-from deploy.serve.harness import Clock, Sent, Service
-from deploy.serve.test_batch_engine_hostile import anonymous_memory
-from deploy.serve.test_random_schedules import documents, spoil
+from deploy.batching.exact_model import Inputs, exact_runtime
+from deploy.batching.harness import Clock, Sent, Service
+from deploy.batching.test_batch_engine_hostile import anonymous_memory
+from deploy.batching.test_random_schedules import documents, spoil
 from mmi_deploy.errors import BusyError, DocumentError
 
 HOUR = 3600.0

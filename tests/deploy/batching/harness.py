@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deploy.serve.exact_model import Hooks
+from deploy.batching.exact_model import Hooks
+from mmi_deploy.batching.document_row import DocumentRow
+from mmi_deploy.batching.executor import Executor
+from mmi_deploy.batching.job import Job
+from mmi_deploy.batching.scheduler import DEFAULT_POLICY, Policy, Scheduler
 from mmi_deploy.documents.document import Document, Part, Text, document_of
 from mmi_deploy.documents.document import Image as Given
 from mmi_deploy.errors import MmiError
@@ -23,10 +27,6 @@ from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.runtime.work import Work
-from mmi_deploy.serve.document_row import DocumentRow
-from mmi_deploy.serve.executor import Executor
-from mmi_deploy.serve.job import Job
-from mmi_deploy.serve.scheduler import DEFAULT_POLICY, Policy, Scheduler
 
 # Turns after which a schedule counts as one that never ends.
 MOST_TURNS = 20_000

@@ -8,14 +8,14 @@ from math import ceil, inf
 
 import pytest
 
+from deploy.batching.exact_model import Hooks, Inputs, exact_runtime
+from deploy.batching.harness import Alone, Service
 from deploy.runtime.fake_model import picture
-from deploy.serve.exact_model import Hooks, Inputs, exact_runtime
-from deploy.serve.harness import Alone, Service
+from mmi_deploy.batching.job import Job
+from mmi_deploy.batching.scheduler import PATIENCE, Policy
 from mmi_deploy.documents.document import Draw, Image, Part, Text, document_of
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.job import Job
-from mmi_deploy.serve.scheduler import PATIENCE, Policy
 
 World = tuple[Runtime, Hooks]
 

@@ -1,4 +1,4 @@
-"""Real load on a bundle for a given time: `python -m deploy.serve.soak BUNDLE --minutes 20`.
+"""Real load on a bundle for a given time: `python -m deploy.batching.soak BUNDLE --minutes 20`.
 
 Every document is compared with what `generate` gives alone, a third is cancelled at a random
 event, and the process's memory is printed every minute.
@@ -15,15 +15,15 @@ from threading import Thread
 
 import numpy as np
 
-from deploy.serve.harness import told
-from deploy.serve.test_batch_engine_hostile import anonymous_memory
+from deploy.batching.harness import told
+from deploy.batching.test_batch_engine_hostile import anonymous_memory
+from mmi_deploy.batching.batch_engine import BatchEngine
+from mmi_deploy.batching.event_stream import EventStream
 from mmi_deploy.documents.document import Document, Draw, Image, Part, Text, document_of
 from mmi_deploy.runtime.events import Finished
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.batch_engine import BatchEngine
-from mmi_deploy.serve.event_stream import EventStream
 
 # Kinds of documents, and threads that submit them.
 DOCUMENTS, CLIENTS = 24, 10

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mmi_deploy.batching.image_rows import Key
 from mmi_deploy.runtime.buffers import Buffer
 from mmi_deploy.runtime.caches import HiddenStates, KvCache
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.image_rows import Key
 from mmi_deploy.spec.config import TokenConfig
 
 # Tokens from which on a common prefix is worth its bookkeeping.

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mmi_deploy.batching.document_row import DocumentRow
 from mmi_deploy.runtime.events import Event, Finished, Reason
 from mmi_deploy.runtime.generation import Generation, Stopped
 from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, Work
-from mmi_deploy.serve.document_row import DocumentRow
 
 # Gets every event in order; at last an error, or None after `Finished`.
 Sink = Callable[[Event | Exception | None], None]

@@ -8,12 +8,12 @@ import pytest
 
 from deploy.runtime.fake_model import LIMITS, fake_config, fake_runtime, picture
 from deploy.runtime.tensorrt.gpu_targets import add_target, fake_bundle, machine
+from mmi_deploy.batching.batch_engine import BatchEngine
 from mmi_deploy.documents.document import Document, Draw, Image, Text, document_of
 from mmi_deploy.documents.images import Rgb
 from mmi_deploy.runtime.events import Event, ImageDone, TextDelta
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.options import GenerationOptions
-from mmi_deploy.serve.batch_engine import BatchEngine
 
 DOCUMENTS = [
     document_of(Text("w5"), Draw(), Image(picture(3)), Text("w6"), Draw()),

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deploy.batching.exact_model import Hooks, Inputs, Outputs, exact_runtime
+from deploy.batching.harness import Alone, Service, told
 from deploy.runtime.fake_model import picture
-from deploy.serve.exact_model import Hooks, Inputs, Outputs, exact_runtime
-from deploy.serve.harness import Alone, Service, told
+from mmi_deploy.batching.image_rows import ImageRows, image_key
+from mmi_deploy.batching.job import Job
+from mmi_deploy.batching.kv_slots import common_prefix
+from mmi_deploy.batching.scheduler import Policy
 from mmi_deploy.documents.document import Draw, Image, Part, Text, document_of
 from mmi_deploy.errors import BusyError, DocumentError, EngineError
 from mmi_deploy.runtime.buffers import HOST
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.image_rows import ImageRows, image_key
-from mmi_deploy.serve.job import Job
-from mmi_deploy.serve.kv_slots import common_prefix
-from mmi_deploy.serve.scheduler import Policy
 from mmi_deploy.spec.graphs import Limits, Tensor
 
 World = tuple[Runtime, Hooks]

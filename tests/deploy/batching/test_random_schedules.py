@@ -17,15 +17,15 @@ from math import inf
 import numpy as np
 import pytest
 
+from deploy.batching.exact_model import LIMITS, Hooks, Inputs, Outputs, exact_runtime
+from deploy.batching.harness import Alone, Clock, Sent, Service
 from deploy.runtime.fake_model import picture
-from deploy.serve.exact_model import LIMITS, Hooks, Inputs, Outputs, exact_runtime
-from deploy.serve.harness import Alone, Clock, Sent, Service
+from mmi_deploy.batching.executor import Executor, powers_of_two
+from mmi_deploy.batching.scheduler import Policy
 from mmi_deploy.documents.document import Document, Draw, Image, Part, Text, document_of
 from mmi_deploy.errors import BusyError, DocumentError, EngineError
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.executor import Executor, powers_of_two
-from mmi_deploy.serve.scheduler import Policy
 
 SCHEDULES = int(os.environ.get("MMI_SCHEDULES", "10000"))
 SHARDS = 5

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mmi_deploy.batching.image_rows import HeldRows, ImageRows, Key, image_key
+from mmi_deploy.batching.kv_slots import Slot
 from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.visible_images import VisibleImages
-from mmi_deploy.serve.image_rows import HeldRows, ImageRows, Key, image_key
-from mmi_deploy.serve.kv_slots import Slot
 
 
 class DocumentRow:

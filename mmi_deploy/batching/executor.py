@@ -15,6 +15,9 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from mmi_deploy.batching.document_row import DocumentRow
+from mmi_deploy.batching.image_rows import ImageRows, Key
+from mmi_deploy.batching.kv_slots import KvSlots, Slot
 from mmi_deploy.documents.images import Rgb, to_pixels
 from mmi_deploy.runtime.buffers import Array, Buffer
 from mmi_deploy.runtime.decode_step import DecodeStep
@@ -24,9 +27,6 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Logits
 from mmi_deploy.runtime.visible_images import pad_images
 from mmi_deploy.runtime.work import Denoise, Picture
-from mmi_deploy.serve.document_row import DocumentRow
-from mmi_deploy.serve.image_rows import ImageRows, Key
-from mmi_deploy.serve.kv_slots import KvSlots, Slot
 
 # Slot and position of the image of a row that sees none.
 _NO_IMAGES = (np.zeros(1, np.int32), np.zeros(1, np.int32))

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from threading import Condition
 
+from mmi_deploy.batching.job import JobStats
 from mmi_deploy.runtime.events import Event
-from mmi_deploy.serve.job import JobStats
 
 # A coroutine that waits for an event, and its loop.
 Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]

@@ -14,15 +14,15 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from mmi_deploy.batching.executor import Executor
+from mmi_deploy.batching.image_rows import Key
+from mmi_deploy.batching.job import Job
+from mmi_deploy.batching.run_times import Recent, RunTimes
 from mmi_deploy.documents.images import Rgb, to_rgb
 from mmi_deploy.runtime.sampling import sample_rows
 from mmi_deploy.runtime.session import Logits, check_finite
 from mmi_deploy.runtime.timings import Timing
 from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken
-from mmi_deploy.serve.executor import Executor
-from mmi_deploy.serve.image_rows import Key
-from mmi_deploy.serve.job import Job
-from mmi_deploy.serve.run_times import Recent, RunTimes
 
 # Smallest piece of a prompt, in tokens. At least 3: a piece must not leave a single token.
 CHUNK = 16

@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deploy.batching.exact_model import Hooks, exact_runtime
+from deploy.batching.harness import Alone, told
 from deploy.runtime.fake_model import picture
-from deploy.serve.exact_model import Hooks, exact_runtime
-from deploy.serve.harness import Alone, told
+from mmi_deploy.batching.batch_engine import BatchEngine
+from mmi_deploy.batching.event_stream import EventStream, wake_all
+from mmi_deploy.batching.run_times import RunTimes
+from mmi_deploy.batching.scheduler import Policy
 from mmi_deploy.documents.document import Document, Draw, Image, Text, document_of
 from mmi_deploy.errors import BusyError, ConfigError, DocumentError, EngineError
 from mmi_deploy.runtime.events import Event, Finished, ImageDone
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.serve.batch_engine import BatchEngine
-from mmi_deploy.serve.event_stream import EventStream, wake_all
-from mmi_deploy.serve.run_times import RunTimes
-from mmi_deploy.serve.scheduler import Policy
 
 # Seconds after which a thread counts as hanging.
 LONG = 20.0

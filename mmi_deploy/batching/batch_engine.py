@@ -10,6 +10,13 @@ from numbers import Integral
 from pathlib import Path
 from threading import Condition, Thread
 
+from mmi_deploy.batching.capacity import capacity
+from mmi_deploy.batching.document_row import DocumentRow
+from mmi_deploy.batching.event_stream import EventStream, wake_all
+from mmi_deploy.batching.executor import Executor
+from mmi_deploy.batching.job import Job
+from mmi_deploy.batching.scheduler import DEFAULT_POLICY, Policy, Scheduler
+from mmi_deploy.batching.warm_up import warm_up as warm_up_executor
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.documents.document import Document, Image
 from mmi_deploy.documents.images import resize
@@ -20,13 +27,6 @@ from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.timings import Timings
-from mmi_deploy.serve.capacity import capacity
-from mmi_deploy.serve.document_row import DocumentRow
-from mmi_deploy.serve.event_stream import EventStream, wake_all
-from mmi_deploy.serve.executor import Executor
-from mmi_deploy.serve.job import Job
-from mmi_deploy.serve.scheduler import DEFAULT_POLICY, Policy, Scheduler
-from mmi_deploy.serve.warm_up import warm_up as warm_up_executor
 from mmi_deploy.spec.backends import AUTO, CPU
 
 
