@@ -35,6 +35,10 @@ ORDER = """
     mmi_deploy.runtime.onnxruntime
     mmi_deploy.runtime.tensorrt
     mmi_deploy.batching
+    mmi_deploy.server
+    mmi_deploy.server.api
+    mmi_deploy.server.engine
+    mmi_deploy.server.http
     mmi_deploy.targets.precision
     mmi_deploy.targets
     mmi_deploy.analysis

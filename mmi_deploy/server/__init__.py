@@ -1,0 +1,1 @@
+"""HTTP server: a front process with the APIs and the page, and engine processes behind it."""
