@@ -12,7 +12,7 @@ class RequestLimits:
     """Limits of one request; each is checked before what it limits is decoded or computed.
 
     body_bytes: of the JSON. parts: texts, pictures and places to draw. text_bytes: of all texts.
-    image_bytes: of one picture's file. image_pixels: of one picture, as its header declares. images:
+    image_bytes: of one picture's file. image_pixels: of one picture, by its header. images:
     given and drawn; None for the model's. tokens: text tokens to write; None for the model's
     context. seconds: until the request is ended.
     """

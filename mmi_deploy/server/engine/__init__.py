@@ -1,0 +1,1 @@
+"""Engine processes, and the connection of the front process to them."""

@@ -1,0 +1,1 @@
+"""HTTP application: routes, limits, keys, health, metrics, logs and the page."""
