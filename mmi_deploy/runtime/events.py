@@ -38,11 +38,13 @@ class ImageStarted:
 
 @dataclass(frozen=True)
 class ImageProgress:
-    """Progress of a picture: `step` of `of` denoising steps are done."""
+    """Progress of a picture: `step` of `of` denoising steps are done. preview: of the picture as it
+    is at that step, uint8 [height, width, 3]."""
 
     index: int
     step: int
     of: int
+    preview: Rgb | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class GenerationOptions:
     schedule: key of the sampler, as `ddim:20`; None for the bundle's first. guidance: scale of
     classifier-free guidance, 1 for none (the paper's evaluation uses 3.5). full_every: run the
     whole U-Net at every n-th denoising step and reuse its deep features at the others, a faster
-    approximation.
+    approximation. previews: of each picture while it is drawn.
     """
 
     seed: int = 0
@@ -45,6 +45,7 @@ class GenerationOptions:
     schedule: str | None = None
     guidance: float = 3.5
     full_every: int = 1
+    previews: int = 0
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for a value of a wrong type or out of range."""
