@@ -186,6 +186,11 @@ class EngineClient:
         if self._writer is not None:
             self._send(self._writer, {"type": "drain"})
 
+    def cancel_all(self) -> None:
+        """End all documents within one run."""
+        for events in list(self._open.values()):
+            events.cancel()
+
     async def close(self) -> None:
         """End the process at once."""
         self._enter("closed")

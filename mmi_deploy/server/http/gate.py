@@ -56,6 +56,7 @@ class Gate:
         if scope["type"] != "http":
             return
         begun, status = perf_counter(), 0
+        self._service.requests += 1
         headers = dict(scope["headers"])
         request_id = _request_id(headers)
         state = scope.setdefault("state", {})
@@ -89,14 +90,13 @@ class Gate:
                 failed = ApiError(500, "internal_error", "the server failed; its log says why")
                 await error_response(failed)(scope, receive, answer)
         finally:
+            self._service.requests -= 1
             self._note(scope, headers, status or 499, perf_counter() - begun)
 
-    def _note(
-        self, scope: Scope, headers: dict[bytes, bytes], status: int, seconds: float
-    ) -> None:
+    def _note(self, scope: Scope, headers: dict[bytes, bytes], status: int, seconds: float) -> None:
         endpoint = endpoint_of(scope["path"])
         self._service.metrics.requests.labels(endpoint, str(status)).inc()
-        quiet = endpoint in ("health", "metrics", "page") and status < 400
+        quiet = endpoint in ("health", "metrics", "page")
         state = scope["state"]
         fields = {
             "request_id": state["request_id"],

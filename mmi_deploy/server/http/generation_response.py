@@ -7,7 +7,7 @@ client that leaves, or that does not read, ends its documents.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from mmi_deploy.errors import MmiError
+from mmi_deploy.server.api import sse
 from mmi_deploy.server.api.errors import ApiError, api_error_of
 from mmi_deploy.server.http.error_response import error_response
 from mmi_deploy.server.http.observed_events import ObservedEvents
@@ -41,12 +42,12 @@ class GenerationResponse(Response):
         stream: Callable[[], AsyncIterator[bytes]] | None,
         keep_alive: bytes,
         rules: StreamRules,
-        headers: Mapping[str, str],
     ) -> None:
         """reply: makes the coroutine of the whole JSON. stream: makes the events, if the client
         asked for them. keep_alive: what is sent in silence."""
+        super().__init__()
         self._documents, self._reply, self._stream = documents, reply, stream
-        self._keep_alive, self._rules, self._headers = keep_alive, rules, headers
+        self._keep_alive, self._rules = keep_alive, rules
         self._started = False
         self._sent = self._sending = 0.0  # times of the loop; 0: not sending
 
@@ -71,10 +72,15 @@ class GenerationResponse(Response):
                 watcher.cancel()
             for document in self._documents:
                 document.cancel("error")
+            scope["state"]["facts"].update(
+                reason=",".join(sorted({document.reason for document in self._documents})),
+                tokens=sum(document.tokens for document in self._documents),
+                images=sum(document.images for document in self._documents),
+            )
 
     async def _send_reply(self, send: Send) -> None:
         reply = await self._reply()
-        response = JSONResponse(reply, headers=dict(self._headers))
+        response = JSONResponse(reply)
         start, body = response.raw_headers, response.body
         await send({"type": "http.response.start", "status": 200, "headers": start})
         await send({"type": "http.response.body", "body": body})
@@ -83,28 +89,28 @@ class GenerationResponse(Response):
         assert self._stream is not None
         try:
             await self._documents[0].first()
-        except (ApiError, MmiError):
+            async for event in self._stream():
+                await self._write(send, event)
+        except (ApiError, MmiError) as error:
             if not self._started:
                 raise
-            # After a keep-alive it is too late for a status: reading raises it again.
-        async for event in self._stream():
-            await self._write(send, event)
+            # After a keep-alive it is too late for a status.
+            await self._write(send, sse.error(api_error_of(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, send: Send, event: bytes) -> None:
         loop = asyncio.get_running_loop()
-        if (start := self._start(send)) is not None:
+        if (start := self._start()) is not None:
             await send(start)
         self._sending = loop.time()
         await send({"type": "http.response.body", "body": event, "more_body": True})
         self._sent, self._sending = loop.time(), 0.0
 
-    def _start(self, send: Send) -> Message | None:
+    def _start(self) -> Message | None:
         if self._started:
             return None
         self._started = True
-        encoded = [(name.encode(), value.encode()) for name, value in self._headers.items()]
-        return {"type": "http.response.start", "status": 200, "headers": [*HEADERS, *encoded]}
+        return {"type": "http.response.start", "status": 200, "headers": list(HEADERS)}
 
     async def _left(self, receive: Receive, work: asyncio.Task[None]) -> None:
         """Wait until the client leaves; then end its documents."""

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 NAME = "mmi.server"
+LEVELS = ("debug", "info", "warning", "error")
 
 
 class JsonFormatter(logging.Formatter):
@@ -29,13 +30,11 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str) -> logging.Logger:
-    """Logger of the server, and of uvicorn's warnings."""
+    """Logger of the server; what uvicorn says beside it is kept if it is an error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in (NAME, "uvicorn", "uvicorn.error"):
+    for name, least in ((NAME, level.upper()), ("uvicorn", "ERROR"), ("asyncio", "ERROR")):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level.upper() if name == NAME else logging.ERROR)
-    logging.getLogger("uvicorn.error").handlers = []
-    logging.getLogger("uvicorn.error").propagate = True
+        logger.setLevel(least)
     return logging.getLogger(NAME)

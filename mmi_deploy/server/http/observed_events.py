@@ -29,7 +29,7 @@ class ObservedEvents:
         says of an error."""
         self._events, self._metrics, self._begun = events, metrics, begun
         self._ended, self._refused = ended, refused
-        self._first: Event | Exception | None = None
+        self._first: Event | None = None
         self._text: float | None = None  # time of the last text
         self._image: float | None = None  # time of the last picture
         self._picture_since_text = False
@@ -54,14 +54,9 @@ class ObservedEvents:
         return self._events.bytes
 
     async def first(self) -> None:
-        """Wait for the first event. Raises the error of a document that ends before it, which
-        reading raises again."""
+        """Wait for the first event. Raises `ApiError` for a document that ends before it."""
         if self._first is None:
-            try:
-                self._first = await self._next()
-            except ApiError as error:
-                self._first = error
-                raise
+            self._first = await self._next()
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -69,8 +64,6 @@ class ObservedEvents:
     async def __anext__(self) -> Event:
         if self._first is not None:
             event, self._first = self._first, None
-            if isinstance(event, Exception):
-                raise event
             return event
         return await self._next()
 

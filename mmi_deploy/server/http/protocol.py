@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 # Bytes of a request line and its headers.
 MOST_HEAD = 65_536
 
+
 def _answer(status: str, code: str, message: str) -> bytes:
     """A whole response, for requests that never reach the application."""
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}

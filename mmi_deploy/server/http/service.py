@@ -25,6 +25,7 @@ from mmi_deploy.server.api.api_request import ApiRequest, OutputFormat
 from mmi_deploy.server.api.errors import ApiError, api_error_of
 from mmi_deploy.server.engine.client import EngineClient, EngineDied
 from mmi_deploy.server.engine.open_options import OpenOptions, bundle_digest
+from mmi_deploy.server.http.image_fetch import ImageFetch
 from mmi_deploy.server.http.keys import Keys
 from mmi_deploy.server.http.metrics import Metrics
 from mmi_deploy.server.http.observed_events import ObservedEvents
@@ -59,8 +60,14 @@ class Service:
         self.engines = [EngineClient(options, self._changed, self._say) for options in engines]
         self.metrics, self.keys = Metrics(), Keys(settings.keys)
         self.pictures = PictureStore(settings.picture_seconds, settings.picture_bytes)
+        self.fetch = (
+            ImageFetch(settings.image_hosts, settings.limits.image_bytes)
+            if settings.image_hosts
+            else None
+        )
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="mmi-pictures")
         self.draining = False
+        self.requests = 0  # in flight, of any kind
         self.changed = asyncio.Event()  # of any state; whoever waits clears it
         self._ends: deque[float] = deque(maxlen=RECENT)
         self._was_ready = False
@@ -196,6 +203,11 @@ class Service:
         for engine in self.engines:
             engine.drain()
 
+    def cancel_all(self) -> None:
+        """End all documents within one run of their engines."""
+        for engine in self.engines:
+            engine.cancel_all()
+
     @property
     def documents(self) -> int:
         """Documents in all engines."""
@@ -297,6 +309,6 @@ def _unavailable(state: State) -> ApiError:
         "failed": "the engine cannot be started; see the server's log",
     }
     code = "engine_died" if state == "failed" else state
-    return ApiError(503, code, messages[state], retry_after=SOONEST if state != "failed" else LATEST)
-
-
+    return ApiError(
+        503, code, messages[state], retry_after=SOONEST if state != "failed" else LATEST
+    )
