@@ -170,6 +170,7 @@ class TextPart(Fields):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: only() = None  # type: ignore[valid-type]
 
 
 class ImagePart(Fields):
@@ -179,6 +180,7 @@ class ImagePart(Fields):
     image_url: ImageUrl
     index: Whole | None = None
     mmi: OffsetFields | None = None
+    prompt_cache_breakpoint: only() = None  # type: ignore[valid-type]
 
 
 class DrawPart(Fields):

@@ -41,6 +41,11 @@ def finish_reason(reason: Reason, request: ApiRequest) -> FinishReason:
     return FINISH_REASONS[reason]
 
 
+def ended_early() -> ApiError:
+    """The error of events that end without `Finished`."""
+    return ApiError(503, "engine_died", "the engine ended before the reply was complete")
+
+
 def usage_of(
     request: ApiRequest, finished: Finished, stats: JobStats | None, config: ModelConfig
 ) -> Usage:

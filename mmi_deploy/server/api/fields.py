@@ -11,6 +11,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -254,11 +255,16 @@ def check_limit(what: str, code: str, value: float, most: float | None, param: s
 
 
 def options_of(
-    model: ServedModel, limits: RequestLimits, mmi: MmiFields, values: Mapping[str, Any]
+    model: ServedModel,
+    limits: RequestLimits,
+    mmi: MmiFields,
+    values: Mapping[str, Any],
+    fields: Mapping[str, str] = MappingProxyType({}),
 ) -> GenerationOptions:
     """Options of a generation: `values` by the names of `GenerationOptions`, the rest from `mmi`.
 
-    None stands for the default. Raises `ApiError` for values beyond the model or the limits.
+    None stands for the default. fields: names in the body of options that are called otherwise
+    there. Raises `ApiError` for values beyond the model or the limits.
     """
     given: dict[str, Any] = {
         name: getattr(mmi, name)
@@ -278,9 +284,8 @@ def options_of(
         )
     most_tokens = limits.tokens if limits.tokens is not None else model.limits.context
     if "max_tokens" in given:
-        check_limit(
-            "tokens to write", "too_many_tokens", given["max_tokens"], most_tokens, "max_tokens"
-        )
+        name = fields.get("max_tokens", "max_tokens")
+        check_limit("tokens to write", "too_many_tokens", given["max_tokens"], most_tokens, name)
     else:
         given["max_tokens"] = min(DEFAULTS.max_tokens, most_tokens)
     most_images = limits.images if limits.images is not None else model.limits.images
@@ -294,11 +299,12 @@ def options_of(
         options = GenerationOptions(**given)
         options.sampling.check_ids(model.config.llama.vocab)
     except ConfigError as error:
-        raise api_error_of(error, param=_param_of(error, given)) from None
+        param = _option_in(error, given)
+        raise api_error_of(error, param=fields.get(param, param) if param else None) from None
     return options
 
 
-def _param_of(error: ConfigError, given: Mapping[str, Any]) -> str | None:
+def _option_in(error: ConfigError, given: Mapping[str, Any]) -> str | None:
     """The option that an error of the options names."""
     words = str(error).split(";")[0].replace("'", " ").split()
     return next((name for name in given if name in words), None)
@@ -323,8 +329,10 @@ def reply_fields(mmi: MmiFields) -> dict[str, Any]:
 
 ModelName = Annotated[str, Field(description="Name of the model, as in `/v1/models`.")]
 Stream = Annotated[bool | None, Field(description="Send the reply as events, as it is made.")]
+StopText = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_encodable)]
 Stop = Annotated[
-    String | list[String] | None, Field(description="Texts that end the reply; not part of it.")
+    StopText | Annotated[list[StopText], Field(max_length=64)] | None,
+    Field(description="Texts that end the reply; not part of it."),
 ]
 
 # Of a body without `mmi`.

@@ -8,9 +8,11 @@ or U+0085, as `str.splitlines` does, see one line too.
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from mmi_deploy.server.api.errors import ApiError
+from mmi_deploy.errors import MmiError
+from mmi_deploy.server.api.errors import ApiError, api_error_of
 
 # End of a stream of chat and completions.
 DONE = b"data: [DONE]\n\n"
@@ -32,3 +34,24 @@ def event(value: dict[str, Any]) -> bytes:
 def error(failure: ApiError) -> bytes:
     """The event that ends a stream of chat, completions or images after a failure."""
     return data(failure.body())
+
+
+async def with_failure(
+    items: AsyncIterator[bytes], failure: Callable[[ApiError], bytes]
+) -> AsyncIterator[bytes]:
+    """The items, and the event of the error that they end with, if they have begun.
+
+    An error before the first item is raised, as it can still be the answer's status. One that is no
+    answer to the client, a fault of the server, is raised after its event, so that it is logged.
+    """
+    begun = False
+    try:
+        async for item in items:
+            begun = True
+            yield item
+    except Exception as error:
+        if not begun:
+            raise
+        yield failure(api_error_of(error))
+        if not isinstance(error, ApiError | MmiError):
+            raise
