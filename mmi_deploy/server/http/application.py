@@ -130,11 +130,11 @@ def _response(
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", summary="The model that is served")
     async def list_models() -> JSONResponse:
-        return JSONResponse(models.list_of(service.model, service.settings.limits))
+        return JSONResponse(models.list_models(service.model, service.settings.limits))
 
     @app.get("/v1/models/{name}", summary="One model")
     async def get_model(name: str) -> JSONResponse:
-        return JSONResponse(models.model_of(name, service.model, service.settings.limits))
+        return JSONResponse(models.get_model(name, service.model, service.settings.limits))
 
     @app.get(PATH + "{name}", summary="A picture of an earlier reply")
     async def get_picture(name: str, request: Request) -> Response:
