@@ -28,6 +28,7 @@ from mmi_deploy.server.api.document_parts import (
     DrawPart,
     Message,
     add_messages,
+    check_part_count,
 )
 from mmi_deploy.server.api.endings import details, ended_early, finish_reason, usage_of
 from mmi_deploy.server.api.errors import ApiError
@@ -140,6 +141,7 @@ def read(
     fetch: Fetch | None = None,
 ) -> ApiRequest:
     """Read a body; raises `ApiError`. fetch: reads pictures that are no data URLs."""
+    check_part_count(body.get("messages"), limits, "messages")
     fields = read_fields(ChatBody, body)
     check_model(fields.model, model)
     mmi = fields.mmi or NO_EXTENSIONS

@@ -143,6 +143,17 @@ class DocumentBuilder:
 _PLACEHOLDER = Image(np.zeros((1, 1, 3), np.uint8))
 
 
+def check_part_count(messages: object, limits: RequestLimits, param: str) -> None:
+    """Raise `ApiError` for a body with too many parts, before it is read: messages, or items, and
+    the parts of their `content`."""
+    if isinstance(messages, list):
+        count = 0
+        for message in messages:
+            content = message.get("content") if isinstance(message, dict) else None
+            count += max(len(content), 1) if isinstance(content, list) else 1
+        check_limit("parts", "too_many_parts", count, limits.parts, param)
+
+
 class ImageUrl(Fields):
     """A picture by its URL."""
 
