@@ -276,6 +276,11 @@ def stream(
     return sse.with_failure(_ChunkWriter(request, context).chunks(events), sse.error)
 
 
+def failure(request: ApiRequest, failed: ApiError, context: ReplyContext) -> bytes:
+    """The rest of a stream in which nothing but keep-alives was sent when the request failed."""
+    return sse.error(failed)
+
+
 def KEEP_ALIVE(request: ApiRequest, context: ReplyContext) -> bytes:
     """A chunk that says nothing, as a comment alone breaks some clients."""
     return sse.data({**_head(context, "chat.completion.chunk"), "choices": []})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from importlib.metadata import version
-from types import ModuleType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,7 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from mmi_deploy.server.api import chat, completions, models, tokens
+from mmi_deploy.server.api import (
+    chat,
+    completions,
+    image_generations,
+    models,
+    responses,
+    tokens,
+)
 from mmi_deploy.server.api.api_request import ApiRequest
 from mmi_deploy.server.api.errors import ApiError, api_error_of
 from mmi_deploy.server.api.reply_context import ReplyContext
@@ -31,10 +38,23 @@ from mmi_deploy.server.http.service import Service
 # Bytes of a body below which it holds no picture worth a thread.
 INLINE = 4096
 
-GENERATIONS: dict[str, ModuleType] = {
-    "/v1/chat/completions": chat,
-    "/v1/completions": completions,
-}
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Endpoint that generates: its module of wire formats, and whether one request may be several
+    documents, so that `reply` and `stream` take a list of events."""
+
+    path: str
+    formats: Any
+    several: bool = False
+
+
+ENDPOINTS = (
+    Endpoint("/v1/responses", responses),
+    Endpoint("/v1/chat/completions", chat),
+    Endpoint("/v1/completions", completions),
+    Endpoint("/v1/images/generations", image_generations, several=True),
+)
 
 
 def application(service: Service) -> ASGIApp:
@@ -51,10 +71,9 @@ def application(service: Service) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(Exception, _unexpected)
-    for path, module in GENERATIONS.items():
-        app.add_api_route(
-            path, _generation(service, module), methods=["POST"], **_documented(module)
-        )
+    for endpoint in ENDPOINTS:
+        handler = _generation(service, endpoint)
+        app.add_api_route(endpoint.path, handler, methods=["POST"], **_documented(endpoint.formats))
     _add_models(app, service)
     _add_tokens(app, service)
     _add_health(app, service)
@@ -67,7 +86,7 @@ def application(service: Service) -> ASGIApp:
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def _generation(service: Service, module: ModuleType) -> Handler:
+def _generation(service: Service, endpoint: Endpoint) -> Handler:
     """Handler of an endpoint that generates."""
 
     async def handle(request: Request) -> Response:
@@ -76,20 +95,24 @@ def _generation(service: Service, module: ModuleType) -> Handler:
         body = await read_json(
             request.scope, request.receive, settings.limits.body_bytes, settings.body_seconds
         )
-        read = await _read(service, module, body, request)
-        documents = [service.submit(one, state["tenant"], state["begun"]) for one in read.requests]
-        return _response(service, module, read, documents, request)
+        read = await _read(service, endpoint, body, request)
+        documents = service.submit(read.requests, state["tenant"], state["begun"])
+        return _response(service, endpoint, read, documents, request)
 
     return handle
 
 
 async def _read(
-    service: Service, module: ModuleType, body: dict[str, Any], request: Request
+    service: Service, endpoint: Endpoint, body: dict[str, Any], request: Request
 ) -> ApiRequest:
     """Read a body; in a thread if it may hold pictures, which take long to decode."""
+    # Those of several documents take no pictures.
+    fetch = () if endpoint.several else (service.fetch,)
 
     def read() -> ApiRequest:
-        found: ApiRequest = module.read(body, service.model, service.settings.limits, service.fetch)
+        found: ApiRequest = endpoint.formats.read(
+            body, service.model, service.settings.limits, *fetch
+        )
         return found
 
     if service.fetch is None and int(request.headers.get("content-length", INLINE)) < INLINE:
@@ -99,12 +122,12 @@ async def _read(
 
 def _response(
     service: Service,
-    module: ModuleType,
+    endpoint: Endpoint,
     read: ApiRequest,
     documents: list[ObservedEvents],
     request: Request,
 ) -> Response:
-    state = request.scope["state"]
+    state, formats = request.scope["state"], endpoint.formats
     context = ReplyContext(
         model=service.model,
         rules=service.settings.rules,
@@ -114,12 +137,13 @@ def _response(
         store=lambda data, mime: service.pictures.put(data, mime, state["tenant"]),
         stats=lambda: documents[0].stats,
     )
-    events = documents if len(read.requests) > 1 else documents[0]
+    events = documents if endpoint.several else documents[0]
     return GenerationResponse(
         documents,
-        reply=lambda: module.reply(read, events, context),
-        stream=(lambda: module.stream(read, events, context)) if read.stream else None,
-        keep_alive=module.KEEP_ALIVE(read, context),
+        reply=lambda: formats.reply(read, events, context),
+        stream=(lambda: formats.stream(read, events, context)) if read.stream else None,
+        failure=lambda error: formats.failure(read, error, context),
+        keep_alive=formats.KEEP_ALIVE(read, context),
         rules=service.settings.rules,
     )
 
@@ -233,7 +257,7 @@ async def _unexpected(_: Request, error: Exception) -> Response:
     return error_response(api_error_of(error))  # the gate logs it
 
 
-def _documented(module: ModuleType, name: str = "REQUEST_SCHEMA") -> dict[str, Any]:
+def _documented(module: Any, name: str = "REQUEST_SCHEMA") -> dict[str, Any]:
     """What the OpenAPI schema says of an endpoint's body."""
     content = {"application/json": {"schema": getattr(module, name)}}
     return {

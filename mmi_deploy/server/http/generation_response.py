@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from mmi_deploy.errors import MmiError
-from mmi_deploy.server.api import sse
 from mmi_deploy.server.api.errors import ApiError, api_error_of
 from mmi_deploy.server.http.error_response import error_response
 from mmi_deploy.server.http.observed_events import ObservedEvents
@@ -40,14 +39,16 @@ class GenerationResponse(Response):
         *,
         reply: Callable[[], Any],
         stream: Callable[[], AsyncIterator[bytes]] | None,
+        failure: Callable[[ApiError], bytes],
         keep_alive: bytes,
         rules: StreamRules,
     ) -> None:
         """reply: makes the coroutine of the whole JSON. stream: makes the events, if the client
-        asked for them. keep_alive: what is sent in silence."""
+        asked for them. failure: what ends a stream that has begun with a keep-alive. keep_alive:
+        what is sent in silence."""
         super().__init__()
         self._documents, self._reply, self._stream = documents, reply, stream
-        self._keep_alive, self._rules = keep_alive, rules
+        self._failure, self._keep_alive, self._rules = failure, keep_alive, rules
         self._started = False
         self._sent = self._sending = 0.0  # times of the loop; 0: not sending
 
@@ -95,7 +96,7 @@ class GenerationResponse(Response):
             if not self._started:
                 raise
             # After a keep-alive it is too late for a status.
-            await self._write(send, sse.error(api_error_of(error)))
+            await self._write(send, self._failure(api_error_of(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, send: Send, event: bytes) -> None:

@@ -138,13 +138,15 @@ class Service:
 
     # Documents.
 
-    def submit(self, request: ApiRequest, tenant: str, begun: float) -> ObservedEvents:
-        """Give a document to an engine. begun: time of its request. Raises `ApiError` if none takes
-        it now."""
+    def submit(
+        self, requests: Sequence[ApiRequest], tenant: str, begun: float
+    ) -> list[ObservedEvents]:
+        """Give documents to an engine, all or none. begun: time of their request. Raises `ApiError`
+        if no engine takes them now."""
         self.check_ready()
-        engine = self._engine_for(request.document, tenant)
+        engine = self._engine_for(requests[0].document, tenant)
         assert engine.ready is not None, "an engine is ready"
-        if engine.documents >= engine.ready.slots + self.settings.queue:
+        if engine.documents + len(requests) > engine.ready.slots + self.settings.queue:
             self.metrics.rejected.labels("queue_full").inc()
             raise ApiError(
                 429,
@@ -152,14 +154,16 @@ class Service:
                 f"{self.settings.queue} documents are waiting; try again later",
                 retry_after=self.retry_after(),
             )
-        self._count_prompt(request)
-        events = engine.submit(
-            request.document,
-            request.options,
-            max_seconds=request.max_seconds,
-            tenant="" if self.settings.share_cache else tenant,
-        )
-        return ObservedEvents(events, self.metrics, begun, self._ended, self._refusal)
+        cached_by = "" if self.settings.share_cache else tenant
+        found = []
+        for one in requests:
+            events = engine.submit(
+                one.document, one.options, max_seconds=one.max_seconds, tenant=cached_by
+            )
+            self.metrics.tokens.labels("prompt_text").inc(one.prompt_usage.text)
+            self.metrics.tokens.labels("prompt_image").inc(one.prompt_usage.image)
+            found.append(ObservedEvents(events, self.metrics, begun, self._ended, self._refusal))
+        return found
 
     def _refusal(self, error: MmiError) -> ApiError:
         """What a client is told of an error of its document."""
@@ -212,11 +216,6 @@ class Service:
     def documents(self) -> int:
         """Documents in all engines."""
         return sum(engine.documents for engine in self.engines)
-
-    def _count_prompt(self, request: ApiRequest) -> None:
-        usage = request.prompt_usage
-        self.metrics.tokens.labels("prompt_text").inc(usage.text)
-        self.metrics.tokens.labels("prompt_image").inc(usage.image)
 
     # Pictures.
 
