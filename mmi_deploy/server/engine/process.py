@@ -197,7 +197,7 @@ def _open(options: OpenOptions) -> BatchEngine:
 
 
 def _description(engine: BatchEngine, options: OpenOptions) -> dict[str, Any]:
-    """What the front wants to know of an engine that is ready."""
+    """Description of an engine that is ready, for the front."""
     stats = engine.stats()
     return {
         "pid": os.getpid(),

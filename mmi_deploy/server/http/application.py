@@ -31,6 +31,7 @@ from mmi_deploy.server.http.error_response import error_response
 from mmi_deploy.server.http.gate import Gate
 from mmi_deploy.server.http.generation_response import GenerationResponse
 from mmi_deploy.server.http.observed_events import ObservedEvents
+from mmi_deploy.server.http.openapi import answers, described
 from mmi_deploy.server.http.page_files import INDEX, PageFiles
 from mmi_deploy.server.http.picture_store import PATH
 from mmi_deploy.server.http.service import Service
@@ -59,6 +60,11 @@ ENDPOINTS = (
 
 def application(service: Service) -> ASGIApp:
     """The routes over a service, behind the gate."""
+    return Gate(routes(service), service)
+
+
+def routes(service: Service) -> FastAPI:
+    """The routes over a service."""
     app = FastAPI(
         title="mmi serve",
         version=version("mmi_deploy"),
@@ -72,13 +78,14 @@ def application(service: Service) -> ASGIApp:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(Exception, _unexpected)
     for endpoint in ENDPOINTS:
-        handler = _generation(service, endpoint)
-        app.add_api_route(endpoint.path, handler, methods=["POST"], **_documented(endpoint.formats))
+        handler, formats = _generation(service, endpoint), endpoint.formats
+        documented = described(formats, formats.REQUEST_SCHEMA, streams=True)
+        app.add_api_route(endpoint.path, handler, methods=["POST"], **documented)
     _add_models(app, service)
     _add_tokens(app, service)
     _add_health(app, service)
     _add_page(app)
-    return Gate(app, service)
+    return app
 
 
 # Generations.
@@ -152,15 +159,20 @@ def _response(
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models", summary="The model that is served")
+    @app.get("/v1/models", summary="The model that is served", responses=answers())
     async def list_models() -> JSONResponse:
         return JSONResponse(models.list_models(service.model, service.settings.limits))
 
-    @app.get("/v1/models/{name}", summary="One model")
+    @app.get("/v1/models/{name}", summary="One model", responses=answers())
     async def get_model(name: str) -> JSONResponse:
         return JSONResponse(models.get_model(name, service.model, service.settings.limits))
 
-    @app.get(PATH + "{name}", summary="A picture of an earlier reply")
+    @app.get(
+        PATH + "{name}",
+        summary="A picture of an earlier reply",
+        response_class=Response,
+        responses=answers(content_type="image/*"),
+    )
     async def get_picture(name: str, request: Request) -> Response:
         picture = service.pictures.get(name, request.scope["state"]["tenant"])
         if picture is None:
@@ -168,7 +180,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         headers = {"cache-control": "private, max-age=3600, immutable"}
         return Response(picture.data, media_type=picture.mime, headers=headers)
 
-    @app.get("/version", summary="Version and fingerprint")
+    @app.get("/version", summary="Version and fingerprint", responses=answers())
     async def get_version() -> JSONResponse:
         model = service.model
         return JSONResponse(
@@ -191,8 +203,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
         app.add_api_route(path, handle, methods=["POST"], **documented)
 
-    post("/tokenize", tokens.tokenize, _documented(tokens, "TOKENIZE_SCHEMA"))
-    post("/detokenize", tokens.detokenize, _documented(tokens, "DETOKENIZE_SCHEMA"))
+    post("/tokenize", tokens.tokenize, described(tokens, tokens.TOKENIZE_SCHEMA))
+    post("/detokenize", tokens.detokenize, described(tokens, tokens.DETOKENIZE_SCHEMA))
 
 
 # Health and metrics.
@@ -206,12 +218,20 @@ def _add_health(app: FastAPI, service: Service) -> None:
         service.check_ready()
         return JSONResponse({"status": "ready", "documents": service.documents})
 
-    both = ["GET", "HEAD"]
-    app.add_api_route("/health/live", live, methods=both, summary="200 while the server answers")
-    app.add_api_route("/health/ready", ready, methods=both, summary="200 if documents are taken")
-    app.add_api_route("/health", ready, methods=both, summary="As /health/ready")
+    for path, handler, summary in (
+        ("/health/live", live, "200 while the server answers"),
+        ("/health/ready", ready, "200 if documents are taken"),
+        ("/health", ready, "As /health/ready"),
+    ):
+        app.add_api_route(path, handler, methods=["GET"], summary=summary, responses=answers())
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
 
-    @app.get("/metrics", summary="Prometheus metrics")
+    @app.get(
+        "/metrics",
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses=answers(content_type="text/plain"),
+    )
     async def get_metrics() -> Response:
         text = await service.collect()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -255,12 +275,3 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 async def _unexpected(_: Request, error: Exception) -> Response:
     return error_response(api_error_of(error))  # the gate logs it
-
-
-def _documented(module: Any, name: str = "REQUEST_SCHEMA") -> dict[str, Any]:
-    """What the OpenAPI schema says of an endpoint's body."""
-    content = {"application/json": {"schema": getattr(module, name)}}
-    return {
-        "summary": (module.__doc__ or "").splitlines()[0],
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
-    }

@@ -166,7 +166,7 @@ class Service:
         return found
 
     def _refusal(self, error: MmiError) -> ApiError:
-        """What a client is told of an error of its document."""
+        """Error of the API for an error of a document."""
         if isinstance(error, EngineDied):
             return _unavailable("engine_died")
         if isinstance(error, BusyError):
