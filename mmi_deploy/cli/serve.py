@@ -294,6 +294,13 @@ def serve(
         bool,
         typer.Option("--exit-on-crash", help="Exit with 1 when no engine can be started any more."),
     ] = False,
+    otel: Annotated[
+        bool,
+        typer.Option(
+            "--otel",
+            help="Send a span of each request to $OTEL_EXPORTER_OTLP_ENDPOINT.",
+        ),
+    ] = False,
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning or error.", metavar="LEVEL")
     ] = "info",
@@ -309,6 +316,12 @@ def serve(
         from mmi_deploy.server.http.logs import LEVELS, configure
         from mmi_deploy.server.http.run import LOOPBACK, address_of, bind, run
         from mmi_deploy.server.http.service import Service
+    tracing = None
+    if otel:
+        with extras("serve", "otel"):
+            from mmi_deploy.server.http.tracing import OpenTelemetryTracing
+
+            tracing = OpenTelemetryTracing()
     with extras("serve", "cpu"):
         check_engines(target)
     from mmi_deploy.bundle.bundle import Bundle
@@ -373,7 +386,7 @@ def serve(
 
     remarks().print(f"Loading {bundle} for {target}")
     return run(
-        lambda log: Service(model, engines, settings, log),
+        lambda log: Service(model, engines, settings, log, tracing),
         sock,
         configure(log_level),
         on_ready=start,

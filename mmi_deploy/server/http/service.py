@@ -30,6 +30,7 @@ from mmi_deploy.server.http.keys import Keys
 from mmi_deploy.server.http.metrics import Metrics
 from mmi_deploy.server.http.observed_events import ObservedEvents
 from mmi_deploy.server.http.picture_store import PictureStore
+from mmi_deploy.server.http.tracing import NoTracing, Tracing
 from mmi_deploy.server.served_model import ServedModel
 from mmi_deploy.server.settings import ServerSettings
 
@@ -53,8 +54,10 @@ class Service:
         engines: Sequence[OpenOptions],
         settings: ServerSettings,
         log: logging.Logger,
+        tracing: Tracing | None = None,
     ) -> None:
         """engines: options of each engine process."""
+        self.tracing = tracing or NoTracing()
         self.settings, self.log, self._base = settings, log, model
         self.model = model  # with the fingerprint, once an engine is ready
         self.engines = [EngineClient(options, self._changed, self._say) for options in engines]
@@ -81,6 +84,7 @@ class Service:
     async def close(self) -> None:
         """End the engine processes at once."""
         await asyncio.gather(*(engine.close() for engine in self.engines))
+        await asyncio.to_thread(self.tracing.close)
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:
