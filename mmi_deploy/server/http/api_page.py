@@ -18,8 +18,8 @@ NO_EFFECT = "Accepted, without an effect."
 
 HEAD = """# API of `mmi serve`
 
-Made from the server's `/openapi.json` by `python -m mmi_deploy.server.http.api_page`, and held to it
-by a test. What the endpoints have in common, and which clients can take what, is in
+Made from the server's `/openapi.json` by `python -m mmi_deploy.server.http.api_page`, and held to
+it by a test. What the endpoints have in common, and which clients can take what, is in
 [server.md](server.md).
 
 Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.

@@ -99,9 +99,11 @@ class Gate:
                 await error_response(failed)(scope, receive, answer)
         finally:
             self._service.requests -= 1
-            self._note(scope, headers, status or 499, perf_counter() - begun)
+            status = status or LEFT
+            span.end(status, state["facts"])
+            self._note(scope, trace, status, perf_counter() - begun)
 
-    def _note(self, scope: Scope, headers: dict[bytes, bytes], status: int, seconds: float) -> None:
+    def _note(self, scope: Scope, trace: str, status: int, seconds: float) -> None:
         endpoint = endpoint_of(scope["path"])
         self._service.metrics.requests.labels(endpoint, str(status)).inc()
         quiet = endpoint in ("health", "metrics", "page")
