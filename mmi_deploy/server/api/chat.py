@@ -7,7 +7,7 @@ are the document that the model wrote.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -297,7 +297,7 @@ class _ChunkWriter:
         self._characters = self._images = 0
         self._role = {"role": "assistant"}  # in the first delta alone
 
-    async def chunks(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+    async def chunks(self, events: AsyncIterator[Event]) -> AsyncGenerator[bytes]:
         """Chunks of all events. Raises what they raise, and `ApiError`."""
         async for event in events:
             match event:
@@ -327,7 +327,7 @@ class _ChunkWriter:
         found = {"content": logprobs, "refusal": None} if logprobs else None
         return self._chunk({"content": event.text}, logprobs=found)
 
-    async def _picture(self, event: ImageDone) -> AsyncIterator[bytes]:
+    async def _picture(self, event: ImageDone) -> AsyncGenerator[bytes]:
         """Chunks of a picture: one, or several of a line's length."""
         request, context, index = self._request, self._context, self._images
         self._images += 1

@@ -3,7 +3,8 @@
 The model continues documents and has no template of a conversation: texts and pictures of all
 messages are joined in their order and nothing is inserted between them. `system` and `developer`
 messages, and `instructions`, come first. A turn of the assistant may come back as it was sent, in
-any of its forms, and gives the document that the model had.
+any of its forms, and gives the document that the model had. Whitespace next to pictures, at both
+ends, and before a turn of the assistant is stripped, as it was when the model wrote that turn.
 """
 
 from __future__ import annotations
@@ -80,6 +81,15 @@ class DocumentBuilder:
         self._count_part(param)
         self._count_image(param)
         self._parts.append(Draw())
+
+    def begin_reply(self) -> None:
+        """Drop whitespace at the end: a turn of the model follows, and when the model began to
+        write it, that was the end of its document, which has none."""
+        while self._parts and isinstance(part := self._parts[-1], Text):
+            self._parts.pop()
+            if text := part.text.rstrip():
+                self._parts.append(Text(text))
+                return
 
     def build(self) -> ReadDocument:
         """Check the document as a whole, then decode its pictures. Raises `ApiError`."""
@@ -240,6 +250,8 @@ def add_messages(
     rest = [one for one in numbered if one[1].role not in ("system", "developer")]
     for number, message in first + rest:
         param = f"messages[{number}]"
+        if isinstance(message, AssistantMessage):
+            builder.begin_reply()
         images = message.images if isinstance(message, AssistantMessage) else None
         if isinstance(message.content, list):
             if images:
