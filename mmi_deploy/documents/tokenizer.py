@@ -150,8 +150,8 @@ class Tokenizer:
         return self._inner.decode(list(token_ids), skip_special_tokens=True)
 
     def spelling(self, token_id: int) -> str:
-        """What the token adds to a text, the space in front of a word included; the name of a
-        special or byte token, which alone adds nothing."""
+        """Text that the token adds, with the space in front of a word; of a special or byte token,
+        which alone adds none, its name."""
         if self.is_silent(token_id) or self.is_byte(token_id):
             return self._inner.id_to_token(token_id) or f"<{token_id}>"
         # Alone, a word loses the space in front of it.

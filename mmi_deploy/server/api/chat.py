@@ -7,7 +7,7 @@ are the document that the model wrote.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -28,6 +28,7 @@ from mmi_deploy.server.api.document_parts import (
     DrawPart,
     Message,
     add_messages,
+    check_part_count,
 )
 from mmi_deploy.server.api.endings import details, ended_early, finish_reason, usage_of
 from mmi_deploy.server.api.errors import ApiError
@@ -140,6 +141,7 @@ def read(
     fetch: Fetch | None = None,
 ) -> ApiRequest:
     """Read a body; raises `ApiError`. fetch: reads pictures that are no data URLs."""
+    check_part_count(body.get("messages"), limits, "messages")
     fields = read_fields(ChatBody, body)
     check_model(fields.model, model)
     mmi = fields.mmi or NO_EXTENSIONS
@@ -290,7 +292,7 @@ class _ChunkWriter:
         self._characters = self._images = 0
         self._role = {"role": "assistant"}  # in the first delta alone
 
-    async def chunks(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+    async def chunks(self, events: AsyncIterator[Event]) -> AsyncGenerator[bytes]:
         """Chunks of all events. Raises what they raise, and `ApiError`."""
         async for event in events:
             match event:
@@ -320,7 +322,7 @@ class _ChunkWriter:
         found = {"content": logprobs, "refusal": None} if logprobs else None
         return self._chunk({"content": event.text}, logprobs=found)
 
-    async def _picture(self, event: ImageDone) -> AsyncIterator[bytes]:
+    async def _picture(self, event: ImageDone) -> AsyncGenerator[bytes]:
         """Chunks of a picture: one, or several of a line's length."""
         request, context, index = self._request, self._context, self._images
         self._images += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
@@ -178,7 +178,7 @@ def KEEP_ALIVE(request: ApiRequest, context: ReplyContext) -> bytes:
 
 async def _chunks(
     request: ApiRequest, events: AsyncIterator[Event], context: ReplyContext
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     head, usage = _head(context), Usage(request.prompt_usage)
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> bytes:

@@ -3,7 +3,8 @@
 The model continues documents and has no template of a conversation: texts and pictures of all
 messages are joined in their order and nothing is inserted between them. `system` and `developer`
 messages, and `instructions`, come first. A turn of the assistant may come back as it was sent, in
-any of its forms, and gives the document that the model had.
+any of its forms, and gives the document that the model had. Whitespace next to pictures, at both
+ends, and before a turn of the assistant is stripped, as it was when the model wrote that turn.
 """
 
 from __future__ import annotations
@@ -81,6 +82,15 @@ class DocumentBuilder:
         self._count_image(param)
         self._parts.append(Draw())
 
+    def begin_reply(self) -> None:
+        """Drop whitespace at the end: a turn of the model follows, and when the model began to
+        write it, that was the end of its document, which has none."""
+        while self._parts and isinstance(part := self._parts[-1], Text):
+            self._parts.pop()
+            if text := part.text.rstrip():
+                self._parts.append(Text(text))
+                return
+
     def build(self) -> ReadDocument:
         """Check the document as a whole, then decode its pictures. Raises `ApiError`."""
         encoded = self._encoded(document_of(*self._parts))
@@ -141,6 +151,17 @@ class DocumentBuilder:
 
 # Stands for a picture until its file is decoded: only its place matters to tokens.
 _PLACEHOLDER = Image(np.zeros((1, 1, 3), np.uint8))
+
+
+def check_part_count(messages: object, limits: RequestLimits, param: str) -> None:
+    """Raise `ApiError` for a body with too many parts, before it is read: messages, or items, and
+    the parts of their `content`."""
+    if isinstance(messages, list):
+        count = 0
+        for message in messages:
+            content = message.get("content") if isinstance(message, dict) else None
+            count += max(len(content), 1) if isinstance(content, list) else 1
+        check_limit("parts", "too_many_parts", count, limits.parts, param)
 
 
 class ImageUrl(Fields):
@@ -229,6 +250,8 @@ def add_messages(
     rest = [one for one in numbered if one[1].role not in ("system", "developer")]
     for number, message in first + rest:
         param = f"messages[{number}]"
+        if isinstance(message, AssistantMessage):
+            builder.begin_reply()
         images = message.images if isinstance(message, AssistantMessage) else None
         if isinstance(message.content, list):
             if images:

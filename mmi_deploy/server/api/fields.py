@@ -20,10 +20,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
@@ -39,10 +41,58 @@ _EXACT = 2**53
 _SEEDS = _EXACT
 
 
+def _fail_fast(schema: Any) -> None:
+    """Let all lists of a schema of pydantic end at their first error."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for one in schema.values():
+            _fail_fast(one)
+    elif isinstance(schema, list | tuple):
+        for one in schema:
+            _fail_fast(one)
+
+
 class Fields(BaseModel):
-    """Base of bodies and of objects in them: no unknown fields, no conversion of types."""
+    """Base of bodies and of objects in them: no unknown fields, no conversion of types.
+
+    A body is wrong as soon as one thing in it is: lists are read up to their first error, and of
+    unknown fields the first is told. So millions of errors in a body cost no more than one.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, value: object) -> object:
+        if not isinstance(value, dict) or len(value) <= 1:
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = [name for name in value if name not in known]
+        if len(unknown) <= 1:
+            return value
+        return {name: value[name] for name in value if name in known or name == unknown[0]}
+
+
+def at_most(keys: int) -> BeforeValidator:
+    """Check of the number of keys of an object before they are read."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > keys:
+            raise PydanticCustomError(
+                "too_many_keys", "should have at most {keys} keys", {"keys": keys}
+            )
+        return value
+
+    return BeforeValidator(check)
 
 
 def _whole(value: object) -> object:
@@ -98,7 +148,8 @@ Label = Annotated[
     str | None, Field(max_length=4096, description="A name of the client's own; without an effect.")
 ]
 Metadata = Annotated[
-    dict[str, str] | None, Field(max_length=64, description="Accepted, without an effect.")
+    Annotated[dict[str, str], at_most(64), Field(json_schema_extra={"maxProperties": 64})] | None,
+    Field(description="Accepted, without an effect."),
 ]
 
 Kind = TypeVar("Kind", bound=Fields)
@@ -163,7 +214,8 @@ def _tail(error: ErrorDetails) -> str:
             return "should have a `type`"
         case "model_type" | "model_attributes_type" | "dict_type":
             return "should be an object"
-    return error["msg"].removeprefix("Input ")
+    _, should, rest = error["msg"].partition("should ")  # after Input, List or String
+    return should + rest.removesuffix(" after validation") if should else error["msg"]
 
 
 def _name_of(place: tuple[str | int, ...]) -> str | None:

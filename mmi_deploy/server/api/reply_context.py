@@ -1,4 +1,4 @@
-"""What a reply needs besides its request and the events."""
+"""Surroundings of a reply: model, rules of streams, encoding and keeping of pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Store = Callable[[bytes, str], str]
 
 @dataclass(frozen=True)
 class ReplyContext:
-    """Surroundings of one reply.
+    """Everything that a reply needs besides its request and the events.
 
     request_id: as in the header. created: Unix time. encode: a picture to a file, in a thread.
     store: an encoded picture under a URL, for the transport `url`. stats: of the document, known

@@ -18,14 +18,23 @@ from mmi_deploy.server.api.fields import (
     Stop,
     Stream,
     agreed,
+    at_most,
     only,
     options_of,
 )
 from mmi_deploy.server.served_model import ServedModel
 from mmi_deploy.server.settings import RequestLimits
 
+# Tokens that may get a bias.
+MOST_BIASES = 1024
+
 TokenKey = Annotated[str, StringConstraints(pattern="^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[
+    dict[TokenKey, Bias],
+    at_most(MOST_BIASES),
+    Field(json_schema_extra={"additionalProperties": False, "maxProperties": MOST_BIASES}),
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -67,9 +76,9 @@ class SamplingFields(Fields):
         "nor begin a picture of its own before.",
     )
     stop: Stop = None
-    logit_bias: Annotated[
-        dict[TokenKey, Bias] | None, Field(json_schema_extra={"propertyNames": {"maxLength": 9}})
-    ] = None
+    logit_bias: LogitBias | None = Field(
+        None, description="Numbers to add to the logits of tokens, by their ids."
+    )
     user: Label = None
     n: only(1) = None  # type: ignore[valid-type]
     best_of: only(1) = None  # type: ignore[valid-type]

@@ -8,7 +8,12 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from mmi_deploy.errors import DocumentError
-from mmi_deploy.server.api.document_parts import DocumentBuilder, Message, add_messages
+from mmi_deploy.server.api.document_parts import (
+    DocumentBuilder,
+    Message,
+    add_messages,
+    check_part_count,
+)
 from mmi_deploy.server.api.errors import ApiError, api_error_of
 from mmi_deploy.server.api.fields import Fields, String, check_limit, check_model, only, read_fields
 from mmi_deploy.server.api.pictures import Fetch
@@ -66,6 +71,7 @@ def tokenize(
 
     A text alone may be longer than the model's context: its count tells.
     """
+    check_part_count(body.get("messages"), limits, "messages")
     fields = read_fields(TokenizeBody, body)
     if fields.model is not None:
         check_model(fields.model, model)
