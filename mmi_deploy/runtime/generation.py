@@ -232,4 +232,4 @@ class Generation:
     def _text(self, text: str) -> Iterator[Event]:
         if text:
             logprobs, self.logprobs = tuple(self.logprobs), []
-            yield TextDelta(text, logprobs)
+            yield TextDelta(text, logprobs, self.written)
