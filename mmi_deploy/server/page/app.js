@@ -137,9 +137,10 @@ function progressWords() {
     return `picture ${pictureNumber(part)}${step}`;
   }
   if (part) return "writing";
+  if (state.items.size) return "reading";
   const seconds = Math.round((performance.now() - run.started) / 1000);
-  return state.items.size ? "reading" : seconds > 1
-    ? `waiting for the server, ${plural(seconds, "second")}` : "waiting for the server";
+  const others = run.others ? ` · ${plural(run.others, "document")} at the server` : "";
+  return seconds > 1 ? `waiting, ${plural(seconds, "second")}${others}` : "waiting";
 }
 
 // Progress for screen readers: a change of what is made at once, steps at most every 5 seconds.
@@ -218,7 +219,7 @@ function alertOf(error, actions = []) {
   if (!error) return;
   const { title, text: words } = errorWords(error);
   place.append(h("div", { class: "error" },
-    h("div", {}, h("p", {}, h("strong", {}, title), h("span", {}, ` ${words}`)),
+    h("div", {}, h("p", {}, h("strong", {}, `${title}.`), h("span", {}, ` ${words}`)),
       error.requestId ? h("p", { class: "quiet" }, `Request ${error.requestId}`) : null),
     h("div", { class: "error-tools" }, ...actions.map(([name, action]) => h(
       "button", { type: "button", onclick: action }, name)))));
@@ -282,17 +283,19 @@ async function generate(parts, prefix, repeat, more = {}) {
   const failure = await mine.go();
   turn.running = false;
   run = null;
-  if (failure) await fail(failure);
+  if (failure) await fail(failure, mine);
   else say(ending(mine.made(), mine.state.reason, mine.stopped));
   changed();
   await library.save(document);
   await showVersions();
 }
 
-async function fail(failure) {
+async function fail(failure, failed) {
   say("");
   if (failure.status === 401) return askForKey(again);
-  alertOf(failure, [["Try again", retry]]);
+  const fixed = [400, 404, 413, 422].includes(failure.status); // the same again fails again
+  const name = failed.state.items.size ? "Go on" : "Try again";
+  alertOf(failure, fixed ? [] : [[name, retry]]);
   if (failure.status === 0 || failure.status >= 500) await look();
   return undefined;
 }
@@ -496,7 +499,7 @@ async function openChosen(files) {
 
 // Look at the server; false if it needs a key.
 async function look() {
-  ready = await readiness();
+  ready = (await readiness()).state;
   if (ready === "ready" || ready === "draining") {
     try {
       model = await servedModel();

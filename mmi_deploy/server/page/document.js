@@ -1,7 +1,7 @@
 // The document: parts in reading order, and what can be done with them. No DOM, no network.
 //
 // A part is one of
-//   {kind: "text", text}
+//   {kind: "text", text, lead}; lead: space between it and a text before it, if the model made it
 //   {kind: "picture", blob, width, height, alt}
 //   {kind: "draw", state: "open" | "drawing" | "stopped", step, steps, preview}: a place to draw
 // and has an `id`, `by` ("you" or "model"), and if the model made it, `turn`, the id of the turn.
@@ -121,7 +121,7 @@ export function blocks(parts) {
     if (isBlank(part)) continue;
     if (part.kind === "text" && last?.kind === "text") {
       const apart = part.by === "you" && !/\s$/.test(last.text) && !/^\s/.test(part.text);
-      last.text += (apart ? "\n\n" : "") + part.text;
+      last.text += (apart ? "\n\n" : part.lead ?? "") + part.text;
     } else if (part.kind === "text") {
       joined.push({ kind: "text", text: part.text });
     } else {

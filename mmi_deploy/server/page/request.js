@@ -70,9 +70,10 @@ def picture(name):
     return {"type": "input_image", "image_url": f"data:image/{kind};base64,{data}", "detail": "auto"}
 
 `;
-  return `${names.size ? "import base64\n" : ""}${withKey ? "import os\n" : ""}` +
-    `${names.size ? "from pathlib import Path\n" : ""}
-from openai import OpenAI
+  const imports = [names.size && "import base64", withKey && "import os",
+    names.size && "from pathlib import Path"].filter(Boolean);
+  return `${imports.map((line) => `${line}\n`).join("")}${imports.length ? "\n" : ""}` +
+    `from openai import OpenAI
 ${names.size ? encode : ""}
 client = OpenAI(base_url=${literal(`${origin}/v1`)}, api_key=${key})
 stream = client.responses.create(

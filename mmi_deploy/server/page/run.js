@@ -3,7 +3,7 @@
 import { count } from "./document.js";
 import { fromBase64, sizeOf } from "./pictures.js";
 import { requestBody } from "./request.js";
-import { pictureAt, respond, ServerError } from "./server.js";
+import { pictureAt, readiness, respond, ServerError } from "./server.js";
 import { Turn } from "./turn.js";
 
 export class Run {
@@ -16,6 +16,7 @@ export class Run {
     this.started = performance.now();
     this.lastSign = this.started;
     this.stopped = false;
+    this.others = null; // documents at the server while this one waits
   }
 
   stop() {
@@ -71,6 +72,9 @@ export class Run {
   listen() {
     const seconds = Math.round((performance.now() - this.lastSign) / 1000);
     if (this.keepAlive && seconds >= 2 * this.keepAlive) this.silent(seconds);
+    if (!this.state.items.size && seconds % 3 === 2) {
+      readiness().then(({ documents }) => { this.others = documents; });
+    }
     this.changed();
   }
 

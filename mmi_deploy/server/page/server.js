@@ -38,14 +38,16 @@ async function call(path, { method = "GET", body, signal, requestId = "" } = {})
   throw new ServerError(response.status, error?.code ?? "", error?.message ?? "", about);
 }
 
-// "ready", "starting", "draining", "down" (no engine) or "unreachable".
+// {state, documents}: "ready", "starting", "draining", "down" (no engine) or "unreachable", and the
+// number of documents that the server works on or keeps waiting.
 export async function readiness() {
   try {
-    await call("/health/ready");
-    return "ready";
+    const { documents = null } = await (await call("/health/ready")).json();
+    return { state: "ready", documents };
   } catch (error) {
-    if (error.status === 0) return "unreachable";
-    return { starting: "starting", draining: "draining" }[error.code] ?? "down";
+    const states = { starting: "starting", draining: "draining" };
+    const state = error.status === 0 ? "unreachable" : states[error.code] ?? "down";
+    return { state, documents: null };
   }
 }
 
@@ -59,7 +61,7 @@ export async function servedModel() {
   return {
     name: id,
     samplers,
-    side: mmi.drawn_side ?? 64,
+    side: Number.parseInt(mmi.sizes?.[0] ?? "64", 10),
     pictures: limits.images ?? null,
     tokens: limits.tokens ?? null,
     parts: limits.parts ?? null,

@@ -81,7 +81,9 @@ export class Turn {
       this.items.set(index, part);
       this.parts.push(part);
     }
-    part.text += delta;
+    // Space before the first word joins it to the text before, and is not shown.
+    if (!part.text) part.lead = (part.lead ?? "") + /^\s*/.exec(delta)[0];
+    part.text += part.text ? delta : delta.trimStart();
     this.now = part;
   }
 

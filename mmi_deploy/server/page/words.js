@@ -62,7 +62,8 @@ export function plural(number, word) {
 // Said at the end of a turn.
 export function ending(counts, reason, stopped) {
   const made = [plural(counts.words, "word"), plural(counts.pictures, "picture")].join(", ");
-  const why = ENDINGS[reason] ? `; ${ENDINGS[reason]}` : "";
+  const limited = ENDINGS[reason] && !(reason === "max_images" && !counts.pictures);
+  const why = limited ? `; ${ENDINGS[reason]}` : "";
   return `${stopped ? "Stopped" : "Finished"}: ${made}${stopped ? "" : why}.`;
 }
 

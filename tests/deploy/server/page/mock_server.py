@@ -209,7 +209,7 @@ def _handler(server: MockServer) -> type[BaseHTTPRequestHandler]:
             elif path == "/v1/models":
                 limits = {"images": 49, "tokens": 700, "image_bytes": 20 * 2**20,
                           "image_pixels": 64_000_000, **server.limits}
-                mmi = {"samplers": {"unipc:20": 20, "ddim:50": 50}, "drawn_side": 64,
+                mmi = {"samplers": {"unipc:20": 20, "ddim:50": 50}, "sizes": ["64x64"],
                        "keep_alive": server.keep_alive, "limits": limits}
                 self.json({"object": "list", "data": [{"id": "tiny", "object": "model", "mmi": mmi}]})
             elif picture := server.pictures.get(path.removeprefix("/v1/mmi/images/")):
