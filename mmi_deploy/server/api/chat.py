@@ -46,6 +46,7 @@ from mmi_deploy.server.api.fields import (
     only,
     read_fields,
     reply_fields,
+    with_room,
 )
 from mmi_deploy.server.api.picture_urls import chunked, encoded, picture_url
 from mmi_deploy.server.api.pictures import Fetch
@@ -166,9 +167,10 @@ def read(
     builder = DocumentBuilder(model, limits, fetch)
     add_messages(builder, fields.messages)
     read = builder.build()
+    images = len(read.document.images)
     return ApiRequest(
         document=read.document,
-        options=options,
+        options=with_room(options, images, mmi.max_images, model, limits),
         prompt_usage=read.usage,
         max_seconds=seconds,
         **stream,

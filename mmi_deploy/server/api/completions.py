@@ -130,7 +130,7 @@ def _document(fields: CompletionBody, model: ServedModel, limits: RequestLimits)
         return builder.build()
     assert isinstance(one, list)
     ids: tuple[int, ...] = tuple(one)
-    check_token_ids(ids, model, limits, "prompt")
+    check_token_ids(ids, model, "prompt")
     begin = model.config.tokens.bos
     if ids[:1] == (begin,):
         ids = ids[1:]

@@ -307,6 +307,18 @@ def test_limits_of_tokens_images_and_seconds() -> None:
     assert refused(limits, mmi={"max_seconds": 5.1}).code == "too_many_seconds"
 
 
+def test_given_and_drawn_pictures_share_one_limit() -> None:
+    url = data_url(file_of(random_picture(3)))
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "mmi.draw"}] * 2
+    given = {"messages": [{"role": "user", "content": content}]}
+    for most, left in ((4, 0), (6, 2), (20, DEFAULTS.max_images)):
+        assert read(RequestLimits(images=most), **given).options.max_images == left
+    assert read(RequestLimits(images=6), **given, mmi={"max_images": 2}).options.max_images == 2
+    assert refused(RequestLimits(images=6), **given, mmi={"max_images": 3}).code == (
+        "too_many_images"
+    )
+
+
 def test_every_parameter_of_the_official_client_is_known() -> None:
     hints = get_type_hints(completion_create_params.CompletionCreateParamsStreaming)
     known = chat.REQUEST_SCHEMA["properties"]
