@@ -296,7 +296,8 @@ class _ChunkWriter:
 
     async def chunks(self, events: AsyncIterator[Event]) -> AsyncGenerator[bytes]:
         """Chunks of all events. Raises what they raise, and `ApiError`."""
-        async for event in events:
+        finished = None
+        async for event in events:  # to their end: the statistics are known then
             match event:
                 case TextDelta():
                     yield self._text(event)
@@ -312,10 +313,11 @@ class _ChunkWriter:
                     async for chunk in self._picture(event):
                         yield chunk
                 case Finished():
-                    for chunk in self._end(event):
-                        yield chunk
-                    return
-        raise ended_early()
+                    finished = event
+        if finished is None:
+            raise ended_early()
+        for chunk in self._end(finished):
+            yield chunk
 
     def _text(self, event: TextDelta) -> bytes:
         self._usage = self._used(text=event.tokens)

@@ -391,8 +391,20 @@ def max_seconds_of(mmi: MmiFields, limits: RequestLimits) -> float:
     return mmi.max_seconds
 
 
+def check_compression(output_format: str | None, quality: int | None, param: str) -> None:
+    """Raise `ApiError` for a quality of PNG, which has none; 100 asks for nothing."""
+    if output_format in (None, "png") and quality not in (None, 100):
+        raise ApiError(
+            400,
+            "conflicting_values",
+            f"`{param}` is the quality of `webp` and `jpeg`; PNG is exact",
+            param=param,
+        )
+
+
 def reply_fields(mmi: MmiFields) -> dict[str, Any]:
-    """Fields of `ApiRequest` that say how pictures are sent."""
+    """Fields of `ApiRequest` that say how pictures are sent. Raises `ApiError`."""
+    check_compression(mmi.output_format, mmi.output_compression, "mmi.output_compression")
     given = {
         name: getattr(mmi, name) for name in ("output_format", "output_compression", "progress")
     }
