@@ -290,31 +290,23 @@ async def _merged(
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """Events of all documents as they happen, with the number of the document.
 
-    Raises the first error of any.
+    Raises the first error of any. No source gets ahead of another that has an event.
     """
-    happened: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(1)
 
-    async def forward(number: int, source: AsyncIterator[Event]) -> None:
-        last = None
-        try:
-            async for one in source:
-                await happened.put((number, one))
-        except Exception as failed:
-            last = failed
-        await happened.put((number, last))
+    async def next_of(source: AsyncIterator[Event]) -> Event | None:
+        return await anext(source, None)
 
-    tasks = [asyncio.create_task(forward(*one)) for one in enumerate(events)]
+    numbers = {asyncio.create_task(next_of(one)): place for place, one in enumerate(events)}
     try:
-        running = len(tasks)
-        while running:
-            number, item = await happened.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield number, item
+        while numbers:
+            done, _ = await asyncio.wait(numbers, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=lambda task: numbers[task]):
+                number = numbers.pop(task)
+                event = task.result()
+                if event is not None:
+                    numbers[asyncio.create_task(next_of(events[number]))] = number
+                    yield number, event
     finally:
-        for task in tasks:
+        for task in numbers:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*numbers, return_exceptions=True)
