@@ -141,7 +141,7 @@ def read(
     fetch: Fetch | None = None,
 ) -> ApiRequest:
     """Read a body; raises `ApiError`. fetch: reads pictures that are no data URLs."""
-    check_part_count(body.get("messages"), limits, "messages")
+    check_part_count(body, "messages", limits)
     fields = read_fields(ChatBody, body)
     check_model(fields.model, model)
     mmi = fields.mmi or NO_EXTENSIONS

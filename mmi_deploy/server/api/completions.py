@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from mmi_deploy.runtime.events import Event, Finished, TextDelta
 from mmi_deploy.server.api import sse
@@ -47,6 +48,13 @@ class TextMmiFields(Fields):
     )
 
 
+def _one_prompt(value: object) -> object:
+    """Refuse several prompts in one body, which would get several replies."""
+    if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str | list):
+        raise PydanticCustomError("several_prompts", "should be one prompt, not several")
+    return value
+
+
 class CompletionBody(SamplingFields):
     """A request of a completion."""
 
@@ -59,12 +67,13 @@ class CompletionBody(SamplingFields):
     )
 
     model: ModelName
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[list[str], Field(min_length=1, max_length=1)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=1)]
-    ) = Field(
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=1)],
+        BeforeValidator(_one_prompt),
+    ] = Field(
         description="A text, or token ids as `/tokenize` gives them; a list of one such prompt."
     )
     max_tokens: Count | None = Field(

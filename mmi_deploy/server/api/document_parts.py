@@ -9,7 +9,7 @@ ends, and before a turn of the assistant is stripped, as it was when the model w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -153,15 +153,16 @@ class DocumentBuilder:
 _PLACEHOLDER = Image(np.zeros((1, 1, 3), np.uint8))
 
 
-def check_part_count(messages: object, limits: RequestLimits, param: str) -> None:
-    """Raise `ApiError` for a body with too many parts, before it is read: messages, or items, and
-    the parts of their `content`."""
+def check_part_count(body: object, name: str, limits: RequestLimits) -> None:
+    """Raise `ApiError` for too many parts in the field `name` of a body, before it is read:
+    messages, or items, and the parts of their `content`."""
+    messages = body.get(name) if isinstance(body, Mapping) else None
     if isinstance(messages, list):
         count = 0
         for message in messages:
-            content = message.get("content") if isinstance(message, dict) else None
+            content = message.get("content") if isinstance(message, Mapping) else None
             count += max(len(content), 1) if isinstance(content, list) else 1
-        check_limit("parts", "too_many_parts", count, limits.parts, param)
+        check_limit("parts", "too_many_parts", count, limits.parts, name)
 
 
 class ImageUrl(Fields):

@@ -183,9 +183,10 @@ def _refusal(error: ValidationError, body: Mapping[str, Any], kind: type[Fields]
             return ApiError(400, "missing_required_parameter", f"`{param}` is missing", param=param)
         case "unsupported_value":
             return ApiError(400, "unsupported_value", f"`{param}` {first['msg']}", param=param)
-    tails = dict.fromkeys(_tail(one) for one in same)
-    types = any(one["type"].endswith(("_type", "_attributes_type")) for one in same)
-    code = "invalid_type" if types else "invalid_value"
+    # Of choices of different types, the one of the value's own type says what is wrong with it.
+    fitting = [one for one in same if not one["type"].endswith("_type")]
+    tails = dict.fromkeys(_tail(one) for one in fitting or same)
+    code = "invalid_value" if fitting else "invalid_type"
     name = f"`{param}`" if param else "the body"
     return ApiError(400, code, public(f"{name} {' or '.join(tails)}"), param=param)
 

@@ -71,7 +71,7 @@ def tokenize(
 
     A text alone may be longer than the model's context: its count tells.
     """
-    check_part_count(body.get("messages"), limits, "messages")
+    check_part_count(body, "messages", limits)
     fields = read_fields(TokenizeBody, body)
     if fields.model is not None:
         check_model(fields.model, model)
