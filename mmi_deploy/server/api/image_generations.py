@@ -21,7 +21,7 @@ from mmi_deploy.server.api import sse
 from mmi_deploy.server.api.api_request import ApiRequest, OutputFormat
 from mmi_deploy.server.api.document_parts import DocumentBuilder
 from mmi_deploy.server.api.drawn_images import check_size, preview_of, size_of
-from mmi_deploy.server.api.endings import details, finish_reason, usage_of
+from mmi_deploy.server.api.endings import details, ended_early, finish_reason, usage_of
 from mmi_deploy.server.api.errors import ApiError
 from mmi_deploy.server.api.fields import (
     NO_EXTENSIONS,
@@ -208,7 +208,7 @@ def stream(
 
 async def _items(
     request: ImagesRequest, events: Sequence[AsyncIterator[Event]], context: ReplyContext
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     requests = request.requests
     shared = {"created_at": context.created, "quality": "auto", **_look(request)}
     previews = [0] * len(requests)
@@ -290,22 +290,28 @@ async def _merged(
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """Events of all documents as they happen, with the number of the document.
 
-    Raises the first error of any. No source gets ahead of another that has an event.
+    Raises the first error of any, also that it stops before its end. No source gets ahead of another that has an event.
     """
 
     async def next_of(source: AsyncIterator[Event]) -> Event | None:
         return await anext(source, None)
 
     numbers = {asyncio.create_task(next_of(one)): place for place, one in enumerate(events)}
+    ended: set[int] = set()
     try:
         while numbers:
             done, _ = await asyncio.wait(numbers, return_when=asyncio.FIRST_COMPLETED)
             for task in sorted(done, key=lambda task: numbers[task]):
                 number = numbers.pop(task)
                 event = task.result()
-                if event is not None:
-                    numbers[asyncio.create_task(next_of(events[number]))] = number
-                    yield number, event
+                if event is None:
+                    if number not in ended:
+                        raise ended_early()
+                    continue
+                if isinstance(event, Finished):
+                    ended.add(number)
+                numbers[asyncio.create_task(next_of(events[number]))] = number
+                yield number, event
     finally:
         for task in numbers:
             task.cancel()

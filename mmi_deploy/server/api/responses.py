@@ -12,7 +12,7 @@ that checks events knows no others. Without a stream it is `inline`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -288,7 +288,9 @@ def stream(
     )
 
 
-async def _items(writer: ResponseWriter, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+async def _items(
+    writer: ResponseWriter, events: AsyncIterator[Event]
+) -> AsyncGenerator[bytes, None]:
     async for event in events:
         for item in await writer.take(event):
             yield sse.event(item)
