@@ -43,6 +43,7 @@ from mmi_deploy.server.api.fields import (
     reply_fields,
 )
 from mmi_deploy.server.api.picture_urls import encoded, picture_url
+from mmi_deploy.server.api.pictures import Fetch
 from mmi_deploy.server.api.reply_context import ReplyContext
 from mmi_deploy.server.api.schemas import schema_of
 from mmi_deploy.server.api.usage import PromptUsage, Usage
@@ -116,8 +117,13 @@ class ImagesRequest(ApiRequest):
 _OF_TEXT = ("max_images", "draw_first", "turn_tokens", "min_tokens", "progress")
 
 
-def read(body: Mapping[str, Any], model: ServedModel, limits: RequestLimits) -> ImagesRequest:
-    """Read a body. Raises `ApiError`."""
+def read(
+    body: Mapping[str, Any],
+    model: ServedModel,
+    limits: RequestLimits,
+    fetch: Fetch | None = None,
+) -> ImagesRequest:
+    """Read a body. Raises `ApiError`. fetch: as on the other endpoints; no pictures are given."""
     fields = read_fields(ImagesBody, body)
     mmi = fields.mmi or NO_EXTENSIONS
     if fields.model is not None:
@@ -290,28 +296,31 @@ async def _merged(
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """Events of all documents as they happen, with the number of the document.
 
-    Raises the first error of any, also that it stops before its end. No source gets ahead of another that has an event.
+    Raises the first error of any, also that of events without an end. No source gets ahead of
+    another that has an event.
     """
 
     async def next_of(source: AsyncIterator[Event]) -> Event | None:
         return await anext(source, None)
 
     numbers = {asyncio.create_task(next_of(one)): place for place, one in enumerate(events)}
-    ended: set[int] = set()
+    ends: dict[int, Finished] = {}  # told when nothing follows: the statistics are known then
     try:
         while numbers:
             done, _ = await asyncio.wait(numbers, return_when=asyncio.FIRST_COMPLETED)
             for task in sorted(done, key=lambda task: numbers[task]):
                 number = numbers.pop(task)
                 event = task.result()
-                if event is None:
-                    if number not in ended:
-                        raise ended_early()
-                    continue
+                if event is not None:
+                    numbers[asyncio.create_task(next_of(events[number]))] = number
                 if isinstance(event, Finished):
-                    ended.add(number)
-                numbers[asyncio.create_task(next_of(events[number]))] = number
-                yield number, event
+                    ends[number] = event
+                elif event is not None:
+                    yield number, event
+                elif number in ends:
+                    yield number, ends[number]
+                else:
+                    raise ended_early()
     finally:
         for task in numbers:
             task.cancel()
