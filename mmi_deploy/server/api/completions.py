@@ -130,7 +130,7 @@ def _document(fields: CompletionBody, model: ServedModel, limits: RequestLimits)
         return builder.build()
     assert isinstance(one, list)
     ids: tuple[int, ...] = tuple(one)
-    check_token_ids(ids, model, limits, "prompt")
+    check_token_ids(ids, model, "prompt")
     begin = model.config.tokens.bos
     if ids[:1] == (begin,):
         ids = ids[1:]
@@ -194,21 +194,22 @@ async def _chunks(
         so_far = {"usage": usage.chat()} if request.continuous_usage else {}
         return sse.data({**head, "choices": choices, **so_far, **more})
 
-    async for event in events:
+    finished = None
+    async for event in events:  # to their end: the statistics are known then
         match event:
             case TextDelta():
                 usage = Usage(request.prompt_usage, max(usage.text, event.tokens))
                 yield chunk([_choice(event.text, None)])
             case Finished():
-                stats = context.stats()
-                reason = finish_reason(event.reason, request)
-                usage = usage_of(request, event, stats, context.model.config)
-                yield chunk([_choice("", reason)], mmi=details(request, event, stats))
-                if request.include_usage:
-                    yield sse.data({**head, "choices": [], "usage": usage.chat()})
-                yield sse.DONE
-                return
-    raise ended_early()
+                finished = event
+    if finished is None:
+        raise ended_early()
+    reason, stats = finish_reason(finished.reason, request), context.stats()
+    usage = usage_of(request, finished, stats, context.model.config)
+    yield chunk([_choice("", reason)], mmi=details(request, finished, stats))
+    if request.include_usage:
+        yield sse.data({**head, "choices": [], "usage": usage.chat()})
+    yield sse.DONE
 
 
 def _head(context: ReplyContext) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mmi_deploy.documents.document import (
 )
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.server.api.errors import ApiError, api_error_of
-from mmi_deploy.server.api.fields import Fields, Whole, check_limit, only
+from mmi_deploy.server.api.fields import Fields, Whole, check_limit, most_images, only
 from mmi_deploy.server.api.pictures import Fetch, PictureReader
 from mmi_deploy.server.api.usage import PromptUsage
 from mmi_deploy.server.served_model import ServedModel
@@ -144,8 +144,7 @@ class DocumentBuilder:
 
     def _count_image(self, param: str) -> None:
         self._images += 1
-        most, own = self._model.limits.images, self._limits.images
-        most = most if own is None else min(own, most)
+        most = most_images(self._model, self._limits)
         check_limit("pictures", "too_many_images", self._images, most, param)
 
 
@@ -237,6 +236,7 @@ class AssistantMessage(Fields):
     function_call: only() = None  # type: ignore[valid-type]
     tool_calls: only([]) = None  # type: ignore[valid-type]
     annotations: only([]) = None  # type: ignore[valid-type]
+    parsed: only() = None  # type: ignore[valid-type]
 
 
 Message = Annotated[GivenMessage | AssistantMessage, Field(discriminator="role")]

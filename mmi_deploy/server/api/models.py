@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mmi_deploy.runtime.options import DEFAULTS
-from mmi_deploy.server.api.fields import check_model
+from mmi_deploy.server.api.fields import check_model, most_images
 from mmi_deploy.server.api.pictures import FORMATS
 from mmi_deploy.server.api.usage import picture_tokens
 from mmi_deploy.server.served_model import ServedModel
@@ -34,7 +34,6 @@ def get_model(
 
 def _model(model: ServedModel, limits: RequestLimits, exactness: str | None) -> dict[str, Any]:
     exact = EXACT if model.target == "cpu" else WITHIN_RECEIPTS
-    most_images = model.limits.images
     most_tokens = model.limits.context
     drawn = model.drawn_side
     return {
@@ -48,7 +47,7 @@ def _model(model: ServedModel, limits: RequestLimits, exactness: str | None) -> 
         "mmi": {
             "limits": {
                 **asdict(limits),
-                "images": min(limits.images or most_images, most_images),
+                "images": most_images(model, limits),
                 "tokens": min(limits.tokens or most_tokens, most_tokens),
             },
             "samplers": dict(model.steps),

@@ -114,5 +114,5 @@ def detokenize(
     fields = read_fields(DetokenizeBody, body)
     if fields.model is not None:
         check_model(fields.model, model)
-    check_token_ids(fields.tokens, model, limits, "tokens")
+    check_token_ids(fields.tokens, model, "tokens")
     return {"prompt": model.tokenizer.decode(fields.tokens)}

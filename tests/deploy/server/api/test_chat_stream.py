@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -30,11 +31,12 @@ from deploy.server.api.served import (
     told,
 )
 from deploy.server.api.stream_readers import LINE, lines, sglang, vllm
+from mmi_deploy.batching.job import JobStats
 from mmi_deploy.errors import BusyError, EngineError
 from mmi_deploy.runtime.events import Event, Finished, ImageDone, TextDelta
 from mmi_deploy.runtime.sampling import Sampled
 from mmi_deploy.runtime.timings import Timings
-from mmi_deploy.server.api import chat
+from mmi_deploy.server.api import chat, completions
 from mmi_deploy.server.api.api_request import ApiRequest
 from mmi_deploy.server.api.errors import ApiError
 
@@ -182,6 +184,33 @@ def test_log_probabilities_come_with_their_text() -> None:
     content = chunks[0]["choices"][0]["logprobs"]["content"]
     assert [one["logprob"] for one in content] == [-0.25, -0.5]
     assert chunks[1]["choices"][0]["logprobs"] is None
+
+
+def test_statistics_are_asked_for_when_the_events_have_ended() -> None:
+    """An engine tells them with the end of the events, after `Finished`."""
+    known: list[JobStats] = []
+
+    async def events() -> AsyncIterator[Event]:
+        for event in told(["red"]):
+            yield event
+        known.append(JobStats(0.5, None, 2.0, 4, 3))
+
+    def ask() -> JobStats | None:
+        return known[0] if known else None
+
+    async def read_all(module: Any, request: ApiRequest) -> bytes:
+        context = replace(Surroundings().context, stats=ask)
+        known.clear()
+        return b"".join([item async for item in module.stream(request, events(), context)])
+
+    text = {"model": "tiny", "prompt": "red", "stream": True}
+    for module, request in (
+        (chat, usage()),
+        (completions, completions.read(text, tiny(), LIMITS)),
+    ):
+        data = asyncio.run(read_all(module, request))
+        assert b'"queue_seconds":0.5,"first_seconds":null,"total_seconds":2.0' in data
+    assert b'"cached_tokens":3,"text_tokens":4' in asyncio.run(read_all(chat, usage()))
 
 
 # --- readers of clients -----------------------------------------------------------------------

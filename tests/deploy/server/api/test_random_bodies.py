@@ -83,6 +83,8 @@ ENDPOINTS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] 
     "detokenize": (tokens.detokenize, TOKENS, tokens.DETOKENIZE_SCHEMA),
 }
 
+MANY = 200_000
+
 STRANGE: list[Any] = [
     None,
     True,
@@ -201,7 +203,7 @@ def test_any_json_in_any_field(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", ENDPOINTS)
 def test_schemas_agree_with_reading(name: str) -> None:
-    """What a schema forbids is refused; what it allows is refused for a reason beyond types."""
+    """Bodies that a schema forbids are refused; those it allows, for reasons beyond types alone."""
     call, right, schema = ENDPOINTS[name]
     validator, rng = jsonschema_rs.Draft202012Validator(schema), random.Random(name)
     beyond = {
@@ -243,34 +245,32 @@ def test_schemas_agree_with_reading(name: str) -> None:
 @pytest.mark.parametrize(
     ("call", "body"),
     [
-        (completions.read, {**TEXT, "prompt": [-1] * 10**6}),
-        (completions.read, {**TEXT, "prompt": [[[]]] * 10**6}),
-        (completions.read, {**TEXT, "stop": [3] * 10**6}),
-        (chat.read, {**CHAT, **{f"x{number}": 1 for number in range(10**6)}}),
-        (chat.read, {**CHAT, "metadata": {f"x{number}": 1 for number in range(10**6)}}),
-        (chat.read, {**CHAT, "logit_bias": {f"x{number}": 1 for number in range(10**6)}}),
-        (chat.read, {**CHAT, "messages": [{}] * 10**6}),
-        (chat.read, {**CHAT, "messages": [{"role": "user", "content": [{}] * 10**6}]}),
-        (chat.read, {**CHAT, "mmi": {f"x{number}": 1 for number in range(10**6)}}),
+        (completions.read, {**TEXT, "prompt": [-1] * MANY}),
+        (completions.read, {**TEXT, "prompt": [[[]]] * MANY}),
+        (completions.read, {**TEXT, "stop": [3] * MANY}),
+        (chat.read, {**CHAT, **{f"x{number}": 1 for number in range(MANY)}}),
+        (chat.read, {**CHAT, "metadata": {f"x{number}": 1 for number in range(MANY)}}),
+        (chat.read, {**CHAT, "logit_bias": {f"x{number}": 1 for number in range(MANY)}}),
+        (chat.read, {**CHAT, "messages": [{}] * MANY}),
+        (chat.read, {**CHAT, "messages": [{"role": "user", "content": [{}] * MANY}]}),
+        (chat.read, {**CHAT, "mmi": {f"x{number}": 1 for number in range(MANY)}}),
         (
             chat.read,
             {
                 "model": "tiny",
-                "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 10**6}],
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * MANY}],
             },
         ),
-        (tokens.detokenize, {"tokens": ["x"] * 10**6}),
+        (tokens.detokenize, {"tokens": ["x"] * MANY}),
     ],
     ids=[str(number) for number in range(11)],
 )
-def test_a_million_errors_cost_no_more_than_one(
-    call: Callable[..., Any], body: dict[str, Any]
-) -> None:
+def test_many_errors_cost_no_more_than_one(call: Callable[..., Any], body: dict[str, Any]) -> None:
     start = time.thread_time()
     assert check(call, body) is None
-    assert time.thread_time() - start < 1
+    assert time.thread_time() - start < 0.5
     tracemalloc.start()
     check(call, body)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 150 * 2**20
+    assert peak < 50 * 2**20
