@@ -68,6 +68,7 @@ class MockServer:
 
     scenario: Scenario = field(default_factory=Scenario)
     ready: str = ""  # code of the answer of /health/ready; empty for ready
+    documents: int = 0  # that it says to work on
     key: str = ""
     keep_alive: float = 15
     limits: dict[str, int] = field(default_factory=dict)
@@ -114,7 +115,8 @@ def png(image: Image.Image) -> bytes:
 
 def preview(image: Image.Image, done: float, seed: int) -> bytes:
     """The picture as it looks when `done` of the steps are done."""
-    noise = np.random.default_rng(seed).integers(0, 256, (*image.size, 3), np.uint8)
+    image = image.resize((64, 64))
+    noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
     soft = image.filter(ImageFilter.GaussianBlur(3 * (1 - done)))
     return png(Image.blend(Image.fromarray(noise), soft, 0.35 + 0.65 * done))
 
@@ -168,7 +170,7 @@ def _picture(
     about = {"item_id": name, "output_index": index}
     item = {"id": name, "type": "image_generation_call", "status": "in_progress", "result": None,
             "mmi": more}
-    image = drawn(number + seed, scenario.side)
+    image = drawn(number + seed % 1000, scenario.side)
     yield 0, {"type": "response.output_item.added", "output_index": index, "item": item}
     yield 0, {"type": f"{call}.in_progress", **about}
     partial = body["tools"][0]["partial_images"]
@@ -203,7 +205,7 @@ def _handler(server: MockServer) -> type[BaseHTTPRequestHandler]:
                 if server.ready:
                     self.refuse(503, server.ready, "not ready")
                 else:
-                    self.json({"status": "ready"})
+                    self.json({"status": "ready", "documents": server.documents})
             elif not self.allowed():
                 self.refuse(401, "invalid_api_key", "the key is missing or wrong")
             elif path == "/v1/models":
