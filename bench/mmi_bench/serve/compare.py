@@ -94,7 +94,10 @@ class Saved:
                 {"tokens_per_second": record.tokens, "images_per_second": record.images}.get(key, 1)
                 for _, record in ended
             ]
-            draws = rate_draws(begin, end - begin, [time for time, _ in ended], amounts)
+            fixed = self.about["load"]["kind"] in ("offline", "trace") or not ended
+            span = 0.0 if fixed else mean(time - record.start for time, record in ended)
+            times, flying = [time for time, _ in ended], float(run["in_flight"]["mean"])
+            draws = rate_draws(begin, end - begin, times, amounts, span, flying)
             if draws is None:
                 return None
             each.append(draws)

@@ -83,7 +83,7 @@ def title(result: Result) -> str:
     """Workload, load and server in one line."""
     about = result.about
     load = about["load"]
-    facts = ", ".join(f"{key} {value}" for key, value in load.items() if key != "kind")
+    facts = ", ".join(f"{key} {value}" for key, value in load.items() if key != "kind" and value)
     name, server = about["workload"]["name"], about["server"]
     return f"{name}, {load['kind']}{f' ({facts})' if facts else ''}: {server['model']}" + (
         f" at {server['url']}" if not server.get("bundle") else f", {server['target']}"

@@ -42,6 +42,9 @@ _MISCOUNT = 0.01
 
 _RESAMPLES, _SEED = 1000, 77
 
+# Blocks of time into which a window is cut.
+_LEAST_BLOCKS, _MOST_BLOCKS = 5, 60
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -66,7 +69,6 @@ class RunResult:
 
     def to_json(self) -> dict[str, Any]:
         run = self.run
-        flying = [count for _, count in run.in_flight]
         return {
             "number": run.number,
             "complete": run.complete,
@@ -80,7 +82,7 @@ class RunResult:
                 "requests": len(run.warm_up_records),
             },
             "window": {"begin": run.begin, "end": run.end, "seconds": run.seconds},
-            "in_flight": {"mean": mean(flying) if flying else 0.0, "peak": run.peak_in_flight},
+            "in_flight": {"mean": run.mean_in_flight, "peak": run.peak_in_flight},
             "counts": run.counts(),
             "measures": {key: found.to_json() for key, found in self.measures.items()},
             "rates": {key: rate.to_json() for key, rate in self.rates.items()},
@@ -256,27 +258,46 @@ def rates_of(run: Run, good: set[int] | None) -> dict[str, Rate]:
     if not seconds:
         return {key: Rate(0.0, None) for key in amounts}
     ends = [record.end or 0.0 for record in ended]
+    # A fixed set of requests has a beginning and an end, and no steady rate between them.
+    span = 0.0 if run.fixed else mean(_spans(ended))
     found = {}
     for key, values in amounts.items():
-        draws = rate_draws(run.begin, seconds, ends, values)
+        draws = rate_draws(run.begin, seconds, ends, values, span, run.mean_in_flight)
         interval = None if draws is None else quantiles(draws)
         found[key] = Rate(sum(values) / seconds, interval)
     return found
 
 
 def rate_draws(
-    begin: float, seconds: float, ends: Sequence[float], amounts: Sequence[float]
+    begin: float,
+    seconds: float,
+    ends: Sequence[float],
+    amounts: Sequence[float],
+    span: float,
+    in_flight: float,
 ) -> NDArray[np.float64] | None:
-    """Bootstrapped rates of a window: requests are drawn with the time since the one before ended.
-    None for fewer than two requests."""
-    gaps = np.diff(np.array([begin, *ends]))
-    if len(ends) < 2 or not gaps.sum() > 0:
+    """Bootstrapped rates of a window, by blocks of time: requests that share the server end
+    together, so that one by one they are not independent.
+
+    span: mean seconds of a request; a block is at least twice as long. in_flight: mean number of
+    requests; an edge of the window may fall before or after the end of as many, which widens the
+    draws. None for fewer than 5 blocks or 2 requests.
+    """
+    blocks = min(_MOST_BLOCKS, int(seconds / (2 * span))) if span > 0 else 0
+    if len(ends) < 2 or blocks < _LEAST_BLOCKS:
         return None
-    weights = resampled(np.random.default_rng(_SEED), _RESAMPLES, len(ends))
-    spans = weights @ gaps
-    known = spans > 0
-    draws: NDArray[np.float64] = (weights @ np.asarray(amounts))[known] / spans[known]
-    return draws * (gaps.sum() / seconds)
+    edges = np.linspace(begin, begin + seconds, blocks + 1)
+    each, _ = np.histogram(ends, edges, weights=amounts)
+    generator = np.random.default_rng(_SEED)
+    edge = min(1.0, in_flight / len(ends))
+    shifts = 1 + generator.uniform(-edge, edge, _RESAMPLES)
+    draws: NDArray[np.float64] = resampled(generator, _RESAMPLES, blocks) @ each / seconds
+    return draws * shifts
+
+
+def _spans(records: Sequence[RequestRecord]) -> list[float]:
+    """Seconds of each request."""
+    return [record.end - record.start for record in records if record.end is not None] or [0.0]
 
 
 def run_notes(run: Run, plan: Plan) -> list[str]:

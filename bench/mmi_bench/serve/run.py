@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any, Literal
 
 from mmi_bench.serve.client import Client
@@ -40,8 +41,8 @@ _HOPELESS = 10
 class Plan:
     """Size of a run.
 
-    The window ends when `min_seconds` have passed and `requests` have ended (never fewer than five
-    times those in flight), or after `max_seconds`. warm_up: most seconds of warm-up. drain: seconds
+    The window ends when `min_seconds` have passed and `requests` have succeeded (never fewer than
+    five times those in flight), or after `max_seconds`. warm_up: most seconds of warm-up. drain: seconds
     that requests in flight at the end have to finish. check_every: one in so many requests keeps
     its output for the comparison; 0 for none.
     """
@@ -67,11 +68,13 @@ class Kept:
 class Run:
     """One run. Times are seconds of the client's clock.
 
+    fixed: the requests are a fixed set, measured from the first to the last.
     warm_up_records, records: requests that began before and in the window. in_flight: pairs of a
     time in the window and the requests in flight.
     """
 
     number: int
+    fixed: bool = False
     warm: bool = False
     warm_up_seconds: float = 0.0
     begin: float = 0.0
@@ -92,6 +95,10 @@ class Run:
     def seconds(self) -> float:
         """Length of the window."""
         return max(0.0, (self.begin if self.end is None else self.end) - self.begin)
+
+    @property
+    def mean_in_flight(self) -> float:
+        return mean(count for _, count in self.in_flight) if self.in_flight else 0.0
 
     @property
     def successes(self) -> list[RequestRecord]:
@@ -132,7 +139,7 @@ class Measurement:
         progress: Progress = silent,
     ) -> None:
         """number: of the run."""
-        self.run = Run(number)
+        self.run = Run(number, load.is_fixed)
         self._client, self._workload, self._load = client, workload, load
         self._plan, self._wire, self._progress = plan, wire, progress
         self._phase: Literal["warm-up", "window", "drain"] = "warm-up"
@@ -224,16 +231,18 @@ class Measurement:
     def _is_over(self) -> bool:
         """True at the end of the window."""
         run, plan, now = self.run, self._plan, self._client.now()
-        seconds, ended = now - run.begin, sum(r.outcome != "running" for r in run.records)
+        seconds = now - run.begin
         if not run.in_flight or now - run.in_flight[-1][0] >= _LOOK:
             run.in_flight.append((now, self._flying))
         if self._load.is_fixed:
+            ended = sum(r.outcome != "running" for r in run.records)
             self._report("measuring", ended, max(ended, len(run.records)))
             run.steady = not self._due_left and not self._tasks
             return run.steady or seconds >= plan.max_seconds
         wanted = max(plan.requests, STEADY_REQUESTS * run.peak_in_flight)
-        run.steady = seconds >= plan.min_seconds and ended >= wanted
-        self._report("measuring", min(seconds / max(plan.min_seconds, 1e-9), ended / wanted), 1)
+        done = sum(r.outcome == "done" for r in run.records)
+        run.steady = seconds >= plan.min_seconds and done >= wanted
+        self._report("measuring", min(seconds / max(plan.min_seconds, 1e-9), done / wanted), 1)
         if self._load.is_open and seconds >= _SETTLED and now - self._judged >= _JUDGE:
             self._judged = now
             outputs = [(r.start, first_output(r)) for r in run.records]

@@ -241,7 +241,6 @@ class StreamReader:
             written = _details(value["usage"]).get("text_tokens")
             if written is not None:
                 tokens, self._cumulative = max(0, written - self._cumulative), written
-        self._extension(value.get("mmi") or {}, now)
         for choice in value.get("choices") or ():
             delta = choice.get("delta") or {}
             if delta.get("content"):
@@ -250,6 +249,7 @@ class StreamReader:
                 self._piece(image["index"], image["image_url"]["url"], now)
             if choice.get("finish_reason"):
                 self.record.reason = choice["finish_reason"]
+        self._extension(value.get("mmi") or {}, now)
 
     def _extension(self, mmi: Mapping[str, Any], now: float) -> None:
         """Read the `mmi` field of a chunk: progress, or facts about the request."""
