@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from itertools import count
 from statistics import mean
 from typing import Any, Literal
 
@@ -33,6 +34,9 @@ _SETTLED = 10.0
 # Requests in flight while a fixed set of requests is warmed up for.
 _WARM_CONCURRENCY = 4
 
+# Requests that are prepared ahead.
+_AHEAD = 64
+
 # Requests that fail at the beginning, with no success, before the benchmark gives up.
 _HOPELESS = 10
 
@@ -42,8 +46,8 @@ class Plan:
     """Size of a run.
 
     The window ends when `min_seconds` have passed and `requests` have succeeded (never fewer than
-    five times those in flight), or after `max_seconds`. warm_up: most seconds of warm-up. drain: seconds
-    that requests in flight at the end have to finish. check_every: one in so many requests keeps
+    five times those in flight), or after `max_seconds`. warm_up: most seconds of warm-up. drain:
+    seconds that requests in flight at the end have to finish. check_every: one in so many keeps
     its output for the comparison; 0 for none.
     """
 
@@ -125,6 +129,10 @@ class Run:
         return {"sent": len(self.records), **found}
 
 
+# Number of a request, its prompt and its body.
+_Prepared = tuple[int, Prompt, bytes]
+
+
 class Measurement:
     """Drives one run; `run` holds what was recorded, also if the measurement is stopped."""
 
@@ -143,10 +151,10 @@ class Measurement:
         self._client, self._workload, self._load = client, workload, load
         self._plan, self._wire, self._progress = plan, wire, progress
         self._phase: Literal["warm-up", "window", "drain"] = "warm-up"
+        self._ready: dict[str, asyncio.Queue[_Prepared]] = {}  # requests by phase
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[object]] = set()
         self._flying = 0
-        self._sent = {"warm-up": 0, "window": 0}
         self._checked: set[int] = set()  # identities of records
         self._latencies: list[float] = []  # of warm-up, in the order of their ends
         self._due_left = False  # requests of a fixed set that are not sent yet
@@ -156,8 +164,14 @@ class Measurement:
     async def measure(self) -> Run:
         """Warm up, measure, drain. Raises `MmiError` if no request succeeds."""
         drain = 0.0
+        self._ready = {phase: asyncio.Queue(_AHEAD) for phase in ("warm-up", "window")}
+        fillers = [asyncio.create_task(self._fill(phase)) for phase in self._ready]
+        for filler in fillers:
+            filler.add_done_callback(self._ended)
         try:
             await self._warm_up()
+            while not self._ready["window"].full():  # preparing takes no time of the window
+                await self._change()
             cpu = time.process_time()
             await self._window()
             self.run.client_cpu = time.process_time() - cpu
@@ -167,6 +181,9 @@ class Measurement:
             if self._phase == "window":
                 self._end_window()
             await self._settle(drain)
+            for filler in fillers:
+                filler.cancel()
+            await asyncio.gather(*fillers, return_exceptions=True)
         lags = [r.sent - r.due for r in self.run.records if r.due is not None]
         self.run.client_bound = client_bound(lags, self.run.seconds, self.run.client_cpu)
         return self.run
@@ -267,14 +284,14 @@ class Measurement:
         """Send one request after another, until the drain or the end of `phase`."""
         await asyncio.sleep(self._load.ramp_up * index / count)
         while self._phase != "drain" and phase in (None, self._phase):
-            if not await self._converse(self._take()):
+            if not await self._converse(await self._ready[self._phase].get()):
                 await asyncio.sleep(_LOOK)  # a server that refuses is not flooded
 
     async def _arrivals(self, phase: str, origin: float) -> None:
         """Send requests when they are due, while the phase lasts."""
         part = self.run.number + 1 if phase == "window" else 0
         for due in self._load.due_times(phase == "warm-up", part):
-            prepared = await self._prepare(self._take())
+            prepared = await self._ready[phase].get()
             if (left := origin + due - self._client.now()) > 0:
                 await asyncio.sleep(left)
             if self._phase != phase:
@@ -284,36 +301,27 @@ class Measurement:
 
     async def _all_at_once(self) -> None:
         """Prepare a fixed number of requests, then send them all."""
-        prepared = [await self._prepare(self._take()) for _ in range(self._plan.requests)]
+        prepared = [await self._ready["window"].get() for _ in range(self._plan.requests)]
         self.run.begin = self._client.now()  # preparing is not part of the window
         for one in prepared:
             self._start(self._converse(one))
         self._due_left = False
 
-    def _take(self) -> int:
-        """Number of the next prompt of the phase; negative in warm-up."""
-        if self._phase == "window":
-            number = self._sent["window"]
-            self._sent["window"] += 1
-            return number
-        self._sent["warm-up"] += 1
-        return -self._sent["warm-up"]
+    async def _fill(self, phase: str) -> None:
+        """Prepare requests ahead, in a thread: encoding pictures takes milliseconds. Numbers of
+        warm-up are negative."""
+        first, step = (0, 1) if phase == "window" else (-1, -1)
+        for number in count(first, step):
+            place = number + step * self.run.number * RUN_STRIDE
+            await self._ready[phase].put(await asyncio.to_thread(self._prepare, number, place))
 
-    async def _prepare(self, number: int) -> tuple[int, Prompt, bytes]:
-        """Prompt and body of a number, made in a thread: encoding pictures takes milliseconds."""
+    def _prepare(self, number: int, place: int) -> _Prepared:
+        prompt = self._workload.prompt(place)
+        return number, prompt, self._wire.body(prompt.document, prompt.options)
 
-        def build() -> tuple[int, Prompt, bytes]:
-            place = number + self.run.number * RUN_STRIDE * (1 if number >= 0 else -1)
-            prompt = self._workload.prompt(place)
-            return number, prompt, self._wire.body(prompt.document, prompt.options)
-
-        return await asyncio.to_thread(build)
-
-    async def _converse(
-        self, taken: int | tuple[int, Prompt, bytes], due: float | None = None
-    ) -> bool:
+    async def _converse(self, prepared: _Prepared, due: float | None = None) -> bool:
         """Send the requests of a prompt, one after another; returns false if one failed."""
-        number, prompt, body = await self._prepare(taken) if isinstance(taken, int) else taken
+        number, prompt, body = prepared
         document, records = prompt.document, []
         for turn, more in enumerate(((), *prompt.more)):
             if turn:

@@ -70,7 +70,8 @@ def test_known_sleeps_give_known_latencies(endpoint: str, piece: int | None) -> 
     if endpoint == "responses":
         expected["first_preview"] = 0.05 + 7 * 0.01 + 0.02
     for key, seconds in expected.items():
-        assert 0.9 * seconds - 0.003 <= median(result, key) <= seconds + SLACK, key
+        late = SLACK if seconds < 0.4 else 3 * SLACK  # ends after the others are read as well
+        assert 0.9 * seconds - 0.003 <= median(result, key) <= seconds + late, key
     assert result.complete and result.valid
     assert all(record.tokens == 24 and record.images == 3 for record in result.runs[0].run.ended)
     # Two at once, each of 0.46 seconds or more.
