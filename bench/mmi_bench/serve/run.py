@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from statistics import mean
@@ -385,10 +386,10 @@ class Measurement:
 
     async def _change(self) -> None:
         """Wait until a request ends, or a moment; raises the error of a task that failed."""
-        try:
-            await asyncio.wait_for(self._changed.wait(), _LOOK)
-        except TimeoutError:
-            pass
+        # Not `wait_for`, which in Python 3.11 may lose the cancellation of its caller.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK):
+                await self._changed.wait()
         self._changed.clear()
         if self._failure is not None:
             raise self._failure
