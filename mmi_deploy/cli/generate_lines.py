@@ -36,8 +36,8 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
 
-# Options that a line may have. Results have no place for log probabilities.
-OPTIONS = frozenset(field.name for field in fields(GenerationOptions)) - {"logprobs"}
+# Options that a line may have. Results have no place for log probabilities and previews.
+OPTIONS = frozenset(field.name for field in fields(GenerationOptions)) - {"logprobs", "previews"}
 
 
 def is_lines(document: Path) -> bool:
@@ -181,9 +181,11 @@ def _pictures(
 def _run(bundle: Bundle, target: str, options: GenerationOptions) -> dict[str, Any]:
     """Everything that the results depend on besides the documents."""
     engines = bundle.target_folder(target) / TARGET_MANIFEST
+    settings = asdict(options)
+    del settings["previews"]  # not in the results
     return {
         "bundle": bundle.identity,
         "target": target,
         "engines": sha256_of(engines) if engines.is_file() else None,
-        **asdict(options),
+        **settings,
     }

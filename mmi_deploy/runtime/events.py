@@ -20,11 +20,13 @@ class TextDelta:
     """Text to append to the text so far.
 
     logprobs: tokens sampled since the event before, if the options ask for log probabilities. Text
-    may be held back, so that it is not always the text of these tokens.
+    may be held back, so that it is not always the text of these tokens. tokens: text tokens written
+    so far, those whose text is held back included.
     """
 
     text: str
     logprobs: tuple[Sampled, ...] = ()
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,16 @@ class ImageStarted:
 
 @dataclass(frozen=True)
 class ImageProgress:
-    """Progress of a picture: `step` of `of` denoising steps are done."""
+    """Progress of a picture: `step` of `of` denoising steps are done.
+
+    preview: what the picture will be, as far as it is known, uint8 [side, side, 3] with the side of
+    the latents; after the steps that `GenerationOptions.previews` selects, otherwise None.
+    """
 
     index: int
     step: int
     of: int
+    preview: Rgb | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class GenerationOptions:
     schedule: key of the sampler, as `ddim:20`; None for the bundle's first. guidance: scale of
     classifier-free guidance, 1 for none (the paper's evaluation uses 3.5). full_every: run the
     whole U-Net at every n-th denoising step and reuse its deep features at the others, a faster
-    approximation.
+    approximation. previews: pictures shown out of the noise while one is drawn, at most; evenly
+    over its steps.
     """
 
     seed: int = 0
@@ -45,6 +46,7 @@ class GenerationOptions:
     schedule: str | None = None
     guidance: float = 3.5
     full_every: int = 1
+    previews: int = 0
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for a value of a wrong type or out of range."""
@@ -56,6 +58,7 @@ class GenerationOptions:
             ("max_images", self.max_images >= 0, "0 or more"),
             ("turn_tokens", self.turn_tokens is None or self.turn_tokens >= 0, "0 or more"),
             ("full_every", self.full_every >= 1, "1 or more"),
+            ("previews", self.previews >= 0, "0 or more"),
             ("guidance", 0 <= self.guidance <= 100, "0 to 100"),
             ("seed", 0 <= self.seed < 2**64, "0 to 2^64 - 1"),
         )

@@ -376,3 +376,13 @@ def test_text_brings_the_log_probabilities_of_its_tokens_on_request(count: int |
         assert sampled.logprob is not None and sampled.logprob < 0
         assert len(sampled.top) == count
         assert all(best >= sampled.logprob for _, best in sampled.top[:1])
+
+
+def test_text_counts_the_tokens_written_so_far() -> None:
+    # "w12" may begin the stop text, so that its text waits for the next token.
+    events, _ = run(10, 11, 12, 13, TOKENS.boi, 0, 14, TOKENS.eos, stop=("w12 w99",))
+    deltas = [(event.text, event.tokens) for event in events if isinstance(event, TextDelta)]
+    words = [delta for delta in deltas if delta[0].strip()]
+    assert words == [(" w10", 1), (" w11", 2), ("w12 w13", 4), ("w14", 5)]
+    assert [tokens for _, tokens in deltas] == sorted(tokens for _, tokens in deltas)
+    assert events[-1].tokens == 5  # type: ignore[union-attr]
