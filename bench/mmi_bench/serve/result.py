@@ -325,7 +325,7 @@ def stages(records: Iterable[RequestRecord]) -> dict[str, float]:
     """Mean seconds of each stage in a request, as the server reports them."""
     found: dict[str, list[float]] = {}
     for record in records:
-        seconds: Mapping[str, Any] = (record.server or {}).get("seconds") or {}
+        seconds: Mapping[str, Any] = (record.server or {}).get("stage_seconds") or {}
         for stage, value in seconds.items() if isinstance(seconds, Mapping) else ():
             if isinstance(value, int | float):
                 found.setdefault(stage, []).append(float(value))

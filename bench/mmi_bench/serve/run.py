@@ -36,7 +36,7 @@ _SETTLED = 10.0
 _WARM_CONCURRENCY = 4
 
 # Requests that are prepared ahead.
-_AHEAD = 64
+_AHEAD = 32
 
 # Requests that fail at the beginning, with no success, before the benchmark gives up.
 _HOPELESS = 10

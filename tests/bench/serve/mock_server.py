@@ -152,7 +152,7 @@ class Chat:
             yield self._delta({"images": [{"index": index, "image_url": {"url": piece}, **whole}]})
 
     def end(self) -> Iterator[bytes]:
-        mmi = {"reason": "max_tokens", "queue_seconds": 0.25, "seconds": {"decode": 0.5}}
+        mmi = {"reason": "max_tokens", "queue_seconds": 0.25, "stage_seconds": {"decode": 0.5}}
         yield self._chunk(
             choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}],
             mmi=mmi,

@@ -143,7 +143,7 @@ def test_a_chat_stream_becomes_events_text_and_pictures(transport: str) -> None:
     assert record.server == {
         "reason": "max_tokens",
         "queue_seconds": 0.25,
-        "seconds": {"decode": 0.5},
+        "stage_seconds": {"decode": 0.5},
     }
 
 
