@@ -100,6 +100,7 @@ ORDER = """
     mmi_bench.quality
     mmi_bench.flops_saved
     mmi_bench.gpu_check
+    mmi_bench.serve
     mmi_bench.cli
     mmi_bench
 """.split()

@@ -155,6 +155,7 @@ COMMANDS: Mapping[str, Row] = {
             "mmi bench bundles/tiny -m assets/tiny -o bench.json --plot bench.svg",
             "mmi bench --reading released --size small --repeats 3",
             "mmi bench batch bundles/tiny",
+            "mmi bench serve bundles/tiny --concurrency 4 -o run",
         ),
     ),
 }
@@ -178,6 +179,22 @@ BENCH: Mapping[str, Row] = {
             "mmi bench batch --quick",
             "mmi bench batch bundles/tiny --workload text --rows 1 --rows 8 -o batch.json",
         ),
+    ),
+    "serve": Row(
+        "mmi_bench.cli.serve:serve",
+        "Benchmark a server: latency, throughput and goodput under load, outputs checked.",
+        "bench",
+        examples=(
+            "mmi bench serve bundles/tiny --workload story --concurrency 4 -o run",
+            "mmi bench serve http://127.0.0.1:8000 --rate 2 --goodput ttft=200ms,image=2s",
+            "mmi bench serve bundles/tiny --workload documents.jsonl --offline --requests 100",
+        ),
+    ),
+    "compare": Row(
+        "mmi_bench.cli.compare_results:compare_results",
+        "Compare two results of `mmi bench serve`, with confidence intervals.",
+        "bench",
+        examples=("mmi bench compare before after --fail-above 5%",),
     ),
 }
 
