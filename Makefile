@@ -10,7 +10,7 @@ OUT ?= out
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train-tiny smollm bench gpu-check floors release clean
+.PHONY: help install demo test lint format train-tiny smollm bench gpu-check triton-check floors release clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -58,6 +58,15 @@ bench: $(INSTALLED) $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
 
 gpu-check: $(INSTALLED) $(BUNDLE)/bundle.json ## build, run, compare and measure the engines on this GPU
 	$(BIN)/python -m mmi_bench.gpu_check $(BUNDLE)
+
+# The Python backend of this wheel reads arrays of NumPy 1 alone, so that the server's Python has one
+# that we do not declare; that of Triton's own images has read those of NumPy 2 since the end of 2024.
+triton-check: $(INSTALLED) bundles/tiny/bundle.json ## run the Triton model in the real server
+	rm -rf $(VENV)/triton
+	$(PYTHON) -m venv $(VENV)/triton
+	$(VENV)/triton/bin/python -m pip install -qq --disable-pip-version-check --editable '.[cpu]' 'tritonclient[grpc]'
+	$(VENV)/triton/bin/python -m pip install -qq --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0 numpy==1.26.4
+	$(VENV)/triton/bin/python tests/deploy/server/triton/real_server.py bundles/tiny
 
 floors: $(INSTALLED) bundles/tiny/bundle.json ## run the runtime with the oldest dependencies that are declared
 	rm -rf $(VENV)/floors

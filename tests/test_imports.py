@@ -39,6 +39,7 @@ ORDER = """
     mmi_deploy.server.api
     mmi_deploy.server.engine
     mmi_deploy.server.http
+    mmi_deploy.server.triton
     mmi_deploy.targets.precision
     mmi_deploy.targets
     mmi_deploy.analysis

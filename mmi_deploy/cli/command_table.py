@@ -145,6 +145,16 @@ COMMANDS: Mapping[str, Row] = {
             "mmi serve bundles/13b --target tensorrt-sm90-fp16 --device 0 --device 1",
         ),
     ),
+    "triton": Row(
+        "mmi_deploy.cli.triton:triton",
+        "Write a model for Triton Inference Server.",
+        None,
+        RESULTS,
+        (
+            "mmi triton models bundles/tiny",
+            "mmi triton models bundles/13b --target tensorrt-sm90-fp16 --server-bundle /bundle",
+        ),
+    ),
     "bench": Row(
         "mmi_bench.cli.app:app",
         "Benchmark the runtime against PyTorch, or many documents at once against a queue.",

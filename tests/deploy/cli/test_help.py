@@ -11,7 +11,8 @@ from mmi_deploy.cli.app import run
 
 COMMANDS = (
     "bench", "bench batch", "bench pytorch", "build", "convert", "evaluate", "export", "generate",
-    "init", "inspect", "inspect batch", "plugins build", "plugins list", "train", "verify",
+    "init", "inspect", "inspect batch", "plugins build", "plugins list", "train", "triton",
+    "verify",
 )  # fmt: skip
 # Most options in one panel: longer lists are hard to read.
 MOST = 12
