@@ -66,7 +66,7 @@ def read_rgb(path: Path) -> Rgb:
 def decode_rgb(data: bytes, name: str) -> Rgb:
     """Decode the bytes of a picture's file as `read_rgb` does. name: of the picture, in errors."""
     with _refusals(name):
-        with Image.open(_without_long_texts(io.BytesIO(data)), formats=FORMATS) as image:
+        with Image.open(without_long_texts(io.BytesIO(data)), formats=FORMATS) as image:
             return _rgb_of(image, name)
 
 
