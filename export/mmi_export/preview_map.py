@@ -87,11 +87,13 @@ def _cells(vae: Vae, pixels: Tensor) -> tuple[NDArray[np.float64], NDArray[np.fl
             latents = vae.encode(part).mean * vae.config.scaling_factor
             of_latents.append(latents)
             of_colours.append(F.avg_pool2d(vae.decode(latents), vae.config.factor))
-    latents, colours = (
-        torch.cat(parts).flatten(2).transpose(1, 2).double().numpy()
-        for parts in (of_latents, of_colours)
-    )
-    return latents, colours
+    return _by_cell(of_latents), _by_cell(of_colours)
+
+
+def _by_cell(parts: list[Tensor]) -> NDArray[np.float64]:
+    """Maps [b, channels, side, side] as [b, cells, channels]."""
+    found: NDArray[np.float64] = torch.cat(parts).flatten(2).transpose(1, 2).double().numpy()
+    return found
 
 
 def _with_one(latents: NDArray[np.float64]) -> NDArray[np.float64]:
