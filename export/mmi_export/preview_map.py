@@ -51,10 +51,10 @@ def fit_preview_map(config: VaeConfig, stored: StoredWeights) -> PreviewMap:
         terms[:FITTED].reshape(-1, terms.shape[2]), colours[:FITTED].reshape(-1, 3), rcond=None
     )[0].round(_DECIMALS)  # [z + 1, 3]
     shown = (_with_one(latents[FITTED:]) @ found).clip(0, 1)
-    *weights, bias = found.tolist()
+    red, green, blue = found[:-1].T.tolist()
     return PreviewMap(
-        weights=tuple(zip(*weights, strict=True)),
-        bias=bias,
+        weights=(tuple(red), tuple(green), tuple(blue)),
+        bias=tuple(found[-1].tolist()),
         error=float(np.abs(shown - colours[FITTED:]).mean()),
         compared_with=f"the VAE decoder, on {MEASURED} scenes that were not fitted",
     )
