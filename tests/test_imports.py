@@ -85,6 +85,7 @@ ORDER = """
     mmi_export.graphs
     mmi_export.parity
     mmi_export.preview_map
+    mmi_export.tokenizer_files
     mmi_export.placeholder_model
     mmi_export.plan
     mmi_export.export
