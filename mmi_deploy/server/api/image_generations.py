@@ -197,6 +197,7 @@ async def reply(
                     data[number]["mmi"] = _details(requests, number, happened, context)
     return {
         "created": context.created,
+        "system_fingerprint": context.model.fingerprint,
         **_look(request),
         "size": size_of(context.model),
         "data": data,
