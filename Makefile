@@ -33,7 +33,7 @@ bundles/tiny/bundle.json: $(INSTALLED) $(wildcard assets/tiny/*)
 
 demo: $(INSTALLED) $(BUNDLE)/bundle.json ## export the shipped tiny model and let it continue a story
 	$(BIN)/mmi generate examples/story.md -o $(OUT) --bundle $(BUNDLE)
-	@echo "Open $(OUT)/index.html in a browser."
+	@echo "Open $(OUT)/index.html in a browser. Serve the model, with a page to write in: $(BIN)/mmi serve $(BUNDLE)"
 
 test: lint ## ruff, mypy and all tests
 	$(BIN)/python -m pytest

@@ -71,10 +71,10 @@ _MODULES = {
     "runtime.options": ("GenerationOptions",),
     "runtime.runtime": ("Runtime",),
     "runtime.timings": ("Timings",),
-    "serve.batch_engine": ("BatchEngine", "EngineStats"),
-    "serve.event_stream": ("EventStream",),
-    "serve.job": ("JobStats",),
-    "serve.scheduler": ("Policy",),
+    "batching.batch_engine": ("BatchEngine", "EngineStats"),
+    "batching.event_stream": ("EventStream",),
+    "batching.job": ("JobStats",),
+    "batching.scheduler": ("Policy",),
 }
 _ENTRY_POINTS = {
     name: f"mmi_deploy.{module}:{name}" for module, names in _MODULES.items() for name in names

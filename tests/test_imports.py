@@ -84,6 +84,7 @@ ORDER = """
     mmi_export.tracing
     mmi_export.graphs
     mmi_export.parity
+    mmi_export.preview_map
     mmi_export.placeholder_model
     mmi_export.plan
     mmi_export.export

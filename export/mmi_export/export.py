@@ -32,6 +32,7 @@ from mmi_export.parity.receipts import onnx_runner, prove
 from mmi_export.parity.small_model import difference, slice_of
 from mmi_export.placeholder_model import Weights, write_placeholder_model
 from mmi_export.plan import Layout, Plan, Scope, plan_export
+from mmi_export.preview_map import fit_preview_map
 from mmi_export.schedules import parse_schedule
 from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_export.tracing.onnx_from_module import onnx_from_module
@@ -159,6 +160,8 @@ def run_export(
         read_tokenizer_file(export.folder / TOKENIZER).save(str(writer.tokenizer))
         for table in export.schedules:
             writer.add_schedule(_time_table(export.model, stored, table))
+        timer.begin("fitting the map of previews", 0)
+        writer.preview = fit_preview_map(config.image_decoder.vae, stored)
         _write_graphs(export, writer, timer)
         timer.begin("writing the bundle", timer.total)
     timer.end()

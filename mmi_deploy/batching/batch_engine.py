@@ -20,7 +20,7 @@ from mmi_deploy.batching.warm_up import warm_up as warm_up_executor
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.documents.document import Document, Image
 from mmi_deploy.documents.images import resize
-from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.errors import BusyError, ConfigError, EngineError
 from mmi_deploy.runtime.events import Event, ImageDone
 from mmi_deploy.runtime.generation import Generation
 from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
@@ -93,6 +93,7 @@ class BatchEngine:
         self._changed = Condition()
         self._inbox: list[Job] = []
         self._closed = False
+        self._draining = False
         self._broken: Exception | None = None
         self._told: dict[EventStream, None] = {}  # streams with events since the last run
         self._arrivals = count()
@@ -143,13 +144,15 @@ class BatchEngine:
         priority: int = 0,
         max_seconds: float | None = None,
         tenant: str = "",
+        stream: EventStream | None = None,
     ) -> EventStream:
         """Queue a document; its events come as `generate` yields them.
 
         priority: documents of a higher one get slots first. max_seconds: time from now until the
         document is ended with `Finished("deadline")`. tenant: documents of different tenants share
-        no cache, so that latency does not tell one what another sent. Raises `MmiError` for a
-        document that does not fit the model, `BusyError` if the queue is full.
+        no cache, so that latency does not tell one what another sent. stream: gets the events,
+        and is returned; a new one by default. Raises `MmiError` for a document that does not fit
+        the model, `BusyError` if the queue is full.
         """
         # Here, as the thread that all documents share must not meet them.
         seconds: object = max_seconds
@@ -165,14 +168,15 @@ class BatchEngine:
         ):
             if not fits:
                 raise ConfigError(f"{name} is out of range", expected=expected, got=repr(value))
-        stream, executor = EventStream(), self._scheduler.executor
+        stream = EventStream() if stream is None else stream
+        executor = self._scheduler.executor
         sequence = TokenSequence(executor.config, executor.limits)
         generation = Generation(
             sequence,
             self.runtime.tokenizer,
             _resized(document, executor.config.vision.image_size),
             options,
-            self.runtime.schedule(options.schedule).schedule.steps,
+            self.runtime.denoising_steps(options),
             Timings(),
         )
         now = self._clock()
@@ -190,6 +194,8 @@ class BatchEngine:
             if self._closed or self._broken:
                 reason = f": {self._broken}" if self._broken else ""
                 raise EngineError(f"the batch engine is closed{reason}", fix="open a new one")
+            if self._draining:
+                raise _draining()
             self._scheduler.check(job, len(self._inbox))
             self._inbox.append(job)
             self._changed.notify()
@@ -220,6 +226,11 @@ class BatchEngine:
             text_gap_p99=counts.gaps.percentile(99),
             text_gap_bound=scheduler.text_gap_bound(),
         )
+
+    def drain(self) -> None:
+        """Finish the running documents; those that wait, and all later ones, get a `BusyError`."""
+        with self._changed:
+            self._draining = True  # those that wait are refused before the next run
 
     def close(self) -> None:
         """Cancel all documents and end the thread."""
@@ -281,8 +292,14 @@ class BatchEngine:
                 self._inbox.clear()
                 if self._closed:
                     return
+            if self._draining:
+                self._scheduler.refuse_waiting(_draining())
             worked = self._scheduler.turn()
             self._wake()
+
+
+def _draining() -> BusyError:
+    return BusyError("the service is shutting down", fix="try again at another one")
 
 
 def _resized(document: Document, side: int) -> Document:

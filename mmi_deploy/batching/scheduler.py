@@ -143,6 +143,11 @@ class Scheduler:
             self._take_turns(ready)
         return True
 
+    def refuse_waiting(self, error: Exception) -> None:
+        """End the documents that wait for a slot with an error."""
+        for job in list(self.waiting):
+            self._fail(job, error)
+
     def cancel_all(self) -> None:
         """End all documents as cancelled."""
         for job in [*self.running, *self.waiting]:

@@ -144,6 +144,17 @@ COMMANDS: Mapping[str, Row] = {
             "mmi triton models bundles/13b --target tensorrt-sm90-fp16 --server-bundle /bundle",
         ),
     ),
+    "serve": Row(
+        "mmi_deploy.cli.serve:serve",
+        "Serve a bundle over HTTP: OpenAI's APIs, and a page to write with.",
+        "serve",
+        RESULTS,
+        (
+            "mmi serve bundles/tiny",
+            "mmi serve bundles/13b --target tensorrt-sm89-fp16 --host 0.0.0.0 --key-file keys.txt",
+            "mmi serve bundles/13b --target tensorrt-sm90-fp16 --device 0 --device 1",
+        ),
+    ),
     "bench": Row(
         "mmi_bench.cli.app:app",
         "Benchmark the runtime against PyTorch, or many documents at once against a queue.",

@@ -59,15 +59,8 @@ def read_rgb(path: Path) -> Rgb:
                     got=f"{size // 1_000_000} MB",
                     fix="scale it down",
                 )
-            with Image.open(_without_long_texts(file), formats=FORMATS) as image:
+            with Image.open(without_long_texts(file), formats=FORMATS) as image:
                 return _rgb_of(image, path)
-
-
-def decode_rgb(data: bytes, name: str) -> Rgb:
-    """Decode the bytes of a picture's file as `read_rgb` does. name: of the picture, in errors."""
-    with _refusals(name):
-        with Image.open(_without_long_texts(io.BytesIO(data)), formats=FORMATS) as image:
-            return _rgb_of(image, name)
 
 
 def as_rgb(picture: object) -> Rgb:
@@ -124,7 +117,7 @@ def _refusals(path: Path | str) -> Iterator[None]:
         ) from None
 
 
-def _without_long_texts(file: BinaryIO) -> BinaryIO:
+def without_long_texts(file: BinaryIO) -> BinaryIO:
     """The file, or if it is a PNG with more text than Pillow accepts, a copy without that text."""
     left_out = []
     if file.read(len(_PNG)) == _PNG:

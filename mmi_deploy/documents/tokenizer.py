@@ -22,8 +22,9 @@ _CONTEXT = 8
 # Spelling of byte tokens, which a decoder with byte fallback joins to characters.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
-# Number of words that an error lists.
+# Number of words that an error lists, and the most characters of each.
 _LISTED = 8
+_CHARACTERS = 40
 
 
 def read_tokenizer_file(path: Path) -> tokenizers.Tokenizer:
@@ -148,6 +149,14 @@ class Tokenizer:
         """Decode `token_ids`; special tokens are left out."""
         return self._inner.decode(list(token_ids), skip_special_tokens=True)
 
+    def spelling(self, token_id: int) -> str:
+        """Text that the token adds, with the space in front of a word; of a special or byte token,
+        which alone adds none, its name."""
+        if self.is_silent(token_id) or self.is_byte(token_id):
+            return self._inner.id_to_token(token_id) or f"<{token_id}>"
+        # Alone, a word loses the space in front of it.
+        return self.decode([token_id] * 2)[len(self.decode([token_id])) :]
+
     def is_silent(self, token_id: int) -> bool:
         """True if `decode` leaves the token out: a special token, or an id without a word."""
         return token_id in self._silent or self._inner.id_to_token(token_id) is None
@@ -162,7 +171,12 @@ def _listed(words: Iterable[str]) -> str:
     """The first distinct words, and the number of further ones."""
     different = list(dict.fromkeys(words))
     more = f" and {len(different) - _LISTED} more" if len(different) > _LISTED else ""
-    return ", ".join(map(repr, different[:_LISTED])) + more
+    return ", ".join(repr(_shortened(word)) for word in different[:_LISTED]) + more
+
+
+def _shortened(word: str) -> str:
+    """At most `_CHARACTERS` of a word: what takes more is no word."""
+    return word if len(word) <= _CHARACTERS else word[: _CHARACTERS - 1] + "…"
 
 
 class TextStream:

@@ -50,3 +50,35 @@ class StreamRules:
     slow_client: float = 30.0
     buffer_bytes: int = 4 * 2**20
     buffer_events: int = 64
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of `mmi serve` beyond those of its engines.
+
+    keys: accepted API keys; none for a server without keys. hosts: names in `Host` that a server
+    without keys answers to, besides loopback's. origins: origins of other sites whose pages may
+    call the API. image_hosts: hosts from which pictures may be fetched. queue: documents that may
+    wait for a slot; queue_seconds: time that one may wait. drain_seconds: time that running
+    documents get at the end. picture_seconds, picture_bytes: of pictures kept under a URL.
+    header_seconds, body_seconds: time to send a request. share_cache: documents of different keys
+    share caches. probe_seconds: time without a run after which an idle engine is tried; 0 never.
+    stall_seconds: time without news from a busy engine after which the server is not ready.
+    """
+
+    limits: RequestLimits = RequestLimits()
+    rules: StreamRules = StreamRules()
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    image_hosts: tuple[str, ...] = ()
+    queue: int = 64
+    queue_seconds: float = 600.0
+    drain_seconds: float = 30.0
+    picture_seconds: float = 3600.0
+    picture_bytes: int = 256 * 2**20
+    header_seconds: float = 20.0
+    body_seconds: float = 60.0
+    share_cache: bool = False
+    probe_seconds: float = 0.0
+    stall_seconds: float = 60.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import json
 import os
 import queue
@@ -30,13 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from mmi_deploy import GenerationOptions, Runtime, generate
 from mmi_deploy.documents.document import Document
 from mmi_deploy.documents.files import document_of_json
-from mmi_deploy.documents.images import decode_rgb, to_png
+from mmi_deploy.documents.images import as_rgb, to_png
 from mmi_deploy.runtime.events import Finished, ImageDone, TextDelta
 from mmi_deploy.runtime.options import options_of
 from mmi_deploy.server.triton.repository import write_model
@@ -91,7 +93,8 @@ def read(request: dict[str, Any]) -> tuple[Document, GenerationOptions]:
     """Document and options of a request, without the model's own reader."""
 
     def pixels(url: str) -> Any:
-        return decode_rgb(base64.b64decode(url.partition(",")[2]), "a picture")
+        with PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+            return as_rgb(image)
 
     own = {key: value for key, value in request.items() if key not in ("id", "parts")}
     return document_of_json(request["parts"], pixels), options_of(own)
