@@ -310,7 +310,8 @@ def check_previews(server: Server, expected: Answer) -> None:
     """Previews come with progress, and change nothing."""
     received = Stream(server, {**requests()[4], "previews": 3}).rest()
     assert received.answer == expected
-    print(f"previews: {received.previews}")
+    assert received.previews == 3
+    print("previews: 3")
 
 
 def check_errors(server: Server) -> None:
@@ -362,9 +363,10 @@ def check_cancellation(server: Server, expected: list[Answer]) -> None:
 def check_many(server: Server, expected: list[Answer], count: int) -> None:
     """Streams, a third of them cancelled at a random moment; memory stays as it was."""
     chosen, documents = random.Random(0), requests()
+    short = [kind for kind, answer in enumerate(expected) if len(answer[1]) <= 1]
 
     def one(number: int) -> bool:
-        kind = chosen.randrange(len(documents))
+        kind = chosen.choice(short)
         stream = Stream(server, documents[kind])
         if number % 3:
             assert stream.rest().answer == expected[kind]
