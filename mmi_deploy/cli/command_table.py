@@ -134,6 +134,16 @@ COMMANDS: Mapping[str, Row] = {
             "mmi generate examples/documents.jsonl -o results.jsonl",
         ),
     ),
+    "triton": Row(
+        "mmi_deploy.cli.triton:triton",
+        "Write a model for Triton Inference Server.",
+        None,
+        RESULTS,
+        (
+            "mmi triton models bundles/tiny",
+            "mmi triton models bundles/13b --target tensorrt-sm90-fp16 --server-bundle /bundle",
+        ),
+    ),
     "serve": Row(
         "mmi_deploy.cli.serve:serve",
         "Serve a bundle over HTTP: OpenAI's APIs, and a page to write with.",
@@ -143,16 +153,6 @@ COMMANDS: Mapping[str, Row] = {
             "mmi serve bundles/tiny",
             "mmi serve bundles/13b --target tensorrt-sm89-fp16 --host 0.0.0.0 --key-file keys.txt",
             "mmi serve bundles/13b --target tensorrt-sm90-fp16 --device 0 --device 1",
-        ),
-    ),
-    "triton": Row(
-        "mmi_deploy.cli.triton:triton",
-        "Write a model for Triton Inference Server.",
-        None,
-        RESULTS,
-        (
-            "mmi triton models bundles/tiny",
-            "mmi triton models bundles/13b --target tensorrt-sm90-fp16 --server-bundle /bundle",
         ),
     ),
     "bench": Row(
