@@ -136,7 +136,7 @@ COMMANDS: Mapping[str, Row] = {
     ),
     "bench": Row(
         "mmi_bench.cli.app:app",
-        "Benchmark the runtime against PyTorch, or many documents at once against a queue.",
+        "Benchmark the runtime against PyTorch, many documents at once, or one graph alone.",
         "bench",
         RESULTS,
         (
@@ -144,6 +144,7 @@ COMMANDS: Mapping[str, Row] = {
             "mmi bench bundles/tiny -m assets/tiny -o bench.json --plot bench.svg",
             "mmi bench --reading released --size small --repeats 3",
             "mmi bench batch bundles/tiny",
+            "mmi bench graph denoise_step bundles/tiny",
         ),
     ),
 }
@@ -166,6 +167,27 @@ BENCH: Mapping[str, Row] = {
         examples=(
             "mmi bench batch --quick",
             "mmi bench batch bundles/tiny --workload text --rows 1 --rows 8 -o batch.json",
+        ),
+    ),
+    "graph": Row(
+        "mmi_bench.cli.graph:graph",
+        "Benchmark one graph of a bundle alone, in trtexec's words.",
+        "cpu",
+        examples=(
+            "mmi bench graph --list bundles/tiny",
+            "mmi bench graph denoise_step bundles/tiny",
+            "mmi bench graph llm --sizes t=128,m=4 --export-times runs.json",
+            "mmi bench graph all --rows 1 --rows 8 --json",
+        ),
+    ),
+    "mmfs": Row(
+        "mmi_bench.cli.mmfs:mmfs",
+        "Benchmark the MMFS operator alone: our kernel, its ONNX function, GridSample.",
+        "build",
+        examples=(
+            "mmi bench mmfs",
+            "mmi bench mmfs bundles/tiny --part image_decoder --images 1",
+            "mmi bench mmfs --preset released_13b --queries 1 --queries 2048 -o mmfs.json",
         ),
     ),
 }
