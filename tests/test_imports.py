@@ -98,6 +98,7 @@ ORDER = """
     mmi_bench.decode
     mmi_bench.kernel
     mmi_bench.graph
+    mmi_bench.scale
     mmi_bench.quality
     mmi_bench.flops_saved
     mmi_bench.gpu_check

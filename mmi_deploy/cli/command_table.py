@@ -136,7 +136,7 @@ COMMANDS: Mapping[str, Row] = {
     ),
     "bench": Row(
         "mmi_bench.cli.app:app",
-        "Benchmark the runtime against PyTorch, many documents at once, or one graph alone.",
+        "Benchmark the runtime against PyTorch, many documents at once, one graph, growth of cost.",
         "bench",
         RESULTS,
         (
@@ -145,6 +145,7 @@ COMMANDS: Mapping[str, Row] = {
             "mmi bench --reading released --size small --repeats 3",
             "mmi bench batch bundles/tiny",
             "mmi bench graph denoise_step bundles/tiny",
+            "mmi bench scale bundles/tiny --plot scale.svg",
         ),
     ),
 }
@@ -188,6 +189,15 @@ BENCH: Mapping[str, Row] = {
             "mmi bench mmfs",
             "mmi bench mmfs bundles/tiny --part image_decoder --images 1",
             "mmi bench mmfs --preset released_13b --queries 1 --queries 2048 -o mmfs.json",
+        ),
+    ),
+    "scale": Row(
+        "mmi_bench.cli.scale:scale",
+        "Benchmark the growth of time and memory with images, tokens, rows and steps.",
+        "cpu",
+        examples=(
+            "mmi bench scale --quick",
+            "mmi bench scale bundles/tiny -o scale.json --plot scale.svg --check",
         ),
     ),
 }
