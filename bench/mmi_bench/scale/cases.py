@@ -53,10 +53,10 @@ def plan(config: ModelConfig, limits: Limits, steps: int, quick: bool = False) -
     usable = limits.context - decoded - 1
     of_image = config.visual_tokens + 1
     room = min((usable - 2) // of_image, limits.images)
-    if room < _FEWEST - 1 or usable < 4 * _TOKENS:
+    if room < _FEWEST - 1 or usable < _FEWEST * _TOKENS:
         raise ConfigError(
             "the bundle's context is too short to measure growth",
-            expected=f"at least {max(2 * of_image + 2, 4 * _TOKENS) + decoded + 1} tokens",
+            expected=f"at least {max(2 * of_image + 2, _FEWEST * _TOKENS) + decoded + 1} tokens",
             got=limits.context,
             fix="export the bundle with a larger --context",
         )

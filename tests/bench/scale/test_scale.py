@@ -19,6 +19,7 @@ from deploy.runtime.fake_model import (
     fake_schedule,
     fake_tokenizer,
 )
+from exports import Exported
 from mmi_bench.scale import measure as module
 from mmi_bench.scale.cases import IMAGES, ROWS, STEPS, TOKENS, plan
 from mmi_bench.scale.expectations import MET, MISSED
@@ -33,13 +34,6 @@ from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
 from mmi_deploy.spec.presets import released_13b, tiny
-from mmi_deploy.system.process_memory import (
-    anonymous_bytes,
-    forget_peak,
-    memory_bytes,
-    peak_bytes,
-    trim,
-)
 
 LIMITS = Limits(context=128, images=6)
 
@@ -165,20 +159,6 @@ def test_memory_is_measured_and_grows_with_rows(monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_memory_of_a_block_is_its_peak() -> None:
-    if anonymous_bytes() is None or not forget_peak():
-        pytest.skip("this system does not report it")
-    trim()
-    forget_peak()
-    before = memory_bytes()
-    held = bytearray(b"x" * 50_000_000)
-    assert peak_bytes() - before > 45_000_000
-    del held
-    trim()
-    forget_peak()
-    assert peak_bytes() - before < 25_000_000
-
-
 def test_cpu_time_does_not_count_a_wait() -> None:
     timings = CpuTimings()
     with timings.measure("decode"):
@@ -288,3 +268,22 @@ def test_hostile_arguments_are_one_readable_line(
     assert run(["bench", "scale", *words]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("mmi: ") == 1 and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_bundle_is_measured_from_the_command_line(
+    exported_once: Callable[[str], Exported], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(exported_once("paper").bundle.folder)
+    out = tmp_path / "scale.json"
+    line = ["bench", "scale", bundle, "--quick", "--threads", "1", "--cpu-time", "-o", str(out)]
+    assert run([*line, "--kernels", "none"]) == 0
+    text = capsys.readouterr().out
+    assert "images in context" in text and "CPU time" in text
+    report = json.loads(out.read_text())
+    assert report["about"]["kernels"] == "none" and report["about"]["clock"] == "CPU"
+    found = {(one["quantity"], one["axis"]): one for one in report["series"]}
+    assert {("encode", IMAGES), ("decode", TOKENS), ("denoise", ROWS)} <= found.keys()
+    assert all(min(one["medians"]) > 0 for one in report["series"])
+    encode = found["encode", IMAGES]["medians"]
+    assert encode[-1] > 2 * encode[0]  # of eleven images, and of one
