@@ -94,11 +94,14 @@ ORDER = """
     mmi_export
     mmi_bench.machine
     mmi_bench.statistics
+    mmi_bench.runs
     mmi_bench.emulated_precision
     mmi_bench.compare
     mmi_bench.batch
     mmi_bench.decode
     mmi_bench.kernel
+    mmi_bench.graph
+    mmi_bench.scale
     mmi_bench.quality
     mmi_bench.flops_saved
     mmi_bench.gpu_check

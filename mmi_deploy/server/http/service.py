@@ -220,7 +220,7 @@ class Service:
 
     @property
     def exactness(self) -> str:
-        """Whether an answer depends on what else runs: with our kernels, on the CPU, never."""
+        """Dependence of an answer on what else runs: with our kernels, on the CPU, none."""
         kernels = all(engine.ready and engine.ready.kernels for engine in self.engines)
         return models.EXACT if self.model.target == CPU and kernels else models.WITHIN_RECEIPTS
 
