@@ -68,6 +68,7 @@ def _model(
             "input_formats": [name.lower() for name in FORMATS],
             "output_formats": ["png", "jpeg", "webp"],
             "image_transports": ["inline", "chunked", "url"],
+            "previews": model.previews,
             "event_bytes": rules.event_bytes,
             "keep_alive": rules.keep_alive,
             "defaults": {
