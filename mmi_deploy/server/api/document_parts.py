@@ -9,7 +9,7 @@ ends, and before a turn of the assistant is stripped, as it was when the model w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -27,7 +27,7 @@ from mmi_deploy.documents.document import (
 )
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.server.api.errors import ApiError, api_error_of
-from mmi_deploy.server.api.fields import Fields, Whole, check_limit, only
+from mmi_deploy.server.api.fields import Fields, Whole, check_limit, most_images, only
 from mmi_deploy.server.api.pictures import Fetch, PictureReader
 from mmi_deploy.server.api.usage import PromptUsage
 from mmi_deploy.server.served_model import ServedModel
@@ -144,8 +144,7 @@ class DocumentBuilder:
 
     def _count_image(self, param: str) -> None:
         self._images += 1
-        most, own = self._model.limits.images, self._limits.images
-        most = most if own is None else min(own, most)
+        most = most_images(self._model, self._limits)
         check_limit("pictures", "too_many_images", self._images, most, param)
 
 
@@ -153,15 +152,16 @@ class DocumentBuilder:
 _PLACEHOLDER = Image(np.zeros((1, 1, 3), np.uint8))
 
 
-def check_part_count(messages: object, limits: RequestLimits, param: str) -> None:
-    """Raise `ApiError` for a body with too many parts, before it is read: messages, or items, and
-    the parts of their `content`."""
+def check_part_count(body: object, name: str, limits: RequestLimits) -> None:
+    """Raise `ApiError` for too many parts in the field `name` of a body, before it is read:
+    messages, or items, and the parts of their `content`."""
+    messages = body.get(name) if isinstance(body, Mapping) else None
     if isinstance(messages, list):
         count = 0
         for message in messages:
-            content = message.get("content") if isinstance(message, dict) else None
+            content = message.get("content") if isinstance(message, Mapping) else None
             count += max(len(content), 1) if isinstance(content, list) else 1
-        check_limit("parts", "too_many_parts", count, limits.parts, param)
+        check_limit("parts", "too_many_parts", count, limits.parts, name)
 
 
 class ImageUrl(Fields):
@@ -236,6 +236,7 @@ class AssistantMessage(Fields):
     function_call: only() = None  # type: ignore[valid-type]
     tool_calls: only([]) = None  # type: ignore[valid-type]
     annotations: only([]) = None  # type: ignore[valid-type]
+    parsed: only() = None  # type: ignore[valid-type]
 
 
 Message = Annotated[GivenMessage | AssistantMessage, Field(discriminator="role")]

@@ -32,6 +32,7 @@ export class PartsView {
   render(parts, { document, model, side, working = null, from = { text: 0, picture: 0 },
     shown = [] }) {
     const wanted = [];
+    const ends = new Map(parts.map((part) => [part.turn, part])); // last part of each turn
     parts.forEach((part, index) => {
       const name = nameOf(part, parts, model, from);
       const view = this.view(`${part.kind}-${part.id}`, () => this.make(part));
@@ -41,8 +42,7 @@ export class PartsView {
           ? part.alt || wordsBefore([...shown, ...parts], shown.length + index) : "",
       });
       wanted.push(view.element);
-      const ends = part.turn && parts[index + 1]?.turn !== part.turn;
-      const turn = ends && document.turns[part.turn];
+      const turn = ends.get(part.turn) === part && document.turns[part.turn];
       if (turn && !turn.running) {
         const foot = this.view(`foot-${part.id}`, () => this.makeFoot());
         foot.update({ part, turn, model });

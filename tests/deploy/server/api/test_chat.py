@@ -111,6 +111,7 @@ def test_seeds_are_drawn_when_none_is_given_and_are_exact_in_javascript() -> Non
 
 def test_numbers_that_json_schema_calls_whole_are() -> None:
     assert read(seed=7.0, max_tokens=3.0).options.seed == 7
+    assert read(seed=2.0**63, top_k=2.0**53).options.top_k == 2**53
 
 
 def test_ignore_eos_writes_as_many_tokens_as_were_asked_for() -> None:
@@ -243,7 +244,8 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("seed", 2**64, "seed", "invalid_value"),
     ("seed", 10**4000, "seed", "invalid_value"),
     ("seed", "7", "seed", "invalid_type"),
-    ("seed", 1e300, "seed", "invalid_type"),
+    ("seed", 1e300, "seed", "invalid_value"),
+    ("seed", float("inf"), "seed", "invalid_type"),
     ("max_tokens", 0, "max_tokens", "invalid_value"),
     ("max_tokens", -5, "max_tokens", "invalid_value"),
     ("max_tokens", 513, "max_tokens", "too_many_tokens"),
@@ -282,6 +284,7 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("mmi", {"max_seconds": 0}, "mmi.max_seconds", "invalid_value"),
     ("mmi", {"image_transport": "pigeon"}, "mmi.image_transport", "invalid_value"),
     ("mmi", {"partial_images": 4}, "mmi.partial_images", "invalid_value"),
+    ("mmi", {"output_compression": 50}, "mmi.output_compression", "conflicting_values"),
     ("mmi", {"colour": 1}, "mmi.colour", "unknown_parameter"),
     ("mmi", 3, "mmi", "invalid_type"),
 ]
@@ -305,6 +308,49 @@ def test_limits_of_tokens_images_and_seconds() -> None:
     assert refused(limits, max_tokens=11).code == "too_many_tokens"
     assert refused(limits, mmi={"max_images": 3}).code == "too_many_images"
     assert refused(limits, mmi={"max_seconds": 5.1}).code == "too_many_seconds"
+
+
+def test_bodies_of_benchmarks_are_read() -> None:
+    """As vLLM, GuideLLM, AIPerf and SGLang send them."""
+    url = data_url(file_of(random_picture(3), "JPEG"), "image/jpeg")
+    content = [
+        {"type": "text", "text": "red"},
+        {"type": "image_url", "image_url": {"url": url}},
+    ]
+    usage = {"include_usage": True}
+    bodies: list[dict[str, Any]] = [
+        {"max_completion_tokens": 8, "stream_options": usage, "ignore_eos": True},
+        {
+            "max_completion_tokens": 8,
+            "max_tokens": 8,
+            "ignore_eos": True,
+            "stop": None,
+            "stream_options": {**usage, "continuous_usage_stats": True},
+        },
+        {
+            "messages": [{"role": "user", "name": "", "content": content}],
+            "max_completion_tokens": 8,
+            "min_tokens": 8,
+            "ignore_eos": True,
+            "stream_options": usage,
+        },
+        {"temperature": 0, "max_completion_tokens": 8, "ignore_eos": True},
+    ]
+    for body in bodies:
+        request = read(stream=True, **body)
+        assert request.options.min_tokens == request.options.max_tokens == 8
+
+
+def test_given_and_drawn_pictures_share_one_limit() -> None:
+    url = data_url(file_of(random_picture(3)))
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "mmi.draw"}] * 2
+    given = {"messages": [{"role": "user", "content": content}]}
+    for most, left in ((4, 0), (6, 2), (20, DEFAULTS.max_images)):
+        assert read(RequestLimits(images=most), **given).options.max_images == left
+    assert read(RequestLimits(images=6), **given, mmi={"max_images": 2}).options.max_images == 2
+    assert refused(RequestLimits(images=6), **given, mmi={"max_images": 3}).code == (
+        "too_many_images"
+    )
 
 
 def test_every_parameter_of_the_official_client_is_known() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from openai.types.chat import ChatCompletionMessage, ParsedChatCompletionMessage
 
 from deploy.server.api.served import (
     LIMITS,
@@ -170,6 +172,9 @@ def message_of_stream(data: bytes) -> dict[str, Any]:
 def ways(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The message as it is, as a list of parts, and as a string where it has no pictures."""
     yield message
+    # As the official client's types give it back, with all the fields that they add.
+    for kind in (ChatCompletionMessage, ParsedChatCompletionMessage):
+        yield kind.model_validate(message).model_dump()
     content, begun = [], 0
     for image in message["images"]:
         offset = image["mmi"]["offset"]
@@ -211,6 +216,42 @@ def test_a_reply_that_comes_back_gives_the_document_that_the_model_had(
             again = read(user(question), way, user(" what colour"))
             assert same(again.document, kept)
             assert token_ids(again.document) == token_ids(kept)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_usage_counts_the_tokens_of_the_document(seed: int) -> None:
+    """Recomputed from the token ids of the whole document: places to draw included."""
+    rng, config = random.Random(seed), tiny().config
+    prompt = random_parts(rng, rng.randint(0, 2))
+    draws = rng.randint(0, 2)
+    drawn = [random_picture(seed) for seed in range(draws)]
+    question = [text(part) if isinstance(part, str) else picture(part) for part in prompt]
+    written = random_parts(rng, rng.randint(0, 2))
+    request = read(user([*question, *[{"type": "mmi.draw"}] * draws]))
+    # The tokens of a text are words, which arrive one after another.
+    events = told([*drawn, *written], pieces=lambda words: re.findall(r"\s*\S+", words))
+    usage = replied(chat, request, events, Surroundings().context)["usage"]
+    whole = token_ids(document_of(*as_parts(prompt), *as_parts(drawn), *as_parts(written)))
+    given = sum(not isinstance(part, str) for part in prompt)
+    pictures = draws + sum(not isinstance(part, str) for part in written)
+    each = 1 + config.visual_tokens
+    assert usage["total_tokens"] == len(whole)
+    assert whole.count(config.tokens.boi) == given + pictures
+    assert usage["prompt_tokens_details"]["image_tokens"] == given * each
+    assert usage["completion_tokens_details"]["image_tokens"] == pictures * each
+    assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"]
+
+
+def test_pictures_by_url_come_back_through_the_fetch_of_the_server() -> None:
+    around, rgb = Surroundings(), random_picture(4)
+    request = read(user("red"), mmi={"image_transport": "url"})
+    message = replied(chat, request, told([" on", rgb, "up"]), around.context)["choices"][0][
+        "message"
+    ]
+    kept = {f"/v1/mmi/images/{n}": data for n, (data, _) in enumerate(around.stored)}
+    again = chat.read(body(user("red"), message), tiny(), LIMITS, fetch=kept.__getitem__)
+    assert same(again.document, document_of(Text("red on"), Image(rgb), Text("up")))
+    assert refused(user("red"), message).code == "remote_images_off"
 
 
 def test_offsets_count_code_points() -> None:
@@ -293,7 +334,7 @@ def test_limits_are_checked_before_pictures_are_decoded() -> None:
 def test_limits_hold_to_the_last_one() -> None:
     limits = RequestLimits(parts=3, text_bytes=9, images=1)
     read(user([text("red"), text(" on"), text(" up")]), limits=limits)
-    read(user([{"type": "mmi.draw"}]), limits=limits, mmi={"max_images": 1})
+    read(user([{"type": "mmi.draw"}]), limits=limits)
     assert refused(user([text("r")] * 4), limits=limits).code == "too_many_parts"
     assert refused(user("a"), user("a"), user("a"), user("a"), limits=limits).code == (
         "too_many_parts"

@@ -19,8 +19,9 @@ ARGUMENTS = (
     "--disable-background-networking --disable-component-update --disable-sync"
 ).split()
 
-# Chromium says this of every answer that is not 200, expected or not.
-REFUSED = "Failed to load resource: the server responded with a status of"
+# Chromium says this of every answer that is not 200, and of none: files of the page are looked at
+# apart.
+REFUSED = "Failed to load resource: "
 
 WATCH = """
 window.violations = [];
@@ -36,6 +37,11 @@ class Watched:
     url: str
     problems: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+
+    def look_at(self, url: str, status: int) -> None:
+        """Files of the page are always there."""
+        if url.startswith(f"{self.url}/page/") and status not in (200, 304):
+            self.problems.append(f"{url}: {status}")
 
     def check(self) -> None:
         """No error in the console, no violation of the policy, no request to anywhere else."""
@@ -85,6 +91,7 @@ def open_page(browser: Browser) -> Iterator[Opener]:
         watched.append(one)
         page.on("pageerror", lambda error: one.problems.append(f"{error}"))
         page.on("console", lambda m: one.problems.append(m.text) if m.type == "error" else None)
+        page.on("response", lambda response: one.look_at(response.url, response.status))
         page.on("request", lambda request: one.requests.append(request.url))
         page.goto(url)
         if ready:

@@ -76,7 +76,7 @@ def requests() -> list[dict[str, Any]]:
 
 
 def reference(runtime: Runtime, request: dict[str, Any]) -> Answer:
-    """What `generate` gives for a request."""
+    """Answer of `generate` to a request."""
     document, options = read(request)
     text, pictures = "", []
     for event in generate(runtime, document, options):
