@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import mean
 from typing import Any
 
@@ -102,7 +103,9 @@ class Result:
     complete: bool = False
 
     def add(self, run: Run) -> None:
+        """Add a run."""
         self.runs.append(run_result(run, self.limits))
+        self.__dict__.pop("measures", None)
 
     @property
     def valid(self) -> bool:
@@ -118,7 +121,7 @@ class Result:
         """Requests of all windows."""
         return [record for one in self.runs for record in one.run.records]
 
-    @property
+    @cached_property
     def measures(self) -> dict[str, Summary]:
         """Statistics of the requests of all runs."""
         return summaries(one for result in self.runs for one in result.run.successes)
