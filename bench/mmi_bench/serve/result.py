@@ -308,7 +308,10 @@ def run_notes(run: Run, plan: Plan) -> list[str]:
     found = []
     warmed = len(run.warm_up_records)
     how = "steady" if run.warm else "NOT steady, medians still differ by more than 5 %,"
-    found.append(f"warm-up {how} after {warmed} requests in {run.warm_up_seconds:.1f} s")
+    if plan.warm_up:
+        found.append(f"warm-up {how} after {warmed} requests in {run.warm_up_seconds:.1f} s")
+    else:
+        found.append("NOT WARMED UP: --warm-up is 0")
     counts = run.counts()
     parts = [f"{counts[name]} {name}" for name in ("done", "rejected", "failed", "cut")]
     found.append(f"{counts['sent']} requests in {run.seconds:.1f} s: {', '.join(parts)}")
