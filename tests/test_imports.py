@@ -85,6 +85,7 @@ ORDER = """
     mmi_export.graphs
     mmi_export.parity
     mmi_export.preview_map
+    mmi_export.tokenizer_files
     mmi_export.placeholder_model
     mmi_export.plan
     mmi_export.export
@@ -93,11 +94,14 @@ ORDER = """
     mmi_export
     mmi_bench.machine
     mmi_bench.statistics
+    mmi_bench.runs
     mmi_bench.emulated_precision
     mmi_bench.compare
     mmi_bench.batch
     mmi_bench.decode
     mmi_bench.kernel
+    mmi_bench.graph
+    mmi_bench.scale
     mmi_bench.quality
     mmi_bench.flops_saved
     mmi_bench.gpu_check

@@ -51,10 +51,10 @@ def fit_preview_map(config: VaeConfig, stored: StoredWeights) -> PreviewMap:
         terms[:FITTED].reshape(-1, terms.shape[2]), colours[:FITTED].reshape(-1, 3), rcond=None
     )[0].round(_DECIMALS)  # [z + 1, 3]
     shown = (_with_one(latents[FITTED:]) @ found).clip(0, 1)
-    *weights, bias = found.tolist()
+    red, green, blue = found[:-1].T.tolist()
     return PreviewMap(
-        weights=tuple(zip(*weights, strict=True)),
-        bias=bias,
+        weights=(tuple(red), tuple(green), tuple(blue)),
+        bias=tuple(found[-1].tolist()),
         error=float(np.abs(shown - colours[FITTED:]).mean()),
         compared_with=f"the VAE decoder, on {MEASURED} scenes that were not fitted",
     )
@@ -87,11 +87,13 @@ def _cells(vae: Vae, pixels: Tensor) -> tuple[NDArray[np.float64], NDArray[np.fl
             latents = vae.encode(part).mean * vae.config.scaling_factor
             of_latents.append(latents)
             of_colours.append(F.avg_pool2d(vae.decode(latents), vae.config.factor))
-    latents, colours = (
-        torch.cat(parts).flatten(2).transpose(1, 2).double().numpy()
-        for parts in (of_latents, of_colours)
-    )
-    return latents, colours
+    return _by_cell(of_latents), _by_cell(of_colours)
+
+
+def _by_cell(parts: list[Tensor]) -> NDArray[np.float64]:
+    """Maps [b, channels, side, side] as [b, cells, channels]."""
+    found: NDArray[np.float64] = torch.cat(parts).flatten(2).transpose(1, 2).double().numpy()
+    return found
 
 
 def _with_one(latents: NDArray[np.float64]) -> NDArray[np.float64]:

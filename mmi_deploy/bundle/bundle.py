@@ -3,7 +3,7 @@
 bundle.json                configuration, limits, hashes, receipts; see `manifest.py`
 graphs/*.onnx              the portable graphs, weights as safetensors beside them
 schedules/*.safetensors    samplers as tables
-tokenizer.json
+tokenizer.json             and tokenizer_config.json, which transformers alone reads
 engines/<target>/          engines or graphs of one target, with its target.json
 """
 

@@ -63,13 +63,6 @@ def read_rgb(path: Path) -> Rgb:
                 return _rgb_of(image, path)
 
 
-def decode_rgb(data: bytes, name: str) -> Rgb:
-    """Decode the bytes of a picture's file as `read_rgb` does. name: of the picture, in errors."""
-    with _refusals(name):
-        with Image.open(_without_long_texts(io.BytesIO(data)), formats=FORMATS) as image:
-            return _rgb_of(image, name)
-
-
 def as_rgb(picture: object) -> Rgb:
     """Convert a picture in memory to uint8 [height, width, 3].
 

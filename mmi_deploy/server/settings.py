@@ -42,14 +42,16 @@ class StreamRules:
 
     keep_alive: seconds of silence after which something is sent; 0 for never. event_bytes: largest
     line of a stream for the transports `chunked` and `url`. slow_client: seconds after which a
-    client that does not read is cancelled. buffer_bytes, buffer_events: of one client.
+    client that does not read is cancelled. buffer_bytes: pictures that may wait for one client.
     """
 
     keep_alive: float = 15.0
     event_bytes: int = 65_536
     slow_client: float = 30.0
     buffer_bytes: int = 4 * 2**20
-    buffer_events: int = 64
+
+
+DEFAULT_RULES = StreamRules()
 
 
 @dataclass(frozen=True)

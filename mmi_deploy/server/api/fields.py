@@ -98,9 +98,7 @@ def at_most(keys: int) -> BeforeValidator:
 
 def _whole(value: object) -> object:
     """1.0 is a whole number to JSON Schema, and to clients without a type for whole numbers."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
-        return int(value)
-    return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _encodable(value: str) -> str:

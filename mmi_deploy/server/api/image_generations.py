@@ -34,9 +34,11 @@ from mmi_deploy.server.api.fields import (
     String,
     Whole,
     agreed,
+    check_compression,
     check_limit,
     check_model,
     max_seconds_of,
+    most_images,
     only,
     options_of,
     read_fields,
@@ -136,8 +138,7 @@ def read(
                 400, "unsupported_value", f"`{param}` has no meaning for pictures", param=param
             )
     pictures = 1 if fields.n is None else fields.n
-    most = model.limits.images if limits.images is None else limits.images
-    check_limit("pictures", "too_many_images", pictures, most, "n")
+    check_limit("pictures", "too_many_images", pictures, most_images(model, limits), "n")
     builder = DocumentBuilder(model, limits)
     builder.text(fields.prompt, "prompt")
     builder.draw("prompt")
@@ -175,6 +176,7 @@ def _sending(fields: ImagesBody, mmi: MmiFields) -> dict[str, Any]:
             "output_compression", fields.output_compression, mmi.output_compression
         ),
     }
+    check_compression(found["output_format"], found["output_compression"], "output_compression")
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -195,6 +197,7 @@ async def reply(
                     data[number]["mmi"] = _details(requests, number, happened, context)
     return {
         "created": context.created,
+        "system_fingerprint": context.model.fingerprint,
         **_look(request),
         "size": size_of(context.model),
         "data": data,

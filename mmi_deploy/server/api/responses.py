@@ -35,11 +35,13 @@ from mmi_deploy.server.api.fields import (
     Whole,
     agreed,
     at_most,
+    check_compression,
     check_model,
     max_seconds_of,
     only,
     read_fields,
     reply_fields,
+    with_room,
 )
 from mmi_deploy.server.api.pictures import Fetch
 from mmi_deploy.server.api.reply_context import ReplyContext
@@ -183,6 +185,8 @@ def read(
     builder = DocumentBuilder(model, limits, fetch)
     places = add_input(builder, fields.instructions, fields.input)
     read = builder.build()
+    images = len(read.document.images)
+    options = with_room(options, images, mmi.max_images, model, limits)
     return ResponsesRequest(
         document=read.document,
         options=options,
@@ -245,6 +249,8 @@ def _sending(
         for name in ("output_format", "output_compression"):
             if (value := agreed(name, getattr(tool, name), getattr(mmi, name))) is not None:
                 found[name] = value
+        form, quality = found.get("output_format"), found.get("output_compression")
+        check_compression(form, quality, "tools[0].output_compression")
     return found
 
 

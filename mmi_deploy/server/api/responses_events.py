@@ -119,7 +119,7 @@ class ResponseWriter:
         return [*ended, self._event("failed", response=self._response("failed", error=failure))]
 
     def _short_echo(self) -> Json:
-        """What the response repeats, without the client's own texts if they fill a line."""
+        """Repeat the request without the client's own texts, if those fill a line."""
         echo = self.request.echo
         if len(json.dumps(echo)) <= self.context.rules.event_bytes // 4:
             return echo
@@ -132,6 +132,7 @@ class ResponseWriter:
             "object": "response",
             "created_at": self.context.created,
             "model": self.context.model.name,
+            "system_fingerprint": self.context.model.fingerprint,
             "status": status,
             "background": False,
             "completed_at": None,

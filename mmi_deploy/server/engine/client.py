@@ -152,6 +152,8 @@ class EngineClient:
         if self.state != "ready" or self._writer is None:
             raise EngineError("the engine is not ready")
         number, writer = next(self._numbers), self._writer
+        if not self._open:  # silence counts from now on
+            self.last_message = asyncio.get_running_loop().time()
         events = RemoteEvents(lambda: self._send(writer, {"type": "cancel", "id": number}))
         self._open[number] = events
         arrays = Arrays()
@@ -258,6 +260,8 @@ class EngineClient:
                 self._receive(*unpack(header, await reader.readexactly(data) if data else b""))
         except (asyncio.IncompleteReadError, ConnectionError):
             return
+        except Exception as error:  # a message of a process that is out of its mind
+            self._say(f"a message of the engine process cannot be read ({type(error).__name__})")
         finally:
             writer.close()
 

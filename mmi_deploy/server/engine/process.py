@@ -61,8 +61,12 @@ class Connection:
         """Send a message."""
         self._outbox.put(pack(header))
 
+    def post(self, item: Item) -> None:
+        """Send an event at once. Thread-safe."""
+        self._outbox.put([item])
+
     def add(self, item: Item) -> None:
-        """Add an event, which is sent by the next `flush`."""
+        """Add an event, which is sent by the next `flush`. Of the thread of the runs alone."""
         self._pending.append(item)
 
     def flush(self) -> None:
@@ -232,8 +236,8 @@ def _submit(
             stream=stream,
         )
     except Exception as error:  # a refusal is the document's, and must not end the process
-        stream.emit(error)
-        stream.wake()
+        del streams[number]
+        connection.post((number, error, None))
 
 
 def _plain(stats: dict[str, Any]) -> dict[str, Any]:

@@ -113,8 +113,9 @@ async def _read(
     service: Service, endpoint: Endpoint, body: dict[str, Any], request: Request
 ) -> ApiRequest:
     """Read a body; in a thread if it may hold pictures, which take long to decode."""
+    tenant = request.scope["state"]["tenant"]
     # Those of several documents take no pictures.
-    fetch = () if endpoint.several else (service.fetch,)
+    fetch = () if endpoint.several else (lambda url: service.fetch(url, tenant),)
 
     def read() -> ApiRequest:
         found: ApiRequest = endpoint.formats.read(
@@ -122,7 +123,10 @@ async def _read(
         )
         return found
 
-    if service.fetch is None and int(request.headers.get("content-length", INLINE)) < INLINE:
+    if (
+        not service.settings.image_hosts
+        and int(request.headers.get("content-length", INLINE)) < INLINE
+    ):
         return read()
     return await asyncio.get_running_loop().run_in_executor(service.pool, read)
 
@@ -161,11 +165,26 @@ def _response(
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", summary="The model that is served", responses=answers())
     async def list_models() -> JSONResponse:
-        return JSONResponse(models.list_models(service.model, service.settings.limits))
+        return JSONResponse(
+            models.list_models(
+                service.model,
+                service.settings.limits,
+                service.settings.rules,
+                exactness=service.exactness,
+            )
+        )
 
     @app.get("/v1/models/{name}", summary="One model", responses=answers())
     async def get_model(name: str) -> JSONResponse:
-        return JSONResponse(models.get_model(name, service.model, service.settings.limits))
+        return JSONResponse(
+            models.get_model(
+                name,
+                service.model,
+                service.settings.limits,
+                service.settings.rules,
+                exactness=service.exactness,
+            )
+        )
 
     @app.get(
         PATH + "{name}",

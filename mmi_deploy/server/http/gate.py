@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from time import perf_counter
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -89,7 +88,7 @@ class Gate:
         except ApiError as error:
             await error_response(error)(scope, receive, answer)
         except ConnectionError:
-            pass  # the client left
+            status = LEFT
         except Exception:
             self._service.log.exception(
                 "a request failed", extra={"fields": {"request_id": request_id}}
@@ -131,7 +130,8 @@ class Gate:
                 "the server does not answer to this name; start it with --allow-host NAME",
             )
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and urlsplit(origin).netloc != host and origin not in settings.origins:
+        own = origin.partition("://")[2] == host
+        if origin and not own and origin not in settings.origins:
             raise ApiError(
                 403,
                 "origin_not_allowed",
@@ -179,11 +179,13 @@ def _request_id(headers: dict[bytes, bytes]) -> str:
 
 def _is_named(host: str, names: Collection[str]) -> bool:
     """True if the `Host` header names one of `names`, at any port."""
-    name = urlsplit(f"//{host}").hostname if _HOST.fullmatch(host) else None
-    return name in names
+    found = _HOST.fullmatch(host)
+    if found is None:
+        return False
+    return (found["name"] or found["address"]).lower() in {name.lower() for name in names}
 
 
-_HOST = re.compile(r"[A-Za-z0-9.\-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
+_HOST = re.compile(r"(?:(?P<name>[A-Za-z0-9.\-]+)|\[(?P<address>[0-9A-Fa-f:.]+)\])(?::\d+)?")
 
 
 def endpoint_of(path: str) -> str:

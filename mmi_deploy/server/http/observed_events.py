@@ -43,10 +43,13 @@ class ObservedEvents:
         return self._events.stats
 
     def cancel(self, where: str) -> None:
-        """End the document. where: cause, for the metrics."""
-        if not self._events.ended:
-            self._metrics.cancelled.labels(where).inc()
-            self._events.cancel()
+        """End the document, which nobody reads on. where: cause, for the metrics."""
+        if self._over:
+            return
+        self._metrics.cancelled.labels(where).inc()
+        self._events.cancel()
+        self.reason = "error" if where == "error" else "cancelled"
+        self._end()
 
     @property
     def waiting_bytes(self) -> int:

@@ -92,6 +92,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
     Protocol.header_seconds = service.settings.header_seconds
+    Protocol.unread_seconds = service.settings.rules.slow_client
     config = uvicorn.Config(
         application(service),
         http=Protocol,

@@ -21,6 +21,7 @@ from mmi_deploy.documents.document import Document, Draw, Text
 from mmi_deploy.documents.images import Rgb, to_png
 from mmi_deploy.errors import BusyError, ConfigError, DocumentError, MmiError
 from mmi_deploy.runtime.options import GenerationOptions
+from mmi_deploy.server.api import models
 from mmi_deploy.server.api.api_request import ApiRequest, OutputFormat
 from mmi_deploy.server.api.errors import ApiError, api_error_of
 from mmi_deploy.server.engine.client import EngineClient, EngineDied
@@ -29,10 +30,11 @@ from mmi_deploy.server.http.image_fetch import ImageFetch
 from mmi_deploy.server.http.keys import Keys
 from mmi_deploy.server.http.metrics import Metrics
 from mmi_deploy.server.http.observed_events import ObservedEvents
-from mmi_deploy.server.http.picture_store import PictureStore
+from mmi_deploy.server.http.picture_store import PATH, PictureStore
 from mmi_deploy.server.http.tracing import NoTracing, Tracing
 from mmi_deploy.server.served_model import ServedModel
 from mmi_deploy.server.settings import ServerSettings
+from mmi_deploy.spec.backends import CPU
 
 State = Literal["starting", "ready", "draining", "engine_died", "failed"]
 
@@ -63,7 +65,7 @@ class Service:
         self.engines = [EngineClient(options, self._changed, self._say) for options in engines]
         self.metrics, self.keys = Metrics(), Keys(settings.keys)
         self.pictures = PictureStore(settings.picture_seconds, settings.picture_bytes)
-        self.fetch = (
+        self._remote = (
             ImageFetch(settings.image_hosts, settings.limits.image_bytes)
             if settings.image_hosts
             else None
@@ -217,11 +219,34 @@ class Service:
             engine.cancel_all()
 
     @property
+    def exactness(self) -> str:
+        """Dependence of an answer on what else runs: with our kernels, on the CPU, none."""
+        kernels = all(engine.ready and engine.ready.kernels for engine in self.engines)
+        return models.EXACT if self.model.target == CPU and kernels else models.WITHIN_RECEIPTS
+
+    @property
     def documents(self) -> int:
         """Documents in all engines."""
         return sum(engine.documents for engine in self.engines)
 
     # Pictures.
+
+    def fetch(self, url: str, tenant: str) -> bytes:
+        """Read a picture that is no data URL: one of this server, or of an allowed host. Runs in a
+        thread. Raises `ApiError`."""
+        if url.startswith(PATH):
+            picture = self.pictures.get(url.removeprefix(PATH), tenant)
+            if picture is None:
+                raise ApiError(400, "image_not_found", "the picture is not kept, or not any more")
+            return picture.data
+        if self._remote is None:
+            raise ApiError(
+                400,
+                "remote_images_off",
+                "this server fetches no pictures: send the picture itself, as "
+                "data:image/png;base64,...",
+            )
+        return self._remote(url)
 
     async def encode(self, rgb: Rgb, format: OutputFormat, compression: int | None) -> bytes:
         """Encode a picture in a thread."""

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -23,7 +22,7 @@ from mmi_deploy.batching.batch_engine import BatchEngine
 from mmi_deploy.batching.event_stream import EventStream
 from mmi_deploy.batching.scheduler import DEFAULT_POLICY
 from mmi_deploy.documents.images import Rgb
-from mmi_deploy.errors import BusyError, ConfigError, DocumentError, MmiError
+from mmi_deploy.errors import BusyError, MmiError
 from mmi_deploy.runtime.events import (
     Event,
     Finished,
@@ -32,7 +31,7 @@ from mmi_deploy.runtime.events import (
     ImageStarted,
     TextDelta,
 )
-from mmi_deploy.server.public_message import public_message
+from mmi_deploy.server.api.errors import api_error_of
 from mmi_deploy.server.settings import RequestLimits
 from mmi_deploy.server.triton.request import read_request
 from mmi_deploy.server.triton.settings import ModelSettings
@@ -49,9 +48,6 @@ _DECODERS = 2
 # Seconds that the end of the model waits for its last responses.
 _PATIENCE = 5.0
 
-# Longest message of an error.
-_LONGEST = 1000
-
 
 class TritonPythonModel:
     """The model: Triton calls `initialize` once, `execute` with new requests, `finalize` once."""
@@ -60,7 +56,6 @@ class TritonPythonModel:
         """Load the engines and run each once; until then the model is not ready."""
         self._utils = import_module(UTILS)
         settings = ModelSettings.of(json.loads(args["model_config"]))
-        self._bundle = Path(settings.bundle)
         self._engine = BatchEngine.open(
             settings.bundle,
             target=settings.target,
@@ -70,6 +65,7 @@ class TritonPythonModel:
             device=int(args.get("model_instance_device_id", 0)),
         )
         runtime = self._engine.runtime
+        self._side = runtime.config.vision.image_size
         self._images = min(runtime.limits.images, runtime.config.llm_mmfs.images - 1)
         self._limits = RequestLimits()
         # Requests at once, those whose pictures are being decoded included.
@@ -83,7 +79,7 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> None:
         """Begin to answer requests. Raises nothing: an error is the answer to its request."""
         for request in requests:
-            replies = _Replies(self._utils, request.get_response_sender(), self._bundle)
+            replies = _Replies(self._utils, request.get_response_sender())
             try:
                 tensor = self._utils.get_input_tensor_by_name(request, "request")
                 data = bytes(tensor.as_numpy().flat[0])
@@ -126,7 +122,7 @@ class TritonPythonModel:
             replies.end()
 
     def _submit(self, data: bytes, seconds: float) -> EventStream:
-        request = read_request(data, self._images, self._limits)
+        request = read_request(data, self._side, self._images, self._limits)
         return self._engine.submit(
             request.document, request.options, max_seconds=min(seconds, self._limits.seconds)
         )
@@ -192,8 +188,8 @@ def reply_of(event: Event) -> Reply:
 class _Replies:
     """Responses to one request; only one of them is the last."""
 
-    def __init__(self, utils: Any, sender: Any, bundle: Path) -> None:
-        self._utils, self._sender, self._bundle = utils, sender, bundle
+    def __init__(self, utils: Any, sender: Any) -> None:
+        self._utils, self._sender = utils, sender
         self._ended = False
 
     def cancelled(self) -> bool:
@@ -209,17 +205,13 @@ class _Replies:
 
     def fail(self, error: Exception) -> None:
         """Send an error as the last response; what the client cannot fix goes to the log."""
-        codes = self._utils.TritonError
-        if isinstance(error, BusyError):
-            code, message = codes.UNAVAILABLE, public_message(error, self._bundle)
-        elif isinstance(error, DocumentError | ConfigError):
-            code, message = codes.INVALID_ARG, public_message(error, self._bundle)
-        else:
-            code, message = codes.INTERNAL, "the generation failed; the server's log says why"
+        codes, answer = self._utils.TritonError, api_error_of(error)
+        kinds = {400: codes.INVALID_ARG, 413: codes.INVALID_ARG, 429: codes.UNAVAILABLE}
+        if answer.status not in kinds:
             line = str(error) if isinstance(error, MmiError) else repr(error)
             self._utils.Logger.log_error(f"mmi: {line}")
         if not self._ended:
-            failure = codes(message[:_LONGEST], code)
+            failure = codes(answer.message, kinds.get(answer.status, codes.INTERNAL))
             self._send(self._utils.InferenceResponse(error=failure), last=True)
 
     def end(self) -> None:

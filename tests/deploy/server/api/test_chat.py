@@ -111,6 +111,7 @@ def test_seeds_are_drawn_when_none_is_given_and_are_exact_in_javascript() -> Non
 
 def test_numbers_that_json_schema_calls_whole_are() -> None:
     assert read(seed=7.0, max_tokens=3.0).options.seed == 7
+    assert read(seed=2.0**63, top_k=2.0**53).options.top_k == 2**53
 
 
 def test_ignore_eos_writes_as_many_tokens_as_were_asked_for() -> None:
@@ -243,7 +244,8 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("seed", 2**64, "seed", "invalid_value"),
     ("seed", 10**4000, "seed", "invalid_value"),
     ("seed", "7", "seed", "invalid_type"),
-    ("seed", 1e300, "seed", "invalid_type"),
+    ("seed", 1e300, "seed", "invalid_value"),
+    ("seed", float("inf"), "seed", "invalid_type"),
     ("max_tokens", 0, "max_tokens", "invalid_value"),
     ("max_tokens", -5, "max_tokens", "invalid_value"),
     ("max_tokens", 513, "max_tokens", "too_many_tokens"),

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploy.server.api.served import LIMITS, data_url, file_of, random_picture, tiny
-from mmi_deploy.server.api import chat, completions, tokens
+from mmi_deploy.server.api import chat, completions, image_generations, responses, tokens
 from mmi_deploy.server.api.api_request import ApiRequest
 from mmi_deploy.server.api.errors import ApiError
 
@@ -70,11 +70,67 @@ TEXT: dict[str, Any] = {
     "stop": "up",
     "mmi": {"seed": 3},
 }
+RESPONSE: dict[str, Any] = {
+    "model": "tiny",
+    "input": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "input_image", "image_url": URL, "detail": "auto"},
+                {"type": "input_text", "text": "the red"},
+                {"type": "mmi.draw"},
+            ],
+        },
+        {
+            "type": "image_generation_call",
+            "id": "ig_0",
+            "status": "completed",
+            "result": URL[22:],
+            "size": "64x64",
+            "revised_prompt": None,
+            "mmi": {"place": 0, "seed": 7, "steps": 20},
+        },
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "assistant",
+            "status": "completed",
+            "content": [
+                {"type": "output_text", "text": "square", "annotations": [], "logprobs": []}
+            ],
+        },
+        {"role": "system", "content": "the "},
+    ],
+    "instructions": "red ",
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "tools": [{"type": "image_generation", "partial_images": 2, "size": "auto"}],
+    "tool_choice": {"type": "image_generation"},
+    "text": {"format": {"type": "text"}},
+    "metadata": {"a": "b"},
+    "max_output_tokens": 9,
+    "store": False,
+    "mmi": {"seed": 7, "max_images": 1, "image_transport": "url"},
+}
+PICTURES: dict[str, Any] = {
+    "model": "tiny",
+    "prompt": "the red square",
+    "n": 2,
+    "size": "64x64",
+    "response_format": "b64_json",
+    "output_format": "webp",
+    "output_compression": 80,
+    "stream": True,
+    "partial_images": 2,
+    "mmi": {"seed": 7, "guidance": 2},
+}
 TOKENS: dict[str, Any] = {"model": "tiny", "tokens": [16, 45]}
 
 ENDPOINTS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "chat": (chat.read, CHAT, chat.REQUEST_SCHEMA),
     "completions": (completions.read, TEXT, completions.REQUEST_SCHEMA),
+    "responses": (responses.read, RESPONSE, responses.REQUEST_SCHEMA),
+    "images": (image_generations.read, PICTURES, image_generations.REQUEST_SCHEMA),
     "tokenize": (
         tokens.tokenize,
         {"model": "tiny", "messages": CHAT["messages"]},
@@ -262,8 +318,13 @@ def test_schemas_agree_with_reading(name: str) -> None:
             },
         ),
         (tokens.detokenize, {"tokens": ["x"] * MANY}),
+        (responses.read, {**RESPONSE, "input": [{}] * MANY}),
+        (responses.read, {**RESPONSE, "input": [{"role": "user", "content": [{}] * MANY}]}),
+        (responses.read, {**RESPONSE, "tools": [{}] * MANY}),
+        (responses.read, {**RESPONSE, "metadata": {f"x{number}": 1 for number in range(MANY)}}),
+        (image_generations.read, {**PICTURES, **{f"x{number}": 1 for number in range(MANY)}}),
     ],
-    ids=[str(number) for number in range(11)],
+    ids=[str(number) for number in range(16)],
 )
 def test_many_errors_cost_no_more_than_one(call: Callable[..., Any], body: dict[str, Any]) -> None:
     start = time.thread_time()

@@ -55,6 +55,7 @@ from mmi_deploy.server.api import responses
 from mmi_deploy.server.api.errors import ApiError
 from mmi_deploy.server.api.reply_context import ReplyContext
 from mmi_deploy.server.api.responses_events import ResponsesRequest
+from mmi_deploy.server.settings import RequestLimits
 
 if TYPE_CHECKING:
     from exports import Exported
@@ -434,6 +435,38 @@ def test_instructions_and_system_messages_come_first() -> None:
     assert read(input=items, instructions="a ").document == document_of(Text("a red ring blue"))
 
 
+def test_picture_by_url_comes_back_through_the_store() -> None:
+    kept = Surroundings()
+
+    def fetch(url: str) -> bytes:
+        return kept.stored[int(url.removeprefix("/v1/mmi/images/"))][0]
+
+    request = read(mmi={"image_transport": "url"})
+    output = run(responses.reply(request, each(STORY), kept.context))["output"]
+    body = ask(input=[{"role": "user", "content": TEXT}, *output])
+    again = responses.read(body, MODEL, LIMITS, fetch)
+    had = [Text(TEXT + "the red square"), Image(picture(0)), Text("a ring"), Image(picture(1))]
+    assert same(again.document, [*had, Text("moves left")])
+    with pytest.raises(ApiError) as caught:
+        responses.read(body, MODEL, LIMITS)
+    assert caught.value.code == "remote_images_off"
+
+
+def test_whitespace_in_front_of_a_reply_is_stripped_as_it_was_for_the_model() -> None:
+    first = [{"role": "user", "content": "the red \n"}]
+    reply = server([*text(" square"), finished(1, 0)]).client().responses.create(**ask(input=first))
+    assert read(input=first).document == document_of(Text("the red"))
+    again = read(input=[*first, *reply.model_dump()["output"]])
+    assert again.document == document_of(Text("the red square"))
+
+
+def test_model_draws_no_more_than_the_document_has_room_for() -> None:
+    limits = RequestLimits(images=3)
+    content = [{"type": "mmi.draw"}] * 2
+    body = ask(input=[{"role": "user", "content": content}])
+    assert responses.read(body, MODEL, limits).options.max_images == 1
+
+
 # Transports
 
 
@@ -723,6 +756,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{**TOOL, "size": "512x512"}]}, "tools[0].size", "unsupported_value"),
     ({"tools": [{**TOOL, "quality": "high"}]}, "tools[0].quality", "unsupported_value"),
     ({"tools": [{**TOOL, "partial_images": 4}]}, "tools[0].partial_images", "invalid_value"),
+    (
+        {"tools": [{**TOOL, "output_compression": 50}]},
+        "tools[0].output_compression",
+        "conflicting_values",
+    ),
+    ({"mmi": {"max_images": 50}}, "mmi.max_images", "too_many_images"),
     ({"tools": [{**TOOL, "output_format": "gif"}]}, "tools[0].output_format", "invalid_value"),
     ({"tools": [], "mmi": {"max_images": 1}}, "mmi.max_images", "conflicting_values"),
     ({"tools": [], "tool_choice": "required"}, "tool_choice", "conflicting_values"),
@@ -790,83 +829,6 @@ def test_examples_of_the_schema_are_read() -> None:
     for example in responses.REQUEST_SCHEMA["examples"]:
         assert responses.read(example, MODEL, LIMITS).document.parts
     assert set(responses.REQUEST_SCHEMA["required"]) == {"model", "input"}
-
-
-JUNK: list[Any] = [
-    *(None, True, 0, -1, 1.5, 1e308, 2**80, "", "a", "\ud800", "é" * 9, [], {}, [[]], [None]),
-    *(
-        {"type": "mmi.draw"},
-        {"type": []},
-        {"": {}},
-        "data:image/png;base64,AAAA",
-        {"type": "message"},
-    ),
-]
-
-
-def broken(value: Any, chance: random.Random) -> Any:
-    """A copy of a body with parts of it replaced, removed or added."""
-    if chance.random() < 0.02:
-        return chance.choice(JUNK)
-    if isinstance(value, dict):
-        kept = {key: broken(one, chance) for key, one in value.items() if chance.random() > 0.01}
-        if chance.random() < 0.02:
-            kept[chance.choice(["type", "role", "content", "mmi", "\udfff", "x" * 300])] = (
-                chance.choice(JUNK)
-            )
-        return kept
-    if isinstance(value, list):
-        return [broken(one, chance) for one in value for _ in range(chance.choice([1] * 19 + [2]))]
-    return value
-
-
-def test_hostile_bodies_are_refused_or_read() -> None:
-    url = picture_url(1, 8)
-    call = {"type": "image_generation_call", "id": "i", "status": "completed", "result": url[22:]}
-    body = ask(
-        input=[
-            {
-                "role": "user",
-                "content": [
-                    {"type": "input_image", "image_url": url, "detail": "auto"},
-                    {"type": "input_text", "text": TEXT},
-                    {"type": "mmi.draw"},
-                ],
-            },
-            {**call, "mmi": {"place": 0, "seed": 1}},
-            {
-                "type": "message",
-                "id": "m",
-                "role": "assistant",
-                "status": "completed",
-                "content": [
-                    {"type": "output_text", "text": "a", "annotations": [], "logprobs": []}
-                ],
-            },
-            {"role": "system", "content": "red"},
-        ],
-        tools=[{**TOOL, "partial_images": 1}],
-        stream=True,
-        stream_options={"include_usage": True},
-        mmi={"seed": 7, "max_images": 1, "image_transport": "url"},
-        metadata={"a": "b"},
-        tool_choice="auto",
-        temperature=1.0,
-    )
-    assert responses.read(body, MODEL, LIMITS).document.images
-    chance = random.Random(7)
-    outcomes = {"read": 0, "refused": 0}
-    for _ in range(2000):
-        try:
-            request = responses.read(broken(body, chance), MODEL, LIMITS)
-        except ApiError as error:
-            assert 400 <= error.status < 500 and len(error.message) <= 500
-            assert error.body()["error"]["message"].encode()
-            outcomes["refused"] += 1
-        else:
-            assert isinstance(request, ResponsesRequest)
-            outcomes["read"] += 1
-    assert min(outcomes.values()) > 50, outcomes
 
 
 def test_events_without_text_say_nothing() -> None:

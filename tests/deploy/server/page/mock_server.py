@@ -125,7 +125,10 @@ def events(server: MockServer, scenario: Scenario, body: Any) -> Iterator[tuple[
     """(seconds to wait before it, event) of a response, without sequence numbers."""
     seed = body["mmi"]["seed"]
     response = {"id": "resp_1", "object": "response", "output": [], "mmi": {"seed": seed}}
-    yield scenario.wait, {"type": "response.created", "response": {**response, "status": "in_progress"}}
+    yield (
+        scenario.wait,
+        {"type": "response.created", "response": {**response, "status": "in_progress"}},
+    )
     yield 0, {"type": "response.in_progress", "response": {**response, "status": "in_progress"}}
     content = body["input"][0]["content"]
     places = sum(part["type"] == "mmi.draw" for part in content)
@@ -141,10 +144,17 @@ def events(server: MockServer, scenario: Scenario, body: Any) -> Iterator[tuple[
         index += 1
     if most == places:
         yield from _words(scenario, index, scenario.sentences[-1])
-    yield 0, {
-        "type": "response.completed",
-        "response": {**response, "status": "completed", "mmi": {"seed": seed, "reason": scenario.reason}},
-    }
+    yield (
+        0,
+        {
+            "type": "response.completed",
+            "response": {
+                **response,
+                "status": "completed",
+                "mmi": {"seed": seed, "reason": scenario.reason},
+            },
+        },
+    )
 
 
 def _words(scenario: Scenario, index: int, sentence: str) -> Iterator[tuple[float, Any]]:
@@ -168,8 +178,13 @@ def _picture(
         more["place"] = place
     name = f"ig_{index}"
     about = {"item_id": name, "output_index": index}
-    item = {"id": name, "type": "image_generation_call", "status": "in_progress", "result": None,
-            "mmi": more}
+    item = {
+        "id": name,
+        "type": "image_generation_call",
+        "status": "in_progress",
+        "result": None,
+        "mmi": more,
+    }
     image = drawn(number + seed % 1000, scenario.side)
     yield 0, {"type": "response.output_item.added", "output_index": index, "item": item}
     yield 0, {"type": f"{call}.in_progress", **about}
@@ -180,13 +195,25 @@ def _picture(
         yield scenario.step, {"type": f"{call}.generating", **about, "mmi": progress}
         if step in shown:
             data = base64.b64encode(preview(image, step / scenario.steps, number)).decode()
-            yield 0, {"type": f"{call}.partial_image", **about, "partial_image_b64": data,
-                      "partial_image_index": 0, "output_format": "png"}
+            yield (
+                0,
+                {
+                    "type": f"{call}.partial_image",
+                    **about,
+                    "partial_image_b64": data,
+                    "partial_image_index": 0,
+                    "output_format": "png",
+                },
+            )
     picture = f"{seed:08x}{number:024x}"
     server.pictures[picture] = png(image)
     yield 0, {"type": f"{call}.completed", **about}
-    done = {**item, "status": "completed", "result": "",
-            "mmi": {**more, "url": f"/v1/mmi/images/{picture}"}}
+    done = {
+        **item,
+        "status": "completed",
+        "result": "",
+        "mmi": {**more, "url": f"/v1/mmi/images/{picture}"},
+    }
     yield 0, {"type": "response.output_item.done", "output_index": index, "item": done}
 
 
@@ -209,11 +236,22 @@ def _handler(server: MockServer) -> type[BaseHTTPRequestHandler]:
             elif not self.allowed():
                 self.refuse(401, "invalid_api_key", "the key is missing or wrong")
             elif path == "/v1/models":
-                limits = {"images": 49, "tokens": 700, "image_bytes": 20 * 2**20,
-                          "image_pixels": 64_000_000, **server.limits}
-                mmi = {"samplers": {"unipc:20": 20, "ddim:50": 50}, "sizes": ["64x64"],
-                       "keep_alive": server.keep_alive, "limits": limits}
-                self.json({"object": "list", "data": [{"id": "tiny", "object": "model", "mmi": mmi}]})
+                limits = {
+                    "images": 49,
+                    "tokens": 700,
+                    "image_bytes": 20 * 2**20,
+                    "image_pixels": 64_000_000,
+                    **server.limits,
+                }
+                mmi = {
+                    "samplers": {"unipc:20": 20, "ddim:50": 50},
+                    "sizes": ["64x64"],
+                    "keep_alive": server.keep_alive,
+                    "limits": limits,
+                }
+                self.json(
+                    {"object": "list", "data": [{"id": "tiny", "object": "model", "mmi": mmi}]}
+                )
             elif picture := server.pictures.get(path.removeprefix("/v1/mmi/images/")):
                 self.answer(200, picture, "image/png")
             else:
@@ -247,7 +285,9 @@ def _handler(server: MockServer) -> type[BaseHTTPRequestHandler]:
         def end_early(self, scenario: Scenario) -> None:
             if scenario.ending == "failed":
                 error = {"code": scenario.code, "message": scenario.message}
-                self.event({"type": "response.failed", "response": {"status": "failed", "error": error}})
+                self.event(
+                    {"type": "response.failed", "response": {"status": "failed", "error": error}}
+                )
             elif scenario.ending == "silent":
                 for _ in range(600):
                     time.sleep(0.1)
@@ -271,10 +311,19 @@ def _handler(server: MockServer) -> type[BaseHTTPRequestHandler]:
 
         def refuse(self, status: int, code: str, message: str, retry: int | None = None) -> None:
             error = {"message": message, "type": "error", "param": None, "code": code}
-            self.answer(status, json.dumps({"error": error}).encode(), "application/json", retry=retry)
+            self.answer(
+                status, json.dumps({"error": error}).encode(), "application/json", retry=retry
+            )
 
-        def answer(self, status: int, body: bytes, kind: str, *, csp: bool = False,
-                   retry: int | None = None) -> None:
+        def answer(
+            self,
+            status: int,
+            body: bytes,
+            kind: str,
+            *,
+            csp: bool = False,
+            retry: int | None = None,
+        ) -> None:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))

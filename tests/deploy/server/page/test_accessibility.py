@@ -144,7 +144,13 @@ def test_all_of_it_by_keyboard(page: Page, server: MockServer) -> None:
         page.keyboard.press("Tab")
         order.append(focused(page))
     assert order[:8] == [
-        ".words", ".icon more", ".words", ".icon more", ".enlarge", f"#{alt(page)}", ".icon more",
+        ".words",
+        ".icon more",
+        ".words",
+        ".icon more",
+        ".enlarge",
+        f"#{alt(page)}",
+        ".icon more",
         "BUTTON",
     ], order
     # A menu: it opens, moves, and gives the focus back.
@@ -257,7 +263,9 @@ def test_little_motion_shows_start_middle_and_end(open_page: Opener, server: Moc
     page.keyboard.press("Control+Enter")
     canvas = page.locator(".draw canvas")
     canvas.wait_for()
-    frames = [canvas.evaluate("c => c.toDataURL()") for _ in range(4) if not page.wait_for_timeout(120)]
+    frames = [
+        canvas.evaluate("c => c.toDataURL()") for _ in range(4) if not page.wait_for_timeout(120)
+    ]
     assert len(set(frames)) == 1, "the noise stands still"
     page.locator(".picture").wait_for()
     assert server.bodies[0]["tools"][0]["partial_images"] == 1

@@ -216,7 +216,7 @@ def test_markdown_that_is_written_is_read_as_the_same(
 
 
 def test_neighbouring_texts_are_joined_for_the_model(page: Page) -> None:
-    """What the model wrote continues a text; what the writer adds is a new paragraph."""
+    """A text is continued by the model, and the writer begins a new paragraph."""
     joined = page.evaluate(
         """async () => {
           const { text, draw, blocks } = await import("/page/document.js");

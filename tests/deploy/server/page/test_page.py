@@ -38,7 +38,9 @@ def finished(page: Page) -> None:
 
 
 def texts(page: Page) -> list[str]:
-    found: list[str] = page.locator(".part.text .words").evaluate_all("all => all.map(a => a.value)")
+    found: list[str] = page.locator(".part.text .words").evaluate_all(
+        "all => all.map(a => a.value)"
+    )
     return found
 
 
@@ -104,13 +106,18 @@ def test_words_and_previews_stream_into_a_frame_of_the_final_size(
     assert page.locator(".draw").get_attribute("aria-busy") == "true"
     page.locator(".picture").first.wait_for()
     picture = page.locator(".enlarge").first.bounding_box()
-    assert frame and picture and (frame["width"], frame["height"]) == (
-        picture["width"],
-        picture["height"],
+    assert (
+        frame
+        and picture
+        and (frame["width"], frame["height"])
+        == (
+            picture["width"],
+            picture["height"],
+        )
     )
-    assert page.locator(".picture img").first.evaluate("i => getComputedStyle(i).imageRendering") == (
-        "pixelated"
-    )
+    assert page.locator(".picture img").first.evaluate(
+        "i => getComputedStyle(i).imageRendering"
+    ) == ("pixelated")
 
 
 def test_stop_keeps_what_is_there(page: Page, server: MockServer) -> None:
@@ -275,7 +282,11 @@ def test_save_all_is_read_by_mmi_and_opened_again(
     assert (tmp_path / "picture-02.png").read_bytes() == drawn_bytes
     written = "```\none <img src=x> line\nand ![](b.png).<b>words</b> ![ and ```."
     assert document.parts == (
-        given, Text(written), drawn_one, Draw(), Text("the end."),
+        given,
+        Text(written),
+        drawn_one,
+        Draw(),
+        Text("the end."),
     )
     # The page opens what it saved: the same files come out again.
     page.click("#new")
@@ -343,13 +354,28 @@ def test_pictures_are_pasted_at_the_caret_and_dropped(page: Page) -> None:
 
 
 REFUSALS = [
-    (Scenario(status=429, code="queue_full", retry_after=7), "The server is busy", "7 seconds", True),
+    (
+        Scenario(status=429, code="queue_full", retry_after=7),
+        "The server is busy",
+        "7 seconds",
+        True,
+    ),
     (Scenario(status=503, code="draining", retry_after=5), "shutting down", "stays here", True),
     (Scenario(status=503, code="starting", retry_after=5), "starting", "loading the model", True),
-    (Scenario(status=413, code="body_too_large", message="the body is too large; at most 9 bytes"),
-     "too large", "At most 9 bytes|at most 9 bytes", False),
-    (Scenario(status=400, code="unknown_words", message="the model does not know 'Dog'"),
-     "refused", "The model does not know 'Dog'.", False),
+    (
+        Scenario(
+            status=413, code="body_too_large", message="the body is too large; at most 9 bytes"
+        ),
+        "too large",
+        "At most 9 bytes|at most 9 bytes",
+        False,
+    ),
+    (
+        Scenario(status=400, code="unknown_words", message="the model does not know 'Dog'"),
+        "refused",
+        "The model does not know 'Dog'.",
+        False,
+    ),
     (Scenario(status=500), "refused", "no reason", True),
 ]
 
@@ -382,9 +408,14 @@ def test_refusals_in_plain_words(
     ("scenario", "words"),
     [
         (Scenario(stop_after=12, ending="lost"), "The connection was lost"),
-        (Scenario(stop_after=12, ending="failed", code="engine_died", message="x"),
-         "The engine stopped"),
-        (Scenario(stop_after=12, ending="failed", code="deadline", message="x"), "time of one request"),
+        (
+            Scenario(stop_after=12, ending="failed", code="engine_died", message="x"),
+            "The engine stopped",
+        ),
+        (
+            Scenario(stop_after=12, ending="failed", code="deadline", message="x"),
+            "time of one request",
+        ),
     ],
     ids=["lost", "engine_died", "deadline"],
 )
@@ -485,8 +516,15 @@ def test_words_of_the_model_are_never_html(page: Page, server: MockServer) -> No
 
 def test_settings_are_sent_kept_and_copied(page: Page, server: MockServer) -> None:
     page.click("#settings")
-    fields = {"seed": "42", "images": "1", "tokens": "9", "guidance": "2.5", "fullEvery": "3",
-              "temperature": "0.5", "topP": "0.8"}
+    fields = {
+        "seed": "42",
+        "images": "1",
+        "tokens": "9",
+        "guidance": "2.5",
+        "fullEvery": "3",
+        "temperature": "0.5",
+        "topP": "0.8",
+    }
     for name, value in fields.items():
         page.fill(f"[name={name}]", value)
     page.select_option("[name=sampler]", "ddim:50")
@@ -495,8 +533,14 @@ def test_settings_are_sent_kept_and_copied(page: Page, server: MockServer) -> No
     write(page, "one.")
     finished(page)
     (body,) = server.bodies
-    assert body["mmi"] == {"seed": 42, "max_images": 1, "guidance": 2.5, "schedule": "ddim:50",
-                           "full_every": 3, "image_transport": "url"}
+    assert body["mmi"] == {
+        "seed": 42,
+        "max_images": 1,
+        "guidance": 2.5,
+        "schedule": "ddim:50",
+        "full_every": 3,
+        "image_transport": "url",
+    }
     assert (body["max_output_tokens"], body["temperature"], body["top_p"]) == (9, 0.5, 0.8)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.click("text=Copy settings")

@@ -20,13 +20,13 @@ from mmi_deploy.batching.batch_engine import BatchEngine
 from mmi_deploy.batching.executor import Executor
 from mmi_deploy.documents.document import Image, document_of
 from mmi_deploy.documents.images import FORMATS, to_png
-from mmi_deploy.errors import EngineError
+from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.runtime.events import Finished, ImageDone, TextDelta
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.options import options_of
+from mmi_deploy.server.api import pictures
+from mmi_deploy.server.api.errors import ApiError
 from mmi_deploy.server.settings import RequestLimits
-from mmi_deploy.server.triton import model as module
-from mmi_deploy.server.triton import request as reader
 from mmi_deploy.server.triton.model import TritonPythonModel
 from mmi_deploy.server.triton.request import read_request
 
@@ -55,7 +55,7 @@ def request(body: object, **more: Any) -> Request:
 
 def expected(body: dict[str, Any]) -> tuple[str, list[bytes], str]:
     """Text, pictures and reason that `generate` gives."""
-    parsed = read_request(json.dumps(body).encode(), 6, RequestLimits())
+    parsed = read_request(json.dumps(body).encode(), 16, 6, RequestLimits())
     text, pictures = "", []
     for event in generate(fake_runtime()[0], parsed.document, parsed.options):
         match event:
@@ -150,12 +150,12 @@ def test_events_of_a_stream(model: TritonPythonModel) -> None:
         ({"parts": [{"text": "w99"}]}, "does not know 'w99'"),
         ({"parts": [{"text": "w5 " * 99}]}, "too long"),
         ({"parts": [{"draw": True}] * 7}, "too many pictures"),
-        ({"parts": [{"image": "a.png"}]}, "picture 1 of the document is not a data URL"),
-        ({"parts": [{"image": "/etc/passwd"}]}, "not a data URL"),
-        ({"parts": [{"image": "http://127.0.0.1/a.png"}]}, "not a data URL"),
-        ({"parts": [{"image": "data:text/html;base64,AAAA"}]}, "not a data URL"),
+        ({"parts": [{"image": "a.png"}]}, "`image 1` is no data URL"),
+        ({"parts": [{"image": "/etc/passwd"}]}, "no data URL"),
+        ({"parts": [{"image": "http://127.0.0.1/a.png"}]}, "no data URL"),
+        ({"parts": [{"image": "data:text/html;base64,AAAA"}]}, "must be a data URL"),
         ({"parts": [{"image": "data:image/png;base64,A%"}]}, "not base64"),
-        ({"parts": [{"image": "data:image/svg+xml;base64,PHN2Zz4="}]}, "not a picture"),
+        ({"parts": [{"image": "data:image/svg+xml;base64,PHN2Zz4="}]}, "cannot be read"),
     ],
 )
 def test_a_bad_request_is_refused_and_the_next_one_answered(
@@ -176,7 +176,7 @@ def test_the_bundle_of_the_server_is_not_in_an_error(model: TritonPythonModel) -
     sent = request({"parts": [{"text": "w99"}]})
     model.execute([sent])
     sent.sender.wait()
-    assert "`mmi inspect BUNDLE`" in sent.sender.error.message
+    assert "`mmi inspect …" in sent.sender.error.message
 
 
 def test_a_request_without_its_input_is_an_error(
@@ -199,9 +199,11 @@ def test_damaged_pictures_of_every_format_tell_nothing_of_the_server() -> None:
                 data[place : place + 1] = random.bytes(1)
             url = "data:image/png;base64," + base64.b64encode(data).decode()
             try:
-                read_request(json.dumps({"parts": [{"image": url}]}).encode(), 6, RequestLimits())
-            except module.DocumentError as error:
-                assert "picture 1" in str(error) and not PRIVATE.search(str(error)), error
+                read_request(
+                    json.dumps({"parts": [{"image": url}]}).encode(), 16, 6, RequestLimits()
+                )
+            except ApiError as error:
+                assert "image 1" in str(error) and not PRIVATE.search(str(error)), error
 
 
 def test_limits_are_checked_before_what_they_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,19 +216,19 @@ def test_limits_are_checked_before_what_they_limit(monkeypatch: pytest.MonkeyPat
         (RequestLimits(body_bytes=len(body) - 1), 6, "the request is too large"),
         (RequestLimits(parts=2), 6, "at most 2 parts"),
         (RequestLimits(text_bytes=1), 6, "at most 1 characters"),
-        (RequestLimits(image_bytes=10), 6, "picture 1 of the document is too large"),
+        (RequestLimits(image_bytes=10), 6, "image 1` has"),
         (RequestLimits(), 1, "too many pictures"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(reader, "decode_rgb", never)
-            with pytest.raises(module.DocumentError, match=says):
-                read_request(body, images, limits)
-    assert len(read_request(body, 2, RequestLimits()).document.parts) == 3
+            patch.setattr(pictures.Image, "open", never)
+            with pytest.raises((DocumentError, ApiError), match=says):
+                read_request(body, 16, images, limits)
+    assert len(read_request(body, 16, 2, RequestLimits()).document.parts) == 3
 
 
 def test_a_request_is_a_line_of_a_jsonl_with_pictures_inside() -> None:
     body = {"id": "a", "parts": DOCUMENTS[1]["parts"], "seed": 7, "logit_bias": {"5": -1}}
-    read = read_request(json.dumps(body).encode(), 6, RequestLimits())
+    read = read_request(json.dumps(body).encode(), 16, 6, RequestLimits())
     assert read.id == "a" and read.options == options_of({"seed": 7, "logit_bias": {5: -1}})
     given = read.document.parts[0]
     assert isinstance(given, Image) and (given.rgb == picture(1)).all()
