@@ -74,19 +74,25 @@ def begin(page: Page, example: str, seed: int, images: int) -> None:
 
 
 def texts(page: Page) -> list[str]:
-    found: list[str] = page.locator(".part.text .words").evaluate_all("all => all.map(a => a.value)")
+    found: list[str] = page.locator(".part.text .words").evaluate_all(
+        "all => all.map(a => a.value)"
+    )
     return found
 
 
 def pixels(page: Page, part: int) -> str:
-    found: str = page.locator(".part img").nth(part).evaluate(
-        """async (image) => {
+    found: str = (
+        page.locator(".part img")
+        .nth(part)
+        .evaluate(
+            """async (image) => {
           await image.decode();
           const canvas = document.createElement("canvas");
           [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
           canvas.getContext("2d").drawImage(image, 0, 0);
           return canvas.toDataURL();
         }"""
+        )
     )
     return found
 
@@ -111,7 +117,8 @@ def test_a_story_with_previews_saved_and_read_by_mmi(
     with zipfile.ZipFile(download.value.path()) as archive:
         archive.extractall(tmp_path)
     document = read_document(tmp_path / "story.md")
-    assert [part.rgb.shape for part in document.parts if isinstance(part, Image)] == [(64, 64, 3)] * 3
+    shapes = [part.rgb.shape for part in document.parts if isinstance(part, Image)]
+    assert shapes == [(64, 64, 3)] * 3
 
 
 def test_stop_then_edit_and_fork(open_page: Opener, real_server: str) -> None:
