@@ -100,10 +100,9 @@ def _generation(service: Service, endpoint: Endpoint) -> Handler:
     async def handle(request: Request) -> Response:
         service.check_ready()  # before a large body is read
         state = request.scope["state"]
-        given = (await _body(service, request), service.model, service.settings.limits)
-        # Several documents take no pictures.
-        fetch = () if endpoint.several else (_fetch(service, request),)
-        reading = partial(endpoint.formats.read, *given, *fetch)
+        body, limits = await _body(service, request), service.settings.limits
+        fetch = _fetch(service, request)
+        reading = partial(endpoint.formats.read, body, service.model, limits, fetch)
         read: ApiRequest = await _in_thread(service, request, reading)
         documents = service.submit(read.requests, state["tenant"], state["begun"])
         return _response(service, endpoint, read, documents, request)
