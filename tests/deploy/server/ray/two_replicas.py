@@ -135,7 +135,8 @@ def pixels(url: str) -> bytes:
 @contextmanager
 def running(bundle: Path, log: Path) -> Iterator[Front]:
     """Start the server in a session of its own; at the end none of its processes may be left."""
-    words = "--name ray --port 0 --exit-on-crash --engine ray --replicas 2 --slots 2 --threads 1".split()
+    options = "--name ray --port 0 --engine ray --replicas 2 --slots 2 --threads 1 --exit-on-crash"
+    words = options.split()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "mmi_deploy", "serve", str(bundle), *words],
