@@ -204,7 +204,15 @@ def test_the_client_follows_the_number_of_replicas(monkeypatch: pytest.MonkeyPat
                     submitted(client, *LONG)
         assert client.restarts == 1
         stats = await client.stats()
-        assert stats is not None and stats["slots"] == SLOTS
+        assert stats is not None and stats["slots"] == SLOTS and stats["running"] == 0
+        stream = submitted(client, *LONG)
+        await anext(stream)
+        stats = await client.stats()
+        assert stats is not None and (stats["running"], stats["waiting"]) == (1, 0)
+        stream.cancel()
+        await until(lambda: client.documents == 0)
+        stats = await client.stats()
+        assert stats is not None and (stats["running"], stats["waiting"]) == (0, 0)
 
     deployed(monkeypatch, scenario)
 
