@@ -193,6 +193,16 @@ def serve(
             rich_help_panel=LIMITS,
         ),
     ] = 64.0,
+    all_mpx: Annotated[
+        float,
+        typer.Option(
+            "--all-megapixels",
+            min=0.001,
+            help="Pixels of all pictures of a request.",
+            metavar="N",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 256.0,
     parts: Annotated[
         int,
         typer.Option(
@@ -376,6 +386,7 @@ def serve(
             parts=parts,
             image_bytes=int(image_mb * 2**20),
             image_pixels=int(image_mpx * 1e6),
+            all_pixels=int(all_mpx * 1e6),
             images=images,
             tokens=tokens,
             seconds=max_seconds,

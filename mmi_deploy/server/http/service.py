@@ -72,7 +72,9 @@ class Service:
             if settings.image_hosts
             else None
         )
-        self.pool = ThreadPoolExecutor(2, thread_name_prefix="mmi-pictures")
+        # Two, so that a request of large pictures does not hold up the pictures of replies.
+        self.readers = ThreadPoolExecutor(2, thread_name_prefix="mmi-reader")
+        self._encoders = ThreadPoolExecutor(2, thread_name_prefix="mmi-encoder")
         self.draining = False
         self.requests = 0  # in flight, of any kind
         self.changed = asyncio.Event()  # of any state; whoever waits clears it
@@ -89,7 +91,8 @@ class Service:
         """End the engine processes at once."""
         await asyncio.gather(*(engine.close() for engine in self.engines))
         await asyncio.to_thread(self.tracing.close)
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.readers, self._encoders):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:
         """End the engine processes without waiting."""
@@ -253,7 +256,7 @@ class Service:
     async def encode(self, rgb: Rgb, format: OutputFormat, compression: int | None) -> bytes:
         """Encode a picture in a thread."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool, encode_picture, rgb, format, compression)
+        return await loop.run_in_executor(self._encoders, encode_picture, rgb, format, compression)
 
     # Checks in the background.
 

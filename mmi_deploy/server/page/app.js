@@ -23,7 +23,7 @@ const SAY_EVERY = 5000; // milliseconds between two words about progress
 const ASK_EVERY = 10_000; // milliseconds between two looks at a server that is not ready
 
 let model = {
-  name: "the model", samplers: [], side: 64, pictures: null, tokens: null, keepAlive: 15,
+  name: "the model", samplers: [], side: 64, pictures: null, tokens: null, previews: true, keepAlive: 15,
   picture: { bytes: 20 * 2 ** 20, pixels: 64e6 },
 };
 let ready = "starting";
@@ -247,11 +247,17 @@ async function write() {
   return generate(document.parts, [], write);
 }
 
+// Previews of each picture: with little motion one, in the middle.
+function previews() {
+  if (!model.previews) return 0;
+  return still.matches ? 1 : 3;
+}
+
 // Let the model go on after `parts`, into `parts`. `repeat` is what "Try again" does.
 async function generate(parts, prefix, repeat, more = {}) {
   if (run) return;
   const { document } = library;
-  const chosen = { ...options.forTurn(model, still.matches ? 1 : 3), ...more };
+  const chosen = { ...options.forTurn(model, previews()), ...more };
   const turn = { id: newId(), model: model.name, running: true, ...chosen };
   document.turns[turn.id] = turn;
   const take = document.takes?.find((one) => one.parts === parts);
@@ -604,7 +610,7 @@ for (const button of window.document.querySelectorAll("[data-copy]")) {
 on("show-help", "click", () => byId("help-panel").showModal());
 on("show-request", "click", () => {
   const parts = allParts(library.document);
-  const chosen = options.forTurn(model, still.matches ? 1 : 3);
+  const chosen = options.forTurn(model, previews());
   const about = [location.origin, model.name, parts, chosen, Boolean(key.get())];
   setText(byId("curl-text"), curl(...about));
   setText(byId("python-text"), python(...about));

@@ -66,6 +66,7 @@ export async function servedModel() {
     tokens: limits.tokens ?? null,
     parts: limits.parts ?? null,
     body: limits.body_bytes ?? null,
+    previews: mmi.previews ?? true,
     keepAlive: mmi.keep_alive ?? 15,
     picture: { bytes: limits.image_bytes ?? 20 * 2 ** 20, pixels: limits.image_pixels ?? 64e6 },
   };

@@ -205,7 +205,7 @@ export class PartsView {
         figure.classList.toggle("small", state.side <= SMALL);
         figure.style.setProperty("--side", `${state.side}px`);
         // The noise fades as the picture comes out of it.
-        canvas.style.opacity = drawing || part.preview ? String(1 - 0.85 * done) : "0";
+        canvas.style.opacity = part.preview ? String(1 - 0.85 * done) : drawing ? "1" : "0";
         if (drawing && !timer) {
           noise(canvas);
           timer = setInterval(() => still.matches || noise(canvas), 90);

@@ -44,7 +44,7 @@ SENTENCES = (
 class Scenario:
     """An answer. status, code, retry_after: of a refusal. pictures: drawn, each followed by a
     sentence. step: seconds of a denoising step. stop_after: events, after which `ending` comes:
-    "lost" (the connection is cut), "failed" (an error event), or "silent" (nothing for a minute)."""
+    "lost" (the connection is cut), "failed" (an error event), "silent" (nothing for a minute)."""
 
     status: int = 200
     code: str = ""
@@ -71,6 +71,7 @@ class MockServer:
     documents: int = 0  # that it says to work on
     key: str = ""
     keep_alive: float = 15
+    previews: bool = True
     limits: dict[str, int] = field(default_factory=dict)
     requests: list[bytes] = field(default_factory=list)
     pictures: dict[str, bytes] = field(default_factory=dict)
@@ -247,6 +248,7 @@ def _handler(server: MockServer) -> type[BaseHTTPRequestHandler]:
                     "samplers": {"unipc:20": 20, "ddim:50": 50},
                     "sizes": ["64x64"],
                     "keep_alive": server.keep_alive,
+                    "previews": server.previews,
                     "limits": limits,
                 }
                 self.json(

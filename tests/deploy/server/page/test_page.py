@@ -120,6 +120,17 @@ def test_words_and_previews_stream_into_a_frame_of_the_final_size(
     ) == ("pixelated")
 
 
+def test_a_model_without_previews_is_not_asked_for_them(
+    open_page: Opener, server: MockServer
+) -> None:
+    server.previews = False
+    page = open_page(server.url)
+    write(page, "a story.")
+    finished(page)
+    assert server.bodies[0]["tools"][0]["partial_images"] == 0
+    assert page.locator(".picture").count() == 2
+
+
 def test_stop_keeps_what_is_there(page: Page, server: MockServer) -> None:
     server.scenario = SLOW
     write(page, "a story.")
