@@ -22,6 +22,8 @@ class AffinityRouter(RequestRouter):
         """Replicas in the order in which they are tried, each a rank of its own."""
         if pending_request is None or not pending_request.args:
             return [candidate_replicas]
+        # These are all replicas: while none takes the request, ask them less and less often.
+        pending_request.routing_context.should_backoff = True
         affinity = pending_request.args[0]
         return [
             [replica]

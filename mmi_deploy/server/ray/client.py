@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,6 +79,7 @@ class RayEngine(EngineClient):
         self._handle: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams: dict[RemoteEvents, Any] = {}
+        self._begun: set[RemoteEvents] = set()  # those that have had an event
 
     @property
     def documents(self) -> int:
@@ -106,14 +109,17 @@ class RayEngine(EngineClient):
         return events
 
     async def stats(self, seconds: float = 2.0) -> Mapping[str, Any] | None:
-        """Statistics of one replica; None if it does not answer in time."""
-        if self.state != "ready":
+        """Statistics of one replica, with the slots of all and the documents of this front; None if
+        it does not answer in time."""
+        if self.state != "ready" or self.ready is None:
             return None
         try:
             found: Mapping[str, Any] = await asyncio.wait_for(self._call("stats"), seconds)
-            return found
         except Exception:
             return None
+        running = len(self._begun)
+        waiting = self.documents - running
+        return {**found, "slots": self.ready.slots, "running": running, "waiting": waiting}
 
     def drain(self) -> None:
         """Nothing: replicas may have documents of other fronts, and this one sends no more."""
@@ -137,6 +143,7 @@ class RayEngine(EngineClient):
         """Deploy, then follow the number of replicas."""
         try:
             self._handle = await asyncio.to_thread(_deploy, self.options, self._replicas)
+            _take_signals_back()
             about = await self._call("describe")
         except Exception as error:
             self.refusal = " ".join(str(error).split())[:2000]
@@ -163,6 +170,7 @@ class RayEngine(EngineClient):
         try:
             async for message in stream:
                 self.last_message = loop.time()
+                self._begun.add(events)
                 header, arrays = split(message)
                 item, stats, last = unpack_event(header["event"], arrays)
                 events.stats = stats
@@ -176,6 +184,7 @@ class RayEngine(EngineClient):
                 raise
         finally:
             self._streams.pop(events, None)
+            self._begun.discard(events)
 
     async def _call(self, method: str) -> Any:
         return await getattr(self._handle, method).remote(0)
@@ -227,6 +236,14 @@ def _deploy(options: OpenOptions, replicas: Replicas) -> Any:
         graceful_shutdown_timeout_s=60,
     )
     return serve.run(deployment.bind(asdict(options)), name=APPLICATION, route_prefix=None)
+
+
+def _take_signals_back() -> None:
+    """Install Python's own handling of SIGTERM and SIGINT again: Ray's ends the process."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.getsignal(number))
+            signal.siginterrupt(number, False)
 
 
 def _running() -> int:

@@ -135,7 +135,8 @@ def pixels(url: str) -> bytes:
 @contextmanager
 def running(bundle: Path, log: Path) -> Iterator[Front]:
     """Start the server in a session of its own; at the end none of its processes may be left."""
-    words = "--name ray --port 0 --exit-on-crash --engine ray --replicas 2 --slots 2 --threads 1".split()
+    options = "--name ray --port 0 --engine ray --replicas 2 --slots 2 --threads 1 --exit-on-crash"
+    words = options.split()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "mmi_deploy", "serve", str(bundle), *words],
@@ -157,7 +158,7 @@ def running(bundle: Path, log: Path) -> Iterator[Front]:
         wait_until(told, 240, "the server is ready")
         yield Front(process, log, address)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(90) == 0
+        assert process.wait(90) == 0, f"exit code {process.returncode}"
         wait_until(lambda: not in_session(session), 20, "all processes have ended")
     finally:
         for number in in_session(session):
@@ -199,14 +200,21 @@ def check_answers(front: Front, expected: list[Answer]) -> None:
 def check_cancellation(front: Front, expected: list[Answer]) -> None:
     """A client leaves in the middle of a picture; its document ends, and others are answered."""
     endless = ("a red square", False, {"seed": 1, "max_images": 30, "turn_tokens": 1})
-    streams = [front.lines(*endless, **{}) for _ in range(4)]
+    streams = [front.lines(*endless) for _ in range(4)]
     for stream in streams:
         next(stream)
-    assert front.gauge("mmi_running") + front.gauge("mmi_waiting") >= 1
+    assert front.gauge("mmi_running") >= 1
     for stream in streams:
         stream.close()
-    documents = lambda: front.client.get("/health/ready").json()["documents"]  # noqa: E731
+
+    def documents() -> int:
+        return int(front.client.get("/health/ready").json()["documents"])
+
     seconds = wait_until(lambda: documents() == 0, 10, "no document is left")
+    # The replica that had them all: the same beginning goes there.
+    start = time.monotonic()
+    front.answer(endless[0], False, {"seed": 5, "max_images": 0})
+    assert time.monotonic() - start < 10, "its slots are free"
     assert front.answer(*CASES[1]) == expected[1]
     print(f"four clients left in a picture: no document after {seconds:.1f} s")
 
@@ -228,18 +236,20 @@ def check_death(front: Front, expected: list[Answer]) -> None:
         asked = [threads.submit(one, number) for number in range(40)]
         wait_until(lambda: sum(future.done() for future in asked) >= 8, 120, "under load")
         os.kill(before[0], signal.SIGKILL)
+        killed = time.monotonic()
         ends = [future.result() for future in asked]
     counts = {end: ends.count(end) for end in set(ends)}
     assert counts.pop("wrong", 0) == 0 and counts["right"] >= 30, counts
     assert set(counts) <= {"right", "engine_died"}, counts
     assert front.ready(), "one replica is enough"
-    seconds = wait_until(
-        lambda: len(front.replicas()) == 2 and not {before[0]} & set(front.replicas()),
+    wait_until(
+        lambda: len(front.replicas()) == 2 and before[0] not in front.replicas(),
         120,
         "a new replica",
     )
+    seconds = time.monotonic() - killed
     assert front.answer(*CASES[0]) == expected[0]
-    print(f"one of two replicas killed under load: {counts}; again two after {seconds:.1f} s")
+    print(f"one of two replicas killed under load: {counts}; two again within {seconds:.0f} s")
 
 
 def check_affinity(front: Front) -> None:
