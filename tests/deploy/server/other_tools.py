@@ -1,5 +1,6 @@
-"""AIPerf and GuideLLM, unmodified, against `mmi serve`: `python -m deploy.server.other_tools BUNDLE`.
+"""AIPerf and GuideLLM, unmodified, against `mmi serve`.
 
+`python -m deploy.server.other_tools BUNDLE`, in tests/, runs both and prints their reports.
 Both are installed into environments of their own in `--environments` at the first run (GuideLLM
 brings torch). The bundle's tokenizer must know the words of the prompts; the tiny model's does. Of
 each run the tool's own count of errors must be 0; exit code 1 otherwise.
