@@ -33,6 +33,7 @@ def test_the_model_tells_its_limits_samplers_sizes_and_exactness() -> None:
         "text_bytes": 2**20,
         "image_bytes": 20 * 2**20,
         "image_pixels": 64_000_000,
+        "all_pixels": 256_000_000,
         "images": 4,
         "tokens": 512,
         "seconds": 600.0,

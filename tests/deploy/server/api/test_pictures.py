@@ -229,3 +229,14 @@ def test_an_allowed_fetch_gets_the_address_and_its_file_is_checked_too() -> None
     assert asked == ["https://pictures.test/a"]
     with pytest.raises(ApiError, match="bytes"):
         PictureReader(SIDE, RequestLimits(image_bytes=100), fetch).of_url("https://p.test/a", "x")
+
+
+def test_all_pictures_together_have_a_limit_of_pixels() -> None:
+    several = reader(all_pixels=2 * 40 * 40)
+    urls = [data_url(file_of(random_picture(number, 40, 40))) for number in range(3)]
+    for url in urls[:2]:
+        several.of_url(url, "x")
+        several.of_url(url, "x")  # a picture that comes again is decoded once
+    with pytest.raises(ApiError) as caught:
+        several.of_url(urls[2], "x")
+    assert caught.value.code == "images_too_many_pixels"
