@@ -26,6 +26,7 @@ WRITTEN = {
     "gpu_check/report.json",
     "gpu_check/report.md",
     "report.md",
+    "result.json",
     "model.safetensors.index.json",
 }
 
