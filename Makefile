@@ -10,7 +10,7 @@ OUT ?= out
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train-tiny smollm bench gpu-check triton-check floors release clean
+.PHONY: help install demo test lint format train-tiny smollm bench gpu-check triton-check ray-check floors release clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -67,6 +67,12 @@ triton-check: $(INSTALLED) bundles/tiny/bundle.json ## run the Triton model in t
 	$(VENV)/triton/bin/python -m pip install -qq --disable-pip-version-check --editable '.[cpu]' 'tritonclient[grpc]'
 	$(VENV)/triton/bin/python -m pip install -qq --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0 numpy==1.26.4
 	$(VENV)/triton/bin/python tests/deploy/server/triton/real_server.py bundles/tiny
+
+ray-check: $(INSTALLED) bundles/tiny/bundle.json ## run two replicas on Ray, and kill one under load
+	rm -rf $(VENV)/ray
+	$(PYTHON) -m venv $(VENV)/ray
+	$(VENV)/ray/bin/python -m pip install -qq --disable-pip-version-check --editable '.[cpu,ray]' httpx
+	$(VENV)/ray/bin/python tests/deploy/server/ray/two_replicas.py bundles/tiny --log $(VENV)/ray/server.log
 
 floors: $(INSTALLED) bundles/tiny/bundle.json ## run the runtime with the oldest dependencies that are declared
 	rm -rf $(VENV)/floors

@@ -12,9 +12,9 @@ class RequestLimits:
     """Limits of one request; each is checked before what it limits is decoded or computed.
 
     body_bytes: of the JSON. parts: texts, pictures and places to draw. text_bytes: of all texts.
-    image_bytes: of one picture's file. image_pixels: of one picture, by its header. images:
-    given and drawn; None for the model's. tokens: text tokens to write; None for the model's
-    context. seconds: until the request is ended.
+    image_bytes: of one picture's file. image_pixels: of one picture, by its header; all_pixels: of
+    all that are given. images: given and drawn; None for the model's. tokens: text tokens to write;
+    None for the model's context. seconds: until the request is ended.
     """
 
     body_bytes: int = 64 * 2**20
@@ -22,6 +22,7 @@ class RequestLimits:
     text_bytes: int = 2**20
     image_bytes: int = 20 * 2**20
     image_pixels: int = 64_000_000
+    all_pixels: int = 256_000_000
     images: int | None = None
     tokens: int | None = None
     seconds: float = 600.0

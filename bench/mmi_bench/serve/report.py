@@ -133,12 +133,17 @@ def rate_rows(result: Result) -> list[list[str]]:
 
 def write_files(result: Result, folder: Path) -> None:
     """Write all files of a result into an empty folder."""
-    lines = "".join(json.dumps(line) + "\n" for line in result.lines())
-    write_new_file(folder / REQUESTS, lines)
-    write_new_file(folder / RESULT, json.dumps(result.to_json(), indent=1) + "\n")
+    write_data(result, folder)
     write_new_file(folder / "summary.csv", to_csv(result))
     write_new_file(folder / "report.md", to_markdown(result))
     write_new_file(folder / "index.html", to_html(result, plots(result, folder)))
+
+
+def write_data(result: Result, folder: Path) -> None:
+    """Write what `mmi bench compare` reads: the result, and a line for each request."""
+    lines = "".join(json.dumps(line) + "\n" for line in result.lines())
+    write_new_file(folder / REQUESTS, lines)
+    write_new_file(folder / RESULT, json.dumps(result.to_json(), indent=1) + "\n")
 
 
 def to_csv(result: Result) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import mean
 from typing import Any
 
@@ -102,7 +103,9 @@ class Result:
     complete: bool = False
 
     def add(self, run: Run) -> None:
+        """Add a run."""
         self.runs.append(run_result(run, self.limits))
+        self.__dict__.pop("measures", None)
 
     @property
     def valid(self) -> bool:
@@ -118,7 +121,7 @@ class Result:
         """Requests of all windows."""
         return [record for one in self.runs for record in one.run.records]
 
-    @property
+    @cached_property
     def measures(self) -> dict[str, Summary]:
         """Statistics of the requests of all runs."""
         return summaries(one for result in self.runs for one in result.run.successes)
@@ -305,7 +308,10 @@ def run_notes(run: Run, plan: Plan) -> list[str]:
     found = []
     warmed = len(run.warm_up_records)
     how = "steady" if run.warm else "NOT steady, medians still differ by more than 5 %,"
-    found.append(f"warm-up {how} after {warmed} requests in {run.warm_up_seconds:.1f} s")
+    if plan.warm_up:
+        found.append(f"warm-up {how} after {warmed} requests in {run.warm_up_seconds:.1f} s")
+    else:
+        found.append("NOT WARMED UP: --warm-up is 0")
     counts = run.counts()
     parts = [f"{counts[name]} {name}" for name in ("done", "rejected", "failed", "cut")]
     found.append(f"{counts['sent']} requests in {run.seconds:.1f} s: {', '.join(parts)}")

@@ -26,8 +26,9 @@ from mmi_deploy.system.progress import Progress, silent
 # Prompts of a run begin at a multiple of this number: no two runs share one.
 RUN_STRIDE = 10_000_000
 
-# Seconds between two looks at the requests in flight, and between two judgements of saturation.
-_LOOK, _JUDGE = 0.1, 1.0
+# Seconds between two looks at the requests in flight, and between two judgements of saturation, the
+# latter also as a share of the window so far.
+_LOOK, _JUDGE, _JUDGE_SHARE = 0.1, 1.0, 0.05
 
 # Seconds of a window before saturation is judged.
 _SETTLED = 10.0
@@ -159,11 +160,12 @@ class Measurement:
         self._checked: set[int] = set()  # identities of records
         self._latencies: list[float] = []  # of warm-up, in the order of their ends
         self._due_left = False  # requests of a fixed set that are not sent yet
-        self._judged = 0.0
+        self._over = self._done = 0  # requests of the window that ended, and ended well
+        self._judge_at = 0.0
         self._failure: BaseException | None = None  # of a task
 
     async def measure(self) -> Run:
-        """Warm up, measure, drain. Raises `MmiError` if no request succeeds."""
+        """Warm up, measure, drain. Raises `MmiError` if requests keep failing."""
         drain = 0.0
         self._ready = {phase: asyncio.Queue(_AHEAD) for phase in ("warm-up", "window")}
         fillers = [asyncio.create_task(self._fill(phase)) for phase in self._ready]
@@ -216,8 +218,7 @@ class Measurement:
     async def _window(self) -> None:
         run, load = self.run, self._load
         self._phase = "window"
-        run.begin = run.end = self._client.now()
-        run.end, run.peak_in_flight = None, self._flying
+        run.begin, run.peak_in_flight = self._client.now(), self._flying
         if load.kind == "offline":
             self._due_left = True
             self._start(self._all_at_once())
@@ -253,16 +254,16 @@ class Measurement:
         if not run.in_flight or now - run.in_flight[-1][0] >= _LOOK:
             run.in_flight.append((now, self._flying))
         if self._load.is_fixed:
-            ended = sum(r.outcome != "running" for r in run.records)
-            self._report("measuring", ended, max(ended, len(run.records)))
+            self._report("measuring", self._over, max(self._over, len(run.records)))
             run.steady = not self._due_left and not self._tasks
             return run.steady or seconds >= plan.max_seconds
         wanted = max(plan.requests, STEADY_REQUESTS * run.peak_in_flight)
-        done = sum(r.outcome == "done" for r in run.records)
-        run.steady = seconds >= plan.min_seconds and done >= wanted
-        self._report("measuring", min(seconds / max(plan.min_seconds, 1e-9), done / wanted), 1)
-        if self._load.is_open and seconds >= _SETTLED and now - self._judged >= _JUDGE:
-            self._judged = now
+        run.steady = seconds >= plan.min_seconds and self._done >= wanted
+        share = min(seconds / max(plan.min_seconds, 1e-9), self._done / wanted)
+        self._report("measuring", share, 1)
+        if self._load.is_open and seconds >= _SETTLED and now >= self._judge_at:
+            # Seldom in a long window: looking at every request takes time.
+            self._judge_at = now + max(_JUDGE, seconds * _JUDGE_SHARE)
             outputs = [(r.start, first_output(r)) for r in run.records]
             known = [(start, output) for start, output in outputs if output is not None]
             run.over_saturated = is_over_saturated(run.in_flight, known)
@@ -304,6 +305,7 @@ class Measurement:
         """Prepare a fixed number of requests, then send them all."""
         prepared = [await self._ready["window"].get() for _ in range(self._plan.requests)]
         self.run.begin = self._client.now()  # preparing is not part of the window
+        self.run.in_flight.clear()
         for one in prepared:
             self._start(self._converse(one))
         self._due_left = False
@@ -363,6 +365,8 @@ class Measurement:
             await self._client.generate(record, self._wire.endpoint, body, keep)
         finally:
             self._flying -= 1
+            self._over += in_window
+            self._done += in_window and record.outcome == "done"
             self._changed.set()
         if self._phase == "warm-up" and record.outcome == "done" and record.end is not None:
             self._latencies.append(record.end - record.start)

@@ -17,8 +17,9 @@ from pathlib import Path
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system.progress import Progress, silent
 
-# Seconds until the address is printed and the server is ready, and those to stop.
-_START, _READY, _STOP = 120.0, 900.0, 60.0
+# Seconds until the address is printed (large engines load for minutes before), until the server is
+# ready, and to stop.
+_START, _READY, _STOP = 900.0, 900.0, 60.0
 
 _LOOK = 0.1
 

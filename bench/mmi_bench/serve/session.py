@@ -174,6 +174,7 @@ class Session:
             "argv": sys.argv,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": describe_machine(),
+            "clocks_mhz": clocks(),
             "environment": environment(os.environ),
             "workload": describe_workload(settings.workload),
             "load": settings.load.describe(),
@@ -221,6 +222,15 @@ class Session:
                 return 0
 
         return count
+
+
+def clocks() -> list[float]:
+    """Clock of each core in MHz; none where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    return [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:

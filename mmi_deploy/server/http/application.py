@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -98,37 +99,37 @@ def _generation(service: Service, endpoint: Endpoint) -> Handler:
 
     async def handle(request: Request) -> Response:
         service.check_ready()  # before a large body is read
-        settings, state = service.settings, request.scope["state"]
-        body = await read_json(
-            request.scope, request.receive, settings.limits.body_bytes, settings.body_seconds
-        )
-        read = await _read(service, endpoint, body, request)
+        state = request.scope["state"]
+        body, limits = await _body(service, request), service.settings.limits
+        fetch = _fetch(service, request)
+        reading = partial(endpoint.formats.read, body, service.model, limits, fetch)
+        read: ApiRequest = await _in_thread(service, request, reading)
         documents = service.submit(read.requests, state["tenant"], state["begun"])
         return _response(service, endpoint, read, documents, request)
 
     return handle
 
 
-async def _read(
-    service: Service, endpoint: Endpoint, body: dict[str, Any], request: Request
-) -> ApiRequest:
-    """Read a body; in a thread if it may hold pictures, which take long to decode."""
+async def _body(service: Service, request: Request) -> dict[str, Any]:
+    """JSON of a request. Raises `ApiError`."""
+    settings = service.settings
+    return await read_json(
+        request.scope, request.receive, settings.limits.body_bytes, settings.body_seconds
+    )
+
+
+def _fetch(service: Service, request: Request) -> Callable[[str], bytes]:
+    """Reader of pictures that are no data URLs, in the name of the request's tenant."""
     tenant = request.scope["state"]["tenant"]
-    # Those of several documents take no pictures.
-    fetch = () if endpoint.several else (lambda url: service.fetch(url, tenant),)
+    return lambda url: service.fetch(url, tenant)
 
-    def read() -> ApiRequest:
-        found: ApiRequest = endpoint.formats.read(
-            body, service.model, service.settings.limits, *fetch
-        )
-        return found
 
-    if (
-        not service.settings.image_hosts
-        and int(request.headers.get("content-length", INLINE)) < INLINE
-    ):
+async def _in_thread(service: Service, request: Request, read: Callable[[], Any]) -> Any:
+    """Read a body, in a thread if it may hold pictures, which take long to decode or to fetch."""
+    small = int(request.headers.get("content-length", INLINE)) < INLINE
+    if small and not service.settings.image_hosts:
         return read()
-    return await asyncio.get_running_loop().run_in_executor(service.pool, read)
+    return await asyncio.get_running_loop().run_in_executor(service.readers, read)
 
 
 def _response(
@@ -212,18 +213,22 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    def post(path: str, do: Callable[..., dict[str, Any]], documented: dict[str, Any]) -> None:
-        async def handle(request: Request) -> JSONResponse:
-            settings = service.settings
-            body = await read_json(
-                request.scope, request.receive, settings.limits.body_bytes, settings.body_seconds
-            )
-            return JSONResponse(do(body, service.model, settings.limits))
+    async def tokenize(request: Request) -> JSONResponse:
+        body, limits = await _body(service, request), service.settings.limits
+        fetch = _fetch(service, request)
+        read = partial(tokens.tokenize, body, service.model, limits, fetch)
+        return JSONResponse(await _in_thread(service, request, read))
 
-        app.add_api_route(path, handle, methods=["POST"], **documented)
+    async def detokenize(request: Request) -> JSONResponse:
+        body, limits = await _body(service, request), service.settings.limits
+        read = partial(tokens.detokenize, body, service.model, limits)
+        return JSONResponse(await _in_thread(service, request, read))
 
-    post("/tokenize", tokens.tokenize, described(tokens, tokens.TOKENIZE_SCHEMA))
-    post("/detokenize", tokens.detokenize, described(tokens, tokens.DETOKENIZE_SCHEMA))
+    for path, handler, schema in (
+        ("/tokenize", tokenize, tokens.TOKENIZE_SCHEMA),
+        ("/detokenize", detokenize, tokens.DETOKENIZE_SCHEMA),
+    ):
+        app.add_api_route(path, handler, methods=["POST"], **described(tokens, schema))
 
 
 # Health and metrics.

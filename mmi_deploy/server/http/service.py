@@ -7,7 +7,7 @@ import io
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
@@ -17,13 +17,14 @@ from typing import Literal
 
 from PIL import Image
 
-from mmi_deploy.documents.document import Document, Draw, Text
+from mmi_deploy.documents.document import Document, Text
 from mmi_deploy.documents.images import Rgb, to_png
 from mmi_deploy.errors import BusyError, ConfigError, DocumentError, MmiError
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.server.api import models
 from mmi_deploy.server.api.api_request import ApiRequest, OutputFormat
 from mmi_deploy.server.api.errors import ApiError, api_error_of
+from mmi_deploy.server.engine.affinity import hash_of_beginning
 from mmi_deploy.server.engine.client import EngineClient, EngineDied
 from mmi_deploy.server.engine.open_options import OpenOptions, bundle_digest
 from mmi_deploy.server.http.image_fetch import ImageFetch
@@ -57,12 +58,13 @@ class Service:
         settings: ServerSettings,
         log: logging.Logger,
         tracing: Tracing | None = None,
+        client: Callable[..., EngineClient] = EngineClient,
     ) -> None:
-        """engines: options of each engine process."""
+        """engines: options of each engine process. client: makes the client of one."""
         self.tracing = tracing or NoTracing()
         self.settings, self.log, self._base = settings, log, model
         self.model = model  # with the fingerprint, once an engine is ready
-        self.engines = [EngineClient(options, self._changed, self._say) for options in engines]
+        self.engines = [client(options, self._changed, self._say) for options in engines]
         self.metrics, self.keys = Metrics(), Keys(settings.keys)
         self.pictures = PictureStore(settings.picture_seconds, settings.picture_bytes)
         self._remote = (
@@ -70,7 +72,9 @@ class Service:
             if settings.image_hosts
             else None
         )
-        self.pool = ThreadPoolExecutor(2, thread_name_prefix="mmi-pictures")
+        # Two, so that a request of large pictures does not hold up the pictures of replies.
+        self.readers = ThreadPoolExecutor(2, thread_name_prefix="mmi-reader")
+        self._encoders = ThreadPoolExecutor(2, thread_name_prefix="mmi-encoder")
         self.draining = False
         self.requests = 0  # in flight, of any kind
         self.changed = asyncio.Event()  # of any state; whoever waits clears it
@@ -87,7 +91,8 @@ class Service:
         """End the engine processes at once."""
         await asyncio.gather(*(engine.close() for engine in self.engines))
         await asyncio.to_thread(self.tracing.close)
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.readers, self._encoders):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:
         """End the engine processes without waiting."""
@@ -192,7 +197,7 @@ class Service:
         least = min(engines, key=lambda engine: engine.documents)
         if len(engines) == 1:
             return least
-        usual = engines[_hash_of_beginning(document, tenant) % len(engines)]
+        usual = engines[hash_of_beginning(document, tenant) % len(engines)]
         slots = usual.ready.slots if usual.ready is not None else 0
         return usual if usual.documents < max(slots, 2 * least.documents) else least
 
@@ -251,7 +256,7 @@ class Service:
     async def encode(self, rgb: Rgb, format: OutputFormat, compression: int | None) -> bytes:
         """Encode a picture in a thread."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool, encode_picture, rgb, format, compression)
+        return await loop.run_in_executor(self._encoders, encode_picture, rgb, format, compression)
 
     # Checks in the background.
 
@@ -317,16 +322,6 @@ def encode_picture(rgb: Rgb, format: OutputFormat, compression: int | None) -> b
     else:
         image.save(buffer, "WEBP", quality=compression)
     return buffer.getvalue()
-
-
-def _hash_of_beginning(document: Document, tenant: str) -> int:
-    """Hash of the first part, by which turns of a conversation find the same engine."""
-    first = document.parts[0]
-    if isinstance(first, Text):
-        content = first.text[:256].encode()
-    else:
-        content = b"" if isinstance(first, Draw) else first.rgb.tobytes()
-    return int.from_bytes(sha256(tenant.encode() + b"\0" + content).digest()[:8])
 
 
 def _unavailable(state: State) -> ApiError:

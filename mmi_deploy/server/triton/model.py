@@ -189,12 +189,12 @@ class _Replies:
     """Responses to one request; only one of them is the last."""
 
     def __init__(self, utils: Any, sender: Any) -> None:
-        self._utils, self._sender = utils, sender
-        self._ended = False
+        self._utils = utils
+        self._sender = sender  # None after the last one: its end is a message to the server too
 
     def cancelled(self) -> bool:
         """True if the client has left or cancelled the request."""
-        return bool(self._sender.is_cancelled())
+        return self._sender is not None and bool(self._sender.is_cancelled())
 
     def send(self, reply: Reply, last: bool = False) -> None:
         """Send a response."""
@@ -210,21 +210,22 @@ class _Replies:
         if answer.status not in kinds:
             line = str(error) if isinstance(error, MmiError) else repr(error)
             self._utils.Logger.log_error(f"mmi: {line}")
-        if not self._ended:
+        if self._sender is not None:
             failure = codes(answer.message, kinds.get(answer.status, codes.INTERNAL))
             self._send(self._utils.InferenceResponse(error=failure), last=True)
 
     def end(self) -> None:
         """Mark the end of the responses, unless the last one did: without a mark, the server keeps
         the request for ever."""
-        if not self._ended:
+        if self._sender is not None:
             self._sender.send(flags=self._utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            self._ended = True
+            self._sender = None
 
     def _send(self, response: Any, last: bool) -> None:
         final = self._utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         self._sender.send(response, flags=final if last else 0)
-        self._ended = last
+        if last:
+            self._sender = None
 
     def _tensor(self, name: str, values: Any, dtype: Any) -> Any:
         return self._utils.Tensor(name, np.ascontiguousarray(values, dtype))

@@ -69,9 +69,11 @@ def test_known_sleeps_give_known_latencies(endpoint: str, piece: int | None) -> 
     }
     if endpoint == "responses":
         expected["first_preview"] = 0.05 + 7 * 0.01 + 0.02
+    once = {"first_token", "first_output", "first_image", "first_preview", "end_to_end"}
     for key, seconds in expected.items():
-        late = SLACK if seconds < 0.4 else 3 * SLACK  # ends after the others are read as well
-        assert 0.9 * seconds - 0.003 <= median(result, key) <= seconds + late, key
+        # Of a value in each request the least: the machine may be busy.
+        found = result.measures[key].least if key in once else median(result, key)
+        assert 0.9 * seconds - 0.003 <= found <= seconds + SLACK, key
     assert result.complete and result.valid
     assert all(record.tokens == 24 and record.images == 3 for record in result.runs[0].run.ended)
     # Two at once, each of 0.46 seconds or more.

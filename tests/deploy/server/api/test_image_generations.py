@@ -186,11 +186,10 @@ DIED = ApiError(503, "engine_died", "the engine process ended")
 def test_failure_of_one_picture_ends_the_stream_and_leaves_no_task(end: Any) -> None:
     closed = []
 
-    async def endless() -> AsyncIterator[Event]:
+    async def waiting() -> AsyncIterator[Event]:
         try:
-            while True:
-                yield ImageProgress(0, 1, STEPS, picture(1, 8))
-                await asyncio.sleep(0)
+            yield ImageProgress(0, 1, STEPS, picture(1, 8))
+            await asyncio.Event().wait()
         finally:
             closed.append(True)
 
@@ -201,12 +200,11 @@ def test_failure_of_one_picture_ends_the_stream_and_leaves_no_task(end: Any) -> 
     async def use() -> None:
         context = Surroundings().context
         async with asyncio.timeout(20):
-            async for item in images.stream(request, [endless(), each(failing)], context):
+            async for item in images.stream(request, [waiting(), each(failing)], context):
                 items.append(item)
-        assert len(asyncio.all_tasks()) == 1
+        assert closed == [True] and len(asyncio.all_tasks()) == 1
 
     asyncio.run(use())
-    assert closed == [True]
     with pytest.raises(openai.APIError) as caught:
         list(Server(lambda _: items).client().images.generate(**ask(n=2), stream=True))
     assert caught.value.message
@@ -215,23 +213,23 @@ def test_failure_of_one_picture_ends_the_stream_and_leaves_no_task(end: Any) -> 
 def test_client_that_leaves_ends_the_readers_of_events() -> None:
     closed = []
 
-    async def endless() -> AsyncIterator[Event]:
+    async def waiting() -> AsyncIterator[Event]:
         try:
-            while True:
-                yield ImageProgress(0, 1, STEPS, picture(1, 8))
-                await asyncio.sleep(0)
+            yield ImageProgress(0, 1, STEPS, picture(1, 8))
+            await asyncio.Event().wait()
         finally:
             closed.append(True)
 
     async def use() -> None:
         request = read(n=2, stream=True, partial_images=1)
-        stream = images.stream(request, [endless(), endless()], Surroundings().context)
-        await anext(stream)
-        await stream.aclose()  # type: ignore[attr-defined]
-        assert len(asyncio.all_tasks()) == 1
+        stream = images.stream(request, [waiting(), waiting()], Surroundings().context)
+        async with asyncio.timeout(20):
+            await anext(stream)
+            await anext(stream)
+            await stream.aclose()  # type: ignore[attr-defined]
+        assert closed == [True, True] and len(asyncio.all_tasks()) == 1
 
     asyncio.run(use())
-    assert closed == [True, True]
 
 
 def test_failure_before_the_first_event_is_raised() -> None:

@@ -470,7 +470,7 @@ def test_model_draws_no_more_than_the_document_has_room_for() -> None:
 # Transports
 
 
-def test_transport_url_keeps_pictures_and_sends_short_longest_line() -> None:
+def test_transport_url_keeps_pictures_and_sends_short_lines() -> None:
     around = Surroundings(event_bytes=4096)
     body = ask(stream=True, mmi={"image_transport": "url", "seed": 7}, user="x" * 4000)
     request = responses.read(body, MODEL, LIMITS)
@@ -644,6 +644,7 @@ def test_without_the_tool_the_model_draws_nothing_by_itself() -> None:
     assert read(mmi={"max_images": 2}).options.max_images == 2
     assert read(max_tool_calls=1).options.max_images == 1
     assert read(max_tool_calls=3, mmi={"max_images": 2}).options.max_images == 2
+    assert read(max_tool_calls=1, mmi={"max_images": 2}).options.max_images == 1
     assert read(tool_choice="none").options.max_images == 0
     draw = [{"role": "user", "content": [{"type": "mmi.draw"}]}]
     assert read(tools=[], input=draw).document == document_of(Draw())
