@@ -358,7 +358,9 @@ async function otherSeed(part) {
   draft.value = "";
   const other = before(tail, part.turn).map(copy);
   document.takes = [{ parts: tail, turn: part.turn }, { parts: other, turn: null }];
-  const seed = options.values.seed === "" ? {} : { seed: document.turns[part.turn].seed + 1 };
+  // The seed of the settings, unless this turn had it: then the next one.
+  const { seed: had } = document.turns[part.turn];
+  const seed = Number(options.values.seed || "NaN") === had ? { seed: had + 1 } : {};
   const go = () => generate(other, document.parts, go, seed);
   changed();
   await go();
