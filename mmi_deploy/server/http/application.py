@@ -35,8 +35,12 @@ from mmi_deploy.server.http.page_files import INDEX, PageFiles
 from mmi_deploy.server.http.picture_store import PATH
 from mmi_deploy.server.http.service import Service
 
-# Bytes of a body below which it holds no picture worth a thread.
+# Bytes of a body below which it is read without a thread, unless it has pictures: some hundred
+# bytes may be millions of pixels.
 INLINE = 4096
+
+# Keys of pictures in bodies.
+PICTURES = ("image_url", "result")
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,15 @@ async def _read(
         )
         return found
 
-    if service.fetch is None and int(request.headers.get("content-length", INLINE)) < INLINE:
+    if int(request.headers.get("content-length", INLINE)) < INLINE and not _has_pictures(body):
         return read()
-    return await asyncio.get_running_loop().run_in_executor(service.pool, read)
+    return await asyncio.get_running_loop().run_in_executor(service.readers, read)
+
+
+def _has_pictures(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(key in PICTURES or _has_pictures(one) for key, one in value.items())
+    return isinstance(value, list) and any(map(_has_pictures, value))
 
 
 def _response(

@@ -23,6 +23,7 @@ from mmi_deploy.errors import BusyError, ConfigError, DocumentError, MmiError
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.server.api.api_request import ApiRequest, OutputFormat
 from mmi_deploy.server.api.errors import ApiError, api_error_of
+from mmi_deploy.server.api.usage import picture_tokens
 from mmi_deploy.server.engine.client import EngineClient, EngineDied
 from mmi_deploy.server.engine.open_options import OpenOptions, bundle_digest
 from mmi_deploy.server.http.image_fetch import ImageFetch
@@ -42,6 +43,9 @@ RECENT = 32
 SOONEST, LATEST = 1, 60
 
 JPEG_QUALITY = 90
+
+# Threads that read bodies with pictures; more where these may be waited for.
+READERS, FETCHING_READERS = 2, 16
 
 
 class Service:
@@ -65,7 +69,10 @@ class Service:
             if settings.image_hosts
             else None
         )
-        self.pool = ThreadPoolExecutor(2, thread_name_prefix="mmi-pictures")
+        # Apart, so that large pictures, or slow hosts of them, hold up no replies.
+        readers = FETCHING_READERS if self.fetch else READERS
+        self.readers = ThreadPoolExecutor(readers, thread_name_prefix="mmi-reader")
+        self.encoders = ThreadPoolExecutor(2, thread_name_prefix="mmi-encoder")
         self.draining = False
         self.requests = 0  # in flight, of any kind
         self.changed = asyncio.Event()  # of any state; whoever waits clears it
@@ -81,7 +88,8 @@ class Service:
     async def close(self) -> None:
         """End the engine processes at once."""
         await asyncio.gather(*(engine.close() for engine in self.engines))
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.readers, self.encoders):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:
         """End the engine processes without waiting."""
@@ -162,6 +170,8 @@ class Service:
             )
             self.metrics.tokens.labels("prompt_text").inc(one.prompt_usage.text)
             self.metrics.tokens.labels("prompt_image").inc(one.prompt_usage.image)
+            given = one.prompt_usage.image // picture_tokens(self.model.config)
+            self.metrics.images.labels("given").inc(given)
             found.append(ObservedEvents(events, self.metrics, begun, self._ended, self._refusal))
         return found
 
@@ -222,7 +232,7 @@ class Service:
     async def encode(self, rgb: Rgb, format: OutputFormat, compression: int | None) -> bytes:
         """Encode a picture in a thread."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool, encode_picture, rgb, format, compression)
+        return await loop.run_in_executor(self.encoders, encode_picture, rgb, format, compression)
 
     # Checks in the background.
 
