@@ -37,8 +37,12 @@ from mmi_deploy.server.http.page_files import INDEX, PageFiles
 from mmi_deploy.server.http.picture_store import PATH
 from mmi_deploy.server.http.service import Service
 
-# Bytes of a body below which it holds no picture worth a thread.
+# Bytes of a body below which it is read without a thread, unless it has pictures: some hundred
+# bytes may be millions of pixels.
 INLINE = 4096
+
+# Keys of pictures in bodies.
+PICTURES = ("image_url", "result")
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def _generation(service: Service, endpoint: Endpoint) -> Handler:
         body, limits = await _body(service, request), service.settings.limits
         fetch = _fetch(service, request)
         reading = partial(endpoint.formats.read, body, service.model, limits, fetch)
-        read: ApiRequest = await _in_thread(service, request, reading)
+        read: ApiRequest = await _in_thread(service, request, body, reading)
         documents = service.submit(read.requests, state["tenant"], state["begun"])
         return _response(service, endpoint, read, documents, request)
 
@@ -124,12 +128,19 @@ def _fetch(service: Service, request: Request) -> Callable[[str], bytes]:
     return lambda url: service.fetch(url, tenant)
 
 
-async def _in_thread(service: Service, request: Request, read: Callable[[], Any]) -> Any:
-    """Read a body, in a thread if it may hold pictures, which take long to decode or to fetch."""
-    small = int(request.headers.get("content-length", INLINE)) < INLINE
-    if small and not service.settings.image_hosts:
+async def _in_thread(
+    service: Service, request: Request, body: dict[str, Any], read: Callable[[], Any]
+) -> Any:
+    """Read a body, in a thread if it has pictures, which take long to decode or to fetch."""
+    if int(request.headers.get("content-length", INLINE)) < INLINE and not _has_pictures(body):
         return read()
     return await asyncio.get_running_loop().run_in_executor(service.readers, read)
+
+
+def _has_pictures(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(key in PICTURES or _has_pictures(one) for key, one in value.items())
+    return isinstance(value, list) and any(map(_has_pictures, value))
 
 
 def _response(
@@ -217,12 +228,12 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         body, limits = await _body(service, request), service.settings.limits
         fetch = _fetch(service, request)
         read = partial(tokens.tokenize, body, service.model, limits, fetch)
-        return JSONResponse(await _in_thread(service, request, read))
+        return JSONResponse(await _in_thread(service, request, body, read))
 
     async def detokenize(request: Request) -> JSONResponse:
         body, limits = await _body(service, request), service.settings.limits
         read = partial(tokens.detokenize, body, service.model, limits)
-        return JSONResponse(await _in_thread(service, request, read))
+        return JSONResponse(await _in_thread(service, request, body, read))
 
     for path, handler, schema in (
         ("/tokenize", tokenize, tokens.TOKENIZE_SCHEMA),

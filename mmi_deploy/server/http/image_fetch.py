@@ -9,6 +9,8 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
+from threading import Timer
 from urllib.parse import urlsplit
 
 from mmi_deploy.server.api.errors import ApiError
@@ -17,6 +19,11 @@ from mmi_deploy.server.api.errors import ApiError
 SECONDS = 10.0
 
 CHUNK = 65_536
+
+# IPv6 networks of addresses that stand for IPv4 addresses of any kind: NAT64, 6to4, Teredo.
+_TRANSLATED = tuple(
+    map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
+)
 
 
 class ImageFetch:
@@ -77,29 +84,50 @@ class ImageFetch:
                 data += chunk
                 if len(data) > self._most:
                     raise _refused(f"is too large; at most {self._most} bytes")
-                connection.sock.settimeout(_left(end))
+            _left(end)  # else it may have been cut
             return bytes(data)
+        except (OSError, http.client.HTTPException):
+            _left(end)
+            raise
         finally:
-            connection.close()
+            connection.end()
 
 
 class _Connection(http.client.HTTPSConnection):
-    """Connection to a given address in the name of a host."""
+    """Connection to a given address in the name of a host, which is cut after `seconds` in all: the
+    time of a socket begins anew with every byte."""
 
     def __init__(
         self, host: str, address: str, port: int, context: ssl.SSLContext, seconds: float
     ) -> None:
         super().__init__(host, port, context=context, timeout=seconds)
         self._address, self._tls = address, context
+        self._cut: Timer | None = None
 
     def connect(self) -> None:
         """Connect without a second look-up of the name, which could give another address."""
         plain = socket.create_connection((self._address, self.port), self.timeout)
         try:
-            self.sock = self._tls.wrap_socket(plain, server_hostname=self.host)
+            self.sock = self._tls.wrap_socket(
+                plain, server_hostname=self.host, do_handshake_on_connect=False
+            )
         except BaseException:
             plain.close()
             raise
+        self._cut = Timer(self.timeout or 0, _shut_down, [self.sock])
+        self._cut.start()
+        self.sock.do_handshake()
+
+    def end(self) -> None:
+        """Close the connection and stop its time. `close` is called before the body is read too."""
+        if self._cut is not None:
+            self._cut.cancel()
+        self.close()
+
+
+def _shut_down(sock: socket.socket) -> None:
+    with suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _left(end: float) -> float:
@@ -118,6 +146,8 @@ def _is_public(address: str) -> bool:
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
+        return False
+    if any(parsed in network for network in _TRANSLATED):
         return False
     mapped = getattr(parsed, "ipv4_mapped", None)
     return (mapped or parsed).is_global and not parsed.is_multicast

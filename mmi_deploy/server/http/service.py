@@ -24,6 +24,7 @@ from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.server.api import models
 from mmi_deploy.server.api.api_request import ApiRequest, OutputFormat
 from mmi_deploy.server.api.errors import ApiError, api_error_of
+from mmi_deploy.server.api.usage import picture_tokens
 from mmi_deploy.server.engine.affinity import hash_of_beginning
 from mmi_deploy.server.engine.client import EngineClient, EngineDied
 from mmi_deploy.server.engine.open_options import OpenOptions, bundle_digest
@@ -46,6 +47,9 @@ RECENT = 32
 SOONEST, LATEST = 1, 60
 
 JPEG_QUALITY = 90
+
+# Threads that read bodies with pictures; more where these may be waited for.
+READERS, FETCHING_READERS = 2, 16
 
 
 class Service:
@@ -72,9 +76,10 @@ class Service:
             if settings.image_hosts
             else None
         )
-        # Two, so that a request of large pictures does not hold up the pictures of replies.
-        self.readers = ThreadPoolExecutor(2, thread_name_prefix="mmi-reader")
-        self._encoders = ThreadPoolExecutor(2, thread_name_prefix="mmi-encoder")
+        # Apart, so that large pictures, or slow hosts of them, hold up no replies.
+        readers = FETCHING_READERS if self._remote else READERS
+        self.readers = ThreadPoolExecutor(readers, thread_name_prefix="mmi-reader")
+        self.encoders = ThreadPoolExecutor(2, thread_name_prefix="mmi-encoder")
         self.draining = False
         self.requests = 0  # in flight, of any kind
         self.changed = asyncio.Event()  # of any state; whoever waits clears it
@@ -91,7 +96,7 @@ class Service:
         """End the engine processes at once."""
         await asyncio.gather(*(engine.close() for engine in self.engines))
         await asyncio.to_thread(self.tracing.close)
-        for pool in (self.readers, self._encoders):
+        for pool in (self.readers, self.encoders):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def kill(self) -> None:
@@ -173,6 +178,8 @@ class Service:
             )
             self.metrics.tokens.labels("prompt_text").inc(one.prompt_usage.text)
             self.metrics.tokens.labels("prompt_image").inc(one.prompt_usage.image)
+            given = one.prompt_usage.image // picture_tokens(self.model.config)
+            self.metrics.images.labels("given").inc(given)
             found.append(ObservedEvents(events, self.metrics, begun, self._ended, self._refusal))
         return found
 
@@ -256,7 +263,7 @@ class Service:
     async def encode(self, rgb: Rgb, format: OutputFormat, compression: int | None) -> bytes:
         """Encode a picture in a thread."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoders, encode_picture, rgb, format, compression)
+        return await loop.run_in_executor(self.encoders, encode_picture, rgb, format, compression)
 
     # Checks in the background.
 
