@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,7 @@ from mmi_deploy.spec.backends import AUTO, CPU, backend_of
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle.bundle import Bundle
+    from mmi_deploy.runtime.backend import check_target
     from mmi_deploy.server.engine.client import EngineClient
     from mmi_deploy.server.engine.open_options import OpenOptions
     from mmi_deploy.server.http.service import Service
@@ -367,6 +369,7 @@ def serve(
     with extras("serve", "cpu"):
         check_engines(target)
     from mmi_deploy.bundle.bundle import Bundle
+    from mmi_deploy.runtime.backend import check_target
     from mmi_deploy.server.served_model import ServedModel
     from mmi_deploy.server.settings import RequestLimits, ServerSettings, StreamRules
 
@@ -380,13 +383,14 @@ def serve(
         )
     opened = Bundle.open(bundle, unproved=unproved)
     opened.check_runnable()
+    check_target(opened, target)
     settings = ServerSettings(
         limits=RequestLimits(
-            body_bytes=int(body_mb * 2**20),
+            body_bytes=_whole("--body-mb", body_mb * 2**20),
             parts=parts,
-            image_bytes=int(image_mb * 2**20),
-            image_pixels=int(image_mpx * 1e6),
-            all_pixels=int(all_mpx * 1e6),
+            image_bytes=_whole("--image-mb", image_mb * 2**20),
+            image_pixels=_whole("--image-megapixels", image_mpx * 1e6),
+            all_pixels=_whole("--all-megapixels", all_mpx * 1e6),
             images=images,
             tokens=tokens,
             seconds=max_seconds,
@@ -457,6 +461,15 @@ def _on_ray(
     slots = options.slots or bundle.limits.batch
     found = Replicas(least, most, slots, options.threads or 1, gpus, address)
     return partial(RayEngine, replicas=found)
+
+
+def _whole(option: str, value: float) -> int:
+    """Bytes or pixels of an option. Raises `ConfigError` for infinity and NaN."""
+    from mmi_deploy.errors import ConfigError
+
+    if not isfinite(value):
+        raise ConfigError(f"{option} is out of range", expected="a finite number", got=value)
+    return int(value)
 
 
 def _engines(

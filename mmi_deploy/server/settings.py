@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import inf
 
 from mmi_deploy.errors import ConfigError
 
@@ -28,12 +29,14 @@ class RequestLimits:
     seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for a limit that is not positive."""
+        """Raise `ConfigError` for a limit that is not positive and finite."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < inf:
                 raise ConfigError(
-                    f"the limit {field.name} is out of range", expected="above 0", got=value
+                    f"the limit {field.name} is out of range",
+                    expected="above 0, and finite",
+                    got=value,
                 )
 
 
@@ -50,6 +53,15 @@ class StreamRules:
     event_bytes: int = 65_536
     slow_client: float = 30.0
     buffer_bytes: int = 4 * 2**20
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a time that is negative or not finite."""
+        for name in ("keep_alive", "slow_client"):
+            value = getattr(self, name)
+            if not 0 <= value < inf:
+                raise ConfigError(
+                    f"{name} is out of range", expected="0 or more seconds", got=value
+                )
 
 
 DEFAULT_RULES = StreamRules()

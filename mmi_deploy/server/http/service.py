@@ -84,7 +84,7 @@ class Service:
         self.requests = 0  # in flight, of any kind
         self.changed = asyncio.Event()  # of any state; whoever waits clears it
         self._ends: deque[float] = deque(maxlen=RECENT)
-        self._was_ready = False
+        self.was_ready = False
         self._restarts = 0
 
     def start(self) -> None:
@@ -116,7 +116,7 @@ class Service:
             return "ready"
         if states <= {"failed", "closed"}:
             return "failed"
-        return "engine_died" if self._was_ready else "starting"
+        return "engine_died" if self.was_ready else "starting"
 
     def check_ready(self) -> None:
         """Raise `ApiError` 503 unless documents are taken, and an engine that works answers."""
@@ -137,7 +137,7 @@ class Service:
 
     def _changed(self, engine: EngineClient) -> None:
         if engine.state == "ready" and engine.ready is not None:
-            self._was_ready = True
+            self.was_ready = True
             parts = (engine.options.digest, self._base.target, version("mmi_deploy"))
             digest = sha256("\0".join((*parts, engine.ready.kernels)).encode()).hexdigest()
             self.model = replace(self._base, fingerprint=f"mmi-{digest[:12]}")
