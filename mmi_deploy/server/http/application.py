@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -88,6 +88,7 @@ def application(service: Service) -> ASGIApp:
 # Generations.
 
 Handler = Callable[[Request], Awaitable[Response]]
+Result = TypeVar("Result")
 
 
 def _generation(service: Service, endpoint: Endpoint) -> Handler:
@@ -109,7 +110,7 @@ def _generation(service: Service, endpoint: Endpoint) -> Handler:
 async def _read(
     service: Service, endpoint: Endpoint, body: dict[str, Any], request: Request
 ) -> ApiRequest:
-    """Read a body; in a thread if it may hold pictures, which take long to decode."""
+    """Read a body; pictures take long to decode."""
     # Those of several documents take no pictures.
     fetch = () if endpoint.several else (service.fetch,)
 
@@ -119,6 +120,13 @@ async def _read(
         )
         return found
 
+    return await _beside_loop(service, body, request, read)
+
+
+async def _beside_loop(
+    service: Service, body: dict[str, Any], request: Request, read: Callable[[], Result]
+) -> Result:
+    """What `read` makes of a body; in a thread if that may take long."""
     if int(request.headers.get("content-length", INLINE)) < INLINE and not _has_pictures(body):
         return read()
     return await asyncio.get_running_loop().run_in_executor(service.readers, read)
@@ -197,7 +205,10 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             body = await read_json(
                 request.scope, request.receive, settings.limits.body_bytes, settings.body_seconds
             )
-            return JSONResponse(do(body, service.model, settings.limits))
+            found = await _beside_loop(
+                service, body, request, lambda: do(body, service.model, settings.limits)
+            )
+            return JSONResponse(found)
 
         app.add_api_route(path, handle, methods=["POST"], **documented)
 
