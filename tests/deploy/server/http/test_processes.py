@@ -113,7 +113,8 @@ def test_a_killed_front_leaves_nothing(bundle: Path) -> None:
         engines = started.engines
         with started.client() as client:
             with client.stream("POST", CHAT, json=many_pictures(stream=True)) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()  # it closes the stream when it is dropped
+                next(lines)
                 started.process.kill()
                 wait_until(lambda: not any(map(is_alive, engines)), 2)
     assert len(engines) == 1
@@ -193,12 +194,13 @@ def test_a_second_signal_ends_everything_at_once(bundle: Path, number: int) -> N
 def test_the_time_to_drain_is_kept(bundle: Path) -> None:
     options = ("--drain-seconds", 0.5)
     with ServerProcess(bundle, *options, engine=SCRIPTED_ENGINE) as started:
-        send(started, chat(seed=Script.HANG))
+        hanging = send(started, chat(seed=Script.HANG))
         wait_until(lambda: documents(started) == 1)
         begun = time.monotonic()
         started.terminate()
         assert started.wait(8) == 0
         assert 0.5 <= time.monotonic() - begun < 6
+        hanging.close()
 
 
 def test_sigterm_while_it_loads_ends_it(bundle: Path) -> None:
