@@ -26,7 +26,6 @@ from mmi_deploy.spec.backends import AUTO, CPU, backend_of
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle.bundle import Bundle
-    from mmi_deploy.runtime.backend import check_target
     from mmi_deploy.server.engine.client import EngineClient
     from mmi_deploy.server.engine.open_options import OpenOptions
     from mmi_deploy.server.http.service import Service

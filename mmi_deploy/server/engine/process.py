@@ -37,6 +37,7 @@ from mmi_deploy.server.engine.messages import (
     unpack_options,
 )
 from mmi_deploy.server.engine.open_options import OpenOptions, bundle_digest
+from mmi_deploy.system.memory import is_out_of_memory, out_of_memory
 
 # An event of a document, or the error that ends it; at its end, the statistics.
 Item = tuple[int, Event | Exception, Any]
@@ -144,8 +145,11 @@ def _serve(connection: Connection) -> None:
     Thread(target=_receive, args=(connection, inbox), name="mmi-receiver", daemon=True).start()
     try:
         engine = open_engine(options)
-    except MmiError as error:
-        connection.send({"type": "refused", "error": str(error)})
+    except Exception as error:
+        refusal = out_of_memory("for the engine") if is_out_of_memory(error) else error
+        if not isinstance(refusal, MmiError):
+            raise
+        connection.send({"type": "refused", "error": str(refusal)})
         _wait_for_the_end(inbox)
         return
     connection.send({"type": "ready", **description(engine, options)})

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -96,6 +96,7 @@ def routes(service: Service) -> FastAPI:
 # Generations.
 
 Handler = Callable[[Request], Awaitable[Response]]
+Result = TypeVar("Result")
 
 
 def _generation(service: Service, endpoint: Endpoint) -> Handler:
@@ -129,8 +130,8 @@ def _fetch(service: Service, request: Request) -> Callable[[str], bytes]:
 
 
 async def _in_thread(
-    service: Service, request: Request, body: dict[str, Any], read: Callable[[], Any]
-) -> Any:
+    service: Service, request: Request, body: dict[str, Any], read: Callable[[], Result]
+) -> Result:
     """Read a body, in a thread if it has pictures, which take long to decode or to fetch."""
     if int(request.headers.get("content-length", INLINE)) < INLINE and not _has_pictures(body):
         return read()

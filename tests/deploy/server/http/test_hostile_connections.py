@@ -372,3 +372,16 @@ def test_head_is_get_without_a_body(server: ServerProcess) -> None:
         assert head.status_code == get.status_code
         assert head.content == b""
         assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_answers_on_a_kept_connection_do_not_wait_for_acknowledgements(
+    scripted: ServerProcess,
+) -> None:
+    """Without TCP_NODELAY, every answer but the first takes 40 ms."""
+    took = []
+    with scripted.client() as client:
+        for _ in range(40):
+            begun = time.perf_counter()
+            client.get("/health/live")
+            took.append(time.perf_counter() - begun)
+    assert sorted(took)[10] < 0.03
