@@ -1,4 +1,4 @@
-"""What `generate` gives in process, with which replies are compared."""
+"""Answers of `generate` in process, with which replies are compared."""
 
 from __future__ import annotations
 

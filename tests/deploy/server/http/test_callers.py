@@ -1,4 +1,4 @@
-"""Who may call: keys, hosts, origins; and what they are told of each other, which is nothing."""
+"""Callers: keys, hosts, origins; none is told anything of another."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(no_network: list[ob
 
 
 class Host:
-    """What it answers, and the paths that it was asked for."""
+    """Answers of the host, and the paths that it was asked for."""
 
     def __init__(self) -> None:
         self.answer: Callable[[http.server.BaseHTTPRequestHandler], None] = self.picture
