@@ -10,7 +10,7 @@ OUT ?= out
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train-tiny smollm bench gpu-check floors release clean
+.PHONY: help install demo test lint format train-tiny smollm bench gpu-check triton-check ray-check floors release clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,7 +33,7 @@ bundles/tiny/bundle.json: $(INSTALLED) $(wildcard assets/tiny/*)
 
 demo: $(INSTALLED) $(BUNDLE)/bundle.json ## export the shipped tiny model and let it continue a story
 	$(BIN)/mmi generate examples/story.md -o $(OUT) --bundle $(BUNDLE)
-	@echo "Open $(OUT)/index.html in a browser."
+	@echo "Open $(OUT)/index.html in a browser. Serve the model, with a page to write in: $(BIN)/mmi serve $(BUNDLE)"
 
 test: lint ## ruff, mypy and all tests
 	$(BIN)/python -m pytest
@@ -58,6 +58,21 @@ bench: $(INSTALLED) $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
 
 gpu-check: $(INSTALLED) $(BUNDLE)/bundle.json ## build, run, compare and measure the engines on this GPU
 	$(BIN)/python -m mmi_bench.gpu_check $(BUNDLE)
+
+# The Python backend of this wheel reads arrays of NumPy 1 alone, so that the server's Python has one
+# that we do not declare; that of Triton's own images has read those of NumPy 2 since the end of 2024.
+triton-check: $(INSTALLED) bundles/tiny/bundle.json ## run the Triton model in the real server
+	rm -rf $(VENV)/triton
+	$(PYTHON) -m venv $(VENV)/triton
+	$(VENV)/triton/bin/python -m pip install -qq --disable-pip-version-check --editable '.[cpu]' 'tritonclient[grpc]'
+	$(VENV)/triton/bin/python -m pip install -qq --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0 numpy==1.26.4
+	$(VENV)/triton/bin/python tests/deploy/server/triton/real_server.py bundles/tiny
+
+ray-check: $(INSTALLED) bundles/tiny/bundle.json ## run two replicas on Ray, and kill one under load
+	rm -rf $(VENV)/ray
+	$(PYTHON) -m venv $(VENV)/ray
+	$(VENV)/ray/bin/python -m pip install -qq --disable-pip-version-check --editable '.[cpu,ray]' httpx
+	$(VENV)/ray/bin/python tests/deploy/server/ray/two_replicas.py bundles/tiny --log $(VENV)/ray/server.log
 
 floors: $(INSTALLED) bundles/tiny/bundle.json ## run the runtime with the oldest dependencies that are declared
 	rm -rf $(VENV)/floors

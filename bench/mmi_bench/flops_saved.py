@@ -20,11 +20,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmi_deploy.analysis.cost import Total, chosen_sizes, cost, cost_of_file, loop_invariant
+from mmi_deploy.analysis.cost import Total, cost, cost_of_file, loop_invariant
 from mmi_deploy.analysis.shapes import read_graph, sized
 from mmi_deploy.analysis.stored_bytes import as_in_file
 from mmi_deploy.spec.config import ModelConfig
-from mmi_deploy.spec.graphs import UNET_BATCH_PER_PICTURE, Limits, feature_cells, graphs
+from mmi_deploy.spec.graphs import (
+    UNET_BATCH_PER_PICTURE,
+    Limits,
+    chosen_sizes,
+    feature_cells,
+    graphs,
+)
 from mmi_train.baseline.published_mmfs import as_published
 from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import MMInterleaved

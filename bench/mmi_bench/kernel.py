@@ -1,9 +1,9 @@
-"""Benchmark our MMFS kernel for ONNX Runtime against a decomposition into GridSample.
+"""Benchmark the MMFS operator on the CPU: our kernel, its ONNX function and GridSample.
 
-The baseline is the usual decomposition, one GridSample per level, and does the sampling alone: it
-gets locations and weights precomputed. Our kernel computes these as well. Both take `value` as the
-model holds it, channels last, which GridSample has to transpose.
-`python -m mmi_bench.kernel` prints the table.
+All run in ONNX Runtime. The function is the one in every exported file, which runs where there is
+no kernel. GridSample is the usual decomposition, one per level, and does the sampling alone: it
+gets locations and weights precomputed. Our kernel and the function compute these as well. All take
+`value` as the model holds it, channels last, which GridSample has to transpose.
 
 Letters: q queries, m image slots, s feature cells, l levels, h heads, p points,
 d channels per head.
@@ -11,34 +11,50 @@ d channels per head.
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
-from rich.console import Console
+from rich import box
 from rich.table import Table
 
-from mmi_bench.machine import describe
+from mmi_bench.runs import Computation, Measurement, Settings, measure_in_turns
 from mmi_bench.statistics import Statistics, ratios
-from mmi_deploy.cli import program
-from mmi_deploy.errors import EngineError
-from mmi_deploy.spec.graphs import IR_VERSION, OPSET
-from mmi_deploy.system.files import prepare_file, write_new_file
-from mmi_deploy.system.progress import shown
+from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.graphs import (
+    IR_VERSION,
+    OPSET,
+    beyond_kernels,
+    denoise_step,
+    level_sides,
+    llm,
+)
 from mmi_plugins.conformance.calls import draw
-from mmi_plugins.conformance.onnxruntime_kernel import OnnxRuntimeKernel, one_node_model
+from mmi_plugins.conformance.onnxruntime_kernel import one_node_model
+from mmi_plugins.onnx_function import MAX_GATHERED, mmfs_function
 from mmi_plugins.operator import INPUT_SHAPES, Call
 from mmi_plugins.reference import all_rows, mmfs_reference
 
-HEADS, CHANNELS, POINTS, IMAGES = 16, 64, 8, 4
-LEVELS = ((32, 32), (16, 16), (8, 8))
 # One token; a short prompt; a long prompt; a U-Net's finest map.
 QUERIES = (1, 64, 2048, 4096)
+
+# Most queries of a call.
+MOST_QUERIES = 1 << 16
+
+# Parts of a model that have the operator.
+LLM, IMAGE_DECODER = "llm", "image_decoder"
+PARTS = (LLM, IMAGE_DECODER)
+
+# Image slots, as far as a query may look at so many.
+IMAGES = 4
+
+OURS, FUNCTION, GRID_SAMPLE = "our kernel", "ONNX function", "GridSample"
+
+# Turns that the implementations take.
+TURNS = 9
 
 # Bytes of a cache line.
 _ALIGNED = 64
@@ -48,50 +64,111 @@ _ROWS_COMPARED = 64
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Sizes of the operator. levels: side of each square map, finest first. table_rows: relative
+    positions of images. base_grid: side of the grid whose cells are the unit of offsets."""
+
+    heads: int
+    channels: int
+    points: int
+    levels: tuple[int, ...]
+    images: int
+    table_rows: int
+    base_grid: float
+    null_slot: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig, part: str = LLM, images: int | None = None) -> Shape:
+        """Sizes in one part of a model, with `images` image slots. Raises `ConfigError` for another
+        part, more images than a query may look at, and sizes that the kernel does not support."""
+        if part not in PARTS:
+            raise ConfigError("--part is unknown", expected=" or ".join(PARTS), got=part)
+        unet = config.image_decoder.unet
+        mmfs = config.llm_mmfs if part == LLM else config.image_decoder.mmfs
+        graph = llm if part == LLM else denoise_step
+        if reason := beyond_kernels(config).get(graph.__name__):
+            raise ConfigError(f"{config.name}: the kernel does not support its {part}: {reason}")
+        if images is not None and not 1 <= images <= mmfs.images_seen:
+            raise ConfigError(
+                "--images is out of range",
+                expected=f"1 to {mmfs.images_seen}, the images that {part} of {config.name} sees",
+                got=images,
+            )
+        return cls(
+            mmfs.heads,
+            mmfs.head_width,
+            mmfs.points,
+            level_sides(config, mmfs),
+            images or min(IMAGES, mmfs.images_seen),
+            mmfs.images,
+            float(mmfs.base_grid or mmfs.grid_scale * unet.latent_side),
+            mmfs.null_slot,
+        )
+
+    def __str__(self) -> str:
+        sides = ", ".join(f"{side}x{side}" for side in self.levels)
+        images = "1 image" if self.images == 1 else f"{self.images} images"
+        return (
+            f"{self.heads} heads x {self.channels}, {images}, {self.points} points, levels {sides}"
+            f"{', null slot' if self.null_slot else ''}"
+        )
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Seconds of each run of both implementations, and the largest difference of their outputs."""
+    """Measurements of the implementations, and the largest difference of an output from float64."""
 
     queries: int
-    ours: tuple[float, ...]
-    grid_sample: tuple[float, ...]
-    difference: float
+    measurements: Mapping[str, Measurement]
+    error: float
 
-    @property
-    def speedup(self) -> Statistics:
-        """Time of GridSample over that of our kernel."""
-        return ratios(self.grid_sample, self.ours)
+    def speedup(self, name: str) -> Statistics:
+        """Time of an implementation over that of our kernel, by neighbouring turns."""
+        return ratios(self.measurements[name].means, self.measurements[OURS].means)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "queries": self.queries,
-            "ours": Statistics.of(self.ours).to_json(),
-            "grid_sample": Statistics.of(self.grid_sample).to_json(),
-            "speedup": self.speedup.to_json(),
-            "difference": self.difference,
+            "error": self.error,
+            "implementations": {
+                name: {
+                    **found.to_json(),
+                    "kernel_times_as_fast": self.speedup(name).to_json(),
+                }
+                for name, found in self.measurements.items()
+            },
         }
 
+    def times(self) -> list[dict[str, Any]]:
+        """Every run for `--export-times`."""
+        return [
+            {"queries": self.queries, "implementation": name, **run}
+            for name, found in self.measurements.items()
+            for run in found.times()
+        ]
 
-def call_of(queries: int) -> Call:
-    """Draw a call of the benchmark's size: all images visible, one reference point per query."""
+
+def call_of(shape: Shape, queries: int) -> Call:
+    """Draw a call: all images visible, one reference point per query."""
     call = draw(
         np.random.default_rng(queries),
         b=1,
         q=queries,
-        h=HEADS,
-        d=CHANNELS,
-        p=POINTS,
-        m=IMAGES,
-        n=IMAGES,
-        r=IMAGES + 1,
-        levels=list(LEVELS),
+        h=shape.heads,
+        d=shape.channels,
+        p=shape.points,
+        m=shape.images,
+        n=shape.images,
+        r=shape.table_rows,
+        levels=[(side, side) for side in shape.levels],
         dtype="float32",
-        base_grid=16.0,
+        base_grid=shape.base_grid,
         per_query=False,
         references=True,
-        null_slot=False,
+        null_slot=shape.null_slot,
     )
-    call.inputs["image_slot"][:] = np.arange(IMAGES)
-    call.inputs["image_position"][:] = np.arange(1, IMAGES + 1)
+    call.inputs["image_slot"][:] = np.arange(shape.images)
+    call.inputs["image_position"][:] = np.arange(1, shape.images + 1)
     side = int(np.ceil(np.sqrt(queries)))
     row, column = np.divmod(np.arange(queries), side)
     call.inputs["reference"][:] = (np.stack([column, row], 1) + 0.5) / side
@@ -99,26 +176,35 @@ def call_of(queries: int) -> Call:
 
 
 def precomputed(call: Call) -> dict[str, np.ndarray]:
-    """Compute the baseline's inputs: value [m, s, h, d], grid [m*h, q, p, 2] in [-1, 1] and weights
-    [l, m*h, 1, q, p], in the layout of GridSample."""
+    """Compute the inputs of GridSample in its layout: value [m, s, h, d], grid [m*h, q, p, 2] in
+    [-1, 1] and weights [l, m*h, 1, q, p]; with a null slot also its share of the output, `null`
+    [1, q, h*d]."""
     b, position = 0, call["image_position"][0, 0]
     offsets = call["offsets"][b][:, :, None] + call["offset_table"][position].transpose(1, 0, 2, 3)
     location = call["reference"][:, None, None, None] + offsets / call.base_grid  # [q, h, m, p, 2]
     score = call["logits"][b][:, :, None] + call["logit_table"][position].transpose(1, 0, 2, 3)
-    power = np.exp(score - score.max(axis=(2, 3, 4), keepdims=True))  # [q, h, m, l, p]
-    weight = power / power.sum(axis=(2, 3, 4), keepdims=True)
+    most = score.max(axis=(2, 3, 4), keepdims=True)
+    if call.null_slot:  # one more logit, of 0
+        most = np.maximum(most, 0)
+    power = np.exp(score - most)  # [q, h, m, l, p]
+    total = power.sum(axis=(2, 3, 4), keepdims=True) + np.exp(-most) * call.null_slot
+    weight = power / total
     queries, heads, images, levels, points = weight.shape
     grid = (2 * location - 1).transpose(2, 1, 0, 3, 4).reshape(images * heads, queries, points, 2)
     weight = weight.transpose(3, 2, 1, 0, 4).reshape(levels, images * heads, 1, queries, points)
-    return {
+    inputs = {
         "value": call["value"][call["image_slot"][b]],
         "grid": grid.astype(np.float32),
         "weight": weight.astype(np.float32),
     }
+    if call.null_slot:
+        share = (np.exp(-most) / total)[:, :, 0, 0] * call["null_value"]  # [q, h, d]
+        inputs["null"] = share.reshape(1, queries, -1).astype(np.float32)
+    return inputs
 
 
 def grid_sample_model(call: Call) -> bytes:
-    """Build the baseline as ONNX: inputs of `precomputed` -> output [1, q, h*d]."""
+    """Build GridSample's side as ONNX: inputs of `precomputed` -> output [1, q, h*d]."""
     import onnx.helper as oh
     from onnx import TensorProto
 
@@ -136,13 +222,14 @@ def grid_sample_model(call: Call) -> bytes:
         return output
 
     planes = add("Transpose", ["value"], "planes", perm=[0, 2, 3, 1])  # [m, h, d, s]
-    cells = [height * width for height, width in LEVELS]
+    shapes = tuple(zip(call.level_heights, call.level_widths, strict=True))
+    cells = [height * width for height, width in shapes]
     maps = [f"map{level}" for level in range(levels)]
     nodes.append(oh.make_node("Split", [planes, constant("cells", cells)], maps, axis=3))
     shares = [f"share{level}" for level in range(levels)]
     nodes.append(oh.make_node("Split", ["weight"], shares, axis=0, num_outputs=levels))
     total = ""
-    for level, (height, width) in enumerate(LEVELS):
+    for level, (height, width) in enumerate(shapes):
         sides = constant(f"sides{level}", [m * h, d, height, width])
         image = add("Reshape", [maps[level], sides], f"image{level}")
         found = add(
@@ -162,12 +249,17 @@ def grid_sample_model(call: Call) -> bytes:
     split = add("Reshape", [total, constant("images", [m, h, d, q])], "by_image")
     summed = add("ReduceSum", [split, constant("first", [0])], "summed", keepdims=0)  # [h, d, q]
     turned = add("Transpose", [summed], "turned", perm=[2, 0, 1])
-    add("Reshape", [turned, constant("rows", [1, q, h * d])], "output")
+    rows = constant("rows", [1, q, h * d])
+    add("Reshape", [turned, rows], "sampled" if call.null_slot else "output")
+    if call.null_slot:
+        add("Add", ["sampled", "null"], "output")
     given = [
         oh.make_tensor_value_info("value", TensorProto.FLOAT, [m, s, h, d]),
         oh.make_tensor_value_info("grid", TensorProto.FLOAT, [m * h, q, p, 2]),
         oh.make_tensor_value_info("weight", TensorProto.FLOAT, [levels, m * h, 1, q, p]),
     ]
+    if call.null_slot:
+        given.append(oh.make_tensor_value_info("null", TensorProto.FLOAT, [1, q, h * d]))
     output = oh.make_tensor_value_info("output", TensorProto.FLOAT, [1, q, h * d])
     model = oh.make_model(
         oh.make_graph(nodes, "grid_sample", given, [output], constants),
@@ -217,85 +309,76 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def compare(
-    queries: int, library: Path, threads: int, repeats: int, seconds: float = 0.5
-) -> Comparison:
-    """Time both implementations in turns, `repeats` times, each over `seconds / repeats` seconds.
-
-    Raises `EngineError` if the output of either differs from the float64 reference.
-    """
-    call = call_of(queries)
+def implementations(call: Call, library: Path, threads: int) -> dict[str, Run]:
+    """The three implementations of `call`, ready to run."""
     inputs = {name: call[name] for name in INPUT_SHAPES}
-    implementations = (
-        bound(one_node_model(call), inputs, threads, library),
-        bound(grid_sample_model(call), precomputed(call), threads, None),
-    )
-    ours, theirs = (run().copy() for run in implementations)
-    difference = float(np.abs(ours - theirs).max())
+    function = mmfs_function(call.sizes["l"], MAX_GATHERED)
+    return {
+        OURS: bound(one_node_model(call), inputs, threads, library),
+        FUNCTION: bound(one_node_model(call, function), inputs, threads, None),
+        GRID_SAMPLE: bound(grid_sample_model(call), precomputed(call), threads, None),
+    }
+
+
+def compare(
+    shape: Shape,
+    queries: int,
+    library: Path,
+    threads: int,
+    settings: Settings,
+    turns: int = TURNS,
+) -> Comparison:
+    """Measure the implementations, which take turns.
+
+    Raises `EngineError` if the output of one differs from the float64 reference.
+    """
+    call = call_of(shape, queries)
+    found = implementations(call, library, threads)
     rows = all_rows(call)[:: max(1, call.rows // _ROWS_COMPARED)]
     b, q, h = rows.T
     wanted = mmfs_reference(call, rows)
-    for name, got in (("our kernel", ours), ("GridSample", theirs)):
-        error = np.abs(got.reshape(1, queries, HEADS, CHANNELS)[b, q, h] - wanted).max()
+    worst = 0.0
+    for name, run in found.items():
+        got = run().reshape(1, queries, shape.heads, shape.channels)[b, q, h]
+        error = float(np.abs(got - wanted).max())
         if not error < 1e-4:
             raise EngineError(f"{name} is wrong at {queries} queries", expected="< 1e-4", got=error)
-    taken: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for run, times in zip(implementations, taken, strict=True):
-            times.append(_seconds(run, seconds / repeats))
-    return Comparison(queries, tuple(taken[0]), tuple(taken[1]), difference)
+        worst = max(worst, error)
+    measured = measure_in_turns([Computation(run) for run in found.values()], settings, turns)
+    return Comparison(queries, dict(zip(found, measured, strict=True)), worst)
 
 
-def _seconds(run: Run, least: float) -> float:
-    """Mean seconds of a run, over as many runs as take `least` seconds."""
-    count, start = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - start < least:
-        run()
-        count += 1
-    return (time.perf_counter() - start) / count
-
-
-def table(comparisons: Sequence[Comparison], threads: int) -> Table:
-    """Build the printed table: medians, and the speedup with quartiles."""
-    title = (
-        f"{HEADS} heads x {CHANNELS}, {IMAGES} images, {POINTS} points, "
-        f"levels {', '.join(f'{height}x{width}' for height, width in LEVELS)}, {threads} threads"
+def table(comparisons: Sequence[Comparison], shape: Shape) -> Table:
+    """Table of throughput and latency, with quartiles of the speed-up."""
+    shown = Table(
+        box=box.SIMPLE_HEAD, title=f"MMFS alone: {shape}; milliseconds", title_justify="left"
     )
-    shown = Table("queries", "our kernel", "GridSample", "times as fast", title=title)
+    shown.add_column("queries", justify="right", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    for heading in ("runs", "runs/s", "min", "median", "p90", "p95", "p99"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("our kernel is times as fast", justify="right", no_wrap=True)
     for item in comparisons:
-        ours, theirs = (
-            f"{1e3 * Statistics.of(times).median:.3f} ms" for times in (item.ours, item.grid_sample)
-        )
-        low, high = item.speedup.low, item.speedup.high
-        times = f"{item.speedup.median:.0f} ({low:.0f} to {high:.0f})"
-        shown.add_row(str(item.queries), ours, theirs, times)
+        for name, found in item.measurements.items():
+            latency = found.summaries()["latency"]
+            assert latency is not None, "every run has a latency"
+            tails = (latency.p90, latency.p95, latency.p99)
+            ratio = item.speedup(name)
+            shown.add_row(
+                str(item.queries) if name == OURS else "",
+                name,
+                str(len(found.runs)),
+                f"{found.throughput:.4g}",
+                *(_ms(value) for value in (latency.min, latency.median, *tails)),
+                "" if name == OURS else f"{ratio.median:.3g} ({ratio.low:.3g} to {ratio.high:.3g})",
+            )
     return shown
 
 
-def main(
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of both implementations.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each size.")] = 9,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the samples to this JSON file.")
-    ] = None,
-) -> int:
-    """Measure our MMFS kernel against GridSample in ONNX Runtime."""
-    if out:
-        prepare_file(out)
-    kernel = OnnxRuntimeKernel(threads=threads)
-    if reason := kernel.missing():
-        raise EngineError(f"our kernel cannot run here: {reason}")
-    done = []
-    with shown(Console(stderr=True)) as progress:
-        for index, queries in enumerate(QUERIES):
-            progress(f"measuring {queries} queries", index, len(QUERIES))
-            done.append(compare(queries, kernel.library, threads, repeats))
-    Console().print(table(done, threads))
-    if out:
-        report = {"machine": describe(), "threads": threads, "sizes": [x.to_json() for x in done]}
-        write_new_file(out, json.dumps(report, indent=2) + "\n")
-    return 0
+def report(comparisons: Sequence[Comparison], shape: Shape) -> dict[str, Any]:
+    """The results for JSON."""
+    return {"shape": asdict(shape), "sizes": [one.to_json() for one in comparisons]}
 
 
-if __name__ == "__main__":
-    program.main(program.program("python -m mmi_bench.kernel", main))
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

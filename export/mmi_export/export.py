@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mmi_deploy.bundle.bundle import Bundle, BundleWriter, write_bundle
-from mmi_deploy.documents.tokenizer import Tokenizer, read_tokenizer_file
+from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.parity import Proof
 from mmi_deploy.spec.config import ModelConfig, read_config
@@ -32,7 +32,9 @@ from mmi_export.parity.receipts import onnx_runner, prove
 from mmi_export.parity.small_model import difference, slice_of
 from mmi_export.placeholder_model import Weights, write_placeholder_model
 from mmi_export.plan import Layout, Plan, Scope, plan_export
+from mmi_export.preview_map import fit_preview_map
 from mmi_export.schedules import parse_schedule
+from mmi_export.tokenizer_files import write_tokenizer
 from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_export.tracing.onnx_from_module import onnx_from_module
 from mmi_export.tracing.stored_weights import StoredWeights, link_file, load_stored, stored_weights
@@ -156,9 +158,13 @@ def run_export(
             stored.check_finite(
                 lambda done: timer.within(CHECKING, done, stored.bytes, unit="bytes")
             )
-        read_tokenizer_file(export.folder / TOKENIZER).save(str(writer.tokenizer))
+        write_tokenizer(
+            export.folder / TOKENIZER, writer.tokenizer, config.tokens, export.limits.context
+        )
         for table in export.schedules:
             writer.add_schedule(_time_table(export.model, stored, table))
+        timer.begin("fitting the map of previews", 0)
+        writer.preview = fit_preview_map(config.image_decoder.vae, stored)
         _write_graphs(export, writer, timer)
         timer.begin("writing the bundle", timer.total)
     timer.end()

@@ -117,7 +117,20 @@ def _probe_step(scheduler: Any, timestep: torch.Tensor) -> torch.Tensor:
         rows[1] = scheduler.last_sample
     if keeps_data:
         rows[2], rows[3] = scheduler.model_outputs[-1], scheduler.model_outputs[-2]
+    else:  # the solver has no use for it, but previews have
+        rows[2] = _data_prediction(scheduler, timestep, basis[PREDICTION], basis[LATENTS])
     return rows[:, 0]  # [STATE, TERMS]
+
+
+def _data_prediction(
+    scheduler: Any, timestep: torch.Tensor, prediction: torch.Tensor, sample: torch.Tensor
+) -> torch.Tensor:
+    """Data prediction of a step of a scheduler that keeps no history."""
+    draw = {"generator": torch.Generator().manual_seed(0)}  # adds noise to the next latents alone
+    data: torch.Tensor = scheduler.step(
+        prediction, int(timestep), sample, **draw
+    ).pred_original_sample
+    return data
 
 
 def _without_noise(

@@ -24,9 +24,8 @@ from mmi_deploy.analysis.flop_rules import IN_PLACE, VIEWS, Work, work
 from mmi_deploy.analysis.gpu_specs import Gpu
 from mmi_deploy.analysis.shapes import INPUT, WEIGHT, SizedGraph, Step, Value, read_graph, sized
 from mmi_deploy.analysis.stored_bytes import Storage, as_in_file, storage_of
-from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.backends import TENSORRT
-from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.spec.graphs import Graph, chosen_sizes
 from mmi_deploy.targets.precision.recipes import Recipe
 
 
@@ -133,23 +132,6 @@ def _total(nodes: Iterable[NodeCost]) -> Total:
         sum(node.vector for node in nodes),
         sum(node.bytes for node in nodes),
     )
-
-
-def chosen_sizes(graph: Graph, given: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of the dynamic dimensions: those `given`, else the typical ones of the contract.
-
-    Raises `ConfigError` for a size outside its range. Ignores letters that the graph does not have.
-    """
-    sizes = {}
-    for letter, allowed in graph.ranges.items():
-        size = given.get(letter, allowed.opt)
-        if not allowed.min <= size <= allowed.max:
-            raise ConfigError(
-                f"{graph.name} cannot be run with {letter}={size}",
-                expected=f"{allowed.min} to {allowed.max}",
-            )
-        sizes[letter] = size
-    return sizes
 
 
 def cost_of_file(

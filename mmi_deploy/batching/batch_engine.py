@@ -176,7 +176,7 @@ class BatchEngine:
             self.runtime.tokenizer,
             _resized(document, executor.config.vision.image_size),
             options,
-            self.runtime.schedule(options.schedule).schedule.steps,
+            self.runtime.denoising_steps(options),
             Timings(),
         )
         now = self._clock()

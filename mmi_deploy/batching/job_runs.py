@@ -258,7 +258,19 @@ class JobRuns:
         with self._measured(kind, self.executor.padded(len(jobs)), dict.fromkeys(jobs, 1)):
             self.executor.denoise(steps)
         for job in jobs:
-            self.guarded(job, partial(self._advance, job, None))
+            self.guarded(job, partial(self._end_step, job))
+
+    def _end_step(self, job: Job) -> None:
+        """Hand over the preview of the job's step, if it wants one; read after the run, which is
+        measured and repeated without it."""
+        work, row = job.work, job.picture_row
+        assert isinstance(work, Denoise) and row is not None, "a step has a row"
+        if not work.preview:
+            self._advance(job, None)
+            return
+        pixels = self.executor.pictures.preview(row)
+        check_finite(pixels, f"the pixels of a preview of picture {work.picture.index}")
+        self._advance(job, to_rgb(pixels))
 
     def _decode_latents(self, jobs: Sequence[Job]) -> None:
         rows = [job.picture_row for job in jobs if job.picture_row is not None]

@@ -3,7 +3,7 @@
 bundle.json                configuration, limits, hashes, receipts; see `manifest.py`
 graphs/*.onnx              the portable graphs, weights as safetensors beside them
 schedules/*.safetensors    samplers as tables
-tokenizer.json
+tokenizer.json             and tokenizer_config.json, which transformers alone reads
 engines/<target>/          engines or graphs of one target, with its target.json
 """
 
@@ -37,6 +37,7 @@ from mmi_deploy.errors import BundleError
 from mmi_deploy.parity import Case
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, beyond_kernels, graphs
+from mmi_deploy.spec.preview_map import PreviewMap
 from mmi_deploy.spec.schedule import Schedule, parse_schedule_name, read_schedule
 from mmi_deploy.spec.target import build_options
 from mmi_deploy.system.output_folder import check_replaceable, new_folder
@@ -301,6 +302,7 @@ class BundleWriter(_FolderWriter):
         self.limits = limits
         self.weights: Literal["given", "empty", "random"] = "given"
         self.tokenizer = folder / "tokenizer.json"
+        self.preview: PreviewMap | None = None
         self._schedules: dict[str, str] = {}
         (folder / "graphs").mkdir()
         (folder / "schedules").mkdir()
@@ -332,6 +334,7 @@ class BundleWriter(_FolderWriter):
             limits=self.limits,
             tokenizer=self.tokenizer.relative_to(self.folder).as_posix(),
             schedules=self._schedules,
+            preview=self.preview,
         )
         _check_parts(self.folder, manifest)
         write_manifest(self.folder / MANIFEST, manifest)

@@ -26,6 +26,7 @@ from mmi_deploy.errors import BundleError
 from mmi_deploy.parity import Case
 from mmi_deploy.spec.config import ModelConfig, first_flaw
 from mmi_deploy.spec.graphs import Limits
+from mmi_deploy.spec.preview_map import PreviewMap
 from mmi_deploy.system.files import sha256_of, write_file
 from mmi_deploy.system.output_folder import CHECKED
 from mmi_deploy.system.progress import Progress, silent
@@ -130,13 +131,22 @@ def hash_of_files(files: Mapping[str, FileEntry]) -> str:
 
 class BundleManifest(FolderManifest):
     """`bundle.json`. schedules: `NAME:STEPS` -> file; the first is the default. weights: `given`
-    for a model's own, `empty` or `random` for placeholders."""
+    for a model's own, `empty` or `random` for placeholders. preview: map of the previews; None in
+    bundles of earlier exports, which show none."""
 
     weights: Literal["given", "empty", "random"] = "given"
     config: ModelConfig
     limits: Limits
     tokenizer: str
     schedules: dict[str, str]
+    preview: PreviewMap | None = None
+
+    @model_validator(mode="after")
+    def _fits_latents(self) -> BundleManifest:
+        channels = self.config.image_decoder.unet.latent_channels
+        if self.preview and any(len(row) != channels for row in self.preview.weights):
+            raise ValueError(f"preview.weights does not fit the model's {channels} latent channels")
+        return self
 
     @model_validator(mode="after")
     def _has_positions(self) -> BundleManifest:

@@ -134,6 +134,16 @@ COMMANDS: Mapping[str, Row] = {
             "mmi generate examples/documents.jsonl -o results.jsonl",
         ),
     ),
+    "triton": Row(
+        "mmi_deploy.cli.triton:triton",
+        "Write a model for Triton Inference Server.",
+        None,
+        RESULTS,
+        (
+            "mmi triton models bundles/tiny",
+            "mmi triton models bundles/13b --target tensorrt-sm90-fp16 --server-bundle /bundle",
+        ),
+    ),
     "serve": Row(
         "mmi_deploy.cli.serve:serve",
         "Serve a bundle over HTTP: OpenAI's APIs, and a page to write with.",
@@ -147,7 +157,7 @@ COMMANDS: Mapping[str, Row] = {
     ),
     "bench": Row(
         "mmi_bench.cli.app:app",
-        "Benchmark the runtime against PyTorch, or many documents at once against a queue.",
+        "Benchmark the runtime against PyTorch, many documents at once, one graph, growth of cost.",
         "bench",
         RESULTS,
         (
@@ -155,6 +165,9 @@ COMMANDS: Mapping[str, Row] = {
             "mmi bench bundles/tiny -m assets/tiny -o bench.json --plot bench.svg",
             "mmi bench --reading released --size small --repeats 3",
             "mmi bench batch bundles/tiny",
+            "mmi bench serve bundles/tiny --concurrency 4 -o run",
+            "mmi bench graph denoise_step bundles/tiny",
+            "mmi bench scale bundles/tiny --plot scale.svg",
         ),
     ),
 }
@@ -177,6 +190,52 @@ BENCH: Mapping[str, Row] = {
         examples=(
             "mmi bench batch --quick",
             "mmi bench batch bundles/tiny --workload text --rows 1 --rows 8 -o batch.json",
+        ),
+    ),
+    "serve": Row(
+        "mmi_bench.cli.serve:serve",
+        "Benchmark a server: latency, throughput and goodput under load, outputs checked.",
+        "bench",
+        examples=(
+            "mmi bench serve bundles/tiny --workload story --concurrency 4 -o run",
+            "mmi bench serve http://127.0.0.1:8000 --rate 2 --goodput ttft=200ms,image=2s",
+            "mmi bench serve bundles/tiny --workload documents.jsonl --offline --requests 100",
+        ),
+    ),
+    "compare": Row(
+        "mmi_bench.cli.compare_results:compare_results",
+        "Compare two results of `mmi bench serve`, with confidence intervals.",
+        "bench",
+        examples=("mmi bench compare before after --fail-above 5%",),
+    ),
+    "graph": Row(
+        "mmi_bench.cli.graph:graph",
+        "Benchmark one graph of a bundle alone, in trtexec's words.",
+        "cpu",
+        examples=(
+            "mmi bench graph --list bundles/tiny",
+            "mmi bench graph denoise_step bundles/tiny",
+            "mmi bench graph llm --sizes t=128,m=4 --export-times runs.json",
+            "mmi bench graph all --rows 1 --rows 8 --json",
+        ),
+    ),
+    "mmfs": Row(
+        "mmi_bench.cli.mmfs:mmfs",
+        "Benchmark the MMFS operator alone: our kernel, its ONNX function, GridSample.",
+        "build",
+        examples=(
+            "mmi bench mmfs",
+            "mmi bench mmfs bundles/tiny --part image_decoder --images 1",
+            "mmi bench mmfs --preset released_13b --queries 1 --queries 2048 -o mmfs.json",
+        ),
+    ),
+    "scale": Row(
+        "mmi_bench.cli.scale:scale",
+        "Benchmark the growth of time and memory with images, tokens, rows and steps.",
+        "cpu",
+        examples=(
+            "mmi bench scale --quick",
+            "mmi bench scale bundles/tiny -o scale.json --plot scale.svg --check",
         ),
     ),
 }

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mmi_deploy.documents.images import to_png
 from mmi_deploy.documents.json_lines import SUFFIX, DocumentLine, DocumentLines
 from mmi_deploy.documents.story import Entry
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.runtime.options import GenerationOptions
+from mmi_deploy.runtime.options import GenerationOptions, options_of
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
@@ -105,7 +105,7 @@ def _check(
     """Raise `MmiError` for the first of `some` lines that does not fit the model."""
     for line in some:
         with lines.at(line.number):
-            check_fits(lines.document(line), _of_line(options, line), runtime)
+            check_fits(lines.document(line), options_of(line.options, options), runtime)
 
 
 def _generate(
@@ -122,7 +122,7 @@ def _generate(
     async def generate(line: DocumentLine) -> None:
         name = f"line {line.number} of {lines.path}"
         try:
-            document, of_line = lines.document(line), _of_line(options, line)
+            document, of_line = lines.document(line), options_of(line.options, options)
             output, seconds = await generated(engine, name, document, of_line, board)
             names = _pictures(output.story.entries, line.number, out, results)
         except Exception as error:
@@ -142,20 +142,6 @@ def _generate(
 def _left(lines: DocumentLines, results: ResultLines) -> Iterator[DocumentLine]:
     """Lines that have no result yet."""
     return (line for line in lines if line.number not in results)
-
-
-def _of_line(options: GenerationOptions, line: DocumentLine) -> GenerationOptions:
-    """Options of a line: its own, the others as given to the command. Raises `ConfigError`."""
-    own = dict(line.options)
-    biases = own.get("logit_bias")
-    if isinstance(biases, dict):  # keys of JSON are strings
-        try:
-            own["logit_bias"] = {int(token): bias for token, bias in biases.items()}
-        except ValueError:
-            raise ConfigError(
-                "logit_bias is malformed", expected='ids as keys, as {"13": -100}', got=biases
-            ) from None
-    return replace(options, **own)
 
 
 def _pictures(

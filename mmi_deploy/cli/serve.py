@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,13 +21,17 @@ from mmi_deploy.cli.target_options import (
     check_engines,
     resident_groups,
 )
-from mmi_deploy.spec.backends import AUTO, CPU
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.backends import AUTO, CPU, backend_of
 
 if TYPE_CHECKING:
     from mmi_deploy.bundle.bundle import Bundle
+    from mmi_deploy.runtime.backend import check_target
+    from mmi_deploy.server.engine.client import EngineClient
     from mmi_deploy.server.engine.open_options import OpenOptions
     from mmi_deploy.server.http.service import Service
 
+REPLICAS = "Engines"
 SAFETY, LIMITS, QUEUE, STREAMS = "Who may call", "Limits of a request", "Queue", "Streams"
 
 
@@ -85,6 +91,31 @@ def serve(
             "--unproved", help="Run graphs without a receipt too.", rich_help_panel=MACHINE
         ),
     ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="process|ray",
+            help="Engines: a process for each device, or replicas on Ray.",
+            rich_help_panel=REPLICAS,
+        ),
+    ] = "process",
+    replicas: Annotated[
+        str,
+        typer.Option(
+            metavar="N|LEAST:MOST",
+            help="Number of replicas on Ray; between two numbers, by documents at once.",
+            rich_help_panel=REPLICAS,
+        ),
+    ] = "1",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Ray cluster, or auto; its replicas stay when this server ends.",
+            show_default="a Ray of its own on this machine",
+            rich_help_panel=REPLICAS,
+        ),
+    ] = None,
     key_file: Annotated[
         Path | None,
         typer.Option(
@@ -164,6 +195,16 @@ def serve(
             rich_help_panel=LIMITS,
         ),
     ] = 64.0,
+    all_mpx: Annotated[
+        float,
+        typer.Option(
+            "--all-megapixels",
+            min=0.001,
+            help="Pixels of all pictures of a request.",
+            metavar="N",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 256.0,
     parts: Annotated[
         int,
         typer.Option(
@@ -294,6 +335,13 @@ def serve(
         bool,
         typer.Option("--exit-on-crash", help="Exit with 1 when no engine can be started any more."),
     ] = False,
+    otel: Annotated[
+        bool,
+        typer.Option(
+            "--otel",
+            help="Send a span of each request to $OTEL_EXPORTER_OTLP_ENDPOINT.",
+        ),
+    ] = False,
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning or error.", metavar="LEVEL")
     ] = "info",
@@ -305,14 +353,23 @@ def serve(
     The log is JSON lines on stderr, without contents of requests.
     """
     with extras("serve", "serve"):
+        from mmi_deploy.server.engine.client import EngineClient
         from mmi_deploy.server.http.keys import VARIABLE, read_keys
         from mmi_deploy.server.http.logs import LEVELS, configure
         from mmi_deploy.server.http.run import LOOPBACK, address_of, bind, run
         from mmi_deploy.server.http.service import Service
+    tracing = None
+    if otel:
+        with extras("serve", "otel"):
+            from mmi_deploy.server.http.tracing import OpenTelemetryTracing
+
+            tracing = OpenTelemetryTracing()
+    if engine not in ("process", "ray"):
+        raise ConfigError("--engine is unknown", expected="process or ray", got=engine)
     with extras("serve", "cpu"):
         check_engines(target)
     from mmi_deploy.bundle.bundle import Bundle
-    from mmi_deploy.errors import ConfigError
+    from mmi_deploy.runtime.backend import check_target
     from mmi_deploy.server.served_model import ServedModel
     from mmi_deploy.server.settings import RequestLimits, ServerSettings, StreamRules
 
@@ -326,12 +383,14 @@ def serve(
         )
     opened = Bundle.open(bundle, unproved=unproved)
     opened.check_runnable()
+    check_target(opened, target)
     settings = ServerSettings(
         limits=RequestLimits(
-            body_bytes=int(body_mb * 2**20),
+            body_bytes=_whole("--body-mb", body_mb * 2**20),
             parts=parts,
-            image_bytes=int(image_mb * 2**20),
-            image_pixels=int(image_mpx * 1e6),
+            image_bytes=_whole("--image-mb", image_mb * 2**20),
+            image_pixels=_whole("--image-megapixels", image_mpx * 1e6),
+            all_pixels=_whole("--all-megapixels", all_mpx * 1e6),
             images=images,
             tokens=tokens,
             seconds=max_seconds,
@@ -357,6 +416,11 @@ def serve(
     engines = _engines(
         opened, target, devices or [0], kernels, threads, slots, resident, unproved, policy
     )
+    client: Callable[..., EngineClient] = EngineClient
+    if engine == "ray":
+        client = _on_ray(opened, engines, replicas, ray_address)
+    elif replicas != "1" or ray_address is not None:
+        raise ConfigError("--replicas and --ray-address go with --engine ray", fix="leave them out")
     sock = bind(host, port)
     model = ServedModel.of(opened, name or opened.folder.name, target, "mmi-starting")
 
@@ -373,12 +437,39 @@ def serve(
 
     remarks().print(f"Loading {bundle} for {target}")
     return run(
-        lambda log: Service(model, engines, settings, log),
+        lambda log: Service(model, engines, settings, log, tracing, client),
         sock,
         configure(log_level),
         on_ready=start,
         exit_on_crash=exit_on_crash,
     )
+
+
+def _on_ray(
+    bundle: Bundle, engines: list[OpenOptions], replicas: str, address: str | None
+) -> Callable[..., EngineClient]:
+    """Maker of the client of replicas on Ray."""
+    with extras("serve", "ray"):
+        import ray.serve  # noqa: F401
+    from mmi_deploy.server.ray.client import RayEngine, Replicas
+
+    if len(engines) > 1:
+        raise ConfigError("--device chooses GPUs of this machine, Ray those of its replicas")
+    (options,) = engines
+    least, most = Replicas.parse(replicas)
+    gpus = 1 if backend_of(options.target).on_gpu else 0
+    slots = options.slots or bundle.limits.batch
+    found = Replicas(least, most, slots, options.threads or 1, gpus, address)
+    return partial(RayEngine, replicas=found)
+
+
+def _whole(option: str, value: float) -> int:
+    """Bytes or pixels of an option. Raises `ConfigError` for infinity and NaN."""
+    from mmi_deploy.errors import ConfigError
+
+    if not isfinite(value):
+        raise ConfigError(f"{option} is out of range", expected="a finite number", got=value)
+    return int(value)
 
 
 def _engines(

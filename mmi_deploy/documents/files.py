@@ -22,6 +22,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -39,10 +40,14 @@ from mmi_deploy.documents.document import (
     check_pictures,
     document_of,
 )
+from mmi_deploy.documents.images import Rgb
 from mmi_deploy.documents.markdown_links import Link, image_links, refuse_html_picture
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.spec.config import first_flaw
 from mmi_deploy.system.files import open_regular
+
+# File or pixels of the picture that a document names.
+SourceOf = Callable[[str], Path | Rgb]
 
 # Limits of a document that is read without a model.
 CONTEXT = 15 * 1024
@@ -341,7 +346,8 @@ def parse_json(text: str, folder: Path, context: int = CONTEXT) -> Document:
     `context` tokens. Raises `DocumentError`."""
     _check_size("the document", len(text), most_bytes(context))
     value = json_value(text)
-    return document_of_json(value.get("parts", value) if isinstance(value, dict) else value, folder)
+    parts = value.get("parts", value) if isinstance(value, dict) else value
+    return document_of_json(parts, files_in(folder))
 
 
 def json_value(text: str, line: int = 1) -> Any:
@@ -362,9 +368,14 @@ def json_value(text: str, line: int = 1) -> Any:
     return value
 
 
-def document_of_json(parts: object, folder: Path) -> Document:
-    """Document of decoded JSON: a list of parts, or the entry of an annt.json, with pictures in
-    `folder`. Raises `DocumentError`."""
+def files_in(folder: Path) -> SourceOf:
+    """Pictures of a document that are files beside it, in `folder`."""
+    return partial(resolve_link, folder=folder)
+
+
+def document_of_json(parts: object, source_of: SourceOf) -> Document:
+    """Document of decoded JSON: a list of parts, or the entry of an annt.json. source_of: file or
+    pixels of the picture that a part names. Raises `DocumentError`."""
     entries = parts if isinstance(parts, list) else [parts]
     if entries and all(isinstance(entry, dict) and "sentences" in entry for entry in entries):
         if len(entries) > 1:
@@ -374,16 +385,18 @@ def document_of_json(parts: object, folder: Path) -> Document:
                 got=len(entries),
                 fix="put each entry into a file of its own",
             )
-        return _published(entries[0], folder)
-    return document_of(*(_json_part(entry, index, folder) for index, entry in enumerate(entries)))
+        return _published(entries[0], source_of)
+    return document_of(
+        *(_json_part(entry, index, source_of) for index, entry in enumerate(entries))
+    )
 
 
-def _json_part(entry: object, index: int, folder: Path) -> Part:
+def _json_part(entry: object, index: int, source_of: SourceOf) -> Part:
     match entry:
         case {"text": str(text), **rest} if not rest:
             return Text(text)
         case {"image": str(target), **rest} if rest.keys() <= {"alt"}:
-            return Image(resolve_link(target, folder), str(rest.get("alt", "")))
+            return Image(source_of(target), str(rest.get("alt", "")))
         case {"draw": True, **rest} if not rest:
             return Draw()
     raise DocumentError(
@@ -410,7 +423,7 @@ class _Published:
     generate_mode: Literal["generate_texts", "generate_images"] = "generate_texts"
 
 
-def _published(value: object, folder: Path) -> Document:
+def _published(value: object, source_of: SourceOf) -> Document:
     try:
         entry = TypeAdapter(_Published).validate_python(value)
     except ValidationError as error:
@@ -436,7 +449,7 @@ def _published(value: object, folder: Path) -> Document:
                 fix="add one to images, sentence_ixs and image_first; its file is not read",
             )
         given = given[:-1]
-    pictures: list[Part] = [Image(resolve_link(target, folder)) for target in given]
+    pictures: list[Part] = [Image(source_of(target)) for target in given]
     pictures += [Draw()] * drawn
     in_order = iter(pictures)  # the i-th slot in reading order takes the i-th image
     parts: list[Part] = []

@@ -21,7 +21,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mmi_deploy.documents.document import Document
-from mmi_deploy.documents.files import document_of_json, json_value, most_bytes, with_pictures
+from mmi_deploy.documents.files import (
+    document_of_json,
+    files_in,
+    json_value,
+    most_bytes,
+    with_pictures,
+)
 from mmi_deploy.errors import DocumentError, MmiError
 from mmi_deploy.system.files import open_regular
 
@@ -67,7 +73,7 @@ class DocumentLines:
 
     def document(self, line: DocumentLine) -> Document:
         """Document of a line, its pictures decoded. Raises `DocumentError`."""
-        return with_pictures(document_of_json(line.parts, self._folder), self._images)
+        return with_pictures(document_of_json(line.parts, files_in(self._folder)), self._images)
 
     @contextmanager
     def at(self, number: int) -> Iterator[None]:
@@ -127,27 +133,33 @@ class DocumentLines:
             raise DocumentError("it is not UTF-8 text", fix="save the file as UTF-8") from None
         if not text:
             return None
-        value = json_value(text, number)
-        if not isinstance(value, dict) or _PARTS not in value:
+        return document_line(text, number, self._options)
+
+
+def document_line(text: str, number: int, options: Collection[str]) -> DocumentLine:
+    """Parse a line. number: of the line. options: keys that it may have besides `id` and `parts`.
+    Raises `DocumentError`."""
+    value = json_value(text, number)
+    if not isinstance(value, dict) or _PARTS not in value:
+        raise DocumentError(
+            "it is not a document",
+            expected='an object with "parts", as {"parts": [{"text": "a red circle"}]}',
+            got=text[:80],
+        )
+    name = value.get(_ID, number)
+    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+        raise DocumentError(
+            "its id is of the wrong type", expected="a string or a whole number", got=name
+        )
+    own = {key: value[key] for key in value if key not in (_ID, _PARTS)}
+    for key in own:
+        if key not in options:
+            near = get_close_matches(key, options, n=1)
             raise DocumentError(
-                "it is not a document",
-                expected='an object with "parts", as {"parts": [{"text": "a red circle"}]}',
-                got=text[:80],
+                f"its key {key!r} is unknown",
+                fix=f"the nearest one is {near[0]}" if near else "remove it",
             )
-        name = value.get(_ID, number)
-        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-            raise DocumentError(
-                "its id is of the wrong type", expected="a string or a whole number", got=name
-            )
-        options = {key: value[key] for key in value if key not in (_ID, _PARTS)}
-        for key in options:
-            if key not in self._options:
-                near = get_close_matches(key, self._options, n=1)
-                raise DocumentError(
-                    f"its key {key!r} is unknown",
-                    fix=f"the nearest one is {near[0]}" if near else "remove it",
-                )
-        return DocumentLine(number, name, value[_PARTS], options)
+    return DocumentLine(number, name, value[_PARTS], own)
 
 
 def _digest(line: DocumentLine) -> int:

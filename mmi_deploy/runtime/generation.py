@@ -60,7 +60,7 @@ def generate(
         runtime.tokenizer,
         document,
         options,
-        runtime.schedule(options.schedule).schedule.steps,
+        runtime.denoising_steps(options),
         session.timings,
         cancelled,
     )
@@ -80,6 +80,13 @@ def drive(steps: Steps, do: Callable[[Work], Any]) -> Iterator[Event]:
             result = do(item)
         else:
             yield item
+
+
+def preview_steps(steps: int, previews: int) -> frozenset[int]:
+    """Steps, from 1 on, after which a picture of `steps` denoising steps is shown: `previews` of
+    them, evenly spread, or all but the last, which the picture itself follows."""
+    parts = min(previews + 1, steps)
+    return frozenset(part * steps // parts for part in range(1, parts))
 
 
 class Stopped(Exception):
@@ -207,12 +214,13 @@ class Generation:
         picture = Picture(
             index, options.schedule, options.guidance, options.seed, options.full_every
         )
+        shown = preview_steps(self.steps, options.previews)
         for step in range(self.steps):
             self._check_cancelled()
             if step == 0:
                 yield Condition(picture)
-            yield Denoise(picture, step)
-            yield ImageProgress(index, step + 1, self.steps)
+            preview = yield Denoise(picture, step, step + 1 in shown)
+            yield ImageProgress(index, step + 1, self.steps, preview)
         self._check_cancelled()
         rgb = yield DecodeLatents(picture)
         self.sequence.append_image(rgb)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.sampling import LogitBias, TextSampling, check_ranges, check_types
@@ -83,3 +85,18 @@ class GenerationOptions:
 
 
 DEFAULTS = GenerationOptions()
+
+
+def options_of(own: Mapping[str, Any], others: GenerationOptions = DEFAULTS) -> GenerationOptions:
+    """Options with those of decoded JSON, `own`, in place of the same of `others`. Raises
+    `ConfigError`."""
+    given = dict(own)
+    biases = given.get("logit_bias")
+    if isinstance(biases, dict):  # keys of JSON are strings
+        try:
+            given["logit_bias"] = {int(token): bias for token, bias in biases.items()}
+        except ValueError:
+            raise ConfigError(
+                "logit_bias is malformed", expected='ids as keys, as {"13": -100}', got=biases
+            ) from None
+    return replace(others, **given)

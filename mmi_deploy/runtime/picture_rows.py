@@ -17,6 +17,7 @@ from mmi_deploy.runtime.keyed_random import first_latents, step_noise
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.work import Denoise, Picture
 from mmi_deploy.spec.graphs import DEEP, Graph
+from mmi_deploy.spec.schedule import LAST_DATA_ROW
 
 # Output of a step -> the rows that it becomes.
 _NEXT = {"next_latents": "latents", "next_history": "history", DEEP: DEEP}
@@ -62,6 +63,13 @@ class PictureRows:
     def latents(self, row: int) -> Buffer:
         """Latents [1, ...] of a row."""
         return self._state["latents"].rows(row, row + 1)
+
+    def preview(self, row: int) -> NDArray[np.float32]:
+        """Pixels [3, side, side] of a row's last data prediction, not clipped."""
+        history = self._state["history"].rows(row, row + 1)
+        kept = history.reshaped(history.shape[1:])
+        data: NDArray[np.float32] = kept.rows(LAST_DATA_ROW, LAST_DATA_ROW + 1).read()[0]
+        return self._runtime.preview_map.pixels(data)
 
     def begin(
         self, row: int, picture: Picture, slot: NDArray[np.int32], position: NDArray[np.int32]

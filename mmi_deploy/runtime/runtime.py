@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.backend import Backend, open_backend
 from mmi_deploy.runtime.buffers import Buffer
 from mmi_deploy.runtime.engine import Engine
+from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.preview_map import PreviewMap
 from mmi_deploy.spec.schedule import Schedule
 
 
@@ -42,9 +45,10 @@ class Runtime:
         backend: Backend,
         load_schedule: Callable[[str | None], Schedule],
         schedules: Collection[str] = (),
+        preview_map: PreviewMap | None = None,
     ) -> None:
         """load_schedule: reads a schedule by its key, None for the default. schedules: keys that
-        can be asked for besides the default."""
+        can be asked for besides the default. preview_map: None if no previews can be shown."""
         self.config = config
         self.tokenizer = tokenizer
         self.backend = backend
@@ -54,6 +58,7 @@ class Runtime:
         self.schedules = tuple(schedules)
         self._loading = Lock()
         self._load_schedule = load_schedule
+        self._preview_map = preview_map
         self._engines: dict[str, Engine] = {}
         self._schedules: dict[str | None, BoundSchedule] | None = None
         self._tables: dict[str, Buffer] = {}
@@ -97,7 +102,14 @@ class Runtime:
         if (plan := backend.plan()) is not None:
             plan.check()
         tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
-        return cls(bundle.config, tokenizer, backend, bundle.schedule, bundle.schedules)
+        return cls(
+            bundle.config,
+            tokenizer,
+            backend,
+            bundle.schedule,
+            bundle.schedules,
+            bundle.manifest.preview,
+        )
 
     def close(self) -> None:
         """Free the engines, and save RTX's compiled kernels for the next start."""
@@ -136,6 +148,23 @@ class Runtime:
         with self._loading:
             bound = self._bound_schedules()
             return bound[key] if key in bound else bound[self._load_schedule(key).key]
+
+    @property
+    def preview_map(self) -> PreviewMap:
+        """Map of the previews; raises `ConfigError` if the bundle has none."""
+        if self._preview_map is None:
+            raise ConfigError(
+                "the bundle has no map for previews: it was exported before there were any",
+                fix="export it again with `mmi export`, or ask for no previews",
+            )
+        return self._preview_map
+
+    def denoising_steps(self, options: GenerationOptions) -> int:
+        """Denoising steps of each picture. Raises `MmiError` for a sampler, or for previews, that
+        the bundle does not have."""
+        if options.previews:
+            _ = self.preview_map
+        return self.schedule(options.schedule).schedule.steps
 
     def tables(self) -> dict[str, Buffer]:
         """`coefficients` and `time_table` of all samplers, one after another, in the memory of

@@ -245,8 +245,9 @@ class Session:
                 return sampled
             case Condition(picture):
                 return self.begin(picture)
-            case Denoise(picture, step):
-                return self.denoise(picture, step)
+            case Denoise(picture, step, preview):
+                self.denoise(picture, step)
+                return self.preview(picture) if preview else None
             case DecodeLatents(picture):
                 return self.decode_latents(picture)
 
@@ -268,6 +269,13 @@ class Session:
         """Run step `step` of the picture that was begun last."""
         with self._measure("denoise"):
             self._picture_rows().denoise([Denoise(picture, step)], 1)
+
+    def preview(self, picture: Picture) -> Rgb:
+        """Show the picture as far as it is known after its last step: uint8 [side, side, 3] with
+        the side of the latents."""
+        pixels = self._picture_rows().preview(0)
+        check_finite(pixels, f"the pixels of a preview of picture {picture.index}")
+        return to_rgb(pixels)
 
     def decode_latents(self, picture: Picture) -> Rgb:
         """Decode the latents after the last step to the picture, uint8 [height, width, 3]."""

@@ -40,10 +40,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class Denoise:
-    """Run one denoising step, from 0 on. Result: None."""
+    """Run one denoising step, from 0 on. Result: None, or with `preview` the picture as far as it
+    is known then, uint8 [side, side, 3] with the side of the latents."""
 
     picture: Picture
     step: int
+    preview: bool = False
 
     @property
     def full(self) -> bool:

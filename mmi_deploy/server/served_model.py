@@ -17,7 +17,7 @@ class ServedModel:
 
     name: in requests and replies. steps: denoising steps of each sampler, the default first.
     fingerprint: of bundle, target, version and kernels: equal fingerprints give equal answers.
-    created: Unix time.
+    created: Unix time. previews: if its bundle has the map that shows pictures out of the noise.
     """
 
     name: str
@@ -28,6 +28,7 @@ class ServedModel:
     fingerprint: str
     created: int
     target: str
+    previews: bool = True
 
     @classmethod
     def of(cls, bundle: Bundle, name: str, target: str, fingerprint: str) -> ServedModel:
@@ -42,6 +43,7 @@ class ServedModel:
             fingerprint,
             int(manifest.stat().st_mtime),
             target,
+            bundle.manifest.preview is not None,
         )
 
     @property

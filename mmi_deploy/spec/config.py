@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
 
-_STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid")
 
 # Bounds far beyond any existing model. A value beyond them comes from a damaged or hostile file and
 # is refused before any memory is allocated for it.
@@ -62,7 +62,7 @@ def _multiple(what: str, size: int, count: int, which: str) -> None:
         raise ValueError(f"{what} {size} is not a multiple of {count}, {which}")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TokenConfig:
     """Ids of the special tokens. `image` stands once per visual token of an image.
 
@@ -101,7 +101,7 @@ class TokenConfig:
         return max(self.bos, self.pad, self.boi, self.image, *self.ends)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class MmfsConfig:
     """Multi-image Multi-scale Feature Synchronizer (paper Sec. 3.2, Eq. 4).
 
@@ -136,7 +136,7 @@ class MmfsConfig:
         return self.value_width // self.heads
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ResamplerConfig:
     """Resampler: any number of context tokens to `queries` tokens.
 
@@ -163,7 +163,7 @@ class ResamplerConfig:
         return self
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class VisionConfig:
     """CLIP ViT with a ViT-Adapter pyramid. Image sides and patches in pixels."""
 
@@ -204,7 +204,7 @@ class VisionConfig:
         return (self.grid * 4, self.grid * 2, self.grid, self.grid // 2)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class LlamaConfig:
     """LLaMA with MMFS before the MLP of every `mmfs_every`-th block, starting with block 0."""
 
@@ -235,7 +235,7 @@ class LlamaConfig:
         return tuple(range(0, self.layers, self.mmfs_every))
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class UnetConfig:
     """Stable Diffusion's U-Net, in the terms of diffusers' `UNet2DConditionModel`.
 
@@ -328,7 +328,7 @@ class UnetConfig:
         return tuple(range(1 + self.layers_per_block))
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class VaeConfig:
     """Latent autoencoder, in the terms of diffusers' `AutoencoderKL`.
 
@@ -355,7 +355,7 @@ class VaeConfig:
         return self.patch * 2 ** (len(self.block_widths) - 1)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DiffusionConfig:
     """Noise schedule of training and the U-Net's prediction type, as in diffusers' DDPM."""
 
@@ -366,7 +366,7 @@ class DiffusionConfig:
     beta_schedule: str = "scaled_linear"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ImageDecoderConfig:
     """Image decoder, LLM hidden states to a picture: context resampler, U-Net with MMFS, VAE."""
 
@@ -381,7 +381,7 @@ class ImageDecoderConfig:
         return self.unet.latent_side * self.vae.factor
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """Complete configuration of an MM-Interleaved model."""
 

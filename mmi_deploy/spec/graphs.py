@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import Count, Few, MmfsConfig, ModelConfig
 from mmi_deploy.spec.mmfs_operator import CHANNEL_STEP, MAX_CHANNELS, MAX_LEVELS, MAX_POINTS
 
@@ -124,6 +125,23 @@ class Graph:
         return found or [
             tensor.name for tensor in self.outputs if tensor.name.startswith(prefix + ".")
         ]
+
+
+def chosen_sizes(graph: Graph, given: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of the dynamic dimensions: those `given`, else the typical ones of the contract.
+
+    Raises `ConfigError` for a size outside its range. Ignores letters that the graph does not have.
+    """
+    sizes = {}
+    for letter, allowed in graph.ranges.items():
+        size = given.get(letter, allowed.opt)
+        if not allowed.min <= size <= allowed.max:
+            raise ConfigError(
+                f"{graph.name} cannot be run with {letter}={size}",
+                expected=f"{allowed.min} to {allowed.max}",
+            )
+        sizes[letter] = size
+    return sizes
 
 
 def _activation(name: str, *shape: int | str) -> Tensor:

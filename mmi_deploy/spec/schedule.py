@@ -25,6 +25,10 @@ from mmi_deploy.system.safetensors_reader import read_header
 # Columns of the coefficients of a step; the history begins at the last of these.
 LATENTS, PREDICTION, NOISE, HISTORY_START = 0, 1, 2, 3
 
+# Row of the history that holds the data prediction of the last step, whatever the solver: the
+# latents of the picture as far as it is known. Previews show it.
+LAST_DATA_ROW = 1
+
 SOLVERS = ("ddpm", "ddim", "dpmpp_2m", "unipc")
 
 # Timestep spacings of diffusers. `leading`, Stable Diffusion's, is left out of a schedule's name.
@@ -83,7 +87,8 @@ class Schedule:
 
     timesteps [steps] int64: training steps at which the U-Net is evaluated, noisiest first.
     coefficients [steps, STATE, TERMS] float32: rows are the next latents, then the next history
-    (last corrected sample, last and second last data prediction); columns are the latents, the
+    (last corrected sample, last and second last data prediction; a solver that uses none of them
+    keeps the last data prediction alone); columns are the latents, the
     prediction (of the model's prediction type), noise, then the history.
     initial_sigma: standard deviation of the first latents.
     time_table [steps, sum of ResNet widths] float32: the U-Net's time projections of `timesteps`,

@@ -18,7 +18,7 @@ from mmi_deploy.documents.document import Document, Draw, Image, Text, document_
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.runtime.backend import HostBackend
-from mmi_deploy.runtime.buffers import Buffer
+from mmi_deploy.runtime.buffers import Buffer, element_type
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.options import GenerationOptions
@@ -117,7 +117,7 @@ def random_inputs(graph: Graph, like: Sequence[Arrays], draw: np.random.Generato
     inputs that never occur, such as noise in the KV cache, say little. Without any, floats are
     standard normal.
     """
-    return [_random(graph, like, sizes, draw, images) for sizes, images in _sizes(graph)]
+    return [inputs_at(graph, sizes, draw, like, images) for sizes, images in _sizes(graph)]
 
 
 def _sizes(graph: Graph) -> list[tuple[dict[str, int], int]]:
@@ -140,18 +140,21 @@ def _sizes(graph: Graph) -> list[tuple[dict[str, int], int]]:
     return found
 
 
-def _random(
+def inputs_at(
     graph: Graph,
-    like: Sequence[Arrays],
     sizes: Mapping[str, int],
     draw: np.random.Generator,
-    images: int,
+    like: Sequence[Arrays] = (),
+    images: int = 1,
 ) -> Arrays:
-    inputs = {}
+    """Random inputs of `graph` at `sizes` of its dynamic dimensions, drawn as in `random_inputs`.
+    images: 0 hides all images."""
+    inputs: Arrays = {}
     for tensor in graph.inputs:
         shape = tensor.resolve(**sizes)
-        if tensor.dtype == "float32":
-            inputs[tensor.name] = _drawn(tensor, shape, like, draw)
+        if tensor.below is None:
+            drawn = _drawn(tensor, shape, like, draw)
+            inputs[tensor.name] = drawn.astype(element_type(tensor.dtype), copy=False)
             continue
         below = _below(graph, tensor, sizes)
         inputs[tensor.name] = np.asarray(draw.integers(tensor.min, below, shape), tensor.dtype)

@@ -12,14 +12,14 @@ import pytest
 from export.small_models import paper_reading, released_reading
 from exports import Exported
 from mmi_bench.flops_saved import CHANGING, Published, compare, repeated_in_step
-from mmi_deploy.analysis.cost import chosen_sizes, cost, cost_of_file, loop_invariant
+from mmi_deploy.analysis.cost import cost, cost_of_file, loop_invariant
 from mmi_deploy.analysis.flop_rules import MMFS
 from mmi_deploy.analysis.gpu_specs import GPUS
 from mmi_deploy.analysis.shapes import read_graph, sized
 from mmi_deploy.analysis.stored_bytes import as_in_file
 from mmi_deploy.cli.app import run
 from mmi_deploy.spec.config import ModelConfig
-from mmi_deploy.spec.graphs import Graph, Limits, feature_cells, graphs
+from mmi_deploy.spec.graphs import Graph, Limits, chosen_sizes, feature_cells, graphs
 from mmi_deploy.spec.presets import released_13b
 from mmi_deploy.targets.precision.recipes import RECIPES
 

@@ -9,7 +9,7 @@ import torch
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.spec.config import DiffusionConfig
 from mmi_deploy.spec.graphs import HISTORY, STATE
-from mmi_deploy.spec.schedule import SOLVERS, Schedule, read_schedule
+from mmi_deploy.spec.schedule import LAST_DATA_ROW, SOLVERS, Schedule, read_schedule
 from mmi_export.schedules import diffusers_scheduler, parse_schedule, schedule_table
 
 SHAPE = (2, 4, 3, 3)
@@ -137,3 +137,20 @@ def test_schedule_survives_its_file(tmp_path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(BundleError, match=r"broken\.safetensors"):
         read_schedule(tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_keeps_the_data_prediction(name: str, prediction: str) -> None:
+    """In the same row of the history, and other than noise: previews show it."""
+    diffusion = DiffusionConfig(prediction=prediction)
+    schedule = schedule_table(name, 7, diffusion)
+    kept = diffusers_scheduler(name, diffusion).alphas_cumprod.double().numpy()
+    for step, timestep in enumerate(schedule.timesteps):
+        signal, noise = kept[timestep] ** 0.5, (1 - kept[timestep]) ** 0.5
+        row = schedule.coefficients[step, 1 + LAST_DATA_ROW]
+        if prediction == "epsilon":
+            wanted = [1 / signal, -noise / signal, 0, 0, 0, 0]
+        else:
+            wanted = [signal, -noise, 0, 0, 0, 0]
+        np.testing.assert_allclose(row, wanted, rtol=1e-3, atol=1e-3)

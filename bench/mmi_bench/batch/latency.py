@@ -12,20 +12,17 @@ import numpy as np
 
 from mmi_bench.batch.sample import Record, Runs, follow, new_tenant, wait_until_idle
 from mmi_bench.batch.workloads import Item
-from mmi_bench.statistics import Statistics, ratios
+from mmi_bench.statistics import Statistics, percentile, ratios
 from mmi_deploy.batching.batch_engine import BatchEngine
 from mmi_deploy.batching.scheduler import Policy
 from mmi_deploy.documents.document import Text, document_of
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 
-# Samples from which on the 99th percentile is known with a confidence of 0.99 (order statistics).
-LEAST_FOR_P99 = 459
-
 
 def p99(values: Sequence[float]) -> float | None:
     """99th percentile; None of too few values."""
-    return float(np.percentile(values, 99)) if len(values) >= LEAST_FOR_P99 else None
+    return percentile(values, 99)
 
 
 @dataclass(frozen=True)

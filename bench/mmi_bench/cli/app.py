@@ -24,7 +24,7 @@ app = table_app(Bench)
 
 @app.callback()
 def bench() -> None:
-    """Benchmark the runtime against PyTorch, or many documents at once against a queue.
+    """Benchmark the runtime: against PyTorch, with many documents at once, graph by graph.
 
     `mmi bench BUNDLE` compares with PyTorch, as `mmi bench pytorch BUNDLE` does.
     """

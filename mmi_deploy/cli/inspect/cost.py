@@ -112,7 +112,7 @@ def show_cost(
     chosen = [gpu(name) for name in gpus] or [GPUS["l4"], GPUS["h100"]]
     plan = recipe(precision) if precision else None
     costs = [
-        cost_of_file(path, contract[name], _within(given, contract[name], only), plan)
+        cost_of_file(path, contract[name], given if only else within(given, contract[name]), plan)
         for name, path in files.items()
         if only in (None, name)
     ]
@@ -137,11 +137,9 @@ def show_cost(
     out.print(FLOOR)
 
 
-def _within(given: Mapping[str, int], graph: Graph, only: str | None) -> dict[str, int]:
-    """Clamp `given` sizes to the ranges of a graph, unless it is the only one: then its range check
-    reports them."""
-    if only is not None:
-        return dict(given)
+def within(given: Mapping[str, int], graph: Graph) -> dict[str, int]:
+    """Those of the `given` sizes that a graph has, clamped to its ranges: sizes for several graphs
+    at once."""
     return {
         letter: min(max(number, graph.ranges[letter].min), graph.ranges[letter].max)
         for letter, number in given.items()

@@ -7,7 +7,7 @@ are the document that the model wrote.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -46,6 +46,7 @@ from mmi_deploy.server.api.fields import (
     only,
     read_fields,
     reply_fields,
+    with_room,
 )
 from mmi_deploy.server.api.picture_urls import chunked, encoded, picture_url
 from mmi_deploy.server.api.pictures import Fetch
@@ -141,7 +142,7 @@ def read(
     fetch: Fetch | None = None,
 ) -> ApiRequest:
     """Read a body; raises `ApiError`. fetch: reads pictures that are no data URLs."""
-    check_part_count(body.get("messages"), limits, "messages")
+    check_part_count(body, "messages", limits)
     fields = read_fields(ChatBody, body)
     check_model(fields.model, model)
     mmi = fields.mmi or NO_EXTENSIONS
@@ -166,9 +167,10 @@ def read(
     builder = DocumentBuilder(model, limits, fetch)
     add_messages(builder, fields.messages)
     read = builder.build()
+    images = len(read.document.images)
     return ApiRequest(
         document=read.document,
-        options=options,
+        options=with_room(options, images, mmi.max_images, model, limits),
         prompt_usage=read.usage,
         max_seconds=seconds,
         **stream,
@@ -297,9 +299,10 @@ class _ChunkWriter:
         self._characters = self._images = 0
         self._role = {"role": "assistant"}  # in the first delta alone
 
-    async def chunks(self, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+    async def chunks(self, events: AsyncIterator[Event]) -> AsyncGenerator[bytes]:
         """Chunks of all events. Raises what they raise, and `ApiError`."""
-        async for event in events:
+        finished = None
+        async for event in events:  # to their end: the statistics are known then
             match event:
                 case TextDelta():
                     yield self._text(event)
@@ -315,10 +318,11 @@ class _ChunkWriter:
                     async for chunk in self._picture(event):
                         yield chunk
                 case Finished():
-                    for chunk in self._end(event):
-                        yield chunk
-                    return
-        raise ended_early()
+                    finished = event
+        if finished is None:
+            raise ended_early()
+        for chunk in self._end(finished):
+            yield chunk
 
     def _text(self, event: TextDelta) -> bytes:
         self._usage = self._used(text=event.tokens)
@@ -327,7 +331,7 @@ class _ChunkWriter:
         found = {"content": logprobs, "refusal": None} if logprobs else None
         return self._chunk({"content": event.text}, logprobs=found)
 
-    async def _picture(self, event: ImageDone) -> AsyncIterator[bytes]:
+    async def _picture(self, event: ImageDone) -> AsyncGenerator[bytes]:
         """Chunks of a picture: one, or several of a line's length."""
         request, context, index = self._request, self._context, self._images
         self._images += 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from mmi_deploy.runtime.events import Event, Finished, TextDelta
 from mmi_deploy.server.api import sse
@@ -47,6 +48,13 @@ class TextMmiFields(Fields):
     )
 
 
+def _one_prompt(value: object) -> object:
+    """Refuse several prompts in one body, which would get several replies."""
+    if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str | list):
+        raise PydanticCustomError("several_prompts", "should be one prompt, not several")
+    return value
+
+
 class CompletionBody(SamplingFields):
     """A request of a completion."""
 
@@ -59,12 +67,13 @@ class CompletionBody(SamplingFields):
     )
 
     model: ModelName
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[list[str], Field(min_length=1, max_length=1)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=1)]
-    ) = Field(
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=1)],
+        BeforeValidator(_one_prompt),
+    ] = Field(
         description="A text, or token ids as `/tokenize` gives them; a list of one such prompt."
     )
     max_tokens: Count | None = Field(
@@ -121,7 +130,7 @@ def _document(fields: CompletionBody, model: ServedModel, limits: RequestLimits)
         return builder.build()
     assert isinstance(one, list)
     ids: tuple[int, ...] = tuple(one)
-    check_token_ids(ids, model, limits, "prompt")
+    check_token_ids(ids, model, "prompt")
     begin = model.config.tokens.bos
     if ids[:1] == (begin,):
         ids = ids[1:]
@@ -183,28 +192,29 @@ def KEEP_ALIVE(request: ApiRequest, context: ReplyContext) -> bytes:
 
 async def _chunks(
     request: ApiRequest, events: AsyncIterator[Event], context: ReplyContext
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     head, usage = _head(context), Usage(request.prompt_usage)
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> bytes:
         so_far = {"usage": usage.chat()} if request.continuous_usage else {}
         return sse.data({**head, "choices": choices, **so_far, **more})
 
-    async for event in events:
+    finished = None
+    async for event in events:  # to their end: the statistics are known then
         match event:
             case TextDelta():
                 usage = Usage(request.prompt_usage, max(usage.text, event.tokens))
                 yield chunk([_choice(event.text, None)])
             case Finished():
-                stats = context.stats()
-                reason = finish_reason(event.reason, request)
-                usage = usage_of(request, event, stats, context.model.config)
-                yield chunk([_choice("", reason)], mmi=details(request, event, stats))
-                if request.include_usage:
-                    yield sse.data({**head, "choices": [], "usage": usage.chat()})
-                yield sse.DONE
-                return
-    raise ended_early()
+                finished = event
+    if finished is None:
+        raise ended_early()
+    reason, stats = finish_reason(finished.reason, request), context.stats()
+    usage = usage_of(request, finished, stats, context.model.config)
+    yield chunk([_choice("", reason)], mmi=details(request, finished, stats))
+    if request.include_usage:
+        yield sse.data({**head, "choices": [], "usage": usage.chat()})
+    yield sse.DONE
 
 
 def _head(context: ReplyContext) -> dict[str, Any]:

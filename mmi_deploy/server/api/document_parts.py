@@ -3,12 +3,13 @@
 The model continues documents and has no template of a conversation: texts and pictures of all
 messages are joined in their order and nothing is inserted between them. `system` and `developer`
 messages, and `instructions`, come first. A turn of the assistant may come back as it was sent, in
-any of its forms, and gives the document that the model had.
+any of its forms, and gives the document that the model had. Whitespace next to pictures, at both
+ends, and before a turn of the assistant is stripped, as it was when the model wrote that turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,7 @@ from mmi_deploy.documents.document import (
 )
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.server.api.errors import ApiError, api_error_of
-from mmi_deploy.server.api.fields import Fields, Whole, check_limit, only
+from mmi_deploy.server.api.fields import Fields, Whole, check_limit, most_images, only
 from mmi_deploy.server.api.pictures import Fetch, PictureReader
 from mmi_deploy.server.api.usage import PromptUsage
 from mmi_deploy.server.served_model import ServedModel
@@ -81,6 +82,15 @@ class DocumentBuilder:
         self._count_image(param)
         self._parts.append(Draw())
 
+    def begin_reply(self) -> None:
+        """Drop whitespace at the end: a turn of the model follows, and when the model began to
+        write it, that was the end of its document, which has none."""
+        while self._parts and isinstance(part := self._parts[-1], Text):
+            self._parts.pop()
+            if text := part.text.rstrip():
+                self._parts.append(Text(text))
+                return
+
     def build(self) -> ReadDocument:
         """Check the document as a whole, then decode its pictures. Raises `ApiError`."""
         encoded = self._encoded(document_of(*self._parts))
@@ -134,8 +144,7 @@ class DocumentBuilder:
 
     def _count_image(self, param: str) -> None:
         self._images += 1
-        most, own = self._model.limits.images, self._limits.images
-        most = most if own is None else min(own, most)
+        most = most_images(self._model, self._limits)
         check_limit("pictures", "too_many_images", self._images, most, param)
 
 
@@ -143,15 +152,16 @@ class DocumentBuilder:
 _PLACEHOLDER = Image(np.zeros((1, 1, 3), np.uint8))
 
 
-def check_part_count(messages: object, limits: RequestLimits, param: str) -> None:
-    """Raise `ApiError` for a body with too many parts, before it is read: messages, or items, and
-    the parts of their `content`."""
+def check_part_count(body: object, name: str, limits: RequestLimits) -> None:
+    """Raise `ApiError` for too many parts in the field `name` of a body, before it is read:
+    messages, or items, and the parts of their `content`."""
+    messages = body.get(name) if isinstance(body, Mapping) else None
     if isinstance(messages, list):
         count = 0
         for message in messages:
-            content = message.get("content") if isinstance(message, dict) else None
+            content = message.get("content") if isinstance(message, Mapping) else None
             count += max(len(content), 1) if isinstance(content, list) else 1
-        check_limit("parts", "too_many_parts", count, limits.parts, param)
+        check_limit("parts", "too_many_parts", count, limits.parts, name)
 
 
 class ImageUrl(Fields):
@@ -226,6 +236,7 @@ class AssistantMessage(Fields):
     function_call: only() = None  # type: ignore[valid-type]
     tool_calls: only([]) = None  # type: ignore[valid-type]
     annotations: only([]) = None  # type: ignore[valid-type]
+    parsed: only() = None  # type: ignore[valid-type]
 
 
 Message = Annotated[GivenMessage | AssistantMessage, Field(discriminator="role")]
@@ -240,6 +251,8 @@ def add_messages(
     rest = [one for one in numbered if one[1].role not in ("system", "developer")]
     for number, message in first + rest:
         param = f"messages[{number}]"
+        if isinstance(message, AssistantMessage):
+            builder.begin_reply()
         images = message.images if isinstance(message, AssistantMessage) else None
         if isinstance(message.content, list):
             if images:

@@ -60,8 +60,8 @@ def usage_of(
 
 
 def details(request: ApiRequest, finished: Finished, stats: JobStats | None) -> dict[str, Any]:
-    """The field `mmi` of a reply: reason, seed, seconds of the stages, of the queue and in all,
-    tokens found in a cache."""
+    """The field `mmi` of a reply: reason, seed, seconds of the stages, of the queue, to the
+    first token or picture and in all, tokens found in a cache."""
     totals = finished.timings.totals()
     found: dict[str, Any] = {
         "reason": finished.reason,
@@ -71,6 +71,7 @@ def details(request: ApiRequest, finished: Finished, stats: JobStats | None) -> 
     if stats is not None:
         found |= {
             "queue_seconds": round(stats.queued, 6),
+            "first_seconds": None if stats.first is None else round(stats.first, 6),
             "total_seconds": round(stats.total, 6),
             "cached_tokens": stats.cached,
         }

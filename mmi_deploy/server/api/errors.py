@@ -70,7 +70,7 @@ MOST_CHARACTERS = 500
 # Paths of files and addresses in memory: nothing that a client should see. A slash inside a word,
 # as in "and/or", begins no path.
 _HIDDEN = re.compile(
-    r"(?<![\w.])(?:~|\.{1,2})?/[^\s`'\",;)]+|\b[A-Za-z]:[\\/][^\s`'\",;)]+|0x[0-9a-fA-F]{6,}"
+    r"(?<![\w.])(?:~|\.{1,2})?/[^\s`'\",:;)>]+|\b[A-Za-z]:[\\/][^\s`'\",;)]+|0x[0-9a-fA-F]{6,}"
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
@@ -97,9 +98,7 @@ def at_most(keys: int) -> BeforeValidator:
 
 def _whole(value: object) -> object:
     """1.0 is a whole number to JSON Schema, and to clients without a type for whole numbers."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
-        return int(value)
-    return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _encodable(value: str) -> str:
@@ -183,9 +182,10 @@ def _refusal(error: ValidationError, body: Mapping[str, Any], kind: type[Fields]
             return ApiError(400, "missing_required_parameter", f"`{param}` is missing", param=param)
         case "unsupported_value":
             return ApiError(400, "unsupported_value", f"`{param}` {first['msg']}", param=param)
-    tails = dict.fromkeys(_tail(one) for one in same)
-    types = any(one["type"].endswith(("_type", "_attributes_type")) for one in same)
-    code = "invalid_type" if types else "invalid_value"
+    # Of choices of different types, the one of the value's own type says what is wrong with it.
+    fitting = [one for one in same if not one["type"].endswith("_type")]
+    tails = dict.fromkeys(_tail(one) for one in fitting or same)
+    code = "invalid_value" if fitting else "invalid_type"
     name = f"`{param}`" if param else "the body"
     return ApiError(400, code, public(f"{name} {' or '.join(tails)}"), param=param)
 
@@ -340,13 +340,9 @@ def options_of(
         check_limit("tokens to write", "too_many_tokens", given["max_tokens"], most_tokens, name)
     else:
         given["max_tokens"] = min(DEFAULTS.max_tokens, most_tokens)
-    most_images = limits.images if limits.images is not None else model.limits.images
     if "max_images" in given:
-        check_limit(
-            "pictures", "too_many_images", given["max_images"], most_images, "mmi.max_images"
-        )
-    else:
-        given["max_images"] = min(DEFAULTS.max_images, most_images)
+        most = most_images(model, limits)
+        check_limit("pictures", "too_many_images", given["max_images"], most, "mmi.max_images")
     try:
         options = GenerationOptions(**given)
         options.sampling.check_ids(model.config.llama.vocab)
@@ -354,6 +350,29 @@ def options_of(
         param = _option_in(error, given)
         raise api_error_of(error, param=fields.get(param, param) if param else None) from None
     return options
+
+
+def most_images(model: ServedModel, limits: RequestLimits) -> int:
+    """Limit of pictures of a document, given and drawn."""
+    most = model.limits.images
+    return most if limits.images is None else min(limits.images, most)
+
+
+def with_room(
+    options: GenerationOptions,
+    images: int,
+    asked: int | None,
+    model: ServedModel,
+    limits: RequestLimits,
+) -> GenerationOptions:
+    """Options that draw no more pictures than a document of `images` pictures has room for.
+
+    asked: `max_images` of the request, if it has one. Raises `ApiError` if that is too many.
+    """
+    most = most_images(model, limits)
+    if asked:
+        check_limit("pictures", "too_many_images", images + asked, most, "mmi.max_images")
+    return replace(options, max_images=max(min(options.max_images, most - images), 0))
 
 
 def _option_in(error: ConfigError, given: Mapping[str, Any]) -> str | None:
@@ -370,8 +389,20 @@ def max_seconds_of(mmi: MmiFields, limits: RequestLimits) -> float:
     return mmi.max_seconds
 
 
+def check_compression(output_format: str | None, quality: int | None, param: str) -> None:
+    """Raise `ApiError` for a quality of PNG, which has none; 100 asks for nothing."""
+    if output_format in (None, "png") and quality not in (None, 100):
+        raise ApiError(
+            400,
+            "conflicting_values",
+            f"`{param}` is the quality of `webp` and `jpeg`; PNG is exact",
+            param=param,
+        )
+
+
 def reply_fields(mmi: MmiFields) -> dict[str, Any]:
-    """Fields of `ApiRequest` that say how pictures are sent."""
+    """Fields of `ApiRequest` that say how pictures are sent. Raises `ApiError`."""
+    check_compression(mmi.output_format, mmi.output_compression, "mmi.output_compression")
     given = {
         name: getattr(mmi, name) for name in ("output_format", "output_compression", "progress")
     }

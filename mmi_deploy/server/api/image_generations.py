@@ -21,7 +21,7 @@ from mmi_deploy.server.api import sse
 from mmi_deploy.server.api.api_request import ApiRequest, OutputFormat
 from mmi_deploy.server.api.document_parts import DocumentBuilder
 from mmi_deploy.server.api.drawn_images import check_size, preview_of, size_of
-from mmi_deploy.server.api.endings import details, finish_reason, usage_of
+from mmi_deploy.server.api.endings import details, ended_early, finish_reason, usage_of
 from mmi_deploy.server.api.errors import ApiError
 from mmi_deploy.server.api.fields import (
     NO_EXTENSIONS,
@@ -34,15 +34,18 @@ from mmi_deploy.server.api.fields import (
     String,
     Whole,
     agreed,
+    check_compression,
     check_limit,
     check_model,
     max_seconds_of,
+    most_images,
     only,
     options_of,
     read_fields,
     reply_fields,
 )
 from mmi_deploy.server.api.picture_urls import encoded, picture_url
+from mmi_deploy.server.api.pictures import Fetch
 from mmi_deploy.server.api.reply_context import ReplyContext
 from mmi_deploy.server.api.schemas import schema_of
 from mmi_deploy.server.api.usage import PromptUsage, Usage
@@ -116,8 +119,13 @@ class ImagesRequest(ApiRequest):
 _OF_TEXT = ("max_images", "draw_first", "turn_tokens", "min_tokens", "progress")
 
 
-def read(body: Mapping[str, Any], model: ServedModel, limits: RequestLimits) -> ImagesRequest:
-    """Read a body. Raises `ApiError`."""
+def read(
+    body: Mapping[str, Any],
+    model: ServedModel,
+    limits: RequestLimits,
+    fetch: Fetch | None = None,
+) -> ImagesRequest:
+    """Read a body. Raises `ApiError`. fetch: as on the other endpoints; no pictures are given."""
     fields = read_fields(ImagesBody, body)
     mmi = fields.mmi or NO_EXTENSIONS
     if fields.model is not None:
@@ -130,8 +138,7 @@ def read(body: Mapping[str, Any], model: ServedModel, limits: RequestLimits) -> 
                 400, "unsupported_value", f"`{param}` has no meaning for pictures", param=param
             )
     pictures = 1 if fields.n is None else fields.n
-    most = model.limits.images if limits.images is None else limits.images
-    check_limit("pictures", "too_many_images", pictures, most, "n")
+    check_limit("pictures", "too_many_images", pictures, most_images(model, limits), "n")
     builder = DocumentBuilder(model, limits)
     builder.text(fields.prompt, "prompt")
     builder.draw("prompt")
@@ -169,6 +176,7 @@ def _sending(fields: ImagesBody, mmi: MmiFields) -> dict[str, Any]:
             "output_compression", fields.output_compression, mmi.output_compression
         ),
     }
+    check_compression(found["output_format"], found["output_compression"], "output_compression")
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -189,6 +197,7 @@ async def reply(
                     data[number]["mmi"] = _details(requests, number, happened, context)
     return {
         "created": context.created,
+        "system_fingerprint": context.model.fingerprint,
         **_look(request),
         "size": size_of(context.model),
         "data": data,
@@ -208,7 +217,7 @@ def stream(
 
 async def _items(
     request: ImagesRequest, events: Sequence[AsyncIterator[Event]], context: ReplyContext
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     requests = request.requests
     shared = {"created_at": context.created, "quality": "auto", **_look(request)}
     previews = [0] * len(requests)
@@ -290,31 +299,32 @@ async def _merged(
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """Events of all documents as they happen, with the number of the document.
 
-    Raises the first error of any.
+    Raises the first error of any, also that of events without an end. No source gets ahead of
+    another that has an event.
     """
-    happened: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(1)
 
-    async def forward(number: int, source: AsyncIterator[Event]) -> None:
-        last = None
-        try:
-            async for one in source:
-                await happened.put((number, one))
-        except Exception as failed:
-            last = failed
-        await happened.put((number, last))
+    async def next_of(source: AsyncIterator[Event]) -> Event | None:
+        return await anext(source, None)
 
-    tasks = [asyncio.create_task(forward(*one)) for one in enumerate(events)]
+    numbers = {asyncio.create_task(next_of(one)): place for place, one in enumerate(events)}
+    ends: dict[int, Finished] = {}  # told when nothing follows: the statistics are known then
     try:
-        running = len(tasks)
-        while running:
-            number, item = await happened.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield number, item
+        while numbers:
+            done, _ = await asyncio.wait(numbers, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=lambda task: numbers[task]):
+                number = numbers.pop(task)
+                event = task.result()
+                if event is not None:
+                    numbers[asyncio.create_task(next_of(events[number]))] = number
+                if isinstance(event, Finished):
+                    ends[number] = event
+                elif event is not None:
+                    yield number, event
+                elif number in ends:
+                    yield number, ends[number]
+                else:
+                    raise ended_early()
     finally:
-        for task in tasks:
+        for task in numbers:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*numbers, return_exceptions=True)

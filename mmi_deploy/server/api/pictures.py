@@ -40,6 +40,7 @@ class PictureReader:
     def __init__(self, side: int, limits: RequestLimits, fetch: Fetch | None = None) -> None:
         self._side, self._limits, self._fetch = side, limits, fetch
         self._known: dict[str, Rgb] = {}
+        self._pixels = 0  # of all pictures so far
 
     def of_url(self, url: str, param: str) -> Rgb:
         """Read the picture of an `image_url`. Raises `ApiError`."""
@@ -129,6 +130,15 @@ class PictureReader:
     def _check_size(self, size: str, pixels: int, param: str) -> None:
         if pixels > self._limits.image_pixels:
             raise self._too_many_pixels(size, param)
+        self._pixels += pixels
+        if self._pixels > self._limits.all_pixels:
+            raise ApiError(
+                400,
+                "images_too_many_pixels",
+                f"the pictures of the request have more than {self._limits.all_pixels} pixels "
+                "together; scale them down",
+                param=param,
+            )
 
     def _too_many_pixels(self, size: str, param: str) -> ApiError:
         return ApiError(

@@ -12,7 +12,7 @@ that checks events knows no others. Without a stream it is `inline`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -21,7 +21,7 @@ from mmi_deploy.runtime.events import Event
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.server.api import sse
 from mmi_deploy.server.api.api_request import ApiRequest, OutputFormat
-from mmi_deploy.server.api.document_parts import DocumentBuilder
+from mmi_deploy.server.api.document_parts import DocumentBuilder, check_part_count
 from mmi_deploy.server.api.drawn_images import check_size
 from mmi_deploy.server.api.errors import ApiError
 from mmi_deploy.server.api.fields import (
@@ -34,11 +34,14 @@ from mmi_deploy.server.api.fields import (
     String,
     Whole,
     agreed,
+    at_most,
+    check_compression,
     check_model,
     max_seconds_of,
     only,
     read_fields,
     reply_fields,
+    with_room,
 )
 from mmi_deploy.server.api.pictures import Fetch
 from mmi_deploy.server.api.reply_context import ReplyContext
@@ -90,7 +93,8 @@ class TextOptions(Fields):
 
 Metadata = Annotated[
     dict[Annotated[String, Field(max_length=64)], Annotated[String, Field(max_length=512)]],
-    Field(max_length=16),
+    at_most(16),
+    Field(json_schema_extra={"maxProperties": 16}),
 ]
 
 
@@ -164,6 +168,7 @@ def read(
     fetch: Fetch | None = None,
 ) -> ResponsesRequest:
     """Read a body. Raises `ApiError`. fetch: reads pictures that are no data URLs."""
+    check_part_count(body, "input", limits)
     fields = read_fields(ResponsesBody, body)
     check_model(fields.model, model)
     tool = fields.tools[0] if fields.tools else None
@@ -180,6 +185,8 @@ def read(
     builder = DocumentBuilder(model, limits, fetch)
     places = add_input(builder, fields.instructions, fields.input)
     read = builder.build()
+    images = len(read.document.images)
+    options = with_room(options, images, mmi.max_images, model, limits)
     return ResponsesRequest(
         document=read.document,
         options=options,
@@ -242,6 +249,8 @@ def _sending(
         for name in ("output_format", "output_compression"):
             if (value := agreed(name, getattr(tool, name), getattr(mmi, name))) is not None:
                 found[name] = value
+        form, quality = found.get("output_format"), found.get("output_compression")
+        check_compression(form, quality, "tools[0].output_compression")
     return found
 
 
@@ -271,7 +280,8 @@ async def reply(
     writer = ResponseWriter(request, context)
     async for event in events:
         await writer.take(event)
-    return writer.whole()
+    response: Json = writer.end()[-1]["response"]
+    return response
 
 
 def stream(
@@ -288,11 +298,14 @@ def stream(
     )
 
 
-async def _items(writer: ResponseWriter, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+async def _items(
+    writer: ResponseWriter, events: AsyncIterator[Event]
+) -> AsyncGenerator[bytes, None]:
     async for event in events:
         for item in await writer.take(event):
             yield sse.event(item)
-    writer.whole()
+    for item in writer.end():
+        yield sse.event(item)
 
 
 def failure(request: ResponsesRequest, error: ApiError, context: ReplyContext) -> bytes:

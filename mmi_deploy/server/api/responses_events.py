@@ -55,12 +55,13 @@ class ResponseWriter:
         self._tokens = self._images = 0  # written and drawn so far
         self._sequence = 0
         self._echo = self._short_echo() if request.transport != "inline" else request.echo
-        self._whole: Json | None = None
+        self._finished: Finished | None = None
 
     # Responses as a whole
 
     async def take(self, event: Event) -> list[Json]:
-        """Events of the API for one event of the document. Raises `ApiError` at an early end."""
+        """Events of the API for one event of the document. Raises `ApiError` if it was ended
+        early."""
         begun = self._begin()
         match event:
             case TextDelta():
@@ -73,13 +74,9 @@ class ResponseWriter:
             case ImageDone():
                 return [*begun, *await self._end_picture(event)]
             case Finished():
-                return [*begun, *self._finish(event)]
-
-    def whole(self) -> Json:
-        """The response at its end. Raises `ApiError` if it has none."""
-        if self._whole is None:
-            raise ended_early()
-        return self._whole
+                finish_reason(event.reason, self.request)
+                self._finished = event
+                return begun
 
     def _begin(self) -> list[Json]:
         """Events before all others, at the first call."""
@@ -88,21 +85,27 @@ class ResponseWriter:
         begun = self._response("in_progress")
         return [self._event(kind, response=begun) for kind in ("created", "in_progress")]
 
-    def _finish(self, finished: Finished) -> list[Json]:
-        """Raises `ApiError` if the document was ended early."""
+    def end(self) -> list[Json]:
+        """The last events, of which the last has the response, after all events of the document.
+
+        Raises `ApiError` if `Finished` was not among them.
+        """
+        finished = self._finished
+        if finished is None:
+            raise ended_early()
         incomplete = finish_reason(finished.reason, self.request) == "length"
         status = "incomplete" if incomplete else "completed"
-        events = self._end_message(status)
+        ended = self._end_message(status)
         stats = self.context.stats()
         usage = usage_of(self.request, finished, stats, self.context.model.config)
-        self._whole = self._response(
+        response = self._response(
             status,
             incomplete_details={"reason": "max_output_tokens"} if incomplete else None,
             completed_at=None if incomplete else int(time.time()),
             usage=usage.responses(),
             mmi=details(self.request, finished, stats),
         )
-        return [*events, self._event(status, response=self._whole)]
+        return [*ended, self._event(status, response=response)]
 
     def fail(self, error: ApiError) -> list[Json]:
         """The last events after a failure: the response as far as it came."""
@@ -116,7 +119,7 @@ class ResponseWriter:
         return [*ended, self._event("failed", response=self._response("failed", error=failure))]
 
     def _short_echo(self) -> Json:
-        """What the response repeats, without the client's own texts if they fill a line."""
+        """Repeat the request without the client's own texts, if those fill a line."""
         echo = self.request.echo
         if len(json.dumps(echo)) <= self.context.rules.event_bytes // 4:
             return echo
@@ -129,6 +132,7 @@ class ResponseWriter:
             "object": "response",
             "created_at": self.context.created,
             "model": self.context.model.name,
+            "system_fingerprint": self.context.model.fingerprint,
             "status": status,
             "background": False,
             "completed_at": None,

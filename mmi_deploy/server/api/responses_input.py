@@ -74,7 +74,7 @@ class DrawnFields(Fields):
     )
     seed: Any = None
     steps: Any = None
-    url: Any = None
+    url: str | None = Field(None, description="Path of the picture, where `result` is empty.")
     result_length: Any = None
 
 
@@ -113,10 +113,13 @@ Item = Annotated[
 
 @dataclass(frozen=True)
 class _Entry:
-    """A part of the document. content: of a text, a URL or base64. number: of a place to draw.
-    first: instructions, which come before all others."""
+    """A part of the document, or the beginning of a turn of the model.
 
-    kind: Literal["text", "url", "base64", "draw"]
+    content: of a text, a URL or base64. number: of a place to draw. first: instructions, which come
+    before all others.
+    """
+
+    kind: Literal["text", "url", "base64", "draw", "reply"]
     content: str
     param: str
     number: int = 0
@@ -140,6 +143,9 @@ def add_input(
     pictures = 0
     for entry in sorted(entries, key=lambda entry: not entry.first):
         match entry.kind:
+            case "reply":
+                builder.begin_reply()
+                continue
             case "text":
                 builder.text(entry.content, entry.param)
                 continue
@@ -190,6 +196,8 @@ def _entries(items: str | Sequence[MessageItem | DrawnItem]) -> list[_Entry]:
 
 def _message_entries(message: MessageItem, param: str) -> Iterator[_Entry]:
     first = message.role in ("system", "developer")
+    if message.role == "assistant":
+        yield _Entry("reply", "", param)
     if isinstance(message.content, str):
         if message.content:
             yield _Entry("text", message.content, f"{param}.content", first=first)
@@ -209,12 +217,14 @@ def _drawn_entry(item: DrawnItem, param: str) -> _Entry | None:
     """The picture of a reply; None for one that was never finished."""
     if item.result:
         return _Entry("base64", item.result, f"{param}.result")
+    if item.mmi and item.mmi.url:
+        return _Entry("url", item.mmi.url, f"{param}.mmi.url")
     if item.result is None and item.status not in ("completed", None):
         return None
     raise ApiError(
         400,
         "missing_image",
         f"`{param}.result` is empty: put the picture's file in it, in base64; of a reply with the "
-        "transport `url` it is what `mmi.url` gives, with `chunked` the joined pieces",
+        "transport `chunked` it is the joined pieces",
         param=f"{param}.result",
     )

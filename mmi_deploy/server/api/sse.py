@@ -8,7 +8,8 @@ or U+0085, as `str.splitlines` does, see one line too.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from mmi_deploy.errors import MmiError
@@ -37,7 +38,7 @@ def error(failure: ApiError) -> bytes:
 
 
 async def with_failure(
-    items: AsyncIterator[bytes], failure: Callable[[ApiError], bytes]
+    items: AsyncGenerator[bytes], failure: Callable[[ApiError], bytes]
 ) -> AsyncIterator[bytes]:
     """The items, and the event of the error that they end with, if they have begun.
 
@@ -46,9 +47,10 @@ async def with_failure(
     """
     begun = False
     try:
-        async for item in items:
-            begun = True
-            yield item
+        async with aclosing(items):  # a client that leaves ends them at once
+            async for item in items:
+                begun = True
+                yield item
     except Exception as error:
         if not begun:
             raise

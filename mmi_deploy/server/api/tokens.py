@@ -71,7 +71,7 @@ def tokenize(
 
     A text alone may be longer than the model's context: its count tells.
     """
-    check_part_count(body.get("messages"), limits, "messages")
+    check_part_count(body, "messages", limits)
     fields = read_fields(TokenizeBody, body)
     if fields.model is not None:
         check_model(fields.model, model)
@@ -114,5 +114,5 @@ def detokenize(
     fields = read_fields(DetokenizeBody, body)
     if fields.model is not None:
         check_model(fields.model, model)
-    check_token_ids(fields.tokens, model, limits, "tokens")
+    check_token_ids(fields.tokens, model, "tokens")
     return {"prompt": model.tokenizer.decode(fields.tokens)}

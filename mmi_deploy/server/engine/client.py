@@ -47,7 +47,7 @@ class EngineDied(EngineError):
 
 @dataclass(frozen=True)
 class Readiness:
-    """What an engine process said of itself. slots: documents at once. kernels: digest of the
+    """Description of an engine that is ready. slots: documents at once. kernels: digest of the
     kernel library. text_gap_bound: seconds that a running text waits at most, None if unbounded."""
 
     pid: int

@@ -100,6 +100,13 @@ def unpack(text: bytes, data: bytes) -> tuple[dict[str, Any], Arrays]:
     return header, Arrays(data)
 
 
+def split(message: bytes) -> tuple[dict[str, Any], Arrays]:
+    """The JSON and the arrays of the bytes of `pack`."""
+    text, _ = lengths(message[: LENGTHS.size])
+    end = LENGTHS.size + text
+    return unpack(message[LENGTHS.size : end], message[end:])
+
+
 # Documents and options.
 
 

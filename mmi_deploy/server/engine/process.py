@@ -143,12 +143,12 @@ def _serve(connection: Connection) -> None:
     inbox: SimpleQueue[tuple[dict[str, Any], Arrays]] = SimpleQueue()
     Thread(target=_receive, args=(connection, inbox), name="mmi-receiver", daemon=True).start()
     try:
-        engine = _open(options)
+        engine = open_engine(options)
     except MmiError as error:
         connection.send({"type": "refused", "error": str(error)})
         _wait_for_the_end(inbox)
         return
-    connection.send({"type": "ready", **_description(engine, options)})
+    connection.send({"type": "ready", **description(engine, options)})
     streams: dict[int, RemoteStream] = {}
     while True:
         header, arrays = inbox.get()
@@ -159,7 +159,7 @@ def _serve(connection: Connection) -> None:
                 if stream := streams.get(header["id"]):
                     stream.cancel()
             case "stats":
-                stats = _plain(asdict(engine.stats()))
+                stats = plain(asdict(engine.stats()))
                 connection.send({"type": "stats", "id": header["id"], "stats": stats})
             case "drain":
                 engine.drain()
@@ -179,7 +179,7 @@ def _wait_for_the_end(inbox: SimpleQueue[tuple[dict[str, Any], Arrays]]) -> None
         inbox.get()
 
 
-def _open(options: OpenOptions) -> BatchEngine:
+def open_engine(options: OpenOptions) -> BatchEngine:
     bundle = Bundle.open(options.bundle, unproved=options.unproved)
     if options.digest and bundle_digest(bundle.folder, options.target) != options.digest:
         raise BundleError(
@@ -200,8 +200,8 @@ def _open(options: OpenOptions) -> BatchEngine:
     )
 
 
-def _description(engine: BatchEngine, options: OpenOptions) -> dict[str, Any]:
-    """What the front wants to know of an engine that is ready."""
+def description(engine: BatchEngine, options: OpenOptions) -> dict[str, Any]:
+    """Description of an engine that is ready, for the front."""
     stats = engine.stats()
     return {
         "pid": os.getpid(),
@@ -240,7 +240,7 @@ def _submit(
         connection.post((number, error, None))
 
 
-def _plain(stats: dict[str, Any]) -> dict[str, Any]:
+def plain(stats: dict[str, Any]) -> dict[str, Any]:
     """Statistics without infinities, which JSON does not have."""
     return json.loads(json.dumps(stats), parse_constant=lambda _: None)
 

@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -31,6 +32,7 @@ from mmi_deploy.server.http.error_response import error_response
 from mmi_deploy.server.http.gate import Gate
 from mmi_deploy.server.http.generation_response import GenerationResponse
 from mmi_deploy.server.http.observed_events import ObservedEvents
+from mmi_deploy.server.http.openapi import answers, described
 from mmi_deploy.server.http.page_files import INDEX, PageFiles
 from mmi_deploy.server.http.picture_store import PATH
 from mmi_deploy.server.http.service import Service
@@ -63,6 +65,11 @@ ENDPOINTS = (
 
 def application(service: Service) -> ASGIApp:
     """The routes over a service, behind the gate."""
+    return Gate(routes(service), service)
+
+
+def routes(service: Service) -> FastAPI:
+    """The routes over a service."""
     app = FastAPI(
         title="mmi serve",
         version=version("mmi_deploy"),
@@ -76,19 +83,19 @@ def application(service: Service) -> ASGIApp:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(Exception, _unexpected)
     for endpoint in ENDPOINTS:
-        handler = _generation(service, endpoint)
-        app.add_api_route(endpoint.path, handler, methods=["POST"], **_documented(endpoint.formats))
+        handler, formats = _generation(service, endpoint), endpoint.formats
+        documented = described(formats, formats.REQUEST_SCHEMA, streams=True)
+        app.add_api_route(endpoint.path, handler, methods=["POST"], **documented)
     _add_models(app, service)
     _add_tokens(app, service)
     _add_health(app, service)
     _add_page(app)
-    return Gate(app, service)
+    return app
 
 
 # Generations.
 
 Handler = Callable[[Request], Awaitable[Response]]
-Result = TypeVar("Result")
 
 
 def _generation(service: Service, endpoint: Endpoint) -> Handler:
@@ -96,37 +103,35 @@ def _generation(service: Service, endpoint: Endpoint) -> Handler:
 
     async def handle(request: Request) -> Response:
         service.check_ready()  # before a large body is read
-        settings, state = service.settings, request.scope["state"]
-        body = await read_json(
-            request.scope, request.receive, settings.limits.body_bytes, settings.body_seconds
-        )
-        read = await _read(service, endpoint, body, request)
+        state = request.scope["state"]
+        body, limits = await _body(service, request), service.settings.limits
+        fetch = _fetch(service, request)
+        reading = partial(endpoint.formats.read, body, service.model, limits, fetch)
+        read: ApiRequest = await _in_thread(service, request, body, reading)
         documents = service.submit(read.requests, state["tenant"], state["begun"])
         return _response(service, endpoint, read, documents, request)
 
     return handle
 
 
-async def _read(
-    service: Service, endpoint: Endpoint, body: dict[str, Any], request: Request
-) -> ApiRequest:
-    """Read a body; pictures take long to decode."""
-    # Those of several documents take no pictures.
-    fetch = () if endpoint.several else (service.fetch,)
-
-    def read() -> ApiRequest:
-        found: ApiRequest = endpoint.formats.read(
-            body, service.model, service.settings.limits, *fetch
-        )
-        return found
-
-    return await _beside_loop(service, body, request, read)
+async def _body(service: Service, request: Request) -> dict[str, Any]:
+    """JSON of a request. Raises `ApiError`."""
+    settings = service.settings
+    return await read_json(
+        request.scope, request.receive, settings.limits.body_bytes, settings.body_seconds
+    )
 
 
-async def _beside_loop(
-    service: Service, body: dict[str, Any], request: Request, read: Callable[[], Result]
-) -> Result:
-    """What `read` makes of a body; in a thread if that may take long."""
+def _fetch(service: Service, request: Request) -> Callable[[str], bytes]:
+    """Reader of pictures that are no data URLs, in the name of the request's tenant."""
+    tenant = request.scope["state"]["tenant"]
+    return lambda url: service.fetch(url, tenant)
+
+
+async def _in_thread(
+    service: Service, request: Request, body: dict[str, Any], read: Callable[[], Any]
+) -> Any:
+    """Read a body, in a thread if it has pictures, which take long to decode or to fetch."""
     if int(request.headers.get("content-length", INLINE)) < INLINE and not _has_pictures(body):
         return read()
     return await asyncio.get_running_loop().run_in_executor(service.readers, read)
@@ -170,15 +175,35 @@ def _response(
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models", summary="The model that is served")
+    @app.get("/v1/models", summary="The model that is served", responses=answers())
     async def list_models() -> JSONResponse:
-        return JSONResponse(models.list_models(service.model, service.settings.limits))
+        return JSONResponse(
+            models.list_models(
+                service.model,
+                service.settings.limits,
+                service.settings.rules,
+                exactness=service.exactness,
+            )
+        )
 
-    @app.get("/v1/models/{name}", summary="One model")
+    @app.get("/v1/models/{name}", summary="One model", responses=answers())
     async def get_model(name: str) -> JSONResponse:
-        return JSONResponse(models.get_model(name, service.model, service.settings.limits))
+        return JSONResponse(
+            models.get_model(
+                name,
+                service.model,
+                service.settings.limits,
+                service.settings.rules,
+                exactness=service.exactness,
+            )
+        )
 
-    @app.get(PATH + "{name}", summary="A picture of an earlier reply")
+    @app.get(
+        PATH + "{name}",
+        summary="A picture of an earlier reply",
+        response_class=Response,
+        responses=answers(content_type="image/*"),
+    )
     async def get_picture(name: str, request: Request) -> Response:
         picture = service.pictures.get(name, request.scope["state"]["tenant"])
         if picture is None:
@@ -186,7 +211,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         headers = {"cache-control": "private, max-age=3600, immutable"}
         return Response(picture.data, media_type=picture.mime, headers=headers)
 
-    @app.get("/version", summary="Version and fingerprint")
+    @app.get("/version", summary="Version and fingerprint", responses=answers())
     async def get_version() -> JSONResponse:
         model = service.model
         return JSONResponse(
@@ -199,21 +224,22 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    def post(path: str, do: Callable[..., dict[str, Any]], documented: dict[str, Any]) -> None:
-        async def handle(request: Request) -> JSONResponse:
-            settings = service.settings
-            body = await read_json(
-                request.scope, request.receive, settings.limits.body_bytes, settings.body_seconds
-            )
-            found = await _beside_loop(
-                service, body, request, lambda: do(body, service.model, settings.limits)
-            )
-            return JSONResponse(found)
+    async def tokenize(request: Request) -> JSONResponse:
+        body, limits = await _body(service, request), service.settings.limits
+        fetch = _fetch(service, request)
+        read = partial(tokens.tokenize, body, service.model, limits, fetch)
+        return JSONResponse(await _in_thread(service, request, body, read))
 
-        app.add_api_route(path, handle, methods=["POST"], **documented)
+    async def detokenize(request: Request) -> JSONResponse:
+        body, limits = await _body(service, request), service.settings.limits
+        read = partial(tokens.detokenize, body, service.model, limits)
+        return JSONResponse(await _in_thread(service, request, body, read))
 
-    post("/tokenize", tokens.tokenize, _documented(tokens, "TOKENIZE_SCHEMA"))
-    post("/detokenize", tokens.detokenize, _documented(tokens, "DETOKENIZE_SCHEMA"))
+    for path, handler, schema in (
+        ("/tokenize", tokenize, tokens.TOKENIZE_SCHEMA),
+        ("/detokenize", detokenize, tokens.DETOKENIZE_SCHEMA),
+    ):
+        app.add_api_route(path, handler, methods=["POST"], **described(tokens, schema))
 
 
 # Health and metrics.
@@ -227,12 +253,20 @@ def _add_health(app: FastAPI, service: Service) -> None:
         service.check_ready()
         return JSONResponse({"status": "ready", "documents": service.documents})
 
-    both = ["GET", "HEAD"]
-    app.add_api_route("/health/live", live, methods=both, summary="200 while the server answers")
-    app.add_api_route("/health/ready", ready, methods=both, summary="200 if documents are taken")
-    app.add_api_route("/health", ready, methods=both, summary="As /health/ready")
+    for path, handler, summary in (
+        ("/health/live", live, "200 while the server answers"),
+        ("/health/ready", ready, "200 if documents are taken"),
+        ("/health", ready, "As /health/ready"),
+    ):
+        app.add_api_route(path, handler, methods=["GET"], summary=summary, responses=answers())
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
 
-    @app.get("/metrics", summary="Prometheus metrics")
+    @app.get(
+        "/metrics",
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses=answers(content_type="text/plain"),
+    )
     async def get_metrics() -> Response:
         text = await service.collect()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -276,12 +310,3 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 async def _unexpected(_: Request, error: Exception) -> Response:
     return error_response(api_error_of(error))  # the gate logs it
-
-
-def _documented(module: Any, name: str = "REQUEST_SCHEMA") -> dict[str, Any]:
-    """What the OpenAPI schema says of an endpoint's body."""
-    content = {"application/json": {"schema": getattr(module, name)}}
-    return {
-        "summary": (module.__doc__ or "").splitlines()[0],
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
-    }

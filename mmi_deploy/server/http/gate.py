@@ -20,6 +20,12 @@ from mmi_deploy.server.http.service import Service
 # A request's own id is taken if it looks like this.
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,128}")
 
+# Characters of a `traceparent` header that are kept.
+MOST_TRACE = 64
+
+# Status in logs and metrics of a request whose client left before an answer: nginx's.
+LEFT = 499
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 # Paths that need no key: the page asks for it, and probes have none.
@@ -59,7 +65,9 @@ class Gate:
         headers = dict(scope["headers"])
         request_id = _request_id(headers)
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, begun=begun, facts={})
+        state.update(request_id=request_id, begun=begun, facts={"request_id": request_id})
+        trace = headers.get(b"traceparent", b"").decode("latin-1")[:MOST_TRACE]
+        span = self._service.tracing.begin(scope["method"], endpoint_of(scope["path"]), trace)
         extra = [(b"x-request-id", request_id.encode()), *SECURITY, *self._cross_origin(headers)]
 
         async def answer(message: Message) -> None:
@@ -80,7 +88,7 @@ class Gate:
         except ApiError as error:
             await error_response(error)(scope, receive, answer)
         except ConnectionError:
-            status = 499  # nginx's word for a client that left
+            status = LEFT
         except Exception:
             self._service.log.exception(
                 "a request failed", extra={"fields": {"request_id": request_id}}
@@ -90,23 +98,23 @@ class Gate:
                 await error_response(failed)(scope, receive, answer)
         finally:
             self._service.requests -= 1
-            self._note(scope, headers, status or 499, perf_counter() - begun)
+            status = status or LEFT
+            span.end(status, state["facts"])
+            self._note(scope, trace, status, perf_counter() - begun)
 
-    def _note(self, scope: Scope, headers: dict[bytes, bytes], status: int, seconds: float) -> None:
+    def _note(self, scope: Scope, trace: str, status: int, seconds: float) -> None:
         endpoint = endpoint_of(scope["path"])
         self._service.metrics.requests.labels(endpoint, str(status)).inc()
         quiet = endpoint in ("health", "metrics", "page")
-        state = scope["state"]
         fields = {
-            "request_id": state["request_id"],
             "method": scope["method"],
             "endpoint": endpoint,
             "status": status,
             "seconds": round(seconds, 4),
-            **state["facts"],
+            **scope["state"]["facts"],
         }
-        if trace := headers.get(b"traceparent", b""):
-            fields["traceparent"] = trace.decode("latin-1")[:64]
+        if trace:
+            fields["traceparent"] = trace
         log = self._service.log
         (log.debug if quiet else log.info)("request", extra={"fields": fields})
 

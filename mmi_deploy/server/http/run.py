@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 import uvicorn
 
-from mmi_deploy.errors import ConfigError
+from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.server.http.application import application
 from mmi_deploy.server.http.protocol import Protocol
 from mmi_deploy.server.http.service import Service
@@ -89,7 +89,7 @@ async def serve(
 
     The first signal drains: documents that run go on for at most `drain_seconds`, those that wait
     get 503. The second ends everything at once. on_ready: called when the first engine is ready.
-    exit_on_crash: return 1 when no engine is left.
+    exit_on_crash: return 1 when no engine is left. Raises `EngineError` if none was ever ready.
     """
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -118,6 +118,8 @@ async def serve(
     try:
         await asyncio.wait({http, stop, states}, return_when=asyncio.FIRST_COMPLETED)
         failed = states.done()
+        if failed and not service.was_ready:  # whoever started it is still there to read why
+            raise EngineError(service.engines[0].refusal or "the engine process ends at its start")
         if failed and not exit_on_crash:  # stays up and says not ready
             await asyncio.wait({http, stop}, return_when=asyncio.FIRST_COMPLETED)
         if stop.done():

@@ -7,7 +7,7 @@ import io
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
@@ -17,22 +17,26 @@ from typing import Literal
 
 from PIL import Image
 
-from mmi_deploy.documents.document import Document, Draw, Text
+from mmi_deploy.documents.document import Document, Text
 from mmi_deploy.documents.images import Rgb, to_png
 from mmi_deploy.errors import BusyError, ConfigError, DocumentError, MmiError
 from mmi_deploy.runtime.options import GenerationOptions
+from mmi_deploy.server.api import models
 from mmi_deploy.server.api.api_request import ApiRequest, OutputFormat
 from mmi_deploy.server.api.errors import ApiError, api_error_of
 from mmi_deploy.server.api.usage import picture_tokens
+from mmi_deploy.server.engine.affinity import hash_of_beginning
 from mmi_deploy.server.engine.client import EngineClient, EngineDied
 from mmi_deploy.server.engine.open_options import OpenOptions, bundle_digest
 from mmi_deploy.server.http.image_fetch import ImageFetch
 from mmi_deploy.server.http.keys import Keys
 from mmi_deploy.server.http.metrics import Metrics
 from mmi_deploy.server.http.observed_events import ObservedEvents
-from mmi_deploy.server.http.picture_store import PictureStore
+from mmi_deploy.server.http.picture_store import PATH, PictureStore
+from mmi_deploy.server.http.tracing import NoTracing, Tracing
 from mmi_deploy.server.served_model import ServedModel
 from mmi_deploy.server.settings import ServerSettings
+from mmi_deploy.spec.backends import CPU
 
 State = Literal["starting", "ready", "draining", "engine_died", "failed"]
 
@@ -57,27 +61,30 @@ class Service:
         engines: Sequence[OpenOptions],
         settings: ServerSettings,
         log: logging.Logger,
+        tracing: Tracing | None = None,
+        client: Callable[..., EngineClient] = EngineClient,
     ) -> None:
-        """engines: options of each engine process."""
+        """engines: options of each engine process. client: makes the client of one."""
+        self.tracing = tracing or NoTracing()
         self.settings, self.log, self._base = settings, log, model
         self.model = model  # with the fingerprint, once an engine is ready
-        self.engines = [EngineClient(options, self._changed, self._say) for options in engines]
+        self.engines = [client(options, self._changed, self._say) for options in engines]
         self.metrics, self.keys = Metrics(), Keys(settings.keys)
         self.pictures = PictureStore(settings.picture_seconds, settings.picture_bytes)
-        self.fetch = (
+        self._remote = (
             ImageFetch(settings.image_hosts, settings.limits.image_bytes)
             if settings.image_hosts
             else None
         )
         # Apart, so that large pictures, or slow hosts of them, hold up no replies.
-        readers = FETCHING_READERS if self.fetch else READERS
+        readers = FETCHING_READERS if self._remote else READERS
         self.readers = ThreadPoolExecutor(readers, thread_name_prefix="mmi-reader")
         self.encoders = ThreadPoolExecutor(2, thread_name_prefix="mmi-encoder")
         self.draining = False
         self.requests = 0  # in flight, of any kind
         self.changed = asyncio.Event()  # of any state; whoever waits clears it
         self._ends: deque[float] = deque(maxlen=RECENT)
-        self._was_ready = False
+        self.was_ready = False
         self._restarts = 0
 
     def start(self) -> None:
@@ -88,6 +95,7 @@ class Service:
     async def close(self) -> None:
         """End the engine processes at once."""
         await asyncio.gather(*(engine.close() for engine in self.engines))
+        await asyncio.to_thread(self.tracing.close)
         for pool in (self.readers, self.encoders):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -108,7 +116,7 @@ class Service:
             return "ready"
         if states <= {"failed", "closed"}:
             return "failed"
-        return "engine_died" if self._was_ready else "starting"
+        return "engine_died" if self.was_ready else "starting"
 
     def check_ready(self) -> None:
         """Raise `ApiError` 503 unless documents are taken, and an engine that works answers."""
@@ -129,7 +137,7 @@ class Service:
 
     def _changed(self, engine: EngineClient) -> None:
         if engine.state == "ready" and engine.ready is not None:
-            self._was_ready = True
+            self.was_ready = True
             parts = (engine.options.digest, self._base.target, version("mmi_deploy"))
             digest = sha256("\0".join((*parts, engine.ready.kernels)).encode()).hexdigest()
             self.model = replace(self._base, fingerprint=f"mmi-{digest[:12]}")
@@ -176,7 +184,7 @@ class Service:
         return found
 
     def _refusal(self, error: MmiError) -> ApiError:
-        """What a client is told of an error of its document."""
+        """Error of the API for an error of a document."""
         if isinstance(error, EngineDied):
             return _unavailable("engine_died")
         if isinstance(error, BusyError):
@@ -196,7 +204,7 @@ class Service:
         least = min(engines, key=lambda engine: engine.documents)
         if len(engines) == 1:
             return least
-        usual = engines[_hash_of_beginning(document, tenant) % len(engines)]
+        usual = engines[hash_of_beginning(document, tenant) % len(engines)]
         slots = usual.ready.slots if usual.ready is not None else 0
         return usual if usual.documents < max(slots, 2 * least.documents) else least
 
@@ -223,11 +231,34 @@ class Service:
             engine.cancel_all()
 
     @property
+    def exactness(self) -> str:
+        """Dependence of an answer on what else runs: with our kernels, on the CPU, none."""
+        kernels = all(engine.ready and engine.ready.kernels for engine in self.engines)
+        return models.EXACT if self.model.target == CPU and kernels else models.WITHIN_RECEIPTS
+
+    @property
     def documents(self) -> int:
         """Documents in all engines."""
         return sum(engine.documents for engine in self.engines)
 
     # Pictures.
+
+    def fetch(self, url: str, tenant: str) -> bytes:
+        """Read a picture that is no data URL: one of this server, or of an allowed host. Runs in a
+        thread. Raises `ApiError`."""
+        if url.startswith(PATH):
+            picture = self.pictures.get(url.removeprefix(PATH), tenant)
+            if picture is None:
+                raise ApiError(400, "image_not_found", "the picture is not kept, or not any more")
+            return picture.data
+        if self._remote is None:
+            raise ApiError(
+                400,
+                "remote_images_off",
+                "this server fetches no pictures: send the picture itself, as "
+                "data:image/png;base64,...",
+            )
+        return self._remote(url)
 
     async def encode(self, rgb: Rgb, format: OutputFormat, compression: int | None) -> bytes:
         """Encode a picture in a thread."""
@@ -298,16 +329,6 @@ def encode_picture(rgb: Rgb, format: OutputFormat, compression: int | None) -> b
     else:
         image.save(buffer, "WEBP", quality=compression)
     return buffer.getvalue()
-
-
-def _hash_of_beginning(document: Document, tenant: str) -> int:
-    """Hash of the first part, by which turns of a conversation find the same engine."""
-    first = document.parts[0]
-    if isinstance(first, Text):
-        content = first.text[:256].encode()
-    else:
-        content = b"" if isinstance(first, Draw) else first.rgb.tobytes()
-    return int.from_bytes(sha256(tenant.encode() + b"\0" + content).digest()[:8])
 
 
 def _unavailable(state: State) -> ApiError:

@@ -11,7 +11,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from exports import Exported
-from mmi_deploy.analysis.cost import chosen_sizes
 from mmi_deploy.analysis.gpu_specs import GB, GPUS
 from mmi_deploy.analysis.memory_estimate import (
     Model,
@@ -26,7 +25,7 @@ from mmi_deploy.cli.app import run
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.memory_plan import SHALLOW
 from mmi_deploy.spec.backends import CPU, TENSORRT
-from mmi_deploy.spec.graphs import Graph, Tensor
+from mmi_deploy.spec.graphs import Graph, Tensor, chosen_sizes
 from mmi_deploy.targets.precision import RECIPES, rewrite
 from mmi_deploy.targets.tensorrt_plan import weights_of
 

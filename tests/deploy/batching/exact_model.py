@@ -16,7 +16,13 @@ from functools import partial
 
 import numpy as np
 
-from deploy.runtime.fake_model import SCHEDULES, fake_config, fake_schedule, fake_tokenizer
+from deploy.runtime.fake_model import (
+    PREVIEW_MAP,
+    SCHEDULES,
+    fake_config,
+    fake_schedule,
+    fake_tokenizer,
+)
 from mmi_deploy.runtime.backend import HostBackend
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
 from mmi_deploy.runtime.engine import Engine
@@ -216,4 +222,5 @@ def exact_runtime(limits: Limits = LIMITS) -> tuple[Runtime, Hooks]:
     """A runtime of the exact model, and the hooks of its engines."""
     config, hooks = exact_config(), Hooks()
     backend = HostBackend(graphs(config, limits), limits, lambda graph: ExactEngine(graph, hooks))
-    return Runtime(config, fake_tokenizer(config), backend, fake_schedule, SCHEDULES), hooks
+    words = fake_tokenizer(config)
+    return Runtime(config, words, backend, fake_schedule, SCHEDULES, PREVIEW_MAP), hooks

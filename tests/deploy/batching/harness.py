@@ -19,7 +19,7 @@ from mmi_deploy.batching.scheduler import DEFAULT_POLICY, Policy, Scheduler
 from mmi_deploy.documents.document import Document, Part, Text, document_of
 from mmi_deploy.documents.document import Image as Given
 from mmi_deploy.errors import MmiError
-from mmi_deploy.runtime.events import Event, Finished, ImageDone, Reason, TextDelta
+from mmi_deploy.runtime.events import Event, Finished, ImageDone, ImageProgress, Reason, TextDelta
 from mmi_deploy.runtime.generation import Generation, Stopped
 from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
@@ -37,6 +37,9 @@ def told(event: Event) -> tuple[Any, ...]:
     match event:
         case ImageDone(index, rgb):
             return "done", index, rgb.shape, rgb.tobytes()
+        case ImageProgress(index, step, of, preview):
+            shown = None if preview is None else (preview.shape, preview.tobytes())
+            return "progress", index, step, of, shown
         case Finished(reason, tokens, images):
             return "finished", reason, tokens, images
     return (event,)

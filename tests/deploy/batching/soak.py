@@ -48,6 +48,7 @@ def options(rng: random.Random) -> GenerationOptions:
         max_images=rng.choice((0, 0, 1)),
         guidance=rng.choice((1.0, 3.5)),
         full_every=rng.choice((1, 2)),
+        previews=rng.choice((0, 0, 1, 3)),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deploy.runtime.fake_model import LIMITS, fake_config, fake_runtime, picture
@@ -11,7 +12,7 @@ from deploy.runtime.tensorrt.gpu_targets import add_target, fake_bundle, machine
 from mmi_deploy.batching.batch_engine import BatchEngine
 from mmi_deploy.documents.document import Document, Draw, Image, Text, document_of
 from mmi_deploy.documents.images import Rgb
-from mmi_deploy.runtime.events import Event, ImageDone, TextDelta
+from mmi_deploy.runtime.events import Event, ImageDone, ImageProgress, TextDelta
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.options import GenerationOptions
 
@@ -32,12 +33,20 @@ def options(number: int) -> GenerationOptions:
         schedule=("plain:4", "ancestral:4")[number // 2 % 2],
         guidance=(1.0, 3.5, 7.0)[number % 3],
         full_every=1 + number // 4,
+        previews=number % 4,
     )
 
 
 def collected(events: list[Event]) -> tuple[str, list[Rgb]]:
-    text = "".join(event.text for event in events if isinstance(event, TextDelta))
-    return text, [event.rgb for event in events if isinstance(event, ImageDone)]
+    """Text, and pictures with their previews in order."""
+    text, pictures = "", []
+    for event in events:
+        match event:
+            case TextDelta(more):
+                text += more
+            case ImageDone(_, rgb) | ImageProgress(preview=np.ndarray() as rgb):
+                pictures.append(rgb)
+    return text, pictures
 
 
 def told(document: Document, number: int) -> tuple[str, list[Rgb]]:

@@ -81,6 +81,7 @@ def options(rng: random.Random) -> GenerationOptions:
         schedule=rng.choice((None, "plain:4", "ancestral:4")),
         guidance=rng.choice((1.0, 3.5)),
         full_every=rng.choice((1, 1, 2, 3)),
+        previews=rng.choice((0, 0, 1, 3)),
     )
 
 

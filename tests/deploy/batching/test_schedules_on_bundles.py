@@ -73,6 +73,7 @@ def options(rng: random.Random, runtime: Runtime) -> GenerationOptions:
         schedule=rng.choice([key for key in runtime.schedules if not key.endswith(":20")]),
         guidance=rng.choice((1.0, 3.5)),
         full_every=rng.choice((1, 2)),
+        previews=rng.choice((0, 0, 1, 3)),
     )
 
 

@@ -269,3 +269,20 @@ def test_engines_that_were_never_run_are_whole_all_the_same(folder: Path) -> Non
     (folder / "engines/tensorrt-sm89-fp16/llm.engine").write_bytes(b"enginE")
     with pytest.raises(BundleError, match="llm.engine has changed"):
         bundle.verify()
+
+
+def test_a_bundle_may_have_a_map_of_previews(folder: Path) -> None:
+    """Bundles of earlier exports have none; a map of another model is refused."""
+    manifest = json.loads((folder / "bundle.json").read_text())
+    del manifest["preview"]
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    assert Bundle.open(folder).manifest.preview is None
+    row = [0.1, 0.2, 0.3, 0.4]
+    preview = {"weights": [row] * 3, "bias": [0, 0, 0], "error": 0.1, "compared_with": "it"}
+    edit_manifest(folder, preview=preview)
+    found = Bundle.open(folder).manifest.preview
+    assert found is not None and found.weights == (tuple(row),) * 3
+    for wrong in ([row[:3]] * 3, [row] * 2, [[*row[:3], "x"]] * 3):
+        edit_manifest(folder, preview={**preview, "weights": wrong})
+        with pytest.raises(BundleError, match="is damaged: .*preview"):
+            Bundle.open(folder)

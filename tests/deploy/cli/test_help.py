@@ -10,8 +10,10 @@ from mmi_deploy.cli import program
 from mmi_deploy.cli.app import run
 
 COMMANDS = (
-    "bench", "bench batch", "bench pytorch", "build", "convert", "evaluate", "export", "generate",
-    "init", "inspect", "inspect batch", "plugins build", "plugins list", "train", "verify",
+    "bench", "bench batch", "bench compare", "bench graph", "bench mmfs", "bench pytorch",
+    "bench scale", "bench serve", "build", "convert", "evaluate", "export", "generate", "init",
+    "inspect", "inspect batch", "plugins build", "plugins list", "serve", "train", "triton",
+    "verify",
 )  # fmt: skip
 # Most options in one panel: longer lists are hard to read.
 MOST = 12

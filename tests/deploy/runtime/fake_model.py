@@ -22,11 +22,18 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import DEEP, Graph, Limits, graphs
 from mmi_deploy.spec.presets import tiny
+from mmi_deploy.spec.preview_map import PreviewMap
 from mmi_deploy.spec.schedule import Schedule
 
 VOCAB = 32
 LIMITS = Limits(context=64, images=6)
 SCHEDULES = ("plain:4", "ancestral:4")
+PREVIEW_MAP = PreviewMap(
+    weights=((0.05, 0.01, 0.0, 0.02), (0.0, 0.06, -0.01, 0.01), (0.03, 0.0, -0.04, 0.0)),
+    bias=(0.5, 0.4, 0.6),
+    error=0.0,
+    compared_with="nothing",
+)
 
 
 def fake_config(unet_sees: int = 2, llm_sees: int = 49) -> ModelConfig:
@@ -238,7 +245,8 @@ def fake_runtime(config: ModelConfig | None = None, limits: Limits = LIMITS) -> 
     backend = HostBackend(
         graphs(config, limits), limits, lambda graph: FakeEngine(graph, config, log)
     )
-    return Runtime(config, fake_tokenizer(config), backend, fake_schedule, SCHEDULES), log
+    words = fake_tokenizer(config)
+    return Runtime(config, words, backend, fake_schedule, SCHEDULES, PREVIEW_MAP), log
 
 
 def picture(seed: int, side: int = 16) -> Array:

@@ -33,7 +33,7 @@ LARGE, FLOODED = 720, 40
 
 
 class Script(IntEnum):
-    """What happens to a document."""
+    """Course of a document."""
 
     ANSWER = 1  # a text, at once
     HANG = 2  # nothing, until it is cancelled

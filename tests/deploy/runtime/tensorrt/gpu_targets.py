@@ -34,6 +34,7 @@ def fake_bundle(folder: Path, config: ModelConfig, limits: Limits) -> Bundle:
         fake_model.fake_tokenizer(config)._inner.save(str(writer.tokenizer))
         for key in ("plain:4", "ancestral:4"):
             writer.add_schedule(fake_model.fake_schedule(key))
+        writer.preview = fake_model.PREVIEW_MAP
     return Bundle.open(folder)
 
 

@@ -1,0 +1,1 @@
+"""Benchmark of a server: load, client, measures, reports, and the comparison of two results."""

@@ -1,0 +1,1 @@
+"""Model of Triton Inference Server: the batch engine behind its Python backend."""
