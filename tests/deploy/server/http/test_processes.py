@@ -30,6 +30,7 @@ from deploy.server.server_process import (
     wait_until,
 )
 from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.errors import EngineError
 from mmi_deploy.server.engine import client as engine_client
 from mmi_deploy.server.engine.open_options import OpenOptions, bundle_digest
 from mmi_deploy.server.http import run as running
@@ -252,6 +253,7 @@ def test_an_engine_that_dies_too_often_is_given_up(
 ) -> None:
     async def steps() -> int:
         served = service(bundle, monkeypatch, "false")
+        served.was_ready = True  # before it began to die
         sock = running.bind("127.0.0.1", 0)
         task = asyncio.create_task(
             running.serve(served, sock, on_ready=lambda _: None, exit_on_crash=exit_on_crash)
@@ -270,6 +272,18 @@ def test_an_engine_that_dies_too_often_is_given_up(
         return await asyncio.wait_for(task, 20)
 
     assert asyncio.run(steps()) == 1
+
+
+def test_an_engine_that_never_was_ready_ends_the_server(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def steps() -> int:
+        served = service(bundle, monkeypatch, "false")
+        sock = running.bind("127.0.0.1", 0)
+        return await running.serve(served, sock, on_ready=lambda _: None, exit_on_crash=False)
+
+    with pytest.raises(EngineError, match="ends at its start"):
+        asyncio.run(steps())
 
 
 def test_silence_of_a_busy_engine_makes_it_not_ready_and_that_of_an_idle_one_does_not(

@@ -164,7 +164,7 @@ def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not_slowed(
         assert line["reason"] == "cancelled"
         assert alone.metrics()['mmi_cancelled_total{where="slow_client"}'] >= 1
     wait_until(lambda: not alone.get("/health").json()["documents"])
-    assert alone.memory() - before < 64 * 2**20
+    assert alone.memory() - before < 128 * 2**20  # all 40 pictures would be 200
 
 
 def test_an_answer_that_nobody_reads_is_dropped_too(alone: ServerProcess) -> None:
