@@ -79,7 +79,7 @@ class Gate:
 
         try:
             if not self._preflight(scope, headers):
-                self._check_caller(headers)
+                self._check_caller(scope["path"], headers)
                 state["tenant"] = self._tenant(scope["path"], headers)
                 await self._app(scope, receive, answer)
             else:
@@ -118,12 +118,14 @@ class Gate:
         log = self._service.log
         (log.debug if quiet else log.info)("request", extra={"fields": fields})
 
-    def _check_caller(self, headers: dict[bytes, bytes]) -> None:
+    def _check_caller(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Refuse pages of other sites, and, without keys, names that are not this machine's: a page
-        could have its own name resolve to loopback (DNS rebinding)."""
+        could have its own name resolve to loopback (DNS rebinding). Probes of health come by any
+        address, and learn no contents."""
         settings = self._service.settings
         host = headers.get(b"host", b"").decode("latin-1")
-        if not self._service.keys and not _is_named(host, (*LOOPBACK, *settings.hosts)):
+        probe = endpoint_of(path) == "health"
+        if not (self._service.keys or probe or _is_named(host, (*LOOPBACK, *settings.hosts))):
             raise ApiError(
                 403,
                 "host_not_allowed",

@@ -290,3 +290,10 @@ def test_answers_to_hosts_hold_no_path(scripted: ServerProcess) -> None:
     for host in FOREIGN_HOSTS:
         data = request_bytes("/", b"", "Connection: close", method="GET", host=host)
         assert not LEAK.search(scripted.exchange(data).decode())
+
+
+def test_probes_of_health_come_by_any_address(scripted: ServerProcess) -> None:
+    """Kubernetes asks the address of the pod."""
+    for path in ("/health", "/health/live", "/health/ready"):
+        data = request_bytes(path, b"", "Connection: close", method="GET", host="10.1.2.3:8000")
+        assert responses_of(scripted.exchange(data))[0][0] == 200
