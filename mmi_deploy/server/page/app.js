@@ -394,6 +394,7 @@ function partMenu(part, button) {
   const shift = (by) => () => {
     if (move(list, part.id, by)) say(`Moved ${by < 0 ? "up" : "down"}.`);
     changed();
+    render();
   };
   menu.open(button, nameOf(part, list, model.name, { text: 0, picture: 0 }), [
     !run && ["Continue from here", () => continueFrom(part)],
@@ -431,6 +432,7 @@ function undoable(words, undo) {
     undo();
     note("");
     changed();
+    render();
   } }, "Undo");
   byId("note").firstElementChild.append(" ", button);
 }
