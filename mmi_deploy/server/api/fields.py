@@ -226,7 +226,7 @@ def _name_of(place: tuple[str | int, ...]) -> str | None:
             text += f"[{name}]"
         else:  # a name of the client's own may be of any length, and not even text
             short = name if len(name) <= 64 else name[:63] + "…"
-            text += ("." if text else "") + short.encode("ascii", "backslashreplace").decode()
+            text += ("." if text else "") + short.encode("unicode_escape").decode()
     return text or None
 
 

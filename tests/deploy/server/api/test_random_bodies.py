@@ -199,7 +199,9 @@ def change(rng: random.Random, value: Any) -> Any:
             case 0:
                 del value[key]
             case 1:
-                value[rng.choice(["x", "\ud800", "0" * 300, "type", "n"])] = rng.choice(STRANGE)
+                value[rng.choice(["x", "\ud800", "0" * 300, "type", "n", "\n"])] = rng.choice(
+                    STRANGE
+                )
             case 2:
                 value[key] = rng.choice(STRANGE)
             case _:

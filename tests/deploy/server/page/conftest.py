@@ -52,7 +52,7 @@ class Watched:
         assert [one for one in self.requests if not one.startswith(schemes)] == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop must not outlive the tests that need it
 def browser() -> Iterator[Browser]:
     """Chromium of this machine."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
