@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -141,9 +142,14 @@ def test_a_stopped_benchmark_writes_what_it_has(
                 time.sleep(0.05)
             _thread.interrupt_main()
 
-        threading.Thread(target=interrupt, daemon=True).start()
-        code = mmi(["bench", "serve", mock.url, "-w", "caption", "--warm-up", "0",
-                    "--min-seconds", "90", "--max-seconds", "90", "-o", str(out)])  # fmt: skip
+        # A process that a script starts in the background ignores Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            threading.Thread(target=interrupt, daemon=True).start()
+            code = mmi(["bench", "serve", mock.url, "-w", "caption", "--warm-up", "0",
+                        "--min-seconds", "90", "--max-seconds", "90", "-o", str(out)])  # fmt: skip
+        finally:
+            signal.signal(signal.SIGINT, before)
     assert code == 130
     found = json.loads((out / "result.json").read_text())
     assert not found["complete"] and found["runs"][0]["counts"]["done"] > 0
