@@ -144,7 +144,7 @@ def test_a_failure_after_keep_alives_is_an_event(alone: ServerProcess) -> None:
         with client.stream("POST", CHAT, json=body_of(CHAT, Script.HANG)) as response:
             for line in response.iter_lines():
                 lines += [line] if line else []
-                if len(lines) == 1:
+                if line and len(lines) == 1:
                     os.kill(alone.engines[0], signal.SIGKILL)
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_died"
 
