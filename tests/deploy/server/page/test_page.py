@@ -37,6 +37,15 @@ def finished(page: Page) -> None:
     page.locator(".foot").first.wait_for()
 
 
+def becomes(page: Page, read: Callable[[], object], wanted: object) -> None:
+    """Wait until the page shows something: what a key or a click changes may be a frame late."""
+    for _ in range(100):
+        if read() == wanted:
+            return
+        page.wait_for_timeout(50)
+    assert read() == wanted
+
+
 def texts(page: Page) -> list[str]:
     found: list[str] = page.locator(".part.text .words").evaluate_all(
         "all => all.map(a => a.value)"
@@ -173,15 +182,16 @@ def test_parts_are_edited_moved_removed_and_brought_back(page: Page, server: Moc
     finished(page)
     page.locator(".part.text .words").nth(1).fill("changed by hand.")
     menu(page, 1, "Move up")
-    assert texts(page)[:2] == ["changed by hand.", "one."]
+    becomes(page, lambda: texts(page)[:2], ["changed by hand.", "one."])
     page.locator(".part.text .words").first.focus()
     page.keyboard.press("Alt+Shift+ArrowDown")
-    assert texts(page)[:2] == ["one.", "changed by hand."]
-    assert page.locator(".part.text .words").nth(1).evaluate("a => a === document.activeElement")
+    becomes(page, lambda: texts(page)[:2], ["one.", "changed by hand."])
+    second = page.locator(".part.text .words").nth(1)
+    becomes(page, lambda: second.evaluate("a => a === document.activeElement"), True)
     menu(page, 2, "Remove")
-    assert len(kinds(page)) == 4
+    becomes(page, lambda: len(kinds(page)), 4)
     page.click("#note >> text=Undo")
-    assert kinds(page)[2] == "picture by-model"
+    becomes(page, lambda: kinds(page)[2:3], ["picture by-model"])
     menu(page, 0, "Text after this")
     page.keyboard.type("in between.")
     page.keyboard.press("Control+Enter")
