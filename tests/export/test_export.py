@@ -129,8 +129,11 @@ def test_a_model_folder_without_tokenizer_is_refused(exported: Exported, tmp_pat
 
 
 def test_a_bundles_tokenizer_neither_cuts_nor_pads(exported: Exported) -> None:
-    """The model folder's does: see `exports.export`."""
+    """The model folder's does: see `exports.export`. It begins with `<s>` where it is asked to, as
+    transformers ask it; see test_tokenizer_files.py."""
     given = json.loads((exported.folder / TOKENIZER).read_text(encoding="utf-8"))
     written = json.loads(exported.bundle.tokenizer.read_text(encoding="utf-8"))
     assert given["truncation"] and given["padding"]
-    assert written == {**given, "truncation": None, "padding": None}
+    assert "TemplateProcessing" in json.dumps(written["post_processor"])
+    changed = {"truncation": None, "padding": None, "post_processor": written["post_processor"]}
+    assert written == {**given, **changed}
