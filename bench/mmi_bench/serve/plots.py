@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,11 @@ def plots(result: Result, folder: Path) -> list[tuple[str, str]]:
 
 def _svg(folder: Path, width: float, height: float, draw: Callable[[Any], None]) -> str:
     """The `<svg>` element of a figure."""
-    path = folder / "plot.svg"
-    with plotted(path, width, height) as figure:
-        draw(figure)
-    text = path.read_text(encoding="utf-8")
-    path.unlink()
+    with TemporaryDirectory(dir=folder) as work:
+        path = Path(work) / "plot.svg"
+        with plotted(path, width, height) as figure:
+            draw(figure)
+        text = path.read_text(encoding="utf-8")
     return text[text.index("<svg") :]
 
 

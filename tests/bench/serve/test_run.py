@@ -1,4 +1,4 @@
-"""Whole runs against the mock server: known sleeps give known numbers."""
+"""Runs of the benchmark against the mock server, whose known sleeps give known numbers."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def test_the_map_is_linear_in_each_cell() -> None:
 
 
 def test_previews_come_closer_to_the_picture(exported_once: Callable[[str], Exported]) -> None:
-    """Of the shipped model, from the first preview to the last: each is nearer to the picture."""
+    """Errors of the shipped model's previews fall from the first to the last."""
     exported = exported_once(SHIPPED)
     runtime = Runtime.open(exported.bundle)
     if exported.folder.name != "tiny":

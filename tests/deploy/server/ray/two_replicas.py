@@ -253,7 +253,7 @@ def check_death(front: Front, expected: list[Answer]) -> None:
 
 
 def check_affinity(front: Front) -> None:
-    """The same beginning finds its replica's cache, however many others come between."""
+    """Check that an equal beginning finds its replica's cache, with many others between."""
     text = "a red square and a blue circle and a green cross and a white ring moves down."
     cached = []
     for number in range(6):
