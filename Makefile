@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 BUNDLE ?= bundles/tiny
 OUT ?= out
+WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
@@ -35,8 +36,10 @@ demo: $(INSTALLED) $(BUNDLE)/bundle.json ## export the shipped tiny model and le
 	$(BIN)/mmi generate examples/story.md -o $(OUT) --bundle $(BUNDLE)
 	@echo "Open $(OUT)/index.html in a browser. Serve the model, with a page to write in: $(BIN)/mmi serve $(BUNDLE)"
 
+# Each worker has one thread. What measures time runs afterwards, alone.
 test: lint ## ruff, mypy and all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not exhaustive and not timing'
+	$(BIN)/python -m pytest -m 'timing and not exhaustive'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

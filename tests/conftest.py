@@ -71,7 +71,10 @@ def exported_once(
     """`exported_once("paper")`: a model of exports.py and its bundle, made at the first call."""
     from exports import export
 
-    return cache(lambda name: export(name, tmp_path_factory.mktemp(name), repository / "assets"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    return cache(lambda name: export(name, folder / f"exported-{name}", repository / "assets"))
 
 
 @pytest.fixture(scope="session")

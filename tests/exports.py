@@ -1,8 +1,9 @@
-"""Bundles for tests, exported by `mmi export` as users run it, each model once per session."""
+"""Bundles for tests, exported by `mmi export` as users run it, each model once for all workers."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import re
 from collections.abc import Callable
@@ -53,10 +54,23 @@ class Exported:
 
 
 def export(name: str, work: Path, assets: Path) -> Exported:
-    """Export the model called `name` into `work`."""
+    """Export the model called `name` into `work`, unless another worker has done so."""
     folder = assets / "tiny"
     if name != SHIPPED or not (folder / CONFIG).exists():
         folder = work / "model"
+    work.mkdir(exist_ok=True)
+    log = work / "export.log"
+    with open(work / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            log.write_text(_export(name, folder, work / "bundle"))
+    stages = [(what, int(done), int(all_)) for what, done, all_ in _STAGE.findall(log.read_text())]
+    return Exported(load_model(folder), folder, Bundle.open(work / "bundle"), stages)
+
+
+def _export(name: str, folder: Path, bundle: Path) -> str:
+    """Make the model, if it is no shipped one, and its bundle; what the command says."""
+    if not (folder / CONFIG).exists():
         save_model(random_model(CONFIGS[name]()), folder)
         tokenizer = build_tokenizer()
         tokenizer.enable_truncation(3)  # as fine-tuning leaves it
@@ -65,7 +79,6 @@ def export(name: str, work: Path, assets: Path) -> Exported:
     schedules = [word for key in SCHEDULES[name] for word in ("--schedule", key)]
     told = io.StringIO()
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
-        code = run(["export", str(folder), "-o", str(work / "bundle"), *schedules])
+        code = run(["export", str(folder), "-o", str(bundle), *schedules])
     assert code == 0, told.getvalue()
-    stages = [(what, int(done), int(all_)) for what, done, all_ in _STAGE.findall(told.getvalue())]
-    return Exported(load_model(folder), folder, Bundle.open(work / "bundle"), stages)
+    return told.getvalue()

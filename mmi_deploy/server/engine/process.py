@@ -23,9 +23,11 @@ from mmi_deploy.batching.batch_engine import BatchEngine
 from mmi_deploy.batching.event_stream import EventStream, Waiter
 from mmi_deploy.batching.scheduler import Policy
 from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.documents.document import Document, Text
 from mmi_deploy.errors import BundleError, MmiError
 from mmi_deploy.runtime.backend import find_kernel_library
-from mmi_deploy.runtime.events import Event, Finished
+from mmi_deploy.runtime.events import Event, Finished, ImageProgress
+from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.server.engine.messages import (
     LENGTHS,
     Arrays,
@@ -41,6 +43,9 @@ from mmi_deploy.system.memory import is_out_of_memory, out_of_memory
 
 # An event of a document, or the error that ends it; at its end, the statistics.
 Item = tuple[int, Event | Exception, Any]
+
+# Tenant of documents of the engine's own; no client's prompt shares their prefix.
+OWN = "engine"
 
 
 class Connection:
@@ -152,6 +157,7 @@ def _serve(connection: Connection) -> None:
         connection.send({"type": "refused", "error": str(refusal)})
         _wait_for_the_end(inbox)
         return
+    _first_documents(engine)
     connection.send({"type": "ready", **description(engine, options)})
     streams: dict[int, RemoteStream] = {}
     while True:
@@ -202,6 +208,18 @@ def open_engine(options: OpenOptions) -> BatchEngine:
         resident=options.resident,
         unproved=options.unproved,
     )
+
+
+def _first_documents(engine: BatchEngine) -> None:
+    """Write two tokens and begin a picture, so that no client waits for what the first document
+    alone does: the tokenizer's and the samplers' tables, the shapes of a short prompt."""
+    document = Document((Text("a"),))
+    for _ in engine.submit(document, GenerationOptions(max_tokens=2, max_images=0), tenant=OWN):
+        pass
+    drawing = engine.submit(document, GenerationOptions(draw_first=True, previews=1), tenant=OWN)
+    for event in drawing:
+        if isinstance(event, ImageProgress):
+            drawing.cancel()
 
 
 def description(engine: BatchEngine, options: OpenOptions) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from mmi_bench.batch import host_time
 from mmi_bench.batch.host_time import HostTime
 from mmi_deploy.cli.app import run
 
+pytestmark = pytest.mark.timing
+
 
 def test_idle_engines_carry_a_document_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_time, "TOKENS", 4)

@@ -35,6 +35,8 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
 from mmi_deploy.spec.presets import released_13b, tiny
 
+pytestmark = pytest.mark.timing
+
 LIMITS = Limits(context=128, images=6)
 
 # Milliseconds of a run by its sizes.

@@ -21,6 +21,8 @@ from mmi_deploy.cli.app import run as mmi
 if TYPE_CHECKING:
     from exports import Exported
 
+pytestmark = pytest.mark.timing
+
 QUICK = ["--min-seconds", "0.5", "--max-seconds", "20", "--warm-up", "0", "--image-side", "16"]
 
 

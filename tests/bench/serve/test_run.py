@@ -23,6 +23,8 @@ from mmi_bench.serve.wire import Wire
 from mmi_bench.serve.workloads import open_workload
 from mmi_deploy.errors import MmiError
 
+pytestmark = pytest.mark.timing
+
 QUICK = Plan(requests=8, min_seconds=0.5, max_seconds=6.0, warm_up=0.0, drain=2.0, check_every=1)
 
 # Sleeps end late on a machine that is busy.

@@ -33,6 +33,8 @@ from mmi_deploy.server.engine import client as module
 from mmi_deploy.server.engine.client import EngineClient, EngineDied, RemoteEvents
 from mmi_deploy.server.engine.open_options import OpenOptions
 
+pytestmark = pytest.mark.timing
+
 Result = TypeVar("Result")
 
 END = Finished("end", 3, 1, Timings())

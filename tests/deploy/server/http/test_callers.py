@@ -25,6 +25,8 @@ from mmi_deploy.errors import ConfigError
 from mmi_deploy.server.http import keys as module
 from mmi_deploy.server.http.keys import Keys, read_keys
 
+pytestmark = pytest.mark.timing
+
 ONE, TWO = "key-of-the-first-caller", "key-of-the-second-caller"
 
 

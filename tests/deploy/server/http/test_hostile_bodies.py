@@ -28,6 +28,8 @@ from deploy.server.requests import (
 )
 from deploy.server.server_process import ServerProcess
 
+pytestmark = pytest.mark.timing
+
 JSON = {"content-type": "application/json"}
 POSTS = (CHAT, COMPLETIONS, RESPONSES, IMAGES, "/tokenize", "/detokenize")
 

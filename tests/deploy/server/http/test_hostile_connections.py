@@ -22,6 +22,8 @@ from deploy.server.server_process import (
     wait_until,
 )
 
+pytestmark = pytest.mark.timing
+
 BODY = json.dumps(chat(tokens=1)).encode()
 LIVE = request_bytes("/health/live", method="GET")
 

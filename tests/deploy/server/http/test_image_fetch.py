@@ -21,6 +21,8 @@ from mmi_deploy.server.http import image_fetch as module
 from mmi_deploy.server.http.image_fetch import ImageFetch
 from mmi_deploy.server.http.picture_store import PATH, PictureStore
 
+pytestmark = pytest.mark.timing
+
 HOST = "pictures.example"
 PUBLIC = "93.184.216.34"
 FILE = png(picture(1))

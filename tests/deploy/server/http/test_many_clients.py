@@ -39,6 +39,8 @@ from deploy.server.server_process import (
 )
 from mmi_deploy.documents.document import Document, Draw, Image, Text
 
+pytestmark = pytest.mark.timing
+
 WORDS = "the red square moves down."
 
 
@@ -247,13 +249,15 @@ def test_a_text_goes_on_while_pictures_are_drawn(server: ServerProcess) -> None:
 
 def test_one_after_ready_is_as_fast_as_the_tenth(bundle: Path) -> None:
     took = []
-    with ServerProcess(bundle, "--slots", 2) as started:
-        with started.client() as client:
-            for number in range(10):
-                begun = time.perf_counter()
-                reply = client.post(CHAT, json=chat(WORDS, None, tokens=4, seed=number))
-                assert reply.status_code == 200
-                took.append(time.perf_counter() - begun)
+    with ServerProcess(bundle, "--slots", 2) as started, started.client() as client:
+        client.get("/health/ready")  # the connection
+        for number in range(10):
+            # The same rest before each: some virtual machines take memory away from idle ones.
+            time.sleep(0.5)
+            begun = time.perf_counter()
+            reply = client.post(CHAT, json=chat(WORDS, None, tokens=4, seed=number))
+            assert reply.status_code == 200
+            took.append(time.perf_counter() - begun)
     # 1.2 on a quiet machine.
     assert took[0] < 2 * statistics.median(took), took
 

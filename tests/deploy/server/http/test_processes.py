@@ -38,6 +38,8 @@ from mmi_deploy.server.http.service import Service
 from mmi_deploy.server.served_model import ServedModel
 from mmi_deploy.server.settings import ServerSettings
 
+pytestmark = pytest.mark.timing
+
 BACK_OFF = "mmi_deploy.server.engine.client.BACK_OFF"
 
 

@@ -37,6 +37,8 @@ from deploy.server.server_process import (
     wait_until,
 )
 
+pytestmark = pytest.mark.timing
+
 TOOL = [{"type": "image_generation"}]
 
 
