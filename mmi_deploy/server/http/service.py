@@ -43,6 +43,9 @@ State = Literal["starting", "ready", "draining", "engine_died", "failed"]
 # Documents whose ends tell how fast the queue moves.
 RECENT = 32
 
+# Seconds between two looks at the bundle and at idle engines.
+WATCH = 5.0
+
 # Bounds of the seconds in `Retry-After`; `openai` does not retry at all above 120.
 SOONEST, LATEST = 1, 60
 
@@ -268,11 +271,11 @@ class Service:
     # Checks in the background.
 
     async def watch(self) -> None:
-        """Look whether the bundle has changed on disk, ask the engines for statistics, and try an
-        idle engine, for as long as the server runs."""
+        """Look whether the bundle has changed on disk, and try idle engines, for as long as the
+        server runs."""
         tried = time.monotonic()
         while True:
-            await asyncio.sleep(5)
+            await asyncio.sleep(WATCH)
             changed = await asyncio.to_thread(self._bundle_changed)
             if changed and not self.metrics.bundle_changed._value.get():
                 self.log.warning("the bundle has changed on disk; the opened one is served")

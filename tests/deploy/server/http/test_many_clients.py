@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from threading import Barrier, Event, Thread
 from typing import Any
@@ -245,6 +246,42 @@ def test_a_text_goes_on_while_pictures_are_drawn(server: ServerProcess) -> None:
     # The bound comes from runs measured at the start; others may use the machine since.
     assert gaps[int(0.95 * len(gaps))] < 3 * bound, (gaps[-5:], bound)
     assert min(drawn) > 0 and max(drawn) <= 3 * min(drawn) + 8, drawn
+
+
+def test_arrivals_of_long_prompts_do_not_starve_a_running_text(server: ServerProcess) -> None:
+    """Long prompts arrive as a Poisson process, a quarter of them with pictures."""
+    wait_until(lambda: idle(server))
+    draws = random.Random(3)
+    stop, arrived = Event(), list[float]()
+    prompt = " ".join([WORDS] * 12)
+
+    def ask(number: int) -> None:
+        parts = (picture(number), prompt) if number % 4 == 0 else (f"{number} {prompt}",)
+        begun = time.perf_counter()
+        reply = server.post(CHAT, chat(*parts, tokens=2, seed=number))
+        assert reply.status_code == 200, reply.text
+        arrived.append(time.perf_counter() - begun)
+
+    def arrive(pool: ThreadPoolExecutor) -> None:
+        for number in count():
+            if stop.wait(draws.expovariate(8)):
+                return
+            pool.submit(ask, number)
+
+    with ThreadPoolExecutor(32) as pool:
+        arrivals = Thread(target=arrive, args=(pool,))
+        arrivals.start()
+        wait_until(lambda: len(arrived) > 2)
+        with server.client() as client:
+            with client.stream("POST", CHAT, json=long_text(200, stream=True)) as one:
+                times = [time.perf_counter() for _ in events_of(one.iter_lines())]
+        stop.set()
+        arrivals.join()
+    bound = server.metrics()['mmi_text_gap_bound_seconds{engine="0"}']
+    gaps = sorted(b - a for a, b in zip(times, times[1:], strict=False))
+    assert len(arrived) > 10
+    assert gaps[int(0.95 * len(gaps))] < 3 * bound, (gaps[-5:], bound)
+    assert max(arrived) < 20, "every arrival has its turn"
 
 
 def test_one_after_ready_is_as_fast_as_the_tenth(bundle: Path) -> None:

@@ -106,6 +106,30 @@ def test_a_killed_engine_ends_its_documents_and_comes_back(bundle: Path) -> None
         assert lines == ["the engine process ended unexpectedly (signal 9)"]
 
 
+def test_a_probe_leaves_an_engine_that_works_alone_and_starts_a_stopped_one_again(
+    bundle: Path,
+) -> None:
+    with ServerProcess(
+        bundle,
+        "--probe",
+        0.2,
+        settings={"stall_seconds": 1.0},
+        constants={"mmi_deploy.server.http.service.WATCH": 0.1, BACK_OFF: (0.01,)},
+    ) as started:
+        name = 'mmi_stage_runs_total{engine="0",stage="prefill"}'
+        before = started.metrics()[name]
+        wait_until(lambda: started.metrics()[name] >= before + 3)  # of probes alone
+        assert started.metrics()["mmi_worker_restarts_total"] == 0
+        [pid] = started.engines
+        os.kill(pid, signal.SIGSTOP)  # alive, and computes nothing
+        wait_until(lambda: started.metrics()["mmi_worker_restarts_total"] == 1)
+        wait_until(lambda: started.get("/health/ready").status_code == 200)
+        assert started.post(CHAT, chat()).status_code == 200
+        assert not is_alive(pid)
+        errors = [one["message"] for one in started.log if one["level"] == "error"]
+        assert errors == ["an idle engine did not generate a token; it is started again"]
+
+
 def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
