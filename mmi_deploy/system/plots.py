@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ def plotted(path: Path, width: float, height: float) -> Iterator[Figure]:
         raise MmiError(
             "plots require matplotlib, which is not installed", fix="pip install matplotlib"
         ) from None
+    # It warns of every mathematical font that is missing, and no plot has formulas.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
     drawn = io.BytesIO()
