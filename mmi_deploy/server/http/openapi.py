@@ -50,7 +50,8 @@ def answers(streams: bool = False, content_type: str = JSON) -> dict[int | str, 
     """Answers of a route: its success, and one shape for all errors."""
     content: dict[str, Any] = {content_type: {"schema": OBJECT if content_type == JSON else {}}}
     if streams:
-        content[STREAM] = {"schema": {"type": "string"}}
+        # Of no type: some tools read it as that of the stream, others as that of an event.
+        content[STREAM] = {"schema": {"description": "Server-sent events, whose data is JSON."}}
     return {
         200: {"description": "The answer.", "content": content},
         "default": {"description": "An error.", "content": {JSON: {"schema": ERROR}}},

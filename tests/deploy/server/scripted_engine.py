@@ -1,4 +1,5 @@
-"""An engine process that computes nothing: the seed of a request says what happens."""
+"""An engine process that computes nothing: the seed of a request says what happens, unless
+`MMI_SCRIPT=answer` is in the environment: then all are answered."""
 
 from __future__ import annotations
 
@@ -27,6 +28,8 @@ from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.server.engine.messages import LENGTHS, Arrays, lengths, pack, pack_event, unpack
 
 SLOTS = 4
+
+ANSWER_ALL = os.environ.get("MMI_SCRIPT") == "answer"
 
 # Side of a picture whose PNG has 1.5 MB, and the number of pictures of `FLOOD`.
 LARGE, FLOODED = 720, 40
@@ -65,7 +68,7 @@ class Engine:
     def play(self, number: int, seed: int) -> None:
         emit, cancelled = (lambda event: self.emit(number, event)), self.cancelled[number]
         tokens = images = 0
-        match Script(seed) if seed in set(Script) else Script.ANSWER:
+        match Script(seed) if seed in set(Script) and not ANSWER_ALL else Script.ANSWER:
             case Script.ANSWER:
                 emit(TextDelta("one two", (), 2))
                 tokens = 2
