@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
+from ipaddress import ip_address
 from math import inf
 
 from mmi_deploy.errors import ConfigError
@@ -97,3 +99,38 @@ class ServerSettings:
     share_cache: bool = False
     probe_seconds: float = 0.0
     stall_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a host or an origin that no request could ever have."""
+        for option, hosts in (
+            ("--allow-host", self.hosts),
+            ("--allow-image-host", self.image_hosts),
+        ):
+            for host in hosts:
+                if not _is_host(host):
+                    raise ConfigError(
+                        f"{option} is no host",
+                        expected="a name or an address alone, without https:// and port",
+                        got=repr(host),
+                    )
+        for origin in self.origins:
+            if origin != "null" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    "--allow-origin is no origin",
+                    expected="https://HOST or https://HOST:PORT in small letters, without a path",
+                    got=repr(origin),
+                )
+
+
+# Origins as browsers send them.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.\-]*://(?:[a-z0-9._\-]+|\[[0-9a-f:.]+\])(?::\d+)?")
+_NAME = re.compile(r"[A-Za-z0-9._\-]+")
+
+
+def _is_host(host: str) -> bool:
+    """True for a name, and for an address without brackets."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return _NAME.fullmatch(host) is not None
+    return True

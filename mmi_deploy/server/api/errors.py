@@ -68,9 +68,9 @@ RETRY_AFTER = 1
 MOST_CHARACTERS = 500
 
 # Paths of files and addresses in memory: nothing that a client should see. A slash inside a word,
-# as in "and/or", begins no path.
+# as in "and/or", begins no path, nor does that of a mark, as in "</s>".
 _HIDDEN = re.compile(
-    r"(?<![\w.])(?:~|\.{1,2})?/[^\s`'\",:;)>]+|\b[A-Za-z]:[\\/][^\s`'\",;)]+|0x[0-9a-fA-F]{6,}"
+    r"(?<![\w.<])(?:~|\.{1,2})?/[^\s`'\",:;)>]+|\b[A-Za-z]:[\\/][^\s`'\",;)]+|0x[0-9a-fA-F]{6,}"
 )
 
 

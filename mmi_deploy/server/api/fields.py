@@ -220,6 +220,8 @@ def _tail(error: ErrorDetails) -> str:
 
 def _name_of(place: tuple[str | int, ...]) -> str | None:
     """A location as OpenAI writes it, `messages[0].content`; None for the whole body."""
+    if not place:
+        return None
     text = ""
     for name in place:
         if isinstance(name, int):
@@ -227,7 +229,7 @@ def _name_of(place: tuple[str | int, ...]) -> str | None:
         else:  # a name of the client's own may be of any length, and not even text
             short = name if len(name) <= 64 else name[:63] + "…"
             text += ("." if text else "") + short.encode("unicode_escape").decode()
-    return text or None
+    return text
 
 
 class MmiFields(Fields):

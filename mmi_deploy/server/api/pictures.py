@@ -66,7 +66,11 @@ class PictureReader:
                     "itself, as data:image/png;base64,...",
                     param=param,
                 )
-            data = self._fetch(url)
+            try:
+                data = self._fetch(url)
+            except ApiError as error:  # which knows nothing of the request's fields
+                error.param = param
+                raise
             self._check_bytes(len(data), param)
             return data
         comma = url.find(",", 0, _MOST_HEAD)

@@ -187,7 +187,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             )
         )
 
-    @app.get("/v1/models/{name}", summary="One model", responses=answers())
+    @app.get("/v1/models/{name:path}", summary="One model", responses=answers())
     async def get_model(name: str) -> JSONResponse:
         return JSONResponse(
             models.get_model(

@@ -187,7 +187,7 @@ def _is_named(host: str, names: Collection[str]) -> bool:
     return (found["name"] or found["address"]).lower() in {name.lower() for name in names}
 
 
-_HOST = re.compile(r"(?:(?P<name>[A-Za-z0-9.\-]+)|\[(?P<address>[0-9A-Fa-f:.]+)\])(?::\d+)?")
+_HOST = re.compile(r"(?:(?P<name>[A-Za-z0-9._\-]+)|\[(?P<address>[0-9A-Fa-f:.]+)\])(?::\d+)?")
 
 
 def endpoint_of(path: str) -> str:

@@ -286,6 +286,8 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("mmi", {"partial_images": 4}, "mmi.partial_images", "invalid_value"),
     ("mmi", {"output_compression": 50}, "mmi.output_compression", "conflicting_values"),
     ("mmi", {"colour": 1}, "mmi.colour", "unknown_parameter"),
+    ("mmi", {"": 1}, "mmi.", "unknown_parameter"),
+    ("", 1, "", "unknown_parameter"),
     ("mmi", 3, "mmi", "invalid_type"),
 ]
 
@@ -294,6 +296,7 @@ REFUSED: list[tuple[str, Any, str, str]] = [
 def test_refusals_name_their_field(name: str, value: Any, param: str, code: str) -> None:
     error = refused(**{name: value})
     assert (error.param, error.code) == (param, code)
+    assert "None" not in error.message
     assert error.status == (404 if code == "model_not_found" else 400)
     assert error.body()["error"]["type"] == "invalid_request_error"
     assert error.headers() == {"x-should-retry": "false"}

@@ -58,6 +58,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
         (r"C:\models\tiny is not there", "… is not there"),
         ("red and/or blue, 1/2 of 3 / 4", "red and/or blue, 1/2 of 3 / 4"),
         ("0x12 is short", "0x12 is short"),
+        ("the text holds '</s>'", "the text holds '</s>'"),
     ],
 )
 def test_paths_and_addresses_are_left_out(message: str, kept: str) -> None:

@@ -231,6 +231,15 @@ def test_an_allowed_fetch_gets_the_address_and_its_file_is_checked_too() -> None
         PictureReader(SIDE, RequestLimits(image_bytes=100), fetch).of_url("https://p.test/a", "x")
 
 
+def test_a_picture_that_cannot_be_fetched_names_its_field() -> None:
+    def fetch(url: str) -> bytes:
+        raise ApiError(400, "image_not_found", "the picture is not kept, or not any more")
+
+    with pytest.raises(ApiError, match="not kept") as told:
+        PictureReader(SIDE, RequestLimits(), fetch).of_url("/v1/mmi/images/x", "messages[3]")
+    assert told.value.param == "messages[3]"
+
+
 def test_all_pictures_together_have_a_limit_of_pixels() -> None:
     several = reader(all_pixels=2 * 40 * 40)
     urls = [data_url(file_of(random_picture(number, 40, 40))) for number in range(3)]

@@ -24,6 +24,7 @@ from deploy.server.server_process import (
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.server.http import keys as module
 from mmi_deploy.server.http.keys import Keys, read_keys
+from mmi_deploy.server.settings import ServerSettings
 
 pytestmark = pytest.mark.timing
 
@@ -167,6 +168,17 @@ def test_names_of_this_machine_are_its_own(scripted: ServerProcess, host: str) -
     assert responses_of(scripted.exchange(data))[0][0] == 200
 
 
+def test_named_hosts_and_the_name_of_the_model_may_have_any_usual_form(bundle: Path) -> None:
+    """Compose gives services names with an underscore; many models are called OWNER/NAME."""
+    options = ("--allow-host", "mmi_cpu", "--name", "owner/tiny")
+    with ServerProcess(bundle, *options, engine=SCRIPTED_ENGINE) as started:
+        path = "/v1/models/owner%2Ftiny"
+        data = request_bytes(path, b"", "Connection: close", method="GET", host="mmi_cpu:8000")
+        [(status, _, body)] = responses_of(started.exchange(data))
+        assert (status, json.loads(body)["id"]) == (200, "owner/tiny")
+        assert started.get("/v1/models/owner/tiny").json()["id"] == "owner/tiny"
+
+
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "null", "http://localhost:1", "http://[", "file://", "x"]
 )
@@ -235,6 +247,39 @@ def test_an_open_server_needs_a_key_or_a_word(bundle: Path, tmp_path: Path) -> N
     empty.write_text("\n# nothing\n")
     check_refused(start(bundle, "--key-file", empty), "has no key")
     check_refused(start(bundle, "--key-file", tmp_path / "missing"), "missing")
+
+
+def test_an_origin_that_no_page_could_have_ends_the_start(bundle: Path) -> None:
+    check_refused(start(bundle, "--port", 0, "--allow-origin", "*"), "--allow-origin")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hosts", ""),
+        ("hosts", "mmi.example:8000"),
+        ("hosts", "https://mmi.example"),
+        ("image_hosts", "https://pictures.example"),
+        ("image_hosts", "*.example"),
+        ("origins", "*"),
+        ("origins", "app.example"),
+        ("origins", "https://app.example/"),
+        ("origins", "https://App.example"),
+    ],
+)
+def test_hosts_and_origins_that_no_request_could_have_are_refused(field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match="--allow-") as told:
+        ServerSettings(**{field: (value,)})  # type: ignore[arg-type]
+    assert repr(value) in str(told.value)
+
+
+def test_hosts_and_origins_of_all_forms_are_taken() -> None:
+    hosts = ("mmi.example", "mmi_cpu", "10.0.0.1", "fd00::1")
+    ServerSettings(
+        hosts=hosts,
+        image_hosts=hosts,
+        origins=("http://localhost:3000", "https://app.example", "http://[::1]:1", "null"),
+    )
 
 
 # Keys in files and in the environment.
