@@ -17,6 +17,7 @@ from mmi_deploy.server.api.fields import (
     Seed,
     Stop,
     Stream,
+    Whole,
     agreed,
     at_most,
     only,
@@ -60,7 +61,9 @@ class SamplingFields(Fields):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description=f"Mass of the most probable tokens; {DEFAULTS.top_p} unless given."
     )
-    top_k: Count | None = Field(None, description="Most probable tokens that are kept; 0: all.")
+    top_k: Annotated[Whole, Field(ge=-1, le=2**53)] | None = Field(
+        None, description="Most probable tokens that are kept; 0 or, as in vLLM, -1: all."
+    )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Keep tokens at least so many times as probable as the most probable."
     )
@@ -140,6 +143,8 @@ def sampling_options(
     """Options of chat and completions; `values` and `names` as in `options_of`."""
     stop = fields.stop or ()
     given: dict[str, Any] = {name: getattr(fields, name) for name in _SAME}
+    if fields.top_k == -1:
+        given["top_k"] = 0
     given |= {
         "seed": agreed("seed", fields.seed, mmi.seed),
         "min_tokens": agreed("min_tokens", fields.min_tokens, mmi.min_tokens),

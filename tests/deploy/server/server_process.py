@@ -69,8 +69,9 @@ class ServerProcess:
         engine: str | None = None,
         environment: Mapping[str, str] | None = None,
         wait: bool = True,
+        read_log: bool = True,
     ) -> None:
-        """wait: until it is ready."""
+        """wait: until it is ready. read_log: empty the pipe of its log from the start."""
         told = {"settings": settings or {}, "constants": constants or {}, "engine": engine}
         command = [sys.executable, "-c", _PRELUDE, json.dumps(told), "serve", str(bundle)]
         command += ["--port", "0", "--name", "tiny", *map(str, options)]
@@ -85,14 +86,21 @@ class ServerProcess:
         )
         self.out: list[str] = []
         self.err: list[str] = []
-        self._readers = [
-            Thread(target=_collect, args=args, daemon=True)
-            for args in ((self.process.stdout, self.out), (self.process.stderr, self.err))
-        ]
-        for reader in self._readers:
-            reader.start()
+        self._readers: list[Thread] = []
+        self._read(self.process.stdout, self.out)
+        if read_log:
+            self.read_log()
         if wait:
             self.wait_ready()
+
+    def _read(self, stream: Any, lines: list[str]) -> None:
+        reader = Thread(target=_collect, args=(stream, lines), daemon=True)
+        reader.start()
+        self._readers.append(reader)
+
+    def read_log(self) -> None:
+        """Begin to empty the pipe of the log."""
+        self._read(self.process.stderr, self.err)
 
     def wait_ready(self, seconds: float = 60.0) -> None:
         """Wait until it has said its address."""

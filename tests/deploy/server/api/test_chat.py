@@ -112,6 +112,7 @@ def test_seeds_are_drawn_when_none_is_given_and_are_exact_in_javascript() -> Non
 def test_numbers_that_json_schema_calls_whole_are() -> None:
     assert read(seed=7.0, max_tokens=3.0).options.seed == 7
     assert read(seed=2.0**63, top_k=2.0**53).options.top_k == 2**53
+    assert read(top_k=-1).options.top_k == 0  # vLLM's word for all
 
 
 def test_ignore_eos_writes_as_many_tokens_as_were_asked_for() -> None:
@@ -236,7 +237,7 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("temperature", 1e-6, "temperature", "invalid_value"),
     ("top_p", 0, "top_p", "invalid_value"),
     ("top_p", 1.01, "top_p", "invalid_value"),
-    ("top_k", -1, "top_k", "invalid_value"),
+    ("top_k", -2, "top_k", "invalid_value"),
     ("top_k", 1.5, "top_k", "invalid_type"),
     ("min_p", 2, "min_p", "invalid_value"),
     ("presence_penalty", 2.5, "presence_penalty", "invalid_value"),

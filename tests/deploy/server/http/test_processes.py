@@ -122,12 +122,27 @@ def test_a_probe_leaves_an_engine_that_works_alone_and_starts_a_stopped_one_agai
         assert started.metrics()["mmi_worker_restarts_total"] == 0
         [pid] = started.engines
         os.kill(pid, signal.SIGSTOP)  # alive, and computes nothing
-        wait_until(lambda: started.metrics()["mmi_worker_restarts_total"] == 1)
-        wait_until(lambda: started.get("/health/ready").status_code == 200)
+        wait_until(lambda: started.metrics()["mmi_worker_restarts_total"] == 1, 90)
+        wait_until(lambda: started.get("/health/ready").status_code == 200, 90)
         assert started.post(CHAT, chat()).status_code == 200
         assert not is_alive(pid)
         errors = [one["message"] for one in started.log if one["level"] == "error"]
         assert errors == ["an idle engine did not generate a token; it is started again"]
+
+
+def test_a_log_that_nobody_reads_stops_nothing(bundle: Path) -> None:
+    """Its pipe is full after some hundred requests; then lines are dropped, and told later."""
+    constants = {"mmi_deploy.server.http.logs.MOST_LINES": 50}
+    with ServerProcess(bundle, engine=SCRIPTED_ENGINE, constants=constants, read_log=False) as one:
+        with one.client() as client:
+            for number in range(600):
+                assert client.get(f"/no-such-path-{number}").status_code == 404
+            assert client.get("/health/live").elapsed.total_seconds() < 1
+            one.read_log()
+            assert client.get("/no-such-path").status_code == 404
+            wait_until(lambda: any("were dropped" in line["message"] for line in one.log))
+        one.terminate()
+        assert one.wait(10) == 0
 
 
 def shared_memory() -> set[str]:
