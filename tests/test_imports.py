@@ -43,6 +43,7 @@ ORDER = """
     mmi_deploy.server.triton
     mmi_deploy.targets.precision
     mmi_deploy.targets
+    mmi_deploy.targets.polygraphy
     mmi_deploy.analysis
     mmi_deploy.cli
     mmi_deploy.cli.inspect

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ from torch import nn
 
 from mmi_deploy.bundle.bundle import Bundle, BundleWriter, write_bundle
 from mmi_deploy.documents.tokenizer import Tokenizer
-from mmi_deploy.errors import ConfigError, WeightsError
+from mmi_deploy.errors import ConfigError, EngineError, WeightsError
 from mmi_deploy.parity import Proof
 from mmi_deploy.spec.config import ModelConfig, read_config
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
 from mmi_deploy.spec.schedule import Schedule
+from mmi_deploy.system.memory import free_memory
 from mmi_deploy.system.progress import Progress, Stage, StageTimer, silent
+from mmi_deploy.targets.calibration import check_can_run
+from mmi_deploy.targets.polygraphy.bundle_files import FOLDER as POLYGRAPHY
+from mmi_deploy.targets.polygraphy.bundle_files import write_polygraphy
+from mmi_deploy.targets.sample_inputs import record
 from mmi_export.graphs.image_decoder import (
     DenoiseShallowGraph,
     DenoiseStepGraph,
@@ -166,6 +172,8 @@ def run_export(
         timer.begin("fitting the map of previews", 0)
         writer.preview = fit_preview_map(config.image_decoder.vae, stored)
         _write_graphs(export, writer, timer)
+        timer.begin("recording inputs", timer.total)
+        _write_inputs(export, writer)
         timer.begin("writing the bundle", timer.total)
     timer.end()
     bundle = Bundle.open(out_folder, unproved=export.plan.scope == "none")
@@ -194,6 +202,16 @@ def _write_graphs(export: Export, writer: BundleWriter, timer: StageTimer) -> No
             if small is not None:
                 proof = small.prove(name)
                 writer.add_receipt(name, proof.compared_with, proof.cases, "slice")
+
+
+def _write_inputs(export: Export, writer: BundleWriter) -> None:
+    """Write the inputs for Polygraphy, recorded where the graphs themselves can be run here."""
+    bundle, recorded = writer.bundle(), {}
+    if export.plan.scope == "full":
+        with suppress(EngineError):  # too little memory: the bundle gets random indices
+            check_can_run(bundle, free_memory())
+            recorded = record(bundle)
+    write_polygraphy(writer.folder / POLYGRAPHY, bundle.graphs, recorded)
 
 
 def export_graph(sources: WeightSources, graph: Graph, path: Path) -> set[str]:

@@ -4,6 +4,7 @@ bundle.json                configuration, limits, hashes, receipts; see `manifes
 graphs/*.onnx              the portable graphs, weights as safetensors beside them
 schedules/*.safetensors    samplers as tables
 tokenizer.json             and tokenizer_config.json, which transformers alone reads
+polygraphy/                inputs and shapes for Polygraphy; see `targets/polygraphy`
 engines/<target>/          engines or graphs of one target, with its target.json
 """
 
@@ -320,9 +321,19 @@ class BundleWriter(_FolderWriter):
         schedule.save(self.folder / name)
         self._schedules[schedule.key] = name
 
+    def bundle(self) -> Bundle:
+        """The bundle as written so far, to run its graphs before it is finished."""
+        return Bundle(self.folder, self._manifest(), unproved=True)
+
     def finish(self) -> None:
         """Hash all files and write bundle.json."""
-        manifest = BundleManifest(
+        manifest = self._manifest()
+        _check_parts(self.folder, manifest)
+        write_manifest(self.folder / MANIFEST, manifest)
+        cache_hashes(self.folder, manifest.files)
+
+    def _manifest(self) -> BundleManifest:
+        return BundleManifest(
             format=FORMAT,
             graphs=self._graphs,
             shared=self._shared,
@@ -336,9 +347,6 @@ class BundleWriter(_FolderWriter):
             schedules=self._schedules,
             preview=self.preview,
         )
-        _check_parts(self.folder, manifest)
-        write_manifest(self.folder / MANIFEST, manifest)
-        cache_hashes(self.folder, manifest.files)
 
 
 class TargetWriter(_FolderWriter):

@@ -15,6 +15,7 @@ from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.target_options import Device, Kernels, Resident, resident_groups
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.backends import AUTO, NONE
+from mmi_deploy.system.files import prepare_file
 from mmi_deploy.system.progress import shown
 
 if TYPE_CHECKING:
@@ -41,6 +42,24 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    save_outputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Save the outputs of the portable graphs on the bundle's inputs, to compare "
+            "engines with on a machine of less memory.",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --target: compare with outputs that --save-outputs wrote; does not run "
+            "the portable graphs.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = 0,
     resident: Resident = None,
     kernels: Kernels = AUTO,
@@ -54,25 +73,67 @@ def verify(
 
     With --target the engines of that target run instead, on recorded and random inputs, and are
     compared with the portable graphs in ONNX Runtime. Receipts are written into the target, which
-    then runs without --unproved.
+    then runs without --unproved. The portable graphs take the memory of the float32 model: where
+    that is more than this machine has, save their outputs on a larger one with --save-outputs and
+    give the file with --against.
     """
+    if save_outputs is not None:
+        if run or target is not None:
+            raise ConfigError(
+                "--save-outputs runs the portable graphs alone",
+                fix=f"leave out {'--run' if run else '--target'}",
+            )
+        _check_unused(device, resident, kernels, against)
+        _save_outputs(bundle, save_outputs, force, as_json)
+        return
     if target is not None:
         if run:
             raise ConfigError(
                 "--run draws a picture with the portable graphs, --target runs engines",
                 fix="leave out one of them",
             )
-        _verify_target(bundle, target, device, resident_groups(resident), kernels, force, as_json)
+        groups = resident_groups(resident)
+        _verify_target(bundle, target, device, groups, kernels, force, as_json, against)
         return
+    _check_unused(device, resident, kernels, against, force)
+    _verify_bundle(bundle, run, as_json)
+
+
+def _check_unused(
+    device: int,
+    resident: str | None,
+    kernels: str,
+    against: Path | None,
+    force: bool = False,
+) -> None:
+    """Raise `ConfigError` for an option that goes with --target alone."""
     for option, given in {
         "--device": device != 0,
         "--resident": resident is not None,
         "--kernels": kernels != AUTO,
+        "--against": against is not None,
         "--force": force,
     }.items():
         if given:
             raise ConfigError(f"{option} goes with --target NAME", fix=f"leave out {option}")
-    _verify_bundle(bundle, run, as_json)
+
+
+def _save_outputs(path: Path, out: Path, force: bool, as_json: bool) -> None:
+    """Save the outputs of the portable graphs for `--against` on another machine."""
+    with extras("verify --save-outputs", "build"):
+        from mmi_deploy.bundle.bundle import Bundle
+        from mmi_deploy.targets.polygraphy.saved_outputs import save_outputs
+    prepare_file(out, ".json")
+    bundle = Bundle.open(path)
+    if not force:
+        _check_memory(bundle)
+    with shown(remarks(), "running graphs") as progress:
+        cases = save_outputs(bundle, out, progress)
+    if as_json:
+        print_json({"ok": True, "bundle": str(path), "outputs": str(out), "cases": cases})
+        return
+    results().print(f"{out}: outputs of {counted(cases, 'run')}")
+    remarks().print(f"compare engines with it: `mmi verify {path} --target NAME --against {out}`")
 
 
 def _verify_bundle(bundle: Path, run: bool, as_json: bool) -> None:
@@ -126,12 +187,14 @@ def _verify_target(
     kernels: str,
     force: bool,
     as_json: bool,
+    against: Path | None,
 ) -> None:
     """Compare the engines of one target and write their receipts. Raises `BundleError` for the
     first graph that fails; its receipt is written too."""
     with extras("verify --target", "build"):
         from mmi_deploy.bundle.bundle import Bundle
         from mmi_deploy.runtime.runtime import Runtime
+        from mmi_deploy.targets.polygraphy.saved_outputs import compare_saved, read_outputs
         from mmi_deploy.targets.verify_target import check_proof, compare_target, write_receipts
     bundle = Bundle.open(path, unproved=True)
     if target not in bundle.targets:
@@ -140,13 +203,17 @@ def _verify_target(
             expected=" or ".join(bundle.targets) or "one that `mmi build` made",
             fix=f"build it with `{bundle.build_command(target)}`",
         )
-    if not force:
+    saved = None if against is None else read_outputs(against, bundle)
+    if saved is None and not force:
         _check_memory(bundle)
     manifest = bundle.target(target)
     runtime = Runtime.open(bundle, target=target, kernels=kernels, device=device, resident=resident)
     try:
         with shown(remarks(), "recording inputs") as progress:
-            proofs = compare_target(bundle, manifest, runtime, progress)
+            if saved is None:
+                proofs = compare_target(bundle, manifest, runtime, progress)
+            else:
+                proofs = compare_saved(bundle, manifest, runtime, saved, progress)
     finally:
         runtime.close()
     write_receipts(bundle, manifest, proofs)

@@ -5,7 +5,7 @@ Letters as in `graphs.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,15 @@ def random_inputs(graph: Graph, like: Sequence[Arrays], draw: np.random.Generato
     inputs that never occur, such as noise in the KV cache, say little. Without any, floats are
     standard normal.
     """
-    return [inputs_at(graph, sizes, draw, like, images) for sizes, images in _sizes(graph)]
+    return list(each_random_input(graph, like, draw))
+
+
+def each_random_input(
+    graph: Graph, like: Sequence[Arrays], draw: np.random.Generator
+) -> Iterator[Arrays]:
+    """Yield `random_inputs` one after another: those of a large model do not fit in memory
+    together."""
+    return (inputs_at(graph, sizes, draw, like, images) for sizes, images in _sizes(graph))
 
 
 def _sizes(graph: Graph) -> list[tuple[dict[str, int], int]]:
@@ -197,7 +205,7 @@ def samples_of(bundle: Bundle, limits: Limits | None = None) -> dict[str, list[S
     samples = {}
     for name, graph in graphs(bundle.config, limits or bundle.limits).items():
         drawn = random_inputs(graph, recorded[name], np.random.default_rng(0))
-        fitting = [inputs for inputs in recorded[name] if _fits(graph, inputs)]
+        fitting = [inputs for inputs in recorded[name] if fits(graph, inputs)]
         samples[name] = [
             *(Sample(inputs, True) for inputs in fitting),
             *(Sample(inputs, False) for inputs in drawn),
@@ -215,6 +223,7 @@ def dynamic_sizes(graph: Graph, inputs: Mapping[str, NDArray[Any]]) -> dict[str,
     return sizes
 
 
-def _fits(graph: Graph, inputs: Arrays) -> bool:
+def fits(graph: Graph, inputs: Arrays) -> bool:
+    """Test that every dynamic dimension of `inputs` is within the limits of `graph`."""
     sizes = dynamic_sizes(graph, inputs)
     return all(sizes.get(letter, 0) <= of.max for letter, of in graph.ranges.items())

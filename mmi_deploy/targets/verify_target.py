@@ -17,6 +17,7 @@ from mmi_deploy.bundle.manifest import Receipt, TargetManifest, hash_of_files, m
 from mmi_deploy.errors import BundleError
 from mmi_deploy.parity import PRECISION_TOLERANCES, Proof, compare_outputs, precision_tolerance
 from mmi_deploy.runtime.buffers import Array, element_type
+from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, model_runner, runner
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.graphs import Graph
@@ -37,7 +38,8 @@ TOO_FAR = "choose a higher precision, or measure ranges on documents like yours"
 # Called with what is done next, how much is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 
-_CACHES = "caches"
+# Output that `written` puts in the place of all caches.
+CACHES = "caches"
 
 
 def prove(
@@ -78,14 +80,7 @@ def compare_target(
 
     Raises `BundleError` for a target of an unknown precision, and what running the graphs raises.
     """
-    precision = manifest.recipe.get("precision", "")
-    if precision not in PRECISION_TOLERANCES:
-        raise BundleError(
-            f"{manifest.target} does not say in which precision it was built",
-            expected=" or ".join(PRECISION_TOLERANCES),
-            got=precision or "nothing",
-            fix=f"build it again with `{bundle.build_command(manifest.target)}`",
-        )
+    precision = checked_precision(bundle, manifest)
     total = 1 + len(manifest.graphs)
     progress("recording inputs", 0, total)
     samples = samples_of(bundle, runtime.limits)
@@ -104,6 +99,19 @@ def compare_target(
             )
         )
     return proofs
+
+
+def checked_precision(bundle: Bundle, manifest: TargetManifest) -> str:
+    """Precision of a target. Raises `BundleError` for one that has no tolerance."""
+    precision = manifest.recipe.get("precision", "")
+    if precision not in PRECISION_TOLERANCES:
+        raise BundleError(
+            f"{manifest.target} does not say in which precision it was built",
+            expected=" or ".join(PRECISION_TOLERANCES),
+            got=precision or "nothing",
+            fix=f"build it again with `{bundle.build_command(manifest.target)}`",
+        )
+    return precision
 
 
 def compare_graph(
@@ -133,14 +141,24 @@ def compare_graph(
 
 def run_engine(runtime: Runtime, graph: Graph, inputs: Mapping[str, Array]) -> Arrays:
     """Run an engine; returns `written` outputs as float32. Casts `inputs` to the engine's types."""
+    outputs = engine_outputs(runtime.engine(graph.name), inputs)
+    before = {
+        old: inputs[old].astype(element_type(graph[old].dtype)).astype(np.float32)
+        for old in graph.in_place.values()
+    }
+    return written(graph, before, outputs)
+
+
+def engine_outputs(engine: Engine, inputs: Mapping[str, Array]) -> Arrays:
+    """Run an engine on `inputs`, cast to its types; returns all outputs as float32, those in place
+    too."""
+    graph = engine.graph
     typed = {t.name: inputs[t.name].astype(element_type(t.dtype)) for t in graph.inputs}
     # Copies: a host buffer shares memory with its array, and the engine writes into it.
-    caches = {old: runtime.memory.from_array(typed[old].copy()) for old in graph.in_place.values()}
-    buffers = runtime.engine(graph.name).run({**typed, **caches})
+    caches = {old: engine.memory.from_array(typed[old].copy()) for old in graph.in_place.values()}
+    buffers = engine.run({**typed, **caches})
     buffers |= {new: caches[old] for new, old in graph.in_place.items()}
-    outputs = {name: buffer.read().astype(np.float32) for name, buffer in buffers.items()}
-    before = {old: typed[old].astype(np.float32) for old in graph.in_place.values()}
-    return written(graph, before, outputs)
+    return {tensor.name: buffers[tensor.name].read().astype(np.float32) for tensor in graph.outputs}
 
 
 def written(graph: Graph, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Arrays:
@@ -152,7 +170,7 @@ def written(graph: Graph, inputs: Mapping[str, Array], outputs: Mapping[str, Arr
     found = {name: value for name, value in outputs.items() if name not in graph.in_place}
     new = [outputs[name] - inputs[old] for name, old in graph.in_place.items()]
     if new:
-        found[_CACHES] = np.concatenate([value.reshape(-1) for value in new])
+        found[CACHES] = np.concatenate([value.reshape(-1) for value in new])
     return found
 
 
