@@ -10,6 +10,7 @@ import onnx
 
 from mmi_deploy.bundle.build_report import NOT_RUN, REPORT, TargetReport
 from mmi_deploy.bundle.bundle import Bundle, write_target
+from mmi_deploy.runtime.onnxruntime.cuda_backend import RECORDED
 from mmi_deploy.spec.backends import CUDA
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import write_file
@@ -78,7 +79,7 @@ def build_cuda_target(
 def _prepare(file: Path, name: str) -> None:
     """Rewrite a file for the CUDA provider, and check that the provider has its operators."""
     model = typed(onnx.load(file, load_external_data=False))
-    rewrite_for_cuda(model)
+    rewrite_for_cuda(model, name in RECORDED)
     model = typed(model)
     check_placement(model, name)
     check_model(model)

@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 
 INSTALL = "pip uninstall --yes onnxruntime onnxruntime-gpu; pip install " + BACKENDS[CUDA].package
 
-# Input of the graphs with MMFS nodes.
-_MMFS_INPUT = "image_slot"
+# Graphs that run again and again on the same addresses. Their files are written so that a run
+# copies nothing from the host (`mmi_deploy.targets.cuda_rewrites`); all of them have MMFS nodes.
+RECORDED = ("llm", "denoise_step", "denoise_shallow")
 
 
 @dataclass
@@ -107,13 +108,16 @@ class CudaBackend:
                 fix=f"build it with `{self.bundle.build_command(self.name)}`",
             )
         library = None if graph.name in self.bundle.beyond_kernels else self.library
-        has_mmfs = any(tensor.name == _MMFS_INPUT for tensor in graph.inputs)
+        recorded = graph.name in RECORDED
         return CudaEngine(
             self.bundle.target_folder(self.name) / self.manifest.graphs[graph.name],
             graph,
             OnnxOptions(self.threads, library),
             self.memory,
-            record=self.record and not (has_mmfs and library is None),
+            record=self.record and recorded and library is not None,
+            # ONNX Runtime refuses a graph that copies between GPU and CPU when graphs are enabled.
+            # The function of MMFS does.
+            may_copy=recorded and library is None,
             module=self.module,
         )
 

@@ -42,6 +42,10 @@ MAX_RECORDINGS = 64
 # Keys remembered as having run once, after which the set is cleared.
 MAX_SEEN = 1024
 
+# Rewrites of ONNX Runtime that undo ours (`mmi_deploy.targets.cuda_rewrites`): it would make one
+# Split of the slices, which copies from the host.
+_DISABLED = ("GatherSliceToSplitFusion",)
+
 # Number of a run that is not recorded.
 _PLAIN = -1
 
@@ -65,16 +69,18 @@ class CudaEngine(OnnxRuntimeEngine):
         memory: DeviceMemory,
         *,
         record: bool = True,
+        may_copy: bool = False,
         module: Any = ort,
     ) -> None:
-        """Load `path`. record: launch repeated runs as CUDA graphs. module: `onnxruntime`.
+        """Load `path`. record: launch repeated runs as CUDA graphs. may_copy: accept a graph that
+        copies between GPU and CPU, which cannot be recorded. module: `onnxruntime`.
 
         Raises `EngineError` if the file cannot be loaded, does not match `graph`, or has a node
         that the CUDA provider does not run.
         """
         Engine.__init__(self, graph, memory)
         self._lock = memory.lock  # of the stream: engines that share it must not interleave
-        self._module, self._record = module, record
+        self._module, self._record, self._may_copy = module, record and not may_copy, may_copy
         self._staging = Staging(memory)
         self._in_place = frozenset(graph.in_place.values())
         self._seen: set[Hashable] = set()
@@ -84,7 +90,13 @@ class CudaEngine(OnnxRuntimeEngine):
         settings = session_options(options)
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         with memory.lock:
-            session = open_session(path, settings, [(PROVIDER, self._provider_options())], module)
+            session = open_session(
+                path,
+                settings,
+                [(PROVIDER, self._provider_options())],
+                module,
+                _DISABLED,
+            )
         check_placement(session, path)
         self._open(path, session)
 
@@ -99,7 +111,7 @@ class CudaEngine(OnnxRuntimeEngine):
             # TF32 has the ten bits of float16: float32 would only be a name.
             "use_tf32": "0",
             # A graph that copies between GPU and CPU is refused with it when it is loaded.
-            "enable_cuda_graph": str(int(self._record)),
+            "enable_cuda_graph": str(int(not self._may_copy)),
         }
 
     def close(self) -> None:
@@ -133,12 +145,20 @@ class CudaEngine(OnnxRuntimeEngine):
             else self._writable(name, buffer)
             for name, buffer in outputs.items()
         }
-        number, launched = self._recording(
-            tuple([(name, b.pointer, b.shape) for name, b in sorted((read | written).items())])
-        )
+        key = tuple([(name, b.pointer, b.shape) for name, b in sorted((read | written).items())])
+        number, launched = self._recording(key)
         if not launched:  # a recording has its addresses
             self._bind(read, written, "cuda", self.memory.gpu.number)
-        self._run(self._options(number))
+        try:
+            self._run(self._options(number))
+        except EngineError as error:
+            if launched or number == _PLAIN:
+                raise
+            # It could not be recorded: run it as it is, and record no more.
+            del self._recorded[key]
+            self._record, self.refusal = False, str(error)
+            self._bind(read, written, "cuda", self.memory.gpu.number)
+            self._run(self._options(_PLAIN))
         self.launches += launched
         for name, buffer in outputs.items():
             if written[name].pointer != buffer.pointer:

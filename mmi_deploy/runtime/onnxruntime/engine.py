@@ -85,14 +85,22 @@ def open_session(
     settings: Any,
     providers: Sequence[object] = ("CPUExecutionProvider",),
     module: Any = ort,
+    disabled_optimizers: Sequence[str] = (),
 ) -> Any:
     """Load an ONNX file with ONNX Runtime's `SessionOptions` and providers, the first one first.
 
-    module: the Python module `onnxruntime`. Raises `EngineError`, with a fix for a lack of memory.
+    module: the Python module `onnxruntime`. disabled_optimizers: names of its graph rewrites to
+    leave out. Raises `EngineError`, with a fix for a lack of memory.
     """
     try:
         # ONNX Runtime must not open the file once more with other providers.
-        return module.InferenceSession(model, settings, providers=[*providers], enable_fallback=0)
+        return module.InferenceSession(
+            model,
+            settings,
+            providers=[*providers],
+            enable_fallback=0,
+            disabled_optimizers=[*disabled_optimizers],
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no narrower class
         if is_out_of_memory(error):
             raise out_of_memory(f"to load {model}") from None

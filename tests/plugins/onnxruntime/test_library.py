@@ -267,7 +267,7 @@ def test_an_onnx_runtime_that_is_too_old_is_refused(library: Path) -> None:
     register = ctypes.CDLL(str(library)).RegisterCustomOps
     register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p]
     assert register(None, ctypes.addressof(base)) == 1
-    assert said == ["mmi: this library needs ONNX Runtime 1.17 or newer"]
+    assert said == ["mmi: this library needs ONNX Runtime 1.18 or newer"]
 
 
 @pytest.mark.parametrize("queries", [3, 300])

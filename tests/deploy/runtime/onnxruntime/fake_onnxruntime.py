@@ -69,7 +69,7 @@ class Binding:
 
 class FakeOnnxRuntime:
     """The module. on_cpu: nodes that are said to run on the CPU. starts: whether the provider can
-    be started."""
+    be started. records: whether runs can be recorded."""
 
     RunOptions = RunOptions
 
@@ -79,10 +79,12 @@ class FakeOnnxRuntime:
         *,
         on_cpu: Sequence[Node] = (),
         starts: bool = True,
+        records: bool = True,
         version: str = "1.31.1",
         providers: Sequence[str] = (CUDA, CPU),
     ) -> None:
         self.cuda, self.on_cpu, self.starts = cuda, list(on_cpu), starts
+        self.records = records
         self.__version__, self.cuda_version = version, "13.0"
         self.providers = list(providers)
         self.preloaded = False
@@ -95,12 +97,20 @@ class FakeOnnxRuntime:
         self.preloaded = True
 
     def InferenceSession(  # noqa: N802
-        self, model: Path, settings: Any, *, providers: Sequence[Any], enable_fallback: int
+        self,
+        model: Path,
+        settings: Any,
+        *,
+        providers: Sequence[Any],
+        enable_fallback: int,
+        disabled_optimizers: Sequence[str],
     ) -> FakeSession:
         if not self.preloaded:
             raise Fault("CUDA's libraries were not loaded before the session")
         if enable_fallback or [name for name, _ in providers] != [CUDA]:
             raise Fault("the session may run on another provider")
+        if "GatherSliceToSplitFusion" not in disabled_optimizers:
+            raise Fault("slices become a Split, which copies from the host in a recording")
         self.sessions.append(FakeSession(self, model, settings, providers[0][1]))
         return self.sessions[-1]
 
@@ -141,6 +151,8 @@ class FakeSession:
         if number >= 0:
             if self.options["enable_cuda_graph"] != "1":
                 raise Fault("a run is recorded in a session without CUDA graphs")
+            if not self._world.records:
+                raise RuntimeError("operation not permitted when stream is capturing")
             if number not in self._recorded:
                 self._recorded[number], times = copy, 3
             copy = self._recorded[number]
