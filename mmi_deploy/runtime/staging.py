@@ -33,6 +33,10 @@ class Staging:
         self._memory = memory
         self._places: dict[str, _Place] = {}
 
+    def __len__(self) -> int:
+        """Number of buffers."""
+        return len(self._places)
+
     def write(self, name: str, array: Array, *, overwritten: bool = False) -> Buffer:
         """Copy `array` to the buffer of `name`, unless it is known to hold the same.
 
