@@ -112,28 +112,34 @@ def test_the_registry_is_that_of_the_wheel(work: Path) -> None:
     assert registry_text(read) == placement.KERNELS.read_text()
 
 
+@pytest.mark.parametrize(
+    ("precision", "activations"), [("fp32", "float32"), ("fp16", "float16"), ("int4", "float16")]
+)
 def test_every_graph_runs_on_the_provider_and_repeated_runs_copy_nothing(
-    exported_once: Callable[[str], Exported], tmp_path: Path, work: Path
+    exported_once: Callable[[str], Exported],
+    tmp_path: Path,
+    work: Path,
+    precision: str,
+    activations: str,
 ) -> None:
     """cuDNN is absent, so convolutions give way to operators of the same shapes."""
     folder = tmp_path / "bundle"
     shutil.copytree(exported_once("paper").bundle.folder, folder)
-    for precision, activations in (("fp32", "float32"), ("fp16", "float16"), ("int4", "float16")):
-        build_cuda_target(Bundle.open(folder), recipe(precision), None)
-        files = tmp_path / precision
-        shutil.copytree(folder / "engines" / f"cuda-{precision}", files)
-        for path in files.glob("*.onnx"):
-            without_convolutions(path)
-        program = [sys.executable, "-c", _RUN, str(folder), str(files)]
-        log = str(tmp_path / "log")
-        done = subprocess.run(
-            [*program, str(work / "kernels.so"), activations],
-            env={**environment(work / "package", work / "libraries"), "MMI_NO_GPU_LOG": log},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        check(json.loads(done.stdout.splitlines()[-1]))
+    build_cuda_target(Bundle.open(folder), recipe(precision), None)
+    files = tmp_path / precision
+    shutil.copytree(folder / "engines" / f"cuda-{precision}", files)
+    for path in files.glob("*.onnx"):
+        without_convolutions(path)
+    program = [sys.executable, "-c", _RUN, str(folder), str(files), str(work / "kernels.so")]
+    log = str(tmp_path / "log")
+    done = subprocess.run(
+        [*program, activations],
+        env={**environment(work / "package", work / "libraries"), "MMI_NO_GPU_LOG": log},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    check(json.loads(done.stdout.splitlines()[-1]))
 
 
 def check(found: dict) -> None:
