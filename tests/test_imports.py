@@ -68,6 +68,7 @@ ORDER = """
     mmi_emulator.emulator
     mmi_emulator.shim
     mmi_emulator.ptx_budget
+    mmi_emulator.cuda_provider
     mmi_emulator
     mmi_train.model
     mmi_train.weights

@@ -1,4 +1,4 @@
-"""`mmi build`: build engines for GPUs, or quantised graphs for the CPU."""
+"""`mmi build`: build engines for GPUs, or graphs of another precision for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def build(
         str,
         typer.Option(
             "--target",
-            help="Backend: tensorrt, tensorrt-rtx or cpu.",
+            help="Backend: tensorrt, tensorrt-rtx, cuda (ONNX Runtime) or cpu.",
             rich_help_panel="Target",
         ),
     ] = "tensorrt-rtx",
@@ -119,7 +119,8 @@ def build(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Build the engines of a bundle for one or more GPU architectures, or its graphs for the CPU.
+    """Build the engines of a bundle for one or more GPU architectures, or its graphs for ONNX
+    Runtime, on a GPU or the CPU.
 
     Engines are cached; only changed ones are built. They are written to engines/TARGET of the
     bundle, where TARGET names backend, architecture and precision.
@@ -151,7 +152,7 @@ def build(
     if row.plugin:
         _tensorrt(opened, targets, chosen, names, options)
     else:
-        _cpu(opened, chosen, options)
+        _onnxruntime(opened, targets[0], chosen, graph, options)
 
 
 def _built(bundle: Bundle, targets: tuple[Target, ...]) -> set[str]:
@@ -179,7 +180,7 @@ def _targets(runtime: str, architectures: list[str] | None, precision: str) -> t
     from mmi_deploy.spec.target import Target
     from mmi_deploy.targets.tensorrt_build import device_architecture
 
-    if not backend(runtime).on_gpu:
+    if not backend(runtime).architectures:
         return (Target(runtime, architectures[0] if architectures else None, precision),)
     named = list(dict.fromkeys(architectures or filter(None, [device_architecture()])))
     if not named:
@@ -189,22 +190,29 @@ def _targets(runtime: str, architectures: list[str] | None, precision: str) -> t
     return tuple(Target(runtime, name, precision) for name in named)
 
 
-def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
-    """Build a CPU target. Reject options that do not apply to CPU targets."""
-    from mmi_deploy.targets.cpu import build_cpu_target
-
+def _onnxruntime(
+    bundle: Bundle,
+    target: Target,
+    recipe: Recipe,
+    graphs: list[str] | None,
+    options: _Options,
+) -> None:
+    """Build a target of ONNX Runtime. Reject options that do not apply to it."""
+    on_gpu = backend(target.runtime).on_gpu
     inapplicable = {
         "--plugin": options.plugin != AUTO,
         "--max-batch or --max-images": options.limits != bundle.limits,
+        "--graph": on_gpu and bool(graphs),
     }
+    kind = f"{target.runtime} targets" if on_gpu else "CPU targets"
     for option, given in inapplicable.items():
         if given:
-            raise ConfigError(f"{option} does not apply to CPU targets", fix="leave it out")
+            raise ConfigError(f"{option} does not apply to {kind}", fix="leave it out")
     if options.dry_run:
         plan = {
             "bundle": str(bundle.folder),
-            "target": f"cpu-{recipe.name}",
-            "graphs": [name for name in bundle.graphs if name in recipe.weights],
+            "target": target.name,
+            "graphs": [name for name in bundle.graphs if on_gpu or name in recipe.weights],
         }
         if options.as_json:
             print_json(plan)
@@ -213,14 +221,25 @@ def _cpu(bundle: Bundle, recipe: Recipe, options: _Options) -> None:
             results().print(f"{plan['target']}: {recipe.description}; rewrites {named}")
         return
     with shown(remarks()) as progress:
-        report = build_cpu_target(
-            bundle,
-            recipe,
-            progress,
-            unproved=options.unproved,
-            force=options.force,
-        )
+        report = (_cuda if on_gpu else _cpu)(bundle, recipe, progress, options)
     _say_reports(bundle, [report], options.as_json)
+
+
+def _cpu(bundle: Bundle, recipe: Recipe, progress: Progress, options: _Options) -> TargetReport:
+    from mmi_deploy.targets.cpu import build_cpu_target
+
+    unproved, force = options.unproved, options.force
+    return build_cpu_target(bundle, recipe, progress, unproved=unproved, force=force)
+
+
+def _cuda(bundle: Bundle, recipe: Recipe, progress: Progress, options: _Options) -> TargetReport:
+    from mmi_deploy.targets.cache import EngineCache
+    from mmi_deploy.targets.cuda import build_cuda_target
+
+    calibration = None
+    if not options.unproved:
+        calibration = _calibration(bundle, EngineCache.of_user(), progress, options)
+    return build_cuda_target(bundle, recipe, calibration, progress)
 
 
 def _calibration(

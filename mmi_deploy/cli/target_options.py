@@ -30,7 +30,7 @@ TargetName = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Target to run: cpu, or one of `mmi build`, such as tensorrt-sm89-fp16.",
+        help="Target to run: cpu, or one of `mmi build`, such as tensorrt-sm89-fp16 or cuda-fp16.",
         rich_help_panel=MACHINE,
     ),
 ]

@@ -78,10 +78,11 @@ class Runtime:
         """Open a bundle for one of its targets.
 
         target: `cpu` or another CPU target for ONNX Runtime, where graphs without a file of the
-        target run as exported; `portable` for all graphs as exported; a name such as
-        `tensorrt-sm89-fp16` for a GPU. kernels: `auto` finds or compiles the MMFS kernels (GPU:
-        finds the plugin), `none` runs the ONNX functions inside the model files, otherwise the path
-        of a library. threads: CPU threads; 0 lets ONNX Runtime choose. device: index of the GPU.
+        target run as exported; `portable` for all graphs as exported; for a GPU a name such as
+        `tensorrt-sm89-fp16`, or `cuda-fp16` for ONNX Runtime. kernels: `auto` finds or compiles the
+        MMFS kernels (TensorRT: finds the plugin), `none` runs the ONNX functions inside the model
+        files, otherwise the path of a library. threads: CPU threads; 0 lets ONNX Runtime choose.
+        device: index of the GPU.
         resident: engine groups that stay on the GPU, names of
         `mmi_deploy.runtime.tensorrt.engine.GROUPS`; None for all. unproved: run graphs without a
         receipt. Raises `MmiError`.

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from mmi_deploy.errors import ConfigError
 
 CPU = "cpu"
+CUDA = "cuda"
 TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt-rtx"
 
@@ -41,7 +42,9 @@ class Backend:
     package: str
     minimum_version: tuple[int, ...]
     engine_suffix: str
-    # Architectures for which engines are built; empty on the CPU.
+    # Whether engines run on a GPU, with its memory.
+    on_gpu: bool = False
+    # Architectures for which engines are built; empty where one engine runs on all of them.
     architectures: tuple[str, ...] = ()
     # Whether engines can be built for a GPU that is not in this machine.
     cross_compiles: bool = False
@@ -57,11 +60,6 @@ class Backend:
     # Precision that is built by default, and all recipes to choose from, the most exact first.
     default_precision: str = "fp16"
     precisions: tuple[str, ...] = ("fp16", "int8", "mixed", "int4")
-
-    @property
-    def on_gpu(self) -> bool:
-        """True if engines run on a GPU: with its memory, for its architecture."""
-        return bool(self.architectures)
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
@@ -79,6 +77,18 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
                 default_precision="int8",
                 precisions=("fp32", "int8", "int4"),
             ),
+            # 1.31 is the first version whose CUDA provider has all operators of the graphs.
+            Backend(
+                CUDA,
+                "mmi_deploy.runtime.onnxruntime.cuda_backend:CudaBackend",
+                "onnxruntime",
+                "'onnxruntime-gpu[cuda,cudnn]'",
+                (1, 31),
+                ".onnx",
+                on_gpu=True,
+                block_scales=True,
+                precisions=("fp32", "fp16", "int8", "mixed", "int4"),
+            ),
             # 10.15.1 is the first version with attention, rotary embedding and in-place KV cache.
             Backend(
                 TENSORRT,
@@ -87,7 +97,8 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
                 "tensorrt",
                 (10, 15, 1),
                 ".engine",
-                tuple(ARCHITECTURES),
+                on_gpu=True,
+                architectures=tuple(ARCHITECTURES),
                 plugin=True,
             ),
             # 1.7 is the first version that was tested; a build checks the installed version first.
@@ -98,7 +109,8 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
                 "tensorrt-rtx-cu13",
                 (1, 7),
                 ".engine",
-                ("sm80", "sm86", "sm89", "sm120"),
+                on_gpu=True,
+                architectures=("sm80", "sm86", "sm89", "sm120"),
                 cross_compiles=True,
                 plugin=True,
                 builder_flags=("REQUIRE_USER_ALLOCATION",),

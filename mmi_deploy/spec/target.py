@@ -1,6 +1,7 @@
 """Build targets: a backend, an architecture and a precision.
 
-A target's name is that of its folder in the bundle: `cpu-int8`, `tensorrt-rtx-sm89-fp16`.
+A target's name is that of its folder in the bundle: `cpu-int8`, `cuda-fp16`,
+`tensorrt-rtx-sm89-fp16`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.backends import ARCHITECTURES, backend, backend_of
+from mmi_deploy.spec.backends import ARCHITECTURES, CPU, backend, backend_of
 
 
 @dataclass(frozen=True)
 class Target:
-    """Build target. runtime: name of a backend. architecture: as `sm89`, None for the CPU.
+    """Build target. runtime: name of a backend. architecture: as `sm89`, None in ONNX Runtime.
     precision: name of a recipe, see `mmi_deploy.targets.precision`. Raises `ConfigError`."""
 
     runtime: str
@@ -22,9 +23,10 @@ class Target:
 
     def __post_init__(self) -> None:
         row = backend(self.runtime)
-        if not row.on_gpu and self.architecture is not None:
-            raise ConfigError("the CPU target takes no --arch", got=self.architecture)
-        if row.on_gpu and self.architecture not in ARCHITECTURES:
+        if not row.architectures and self.architecture is not None:
+            target = "the CPU target" if self.runtime == CPU else f"target {self.runtime}"
+            raise ConfigError(f"{target} takes no --arch", got=self.architecture)
+        if row.architectures and self.architecture not in ARCHITECTURES:
             raise ConfigError(
                 f"{self.runtime} engines are built for an architecture",
                 expected=", ".join(row.architectures),
@@ -41,7 +43,9 @@ class Target:
 def build_options(name: str) -> str:
     """The options of `mmi build` that make the target called `name`."""
     row = backend_of(name)
-    rest = name.removeprefix(row.name).removeprefix("-") if row.on_gpu else name
-    architecture, _, precision = rest.partition("-")
-    words = [f"--target {row.name}", *([f"--arch {architecture}"] if row.on_gpu else [])]
+    precision = name.removeprefix(row.name).partition("-")[2]
+    words = [f"--target {row.name}"]
+    if row.architectures:
+        architecture, _, precision = precision.partition("-")
+        words.append(f"--arch {architecture}")
     return " ".join([*words, *([f"--precision {precision}"] if precision else [])])

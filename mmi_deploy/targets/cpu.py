@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 
 import onnx
 
@@ -69,16 +70,7 @@ def build_cpu_target(
                 proof = prove(recipe, graph, portable, out, CPU, samples[name])
                 check_proof(proof, recipe.name)
                 writer.add_receipt(name, proof.compared_with, proof.cases)
-            files = [path for path in writer.folder.iterdir() if belongs(path.name, out.name)]
-            total_bytes = sum(path.stat().st_size for path in files)
-            nodes = onnx.load(out, load_external_data=False).graph.node
-            one = GraphReport(
-                graph=name,
-                layers=dict(Counter(node.op_type for node in nodes)),
-                engine_bytes=total_bytes,
-                weights_bytes=total_bytes - out.stat().st_size,
-                seconds=round(time.perf_counter() - started, 2),
-            )
+            one = graph_report(writer.folder, name, out, started)
             if proof is not None:
                 one = one.with_proof(proof)
             reports.append(one)
@@ -92,3 +84,18 @@ def build_cpu_target(
         )
         write_file(writer.folder / REPORT, report.model_dump_json(indent=2) + "\n")
     return report
+
+
+def graph_report(folder: Path, graph: str, file: Path, started: float) -> GraphReport:
+    """Report of a graph whose ONNX file and weights were written to `folder`. started:
+    `time.perf_counter` at the start of its build."""
+    files = [path for path in folder.iterdir() if belongs(path.name, file.name)]
+    total_bytes = sum(path.stat().st_size for path in files)
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    return GraphReport(
+        graph=graph,
+        layers=dict(Counter(node.op_type for node in nodes)),
+        engine_bytes=total_bytes,
+        weights_bytes=total_bytes - file.stat().st_size,
+        seconds=round(time.perf_counter() - started, 2),
+    )

@@ -21,9 +21,10 @@ def kernel_library(backend_name: str, choice: str | Path = AUTO) -> Path | None:
     warning in the log, where none can be loaded. Raises `ConfigError` or `EngineError` for a file
     that is not such a library.
     """
-    plugin = backend(backend_name).plugin
+    row = backend(backend_name)
+    plugin = row.plugin
     if choice == AUTO:
-        return newest_library() if plugin else _loadable(ensure())
+        return newest_library() if plugin else _loadable(ensure(cuda=row.on_gpu))
     path = Path(choice)
     if not path.is_file():
         raise ConfigError(

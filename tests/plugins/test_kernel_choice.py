@@ -122,3 +122,26 @@ def test_what_needs_a_cache_names_the_variable(
     monkeypatch.delenv("MMI_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "mmi_deploy"
+
+
+def test_a_gpu_gets_the_library_with_cuda_kernels_or_none(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not that of the CPU, whose kernels would run there, between copies. Without nvcc there is
+    none, and the backend says what runs instead."""
+    monkeypatch.setattr(library, "find_nvcc", no_nvcc)
+    plain = location()
+    plain.parent.mkdir(parents=True)
+    plain.write_bytes(b"\x7fELF of the CPU")
+    append_checksum(plain)
+    assert kernel_library("cuda") is None and not warnings(caplog)
+    path = location(cuda=True)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\x7fELF with CUDA")
+    append_checksum(path)
+    monkeypatch.setattr("mmi_plugins.library._check", lambda path: None)
+    assert kernel_library("cuda") == path != plain
+
+
+def no_nvcc() -> Path:
+    raise EngineError("CUDA's compiler nvcc was not found")

@@ -29,8 +29,8 @@ from mmi_deploy.bundle.build_report import read_report
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.cli import program
 from mmi_deploy.errors import ConfigError, EngineError, MmiError
+from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, TensorRtBackend
-from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt.module import import_tensorrt
 from mmi_deploy.spec.backends import BACKENDS, TENSORRT
 from mmi_deploy.spec.target import Target

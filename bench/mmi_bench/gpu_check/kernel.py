@@ -15,7 +15,7 @@ import numpy as np
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.buffers import Buffer
-from mmi_deploy.runtime.tensorrt.device_memory import INSTALL, DeviceMemory
+from mmi_deploy.runtime.device_memory import INSTALL, DeviceMemory
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.compile.launch_plan import (
     Launch,

@@ -1,10 +1,11 @@
-"""ONNX Runtime engine: a graph on the CPU, with buffers bound by address."""
+"""ONNX Runtime engine: a graph with buffers bound by address, on the CPU by default."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.buffers import HOST, Buffer
@@ -36,23 +37,27 @@ class OnnxRuntimeEngine(Engine):
     def __init__(self, path: Path, graph: Graph, options: OnnxOptions = OnnxOptions()) -> None:
         """Load `path`; raises `EngineError` if it cannot be loaded or does not match `graph`."""
         super().__init__(graph, HOST)
-        settings = _session_options(options)
-        try:
-            self._session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no narrower class
-            if is_out_of_memory(error):
-                raise out_of_memory(f"to load {path}") from None
-            reason = str(error).splitlines()[0]
-            raise EngineError(
-                f"ONNX Runtime cannot load {path}: {reason}", fix="check it with `mmi verify`"
-            ) from None
-        check_interface(path, graph, self._session)
-        self._binding = self._session.io_binding()
+        self._open(path, open_session(path, session_options(options)))
+
+    def _open(self, path: Path, session: Any) -> None:
+        check_interface(path, self.graph, session)
+        self._session, self._binding = session, session.io_binding()
         # Address and shape that each tensor is bound to. Not the buffer: a reference would keep the
         # memory of a document alive after its session.
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
 
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        self._bind(inputs, outputs, "cpu", 0)
+        self._run()
+
+    def _bind(
+        self,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        device: str,
+        number: int,
+    ) -> None:
+        """Bind the addresses that changed. device, number: where they are, as `("cuda", 0)`."""
         for named, bind in (
             (inputs, self._binding.bind_input),
             (outputs, self._binding.bind_output),
@@ -61,10 +66,13 @@ class OnnxRuntimeEngine(Engine):
                 # Binding costs microseconds per tensor, and most addresses repeat from run to run.
                 place = (buffer.pointer, buffer.shape)
                 if self._bound.get(name) != place:
-                    bind(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.pointer)
+                    bind(name, device, number, buffer.dtype, buffer.shape, buffer.pointer)
                     self._bound[name] = place
+
+    def _run(self, options: Any = None) -> None:
+        """Run on the bound buffers. options: `RunOptions`. Raises `EngineError`."""
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, options)
         except Exception as error:
             self._bound.clear()  # bind everything again: the state of the binding is unknown
             if is_out_of_memory(error):
@@ -72,7 +80,39 @@ class OnnxRuntimeEngine(Engine):
             raise EngineError(f"{self.graph.name} failed: {str(error).splitlines()[0]}") from error
 
 
-def _session_options(options: OnnxOptions) -> ort.SessionOptions:
+def open_session(
+    model: Path,
+    settings: Any,
+    providers: Sequence[object] = ("CPUExecutionProvider",),
+    module: Any = ort,
+    disabled_optimizers: Sequence[str] = (),
+) -> Any:
+    """Load an ONNX file with ONNX Runtime's `SessionOptions` and providers, the first one first.
+
+    module: the Python module `onnxruntime`. disabled_optimizers: names of its graph rewrites to
+    leave out. Raises `EngineError`, with a fix for a lack of memory.
+    """
+    try:
+        # ONNX Runtime must not open the file once more with other providers.
+        return module.InferenceSession(
+            model,
+            settings,
+            providers=[*providers],
+            enable_fallback=0,
+            disabled_optimizers=[*disabled_optimizers],
+        )
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower class
+        if is_out_of_memory(error):
+            raise out_of_memory(f"to load {model}") from None
+        reason = str(error).splitlines()[0]
+        raise EngineError(
+            f"ONNX Runtime cannot load {model}: {reason}", fix="check it with `mmi verify`"
+        ) from None
+
+
+def session_options(options: OnnxOptions) -> Any:
+    """ONNX Runtime's `SessionOptions` of an engine. Raises `EngineError` for a kernel library that
+    cannot be loaded."""
     session = ort.SessionOptions()
     session.intra_op_num_threads = options.threads
     session.log_severity_level = 4  # errors are raised as exceptions
@@ -131,7 +171,12 @@ def check_interface(path: Path, graph: Graph, session: ort.InferenceSession) -> 
 
 
 # dtype of the contract -> type name in ONNX Runtime.
-_ORT_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "int32": "tensor(int32)"}
+_ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+}
 
 
 def _same(tensor: Tensor, argument: ort.NodeArg) -> bool:

@@ -15,8 +15,8 @@ from mmi_deploy.bundle.build_report import read_report
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.bundle.manifest import TargetManifest, check_receipts, sha256_of
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.memory_plan import SHALLOW, MemoryPlan, document_bytes
-from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt.engine import (
     GROUPS,
     Residency,

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 from mmi_deploy.errors import EngineError
-from mmi_deploy.runtime.tensorrt.device_memory import DeviceMemory
+from mmi_deploy.runtime.device_memory import DeviceMemory
 
 # Recordings kept per context; the least recently used one is destroyed.
 MAX_RECORDINGS = 16

@@ -17,9 +17,10 @@ import numpy as np
 
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
+from mmi_deploy.runtime.device_memory import ALIGNMENT, DeviceMemory
 from mmi_deploy.runtime.engine import MAX_SHAPES, Buffers, Engine
+from mmi_deploy.runtime.staging import Staging
 from mmi_deploy.runtime.tensorrt.cuda_graph import CudaGraphs
-from mmi_deploy.runtime.tensorrt.device_memory import ALIGNMENT, DeviceMemory
 from mmi_deploy.runtime.tensorrt.module import TensorRt
 from mmi_deploy.spec.graphs import Graph
 
@@ -40,9 +41,6 @@ GROUPS = {
     "denoise": ("denoise_step", "denoise_shallow"),
     "vae": ("vae_decoder",),
 }
-
-# Largest input in bytes that is compared with its previous contents to save the copy.
-_COMPARED = 1024
 
 # Execution contexts per engine, one per set of input shapes. The least recently used one is given
 # the next new shapes, which destroys its recordings. They share the workspace, so a context takes
@@ -159,14 +157,6 @@ class _Context:
     bound: dict[str, tuple[int, Shape, bytes]] = field(default_factory=dict)
 
 
-@dataclass
-class _StagingBuffer:
-    """Fixed buffer for an array, or for a tensor at an address that TensorRT does not accept."""
-
-    buffer: Buffer
-    contents: bytes | None = None  # of a small input, as last written; None: unknown
-
-
 class TensorRtEngine(Engine):
     """One graph on a GPU. Each run uses the smallest optimisation profile that its shapes fit."""
 
@@ -198,7 +188,8 @@ class TensorRtEngine(Engine):
         self._engine: Any = None
         self._on_host: set[str] = set()
         self._profiles: list[_Profile] = []
-        self._staging: dict[str, _StagingBuffer] = {}
+        self._staging = Staging(memory)
+        self._host_staging: dict[str, Buffer] = {}
         self._chosen: dict[tuple[Shape, ...], int] = {}
         self._contexts: dict[tuple[Shape, ...], _Context] = {}
         self._kernels: Any = None  # RTX's compiled kernels, of all contexts
@@ -243,6 +234,7 @@ class TensorRtEngine(Engine):
             self._tensorrt.save(self._kernels, self._cache_name)
             self._kernels = None
             self._staging.clear()
+            self._host_staging.clear()
             self._engine = None
 
     def run(
@@ -290,29 +282,9 @@ class TensorRtEngine(Engine):
 
     def _to_buffer(self, name: str, array: Array) -> Buffer:
         """Copy `array` to the input's staging buffer, unless it is known to hold the same."""
-        array = np.ascontiguousarray(array).reshape(np.shape(array))
         if name in self._on_host:
-            return HOST.from_array(array)
-        staging, buffer = self._stage(name, array.shape, array.dtype)
-        contents = array.tobytes() if array.nbytes <= _COMPARED else None
-        if contents is None or contents != staging.contents:
-            buffer.write(array)
-        # The run writes into an in-place input, so afterwards its contents are unknown.
-        staging.contents = None if name in self.graph.in_place.values() else contents
-        return buffer
-
-    def _stage(
-        self, name: str, shape: Shape, dtype: np.dtype[Any]
-    ) -> tuple[_StagingBuffer, Buffer]:
-        """Staging buffer of a tensor, and the view of it with `shape`. One that is too small is
-        replaced by one of the next power of two, so that addresses rarely change."""
-        size = prod(shape) * dtype.itemsize
-        staging = self._staging.get(name)
-        if staging is None or staging.buffer.bytes < size:
-            whole = max(ALIGNMENT, 1 << (size - 1).bit_length()) if size else ALIGNMENT
-            staging = self._staging[name] = _StagingBuffer(self.memory.allocate((whole,), np.uint8))
-        inner = staging.buffer
-        return staging, Buffer(self.memory, inner.pointer, shape, dtype, inner.owner)
+            return HOST.from_array(np.ascontiguousarray(array).reshape(np.shape(array)))
+        return self._staging.write(name, array, overwritten=name in self.graph.in_place.values())
 
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         read = {name: self._readable(name, buffer) for name, buffer in inputs.items()}
@@ -321,7 +293,7 @@ class TensorRtEngine(Engine):
             if name in self.graph.in_place:
                 written[name] = read[self.graph.in_place[name]]
             elif buffer.pointer % ALIGNMENT:
-                written[name] = self._stage(name, buffer.shape, buffer.dtype)[1]
+                written[name] = self._staging.reserve(name, buffer.shape, buffer.dtype)
             else:
                 written[name] = buffer
         self._run(read, written)
@@ -355,20 +327,17 @@ class TensorRtEngine(Engine):
             return self._to_buffer(name, buffer.read())
         if buffer.pointer % ALIGNMENT == 0:
             return buffer
-        staging, aligned = self._stage(name, buffer.shape, buffer.dtype)
-        staging.contents = None  # unknown: `_to_buffer` must not take it for the last array
+        aligned = self._staging.reserve(name, buffer.shape, buffer.dtype)
         self.memory.copy(buffer, aligned)
         return aligned
 
     def _stage_on_host(self, name: str, buffer: Buffer) -> tuple[Buffer, Array]:
         """Aligned staging buffer on the host with the input's shape, and the same as an array."""
-        staging = self._staging.get(name)
-        if staging is None or staging.buffer.bytes < buffer.bytes:
+        inner = self._host_staging.get(name)
+        if inner is None or inner.bytes < buffer.bytes:
             room = HOST.allocate((buffer.bytes + ALIGNMENT,), np.uint8)
-            staging = self._staging[name] = _StagingBuffer(
-                room.rows(-room.pointer % ALIGNMENT, room.bytes)
-            )
-        inner = staging.buffer
+            inner = room.rows(-room.pointer % ALIGNMENT, room.bytes)
+            self._host_staging[name] = inner
         block = Buffer(HOST, inner.pointer, buffer.shape, buffer.dtype, inner.owner)
         return block, block.read()
 

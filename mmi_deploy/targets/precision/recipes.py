@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.backends import BACKENDS, backend
+from mmi_deploy.spec.backends import CPU, CUDA, backend
 
 FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
 INT8, INT4, FP8 = "int8", "int4", "float8_e4m3fn"
@@ -67,7 +67,8 @@ class Recipe:
     """A precision recipe.
 
     activations: their type on a GPU. on_cpu: their type on the CPU, None where the recipe is
-    refused (`why_not_on_cpu` is the reason). weights: graph -> schemes, for GPU and CPU.
+    refused (`why_not_on_cpu` is the reason). why_not_on_cuda: the reason why ONNX Runtime's CUDA
+    provider cannot run it, or "". weights: graph -> schemes, for GPU and CPU.
     min_architecture: first SM number that supports the types. fp32_operators: operators that stay
     in float32. margin: factor by which activations may exceed the ranges of the calibration inputs.
     """
@@ -77,6 +78,7 @@ class Recipe:
     activations: str
     on_cpu: str | None = FLOAT32
     why_not_on_cpu: str = ""
+    why_not_on_cuda: str = ""
     weights: Mapping[str, Weights] = field(default_factory=lambda: MappingProxyType({}))
     min_architecture: int = 0
     fp32_operators: tuple[str, ...] = ("Softmax", "GridSample")
@@ -119,6 +121,7 @@ RECIPES = {
             BFLOAT16,
             None,
             _UPCAST,
+            "it has no ConvTranspose in bfloat16, and no buffers of that type in Python",
             min_architecture=80,
         ),
         Recipe(
@@ -147,6 +150,7 @@ RECIPES = {
             FLOAT16,
             None,
             "no processor here computes with float8",
+            "its MatMulNBits has int8 and int4 alone",
             weights=_llm(Scheme(FP8)),
             min_architecture=89,
         ),
@@ -181,6 +185,11 @@ def check_possible(
     recipe that quantises none of them is refused, since a plain one gives the same engines.
     """
     chosen.activations_on(runtime)
+    if runtime == CUDA and chosen.why_not_on_cuda:
+        raise ConfigError(
+            f"precision {chosen.name} is not for ONNX Runtime on CUDA: {chosen.why_not_on_cuda}",
+            fix=f"choose {_named(r.name for r in RECIPES.values() if not r.why_not_on_cuda)}",
+        )
     if architecture is not None and int(architecture.removeprefix("sm")) < chosen.min_architecture:
         raise ConfigError(
             f"precision {chosen.name} cannot be built for {architecture}",
@@ -193,7 +202,7 @@ def check_possible(
             f"precision {chosen.name} quantises the weights of {', '.join(chosen.weights)} alone",
             got=", ".join(graphs),
             fix="on the CPU the portable file runs for the others"
-            if not BACKENDS[runtime].on_gpu
+            if runtime == CPU
             else f"choose --precision {plain.name} for these graphs",
         )
 

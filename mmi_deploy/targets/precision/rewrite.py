@@ -44,8 +44,8 @@ def rewrite(
     if graph.name in recipe.weights:
         quantise_products(model.graph, constants, recipe.weights[graph.name], runtime)
     _tidy(model)
-    # An engine contains its weights, so its ONNX file is temporary and may link all of them.
-    write_weights(model.graph, out.with_suffix(".safetensors"), link_all=BACKENDS[runtime].on_gpu)
+    # An engine of TensorRT contains its weights: its ONNX file is temporary and may link them all.
+    write_weights(model.graph, out.with_suffix(".safetensors"), link_all=BACKENDS[runtime].plugin)
     proto = ir.to_proto(model)
     check_model(proto)
     onnx.save(proto, out)

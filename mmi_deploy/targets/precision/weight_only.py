@@ -26,7 +26,8 @@ _STORED = {
 # Block on the CPU for a scheme with one scale per channel: MatMulNBits supports blocks only.
 CPU_BLOCK = 32
 
-# MatMulNBits quantises activations to int8 as well, block by block, and multiplies integers.
+# On float32 activations MatMulNBits quantises them to int8 as well, block by block, and multiplies
+# integers.
 ACCURACY_LEVEL = 4
 
 CPU_DOMAIN = "com.microsoft"
@@ -151,6 +152,9 @@ def _as_matmul_nbits(
     graph: ir.Graph, constants: Constants, product: Product, scheme: Scheme, latest: _LastQuantised
 ) -> None:
     node, bits = product.node, BITS[scheme.dtype]
+    activation = node.inputs[0]
+    assert activation is not None and activation.dtype is not None
+    dtype = activation.dtype  # of the scales too
     blocks = product.rows // scheme.block
     name = f"{product.name}.{scheme.dtype}"
     numbers = constants.make(
@@ -158,14 +162,14 @@ def _as_matmul_nbits(
         name,
         ir.DataType.UINT8,
         (product.columns, blocks, scheme.block * bits // 8),
-        lambda: pack_blocks(latest(product, scheme, ir.DataType.FLOAT), bits)[0],
+        lambda: pack_blocks(latest(product, scheme, dtype), bits)[0],
     )
     scales = constants.make(
         product.stored,
         f"{name}.scales",
-        ir.DataType.FLOAT,
+        dtype,
         (product.columns * blocks,),
-        lambda: pack_blocks(latest(product, scheme, ir.DataType.FLOAT), bits)[1],
+        lambda: pack_blocks(latest(product, scheme, dtype), bits)[1],
     )
     old = node.outputs[0]
     step = ir.node(
@@ -176,7 +180,7 @@ def _as_matmul_nbits(
             "N": product.columns,
             "bits": bits,
             "block_size": scheme.block,
-            "accuracy_level": ACCURACY_LEVEL,
+            **({"accuracy_level": ACCURACY_LEVEL} if dtype == ir.DataType.FLOAT else {}),
         },
         domain=CPU_DOMAIN,
         name=f"{product.name}.product",

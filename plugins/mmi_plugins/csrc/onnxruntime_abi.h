@@ -8,7 +8,7 @@
 
 namespace mmi::ort {
 
-constexpr uint32_t kTableVersion = 17;  // the first with KernelContext_ParallelFor
+constexpr uint32_t kTableVersion = 18;  // the first with KernelInfoGetAllocator
 constexpr uint32_t kOperatorVersion = 16;  // of struct Operator below
 
 struct Status;
@@ -18,6 +18,13 @@ struct SessionOptions;
 struct Domain;
 struct Value;
 struct TensorInfo;
+
+// Memory of a provider, from its arena: OrtAllocator.
+struct Allocator {
+  uint32_t version;
+  void* (*allocate)(Allocator*, size_t);
+  void (*free)(Allocator*, void*);
+};
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int { kFloat = 1, kInt32 = 6, kFloat16 = 10, kBFloat16 = 16 };
@@ -78,6 +85,11 @@ struct Api {
   Status* gpu_stream(const KernelContext* context, void** stream) const {
     return slot<Status*(const KernelContext*, void**)>(193)(context, stream);
   }
+  // The allocator of a node's provider, in its own memory; to be given back.
+  Status* allocator(const KernelInfo* info, Allocator** found) const {
+    return slot<Status*(const KernelInfo*, int, Allocator**)>(278)(info, 0, found);
+  }
+  void release(Allocator* allocator) const { slot<void(Allocator*)>(132)(allocator); }
   // Calls `task` for 0 .. count - 1 on the session's threads, this one included; a thread takes the
   // next index as soon as it is free.
   Status* parallel_for(const KernelContext* context, void (*task)(void*, size_t), size_t count,

@@ -10,8 +10,6 @@
 #include "onnxruntime_abi.h"
 #include "sizes.h"
 #ifdef MMI_CUDA
-#include <cuda_runtime_api.h>
-
 #include "launch.h"
 #endif
 
@@ -45,6 +43,7 @@ struct Kernel {
   const Api* api;
   DataType type;
   Attributes attributes;
+  ort::Allocator* allocator;  // of device memory; null on the CPU
 };
 
 struct TypedOperator : ort::Operator {
@@ -72,7 +71,7 @@ Status* read_levels(const Api* api, const ort::KernelInfo* info, const char* nam
 }
 
 Status* create(const ort::Operator* op, const Api* api, const ort::KernelInfo* info, void** made) {
-  Kernel kernel{api, static_cast<const TypedOperator*>(op)->type, {}};
+  Kernel kernel{api, static_cast<const TypedOperator*>(op)->type, {}, nullptr};
   Attributes& attributes = kernel.attributes;
   int32_t widths = 0;
   int64_t null_slot = 0;
@@ -88,7 +87,11 @@ Status* create(const ort::Operator* op, const Api* api, const ort::KernelInfo* i
   return nullptr;
 }
 
-void destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
+void destroy(void* state) {
+  auto* kernel = static_cast<Kernel*>(state);
+  if (kernel->allocator != nullptr) kernel->api->release(kernel->allocator);
+  delete kernel;
+}
 
 Status* shape_of(const Api* api, const ort::Value* value, Shape* shape) {
   ort::TensorInfo* info = nullptr;
@@ -152,25 +155,35 @@ Status* compute_on_cpu(void* state, KernelContext* context) {
 }
 
 #ifdef MMI_CUDA
+Status* create_on_cuda(const ort::Operator* op, const Api* api, const ort::KernelInfo* info,
+                       void** made) {
+  preload();
+  MMI_TRY(create(op, api, info, made));
+  Status* status = api->allocator(info, &static_cast<Kernel*>(*made)->allocator);
+  if (status) {
+    destroy(*made);
+    *made = nullptr;
+  }
+  return status;
+}
+
 Status* compute_on_cuda(void* state, KernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(state);
   MmfsCall call;
   MMI_TRY(read_call(kernel, context, &call));
-  void* given = nullptr;
-  MMI_TRY(kernel.api->gpu_stream(context, &given));
-  auto* stream = static_cast<cudaStream_t>(given);
-  // Stream-ordered memory: freed memory stays in CUDA's pool, so later steps allocate nothing new.
+  void* stream = nullptr;
+  MMI_TRY(kernel.api->gpu_stream(context, &stream));
+  // From the provider's arena, which has grown before a CUDA graph is captured: an allocation on
+  // the stream would become a node of the graph.
   void* workspace = nullptr;
   const size_t bytes = workspace_bytes(call);
   if (bytes > 0) {
-    const cudaError_t error = cudaMallocAsync(&workspace, bytes, stream);
-    if (error != cudaSuccess) return invalid_argument(kernel.api, cudaGetErrorString(error));
+    workspace = kernel.allocator->allocate(kernel.allocator, bytes);
+    if (workspace == nullptr) return invalid_argument(kernel.api, "no memory for its workspace");
   }
-  const char* reason = launch(call, workspace, stream);
-  if (workspace != nullptr) {
-    const cudaError_t error = cudaFreeAsync(workspace, stream);
-    if (reason == nullptr && error != cudaSuccess) reason = cudaGetErrorString(error);
-  }
+  const char* reason = launch(call, workspace, static_cast<CUstream_st*>(stream));
+  // Its next user runs on the same stream, after this call.
+  if (workspace != nullptr) kernel.allocator->free(kernel.allocator, workspace);
   return reason == nullptr ? nullptr : invalid_argument(kernel.api, reason);
 }
 #endif
@@ -208,6 +221,7 @@ TypedOperator make(DataType type, ElementType element, bool cuda) {
 #ifdef MMI_CUDA
   if (cuda) {
     op.provider = [](const ort::Operator*) -> const char* { return "CUDAExecutionProvider"; };
+    op.create_or_fail = create_on_cuda;
     op.compute_or_fail = compute_on_cuda;
   }
 #else
@@ -244,7 +258,7 @@ MMI_EXPORT mmi::ort::Status* RegisterCustomOps(mmi::ort::SessionOptions* options
   if (api == nullptr) {
     // Older versions have at least the table of version 1, whose slot 0 makes a status.
     return base->api(1)->fail(mmi::ort::kFail,
-                              "mmi: this library needs ONNX Runtime 1.17 or newer");
+                              "mmi: this library needs ONNX Runtime 1.18 or newer");
   }
   return mmi::register_all(api, options);
 }

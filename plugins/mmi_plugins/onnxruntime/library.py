@@ -162,10 +162,14 @@ def build(
     return path
 
 
-def ensure() -> Path | None:
-    """The library, compiled if it is missing or damaged; None, with a warning, where that fails."""
+def ensure(cuda: bool = False) -> Path | None:
+    """The library, compiled if it is missing or damaged; None, with a warning, where that fails.
+
+    cuda: that with CUDA kernels, which takes nvcc. Without nvcc None is returned and nothing is
+    logged: the caller knows what runs instead.
+    """
     try:
-        path = find()
+        path = find(cuda)
     except ConfigError as error:
         log.warning("%s: %s", _SLOWER, error)
         return None
@@ -174,14 +178,20 @@ def ensure() -> Path | None:
     if compiler() is None:
         log.warning("%s: no C++ compiler was found. %s", _SLOWER, _INSTALL)
         return None
-    if location().is_file():
+    if cuda:
+        try:
+            find_nvcc()
+        except EngineError:
+            return None
+    if location(cuda).is_file():
         log.warning(
             "the compiled kernel library is damaged: %s",
-            checksum_error(location()) or "no checksum",
+            checksum_error(location(cuda)) or "no checksum",
         )
-    log.warning("compiling the MMFS kernel for ONNX Runtime, once, about 20 seconds")
+    time = "some minutes" if cuda else "about 20 seconds"
+    log.warning("compiling the MMFS kernel for ONNX Runtime, once, %s", time)
     try:
-        return build()
+        return build(cuda=cuda)
     except EngineError as error:
         log.warning("%s: %s", _SLOWER, error)
         return None

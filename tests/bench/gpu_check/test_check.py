@@ -25,8 +25,8 @@ from mmi_bench.machine import describe
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import EngineError
+from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory
 from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.target import Target
 from mmi_plugins.compile import nvrtc

@@ -465,7 +465,7 @@ def test_a_dry_run_says_what_it_would_take_and_builds_nothing(
     [
         (("--arch", "sm90"), "does not build for sm90.*expected sm80, sm86, sm89, sm120"),
         (("--arch", "sm12"), "expected sm80.*got sm12"),
-        (("--target", "gpu"), "no backend 'gpu'; expected cpu or tensorrt or tensorrt-rtx"),
+        (("--target", "gpu"), "no backend 'gpu'; expected cpu or cuda or tensorrt or tensorrt-rtx"),
         (("--arch", "sm89", "--graph", "unet"), "no graph 'unet'; expected vision_encoder"),
         (("--arch", "sm80", "--precision", "fp8"), "fp8 cannot be built for sm80"),
         (("--arch", "sm89", "--precision", "fp1"), "no precision 'fp1'"),

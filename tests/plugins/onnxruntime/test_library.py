@@ -267,7 +267,7 @@ def test_an_onnx_runtime_that_is_too_old_is_refused(library: Path) -> None:
     register = ctypes.CDLL(str(library)).RegisterCustomOps
     register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p]
     assert register(None, ctypes.addressof(base)) == 1
-    assert said == ["mmi: this library needs ONNX Runtime 1.17 or newer"]
+    assert said == ["mmi: this library needs ONNX Runtime 1.18 or newer"]
 
 
 @pytest.mark.parametrize("queries", [3, 300])
@@ -313,12 +313,12 @@ def test_with_kernels_for_gpus_it_compiles_and_serves_the_cpu_too(tmp_path: Path
 
 
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
-    from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, _session_options
+    from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, session_options
 
     path = tmp_path / "libwrong.so"
     path.write_bytes(b"no library")
     with pytest.raises(EngineError, match="cannot load the kernel library"):
-        _session_options(OnnxOptions(library=path))
+        session_options(OnnxOptions(library=path))
 
 
 def test_a_file_of_somebody_else_is_not_replaced_by_the_library(

@@ -17,9 +17,9 @@ from deploy.runtime.tensorrt.fake_cuda import FakeCuda
 from deploy.runtime.tensorrt.fake_tensorrt import FakeTensorRt, IExecutionContext, write_plan
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.buffers import HOST
+from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.tensorrt.cuda_graph import CudaGraphs
-from mmi_deploy.runtime.tensorrt.device_memory import Cuda, DeviceMemory
 from mmi_deploy.runtime.tensorrt.engine import Residency, TensorRtEngine, Workspace
 from mmi_deploy.runtime.tensorrt.module import TensorRt
 from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX

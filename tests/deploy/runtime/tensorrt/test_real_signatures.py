@@ -25,7 +25,7 @@ from deploy.runtime.tensorrt.gpu_targets import PLUGIN, add_target, fake_bundle,
 from deploy.runtime.tensorrt.test_backend import told
 from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import EngineError
-from mmi_deploy.runtime.tensorrt.device_memory import STAGING, import_cuda
+from mmi_deploy.runtime.device_memory import STAGING, import_cuda
 from mmi_deploy.runtime.tensorrt.module import INSTALL, TensorRt, import_tensorrt
 
 # Modules whose classes are inspected: the lean runtime has those of TensorRT itself, and installs

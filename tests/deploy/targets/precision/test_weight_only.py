@@ -245,7 +245,7 @@ def test_an_unknown_recipe_lists_those_there_are() -> None:
         ("fp8", TENSORRT, "sm80", None, r"fp8 cannot be built for sm80; expected sm89 or later"),
         ("fp16", CPU, None, None, r"fp16 is not for the CPU: .*choose int8, int4"),
         ("int4", TENSORRT, "sm89", ["vision_encoder"], r"weights of llm alone.*--precision fp16"),
-        ("int8", "npu", None, None, r"no backend 'npu'; expected cpu or tensorrt"),
+        ("int8", "npu", None, None, r"no backend 'npu'; expected cpu or cuda or tensorrt"),
     ],
 )
 def test_recipes_that_a_target_cannot_have_are_refused_in_one_line(

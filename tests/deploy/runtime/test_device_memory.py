@@ -11,7 +11,7 @@ import pytest
 
 from deploy.runtime.tensorrt.fake_cuda import DEVICE, PINNED, FakeCuda, Fault
 from mmi_deploy.errors import EngineError
-from mmi_deploy.runtime.tensorrt.device_memory import ALIGNMENT, STAGING, Cuda, DeviceMemory
+from mmi_deploy.runtime.device_memory import ALIGNMENT, STAGING, Cuda, DeviceMemory
 
 
 @pytest.fixture
