@@ -162,8 +162,9 @@ def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> Ah
     """Register the operator with `trt.plugin` (`trt`: the module tensorrt, 10.12 or newer) for GPUs
     of compute capability (major, minor) and newer.
 
-    The GPU's driver must be as new as NVRTC. Raises `EngineError` where a plugin of that name is
-    registered already.
+    The driver must know the GPU: the PTX has the lowest version of its instructions
+    (`mmi_plugins.compile.ptx_version`), whatever NVRTC's. Raises `EngineError` where a plugin of
+    that name is registered already.
     """
     if plugin_creator(trt) is not None:
         raise EngineError(f"{trt.__name__} has a plugin {DOMAIN}::{NAME} already")
