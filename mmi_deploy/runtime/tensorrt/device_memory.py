@@ -92,6 +92,14 @@ class Device:
         self.name = properties.name.decode().rstrip("\0")
         self.architecture = f"sm{properties.major}{properties.minor}"
 
+    def find_other(self, architecture: str) -> int | None:
+        """Number of another GPU of this machine with `architecture`, or None."""
+        for number in range(self.cuda("cudaGetDeviceCount")):
+            properties = self.cuda("cudaGetDeviceProperties", number)
+            if f"sm{properties.major}{properties.minor}" == architecture:
+                return number
+        return None
+
     def choose(self) -> None:
         """Make it the current device of the calling thread."""
         self.cuda("cudaSetDevice", self.number)

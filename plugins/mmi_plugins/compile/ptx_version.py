@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 
+from mmi_deploy.errors import EngineError
+
 Version = tuple[int, int]
 
 # First PTX version for each `.target`.
@@ -100,6 +102,34 @@ def lowered(ptx: str) -> str:
     return re.sub(
         r"^(\s*\.version\s+)\d+\.\d+", rf"\g<1>{major}.{minor}", ptx, count=1, flags=re.MULTILINE
     )
+
+
+def check_driver(ptx: str, cuda: Version | None) -> None:
+    """Raise `EngineError` where a driver that supports CUDA up to version `cuda` refuses `ptx`,
+    because it has something newer. cuda: None where there is no driver."""
+    if cuda is None or version_of(ptx) <= (newest := driver_version(cuda)):
+        return
+    major, minor = cuda
+    install = (
+        f"pip install 'nvidia-cuda-nvrtc=={major}.{minor}.*'"
+        if major >= 13
+        else "pip uninstall -y nvidia-cuda-nvrtc && "
+        f"pip install 'nvidia-cuda-nvrtc-cu{major}=={major}.{minor}.*'"
+    )
+    raise EngineError(
+        "the NVIDIA driver is older than the PTX that NVRTC writes",
+        expected=f"PTX {newest[0]}.{newest[1]} or older, for CUDA {major}.{minor}",
+        got="PTX {}.{}".format(*version_of(ptx)),
+        fix=f"Install the driver's NVRTC: {install}",
+    )
+
+
+def driver_version(cuda: Version) -> Version:
+    """Newest PTX version that a driver for CUDA version `cuda` takes."""
+    major, minor = cuda
+    if major == 12:  # 12.6 added none
+        return 8, minor if minor < 6 else minor - 1
+    return major - 4, minor
 
 
 def _since(name: str, otherwise: Version) -> Version:

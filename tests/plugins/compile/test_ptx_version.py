@@ -15,8 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmi_deploy.errors import EngineError
 from mmi_plugins.compile import nvrtc
-from mmi_plugins.compile.ptx_version import lowered, lowest_version, version_of
+from mmi_plugins.compile.ptx_version import (
+    check_driver,
+    driver_version,
+    lowered,
+    lowest_version,
+    version_of,
+)
 from mmi_plugins.operator import TOLERANCES
 from mmi_plugins.tensorrt.ahead_of_time import PTX_TARGETS, AheadOfTimeVariant, choose_variant
 
@@ -192,3 +199,18 @@ def test_an_unknown_target_keeps_its_version() -> None:
     text = TEXT.replace("BODY", "")
     assert lowest_version(text.replace("sm_80", "sm_103a")) == (9, 5)
     assert lowest_version(text.replace("9.5", "6.5")) == (6, 5), "never raised"
+
+
+def test_a_driver_that_is_older_than_the_ptx_is_told_which_nvrtc_to_install() -> None:
+    """PTX with something unknown keeps NVRTC's version, and only a new driver takes it."""
+    text = TEXT.replace("BODY", "")
+    for driver in (None, (13, 5), (13, 6)):
+        check_driver(text, driver)
+    check_driver(lowered(text), (11, 0))
+    with pytest.raises(EngineError, match=r"got PTX 9\.5\. .*'nvidia-cuda-nvrtc==13\.0\.\*'"):
+        check_driver(text, (13, 0))
+    with pytest.raises(EngineError, match=r"PTX 8\.7 .*'nvidia-cuda-nvrtc-cu12==12\.8\.\*'"):
+        check_driver(text, (12, 8))
+    assert [driver_version((12, minor)) for minor in (4, 5, 6, 7, 8, 9)] == [
+        (8, 4), (8, 5), (8, 5), (8, 6), (8, 7), (8, 8),
+    ]  # fmt: skip

@@ -70,7 +70,9 @@ class Stream:
 
 
 class FakeCuda:
-    """One GPU of `capacity` bytes and compute capability (major, minor); `devices` of its kind."""
+    """One GPU of `capacity` bytes and compute capability (major, minor); `devices` of its kind,
+    or of the `others`' after it. driver, bindings: their CUDA versions, as 13020. occupied: bytes
+    that other programs hold."""
 
     cudaError_t = cudaError_t
     cudaMemcpyKind = cudaMemcpyKind
@@ -82,8 +84,14 @@ class FakeCuda:
         capacity: int = 1 << 34,
         capability: tuple[int, int] = (8, 9),
         devices: int = 1,
+        others: tuple[tuple[int, int], ...] = (),
+        driver: int = 13020,
+        bindings: int = 13050,
+        occupied: int = 0,
     ) -> None:
-        self.capacity, self.capability, self.devices = capacity, capability, devices
+        self.capacity, self.devices = capacity, devices + len(others)
+        self.capabilities = [*[capability] * devices, *others]
+        self.driver, self.bindings, self.occupied = driver, bindings, occupied
         self.live: dict[int, Allocation] = {}
         self.streams: dict[int, Stream] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
@@ -141,7 +149,7 @@ class FakeCuda:
     def _allocate(self, kind: str, size: int) -> tuple[cudaError_t, int | None]:
         if self.recording:
             raise Fault("memory is allocated while a graph is recorded")
-        if kind == DEVICE and self.held() + size > self.capacity:
+        if kind == DEVICE and self.held() + size > self.capacity - self.occupied:
             return cudaError_t.cudaErrorMemoryAllocation, None
         whole = np.full(size + ALIGNMENT, GARBAGE, np.uint8)
         skip = -whole.ctypes.data % ALIGNMENT
@@ -207,7 +215,7 @@ class FakeCuda:
         return (OK,)
 
     def cudaMemGetInfo(self) -> tuple[cudaError_t, int, int]:
-        return OK, self.capacity - self.held(), self.capacity
+        return OK, self.capacity - self.occupied - self.held(), self.capacity
 
     # Device.
 
@@ -220,14 +228,14 @@ class FakeCuda:
         return (OK if 0 <= device < self.devices else cudaError_t.cudaErrorInvalidValue,)
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[cudaError_t, Any]:
-        major, minor = self.capability
+        major, minor = self.capabilities[device]
         return OK, SimpleNamespace(name=b"Fake GPU\0\0", major=major, minor=minor)
 
     def cudaDriverGetVersion(self) -> tuple[cudaError_t, int]:
-        return OK, 13020
+        return OK, self.driver
 
     def cudaRuntimeGetVersion(self) -> tuple[cudaError_t, int]:
-        return OK, 13050
+        return OK, self.bindings
 
     def cudaGetErrorString(self, error: cudaError_t) -> tuple[cudaError_t, bytes]:
         return OK, error.name.encode()
