@@ -93,7 +93,11 @@ def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> 
         "KV cache": _bytes((t for t in llm.inputs if t.name in cached), sizes),
         "image values": values + _bytes(seen, {"n": images}),
         "hidden states": _bytes([llm["hidden"]], {"b": 1, "t": limits.context}),
-        "one token": _bytes([llm["hidden"], llm["logits"], llm["visual_tokens"]], sizes),
+        "one token": _bytes([llm["hidden"], llm["logits"]], sizes),
+        "images being encoded": _bytes(
+            [llm["visual_tokens"], graphs["vision_encoder"]["features"]],
+            {"v": limits.context, "n": limits.batch},
+        ),
         "a picture being drawn": _bytes(drawing, sizes),
     }
 

@@ -8,6 +8,7 @@ or a crash raises `Fault`, or is kept in `faults` where nobody could catch it.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -31,6 +32,7 @@ class cudaError_t(IntEnum):
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
+    cudaErrorNotReady = 600
     cudaErrorStreamCaptureUnsupported = 900
     cudaErrorStreamCaptureInvalidated = 901
 
@@ -95,6 +97,8 @@ class FakeCuda:
         self.live: dict[int, Allocation] = {}
         self.streams: dict[int, Stream] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.events: dict[int, float | None] = {}
+        self._recorded_on: dict[int, int] = {}
         self.faults: list[str] = []
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.launches = 0
@@ -271,6 +275,41 @@ class FakeCuda:
                 stream.waiting.pop(0)()
         finally:
             stream.busy = False
+
+    # Events.
+
+    def cudaEventCreate(self) -> tuple[cudaError_t, int]:
+        handle = next(self._handles)
+        self.events[handle] = None
+        return OK, handle
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[cudaError_t]:
+        if self.stream(stream).recording is not None:
+            raise Fault("an event is recorded into a graph")
+
+        def passed() -> None:
+            self.events[event] = time.perf_counter()
+
+        self.events[event] = None
+        self._recorded_on[event] = stream
+        self.enqueue(stream, passed)
+        return (OK,)
+
+    def cudaEventSynchronize(self, event: int) -> tuple[cudaError_t]:
+        place = self.stream(self._recorded_on[event])
+        while self.events[event] is None and not place.busy:
+            place.busy = True
+            try:
+                place.waiting.pop(0)()
+            finally:
+                place.busy = False
+        return (OK,)
+
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[cudaError_t, float | None]:
+        first, last = self.events[start], self.events[end]
+        if first is None or last is None:
+            return cudaError_t.cudaErrorNotReady, None
+        return OK, (last - first) * 1000
 
     # Recording.
 
