@@ -86,6 +86,7 @@ def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> 
         step[DEEP],
         step[DEEP],  # as an output, before it is copied into the row
         *graphs["image_condition"].outputs,
+        graphs["vae_decoder"]["pixels"],
     ]
     seen = [graphs["vision_encoder"]["features"], *graphs["unet_values"].outputs]
     values = _bytes(graphs["llm_values"].outputs, {"n": limits.images})

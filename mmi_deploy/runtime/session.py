@@ -296,9 +296,7 @@ class Session:
     def decode_latents(self, picture: Picture) -> Rgb:
         """Decode the latents after the last step to the picture, uint8 [height, width, 3]."""
         latents = self._picture_rows().latents(0)
-        if self._pixels is None:
-            tensor = self.runtime.graphs["vae_decoder"]["pixels"]
-            self._pixels = self.runtime.memory.allocate(tensor.resolve(b=1), tensor.dtype)
+        assert self._pixels is not None  # allocated with the latents
         with self._measure("vae"):
             self.runtime.engine("vae_decoder").run({"latents": latents}, {"pixels": self._pixels})
         pixels = self._pixels.read()[0]
@@ -311,6 +309,8 @@ class Session:
             # All rows: the plans of a picture's steps keep the buffers that they are bound to.
             values = self._unet_values.all_rows
             self._pictures = PictureRows(self.runtime, 1, values)
+            pixels = self.runtime.graphs["vae_decoder"]["pixels"]
+            self._pixels = self.runtime.memory.allocate(pixels.resolve(b=1), pixels.dtype)
         return self._pictures
 
     def _context(self) -> dict[str, Buffer | Array]:
