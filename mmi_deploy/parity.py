@@ -91,6 +91,11 @@ PRECISION_TOLERANCES: Mapping[str, Tolerance] = {
     "mixed": Tolerance(5e-1, f"{_INT4} where it is narrowest", "rms"),
 }
 
+# fp32 on a GPU, against ONNX Runtime on a CPU: two CPU libraries differ by 4e-6 already, and a GPU
+# adds convolutions by transforms, exponentials by ex2 and sums in tiles. Assumed, until gpu-check
+# has measured it; products in TF32 would be 5e-4 off.
+GPU_FP32 = Tolerance(1e-4, "the same sums in another order, other convolutions", "rms")
+
 # Factor by which the error may be greater on random tokens. They are not text, and some of them
 # bring the model to a point where any rounding changes the output.
 RANDOM_FACTOR = 5.0
@@ -99,9 +104,11 @@ RANDOM_FACTOR = 5.0
 MOST = 0.99
 
 
-def precision_tolerance(precision: str, recorded: bool) -> Tolerance:
-    """Tolerance of a recipe, on recorded inputs or on random ones."""
+def precision_tolerance(precision: str, recorded: bool, on_gpu: bool = False) -> Tolerance:
+    """Tolerance of a recipe, on recorded inputs or on random ones. on_gpu: of an engine there."""
     tolerance = PRECISION_TOLERANCES[precision]
+    if on_gpu and precision == "fp32":
+        tolerance = GPU_FP32
     if recorded:
         return tolerance
     return replace(tolerance, relative=min(RANDOM_FACTOR * tolerance.relative, MOST))

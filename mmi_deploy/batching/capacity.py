@@ -79,7 +79,9 @@ def _slot_bytes(graphs: Mapping[str, Graph], limits: Limits) -> int:
     """Bytes of a slot: its caches, and a row of the pictures with the images that it sees."""
     seen = min(graphs["denoise_step"].ranges["m"].max, limits.images)
     document = document_bytes(graphs, limits, seen)
-    caches = sum(size for kind, size in document.items() if kind != "image values")
+    # Images and their encoding have memory of their own, which all slots share.
+    shared = ("image values", "images being encoded")
+    caches = sum(size for kind, size in document.items() if kind not in shared)
     return caches + seen * _bytes(graphs["unet_values"].outputs, n=1)
 
 

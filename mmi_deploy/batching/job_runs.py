@@ -23,6 +23,7 @@ from mmi_deploy.runtime.sampling import sample_rows
 from mmi_deploy.runtime.session import Logits, check_finite
 from mmi_deploy.runtime.timings import Timing
 from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken
+from mmi_deploy.system.nvtx import profiler_range
 
 # Smallest piece of a prompt, in tokens. At least 3: a piece must not leave a single token.
 CHUNK = 16
@@ -133,7 +134,8 @@ class JobRuns:
         """Measure the block as a run, unless it raises. size: rows, images or tokens with padding.
         shares: job -> its own."""
         start = self.clock()
-        yield
+        with profiler_range(kind):
+            yield
         seconds = self.clock() - start
         counts = self.counts
         self.times.add(kind, size, seconds)

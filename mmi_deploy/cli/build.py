@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.target_options import Device
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.spec.backends import AUTO, backend
 from mmi_deploy.system.entry_points import load
@@ -101,6 +102,7 @@ def build(
             rich_help_panel="Target",
         ),
     ] = None,
+    device: Device = 0,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the build plan with memory and disk; build nothing."),
@@ -134,7 +136,7 @@ def build(
     opened = Bundle.open(bundle, unproved=unproved)
     row = backend(target)
     chosen = recipe(precision or row.default_precision)
-    targets = _targets(target, arch, chosen.name)
+    targets = _targets(target, arch, chosen.name, device)
     for one in targets:
         check_possible(chosen, one.runtime, one.architecture, graph)
         if not dry_run:
@@ -148,7 +150,7 @@ def build(
         batch=opened.limits.batch if max_batch is None else max_batch,
         images=opened.limits.images if max_images is None else max_images,
     )
-    options = _Options(limits, plugin, force, unproved, dry_run, as_json)
+    options = _Options(limits, plugin, device, force, unproved, dry_run, as_json)
     if row.plugin:
         _tensorrt(opened, targets, chosen, names, options)
     else:
@@ -170,19 +172,22 @@ class _Options:
 
     limits: Limits
     plugin: str
+    device: int
     force: bool
     unproved: bool
     dry_run: bool
     as_json: bool
 
 
-def _targets(runtime: str, architectures: list[str] | None, precision: str) -> tuple[Target, ...]:
+def _targets(
+    runtime: str, architectures: list[str] | None, precision: str, device: int
+) -> tuple[Target, ...]:
     from mmi_deploy.spec.target import Target
     from mmi_deploy.targets.tensorrt_build import device_architecture
 
     if not backend(runtime).architectures:
         return (Target(runtime, architectures[0] if architectures else None, precision),)
-    named = list(dict.fromkeys(architectures or filter(None, [device_architecture()])))
+    named = list(dict.fromkeys(architectures or filter(None, [device_architecture(device)])))
     if not named:
         return (
             Target(runtime, None, precision),
@@ -201,6 +206,7 @@ def _onnxruntime(
     on_gpu = backend(target.runtime).on_gpu
     inapplicable = {
         "--plugin": options.plugin != AUTO,
+        "--device": options.device != 0,
         "--max-batch or --max-images": options.limits != bundle.limits,
         "--graph": on_gpu and bool(graphs),
     }
@@ -265,6 +271,7 @@ def _tensorrt(
     from mmi_deploy.targets.tensorrt_build import open_tensorrt
     from mmi_deploy.targets.tensorrt_plan import (
         Request,
+        check_device,
         check_limits,
         check_resources,
         plan_engines,
@@ -274,7 +281,7 @@ def _tensorrt(
     check_limits(bundle, options.limits)
     plugin = load(PLUGIN)(runtime, str(targets[0].architecture), options.plugin)
     for one in targets:
-        trt = open_tensorrt(plugin, one.runtime, str(one.architecture))
+        trt = open_tensorrt(plugin, one.runtime, str(one.architecture), options.device)
     plugin.load(trt).unregister()  # fail now, not after minutes of calibration
     with shown(remarks()) as progress:
         calibration = _calibration(bundle, cache, progress, options)
@@ -287,7 +294,7 @@ def _tensorrt(
         }
         request = Request(
             bundle, targets, recipe, graphs, plugin, trt.__version__, options.limits, ranges,
-            None if options.unproved else calibration, options.force,
+            None if options.unproved else calibration, options.force, options.device,
         )  # fmt: skip
         plans = plan_engines(request)
         missing = [plan for plan in plans if options.force or not cache.has(plan.key)]
@@ -295,6 +302,7 @@ def _tensorrt(
             _say_memory(missing, len(plans))
             if not options.force:
                 check_resources(missing, bundle, cache)
+                check_device(missing, options.device)
             reports = build_targets(request, cache, progress)
     if options.dry_run:
         _say_plan(request, plans, missing, cache, options.as_json)
@@ -338,6 +346,7 @@ def _say_plan(
             "weights_bytes": plan.weights,
             "memory_bytes": plan.memory if plan in missing else 0,
             "disk_bytes": plan.disk if plan in missing else 0,
+            "device_memory_bytes": plan.device_memory if plan in missing else 0,
             "profiles": {profile.name: profile.record() for profile in plan.profiles},
         }
         for plan in plans
@@ -357,13 +366,16 @@ def _say_plan(
         table = Table(box=box.SIMPLE_HEAD, title=target.name, title_justify="left")
         table.add_column("graph", no_wrap=True)
         table.add_column("profiles", no_wrap=True)
-        for heading in ("weights", "memory to build"):
+        on_gpu = any(plan.device_memory for plan in plans)
+        headings = ("weights", "memory to build", *(["on the GPU"] if on_gpu else []))
+        for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
         for plan in plans:
             if plan.target == target:
                 names = ", ".join(profile.name for profile in plan.profiles)
                 memory = size(plan.memory) if plan in missing else "cached"
-                table.add_row(plan.graph, names, size(plan.weights), memory)
+                device = [size(plan.device_memory) if plan in missing else ""] if on_gpu else []
+                table.add_row(plan.graph, names, size(plan.weights), memory, *device)
         results().print(table)
     results().print(
         f"TensorRT {request.tensorrt}, plugin {request.plugin.identity}, cache {cache.folder}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -68,6 +69,16 @@ class Buffer:
         return prod(self.shape) * self.dtype.itemsize
 
 
+class Mark(Protocol):
+    """A moment in the order of the enqueued work."""
+
+    def wait(self) -> None:
+        """Wait until the work before the mark is done."""
+
+    def seconds_since(self, earlier: Any) -> float:
+        """Seconds from an `earlier` mark of the same memory to this one. Waits for this one."""
+
+
 class Memory(Protocol):
     """Memory that buffers are allocated in. `device` is `cpu` or `cuda`.
 
@@ -96,6 +107,9 @@ class Memory(Protocol):
     def wait(self) -> None:
         """Wait until all enqueued work is done."""
 
+    def mark(self) -> Mark:
+        """Mark the present end of the enqueued work. Does not wait."""
+
 
 def check_alike(buffer: Buffer, other: Buffer | Array) -> None:
     """Raise `ValueError` unless both have the same shape and dtype, as a copy requires."""
@@ -103,6 +117,19 @@ def check_alike(buffer: Buffer, other: Buffer | Array) -> None:
         raise ValueError(
             f"cannot copy {other.dtype} {other.shape} into {buffer.dtype} {buffer.shape}"
         )
+
+
+class HostMark:
+    """A moment on the host, where all work is done at once."""
+
+    def __init__(self) -> None:
+        self._time = time.perf_counter()
+
+    def wait(self) -> None:
+        return
+
+    def seconds_since(self, earlier: HostMark) -> float:
+        return self._time - earlier._time
 
 
 class HostMemory:
@@ -133,6 +160,9 @@ class HostMemory:
 
     def wait(self) -> None:
         return
+
+    def mark(self) -> HostMark:
+        return HostMark()
 
 
 HOST = HostMemory()

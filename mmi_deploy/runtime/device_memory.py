@@ -92,6 +92,14 @@ class Device:
         self.name = properties.name.decode().rstrip("\0")
         self.architecture = f"sm{properties.major}{properties.minor}"
 
+    def find_other(self, architecture: str) -> int | None:
+        """Number of another GPU of this machine with `architecture`, or None."""
+        for number in range(self.cuda("cudaGetDeviceCount")):
+            properties = self.cuda("cudaGetDeviceProperties", number)
+            if f"sm{properties.major}{properties.minor}" == architecture:
+                return number
+        return None
+
     def choose(self) -> None:
         """Make it the current device of the calling thread."""
         self.cuda("cudaSetDevice", self.number)
@@ -111,17 +119,19 @@ class StreamLock:
     """
 
     def __init__(self, device: Device) -> None:
-        self._lock, self._device = RLock(), device
+        self._lock, self._device, self._depth = RLock(), device, 0
         self._recording = False
         self._dropped: deque[tuple[str, int]] = deque()
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        try:
-            self._device.choose()  # CUDA's current device is per thread
-        except BaseException:
-            self._lock.release()
-            raise
+        if self._depth == 0:
+            try:
+                self._device.choose()  # CUDA's current device is per thread
+            except BaseException:
+                self._lock.release()
+                raise
+        self._depth += 1
 
     def __exit__(
         self,
@@ -129,6 +139,7 @@ class StreamLock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._depth -= 1
         self._lock.release()
         self._give_back()
 
@@ -170,6 +181,39 @@ class _Block:
         end.atexit = False  # the driver frees it when the process exits
 
 
+class _Mark:
+    """CUDA event on the stream of `memory`, from its pool of events."""
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self._events, self._cuda, self._lock = memory.events, memory.cuda, memory.lock
+        with self._lock:
+            try:
+                self._event = self._events.pop()
+            except IndexError:
+                self._event = int(self._cuda("cudaEventCreate"))
+            self._cuda("cudaEventRecord", self._event, memory.stream)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_event"):  # not if it could not be created
+            self._events.append(self._event)
+
+    def wait(self) -> None:
+        with self._lock:
+            self._cuda("cudaEventSynchronize", self._event)
+
+    def seconds_since(self, earlier: _Mark) -> float:
+        runtime, events = self._cuda.runtime, (earlier._event, self._event)
+        error, milliseconds = runtime.cudaEventElapsedTime(*events)
+        if error == runtime.cudaError_t.cudaErrorNotReady:
+            self.wait()
+            milliseconds = self._cuda("cudaEventElapsedTime", *events)
+        elif error != runtime.cudaError_t.cudaSuccess:
+            raise EngineError(
+                f"CUDA's cudaEventElapsedTime failed: {self._cuda.error_string(error)}"
+            )
+        return float(milliseconds) / 1000
+
+
 class DeviceMemory:
     """Memory of one GPU, and the stream that all its work runs on."""
 
@@ -186,6 +230,8 @@ class DeviceMemory:
         self._within = kind.cudaMemcpyDeviceToDevice
         self.stream = int(cuda("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking))
         weakref.finalize(self, cuda.unchecked, "cudaStreamDestroy", self.stream).atexit = False
+        # Events that no mark uses. They are destroyed with the process's context.
+        self.events: deque[int] = deque()
         self._staging = self._pinned(STAGING)
         self._staged = 0  # bytes of it in use by copies in flight
 
@@ -239,6 +285,9 @@ class DeviceMemory:
         with self.lock:
             self.cuda("cudaStreamSynchronize", self.stream)
             self._staged = 0
+
+    def mark(self) -> _Mark:
+        return _Mark(self)
 
     def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
         if size:

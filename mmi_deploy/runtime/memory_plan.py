@@ -21,7 +21,8 @@ class MemoryPlan:
 
     weights: resident engines, by name. swapped: groups of engines of which one is loaded at a time.
     caches: buffers of one document. workspace: scratch block that engines share, None before they
-    are loaded. free: free memory when the plan was made. device: name of the GPU.
+    are loaded. free: free memory when the plan was made. device: name of the GPU. capacity: its
+    whole memory, 0 where that is not known.
     """
 
     weights: Mapping[str, int]
@@ -30,6 +31,7 @@ class MemoryPlan:
     workspace: int | None
     free: int
     device: str = ""
+    capacity: int = 0
 
     @property
     def total(self) -> int:
@@ -53,14 +55,24 @@ class MemoryPlan:
 
     def check(self) -> None:
         """Raise `EngineError` if the total exceeds the free memory."""
-        if self.total > self.free:
-            raise EngineError(
-                "the GPU has too little free memory for this bundle",
-                expected=f"{readable(self.total)} and the engines' workspace",
-                got=readable(self.free),
-                fix="keep fewer engines resident, as with --resident llm, or build smaller ones "
-                "with `mmi build --precision int8` or int4",
+        if self.total <= self.free:
+            return
+        fix = (
+            "keep fewer engines resident, as with --resident llm, or build smaller ones "
+            "with `mmi build --precision int8` or int4"
+        )
+        if self.total <= self.capacity:  # it is occupied, not too small
+            taken = readable(self.capacity - self.free)
+            fix = (
+                f"other programs hold {taken} of it: stop them (nvidia-smi lists them), choose "
+                f"another GPU with --device, or {fix}"
             )
+        raise EngineError(
+            "the GPU has too little free memory for this bundle",
+            expected=f"{readable(self.total)} and the engines' workspace",
+            got=readable(self.free),
+            fix=fix,
+        )
 
 
 def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> dict[str, int]:
@@ -74,6 +86,7 @@ def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> 
         step[DEEP],
         step[DEEP],  # as an output, before it is copied into the row
         *graphs["image_condition"].outputs,
+        graphs["vae_decoder"]["pixels"],
     ]
     seen = [graphs["vision_encoder"]["features"], *graphs["unet_values"].outputs]
     values = _bytes(graphs["llm_values"].outputs, {"n": limits.images})
@@ -81,7 +94,11 @@ def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> 
         "KV cache": _bytes((t for t in llm.inputs if t.name in cached), sizes),
         "image values": values + _bytes(seen, {"n": images}),
         "hidden states": _bytes([llm["hidden"]], {"b": 1, "t": limits.context}),
-        "one token": _bytes([llm["hidden"], llm["logits"], llm["visual_tokens"]], sizes),
+        "one token": _bytes([llm["hidden"], llm["logits"]], sizes),
+        "images being encoded": _bytes(
+            [llm["visual_tokens"], graphs["vision_encoder"]["features"]],
+            {"v": limits.context, "n": limits.batch},
+        ),
         "a picture being drawn": _bytes(drawing, sizes),
     }
 

@@ -6,8 +6,8 @@ u vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmi_deploy.documents.images import Rgb, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
-from mmi_deploy.runtime.buffers import Array, Buffer, Memory
+from mmi_deploy.runtime.buffers import Array, Buffer, Mark, Memory
 from mmi_deploy.runtime.caches import HiddenStates, ImagePool, KvCache
 from mmi_deploy.runtime.decode_step import DecodeStep
 from mmi_deploy.runtime.picture_rows import PictureRows
@@ -58,12 +58,21 @@ class Session:
         # replayed as a CUDA graph.
         self._one_hidden = _allocate_single(llm, "hidden", memory)
         self._logits = _allocate_single(llm, "logits", memory)
-        self._no_visual_tokens = _allocate_single(llm, "visual_tokens", memory)
+        # Visual tokens of the pending images, densely from the first row on. Of text the graphs
+        # read a row too, and ignore it.
+        visual_tokens = llm["visual_tokens"]
+        self._visual_tokens = memory.allocate(
+            visual_tokens.resolve(v=self.limits.context), visual_tokens.dtype
+        )
+        features = graphs["vision_encoder"]["features"]
+        self._encoded = memory.allocate(features.resolve(n=self.limits.batch), features.dtype)
         self._decode_steps: dict[tuple[int, int], DecodeStep] = {}  # by image slots and pool rows
         self._pictures: PictureRows | None = None
+        self._pixels: Buffer | None = None  # of a finished picture
+        self._last_step: Mark | None = None  # end of the denoising step that was enqueued last
         self._processed = 0  # tokens in the KV cache
         self._visible = VisibleImages(runtime.config.tokens, self.config.llm_mmfs.images_seen, most)
-        self._pending_visual_tokens: list[Buffer] = []  # [n, visual_tokens, c], not in the LLM yet
+        self._pending_images = 0  # encoded images that the LLM has not read yet
 
     @property
     def token_ids(self) -> list[int]:
@@ -96,8 +105,9 @@ class Session:
             count = min(self.limits.batch, len(pending), self._llm_values.contiguous)
             pixels = np.stack([to_pixels(rgb) for rgb in pending[:count]])
             with self._measure("encode", count):
-                encoded = self.runtime.engine("vision_encoder").run({"pixels": pixels})
-                features = encoded["features"]
+                features = self._encoded.rows(0, count)
+                outputs = {"features": features, "visual_tokens": self._next_visual_tokens(count)}
+                self.runtime.engine("vision_encoder").run({"pixels": pixels}, outputs)
                 rows = self._llm_values.next_rows(count)
                 self.runtime.engine("llm_values").run({"features": features}, rows)
                 for image in range(count):
@@ -105,7 +115,14 @@ class Session:
                     self.runtime.memory.copy(features.rows(image, image + 1), row)
                     self._features.add(1)
                 self._llm_values.add(count)
-            self._pending_visual_tokens.append(encoded["visual_tokens"])
+            self._pending_images += count
+
+    def _next_visual_tokens(self, count: int) -> Buffer:
+        """Place of the visual tokens of the next `count` images [count, visual_tokens, c]."""
+        tensor = self.runtime.graphs["vision_encoder"]["visual_tokens"]
+        shape = tensor.resolve(n=count)
+        first = self._pending_images * shape[1]
+        return self._visual_tokens.rows(first, first + count * shape[1]).reshaped(shape)
 
     def _compute_unet_values(self) -> None:
         """Compute the U-Net's values of the images that it may see and that have none yet."""
@@ -146,21 +163,21 @@ class Session:
                 step = self._decode_step(slot.shape[1])
                 step.set(0, ids[0], first, slot[0], position[0, 0])
                 step.run()
-                hidden = self._one_hidden
+                hidden = self._one_hidden  # a fixed place, or the step could not be recorded
+                self._hidden.write(first, hidden.reshaped(hidden.shape[1:]))
             else:
-                hidden = self._prefill(ids, slot, position)
-            self._hidden.write(first, hidden.reshaped(hidden.shape[1:]))
+                self._prefill(ids, slot, position)
         # Last: if the run raised, its tokens stay pending, and the next run overwrites their slots.
         self._processed = first + count
         self._visible.add(ids, slot, position)
-        self._pending_visual_tokens.clear()
+        self._pending_images = 0
 
     def _decode_step(self, m: int) -> DecodeStep:
         """Decode step for `m` image slots and the rows of the pool in use."""
         key = (m, self._llm_values.used)
         if key not in self._decode_steps:
             fixed = {
-                "visual_tokens": self._no_visual_tokens,
+                "visual_tokens": self._visual_tokens.rows(0, 1),
                 **self._llm_values.buffers(),
                 **self._cache.buffers,
             }
@@ -170,8 +187,8 @@ class Session:
 
     def _prefill(
         self, ids: list[int], slot: NDArray[np.int32], position: NDArray[np.int32]
-    ) -> Buffer:
-        """Run the LLM over `ids`; returns their hidden states [1, t, c]."""
+    ) -> None:
+        """Run the LLM over `ids`."""
         visual_tokens, index = self._visual(ids)
         inputs: dict[str, Buffer | Array] = {
             **prefill_inputs(ids, self._processed, index, slot, position),
@@ -179,23 +196,16 @@ class Session:
             **self._llm_values.buffers(),
             **self._cache.buffers,
         }
-        return self.runtime.engine("llm").run(inputs, {"logits": self._logits})["hidden"]
+        hidden = self._hidden.tokens(self._processed, self._processed + len(ids))
+        outputs = {"logits": self._logits, "hidden": hidden.reshaped((1, *hidden.shape))}
+        self.runtime.engine("llm").run(inputs, outputs)
 
     def _visual(self, ids: list[int]) -> tuple[Buffer, NDArray[np.int64]]:
         """Visual tokens of the pending images [v, c], and the row of it for each of `ids` [1, t];
         -1 for text."""
         is_image = np.array([ids]) == self.config.tokens.image
         index = np.where(is_image, is_image.cumsum() - 1, -1)
-        images = sum(tokens.shape[0] for tokens in self._pending_visual_tokens)
-        if not images:
-            return self._no_visual_tokens, index
-        memory, (count, width) = self.runtime.memory, self._pending_visual_tokens[0].shape[1:]
-        joined = memory.allocate((images, count, width), self._pending_visual_tokens[0].dtype)
-        first = 0
-        for tokens in self._pending_visual_tokens:
-            memory.copy(tokens, joined.rows(first, first + tokens.shape[0]))
-            first += tokens.shape[0]
-        return joined.reshaped((images * count, width)), index
+        return self._visual_tokens.rows(0, max(int(is_image.sum()), 1)), index
 
     def draw(
         self,
@@ -262,6 +272,7 @@ class Session:
         drawing = self._picture_rows()
         with self._measure("condition"):
             self.runtime.engine("image_condition").run(self._context(), drawing.condition(0))
+        self._last_step = None
         slot, position = self._earlier_pictures()
         drawing.begin(0, picture, slot[0], position[0])
 
@@ -269,6 +280,11 @@ class Session:
         """Run step `step` of the picture that was begun last."""
         with self._measure("denoise"):
             self._picture_rows().denoise([Denoise(picture, step)], 1)
+        # The device computes this step while the host prepares the next one. It is not let further
+        # ahead, so that a picture can be cancelled and its progress is true.
+        before, self._last_step = self._last_step, self.runtime.memory.mark()
+        if before is not None:
+            before.wait()
 
     def preview(self, picture: Picture) -> Rgb:
         """Show the picture as far as it is known after its last step: uint8 [side, side, 3] with
@@ -280,9 +296,10 @@ class Session:
     def decode_latents(self, picture: Picture) -> Rgb:
         """Decode the latents after the last step to the picture, uint8 [height, width, 3]."""
         latents = self._picture_rows().latents(0)
+        assert self._pixels is not None  # allocated with the latents
         with self._measure("vae"):
-            decoded = self.runtime.engine("vae_decoder").run({"latents": latents})
-            pixels = decoded["pixels"].read()[0]
+            self.runtime.engine("vae_decoder").run({"latents": latents}, {"pixels": self._pixels})
+        pixels = self._pixels.read()[0]
         check_finite(pixels, f"the pixels of picture {picture.index}")
         return to_rgb(pixels)
 
@@ -292,6 +309,8 @@ class Session:
             # All rows: the plans of a picture's steps keep the buffers that they are bound to.
             values = self._unet_values.all_rows
             self._pictures = PictureRows(self.runtime, 1, values)
+            pixels = self.runtime.graphs["vae_decoder"]["pixels"]
+            self._pixels = self.runtime.memory.allocate(pixels.resolve(b=1), pixels.dtype)
         return self._pictures
 
     def _context(self) -> dict[str, Buffer | Array]:
@@ -305,12 +324,10 @@ class Session:
             "context_length": np.array([len(ids) - first], np.int64),
         }
 
-    @contextmanager
-    def _measure(self, stage: str, count: int = 1) -> Iterator[None]:
-        """Time the block as one run of `stage`, up to the completion of the device's work."""
-        with self.timings.measure(stage, count):
-            yield
-            self.runtime.memory.wait()
+    def _measure(self, stage: str, count: int = 1) -> AbstractContextManager[None]:
+        """Time the block as one run of `stage`, up to the completion of the device's work, for
+        which nothing waits."""
+        return self.timings.measure(stage, count, self.runtime.memory)
 
     def _earlier_pictures(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Rows of the U-Net's value pool and relative positions, both [1, m], for the picture to be

@@ -30,6 +30,7 @@ from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import write_file
+from mmi_deploy.system.nvidia_driver import gpus_here
 from mmi_deploy.system.progress import Progress, Unit
 from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_deploy.targets.cache import EngineCache, link_or_copy
@@ -44,6 +45,7 @@ from mmi_deploy.targets.tensorrt_plan import (
 )
 from mmi_deploy.targets.tensorrt_process import MeasuredBuild, build_in_process
 from mmi_deploy.targets.tensorrt_rewrites import rewrite_for_tensorrt
+from mmi_deploy.targets.timing_cache import timing_file
 
 # Contract of the typed graph, its ONNX file, and the comparison with the portable graph.
 _Prepared = tuple[Graph, Path, Proof | None]
@@ -128,6 +130,8 @@ class _EngineBuilder:
             folder / _engine_name(plan),
             plan.profiles,
             self._request.plugin,
+            self._request.device,
+            _timing_file(plan.target.runtime, self._request),
         )
 
         def phases(
@@ -168,6 +172,14 @@ class _EngineBuilder:
         model = onnx.load(path, load_external_data=False)
         onnx.save(rewrite_for_tensorrt(request.plugin.copy(model), path), path)
         return typed, path, proof
+
+
+def _timing_file(runtime: str, request: Request) -> Path | None:
+    """File of the timing cache; None for a runtime that measures nothing while it builds."""
+    if BACKENDS[runtime].cross_compiles:
+        return None
+    gpus = [gpu.name for gpu in gpus_here() if gpu.index == request.device]
+    return timing_file(runtime, request.tensorrt, gpus[0]) if gpus else None
 
 
 def check_bindings(typed: Graph, bindings: Mapping[str, str]) -> None:

@@ -7,28 +7,30 @@ graph, and the engine is streamed to disk while it is serialised.
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.runtime.tensorrt.device_memory import import_cuda
+from mmi_deploy.runtime.tensorrt.versions import check_versions, installed_versions
 from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS
+from mmi_deploy.system.nvidia_driver import gpus_here, nvidia_driver
 from mmi_deploy.system.progress import Cancelled, Progress
 from mmi_deploy.targets.profiles import Profile
+from mmi_deploy.targets.timing_cache import load_timings, save_timings
 
 # Logged by TensorRT's parser when it drops an input of a node that it does not support. The engine
 # would silently compute something else.
 UNUSED_INPUT = "Unused Input"
 
 _FIRST_ERRORS = 3
-_CUDA_MAJOR, _CUDA_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Job:
-    """One engine to build: `source`, an ONNX file with weights beside it, becomes `engine`."""
+    """One engine to build: `source`, an ONNX file with weights beside it, becomes `engine`.
+
+    device: index of the GPU to build on, where the runtime needs one. timings: file of its timing
+    cache, None for none.
+    """
 
     graph: str
     runtime: str
@@ -61,6 +67,8 @@ class Job:
     engine: Path
     profiles: tuple[Profile, ...]
     plugin: Plugin
+    device: int = 0
+    timings: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,16 +102,32 @@ class Log:
         return next((line for line in [*self.errors, *self.warnings] if UNUSED_INPUT in line), None)
 
 
-def open_tensorrt(plugin: Plugin, runtime: str, architecture: str) -> Any:
-    """Import the TensorRT module of `runtime` and check that it builds for `architecture`.
+def open_tensorrt(plugin: Plugin, runtime: str, architecture: str, device: int = 0) -> Any:
+    """Import the TensorRT module of `runtime` and check that it builds for `architecture`, on GPU
+    `device` where it needs one.
 
-    Raises `EngineError` where it is not installed or too old, `ConfigError` where it cannot build
-    for that architecture on this machine.
+    Raises `EngineError` where it is not installed, too old, or does not fit the driver,
+    `ConfigError` where it cannot build for that architecture on this machine.
     """
+    check_installed(runtime)
     trt = plugin.import_tensorrt(BACKENDS[runtime].module)
     check_version(runtime, trt.__version__)
-    check_architecture(trt, runtime, architecture)
+    check_architecture(trt, runtime, architecture, device)
     return trt
+
+
+def check_installed(runtime: str) -> None:
+    """Raise `EngineError` unless driver, CUDA's bindings and TensorRT fit one another. A runtime
+    that builds without a GPU is compared with neither driver nor bindings."""
+    if BACKENDS[runtime].cross_compiles:
+        check_versions(runtime, installed_versions(runtime))
+        return
+    cuda = None
+    with suppress(EngineError):  # a build does without the bindings
+        cuda = import_cuda()
+    driver = nvidia_driver()
+    version = driver.cuda_version() if driver else None
+    check_versions(runtime, replace(installed_versions(runtime, cuda), driver=version))
 
 
 def check_version(runtime: str, version: str) -> None:
@@ -119,11 +143,11 @@ def check_version(runtime: str, version: str) -> None:
         )
 
 
-def check_architecture(trt: Any, runtime: str, architecture: str) -> None:
+def check_architecture(trt: Any, runtime: str, architecture: str, device: int = 0) -> None:
     """Raise `ConfigError` where `trt` does not build for `architecture` on this machine.
 
     TensorRT-RTX compiles for any GPU that it knows; TensorRT measures kernels, and so builds for
-    the GPU in the machine alone.
+    GPU `device` of the machine alone.
     """
     if BACKENDS[runtime].cross_compiles:
         known = rtx_architectures(trt)
@@ -135,15 +159,20 @@ def check_architecture(trt: Any, runtime: str, architecture: str) -> None:
                 fix="give one of these with --arch, or build with --target tensorrt on the GPU",
             )
         return
-    here = device_architecture()
+    here = device_architecture(device)
     if here != architecture:
+        others = [gpu for gpu in gpus_here() if gpu.architecture == architecture]
+        if others:
+            fix = f"choose {others[0]} with --device {others[0].index}"
+        elif here:
+            fix = f"give --arch {here}"
+        else:
+            fix = "run this on that GPU, or build with --target tensorrt-rtx, which needs no GPU"
         raise ConfigError(
             f"TensorRT builds engines on the GPU that runs them, and {architecture} is not it",
             expected=here or "a machine with an NVIDIA GPU and its driver",
             got=architecture,
-            fix=f"give --arch {here}"
-            if here
-            else "run this on that GPU, or build with --target tensorrt-rtx, which needs no GPU",
+            fix=fix,
         )
 
 
@@ -152,19 +181,20 @@ def rtx_architectures(trt: Any) -> list[str]:
     return [name for name in ARCHITECTURES if hasattr(trt.ComputeCapability, name.upper())]
 
 
-def device_architecture() -> str | None:
-    """Architecture of the first GPU of this machine, such as `sm89`, or None without a GPU."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+def device_architecture(device: int = 0) -> str | None:
+    """Architecture of GPU `device` of this machine, such as `sm89`, or None without a GPU. Raises
+    `ConfigError` where there are GPUs, but not this one."""
+    gpus = gpus_here()
+    if not gpus:
         return None
-    device, numbers = ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    for number, attribute in zip(numbers, (_CUDA_MAJOR, _CUDA_MINOR), strict=True):
-        if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
-            return None
-    return f"sm{numbers[0].value}{numbers[1].value}"
+    for gpu in gpus:
+        if gpu.index == device:
+            return gpu.architecture
+    raise ConfigError(
+        f"there is no GPU {device}",
+        expected=", ".join(map(str, gpus)),
+        fix="give one of these with --device",
+    )
 
 
 def build_engine(trt: Any, job: Job, progress: Progress) -> BuildResult:
@@ -188,6 +218,8 @@ def build_engine(trt: Any, job: Job, progress: Progress) -> BuildResult:
         check_samples(trt, network, model)
         config = _config(trt, builder, job)
         config.progress_monitor = _monitor(trt, progress)
+        if job.timings is not None:
+            load_timings(config, job.timings)
         writer = _writer(trt, job.engine)
         with writer:
             done = builder.build_serialized_network_to_stream(network, config, writer)
@@ -195,6 +227,8 @@ def build_engine(trt: Any, job: Job, progress: Progress) -> BuildResult:
             raise writer.failure
         if not done or not writer.written:
             raise _build_error(job, log, registered)
+        if job.timings is not None:
+            save_timings(config, job.timings)
         return BuildResult(
             layers=layers_of(network),
             bindings=_bindings(network),

@@ -19,11 +19,13 @@ import onnx
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.bundle.manifest import hash_of_files
 from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.runtime.buffers import element_type
 from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph, Limits
 from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import size
 from mmi_deploy.system.memory import free_memory
+from mmi_deploy.system.nvidia_driver import nvidia_driver
 from mmi_deploy.targets.cache import EngineCache, key_of
 from mmi_deploy.targets.calibration import Calibration, islands_key
 from mmi_deploy.targets.precision import Ranges, Recipe
@@ -41,6 +43,10 @@ LLM_FACTOR = 1.5
 # Bytes that TensorRT takes for a graph without weights: libraries and compiler.
 MEMORY_BASE = 700 * 10**6
 
+# Bytes of the GPU that CUDA and TensorRT's kernel libraries take before a graph is there. An
+# assumption, as no build has run on a GPU yet.
+DEVICE_BASE = 600 * 10**6
+
 # Approximate bytes of an engine beyond its weights: compiled kernels, which depend on the layers.
 KERNEL_BYTES = 20 * 10**6
 
@@ -53,7 +59,7 @@ class Request:
 
     limits: narrow the profiles to these, None for the bundle's. ranges: activation ranges by graph,
     also of graphs whose engines may be kept. calibration: data to compare rewritten graphs on, None
-    to build without a comparison.
+    to build without a comparison. device: index of the GPU to build on.
     """
 
     bundle: Bundle
@@ -66,18 +72,21 @@ class Request:
     ranges: Mapping[str, Ranges | None] | None = None
     calibration: Calibration | None = None
     force: bool = False
+    device: int = 0
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """One engine to build. weights: bytes in the target's types. memory, disk: upper estimates of
-    what the build takes, in bytes."""
+    """One engine to build. weights: bytes in the target's types. bound: bytes of its inputs and
+    outputs at the largest shapes. memory, disk, device_memory: estimates of what the build takes,
+    in bytes."""
 
     target: Target
     graph: str
     profiles: tuple[Profile, ...]
     key_parts: dict[str, str]
     weights: int
+    bound: int = 0
 
     @property
     def key(self) -> str:
@@ -87,6 +96,14 @@ class EnginePlan:
     def memory(self) -> int:
         factor = LLM_FACTOR if self.graph == "llm" else MEMORY_FACTOR
         return MEMORY_BASE + int(factor * self.weights)
+
+    @property
+    def device_memory(self) -> int:
+        """Memory of the GPU that measures kernels: weights, inputs and outputs of the layers, which
+        are at worst those of the whole graph. 0 for a runtime that builds without a GPU."""
+        if BACKENDS[self.target.runtime].cross_compiles:
+            return 0
+        return DEVICE_BASE + self.weights + self.bound
 
     @property
     def disk(self) -> int:
@@ -105,8 +122,10 @@ def plan_engines(request: Request) -> list[EnginePlan]:
         weights = weights_of(request.bundle, request.recipe, name)
         shapes = profiles(graph, request.limits)
         for target in request.targets:
+            typed = graph.typed(request.recipe.activations_on(target.runtime))
             keyed = key_parts(request, target, graph, shapes)
-            plans.append(EnginePlan(target, name, shapes, keyed, weights))
+            bound = _bound_bytes(typed, shapes)
+            plans.append(EnginePlan(target, name, shapes, keyed, weights, bound))
     return plans
 
 
@@ -216,6 +235,43 @@ def check_resources(plans: Sequence[EnginePlan], bundle: Bundle, cache: EngineCa
                 got=size(room),
                 fix="Free some space, or try all the same with --force",
             )
+
+
+def _bound_bytes(graph: Graph, shapes: Sequence[Profile]) -> int:
+    """Bytes of a graph's inputs, and of its outputs that are not in place, at the largest shapes of
+    its profiles."""
+    sizes = {letter: allowed.max for letter, allowed in graph.ranges.items()}
+    found = [0]
+    for profile in shapes:
+        most = sizes | {letter: allowed.max for letter, allowed in profile.ranges.items()}
+        tensors = (*graph.inputs, *(t for t in graph.outputs if t.name not in graph.in_place))
+        found.append(sum(prod(t.resolve(**most)) * element_type(t.dtype).itemsize for t in tensors))
+    return max(found)
+
+
+def check_device(plans: Sequence[EnginePlan], device: int) -> None:
+    """Raise `EngineError` where GPU `device` has too little free memory to build on. Nothing is
+    checked where its memory cannot be read."""
+    largest = max(plans, key=lambda plan: plan.device_memory, default=None)
+    driver = nvidia_driver()
+    if largest is None or not largest.device_memory or driver is None:
+        return
+    found = driver.memory(device)
+    if found is None or largest.device_memory <= found[0]:
+        return
+    free, total = found
+    cause = (
+        f"other programs hold {size(total - free)} of it: stop them (nvidia-smi lists them), or "
+        "choose another GPU with --device"
+        if largest.device_memory <= total
+        else "build the smaller graphs here with --graph"
+    )
+    raise EngineError(
+        f"GPU {device} has too little free memory to build {largest.graph}",
+        expected=f"about {size(largest.device_memory)}",
+        got=f"{size(free)} of {size(total)}",
+        fix=f"{cause[0].upper()}{cause[1:]}, or try all the same with --force",
+    )
 
 
 def check_limits(bundle: Bundle, wanted: Limits) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from mmi_deploy.errors import EngineError, MmiError
+from mmi_deploy.system.nvidia_driver import visible_device
 from mmi_deploy.system.progress import Cancelled, Progress, Unit
 from mmi_deploy.targets.tensorrt_build import BuildResult, Job, build_engine, open_tensorrt
 
@@ -140,6 +141,10 @@ def _child(job: Job, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent kills the child
     _die_with_parent()
     os.dup2(2, 1)  # output of libraries must not mix with results on stdout
+    if job.device:
+        # Before anything asks the driver. The builder's own threads then have no other GPU.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_device(visible, job.device)
     try:
         trt = open_tensorrt(job.plugin, job.runtime, job.architecture)
         info = psutil.Process().memory_info()

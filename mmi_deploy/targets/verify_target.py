@@ -133,7 +133,8 @@ def compare_graph(
     run = load()
     comparisons = []
     for sample, outputs in zip(samples, expected, strict=True):
-        tolerance = precision_tolerance(precision, sample.recorded)
+        on_gpu = compared_with == ON_GPU
+        tolerance = precision_tolerance(precision, sample.recorded, on_gpu)
         comparison = compare_outputs(run(sample.inputs), outputs, tolerance)
         comparisons.append((dynamic_sizes(graph, sample.inputs), comparison))
     return Proof(graph.name, compared_with, tuple(comparisons))

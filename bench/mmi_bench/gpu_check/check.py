@@ -23,7 +23,14 @@ from rich.console import Console
 
 from mmi_bench.gpu_check.kernel import GpuKernel, import_driver
 from mmi_bench.gpu_check.report import KIND, write_report
-from mmi_bench.gpu_check.target import Detail, OpenTarget, compare, document, measure
+from mmi_bench.gpu_check.target import (
+    CheckFailed,
+    Detail,
+    OpenTarget,
+    compare,
+    document,
+    measure,
+)
 from mmi_bench.machine import describe
 from mmi_deploy.bundle.build_report import read_report
 from mmi_deploy.bundle.bundle import Bundle
@@ -57,6 +64,13 @@ CAUSES = "; "
 
 # Prefix of the line of a step that depends on engines which were not loaded.
 NO_ENGINES = "no engines were loaded: "
+
+# Minutes of a whole run: a GPU that is lent for a quarter of an hour.
+MINUTES = 14.0
+
+# Seconds that a step of the tiny model takes at most, as assumed; one is not begun with fewer left.
+LEAST_SECONDS = {"plugin": 90, "kernel": 30, "build": 150, "load": 20, "compare": 60,
+                 "document": 30, "measure": 60}  # fmt: skip
 
 # Random calls of the kernel: six of each kind.
 KERNEL_CASES = 48
@@ -124,11 +138,15 @@ class Check:
     say: Callable[[Step], None]
     repeats: int = 5
     cases: int = KERNEL_CASES
+    minutes: float = MINUTES
+    clock: Callable[[], float] = time.monotonic
     steps: list[Step] = field(default_factory=list)
     plugin: Path | None = None
+    started: float = 0.0
 
     def run(self) -> int:
         """Try every step; return the exit code."""
+        self.started = self.clock()
         self._try("machine", self._machine)
         self._try("plugin", self._plugin)
         self._try("kernel", self._kernel)
@@ -157,9 +175,12 @@ class Check:
         detail: dict[str, Any] = {}
         state: State = "passed"
         try:
+            self._check_time(name)
             line, detail = work()
         except Missing as missing:
             state, line = "not run", str(missing)
+        except CheckFailed as error:
+            state, line, detail = "FAILED", str(error), error.detail
         except MmiError as error:
             state, line = "FAILED", str(error)
         except Exception as error:  # the other steps are tried all the same
@@ -169,6 +190,15 @@ class Check:
         step = Step(name, state, line, round(time.perf_counter() - start, 3), detail)
         self.steps.append(step)
         self.say(step)
+
+    def _check_time(self, name: str) -> None:
+        """Raise `Missing` for a step that would end after the time limit."""
+        left = self.minutes * 60 - (self.clock() - self.started)
+        if left < (least := LEAST_SECONDS.get(name.partition(" ")[0], 0)):
+            raise Missing(
+                f"no time: {max(left, 0):.0f} s are left of {self.minutes:g} minutes, and it takes "
+                f"about {least} s (--minutes allows more)"
+            )
 
     def _machine(self) -> Detail:
         memory = self.machine.memory()
@@ -252,7 +282,7 @@ class Check:
         if self.plugin is None and self.runtime != TENSORRT:
             raise Missing(f"{self.runtime} requires the compiled plugin, which was not built")
         target = self._target(precision)
-        build = self.machine.build or build_engines
+        build = self.machine.build or partial(build_engines, device=self.machine.device)
         build(self.bundle, target, self.plugin)
         bundle = Bundle.open(self.bundle, unproved=True)
         manifest = bundle.target(target.name)
@@ -296,7 +326,7 @@ class Check:
     def _compare(self, open_target: OpenTarget) -> Detail:
         line, detail, proofs = compare(open_target)
         if failed := [proof.graph for proof in proofs if not proof.passed]:
-            raise EngineError(f"too far from ONNX Runtime: {', '.join(failed)}; {line}")
+            raise CheckFailed(f"too far from ONNX Runtime: {', '.join(failed)}; {line}", detail)
         return line, detail
 
     def _measure(self, open_target: OpenTarget) -> Detail:
@@ -307,7 +337,7 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
+def build_engines(bundle: Path, target: Target, plugin: Path | None, device: int = 0) -> None:
     """Run `mmi build` in its own process, so that the builder's state does not affect the engines.
 
     Without a library the plugin is compiled into TensorRT's engines ahead of time. Raises
@@ -315,6 +345,7 @@ def build_engines(bundle: Path, target: Target, plugin: Path | None) -> None:
     code = "from mmi_deploy.cli.app import main; main()"
     words = ["build", str(bundle), "--target", target.runtime, "--precision", target.precision]
     words += ["--arch", str(target.architecture), "--plugin", str(plugin or AHEAD_OF_TIME)]
+    words += ["--device", str(device)]
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
@@ -348,6 +379,9 @@ def main(
     ] = None,
     device: Annotated[int, typer.Option(min=0, help="Index of the GPU.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Number of measured documents.")] = 5,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Begin no step that would end later.")
+    ] = MINUTES,
 ) -> int:
     """Build, run, compare and measure the engines of a bundle on this machine's GPU."""
     console = Console(highlight=False, soft_wrap=True)
@@ -361,7 +395,7 @@ def main(
     check_arguments(bundle, target, precisions)
     code, written = WRONG, ""
     with _no_full_disk(console), new_folder(out, None, kind=KIND, inputs=[bundle]) as work:
-        check = Check(bundle, target, precisions, Machine(device), say, repeats)
+        check = Check(bundle, target, precisions, Machine(device), say, repeats, minutes=minutes)
         code = check.run()
         paths = write_report(work, describe(), bundle, target, check.steps)
         written = " and ".join(str(out / path.name) for path in paths)

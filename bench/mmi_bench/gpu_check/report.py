@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmi_bench.gpu_check.hypotheses import judge
 from mmi_deploy.system.files import write_file
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def write_report(
         "bundle": str(bundle),
         "target": target,
         "steps": [asdict(step) for step in steps],
+        "hypotheses": [asdict(verdict) for verdict in judge(steps)],
     }
     paths = out / MARKDOWN, out / JSON
     write_file(paths[0], markdown(machine, bundle, target, steps))
@@ -56,6 +58,7 @@ def markdown(machine: dict[str, Any], bundle: Path, target: str, steps: Sequence
             lines += ["", f"## Memory, {step.name}", "", "```", *step.detail["lines"], "```"]
         if "traceback" in step.detail:
             lines += ["", f"## {step.name}", "", "```", step.detail["traceback"].rstrip(), "```"]
+    lines += ["", "## Hypotheses", "", *(verdict.line for verdict in judge(steps))]
     return "\n".join(lines) + "\n"
 
 

@@ -5,9 +5,10 @@ Comparisons are graph by graph and of a whole document.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ import numpy as np
 from mmi_bench.compare.cases import DOCUMENT, IMAGES, Case
 from mmi_bench.compare.samples import Output, Sample, take
 from mmi_bench.statistics import Statistics
+from mmi_deploy.analysis.gpu_specs import GPUS, Gpu
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.bundle.manifest import PORTABLE
-from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.errors import ConfigError, EngineError, MmiError
 from mmi_deploy.parity import Proof
 from mmi_deploy.runtime.events import Event, ImageDone
 from mmi_deploy.runtime.generation import generate
+from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.tensorrt.backend import TensorRtBackend
 from mmi_deploy.spec.backends import NONE
@@ -32,6 +35,14 @@ from mmi_deploy.targets.verify_target import (
 # Precision whose documents must equal those of the CPU; rounding in a narrower one may decide
 # between two words of nearly equal probability.
 EXACT = "fp32"
+
+# Stage of a document -> graph whose weights it reads once.
+STAGE_GRAPHS = {"decode": "llm", "denoise": "denoise_step", "vae": "vae_decoder"}
+
+# Words of a data sheet's title that name the model; and those of variants of the same name with
+# another bandwidth.
+_MODELS = {"orin", "l4", "l40s", "4090", "5090", "a100", "h100", "h200", "b200"}
+_OTHER_BANDWIDTH = {"laptop", "pcie", "nvl", "d"}
 
 # Line for people, and all numbers.
 Detail = tuple[str, dict[str, Any]]
@@ -53,6 +64,14 @@ class OpenTarget:
     ) -> OpenTarget:
         backend = make(True)
         return cls(bundle, precision, backend, Runtime.from_backend(bundle, backend), make)
+
+
+class CheckFailed(MmiError):
+    """A step that failed, with the numbers that it has found."""
+
+    def __init__(self, line: str, detail: dict[str, Any]) -> None:
+        super().__init__(line)
+        self.detail = detail
 
 
 def compare(opened: OpenTarget) -> tuple[str, dict[str, Any], list[Proof]]:
@@ -112,15 +131,74 @@ def measure(opened: OpenTarget, repeats: int) -> Detail:
             opened.runtime if record else Runtime.from_backend(opened.bundle, opened.reopen(False))
         )
         _taken(runtime, case, schedule)  # warm-up
+        free, _ = opened.backend.memory.gpu.memory()
         taken = [_taken(runtime, case, schedule) for _ in range(repeats)]
         recorded = runtime.recordings()
         numbers = _numbers([sample for sample, _, _ in taken], [first for *_, first in taken])
         detail["cuda graphs" if record else "without"] = numbers | recorded
         decode, step = (numbers[name]["median"] for name in ("per token", "per step"))
         lines.append(f"{1 / decode:.1f} tokens/s and {1000 * step:.2f} ms per step")
-        if not record:
+        if record:
+            detail["sampled"] = _sampled(runtime, case, schedule, repeats)
+            detail["limits"] = _limits(opened, numbers)
+            detail["memory"] = {"free_bytes": free, "plan": opened.backend.plan().total}
+        else:
             runtime.close()
-    return f"{lines[0]}; without CUDA graphs {lines[1]}", detail
+    line = f"{lines[0]}; without CUDA graphs {lines[1]}"
+    sampled = 1000 * (detail["sampled"]["median"] - detail["cuda graphs"]["per token"]["median"])
+    line += f"; the default sampler adds {sampled:.2f} ms a token"
+    if shares := [f"{name} {share:.0%}" for name, share in detail["limits"].items()]:
+        line += f"; of the bandwidth limit: {', '.join(shares)}"
+    if refused := detail["cuda graphs"]["refusals"]:
+        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+        raise CheckFailed(f"runs could not be recorded as CUDA graphs: {reasons}. {line}", detail)
+    return line, detail
+
+
+def _sampled(runtime: Runtime, case: Case, schedule: str, repeats: int) -> dict[str, float]:
+    """Statistics of the seconds per token with the default sampler, which draws at random."""
+    default = GenerationOptions()
+    options = replace(
+        case.options(schedule),
+        temperature=default.temperature,
+        top_p=default.top_p,
+        top_k=default.top_k,
+    )
+    gaps = []
+    for _ in range(repeats):
+        given = case.document(runtime.tokenizer, runtime.config)
+        sample, _ = take(generate(runtime, given, options))
+        gaps += _gaps([sample.token_gaps], sample.stages["decode"])
+    return Statistics.of(gaps).to_json()
+
+
+def _limits(opened: OpenTarget, numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Share of the GPU's memory bandwidth that each stage reaches: the time in which its engine's
+    weights can be read once, to that on the GPU. Empty for a GPU without a data sheet."""
+    sheet = data_sheet(opened.backend.memory.gpu.name, opened.backend.memory.gpu.memory()[1])
+    if sheet is None:
+        return {}
+    found = {}
+    for stage, graph in STAGE_GRAPHS.items():
+        if f"stage {stage}" in numbers and graph in opened.backend.manifest.graphs:
+            file = opened.backend.manifest.graphs[graph]
+            least = opened.backend.manifest.files[file].size / sheet.bandwidth
+            found[stage] = least / numbers[f"stage {stage}"]["median"]
+    return found
+
+
+def data_sheet(name: str, memory: int) -> Gpu | None:
+    """Data sheet of a GPU by the name that its driver gives, and its memory in bytes."""
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    if words & _OTHER_BANDWIDTH:
+        return None
+    found = [
+        gpu
+        for gpu in GPUS.values()
+        # The model's own word: `l40s`, `4090`, `orin`.
+        if any(w in words and w in _MODELS for w in re.findall(r"[a-z0-9]+", gpu.title.lower()))
+    ]
+    return min(found, key=lambda gpu: abs(gpu.memory - memory), default=None)
 
 
 def case_for(opened: OpenTarget) -> Case:

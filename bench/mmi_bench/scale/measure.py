@@ -44,7 +44,7 @@ from mmi_deploy.batching.warm_up import warm_up
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.backend import find_kernel_library
-from mmi_deploy.runtime.buffers import HOST
+from mmi_deploy.runtime.buffers import HOST, Memory
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.runtime.timings import Timing, Timings
@@ -73,7 +73,7 @@ class CpuTimings(Timings):
     """Timings by the CPU time of the process."""
 
     @contextmanager
-    def measure(self, stage: str, count: int = 1) -> Iterator[None]:
+    def measure(self, stage: str, count: int = 1, memory: Memory = HOST) -> Iterator[None]:
         start = time.process_time()
         yield
         self.runs.append(Timing(stage, time.process_time() - start, count))

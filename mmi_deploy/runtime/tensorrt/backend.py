@@ -25,6 +25,7 @@ from mmi_deploy.runtime.tensorrt.engine import (
     group_of,
 )
 from mmi_deploy.runtime.tensorrt.module import TensorRt, import_tensorrt
+from mmi_deploy.runtime.tensorrt.versions import check_versions, installed_versions
 from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS, backend_of
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
 from mmi_deploy.system.files import cache_folder
@@ -81,7 +82,9 @@ class TensorRtBackend:
             folder, fix = bundle.target_folder(name), bundle.verify_command(name)
             check_receipts(manifest, manifest.graphs, folder, fix)
         residency = Residency(resident)
-        memory = DeviceMemory(Cuda(cuda or import_cuda()), device)
+        bindings = cuda or import_cuda()
+        check_versions(runtime, installed_versions(runtime, bindings))
+        memory = DeviceMemory(Cuda(bindings), device)
         module = tensorrt or import_tensorrt(BACKENDS[runtime].module)
         check_compatible(bundle, manifest, memory.gpu, module.__version__, plugin)
         built_with = manifest.recipe.get("plugin", AHEAD_OF_TIME)
@@ -139,7 +142,7 @@ class TensorRtBackend:
             swapped[group_of(name)] = swapped.get(group_of(name), 0) + sizes[name]
         config = self.bundle.config
         seen = min(config.image_decoder.mmfs.images_seen, self.limits.images)
-        free, _ = self.memory.gpu.memory()
+        free, total = self.memory.gpu.memory()
         return MemoryPlan(
             resident,
             {group: swapped[group] for group in GROUPS if group in swapped},
@@ -147,6 +150,7 @@ class TensorRtBackend:
             self.workspace.size or None,
             free,
             self.memory.gpu.name,
+            total,
         )
 
 
@@ -158,11 +162,15 @@ def check_compatible(
     wanted = recipe.get("architecture", gpu.architecture)
     if wanted != gpu.architecture:
         gpus = ARCHITECTURES.get(wanted)
+        build = f"build for it: `{bundle.build_command(name.replace(wanted, gpu.architecture))}`"
+        other = gpu.find_other(wanted)
         raise EngineError(
             f"{name} was built for another GPU",
             expected=f"{wanted} ({gpus})" if gpus else wanted,
             got=f"{gpu.architecture} ({gpu.name})",
-            fix=f"build for it: `{bundle.build_command(name.replace(wanted, gpu.architecture))}`",
+            fix=build
+            if other is None
+            else f"choose the GPU that it was built for: --device {other}",
         )
     fix = bundle.build_command(name)
     if recipe.get("tensorrt", version) != version:

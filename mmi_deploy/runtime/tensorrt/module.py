@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import importlib
 import importlib.util
+import logging
 import mmap
 import sys
 import tempfile
@@ -20,10 +21,17 @@ from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.backends import BACKENDS, TENSORRT, TENSORRT_RTX
 from mmi_deploy.system.files import write_file
 
+log = logging.getLogger(__name__)
+
 # Python module -> command that installs it. TensorRT's lean runtime runs engines and builds none.
 INSTALL = {row.module: f"pip install {row.package}" for row in BACKENDS.values() if row.plugin} | {
     "tensorrt_lean_bindings": "pip install tensorrt-lean-cu13-libs tensorrt-lean-cu13-bindings",
 }
+
+# In the error line of a TensorRT runtime that was not created. Its object is invalid, and TensorRT
+# crashes when it is used. Other error lines at the start are about what it does without, such as a
+# library that it may load.
+_NOT_CREATED = ("createInferRuntime", "CUDA initialization failure", "checkCudaInstallation")
 
 # Most errors that the logger keeps.
 _KEPT_LINES = 20
@@ -91,11 +99,12 @@ class TensorRt:
         self._logger = _logger(module, self.errors)
         self._cache = cache
         self._runtime = module.Runtime(self._logger)
-        if self.errors:
-            # Without a driver the object is invalid, and its destructor would crash: the extra
-            # reference keeps it from ever being deleted.
+        if any(words in line for line in self.errors for words in _NOT_CREATED):
+            # Its destructor would crash: the extra reference keeps it from ever being deleted.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._runtime))
             raise EngineError(f"{module.__name__} {self.version} cannot start{self.reason()}")
+        for line in self.errors:
+            log.warning("%s at its start: %s", module.__name__, line)
         if plugin is not None:
             self._load_plugin(plugin)
 

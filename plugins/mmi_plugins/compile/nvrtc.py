@@ -18,6 +18,7 @@ from pathlib import Path
 from mmi_deploy.errors import EngineError
 from mmi_plugins.compile.compilers import find_nvcc
 from mmi_plugins.compile.launch_plan import Variant
+from mmi_plugins.compile.ptx_version import lowered
 from mmi_plugins.constants import CSRC
 
 COMPILERS = ("nvrtc", "nvcc")
@@ -32,12 +33,15 @@ def missing(compiler: str = "nvrtc") -> str | None:
 
 @cache
 def compile_ptx(variant: Variant, compute: int, compiler: str = "nvrtc") -> str:
-    """PTX of one kernel for `compute_<compute>` (80, 90, 100, 120). Raises `EngineError`."""
+    """PTX of one kernel for `compute_<compute>` (80, 90, 100, 120), of the lowest version that its
+    instructions need, so that older drivers take it. Raises `EngineError`."""
     if reason := missing(compiler):
         raise EngineError(reason)
     if compiler == "nvcc":
-        return _run_nvcc(variant.source, "-ptx", f"-arch=compute_{compute}").decode()
-    return _run_nvrtc(variant.source, f"compute_{compute}", "PTX").decode()
+        made = _run_nvcc(variant.source, "-ptx", f"-arch=compute_{compute}")
+    else:
+        made = _run_nvrtc(variant.source, f"compute_{compute}", "PTX")
+    return lowered(made.decode())
 
 
 def compile_cubin(source: str, architecture: int, compiler: str = "nvrtc") -> bytes:

@@ -24,8 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mmi_deploy.errors import EngineError
+from mmi_deploy.system.nvidia_driver import nvidia_driver
 from mmi_plugins.compile.launch_plan import TYPES, Variant, check_limits
 from mmi_plugins.compile.nvrtc import compile_ptx
+from mmi_plugins.compile.ptx_version import check_driver
 from mmi_plugins.constants import constant
 from mmi_plugins.operator import DOMAIN, INPUT_SHAPES, NAME
 from mmi_plugins.tensorrt.build_only_plugin import FIELDS, check_shapes, checked_fields
@@ -162,8 +164,9 @@ def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> Ah
     """Register the operator with `trt.plugin` (`trt`: the module tensorrt, 10.12 or newer) for GPUs
     of compute capability (major, minor) and newer.
 
-    The GPU's driver must be as new as NVRTC. Raises `EngineError` where a plugin of that name is
-    registered already.
+    The driver must know the GPU: the PTX has the lowest version of its instructions
+    (`mmi_plugins.compile.ptx_version`), whatever NVRTC's. Raises `EngineError` where a plugin of
+    that name is registered already.
     """
     if plugin_creator(trt) is not None:
         raise EngineError(f"{trt.__name__} has a plugin {DOMAIN}::{NAME} already")
@@ -203,7 +206,9 @@ def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> Ah
         sizes = plugin.SymIntExprs(len(SIZES))
         for index, (name, axis) in enumerate(SIZES.values()):
             sizes[index] = plugin.SymInt32(inputs[name].shape_expr[axis])
-        return variant.name, compile_ptx(variant, target), launch, sizes
+        ptx, driver = compile_ptx(variant, target), nvidia_driver()
+        check_driver(ptx, driver.cuda_version() if driver else None)
+        return variant.name, ptx, launch, sizes
 
     text, launches = str | bytes, (plugin.KernelLaunchParams, plugin.SymIntExprs)
     results = GenericAlias(tuple, (text, text, *launches))

@@ -291,3 +291,82 @@ def test_a_cause_is_said_once_and_then_by_its_step() -> None:
         "no GPU",
     ]
     assert steps[2].line == "no GPU"  # whole in the report
+
+
+def test_a_step_is_not_begun_that_would_end_too_late(bundle: Bundle, tmp_path: Path) -> None:
+    """Seconds pass only where this clock is read: 100 at each step."""
+    moments = iter(range(0, 10**6, 100))
+    check = Check(
+        bundle.folder, TENSORRT, ("fp32",), with_gpu(tmp_path), lambda step: None, 1, 6,
+        minutes=5, clock=lambda: next(moments),
+    )  # fmt: skip
+    assert check.run() == 2
+    states = {step.name: step.state for step in check.steps}
+    assert states["machine"] == states["plugin"] == "passed" and states["build fp32"] == "not run"
+    assert "0 s are left of 5 minutes, and it takes about 150 s" in check.steps[3].line
+
+
+def test_a_refused_recording_is_a_failure_with_its_numbers(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recordings = Runtime.recordings
+
+    def refused(runtime: Runtime) -> dict[str, Any]:
+        found = recordings(runtime)
+        return found | {"refusals": {"denoise_step": "operation not permitted"}}
+
+    monkeypatch.setattr(Runtime, "recordings", refused)
+    code, steps = run(bundle, with_gpu(tmp_path), "fp32")
+    failed = steps["measure fp32"]
+    assert code == 1 and failed.state == "FAILED"
+    assert "could not be recorded as CUDA graphs: denoise_step: operation" in failed.line
+    assert failed.detail["sampled"]["median"] > 0 and "default sampler adds" in failed.line
+    md, _ = write_report(tmp_path, describe(), bundle.folder, TENSORRT, list(steps.values()))
+    text = md.read_text()
+    numbered = [line for line in text.splitlines() if line[:1].isdigit() and "**" in line]
+    assert [line.partition(".")[0] for line in numbered] == [str(n) for n in range(1, 15)]
+    assert "5. A run whose addresses have just changed cannot be recorded. **confirmed**" in text
+    assert "6. fp32 engines differ from a CPU by more than 1e-5. **refuted**" in text
+    assert "7. int8 and fp8 are slower" in text and "**not tried**" in text
+
+
+def test_a_gpus_name_finds_its_data_sheet() -> None:
+    from mmi_bench.gpu_check.target import data_sheet
+
+    for name, gigabytes, sheet in (
+        ("NVIDIA A100-SXM4-80GB", 85, "a100-80"),
+        ("NVIDIA A100-SXM4-40GB", 42, "a100-40"),
+        ("NVIDIA H200", 150, "h200"),
+        ("NVIDIA L4", 24, "l4"),
+        ("NVIDIA L40S", 48, "l40s"),
+        ("NVIDIA GeForce RTX 4090", 25, "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, None),
+        ("NVIDIA H100 PCIe", 85, None),
+        ("Fake GPU", 17, None),
+    ):
+        found = data_sheet(name, gigabytes * 10**9)
+        assert (found and found.name) == sheet, name
+
+
+def test_hypotheses_are_judged_by_what_was_measured() -> None:
+    from mmi_bench.gpu_check.hypotheses import judge
+
+    def numbers(token: float, decode: float) -> dict[str, Any]:
+        times = {"per token": {"median": token}, "stage decode": {"median": decode}}
+        return {**times, "launches": {}, "refusals": {}}
+
+    measured = {
+        "fp16": {"cuda graphs": numbers(0.010, 0.0095), "without": numbers(0.02, 0.01),
+                 "sampled": {"median": 0.02}},
+        "int8": {"cuda graphs": numbers(0.025, 0.0245), "without": numbers(0.03, 0.01),
+                 "sampled": {"median": 0.026}},
+    }  # fmt: skip
+    steps = [
+        Step("plugin", "passed", "compiled ahead of time into the engines", 1.0),
+        Step("compare fp32", "passed", "", 1.0, {"cases": {"llm": [{"error": 2e-5}]}}),
+        *(Step(f"measure {name}", "passed", "", 1.0, detail) for name, detail in measured.items()),
+    ]
+    answers = {verdict.number: verdict.answer for verdict in judge(steps)}
+    assert {n for n, answer in answers.items() if answer == "confirmed"} == {1, 6, 7, 8, 10}
+    assert {n for n, answer in answers.items() if answer == "refuted"} == {5, 9}
+    assert {verdict.answer for verdict in judge([])} == {"not tried"}

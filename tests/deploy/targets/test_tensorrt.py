@@ -183,7 +183,9 @@ def test_an_architecture_that_rtx_does_not_know_is_refused_with_those_it_does() 
 def test_tensorrt_builds_for_the_card_in_the_machine_alone(
     monkeypatch: pytest.MonkeyPatch, here: str | None, fix: str
 ) -> None:
-    monkeypatch.setattr("mmi_deploy.targets.tensorrt_build.device_architecture", lambda: here)
+    monkeypatch.setattr(
+        "mmi_deploy.targets.tensorrt_build.device_architecture", lambda device: here
+    )
     trt = fake_tensorrt(Script())
     with pytest.raises(ConfigError, match=rf"on the GPU that runs them.*got sm89.*{fix}"):
         check_architecture(trt, TENSORRT, "sm89")

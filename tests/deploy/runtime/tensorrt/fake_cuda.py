@@ -8,6 +8,7 @@ or a crash raises `Fault`, or is kept in `faults` where nobody could catch it.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -31,6 +32,7 @@ class cudaError_t(IntEnum):
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
+    cudaErrorNotReady = 600
     cudaErrorStreamCaptureUnsupported = 900
     cudaErrorStreamCaptureInvalidated = 901
 
@@ -70,7 +72,9 @@ class Stream:
 
 
 class FakeCuda:
-    """One GPU of `capacity` bytes and compute capability (major, minor); `devices` of its kind."""
+    """One GPU of `capacity` bytes and compute capability (major, minor); `devices` of its kind,
+    or of the `others`' after it. driver, bindings: their CUDA versions, as 13020. occupied: bytes
+    that other programs hold."""
 
     cudaError_t = cudaError_t
     cudaMemcpyKind = cudaMemcpyKind
@@ -82,11 +86,19 @@ class FakeCuda:
         capacity: int = 1 << 34,
         capability: tuple[int, int] = (8, 9),
         devices: int = 1,
+        others: tuple[tuple[int, int], ...] = (),
+        driver: int = 13020,
+        bindings: int = 13050,
+        occupied: int = 0,
     ) -> None:
-        self.capacity, self.capability, self.devices = capacity, capability, devices
+        self.capacity, self.devices = capacity, devices + len(others)
+        self.capabilities = [*[capability] * devices, *others]
+        self.driver, self.bindings, self.occupied = driver, bindings, occupied
         self.live: dict[int, Allocation] = {}
         self.streams: dict[int, Stream] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.events: dict[int, float | None] = {}
+        self._recorded_on: dict[int, int] = {}
         self.faults: list[str] = []
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.launches = 0
@@ -141,7 +153,7 @@ class FakeCuda:
     def _allocate(self, kind: str, size: int) -> tuple[cudaError_t, int | None]:
         if self.recording:
             raise Fault("memory is allocated while a graph is recorded")
-        if kind == DEVICE and self.held() + size > self.capacity:
+        if kind == DEVICE and self.held() + size > self.capacity - self.occupied:
             return cudaError_t.cudaErrorMemoryAllocation, None
         whole = np.full(size + ALIGNMENT, GARBAGE, np.uint8)
         skip = -whole.ctypes.data % ALIGNMENT
@@ -207,7 +219,7 @@ class FakeCuda:
         return (OK,)
 
     def cudaMemGetInfo(self) -> tuple[cudaError_t, int, int]:
-        return OK, self.capacity - self.held(), self.capacity
+        return OK, self.capacity - self.occupied - self.held(), self.capacity
 
     # Device.
 
@@ -220,14 +232,14 @@ class FakeCuda:
         return (OK if 0 <= device < self.devices else cudaError_t.cudaErrorInvalidValue,)
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[cudaError_t, Any]:
-        major, minor = self.capability
+        major, minor = self.capabilities[device]
         return OK, SimpleNamespace(name=b"Fake GPU\0\0", major=major, minor=minor)
 
     def cudaDriverGetVersion(self) -> tuple[cudaError_t, int]:
-        return OK, 13020
+        return OK, self.driver
 
     def cudaRuntimeGetVersion(self) -> tuple[cudaError_t, int]:
-        return OK, 13050
+        return OK, self.bindings
 
     def cudaGetErrorString(self, error: cudaError_t) -> tuple[cudaError_t, bytes]:
         return OK, error.name.encode()
@@ -263,6 +275,41 @@ class FakeCuda:
                 stream.waiting.pop(0)()
         finally:
             stream.busy = False
+
+    # Events.
+
+    def cudaEventCreate(self) -> tuple[cudaError_t, int]:
+        handle = next(self._handles)
+        self.events[handle] = None
+        return OK, handle
+
+    def cudaEventRecord(self, event: int, stream: int) -> tuple[cudaError_t]:
+        if self.stream(stream).recording is not None:
+            raise Fault("an event is recorded into a graph")
+
+        def passed() -> None:
+            self.events[event] = time.perf_counter()
+
+        self.events[event] = None
+        self._recorded_on[event] = stream
+        self.enqueue(stream, passed)
+        return (OK,)
+
+    def cudaEventSynchronize(self, event: int) -> tuple[cudaError_t]:
+        place = self.stream(self._recorded_on[event])
+        while self.events[event] is None and not place.busy:
+            place.busy = True
+            try:
+                place.waiting.pop(0)()
+            finally:
+                place.busy = False
+        return (OK,)
+
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple[cudaError_t, float | None]:
+        first, last = self.events[start], self.events[end]
+        if first is None or last is None:
+            return cudaError_t.cudaErrorNotReady, None
+        return OK, (last - first) * 1000
 
     # Recording.
 

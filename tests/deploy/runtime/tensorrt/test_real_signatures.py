@@ -95,11 +95,15 @@ def test_cudas_calls_are_real(made: Any) -> None:
         "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch", "cudaGraphDestroy",
         "cudaGraphExecDestroy", "cudaMemGetInfo", "cudaGetDeviceProperties", "cudaSetDevice",
         "cudaGetErrorString", "cudaGetLastError", "cudaGetDeviceCount", "cudaStreamCreateWithFlags",
+        "cudaEventCreate", "cudaEventRecord", "cudaEventElapsedTime",
     }  # fmt: skip
 
 
 # Calls that would dereference an invalid handle: only their signatures are compared.
-_HANDLES = {"cudaGraphLaunch", "cudaGraphDestroy", "cudaGraphExecDestroy", "cudaGraphInstantiate"}
+_HANDLES = {
+    "cudaGraphLaunch", "cudaGraphDestroy", "cudaGraphExecDestroy", "cudaGraphInstantiate",
+    "cudaEventRecord", "cudaEventSynchronize", "cudaEventElapsedTime",
+}  # fmt: skip
 
 
 def _harmless(arguments: list[Any]) -> list[Any]:
@@ -115,7 +119,7 @@ def _results(name: str) -> int:
             (
                 "cudaMalloc", "cudaMallocHost", "cudaGetDeviceCount", "cudaGetDeviceProperties",
                 "cudaStreamCreateWithFlags", "cudaStreamEndCapture", "cudaGetErrorString",
-                "cudaDriverGetVersion", "cudaRuntimeGetVersion",
+                "cudaDriverGetVersion", "cudaRuntimeGetVersion", "cudaEventCreate",
             ),
             2,
         ),
