@@ -18,7 +18,7 @@ from typing import Any
 import onnx
 
 from mmi_deploy.errors import ConfigError, EngineError
-from mmi_deploy.runtime.tensorrt.device_memory import import_cuda
+from mmi_deploy.runtime.device_memory import import_cuda
 from mmi_deploy.runtime.tensorrt.versions import check_versions, installed_versions
 from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS
 from mmi_deploy.system.nvidia_driver import gpus_here, nvidia_driver

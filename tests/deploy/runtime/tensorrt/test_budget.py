@@ -128,7 +128,7 @@ def test_no_work_costs_more_than_its_budget(costs: dict[str, dict[str, int]], wo
 
 
 def test_the_budget_is_complete_and_lean(costs: dict[str, dict[str, int]]) -> None:
-    """What no number in the file may be changed to."""
+    """Bounds that no number in the file may exceed."""
     assert costs.keys() == BUDGET.keys()
     for counts in BUDGET.values():
         assert tuple(counts) == COUNTS
