@@ -53,6 +53,7 @@ ORDER = """
     mmi_plugins.reference
     mmi_plugins.onnx_function
     mmi_plugins.compile
+    mmi_plugins.gemv
     mmi_plugins.torch
     mmi_plugins.onnxruntime
     mmi_plugins.tensorrt
@@ -66,6 +67,7 @@ ORDER = """
     mmi_emulator.mutants
     mmi_emulator.emulator
     mmi_emulator.shim
+    mmi_emulator.gemv
     mmi_emulator.ptx_budget
     mmi_emulator
     mmi_train.model

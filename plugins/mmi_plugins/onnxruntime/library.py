@@ -64,6 +64,7 @@ _VARIANTS: dict[str, tuple[str, ...]] = {
 _FILES = (
     "constants.def",
     "constants.h",
+    "data_type.h",
     "mmfs.h",
     "mmfs_cpu.h",
     "mmfs_cpu.cpp",
