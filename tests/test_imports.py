@@ -69,6 +69,7 @@ ORDER = """
     mmi_emulator.shim
     mmi_emulator.gemv
     mmi_emulator.ptx_budget
+    mmi_emulator.gemv_budget
     mmi_emulator
     mmi_train.model
     mmi_train.weights

@@ -28,19 +28,19 @@ MMI_DEVICE unsigned pair_of(Half type, Int8, unsigned word, int half) {
 }
 MMI_DEVICE unsigned pair_of(BFloat16 type, Int8, unsigned word, int half) {
   // Seven bits are added to 128. The eighth chooses what is subtracted: 128 if set, else 256.
-  const unsigned bytes = __byte_perm(word, 0, half ? 0x4342 : 0x4140);
+  const unsigned bytes = __byte_perm(word, word, half ? 0x0302 : 0x0100);  // in lower bytes
   const unsigned sum = (bytes & 0x007f007fu) | powers(type);
   return fma_pairs(type, sum, ones(type), (~bytes & 0x00800080u) | powers(type) | kSigns);
 }
 // Sign, exponent and fraction move to their places; the product corrects the exponent's bias and
 // makes normal numbers of subnormal ones.
 MMI_DEVICE unsigned pair_of(Half type, Fp8, unsigned word, int half) {
-  const unsigned bytes = __byte_perm(word, 0, half ? 0x3424 : 0x1404);
+  const unsigned bytes = __byte_perm(word, word, half ? 0x3020 : 0x1000);  // in upper bytes
   const unsigned moved = (bytes & kSigns) | (bytes >> 1 & 0x3f803f80u);
   return fma_pairs(type, moved, 0x5c005c00u, kSigns);  // 2^8
 }
 MMI_DEVICE unsigned pair_of(BFloat16 type, Fp8, unsigned word, int half) {
-  const unsigned bytes = __byte_perm(word, 0, half ? 0x3424 : 0x1404);
+  const unsigned bytes = __byte_perm(word, word, half ? 0x3020 : 0x1000);  // in upper bytes
   const unsigned moved = (bytes & kSigns) | (bytes >> 4 & 0x07f007f0u);
   return fma_pairs(type, moved, 0x7b807b80u, kSigns);  // 2^120
 }

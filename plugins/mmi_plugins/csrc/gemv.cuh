@@ -112,11 +112,12 @@ MMI_DEVICE void multiply_weight(const GemvParameters& call) {
     if (left >= kGemvStep) {
 #pragma unroll
       for (int chunk = 0; chunk < kGemvChunks; ++chunk) x[chunk] = __ldg(input + 4 * chunk);
-    } else {  // the last step, with fewer chunks
+    } else {  // the last step, of one to three chunks
+      x[0] = __ldg(input);
 #pragma unroll
-      for (int chunk = 0; chunk < kGemvChunks; ++chunk) {
-        x[chunk] = make_uint4(0, 0, 0, 0);
-        if (chunk * kGemvChunk < left) x[chunk] = __ldg(input + 4 * chunk);
+      for (int chunk = 1; chunk < kGemvChunks; ++chunk) {
+        const bool held = chunk < kGemvChunks - 1 && chunk * kGemvChunk < left;
+        x[chunk] = held ? __ldg(input + 4 * chunk) : make_uint4(0, 0, 0, 0);
       }
     }
     if constexpr (Format::kBlock == 0) {
