@@ -223,35 +223,6 @@ const void* received(int lane) {
   return fibers[current / kLanes * kLanes + lane].sent[mine.turn % 2];
 }
 
-float half_to_float(uint16_t bits) {
-  const unsigned sign = unsigned{bits} >> 15 << 31, exponent = bits >> 10 & 31, part = bits & 1023;
-  if (exponent == 0) {
-    const float small = std::ldexp(static_cast<float>(part), -24);
-    return sign ? -small : small;
-  }
-  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | part << 13);
-  return __uint_as_float(sign | (exponent + 112) << 23 | part << 13);
-}
-
-uint16_t float_to_half(float x) {
-  const unsigned bits = __float_as_uint(x);
-  const uint16_t sign = bits >> 16 & 0x8000;
-  const float size = std::fabs(x);
-  if (x != x) return 0x7fff;
-  if (size >= 65520.0f) return sign | 0x7c00;
-  if (size < 6.103515625e-5f) {  // subnormal: rounded to a multiple of 2^-24
-    return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(size, 24)));
-  }
-  const unsigned rounded = (bits & 0x7fffffffu) + 0xfff + (bits >> 13 & 1);
-  return sign | static_cast<uint16_t>((rounded >> 13) - (112 << 10));
-}
-
-uint16_t float_to_bfloat16(float x) {
-  if (x != x) return 0x7fff;
-  const unsigned bits = __float_as_uint(x);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 }  // namespace mmi::shim
 
 namespace mmi {

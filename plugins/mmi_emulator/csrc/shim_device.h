@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
 #include "kernel_parameters.h"
 
 #define __global__
@@ -48,10 +49,6 @@ T from_lane(T value, int source) {
   std::memcpy(&result, received(source), sizeof result);
   return result;
 }
-
-float half_to_float(uint16_t bits);
-uint16_t float_to_half(float x);
-uint16_t float_to_bfloat16(float x);
 
 }  // namespace mmi::shim
 
@@ -132,12 +129,12 @@ inline uint4 gather(const void* base, unsigned unit) {
 inline uint4 stream(const uint4* from) { return *from; }
 unsigned fma_pairs(Half, unsigned a, unsigned b, unsigned c);
 unsigned fma_pairs(BFloat16, unsigned a, unsigned b, unsigned c);
-inline float to_float(Half x) { return shim::half_to_float(x.bits); }
+inline float to_float(Half x) { return half_to_float(x.bits); }
 inline unsigned pack(Half, float low, float high) {
-  return shim::float_to_half(low) | unsigned{shim::float_to_half(high)} << 16;
+  return float_to_half(low) | unsigned{float_to_half(high)} << 16;
 }
 inline unsigned pack(BFloat16, float low, float high) {
-  return shim::float_to_bfloat16(low) | unsigned{shim::float_to_bfloat16(high)} << 16;
+  return float_to_bfloat16(low) | unsigned{float_to_bfloat16(high)} << 16;
 }
 void multiply(Half, float (&c)[4], uint4 a, unsigned b0, unsigned b1);
 void multiply(BFloat16, float (&c)[4], uint4 a, unsigned b0, unsigned b1);

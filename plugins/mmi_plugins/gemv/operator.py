@@ -5,8 +5,8 @@
 with 1 to 8 rows (of all leading axes together), sums in float32, and activations and scales of one
 type, float16 or bfloat16. `numbers` is int8 or float8 (E4M3) with a scale per output channel, or
 int4 with a scale for every 32, 64 or 128 input channels of an output channel. On disk the inputs
-are `input`, `weight` and `scales`, the last two packed by `packing`; the attributes are `format`
-(as in `FORMATS`), `out` and `block` (0 for a scale per output channel).
+are `input`, `weight` and `scales`, the last two packed by `packing`; the attributes are integers:
+`format` (the place in `FORMATS`), `out` and `block` (0 for a scale per output channel).
 """
 
 from __future__ import annotations
@@ -100,3 +100,8 @@ def check_supported(format_: str, inputs: int, outputs: int, block: int) -> None
     if reason := unsupported_reason(format_, inputs, outputs, block):
         got = f"{format_} [{inputs}, {outputs}], block {block}"
         raise EngineError(f"{NAME}: {reason}", got=got)
+
+
+def attributes(format_: str, outputs: int, block: int) -> dict[str, int]:
+    """Attributes of a node."""
+    return {"format": FORMATS.index(format_), "out": outputs, "block": block}
