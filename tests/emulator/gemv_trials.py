@@ -96,7 +96,8 @@ def beyond_rounding(trial: GemvTrial, found: np.ndarray) -> float:
     exponent = np.frexp(np.maximum(np.abs(trial.expected), 2.0**-14))[1]
     half = np.ldexp(0.5, exponent - bits)
     finite = np.isfinite(trial.expected)
-    return float((np.abs(found - trial.expected) - half)[finite].max()) / trial.magnitude
+    error = np.abs(found[finite] - trial.expected[finite]) - half[finite]
+    return float(error.max()) / trial.magnitude
 
 
 def verdict(variant: GemvVariant, changed: Kernel) -> tuple[str, str]:
