@@ -54,6 +54,7 @@ ORDER = """
     mmi_plugins.reference
     mmi_plugins.onnx_function
     mmi_plugins.compile
+    mmi_plugins.gemv
     mmi_plugins.torch
     mmi_plugins.onnxruntime
     mmi_plugins.tensorrt
@@ -67,8 +68,10 @@ ORDER = """
     mmi_emulator.mutants
     mmi_emulator.emulator
     mmi_emulator.shim
+    mmi_emulator.gemv
     mmi_emulator.ptx_budget
     mmi_emulator.cuda_provider
+    mmi_emulator.gemv_budget
     mmi_emulator
     mmi_train.model
     mmi_train.weights

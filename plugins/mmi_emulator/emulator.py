@@ -23,6 +23,7 @@ from mmi_plugins.compile.launch_plan import (
     widen,
     workspace_shape,
 )
+from mmi_plugins.gemv.launch_plan import GemvLaunch
 from mmi_plugins.operator import Call
 from mmi_plugins.reference import rows_of
 
@@ -90,8 +91,10 @@ def emulate(
 
     counts: dict[Variant, Counts] = {}
     for launch in launch_plan(call, addresses, parts):
-        counts[launch.variant] = _run(
-            launch, kernel(launch.variant), memory, rows, most_instructions
+        x, y, z = launch.blocks(rows).T
+        numbers = x + launch.grid[0] * (y + launch.grid[1] * z)
+        counts[launch.variant] = run_launch(
+            launch, kernel(launch.variant), memory, numbers, most_instructions
         )
         memory.next_launch()
 
@@ -102,12 +105,14 @@ def emulate(
     return Emulation(rows_of(widen(bits, call.dtype), call, rows), counts)
 
 
-def _run(
-    launch: Launch, kernel: Kernel, memory: GlobalMemory, rows: np.ndarray, most_instructions: int
+def run_launch(
+    launch: Launch | GemvLaunch,
+    kernel: Kernel,
+    memory: GlobalMemory,
+    numbers: np.ndarray,
+    most_instructions: int,
 ) -> Counts:
-    """Run one launch, a batch of blocks at a time."""
-    x, y, z = launch.blocks(rows).T
-    numbers = x + launch.grid[0] * (y + launch.grid[1] * z)
+    """Run the blocks `numbers` of one launch, a batch of blocks at a time."""
     step = max(1, _LANES // launch.variant.threads)
     executed = np.zeros(len(kernel.instructions), np.int64)
     for start in range(0, len(numbers), step):

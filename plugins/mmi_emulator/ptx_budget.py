@@ -90,7 +90,19 @@ def missing() -> str | None:
 def figures(architecture: int) -> dict[str, Figures]:
     """Figures by kernel name. Raises `EngineError` where a tool is missing."""
     kernels = "".join(variant.source.split("\n", 1)[1] for variant in VARIANTS)
-    source = f'#include "mmfs.cuh"\n{kernels}'
+    resources, listings = disassembled(f'#include "mmfs.cuh"\n{kernels}', architecture)
+    return {
+        variant.name: _figures(
+            variant, architecture, resources[variant.name], listings[variant.name]
+        )
+        for variant in VARIANTS
+    }
+
+
+def disassembled(
+    source: str, architecture: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Registers, stack and shared memory of every kernel in a source, and its machine code."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
         cubin.write_bytes(nvrtc.compile_cubin(source, architecture))
@@ -98,13 +110,17 @@ def figures(architecture: int) -> dict[str, Figures]:
         code = _run("-sass", cubin)
     pattern = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
     resources = {name: tuple(map(int, rest)) for name, *rest in re.findall(pattern, usage)}
-    listings = {part.split()[0]: part for part in code.split("Function : ")[1:]}
-    return {
-        variant.name: _figures(
-            variant, architecture, resources[variant.name], listings[variant.name]
-        )
-        for variant in VARIANTS
-    }
+    if architecture >= 90:  # counts what the system reserves
+        resources = {
+            name: (*of[:2], of[2] - _RESERVED * bool(of[2])) for name, of in resources.items()
+        }
+    return resources, {part.split()[0]: part for part in code.split("Function : ")[1:]}
+
+
+def instructions(listing: str) -> list[tuple[int, str]]:
+    """Address and text of every instruction."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)
+    return [(int(address, 16), text.strip()) for address, text in found]
 
 
 def occupancy(architecture: int, registers: int, shared: int, threads: int) -> int:
@@ -120,20 +136,18 @@ def _figures(
     variant: Variant, architecture: int, resources: tuple[int, ...], listing: str
 ) -> Figures:
     registers, stack, shared = resources
-    shared -= _RESERVED if architecture >= 90 and shared else 0
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)
-    code = [(int(address, 16), text.strip()) for address, text in found]
-    operations = [_operation(text) for _, text in code]
-    body = _inner_loop(code)
-    loads = [operation for operation in body if operation.startswith("LDG")]
+    code = instructions(listing)
+    operations = [operation(text) for _, text in code]
+    body = inner_loop(code)
+    loads = [each for each in body if each.startswith("LDG")]
     bits = [int(width[1]) if (width := re.search(r"\.(64|128)\b", load)) else 32 for load in loads]
     per_point = 2 if variant.dtype == "float32" else 1  # loads of a warp for a point's 64 channels
     return Figures(
         registers,
         stack,
-        sum(operation.startswith(("LDL", "STL")) for operation in operations),
+        sum(each.startswith(("LDL", "STL")) for each in operations),
         shared,
-        sum(not operation.startswith("NOP") for operation in operations),
+        sum(not each.startswith("NOP") for each in operations),
         occupancy(architecture, registers, shared, variant.threads),
         min(bits) if loads else None,
         _in_flight(body) if loads else None,
@@ -141,19 +155,19 @@ def _figures(
     )
 
 
-def _operation(text: str) -> str:
+def operation(text: str) -> str:
     """The operation of an instruction, without its predicate."""
     return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
 
 
-def _inner_loop(code: list[tuple[int, str]]) -> list[str]:
+def inner_loop(code: list[tuple[int, str]]) -> list[str]:
     """Operations of the smallest loop that has 128-bit loads."""
     bodies = []
     for address, text in code:
         back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if back and int(back[1], 16) < address:
             first = int(back[1], 16)
-            bodies.append([_operation(t) for a, t in code if first <= a <= address])
+            bodies.append([operation(t) for a, t in code if first <= a <= address])
     sampling = [body for body in bodies if any(op.startswith("LDG.E.128") for op in body)]
     return min(sampling, key=len, default=[])
 

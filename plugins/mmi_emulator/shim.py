@@ -29,6 +29,7 @@ from mmi_plugins.compile.launch_plan import (
     workspace_shape,
 )
 from mmi_plugins.constants import CSRC
+from mmi_plugins.gemv.launch_plan import GemvLaunch
 from mmi_plugins.operator import Call
 from mmi_plugins.reference import rows_of
 
@@ -82,19 +83,20 @@ def load(library: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.mmi_shim_launch.restype = ctypes.c_char_p
     loaded.mmi_shim_plan.restype = ctypes.c_char_p
+    loaded.mmi_shim_gemv_plan.restype = ctypes.c_char_p
     return loaded
 
 
 @dataclass(frozen=True)
 class Shim:
     """A compiled shim and options of a run. `backwards`: run the threads of a block from last to
-    first. `without`: line of `mmfs.cuh` whose barrier is skipped (0: none)."""
+    first. `without`: line of the kernel's file whose barrier is skipped (0: none)."""
 
     library: Path = field(default_factory=build)
     backwards: bool = False
     without: int = 0
 
-    def launch(self, launch: Launch, blocks: np.ndarray) -> None:
+    def launch(self, launch: Launch | GemvLaunch, blocks: np.ndarray) -> None:
         """Run the blocks (x, y, z), [blocks, 3], of one launch with addresses of this process.
         Raises `EngineError` where threads do not synchronise as they should."""
         blocks = np.ascontiguousarray(blocks, np.uint32)

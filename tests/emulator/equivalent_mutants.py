@@ -18,13 +18,14 @@ Accepted, and nothing else:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import numpy as np
 import pytest
 
-from emulator import mutant_trials
-from mmi_emulator import emulator
+from emulator import gemv_trials, mutant_trials
+from mmi_emulator import emulator, gemv
 from mmi_emulator.mutants import Mutant
 from mmi_emulator.ptx import Fault, Instruction, Kernel, Machine, PtxError
 from mmi_emulator.ptx.instructions import bind
@@ -35,12 +36,16 @@ from mmi_plugins import reference
 from mmi_plugins.compile.launch_plan import Variant
 from mmi_plugins.conformance import calls
 from mmi_plugins.constants import constant
+from mmi_plugins.gemv.launch_plan import GemvVariant
+from mmi_plugins.gemv.operator import GemvCall
 from mmi_plugins.operator import MAX_LEVELS, MAX_POINTS, Call
 
 _REGISTER = re.compile(r"[%$\w.]+")
 
+AnyVariant = Variant | GemvVariant
 
-def equivalence(variant: Variant, kernel: Kernel, mutant: Mutant, same: bool) -> str | None:
+
+def equivalence(variant: AnyVariant, kernel: Kernel, mutant: Mutant, same: bool) -> str | None:
     """The reason why `mutant`, which no trial caught, is equivalent; None where there is none.
     `same`: all outputs are the same, bit for bit."""
     before, after = kernel.instructions[mutant.index], parse_instruction(mutant.text)
@@ -52,9 +57,13 @@ def equivalence(variant: Variant, kernel: Kernel, mutant: Mutant, same: bool) ->
         return "the lanes of a sum or maximum meet in another order"
     if _moves_a_limit(mutant):
         return "the exponential is 0 at both limits, and between them"
-    for holds, reason in _ARGUED:
+    for holds, reason in _ARGUED if isinstance(variant, Variant) else ():
         if same and holds(variant, kernel, mutant, before, after):
             return reason
+    if same and _of_a_half_that_is_not_stored(kernel, before, after):
+        return "of a pair only the lower number is stored"
+    if same and _of_bytes_that_are_not_chosen(kernel, mutant, before, after):
+        return "no byte of it is chosen"
     if _does_not_matter(variant, kernel, mutant, before, after):
         return "random bits in its place change nothing"
     change = _change(variant, kernel, mutant)
@@ -94,22 +103,18 @@ def _reads(instruction: Instruction) -> set[str]:
 
 
 @cache
-def _executed(variant: Variant, name: str) -> np.ndarray:
+def _executed(variant: AnyVariant, kernel: Kernel) -> np.ndarray:
     """Number of threads that ran each instruction of the unchanged kernel, in all trials; for a
     branch, that took it."""
-    total: np.ndarray | int = 0
-    for call, rows, parts in _all_calls(variant):
-        done = emulator.emulate(call, rows, mutant_trials.kernels({}), parts=parts)
-        total = total + done.counts[variant].executed
-    return np.asarray(total)
+    return np.sum([run(kernel)[1] for run in _all_runs(variant)], axis=0)
 
 
 @lru_cache(1)
-def _live_after(variant: Variant, kernel: Kernel) -> list[set[str]]:
+def _live_after(variant: AnyVariant, kernel: Kernel) -> list[set[str]]:
     """After each instruction: the registers that may be read, for something that is used, before
     they are written. Branches that no trial takes are left out."""
     instructions = kernel.instructions
-    executed = _executed(variant, kernel.name)
+    executed = _executed(variant, kernel)
     following: list[list[int]] = []
     for place, each in enumerate(instructions):
         jumps = [kernel.labels[each.operands[0]]] if each.name == "bra" and executed[place] else []
@@ -203,7 +208,7 @@ class _Poison(Machine):
 
 
 def _does_not_matter(
-    variant: Variant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
+    variant: AnyVariant, kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
 ) -> bool:
     """Test that random bits in place of what the instruction writes, or of what the mutant alone
     stores, leave all outputs as they are, in all trials and further calls."""
@@ -215,17 +220,16 @@ def _does_not_matter(
         names = {name for name in _writes(before) | _writes(after) if name in kernel.registers}
     if not names:
         return False
-    run = mutant.of(kernel) if before.name == "st" else kernel
+    poisoned = mutant.of(kernel) if before.name == "st" else kernel
     _Poison.of, _Poison.index, _Poison.names = kernel.name, mutant.index, tuple(sorted(names))
     _Poison.rng = np.random.default_rng(mutant.index)
-    poisoned = mutant_trials.kernels({variant.name: run})
     with pytest.MonkeyPatch.context() as patch:
-        for call, rows, parts in _all_calls(variant):
+        for run in _all_runs(variant):
             patch.undo()
-            expected = emulator.emulate(call, rows, mutant_trials.kernels({}), parts=parts).output
+            expected = run(kernel)[0]
             patch.setattr(emulator, "Machine", _Poison)
             try:
-                found = emulator.emulate(call, rows, poisoned, parts=parts).output
+                found = run(poisoned)[0]
             except (PtxError, AssertionError):
                 return False
             if not np.array_equal(found, expected):
@@ -309,6 +313,34 @@ def _of_the_upper_half_of_a_warp(
     near = kernel.instructions[max(0, mutant.index - 6) : mutant.index + 1]
     steps = {each.operands[0] for each in near if each.name == "mov" and each.operands[1] == "16"}
     return before.operation[:3] == ("shfl", "sync", "bfly") and before.operands[2] in steps
+
+
+def _of_a_half_that_is_not_stored(kernel: Kernel, before: Instruction, after: Instruction) -> bool:
+    """Test for another upper number of a pair whose lower number alone is used."""
+    if before.operation[:2] != ("cvt", "rn") or before.operation[2] not in ("f16x2", "bf16x2"):
+        return False
+    if after.operation != before.operation:
+        return False
+    if (after.operands[0], after.operands[2]) != (before.operands[0], before.operands[2]):
+        return False
+    users = [each for each in kernel.instructions if before.operands[0] in _reads(each)]
+    narrow = (("cvt", "u16", "u32"), ("st", "global", "u16"), ("st", "global", "b16"))
+    return all(each.operation in narrow for each in users)
+
+
+def _of_bytes_that_are_not_chosen(
+    kernel: Kernel, mutant: Mutant, before: Instruction, after: Instruction
+) -> bool:
+    """Test for another second source of a permutation that takes all bytes from the first."""
+    if before.name != "prmt" or after.operands[:2] + after.operands[3:] != (
+        before.operands[:2] + before.operands[3:]
+    ):
+        return False
+    writers = [each for each in kernel.instructions if before.operands[3] in _writes(each)]
+    if [each.name for each in writers] != ["mov"]:
+        return False
+    choice = int(writers[0].operands[1].rstrip("U"), 0)
+    return all(choice >> shift & 15 < 4 for shift in (0, 4, 8, 12))
 
 
 # Changes that were thought through, once and for all kernels, and why they change nothing.
@@ -404,10 +436,34 @@ class _Probe(Machine):
             _Probe.change = max(_Probe.change, gap)
 
 
-def _all_calls(variant: Variant) -> list[tuple[Call, np.ndarray, int]]:
-    """Call, rows and parts of every trial, and of further calls."""
+# Runs one call with a kernel in place of the compiler's: outputs, and how many threads ran each of
+# its instructions.
+Run = Callable[[Kernel], tuple[np.ndarray, np.ndarray]]
+
+
+def _all_runs(variant: AnyVariant) -> list[Run]:
+    """Runs of every trial, and of further calls."""
+    if isinstance(variant, GemvVariant):
+        return [_run_of_gemv(trial.call) for trial in gemv_trials.gemv_trials(variant)]
     trials = [(each.call, each.rows, each.parts) for each in mutant_trials.trials(variant)]
-    return [*trials, *_further(variant)]
+    return [_run_of(variant, *each) for each in (*trials, *_further(variant))]
+
+
+def _run_of(variant: Variant, call: Call, rows: np.ndarray, parts: int) -> Run:
+    def run(kernel: Kernel) -> tuple[np.ndarray, np.ndarray]:
+        kernels = mutant_trials.kernels({variant.name: kernel})
+        done = emulator.emulate(call, rows, kernels, parts=parts)
+        return done.output, done.counts[variant].executed
+
+    return run
+
+
+def _run_of_gemv(call: GemvCall) -> Run:
+    def run(kernel: Kernel) -> tuple[np.ndarray, np.ndarray]:
+        output, counts = gemv.emulate(call, lambda variant: kernel)
+        return output, counts.executed
+
+    return run
 
 
 @cache
@@ -432,7 +488,7 @@ def _further(variant: Variant) -> list[tuple[Call, np.ndarray, int]]:
     return made
 
 
-def _change(variant: Variant, kernel: Kernel, mutant: Mutant) -> float:
+def _change(variant: AnyVariant, kernel: Kernel, mutant: Mutant) -> float:
     """By how much the changed instruction's results differ, at most: relative to the original's, or
     to 1 where that is less. 0 where they never do; infinite where that cannot be said."""
     changed = parse_instruction(mutant.text)
@@ -445,9 +501,8 @@ def _change(variant: Variant, kernel: Kernel, mutant: Mutant) -> float:
     _Probe.change, _Probe.runs = 0.0, 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emulator, "Machine", _Probe)
-        for call, rows, parts in _all_calls(variant):
-            emulate = emulator.emulate
-            emulate(call, rows, mutant_trials.kernels({variant.name: kernel}), parts=parts)
+        for run in _all_runs(variant):
+            run(kernel)
             if _Probe.change == np.inf:
                 break
     return _Probe.change

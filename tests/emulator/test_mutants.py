@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from emulator import gemv_trials
 from emulator.equivalent_mutants import equivalence
 from emulator.mutant_trials import COMPUTE, trials, verdict
 from emulator.ptx_programs import entry
@@ -17,6 +18,7 @@ from mmi_emulator import emulator
 from mmi_emulator.mutants import Mutant, mutants
 from mmi_emulator.ptx import Kernel, parse
 from mmi_plugins.compile.launch_plan import VARIANTS, Variant
+from mmi_plugins.gemv.launch_plan import GEMV_VARIANTS, GemvVariant
 
 WANTED = 0.95
 
@@ -30,15 +32,23 @@ def kernel_of(variant: Variant) -> Kernel:
     return emulator.compiled(variant, COMPUTE, emulator.compiler() or "")
 
 
-def tally(variant: Variant, count: int, seed: int) -> tuple[int, list[str], list[str]]:
+def tally(
+    variant: Variant | GemvVariant, count: int, seed: int
+) -> tuple[int, list[str], list[str]]:
     """Of `count` random mutants: the number caught, the missed ones, and the equivalent ones with
     the reason."""
-    kernel = kernel_of(variant)
+    if isinstance(variant, GemvVariant):
+        kernel = gemv_trials.kernel_of(variant)
+    else:
+        kernel = kernel_of(variant)
     every = list(mutants(kernel, seed))
     chosen = np.random.default_rng(seed).choice(len(every), min(count, len(every)), replace=False)
     caught, missed, equivalent = 0, [], []
     for mutant in (every[index] for index in chosen):
-        what, why = verdict(variant, mutant.of(kernel))
+        if isinstance(variant, GemvVariant):
+            what, why = gemv_trials.verdict(variant, mutant.of(kernel))
+        else:
+            what, why = verdict(variant, mutant.of(kernel))
         if what == "caught":
             caught += 1
         elif reason := equivalence(variant, kernel, mutant, what == "same"):
@@ -72,6 +82,19 @@ def test_a_sample_of_mutants_is_caught() -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_mutants_are_caught(variant: Variant) -> None:
     judge({variant.name: tally(variant, 150, 5)})
+
+
+def test_a_sample_of_mutants_of_weight_only_products_is_caught() -> None:
+    if reason := emulator.EMULATOR.missing():
+        pytest.skip(reason)
+    chosen = (GemvVariant("float16", "int4", 32), GemvVariant("bfloat16", "int8"))
+    judge({variant.name: tally(variant, 25, 11) for variant in chosen})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("variant", GEMV_VARIANTS, ids=lambda variant: variant.name)
+def test_mutants_of_weight_only_products_are_caught(variant: GemvVariant) -> None:
+    judge({variant.name: tally(variant, 100, 5)})
 
 
 def test_unchanged_kernels_pass_every_trial() -> None:

@@ -2,6 +2,7 @@
 #include "shim_device.h"
 
 #include <csetjmp>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -9,6 +10,8 @@
 
 #include <ucontext.h>
 
+#include "gemv.cuh"
+#include "gemv_plan.h"
 #include "mmfs.cuh"
 #include "plan.h"
 
@@ -21,6 +24,7 @@ mmi::shim::Index threadIdx, blockIdx;
 MMI_ROWS_AND_SPLITS(MMI_ROWS_KERNEL)
 MMI_ROWS_AND_SPLITS(MMI_SPLIT_KERNEL)
 MMI_MERGES(MMI_MERGE_KERNEL)
+MMI_GEMVS(MMI_GEMV_KERNEL)
 
 namespace mmi::shim {
 namespace {
@@ -45,8 +49,7 @@ std::map<int, std::unique_ptr<char[]>> arrays;  // shared memory by line
 jmp_buf scheduler;
 unsigned current;
 int skipped_line;  // line of a barrier that does not synchronise
-void (*body)(KernelParameters);
-KernelParameters parameter;
+std::function<void()> body;  // the kernel with its parameter
 std::string failure;
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -72,7 +75,7 @@ void to_scheduler() {
 
 void enter() {
   first_arrives();
-  body(parameter);
+  body();
   fibers[current].left = true;
   to_scheduler();
 }
@@ -220,35 +223,6 @@ const void* received(int lane) {
   return fibers[current / kLanes * kLanes + lane].sent[mine.turn % 2];
 }
 
-float half_to_float(uint16_t bits) {
-  const unsigned sign = unsigned{bits} >> 15 << 31, exponent = bits >> 10 & 31, part = bits & 1023;
-  if (exponent == 0) {
-    const float small = std::ldexp(static_cast<float>(part), -24);
-    return sign ? -small : small;
-  }
-  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | part << 13);
-  return __uint_as_float(sign | (exponent + 112) << 23 | part << 13);
-}
-
-uint16_t float_to_half(float x) {
-  const unsigned bits = __float_as_uint(x);
-  const uint16_t sign = bits >> 16 & 0x8000;
-  const float size = std::fabs(x);
-  if (x != x) return 0x7fff;
-  if (size >= 65520.0f) return sign | 0x7c00;
-  if (size < 6.103515625e-5f) {  // subnormal: rounded to a multiple of 2^-24
-    return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(size, 24)));
-  }
-  const unsigned rounded = (bits & 0x7fffffffu) + 0xfff + (bits >> 13 & 1);
-  return sign | static_cast<uint16_t>((rounded >> 13) - (112 << 10));
-}
-
-uint16_t float_to_bfloat16(float x) {
-  if (x != x) return 0x7fff;
-  const unsigned bits = __float_as_uint(x);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 }  // namespace mmi::shim
 
 namespace mmi {
@@ -260,25 +234,58 @@ void multiply(BFloat16, float (&c)[4], uint4 a, unsigned b0, unsigned b1) {
   shim::multiply_fragments<BFloat16>(c, a, b0, b1);
 }
 
+namespace {
+
+// fp32 holds the exact product and, for the few bits that dequantisation adds, the exact sum.
+template <class T>
+unsigned fma_of_pairs(unsigned a, unsigned b, unsigned c) {
+  float result[2];
+  for (int i = 0; i < 2; ++i) {
+    const auto wide = [i](unsigned word) {
+      return to_float(T{static_cast<unsigned short>(word >> 16 * i)});
+    };
+    result[i] = wide(a) * wide(b) + wide(c);
+  }
+  return pack(T{}, result[0], result[1]);
+}
+
+}  // namespace
+
+unsigned fma_pairs(Half, unsigned a, unsigned b, unsigned c) { return fma_of_pairs<Half>(a, b, c); }
+unsigned fma_pairs(BFloat16, unsigned a, unsigned b, unsigned c) {
+  return fma_of_pairs<BFloat16>(a, b, c);
+}
+
 }  // namespace mmi
 
+namespace {
+
+// A kernel as a function of the bytes of its parameter.
+using Kernel = std::function<void(const void*)>;
+template <class Parameters>
+Kernel kernel_of(void (*kernel)(Parameters)) {
+  return [kernel](const void* bytes) { kernel(*static_cast<const Parameters*>(bytes)); };
+}
+
+}  // namespace
+
 // Runs the given blocks (x, y, z each) of a kernel, without the barrier on line `without` of
-// mmfs.cuh (0: with all barriers). Returns nullptr, or an error message.
-extern "C" const char* mmi_shim_launch(const char* kernel, const mmi::KernelParameters* parameters,
+// its file (0: with all barriers). Returns nullptr, or an error message.
+extern "C" const char* mmi_shim_launch(const char* kernel, const void* parameters,
                                        const unsigned* blocks, long count, unsigned threads,
                                        bool backwards, int without) {
   using namespace mmi::shim;
-#define MMI_NAME_ROWS(NAME, T, WIDE) {#NAME "_rows", NAME##_rows},
-#define MMI_NAME_SPLIT(NAME, T, WIDE) {#NAME "_split", NAME##_split},
-#define MMI_NAME_MERGE(NAME, T, WIDE) {#NAME "_merge", NAME##_merge},
-  static const std::map<std::string, void (*)(mmi::KernelParameters)> kernels = {
+#define MMI_NAME_ROWS(NAME, T, WIDE) {#NAME "_rows", kernel_of(NAME##_rows)},
+#define MMI_NAME_SPLIT(NAME, T, WIDE) {#NAME "_split", kernel_of(NAME##_split)},
+#define MMI_NAME_MERGE(NAME, T, WIDE) {#NAME "_merge", kernel_of(NAME##_merge)},
+#define MMI_NAME_GEMV(NAME, T, FORMAT) {#NAME, kernel_of(NAME)},
+  static const std::map<std::string, Kernel> kernels = {
       MMI_ROWS_AND_SPLITS(MMI_NAME_ROWS) MMI_ROWS_AND_SPLITS(MMI_NAME_SPLIT)
-          MMI_MERGES(MMI_NAME_MERGE)};
+          MMI_MERGES(MMI_NAME_MERGE) MMI_GEMVS(MMI_NAME_GEMV)};
   const auto found = kernels.find(kernel);
   if (found == kernels.end()) return "no such kernel";
   if (threads % mmi::kLanes != 0) return "a block is made of whole warps";
-  body = found->second;
-  parameter = *parameters;
+  body = [&] { found->second(parameters); };
   skipped_line = without;
   failure.clear();
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
@@ -302,5 +309,15 @@ extern "C" const char* mmi_shim_plan(const mmi::MmfsCall* call, void* workspace,
   grids[0] = mmi::rows_grid(*call);
   grids[1] = mmi::split_grid(*call, *parts);
   grids[2] = mmi::merge_grid(*call);
+  return nullptr;
+}
+
+// The launch plan of gemv.cu for a call: kernel parameter and grid. Returns nullptr, or the reason
+// why the call cannot run.
+extern "C" const char* mmi_shim_gemv_plan(const mmi::GemvCall* call,
+                                          mmi::GemvParameters* parameters, mmi::Grid* grid) {
+  if (const char* reason = mmi::unsupported_reason(*call)) return reason;
+  *parameters = mmi::gemv_parameters(*call);
+  *grid = mmi::gemv_grid(*call);
   return nullptr;
 }

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
 #include "kernel_parameters.h"
 
 #define __global__
@@ -49,10 +50,6 @@ T from_lane(T value, int source) {
   return result;
 }
 
-float half_to_float(uint16_t bits);
-uint16_t float_to_half(float x);
-uint16_t float_to_bfloat16(float x);
-
 }  // namespace mmi::shim
 
 extern mmi::shim::Index threadIdx, blockIdx;
@@ -64,6 +61,7 @@ struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -128,12 +126,15 @@ inline float inverse_of(float x) { return 1.0f / x; }
 inline uint4 gather(const void* base, unsigned unit) {
   return static_cast<const uint4*>(base)[unit];
 }
-inline float to_float(Half x) { return shim::half_to_float(x.bits); }
+inline uint4 stream(const uint4* from) { return *from; }
+unsigned fma_pairs(Half, unsigned a, unsigned b, unsigned c);
+unsigned fma_pairs(BFloat16, unsigned a, unsigned b, unsigned c);
+inline float to_float(Half x) { return half_to_float(x.bits); }
 inline unsigned pack(Half, float low, float high) {
-  return shim::float_to_half(low) | unsigned{shim::float_to_half(high)} << 16;
+  return float_to_half(low) | unsigned{float_to_half(high)} << 16;
 }
 inline unsigned pack(BFloat16, float low, float high) {
-  return shim::float_to_bfloat16(low) | unsigned{shim::float_to_bfloat16(high)} << 16;
+  return float_to_bfloat16(low) | unsigned{float_to_bfloat16(high)} << 16;
 }
 void multiply(Half, float (&c)[4], uint4 a, unsigned b0, unsigned b1);
 void multiply(BFloat16, float (&c)[4], uint4 a, unsigned b0, unsigned b1);

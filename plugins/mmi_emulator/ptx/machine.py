@@ -227,6 +227,9 @@ class Machine:
     ) -> int | None:
         if taken is not mask:
             raise Fault(f"a predicate on {instruction.name} is not supported")
+        if (self._waiting & (self._counter == index)).any():
+            self._go(mask, index)  # threads wait here already: `_pick` takes all of them together
+            return None
         ready = warp.ready(self, instruction, mask)
         if ready is not mask:
             # Late threads keep their counter, marked as waiting, so that `_pick` runs the others

@@ -53,6 +53,25 @@ MMI_DEVICE uint4 gather(const void* base, unsigned unit) {
       : "l"(base), "r"(unit));
   return x;
 }
+// The 16 bytes at `from`, which no other load reads again. Volatile as `gather` is.
+MMI_DEVICE uint4 stream(const uint4* from) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+// a b + c, rounded, on two numbers of a type at a time.
+MMI_DEVICE unsigned fma_pairs(Half, unsigned a, unsigned b, unsigned c) {
+  unsigned y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+MMI_DEVICE unsigned fma_pairs(BFloat16, unsigned a, unsigned b, unsigned c) {
+  unsigned y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
 #define MMI_MMA(TYPE)                                                                      \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                      \
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \
@@ -69,6 +88,10 @@ MMI_DEVICE void multiply(BFloat16, float (&c)[4], uint4 a, unsigned b0, unsigned
 #endif  // MMI_SHIM
 
 MMI_DEVICE int lane_of() { return threadIdx.x % kLanes; }
+
+MMI_DEVICE unsigned long long product(unsigned a, unsigned b) {
+  return static_cast<unsigned long long>(a) * b;
+}
 
 MMI_DEVICE float to_float(float x) { return x; }
 MMI_DEVICE float to_float(BFloat16 x) { return __uint_as_float(unsigned{x.bits} << 16); }
@@ -93,6 +116,12 @@ MMI_DEVICE void store(T* to, const float (&x)[4]) {  // four channels, at a mult
 }
 MMI_DEVICE void store(float* to, const float (&x)[4]) {
   *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+MMI_DEVICE void store_one(float* to, float x) { *to = x; }
+template <class T>
+MMI_DEVICE void store_one(T* to, float x) {
+  to->bits = static_cast<unsigned short>(pack(T{}, x, 0.0f));
 }
 
 MMI_DEVICE float warp_maximum(float x) {

@@ -55,10 +55,6 @@ struct OnlineSoftmax {
   }
 };
 
-MMI_DEVICE unsigned long long product(unsigned a, unsigned b) {
-  return static_cast<unsigned long long>(a) * b;
-}
-
 // Index of output row (b, q, h).
 MMI_DEVICE unsigned row_of(const KernelParameters& call, int b, int q, int h) {
   return (b * call.q + q) * call.h + h;
@@ -284,12 +280,6 @@ struct MergedParts {
     }
   }
 };
-
-MMI_DEVICE void store_one(float* to, float x) { *to = x; }
-template <class T>
-MMI_DEVICE void store_one(T* to, float x) {
-  to->bits = static_cast<unsigned short>(pack(T{}, x, 0.0f));
-}
 
 template <class T>
 MMI_DEVICE void store_channel(const KernelParameters& call, const MergedParts& merged,

@@ -8,10 +8,9 @@
 #include <cstdint>
 
 #include "constants.h"
+#include "data_type.h"
 
 namespace mmi {
-
-enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Pointers, sizes and attributes of one call; n encoded images are the pool.
 struct MmfsCall {

@@ -1,5 +1,5 @@
-// Custom-op library for ONNX Runtime: mmi::MultiImageDeformableAttention on the CPU and, with
-// MMI_CUDA, on the GPU.
+// Custom-op library for ONNX Runtime: mmi::MultiImageDeformableAttention and
+// mmi::WeightOnlyMatMul (onnxruntime_gemv.cpp) on the CPU and, with MMI_CUDA, on the GPU.
 //
 // A session that loads the library runs these kernels in place of the model-local function of the
 // operator; a session that does not load it runs the function.
@@ -7,7 +7,7 @@
 
 #include "mmfs.h"
 #include "mmfs_cpu.h"
-#include "onnxruntime_abi.h"
+#include "onnxruntime_kernel.h"
 #include "sizes.h"
 #ifdef MMI_CUDA
 #include "launch.h"
@@ -33,10 +33,6 @@ constexpr char kName[] = "MultiImageDeformableAttention";
 Status* invalid_argument(const Api* api, const std::string& reason) {
   return api->fail(ort::kInvalidArgument, (std::string(kName) + ": " + reason).c_str());
 }
-
-// Returns from the enclosing function with the status of a call that failed.
-#define MMI_TRY(call) \
-  if (Status* status = (call)) return status
 
 // One node of a graph.
 struct Kernel {
@@ -91,17 +87,6 @@ void destroy(void* state) {
   auto* kernel = static_cast<Kernel*>(state);
   if (kernel->allocator != nullptr) kernel->api->release(kernel->allocator);
   delete kernel;
-}
-
-Status* shape_of(const Api* api, const ort::Value* value, Shape* shape) {
-  ort::TensorInfo* info = nullptr;
-  MMI_TRY(api->tensor_info(value, &info));
-  size_t rank = 0;
-  Status* status = api->rank(info, &rank);
-  if (!status && rank <= kMaxRank) status = api->sides(info, shape->side, rank);
-  shape->rank = static_cast<int32_t>(rank);
-  api->release(info);
-  return status;
 }
 
 // Reads sizes and pointers of the call from `context` and allocates its output.
@@ -201,32 +186,24 @@ ElementType input_type(const ort::Operator* op, size_t index) {
 
 TypedOperator make(DataType type, ElementType element, bool cuda) {
   TypedOperator op{};
-  op.version = ort::kOperatorVersion;
+  fill(op, cuda);
   op.name = [](const ort::Operator*) -> const char* { return kName; };
-  op.provider = [](const ort::Operator*) -> const char* { return nullptr; };
   op.input_type = input_type;
   op.inputs = [](const ort::Operator*) -> size_t { return kInputs; };
   op.output_type = [](const ort::Operator* self, size_t) {
     return static_cast<const TypedOperator*>(self)->element;
   };
-  op.outputs = [](const ort::Operator*) -> size_t { return 1; };
   op.destroy = destroy;
-  op.input_kind = op.output_kind = op.input_memory = [](const ort::Operator*, size_t) { return 0; };
-  op.least_variadic_inputs = op.variadic_inputs_alike = [](const ort::Operator*) { return 1; };
-  op.least_variadic_outputs = op.variadic_outputs_alike = [](const ort::Operator*) { return 1; };
   op.create_or_fail = create;
   op.compute_or_fail = compute_on_cpu;
-  op.type = type;
-  op.element = element;
 #ifdef MMI_CUDA
   if (cuda) {
-    op.provider = [](const ort::Operator*) -> const char* { return "CUDAExecutionProvider"; };
     op.create_or_fail = create_on_cuda;
     op.compute_or_fail = compute_on_cuda;
   }
-#else
-  static_cast<void>(cuda);
 #endif
+  op.type = type;
+  op.element = element;
   return op;
 }
 
@@ -245,6 +222,7 @@ Status* register_all(const Api* api, ort::SessionOptions* options) {
   ort::Domain* domain = nullptr;
   MMI_TRY(api->create_domain(kDomain, &domain));
   for (const TypedOperator& op : operators) MMI_TRY(api->add_operator(domain, &op));
+  MMI_TRY(add_gemv(api, domain));
   return api->add_domain(options, domain);
 }
 

@@ -1,15 +1,13 @@
-// TensorRT plugin of the operator: one class with the three capabilities of IPluginV3, its creator,
-// and the two functions through which TensorRT loads a plugin library.
+// TensorRT plugin of mmi::MultiImageDeformableAttention: one class with the three capabilities of
+// IPluginV3, its creator, and the two functions through which TensorRT loads a plugin library, that
+// of mmi::WeightOnlyMatMul (tensorrt_gemv_plugin.cpp) included.
 //
 // The library refers to no symbol of TensorRT, so one file serves TensorRT and TensorRT-RTX and can
 // be opened where neither is linked. With MMI_REGISTER_TENSORRT_PLUGIN it instead registers its
 // creator when it is opened, and takes `getPluginRegistry` and `getInferLibVersion` from the
 // process: for tools that only dlopen a plugin.
-#include <NvInferRuntime.h>
-
 #include <atomic>
 #include <cstdio>
-#include <cstring>
 #include <mutex>
 #include <new>
 #include <string>
@@ -17,11 +15,7 @@
 #include "mmfs.h"
 #include "launch.h"
 #include "sizes.h"
-
-#if !defined(TRT_MAJOR_RTX)
-static_assert(NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 12),
-              "the plugin needs the headers of TensorRT 10.12 or newer");
-#endif
+#include "tensorrt_common.h"
 
 namespace mmi {
 namespace {
@@ -32,47 +26,13 @@ using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 
 constexpr const char* kName = "MultiImageDeformableAttention";
-constexpr const char* kNamespace = "mmi";
-constexpr const char* kVersion = "1";
 constexpr int32_t kFieldsVersion = 1;  // of the serialised fields; any other version is refused
 
 std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
 std::mutex last_line_mutex;
 std::string last_line;
 
-// Reports one error line to the logger of the engine that is calling, else to stderr.
-void report(const std::string& reason) {
-  const std::string line = std::string(kNamespace) + "::" + kName + ": " + reason;
-  {
-    const std::lock_guard<std::mutex> lock(last_line_mutex);
-    last_line = line;
-  }
-  nvinfer1::ILoggerFinder* finder = logger_finder.load();
-  nvinfer1::ILogger* logger = finder == nullptr ? nullptr : finder->findLogger();
-  if (logger != nullptr) {
-    logger->log(nvinfer1::ILogger::Severity::kERROR, line.c_str());
-  } else {
-    std::fprintf(stderr, "%s\n", line.c_str());
-  }
-}
-
-Shape shape(const nvinfer1::Dims& dims) {
-  Shape shape{dims.nbDims, {}};
-  for (int32_t axis = 0; axis < dims.nbDims; ++axis) shape.side[axis] = dims.d[axis];
-  return shape;
-}
-
-Shape shape(const nvinfer1::DimsExprs& dims) {
-  Shape shape{dims.nbDims, {}};
-  for (int32_t axis = 0; axis < dims.nbDims; ++axis) {
-    const nvinfer1::IDimensionExpr* side = dims.d[axis];
-    shape.side[axis] = side->isConstant() ? side->getConstantValue() : kUnknown;
-  }
-  return shape;
-}
-
-Shape shape(const PluginTensorDesc& tensor) { return shape(tensor.dims); }
-Shape shape(const nvinfer1::DynamicPluginTensorDesc& tensor) { return shape(tensor.desc.dims); }
+void report(const std::string& reason) { mmi::report(kName, reason); }
 
 // Whether the tensors form a valid call, as far as their shapes are known; reports a reason if not.
 template <typename Tensor>
@@ -101,22 +61,6 @@ bool type_fits(int32_t input, nvinfer1::DataType type, nvinfer1::DataType value_
   }
   if (is_narrow(input)) return type == value_type;
   return type == (is_index(input) ? nvinfer1::DataType::kINT32 : nvinfer1::DataType::kFLOAT);
-}
-
-DataType data_type(nvinfer1::DataType type) {
-  if (type == nvinfer1::DataType::kHALF) return DataType::kFloat16;
-  return type == nvinfer1::DataType::kBF16 ? DataType::kBFloat16 : DataType::kFloat32;
-}
-
-std::string name_of(nvinfer1::DataType type) {
-  switch (type) {
-    case nvinfer1::DataType::kFLOAT: return "float32";
-    case nvinfer1::DataType::kHALF: return "float16";
-    case nvinfer1::DataType::kBF16: return "bfloat16";
-    case nvinfer1::DataType::kINT32: return "int32";
-    case nvinfer1::DataType::kINT64: return "int64";
-    default: return "TensorRT's data type " + std::to_string(static_cast<int32_t>(type));
-  }
 }
 
 class MmfsPlugin final : public nvinfer1::IPluginV3,
@@ -358,6 +302,22 @@ class MmfsPluginCreator final : public nvinfer1::IPluginCreatorV3One {
 };
 
 }  // namespace
+
+void report(const char* name, const std::string& reason) {
+  const std::string line = std::string(kNamespace) + "::" + name + ": " + reason;
+  {
+    const std::lock_guard<std::mutex> lock(last_line_mutex);
+    last_line = line;
+  }
+  nvinfer1::ILoggerFinder* finder = logger_finder.load();
+  nvinfer1::ILogger* logger = finder == nullptr ? nullptr : finder->findLogger();
+  if (logger != nullptr) {
+    logger->log(nvinfer1::ILogger::Severity::kERROR, line.c_str());
+  } else {
+    std::fprintf(stderr, "%s\n", line.c_str());
+  }
+}
+
 }  // namespace mmi
 
 #define MMI_TEXT_OF(number) #number
@@ -394,6 +354,7 @@ struct Registrar {
     const int32_t version = getInferLibVersion();  // 110100: 11.1.0
     if (version / 10000 == NV_TENSORRT_MAJOR) {
       getPluginRegistry()->registerCreator(creator, kNamespace);
+      getPluginRegistry()->registerCreator(gemv_creator(), kNamespace);
     } else {
       report(std::string("this library was built for another TensorRT; expected ") +
              mmi_tensorrt_headers() + ", got " + std::to_string(version / 10000) + "." +
@@ -408,8 +369,8 @@ struct Registrar {
 #else
 MMI_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static mmi::MmfsPluginCreator creator;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-  count = 1;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator, &mmi::gemv_creator()};
+  count = 2;
   return creators;
 }
 #endif

@@ -64,6 +64,12 @@ _VARIANTS: dict[str, tuple[str, ...]] = {
 _FILES = (
     "constants.def",
     "constants.h",
+    "data_type.h",
+    "gemv.h",
+    "gemv_cpu.h",
+    "gemv_cpu.cpp",
+    "gemv_sizes.h",
+    "half.h",
     "mmfs.h",
     "mmfs_cpu.h",
     "mmfs_cpu.cpp",
@@ -71,10 +77,12 @@ _FILES = (
     "mmfs_cpu_points.h",
     "mmfs_cpu_vector.h",
     "onnxruntime_abi.h",
+    "onnxruntime_gemv.cpp",
+    "onnxruntime_kernel.h",
     "onnxruntime_library.cpp",
     "sizes.h",
 )
-_CUDA_FILES = ("mmfs.cu", "*.cuh", "launch.h", "plan.h", "kernel_parameters.h")
+_CUDA_FILES = ("*.cu", "*.cuh", "*launch.h", "*plan.h", "*_parameters.h")
 _SECONDS = 900
 
 _INSTALL = "Install one, as with `apt install g++`."
@@ -220,16 +228,20 @@ def _compile(program: str, gpu: _Cuda | None, scratch: Path, progress: Progress)
         if on_x86 or not flags:
             named = (f"-DMMI_VARIANT={variant}", *flags)
             jobs.append(_job(program, scratch, "mmfs_cpu_kernel", named, variant))
+    jobs.append(_job(program, scratch, "gemv_cpu", ()))
+    operators = ("onnxruntime_library", "onnxruntime_gemv")
     if gpu is None:
-        jobs.append(_job(program, scratch, "onnxruntime_library", ()))
+        jobs += [_job(program, scratch, name, ()) for name in operators]
         link = [program, *(_LINK if platform.system() == "Linux" else _LINK[:1])]
     else:
         host = ["-Xcompiler", ",".join(_FLAGS[1:])]
         nvcc = [str(gpu.nvcc), "-ccbin", program, "-std=c++17", *host, "-c", "-o"]
-        source = str(CSRC / "onnxruntime_library.cpp")
-        jobs.append([*nvcc, str(scratch / "onnxruntime_library.o"), "-DMMI_CUDA", source])
-        made = str(scratch / "mmfs.o")
-        jobs.append([*nvcc, made, *gpu.codes, str(CSRC / "mmfs.cu")])
+        for name in operators:
+            made, source = str(scratch / f"{name}.o"), str(CSRC / f"{name}.cpp")
+            jobs.append([*nvcc, made, "-DMMI_CUDA", source])
+        for name in ("mmfs", "gemv"):
+            made, source = str(scratch / f"{name}.o"), str(CSRC / f"{name}.cu")
+            jobs.append([*nvcc, made, *gpu.codes, source])
         link = [str(gpu.nvcc), "-ccbin", program, "-cudart", "static", "-shared"]
         link += ["-Xlinker", "--exclude-libs,ALL"]
     _run(jobs, progress)

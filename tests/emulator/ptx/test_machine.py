@@ -165,6 +165,14 @@ def test_a_block_shares_memory() -> None:
     np.testing.assert_array_equal(got, np.arange(192).reshape(3, 64)[:, ::-1].reshape(-1))
 
 
+def test_a_thread_that_comes_late_to_a_barrier_from_below_it_joins_those_that_wait() -> None:
+    """Compilers put a branch that is taken rarely behind the end and jump back before a barrier."""
+    late = "setp.lt.u32 %p1, %t0, 32; @%p1 bra LATE; BACK: mov.u32 %r9, 2; bar.sync 0;"
+    behind = " bra END; LATE: mov.u32 %r8, 1; bra BACK; END:"
+    got = run(REVERSE.replace("BARRIER", late) + behind, 2, 64, TABLE)
+    np.testing.assert_array_equal(got, np.arange(128).reshape(2, 64)[:, ::-1].reshape(-1))
+
+
 @pytest.mark.parametrize("barrier", ["", "bar.warp.sync -1;"])
 def test_a_race_between_warps_is_a_fault(barrier: str) -> None:
     """In lockstep the numbers would be right: only race detection sees it."""
