@@ -50,7 +50,7 @@ def fold_scales(graph: ir.Graph, constants: Constants, typed: NodeTypes) -> list
             continue
         query = node.inputs[0]
         assert query is not None and query.shape is not None
-        width = int(query.shape[-1])  # type: ignore[arg-type]
+        width = int(query.shape[-1])
         factor = width**-0.5 / rounded_scale(width, typed.of(node))
         if factor != 1 and not _scale_projection(query, constants, factor):
             left.append(str(node.name))
@@ -67,7 +67,7 @@ def _scale_projection(query: ir.Value, constants: Constants, factor: float) -> b
     columns = _columns(product.outputs[0], after)
     if columns is None:
         return False
-    width = int(product.outputs[0].shape[-1])  # type: ignore[index, arg-type]
+    width = int(product.outputs[0].shape[-1])
     factors = np.ones(width, np.float32)
     factors[np.unique(columns)] = factor
     _scale_weight(product, constants, factors)
@@ -96,7 +96,7 @@ def _path(
             if len(constant) != 1:
                 return None
             bias = node
-            value = next(v for v in node.inputs if v not in constants)  # type: ignore[assignment]
+            value = next(v for v in node.inputs if v not in constants)
             continue
         if node.op_type not in _FOLLOWED or node.inputs[0] is None:
             return None

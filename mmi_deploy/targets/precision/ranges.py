@@ -73,7 +73,7 @@ def attention_scale(node: ir.Node) -> float:
     """Scale of the logits of an Attention on [b, h, t, d]."""
     query = node.inputs[0]
     assert query is not None and query.shape is not None
-    return float(node.attributes.get_float("scale", int(query.shape[-1]) ** -0.5))  # type: ignore[arg-type]
+    return float(node.attributes.get_float("scale", int(query.shape[-1]) ** -0.5))
 
 
 def measure_ranges(model: ir.Model, folder: Path, runs: Iterable[Arrays]) -> Ranges:
