@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import onnx
 
@@ -133,12 +134,22 @@ def _attention_matrices(kernels: Sequence[Kernel], facts: Facts) -> _Offenders:
     for kernel in kernels:
         if not set(kernel.nodes) & set(facts.attentions) or _FUSED_ATTENTION.search(kernel.name):
             continue
-        read = max((tensor.elements for tensor in (*kernel.reads, *kernel.weights)), default=0)
+        read = [*kernel.reads, *kernel.weights]
+        if not read or not all(map(_plane, read)):
+            continue  # of dynamic sizes, which cannot be compared
+        plane, elements = max(map(_plane, read)), max(tensor.elements for tensor in read)
         for tensor in kernel.writes:
             # A product of queries and keys has more elements than both while there are more of
             # them than channels per head; the softmax reads and writes the same.
-            if tensor.type in FLOATS and 2 * read < tensor.elements:
+            larger = 2 * plane < _plane(tensor) and 2 * elements < tensor.elements
+            if tensor.type in FLOATS and larger:
                 yield f"{_name(kernel)} writes {tensor.type} {list(tensor.shape)}", 2 * tensor.bytes
+
+
+def _plane(tensor: PlanTensor) -> int:
+    """Product of the last two sides, such as queries and keys; 0 if one is dynamic."""
+    sides = tensor.shape[-2:]
+    return 0 if min(sides, default=1) < 0 else prod(sides)
 
 
 def _cache_copies(kernels: Sequence[Kernel], facts: Facts) -> _Offenders:

@@ -153,6 +153,25 @@ def test_a_cache_may_be_copied_and_a_weight_dequantised_once_per_prompt() -> Non
         assert len(check_plans([plan], facts)) == count
 
 
+def test_heads_that_were_part_of_a_dynamic_side_are_no_matrix() -> None:
+    """What TensorRT-RTX writes after the attention of a prefill in bfloat16 for sm80."""
+    after = Kernel(
+        name="__myl_MoveReshTran", kind="kgen", nodes=("a",),
+        inputs=("o:BFloat16[-1,-1,64]",), outputs=("t:BFloat16[-1,-1,3,64]",),
+    )  # fmt: skip
+    fused = Kernel(name="_gemm_mha_v2", kind="kgen", nodes=("a",))
+    plan = ProfilePlan(profile="default", kernels=(fused, after))
+    assert not check_plans([plan], Facts(attentions=("a",)))
+    matrix = Kernel(
+        name="gemm", kind="gemm", nodes=("a",),
+        inputs=("o:Half[-1,4096,64]",), outputs=("t:Half[-1,4096,4096]",),
+    )  # fmt: skip
+    (finding,) = check_plans(
+        [ProfilePlan(profile="default", kernels=(fused, matrix))], Facts(attentions=("a",))
+    )
+    assert finding.rule == "attention matrices"
+
+
 def test_attentions_without_names_of_nodes_are_counted() -> None:
     """As in an engine whose kernels do not say what they compute."""
     plan = ProfilePlan(profile="default", kernels=(Kernel(name="_gemm_mha_v2", kind="kgen"),))
