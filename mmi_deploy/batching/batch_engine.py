@@ -255,6 +255,8 @@ class BatchEngine:
     def _emit(self, stream: EventStream, job: Job, item: Event | Exception | None) -> None:
         if item is None or isinstance(item, Exception):
             stream.stats = job.stats(self._clock())
+        if item is None:
+            self.runtime.save_kernels()
         if isinstance(item, ImageDone):  # the receiver may write to it, the document keeps its own
             item = replace(item, rgb=item.rgb.copy())
         stream.emit(item)

@@ -11,12 +11,16 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
+from mmi_deploy.bundle.kernel_plan import Finding, ProfilePlan
 from mmi_deploy.bundle.manifest import TargetManifest, read_manifest
 from mmi_deploy.errors import BundleError
 from mmi_deploy.parity import Proof
 
 REPORT = "report.json"
 PLUGIN_LAYER = "PLUGIN_V3"
+
+# What to leave out of a report's JSON for a reader who did not ask for kernels.
+WITHOUT_PLANS = {"graphs": {"__all__": {"plans": True}}}
 
 # Remarks of a target's report.
 BUILD_ONLY = (
@@ -40,7 +44,8 @@ class GraphReport(_Model):
     peak_private_bytes: of the build that made the engine, also when this one came from the cache;
     the peaks are resident memory above that before the build, with and without mapped weights.
     profiles: name -> letter -> [min, opt, max]. error: worst relative error of the engine's ONNX
-    file against the graph that `compared_with` names.
+    file against the graph that `compared_with` names. plans: final kernels of each profile.
+    findings: where they break the rules of `mmi_deploy.targets.plan_rules`.
     """
 
     graph: str
@@ -59,6 +64,8 @@ class GraphReport(_Model):
     compared_with: str = ""
     error: float | None = None
     tolerance: float | None = None
+    findings: tuple[Finding, ...] = ()
+    plans: tuple[ProfilePlan, ...] = ()
 
     def with_proof(self, proof: Proof) -> GraphReport:
         """Copy of the report with the worst case of `proof`, a comparison of its ONNX file."""

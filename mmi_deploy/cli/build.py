@@ -110,7 +110,8 @@ def build(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Ignore cached engines and the checks of memory and disk space."
+            "--force",
+            help="Ignore cached engines, and the checks of memory, disk space and kernels.",
         ),
     ] = False,
     unproved: Annotated[
@@ -320,14 +321,21 @@ def _say_memory(missing: list[EnginePlan], of: int) -> None:
 
 
 def _say_reports(bundle: Bundle, reports: list[TargetReport], as_json: bool) -> None:
+    from mmi_deploy.bundle.build_report import WITHOUT_PLANS
+
     if as_json:
-        targets = [report.model_dump(mode="json") for report in reports]
+        targets = [report.model_dump(mode="json", exclude=WITHOUT_PLANS) for report in reports]
         print_json({"bundle": str(bundle.folder), "targets": targets})
         return
     for report in reports:
         results().print(_table(report))
         if report.remark:
             results().print(report.remark)
+        if found := sum(len(graph.findings) for graph in report.graphs):
+            results().print(
+                f"{found} findings about its kernels: "
+                f"`mmi inspect target {bundle.folder} {report.target} --plan`"
+            )
 
 
 def _say_plan(

@@ -91,6 +91,10 @@ class Engine(ABC):
     def _execute(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Run on checked buffers; the buffer of an in-place output is that of its input."""
 
+    def save_kernels(self) -> None:
+        """Keep what was compiled so far for the next start, where the engine compiles at all."""
+        return
+
     def close(self) -> None:
         """Free the engine's resources."""
         return

@@ -64,7 +64,13 @@ def generate(
         session.timings,
         cancelled,
     )
-    return drive(generation.run(), session.do)
+    return _then(drive(generation.run(), session.do), runtime.save_kernels)
+
+
+def _then(events: Iterator[Event], done: Callable[[], None]) -> Iterator[Event]:
+    """Yield all `events`, then call `done`."""
+    yield from events
+    done()
 
 
 def drive(steps: Steps, do: Callable[[Work], Any]) -> Iterator[Event]:

@@ -119,6 +119,13 @@ class Runtime:
                 engine.close()
             self._engines.clear()
 
+    def save_kernels(self) -> None:
+        """Save RTX's compiled kernels, as far as it is time to. Called at the end of documents."""
+        with self._loading:
+            engines = tuple(self._engines.values())
+        for engine in engines:
+            engine.save_kernels()
+
     def engine(self, name: str) -> Engine:
         """Engine of one graph, loaded at its first use."""
         with self._loading:

@@ -34,7 +34,9 @@ from mmi_deploy.system.nvidia_driver import gpus_here
 from mmi_deploy.system.progress import Progress, Unit
 from mmi_deploy.system.temporary_folder import temporary_folder
 from mmi_deploy.targets.cache import EngineCache, link_or_copy
+from mmi_deploy.targets.plan_rules import check_plans, facts_of, refuse_fatal
 from mmi_deploy.targets.precision import rewrite
+from mmi_deploy.targets.precision.recipes import FLOAT32
 from mmi_deploy.targets.tensorrt_build import Job
 from mmi_deploy.targets.tensorrt_plan import (
     EnginePlan,
@@ -111,6 +113,8 @@ class _EngineBuilder:
             self._say(f"{label}: cached")
         self._done += 1
         report = GraphReport.model_validate_json((stage / _report_name(plan.graph)).read_bytes())
+        if not self._request.force:
+            refuse_fatal(plan.graph, plan.target.runtime, report.findings)
         return report.model_copy(update={"cached": not self._built})
 
     def _say(self, what: str, phase: str = "") -> None:
@@ -141,7 +145,11 @@ class _EngineBuilder:
 
         measured = self._build(job, phases)
         check_bindings(typed, measured.built.bindings)
+        half = self._request.recipe.activations_on(plan.target.runtime) != FLOAT32
+        facts = facts_of(onnx.load(source, load_external_data=False))
+        findings = check_plans(measured.built.plans, facts, half)
         report = _graph_report(plan, measured, weight_bytes(source))
+        report = report.model_copy(update={"findings": findings})
         if proof is not None:
             report = report.with_proof(proof)
         write_file(folder / _report_name(plan.graph), report.model_dump_json(indent=2) + "\n")
@@ -212,6 +220,7 @@ def _graph_report(plan: EnginePlan, measured: MeasuredBuild, weights: int) -> Gr
         peak_private_bytes=measured.memory.private_added,
         profiles={profile.name: profile.record() for profile in plan.profiles},
         warnings=built.warnings,
+        plans=built.plans,
     )
 
 

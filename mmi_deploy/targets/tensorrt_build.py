@@ -17,13 +17,15 @@ from typing import Any
 
 import onnx
 
+from mmi_deploy.bundle.kernel_plan import ProfilePlan
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.device_memory import import_cuda
 from mmi_deploy.runtime.tensorrt.versions import check_versions, installed_versions
 from mmi_deploy.spec.backends import ARCHITECTURES, BACKENDS
 from mmi_deploy.system.nvidia_driver import gpus_here, nvidia_driver
 from mmi_deploy.system.progress import Cancelled, Progress
-from mmi_deploy.targets.profiles import Profile
+from mmi_deploy.targets.plan_reader import LAYER, read_inspector, read_log
+from mmi_deploy.targets.profiles import DEFAULT, Profile
 from mmi_deploy.targets.timing_cache import load_timings, save_timings
 
 # Logged by TensorRT's parser when it drops an input of a node that it does not support. The engine
@@ -74,23 +76,27 @@ class Job:
 @dataclass(frozen=True)
 class BuildResult:
     """Result of a build. layers: count by type in the parsed network. bindings: inputs and outputs,
-    name -> type. warnings: lines of the builder's log."""
+    name -> type. warnings: lines of the builder's log. plans: final kernels of each profile."""
 
     layers: Mapping[str, int]
     bindings: Mapping[str, str]
     engine_bytes: int
     tensorrt: str
     warnings: tuple[str, ...] = ()
+    plans: tuple[ProfilePlan, ...] = ()
 
 
 @dataclass
 class Log:
-    """Lines of TensorRT's logger by severity."""
+    """Lines of TensorRT's logger by severity, and its messages about the final kernels."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
 
     def add(self, severity: str, line: str) -> None:
+        if LAYER in line:
+            self.layers.append(line)
         line = " ".join(line.split())
         if severity in ("ERROR", "INTERNAL_ERROR"):
             self.errors.append(line)
@@ -235,9 +241,23 @@ def build_engine(trt: Any, job: Job, progress: Progress) -> BuildResult:
             engine_bytes=writer.written,
             tensorrt=trt.__version__,
             warnings=tuple(dict.fromkeys(log.warnings)),
+            plans=_plans(trt, builder.logger, job, log),
         )
     finally:
         registered.unregister()
+
+
+def _plans(trt: Any, logger: Any, job: Job, log: Log) -> tuple[ProfilePlan, ...]:
+    """Kernels of the engine: from the log, else from the engine itself, which takes a GPU."""
+    names = [profile.name for profile in job.profiles if profile.shapes] or [DEFAULT]
+    plans = read_log(log.layers, names)
+    if plans or BACKENDS[job.runtime].cross_compiles:
+        return plans
+    engine = trt.Runtime(logger).deserialize_cuda_engine(job.engine.read_bytes())
+    if engine is None:
+        return ()
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return read_inspector(text, names)
 
 
 _MODES = {"nearest": "NEAREST", "linear": "LINEAR", "bilinear": "LINEAR", "cubic": "CUBIC",
@@ -311,6 +331,8 @@ def _config(trt: Any, builder: Any, job: Job) -> Any:
     for flag in BACKENDS[job.runtime].builder_flags:
         config.set_flag(getattr(trt.BuilderFlag, flag))
     config.clear_flag(trt.BuilderFlag.TF32)
+    # The builder then says which kernels the layers became; the engine computes the same.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for profile in job.profiles:
         if not profile.shapes:
             continue

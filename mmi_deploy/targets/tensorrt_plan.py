@@ -116,6 +116,7 @@ def plan_engines(request: Request) -> list[EnginePlan]:
     that the bundle does not have."""
     if request.limits is not None:
         check_limits(request.bundle, request.limits)
+    check_rows(request)
     plans = []
     for name in request.graphs:
         graph = graph_of(request.bundle, name)
@@ -127,6 +128,23 @@ def plan_engines(request: Request) -> list[EnginePlan]:
             bound = _bound_bytes(typed, shapes)
             plans.append(EnginePlan(target, name, shapes, keyed, weights, bound))
     return plans
+
+
+def check_rows(request: Request) -> None:
+    """Raise `ConfigError` for a quantised language model built for fewer rows than its recipe
+    takes."""
+    rows, least = (request.limits or request.bundle.limits).batch, request.recipe.min_batch
+    if rows >= least or not set(request.graphs) & set(request.recipe.weights):
+        return
+    exported = request.bundle.limits.batch
+    raise ConfigError(
+        f"precision {request.recipe.name} cannot be built for {rows} row: TensorRT would write "
+        "its weights dequantised at every token, which is slower than fp16",
+        expected=f"at least {least}",
+        fix=f"Give --max-batch {least}, or choose --precision fp16"
+        if exported >= least
+        else "Export the bundle for more rows, or choose --precision fp16",
+    )
 
 
 def graph_of(bundle: Bundle, name: str) -> Graph:

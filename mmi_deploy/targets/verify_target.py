@@ -20,6 +20,7 @@ from mmi_deploy.runtime.buffers import Array, element_type
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, model_runner, runner
 from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
 from mmi_deploy.system.output_folder import rewrite_file
 from mmi_deploy.targets.precision.emulation import emulated
@@ -58,7 +59,11 @@ def prove(
     emulate = recipe.activations_on(runtime) != FLOAT32
 
     def load() -> Run:
-        run = model_runner(emulated(rewritten), rewritten.parent) if emulate else runner(rewritten)
+        if not emulate:
+            run = runner(rewritten)
+        else:
+            rounded_scales = BACKENDS[runtime].plugin
+            run = model_runner(emulated(rewritten, rounded_scales), rewritten.parent)
         return lambda inputs: written(graph, inputs, run(inputs))
 
     compared_with = EMULATED if emulate else COMPARED_WITH

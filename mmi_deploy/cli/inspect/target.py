@@ -1,4 +1,7 @@
-"""`mmi inspect target`: one target of a bundle, graph by graph; without a name, all targets."""
+"""`mmi inspect target`: one target of a bundle, graph by graph; without a name, all targets.
+
+With `--plan`, the kernels of its engines (`plan.py`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmi_deploy.cli.console import print_json, print_table, results
+from mmi_deploy.cli.inspect.plan import show_plan
 from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import size
@@ -28,19 +32,35 @@ def target(
     name: Annotated[
         str | None, typer.Argument(help="Target, such as cpu-int8.", show_default="all, in a table")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show the kernels of its engines, and what they move.")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU for the times of --plan, such as l4.",
+            show_default="one of its architecture",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show one target of a bundle: per graph its layers, sizes, build time and receipt."""
-    from mmi_deploy.bundle.build_report import describe_targets
+    from mmi_deploy.bundle.build_report import WITHOUT_PLANS, describe_targets
     from mmi_deploy.bundle.bundle import Bundle
 
+    if (plan or gpu) and (name is None or not plan):
+        raise ConfigError("--plan shows one target, and --gpu belongs to it", fix="Give the target")
     bundle = Bundle.open(folder, unproved=True)
     if name is not None:
-        show_target(bundle, name, as_json)
+        if plan:
+            show_plan(summary_of(bundle, name), gpu, as_json)
+        else:
+            show_target(bundle, name, as_json)
         return
     targets = describe_targets(bundle)
     if as_json:
-        print_json([summary.model_dump(mode="json") for summary in targets])
+        hidden = {"report": WITHOUT_PLANS}
+        print_json([summary.model_dump(mode="json", exclude=hidden) for summary in targets])
     elif targets:
         print_table(results(), target_table(targets))
     else:
@@ -84,8 +104,8 @@ def _activations(one: TargetSummary) -> str:
     return ""
 
 
-def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
-    """Print one target: per graph its layers, sizes, build time, peak memory and receipt."""
+def summary_of(bundle: Bundle, name: str) -> TargetSummary:
+    """Summary of the target called `name`. Raises `ConfigError` that lists the targets."""
     from mmi_deploy.bundle.build_report import describe_targets
 
     found = {summary.target: summary for summary in describe_targets(bundle)}
@@ -94,9 +114,16 @@ def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
             f"{bundle.folder} has no target {name!r}",
             expected=" or ".join(found) or "one that `mmi build` made",
         )
-    summary = found[name]
+    return found[name]
+
+
+def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
+    """Print one target: per graph its layers, sizes, build time, peak memory and receipt."""
+    from mmi_deploy.bundle.build_report import WITHOUT_PLANS
+
+    summary = summary_of(bundle, name)
     if as_json:
-        print_json(summary.model_dump(mode="json"))
+        print_json(summary.model_dump(mode="json", exclude={"report": WITHOUT_PLANS}))
         return
     out = results()
     print_table(out, target_table([summary]))

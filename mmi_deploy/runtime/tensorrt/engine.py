@@ -193,6 +193,8 @@ class TensorRtEngine(Engine):
         self._chosen: dict[tuple[Shape, ...], int] = {}
         self._contexts: dict[tuple[Shape, ...], _Context] = {}
         self._kernels: Any = None  # RTX's compiled kernels, of all contexts
+        # Number of times that a context got new shapes, and that number when they were saved.
+        self._compiled = self._saved = 0
         self._runs = 0
         # The order in which keys list the tensors: that of the caller's mappings may differ.
         self._input_names = tuple(tensor.name for tensor in graph.inputs)
@@ -231,11 +233,23 @@ class TensorRtEngine(Engine):
             for context in self._contexts.values():
                 context.graphs.clear()
             self._contexts.clear()  # TensorRT requires contexts to go before their engine
-            self._tensorrt.save(self._kernels, self._cache_name)
+            self._save(self._kernels)
             self._kernels = None
             self._staging.clear()
             self._host_staging.clear()
             self._engine = None
+
+    def save_kernels(self) -> None:
+        """Write RTX's compiled kernels to the cache folder, so that a process that is killed later
+        has not compiled them in vain. Skipped until the kernels of twice as many shapes as the last
+        time are compiled: writing them takes a while, and many documents have new shapes."""
+        with self.memory.lock:
+            if self._kernels is not None and self._compiled >= max(1, 2 * self._saved):
+                self._save(self._kernels)
+
+    def _save(self, kernels: Any) -> None:
+        self._tensorrt.save(kernels, self._cache_name)
+        self._saved = self._compiled
 
     def run(
         self, inputs: Buffers, outputs: Mapping[str, Buffer] | None = None
@@ -366,6 +380,7 @@ class TensorRtEngine(Engine):
             self._forget(context)
             raise
         if reshaped:
+            self._compiled += 1
             # A recorded run may read its sizes from memory of the context, which `_bind` changed.
             context.graphs.clear()
         # A run after a change of shape must not be captured: TensorRT may allocate in it. RTX is

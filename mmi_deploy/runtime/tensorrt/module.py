@@ -140,6 +140,10 @@ class TensorRt:
         else:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(ours)
+            # By default RTX runs new shapes with slow kernels and compiles theirs in the
+            # background: a recording made meanwhile would keep the slow ones for its life.
+            eager = self.module.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
             if cache is None:
                 cache = config.create_runtime_cache()
                 if (file := self._cache_file(cache_name)) and file.is_file():
@@ -162,8 +166,8 @@ class TensorRt:
             return  # without the cache, the kernels are compiled again
 
     def may_record(self, context: Any, stream: int) -> bool:
-        """True if a run can be captured as a CUDA graph now. RTX compiles kernels in the background
-        and cannot be captured before that is done."""
+        """True if a run can be captured as a CUDA graph now. RTX cannot be captured while it
+        compiles kernels."""
         return self.runtime_name == TENSORRT or context.is_stream_capturable(stream)
 
     def reason(self) -> str:

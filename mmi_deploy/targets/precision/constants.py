@@ -136,6 +136,14 @@ class Constants:
             lambda: converted(read(tensor), dtype, str(stored.name)),
         )
 
+    def add(
+        self, name: str, dtype: ir.DataType, shape: object, contents: Callable[[], Array]
+    ) -> ir.Value:
+        """Add a constant that is stored as it is. `contents` is called when it is written."""
+        value = self._initializer(name, dtype, shape, contents)
+        self._stored[value] = value
+        return value
+
     def make(
         self,
         source: ir.Value,
@@ -147,14 +155,20 @@ class Constants:
         """Add an initialiser derived from `source`. `contents` is called when it is written."""
         key = (source, name)
         if key not in self._made:
-            shape = ir.Shape([int(side) for side in shape])  # type: ignore[attr-defined]
-
-            def tensor() -> ir.TensorProtocol:
-                return ir.Tensor(contents(), dtype=dtype, shape=shape, name=name)
-
-            value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
-            value.const_value = ir.LazyTensor(tensor, dtype=dtype, shape=shape, name=name)
-            self._graph.register_initializer(value)
+            value = self._initializer(name, dtype, shape, contents)
             self._made[key] = value
             self._stored.setdefault(value, self._stored[source])
         return self._made[key]
+
+    def _initializer(
+        self, name: str, dtype: ir.DataType, sides: object, contents: Callable[[], Array]
+    ) -> ir.Value:
+        shape = ir.Shape([int(side) for side in sides])  # type: ignore[attr-defined]
+
+        def tensor() -> ir.TensorProtocol:
+            return ir.Tensor(contents(), dtype=dtype, shape=shape, name=name)
+
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
+        value.const_value = ir.LazyTensor(tensor, dtype=dtype, shape=shape, name=name)
+        self._graph.register_initializer(value)
+        return value

@@ -4,9 +4,9 @@ ONNX Runtime has no CPU kernels for bfloat16. A graph that was rewritten for a G
 to float32, and each of its fp16 or bf16 tensors is rounded where it is produced. Tensor cores do
 the same: they accumulate in float32 and round at the end; only the order of the sums differs.
 
-Some attention kernels keep logits in float32, others in float16, before or after the scale. Here
-logits are float32, but infinite beyond the float16 range before the scale: a graph that is correct
-only with float32 logits gives infinities.
+Some attention kernels keep logits in float32, others in float16. Here logits are float32, but
+infinite beyond the float16 range: a graph that is correct only with float32 logits gives
+infinities. The scale of logits is that of TensorRT, which rounds it (`attention_scale.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from mmi_deploy.targets.precision.attention_scale import rounded_scale
+from mmi_deploy.targets.precision.ranges import attention_scale
 from mmi_deploy.targets.precision.recipes import FLOAT16, MAX_FINITE
 
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
@@ -24,14 +26,19 @@ _F32 = ir.TensorType(ir.DataType.FLOAT)
 _INFINITY = float("inf")
 
 
-def emulated(path: Path) -> ir.Model:
+def emulated(path: Path, rounded_scales: bool = True) -> ir.Model:
     """Convert the graph of `path` to float32 with the rounding of its types. Inputs and outputs are
-    float32."""
+    float32. rounded_scales: attention scales its logits as TensorRT does, else exactly."""
     model = ir.from_proto(onnx.load(path, load_external_data=False))
     ir.external_data.set_base_dir(model.graph, path.parent)
     graph = model.graph
     for node in list(graph):
-        if node.op_type == "Attention" and node.outputs[0].dtype == ir.DataType.FLOAT16:
+        if node.op_type != "Attention" or node.outputs[0].dtype not in _NARROW:
+            continue
+        if rounded_scales and "scale" not in node.attributes:
+            scale = rounded_scale(int(node.inputs[0].shape[-1]), node.outputs[0].dtype)
+            node.attributes["scale"] = ir.AttrFloat32("scale", scale)
+        if node.outputs[0].dtype == ir.DataType.FLOAT16:
             _overflowing_attention(graph, node)
     outputs = {value: str(value.name) for value in graph.outputs if value.dtype in _NARROW}
     for node in list(graph):
@@ -85,8 +92,8 @@ def _round(graph: ir.Graph, value: ir.Value, stored: bool = False) -> None:
 
 
 def _overflowing_attention(graph: ir.Graph, node: ir.Node) -> None:
-    """Replace an Attention on [b, h, t, d] by operators in float32, with infinite logits where the
-    unscaled logits exceed the float16 range."""
+    """Replace an Attention on [b, h, t, d] by operators in float32, with infinite logits where they
+    exceed the float16 range."""
     query, key, value = node.inputs[:3]
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     assert query is not None and key is not None and value is not None
@@ -115,11 +122,10 @@ def _overflowing_attention(graph: ir.Graph, node: ir.Node) -> None:
         return tape.op("Reshape", [tiled, shape])
 
     turned = tape.op("Transpose", [per_head(key, width)], {"perm": [0, 1, 3, 2]})
-    logits = tape.op("MatMul", [wide(query), turned])
+    scaled = tape.op("Mul", [wide(query), number(attention_scale(node))])
+    logits = tape.op("MatMul", [scaled, turned])
     outside = tape.op("Greater", [tape.op("Abs", [logits]), number(MAX_FINITE[FLOAT16])])
     logits = tape.op("Where", [outside, tape.op("Mul", [logits, number(_INFINITY)]), logits])
-    scale = node.attributes.get_float("scale", width**-0.5)
-    logits = tape.op("Mul", [logits, number(scale)])
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         logits = tape.op("Where", [mask, logits, number(-_INFINITY)])
     elif mask is not None:

@@ -2,8 +2,9 @@
 
 The portable graph runs in ONNX Runtime with the peak magnitude of every float tensor as an extra
 output. The logits of Attention are internal to the operator; the norms of its queries and keys
-bound them before the scale, since kernels differ in when they scale. Unscaled logits are what
-overflows float16 in the U-Net of Stable Diffusion 2.1 and makes its pictures black.
+bound them. They are bounded after the scale: TensorRT multiplies queries and keys by its root
+before their product, so that no kernel forms unscaled logits, which are what overflows float16 in
+the U-Net of Stable Diffusion 2.1 elsewhere and makes its pictures black.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _ATTENTION = "Attention"
 
 @dataclass(frozen=True)
 class Ranges:
-    """Activation ranges of one graph. peaks: tensor -> peak magnitude. logits: output of an
-    Attention -> bound of its unscaled logits. runs: number of calibration inputs."""
+    """Activation ranges of one graph. peaks: tensor -> peak magnitude. scaled_logits: output of an
+    Attention -> bound of its logits. runs: number of calibration inputs."""
 
     peaks: Mapping[str, float]
-    logits: Mapping[str, float]
+    scaled_logits: Mapping[str, float]
     runs: int
 
     def save(self, path: Path) -> None:
@@ -53,7 +54,7 @@ class Ranges:
         """Tensors that exceed `greatest` on inputs `margin` times as large, and outputs of
         attentions whose logits do."""
         found = {**self.peaks}
-        for name, bound in self.logits.items():
+        for name, bound in self.scaled_logits.items():
             found[name] = max(bound, found.get(name, 0.0))
         return {name for name, peak in found.items() if not peak * margin <= greatest}
 
@@ -66,6 +67,13 @@ def islands(graph: ir.Graph, beyond: Collection[str]) -> set[str]:
         if any(value is not None and value.name in beyond for value in touched):
             names |= {str(value.name) for value in node.outputs}
     return names
+
+
+def attention_scale(node: ir.Node) -> float:
+    """Scale of the logits of an Attention on [b, h, t, d]."""
+    query = node.inputs[0]
+    assert query is not None and query.shape is not None
+    return float(node.attributes.get_float("scale", int(query.shape[-1]) ** -0.5))
 
 
 def measure_ranges(model: ir.Model, folder: Path, runs: Iterable[Arrays]) -> Ranges:
@@ -114,9 +122,12 @@ def _add_peak_outputs(graph: ir.Graph) -> tuple[list[str], list[str]]:
         tensors += [value for value in node.outputs if value.dtype in FLOATS]
         if node.op_type == _ATTENTION:
             attentions.append(node)
-    bounds = [
-        tape.op("Mul", [longest(node.inputs[0]), longest(node.inputs[1])]) for node in attentions
-    ]
+    bounds = []
+    for node in attentions:
+        query, key = node.inputs[:2]
+        scale = tape.op("Constant", [], {"value_float": attention_scale(node)})
+        longest_query = tape.op("Mul", [longest(query), scale])
+        bounds.append(tape.op("Mul", [longest_query, longest(key)]))
     for name, values in ((_PEAKS, [peak(value) for value in tensors]), (_LOGITS, bounds)):
         if values:
             output = tape.op("Concat", values, {"axis": 0})

@@ -84,6 +84,21 @@ class Recipe:
     fp32_operators: tuple[str, ...] = ("Softmax", "GridSample")
     margin: float = 4.0
 
+    @property
+    def min_batch(self) -> int:
+        """Rows that engines of the recipe must be built for at least.
+
+        In a batch of exactly one, TensorRT-RTX 1.7.1 does not fuse the product with a weight that
+        has one scale per channel: every token then writes the weight dequantised.
+        """
+        schemes = [
+            scheme
+            for weights in self.weights.values()
+            for scheme in (weights.scheme, *(other for _, other in weights.overrides))
+        ]
+        per_channel = any(scheme is not None and not scheme.block for scheme in schemes)
+        return 2 if per_channel else 1
+
     def activations_on(self, runtime: str) -> str:
         """Type of activations on the backend `runtime`. Raises `ConfigError` where it is
         refused."""

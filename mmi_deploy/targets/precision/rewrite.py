@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.targets.precision.attention_scale import fold_scales
 from mmi_deploy.targets.precision.constants import FLOATS, ONNX, Constants
 from mmi_deploy.targets.precision.ranges import Ranges, islands
 from mmi_deploy.targets.precision.recipes import FLOAT32, MAX_FINITE, Recipe
@@ -40,7 +41,7 @@ def rewrite(
     model = read_model(source, graph)
     constants = Constants(model.graph)
     if activations != FLOAT32:
-        _lower(model.graph, constants, typed_graph, recipe, activations, ranges)
+        _lower(model.graph, constants, typed_graph, recipe, activations, ranges, runtime)
     if graph.name in recipe.weights:
         quantise_products(model.graph, constants, recipe.weights[graph.name], runtime)
     _tidy(model)
@@ -86,6 +87,13 @@ def read_model(source: Path, graph: Graph) -> ir.Model:
 _ONNX_OF = {FLOAT32: F32, "int64": ir.DataType.INT64, "int32": ir.DataType.INT32}
 
 
+# Graphs whose attentions beyond the range of float16 compute in float32; those of others do in
+# bfloat16. For one query over the KV cache TensorRT-RTX fuses float32, with the casts inside, while
+# bfloat16 would cast the whole cache in every layer and token. Of many queries it fuses 16 bits
+# alone: float32 has the matrix of all queries and keys in memory.
+_FLOAT32_ATTENTION = ("llm",)
+
+
 def _lower(
     graph: ir.Graph,
     constants: Constants,
@@ -93,12 +101,18 @@ def _lower(
     recipe: Recipe,
     activations: str,
     ranges: Ranges | None,
+    runtime: str,
 ) -> None:
     low = {tensor.name for tensor in (*contract.inputs, *contract.outputs) if tensor.activation}
     beyond = ranges.beyond(MAX_FINITE[activations], recipe.margin) if ranges else set()
     _check_contract(graph.name, beyond & low, activations)
     dtype = ONNX[activations]
-    typed = NodeTypes(graph, constants, dtype, recipe.fp32_operators, islands(graph, beyond), low)
+    wide = F32 if contract.name in _FLOAT32_ATTENTION else ir.DataType.BFLOAT16
+    typed = NodeTypes(
+        graph, constants, dtype, recipe.fp32_operators, islands(graph, beyond), low, wide
+    )
+    if BACKENDS[runtime].plugin:
+        fold_scales(graph, constants, typed)
     for value in graph.inputs:
         if value.name in low:
             value.type = ir.TensorType(dtype)

@@ -10,6 +10,8 @@ have that type, as strongly typed builders require. These nodes compute in float
 * nodes that write or read a tensor that the range check found (`ranges.py`);
 * nodes without weights between two of these.
 
+Attention may have a type of its own in place of float32, for those that the range check found.
+
 Norms compute their statistics in float32 by ONNX's rule (`stash_type`), attention its softmax.
 Tables and null value of MMFS are float32 by the definition of the operator.
 """
@@ -63,11 +65,14 @@ class NodeTypes:
         fp32_operators: Collection[str],
         fp32_outputs: Collection[str] = (),
         low_inputs: Collection[str] = (),
+        wide_attention: ir.DataType = F32,
     ) -> None:
         """fp32_outputs: names of values whose nodes stay in float32. low_inputs: inputs of the
-        graph that have the lower type."""
+        graph that have the lower type. wide_attention: type of an Attention that does not compute
+        in the lower type."""
         self._graph, self._constants, self._low = graph, constants, activations
         self._low_inputs = set(low_inputs)
+        self._wide_attention = wide_attention
         self._islands = self._fixed_islands(fp32_operators, fp32_outputs)
         self._types: dict[ir.Node, ir.DataType | None] = {}
         for node in graph:
@@ -154,13 +159,13 @@ class NodeTypes:
         """Type by the inputs of `node`. None where the readers decide: no input has a float type
         yet, only constants and integers."""
         if node in self._islands:
-            return F32
+            return self._wide_attention if node.op_type == "Attention" else F32
         found = {
             self._type_of(value)
             for value in node.inputs
             if value is not None and value.dtype in FLOATS
         }
-        if self._low in found or self._resets_type(node):
+        if found & {self._low, self._wide_attention} - {F32} or self._resets_type(node):
             return self._low
         return F32 if F32 in found or (node.op_type == "Cast" and not found) else None
 

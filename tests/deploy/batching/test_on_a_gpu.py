@@ -86,3 +86,11 @@ def test_warm_up_runs_every_engine_and_measures_it(tmp_path: Path) -> None:
     assert text == wanted and len(pictures) == len(drawn)
     assert all((one == other).all() for one, other in zip(pictures, drawn, strict=True))
     assert not gpu.cuda.faults
+
+
+def test_kernels_of_rtx_are_saved_when_a_document_ends(tmp_path: Path) -> None:
+    bundle = fake_bundle(tmp_path / "bundle", fake_config(), LIMITS)
+    gpu = machine(bundle, add_target(bundle, "float16", rtx=True))
+    with BatchEngine(gpu.runtime, slots=3, warm_up=False) as engine:
+        list(engine.submit(DOCUMENTS[0], options(0)))
+        assert {path.name.partition("-")[0] for path in (tmp_path / "kernels").iterdir()} >= {"llm"}

@@ -21,6 +21,7 @@ from deploy.bundle.test_bundle import GOOD, NAMES, fill
 from deploy.targets.fake_tensorrt import FakePlugin, Script, fake_tensorrt
 from mmi_deploy.bundle.build_report import BUILD_ONLY, describe_targets, read_report
 from mmi_deploy.bundle.bundle import Bundle, write_bundle
+from mmi_deploy.bundle.kernel_plan import Kernel, ProfilePlan
 from mmi_deploy.cli.app import run
 from mmi_deploy.errors import BundleError, ConfigError, EngineError, MmiError
 from mmi_deploy.spec.backends import TENSORRT_RTX
@@ -483,3 +484,61 @@ def test_what_cannot_be_built_is_refused_in_one_line(
     assert code == 2 and not out and len(err.splitlines()) == 1
     assert re.search(line, err), err
     assert not bundle.targets
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "int4", "mixed"])
+def test_weights_with_a_scale_per_channel_take_two_rows(
+    request_for: Callable[..., Request], precision: str
+) -> None:
+    """In a batch of exactly one they would be written dequantised (test_plan_rules.py). The head of
+    int4 has one scale per channel too."""
+    one, two = (Limits(context=64, batch=rows) for rows in (1, 2))
+    line = rf"precision {precision} cannot be built for 1 row: .* expected at least 2. Give --max-"
+    with pytest.raises(ConfigError, match=line):
+        plan_engines(request_for(precision=precision, limits=one))
+    assert plan_engines(request_for(precision=precision, limits=two))
+    assert plan_engines(request_for(precision=precision, limits=one, graphs=("vae_decoder",)))
+    assert plan_engines(request_for(limits=one))
+
+
+def test_a_bundle_for_one_row_says_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "single"
+    with write_bundle(folder, tiny(), Limits(context=64, batch=1)) as writer:
+        fill(writer, proved=())
+        for name in NAMES:
+            onnx.save(small_model(name), writer.graph_file(name))
+            writer.add_receipt(name, "the model", [GOOD])
+    plugin = Plugin("build-only:1", True, no_module, register, same, accept)
+    target = Target(TENSORRT_RTX, "sm89", "int8")
+    asked = Request(Bundle.open(folder), (target,), recipe("int8"), ("llm",), plugin, "1.7.1")
+    with pytest.raises(ConfigError, match="Export the bundle for more rows"):
+        plan_engines(asked)
+
+
+class WastefulBuilder(Builder):
+    """Builds engines that write a weight dequantised, in each profile."""
+
+    def __call__(self, job: Job, progress: Progress) -> MeasuredBuild:
+        measured = super().__call__(job, progress)
+        weight = Kernel(
+            name="k", kind="kgen", constants=("w:Int8[64,64]",), outputs=("d:Half[64,64]",)
+        )
+        plans = tuple(ProfilePlan(profile=p.name, kernels=(weight,)) for p in job.profiles)
+        return replace(measured, built=replace(measured.built, plans=plans))
+
+
+def test_an_engine_whose_kernels_break_a_fatal_rule_is_not_taken(
+    bundle: Bundle, request_for: Callable[..., Request], cache: EngineCache
+) -> None:
+    """Neither when it is built nor when it lies in the cache; --force takes it, and says it."""
+    asked, builder = request_for(graphs=("llm",)), WastefulBuilder()
+    for _ in range(2):
+        with pytest.raises(EngineError, match="engine of llm would be slow: k writes a weight of"):
+            build(asked, cache, builder)
+    assert len(builder.jobs) == 1 and not bundle.targets
+    (report,) = build(replace(asked, force=True), cache, builder)
+    (llm,) = report.graphs
+    assert [(one.rule, one.profile) for one in llm.findings] == [("dequantised weights", "decode")]
+    assert [plan.profile for plan in llm.plans] == ["prefill", "decode"]
+    found = read_report(bundle.target_folder(report.target))
+    assert found is not None and found.graphs[0].plans == llm.plans

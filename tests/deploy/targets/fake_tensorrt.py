@@ -11,7 +11,8 @@ from typing import Any
 @dataclass
 class Script:
     """Scripted events: lines logged while parsing, (node, operator, text) of parser errors, lines
-    logged as errors while building, pieces of the engine, layer types."""
+    logged as errors while building, pieces of the engine, layer types. inspected: JSON of the
+    engine inspector, which takes a GPU; None for an engine that cannot be loaded."""
 
     parse_lines: Sequence[tuple[str, str]] = ()
     parse_errors: Sequence[tuple[str, str, str]] = ()
@@ -19,6 +20,7 @@ class Script:
     pieces: Sequence[bytes] = (b"eng", b"ine")
     layers: Sequence[str] = ("PLUGIN_V3", "CAST", "CAST")
     steps: int = 2
+    inspected: str | None = None
     seen: dict[str, Any] = field(default_factory=dict)
 
 
@@ -101,6 +103,17 @@ def fake_tensorrt(script: Script, version: str = "1.7.1") -> Any:
                 return False
             return all(writer.write(piece) == len(piece) for piece in script.pieces)
 
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, engine: bytes) -> Any:
+            script.seen["inspected"] = engine
+            if script.inspected is None:
+                return None
+            inspector = SimpleNamespace(get_engine_information=lambda form: script.inspected)
+            return SimpleNamespace(create_engine_inspector=lambda: inspector)
+
     class OnnxParser:
         def __init__(self, network: Any, logger: Any) -> None:
             self.logger = logger
@@ -125,6 +138,9 @@ def fake_tensorrt(script: Script, version: str = "1.7.1") -> Any:
         IProgressMonitor=Base,
         IStreamWriter=Base,
         Builder=Builder,
+        Runtime=Runtime,
+        LayerInformationFormat=SimpleNamespace(JSON="JSON"),
+        ProfilingVerbosity=SimpleNamespace(DETAILED="DETAILED"),
         OnnxParser=OnnxParser,
         IGridSampleLayer=GridSampleLayer,
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),

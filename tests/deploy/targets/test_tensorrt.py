@@ -4,6 +4,7 @@ scripted fake here; test_tensorrt_rtx_build.py has a real one."""
 from __future__ import annotations
 
 import errno
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -264,3 +265,33 @@ def test_open_tensorrt_checks_version_and_architecture(job: Job) -> None:
     assert open_tensorrt(plugin, TENSORRT_RTX, "sm89").__version__ == "1.7.1"
     with pytest.raises(ConfigError, match="does not build for sm100"):
         open_tensorrt(plugin, TENSORRT_RTX, "sm100")
+
+
+# --- kernels of the engine -----------------------------------------------------------------------
+
+LAYERS = (
+    "Layers:\nName: k_myl0_0, LayerType: kgen, Inputs: [], Constants: [], Outputs: [], "
+    "TacticName: , StreamId: 0, Metadata: \nName: k [profile 1]_myl1_0, LayerType: gemm, "
+    "Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata: "
+)
+
+
+def test_the_builder_is_asked_for_its_kernels_and_they_are_read(job: Job) -> None:
+    script = Script(parse_lines=[("VERBOSE", LAYERS)])
+    built = run(script, job)
+    assert script.seen["config"].profiling_verbosity == "DETAILED"
+    assert [(plan.profile, len(plan.kernels)) for plan in built.plans] == [
+        ("prefill", 1),
+        ("decode", 1),
+    ]
+    assert built.warnings == () and "inspected" not in script.seen
+
+
+def test_tensorrt_on_a_gpu_is_asked_for_the_kernels_that_its_log_lacks(job: Job) -> None:
+    kernel = {"Name": "k_myl0_0", "LayerType": "kgen", "Inputs": [], "Outputs": []}
+    script = Script(inspected=json.dumps({"Layers": [kernel]}))
+    (plan,) = run(script, job, runtime=TENSORRT).plans
+    assert plan.profile == "prefill" and plan.kernels[0].name == "k"
+    assert script.seen["inspected"] == b"engine"
+    assert run(Script(), job, runtime=TENSORRT).plans == (), "it cannot be loaded"
+    assert run(Script(), job).plans == (), "RTX cannot load it without a GPU"

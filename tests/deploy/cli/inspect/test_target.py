@@ -13,10 +13,26 @@ import pytest
 from exports import Exported
 from mmi_deploy.bundle.build_report import REPORT, GraphReport, TargetReport
 from mmi_deploy.bundle.bundle import Bundle, write_target
+from mmi_deploy.bundle.kernel_plan import Finding, Kernel, ProfilePlan
 from mmi_deploy.cli.app import run
 from mmi_deploy.parity import Case
 
 TARGET = "tensorrt-rtx-sm89-fp16"
+
+# 3 MB of weights, 3 kB read and 1 kB written: 10.01 µs at 300 GB/s.
+GEMM = Kernel(
+    name="node_linear",
+    kind="gemm",
+    nodes=("node_linear",),
+    inputs=("x:Half[-1,1500]",),
+    constants=("w:Half[1500,1000]",),
+    outputs=("y:Half[-1,500]",),
+)
+PREFILL = ProfilePlan(profile="prefill", kernels=(Kernel(name="s", kind="shape_call"),))
+DECODE = ProfilePlan(profile="decode", kernels=(GEMM, GEMM, Kernel(name="s", kind="shape_call")))
+COPY = Finding(
+    rule="copies of the KV cache", profile="decode", what="a copies b", why="costly", bytes=10**6
+)
 
 
 @pytest.fixture
@@ -49,6 +65,8 @@ def bundle(exported_once: Callable[[str], Exported], tmp_path: Path) -> Path:
                     peak_bytes=5_000_000,
                     error=0.1,
                     tolerance=1.0,
+                    findings=(COPY, COPY),
+                    plans=(PREFILL, DECODE),
                 ),
             ),
         )
@@ -96,3 +114,47 @@ def test_the_weights_that_suffer_most_come_first(
     assert errors == sorted(errors, reverse=True) and errors[0] > 0
     assert run(["inspect", "sensitivity", str(bundle), "--precision", "fp16"]) == 2
     assert "precision fp16 quantises no weights" in capsys.readouterr().err
+
+
+def test_a_plan_shows_kernels_bytes_and_the_time_that_they_take_at_least(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", "target", str(bundle), TARGET, "--plan"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "a token: 2 kernels, 2.0 kB written between them" in shown
+    assert "llm decode 2 6.0 MB 6.0 kB 2.0 kB 20 µs" in shown and "at least on l4" in shown
+    assert "llm prefill 0" in shown
+    assert "gemm 2 6.0 MB 100%" in shown
+    assert "copies of the KV cache (decode), 2 times: a copies b; 2.0 MB in vain" in shown
+    assert run(["inspect", "target", str(bundle), TARGET, "--plan", "--gpu", "h100", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    prefill, decode = report["graphs"][0]["plans"]
+    assert prefill["kernels"] == 0 and decode["kernels"] == 2
+    assert decode["weight_bytes"] == 2 * 3_000_000 and decode["read_bytes"] == 2 * 3000
+    assert decode["seconds"] == pytest.approx(2 * 3_004_000 / 3350e9)
+    assert decode["list"][0]["outputs"] == ["y:Half[-1,500]"]
+
+
+def test_kernels_are_shown_when_they_are_asked_for(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ((TARGET, "--json"), ("--json",)):
+        assert run(["inspect", "target", str(bundle), *words]) == 0
+        said = capsys.readouterr().out
+        assert "node_linear" not in said and "copies of the KV cache" in said
+    assert run(["inspect", "target", str(bundle), "--plan"]) == 2
+    assert run(["inspect", "target", str(bundle), TARGET, "--gpu", "l4"]) == 2
+    assert run(["inspect", "target", str(bundle), TARGET, "--plan", "--gpu", "none"]) == 2
+    assert "unknown GPU" in capsys.readouterr().err
+
+
+def test_a_target_without_plans_says_how_to_get_them(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = bundle / "engines" / TARGET / REPORT
+    found = json.loads(report.read_text())
+    for graph in found["graphs"]:
+        del graph["plans"], graph["findings"]
+    report.write_text(json.dumps(found))
+    assert run(["inspect", "target", str(bundle), TARGET, "--plan"]) == 2
+    assert "without the plan of its kernels. build it again" in capsys.readouterr().err

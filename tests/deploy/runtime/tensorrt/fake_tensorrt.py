@@ -39,6 +39,12 @@ class TensorLocation(IntEnum):
     HOST = 1
 
 
+class DynamicShapesKernelSpecializationStrategy(IntEnum):
+    LAZY = 0
+    EAGER = 1
+    NONE = 2
+
+
 class DataType(IntEnum):
     FLOAT = 0
     HALF = 1
@@ -133,6 +139,7 @@ class FakeTensorRt:
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     TensorLocation = TensorLocation
     DataType = DataType
+    DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
 
     def __init__(
         self,
@@ -148,6 +155,9 @@ class FakeTensorRt:
         self.used: list[Use] = []
         self.loads: list[str] = []
         self.recordable_after = 2 if rtx else 0
+        # Runs after new shapes that a lazy context does with fallback kernels, and those done or
+        # launched from a recording of them.
+        self.lazy_runs, self.fallbacks = 5, 0
         self.plugins: list[str] = []
         self.logger: Any = None
 
@@ -243,6 +253,8 @@ class ICudaEngine(Fake):
         if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
             raise Fault("the context allocates memory that nobody planned")
         context = IExecutionContext(self._world, self)
+        lazy = DynamicShapesKernelSpecializationStrategy.LAZY
+        context._lazy = isinstance(how, IRuntimeConfig) and how._specialization == lazy
         self._contexts.add(context)
         return context
 
@@ -264,6 +276,21 @@ class IRuntimeCache(Fake):
 
 class IRuntimeConfig(Fake):
     _strategy = ExecutionContextAllocationStrategy.STATIC
+    _specialization = DynamicShapesKernelSpecializationStrategy.LAZY
+
+    @property
+    def dynamic_shapes_kernel_specialization_strategy(
+        self,
+    ) -> DynamicShapesKernelSpecializationStrategy:
+        return self._specialization
+
+    @dynamic_shapes_kernel_specialization_strategy.setter
+    def dynamic_shapes_kernel_specialization_strategy(
+        self, strategy: DynamicShapesKernelSpecializationStrategy
+    ) -> None:
+        name = "dynamic_shapes_kernel_specialization_strategy"
+        self._world.used.append((type(self).__name__, name, None))
+        self._specialization = strategy
 
     def set_execution_context_allocation_strategy(
         self, strategy: ExecutionContextAllocationStrategy
@@ -288,6 +315,7 @@ class IExecutionContext(Fake):
         self._unsettled = True  # shapes are new: TensorRT allocates at the next run
         self._reshaped = 0  # how often they were
         self._asked = 0
+        self._lazy, self._since = False, 0  # runs since the shapes were new
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self._world.cuda.stream(stream_handle)
@@ -316,6 +344,7 @@ class IExecutionContext(Fake):
         if self._shapes.get(name) != shape:
             self._unsettled = True
             self._reshaped += 1
+            self._since = 0
         self._shapes[name] = shape
         return True
 
@@ -350,6 +379,8 @@ class IExecutionContext(Fake):
         run = _Run(self._world, about, dict(self._shapes), dict(self._addresses), self._scratch)
         run.check()
         run.context, run.reshaped = self, self._reshaped
+        run.fallback = self._lazy and self._since < self._world.lazy_runs
+        self._since += 1
         cuda.enqueue(stream_handle, run)
         return True
 
@@ -369,6 +400,7 @@ class _Run:
         self.addresses = addresses
         self.context: IExecutionContext | None = None
         self.reshaped = 0
+        self.fallback = False  # with kernels for any shape; a recording keeps them
         self.shapes = shapes | _output_shapes(about, shapes)
         self.host = {name: self._view(name).copy() for name in about["host"]}
 
@@ -403,6 +435,7 @@ class _Run:
 
     def __call__(self) -> None:
         self.check()
+        self.world.fallbacks += self.fallback
         if self.scratch[1]:
             self.world.cuda.find(*self.scratch, DEVICE)[...] = GARBAGE
         inputs = {name: self._view(name).copy() for name in self.about["inputs"]} | self.host

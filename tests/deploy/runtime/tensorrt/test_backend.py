@@ -416,3 +416,16 @@ def test_documents_that_take_turns_keep_their_recordings(bundle: Bundle) -> None
             session.append_text([5 + token % 7])
             np.testing.assert_array_equal(session.next_logits(), logits[2 * token + index])
     assert not gpu.cuda.faults
+
+
+def test_kernels_of_rtx_are_saved_at_the_end_of_a_document(tmp_path: Path) -> None:
+    """A service that is killed later has not compiled them in vain."""
+    bundle = fake_bundle(tmp_path / "bundle", fake_config(), LIMITS)
+    gpu = machine(bundle, add_target(bundle, "float16", rtx=True))
+    kernels = tmp_path / "kernels"
+    assert not kernels.exists()
+    told(gpu.runtime)
+    names = {path.name.partition("-")[0] for path in kernels.iterdir()}
+    assert names >= {"llm", "denoise_step", "vision_encoder", "vae_decoder"}
+    assert gpu.tensorrt.loads, "the engines are still loaded"
+    gpu.runtime.close()

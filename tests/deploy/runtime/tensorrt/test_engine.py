@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -523,3 +524,51 @@ def test_a_bound_plan_sees_new_contents_and_survives_unloading(bench: Bench) -> 
     host["write_index"].write(np.array([0]))
     with pytest.raises(EngineError, match="bound outputs differ in total"):
         engine.bind(host, {})
+
+
+def launched_with(bench: Bench) -> tuple[int, int]:
+    """Runs of one engine with RTX's fallback kernels, and those launched from a recording."""
+    engine, given = bench.engine(), on_device(bench, inputs())
+    total = bench.memory.allocate((1, 2, 3), np.float32)
+    for _ in range(12):
+        engine.run(given, {"total": total})
+    bench.memory.wait()
+    return bench.module.fallbacks, engine.launches or 0
+
+
+def test_recordings_do_not_hold_the_fallback_kernels_of_rtx(tmp_path: Path) -> None:
+    """A lazy context is recorded in its second run, before its own kernels are compiled, and the
+    recording keeps the slow ones: all runs have them."""
+    bench = Bench(tmp_path, rtx=True)
+    bench.module.recordable_after = 0
+    assert launched_with(bench) == (0, 11)
+    lazy = Bench(tmp_path, rtx=True)
+    lazy.module.recordable_after = 0
+    strategy = lazy.module.DynamicShapesKernelSpecializationStrategy
+    lazy.module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=strategy.LAZY)
+    assert launched_with(lazy) == (12, 11)
+
+
+def test_kernels_are_saved_while_the_engine_lives_and_not_too_often(tmp_path: Path) -> None:
+    """At the first document, then whenever twice as many shapes were compiled."""
+    bench = Bench(tmp_path, rtx=True)
+    engine = bench.engine()
+    engine.save_kernels()
+    assert not (tmp_path / "kernels").exists(), "nothing is compiled yet"
+    saved = []
+    for count in range(1, 9):
+        engine.run(shaped(bench, 1 + count % 2, 1 + count // 2))
+        before = bench.module.used.count(("IRuntimeCache", "serialize", ()))
+        engine.save_kernels()
+        saved.append(bench.module.used.count(("IRuntimeCache", "serialize", ())) - before)
+    assert saved == [1, 1, 0, 1, 0, 0, 0, 1]
+    (file,) = (tmp_path / "kernels").iterdir()
+    assert file.read_bytes() == b"kernels"
+
+
+def test_tensorrt_has_no_kernels_to_save(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    engine = bench.engine()
+    engine.run(on_device(bench, inputs()))
+    engine.save_kernels()
+    assert not (tmp_path / "kernels").exists()

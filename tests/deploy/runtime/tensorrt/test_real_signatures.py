@@ -33,6 +33,7 @@ from mmi_deploy.runtime.tensorrt.module import INSTALL, TensorRt, import_tensorr
 MODULES = {"tensorrt": "tensorrt_lean_bindings", "tensorrt-rtx": "tensorrt_rtx"}
 
 ENUMS = ("ExecutionContextAllocationStrategy", "TensorLocation", "DataType")
+RTX_ENUMS = ("DynamicShapesKernelSpecializationStrategy",)
 
 
 def real_module(runtime: str) -> Any:
@@ -165,12 +166,16 @@ def test_tensorrts_calls_are_real(made: Any) -> None:
         "get_tensor_profile_shape", "get_aliased_input_tensor", "get_tensor_location",
     }  # fmt: skip
     if runtime == "tensorrt-rtx":
-        assert methods >= {"is_stream_capturable", "create_runtime_cache", "set_runtime_cache"}
+        assert methods >= {
+            "is_stream_capturable", "create_runtime_cache", "set_runtime_cache",
+            "dynamic_shapes_kernel_specialization_strategy",
+        }  # fmt: skip
 
 
 def test_tensorrts_enumerations_are_real(made: Any) -> None:
     module = real_module(made[0])
-    for name in ENUMS:
+    names = [*ENUMS, *(RTX_ENUMS if made[0] == "tensorrt-rtx" else ())]
+    for name in names:
         for member in getattr(fake_tensorrt, name):
             assert int(getattr(getattr(module, name), member.name)) == int(member)
     for member in fake_tensorrt.Severity:
