@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import TokenConfig
 from mmi_train.data.packing import pack
 
@@ -43,6 +44,12 @@ def packed(documents, **options):
         (row.token_ids.tolist(), row.images)
         for row in pack(documents, TOKENS, visual_tokens=2, **options)
     ]
+
+
+def test_a_row_shorter_than_an_image_is_refused():
+    with pytest.raises(ConfigError, match="shorter than one image"):
+        packed([([1, 9, 3, 4, 4], "a")], length=2)
+    assert packed([([3, 4, 4, 9], "a")], length=3) == [([3, 4, 4], ("a",))]
 
 
 def test_an_image_is_never_cut_in_two():

@@ -127,6 +127,19 @@ def test_vae_is_diffusers_autoencoder_on_scaled_latents(patch: int) -> None:
     torch.testing.assert_close(vae.decode_unclipped(latents), decoded / 2 + 0.5)
 
 
+def test_pictures_are_encoded_in_float32_and_a_few_at_a_time(
+    decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = normal(5, 3, 64, 64).sigmoid()
+    expected = decoder.vae.encode(pixels)
+    monkeypatch.setattr("mmi_train.model.image_decoder.ENCODED_AT_ONCE", 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decoder.encode(pixels)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_condition_reads_the_context_and_no_padding(decoder: ImageDecoder) -> None:
     width = tiny().llama.width
     context = normal(2, 9, width)

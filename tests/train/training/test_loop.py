@@ -19,7 +19,7 @@ from torch import nn
 from mmi_deploy.errors import WeightsError
 from mmi_train.training.checkpoints import RunState, latest_checkpoint, save_checkpoint
 from mmi_train.training.loop import RunConfig, train
-from mmi_train.training.optimiser import OptimiserConfig
+from mmi_train.training.optimiser import GroupRule, OptimiserConfig
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 OPTIMISER = OptimiserConfig(
@@ -40,8 +40,8 @@ class Regression:
         ).to(memory_format=torch.channels_last)
         self.pause = pause
 
-    def describe(self) -> str:
-        return "a small regression"
+    def describe(self) -> dict[str, object]:
+        return {"model": "a small regression"}
 
     def losses(self, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         time.sleep(self.pause)
@@ -119,7 +119,7 @@ def test_only_checkpoints_as_they_were_written_are_removed(tmp_path):
     model = nn.Linear(2, 2)
     optimiser = torch.optim.AdamW(model.parameters())
     for step in range(1, 6):
-        progress = RunState(step, "mark")
+        progress = RunState(step, {})
         path = save_checkpoint(tmp_path, model, model.state_dict(), optimiser, progress, keep=2)
         assert latest_checkpoint(tmp_path) == path
         if step == 2:
@@ -133,8 +133,43 @@ def test_only_checkpoints_as_they_were_written_are_removed(tmp_path):
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     train(Regression(), OPTIMISER, RUN, tmp_path)
-    with pytest.raises(WeightsError, match="other settings"):
+    with pytest.raises(WeightsError, match="other settings.*rate 0.01.*rate 0.02"):
         train(Regression(), replace(OPTIMISER, rate=2e-2), RUN, tmp_path)
+    with pytest.raises(WeightsError, match=r"start new weights.*start other weights"):
+        train(Regression(), OPTIMISER, RUN, tmp_path, start="other weights")
+
+
+def test_a_run_may_log_otherwise_and_go_on_for_longer(tmp_path, undisturbed):
+    """While the rate is flat its weights do not depend on the number of steps."""
+    flat = replace(OPTIMISER, schedule="flat_then_cool", cool_from=1.0)
+    train(Regression(), replace(flat, steps=20), RUN, tmp_path / "longer")
+    often = replace(RUN, log_every=1, checkpoint_every=7, keep=3)
+    train(Regression(), flat, often, tmp_path / "longer")
+    train(Regression(), flat, RUN, tmp_path / "at-once")
+    assert_equal(weights(tmp_path / "longer"), weights(tmp_path / "at-once"))
+    cooling = replace(flat, cool_from=0.6)
+    train(Regression(), replace(cooling, steps=20), RUN, tmp_path / "cooled")
+    with pytest.raises(WeightsError, match=r"steps 20.*steps 40"):
+        train(Regression(), cooling, RUN, tmp_path / "cooled")
+    train(Regression(), replace(OPTIMISER, steps=20), RUN, tmp_path / "cosine")
+    with pytest.raises(WeightsError, match=r"steps 20.*steps 40"):
+        train(Regression(), OPTIMISER, RUN, tmp_path / "cosine")
+
+
+def test_a_checkpoint_holds_what_learns_and_knows_the_rest_by_its_checksum(tmp_path):
+    frozen = replace(OPTIMISER, rules=(GroupRule(r"^4\.", rate=0.0),))
+    average = train(Regression(), frozen, RUN, tmp_path)
+    names = {"0.weight", "0.bias", "3.weight", "3.bias"}
+    assert average.keys() == names
+    found = weights(tmp_path)
+    assert {name for name in found if name.startswith("model:")} == {f"model:{n}" for n in names}
+    assert not any(":4." in name for name in found)
+    train(Regression(), frozen, RUN, tmp_path)  # resumes
+    other = Regression()
+    with torch.no_grad():
+        other.module[4].bias[0] += 1e-6
+    with pytest.raises(WeightsError, match="frozen"):
+        train(other, frozen, RUN, tmp_path)
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mmi_deploy.spec.presets import released_13b
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.presets import released_13b, tiny
 from mmi_train.checkpoint_import.published import DerivedConstant, rename
+from mmi_train.data.synthetic.vocabulary import build_tokenizer
+from mmi_train.data.synthetic.world import easy
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.optimiser import (
     TABLE_11,
@@ -18,6 +22,7 @@ from mmi_train.training.optimiser import (
     parameter_groups,
     set_rate,
 )
+from mmi_train.training.stages.interleaved import InterleavedStage
 
 PUBLISHED = OptimiserConfig(
     rate=1e-4, steps=15000, warmup=1000, weight_decay=0.05, betas=(0.9, 0.995), eps=1e-6
@@ -68,6 +73,40 @@ def test_frozen_parameters_are_those_of_the_published_run(released, settings, go
 )
 def test_groups_are_those_of_table_11(settings, name, rate, decay):
     assert settings[name] == pytest.approx((rate, decay))
+
+
+def test_all_trained_tensors_have_the_published_decay(released, settings):
+    """Decayed are weights, but for those of `LayerNorm` itself; gates and offsets are not."""
+    assert len(settings) == 1628
+    for name, (rate, decay) in settings.items():
+        holder, _, kind = name.rpartition(".")
+        norm = type(released.get_submodule(holder)) is torch.nn.LayerNorm
+        spared = kind == "bias" or norm or "offset_proj" in name or name.endswith("look_back.gate")
+        assert decay == (0.0 if spared else 0.05), name
+        slow = "offset_proj" in name or (
+            name.startswith("image_decoder.unet.") and ".look_back." not in name
+        )
+        assert rate == pytest.approx(1e-5 if slow else 1e-4), name
+    assert settings["vision.encoder.spatial_prior.stem.1.weight"] == pytest.approx((1e-4, 0.05))
+
+
+def test_rules_hold_in_every_stage():
+    """Though a stage with auxiliary heads has the model's names behind one of its own."""
+    with torch.device("meta"):
+        model = MMInterleaved(tiny())
+        stage = InterleavedStage(model, build_tokenizer(), easy())
+    rules = tuple(rule for rule in TABLE_11 if "null_value" not in rule.pattern)
+    parameter_groups(stage.module, replace(PUBLISHED, rules=rules))
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    assert {name.split(".")[0] for name in frozen} >= {"llm", "image_decoder", "vision", "head"}
+    assert "head.head.weight" in frozen and "llm.embed_tokens.weight" in frozen
+
+
+def test_a_rule_that_matches_nothing_is_refused():
+    model = torch.nn.ModuleDict({"offset": torch.nn.Linear(2, 2)})
+    rules = (GroupRule("offset"), GroupRule(r"^lm\."))
+    with pytest.raises(ConfigError, match=r"match no parameter.*\^lm"):
+        parameter_groups(model, replace(PUBLISHED, rules=rules))
 
 
 def test_the_first_matching_rule_wins():

@@ -22,7 +22,12 @@ from mmi_deploy.spec.presets import tiny
 from mmi_deploy.spec.schedule import Schedule, read_schedule
 from mmi_deploy.system.safetensors_writer import ALIGNMENT
 from mmi_export.tracing.stored_weights import stored_weights
-from mmi_train.training.checkpoints import RunState, load_checkpoint, save_checkpoint
+from mmi_train.training.checkpoints import (
+    RunState,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from mmi_train.weights import lazy_tensor
 from mmi_train.weights.lazy_tensor import InFile, InMemory, Rows, Stacked
 from mmi_train.weights.model_folder import WEIGHTS, load_model
@@ -184,15 +189,20 @@ def test_a_damaged_checkpoint_of_a_run_is_told(tmp_path):
     module = nn.Linear(2, 2)
     average = {name: value.clone() for name, value in module.state_dict().items()}
     optimiser = torch.optim.AdamW(module.parameters())
-    path = save_checkpoint(tmp_path, module, average, optimiser, RunState(3, "mark"), keep=1)
-    assert load_checkpoint(path, module, average, optimiser, "mark") == 3
+    path = save_checkpoint(tmp_path, module, average, optimiser, RunState(3, {}), keep=1)
+    assert read_state(path) == RunState(3, {})
+    load_checkpoint(path, module, average, optimiser)
     for name in ("model", "average", "moments"):
         file = path / f"{name}.safetensors"
         whole = file.read_bytes()
         file.write_bytes(whole + b"\0")
         with pytest.raises(MmiError, match=rf"{name}\.safetensors {TRAILING}"):
-            load_checkpoint(path, module, average, optimiser, "mark")
+            load_checkpoint(path, module, average, optimiser)
         file.write_bytes(whole)
+    for text in ("", "[]", '{"step": 1}', '{"step": "x", "settings": {}}'):
+        (path / "state.json").write_text(text)
+        with pytest.raises(MmiError, match="state of the checkpoint .* cannot be read"):
+            read_state(path)
 
 
 def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):

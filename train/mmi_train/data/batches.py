@@ -1,5 +1,8 @@
 """Batches of the model, made from rows of documents.
 
+A picture has two sizes: that of the encoder, where it is given, and that of the image decoder,
+where it is drawn.
+
 Letters: b batch, m image slots.
 """
 
@@ -8,15 +11,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmi_deploy.spec.config import TokenConfig
+from mmi_deploy.spec.config import ModelConfig
 from mmi_train.data.packing import PackedRow
-from mmi_train.data.pixels import pixels_from_images
+from mmi_train.data.pixels import pixels_at
 from mmi_train.data.rows import Rows
 from mmi_train.model.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch
 
 
-def batch_of(rows: Rows, tokens: TokenConfig) -> Batch:
+def batch_of(rows: Rows, config: ModelConfig) -> Batch:
     """Make the model's batch from rows; only tokens with a weight are targets."""
     token_ids = torch.from_numpy(rows.token_ids)
     weight = torch.from_numpy(rows.weight)
@@ -24,22 +27,25 @@ def batch_of(rows: Rows, tokens: TokenConfig) -> Batch:
     return Batch(
         token_ids=token_ids,
         image_slot=torch.from_numpy(rows.image_slot),
-        pixels=pixels_from_images(rows.images) if rows.images else None,
+        pixels=pixels_at(rows.images, config.vision.image_size) if rows.images else None,
         pictures=pictures,
-        target_pixels=pixels_from_images(rows.targets) if rows.targets else None,
-        text_target=text_targets(token_ids, tokens, real=weight > 0),
+        target_pixels=(
+            pixels_at(rows.targets, config.image_decoder.image_size) if rows.targets else None
+        ),
+        text_target=text_targets(token_ids, config.tokens, real=weight > 0),
         token_weight=weight,
     )
 
 
 def packed_batch(
-    rows: list[PackedRow[np.ndarray]], tokens: TokenConfig, *, only_after_image: bool = False
+    rows: list[PackedRow[np.ndarray]], config: ModelConfig, *, only_after_image: bool = False
 ) -> Batch:
     """Make the model's batch from packed rows: every image is encoded, and drawn from its context.
 
     An image that begins a document has an empty context; the model leaves its loss out (paper
     Sec. 4.1). `only_after_image`: no loss on text before a document's first image.
     """
+    tokens = config.tokens
     width = max(len(row.token_ids) for row in rows)
     most = max(len(row.images) for row in rows)
     token_ids = torch.full((len(rows), width), tokens.pad)
@@ -54,12 +60,11 @@ def packed_batch(
             slot[b, m] = len(images)
             pictures.append((b, m))
             images.append(image)
-    pixels = pixels_from_images(images)
     return Batch(
         token_ids=token_ids,
         image_slot=slot,
-        pixels=pixels,
+        pixels=pixels_at(images, config.vision.image_size),
         pictures=torch.tensor(pictures),
-        target_pixels=pixels,
+        target_pixels=pixels_at(images, config.image_decoder.image_size),
         text_target=text_targets(token_ids, tokens, real=real, only_after_image=only_after_image),
     )

@@ -14,6 +14,7 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import TokenConfig
 
 ImageT = TypeVar("ImageT")
@@ -76,11 +77,15 @@ def pack(
     images.
 
     Rows without an image are dropped. The remainder at the end of the documents is not yielded: the
-    stream of a training run is endless.
+    stream of a training run is endless. Raises `ConfigError` if no image fits into a row.
     """
     stream = np.empty(0, np.int64)
     waiting: list[ImageT] = []
     span = 1 + visual_tokens
+    if length < span:
+        raise ConfigError(
+            "a row is shorter than one image", expected=f"at least {span} tokens", got=length
+        )
     for ids, images in documents:
         stream = np.concatenate([stream, np.asarray(ids, np.int64)])
         waiting.extend(images)

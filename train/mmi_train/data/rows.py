@@ -83,7 +83,7 @@ def tokens_of(
             encoded.append(seen)
             drawn.append(part.draw)
         else:
-            text = tokenizer.encode(part.text).ids
+            text = tokenizer.encode(part.text, add_special_tokens=False).ids
             ids += text
             weight += [float(part.learn)] * len(text)
     ending = parts[-1]

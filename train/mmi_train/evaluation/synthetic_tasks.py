@@ -197,7 +197,7 @@ class Evaluator:
         config = self.model.config
         stops = {*config.tokens.ends, config.tokens.boi, self.tokenizer.token_to_id(".")}
         written: list[list[int]] = [[] for _ in prompts]
-        batch = batch_of(make_rows(prompts, config.tokens), config.tokens)
+        batch = batch_of(make_rows(prompts, config.tokens), config)
         images = self.model.encode_images(batch.pixels)
         open_rows = list(range(len(prompts)))
         for _ in range(MAX_ANSWER):
@@ -224,7 +224,7 @@ class Evaluator:
     def draw(self, prompts: list[TokenDocument]) -> list[np.ndarray]:
         """Draw the picture of each prompt's last begin-of-image token, uint8 [height, width, 3]."""
         model, config = self.model, self.model.config
-        batch = batch_of(make_rows(prompts, config.tokens), config.tokens)
+        batch = batch_of(make_rows(prompts, config.tokens), config)
         last = torch.tensor([[row, len(prompt.images) - 1] for row, prompt in enumerate(prompts)])
         scheduler = DPMSolverMultistepScheduler(**scheduler_options(config.image_decoder.diffusion))
         scheduler.set_timesteps(self.steps)

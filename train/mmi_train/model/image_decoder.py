@@ -28,6 +28,9 @@ from mmi_train.model.vae import Posterior, Vae
 # Probability that training replaces a picture's condition by the null condition (Sec. 4.1).
 CONDITION_DROP = 0.1
 
+# Pictures that the autoencoder encodes at once, whose feature maps are the largest of all.
+ENCODED_AT_ONCE = 32
+
 
 @dataclass(frozen=True)
 class PreviousImages:
@@ -120,9 +123,11 @@ class ImageDecoder(nn.Module):
         return RandomDraws(*(draw.to(device) for draw in made))
 
     def encode(self, pixels: Tensor) -> Posterior:
-        """Encode pictures [b, 3, side, side] in [0, 1]; the autoencoder is frozen: no gradient."""
-        with torch.no_grad():
-            return self.vae.encode(pixels)
+        """Encode pictures [b, 3, side, side] in [0, 1] in float32, as published, a few at a time;
+        the autoencoder is frozen: no gradient."""
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            parts = [self.vae.encode(part) for part in pixels.float().split(ENCODED_AT_ONCE)]
+        return Posterior(*map(torch.cat, zip(*parts, strict=True)))
 
     def losses(
         self, posterior: Posterior, condition: Tensor, images: PreviousImages, draws: RandomDraws

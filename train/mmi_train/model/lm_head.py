@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LmHead(nn.Module):
@@ -34,8 +35,17 @@ class LmHead(nn.Module):
             self.head.bias[list(new_ids)] = -100.0
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden)  # [b, t, u]
-        return logits.index_add_(-1, self.new_ids, self.head_new(hidden))
+        """Logits in float32, those of the new tokens from float32 products: the biases of -100 and
+        +95 would leave them no fraction in bfloat16, whose step is 0.5 there."""
+        logits = self.head(hidden).float()  # [b, t, u]
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = F.linear(hidden.float(), *self._new_rows())
+        return logits.index_copy_(-1, self.new_ids, rows)
+
+    def _new_rows(self) -> tuple[Tensor, Tensor]:
+        """Both heads' weight and bias of the new tokens in one, in float32."""
+        weight, bias = self.head.weight[self.new_ids], self.head.bias[self.new_ids]
+        return weight.float() + self.head_new.weight, bias.float() + self.head_new.bias
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Fold both heads into one linear layer: (weight [u,c], bias [u])."""

@@ -11,10 +11,10 @@ h heads, d channels per head, c channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -98,7 +98,7 @@ class UNet(nn.Module):
         """Features [n, s, c] of all levels to the values [n, s, h, d] of every MMFS block, s the
         cells of its own levels."""
         features = take_levels(features, self._level_sides, self._levels)
-        return [cast(MmfsBlock, block).values(features) for block in self.look_back]
+        return [self._run(cast(MmfsBlock, block).values, features) for block in self.look_back]
 
     def step(
         self,
@@ -155,16 +155,17 @@ class UNet(nn.Module):
         if self.config.mmfs_at == "skips":  # a block for each skip, the last for the middle block
             *of_skips, of_middle = self.look_back
             skips = [
-                _add_mmfs(block, skip, inputs) for block, skip in zip(of_skips, skips, strict=True)
+                self._add_mmfs(block, skip, inputs)
+                for block, skip in zip(of_skips, skips, strict=True)
             ]
-            x = _add_mmfs(of_middle, x, inputs)
+            x = self._add_mmfs(of_middle, x, inputs)
 
         for index, block in enumerate(list(self.up_blocks)[:-1]):
             x = self._up(x, block, skips, inputs)
             for upsample in block.upsamplers or ():
                 x = upsample(x)
             if self.config.mmfs_at == "up_blocks":
-                x = _add_mmfs(self.look_back[index], x, inputs)
+                x = self._add_mmfs(self.look_back[index], x, inputs)
         return self._outer_up(x, skips, inputs), x
 
     def shallow_step(
@@ -194,7 +195,8 @@ class UNet(nn.Module):
         skips = self._outer_skips(latents, inputs)
         if self.config.mmfs_at == "skips":
             skips = [
-                _add_mmfs(block, skip, inputs) for block, skip in zip(blocks, skips, strict=True)
+                self._add_mmfs(block, skip, inputs)
+                for block, skip in zip(blocks, skips, strict=True)
             ]
         return self._outer_up(deep, skips, inputs)
 
@@ -214,7 +216,7 @@ class UNet(nn.Module):
         """The last up block and the output convolution."""
         x = self._up(x, self.up_blocks[-1], skips, inputs)
         if self.config.mmfs_at == "up_blocks":
-            x = _add_mmfs(self.look_back[-1], x, inputs)
+            x = self._add_mmfs(self.look_back[-1], x, inputs)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _up(self, x: Tensor, block: nn.Module, skips: list[Tensor], inputs: StepInputs) -> Tensor:
@@ -259,10 +261,21 @@ class UNet(nn.Module):
         inputs: StepInputs,
     ) -> Tensor:
         pair = None if transformer is None else inputs.key_value[transformer]
-        arguments = (x, resnet, inputs.time_row[resnet], transformer, pair)
+        return self._run(_run_layer, x, resnet, inputs.time_row[resnet], transformer, pair)
+
+    def _add_mmfs(self, block: nn.Module, x: Tensor, inputs: StepInputs) -> Tensor:
+        """MMFS on the map x [b, c, side, side]; without image values, x as it is."""
+        if not inputs.value:
+            return x
+        assert inputs.image_slot is not None and inputs.image_position is not None
+        return self._run(block, x, inputs.value[block], inputs.image_slot, inputs.image_position)
+
+    def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Call a function, which keeps only its arguments for the backward pass if gradients are
+        checkpointed."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(_run_layer, *arguments, use_reentrant=False)
-        return _run_layer(*arguments)
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
 
 
 class MmfsBlock(nn.Module):
@@ -346,14 +359,6 @@ def _layers(block: nn.Module) -> Iterator[tuple[ResnetBlock2D, Transformer2DMode
     resnets = cast(Sequence[ResnetBlock2D], block.resnets)
     transformers = getattr(block, "attentions", None) or [None] * len(resnets)
     return zip(resnets, transformers, strict=True)
-
-
-def _add_mmfs(block: nn.Module, x: Tensor, inputs: StepInputs) -> Tensor:
-    """MMFS on the map x [b, c, side, side]; without image values, x as it is."""
-    if not inputs.value:
-        return x
-    assert inputs.image_slot is not None and inputs.image_position is not None
-    return block(x, inputs.value[block], inputs.image_slot, inputs.image_position)
 
 
 def _run_layer(

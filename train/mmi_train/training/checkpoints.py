@@ -1,8 +1,10 @@
 """Atomic training checkpoints: a killed run resumes exactly from the newest complete one.
 
-A checkpoint folder `step-00001200/` holds `model.safetensors`, `average.safetensors` (the
-exponential moving average of the weights), `moments.safetensors` (AdamW's two moments) and
-`state.json`. Random draws are keyed by (seed, step), so a resumed run needs no other state.
+A checkpoint folder `step-00001200/` holds what the run changes: `model.safetensors` (the weights
+that learn), `average.safetensors` (their exponential moving average), `moments.safetensors`
+(AdamW's two moments) and `state.json` with the settings. Frozen weights are the start's, whose
+checksum is among the settings. Random draws are keyed by (seed, step), so a resumed run needs no
+other state.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,10 +31,10 @@ _KIND = "checkpoint"
 
 @dataclass(frozen=True)
 class RunState:
-    """State of a run: optimiser steps done, and the fingerprint of its settings."""
+    """State of a run: optimiser steps done, and the settings that decide its weights, by name."""
 
     step: int
-    fingerprint: str
+    settings: Mapping[str, str]
 
 
 def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -48,6 +51,12 @@ def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in state.items()}
 
 
+def learning(model: nn.Module) -> dict[str, Tensor]:
+    """Everything of a model's state but its frozen parameters, by name."""
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
 def save_checkpoint(
     folder: Path,
     model: nn.Module,
@@ -60,10 +69,10 @@ def save_checkpoint(
     which somebody has added something. Returns its path."""
     target = folder / f"step-{state.step:08d}"
     with new_folder(target, None, kind=_KIND) as scratch:
-        save_file(_contiguous(model.state_dict()), scratch / "model.safetensors")
+        save_file(_contiguous(learning(model)), scratch / "model.safetensors")
         save_file(_contiguous(average), scratch / "average.safetensors")
         save_file(_contiguous(_moments(model, optimiser)), scratch / "moments.safetensors")
-        (scratch / "state.json").write_text(json.dumps(state.__dict__) + "\n")
+        (scratch / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
         for path in scratch.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -85,28 +94,32 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(_folders(folder)), None)
 
 
+def read_state(path: Path) -> RunState:
+    """Read a checkpoint's state. Raises `WeightsError` for a damaged one."""
+    try:
+        found = json.loads((path / "state.json").read_text())
+        return RunState(int(found["step"]), dict(found["settings"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"the state of the checkpoint {path} cannot be read ({type(error).__name__})",
+            fix="remove that folder; the run goes on from the checkpoint before it",
+        ) from None
+
+
 def load_checkpoint(
     path: Path,
     model: nn.Module,
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
-    fingerprint: str,
-) -> int:
-    """Restore model, average and optimiser in place and return the number of steps done.
-
-    Raises `WeightsError` if the checkpoint is from a run with other settings.
-    """
-    saved = RunState(**json.loads((path / "state.json").read_text()))
-    if saved.fingerprint != fingerprint:
-        raise WeightsError(
-            f"{path} was written by a run with other settings",
-            expected=fingerprint,
-            got=saved.fingerprint,
-            fix="go on with the settings of that run, or choose another folder with --out",
-        )
-    model.load_state_dict(load_tensors(path / "model.safetensors"))
+) -> None:
+    """Restore what `save_checkpoint` wrote in place. Raises `WeightsError` for a checkpoint of
+    another model."""
+    state, means = (load_tensors(path / f"{name}.safetensors") for name in ("model", "average"))
+    if state.keys() != learning(model).keys() or means.keys() != average.keys():
+        raise WeightsError(f"{path} holds other weights than those that learn in this run")
+    model.load_state_dict(state, strict=False)
     optimiser.state.clear()
-    for name, value in load_tensors(path / "average.safetensors").items():
+    for name, value in means.items():
         average[name].copy_(value)
     moments = load_tensors(path / "moments.safetensors")
     for name, parameter in model.named_parameters():
@@ -116,4 +129,3 @@ def load_checkpoint(
                 "exp_avg": torch.empty_like(parameter).copy_(moments[f"{name}:exp_avg"]),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"{name}:exp_avg_sq"]),
             }
-    return saved.step

@@ -6,7 +6,8 @@ all parts together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,17 +18,19 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from mmi_deploy.documents.tokenizer import read_tokenizer_file
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import ModelConfig, VaeConfig
 from mmi_deploy.system.files import write_file
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.rows import TokenDocument, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS
-from mmi_train.data.synthetic.vocabulary import build_tokenizer
+from mmi_train.data.synthetic.vocabulary import SPECIAL_TOKENS, build_tokenizer, words
 from mmi_train.data.synthetic.world import WorldConfig, easy
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.model.vae import Vae
-from mmi_train.training.loop import RunConfig, train
+from mmi_train.training.loop import RunConfig, checksum_of, train
 from mmi_train.training.optimiser import FROM_SCRATCH, OptimiserConfig
 from mmi_train.training.stages.autoencoder import AutoencoderStage
 from mmi_train.training.stages.interleaved import MIXTURE, InterleavedStage
@@ -77,8 +80,22 @@ def with_latent_scale(config: ModelConfig, scale: float) -> ModelConfig:
     return replace(config, image_decoder=replace(decoder, vae=vae))
 
 
-def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
-    module.load_state_dict({name: value.clone() for name, value in state.items()})
+@contextmanager
+def averaged(module: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put averages in the place of weights for the time of a block."""
+    state = module.state_dict()
+    current = {name: state[name].detach().clone() for name in average}
+    _load(module, average)
+    yield
+    _load(module, current)
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy the weights that learned; the frozen ones stay."""
+    own = module.state_dict()
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
 
 
 def _channels_last(module: nn.Module) -> None:
@@ -86,6 +103,25 @@ def _channels_last(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
+
+
+def own_tokenizer(folder: Path) -> Tokenizer:
+    """Tokenizer of a model folder. Raises `ConfigError` if it does not know the words of the drawn
+    world's texts."""
+    own = read_tokenizer_file(folder / TOKENIZER)
+    unknown = getattr(own.model, "unk_token", None)
+    missing = [
+        word
+        for word in words()[len(SPECIAL_TOKENS) :]
+        if unknown and unknown in own.encode(word, add_special_tokens=False).tokens
+    ]
+    if missing:
+        raise ConfigError(
+            f"the tokenizer of {folder} does not know {len(missing)} words of the drawn world",
+            got=", ".join(missing[:5]),
+            fix="start from a model that was trained on the drawn world",
+        )
+    return own
 
 
 def train_autoencoder(
@@ -191,8 +227,10 @@ def _train(
     progress: Progress,
 ) -> None:
     run = replace(run or RunConfig(), seed=seed)
+    begun = "new weights"
     if start is not None:
         model = load_model(start)
+        begun = f"weights {checksum_of(model.state_dict().items())}"
     else:
         vae, scale = train_autoencoder(config, world, out, run, progress)
         torch.manual_seed(seed)
@@ -200,7 +238,7 @@ def _train(
         open_gates(model)
         model.image_decoder.vae.load_state_dict(vae.state_dict())
     _channels_last(model.image_decoder)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer() if start is None else own_tokenizer(start)
     model.checkpoint_gradients(checkpoint_gradients)
     stage: InterleavedStage | PackedStage
     if packed:
@@ -213,15 +251,16 @@ def _train(
                 model, tokenizer, world, conditioning_steps, run, out, progress
             )
             _load(stage.module, weights)
+            begun += f", conditioned for {conditioning_steps or CONDITIONING.steps} steps"
     optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
 
     def save(step: int, average: dict[str, Tensor]) -> None:
         """Write the model with averaged weights, so that every checkpoint leaves a usable one."""
-        current = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        _load(model, stage.model_state(average))
-        with new_folder(folder, None, kind=FOLDER_KIND) as work:
+        with (
+            averaged(model, stage.model_state(average)),
+            new_folder(folder, None, kind=FOLDER_KIND) as work,
+        ):
             save_model(model, work, torch.float16)
             write_file(work / TOKENIZER, tokenizer.to_str(pretty=True))
-        _load(model, current)
 
-    train(stage, optimiser, run, out / stage.name, save, progress)
+    train(stage, optimiser, run, out / stage.name, save, progress, begun)

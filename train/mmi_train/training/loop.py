@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,7 +25,9 @@ from mmi_deploy.system.progress import Progress, silent
 from mmi_train.training.checkpoints import (
     RunState,
     latest_checkpoint,
+    learning,
     load_checkpoint,
+    read_state,
     save_checkpoint,
 )
 from mmi_train.training.optimiser import OptimiserConfig, make_optimiser, set_rate, trainable
@@ -59,15 +61,69 @@ class Stage(Protocol):
         """Losses of one micro-batch by name; `total` is minimised. Every draw comes from `rng`, or
         from torch's global generator, which the loop seeds from `rng`."""
 
-    def describe(self) -> str:
-        """Settings that decide the weights; a checkpoint of other settings is refused."""
+    def describe(self) -> Mapping[str, object]:
+        """Settings that decide the weights, by name; a checkpoint of other settings is refused."""
 
 
-def fingerprint(stage: Stage, optimiser: OptimiserConfig, run: RunConfig) -> str:
-    """Short hash of all settings that decide the weights of a run."""
-    parts = [stage.name, stage.describe()]
-    parts += [TypeAdapter(type(part)).dump_json(part).decode() for part in (optimiser, run)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+# Characters of a setting's value that an error shows.
+MOST_TOLD = 40
+
+# Settings of a run that leave its weights as they are.
+FREE = ("log_every", "checkpoint_every", "keep")
+
+
+def settings_of(
+    stage: Stage, optimiser: OptimiserConfig, run: RunConfig, start: str
+) -> dict[str, str]:
+    """All settings that decide the weights of a run, by name. start: names the weights that it
+    starts from."""
+    found: dict[str, object] = {"stage": stage.name, **stage.describe()}
+    for part in (optimiser, run):
+        found |= TypeAdapter(type(part)).dump_python(part, mode="json")
+    found["start"] = start
+    return {name: str(value) for name, value in found.items() if name not in FREE}
+
+
+def checksum_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Short checksum of named tensors."""
+    found = hashlib.sha256()
+    for name, value in parameters:
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        found.update(name.encode())
+        found.update(data.numpy().data)
+    return found.hexdigest()[:16]
+
+
+def check_same_run(
+    path: Path, saved: RunState, settings: Mapping[str, str], optimiser: OptimiserConfig
+) -> None:
+    """Raise `WeightsError`, which names the differences, unless a run of `settings` can go on from
+    the checkpoint at `path`. The number of steps may differ where the rate was the same with
+    both numbers up to there."""
+    names = sorted({*settings, *saved.settings})
+    other = [name for name in names if settings.get(name) != saved.settings.get(name)]
+    if other == ["steps"] and optimiser.is_flat_at(
+        saved.step, min(optimiser.steps, int(saved.settings["steps"]))
+    ):
+        return
+    if other:
+        raise WeightsError(
+            f"{path} was written by a run with other settings",
+            expected=_told(saved.settings, other),
+            got=_told(settings, other),
+            fix="go on with the settings of that run, or choose another folder with --out",
+        )
+
+
+def _told(settings: Mapping[str, str], names: Sequence[str]) -> str:
+    """Settings in a line; long ones, as a whole configuration, by their checksum."""
+    told = []
+    for name in names:
+        value = settings.get(name, "none")
+        if len(value) > MOST_TOLD:
+            value = f"...{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+        told.append(f"{name} {value}")
+    return ", ".join(told)
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
@@ -110,26 +166,35 @@ def train(
     out: Path,
     on_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
     progress: Progress = silent,
+    start: str = "new weights",
 ) -> dict[str, Tensor]:
     """Train `stage` to its last step, resuming from the newest checkpoint in `out`.
 
-    Curves go to `out/curves` (TensorBoard). Returns the averaged (EMA) weights. `on_checkpoint`
-    gets (step, averaged weights) at every checkpoint and when the run resumes, because the run may
-    have been killed between a checkpoint and its callback. Raises `WeightsError` if a loss or its
-    gradient is not finite, or if `out` belongs to a run with other settings.
+    Curves go to `out/curves` (TensorBoard). Returns the averages (EMA) of the weights that learn.
+    `on_checkpoint` gets (step, averages) at every checkpoint and when the run resumes, because the
+    run may have been killed between a checkpoint and its callback. `start` names the weights that
+    the run starts from. Raises `WeightsError` if a loss or its gradient is not finite, or if `out`
+    belongs to a run with other settings.
     """
     module = stage.module
     optimiser = make_optimiser(module, optimiser_config)
-    average = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    settings = fingerprint(stage, optimiser_config, run)
+    average = {name: value.detach().clone() for name, value in learning(module).items()}
+    settings = settings_of(stage, optimiser_config, run, start)
+    # Checkpoints do not hold these weights.
+    settings["frozen"] = checksum_of(
+        (name, value) for name, value in module.named_parameters() if not value.requires_grad
+    )
     step = 0
     if (path := latest_checkpoint(out)) is not None:
-        step = load_checkpoint(path, module, average, optimiser, settings)
+        saved = read_state(path)
+        check_same_run(path, saved, settings, optimiser_config)
+        load_checkpoint(path, module, average, optimiser)
+        step = saved.step
         progress(f"{stage.name}: going on from {path}", step, optimiser_config.steps)
         if on_checkpoint is not None:
             on_checkpoint(step, average)
     parameters = list(trainable(module))
-    learning = [name for name, value in module.named_parameters() if value.requires_grad]
+    names = [name for name, value in module.named_parameters() if value.requires_grad]
     device = parameters[0].device
     module.train()
     meter, losses_now = _RunningMeans(), ""
@@ -155,8 +220,8 @@ def train(
             current = dict(module.named_parameters())
             with torch.no_grad():
                 torch._foreach_lerp_(
-                    [average[name] for name in learning],
-                    [current[name] for name in learning],
+                    [average[name] for name in names],
+                    [current[name] for name in names],
                     1 - decay,
                 )
             if step % run.log_every == 0 or step == optimiser_config.steps:

@@ -14,6 +14,8 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 from torch import nn
 
+from mmi_deploy.errors import ConfigError
+
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class GroupRule:
@@ -24,6 +26,9 @@ class GroupRule:
     rate: float = 1.0
     decay: float = 1.0
 
+
+# Before the model's own names in stages that train more modules than the model.
+STAGE_PREFIX = "model."
 
 # All parameters learn at the base rate; the VAE, which has a stage of its own, is frozen.
 FROM_SCRATCH = (
@@ -76,6 +81,12 @@ class OptimiserConfig:
             factor = 1.0 if done < self.cool_from else (1 - done) / (1 - self.cool_from)
         return max(factor, self.floor)
 
+    def is_flat_at(self, step: int, steps: int) -> bool:
+        """True if the rates up to `step` are the same for any number of steps from `steps` on."""
+        if self.schedule == "cosine":
+            return False
+        return step <= self.warmup + self.cool_from * (steps - self.warmup)
+
 
 @dataclass(frozen=True)
 class _GroupKey:
@@ -86,24 +97,39 @@ class _GroupKey:
 
 
 def _undecayed(model: nn.Module) -> set[str]:
-    """Names of parameters without weight decay: biases and LayerNorm weights, as published."""
+    """Names of parameters without weight decay, as published: biases and the weights of `LayerNorm`
+    itself; the published norms of maps are no subclass of it, and are decayed."""
     names = {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"}
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm):
+        if type(module) is nn.LayerNorm:
             names |= {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}
     return names
 
 
 def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
-    """Parameter groups for AdamW, each with its `rate` multiplier; freezes parameters of rate 0."""
+    """Parameter groups for AdamW, each with its `rate` multiplier; freezes parameters of rate 0.
+
+    Rules see the names that parameters have in MM-Interleaved, whatever module of a stage holds it.
+    Raises `ConfigError` for a rule that matches no parameter.
+    """
     undecayed = _undecayed(model)
     groups: defaultdict[_GroupKey, list[nn.Parameter]] = defaultdict(list)
+    unused = {rule.pattern for rule in config.rules}
     for name, parameter in model.named_parameters():
-        rule = next((rule for rule in config.rules if re.search(rule.pattern, name)), GroupRule(""))
+        own = name.removeprefix(STAGE_PREFIX)
+        fitting = [rule for rule in config.rules if re.search(rule.pattern, own)]
+        unused.difference_update(rule.pattern for rule in fitting)
+        rule = fitting[0] if fitting else GroupRule("")
         parameter.requires_grad_(rule.rate > 0)
         if rule.rate > 0:
             decay = 0.0 if name in undecayed else config.weight_decay * rule.decay
             groups[_GroupKey(rule.rate, decay)].append(parameter)
+    if unused:
+        raise ConfigError(
+            "rules of the optimiser match no parameter of this model",
+            got=", ".join(sorted(unused)),
+            fix="correct the pattern, or leave the rule out",
+        )
     return [
         {"params": parameters, "rate": key.rate, "weight_decay": key.decay}
         for key, parameters in groups.items()

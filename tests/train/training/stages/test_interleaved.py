@@ -67,8 +67,8 @@ def test_learned_tokens_are_answers_stories_and_announcements_of_pictures():
 
 def test_a_packed_document_is_read_and_drawn_as_if_alone(model, documents):
     """Hidden states, look-back images and conditions of packed rows equal those of single ones."""
-    together = batch_of(make_rows(documents, TOKENS, 180), TOKENS)
-    alone = batch_of(make_rows(documents, TOKENS), TOKENS)
+    together = batch_of(make_rows(documents, TOKENS, 180), CONFIG)
+    alone = batch_of(make_rows(documents, TOKENS), CONFIG)
     assert len(together.token_ids) < len(alone.token_ids)
     found = {}
     for name, batch in (("together", together), ("alone", alone)):
@@ -100,7 +100,7 @@ def test_a_packed_document_is_read_and_drawn_as_if_alone(model, documents):
 
 def test_only_weighted_tokens_are_targets(documents):
     rows = make_rows(documents, TOKENS, 180)
-    batch = batch_of(rows, TOKENS)
+    batch = batch_of(rows, CONFIG)
     weighted = torch.from_numpy(rows.weight[:, 1:]) > 0
     assert torch.equal(batch.text_target != IGNORE, weighted)
 
@@ -138,9 +138,11 @@ def test_the_paper_s_stage_packs_rows_of_the_context_length_and_leaves_first_ima
 def test_a_stage_of_another_world_is_another_stage(model):
     """Or a run would go on with other data than it was begun with."""
     source = partial(endless_documents, CONFIG, build_tokenizer())
-    packed = {PackedStage(model, source, str(w), length=150).describe() for w in (easy(), hard())}
+    packed = {
+        str(PackedStage(model, source, str(w), length=150).describe()) for w in (easy(), hard())
+    }
     kept_apart = {
-        InterleavedStage(model, build_tokenizer(), w).describe() for w in (easy(), hard())
+        str(InterleavedStage(model, build_tokenizer(), w).describe()) for w in (easy(), hard())
     }
     assert len(packed) == len(kept_apart) == 2
 
@@ -161,3 +163,34 @@ def test_checkpointing_gradients_changes_no_gradient(model):
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_checkpointing_gradients_keeps_nothing_of_mmfs_in_the_unet(model):
+    """Its blocks keep their inputs alone; without, about 1.5 GB a picture at the paper's size."""
+
+    def kept() -> int:
+        """Bytes that the U-Net keeps for its backward pass."""
+        unet, config = model.image_decoder.unet, CONFIG
+        cells = sum(side * side for side in config.vision.level_sides)
+        features = torch.randn(2, cells, config.vision.width, requires_grad=True)
+        latents = torch.randn(2, *model.image_decoder.latent_shape)
+        condition = torch.randn(2, 8, config.image_decoder.unet.condition_width)
+        slot = torch.arange(2)[:, None]
+        total = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            unet(latents, torch.tensor([1, 2]), condition, features, slot, torch.ones_like(slot))
+        return total
+
+    model.train()
+    whole = kept()
+    model.checkpoint_gradients(True)
+    less = kept()
+    model.checkpoint_gradients(False)
+    model.eval()
+    assert less < whole / 5, (less, whole)

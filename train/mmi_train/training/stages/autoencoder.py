@@ -31,9 +31,14 @@ class AutoencoderStage:
     def module(self) -> nn.Module:
         return self.vae
 
-    def describe(self) -> str:
-        settings = (self.world, self.pictures, self.segmentation, self.kl_weight)
-        return f"{asdict(self.vae.config)} {settings}"
+    def describe(self) -> dict[str, object]:
+        return {
+            "model": asdict(self.vae.config),
+            "world": self.world,
+            "pictures": self.pictures,
+            "segmentation": self.segmentation,
+            "kl_weight": self.kl_weight,
+        }
 
     def _pixels(self, rng: np.random.Generator) -> Tensor:
         scenes = [random_scene(rng, self.world, "train") for _ in range(self.pictures)]

@@ -20,6 +20,7 @@ from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS
 from mmi_train.data.synthetic.world import Split, WorldConfig
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
+from mmi_train.training.optimiser import STAGE_PREFIX
 from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
 
 # Documents of each kind in one micro-batch.
@@ -73,16 +74,21 @@ class InterleavedStage:
         self.sketch = SketchHead(width)
         self.module = nn.ModuleDict({"model": model, "recall": self.recall, "sketch": self.sketch})
 
-    def describe(self) -> str:
-        settings = f"{dict(self.mixture)} {self.row_length} {self.weights}"
-        return f"{to_json(self.model.config)} {self.world} {settings}"
+    def describe(self) -> dict[str, object]:
+        return {
+            "model": to_json(self.model.config),
+            "world": self.world,
+            "mixture": dict(self.mixture),
+            "row_length": self.row_length,
+            "weights": self.weights,
+        }
 
     def model_state(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Averaged weights of the model without the auxiliary heads, under the model's names."""
         return {
-            name.removeprefix("model."): value
+            name.removeprefix(STAGE_PREFIX): value
             for name, value in average.items()
-            if name.startswith("model.")
+            if name.startswith(STAGE_PREFIX)
         }
 
     def documents(self, rng: np.random.Generator, split: Split = "train") -> list[TokenDocument]:
@@ -104,7 +110,7 @@ class InterleavedStage:
     def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
         config = self.model.config
         rows = make_rows(self.documents(rng), config.tokens, self.row_length)
-        batch = batch_of(rows, config.tokens)
+        batch = batch_of(rows, config)
         images = self.model.encode_images(batch.pixels)
         position, mask = isolated(batch.token_ids, config.tokens)
         hidden = self.model.read(

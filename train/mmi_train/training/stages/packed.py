@@ -46,17 +46,17 @@ class PackedStage:
     def module(self) -> nn.Module:
         return self.model
 
-    def describe(self) -> str:
-        settings = (
-            self.data,
-            self.length,
-            self.rows,
-            self.max_images,
-            self.truncation,
-            self.image_weight,
-            self.only_after_image,
-        )
-        return f"{to_json(self.model.config)} {settings}"
+    def describe(self) -> dict[str, object]:
+        return {
+            "model": to_json(self.model.config),
+            "data": self.data,
+            "length": self.length,
+            "rows": self.rows,
+            "max_images": self.max_images,
+            "truncation": self.truncation,
+            "image_weight": self.image_weight,
+            "only_after_image": self.only_after_image,
+        }
 
     def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
         tokens = self.model.config.tokens
@@ -69,6 +69,6 @@ class PackedStage:
             max_images=self.max_images,
         )
         rows = [row for _, row in zip(range(self.rows), packed, strict=False)]
-        batch = packed_batch(rows, tokens, only_after_image=self.only_after_image)
+        batch = packed_batch(rows, self.model.config, only_after_image=self.only_after_image)
         losses = self.model(batch, image_weight=self.image_weight)
         return {"total": losses.total, "text": losses.text, "image": losses.image}
