@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from mmi_bench.gpu_check.first_wrong_tensor import engine_runner, find_first_wrong_tensors
 from mmi_bench.gpu_check.kernel import GpuKernel, import_driver
 from mmi_bench.gpu_check.report import KIND, write_report
 from mmi_bench.gpu_check.target import (
@@ -36,6 +37,7 @@ from mmi_deploy.bundle.build_report import read_report
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.cli import program
 from mmi_deploy.errors import ConfigError, EngineError, MmiError
+from mmi_deploy.parity import Proof
 from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory, import_cuda
 from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, TensorRtBackend
 from mmi_deploy.runtime.tensorrt.module import import_tensorrt
@@ -55,6 +57,7 @@ from mmi_plugins.tensorrt.build_plugin import (
     find_nvcc,
     find_tensorrt_headers,
 )
+from mmi_plugins.tensorrt.plugin import plugin_for
 
 # Exit codes.
 WRONG, NOT_RUN = 1, 2
@@ -139,6 +142,7 @@ class Check:
     repeats: int = 5
     cases: int = KERNEL_CASES
     minutes: float = MINUTES
+    folder: Path | None = None  # of the report; None: no part of a graph is left there
     clock: Callable[[], float] = time.monotonic
     steps: list[Step] = field(default_factory=list)
     plugin: Path | None = None
@@ -191,9 +195,12 @@ class Check:
         self.steps.append(step)
         self.say(step)
 
+    def _seconds_left(self) -> float:
+        return self.minutes * 60 - (self.clock() - self.started)
+
     def _check_time(self, name: str) -> None:
         """Raise `Missing` for a step that would end after the time limit."""
-        left = self.minutes * 60 - (self.clock() - self.started)
+        left = self._seconds_left()
         if left < (least := LEAST_SECONDS.get(name.partition(" ")[0], 0)):
             raise Missing(
                 f"no time: {max(left, 0):.0f} s are left of {self.minutes:g} minutes, and it takes "
@@ -326,8 +333,28 @@ class Check:
     def _compare(self, open_target: OpenTarget) -> Detail:
         line, detail, proofs = compare(open_target)
         if failed := [proof.graph for proof in proofs if not proof.passed]:
-            raise CheckFailed(f"too far from ONNX Runtime: {', '.join(failed)}; {line}", detail)
+            found = self._first_wrong(open_target, proofs)
+            words = [f"too far from ONNX Runtime: {', '.join(failed)}", line, *found]
+            raise CheckFailed(CAUSES.join(words), {**detail, "first_wrong": found})
         return line, detail
+
+    def _first_wrong(self, open_target: OpenTarget, proofs: Sequence[Proof]) -> list[str]:
+        """Lines about the first wrong tensor of each graph that failed, if there is time."""
+        if self.folder is None or self._seconds_left() < LEAST_SECONDS["build"]:
+            return []
+        target, backend = self._target(open_target.precision), open_target.backend
+        choice = AHEAD_OF_TIME if self.plugin is None else str(self.plugin)
+        try:
+            plugin = plugin_for(target.runtime, str(target.architecture), choice)
+            return find_first_wrong_tensors(
+                Bundle.open(self.bundle, unproved=True),
+                target,
+                proofs,
+                self.folder,
+                lambda graph: engine_runner(graph, target, backend, plugin),
+            )
+        except MmiError as error:
+            return [f"the first wrong tensor was not found: {error}"]
 
     def _measure(self, open_target: OpenTarget) -> Detail:
         return measure(open_target, self.repeats)
@@ -395,7 +422,16 @@ def main(
     check_arguments(bundle, target, precisions)
     code, written = WRONG, ""
     with _no_full_disk(console), new_folder(out, None, kind=KIND, inputs=[bundle]) as work:
-        check = Check(bundle, target, precisions, Machine(device), say, repeats, minutes=minutes)
+        check = Check(
+            bundle,
+            target,
+            precisions,
+            Machine(device),
+            say,
+            repeats,
+            minutes=minutes,
+            folder=work,
+        )
         code = check.run()
         paths = write_report(work, describe(), bundle, target, check.steps)
         written = " and ".join(str(out / path.name) for path in paths)

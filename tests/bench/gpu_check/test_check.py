@@ -121,7 +121,9 @@ def test_everything_passes_where_everything_is_right(bundle: Bundle, tmp_path: P
     assert "on the GPU itself" in proved.receipts[0].compared_with
 
 
-def test_wrong_engines_and_kernels_are_found(bundle: Bundle, tmp_path: Path) -> None:
+def test_wrong_engines_and_kernels_are_found(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another graph's weights in one engine, and a kernel that is one in a hundred off: the rest is
     tried all the same, and what is wrong gets a receipt that says so."""
     other = tmp_path / "other.onnx"
@@ -131,8 +133,21 @@ def test_wrong_engines_and_kernels_are_found(bundle: Bundle, tmp_path: Path) -> 
         engines={"vae_decoder": {"onnx": other}},
         kernel=lambda memory: ReferenceKernel(1.01),
     )
-    code, steps = run(bundle, machine, "fp32")
+    searched: list[tuple[Target, list[str], Path]] = []
+
+    def find(bundle: Bundle, target: Target, proofs: Any, folder: Path, _: Any) -> list[str]:
+        wrong = [proof.graph for proof in proofs if not proof.passed]
+        searched.append((target, wrong, folder))
+        return ["vae_decoder: the first of 99 tensors"]
+
+    monkeypatch.setattr("mmi_bench.gpu_check.check.find_first_wrong_tensors", find)
+    report = tmp_path / "report"
+    check = Check(bundle.folder, TENSORRT, ["fp32"], machine, lambda step: None, 1, 6)
+    check.folder = report
+    code, steps = check.run(), {step.name: step for step in check.steps}
     assert code == 1
+    assert searched == [(Target(TENSORRT, "sm89", "fp32"), ["vae_decoder"], report)]
+    assert "; vae_decoder: the first of 99 tensors" in steps["compare fp32"].line
     assert steps["kernel"].state == "FAILED" and "wrong in" in steps["kernel"].line
     assert steps["compare fp32"].state == "FAILED"
     assert "too far from ONNX Runtime: vae_decoder;" in steps["compare fp32"].line
