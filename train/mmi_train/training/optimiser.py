@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import nn
 
 from mmi_deploy.errors import ConfigError
+from mmi_train.training.stages import MODEL_PREFIX
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -26,9 +27,6 @@ class GroupRule:
     rate: float = 1.0
     decay: float = 1.0
 
-
-# Before the model's own names in stages that train more modules than the model.
-STAGE_PREFIX = "model."
 
 # All parameters learn at the base rate; the VAE, which has a stage of its own, is frozen.
 FROM_SCRATCH = (
@@ -116,7 +114,7 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
     groups: defaultdict[_GroupKey, list[nn.Parameter]] = defaultdict(list)
     unused = {rule.pattern for rule in config.rules}
     for name, parameter in model.named_parameters():
-        own = name.removeprefix(STAGE_PREFIX)
+        own = name.removeprefix(MODEL_PREFIX)
         fitting = [rule for rule in config.rules if re.search(rule.pattern, own)]
         unused.difference_update(rule.pattern for rule in fitting)
         rule = fitting[0] if fitting else GroupRule("")

@@ -20,7 +20,7 @@ from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS
 from mmi_train.data.synthetic.world import Split, WorldConfig
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
-from mmi_train.training.optimiser import STAGE_PREFIX
+from mmi_train.training.stages import MODEL_PREFIX
 from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
 
 # Documents of each kind in one micro-batch.
@@ -86,9 +86,9 @@ class InterleavedStage:
     def model_state(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Averaged weights of the model without the auxiliary heads, under the model's names."""
         return {
-            name.removeprefix(STAGE_PREFIX): value
+            name.removeprefix(MODEL_PREFIX): value
             for name, value in average.items()
-            if name.startswith(STAGE_PREFIX)
+            if name.startswith(MODEL_PREFIX)
         }
 
     def documents(self, rng: np.random.Generator, split: Split = "train") -> list[TokenDocument]:
