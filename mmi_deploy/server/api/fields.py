@@ -215,7 +215,7 @@ def _tail(error: ErrorDetails) -> str:
         case "model_type" | "model_attributes_type" | "dict_type":
             return "should be an object"
     _, should, rest = error["msg"].partition("should ")  # after Input, List or String
-    return should + rest.removesuffix(" after validation") if should else error["msg"]
+    return should + rest.replace(" after validation", "") if should else error["msg"]
 
 
 def _name_of(place: tuple[str | int, ...]) -> str | None:
