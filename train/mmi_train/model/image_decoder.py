@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmi_deploy.spec.config import ModelConfig
+from mmi_train.model.autocast import without_autocast
 from mmi_train.model.diffusion import Diffusion
 from mmi_train.model.positions import table_1d
 from mmi_train.model.resampler import Resampler
@@ -125,7 +126,7 @@ class ImageDecoder(nn.Module):
     def encode(self, pixels: Tensor) -> Posterior:
         """Encode pictures [b, 3, side, side] in [0, 1] in float32, as published, a few at a time;
         the autoencoder is frozen: no gradient."""
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(pixels.device):
             parts = [self.vae.encode(part) for part in pixels.float().split(ENCODED_AT_ONCE)]
         return Posterior(*map(torch.cat, zip(*parts, strict=True)))
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmi_train.model.autocast import without_autocast
+
 
 class LmHead(nn.Module):
     """Hidden states [b,t,c] -> logits [b,t,u].
@@ -38,7 +40,7 @@ class LmHead(nn.Module):
         """Logits in float32, those of the new tokens from float32 products: the biases of -100 and
         +95 would leave them no fraction in bfloat16, whose step is 0.5 there."""
         logits = self.head(hidden).float()  # [b, t, u]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             rows = F.linear(hidden.float(), *self._new_rows())
         return logits.index_copy_(-1, self.new_ids, rows)
 

@@ -12,6 +12,8 @@ from deploy.server.page.mock_server import MockServer, Scenario, drawn, png
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
+pytestmark = pytest.mark.timing
+
 Opener = Callable[..., "Page"]
 
 SLOW = Scenario(pictures=3, step=0.4, word=0.1)

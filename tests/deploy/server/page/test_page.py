@@ -20,6 +20,8 @@ from mmi_deploy.documents.files import read_document
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
+pytestmark = pytest.mark.timing
+
 Opener = Callable[..., "Page"]
 
 SLOW = Scenario(pictures=3, step=0.2, word=0.1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Opener = Callable[..., "Page"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timing]
 
 
 @pytest.fixture(scope="module")
