@@ -20,7 +20,7 @@ COMPILER, ALLOWED = gemv_budget.budget()
 
 @pytest.mark.parametrize("architecture", ptx_budget.ARCHITECTURES)
 def test_no_spill_wide_loads_and_all_of_a_step_on_its_way(architecture: int) -> None:
-    """Whatever the compiler: all loads of a step come before its first product."""
+    """All loads of a step come before its first product, in the code of every compiler."""
     for variant in GEMV_VARIANTS:
         now = gemv_budget.figures(architecture)[variant.name]
         assert (now.stack, now.spills) == (0, 0), variant.name

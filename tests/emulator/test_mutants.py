@@ -35,7 +35,7 @@ def kernel_of(variant: Variant) -> Kernel:
 def tally(
     variant: Variant | GemvVariant, count: int, seed: int
 ) -> tuple[int, list[str], list[str]]:
-    """Of `count` random mutants: the number caught, the missed ones, and the equivalent ones with
+    """Run `count` random mutants: the number caught, the missed ones, and the equivalent ones with
     the reason."""
     if isinstance(variant, GemvVariant):
         kernel = gemv_trials.kernel_of(variant)

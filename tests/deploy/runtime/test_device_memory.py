@@ -140,7 +140,7 @@ def test_threads_take_turns(memory: DeviceMemory) -> None:
 def test_nothing_is_given_back_while_a_graph_is_recorded(
     gpu: FakeCuda, memory: DeviceMemory
 ) -> None:
-    """Whoever drops it: another thread, or Python's garbage collector in the one that records."""
+    """Buffers dropped by another thread, or by the garbage collector in the one that records."""
     before = gpu.held()
     buffers = [memory.allocate((1000,), np.uint8) for _ in range(3)]
     other = threading.Thread(target=buffers.pop)

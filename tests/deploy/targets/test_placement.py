@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def test_every_node_has_a_kernel_after_the_rewrites(
     exported_once: Callable[[str], Exported], tmp_path: Path, model: str
 ) -> None:
-    """Of both readings; without the rewrites the encoder's MaxPool has none."""
+    """Placement of both readings; without the rewrites the encoder's MaxPool has no kernel."""
     bundle = exported_once(model).bundle
     without = set()
     for name, graph in bundle.graphs.items():

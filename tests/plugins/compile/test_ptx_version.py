@@ -92,8 +92,8 @@ def assembled(tool: Path, ptx: str, gpu: int, folder: Path) -> bytes:
 @pytest.mark.skipif(not ptxas(), reason="no ptxas: pip install triton")
 @pytest.mark.parametrize("target", PTX_TARGETS)
 def test_assemblers_take_it_and_make_the_same_machine_code(target: int, tmp_path: Path) -> None:
-    """The same code as of the newest version that each assembler takes, on every GPU that runs
-    the target."""
+    """Machine code equals that of the newest version that each assembler takes, on every GPU that
+    runs the target."""
     for tool, gpu in itertools.product(ptxas().values(), GPUS[target]):
         for variant in variants():
             low = nvrtc.compile_ptx(variant, target)

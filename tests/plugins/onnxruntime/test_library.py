@@ -95,7 +95,7 @@ def test_threads_do_not_change_a_bit(library: Path) -> None:
 
 
 def test_a_kernel_wins_over_the_function_of_the_file(library: Path) -> None:
-    """The same file: a function that gives zeros, and the library, which does not."""
+    """One file, whose function gives zeros: with the library the output is not zero."""
     import onnx.helper as oh
 
     call = draw(np.random.default_rng(0), "ordinary", dtype="float32", null_slot=True)

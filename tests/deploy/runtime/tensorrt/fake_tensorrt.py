@@ -168,6 +168,7 @@ class FakeTensorRt:
             return
 
         def log(self, severity: Severity, msg: str) -> None:
+            """Abstract, as in TensorRT: a logger must define it."""
             raise NotImplementedError
 
     def Runtime(self, logger: Any) -> Runtime:  # noqa: N802

@@ -108,7 +108,7 @@ _HANDLES = {
 
 
 def _harmless(arguments: list[Any]) -> list[Any]:
-    """The same types, but none of our addresses: there may be a driver, and a GPU."""
+    """Arguments of the same types without our addresses: there may be a driver, and a GPU."""
     return [type(argument)(0) if type(argument) is int else argument for argument in arguments]
 
 
