@@ -25,6 +25,49 @@ void report(const char* name, const std::string& reason);
 // The creator of mmi::WeightOnlyMatMul (tensorrt_gemv_plugin.cpp).
 nvinfer1::IPluginCreatorV3One& gemv_creator();
 
+// Base of both plugins: interfaces, names and fields, which point into the object.
+class PluginBase : public nvinfer1::IPluginV3,
+                   public nvinfer1::IPluginV3OneCore,
+                   public nvinfer1::IPluginV3OneBuild,
+                   public nvinfer1::IPluginV3OneRuntime {
+ public:
+  PluginBase(const PluginBase&) = delete;
+  PluginBase& operator=(const PluginBase&) = delete;
+
+  nvinfer1::IPluginCapability* getCapabilityInterface(
+      nvinfer1::PluginCapabilityType type) noexcept override {
+    switch (type) {
+      case nvinfer1::PluginCapabilityType::kCORE:
+        return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+      case nvinfer1::PluginCapabilityType::kBUILD:
+        return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+      case nvinfer1::PluginCapabilityType::kRUNTIME:
+        return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+  }
+
+  const char* getPluginName() const noexcept override { return name_; }
+  const char* getPluginVersion() const noexcept override { return kVersion; }
+  const char* getPluginNamespace() const noexcept override { return kNamespace; }
+  const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override {
+    return &collection_;
+  }
+
+  // There is only one tactic; the id lets TensorRT time equal layers of an engine once.
+  const char* getTimingCacheID() noexcept override { return timing_id_.c_str(); }
+
+  int32_t getNbOutputs() const noexcept override { return 1; }
+
+ protected:
+  explicit PluginBase(const char* name) : name_(name) {}
+
+  const char* name_;
+  nvinfer1::PluginField fields_[5];
+  nvinfer1::PluginFieldCollection collection_;
+  std::string timing_id_;
+};
+
 inline Shape shape(const nvinfer1::Dims& dims) {
   Shape shape{dims.nbDims, {}};
   for (int32_t axis = 0; axis < dims.nbDims; ++axis) shape.side[axis] = dims.d[axis];

@@ -45,12 +45,10 @@ bool is_activation(nvinfer1::DataType type) {
   return type == nvinfer1::DataType::kHALF || type == nvinfer1::DataType::kBF16;
 }
 
-class GemvPlugin final : public nvinfer1::IPluginV3,
-                         public nvinfer1::IPluginV3OneCore,
-                         public nvinfer1::IPluginV3OneBuild,
-                         public nvinfer1::IPluginV3OneRuntime {
+class GemvPlugin final : public PluginBase {
  public:
-  explicit GemvPlugin(const GemvAttributes& attributes) : attributes_(attributes) {
+  explicit GemvPlugin(const GemvAttributes& attributes)
+      : PluginBase(kName), attributes_(attributes) {
     fields_[0] = {"format", &attributes_.format, PluginFieldType::kINT32, 1};
     fields_[1] = {"out", &attributes_.out, PluginFieldType::kINT32, 1};
     fields_[2] = {"block", &attributes_.block, PluginFieldType::kINT32, 1};
@@ -58,21 +56,6 @@ class GemvPlugin final : public nvinfer1::IPluginV3,
     collection_ = {4, fields_};
     timing_id_ = std::to_string(attributes_.format) + " " + std::to_string(attributes_.out) + " " +
                  std::to_string(attributes_.block);
-  }
-  GemvPlugin(const GemvPlugin&) = delete;  // the fields point into the object
-  GemvPlugin& operator=(const GemvPlugin&) = delete;
-
-  nvinfer1::IPluginCapability* getCapabilityInterface(
-      nvinfer1::PluginCapabilityType type) noexcept override {
-    switch (type) {
-      case nvinfer1::PluginCapabilityType::kCORE:
-        return static_cast<nvinfer1::IPluginV3OneCore*>(this);
-      case nvinfer1::PluginCapabilityType::kBUILD:
-        return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
-      case nvinfer1::PluginCapabilityType::kRUNTIME:
-        return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
-    }
-    return nullptr;
   }
 
   nvinfer1::IPluginV3* clone() noexcept override {
@@ -82,16 +65,6 @@ class GemvPlugin final : public nvinfer1::IPluginV3,
     preload_gemv();
     return clone();
   }
-
-  const char* getPluginName() const noexcept override { return kName; }
-  const char* getPluginVersion() const noexcept override { return kVersion; }
-  const char* getPluginNamespace() const noexcept override { return kNamespace; }
-  const PluginFieldCollection* getFieldsToSerialize() noexcept override { return &collection_; }
-
-  // There is only one tactic; the id lets TensorRT time equal layers of an engine once.
-  const char* getTimingCacheID() noexcept override { return timing_id_.c_str(); }
-
-  int32_t getNbOutputs() const noexcept override { return 1; }
 
   int32_t getOutputDataTypes(nvinfer1::DataType* output_types, int32_t output_count,
                              const nvinfer1::DataType* types,
@@ -171,9 +144,6 @@ class GemvPlugin final : public nvinfer1::IPluginV3,
 
  private:
   GemvAttributes attributes_;
-  PluginField fields_[4];
-  PluginFieldCollection collection_;
-  std::string timing_id_;
 };
 
 class GemvPluginCreator final : public nvinfer1::IPluginCreatorV3One {

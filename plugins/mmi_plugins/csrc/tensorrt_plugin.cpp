@@ -63,12 +63,10 @@ bool type_fits(int32_t input, nvinfer1::DataType type, nvinfer1::DataType value_
   return type == (is_index(input) ? nvinfer1::DataType::kINT32 : nvinfer1::DataType::kFLOAT);
 }
 
-class MmfsPlugin final : public nvinfer1::IPluginV3,
-                         public nvinfer1::IPluginV3OneCore,
-                         public nvinfer1::IPluginV3OneBuild,
-                         public nvinfer1::IPluginV3OneRuntime {
+class MmfsPlugin final : public PluginBase {
  public:
-  explicit MmfsPlugin(const Attributes& attributes) : attributes_(attributes) {
+  explicit MmfsPlugin(const Attributes& attributes)
+      : PluginBase(kName), attributes_(attributes) {
     const int32_t levels = attributes_.levels;
     fields_[0] = {"level_heights", attributes_.level_height, PluginFieldType::kINT32, levels};
     fields_[1] = {"level_widths", attributes_.level_width, PluginFieldType::kINT32, levels};
@@ -82,21 +80,6 @@ class MmfsPlugin final : public nvinfer1::IPluginV3,
     }
     timing_id_ += attributes_.null_slot != 0 ? "null" : "plain";
   }
-  MmfsPlugin(const MmfsPlugin&) = delete;  // the fields point into the object
-  MmfsPlugin& operator=(const MmfsPlugin&) = delete;
-
-  nvinfer1::IPluginCapability* getCapabilityInterface(
-      nvinfer1::PluginCapabilityType type) noexcept override {
-    switch (type) {
-      case nvinfer1::PluginCapabilityType::kCORE:
-        return static_cast<nvinfer1::IPluginV3OneCore*>(this);
-      case nvinfer1::PluginCapabilityType::kBUILD:
-        return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
-      case nvinfer1::PluginCapabilityType::kRUNTIME:
-        return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
-    }
-    return nullptr;
-  }
 
   nvinfer1::IPluginV3* clone() noexcept override {
     return new (std::nothrow) MmfsPlugin(attributes_);
@@ -105,16 +88,6 @@ class MmfsPlugin final : public nvinfer1::IPluginV3,
     preload();
     return clone();
   }
-
-  const char* getPluginName() const noexcept override { return kName; }
-  const char* getPluginVersion() const noexcept override { return kVersion; }
-  const char* getPluginNamespace() const noexcept override { return kNamespace; }
-  const PluginFieldCollection* getFieldsToSerialize() noexcept override { return &collection_; }
-
-  // There is only one tactic; the id lets TensorRT time equal layers of an engine once.
-  const char* getTimingCacheID() noexcept override { return timing_id_.c_str(); }
-
-  int32_t getNbOutputs() const noexcept override { return 1; }
 
   int32_t getOutputDataTypes(nvinfer1::DataType* output_types, int32_t output_count,
                              const nvinfer1::DataType* types,
@@ -207,9 +180,6 @@ class MmfsPlugin final : public nvinfer1::IPluginV3,
 
  private:
   Attributes attributes_;
-  PluginField fields_[5];
-  PluginFieldCollection collection_;
-  std::string timing_id_;
 };
 
 // Checks type and length of a field before its data is read.
