@@ -4,16 +4,14 @@ source compiled by g++ with a fiber for every thread."""
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from emulator.sanitized import check_sanitized
 from mmi_deploy.errors import EngineError
 from mmi_emulator import gemv, shim
 from mmi_emulator.emulator import EMULATOR
@@ -265,19 +263,4 @@ print("clean")
 def test_no_step_beyond_memory_and_no_undefined_behaviour(what: str, tmp_path: Path) -> None:
     """Under AddressSanitizer and UndefinedBehaviorSanitizer; arrays cut short by their last number
     show that they see it."""
-    script = tmp_path / "sanitized.py"
-    script.write_text(_SANITIZED)
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": shim.sanitizer_library(),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(script), what]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if what == "inside":
-        assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-3000:]
-    else:
-        assert done.returncode != 0 and "AddressSanitizer" in done.stderr, done.stderr[-3000:]
+    check_sanitized(_SANITIZED, what, tmp_path)

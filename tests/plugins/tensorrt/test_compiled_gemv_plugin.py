@@ -3,8 +3,7 @@ they are, called as TensorRT does, and built into engines by TensorRT-RTX."""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,20 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mmi_plugins.compile.compilers import find_nvcc
 from mmi_plugins.gemv.calls import draw
 from mmi_plugins.gemv.launch_plan import device_arrays
 from mmi_plugins.gemv.operator import DOMAIN, NAME, attributes
-from mmi_plugins.tensorrt.build_plugin import find_tensorrt_headers
 from mmi_plugins.tensorrt.plugin_library import PluginLibrary, load_tensorrt_plugin
+from oracles.plugin_driver import Drive, compiled_driver
 from oracles.tensorrt_builds import build
 
 pytestmark = pytest.mark.slow
-
-Drive = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture(scope="module")
 def drive(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Drive:
     """Calls the library as TensorRT would: what it returns, and what it reports."""
-    include, _ = find_tensorrt_headers()
-    source = Path(__file__).parents[2] / "oracles" / "tensorrt_gemv_driver.cpp"
-    driver = tmp_path_factory.mktemp("driver") / "driver"
-    flags = ["-std=c++17", "-w", f"-I{include}", "-ldl"]
-    subprocess.run([find_nvcc(), source, "-o", driver, *flags], check=True)
-
-    def call(*arguments: object) -> tuple[str, str]:
-        done = subprocess.run(
-            [driver, library, *map(str, arguments)], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip(), done.stderr.strip()
-
-    return call
+    return compiled_driver("tensorrt_gemv_driver.cpp", library, tmp_path_factory.mktemp("driver"))
 
 
 def test_fields_survive_being_stored(drive: Drive) -> None:

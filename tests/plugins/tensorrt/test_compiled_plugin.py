@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,6 @@ import pytest
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.tensorrt.module import INSTALL, import_tensorrt
 from mmi_plugins.compile.checksum import has_valid_checksum
-from mmi_plugins.compile.compilers import find_nvcc
 from mmi_plugins.operator import NAME
 from mmi_plugins.tensorrt.build_only_plugin import FIELDS
 from mmi_plugins.tensorrt.build_plugin import find_tensorrt_headers
@@ -26,11 +25,10 @@ from mmi_plugins.tensorrt.plugin_library import (
     load_tensorrt_plugin,
     plugin_creator,
 )
+from oracles.plugin_driver import Drive, compiled_driver
 from oracles.tensorrt_builds import ATTRIBUTES
 
 pytestmark = pytest.mark.slow
-
-Drive = Callable[..., tuple[str, str]]
 
 
 def lean_of_the_headers() -> str:
@@ -87,19 +85,7 @@ def capability(trt: Any, plugin: Any, kind: str) -> Any:
 @pytest.fixture(scope="module")
 def drive(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Drive:
     """Calls the library as TensorRT would: what it returns, and what it reports."""
-    include, _ = find_tensorrt_headers()
-    source = Path(__file__).parents[2] / "oracles" / "tensorrt_driver.cpp"
-    driver = tmp_path_factory.mktemp("driver") / "driver"
-    flags = ["-std=c++17", "-w", f"-I{include}", "-ldl"]
-    subprocess.run([find_nvcc(), source, "-o", driver, *flags], check=True)
-
-    def call(*arguments: object) -> tuple[str, str]:
-        done = subprocess.run(
-            [driver, library, *map(str, arguments)], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip(), done.stderr.strip()
-
-    return call
+    return compiled_driver("tensorrt_driver.cpp", library, tmp_path_factory.mktemp("driver"))
 
 
 def test_cmake_appends_a_checksum_to_what_it_links(library: Path) -> None:
