@@ -86,8 +86,10 @@ def averaged(module: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]
     state = module.state_dict()
     current = {name: state[name].detach().clone() for name in average}
     _load(module, average)
-    yield
-    _load(module, current)
+    try:
+        yield
+    finally:
+        _load(module, current)
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
