@@ -288,4 +288,5 @@ def test_a_bundle_is_measured_from_the_command_line(
     assert {("encode", IMAGES), ("decode", TOKENS), ("denoise", ROWS)} <= found.keys()
     assert all(min(one["medians"]) > 0 for one in report["series"])
     encode = found["encode", IMAGES]["medians"]
-    assert encode[-1] > 2 * encode[0]  # of eleven images, and of one
+    # Eleven images take longer than one; the growth itself is checked on engines of known speed.
+    assert encode[-1] > 1.2 * encode[0]

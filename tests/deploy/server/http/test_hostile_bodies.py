@@ -119,7 +119,7 @@ HUGE = 10**30
         {"temperature": 1e-300},
         {"top_p": 0},
         {"top_p": 2},
-        {"top_k": -1},
+        {"top_k": -2},
         {"top_k": HUGE},
         {"n": 2},
         {"logit_bias": {"-1": 1}},
