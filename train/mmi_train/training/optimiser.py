@@ -21,11 +21,13 @@ from mmi_train.training.stages import MODEL_PREFIX
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class GroupRule:
     """Learning rate and weight decay, relative to the base values, of parameters whose name matches
-    `pattern` (the first matching rule applies); a rate of 0 freezes them."""
+    `pattern` (the first matching rule applies); a rate of 0 freezes them. `optional`: a model may
+    be without such parameters."""
 
     pattern: str
     rate: float = 1.0
     decay: float = 1.0
+    optional: bool = False
 
 
 # All parameters learn at the base rate; the VAE, which has a stage of its own, is frozen.
@@ -44,7 +46,7 @@ TABLE_11 = (
     GroupRule(r"^llm\..*look_back\."),
     GroupRule(r"^llm\.", rate=0.0),
     GroupRule(r"^head\.head\.", rate=0.0),
-    GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0),
+    GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0, optional=True),
     GroupRule(r"^image_decoder\.unet\.(?!look_back)", rate=0.1),
 )
 
@@ -112,7 +114,7 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
     """
     undecayed = _undecayed(model)
     groups: defaultdict[_GroupKey, list[nn.Parameter]] = defaultdict(list)
-    unused = {rule.pattern for rule in config.rules}
+    unused = {rule.pattern for rule in config.rules if not rule.optional}
     for name, parameter in model.named_parameters():
         own = name.removeprefix(MODEL_PREFIX)
         fitting = [rule for rule in config.rules if re.search(rule.pattern, own)]
