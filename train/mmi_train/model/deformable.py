@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmi_train.model.autocast import without_autocast
+
 # One side per square level, or one (height, width) per level.
 Sides = Sequence[int] | Sequence[tuple[int, int]]
 
@@ -58,7 +60,7 @@ def sample_pool(
     n, s, h, d = value.shape
     b, q = weight.shape[:2]
     wide = torch.promote_types(value.dtype, torch.float32)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value.device):
         cell, share = _corners(level_sides, location.to(wide), weight.to(wide))
         image = image_slot.to(torch.int32)[:, None, None, :, None, None] * (s * h)
         head = torch.arange(h, dtype=torch.int32, device=value.device).view(h, 1, 1, 1)
@@ -125,11 +127,13 @@ class _SumRows(torch.autograd.Function):
         grad_table = grad_share = None
         if ctx.needs_input_grad[0]:
             sorted_row, order = row.flatten().sort(stable=True)
-            counts = torch.bincount(sorted_row, minlength=table.shape[0])
+            every = torch.arange(len(table) + 1, dtype=row.dtype, device=row.device)
+            # Where each row's run begins; counting the rows would wait for a GPU.
+            offsets = torch.searchsorted(sorted_row, every)
             grad_table = F.embedding_bag(
                 order // row.shape[1],
                 grad,
-                F.pad(counts.cumsum(0), (1, 0)),
+                offsets,
                 per_sample_weights=share.flatten().index_select(0, order),
                 mode="sum",
                 include_last_offset=True,
@@ -205,7 +209,7 @@ def multi_image_deformable_attention(
         rows = F.embedding(position, table.to(wide).flatten(1))
         return rows.unflatten(-1, table.shape[1:]).transpose(2, 3)
 
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value.device):
         offset = offsets.to(wide).unsqueeze(3) + by_position(offset_table)  # [b, q, h, m, p, 2]
         location = reference.to(wide)[None, :, None, None, None] + offset / base_grid
         score = logits.to(wide).unsqueeze(3) + by_position(logit_table)  # [b, q, h, m, l, p]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmi_train.model.losses import IGNORE
+
 # Side of a sketch, in cells.
 SKETCH_SIDE = 16
 
@@ -31,9 +33,9 @@ class RecallHead(nn.Module):
         """Mean cross-entropy; condition [j, y, c], context [j, x] token ids from the picture
         backwards, counts [j, x] bool: True for tokens to predict."""
         tokens = min(condition.shape[1], context.shape[1])
-        counts = counts[:, :tokens]
-        logits = self.told(condition[:, :tokens][counts])
-        return F.cross_entropy(logits.float(), context[:, :tokens][counts])
+        target = context[:, :tokens].masked_fill(~counts[:, :tokens], IGNORE)
+        logits = self.told(condition[:, :tokens])
+        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=IGNORE)
 
 
 class SketchHead(nn.Module):

@@ -124,21 +124,22 @@ class DocumentsStage:
         return DocumentBatch(batch_of(rows, config), tuple(broken))
 
     def losses(self, batch: DocumentBatch) -> dict[str, Tensor]:
-        for number, reason in batch.broken:
-            self._report(number, reason)
+        self._report_all(batch)
         losses = self.model(
             batch.batch, text_weight=self.text_weight, image_weight=self.image_weight
         )
         return {"total": losses.total, "text": losses.text, "image": losses.image}
 
-    def _report(self, number: int, reason: str) -> None:
-        if number in self._broken:
-            return
-        self._broken[number] = reason
-        self.on_broken(f"{self.file.name(number)} is left out: {reason}")
-        if len(self._broken) > self.max_bad:
-            raise DocumentError(
-                f"more than {self.max_bad} documents cannot be read, "
-                f"the last of them {self.file.name(number)}: {reason}",
-                fix="mend them, or allow more with --max-bad",
-            )
+    def _report_all(self, batch: DocumentBatch) -> None:
+        """Report the broken documents that are new; a worker process may have met them."""
+        for number, reason in batch.broken:
+            if number in self._broken:
+                continue
+            self._broken[number] = reason
+            self.on_broken(f"{self.file.name(number)} is left out: {reason}")
+            if len(self._broken) > self.max_bad:
+                raise DocumentError(
+                    f"more than {self.max_bad} documents cannot be read, "
+                    f"the last of them {self.file.name(number)}: {reason}",
+                    fix="repair them, or allow more with --max-bad",
+                )
