@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmi_deploy.spec.config import MmfsConfig
 from mmi_train.model.deformable import multi_image_deformable_attention
+from mmi_train.model.positions import with_values
 
 
 def take_levels(features: Tensor, level_sides: Sequence[int], levels: Sequence[int]) -> Tensor:
@@ -50,10 +51,11 @@ class Mmfs(nn.Module):
         self.weight_proj = nn.Linear(query_width, heads * levels * slots)  # W_A
         self.value_proj = nn.Linear(value_width_in, config.value_width)
         self.output_proj = nn.Linear(config.value_width, out_width)
-        null_value = torch.zeros(config.value_width)
         if config.null_slot:
-            self.null_value = nn.Parameter(null_value)
+            self.null_value = nn.Parameter(torch.zeros(config.value_width))
         else:
+            with with_values():
+                null_value = torch.zeros(config.value_width)
             self.register_buffer("null_value", null_value, persistent=False)
         self.reset_parameters()
 
