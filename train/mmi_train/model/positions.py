@@ -1,7 +1,8 @@
 """Sin/cos position tables and their bicubic resizing.
 
 Tables are computed in NumPy, and the other constants of modules within `with_values`, so they hold
-values even if a module is built on the meta device. Every table is [positions, width] in fp32; angles are position / 10000^(2i/width).
+values even if a module is built on the meta device. Every table is [positions, width] in fp32;
+angles are position / 10000^(2i/width).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 
 
 def with_values() -> AbstractContextManager:
-    """Compute constants on the CPU, whatever device a module's parameters are built on: a checkpoint
-    does not hold them."""
+    """Compute a module's constants on the CPU, wherever its parameters are built: a checkpoint does
+    not hold them."""
     return torch.device("cpu")
 
 
