@@ -6,7 +6,7 @@ n encoded images, s feature cells, c channels, r table rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,11 @@ class Mmfs(nn.Module):
     """MMFS layer: every query samples a few points of each image before it, on all levels.
 
     `level_sides`: sides of the sampled maps, finest first. `base_grid`: offsets are in cells of a
-    grid of this side.
+    grid of this side. `operator`: the computation of Eq. 4 between the projections; training may
+    put a fused one in the place of the definition.
     """
+
+    operator: Callable[..., Tensor] = staticmethod(multi_image_deformable_attention)
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class Mmfs(nn.Module):
         no projection is repeated for every image.
         """
         projected = self.query_proj(query)  # [b, q, c]
-        attended = multi_image_deformable_attention(
+        attended = self.operator(
             value,
             image_slot,
             self.offsets(self.offset_proj(projected)),
