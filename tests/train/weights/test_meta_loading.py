@@ -15,6 +15,8 @@ from mmi_deploy.errors import WeightsError
 from mmi_deploy.spec.config import ModelConfig, to_json
 from mmi_deploy.spec.presets import tiny
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
+from mmi_train.training.lora import lora_rules
+from mmi_train.training.optimiser import frozen_matrices
 from mmi_train.weights.lazy_tensor import InMemory
 from mmi_train.weights.model_folder import (
     CONFIG,
@@ -71,29 +73,40 @@ def test_weights_may_keep_the_type_of_the_file(saved):
 def test_frozen_matrices_in_bfloat16_give_the_same_loss_in_mixed_precision(tmp_path):
     """It rounds them at every use; without it, the rounding shows."""
     model = random_model(tiny())
-    save_model(model, tmp_path)
+    save_model(model, tmp_path, torch.float16)
 
-    def matrices(name: str) -> torch.dtype | None:
-        return torch.bfloat16 if name.startswith(("llm.", "vision.")) else None
-
-    found = load_model(tmp_path, matrices=matrices)
+    found = load_model(tmp_path, matrices=frozen_matrices(lora_rules()))
     types = {name: value.dtype for name, value in found.named_parameters()}
     assert types["llm.layers.0.mlp.up_proj.weight"] == torch.bfloat16
     assert types["vision.encoder.layers.0.mlp.fc1.weight"] == torch.bfloat16
-    assert types["llm.embed_tokens.weight"] == torch.float32  # no matrix that multiplies
-    assert types["head.head.weight"] == types["llm.norm.weight"] == torch.float32
+    assert types["llm.embed_tokens.weight"] == types["head.head.weight"] == torch.float16
+    assert types["llm.norm.weight"] == types["image_decoder.unet.conv_in.weight"] == torch.float32
+    assert {types[name] for name in types if name.startswith("image_decoder.vae.")} == {
+        torch.float32
+    }
     tokens = model.config.tokens
-    ids = torch.tensor([[tokens.bos, tokens.boi, *[tokens.image] * model.config.visual_tokens, 9]])
+    ids = torch.tensor(
+        [[tokens.bos, 8, tokens.boi, *[tokens.image] * model.config.visual_tokens, 9]]
+    )
     side = model.config.vision.image_size
-    batch = Batch(ids, torch.zeros(1, 1).int(), torch.rand(1, 3, side, side))
+    size = model.config.image_decoder.image_size
+    batch = Batch(
+        ids,
+        torch.zeros(1, 1).int(),
+        torch.rand(1, 3, side, side),
+        pictures=torch.tensor([[0, 0]]),
+        target_pixels=torch.rand(1, 3, size, size),
+    )
     plain = load_model(tmp_path)
     for one in (found, plain):
         one.train()
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(0)
-        ours = found(batch).text
+        ours = found(batch)
         torch.manual_seed(0)
-        assert torch.equal(ours, plain(batch).text)
+        wanted = plain(batch)
+    assert torch.equal(ours.text, wanted.text)
+    assert ours.image > 0 and torch.equal(ours.image, wanted.image)
 
 
 @pytest.mark.timing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from mmi_deploy.errors import ConfigError
 from mmi_train.training.stages import MODEL_PREFIX
+from mmi_train.weights.model_folder import TypeOfMatrix
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -92,6 +93,29 @@ class _GroupKey:
 
     rate: float
     decay: float
+
+
+# Ends of the names of embeddings: of words, of CLIP's patches, of images in MMFS.
+_EMBEDDINGS = ("embed_tokens.weight", "position_embedding.weight", "image_index.weight")
+
+
+def frozen_matrices(rules: Sequence[GroupRule]) -> TypeOfMatrix:
+    """Types of the matrices that `rules` freeze, for `load_model`: bfloat16, half the memory.
+
+    Under bfloat16 autocast, which rounds them at every use, nothing changes. Embeddings and the
+    head, whose rows of the two new tokens are not rounded there, keep the file's type; the
+    autoencoder runs without autocast, in fp32.
+    """
+
+    def type_of(name: str, stored: torch.dtype) -> torch.dtype | None:
+        rule = next((rule for rule in rules if re.search(rule.pattern, name)), GroupRule(""))
+        if rule.rate > 0 or name.startswith("image_decoder.vae."):
+            return None
+        if name.startswith("head.") or name.endswith(_EMBEDDINGS):
+            return stored
+        return torch.bfloat16
+
+    return type_of
 
 
 def _undecayed(model: nn.Module) -> set[str]:

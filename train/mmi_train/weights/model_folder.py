@@ -34,6 +34,10 @@ def _first_names(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
+# The type of a matrix in memory, from its name and its type in the file; None: as all others.
+TypeOfMatrix = Callable[[str, torch.dtype], torch.dtype | None]
+
+
 class Typed(Protocol):
     """Shape and type of a tensor, in memory or in a file."""
 
@@ -100,27 +104,29 @@ def load_model(
     folder: Path,
     dtype: torch.dtype | None = torch.float32,
     *,
-    matrices: Callable[[str], torch.dtype | None] | None = None,
+    matrices: TypeOfMatrix | None = None,
 ) -> MMInterleaved:
     """Load the model in `folder` in evaluation mode; raises `ConfigError` and `WeightsError`.
 
     dtype: of floating-point weights; None: that of each in the file. matrices: the type of the
-    weight of a linear layer by name, None as `dtype` says. The weights are in memory once: the
-    module is built on the meta device, and takes over each tensor as it is read.
+    weight of a linear layer or an embedding, None as `dtype` says. The weights are in memory once:
+    the module is built on the meta device, and takes over each tensor as it is read.
     """
     with torch.device("meta"):
         model = MMInterleaved(read_config(folder / CONFIG))
     path = folder / WEIGHTS
     stored = read_safetensors(path)
     check_fit(model, stored, str(path))
-    linear = {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    known = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
     }
     state = {}
     for name, tensor in stored.items():
         value = tensor.read()
         _check_finite(name, value, str(path))
-        wanted = matrices(name) if matrices is not None and name in linear else None
+        wanted = matrices(name, value.dtype) if matrices is not None and name in known else None
         if value.is_floating_point():
             value = value.to(wanted or dtype or value.dtype)
         state[name] = value
