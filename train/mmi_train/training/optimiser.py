@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,6 +50,28 @@ TABLE_11 = (
 )
 
 
+# Frozen in every table: the autoencoder, CLIP, whose adapter learns, and the null value of MMFS in
+# the U-Net of released models, which nothing reads.
+_ALWAYS_FROZEN = (
+    GroupRule(r"^image_decoder\.vae\.", rate=0.0),
+    GroupRule(r"^vision\.encoder\.(embeddings|pre_norm|layers)\.", rate=0.0),
+    GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0),
+)
+
+# The language model as it was before MMFS: body, embeddings and head.
+_LANGUAGE_MODEL = r"^(llm\.(?!layers\.\d+\.look_back\.)|head\.head\.)"
+
+
+def _paper(language_model: float, image_decoder: float) -> tuple[GroupRule, ...]:
+    """Groups as the paper's tables name them, with rates relative to that of "others": the whole
+    image decoder, its resampler and MMFS included, and every sampling offset as its layer."""
+    return (
+        *_ALWAYS_FROZEN,
+        GroupRule(_LANGUAGE_MODEL, rate=language_model),
+        GroupRule(r"^image_decoder\.", rate=image_decoder),
+    )
+
+
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class OptimiserConfig:
     """AdamW and its learning-rate schedule. `rate`: base learning rate. `steps`, `warmup`:
@@ -85,6 +107,48 @@ class OptimiserConfig:
         if self.schedule == "cosine":
             return False
         return step <= self.warmup + self.cool_from * (steps - self.warmup)
+
+
+def _table(
+    rate: float,
+    steps: int,
+    warmup: int,
+    betas: tuple[float, float],
+    eps: float,
+    rules: tuple[GroupRule, ...],
+) -> OptimiserConfig:
+    return OptimiserConfig(
+        rate, steps, warmup, weight_decay=0.05, betas=betas, eps=eps, rules=rules
+    )
+
+
+# Settings of the published code and of the paper's tables by name. Where a table leaves it open
+# whether the language model learns, it does if the task is one of text.
+TABLES: Mapping[str, OptimiserConfig] = {
+    # Pre-training, as the published code groups: the U-Net's body and all offsets at 1e-5.
+    "published": _table(1e-4, 15_000, 1000, (0.9, 0.995), 1e-6, TABLE_11),
+    # Pre-training, as the paper says: 1e-5 image decoder, 1e-4 others.
+    "table_11": _table(1e-4, 15_000, 1000, (0.9, 0.995), 1e-6, _paper(0.0, 0.1)),
+    # Questions and captions: 1e-6 language model, 1e-5 others.
+    "table_12": _table(1e-5, 10_000, 500, (0.9, 0.999), 1e-8, _paper(0.1, 1.0)),
+    # Referring expressions: 2e-5.
+    "table_13": _table(2e-5, 10_000, 500, (0.9, 0.999), 1e-8, _paper(1.0, 1.0)),
+    # Segmentation to image: 1e-5 image decoder, 1e-4 others.
+    "table_14": _table(1e-4, 4000, 100, (0.9, 0.98), 1e-5, _paper(0.0, 0.1)),
+    # Stories: 1e-4 image decoder, 1e-5 others.
+    "table_15": _table(1e-5, 4000, 200, (0.9, 0.98), 1e-8, _paper(0.0, 10.0)),
+}
+
+
+def table(name: str, model: nn.Module) -> OptimiserConfig:
+    """Settings of `TABLES`, with the rules that match a parameter of `model`: other models lack
+    some of the parts. Raises `ConfigError` for an unknown name."""
+    if name not in TABLES:
+        raise ConfigError("unknown table", expected=" or ".join(TABLES), got=name)
+    names = [own.removeprefix(MODEL_PREFIX) for own, _ in model.named_parameters()]
+    config = TABLES[name]
+    fitting = [rule for rule in config.rules if any(re.search(rule.pattern, own) for own in names)]
+    return replace(config, rules=tuple(fitting))
 
 
 @dataclass(frozen=True)
