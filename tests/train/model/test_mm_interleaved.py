@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from mmi_train.golden.configs import model as published_config
 from mmi_train.model.diffusion import ddim
 from mmi_train.model.generation import draw_pictures, generate_texts, score_options
 from mmi_train.model.image_decoder import DenoisingStep, RandomDraws
+from mmi_train.model.layout import row_layout
 from mmi_train.model.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.model.vae import Posterior
@@ -122,14 +124,15 @@ def test_published_forward_step_by_step(
         hidden = published.read(ids, images, slot)
         close(hidden[real], out["last_hidden_state"][real])
         close(published.head(hidden)[real], out["text_logits"][real])
-        context, length = published.context(hidden, ids, pictures)
+        layout = published.picture_layout(ids, slot, pictures)
+        context, length = published.context(hidden, layout)
         assert length.tolist() == out["context_attention_mask"].sum(1).tolist()
         decoder = published.image_decoder
         marked = decoder.context_proj(context) + decoder.context_positions[: context.shape[1]]
         used = out["context_attention_mask"].bool()
         close(marked[used], out["context_features"][used])
-        close(published.condition(hidden, ids, pictures), out["resampled_context"])
-        before = published.previous_images(images, ids, slot, pictures)
+        close(published.condition(hidden, layout), out["resampled_context"])
+        before = published.previous_images(images, layout)
     finest = [side**2 for side in published.config.vision.level_sides]
     coarsest = before.features.split(finest, 1)[3]
     assert before.position.tolist() == out["imgdec_mmfs_mask"].tolist()
@@ -262,9 +265,11 @@ def test_packed_documents_kept_apart_equal_rows_of_their_own(
     column = torch.arange(packed.shape[1])
     document = (column >= length).int()
     mask = (column[:, None] >= column) & (document[:, None] == document)
-    together = model.read(
-        packed, images, torch.tensor([[2, 0, 1]]), position=position, mask=mask[None, None]
-    )
+    slot = np.array([[2, 0, 1]])
+    isolated = row_layout(packed.numpy(), slot, CONFIG, isolated=True)
+    assert isolated.mask is not None and torch.equal(isolated.mask, mask[None, None])
+    assert torch.equal(isolated.position, position)
+    together = model.read_rows(packed, images, isolated)
     first = model.read(rows(FIRST), images, torch.tensor([[2]]))
     second = model.read(rows(SECOND), images, torch.tensor([[0, 1]]))
     expected = torch.cat([first, second], dim=1)
@@ -297,7 +302,9 @@ def test_a_picture_that_is_only_drawn_needs_no_image(model: MMInterleaved, pixel
 def test_pictures_draw_from_their_own_document_backwards(model: MMInterleaved) -> None:
     ids = rows(FIRST + SECOND[:3])
     hidden = torch.arange(ids.shape[1]).float()[None, :, None].expand(-1, -1, 2)
-    context, length = model.context(hidden, ids, torch.tensor([[0, 1], [0, 0]]))
+    slot = torch.full((1, 3), -1)
+    layout = model.picture_layout(ids, slot, torch.tensor([[0, 1], [0, 0]]))
+    context, length = model.context(hidden, layout)
     start = len(FIRST)
     assert length.tolist() == [3, 4]
     assert context[:, :, 0].tolist() == [[start + 2, start + 1, start, 0], [3, 2, 1, 0]]
@@ -344,10 +351,11 @@ def test_a_masked_picture_counts_in_the_mean_and_is_not_computed(
     images = model.encode_images(pixels)
     hidden = model.read(base.token_ids, images, base.image_slot)
     decoder = model.image_decoder
+    layout = model.picture_layout(base.token_ids, base.image_slot, base.pictures)
     each = decoder.losses(
         base.target_posterior,
-        model.condition(hidden, base.token_ids, base.pictures),
-        model.previous_images(images, base.token_ids, base.image_slot, base.pictures),
+        model.condition(hidden, layout),
+        model.previous_images(images, layout),
         draws,
     )
     expected = (each * torch.tensor([0.0, 1.0])).mean()

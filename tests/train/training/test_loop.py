@@ -43,9 +43,11 @@ class Regression:
     def describe(self) -> dict[str, object]:
         return {"model": "a small regression"}
 
-    def losses(self, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def batch(self, index: int, rng: np.random.Generator) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal((4, 2, 5, 5), dtype=np.float32))
+
+    def losses(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         time.sleep(self.pause)
-        inputs = torch.from_numpy(rng.standard_normal((4, 2, 5, 5), dtype=np.float32))
         error = self.module(inputs) - torch.rand(4, 3)
         return {"total": error.square().mean()}
 
@@ -176,7 +178,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     """Two parts of a step weigh as one batch of both: the same update to rounding."""
 
     class Fixed(Regression):
-        def losses(self, rng):
+        def losses(self, inputs):
             rows = torch.linspace(-1, 1, 200).reshape(4, 2, 5, 5)
             rows = rows[:2] if self.half == 0 else rows[2:] if self.half == 1 else rows
             self.half = self.half if self.half is None else 1 - self.half
@@ -195,16 +197,17 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
 class Diverging(Regression):
     """From step 7 on the loss is no number; from step 4 on, before a checkpoint, its gradient."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, until: int = 1000) -> None:
         super().__init__()
-        self.what, self.calls = what, 0
+        self.what, self.until, self.calls = what, until, 0
 
-    def losses(self, rng):
+    def losses(self, inputs):
         self.calls += 1
-        total = super().losses(rng)["total"]
-        if self.what == "loss" and self.calls > 15:
+        total = super().losses(inputs)["total"]
+        wrong = self.calls <= self.until
+        if wrong and self.what == "loss" and self.calls > 15:
             total = total * float("nan")
-        if self.what == "gradient" and self.calls > 9:
+        if wrong and self.what == "gradient" and self.calls > 9:
             nothing = 0 * next(self.module.parameters()).sum()
             total = total + nothing.square().sqrt()  # d sqrt(0) is infinite, times 0
         return {"total": total}
@@ -213,8 +216,28 @@ class Diverging(Regression):
 @pytest.mark.parametrize(("what", "step", "kept"), [("loss", 7, 1), ("gradient", 4, 0)])
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(tmp_path, what, step, kept):
     with pytest.raises(WeightsError, match=f"{what} of regression is not finite at step {step}"):
-        train(Diverging(what), OPTIMISER, RUN, tmp_path)
+        train(Diverging(what), OPTIMISER, replace(RUN, most_skipped=0), tmp_path)
     assert len(list(tmp_path.glob("step-*"))) == kept
+
+
+def test_steps_that_are_not_finite_are_left_out_up_to_a_limit(tmp_path):
+    """The second half of step 7 and the first of step 8 are wrong: neither step is taken."""
+    run = replace(RUN, most_skipped=2, checkpoint_every=1, keep=100)
+    average = train(Diverging("loss", until=17), OPTIMISER, run, tmp_path / "skipped")
+    assert all(torch.isfinite(value).all() for value in average.values())
+    held = [
+        load_file(tmp_path / "skipped" / f"step-{step:08d}" / "model.safetensors")["0.weight"]
+        for step in (7, 8, 9, 10)
+    ]
+    assert torch.equal(held[0], held[1]) and torch.equal(held[0], held[2])
+    assert not torch.equal(held[2], held[3])
+    with pytest.raises(WeightsError, match="loss of regression is not finite at step 9"):
+        train(Diverging("loss"), OPTIMISER, run, tmp_path / "stopped")
+
+
+def test_worker_processes_change_nothing(tmp_path, undisturbed):
+    train(Regression(), OPTIMISER, replace(RUN, workers=2), tmp_path)
+    assert_equal(weights(tmp_path), undisturbed)
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_model_makes_the_model(tmp_path):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from export.small_models import paper_reading, random_model, released_reading
 from mmi_deploy.errors import ConfigError, MmiError, WeightsError
 from mmi_deploy.spec.config import ModelConfig
-from mmi_deploy.spec.presets import released_13b
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training.checkpoints import latest_checkpoint, learning
 from mmi_train.training.loop import RunConfig, train
@@ -92,16 +91,17 @@ def move(model: nn.Module, chosen: Callable[[str], bool] = lambda name: True) ->
 
 
 def test_layers_are_the_matrices_of_the_two_parts():
+    config = paper_reading()
     with torch.device("meta"):
-        model = MMInterleaved(released_13b())
+        model = MMInterleaved(config)
     llm = adapted_layers(model, LoraConfig(layers=("llm",)))
-    assert len(llm) == 7 * 40
+    assert len(llm) == 7 * config.llama.layers
     unet = adapted_layers(model, LoraConfig(layers=("unet",)))
-    # 16 transformers: four matrices in each of two attentions, two in the feed-forward layer
-    assert len(unet) == 16 * 10
+    # Four matrices in each of two attentions, two in the feed-forward layer.
+    assert len(unet) == 10 * len(config.image_decoder.unet.cross_attention_widths)
     assert adapted_layers(model, LoraConfig()) == llm + unet
-    few = adapted_layers(model, LoraConfig(layers=(r"llm\.layers\.3\.mlp\..*", "unet")))
-    assert few[:3] == [f"llm.layers.3.mlp.{kind}_proj" for kind in ("gate", "up", "down")]
+    few = adapted_layers(model, LoraConfig(layers=(r"llm\.layers\.1\.mlp\..*", "unet")))
+    assert few[:3] == [f"llm.layers.1.mlp.{kind}_proj" for kind in ("gate", "up", "down")]
     assert few[3:] == unet
 
 
@@ -283,9 +283,12 @@ class Tuning:
     def describe(self) -> dict[str, object]:
         return {"model": "adapted"}
 
-    def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
+    def batch(self, index: int, rng: np.random.Generator) -> Batch:
+        return batch_of(self.module)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         draws = self.module.image_decoder.random_draws(1, torch.Generator().manual_seed(5))
-        found = self.module(batch_of(self.module), draws=draws)
+        found = self.module(batch, draws=draws)
         return {"total": found.total, "text": found.text}
 
 

@@ -22,7 +22,6 @@ from mmi_train.training.optimiser import (
     OptimiserConfig,
     parameter_groups,
     set_rate,
-    table,
 )
 from mmi_train.training.stages.interleaved import InterleavedStage
 
@@ -150,7 +149,7 @@ FROZEN = (
 def test_every_tensor_has_the_rate_and_decay_of_its_table(released, name):
     """The published sizes; decayed are all but biases and the weights of `LayerNorm`."""
     llm, decoder, others = RATES[name]
-    config = table(name, released)
+    config = TABLES[name]
     names = {parameter: own for own, parameter in released.named_parameters()}
     found = {
         names[parameter]: (config.rate * group["rate"], group["weight_decay"])
@@ -205,13 +204,8 @@ def test_every_table_suits_models_without_some_of_the_parts(name):
     with torch.device("meta"):
         model = MMInterleaved(tiny())
         stage = InterleavedStage(model, build_tokenizer(), easy())
-    parameter_groups(model, table(name, model))
+    parameter_groups(model, TABLES[name])
     learns = {own for own, value in model.named_parameters() if value.requires_grad}
     assert learns
-    parameter_groups(stage.module, table(name, stage.module))
+    parameter_groups(stage.module, TABLES[name])
     assert learns == {own for own, value in model.named_parameters() if value.requires_grad}
-
-
-def test_an_unknown_table_is_told():
-    with pytest.raises(ConfigError, match="unknown table; expected published or table_11 or"):
-        table("table_16", torch.nn.Linear(1, 1))

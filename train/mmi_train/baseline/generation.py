@@ -150,10 +150,10 @@ class Drawing:
         with row.timings.measure("prefill", ids.shape[1]):
             hidden = row.model.read(ids, images, slot)
         with row.timings.measure("condition"):
-            wanted = torch.tensor([[0, picture.index]])
-            condition = row.model.condition(hidden, ids, wanted)
+            layout = row.model.picture_layout(ids, slot, torch.tensor([[0, picture.index]]))
+            condition = row.model.condition(hidden, layout)
             self.both = torch.cat([condition, decoder.null_condition])
-            self.previous = _for_both_branches(row.model.previous_images(images, ids, slot, wanted))
+            self.previous = _for_both_branches(row.model.previous_images(images, layout))
         self.shape = (1, *decoder.latent_shape)
         # Resets the state that the previous picture left.
         scheduler.set_timesteps(len(scheduler.timesteps))

@@ -14,7 +14,7 @@ from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
-from mmi_train.cli.train import World
+from mmi_train.cli.choices import World
 
 
 def evaluate(

@@ -1,103 +1,137 @@
-"""`mmi train`: train the tiny model from nothing on synthetic pictures."""
+"""`mmi train`: train a model folder further, on one's own documents."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import shown
+from mmi_train.cli.choices import Device, Precision
 
-World = Literal["easy", "medium", "hard"]
-Precision = Literal["bf16", "fp32"]
-
-# The preset that is trained without pre-trained parts.
-FROM_NOTHING = "tiny"
+_DATA, _MACHINE = "Documents", "Machine"
 
 
 def train(
+    model: Annotated[
+        Path,
+        typer.Argument(help="Model folder to start from; it stays as it is.", file_okay=False),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Documents, one a line (.jsonl) or in a list (.json).",
+            dir_okay=False,
+            rich_help_panel=_DATA,
+        ),
+    ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for checkpoints, curves and the model.")
-    ] = Path("runs/tiny"),
-    preset: Annotated[
-        str,
-        typer.Option(
-            help="Configuration to train; `mmi inspect` lists them.", rich_help_panel="Training"
-        ),
-    ] = FROM_NOTHING,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Optimiser steps of the main stage.",
-            show_default="the recipe's",
-            metavar="N",
-            rich_help_panel="Training",
-        ),
-    ] = None,
-    conditioning_steps: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Optimiser steps of the stage before it, without the U-Net.",
-            show_default="the recipe's",
-            metavar="N",
-            rich_help_panel="Training",
-        ),
-    ] = None,
-    world: Annotated[
-        World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Training")
-    ] = "easy",
-    start: Annotated[
+    ],
+    images: Annotated[
         Path | None,
         typer.Option(
-            help="Model folder whose weights are trained further.",
-            show_default="new weights",
-            rich_help_panel="Training",
+            help="Folder of the pictures that the documents name.",
+            show_default="that of the documents",
+            file_okay=False,
+            rich_help_panel=_DATA,
         ),
     ] = None,
-    seed: Annotated[
+    batch: Annotated[
+        int,
+        typer.Option(min=1, help="Documents in a micro-batch.", metavar="N", rich_help_panel=_DATA),
+    ] = 4,
+    workers: Annotated[
         int,
         typer.Option(
-            min=0, help="Seed of weights and data.", metavar="N", rich_help_panel="Training"
+            min=0,
+            help="Processes that read and decode documents ahead.",
+            metavar="N",
+            rich_help_panel=_DATA,
         ),
     ] = 0,
-    precision: Annotated[
-        Precision,
+    max_bad: Annotated[
+        int,
         typer.Option(
-            help="Precision of the arithmetic; weights are fp32.", rich_help_panel="Machine"
+            min=0,
+            help="Documents that may be left out because they cannot be read.",
+            metavar="N",
+            rich_help_panel=_DATA,
         ),
-    ] = "bf16",
+    ] = 100,
+    epochs: Annotated[
+        float, typer.Option(min=0.001, help="Passes through the documents.", metavar="X")
+    ] = 3.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimiser steps.", show_default="from --epochs", metavar="N"),
+    ] = None,
     accumulate: Annotated[
         int,
         typer.Option(
             min=1,
             help="Gradient accumulation: micro-batches per optimiser step.",
             metavar="N",
-            rich_help_panel="Training",
         ),
     ] = 1,
-    packed: Annotated[
-        bool,
+    rate: Annotated[
+        float,
         typer.Option(
-            "--packed",
-            help="Pack documents into rows of the full context length, as in the paper.",
-            rich_help_panel="Training",
+            min=1e-9,
+            help="Learning rate, after a warm-up and before a cosine decay to 0.",
+            metavar="X",
         ),
-    ] = False,
+    ] = 1e-4,
+    image_weight: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Weight of the pictures' loss beside that of the text.", metavar="X"
+        ),
+    ] = 10.0,
+    average: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=0.99999,
+            help="Decay of a moving average (EMA) of the weights, which is what is written then.",
+            metavar="X",
+        ),
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the order, the noise and new weights.", metavar="N")
+    ] = 0,
+    device: Annotated[
+        Device,
+        typer.Option(help="auto: the GPU if PyTorch sees one.", rich_help_panel=_MACHINE),
+    ] = "auto",
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="Precision of the arithmetic; weights that learn are fp32.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = "bf16",
     checkpoint_gradients: Annotated[
         bool,
         typer.Option(
             "--checkpoint-gradients",
             help="Gradient checkpointing: less memory, more time.",
-            rich_help_panel="Machine",
+            rich_help_panel=_MACHINE,
         ),
     ] = False,
+    checkpoint_every: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Optimiser steps between checkpoints.",
+            metavar="N",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = 250,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -106,50 +140,49 @@ def train(
             help="CPU threads.",
             show_default="PyTorch's choice",
             metavar="N",
-            rich_help_panel="Machine",
+            rich_help_panel=_MACHINE,
         ),
     ] = None,
 ) -> None:
-    """Train a model in stages: the autoencoder; reading and conditioning; then everything.
+    """Train a model folder further on documents of yours.
 
     It can be stopped at any time: the same command resumes from the last checkpoint and ends with
     the same weights. After every checkpoint OUT/model holds a usable model.
     """
-    from mmi_deploy.spec.presets import preset as preset_called
-
-    if packed and conditioning_steps is not None:
-        raise ConfigError(
-            "--packed has no conditioning stage", fix="leave --conditioning-steps out"
-        )
-
-    config = preset_called(preset)
-    if preset != FROM_NOTHING:
-        raise ConfigError(
-            f"{preset} is built on pre-trained parts, which cannot be trained from nothing",
-            expected=FROM_NOTHING,
-            got=preset,
-        )
     check_run_folder(out)
-    with shown(remarks(), f"training {preset} into {out}") as progress:
+    remark = remarks()
+    with shown(remark, f"training {model} into {out}") as progress:
         with extras("train"):
             import torch
 
-            from mmi_train.data.synthetic import world as worlds
-            from mmi_train.training.from_scratch import train_from_scratch
+            from mmi_train.data.document_file import DocumentFile
+            from mmi_train.training.devices import device_called
+            from mmi_train.training.fine_tuning import fine_tune, schedule_of, steps_of
             from mmi_train.training.loop import RunConfig
         if threads is not None:
             torch.set_num_threads(threads)
-        model = train_from_scratch(
-            config,
+        place = device_called(device)
+        progress(f"reading {data}")
+        documents = DocumentFile(data, images)
+        trained = fine_tune(
+            model,
+            documents,
             out,
-            world=getattr(worlds, world)(),
-            steps=steps,
-            conditioning_steps=conditioning_steps,
-            seed=seed,
-            run=RunConfig(precision=precision, accumulate=accumulate),
-            start=start,
-            packed=packed,
+            schedule_of(rate, steps or steps_of(epochs, len(documents), batch * accumulate)),
+            RunConfig(
+                seed=seed,
+                precision=precision,
+                accumulate=accumulate,
+                average=average,
+                checkpoint_every=checkpoint_every,
+                workers=workers,
+            ),
+            documents=batch,
+            image_weight=image_weight,
+            max_bad=max_bad,
+            device=place,
             checkpoint_gradients=checkpoint_gradients,
             progress=progress,
+            on_broken=remark.print,
         )
-    results().print(f"{model}: export it with `mmi export {model}`")
+    results().print(f"{trained}: export it with `mmi export {trained}`")

@@ -15,25 +15,30 @@ from mmi_deploy.spec.config import ModelConfig
 from mmi_train.data.packing import PackedRow
 from mmi_train.data.pixels import pixels_at
 from mmi_train.data.rows import Rows
+from mmi_train.model.layout import layout_of
 from mmi_train.model.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch
 
 
-def batch_of(rows: Rows, config: ModelConfig) -> Batch:
-    """Make the model's batch from rows; only tokens with a weight are targets."""
+def batch_of(rows: Rows, config: ModelConfig, *, isolated: bool = True) -> Batch:
+    """Make the model's batch from rows; only tokens with a weight are targets. `isolated`: the
+    documents of a row do not see each other."""
     token_ids = torch.from_numpy(rows.token_ids)
+    image_slot = torch.from_numpy(rows.image_slot)
     weight = torch.from_numpy(rows.weight)
     pictures = torch.from_numpy(rows.pictures) if len(rows.pictures) else None
+    target = text_targets(token_ids, config.tokens, real=weight > 0)
     return Batch(
         token_ids=token_ids,
-        image_slot=torch.from_numpy(rows.image_slot),
+        image_slot=image_slot,
         pixels=pixels_at(rows.images, config.vision.image_size) if rows.images else None,
         pictures=pictures,
         target_pixels=(
             pixels_at(rows.targets, config.image_decoder.image_size) if rows.targets else None
         ),
-        text_target=text_targets(token_ids, config.tokens, real=weight > 0),
+        text_target=target,
         token_weight=weight,
+        layout=layout_of(token_ids, image_slot, pictures, target, config, isolated=isolated),
     )
 
 
@@ -60,11 +65,14 @@ def packed_batch(
             slot[b, m] = len(images)
             pictures.append((b, m))
             images.append(image)
+    target = text_targets(token_ids, tokens, real=real, only_after_image=only_after_image)
+    places = torch.tensor(pictures)
     return Batch(
         token_ids=token_ids,
         image_slot=slot,
         pixels=pixels_at(images, config.vision.image_size),
-        pictures=torch.tensor(pictures),
+        pictures=places,
         target_pixels=pixels_at(images, config.image_decoder.image_size),
-        text_target=text_targets(token_ids, tokens, real=real, only_after_image=only_after_image),
+        text_target=target,
+        layout=layout_of(token_ids, slot, places, target, config),
     )

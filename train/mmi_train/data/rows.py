@@ -5,13 +5,15 @@ Letters: b batch, t tokens, m image slots, n encoded images, j pictures to draw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
+from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.spec.config import TokenConfig
 from mmi_train.data.document import ImagePart, Part, TextPart
 
@@ -53,43 +55,79 @@ class Rows:
     targets: tuple[np.ndarray, ...]  # j, uint8 [height, width, 3]
 
 
+# Token ids of each text of a run of texts without a picture between them.
+EncodeRun = Callable[[Sequence[str]], Iterable[Sequence[int]]]
+
+
+def each_alone(tokenizer: tokenizers.Tokenizer) -> EncodeRun:
+    """Encoding of every text without regard to those before it."""
+    return lambda texts: [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def continued(tokenizer: Tokenizer) -> EncodeRun:
+    """Encoding of every text as the continuation of those before it, which are encoded as the model
+    is given them: as a whole, without a look at what follows."""
+
+    def encode(texts: Sequence[str]) -> Iterator[list[int]]:
+        before: list[int] = []
+        for last in range(1, len(texts) + 1):
+            whole = tokenizer.encode("".join(texts[:last]))
+            if whole[: len(before)] != before:  # the texts share a token: it belongs to the first
+                whole = before + tokenizer.encode(texts[last - 1])
+            yield whole[len(before) :]
+            before = whole
+
+    return encode
+
+
 def tokens_of(
     parts: Sequence[Part],
-    tokenizer: Tokenizer,
+    encode: EncodeRun,
     tokens: TokenConfig,
     visual_tokens: int,
     *,
     read_all: bool = False,
+    given_learn: bool = True,
 ) -> TokenDocument:
     """Tokenize a document: `<s>`, the parts, `</s>`.
 
     Targets are begin-of-image tokens after the first part, texts with `learn`, and `</s>` after an
-    image or such a text. A drawn picture at the end is not encoded, because no token would see it:
-    the document then ends with its begin-of-image token, unless `read_all`, which encodes all
-    images.
+    image or such a text. A drawn picture at the end is not encoded, because only `</s>` would see
+    it: the document then ends with its begin-of-image token, unless `read_all`, which encodes all
+    images. `given_learn`: whether tokens that announce or follow a picture which is not drawn are
+    targets too. Raises what `encode` raises.
     """
     ids, weight = [tokens.bos], [0.0]
     images: list[np.ndarray] = []
     encoded: list[bool] = []
     drawn: list[bool] = []
-    last = len(parts) - 1
-    for index, part in enumerate(parts):
-        if isinstance(part, ImagePart):
-            seen = read_all or index < last or not part.draw
+    last, index = len(parts) - 1, 0
+    for is_text, run in groupby(parts, lambda part: isinstance(part, TextPart)):
+        group = list(run)
+        if is_text:
+            texts = [part for part in group if isinstance(part, TextPart)]
+            for part, text in zip(texts, encode([part.text for part in texts]), strict=True):
+                ids += text
+                weight += [float(part.learn)] * len(text)
+            index += len(group)
+            continue
+        for image in group:
+            assert isinstance(image, ImagePart)
+            seen = read_all or index < last or not image.draw
             span = visual_tokens if seen else 0
             ids += [tokens.boi] + [tokens.image] * span
-            weight += [float(index > 0)] + [0.0] * span
-            images.append(part.image)
+            weight += [float(index > 0 and (given_learn or image.draw))] + [0.0] * span
+            images.append(image.image)
             encoded.append(seen)
-            drawn.append(part.draw)
-        else:
-            text = tokenizer.encode(part.text, add_special_tokens=False).ids
-            ids += text
-            weight += [float(part.learn)] * len(text)
+            drawn.append(image.draw)
+            index += 1
     ending = parts[-1]
-    if read_all or isinstance(ending, TextPart):
+    if isinstance(ending, TextPart):
         ids.append(tokens.eos)
-        weight.append(float(isinstance(ending, ImagePart) or ending.learn))
+        weight.append(float(ending.learn))
+    elif read_all:
+        ids.append(tokens.eos)
+        weight.append(float(given_learn or ending.draw))
     return TokenDocument(
         np.array(ids), np.array(weight, np.float32), tuple(images), tuple(encoded), tuple(drawn)
     )

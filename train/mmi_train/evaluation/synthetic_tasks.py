@@ -22,7 +22,7 @@ from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.batches import batch_of
 from mmi_train.data.pixels import images_from_pixels
-from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
+from mmi_train.data.rows import TokenDocument, each_alone, make_rows, tokens_of
 from mmi_train.data.synthetic.scene_reader import expected_segmentation, mean_iou, segmentation_of
 from mmi_train.data.synthetic.tasks import (
     MAKERS,
@@ -161,7 +161,9 @@ def prompt_of(
     """Prompt of a target: the document before it; for a picture, with its begin-of-image token."""
     part = document.parts[target]
     end = target + 1 if isinstance(part, TaskImage) else target
-    made = tokens_of(document.parts[:end], tokenizer, config.tokens, config.visual_tokens)
+    made = tokens_of(
+        document.parts[:end], each_alone(tokenizer), config.tokens, config.visual_tokens
+    )
     if isinstance(part, TaskText):  # without `</s>`: the model continues the text
         made = TokenDocument(
             made.token_ids[:-1], made.weight[:-1], made.images, made.encoded, made.drawn

@@ -26,8 +26,9 @@ from mmi_train.golden.unet import set_base_grids
 from mmi_train.golden.units import Unit, UnitError
 from mmi_train.model.generation import visible_keys
 from mmi_train.model.image_decoder import CONDITION_DROP, RandomDraws
+from mmi_train.model.layout import EMPTY_CONTEXT
 from mmi_train.model.losses import IGNORE, text_loss, text_targets
-from mmi_train.model.mm_interleaved import EMPTY_CONTEXT, EncodedImages, MMInterleaved
+from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
 
 # Data set of the total loss whose gradients are stored.
 _GRADIENT_OF = "mmc4"
@@ -124,7 +125,8 @@ def _forward(unit: Unit, checks: Checks, weights: Weights) -> Tensor | None:
     with recorded(parts) as flow:
         images = model.encode_images(pixels)
         hidden = read(model, data, images)
-        context, length = model.context(hidden, data.bounds, data.pictures)
+        layout = model.picture_layout(data.bounds, data.slot, data.pictures)
+        context, length = model.context(hidden, layout)
         condition = model.image_decoder.condition(context, length)
         _check_embeddings(checks, model, data, images, flow["llm"][0])
         checks.compare("last_hidden_state", hidden, mask=data.real)
@@ -164,7 +166,9 @@ def _picture_losses(
 ) -> Tensor:
     """The image loss of each picture, [j], 0 for an empty context."""
     model, decoder = weights.model, weights.model.image_decoder
-    previous = model.previous_images(images, data.bounds, data.slot, data.pictures)
+    previous = model.previous_images(
+        images, model.picture_layout(data.bounds, data.slot, data.pictures)
+    )
     nearest = previous.position == 1  # [j, m]
     checks.compare("imgdec_mmfs_mask", nearest.any(1, keepdim=True), "exact")
     before = previous.slot.gather(1, nearest.int().argmax(1, keepdim=True))  # [j, 1]

@@ -131,8 +131,9 @@ def check_images(unit: Unit, checks: Checks, weights: Weights) -> None:
     pictures = data.pictures[unit.inputs.get("target_image_idxs", torch.arange(len(data.pictures)))]
     images = model.encode_images(unit.input("image_tensors"))
     hidden = full.read(model, data, images)
-    condition = model.condition(hidden, data.bounds, pictures)
-    previous = model.previous_images(images, data.bounds, data.slot, pictures)
+    layout = model.picture_layout(data.bounds, data.slot, pictures)
+    condition = model.condition(hidden, layout)
+    previous = model.previous_images(images, layout)
     noise = unit.inputs_of("step_noise")
     if len(noise) != steps:
         raise UnitError("wrong number of tensors in.step_noise.*", expected=steps, got=len(noise))

@@ -166,9 +166,10 @@ def draw_pictures(
     """
     images = model.encode_images(pixels)
     hidden = model.read(token_ids, images, image_slot)
+    layout = model.picture_layout(token_ids, image_slot, pictures)
     drawn = model.image_decoder.draw(
-        model.condition(hidden, token_ids, pictures),
-        model.previous_images(images, token_ids, image_slot, pictures),
+        model.condition(hidden, layout),
+        model.previous_images(images, layout),
         latents,
         scheduler,
         guidance=guidance,

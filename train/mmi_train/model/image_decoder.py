@@ -36,15 +36,13 @@ ENCODED_AT_ONCE = 32
 @dataclass(frozen=True)
 class PreviousImages:
     """Images that the U-Net attends to: features [n, s, c] of all levels, `slot` [b, m] (row of
-    `features`) and `position` [b, m] (0 hidden, 1 the image before)."""
+    `features`) and `position` [b, m] (0 hidden, 1 the image before). `seeing`: numbers of the
+    pictures that see any; None: MMFS runs on all."""
 
     features: Tensor
     slot: Tensor
     position: Tensor
-
-    def __getitem__(self, pictures: Tensor) -> PreviousImages:
-        """Select pictures by a bool or index tensor."""
-        return PreviousImages(self.features, self.slot[pictures], self.position[pictures])
+    seeing: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,13 @@ class ImageDecoder(nn.Module):
         drop = (draws.drop < CONDITION_DROP)[:, None, None]
         condition = torch.where(drop, self.null_condition.to(condition.dtype), condition)
         prediction = self.unet(
-            noisy, draws.timestep, condition, images.features, images.slot, images.position
+            noisy,
+            draws.timestep,
+            condition,
+            images.features,
+            images.slot,
+            images.position,
+            images.seeing,
         )
         target = self.diffusion.target(latents, draws.noise, draws.timestep)
         return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))

@@ -13,23 +13,32 @@ z latent channels, c channels.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmi_deploy.spec import token_layout
 from mmi_deploy.spec.config import ModelConfig
 from mmi_train.model.image_decoder import ImageDecoder, PreviousImages, RandomDraws
+from mmi_train.model.layout import (
+    Layout,
+    PictureLayout,
+    RowLayout,
+    image_positions,
+    layout_of,
+    map_tensors,
+    moved,
+    picture_layout,
+    row_layout,
+)
 from mmi_train.model.llama import Llama
 from mmi_train.model.lm_head import LmHead
-from mmi_train.model.losses import IGNORE, text_loss, text_targets
+from mmi_train.model.losses import text_loss, text_targets
 from mmi_train.model.vae import Posterior
 from mmi_train.model.visual_tokenizer import VisualTokenizer, flatten_maps
-
-# Context tokens, `<s>` and begin-of-image, of a picture with nothing before it: it is not trained.
-EMPTY_CONTEXT = 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Batch:
 
     `text_target` [b, t - 1]: from `losses.text_targets`; None: computed from `token_ids` alone.
     `token_weight` [b, t]: loss weight of each token as a target (the first column is not used).
+    `layout`: where tokens and pictures find what they see, best made with the batch; None: made by
+    the model, for rows that are causal from their first token on.
     """
 
     token_ids: Tensor
@@ -61,6 +72,11 @@ class Batch:
     picture_weight: Tensor | None = None
     text_target: Tensor | None = None
     token_weight: Tensor | None = None
+    layout: Layout | None = None
+
+    def pin_memory(self) -> Batch:
+        """Copy in page-locked memory, for PyTorch's loader."""
+        return map_tensors(self, Tensor.pin_memory)
 
 
 class EncodedImages(NamedTuple):
@@ -124,87 +140,55 @@ class MMInterleaved(nn.Module):
 
     def embed_rows(self, token_ids: Tensor, images: EncodedImages, image_slot: Tensor) -> Tensor:
         """Embed whole rows with the visual tokens of their images in place: [b, t, c]."""
-        ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
+        ids, slots = _array(token_ids), _array(image_slot)
         index = token_layout.visual_index(ids, self.config.tokens, slots, self.config.visual_tokens)
         return self.embed(token_ids, images.tokens, _like(index, token_ids))
 
     def image_positions(self, token_ids: Tensor, image_slot: Tensor) -> Tensor:
         """Image position of each token, [b, t, m]: 1 the nearest image, 2 the one before it, 0
         hidden; see `token_layout.image_positions`."""
-        ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
-        seen = self.config.llm_mmfs.images_seen
-        position = token_layout.image_positions(ids, self.config.tokens, slots.shape[1], seen)
-        return _like(position * (slots >= 0)[:, None], token_ids)
+        found = image_positions(_array(token_ids), _array(image_slot), self.config)
+        return _like(found, token_ids)
 
-    def read(
-        self,
-        token_ids: Tensor,
-        images: EncodedImages,
-        image_slot: Tensor,
-        *,
-        position: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states [b, t, c] of whole rows; see `Batch`.
+    def read(self, token_ids: Tensor, images: EncodedImages, image_slot: Tensor) -> Tensor:
+        """Hidden states [b, t, c] of whole rows, each causal from its first token on; see
+        `Batch`."""
+        layout = row_layout(_array(token_ids), _array(image_slot), self.config)
+        return self.read_rows(token_ids, images, moved(layout, token_ids.device))
 
-        `position` [b, t] and `mask` (bool [b, 1, t, t], True where a key may be seen) can isolate
-        packed documents from each other; without them a row is causal from its first token on.
-        """
-        if position is None:
-            rows, columns = token_ids.shape
-            position = torch.arange(columns, device=token_ids.device).expand(rows, -1)
-        slot, image_position = token_layout.only_seen(
-            image_slot.cpu().numpy(), self.image_positions(token_ids, image_slot).cpu().numpy()
-        )
+    def read_rows(self, token_ids: Tensor, images: EncodedImages, layout: RowLayout) -> Tensor:
+        """Hidden states [b, t, c] of whole rows with their layout."""
         return self.llm(
-            self.embed_rows(token_ids, images, image_slot),
-            position,
-            mask,
+            self.embed(token_ids, images.tokens, layout.visual_index),
+            layout.position,
+            layout.mask,
             values=self.llm.image_values(images.features),
-            image_slot=_like(slot, token_ids).clamp(min=0),
-            image_position=_like(image_position, token_ids),
+            image_slot=layout.image_slot,
+            image_position=layout.image_position,
         )
 
-    def context(self, hidden: Tensor, token_ids: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Context of pictures [j, 2]: hidden states [j, x, c] from each picture's BoI backwards to
-        its `<s>`, zeros after that, and their number, [j]."""
-        row, image = pictures.cpu().numpy().T
-        ids = token_ids.cpu().numpy()
-        ranges = token_layout.context_ranges(
-            ids, self.config.tokens, token_layout.image_count(ids, self.config.tokens)
-        )
-        start, stop = ranges[row, image].T
-        length = stop - start
-        backwards = stop[:, None] - 1 - np.arange(length.max(initial=1))  # [j, x]
-        real = backwards >= start[:, None]
-        rows = _like(row, token_ids)[:, None]
-        context = hidden[rows, _like(np.where(real, backwards, 0), token_ids)]  # [j, x, c]
-        return context * _like(real, token_ids)[..., None], _like(length, token_ids)
+    def picture_layout(
+        self, token_ids: Tensor, image_slot: Tensor, pictures: Tensor
+    ) -> PictureLayout:
+        """Layout of pictures [j, 2] on the device of the tokens."""
+        ids, slots, wanted = _array(token_ids), _array(image_slot), _array(pictures)
+        return moved(picture_layout(ids, slots, wanted, self.config), token_ids.device)
 
-    def previous_images(
-        self, images: EncodedImages, token_ids: Tensor, image_slot: Tensor, pictures: Tensor
-    ) -> PreviousImages:
-        """The earlier images of each picture's document. Images that no picture sees are dropped,
-        and so are unused columns, so that no MMFS value is computed unnecessarily."""
-        ids, slots = token_ids.cpu().numpy(), image_slot.cpu().numpy()
-        row, image = pictures.cpu().numpy().T
-        seen = self.config.image_decoder.mmfs.images_seen
-        positions = token_layout.picture_positions(ids, self.config.tokens, slots.shape[1], seen)
-        slot, position = token_layout.only_seen(
-            slots[row], positions[row, image] * (slots[row] >= 0)
-        )  # [j, m]
-        used = np.unique(slot[position > 0])
-        used = used if len(used) else np.zeros(1, slot.dtype)
-        slot = np.searchsorted(used, slot).clip(max=len(used) - 1)
+    def context(self, hidden: Tensor, layout: PictureLayout) -> tuple[Tensor, Tensor]:
+        """Context of pictures: hidden states [j, x, c] from each picture's BoI backwards to its
+        `<s>`, zeros after that, and their number, [j]."""
+        context = hidden[layout.row, layout.column]  # [j, x, c]
+        return context * layout.real[..., None], layout.length
+
+    def previous_images(self, images: EncodedImages, layout: PictureLayout) -> PreviousImages:
+        """The earlier images of each picture's document."""
         return PreviousImages(
-            images.features[_like(used, token_ids)],
-            _like(slot, token_ids),
-            _like(position, token_ids),
+            images.features[layout.used], layout.slot, layout.position, layout.seeing
         )
 
-    def condition(self, hidden: Tensor, token_ids: Tensor, pictures: Tensor) -> Tensor:
-        """Condition tokens [j, y, c] of pictures [j, 2] for the U-Net."""
-        return self.image_decoder.condition(*self.context(hidden, token_ids, pictures))
+    def condition(self, hidden: Tensor, layout: PictureLayout) -> Tensor:
+        """Condition tokens [j, y, c] of pictures for the U-Net."""
+        return self.image_decoder.condition(*self.context(hidden, layout))
 
     def forward(
         self,
@@ -217,23 +201,41 @@ class MMInterleaved(nn.Module):
         """Training losses (Sec. 3.3, Eq. 5; lambda = 10). `draws`: a row for each picture; None:
         drawn from torch's default generator. `image_weight` 0, as the published code fine-tunes on
         questions with, leaves the U-Net out."""
+        batch = self.with_layout(batch)
+        assert batch.layout is not None
         images = self.encode_images(batch.pixels)
-        hidden = self.read(batch.token_ids, images, batch.image_slot)
+        hidden = self.read_rows(batch.token_ids, images, batch.layout.rows)
         text = self.text_loss(hidden, batch)
         if image_weight == 0:
-            batch = replace(batch, pictures=None)
+            batch = replace(batch, layout=replace(batch.layout, pictures=None))
         image, pictures = self.image_loss(hidden, images, batch, draws)
         return Losses(text_weight * text + image_weight * image, text, image, pictures)
 
-    def text_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the targets that count; only their logits are computed."""
+    def with_layout(self, batch: Batch) -> Batch:
+        """The batch with its text targets and layout, which are made unless it has them."""
+        if batch.layout is not None:
+            return batch
         target = batch.text_target
         if target is None:
             target = text_targets(batch.token_ids, self.config.tokens)
-        counts = target != IGNORE
-        weight = None if batch.token_weight is None else batch.token_weight[:, 1:][counts]
-        logits = self.head(hidden[:, :-1][counts])  # [w, u]
-        return text_loss(logits, target[counts], weight)
+        layout = layout_of(
+            batch.token_ids.cpu(),
+            batch.image_slot.cpu(),
+            None if batch.pictures is None else batch.pictures.cpu(),
+            target.cpu(),
+            self.config,
+            picture_weight=None if batch.picture_weight is None else batch.picture_weight.cpu(),
+        )
+        layout = moved(layout, batch.token_ids.device)
+        return replace(batch, text_target=target, layout=layout)
+
+    def text_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the targets that count; only their logits are computed."""
+        assert batch.layout is not None and batch.text_target is not None
+        row, column = batch.layout.target_row, batch.layout.target_column
+        weight = None if batch.token_weight is None else batch.token_weight[row, column + 1]
+        logits = self.head(hidden[row, column])  # [w, u]
+        return text_loss(logits, batch.text_target[row, column], weight)
 
     def image_loss(
         self, hidden: Tensor, images: EncodedImages, batch: Batch, draws: RandomDraws | None = None
@@ -243,20 +245,14 @@ class MMInterleaved(nn.Module):
         A picture right after `<s>` has an empty context: as in the published code it counts as zero
         in the mean, but its loss is not computed; nor is that of a picture of weight zero.
         """
-        pictures = batch.pictures
-        if pictures is None or not len(pictures):
-            return hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(
-                0, dtype=torch.float32
-            )
-        decoder = self.image_decoder
-        draws = decoder.random_draws(len(pictures)) if draws is None else draws
-        context, length = self.context(hidden, batch.token_ids, pictures)
-        drawn = length > EMPTY_CONTEXT  # [j]
-        if batch.picture_weight is not None:
-            drawn &= batch.picture_weight != 0
-        own = torch.full(drawn.shape, torch.nan, device=drawn.device)
-        if not drawn.any():
+        assert batch.layout is not None
+        drawn, layout = batch.layout.drawn, batch.layout.pictures
+        count = 0 if batch.pictures is None else len(batch.pictures)
+        own = hidden.new_full((count,), torch.nan, dtype=torch.float32)
+        if layout is None:
             return own.new_zeros(()), own
+        decoder = self.image_decoder
+        draws = decoder.random_draws(count) if draws is None else draws
         if batch.target_posterior is not None:
             posterior = Posterior(*(moment[drawn] for moment in batch.target_posterior))
         else:
@@ -264,13 +260,16 @@ class MMInterleaved(nn.Module):
                 "pictures need target_pixels or target_posterior"
             )
             posterior = decoder.encode(batch.target_pixels[drawn])
-        look_back = self.previous_images(images, batch.token_ids, batch.image_slot, pictures[drawn])
-        condition = decoder.condition(context[drawn], length[drawn])
-        losses = decoder.losses(posterior, condition, look_back, draws[drawn])
-        own = own.masked_scatter(drawn, losses.detach())
+        look_back = self.previous_images(images, layout)
+        losses = decoder.losses(posterior, self.condition(hidden, layout), look_back, draws[drawn])
+        own = own.index_copy(0, drawn, losses.detach())
         if batch.picture_weight is not None:
             losses = losses * batch.picture_weight[drawn]
-        return losses.sum() / len(pictures), own
+        return losses.sum() / count, own
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return tensor.cpu().numpy()
 
 
 def _like(array: np.ndarray, tensor: Tensor) -> Tensor:

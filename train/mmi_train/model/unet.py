@@ -41,7 +41,7 @@ class StepInputs:
 
     `time_row`: the time projection [b|1, c] of a ResNet. `key_value`: the condition's key and value
     [b, y, c] of a transformer. `value`: the image values [n, s, h, d] of an MMFS block; empty
-    leaves MMFS out. `image_slot` and `image_position` [b, m]: as in `UNet.step`.
+    leaves MMFS out. `image_slot` and `image_position` [b, m], `seeing`: as in `UNet.step`.
     """
 
     time_row: Mapping[nn.Module, Tensor]
@@ -49,6 +49,7 @@ class StepInputs:
     value: Mapping[nn.Module, Tensor]
     image_slot: Tensor | None
     image_position: Tensor | None
+    seeing: Tensor | None = None
 
 
 class UNet(nn.Module):
@@ -108,14 +109,16 @@ class UNet(nn.Module):
         values: Sequence[Tensor] | None,
         image_slot: Tensor | None = None,
         image_position: Tensor | None = None,
+        seeing: Tensor | None = None,
     ) -> Tensor:
         """One prediction from latents [b, c, side, side] and the three kinds of precomputed inputs.
 
         `time_rows` [b|1, sum of widths]. `image_slot` [b, m]: rows of the pool in `values`;
-        `image_position` [b, m]: 0 hidden, 1 the nearest image. `values` None leaves MMFS out.
+        `image_position` [b, m]: 0 hidden, 1 the nearest image; `seeing`: rows that see any, so
+        that MMFS runs on no others (None: on all). `values` None leaves MMFS out.
         """
         return self.step_and_deep(
-            latents, time_rows, keys_values, values, image_slot, image_position
+            latents, time_rows, keys_values, values, image_slot, image_position, seeing
         )[0]
 
     def step_and_deep(
@@ -126,6 +129,7 @@ class UNet(nn.Module):
         values: Sequence[Tensor] | None,
         image_slot: Tensor | None = None,
         image_position: Tensor | None = None,
+        seeing: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`step`, and the deep features: the input of its last up block, without the skips.
 
@@ -138,6 +142,7 @@ class UNet(nn.Module):
             {} if values is None else dict(zip(self.look_back, values, strict=True)),
             image_slot,
             image_position,
+            seeing,
         )
         skips = self._outer_skips(latents, inputs)
         x = skips[-1]  # [b, c, side, side]
@@ -234,13 +239,20 @@ class UNet(nn.Module):
         features: Tensor | None = None,
         image_slot: Tensor | None = None,
         image_position: Tensor | None = None,
+        seeing: Tensor | None = None,
     ) -> Tensor:
         """Predict in one call: latents [b, c, side, side], timestep [b], condition [b, y, c],
         features [n, s, c] of all levels (None leaves MMFS out) -> [b, c, side, side]."""
         values = None if features is None else self.image_values(features)
         keys_values = self.condition_keys_values(condition)
         return self.step(
-            latents, self.time_rows(timestep), keys_values, values, image_slot, image_position
+            latents,
+            self.time_rows(timestep),
+            keys_values,
+            values,
+            image_slot,
+            image_position,
+            seeing,
         )
 
     def resnets(self) -> Iterator[ResnetBlock2D]:
@@ -268,7 +280,8 @@ class UNet(nn.Module):
         if not inputs.value:
             return x
         assert inputs.image_slot is not None and inputs.image_position is not None
-        return self._run(block, x, inputs.value[block], inputs.image_slot, inputs.image_position)
+        arguments = inputs.value[block], inputs.image_slot, inputs.image_position, inputs.seeing
+        return self._run(block, x, *arguments)
 
     def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call a function, which keeps only its arguments for the backward pass if gradients are
@@ -314,22 +327,28 @@ class MmfsBlock(nn.Module):
         return self.mmfs.values(self.value_norm(features))
 
     def forward(
-        self, x: Tensor, value: Tensor, image_slot: Tensor, image_position: Tensor
+        self,
+        x: Tensor,
+        value: Tensor,
+        image_slot: Tensor,
+        image_position: Tensor,
+        seeing: Tensor | None = None,
     ) -> Tensor:
-        """x [b, c, side, side], value [n, s, h, d], image_slot and image_position [b, m] ->
-        [b, c, side, side]."""
+        """x [b, c, side, side], value [n, s, h, d], image_slot and image_position [b, m], seeing:
+        rows that see any image -> [b, c, side, side]."""
         query = self.query_norm(_cells(x)) + self.positions  # [b, q, c]
-        seeing = (image_position > 0).any(dim=1)  # [b]
-        if not self.training or seeing.all():
-            seen = self.mmfs(query, value, image_slot, image_position[:, None], self.reference)
+        position = image_position[:, None]
+        if seeing is None:
+            seen = self.mmfs(query, value, image_slot, position, self.reference)
         else:
             # A picture that sees no image gets the null value in every cell: training batches are
-            # full of such pictures, and MMFS runs on the others alone.
+            # full of such pictures.
             seen = self.mmfs.output_proj(self.mmfs.null_value).expand(query.shape)
-            if seeing.any():
-                slot, position = image_slot[seeing], image_position[seeing, None]
-                found = self.mmfs(query[seeing], value, slot, position, self.reference)
-                seen = seen.index_put((seeing,), found.to(seen.dtype))
+            if len(seeing):
+                found = self.mmfs(
+                    query[seeing], value, image_slot[seeing], position[seeing], self.reference
+                )
+                seen = seen.index_copy(0, seeing, found.to(seen.dtype))
         return x + self.conv(_map(seen, x))
 
 

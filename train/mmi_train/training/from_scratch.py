@@ -24,7 +24,7 @@ from mmi_deploy.spec.config import ModelConfig, VaeConfig
 from mmi_deploy.system.files import write_file
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
-from mmi_train.data.rows import TokenDocument, tokens_of
+from mmi_train.data.rows import TokenDocument, each_alone, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS
 from mmi_train.data.synthetic.vocabulary import SPECIAL_TOKENS, build_tokenizer, words
 from mmi_train.data.synthetic.world import WorldConfig, easy
@@ -179,7 +179,11 @@ def endless_documents(
     while True:
         document = MAKERS[kinds[int(rng.integers(len(kinds)))]](rng, world, "train")
         yield tokens_of(
-            document.parts, tokenizer, config.tokens, config.visual_tokens, read_all=True
+            document.parts,
+            each_alone(tokenizer),
+            config.tokens,
+            config.visual_tokens,
+            read_all=True,
         )
 
 

@@ -1,27 +1,31 @@
 """Training loop of any stage: resumable, with the same weights whether or not it was interrupted.
 
-Every random draw is keyed by (seed, step, micro-batch), so a killed run resumes from its last
-checkpoint and ends with the weights of an uninterrupted run.
+Micro-batches are numbered through the run, and every random draw is keyed by (seed, number), so a
+killed run resumes from its last checkpoint and ends with the weights of an uninterrupted run,
+whatever the number of worker processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 from mmi_deploy.errors import WeightsError
 from mmi_deploy.system.progress import Progress, silent
+from mmi_train.model.layout import moved
 from mmi_train.training.checkpoints import (
     RunState,
     latest_checkpoint,
@@ -37,7 +41,9 @@ from mmi_train.training.optimiser import OptimiserConfig, make_optimiser, set_ra
 class RunConfig:
     """Settings of a run. `accumulate`: micro-batches of one optimiser step. `average`: decay of the
     exponential moving average (EMA) of the weights. `keep`: checkpoints kept. Intervals are in
-    optimiser steps."""
+    optimiser steps. `workers`: processes that make batches ahead; 0: made in the loop.
+    `most_skipped`: steps in a row that may be left out because a loss or a gradient is not finite.
+    """
 
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -46,10 +52,12 @@ class RunConfig:
     log_every: int = 50
     checkpoint_every: int = 250
     keep: int = 2
+    workers: int = 0
+    most_skipped: int = 3
 
 
 class Stage(Protocol):
-    """Training stage: a module and its losses on one micro-batch."""
+    """Training stage: a module, its micro-batches and their losses."""
 
     name: str
 
@@ -57,9 +65,13 @@ class Stage(Protocol):
     def module(self) -> nn.Module:
         """The module to train, which checkpoints hold."""
 
-    def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Losses of one micro-batch by name; `total` is minimised. Every draw comes from `rng`, or
-        from torch's global generator, which the loop seeds from `rng`."""
+    def batch(self, index: int, rng: np.random.Generator) -> Any:
+        """Micro-batch `index` of the run, on the CPU; every draw comes from `rng`. A worker process
+        may call it."""
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Losses of a micro-batch, on the module's device, by name; `total` is minimised. Draws
+        come from torch's global generator, which the loop seeds."""
 
     def describe(self) -> Mapping[str, object]:
         """Settings that decide the weights, by name; a checkpoint of other settings is refused."""
@@ -69,7 +81,7 @@ class Stage(Protocol):
 MOST_TOLD = 40
 
 # Settings of a run that leave its weights as they are.
-FREE = ("log_every", "checkpoint_every", "keep")
+FREE = ("log_every", "checkpoint_every", "keep", "workers", "most_skipped")
 
 
 def settings_of(
@@ -130,33 +142,77 @@ def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def _check_finite(value: Tensor, what: str, step: int, losses: dict[str, Tensor]) -> None:
-    """Raise `WeightsError`, which reports the `losses`, unless `value` is finite."""
-    if not bool(torch.isfinite(value)):
-        raise WeightsError(
-            f"the {what} is not finite at step {step}",
-            got={name: float(loss.detach()) for name, loss in losses.items()},
-            fix="lower the rate or train in fp32; the last checkpoint is intact",
-        )
+class _MicroBatches(Dataset):
+    """Micro-batches of a stage by their numbers."""
+
+    def __init__(self, stage: Stage, seed: int) -> None:
+        self.stage, self.seed = stage, seed
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.stage.batch(index, np.random.default_rng([self.seed, index]))
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def micro_batches(
+    stage: Stage, seed: int, indices: range, workers: int, device: torch.device
+) -> Iterator[tuple[int, Any]]:
+    """Number and micro-batch, on `device`, for each of `indices`; made ahead by `workers`
+    processes."""
+    loader = DataLoader(
+        _MicroBatches(stage, seed),
+        batch_size=None,
+        sampler=indices,
+        num_workers=workers,
+        collate_fn=_same,
+        pin_memory=device.type == "cuda",
+        # Workers need neither the module's copy nor its device.
+        multiprocessing_context="fork" if workers else None,
+    )
+    return ((index, moved(batch, device)) for index, batch in loader)
+
+
+def _refuse_not_finite(name: str, step: int, losses: Mapping[str, Tensor]) -> None:
+    """Raise `WeightsError`, which reports the `losses`."""
+    what = "gradient" if bool(torch.isfinite(losses["total"])) else "loss"
+    raise WeightsError(
+        f"the {what} of {name} is not finite at step {step}",
+        got={name: float(loss.detach()) for name, loss in losses.items()},
+        fix="lower the rate or train in fp32; the last checkpoint is intact",
+    )
 
 
 class _RunningMeans:
-    """Means of the losses since the last call of `take`."""
+    """Means of the losses since the last call of `take`; added up where they are computed."""
 
     def __init__(self) -> None:
-        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._sums: dict[str, Tensor] = {}
         self._counts: defaultdict[str, int] = defaultdict(int)
 
-    def add(self, losses: dict[str, Tensor]) -> None:
+    def add(self, losses: Mapping[str, Tensor]) -> None:
         for name, value in losses.items():
-            self._sums[name] += float(value.detach())
+            now = value.detach().double()
+            self._sums[name] = self._sums[name] + now if name in self._sums else now
             self._counts[name] += 1
 
     def take(self) -> dict[str, float]:
-        means = {name: self._sums[name] / self._counts[name] for name in self._sums}
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums.clear()
         self._counts.clear()
         return means
+
+
+def _average(
+    average: Mapping[str, Tensor], module: nn.Module, names: Sequence[str], decay: float
+) -> None:
+    """Move the averages of the weights `names` towards the module's."""
+    current = dict(module.named_parameters())
+    with torch.no_grad():
+        torch._foreach_lerp_(
+            [average[name] for name in names], [current[name] for name in names], 1 - decay
+        )
 
 
 def train(
@@ -173,8 +229,8 @@ def train(
     Curves go to `out/curves` (TensorBoard). Returns the averages (EMA) of the weights that learn.
     `on_checkpoint` gets (step, averages) at every checkpoint and when the run resumes, because the
     run may have been killed between a checkpoint and its callback. `start` names the weights that
-    the run starts from. Raises `WeightsError` if a loss or its gradient is not finite, or if `out`
-    belongs to a run with other settings.
+    the run starts from. Raises `WeightsError` if losses or gradients are not finite again and
+    again, or if `out` belongs to a run with other settings.
     """
     module = stage.module
     optimiser = make_optimiser(module, optimiser_config)
@@ -197,33 +253,31 @@ def train(
     names = [name for name, value in module.named_parameters() if value.requires_grad]
     device = parameters[0].device
     module.train()
-    meter, losses_now = _RunningMeans(), ""
+    meter, losses_now, skipped = _RunningMeans(), "", 0
+    first, last = step * run.accumulate, optimiser_config.steps * run.accumulate
+    batches = micro_batches(stage, run.seed, range(first, last), run.workers, device)
     with SummaryWriter(str(out / "curves"), purge_step=step) as curves:
         progress(stage.name, step, optimiser_config.steps)
         while step < optimiser_config.steps:
             rate = set_rate(optimiser, optimiser_config, step)
-            for micro_batch in range(run.accumulate):
-                rng = np.random.default_rng([run.seed, step, micro_batch])
-                torch.manual_seed(int(rng.integers(2**62)))
+            for index, batch in islice(batches, run.accumulate):
+                draws = np.random.default_rng([run.seed, index, 1])
+                torch.manual_seed(int(draws.integers(2**62)))
                 with _autocast(run.precision, device):
-                    losses = stage.losses(rng)
-                _check_finite(losses["total"], f"loss of {stage.name}", step, losses)
+                    losses = stage.losses(batch)
                 (losses["total"] / run.accumulate).backward()
                 meter.add(losses)
             norm = torch.nn.utils.clip_grad_norm_(parameters, optimiser_config.clip)
-            _check_finite(norm, f"gradient of {stage.name}", step, losses)
             meter.add({"gradient_norm": norm})
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
             step += 1
-            decay = min(run.average, step / (step + 10))  # short average while the run is young
-            current = dict(module.named_parameters())
-            with torch.no_grad():
-                torch._foreach_lerp_(
-                    [average[name] for name in names],
-                    [current[name] for name in names],
-                    1 - decay,
-                )
+            if bool(torch.isfinite(norm)):
+                skipped = 0
+                optimiser.step()
+                # A short average while the run is young.
+                _average(average, module, names, min(run.average, step / (step + 10)))
+            elif (skipped := skipped + 1) > run.most_skipped:
+                _refuse_not_finite(stage.name, step - 1, losses)
+            optimiser.zero_grad(set_to_none=True)
             if step % run.log_every == 0 or step == optimiser_config.steps:
                 means = meter.take()
                 for name, value in means.items():

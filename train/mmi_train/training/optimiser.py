@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,11 +22,13 @@ from mmi_train.weights.model_folder import TypeOfMatrix
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class GroupRule:
     """Learning rate and weight decay, relative to the base values, of parameters whose name matches
-    `pattern` (the first matching rule applies); a rate of 0 freezes them."""
+    `pattern` (the first matching rule applies); a rate of 0 freezes them. `optional`: a model may
+    be without such parameters."""
 
     pattern: str
     rate: float = 1.0
     decay: float = 1.0
+    optional: bool = False
 
 
 # All parameters learn at the base rate; the VAE, which has a stage of its own, is frozen.
@@ -45,7 +47,7 @@ TABLE_11 = (
     GroupRule(r"^llm\..*look_back\."),
     GroupRule(r"^llm\.", rate=0.0),
     GroupRule(r"^head\.head\.", rate=0.0),
-    GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0),
+    GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0, optional=True),
     GroupRule(r"^image_decoder\.unet\.(?!look_back)", rate=0.1),
 )
 
@@ -55,7 +57,7 @@ TABLE_11 = (
 _ALWAYS_FROZEN = (
     GroupRule(r"^image_decoder\.vae\.", rate=0.0),
     GroupRule(r"^vision\.encoder\.(embeddings|pre_norm|layers)\.", rate=0.0),
-    GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0),
+    GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0, optional=True),
 )
 
 # The language model as it was before MMFS: body, embeddings and head.
@@ -140,17 +142,6 @@ TABLES: Mapping[str, OptimiserConfig] = {
 }
 
 
-def table(name: str, model: nn.Module) -> OptimiserConfig:
-    """Settings of `TABLES`, with the rules that match a parameter of `model`: other models lack
-    some of the parts. Raises `ConfigError` for an unknown name."""
-    if name not in TABLES:
-        raise ConfigError("unknown table", expected=" or ".join(TABLES), got=name)
-    names = [own.removeprefix(MODEL_PREFIX) for own, _ in model.named_parameters()]
-    config = TABLES[name]
-    fitting = [rule for rule in config.rules if any(re.search(rule.pattern, own) for own in names)]
-    return replace(config, rules=tuple(fitting))
-
-
 @dataclass(frozen=True)
 class _GroupKey:
     """Multiplier of the learning rate, and weight decay, of one parameter group."""
@@ -200,7 +191,7 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
     """
     undecayed = _undecayed(model)
     groups: defaultdict[_GroupKey, list[nn.Parameter]] = defaultdict(list)
-    unused = {rule.pattern for rule in config.rules}
+    unused = {rule.pattern for rule in config.rules if not rule.optional}
     for name, parameter in model.named_parameters():
         own = name.removeprefix(MODEL_PREFIX)
         fitting = [rule for rule in config.rules if re.search(rule.pattern, own)]

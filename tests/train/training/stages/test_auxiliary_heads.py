@@ -63,7 +63,7 @@ def stage(**settings: float) -> InterleavedStage:
 
 def test_every_loss_counts_with_its_weight() -> None:
     one = stage(image_weight=7.0, recall_weight=2.0, sketch_weight=5.0)
-    losses = one.losses(np.random.default_rng(0))
+    losses = one.losses(one.batch(0, np.random.default_rng(0)))
     weighted = losses["text"] + 7 * losses["image"] + 2 * losses["recall"] + 5 * losses["sketch"]
     assert set(losses) == {"total", "text", "image", "recall", "sketch"}
     torch.testing.assert_close(losses["total"], weighted)
@@ -71,7 +71,7 @@ def test_every_loss_counts_with_its_weight() -> None:
 
 def test_without_the_image_loss_the_unet_rests_and_the_condition_learns() -> None:
     one = stage(image_weight=0.0)
-    losses = one.losses(np.random.default_rng(0))
+    losses = one.losses(one.batch(0, np.random.default_rng(0)))
     assert "image" not in losses
     losses["total"].backward()
     moved = {name for name, value in one.module.named_parameters() if value.grad is not None}

@@ -10,14 +10,14 @@ import torch
 
 from mmi_deploy.spec.presets import tiny
 from mmi_train.data.batches import batch_of
-from mmi_train.data.rows import make_rows, tokens_of
+from mmi_train.data.rows import each_alone, make_rows, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS, TaskImage
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy, hard
 from mmi_train.model.losses import IGNORE
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.from_scratch import endless_documents
-from mmi_train.training.stages.interleaved import InterleavedStage, isolated
+from mmi_train.training.stages.interleaved import InterleavedStage
 from mmi_train.training.stages.packed import PackedStage
 
 CONFIG = tiny()
@@ -41,7 +41,10 @@ def documents():
     tokenizer = build_tokenizer()
     kinds = ("reading", "drawing", "story", "segmentation", "drawing", "story")
     made = [MAKERS[kind](rng, easy(), "train") for kind in kinds]
-    return [tokens_of(document.parts, tokenizer, TOKENS, CONFIG.visual_tokens) for document in made]
+    return [
+        tokens_of(document.parts, each_alone(tokenizer), TOKENS, CONFIG.visual_tokens)
+        for document in made
+    ]
 
 
 def test_every_document_starts_and_ends_as_it_should(documents):
@@ -56,12 +59,12 @@ def test_learned_tokens_are_answers_stories_and_announcements_of_pictures():
     rng = np.random.default_rng(0)
     tokenizer = build_tokenizer()
     document = MAKERS["reading"](rng, easy(), "train")
-    made = tokens_of(document.parts, tokenizer, TOKENS, CONFIG.visual_tokens)
+    made = tokens_of(document.parts, each_alone(tokenizer), TOKENS, CONFIG.visual_tokens)
     learned = tokenizer.decode(made.token_ids[made.weight > 0].tolist())
     texts = [part.text for part in document.parts if not isinstance(part, TaskImage) and part.learn]
     assert learned.replace(" ", "") == "".join(texts).replace(" ", "")
     drawing = MAKERS["drawing"](rng, easy(), "train")
-    made = tokens_of(drawing.parts, tokenizer, TOKENS, CONFIG.visual_tokens)
+    made = tokens_of(drawing.parts, each_alone(tokenizer), TOKENS, CONFIG.visual_tokens)
     assert made.token_ids[made.weight > 0].tolist() == [TOKENS.boi]
 
 
@@ -73,15 +76,11 @@ def test_a_packed_document_is_read_and_drawn_as_if_alone(model, documents):
     found = {}
     for name, batch in (("together", together), ("alone", alone)):
         images = model.encode_images(batch.pixels)
-        position, mask = isolated(batch.token_ids, TOKENS)
+        assert (batch.layout.rows.mask is None) == (name == "alone")
         with torch.inference_mode():
-            hidden = model.read(
-                batch.token_ids, images, batch.image_slot, position=position, mask=mask
-            )
-            condition = model.condition(hidden, batch.token_ids, batch.pictures)
-            looked = model.previous_images(
-                images, batch.token_ids, batch.image_slot, batch.pictures
-            )
+            hidden = model.read_rows(batch.token_ids, images, batch.layout.rows)
+            condition = model.condition(hidden, batch.layout.pictures)
+            looked = model.previous_images(images, batch.layout.pictures)
             values = model.image_decoder.unet.image_values(looked.features)
             seen = model.image_decoder.unet.step(
                 torch.ones(len(condition), *model.image_decoder.latent_shape),
@@ -116,7 +115,7 @@ def test_a_few_steps_lower_both_losses():
     history = []
     for _ in range(12):
         torch.manual_seed(1)
-        losses = stage.losses(np.random.default_rng(1))
+        losses = stage.losses(stage.batch(0, np.random.default_rng(1)))
         losses["total"].backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -129,7 +128,7 @@ def test_the_paper_s_stage_packs_rows_of_the_context_length_and_leaves_first_ima
     """Sec. 4.1: an image right after `<s>` has nothing to be drawn from and no loss."""
     source = partial(endless_documents, CONFIG, build_tokenizer(), easy())
     stage = PackedStage(model, source, str(easy()), length=150, rows=3)
-    losses = stage.losses(np.random.default_rng(0))
+    losses = stage.losses(stage.batch(0, np.random.default_rng(0)))
     assert torch.isfinite(losses["total"])
     total = losses["text"] + 10 * losses["image"]
     torch.testing.assert_close(losses["total"], total)
@@ -154,7 +153,7 @@ def test_checkpointing_gradients_changes_no_gradient(model):
         model.train().zero_grad()
         stage = InterleavedStage(model, build_tokenizer(), easy(), {"reading": 1, "story": 2})
         torch.manual_seed(0)
-        stage.losses(np.random.default_rng(4))["image"].backward()
+        stage.losses(stage.batch(0, np.random.default_rng(4)))["image"].backward()
         gradients.append(
             {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         )

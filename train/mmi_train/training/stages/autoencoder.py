@@ -44,8 +44,11 @@ class AutoencoderStage:
         scenes = [random_scene(rng, self.world, "train") for _ in range(self.pictures)]
         return pixels_from_images([render(s, rng.random() < self.segmentation) for s in scenes])
 
-    def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
-        pixels = self._pixels(rng)  # [pictures, 3, height, width]
+    def batch(self, index: int, rng: np.random.Generator) -> Tensor:
+        """Pixels [pictures, 3, height, width]."""
+        return self._pixels(rng)
+
+    def losses(self, pixels: Tensor) -> dict[str, Tensor]:
         posterior = self.vae.encode(pixels)
         mean, log_variance = posterior.mean.float(), posterior.log_variance.float().clamp(-12, 4)
         latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)

@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from mmi_deploy.spec import token_layout
-from mmi_deploy.spec.config import TokenConfig, to_json
+from mmi_deploy.spec.config import to_json
 from mmi_train.data.batches import batch_of
-from mmi_train.data.rows import TokenDocument, make_rows, tokens_of
+from mmi_train.data.rows import TokenDocument, each_alone, make_rows, tokens_of
 from mmi_train.data.synthetic.tasks import MAKERS
 from mmi_train.data.synthetic.world import Split, WorldConfig
+from mmi_train.model.layout import PictureLayout
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training.stages import MODEL_PREFIX
 from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
@@ -28,16 +27,6 @@ MIXTURE = MappingProxyType({"reading": 8, "drawing": 14, "segmentation": 4, "sto
 
 # Loss weight of a kind's text, 1 by default: the next change of a story is random.
 TEXT_WEIGHT = MappingProxyType({"story": 0.2})
-
-
-def isolated(token_ids: Tensor, tokens: TokenConfig) -> tuple[Tensor, Tensor]:
-    """Positions [b, t] that restart at every `<s>`, and the attention mask [b, 1, t, t] that
-    isolates documents: the result of a packed document then equals that of the document alone."""
-    starts = torch.from_numpy(token_layout.document_starts(token_ids.numpy(), tokens)).clamp(min=0)
-    column = torch.arange(token_ids.shape[1])
-    causal = column[None, :] <= column[:, None]
-    mask = causal & (column[None, None, :] >= starts[:, :, None])
-    return column - starts, mask[:, None]
 
 
 class InterleavedStage:
@@ -99,7 +88,7 @@ class InterleavedStage:
             for _ in range(count):
                 document = MAKERS[kind](rng, self.world, split)
                 tokens = tokens_of(
-                    document.parts, self.tokenizer, config.tokens, config.visual_tokens
+                    document.parts, each_alone(self.tokenizer), config.tokens, config.visual_tokens
                 )
                 factor = TEXT_WEIGHT.get(kind, 1.0)
                 is_text = tokens.token_ids != config.tokens.boi
@@ -107,36 +96,34 @@ class InterleavedStage:
                 made.append(tokens)
         return made
 
-    def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
+    def batch(self, index: int, rng: np.random.Generator) -> Batch:
         config = self.model.config
         rows = make_rows(self.documents(rng), config.tokens, self.row_length)
-        batch = batch_of(rows, config)
+        return batch_of(rows, config)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        assert batch.layout is not None
         images = self.model.encode_images(batch.pixels)
-        position, mask = isolated(batch.token_ids, config.tokens)
-        hidden = self.model.read(
-            batch.token_ids, images, batch.image_slot, position=position, mask=mask
-        )
+        hidden = self.model.read_rows(batch.token_ids, images, batch.layout.rows)
         losses = {"text": self.model.text_loss(hidden, batch)}
         if self.weights["image"]:
             losses["image"], _ = self.model.image_loss(hidden, images, batch)
-        if batch.pictures is not None:
-            losses |= self._auxiliary_losses(hidden, batch)
+        if batch.layout.pictures is not None:
+            losses |= self._auxiliary_losses(hidden, batch, batch.layout.pictures)
         total = sum(
             (self.weights[name] * loss for name, loss in losses.items()), hidden.new_zeros(())
         )
         return {"total": total, **losses}
 
-    def _auxiliary_losses(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _auxiliary_losses(
+        self, hidden: Tensor, batch: Batch, layout: PictureLayout
+    ) -> dict[str, Tensor]:
         """Losses of the auxiliary heads: recall of the text, and a sketch of the picture."""
-        assert batch.pictures is not None and batch.target_pixels is not None
-        condition = self.model.condition(hidden, batch.token_ids, batch.pictures)  # [j, y, c]
-        context, length = self.model.context(
-            batch.token_ids[..., None], batch.token_ids, batch.pictures
-        )
-        context = context[..., 0]  # [j, x]
-        counts = torch.arange(context.shape[1]) < length[:, None]
-        counts &= context != self.model.config.tokens.image
+        assert batch.layout is not None and batch.target_pixels is not None
+        condition = self.model.condition(hidden, layout)  # [j, y, c]
+        context = batch.token_ids[layout.row, layout.column]  # [j, x]
+        counts = layout.real & (context != self.model.config.tokens.image)
         return {
             "recall": self.recall.loss(condition, context, counts),
-            "sketch": self.sketch.loss(condition, batch.target_pixels),
+            "sketch": self.sketch.loss(condition, batch.target_pixels[batch.layout.drawn]),
         }

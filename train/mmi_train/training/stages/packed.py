@@ -16,7 +16,7 @@ from mmi_deploy.spec.config import to_json
 from mmi_train.data.batches import packed_batch
 from mmi_train.data.packing import Truncation, pack
 from mmi_train.data.rows import TokenDocument
-from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 
 # An endless stream of documents whose images are all encoded; all draws come from the generator.
 DocumentSource = Callable[[np.random.Generator], Iterator[TokenDocument]]
@@ -58,7 +58,7 @@ class PackedStage:
             "only_after_image": self.only_after_image,
         }
 
-    def losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
+    def batch(self, index: int, rng: np.random.Generator) -> Batch:
         tokens = self.model.config.tokens
         packed = pack(
             ((document.token_ids.tolist(), document.images) for document in self.source(rng)),
@@ -69,6 +69,8 @@ class PackedStage:
             max_images=self.max_images,
         )
         rows = [row for _, row in zip(range(self.rows), packed, strict=False)]
-        batch = packed_batch(rows, self.model.config, only_after_image=self.only_after_image)
+        return packed_batch(rows, self.model.config, only_after_image=self.only_after_image)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         losses = self.model(batch, image_weight=self.image_weight)
         return {"total": losses.total, "text": losses.text, "image": losses.image}

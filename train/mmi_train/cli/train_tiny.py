@@ -1,0 +1,136 @@
+"""`mmi train-tiny`: train the tiny model from nothing on synthetic pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmi_deploy.cli.console import MOST_THREADS, remarks, results
+from mmi_deploy.cli.extras import extras
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.output_folder import check_run_folder
+from mmi_deploy.system.progress import shown
+from mmi_train.cli.choices import Precision, World
+
+
+def train_tiny(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for checkpoints, curves and the model.")
+    ] = Path("runs/tiny"),
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimiser steps of the main stage.",
+            show_default="the recipe's",
+            metavar="N",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    conditioning_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Optimiser steps of the stage before it, without the U-Net.",
+            show_default="the recipe's",
+            metavar="N",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    world: Annotated[
+        World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Training")
+    ] = "easy",
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model folder whose weights are trained further.",
+            show_default="new weights",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seed of weights and data.", metavar="N", rich_help_panel="Training"
+        ),
+    ] = 0,
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="Precision of the arithmetic; weights are fp32.", rich_help_panel="Machine"
+        ),
+    ] = "bf16",
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Gradient accumulation: micro-batches per optimiser step.",
+            metavar="N",
+            rich_help_panel="Training",
+        ),
+    ] = 1,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed",
+            help="Pack documents into rows of the full context length, as in the paper.",
+            rich_help_panel="Training",
+        ),
+    ] = False,
+    checkpoint_gradients: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-gradients",
+            help="Gradient checkpointing: less memory, more time.",
+            rich_help_panel="Machine",
+        ),
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_THREADS,
+            help="CPU threads.",
+            show_default="PyTorch's choice",
+            metavar="N",
+            rich_help_panel="Machine",
+        ),
+    ] = None,
+) -> None:
+    """Train the tiny model in stages: the autoencoder; reading and conditioning; then everything.
+
+    It can be stopped at any time: the same command resumes from the last checkpoint and ends with
+    the same weights. After every checkpoint OUT/model holds a usable model.
+    """
+    if packed and conditioning_steps is not None:
+        raise ConfigError(
+            "--packed has no conditioning stage", fix="leave --conditioning-steps out"
+        )
+
+    check_run_folder(out)
+    with shown(remarks(), f"training tiny into {out}") as progress:
+        with extras("train-tiny"):
+            import torch
+
+            from mmi_deploy.spec.presets import tiny
+            from mmi_train.data.synthetic import world as worlds
+            from mmi_train.training.from_scratch import train_from_scratch
+            from mmi_train.training.loop import RunConfig
+        if threads is not None:
+            torch.set_num_threads(threads)
+        model = train_from_scratch(
+            tiny(),
+            out,
+            world=getattr(worlds, world)(),
+            steps=steps,
+            conditioning_steps=conditioning_steps,
+            seed=seed,
+            run=RunConfig(precision=precision, accumulate=accumulate),
+            start=start,
+            packed=packed,
+            checkpoint_gradients=checkpoint_gradients,
+            progress=progress,
+        )
+    results().print(f"{model}: export it with `mmi export {model}`")

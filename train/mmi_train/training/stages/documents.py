@@ -1,0 +1,144 @@
+"""Documents stage: the losses of the paper (Eq. 5) on documents of a file, each in its own context.
+
+Documents of a micro-batch are packed into rows, in which none sees another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor, nn
+
+from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.errors import DocumentError
+from mmi_deploy.spec.config import to_json
+from mmi_train.data.batches import batch_of
+from mmi_train.data.document_file import DocumentFile
+from mmi_train.data.order import ShuffledOrder
+from mmi_train.data.rows import TokenDocument, continued, make_rows, tokens_of
+from mmi_train.model.layout import map_tensors
+from mmi_train.model.mm_interleaved import Batch, MMInterleaved
+
+# Other documents that are tried in the place of a broken one.
+_SPARE = 50
+
+
+@dataclass(frozen=True)
+class DocumentBatch:
+    """A batch, and the documents that were to be in it and cannot be read: number and reason."""
+
+    batch: Batch
+    broken: tuple[tuple[int, str], ...]
+
+    def pin_memory(self) -> DocumentBatch:
+        """Copy in page-locked memory, for PyTorch's loader."""
+        return map_tensors(self, Tensor.pin_memory)
+
+
+@dataclass
+class DocumentsStage:
+    """Micro-batches of `documents` documents of `file`, in an order that `seed` decides.
+
+    A broken document is reported to `on_broken` once, with its place and the reason, and another
+    one stands in for it; more than `max_bad` of them end the run with `DocumentError`.
+    `image_weight` is the paper's lambda.
+    """
+
+    model: MMInterleaved
+    tokenizer: Tokenizer
+    file: DocumentFile
+    documents: int
+    seed: int = 0
+    text_weight: float = 1.0
+    image_weight: float = 10.0
+    max_bad: int = 100
+    on_broken: Callable[[str], None] = lambda reason: None
+    name: str = field(default="documents", init=False)
+
+    def __post_init__(self) -> None:
+        self._order = ShuffledOrder(len(self.file), self.seed)
+        self._broken: dict[int, str] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model
+
+    @property
+    def broken(self) -> Mapping[int, str]:
+        """Documents that cannot be read, as far as they have been met, with the reasons."""
+        return self._broken
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "model": to_json(self.model.config),
+            "data": self.file.sha256,
+            "documents": self.documents,
+            "text_weight": self.text_weight,
+            "image_weight": self.image_weight,
+        }
+
+    def document(self, index: int) -> TokenDocument:
+        """Document `index` of the file as tokens. Raises `DocumentError`."""
+        config = self.model.config
+        made = tokens_of(
+            self.file.parts(index),
+            continued(self.tokenizer),
+            config.tokens,
+            config.visual_tokens,
+            read_all=True,
+            given_learn=False,
+        )
+        if made.size > config.llama.context:
+            raise DocumentError(
+                "the document is too long for the model",
+                expected=f"at most {config.llama.context} tokens",
+                got=made.size,
+                fix="cut it into several",
+            )
+        if not made.weight.any() and not any(made.drawn):
+            raise DocumentError("nothing in the document is learned")
+        return made
+
+    def batch(self, index: int, rng: np.random.Generator) -> DocumentBatch:
+        found, broken = [], []
+        for position in range(index * self.documents, (index + 1) * self.documents):
+            number = self._order[position]
+            for _ in range(_SPARE):
+                try:
+                    found.append(self.document(number))
+                    break
+                except DocumentError as error:
+                    broken.append((number, str(error)))
+                number = int(rng.integers(len(self.file)))
+            else:
+                number, reason = broken[-1]
+                raise DocumentError(
+                    f"{_SPARE} documents in a row cannot be read, "
+                    f"the last of them {self.file.name(number)}: {reason}"
+                )
+        config = self.model.config
+        longest = max(document.size for document in found)
+        rows = make_rows(found, config.tokens, longest)
+        return DocumentBatch(batch_of(rows, config), tuple(broken))
+
+    def losses(self, batch: DocumentBatch) -> dict[str, Tensor]:
+        for number, reason in batch.broken:
+            self._report(number, reason)
+        losses = self.model(
+            batch.batch, text_weight=self.text_weight, image_weight=self.image_weight
+        )
+        return {"total": losses.total, "text": losses.text, "image": losses.image}
+
+    def _report(self, number: int, reason: str) -> None:
+        if number in self._broken:
+            return
+        self._broken[number] = reason
+        self.on_broken(f"{self.file.name(number)} is left out: {reason}")
+        if len(self._broken) > self.max_bad:
+            raise DocumentError(
+                f"more than {self.max_bad} documents cannot be read, "
+                f"the last of them {self.file.name(number)}: {reason}",
+                fix="mend them, or allow more with --max-bad",
+            )
