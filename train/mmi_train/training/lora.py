@@ -44,6 +44,9 @@ _READ_DIRECTLY = re.compile(r"(^|\.)(look_back|head|vae)\.")
 ADAPTERS = "adapters.safetensors"
 ABOUT = "adapters.json"
 
+# Kind of a folder of adapters in the marker of output folders.
+ADAPTERS_KIND = "adapters"
+
 # Name that the library gives to adapters, and to the layer that they belong to.
 _ADAPTER = "adapter"
 _BASE = ".base_layer"

@@ -4,6 +4,7 @@ writing."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -139,7 +140,7 @@ def write_changed(folder: Path, base: Path, changed: Mapping[str, StoredTensor])
 
     Weights keep the types that they have in `base`, those that are not replaced their values, and
     no more than a piece of them is in memory. Raises `WeightsError` for a replacement of a tensor
-    that `base` does not have, of another shape, or not finite in its type there.
+    that `base` does not have, of another shape, not finite, or beyond its type there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = read_safetensors(base / WEIGHTS)
@@ -150,7 +151,9 @@ def write_changed(folder: Path, base: Path, changed: Mapping[str, StoredTensor])
                 fix="give the model folder that the training started from",
             )
     state = {
-        name: Computed(tensor.shape, tensor.dtype, changed[name].read)
+        name: Computed(
+            tensor.shape, tensor.dtype, partial(_within, name, changed[name], tensor.dtype, base)
+        )
         if name in changed
         else tensor
         for name, tensor in stored.items()
@@ -159,6 +162,17 @@ def write_changed(folder: Path, base: Path, changed: Mapping[str, StoredTensor])
     for name in (CONFIG, TOKENIZER):
         if (base / name).is_file():
             write_file(folder / name, (base / name).read_text())
+
+
+def _within(name: str, value: StoredTensor, dtype: torch.dtype, base: Path) -> torch.Tensor:
+    """The values of `value`, which must not be beyond `dtype`."""
+    found = value.read().detach().cpu()
+    if float(found.abs().max()) > torch.finfo(dtype).max:
+        raise WeightsError(
+            f"{name} has grown beyond {str(dtype).removeprefix('torch.')}, its type in {base}",
+            fix="start from that model in float32 or bfloat16, or lower the rate",
+        )
+    return found
 
 
 def save_model(model: MMInterleaved, folder: Path, dtype: torch.dtype = torch.float32) -> None:
