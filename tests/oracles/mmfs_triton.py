@@ -62,6 +62,40 @@ def backward(call: Call, grad: np.ndarray) -> dict[str, np.ndarray]:
     return {name: gradient.float().numpy() for name, gradient in zip(FLOATING, found, strict=True)}
 
 
+def layer() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Output and gradients of an MMFS layer, by name: with these kernels, and by the definition."""
+    from unittest.mock import patch
+
+    import torch
+
+    from mmi_deploy.spec.presets import tiny
+    from mmi_plugins.torch import op, triton_kernels
+    from mmi_train.model.mmfs import Mmfs
+    from mmi_train.training.fused_mmfs import fused_attention
+
+    torch.manual_seed(0)
+    config = tiny().llm_mmfs
+    module = Mmfs(config, 24, 16, 24, (4, 2), base_grid=3.0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    query, features = torch.randn(1, 2, 24), torch.randn(2, 20, 16)
+    slot, position = torch.tensor([[1, 0]]), torch.tensor([[[0, 1], [2, 1]]])
+    grad = torch.randn(1, 2, 24)
+
+    def run() -> dict[str, torch.Tensor]:
+        module.zero_grad()
+        out = module(query, module.values(features), slot, position, torch.full((1, 2), 0.4))
+        out.backward(grad)
+        found = {"output": out.detach()}
+        return found | {n: p.grad.clone() for n, p in module.named_parameters()}
+
+    wanted = run()
+    module.operator = fused_attention
+    with patch.object(op, "_implementation", lambda value: triton_kernels):
+        got = run()
+    return {name: (got[name].numpy(), value.numpy()) for name, value in wanted.items()}
+
+
 def compiled(
     kernel: str, dtype: str, capability: int, points: int, channels: int, ones: bool = False
 ) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mmi_train.golden.configs import Section
 from mmi_train.golden.unet import set_base_grids
 from mmi_train.model.diffusion import ddim
 from mmi_train.model.image_decoder import PreviousImages
+from mmi_train.model.losses import text_targets
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.model.vae import Vae
 
@@ -262,13 +263,24 @@ def images(model: MMInterleaved, count: int) -> Tensor:
 
 def write_forward(folder: Path, model: MMInterleaved) -> None:
     """Losses of the training forward: three images in two rows, one of them without context, one
-    with its condition dropped."""
+    with its condition dropped; and of fine-tuning, with prompts, a masked picture and weights."""
     image = image_tokens(model)
     ids = rows([BOS, *image, 9, 8, *image, EOS], [BOS, 7, 6, 5, *image, 4, EOS])
     pixels, targets = images(model, 3), torch.rand(3, 3, 128, 128)
     pictures, slot = torch.tensor([[0, 0], [0, 1], [1, 0]]), torch.tensor([[0, 1], [2, -1]])
     draws = replace(model.image_decoder.random_draws(3), drop=torch.tensor([0.5, 0.05, 0.7]))
     losses = model(Batch(ids, slot, pixels, pictures, target_pixels=targets), draws=draws)
+    prompt, mask = torch.tensor([3, 2]), torch.tensor([1.0, 0.0, 1.0])
+    masked = Batch(
+        ids,
+        slot,
+        pixels,
+        pictures,
+        target_pixels=targets,
+        picture_weight=mask,
+        text_target=text_targets(ids, model.config.tokens, prompt=prompt),
+    )
+    tuned = model(masked, draws=draws, text_weight=0.25, image_weight=3.0)
     watched = {
         "soi_token": "boi_embedding",
         "visual_tokenizer.proj.weight": "vision.output_proj.weight",
@@ -294,6 +306,14 @@ def write_forward(folder: Path, model: MMInterleaved) -> None:
             "in.rng.001_randn": draws.posterior,
             "in.rng.002_randn_like": draws.noise,
             "in.rng.003_randint": draws.timestep,
+            "in.ignore_prompt_token_offset": prompt,
+            "in.image_loss_mask_sft": mask,
+            "in.loss_txt_weight_sft": torch.tensor(0.25),
+            "in.loss_img_weight_sft": torch.tensor(3.0),
+            "out.gt_text_ids_offset": masked.text_target,
+            "out.loss_sft": tuned.total,
+            "out.loss_txt_sft": tuned.text,
+            "out.loss_img_sft": tuned.image,
             "out.loss_mmc4": losses.total,
             "out.loss_txt_mmc4": losses.text,
             "out.loss_img_mmc4": losses.image,
@@ -405,7 +425,7 @@ def test_whole_models_of_other_sizes_pass(folder: Path):
     report = check_folder(folder)
     assert not report.broken
     assert [line for line in report.lines if line.verdict != "pass"] == []
-    assert len(report.lines) == 6 + 1 + 1 + 3
+    assert len(report.lines) == 6 + 4 + 1 + 1 + 3
 
 
 @pytest.mark.parametrize("model", ["one level"], indirect=True)
@@ -440,3 +460,38 @@ def test_a_wrong_gradient_fails(folder: Path, tmp_path: Path):
     save_file(tensors, tmp_path / "full_forward.safetensors")
     failed = [line.tensor for line in check_folder(tmp_path).lines if line.verdict == "FAIL"]
     assert failed == ["grad.soi_token"]
+
+
+@pytest.mark.parametrize("model", ["one level"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "change", "failing"),
+    [
+        ("ignore_prompt_token_offset", 1, {"gt_text_ids_offset", "loss_sft", "loss_txt_sft"}),
+        ("image_loss_mask_sft", 0.5, {"loss_sft", "loss_img_sft"}),
+        ("loss_txt_weight_sft", 0.5, {"loss_sft"}),
+        ("loss_img_weight_sft", -3.0, {"loss_sft"}),
+    ],
+)
+def test_what_a_call_gives_changes_its_own_losses_alone(
+    folder: Path, tmp_path: Path, name: str, change: float, failing: set[str]
+):
+    """Those of the other run in the same file, with the configuration's weights, stay."""
+    for path in folder.glob("full_forward.*"):
+        shutil.copy(path, tmp_path)
+    tensors = load_file(tmp_path / "full_forward.safetensors")
+    tensors[f"in.{name}"] += change
+    save_file(tensors, tmp_path / "full_forward.safetensors")
+    failed = {line.tensor for line in check_folder(tmp_path).lines if line.verdict == "FAIL"}
+    assert failed == failing
+
+
+@pytest.mark.parametrize("model", ["one level"], indirect=True)
+@pytest.mark.parametrize("name", ["ignore_prompt_token_offset", "image_loss_mask_sft"])
+def test_a_number_too_many_is_said(folder: Path, tmp_path: Path, capsys, name: str):
+    for path in folder.glob("full_forward.*"):
+        shutil.copy(path, tmp_path)
+    tensors = load_file(tmp_path / "full_forward.safetensors")
+    tensors[f"in.{name}"] = torch.ones(7).to(tensors[f"in.{name}"].dtype)
+    save_file(tensors, tmp_path / "full_forward.safetensors")
+    assert main([str(tmp_path)]) == 1
+    assert f"in.{name.removesuffix('_sft')} does not fit" in capsys.readouterr().out

@@ -334,6 +334,46 @@ def test_image_loss_is_the_mean_over_all_pictures_even_those_left_out(
     torch.testing.assert_close(losses.total, losses.text + 10 * losses.image)
 
 
+def test_a_masked_picture_counts_in_the_mean_and_is_not_computed(
+    model: MMInterleaved, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published `image_loss_mask`: loss and gradients are those of the mask after the U-Net."""
+    shape = model.image_decoder.latent_shape
+    base = Batch(
+        rows(SECOND),
+        torch.tensor([[1, 2]]),
+        pixels,
+        pictures=torch.tensor([[0, 0], [0, 1]]),
+        target_posterior=Posterior(torch.randn(2, *shape), torch.randn(2, *shape)),
+    )
+    draws = replace(model.image_decoder.random_draws(2), drop=torch.ones(2))
+    weights = [model.boi_embedding, model.image_decoder.context_proj.weight]
+    images = model.encode_images(pixels)
+    hidden = model.read(base.token_ids, images, base.image_slot)
+    decoder = model.image_decoder
+    layout = model.picture_layout(base.token_ids, base.image_slot, base.pictures)
+    each = decoder.losses(
+        base.target_posterior,
+        model.condition(hidden, layout),
+        model.previous_images(images, layout),
+        draws,
+    )
+    expected = (each * torch.tensor([0.0, 1.0])).mean()
+    wanted = torch.autograd.grad(expected, weights)
+    masked = replace(base, picture_weight=torch.tensor([0.0, 1.0]))
+    found = model(masked, draws=draws)
+    torch.testing.assert_close(found.image, expected)
+    assert found.pictures.isnan().tolist() == [True, False]
+    got = torch.autograd.grad(found.image, weights)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+    monkeypatch.setattr(decoder, "losses", pytest.fail)
+    nothing = replace(base, picture_weight=torch.zeros(2))
+    assert model(nothing, draws=draws).image == 0
+    text_alone = model(base, draws=draws, image_weight=0.0, text_weight=2.0)
+    assert text_alone.total == 2 * text_alone.text and text_alone.image == 0
+
+
 def test_targets_given_as_pixels_or_as_posterior_train_the_same(
     model: MMInterleaved, pixels: Tensor
 ) -> None:

@@ -17,6 +17,7 @@ from mmi_train.data.synthetic.world import easy
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.optimiser import (
     TABLE_11,
+    TABLES,
     GroupRule,
     OptimiserConfig,
     parameter_groups,
@@ -126,3 +127,85 @@ def test_cosine_schedule_warms_up_and_ends_at_zero():
     assert halfway == pytest.approx(1e-4 * 0.5 * (1 + math.cos(math.pi / 2)))
     assert optimiser.param_groups[0]["lr"] == pytest.approx(halfway * 0.1)
     assert set_rate(optimiser, PUBLISHED, 15000) == pytest.approx(0.0, abs=1e-12)
+
+
+# Of each table: rates of the language model, the image decoder and everything else; 0: frozen.
+RATES = {
+    "table_11": (0.0, 1e-5, 1e-4),
+    "table_12": (1e-6, 1e-5, 1e-5),
+    "table_13": (2e-5, 2e-5, 2e-5),
+    "table_14": (0.0, 1e-5, 1e-4),
+    "table_15": (0.0, 1e-4, 1e-5),
+}
+FROZEN = (
+    "image_decoder.vae.",
+    "vision.encoder.embeddings.",
+    "vision.encoder.pre_norm.",
+    "vision.encoder.layers.",
+)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_every_tensor_has_the_rate_and_decay_of_its_table(released, name):
+    """The published sizes; decayed are all but biases and the weights of `LayerNorm`."""
+    llm, decoder, others = RATES[name]
+    config = TABLES[name]
+    names = {parameter: own for own, parameter in released.named_parameters()}
+    found = {
+        names[parameter]: (config.rate * group["rate"], group["weight_decay"])
+        for group in parameter_groups(released, config)
+        for parameter in group["params"]
+    }
+    counted = {"llm": 0, "decoder": 0, "others": 0}
+    for own, parameter in released.named_parameters():
+        unread = own.startswith("image_decoder.unet.look_back.") and own.endswith("null_value")
+        if own.startswith(FROZEN) or unread:
+            part, rate = "frozen", 0.0
+        elif own.startswith("head.head.") or own.startswith("llm.") and "look_back" not in own:
+            part, rate = "llm", llm
+        elif own.startswith("image_decoder."):
+            part, rate = "decoder", decoder
+        else:
+            part, rate = "others", others
+        assert parameter.requires_grad == (rate > 0) == (own in found), own
+        if not rate:
+            continue
+        counted[part] += parameter.numel()
+        holder, _, kind = own.rpartition(".")
+        norm = type(released.get_submodule(holder)) is torch.nn.LayerNorm
+        decay = 0.0 if kind == "bias" or norm else 0.05
+        assert found[own] == (pytest.approx(rate, rel=1e-12), decay), own
+    # Millions of parameters in the published module tree (13 016 of the language model).
+    assert counted["llm"] == pytest.approx(13_016e6 if llm else 0, rel=2e-3)
+    assert counted["decoder"] == pytest.approx(972e6, rel=5e-3)
+    assert counted["others"] == pytest.approx(493e6, rel=5e-3)
+
+
+def test_the_tables_hold_the_papers_numbers():
+    assert TABLES["published"].rules == TABLE_11
+    assert replace(TABLES["published"], rules=()) == replace(TABLES["table_11"], rules=())
+    numbers = {
+        name: (t.steps, t.warmup, *t.betas, t.eps, t.weight_decay, t.schedule, t.clip)
+        for name, t in TABLES.items()
+    }
+    assert numbers.pop("published") == numbers["table_11"]
+    assert numbers == {
+        "table_11": (15000, 1000, 0.9, 0.995, 1e-6, 0.05, "cosine", 1.0),
+        "table_12": (10000, 500, 0.9, 0.999, 1e-8, 0.05, "cosine", 1.0),
+        "table_13": (10000, 500, 0.9, 0.999, 1e-8, 0.05, "cosine", 1.0),
+        "table_14": (4000, 100, 0.9, 0.98, 1e-5, 0.05, "cosine", 1.0),
+        "table_15": (4000, 200, 0.9, 0.98, 1e-8, 0.05, "cosine", 1.0),
+    }
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_suits_models_without_some_of_the_parts(name):
+    """The tiny model has no null values; a stage holds the model behind a name of its own."""
+    with torch.device("meta"):
+        model = MMInterleaved(tiny())
+        stage = InterleavedStage(model, build_tokenizer(), easy())
+    parameter_groups(model, TABLES[name])
+    learns = {own for own, value in model.named_parameters() if value.requires_grad}
+    assert learns
+    parameter_groups(stage.module, TABLES[name])
+    assert learns == {own for own, value in model.named_parameters() if value.requires_grad}

@@ -141,10 +141,12 @@ def published_module(
     Names and shapes are checked before memory is allocated. theirs, ours: see `convert_state`.
     """
     with torch.device("meta"):
-        outline = build()
-    state = convert_state(outline, published, theirs=theirs, ours=ours)
-    module = build()
-    module.load_state_dict(state)
+        module = build()
+    state = convert_state(module, published, theirs=theirs, ours=ours)
+    own = module.state_dict()
+    module.load_state_dict(
+        {name: value.to(own[name].dtype) for name, value in state.items()}, assign=True
+    )
     return module.eval()
 
 

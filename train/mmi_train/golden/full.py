@@ -33,6 +33,9 @@ from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
 # Data set of the total loss whose gradients are stored.
 _GRADIENT_OF = "mmc4"
 
+# Runs whose first `in.ignore_prompt_token_offset` tokens of each row are a prompt, no targets.
+_PROMPTED = ("offset", "sft")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -133,8 +136,8 @@ def _forward(unit: Unit, checks: Checks, weights: Weights) -> Tensor | None:
         checks.compare("context_attention_mask", real, "exact")
         checks.compare("context_features", flow["resampler"][0], mask=real)
         checks.compare("resampled_context", condition)
-        image_loss = _image_loss(unit, checks, weights, data, images, condition, length)
-        return _check_losses(unit, checks, weights, data, logits, image_loss)
+        pictures = _picture_losses(unit, checks, weights, data, images, condition, length)
+        return _check_losses(unit, checks, weights, data, logits, pictures)
 
 
 def _check_embeddings(
@@ -152,7 +155,7 @@ def _check_embeddings(
     checks.compare("mmfs_features_mm", features, mask=data.slot >= 0)
 
 
-def _image_loss(
+def _picture_losses(
     unit: Unit,
     checks: Checks,
     weights: Weights,
@@ -161,7 +164,7 @@ def _image_loss(
     condition: Tensor,
     length: Tensor,
 ) -> Tensor:
-    """The published image loss: a mean over all pictures, in which an empty context counts as 0."""
+    """The image loss of each picture, [j], 0 for an empty context."""
     model, decoder = weights.model, weights.model.image_decoder
     previous = model.previous_images(
         images, model.picture_layout(data.bounds, data.slot, data.pictures)
@@ -177,13 +180,12 @@ def _image_loss(
             checks.compare(f"imgdec_mmfs_level{level}", maps, mask=nearest.any(1))
         start += side * side
     if not any(checks.wants(name) for name in unit.outputs if name.startswith(("loss", "grad."))):
-        return condition.new_zeros(())
+        return condition.new_zeros(len(length))
     pixels = unit.inputs.get("image_tensors_dec", unit.input("image_tensors"))
     section = weights.arguments.section("image_decoder_config")
     draws = _draws(unit, len(data.pictures), section.get("uncond_prob", CONDITION_DROP))
     drawn = length > EMPTY_CONTEXT
-    losses = decoder.losses(decoder.encode(pixels), condition, previous, draws) * drawn
-    return (losses * unit.inputs.get("image_loss_mask", torch.ones(len(losses)))).mean()
+    return decoder.losses(decoder.encode(pixels), condition, previous, draws) * drawn
 
 
 def _draws(unit: Unit, pictures: int, drop_share: float) -> RandomDraws:
@@ -206,22 +208,26 @@ def _draws(unit: Unit, pictures: int, drop_share: float) -> RandomDraws:
 
 
 def _check_losses(
-    unit: Unit, checks: Checks, weights: Weights, data: Rows, logits: Tensor, image_loss: Tensor
+    unit: Unit, checks: Checks, weights: Weights, data: Rows, logits: Tensor, pictures: Tensor
 ) -> Tensor | None:
     arguments, tokens = weights.arguments, weights.model.config.tokens
-    text_weight = arguments.get("loss_txt_weight", 1.0)
-    image_weight = arguments.get("loss_img_weight", 10.0)
     after_image = arguments.get("dataset_to_ignore_noimage_cond_loss", ())
     total = None
     for name in _data_sets(unit):
         target = text_targets(
-            data.ids, tokens, real=data.real, only_after_image=name in after_image
+            data.ids,
+            tokens,
+            real=data.real,
+            prompt=_prompt(unit, name, len(data.ids)),
+            only_after_image=name in after_image,
         )
         checks.compare(f"gt_text_ids_{name}", target, "exact")
         counts = target != IGNORE
         text = text_loss(logits[:, :-1][counts], target[counts])
-        own = text_weight * text + image_weight * image_loss
-        checks.compare(f"loss_img_{name}", image_loss, "loss")
+        image = _image_loss(unit, name, pictures)
+        own = _weight(unit, arguments, "loss_txt_weight", name, 1.0) * text
+        own = own + _weight(unit, arguments, "loss_img_weight", name, 10.0) * image
+        checks.compare(f"loss_img_{name}", image, "loss")
         if counts.any():
             checks.compare(f"loss_txt_{name}", text, "loss")
             checks.compare(f"loss_{name}", own, "loss")
@@ -233,6 +239,47 @@ def _check_losses(
         if total is None or name == _GRADIENT_OF:
             total = own
     return total
+
+
+def _given(unit: Unit, what: str, run: str) -> Tensor | None:
+    """Input of one run, `in.<what>_<run>`, else that of all runs, `in.<what>`, if there is one."""
+    return unit.inputs.get(f"{what}_{run}", unit.inputs.get(what))
+
+
+def _prompt(unit: Unit, run: str, rows: int) -> Tensor:
+    """Number of tokens at the start of each row that are no targets of a run, one or [b]."""
+    own = unit.inputs.get(f"ignore_prompt_token_offset_{run}")
+    if own is None and run in _PROMPTED:
+        own = unit.inputs.get("ignore_prompt_token_offset")
+    if own is None:
+        return torch.zeros(1, dtype=torch.int64)
+    if own.numel() not in (1, rows):
+        raise UnitError(
+            "in.ignore_prompt_token_offset does not fit",
+            expected=f"one number or one for each of {rows} rows",
+            got=list(own.shape),
+        )
+    return own.flatten()
+
+
+def _image_loss(unit: Unit, run: str, pictures: Tensor) -> Tensor:
+    """The published image loss: a mean over all pictures, in which a masked one counts as 0."""
+    mask = _given(unit, "image_loss_mask", run)
+    if mask is None:
+        return pictures.mean()
+    if mask.numel() != len(pictures):
+        raise UnitError(
+            "in.image_loss_mask does not fit",
+            expected=f"a number for each of {len(pictures)} pictures",
+            got=list(mask.shape),
+        )
+    return (pictures * mask.flatten()).mean()
+
+
+def _weight(unit: Unit, arguments: Section, what: str, run: str, default: float) -> float:
+    """Weight of a loss: the call's, else the configuration's."""
+    given = _given(unit, what, run)
+    return float(arguments.get(what, default) if given is None else given)
 
 
 def _data_sets(unit: Unit) -> list[str]:

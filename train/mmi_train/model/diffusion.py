@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import DiffusionConfig
+from mmi_train.model.positions import with_values
 
 
 class Diffusion(nn.Module):
@@ -25,7 +26,8 @@ class Diffusion(nn.Module):
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
         self.config = config
-        products = torch.cumprod(1 - betas(config), 0)
+        with with_values():
+            products = torch.cumprod(1 - betas(config), 0)
         self.register_buffer("signal", products.sqrt().float(), persistent=False)  # [steps]
         self.register_buffer("sigma", (1 - products).sqrt().float(), persistent=False)
 

@@ -66,9 +66,9 @@ class PictureLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of a whole batch. `drawn` [j]: which of the batch's pictures have a context, and so a
-    loss; `pictures`: their layout, None without any. `target_row`, `target_column` [w]: text
-    targets that count."""
+    """Layout of a whole batch. `drawn` [j]: which of the batch's pictures have a context and a
+    weight, and so a loss; `pictures`: their layout, None without any. `target_row`, `target_column`
+    [w]: text targets that count."""
 
     rows: RowLayout
     drawn: Tensor
@@ -166,6 +166,7 @@ def layout_of(
     text_target: Tensor,
     config: ModelConfig,
     *,
+    picture_weight: Tensor | None = None,
     isolated: bool = False,
 ) -> Layout:
     """Layout of a batch on the CPU; see `Batch` for the arguments. Raises `DocumentError`."""
@@ -177,7 +178,10 @@ def layout_of(
         images = max(token_layout.image_count(ids, config.tokens), 1)
         ranges = token_layout.context_ranges(ids, config.tokens, images)
         start, stop = ranges[wanted[:, 0], wanted[:, 1]].T
-        drawn = np.flatnonzero(stop - start > EMPTY_CONTEXT)
+        counts = stop - start > EMPTY_CONTEXT
+        if picture_weight is not None:
+            counts &= picture_weight.numpy() != 0
+        drawn = np.flatnonzero(counts)
         if len(drawn):
             layout = picture_layout(ids, slots, wanted[drawn], config)
     return Layout(

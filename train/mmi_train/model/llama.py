@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.spec.config import LlamaConfig, MmfsConfig
 from mmi_train.model.mmfs import Mmfs, take_levels
+from mmi_train.model.positions import with_values
 
 
 def rotary_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -221,7 +222,8 @@ class Llama(nn.Module):
             Block(config, layer, mmfs_layers.get(layer)) for layer in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width, config.eps)
-        cos, sin = rotary_tables(config.context, config.head_width, config.rope_theta)
+        with with_values():
+            cos, sin = rotary_tables(config.context, config.head_width, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.reset_parameters()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmi_train.model.autocast import without_autocast
+from mmi_train.model.positions import with_values
 
 
 class LmHead(nn.Module):
@@ -27,7 +28,9 @@ class LmHead(nn.Module):
         super().__init__()
         self.head = nn.Linear(width, vocab)
         self.head_new = nn.Linear(width, len(new_ids))
-        self.register_buffer("new_ids", torch.tensor(list(new_ids)), persistent=False)
+        with with_values():
+            ids = torch.tensor(list(new_ids))
+        self.register_buffer("new_ids", ids, persistent=False)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         nn.init.zeros_(self.head_new.weight)

@@ -54,7 +54,8 @@ class Batch:
     `pictures` [j, 2]: (row, image of the row) of the pictures to train drawing on; None: no image
     loss. Their targets are either `target_pixels` [j, 3, size, size] in [0, 1] or
     `target_posterior` (mean and log variance [j, z, side, side]), which a data set may store
-    because the autoencoder is frozen. `picture_weight` [j] multiplies their losses.
+    because the autoencoder is frozen. `picture_weight` [j] multiplies their losses; a picture of
+    weight 0, as one that fine-tuning masks, counts in the mean without being computed.
 
     `text_target` [b, t - 1]: from `losses.text_targets`; None: computed from `token_ids` alone.
     `token_weight` [b, t]: loss weight of each token as a target (the first column is not used).
@@ -198,12 +199,15 @@ class MMInterleaved(nn.Module):
         image_weight: float = 10.0,
     ) -> Losses:
         """Training losses (Sec. 3.3, Eq. 5; lambda = 10). `draws`: a row for each picture; None:
-        drawn from torch's default generator."""
+        drawn from torch's default generator. `image_weight` 0, as the published code fine-tunes on
+        questions with, leaves the U-Net out."""
         batch = self.with_layout(batch)
         assert batch.layout is not None
         images = self.encode_images(batch.pixels)
         hidden = self.read_rows(batch.token_ids, images, batch.layout.rows)
         text = self.text_loss(hidden, batch)
+        if image_weight == 0:
+            batch = replace(batch, layout=replace(batch.layout, pictures=None))
         image, pictures = self.image_loss(hidden, images, batch, draws)
         return Losses(text_weight * text + image_weight * image, text, image, pictures)
 
@@ -220,6 +224,7 @@ class MMInterleaved(nn.Module):
             None if batch.pictures is None else batch.pictures.cpu(),
             target.cpu(),
             self.config,
+            picture_weight=None if batch.picture_weight is None else batch.picture_weight.cpu(),
         )
         layout = moved(layout, batch.token_ids.device)
         return replace(batch, text_target=target, layout=layout)
@@ -238,7 +243,7 @@ class MMInterleaved(nn.Module):
         """Mean loss over all pictures of the batch, and the loss of each picture [j].
 
         A picture right after `<s>` has an empty context: as in the published code it counts as zero
-        in the mean, but its loss is not computed.
+        in the mean, but its loss is not computed; nor is that of a picture of weight zero.
         """
         assert batch.layout is not None
         drawn, layout = batch.layout.drawn, batch.layout.pictures

@@ -6,13 +6,14 @@ n encoded images, s feature cells, c channels, r table rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mmi_deploy.spec.config import MmfsConfig
 from mmi_train.model.deformable import multi_image_deformable_attention
+from mmi_train.model.positions import with_values
 
 
 def take_levels(features: Tensor, level_sides: Sequence[int], levels: Sequence[int]) -> Tensor:
@@ -26,8 +27,11 @@ class Mmfs(nn.Module):
     """MMFS layer: every query samples a few points of each image before it, on all levels.
 
     `level_sides`: sides of the sampled maps, finest first. `base_grid`: offsets are in cells of a
-    grid of this side.
+    grid of this side. `operator`: the computation of Eq. 4 between the projections; training may
+    put a fused one in the place of the definition.
     """
+
+    operator: Callable[..., Tensor] = staticmethod(multi_image_deformable_attention)
 
     def __init__(
         self,
@@ -50,10 +54,11 @@ class Mmfs(nn.Module):
         self.weight_proj = nn.Linear(query_width, heads * levels * slots)  # W_A
         self.value_proj = nn.Linear(value_width_in, config.value_width)
         self.output_proj = nn.Linear(config.value_width, out_width)
-        null_value = torch.zeros(config.value_width)
         if config.null_slot:
-            self.null_value = nn.Parameter(null_value)
+            self.null_value = nn.Parameter(torch.zeros(config.value_width))
         else:
+            with with_values():
+                null_value = torch.zeros(config.value_width)
             self.register_buffer("null_value", null_value, persistent=False)
         self.reset_parameters()
 
@@ -88,7 +93,7 @@ class Mmfs(nn.Module):
         no projection is repeated for every image.
         """
         projected = self.query_proj(query)  # [b, q, c]
-        attended = multi_image_deformable_attention(
+        attended = self.operator(
             value,
             image_slot,
             self.offsets(self.offset_proj(projected)),

@@ -1,15 +1,24 @@
 """Sin/cos position tables and their bicubic resizing.
 
-Tables are computed in NumPy, so they hold values even if a module is built on the meta device.
-Every table is [positions, width] in fp32; angles are position / 10000^(2i/width).
+Tables are computed in NumPy, and the other constants of modules within `with_values`, so they hold
+values even if a module is built on the meta device. Every table is [positions, width] in fp32;
+angles are position / 10000^(2i/width).
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def with_values() -> AbstractContextManager:
+    """Compute a module's constants on the CPU, wherever its parameters are built: a checkpoint does
+    not hold them."""
+    return torch.device("cpu")
 
 
 def _sin_cos(positions: np.ndarray, width: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import VisionConfig
 from mmi_train.model.attention import CLIP_IMPLEMENTATION
 from mmi_train.model.interactions import EXTRA_EXTRACTORS, Extractor, Injector
-from mmi_train.model.positions import cell_centres, resize_table, table_2d
+from mmi_train.model.positions import cell_centres, resize_table, table_2d, with_values
 from mmi_train.model.spatial_prior import SpatialPrior, map_to_tokens, resize_map, tokens_to_map
 
 
@@ -92,6 +92,9 @@ class VitAdapter(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.embeddings = CLIPVisionEmbeddings(clip)
+        with with_values():  # the library's own buffer has none on the meta device
+            position_ids = torch.arange(1 + config.grid**2)[None]
+        self.embeddings.register_buffer("position_ids", position_ids, persistent=False)
         self.pre_norm = nn.LayerNorm(config.width, eps=config.eps)
         self.layers = nn.ModuleList(CLIPEncoderLayer(clip) for _ in range(config.layers))
         self.spatial_prior = SpatialPrior(config.prior_width, config.width)

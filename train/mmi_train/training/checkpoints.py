@@ -52,9 +52,11 @@ def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def learning(model: nn.Module) -> dict[str, Tensor]:
-    """Everything of a model's state but its frozen parameters, by name."""
-    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+    """Parameters that learn and stored buffers of a model, by name; nothing of frozen parameters,
+    whose quantised forms have a state of several tensors."""
+    own = {name for name, value in model.named_parameters() if value.requires_grad}
+    own |= {name for name, _ in model.named_buffers()}
+    return {name: value for name, value in model.state_dict().items() if name in own}
 
 
 def save_checkpoint(

@@ -10,24 +10,23 @@ import torch
 from torch import Tensor
 
 from mmi_deploy.documents.tokenizer import Tokenizer
-from mmi_deploy.errors import WeightsError
-from mmi_deploy.system.files import sha256_of, write_file
+from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.document_file import DocumentFile
+from mmi_train.training.fused_mmfs import use_fused_mmfs
 from mmi_train.training.loop import RunConfig, train
-from mmi_train.training.optimiser import TABLE_11, GroupRule, OptimiserConfig
+from mmi_train.training.lora import ADAPTERS_KIND, LoraConfig, add_adapters, trained_adapters
+from mmi_train.training.optimiser import TABLE_11, GroupRule, OptimiserConfig, frozen_matrices
 from mmi_train.training.stages.documents import DocumentsStage
 from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
 from mmi_train.weights.model_folder import (
-    CONFIG,
     FOLDER_KIND,
     TOKENIZER,
     WEIGHTS,
     load_model,
+    write_changed,
 )
-from mmi_train.weights.safetensors_files import read_safetensors
-from mmi_train.weights.writer import write_safetensors
 
 
 def schedule_of(
@@ -62,6 +61,7 @@ def fine_tune(
     image_weight: float,
     max_bad: int,
     device: torch.device,
+    lora: LoraConfig | None = None,
     checkpoint_gradients: bool = False,
     progress: Progress = silent,
     on_broken: Callable[[str], None] = lambda reason: None,
@@ -69,16 +69,25 @@ def fine_tune(
     """Train the model folder `start` on the documents of `file` and write the model folder
     `out/model`; returns its path.
 
-    documents: in one micro-batch. on_broken: told of each document that cannot be read. The same
-    call resumes from the last checkpoint in `out`. The model folder is written at every checkpoint;
-    weights that do not learn keep the bytes of `start`. Raises `MmiError` where another process
-    trains there, or `out/model` holds files that mmi did not write.
+    documents: in one micro-batch. on_broken: told of each document that cannot be read. lora:
+    adapters to train, under rules of `lora_rules`; they are merged into `out/model` and kept in
+    `out/adapters` too. The same call resumes from the last checkpoint in `out`. The model folder is
+    written at every checkpoint; weights that do not learn keep the bytes of `start`, and in mixed
+    precision their matrices are held in bfloat16. Raises `MmiError` where another process trains
+    there, or a folder to write holds files that mmi did not write.
     """
-    folder = out / "model"
+    folder, kept = out / "model", out / "adapters"
     with run_folder(out, "training"):
         check_replaceable(folder, None, kind=FOLDER_KIND, inputs=[start])
+        if lora is not None:
+            check_replaceable(kept, None, kind=ADAPTERS_KIND, inputs=[start])
         progress(f"loading {start}")
-        model = load_model(start).to(device)
+        narrow = frozen_matrices(optimiser.rules) if run.precision == "bf16" else None
+        model = load_model(start, matrices=narrow)
+        if lora is not None:
+            add_adapters(model, lora, device)
+        model = model.to(device)
+        use_fused_mmfs(model, device)
         model.checkpoint_gradients(checkpoint_gradients)
         stage = DocumentsStage(
             model,
@@ -92,26 +101,18 @@ def fine_tune(
         )
 
         def save(step: int, average: Mapping[str, Tensor]) -> None:
-            write_model(start, folder, average)
+            if lora is None:
+                changed: dict[str, StoredTensor] = {n: InMemory(v) for n, v in average.items()}
+            else:
+                adapters = trained_adapters(lora, start, average)
+                with new_folder(kept, None, kind=ADAPTERS_KIND) as work:
+                    adapters.save(work)
+                changed = adapters.merged(start)
+            with new_folder(folder, None, kind=FOLDER_KIND) as work:
+                write_changed(work, start, changed)
 
         begun = f"weights {sha256_of(start / WEIGHTS)}"
+        if lora is not None:
+            begun += f" with {lora}"
         train(stage, optimiser, run, out / stage.name, save, progress, begun)
     return folder
-
-
-def write_model(start: Path, folder: Path, changed: Mapping[str, Tensor]) -> None:
-    """Write the model folder `folder`, atomically: `start` with the `changed` weights, each in the
-    type that it has there. Raises `WeightsError` for numbers beyond that type."""
-    stored: dict[str, StoredTensor] = dict(read_safetensors(start / WEIGHTS))
-    for name, value in changed.items():
-        dtype = stored[name].dtype
-        if float(value.abs().max()) > torch.finfo(dtype).max:
-            raise WeightsError(
-                f"{name} has grown beyond {str(dtype).removeprefix('torch.')}, the type of {start}",
-                fix="start from that model in float32 or bfloat16, or lower the rate",
-            )
-        stored[name] = InMemory(value.detach().cpu().to(dtype))
-    with new_folder(folder, None, kind=FOLDER_KIND) as work:
-        write_safetensors(work / WEIGHTS, stored)
-        for name in (CONFIG, TOKENIZER):
-            write_file(work / name, (start / name).read_bytes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from mmi_deploy.errors import ConfigError
 from mmi_train.training.stages import MODEL_PREFIX
+from mmi_train.weights.model_folder import TypeOfMatrix
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -49,6 +50,28 @@ TABLE_11 = (
     GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0, optional=True),
     GroupRule(r"^image_decoder\.unet\.(?!look_back)", rate=0.1),
 )
+
+
+# Frozen in every table: the autoencoder, CLIP, whose adapter learns, and the null value of MMFS in
+# the U-Net of released models, which nothing reads.
+_ALWAYS_FROZEN = (
+    GroupRule(r"^image_decoder\.vae\.", rate=0.0),
+    GroupRule(r"^vision\.encoder\.(embeddings|pre_norm|layers)\.", rate=0.0),
+    GroupRule(r"^image_decoder\.unet\.look_back\..*null_value$", rate=0.0, optional=True),
+)
+
+# The language model as it was before MMFS: body, embeddings and head.
+_LANGUAGE_MODEL = r"^(llm\.(?!layers\.\d+\.look_back\.)|head\.head\.)"
+
+
+def _paper(language_model: float, image_decoder: float) -> tuple[GroupRule, ...]:
+    """Groups as the paper's tables name them, with rates relative to that of "others": the whole
+    image decoder, its resampler and MMFS included, and every sampling offset as its layer."""
+    return (
+        *_ALWAYS_FROZEN,
+        GroupRule(_LANGUAGE_MODEL, rate=language_model),
+        GroupRule(r"^image_decoder\.", rate=image_decoder),
+    )
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -88,12 +111,66 @@ class OptimiserConfig:
         return step <= self.warmup + self.cool_from * (steps - self.warmup)
 
 
+def _table(
+    rate: float,
+    steps: int,
+    warmup: int,
+    betas: tuple[float, float],
+    eps: float,
+    rules: tuple[GroupRule, ...],
+) -> OptimiserConfig:
+    return OptimiserConfig(
+        rate, steps, warmup, weight_decay=0.05, betas=betas, eps=eps, rules=rules
+    )
+
+
+# Settings of the published code and of the paper's tables by name. Where a table leaves it open
+# whether the language model learns, it does if the task is one of text.
+TABLES: Mapping[str, OptimiserConfig] = {
+    # Pre-training, as the published code groups: the U-Net's body and all offsets at 1e-5.
+    "published": _table(1e-4, 15_000, 1000, (0.9, 0.995), 1e-6, TABLE_11),
+    # Pre-training, as the paper says: 1e-5 image decoder, 1e-4 others.
+    "table_11": _table(1e-4, 15_000, 1000, (0.9, 0.995), 1e-6, _paper(0.0, 0.1)),
+    # Questions and captions: 1e-6 language model, 1e-5 others.
+    "table_12": _table(1e-5, 10_000, 500, (0.9, 0.999), 1e-8, _paper(0.1, 1.0)),
+    # Referring expressions: 2e-5.
+    "table_13": _table(2e-5, 10_000, 500, (0.9, 0.999), 1e-8, _paper(1.0, 1.0)),
+    # Segmentation to image: 1e-5 image decoder, 1e-4 others.
+    "table_14": _table(1e-4, 4000, 100, (0.9, 0.98), 1e-5, _paper(0.0, 0.1)),
+    # Stories: 1e-4 image decoder, 1e-5 others.
+    "table_15": _table(1e-5, 4000, 200, (0.9, 0.98), 1e-8, _paper(0.0, 10.0)),
+}
+
+
 @dataclass(frozen=True)
 class _GroupKey:
     """Multiplier of the learning rate, and weight decay, of one parameter group."""
 
     rate: float
     decay: float
+
+
+# Ends of the names of embeddings: of words, of CLIP's patches, of images in MMFS.
+_EMBEDDINGS = ("embed_tokens.weight", "position_embedding.weight", "image_index.weight")
+
+
+def frozen_matrices(rules: Sequence[GroupRule]) -> TypeOfMatrix:
+    """Types of the matrices that `rules` freeze, for `load_model`: bfloat16, half the memory.
+
+    Under bfloat16 autocast, which rounds them at every use, nothing changes. Embeddings and the
+    head, whose rows of the two new tokens are not rounded there, keep the file's type; the
+    autoencoder runs without autocast, in fp32.
+    """
+
+    def type_of(name: str, stored: torch.dtype) -> torch.dtype | None:
+        rule = next((rule for rule in rules if re.search(rule.pattern, name)), GroupRule(""))
+        if rule.rate > 0 or name.startswith("image_decoder.vae."):
+            return None
+        if name.startswith("head.") or name.endswith(_EMBEDDINGS):
+            return stored
+        return torch.bfloat16
+
+    return type_of
 
 
 def _undecayed(model: nn.Module) -> set[str]:

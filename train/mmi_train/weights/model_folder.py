@@ -3,7 +3,10 @@ writing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -12,8 +15,8 @@ from mmi_deploy.errors import WeightsError
 from mmi_deploy.spec.config import read_config, to_json
 from mmi_deploy.system.files import write_file
 from mmi_train.model.mm_interleaved import MMInterleaved
-from mmi_train.weights.lazy_tensor import InMemory
-from mmi_train.weights.safetensors_files import load_tensors
+from mmi_train.weights.lazy_tensor import Computed, InMemory, StoredTensor
+from mmi_train.weights.safetensors_files import read_safetensors
 from mmi_train.weights.writer import write_safetensors
 
 WEIGHTS = "model.safetensors"
@@ -32,11 +35,27 @@ def _first_names(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def kind_of(value: torch.Tensor) -> str:
+# The type of a matrix in memory, from its name and its type in the file; None: as all others.
+TypeOfMatrix = Callable[[str, torch.dtype], torch.dtype | None]
+
+
+class Typed(Protocol):
+    """Shape and type of a tensor, in memory or in a file."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def kind_of(value: Typed) -> str:
     """Kind of a tensor's type: floating point, integer, bool or complex, whatever its width."""
-    if value.is_floating_point():
+    if value.dtype.is_floating_point:
         return "floating point"
-    return "bool" if value.dtype == torch.bool else "complex" if value.is_complex() else "integer"
+    return (
+        "bool" if value.dtype == torch.bool else "complex" if value.dtype.is_complex else "integer"
+    )
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
@@ -45,6 +64,15 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
     Raises `WeightsError` that names what is missing, unknown, misshapen, of another kind or not
     finite.
     """
+    check_fit(module, state, source)
+    for name, value in state.items():
+        _check_finite(name, value, source)
+    module.load_state_dict(state, strict=True)
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Typed], source: str) -> None:
+    """Raise `WeightsError`, which names what is missing, unknown, misshapen or of another kind,
+    unless `state` holds the tensors of `module`, which may be on the meta device."""
     own = module.state_dict()
     if missing := sorted(own.keys() - state.keys()):
         raise WeightsError(f"{source} lacks {len(missing)} tensors: {_first_names(missing)}")
@@ -64,20 +92,87 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
                 got=kind_of(value),
                 fix="use an intact checkpoint of this model",
             )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise WeightsError(
-                f"{source}: {name} holds NaN or infinity", fix="use an intact checkpoint"
-            )
-    module.load_state_dict(state, strict=True)
 
 
-def load_model(folder: Path) -> MMInterleaved:
-    """Load the model in `folder`, in float32 and evaluation mode; raises `ConfigError` and
-    `WeightsError`."""
-    model = MMInterleaved(read_config(folder / CONFIG))
+def _check_finite(name: str, value: torch.Tensor, source: str) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise WeightsError(
+            f"{source}: {name} holds NaN or infinity", fix="use an intact checkpoint"
+        )
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    matrices: TypeOfMatrix | None = None,
+) -> MMInterleaved:
+    """Load the model in `folder` in evaluation mode; raises `ConfigError` and `WeightsError`.
+
+    dtype: of floating-point weights; None: that of each in the file. matrices: the type of the
+    weight of a linear layer or an embedding, None as `dtype` says. The weights are in memory once:
+    the module is built on the meta device, and takes over each tensor as it is read.
+    """
+    with torch.device("meta"):
+        model = MMInterleaved(read_config(folder / CONFIG))
     path = folder / WEIGHTS
-    load_strictly(model, load_tensors(path), str(path))
+    stored = read_safetensors(path)
+    check_fit(model, stored, str(path))
+    known = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    state = {}
+    for name, tensor in stored.items():
+        value = tensor.read()
+        _check_finite(name, value, str(path))
+        wanted = matrices(name, value.dtype) if matrices is not None and name in known else None
+        if value.is_floating_point():
+            value = value.to(wanted or dtype or value.dtype)
+        state[name] = value
+    model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def write_changed(folder: Path, base: Path, changed: Mapping[str, StoredTensor]) -> None:
+    """Write into `folder` the model of the folder `base` with some weights replaced.
+
+    Weights keep the types that they have in `base`, those that are not replaced their values, and
+    no more than a piece of them is in memory. Raises `WeightsError` for a replacement of a tensor
+    that `base` does not have, of another shape, not finite, or beyond its type there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = read_safetensors(base / WEIGHTS)
+    for name, value in changed.items():
+        if name not in stored or stored[name].shape != value.shape:
+            raise WeightsError(
+                f"{base / WEIGHTS} has no tensor {name} of the shape {list(value.shape)}",
+                fix="give the model folder that the training started from",
+            )
+    state = {
+        name: Computed(
+            tensor.shape, tensor.dtype, partial(_within, name, changed[name], tensor.dtype, base)
+        )
+        if name in changed
+        else tensor
+        for name, tensor in stored.items()
+    }
+    write_safetensors(folder / WEIGHTS, state)
+    for name in (CONFIG, TOKENIZER):
+        if (base / name).is_file():
+            write_file(folder / name, (base / name).read_text())
+
+
+def _within(name: str, value: StoredTensor, dtype: torch.dtype, base: Path) -> torch.Tensor:
+    """The values of `value`, which must not be beyond `dtype`."""
+    found = value.read().detach().cpu()
+    if float(found.abs().max()) > torch.finfo(dtype).max:
+        raise WeightsError(
+            f"{name} has grown beyond {str(dtype).removeprefix('torch.')}, its type in {base}",
+            fix="start from that model in float32 or bfloat16, or lower the rate",
+        )
+    return found
 
 
 def save_model(model: MMInterleaved, folder: Path, dtype: torch.dtype = torch.float32) -> None:
