@@ -13,7 +13,7 @@ from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import shown
 from mmi_train.cli.choices import Device, Precision
 
-_DATA, _MACHINE = "Documents", "Machine"
+_DATA, _LEARNS, _MACHINE = "Documents", "What learns", "Machine"
 
 
 def train(
@@ -78,14 +78,44 @@ def train(
             metavar="N",
         ),
     ] = 1,
+    lora: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1024,
+            help="Rank of the adapters (LoRA) of the language model and the U-Net; 0: none.",
+            metavar="N",
+            rich_help_panel=_LEARNS,
+        ),
+    ] = 16,
+    four_bit: Annotated[
+        bool,
+        typer.Option(
+            "--four-bit",
+            help="Keep matrices that have adapters in 4 bits (QLoRA).",
+            rich_help_panel=_LEARNS,
+        ),
+    ] = False,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights that learn themselves: published, table_11 to table_15 (the paper's), "
+            "all.",
+            show_default="none, with adapters alone",
+            metavar="NAME",
+            rich_help_panel=_LEARNS,
+        ),
+    ] = None,
     rate: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=1e-9,
             help="Learning rate, after a warm-up and before a cosine decay to 0.",
+            show_default="1e-4, or that of the groups",
             metavar="X",
+            rich_help_panel=_LEARNS,
         ),
-    ] = 1e-4,
+    ] = None,
     image_weight: Annotated[
         float,
         typer.Option(
@@ -157,8 +187,9 @@ def train(
 
             from mmi_train.data.document_file import DocumentFile
             from mmi_train.training.devices import device_called
-            from mmi_train.training.fine_tuning import fine_tune, schedule_of, steps_of
+            from mmi_train.training.fine_tuning import FineTuning, fine_tune, steps_of
             from mmi_train.training.loop import RunConfig
+            from mmi_train.training.lora import LoraConfig
         if threads is not None:
             torch.set_num_threads(threads)
         place = device_called(device)
@@ -168,7 +199,16 @@ def train(
             model,
             documents,
             out,
-            schedule_of(rate, steps or steps_of(epochs, len(documents), batch * accumulate)),
+            steps or steps_of(epochs, len(documents), batch * accumulate),
+            FineTuning(
+                groups=groups,
+                lora=LoraConfig(rank=lora, alpha=2 * lora, four_bit=four_bit) if lora else None,
+                rate=rate,
+                batch=batch,
+                image_weight=image_weight,
+                max_bad=max_bad,
+                checkpoint_gradients=checkpoint_gradients,
+            ),
             RunConfig(
                 seed=seed,
                 precision=precision,
@@ -177,11 +217,7 @@ def train(
                 checkpoint_every=checkpoint_every,
                 workers=workers,
             ),
-            documents=batch,
-            image_weight=image_weight,
-            max_bad=max_bad,
-            device=place,
-            checkpoint_gradients=checkpoint_gradients,
+            place,
             progress=progress,
             on_broken=remark.print,
         )

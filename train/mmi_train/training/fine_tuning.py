@@ -1,23 +1,40 @@
-"""Train any model folder further, on documents of one's own."""
+"""Train any model folder further, on documents of one's own: groups of its weights, or adapters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.document_file import DocumentFile
+from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.fused_mmfs import use_fused_mmfs
 from mmi_train.training.loop import RunConfig, train
-from mmi_train.training.lora import ADAPTERS_KIND, LoraConfig, add_adapters, trained_adapters
-from mmi_train.training.optimiser import TABLE_11, GroupRule, OptimiserConfig, frozen_matrices
+from mmi_train.training.lora import (
+    ADAPTERS_KIND,
+    LoraConfig,
+    add_adapters,
+    lora_rules,
+    trained_adapters,
+)
+from mmi_train.training.optimiser import (
+    TABLES,
+    GroupRule,
+    OptimiserConfig,
+    frozen_matrices,
+)
 from mmi_train.training.stages.documents import DocumentsStage
 from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
 from mmi_train.weights.model_folder import (
@@ -28,21 +45,51 @@ from mmi_train.weights.model_folder import (
     write_changed,
 )
 
+MODEL, ADAPTERS = "model", "adapters"
 
-def schedule_of(
-    rate: float, steps: int, rules: tuple[GroupRule, ...] = TABLE_11
-) -> OptimiserConfig:
-    """AdamW of the published run (Table 11) with another rate and number of steps; a tenth of
-    them, at most a thousand, warm up."""
-    return OptimiserConfig(
-        rate=rate,
-        steps=steps,
-        warmup=min(max(steps // 10, 1), 1000),
-        weight_decay=0.05,
-        betas=(0.9, 0.995),
-        eps=1e-6,
-        rules=rules,
-    )
+# The largest part of a run, and the most optimiser steps, in which the rate rises.
+_WARMUP_SHARE, _WARMUP = 0.1, 1000
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class FineTuning:
+    """What learns, and from how many documents at a time.
+
+    `groups`: name in `TABLES` of the groups of weights that learn, with their relative rates; None:
+    adapters alone. `lora`: adapters, in addition. `rate`: base learning rate, None: the table's.
+    `batch`: documents of a micro-batch. `max_bad`: broken documents that may be left out.
+    """
+
+    groups: str | None = None
+    lora: LoraConfig | None = LoraConfig()
+    rate: float | None = None
+    batch: int = 4
+    text_weight: float = 1.0
+    image_weight: float = 10.0
+    max_bad: int = 100
+    checkpoint_gradients: bool = False
+
+    def optimiser(self, steps: int) -> OptimiserConfig:
+        """Optimiser of a run of `steps` steps. Raises `ConfigError` if nothing learns."""
+        if self.groups is None and self.lora is None:
+            raise ConfigError(
+                "nothing would learn", fix="choose adapters with --lora, or groups with --groups"
+            )
+        if self.groups is not None and self.groups not in TABLES:
+            raise ConfigError(
+                "these groups of weights are unknown", expected=", ".join(TABLES), got=self.groups
+            )
+        table = TABLES[self.groups or "published"]
+        rules = table.rules if self.groups else ()
+        if self.lora is not None:
+            rules = lora_rules(*rules, *([GroupRule("")] if self.groups else []))
+        return replace(
+            table,
+            rate=self.rate or table.rate,
+            steps=steps,
+            warmup=min(math.ceil(_WARMUP_SHARE * steps), _WARMUP),
+            rules=rules,
+        )
 
 
 def steps_of(epochs: float, documents: int, batch: int) -> int:
@@ -54,65 +101,73 @@ def fine_tune(
     start: Path,
     file: DocumentFile,
     out: Path,
-    optimiser: OptimiserConfig,
+    steps: int,
+    tuning: FineTuning,
     run: RunConfig,
-    *,
-    documents: int,
-    image_weight: float,
-    max_bad: int,
     device: torch.device,
-    lora: LoraConfig | None = None,
-    checkpoint_gradients: bool = False,
+    *,
     progress: Progress = silent,
     on_broken: Callable[[str], None] = lambda reason: None,
 ) -> Path:
     """Train the model folder `start` on the documents of `file` and write the model folder
-    `out/model`; returns its path.
+    `out/model`, and the adapters, if there are any, to `out/adapters`; returns the former.
 
-    documents: in one micro-batch. on_broken: told of each document that cannot be read. lora:
-    adapters to train, under rules of `lora_rules`; they are merged into `out/model` and kept in
-    `out/adapters` too. The same call resumes from the last checkpoint in `out`. The model folder is
-    written at every checkpoint; weights that do not learn keep the bytes of `start`, and in mixed
-    precision their matrices are held in bfloat16. Raises `MmiError` where another process trains
-    there, or a folder to write holds files that mmi did not write.
+    on_broken: told of each document that cannot be read. The same call resumes from the last
+    checkpoint in `out`. Both folders are written at every checkpoint; weights that do not learn
+    keep the bytes of `start`. Raises `MmiError` where another process trains there, or a folder
+    holds files that mmi did not write.
     """
-    folder, kept = out / "model", out / "adapters"
+    model_folder, adapters = out / MODEL, out / ADAPTERS
+    optimiser = tuning.optimiser(steps)
     with run_folder(out, "training"):
-        check_replaceable(folder, None, kind=FOLDER_KIND, inputs=[start])
-        if lora is not None:
-            check_replaceable(kept, None, kind=ADAPTERS_KIND, inputs=[start])
+        check_replaceable(model_folder, None, kind=FOLDER_KIND, inputs=[start])
+        if tuning.lora is not None:
+            check_replaceable(adapters, None, kind=ADAPTERS_KIND, inputs=[start])
         progress(f"loading {start}")
-        narrow = frozen_matrices(optimiser.rules) if run.precision == "bf16" else None
-        model = load_model(start, matrices=narrow)
-        if lora is not None:
-            add_adapters(model, lora, device)
-        model = model.to(device)
-        use_fused_mmfs(model, device)
-        model.checkpoint_gradients(checkpoint_gradients)
+        model = _loaded(start, tuning, optimiser, run.precision, device)
         stage = DocumentsStage(
             model,
             Tokenizer.open(start / TOKENIZER, model.config.tokens),
             file,
-            documents,
+            tuning.batch,
             seed=run.seed,
-            image_weight=image_weight,
-            max_bad=max_bad,
+            text_weight=tuning.text_weight,
+            image_weight=tuning.image_weight,
+            max_bad=tuning.max_bad,
             on_broken=on_broken,
         )
 
         def save(step: int, average: Mapping[str, Tensor]) -> None:
-            if lora is None:
-                changed: dict[str, StoredTensor] = {n: InMemory(v) for n, v in average.items()}
+            if tuning.lora is None:
+                changed: Mapping[str, StoredTensor] = {
+                    name: InMemory(value) for name, value in average.items()
+                }
             else:
-                adapters = trained_adapters(lora, start, average)
-                with new_folder(kept, None, kind=ADAPTERS_KIND) as work:
-                    adapters.save(work)
-                changed = adapters.merged(start)
-            with new_folder(folder, None, kind=FOLDER_KIND) as work:
+                trained = trained_adapters(tuning.lora, start, average)
+                with new_folder(adapters, None, kind=ADAPTERS_KIND) as work:
+                    trained.save(work)
+                changed = trained.merged(start)
+            with new_folder(model_folder, None, kind=FOLDER_KIND) as work:
                 write_changed(work, start, changed)
 
         begun = f"weights {sha256_of(start / WEIGHTS)}"
-        if lora is not None:
-            begun += f" with {lora}"
         train(stage, optimiser, run, out / stage.name, save, progress, begun)
-    return folder
+    return model_folder
+
+
+def _loaded(
+    start: Path,
+    tuning: FineTuning,
+    optimiser: OptimiserConfig,
+    precision: Literal["bf16", "fp32"],
+    device: torch.device,
+) -> MMInterleaved:
+    """The model on `device`, with adapters; in mixed precision its frozen matrices in bfloat16."""
+    lean = frozen_matrices(optimiser.rules) if precision == "bf16" else None
+    model = load_model(start, matrices=lean)
+    if tuning.lora is not None:
+        add_adapters(model, tuning.lora, device)
+    model.to(device)
+    model.checkpoint_gradients(tuning.checkpoint_gradients)
+    use_fused_mmfs(model, device)
+    return model

@@ -137,6 +137,8 @@ TABLES: Mapping[str, OptimiserConfig] = {
     "table_13": _table(2e-5, 10_000, 500, (0.9, 0.999), 1e-8, _paper(1.0, 1.0)),
     # Segmentation to image: 1e-5 image decoder, 1e-4 others.
     "table_14": _table(1e-4, 4000, 100, (0.9, 0.98), 1e-5, _paper(0.0, 0.1)),
+    # Everything but the autoencoder, at one rate.
+    "all": _table(1e-4, 10_000, 500, (0.9, 0.995), 1e-6, FROM_SCRATCH),
     # Stories: 1e-4 image decoder, 1e-5 others.
     "table_15": _table(1e-5, 4000, 200, (0.9, 0.98), 1e-8, _paper(0.0, 10.0)),
 }
