@@ -62,6 +62,9 @@ bench: $(INSTALLED) $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
 gpu-check: $(INSTALLED) $(BUNDLE)/bundle.json ## build, run, compare and measure the engines on this GPU
 	$(BIN)/python -m mmi_bench.gpu_check $(BUNDLE)
 
+gpu-train-check: $(INSTALLED) ## train the tiny model on this GPU and compare with the CPU
+	$(BIN)/python -m mmi_bench.gpu_train_check assets/tiny
+
 # The Python backend of this wheel reads arrays of NumPy 1 alone, so that the server's Python has one
 # that we do not declare; that of Triton's own images has read those of NumPy 2 since the end of 2024.
 triton-check: $(INSTALLED) bundles/tiny/bundle.json ## run the Triton model in the real server
