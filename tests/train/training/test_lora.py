@@ -24,7 +24,7 @@ from mmi_train.data.document_file import DocumentFile
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training.checkpoints import latest_checkpoint, learning
-from mmi_train.training.fine_tuning import fine_tune
+from mmi_train.training.fine_tuning import FineTuning, fine_tune
 from mmi_train.training.loop import RunConfig, train
 from mmi_train.training.lora import (
     ABOUT,
@@ -283,25 +283,14 @@ def test_fine_tuning_writes_adapters_and_the_merged_model(base, tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
     part = {"text": "a red circle.", "learn": False}
     (tmp_path / "d.jsonl").write_text(json.dumps([part, {"image": "a.png", "learn": True}]))
-    lora = LoraConfig(layers=("llm",), rank=2)
-    flat = replace(OPTIMISER, schedule="flat_then_cool", cool_from=1.0, rules=lora_rules())
+    tuning = FineTuning(lora=LoraConfig(layers=("llm",), rank=2), rate=1e-2, batch=1)
 
-    def tune(out: Path, steps: int, lora: LoraConfig) -> Path:
-        return fine_tune(
-            start,
-            DocumentFile(tmp_path / "d.jsonl"),
-            out,
-            replace(flat, steps=steps),
-            RunConfig(precision="bf16"),
-            documents=1,
-            image_weight=1.0,
-            max_bad=0,
-            device=torch.device("cpu"),
-            lora=lora,
-        )
+    def tune(tuning: FineTuning) -> Path:
+        documents = DocumentFile(tmp_path / "d.jsonl")
+        run = RunConfig(precision="bf16")
+        return fine_tune(start, documents, tmp_path / "out", 2, tuning, run, torch.device("cpu"))
 
-    tune(tmp_path / "out", 1, lora)
-    model = tune(tmp_path / "out", 2, lora)
+    model = tune(tuning)
     assert model == tmp_path / "out" / "model"
     before, after = load_file(start / WEIGHTS), load_file(model / WEIGHTS)
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
@@ -309,10 +298,8 @@ def test_fine_tuning_writes_adapters_and_the_merged_model(base, tmp_path):
     assert changed and changed == {f"{layer}.weight" for layer in adapters.layers}
     adapters.write_model(start, tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
-    straight = tune(tmp_path / "straight", 2, lora)
-    assert (straight / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
     with pytest.raises(WeightsError, match="other settings"):
-        tune(tmp_path / "out", 2, replace(lora, alpha=8.0))
+        tune(replace(tuning, lora=LoraConfig(layers=("llm",), rank=2, alpha=8.0)))
 
 
 class Tuning:

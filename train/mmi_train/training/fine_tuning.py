@@ -151,6 +151,8 @@ def fine_tune(
                 write_changed(work, start, changed)
 
         begun = f"weights {sha256_of(start / WEIGHTS)}"
+        if tuning.lora is not None:
+            begun += f" with {tuning.lora}"  # its scale, which no weight shows, among others
         train(stage, optimiser, run, out / stage.name, save, progress, begun)
     return model_folder
 
