@@ -135,6 +135,7 @@ def fine_tune(
             image_weight=tuning.image_weight,
             max_bad=tuning.max_bad,
             on_broken=on_broken,
+            adapters=str(tuning.lora),
         )
 
         def save(step: int, average: Mapping[str, Tensor]) -> None:

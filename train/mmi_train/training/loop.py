@@ -8,6 +8,7 @@ whatever the number of worker processes.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -256,7 +257,9 @@ def train(
     meter, losses_now, skipped = _RunningMeans(), "", 0
     first, last = step * run.accumulate, optimiser_config.steps * run.accumulate
     batches = micro_batches(stage, run.seed, range(first, last), run.workers, device)
-    with SummaryWriter(str(out / "curves"), purge_step=step) as curves:
+    with warnings.catch_warnings(), SummaryWriter(str(out / "curves"), purge_step=step) as curves:
+        # PyTorch says so of every norm whose weights are float32 in mixed precision.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         progress(stage.name, step, optimiser_config.steps)
         while step < optimiser_config.steps:
             rate = set_rate(optimiser, optimiser_config, step)

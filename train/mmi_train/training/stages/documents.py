@@ -43,7 +43,7 @@ class DocumentsStage:
 
     A broken document is reported to `on_broken` once, with its place and the reason, and another
     one stands in for it; more than `max_bad` of them end the run with `DocumentError`.
-    `image_weight` is the paper's lambda.
+    `image_weight` is the paper's lambda. `adapters`: description of adapters that the model has.
     """
 
     model: MMInterleaved
@@ -55,6 +55,7 @@ class DocumentsStage:
     image_weight: float = 10.0
     max_bad: int = 100
     on_broken: Callable[[str], None] = lambda reason: None
+    adapters: str = "none"
     name: str = field(default="documents", init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +78,7 @@ class DocumentsStage:
             "documents": self.documents,
             "text_weight": self.text_weight,
             "image_weight": self.image_weight,
+            "lora": self.adapters,
         }
 
     def document(self, index: int) -> TokenDocument:
