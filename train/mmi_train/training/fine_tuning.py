@@ -53,7 +53,7 @@ _WARMUP_SHARE, _WARMUP = 0.1, 1000
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FineTuning:
-    """What learns, and from how many documents at a time.
+    """Choice of what learns, and from how many documents at a time.
 
     `groups`: name in `TABLES` of the groups of weights that learn, with their relative rates; None:
     adapters alone. `lora`: adapters, in addition. `rate`: base learning rate, None: the table's.
@@ -152,8 +152,6 @@ def fine_tune(
                 write_changed(work, start, changed)
 
         begun = f"weights {sha256_of(start / WEIGHTS)}"
-        if tuning.lora is not None:
-            begun += f" with {tuning.lora}"  # its scale, which no weight shows, among others
         train(stage, optimiser, run, out / stage.name, save, progress, begun)
     return model_folder
 
