@@ -235,7 +235,8 @@ def test_the_home_folder_is_never_written(
         ("export", REPOSITORY / "assets" / "tiny", "--force"),
         ("convert", tmp_path, "--force"),
         ("init", "--llm", tmp_path, "--force"),
-        ("train",),
+        ("train", REPOSITORY / "assets" / "tiny", "--data", story),
+        ("train-tiny",),
     )
     for current, outs in ((tmp_path, (home, home.parent)), (home / "work" / "here", (".", ".."))):
         monkeypatch.chdir(current)
@@ -409,7 +410,7 @@ def program(code: str, *arguments: object, **environment: str) -> subprocess.Pop
     ("arguments", "module", "extra"),
     [
         (["generate", "story.md"], "onnxruntime", "cpu"),
-        (["train"], "torch", "train"),
+        (["train-tiny"], "torch", "train"),
         (["evaluate"], "torch", "train"),
         (["export"], "torch", "export"),
         (["bench"], "torch", "bench"),
@@ -437,12 +438,6 @@ def test_every_extra_that_is_named_exists() -> None:
     rows = [*COMMANDS.values(), *(row for views in VIEWS.values() for row in views.values())]
     assert {row.extra for row in rows} - {None} <= project["optional-dependencies"].keys()
     assert "torch" not in " ".join(project["dependencies"])
-
-
-def test_only_what_can_be_trained_from_nothing_is_trained(mmi: Screen, tmp_path: Path) -> None:
-    assert mmi("train", "--preset", "released_13b", "-o", tmp_path / "run") == 2
-    assert "cannot be trained from nothing; expected tiny" in mmi.err
-    assert left_in(tmp_path) == set()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

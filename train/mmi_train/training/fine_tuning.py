@@ -53,7 +53,7 @@ _WARMUP_SHARE, _WARMUP = 0.1, 1000
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FineTuning:
-    """Choice of what learns, and from how many documents at a time.
+    """Choice of the weights that learn, and size of a micro-batch.
 
     `groups`: name in `TABLES` of the groups of weights that learn, with their relative rates; None:
     adapters alone. `lora`: adapters, in addition. `rate`: base learning rate, None: the table's.

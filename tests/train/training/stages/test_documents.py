@@ -126,7 +126,7 @@ def test_packed_documents_have_the_losses_that_they_have_alone(
     assert total == pytest.approx(sum(one[0] for one in alone), rel=1e-5)
 
 
-def test_broken_documents_are_told_once_and_others_stand_in(stage: Make) -> None:
+def test_broken_documents_are_reported_once_and_replaced(stage: Make) -> None:
     told: list[str] = []
     good = [{"text": "a red circle."}]
     one = stage(good, [{"image": "none.png"}], [{"text": "a zebra."}], good, on_broken=told.append)
