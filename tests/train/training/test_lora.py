@@ -13,18 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from export.small_models import paper_reading, random_model, released_reading
 from mmi_deploy.errors import ConfigError, MmiError, WeightsError
 from mmi_deploy.spec.config import ModelConfig
-from mmi_train.data.document_file import DocumentFile
-from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training.checkpoints import latest_checkpoint, learning
-from mmi_train.training.fine_tuning import fine_tune
 from mmi_train.training.loop import RunConfig, train
 from mmi_train.training.lora import (
     ABOUT,
@@ -39,7 +35,7 @@ from mmi_train.training.lora import (
     trained_adapters,
 )
 from mmi_train.training.optimiser import GroupRule, OptimiserConfig, parameter_groups
-from mmi_train.weights.model_folder import TOKENIZER, WEIGHTS, load_model, save_model
+from mmi_train.weights.model_folder import WEIGHTS, load_model, save_model
 
 SMALL = LoraConfig(rank=3, alpha=5.0)
 GATES = GroupRule(r"look_back\.gate$", rate=0.5, decay=0.0)
@@ -273,46 +269,6 @@ def test_a_damaged_description_is_told(tmp_path, text: str, message: str):
     assert "\n" not in str(caught.value)
     with pytest.raises(WeightsError, match="cannot read"):
         read_adapters(tmp_path / "nowhere")
-
-
-def test_fine_tuning_writes_adapters_and_the_merged_model(base, tmp_path):
-    """In mixed precision, from a model in half precision, whose other weights stay as they are."""
-    start = tmp_path / "start"
-    save_model(load_model(base), start, torch.float16)
-    build_tokenizer().save(str(start / TOKENIZER))
-    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
-    part = {"text": "a red circle.", "learn": False}
-    (tmp_path / "d.jsonl").write_text(json.dumps([part, {"image": "a.png", "learn": True}]))
-    lora = LoraConfig(layers=("llm",), rank=2)
-    flat = replace(OPTIMISER, schedule="flat_then_cool", cool_from=1.0, rules=lora_rules())
-
-    def tune(out: Path, steps: int, lora: LoraConfig) -> Path:
-        return fine_tune(
-            start,
-            DocumentFile(tmp_path / "d.jsonl"),
-            out,
-            replace(flat, steps=steps),
-            RunConfig(precision="bf16"),
-            documents=1,
-            image_weight=1.0,
-            max_bad=0,
-            device=torch.device("cpu"),
-            lora=lora,
-        )
-
-    tune(tmp_path / "out", 1, lora)
-    model = tune(tmp_path / "out", 2, lora)
-    assert model == tmp_path / "out" / "model"
-    before, after = load_file(start / WEIGHTS), load_file(model / WEIGHTS)
-    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    adapters = read_adapters(tmp_path / "out" / "adapters")
-    assert changed and changed == {f"{layer}.weight" for layer in adapters.layers}
-    adapters.write_model(start, tmp_path / "again")
-    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
-    straight = tune(tmp_path / "straight", 2, lora)
-    assert (straight / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
-    with pytest.raises(WeightsError, match="other settings"):
-        tune(tmp_path / "out", 2, replace(lora, alpha=8.0))
 
 
 class Tuning:
