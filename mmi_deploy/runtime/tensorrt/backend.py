@@ -147,7 +147,7 @@ class TensorRtBackend:
             resident,
             {group: swapped[group] for group in GROUPS if group in swapped},
             document_bytes(self.graphs, self.limits, seen),
-            self.workspace.size or None,
+            self.workspace.bound or None,
             free,
             self.memory.gpu.name,
             total,

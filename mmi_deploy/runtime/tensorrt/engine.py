@@ -53,13 +53,15 @@ Shape = tuple[int, ...]
 class Workspace:
     """Workspace: scratch memory for the activations inside engines.
 
-    All engines share one block, as large as the largest requirement: they run one after another on
-    one stream.
+    All engines share one block, as large as the largest requirement of the shapes that have run:
+    they run one after another on one stream. bound: requirement of the loaded engines at the
+    largest shapes of their profiles, in bytes.
     """
 
     def __init__(self, memory: DeviceMemory) -> None:
         self._memory = memory
         self._block: Buffer | None = None
+        self.bound = 0
 
     @property
     def size(self) -> int:
@@ -68,6 +70,12 @@ class Workspace:
     @property
     def pointer(self) -> int:
         return self._block.pointer if self._block else 0
+
+    def grow(self, need: int) -> None:
+        """Grow to at least `need` bytes, in quarters of the bound: each growth moves the block, which
+        destroys all recordings. Raises `EngineError`, as `reserve`."""
+        step = max(self.bound // 4, 1)
+        self.reserve(max(need, min(-(-need // step) * step, self.bound)))
 
     def reserve(self, size: int) -> None:
         """Grow to at least `size` bytes, which changes `pointer`. Raises `EngineError` if memory is
@@ -188,6 +196,8 @@ class TensorRtEngine(Engine):
         self._engine: Any = None
         self._on_host: set[str] = set()
         self._profiles: list[_Profile] = []
+        self._bounds: list[int] = []  # workspace of each profile at its largest shapes
+        self._sized_by_shapes = True  # False where TensorRT insists on the bounds
         self._staging = Staging(memory)
         self._host_staging: dict[str, Buffer] = {}
         self._chosen: dict[tuple[Shape, ...], int] = {}
@@ -216,7 +226,7 @@ class TensorRtEngine(Engine):
                 raise
 
     def _read_engine(self) -> None:
-        """Check the engine's interface, read its profiles, and reserve its workspace."""
+        """Check the engine's interface, and read its profiles and their workspace."""
         self._check(self._path)
         host = self._tensorrt.module.TensorLocation.HOST
         location = self._engine.get_tensor_location
@@ -224,7 +234,8 @@ class TensorRtEngine(Engine):
         count = self._engine.num_optimization_profiles
         self._on_host = {t.name for t in self.graph.inputs if location(t.name) == host}
         self._profiles = [self._profile(index) for index in range(count)]
-        self._workspace.reserve(max(need(index) for index in range(count)))
+        self._bounds = [need(index) for index in range(count)]
+        self._workspace.bound = max(self._workspace.bound, *self._bounds)
 
     def close(self) -> None:
         """Unload the engine after its enqueued runs. The next `run` loads it again."""
@@ -374,6 +385,8 @@ class TensorRtEngine(Engine):
             return
         try:
             reshaped = self._bind(context, inputs, outputs)
+            if reshaped:
+                self._give_workspace(context)
         except EngineError:
             # Only some of its shapes are set, and the next run must not take it for whole.
             self._contexts.pop(shapes)
@@ -413,19 +426,38 @@ class TensorRtEngine(Engine):
         return self._chosen[shapes]
 
     def _context(self, shapes: tuple[Shape, ...], inputs: Mapping[str, Buffer]) -> _Context:
-        """Context of the inputs' shapes, with the present address of the workspace set. Documents
-        that take turns have one each, so that neither destroys the recordings of the other."""
+        """Context of the inputs' shapes. Documents that take turns have one each, so that neither
+        destroys the recordings of the other."""
         context = self._contexts.get(shapes)
         if context is None:
             context = self._new_context(self._profile_of(shapes, inputs))
             self._contexts[shapes] = context
         self._runs += 1
         context.used = self._runs
-        if context.workspace != self._workspace.pointer:
+        if context.bound and context.workspace != self._workspace.pointer:
             context.graphs.clear()  # the kernels of a recording use the old block
-            context.inner.set_device_memory(self._workspace.pointer, self._workspace.size)
-            context.workspace = self._workspace.pointer
+            self._set_workspace(context)
         return context
+
+    def _give_workspace(self, context: _Context) -> None:
+        """Set the workspace of a context whose shapes have just changed, grown to what they need:
+        far less than the engine's bound for a short prompt. Raises `EngineError` where memory is
+        short."""
+        bound = self._bounds[context.profile]
+        # Without this function, and where TensorRT refuses a smaller block, the bound.
+        size_of = getattr(context.inner, "update_device_memory_size_for_shapes", None)
+        need = size_of() if size_of is not None and self._sized_by_shapes else bound
+        self._workspace.grow(need)
+        self._tensorrt.errors.clear()
+        self._set_workspace(context)
+        if self._tensorrt.errors and self._workspace.size < bound:
+            self._sized_by_shapes = False
+            self._workspace.reserve(bound)
+            self._set_workspace(context)
+
+    def _set_workspace(self, context: _Context) -> None:
+        context.inner.set_device_memory(self._workspace.pointer, self._workspace.size)
+        context.workspace = self._workspace.pointer
 
     def _new_context(self, profile: int) -> _Context:
         """Context without recordings: a new one, or the least recently used one of too many."""

@@ -48,7 +48,7 @@ def broken(model: onnx.ModelProto, plans: tuple[ProfilePlan, ...], half: bool = 
 def test_one_row_exactly_writes_an_int8_weight_dequantised(
     architecture: str, tmp_path: Path
 ) -> None:
-    """The reason why `--max-batch 1` is refused for int8: with two rows the product is fused."""
+    """The reason why int8 is built for two rows at least: the product is fused then."""
     one = quantised_product(1)
     assert broken(one, plans_of(one, tmp_path, architecture)) == {"dequantised weights"}
     dynamic = quantised_product("t")
