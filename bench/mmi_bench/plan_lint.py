@@ -87,14 +87,12 @@ class Linted:
             broken = ", ".join(f"{rule} ({count})" for rule, count in rules.items()) or "none"
             yield (
                 f"{self.graph} {plan.profile} {self.precision} {self.architecture}: "
-                f"{len(plan.launched)} kernels, scratch at most {size(self.scratch)}, rules broken: "
-                f"{broken}"
+                f"{len(plan.launched)} kernels, scratch at most {size(self.scratch)}, "
+                f"rules broken: {broken}"
             )
 
 
-def lint(
-    source: Source, precision: str, architecture: str, rows: int, folder: Path
-) -> Linted:
+def lint(source: Source, precision: str, architecture: str, rows: int, folder: Path) -> Linted:
     """Build the engine of `source` as `mmi build --unproved --rows ROWS` does, in `folder`."""
     start, name = time.perf_counter(), source.graph.name
     plugin, chosen = plugin_for(TENSORRT_RTX, architecture), recipe(precision)
@@ -194,8 +192,8 @@ def main(
     rows: Annotated[int, typer.Option(min=1, help="Rows that the engines compute together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print findings as JSON.")] = False,
 ) -> int:
-    """Print the kernels of every engine and the rules that its plan breaks. Exit code 1: `mmi build`
-    would refuse one of them."""
+    """Print the kernels of every engine and the rules that its plan breaks. Exit code 1: `mmi
+    build` would refuse one of them."""
     precisions, architectures = precision or PRECISIONS, arch or ARCHITECTURES
     for one in precisions:
         recipe(one)

@@ -17,6 +17,7 @@ import numpy as np
 
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
+from mmi_deploy.runtime.caches import padded_count
 from mmi_deploy.runtime.device_memory import ALIGNMENT, DeviceMemory
 from mmi_deploy.runtime.engine import MAX_SHAPES, Buffers, Engine
 from mmi_deploy.runtime.staging import Staging
@@ -47,6 +48,12 @@ GROUPS = {
 # little memory of its own.
 MAX_CONTEXTS = 8
 
+# Bytes of the GPU that a context takes of its own, and a recorded run: 400 kernels (a token of the
+# 13B model has 415) of about 10 kB, as NVIDIA reports (NVIDIA/cccl#3768). Both assumed, not
+# measured.
+CONTEXT_BYTES = 4 * 10**6
+RECORDING_BYTES = 4 * 10**6
+
 Shape = tuple[int, ...]
 
 
@@ -72,8 +79,8 @@ class Workspace:
         return self._block.pointer if self._block else 0
 
     def grow(self, need: int) -> None:
-        """Grow to at least `need` bytes, in quarters of the bound: each growth moves the block, which
-        destroys all recordings. Raises `EngineError`, as `reserve`."""
+        """Grow to at least `need` bytes, in quarters of the bound: each growth moves the block,
+        which destroys all recordings. Raises `EngineError`, as `reserve`."""
         step = max(self.bound // 4, 1)
         self.reserve(max(need, min(-(-need // step) * step, self.bound)))
 
@@ -112,6 +119,27 @@ class _Profile:
     def width(self) -> int:
         """Elements of all dynamic inputs at their max shapes."""
         return sum(prod(max_shape) for _, max_shape in self.shapes.values())
+
+
+def contexts_bytes(graph: Graph, images: int, rows: int = 1) -> int:
+    """Estimate of the bytes of an engine's contexts and recordings, for documents of up to `images`
+    images and runs of up to `rows` rows."""
+    visible = min(images, graph.ranges["m"].max) if "m" in graph.ranges else 1
+    shapes = len({padded_count(count, visible) for count in range(1, visible + 1)})
+    shapes *= rows.bit_length()  # rows are padded to powers of two
+    if "t" in graph.ranges:  # each length of a prompt is a shape
+        contexts = MAX_CONTEXTS
+    else:  # so is that of a picture's context
+        contexts = min(images if "x" in graph.ranges else shapes, MAX_CONTEXTS)
+    repeated = graph.name in (
+        "llm",
+        "denoise_step",
+        "denoise_shallow",
+        "vision_encoder",
+        "vae_decoder",
+    )
+    recordings = min(shapes, MAX_CONTEXTS) if repeated else 0  # others' addresses are new each time
+    return contexts * CONTEXT_BYTES + recordings * RECORDING_BYTES
 
 
 class Residency:

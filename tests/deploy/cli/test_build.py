@@ -524,7 +524,9 @@ def test_a_bundle_for_one_row_says_what_to_do(tmp_path: Path) -> None:
     plugin = Plugin("build-only:1", True, no_module, register, same, accept)
     target = Target(TENSORRT_RTX, "sm89", "int8")
     asked = Request(Bundle.open(folder), (target,), recipe("int8"), ("llm",), plugin, "1.7.1")
-    with pytest.raises(ConfigError, match="for 1 row: .* expected at least 2. Export .* with --rows 2"):
+    with pytest.raises(
+        ConfigError, match="for 1 row: .* expected at least 2. Export .* with --rows 2"
+    ):
         plan_engines(asked)
 
 

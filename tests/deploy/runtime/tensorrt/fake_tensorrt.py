@@ -259,7 +259,14 @@ class ICudaEngine(Fake):
         lazy = DynamicShapesKernelSpecializationStrategy.LAZY
         context._lazy = isinstance(how, IRuntimeConfig) and how._specialization == lazy
         self._contexts.add(context)
+        kept = int(self._about.get("context_bytes", 0))
+        self._world.cuda.accounted += kept
+        weakref.finalize(context, _account, self._world.cuda, -kept)
         return context
+
+
+def _account(cuda: FakeCuda, size: int) -> None:
+    cuda.accounted += size
 
 
 def _unload(cuda: FakeCuda, graph: str, weights: int, contexts: Any) -> None:
