@@ -152,7 +152,8 @@ def _plane(tensor: PlanTensor) -> int:
     return 0 if min(sides, default=1) < 0 else prod(sides)
 
 
-def _cache_copies(kernels: Sequence[Kernel], facts: Facts) -> _Offenders:
+def cache_copies(kernels: Sequence[Kernel], facts: Facts) -> _Offenders:
+    """Kernels that copy a KV cache."""
     for kernel in kernels:
         caches = [tensor for tensor in kernel.reads if tensor.name in facts.caches]
         if not caches or _FUSED_ATTENTION.search(kernel.name):
@@ -229,7 +230,7 @@ RULES = (
     Rule(
         "copies of the KV cache",
         "each token then copies the whole cache of a layer",
-        _cache_copies,
+        cache_copies,
         in_prefill=False,
     ),
     Rule("fused group norms", "a group norm is one kernel where its sizes allow it", _group_norms),

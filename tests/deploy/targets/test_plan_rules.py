@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -23,16 +22,13 @@ from deploy.targets.small_engines import (
     weight,
 )
 from exports import SHIPPED, Exported
+from mmi_bench import plan_lint
+from mmi_bench.plan_lint import bundle_sources
 from mmi_deploy.bundle.kernel_plan import Finding, Kernel, ProfilePlan
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
-from mmi_deploy.system.progress import silent
 from mmi_deploy.targets.plan_rules import RULES, Facts, check_plans, facts_of, refuse_fatal
-from mmi_deploy.targets.precision import recipe, rewrite
-from mmi_deploy.targets.profiles import profiles
-from mmi_deploy.targets.tensorrt_build import Job, build_engine, open_tensorrt
 from mmi_deploy.targets.tensorrt_rewrites import rewrite_for_tensorrt
-from mmi_plugins.tensorrt.plugin import plugin_for
 
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx-cu13"
@@ -237,16 +233,6 @@ def lint(
     exported: Exported, name: str, precision: str, architecture: str, folder: Path
 ) -> tuple[tuple[Finding, ...], tuple[ProfilePlan, ...]]:
     """Findings and plans of one graph of a bundle, for two documents at a time."""
-    plugin = plugin_for(TENSORRT_RTX, architecture)
-    contract, path = exported.bundle.graphs[name], folder / f"{name}.onnx"
-    rewrite(recipe(precision), contract, exported.bundle.graph_file(name), path,
-            runtime=TENSORRT_RTX)  # fmt: skip
-    model = plugin.copy(onnx.load(path, load_external_data=False))
-    onnx.save(rewrite_for_tensorrt(model, path), path)
-    limits = exported.bundle.limits
-    limits = replace(limits, batch=min(2, limits.batch))
-    job = Job(name, TENSORRT_RTX, architecture, path, folder / f"{name}.engine",
-              profiles(contract, limits), plugin)  # fmt: skip
-    built = build_engine(open_tensorrt(plugin, TENSORRT_RTX, architecture), job, silent)
-    facts = facts_of(onnx.load(path, load_external_data=False))
-    return check_plans(built.plans, facts), built.plans
+    source = bundle_sources(exported.bundle.folder)[name]
+    found = plan_lint.lint(source, precision, architecture, 2, folder)
+    return found.findings, found.plans
