@@ -110,6 +110,7 @@ ORDER = """
     mmi_bench.scale
     mmi_bench.quality
     mmi_bench.flops_saved
+    mmi_bench.plan_lint
     mmi_bench.gpu_check
     mmi_bench.serve
     mmi_bench.cli

@@ -218,6 +218,8 @@ class Check:
     def _export_slice(self, folder: Path) -> Detail:
         self._require(self._lacking(gpu=True, tensorrt=True))
         make = self.machine.export_slice
+        if make is None and find_spec("torch") is None:
+            raise Missing("the slice is exported by torch: pip install '.[export]'")
         if make is None and (free := free_memory()) < HOST_BYTES:
             raise Missing(
                 f"{size(free)} of host memory are free, and it takes about {size(HOST_BYTES)}"

@@ -470,3 +470,10 @@ def test_plans_of_the_built_engines_decide_hypotheses() -> None:
     assert answers[3] == answers[15] == answers[7] == answers[12] == "confirmed"
     assert answers[13] == answers[17] == "refuted", "the slice's plan counts, not the tiny one's"
     assert answers[14] == answers[16] == "not tried"
+
+
+def test_the_page_lists_every_hypothesis() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "gpu_check.md").read_text()
+    rows = [line.split(" | ")[:2] for line in page.splitlines() if line[:3].strip("| ").isdigit()]
+    listed = [(int(number.strip("| ")), claim) for number, claim in rows]
+    assert listed == [(number, claim) for number, (claim, _) in enumerate(HYPOTHESES, 1)]

@@ -70,6 +70,16 @@ def test_attention_in_float32_has_its_matrix_in_memory(dtype: str, tmp_path: Pat
 
 
 @rtx
+def test_heads_that_no_kernel_fuses_are_let_pass(tmp_path: Path) -> None:
+    """The attention of Stable Diffusion's VAE: one head of 512 channels."""
+    model = attention("float16", heads=1, width=512)
+    plans = plans_of(model, tmp_path)
+    assert not any("mha" in kernel.name for plan in plans for kernel in plan.launched)
+    assert not broken(model, plans) and not facts_of(model).attentions
+    assert facts_of(attention("float16", heads=2, width=256)).attentions == ("attention",)
+
+
+@rtx
 @pytest.mark.parametrize("architecture", ["sm80", "sm89", "sm120"])
 def test_queries_scaled_before_attention_copy_the_kv_cache(
     architecture: str, tmp_path: Path
