@@ -21,8 +21,8 @@ from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import MMFS_OPERATOR
 from mmi_deploy.targets.profiles import PREFILL
 
-# Most channels of a head for which TensorRT has a fused attention. The VAE of Stable Diffusion has one
-# attention with a single head of 512, which runs once per picture.
+# Most channels of a head for which TensorRT has a fused attention. The VAE of Stable Diffusion has
+# one attention with a single head of 512, which runs once per picture.
 MAX_FUSED_WIDTH = 256
 
 # Smaller constants are not weights whose bytes matter.
