@@ -16,6 +16,7 @@ import numpy as np
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.tensorrt.backend import TensorRtBackend
+from mmi_deploy.spec.graphs import graphs
 from mmi_deploy.targets.sample_inputs import Arrays, Sample, inputs_at, random_inputs
 
 # Precision -> graphs whose engines are built: the others cost time and have kernels of their kinds.
@@ -49,9 +50,9 @@ def export_slice(folder: Path) -> None:
 def slice_samples(backend: TensorRtBackend) -> dict[str, list[Sample]]:
     """Random inputs of the graphs that have engines: recording a document takes minutes at these
     sizes."""
-    draw = np.random.default_rng(0)
+    draw, wide = np.random.default_rng(0), graphs(backend.bundle.config, backend.limits)
     return {
-        name: [Sample(inputs, False) for inputs in random_inputs(backend.graphs[name], (), draw)]
+        name: [Sample(inputs, False) for inputs in random_inputs(wide[name], (), draw)]
         for name in backend.manifest.graphs
     }
 
