@@ -111,6 +111,7 @@ ORDER = """
     mmi_bench.quality
     mmi_bench.flops_saved
     mmi_bench.gpu_train_check
+    mmi_bench.plan_lint
     mmi_bench.gpu_check
     mmi_bench.serve
     mmi_bench.cli

@@ -5,7 +5,7 @@ condition). An estimate: the workspace, the peak of intermediate values that are
 the nodes run in the order of the file. A value is live from its producer to its last use; views
 share memory, as do caches written in place. A runtime with fusion takes less, one that picks
 algorithms with their own workspace takes more. Assumed: the driver's share
-(`gpu_specs.DRIVER_RESERVE`).
+(`gpu_specs.DRIVER_RESERVE`), and the code, contexts and recordings of TensorRT's engines.
 
 Engines run one after another and share one workspace. With `resident` the engines that are not
 named are swapped in when they run, see `mmi_deploy.runtime.tensorrt.engine.GROUPS`.
@@ -25,13 +25,14 @@ from mmi_deploy.analysis.shapes import SizedGraph, Value, read_graph, sized
 from mmi_deploy.analysis.stored_bytes import Storage, storage_of
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.memory_plan import SHALLOW, document_bytes
-from mmi_deploy.runtime.tensorrt.engine import GROUPS
+from mmi_deploy.runtime.tensorrt.engine import GROUPS, contexts_bytes
 from mmi_deploy.spec.backends import BACKENDS, TENSORRT
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import Limits, graphs
 from mmi_deploy.system.files import size as readable
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe
 from mmi_deploy.targets.profiles import profiles
+from mmi_deploy.targets.tensorrt_plan import KERNEL_BYTES
 
 # Engine groups to keep in memory, from all (None) to none. Swapping reads an engine from disk for
 # every image that is read or drawn, so recipes with fewer bits are tried first.
@@ -42,11 +43,13 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": GB, "KI": 2**10, "MI": 2**20, "GI"
 
 @dataclass(frozen=True)
 class GraphMemory:
-    """Memory of one graph in bytes: weights in the target, and its estimated workspace."""
+    """Memory of one graph in bytes: weights in the target, its estimated workspace, and an estimate
+    of its engine's code, contexts and recordings."""
 
     graph: str
     weights: int
     workspace: int
+    overhead: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,14 @@ class Memory:
         return max(graph.workspace for graph in self.graphs)
 
     @property
+    def overhead(self) -> int:
+        """Code, contexts and recordings of all engines."""
+        return sum(graph.overhead for graph in self.graphs)
+
+    @property
     def total(self) -> int:
         """Bytes in use at once, without the driver's share."""
-        return self.weights + self.workspace + sum(self.documents.values())
+        return self.weights + self.workspace + self.overhead + sum(self.documents.values())
 
 
 @dataclass(frozen=True)
@@ -130,8 +138,6 @@ class Model:
                 continue
             path, ranges = self.files[name], profiles(self.contract[name])[0].ranges
             sizes = {letter: allowed.max for letter, allowed in ranges.items()}
-            if "w" in sizes:
-                sizes["w"] = 1
             found[name] = sized(read_graph(path), contract, sizes)
         return found
 
@@ -146,8 +152,12 @@ class Model:
         measured = []
         for name, graph in self.sized.items():
             storage = storage_of(graph, self.contract[name], recipe, self.runtime)
+            overhead = 0
+            if BACKENDS[self.runtime].plugin:  # TensorRT's engines
+                contract, limits = self.contract[name], self.limits
+                overhead = KERNEL_BYTES + contexts_bytes(contract, limits.images, limits.batch)
             measured.append(
-                GraphMemory(name, weight_bytes(graph, storage), workspace(graph, storage))
+                GraphMemory(name, weight_bytes(graph, storage), workspace(graph, storage), overhead)
             )
         typed = {
             name: graph.typed(recipe.activations_on(self.runtime))

@@ -16,6 +16,12 @@ from mmi_deploy.system.memory import free_memory
 # Bytes of encoded images to keep, unless the caller says otherwise.
 IMAGE_MEMORY = 4 << 30
 
+# Most slots for each row of a run on a device: while some documents draw, others write.
+SLOTS_PER_ROW = 4
+
+# Rows that `mmi export` allows by default: as many as slots are worth building for, up to these.
+COMMON_ROWS = 8
+
 # Share of the free memory of a host that slots may take.
 HOST_SHARE = 0.5
 
@@ -38,10 +44,11 @@ def capacity(
     """Capacity of a service.
 
     plan: of the device's memory; None on the host. slots: None for as many as fit beside the
-    engines and the images, at most the rows of one run (on a device four times as many).
+    engines and the images, at most the rows of one run, on a device `most_slots` of them.
     image_memory: bytes of encoded images; None for `IMAGE_MEMORY`, or what is left of it where a
-    slot does not fit beside. Raises `ConfigError` for less than one slot or image, `EngineError` if
-    not even one slot fits on the device.
+    slot does not fit beside. Raises `ConfigError` for less than one slot or image, and for more
+    slots than engines of a device are built for; `EngineError` if not even one slot fits on the
+    device.
     """
     if slots is not None and slots < 1:
         raise ConfigError("slots is out of range", expected="1 or more", got=slots)
@@ -55,9 +62,12 @@ def capacity(
     # The pool of the graphs has one row more, which stays empty.
     rows = (IMAGE_MEMORY if image_memory is None else image_memory) // size
     images = max(min(rows, limits.pool - 1), 1)
+    most = limits.batch if plan is None else most_slots(limits.batch)
     if slots is not None:
+        if plan is not None and slots > most:
+            raise _too_many(slots, limits.batch, plan)
         return Capacity(slots, images)
-    most, each = limits.batch, _slot_bytes(graphs, limits)
+    each = _slot_bytes(graphs, limits)
     if plan is None:
         fit = int(HOST_SHARE * free_memory(swap=False)) // each
         return Capacity(max(min(fit, most), 1), images)
@@ -72,7 +82,24 @@ def capacity(
             got=readable(max(left, 0)),
             fix="keep fewer images or fewer engines resident",
         )
-    return Capacity(int(min(fit, 4 * most)), images)
+    return Capacity(int(min(fit, most)), images)
+
+
+def most_slots(rows: int) -> int:
+    """Most slots of a service on a device whose engines compute `rows` rows in a run. With one row
+    documents share no run: one document is served at a time."""
+    return SLOTS_PER_ROW * rows if rows > 1 else 1
+
+
+def _too_many(slots: int, rows: int, plan: MemoryPlan) -> ConfigError:
+    most, wanted = most_slots(rows), max(min(slots, COMMON_ROWS), -(-slots // SLOTS_PER_ROW))
+    built = f"build them for more with `{plan.build} --rows {wanted}`, or " if plan.build else ""
+    return ConfigError(
+        f"{slots} slots are too many for engines that compute {rows} "
+        f"row{'s' if rows > 1 else ''} in a run",
+        expected=f"at most {most}",
+        fix=f"{built}give --slots {most}",
+    )
 
 
 def _slot_bytes(graphs: Mapping[str, Graph], limits: Limits) -> int:

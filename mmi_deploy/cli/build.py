@@ -82,16 +82,16 @@ def build(
             rich_help_panel="Target",
         ),
     ] = AUTO,
-    max_batch: Annotated[
-        int | None,
+    rows: Annotated[
+        int,
         typer.Option(
             min=1,
-            help="Maximum batch size of the engines.",
-            show_default="the bundle's",
+            help="Documents or pictures that one run of the engines may compute together. `mmi "
+            "serve` computes several documents at once; engines for one take less memory.",
             metavar="N",
             rich_help_panel="Target",
         ),
-    ] = None,
+    ] = 1,
     max_images: Annotated[
         int | None,
         typer.Option(
@@ -148,7 +148,7 @@ def build(
     names = tuple(name for name in opened.graphs if not graph or name in {*graph, *kept})
     limits = replace(
         opened.limits,
-        batch=opened.limits.batch if max_batch is None else max_batch,
+        batch=rows,
         images=opened.limits.images if max_images is None else max_images,
     )
     options = _Options(limits, plugin, device, force, unproved, dry_run, as_json)
@@ -208,7 +208,7 @@ def _onnxruntime(
     inapplicable = {
         "--plugin": options.plugin != AUTO,
         "--device": options.device != 0,
-        "--max-batch or --max-images": options.limits != bundle.limits,
+        "--rows or --max-images": options.limits != replace(bundle.limits, batch=1),
         "--graph": on_gpu and bool(graphs),
     }
     kind = f"{target.runtime} targets" if on_gpu else "CPU targets"

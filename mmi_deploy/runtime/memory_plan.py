@@ -20,9 +20,11 @@ class MemoryPlan:
     """Bytes on the GPU.
 
     weights: resident engines, by name. swapped: groups of engines of which one is loaded at a time.
-    caches: buffers of one document. workspace: scratch block that engines share, None before they
-    are loaded. free: free memory when the plan was made. device: name of the GPU. capacity: its
-    whole memory, 0 where that is not known.
+    caches: buffers of one document. workspace: scratch block that engines share, at their largest
+    shapes; None before they are loaded. free: free memory when the plan was made. device: name of
+    the GPU. capacity: its whole memory, 0 where that is not known. contexts: an estimate of what
+    contexts and recordings of all engines take. build: command that builds the engines, for those
+    whose rows are limited.
     """
 
     weights: Mapping[str, int]
@@ -32,12 +34,14 @@ class MemoryPlan:
     free: int
     device: str = ""
     capacity: int = 0
+    contexts: int = 0
+    build: str = ""
 
     @property
     def total(self) -> int:
         """Peak: everything at once, with the largest of the groups that are swapped."""
         together = sum(self.weights.values()) + max(self.swapped.values(), default=0)
-        return together + sum(self.caches.values()) + (self.workspace or 0)
+        return together + sum(self.caches.values()) + (self.workspace or 0) + self.contexts
 
     def lines(self) -> list[str]:
         """Lines of a table for the console."""
@@ -46,6 +50,8 @@ class MemoryPlan:
         rows += list(self.caches.items())
         if self.workspace is not None:
             rows.append(("workspace that engines share", self.workspace))
+        if self.contexts:
+            rows.append(("contexts and recordings, an estimate", self.contexts))
         rows += [("total, at the peak", self.total), ("free on the GPU", self.free)]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {readable(size):>9}" for name, size in rows]

@@ -21,6 +21,10 @@ from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import MMFS_OPERATOR
 from mmi_deploy.targets.profiles import PREFILL
 
+# Most channels of a head for which TensorRT has a fused attention. The VAE of Stable Diffusion has
+# one attention with a single head of 512, which runs once per picture.
+MAX_FUSED_WIDTH = 256
+
 # Smaller constants are not weights whose bytes matter.
 MIN_WEIGHT_ELEMENTS = 4096
 
@@ -35,8 +39,9 @@ _Offenders = Iterator[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about a graph that its plan must agree with, from the ONNX file. Nodes by name; caches:
-    tensors that TensorScatter updates in place, old and new."""
+    """Facts about a graph that its plan must agree with, from the ONNX file. Nodes by name;
+    attentions: those that can be fused; caches: tensors that TensorScatter updates in place, old
+    and new."""
 
     attentions: tuple[str, ...] = ()
     group_norms: tuple[str, ...] = ()
@@ -50,13 +55,29 @@ def facts_of(model: onnx.ModelProto) -> Facts:
     def named(operator: str) -> tuple[str, ...]:
         return tuple(node.name for node in model.graph.node if node.op_type == operator)
 
+    wide = _wide_attentions(model)
     scatters = [node for node in model.graph.node if node.op_type == "TensorScatter"]
     return Facts(
-        named("Attention"),
+        tuple(name for name in named("Attention") if name not in wide),
         named("GroupNormalization"),
         named(MMFS_OPERATOR),
         frozenset(name for node in scatters for name in (node.input[0], node.output[0])),
     )
+
+
+def _wide_attentions(model: onnx.ModelProto) -> set[str]:
+    """Names of the Attention nodes whose heads are too wide for a fused kernel."""
+    nodes = [node for node in model.graph.node if node.op_type == "Attention"]
+    if not nodes:
+        return set()
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = [*graph.input, *graph.value_info]
+    widths = {
+        value.name: value.type.tensor_type.shape.dim[-1].dim_value
+        for value in values
+        if len(value.type.tensor_type.shape.dim) == 4  # [b, heads, tokens, channels]
+    }
+    return {node.name for node in nodes if widths.get(node.input[0], 0) > MAX_FUSED_WIDTH}
 
 
 @dataclass(frozen=True)
@@ -152,7 +173,8 @@ def _plane(tensor: PlanTensor) -> int:
     return 0 if min(sides, default=1) < 0 else prod(sides)
 
 
-def _cache_copies(kernels: Sequence[Kernel], facts: Facts) -> _Offenders:
+def cache_copies(kernels: Sequence[Kernel], facts: Facts) -> _Offenders:
+    """Kernels that copy a KV cache."""
     for kernel in kernels:
         caches = [tensor for tensor in kernel.reads if tensor.name in facts.caches]
         if not caches or _FUSED_ATTENTION.search(kernel.name):
@@ -229,7 +251,7 @@ RULES = (
     Rule(
         "copies of the KV cache",
         "each token then copies the whole cache of a layer",
-        _cache_copies,
+        cache_copies,
         in_prefill=False,
     ),
     Rule("fused group norms", "a group norm is one kernel where its sizes allow it", _group_norms),

@@ -21,6 +21,9 @@ DECODE = "decode"
 # Prompt length in tokens that prefill is tuned for, clamped to the context.
 OPT_PREFILL = 256
 
+# Range of a dimension that is one: TensorRT then knows the size when it fuses layers.
+ONE = Range(1, 1, 1)
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -51,18 +54,20 @@ class Profile:
 
 
 def profiles(graph: Graph, limits: Limits | None = None) -> tuple[Profile, ...]:
-    """Profiles of `graph`, narrowed to `limits`: fewer rows or images take less memory at run time.
+    """Profiles of `graph`, narrowed to `limits`: fewer rows or images take less memory at run time,
+    and one row is a static shape.
 
-    Raises `ConfigError` for limits beyond those of the graph.
+    The runtime asks for the logits of one position of a row, so both profiles of `llm` compute no
+    more. Raises `ConfigError` for limits beyond those of the graph.
     """
     ranges = dict(graph.ranges) if limits is None else _narrowed(graph, limits)
     if "t" not in ranges:
         return (_profile(graph, DEFAULT, ranges),)
+    ranges["w"] = ONE
     prompt = {**ranges, "t": replace(ranges["t"], opt=OPT_PREFILL)}
-    one = Range(1, 1, 1)
     return (
         _profile(graph, PREFILL, prompt),
-        _profile(graph, DECODE, {**ranges, "t": one, "w": one}),
+        _profile(graph, DECODE, {**ranges, "t": ONE}),
     )
 
 
@@ -82,7 +87,7 @@ def choose(offered: Sequence[Profile], graph: str, sizes: Mapping[str, int]) -> 
     )
 
 
-_OPTIONS = {"b": "--max-batch", "n": "--max-images", "m": "--max-images"}
+_OPTIONS = {"b": "--rows", "n": "--max-images", "m": "--max-images"}
 
 
 def _narrowed(graph: Graph, limits: Limits) -> dict[str, Range]:

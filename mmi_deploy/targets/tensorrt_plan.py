@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -116,12 +116,11 @@ def plan_engines(request: Request) -> list[EnginePlan]:
     that the bundle does not have."""
     if request.limits is not None:
         check_limits(request.bundle, request.limits)
-    check_rows(request)
     plans = []
     for name in request.graphs:
         graph = graph_of(request.bundle, name)
         weights = weights_of(request.bundle, request.recipe, name)
-        shapes = profiles(graph, request.limits)
+        shapes = profiles(graph, limits_of(request, name))
         for target in request.targets:
             typed = graph.typed(request.recipe.activations_on(target.runtime))
             keyed = key_parts(request, target, graph, shapes)
@@ -130,21 +129,19 @@ def plan_engines(request: Request) -> list[EnginePlan]:
     return plans
 
 
-def check_rows(request: Request) -> None:
-    """Raise `ConfigError` for a quantised language model built for fewer rows than its recipe
-    takes."""
-    rows, least = (request.limits or request.bundle.limits).batch, request.recipe.min_batch
-    if rows >= least or not set(request.graphs) & set(request.recipe.weights):
-        return
-    exported = request.bundle.limits.batch
-    raise ConfigError(
-        f"precision {request.recipe.name} cannot be built for {rows} row: TensorRT would write "
-        "its weights dequantised at every token, which is slower than fp16",
-        expected=f"at least {least}",
-        fix=f"Give --max-batch {least}, or choose --precision fp16"
-        if exported >= least
-        else "Export the bundle for more rows, or choose --precision fp16",
-    )
+def limits_of(request: Request, graph: str) -> Limits:
+    """Limits of the engine of `graph`: those of the request, and at least the rows that its recipe
+    takes. Raises `ConfigError` where the bundle was exported for fewer."""
+    limits, exported = request.limits or request.bundle.limits, request.bundle.limits.batch
+    least = request.recipe.min_batch if graph in request.recipe.weights else 1
+    if exported < least:
+        raise ConfigError(
+            f"precision {request.recipe.name} cannot be built for {exported} row: TensorRT would "
+            "write its weights dequantised at every token, which is slower than fp16",
+            expected=f"at least {least}",
+            fix=f"Export the bundle again with --rows {least}, or choose --precision fp16",
+        )
+    return replace(limits, batch=max(limits.batch, least))
 
 
 def graph_of(bundle: Bundle, name: str) -> Graph:
@@ -295,7 +292,7 @@ def check_device(plans: Sequence[EnginePlan], device: int) -> None:
 def check_limits(bundle: Bundle, wanted: Limits) -> None:
     """Raise `ConfigError` for limits beyond those that the bundle was exported for."""
     for option, asked, most in (
-        ("--max-batch", wanted.batch, bundle.limits.batch),
+        ("--rows", wanted.batch, bundle.limits.batch),
         ("--max-images", wanted.images, bundle.limits.images),
     ):
         if not 1 <= asked <= most:

@@ -80,15 +80,17 @@ def compare_target(
     manifest: TargetManifest,
     runtime: Runtime,
     progress: Progress = lambda what, done, total: None,
+    samples: Mapping[str, Sequence[Sample]] | None = None,
 ) -> list[Proof]:
     """Compare every engine of the target opened in `runtime` with its portable graph.
 
-    Raises `BundleError` for a target of an unknown precision, and what running the graphs raises.
+    samples: inputs of every graph, None for those of `samples_of`. Raises `BundleError` for a
+    target of an unknown precision, and what running the graphs raises.
     """
     precision = checked_precision(bundle, manifest)
     total = 1 + len(manifest.graphs)
     progress("recording inputs", 0, total)
-    samples = samples_of(bundle, runtime.limits)
+    samples = samples_of(bundle, runtime.limits) if samples is None else samples
     proofs = []
     for done, name in enumerate(manifest.graphs, 1):
         progress(f"comparing {name}", done, total)

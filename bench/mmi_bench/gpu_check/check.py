@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +17,23 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 from rich.console import Console
 
 from mmi_bench.gpu_check.first_wrong_tensor import engine_runner, find_first_wrong_tensors
+from mmi_bench.gpu_check.hypotheses import SLICE
 from mmi_bench.gpu_check.kernel import GpuKernel, import_driver
 from mmi_bench.gpu_check.report import KIND, write_report
+from mmi_bench.gpu_check.slice import (
+    GRAPHS,
+    HOST_BYTES,
+    decode_inputs,
+    export_slice,
+    seconds_per_run,
+    slice_samples,
+)
 from mmi_bench.gpu_check.target import (
     CheckFailed,
     Detail,
@@ -43,7 +53,8 @@ from mmi_deploy.runtime.tensorrt.backend import AHEAD_OF_TIME, TensorRtBackend
 from mmi_deploy.runtime.tensorrt.module import import_tensorrt
 from mmi_deploy.spec.backends import BACKENDS, TENSORRT
 from mmi_deploy.spec.target import Target
-from mmi_deploy.system.files import cache_folder
+from mmi_deploy.system.files import cache_folder, size
+from mmi_deploy.system.memory import free_memory
 from mmi_deploy.system.output_folder import new_folder
 from mmi_deploy.targets.precision import recipe
 from mmi_plugins.compile import nvrtc
@@ -59,6 +70,9 @@ from mmi_plugins.tensorrt.build_plugin import (
 )
 from mmi_plugins.tensorrt.plugin import plugin_for
 
+# Rows of the tiny model's engines, so that batches are compared; the slice's have one, the default.
+ROWS = 2
+
 # Exit codes.
 WRONG, NOT_RUN = 1, 2
 PRECISIONS = ("fp32", "fp16")
@@ -71,9 +85,9 @@ NO_ENGINES = "no engines were loaded: "
 # Minutes of a whole run: a GPU that is lent for a quarter of an hour.
 MINUTES = 14.0
 
-# Seconds that a step of the tiny model takes at most, as assumed; one is not begun with fewer left.
+# Seconds that a step takes at most, as assumed; one is not begun with fewer left.
 LEAST_SECONDS = {"plugin": 90, "kernel": 30, "build": 150, "load": 20, "compare": 60,
-                 "document": 30, "measure": 60}  # fmt: skip
+                 "document": 30, "measure": 60, SLICE: 120}  # fmt: skip
 
 # Random calls of the kernel: six of each kind.
 KERNEL_CASES = 48
@@ -96,8 +110,19 @@ class Step:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-# Function that builds the engines of a bundle for a target, with the plugin library if given.
-Builder = Callable[[Path, Target, Path | None], None]
+class Builder(Protocol):
+    """Build engines of a bundle for a target, with the plugin library if given: those of `graphs`,
+    or all, for `rows` rows."""
+
+    def __call__(
+        self,
+        bundle: Path,
+        target: Target,
+        plugin: Path | None,
+        *,
+        rows: int,
+        graphs: Sequence[str] = (),
+    ) -> None: ...
 
 
 @dataclass
@@ -111,6 +136,7 @@ class Machine:
     build: Builder | None = None
     build_plugin: Callable[[str], Path] | None = None
     kernel: Callable[[DeviceMemory], Any] | None = None
+    export_slice: Callable[[Path], None] | None = None
     _memory: DeviceMemory | None = None
 
     def memory(self) -> DeviceMemory:
@@ -143,6 +169,7 @@ class Check:
     cases: int = KERNEL_CASES
     minutes: float = MINUTES
     folder: Path | None = None  # of the report; None: no part of a graph is left there
+    with_slice: bool = False  # also check the slice of the 13B model
     clock: Callable[[], float] = time.monotonic
     steps: list[Step] = field(default_factory=list)
     plugin: Path | None = None
@@ -156,6 +183,9 @@ class Check:
         self._try("kernel", self._kernel)
         for precision in self.precisions:
             self._precision(precision)
+        if self.with_slice:
+            with tempfile.TemporaryDirectory(prefix="mmi-gpu-check-") as folder:
+                self._slice(Path(folder) / SLICE)
         states = [step.state for step in self.steps]
         return WRONG if "FAILED" in states else NOT_RUN if "not run" in states else 0
 
@@ -173,6 +203,60 @@ class Check:
         self._try(f"measure {precision}", with_engines(self._measure))
         if opened:
             opened[0].runtime.close()
+
+    def _slice(self, folder: Path) -> None:
+        """Try the steps of the slice: export, and for each precision build and compare."""
+        self._try(SLICE, partial(self._export_slice, folder))
+        for precision, names in GRAPHS.items():
+            opened: list[OpenTarget] = []
+            called = f"{SLICE} {precision}"
+            self._try(f"build {called}", partial(self._build_slice, folder, precision, names))
+            self._try(f"compare {called}", partial(self._compare_slice, folder, precision, opened))
+            if opened:
+                opened[0].runtime.close()
+
+    def _export_slice(self, folder: Path) -> Detail:
+        self._require(self._lacking(gpu=True, tensorrt=True))
+        make = self.machine.export_slice
+        if make is None and find_spec("torch") is None:
+            raise Missing("the slice is exported by torch: pip install '.[export]'")
+        if make is None and (free := free_memory()) < HOST_BYTES:
+            raise Missing(
+                f"{size(free)} of host memory are free, and it takes about {size(HOST_BYTES)}"
+            )
+        (make or export_slice)(folder)
+        return f"exported {Bundle.open(folder, unproved=True).config.name}", {}
+
+    def _build_slice(self, folder: Path, precision: str, graphs: Sequence[str]) -> Detail:
+        self._require_slice(folder)
+        return self._build(precision, folder, rows=1, graphs=graphs)
+
+    def _require_slice(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise Missing(next(step.line for step in self.steps if step.name == SLICE))
+
+    def _compare_slice(self, folder: Path, precision: str, opened: list[OpenTarget]) -> Detail:
+        """Compare the slice's engines, and time a token of its language model."""
+        self._require_slice(folder)
+        free = self.machine.memory().gpu.memory()[0]
+        open_target = self._open(Bundle.open(folder, unproved=True), precision)
+        opened.append(open_target)
+        backend, runtime = open_target.backend, open_target.runtime
+        line, detail, proofs = compare(open_target, slice_samples(backend))
+        seconds = seconds_per_run(runtime.engine("llm"), decode_inputs(backend))
+        held = free - backend.memory.gpu.memory()[0]
+        files = backend.manifest.files.values()
+        detail |= {
+            "decode_seconds": seconds,
+            "workspace_bytes": backend.workspace.bound,
+            "reserved_bytes": backend.workspace.size,
+            "beside_bytes": held - sum(file.size for file in files) - backend.workspace.size,
+        }
+        line = f"{line}; {1000 * seconds:.3f} ms a token of one layer"
+        if failed := [proof.graph for proof in proofs if not proof.passed]:
+            words = f"too far from ONNX Runtime: {', '.join(failed)}"
+            raise CheckFailed(f"{words}; {line}", detail)
+        return line, detail
 
     def _try(self, name: str, work: Callable[[], Detail]) -> None:
         start = time.perf_counter()
@@ -284,24 +368,40 @@ class Check:
     def _target(self, precision: str) -> Target:
         return Target(self.runtime, self.machine.memory().gpu.architecture, precision)
 
-    def _build(self, precision: str) -> Detail:
+    def _build(
+        self,
+        precision: str,
+        folder: Path | None = None,
+        *,
+        rows: int = ROWS,
+        graphs: Sequence[str] = (),
+    ) -> Detail:
+        folder = folder or self.bundle
         self._require(self._lacking(gpu=True, tensorrt=True))
         if self.plugin is None and self.runtime != TENSORRT:
             raise Missing(f"{self.runtime} requires the compiled plugin, which was not built")
         target = self._target(precision)
         build = self.machine.build or partial(build_engines, device=self.machine.device)
-        build(self.bundle, target, self.plugin)
-        bundle = Bundle.open(self.bundle, unproved=True)
+        rows = min(rows, Bundle.open(folder, unproved=True).limits.batch)
+        build(folder, target, self.plugin, rows=rows, graphs=graphs)
+        bundle = Bundle.open(folder, unproved=True)
         manifest = bundle.target(target.name)
-        size = sum(entry.size for entry in manifest.files.values())
+        written = sum(entry.size for entry in manifest.files.values())
         report = read_report(bundle.target_folder(target.name))
         detail = {"report": report.model_dump()} if report else {}
-        return f"{target.name}: {len(manifest.graphs)} engines, {size / 1e6:.1f} MB", detail
+        return f"{target.name}: {len(manifest.graphs)} engines, {written / 1e6:.1f} MB", detail
 
     def _load(self, precision: str, opened: list[OpenTarget]) -> Detail:
+        open_target = self._open(Bundle.open(self.bundle, unproved=True), precision)
+        opened.append(open_target)
+        open_target.runtime.load()
+        plan = open_target.backend.plan()
+        detail = {"plan": {**asdict(plan), "total": plan.total}, "lines": plan.lines()}
+        return f"{plan.total / 1e6:.1f} MB of GPU memory", detail
+
+    def _open(self, bundle: Bundle, precision: str) -> OpenTarget:
         self._require(self._lacking(gpu=True, tensorrt=True))
         name = self._target(precision).name
-        bundle = Bundle.open(self.bundle, unproved=True)
         if name not in bundle.targets:
             raise Missing(f"there are no engines for {name}")
         module = self.machine.module(self.runtime)
@@ -317,12 +417,7 @@ class Check:
                 tensorrt=module,
             )
 
-        open_target = OpenTarget.open(bundle, precision, target)
-        opened.append(open_target)
-        open_target.runtime.load()
-        plan = open_target.backend.plan()
-        detail = {"plan": {**asdict(plan), "total": plan.total}, "lines": plan.lines()}
-        return f"{plan.total / 1e6:.1f} MB of GPU memory", detail
+        return OpenTarget.open(bundle, precision, target)
 
     def _opened(self, opened: list[OpenTarget]) -> OpenTarget:
         if not opened:
@@ -364,7 +459,15 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def build_engines(bundle: Path, target: Target, plugin: Path | None, device: int = 0) -> None:
+def build_engines(
+    bundle: Path,
+    target: Target,
+    plugin: Path | None,
+    device: int = 0,
+    *,
+    rows: int = 1,
+    graphs: Sequence[str] = (),
+) -> None:
     """Run `mmi build` in its own process, so that the builder's state does not affect the engines.
 
     Without a library the plugin is compiled into TensorRT's engines ahead of time. Raises
@@ -372,7 +475,11 @@ def build_engines(bundle: Path, target: Target, plugin: Path | None, device: int
     code = "from mmi_deploy.cli.app import main; main()"
     words = ["build", str(bundle), "--target", target.runtime, "--precision", target.precision]
     words += ["--arch", str(target.architecture), "--plugin", str(plugin or AHEAD_OF_TIME)]
-    words += ["--device", str(device)]
+    words += ["--device", str(device), "--rows", str(rows)]
+    for graph in graphs:
+        words += ["--graph", graph]
+    if graphs:  # of the slice, which takes too much memory to be calibrated
+        words.append("--unproved")
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
@@ -409,6 +516,12 @@ def main(
     minutes: Annotated[
         float, typer.Option(min=0, help="Begin no step that would end later.")
     ] = MINUTES,
+    with_slice: Annotated[
+        bool,
+        typer.Option(
+            "--slice/--no-slice", help="Also check one layer of the 13B model, and its U-Net."
+        ),
+    ] = True,
 ) -> int:
     """Build, run, compare and measure the engines of a bundle on this machine's GPU."""
     console = Console(highlight=False, soft_wrap=True)
@@ -416,7 +529,7 @@ def main(
 
     def say(step: Step) -> None:
         line = shortened(step, causes)
-        console.print(f"{step.state:<8} {step.name:<14} {line}", markup=False)
+        console.print(f"{step.state:<8} {step.name:<18} {line}", markup=False)
 
     precisions = tuple(precision or PRECISIONS)
     check_arguments(bundle, target, precisions)
@@ -431,6 +544,7 @@ def main(
             repeats,
             minutes=minutes,
             folder=work,
+            with_slice=with_slice,
         )
         code = check.run()
         paths = write_report(work, describe(), bundle, target, check.steps)

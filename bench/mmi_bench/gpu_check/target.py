@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.tensorrt.backend import TensorRtBackend
 from mmi_deploy.spec.backends import NONE
+from mmi_deploy.targets.sample_inputs import Sample as SampleInputs
 from mmi_deploy.targets.verify_target import (
     compare_target,
     write_receipts,
@@ -74,10 +75,13 @@ class CheckFailed(MmiError):
         self.detail = detail
 
 
-def compare(opened: OpenTarget) -> tuple[str, dict[str, Any], list[Proof]]:
-    """Compare every graph on recorded and random inputs, as `mmi verify` does, and write the
-    receipts into the target. Returns a line, all errors, and the proofs."""
-    proofs = compare_target(opened.bundle, opened.backend.manifest, opened.runtime)
+def compare(
+    opened: OpenTarget, samples: Mapping[str, Sequence[SampleInputs]] | None = None
+) -> tuple[str, dict[str, Any], list[Proof]]:
+    """Compare every graph on recorded and random inputs, as `mmi verify` does, or on `samples`, and
+    write the receipts into the target. Returns a line, all errors, and the proofs."""
+    manifest = opened.backend.manifest
+    proofs = compare_target(opened.bundle, manifest, opened.runtime, samples=samples)
     opened.backend.manifest = write_receipts(opened.bundle, opened.backend.manifest, proofs)
     detail = {proof.graph: [asdict(case) for case in proof.cases] for proof in proofs}
     line = ", ".join(f"{proof.graph} {proof.error:.1e}" for proof in proofs)

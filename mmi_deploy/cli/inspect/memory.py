@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 BASIS = (
     "Weights and documents are exact; the workspace is an estimate (values that are live at once, "
-    "nothing fused). A GPU fits when 1 GB is left for the driver (assumed), and 4 GB more for the "
+    "nothing fused), as is contexts: code, contexts and recordings of TensorRT's engines "
+    "(assumed). A GPU fits when 1 GB is left for the driver (assumed), and 4 GB more for the "
     "system where the CPU shares the memory"
 )
 
@@ -128,8 +129,9 @@ def show_fit(model: Model, budget: str, as_json: bool) -> None:
         f"{model.config.name} in {budget}: build it with --precision {choice.recipe}"
         f"{_residency(choice)}. It takes {size(choice.memory.total)}, of which weights "
         f"{size(choice.memory.weights)}, the document "
-        f"{size(sum(choice.memory.documents.values()))} and the workspace "
-        f"{size(choice.memory.workspace)} (an estimate); {size(choice.spare)} are left"
+        f"{size(sum(choice.memory.documents.values()))}, the workspace "
+        f"{size(choice.memory.workspace)} and contexts {size(choice.memory.overhead)} (estimates); "
+        f"{size(choice.spare)} are left"
     )
 
 
@@ -149,6 +151,7 @@ def as_dict(memory: Memory) -> dict[str, Any]:
         "bytes": memory.total,
         "weights": memory.weights,
         "workspace": memory.workspace,
+        "contexts": memory.overhead,
         "documents": dict(memory.documents),
         "graphs": {
             graph.graph: {"weights": graph.weights, "workspace": graph.workspace}
@@ -191,7 +194,7 @@ def _overview(model: Model, memories: Sequence[Memory], gpus: Sequence[str]) -> 
         title_justify="left",
     )
     table.add_column("precision", no_wrap=True)
-    for heading in ("weights", "documents", "workspace", "total", "a GPU of", *gpus):
+    for heading in ("weights", "documents", "workspace", "contexts", "total", "a GPU of", *gpus):
         table.add_column(heading, justify="right", no_wrap=True)
     for memory in memories:
         held = holders(memory, gpus)
@@ -201,6 +204,7 @@ def _overview(model: Model, memories: Sequence[Memory], gpus: Sequence[str]) -> 
             size(memory.weights),
             size(sum(memory.documents.values())),
             f"~{size(memory.workspace)}",
+            f"~{size(memory.overhead)}",
             size(memory.total),
             anonymous[0] if anonymous else f"> {list(held)[len(held) - len(gpus) - 1]}",
             *("yes" if held[name] else "no" for name in gpus),

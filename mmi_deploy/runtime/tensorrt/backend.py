@@ -22,6 +22,7 @@ from mmi_deploy.runtime.tensorrt.engine import (
     Residency,
     TensorRtEngine,
     Workspace,
+    contexts_bytes,
     group_of,
 )
 from mmi_deploy.runtime.tensorrt.module import TensorRt, import_tensorrt
@@ -140,17 +141,22 @@ class TensorRtBackend:
         swapped: dict[str, int] = {}
         for name in sizes.keys() - resident.keys():
             swapped[group_of(name)] = swapped.get(group_of(name), 0) + sizes[name]
-        config = self.bundle.config
+        config, graphs = self.bundle.config, self.graphs
         seen = min(config.image_decoder.mmfs.images_seen, self.limits.images)
         free, total = self.memory.gpu.memory()
         return MemoryPlan(
             resident,
             {group: swapped[group] for group in GROUPS if group in swapped},
-            document_bytes(self.graphs, self.limits, seen),
-            self.workspace.size or None,
+            document_bytes(graphs, self.limits, seen),
+            self.workspace.bound or None,
             free,
             self.memory.gpu.name,
             total,
+            sum(
+                contexts_bytes(graphs[name], self.limits.images, self.limits.batch)
+                for name in sizes
+            ),
+            self.bundle.build_command(self.name),
         )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
+from mmi_deploy.runtime.caches import padded_count
 from mmi_deploy.runtime.device_memory import ALIGNMENT, DeviceMemory
 from mmi_deploy.runtime.engine import MAX_SHAPES, Buffers, Engine
 from mmi_deploy.runtime.staging import Staging
@@ -47,19 +48,27 @@ GROUPS = {
 # little memory of its own.
 MAX_CONTEXTS = 8
 
+# Bytes of the GPU that a context takes of its own, and a recorded run: 400 kernels (a token of the
+# 13B model has 415) of about 10 kB, as NVIDIA reports (NVIDIA/cccl#3768). Both assumed, not
+# measured.
+CONTEXT_BYTES = 4 * 10**6
+RECORDING_BYTES = 4 * 10**6
+
 Shape = tuple[int, ...]
 
 
 class Workspace:
     """Workspace: scratch memory for the activations inside engines.
 
-    All engines share one block, as large as the largest requirement: they run one after another on
-    one stream.
+    All engines share one block, as large as the largest requirement of the shapes that have run:
+    they run one after another on one stream. bound: requirement of the loaded engines at the
+    largest shapes of their profiles, in bytes.
     """
 
     def __init__(self, memory: DeviceMemory) -> None:
         self._memory = memory
         self._block: Buffer | None = None
+        self.bound = 0
 
     @property
     def size(self) -> int:
@@ -68,6 +77,12 @@ class Workspace:
     @property
     def pointer(self) -> int:
         return self._block.pointer if self._block else 0
+
+    def grow(self, need: int) -> None:
+        """Grow to at least `need` bytes, in quarters of the bound: each growth moves the block,
+        which destroys all recordings. Raises `EngineError`, as `reserve`."""
+        step = max(self.bound // 4, 1)
+        self.reserve(max(need, min(-(-need // step) * step, self.bound)))
 
     def reserve(self, size: int) -> None:
         """Grow to at least `size` bytes, which changes `pointer`. Raises `EngineError` if memory is
@@ -104,6 +119,27 @@ class _Profile:
     def width(self) -> int:
         """Elements of all dynamic inputs at their max shapes."""
         return sum(prod(max_shape) for _, max_shape in self.shapes.values())
+
+
+def contexts_bytes(graph: Graph, images: int, rows: int = 1) -> int:
+    """Estimate of the bytes of an engine's contexts and recordings, for documents of up to `images`
+    images and runs of up to `rows` rows."""
+    visible = min(images, graph.ranges["m"].max) if "m" in graph.ranges else 1
+    shapes = len({padded_count(count, visible) for count in range(1, visible + 1)})
+    shapes *= rows.bit_length()  # rows are padded to powers of two
+    if "t" in graph.ranges:  # each length of a prompt is a shape
+        contexts = MAX_CONTEXTS
+    else:  # so is that of a picture's context
+        contexts = min(images if "x" in graph.ranges else shapes, MAX_CONTEXTS)
+    repeated = graph.name in (
+        "llm",
+        "denoise_step",
+        "denoise_shallow",
+        "vision_encoder",
+        "vae_decoder",
+    )
+    recordings = min(shapes, MAX_CONTEXTS) if repeated else 0  # others' addresses are new each time
+    return contexts * CONTEXT_BYTES + recordings * RECORDING_BYTES
 
 
 class Residency:
@@ -188,6 +224,8 @@ class TensorRtEngine(Engine):
         self._engine: Any = None
         self._on_host: set[str] = set()
         self._profiles: list[_Profile] = []
+        self._bounds: list[int] = []  # workspace of each profile at its largest shapes
+        self._sized_by_shapes = True  # False where TensorRT insists on the bounds
         self._staging = Staging(memory)
         self._host_staging: dict[str, Buffer] = {}
         self._chosen: dict[tuple[Shape, ...], int] = {}
@@ -216,7 +254,7 @@ class TensorRtEngine(Engine):
                 raise
 
     def _read_engine(self) -> None:
-        """Check the engine's interface, read its profiles, and reserve its workspace."""
+        """Check the engine's interface, and read its profiles and their workspace."""
         self._check(self._path)
         host = self._tensorrt.module.TensorLocation.HOST
         location = self._engine.get_tensor_location
@@ -224,7 +262,8 @@ class TensorRtEngine(Engine):
         count = self._engine.num_optimization_profiles
         self._on_host = {t.name for t in self.graph.inputs if location(t.name) == host}
         self._profiles = [self._profile(index) for index in range(count)]
-        self._workspace.reserve(max(need(index) for index in range(count)))
+        self._bounds = [need(index) for index in range(count)]
+        self._workspace.bound = max(self._workspace.bound, *self._bounds)
 
     def close(self) -> None:
         """Unload the engine after its enqueued runs. The next `run` loads it again."""
@@ -374,6 +413,8 @@ class TensorRtEngine(Engine):
             return
         try:
             reshaped = self._bind(context, inputs, outputs)
+            if reshaped:
+                self._give_workspace(context)
         except EngineError:
             # Only some of its shapes are set, and the next run must not take it for whole.
             self._contexts.pop(shapes)
@@ -413,19 +454,38 @@ class TensorRtEngine(Engine):
         return self._chosen[shapes]
 
     def _context(self, shapes: tuple[Shape, ...], inputs: Mapping[str, Buffer]) -> _Context:
-        """Context of the inputs' shapes, with the present address of the workspace set. Documents
-        that take turns have one each, so that neither destroys the recordings of the other."""
+        """Context of the inputs' shapes. Documents that take turns have one each, so that neither
+        destroys the recordings of the other."""
         context = self._contexts.get(shapes)
         if context is None:
             context = self._new_context(self._profile_of(shapes, inputs))
             self._contexts[shapes] = context
         self._runs += 1
         context.used = self._runs
-        if context.workspace != self._workspace.pointer:
+        if context.bound and context.workspace != self._workspace.pointer:
             context.graphs.clear()  # the kernels of a recording use the old block
-            context.inner.set_device_memory(self._workspace.pointer, self._workspace.size)
-            context.workspace = self._workspace.pointer
+            self._set_workspace(context)
         return context
+
+    def _give_workspace(self, context: _Context) -> None:
+        """Set the workspace of a context whose shapes have just changed, grown to what they need:
+        far less than the engine's bound for a short prompt. Raises `EngineError` where memory is
+        short."""
+        bound = self._bounds[context.profile]
+        # Without this function, and where TensorRT refuses a smaller block, the bound.
+        size_of = getattr(context.inner, "update_device_memory_size_for_shapes", None)
+        need = size_of() if size_of is not None and self._sized_by_shapes else bound
+        self._workspace.grow(need)
+        self._tensorrt.errors.clear()
+        self._set_workspace(context)
+        if self._tensorrt.errors and self._workspace.size < bound:
+            self._sized_by_shapes = False
+            self._workspace.reserve(bound)
+            self._set_workspace(context)
+
+    def _set_workspace(self, context: _Context) -> None:
+        context.inner.set_device_memory(self._workspace.pointer, self._workspace.size)
+        context.workspace = self._workspace.pointer
 
     def _new_context(self, profile: int) -> _Context:
         """Context without recordings: a new one, or the least recently used one of too many."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,13 @@ from deploy.runtime.tensorrt.gpu_targets import PLUGIN, add_target
 from deploy.runtime.tensorrt.test_backend import copy_of
 from mmi_bench.gpu_check.check import NO_ENGINES, Check, Machine, Step, build_engines, shortened
 from mmi_bench.gpu_check.check import run as run_program
+from mmi_bench.gpu_check.hypotheses import HYPOTHESES, judge
 from mmi_bench.gpu_check.kernel import GpuKernel
 from mmi_bench.gpu_check.report import write_report
 from mmi_bench.machine import describe
+from mmi_deploy.bundle.build_report import GraphReport, TargetReport
 from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.bundle.kernel_plan import Kernel, ProfilePlan
 from mmi_deploy.bundle.manifest import sha256_of
 from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.device_memory import Cuda, DeviceMemory
@@ -66,11 +69,27 @@ def with_gpu(tmp_path: Path, **changes: Any) -> Machine:
     library.write_bytes(PLUGIN)
     engines = changes.pop("engines", {})
 
-    def build(folder: Path, target: Target, plugin: Path | None) -> None:
+    def build(
+        folder: Path,
+        target: Target,
+        plugin: Path | None,
+        *,
+        rows: int,
+        graphs: Sequence[str] = (),
+    ) -> None:
+        assert rows == (1 if graphs else 2)
         assert plugin is not None and target.architecture == "sm89"
         recipe = {"plugin": f"{plugin.name}:{sha256_of(plugin)[:16]}"}
         activations = ACTIVATIONS[target.precision]
-        add_target(Bundle.open(folder), activations, onnx=True, recipe=recipe, engines=engines)
+        bundle = Bundle.open(folder)
+        add_target(
+            bundle,
+            activations,
+            onnx=True,
+            recipe=recipe,
+            engines=engines,
+            leave_out=set(bundle.graphs) - set(graphs) if graphs else (),
+        )
 
     defaults: dict[str, Any] = {
         "cuda": cuda,
@@ -172,7 +191,7 @@ def spoil(bundle: Bundle, out: Path) -> None:
 
 
 def test_a_step_that_breaks_does_not_stop_the_others(bundle: Bundle, tmp_path: Path) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise EngineError("TensorRT cannot parse llm for sm89: node 7")
 
     def crash(memory: Any) -> Any:
@@ -202,7 +221,7 @@ def test_the_program_on_this_machine(
     arguments = [str(bundle.folder), "-o", str(tmp_path / "out"), "--precision", "fp16"]
     code = run_program(arguments)
     lines = capsys.readouterr().out.splitlines()
-    assert code == 2 and len(lines) == 9, lines
+    assert code == 2 and len(lines) == 14, lines
     assert all(line.startswith("not run") for line in lines[:-1])
     assert (tmp_path / "out" / "report.md").is_file() and lines[-1].startswith("report: ")
 
@@ -339,7 +358,9 @@ def test_a_refused_recording_is_a_failure_with_its_numbers(
     md, _ = write_report(tmp_path, describe(), bundle.folder, TENSORRT, list(steps.values()))
     text = md.read_text()
     numbered = [line for line in text.splitlines() if line[:1].isdigit() and "**" in line]
-    assert [line.partition(".")[0] for line in numbered] == [str(n) for n in range(1, 15)]
+    assert [line.partition(".")[0] for line in numbered] == [
+        str(number) for number in range(1, len(HYPOTHESES) + 1)
+    ]
     assert "5. A run whose addresses have just changed cannot be recorded. **confirmed**" in text
     assert "6. fp32 engines differ from a CPU by more than 1e-5. **refuted**" in text
     assert "7. int8 and fp8 are slower" in text and "**not tried**" in text
@@ -364,8 +385,6 @@ def test_a_gpus_name_finds_its_data_sheet() -> None:
 
 
 def test_hypotheses_are_judged_by_what_was_measured() -> None:
-    from mmi_bench.gpu_check.hypotheses import judge
-
     def numbers(token: float, decode: float) -> dict[str, Any]:
         times = {"per token": {"median": token}, "stage decode": {"median": decode}}
         return {**times, "launches": {}, "refusals": {}}
@@ -385,3 +404,76 @@ def test_hypotheses_are_judged_by_what_was_measured() -> None:
     assert {n for n, answer in answers.items() if answer == "confirmed"} == {1, 6, 7, 8, 10}
     assert {n for n, answer in answers.items() if answer == "refuted"} == {5, 9}
     assert {verdict.answer for verdict in judge([])} == {"not tried"}
+
+
+def test_the_slice_is_built_compared_and_timed(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the width of the small model here: only the graphs that are asked for, for one row."""
+    import mmi_bench.gpu_check.check as module
+
+    monkeypatch.setattr(module, "GRAPHS", {"fp16": ("llm", "vae_decoder")})
+    machine = with_gpu(tmp_path, export_slice=lambda folder: copy_of(bundle, folder))
+    check = Check(bundle.folder, TENSORRT, (), machine, lambda step: None, 1, 6, with_slice=True)
+    assert check.run() == 0, check.steps
+    names = [step.name for step in check.steps]
+    assert names[3:] == ["slice", "build slice fp16", "compare slice fp16"]
+    found = check.steps[-1].detail
+    assert found["cases"].keys() == {"llm", "vae_decoder"}
+    assert found["decode_seconds"] > 0 and found["workspace_bytes"] == 1 << 14
+    answers = {verdict.claim: verdict.answer for verdict in judge(check.steps)}
+    assert answers["At one row the 13B engines need at most 0.6 GB of workspace."] == "confirmed"
+
+
+def test_without_a_slice_its_steps_say_why(bundle: Bundle, tmp_path: Path) -> None:
+    def export(folder: Path) -> None:
+        raise EngineError("the disk is full")
+
+    machine = with_gpu(tmp_path, export_slice=export)
+    check = Check(bundle.folder, TENSORRT, (), machine, lambda step: None, 1, 6, with_slice=True)
+    assert check.run() == 1
+    lines = {step.name: (step.state, step.line) for step in check.steps}
+    assert lines["slice"] == ("FAILED", "the disk is full")
+    assert (
+        lines["build slice int8"] == lines["compare slice fp16"] == ("not run", "the disk is full")
+    )
+
+
+def test_plans_of_the_built_engines_decide_hypotheses() -> None:
+    """Kernels as TensorRT-RTX names them, in the reports of builds."""
+
+    def step(precision: str, graph: str, **profiles: list[Kernel]) -> Step:
+        plans = tuple(ProfilePlan(profile=p, kernels=tuple(k)) for p, k in profiles.items())
+        report = GraphReport(graph=graph, layers={}, engine_bytes=1, weights_bytes=1, seconds=1,
+                             plans=plans)  # fmt: skip
+        whole = TargetReport(target="t", runtime=TENSORRT, version="1", architecture="sm90",
+                             precision="fp16", graphs=(report,))  # fmt: skip
+        return Step(f"build {precision}", "passed", "", 1.0, {"report": whole.model_dump()})
+
+    tiny, thirteen = (
+        Kernel(name="_gemm_mha_v2", kind="kgen"),
+        Kernel(name="_gemv_mha_v1", kind="kgen"),
+    )
+    copy = Kernel(
+        name="__myl_Resh", kind="kgen", inputs=("present_key.00:Half[1,40,2048,128]",),
+        outputs=("o:Half[40,2048,128]",),
+    )  # fmt: skip
+    steps = [
+        step("fp32", "denoise_step", default=[Kernel(name="gemm", kind="gemm")]),
+        step("fp16", "llm", prefill=[tiny, copy], decode=[tiny]),
+        step("slice fp16", "llm", prefill=[tiny], decode=[thirteen]),
+        Step("compare slice fp16", "passed", "", 1.0,
+             {"decode_seconds": 1e-4, "workspace_bytes": 7 * 10**8, "beside_bytes": 10**8}),
+        Step("compare slice int8", "passed", "", 1.0, {"decode_seconds": 2e-4}),
+    ]  # fmt: skip
+    answers = {verdict.number: verdict.answer for verdict in judge(steps)}
+    assert answers[3] == answers[15] == answers[7] == answers[12] == "confirmed"
+    assert answers[13] == answers[17] == "refuted", "the slice's plan counts, not the tiny one's"
+    assert answers[14] == answers[16] == "not tried"
+
+
+def test_the_page_lists_every_hypothesis() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "gpu_check.md").read_text()
+    rows = [line.split(" | ")[:2] for line in page.splitlines() if line[:3].strip("| ").isdigit()]
+    listed = [(int(number.strip("| ")), claim) for number, claim in rows]
+    assert listed == [(number, claim) for number, (claim, _) in enumerate(HYPOTHESES, 1)]

@@ -358,7 +358,7 @@ def test_free_memory_is_at_most_what_there_is() -> None:
 def test_limits_beyond_the_bundles_are_refused(request_for: Callable[..., Request]) -> None:
     with pytest.raises(ConfigError, match="--max-images .* expected 1 to 49; got 50"):
         plan_engines(request_for(limits=Limits(context=64, images=50)))
-    with pytest.raises(ConfigError, match="--max-batch .* expected 1 to 8; got 9"):
+    with pytest.raises(ConfigError, match="--rows .* expected 1 to 8; got 9"):
         plan_engines(request_for(limits=Limits(context=64, batch=9)))
 
 
@@ -492,13 +492,26 @@ def test_weights_with_a_scale_per_channel_take_two_rows(
 ) -> None:
     """In a batch of exactly one they would be written dequantised (test_plan_rules.py). The head of
     int4 has one scale per channel too."""
-    one, two = (Limits(context=64, batch=rows) for rows in (1, 2))
-    line = rf"precision {precision} cannot be built for 1 row: .* expected at least 2. Give --max-"
-    with pytest.raises(ConfigError, match=line):
-        plan_engines(request_for(precision=precision, limits=one))
-    assert plan_engines(request_for(precision=precision, limits=two))
-    assert plan_engines(request_for(precision=precision, limits=one, graphs=("vae_decoder",)))
-    assert plan_engines(request_for(limits=one))
+    one, three = (Limits(context=64, batch=rows) for rows in (1, 3))
+
+    def most(limits: Limits, **asked: Any) -> dict[str, int]:
+        plans = plan_engines(request_for(limits=limits, **asked))
+        return {plan.graph: max(p.ranges["b"].max for p in plan.profiles) for plan in plans}
+
+    names = ("llm", "vae_decoder")
+    assert most(one, precision=precision, graphs=names) == {"llm": 2, "vae_decoder": 1}
+    assert most(three, precision=precision, graphs=names) == {"llm": 3, "vae_decoder": 3}
+    assert most(one, graphs=names) == {"llm": 1, "vae_decoder": 1}
+
+
+def test_engines_are_built_for_one_row_unless_more_are_asked_for(
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    for options, rows in (((), 1), (("--rows", "4"), 4)):
+        (part,) = json.loads(command(*ONE, *options, "--dry-run", "--json")[1])["parts"]
+        assert part["profiles"]["decode"]["b"] == [1, 1, rows]
+        assert part["profiles"]["prefill"]["b"] == [1, 1, rows]
+        assert part["profiles"]["prefill"]["w"] == [1, 1, 1], "logits of one position"
 
 
 def test_a_bundle_for_one_row_says_what_to_do(tmp_path: Path) -> None:
@@ -511,7 +524,9 @@ def test_a_bundle_for_one_row_says_what_to_do(tmp_path: Path) -> None:
     plugin = Plugin("build-only:1", True, no_module, register, same, accept)
     target = Target(TENSORRT_RTX, "sm89", "int8")
     asked = Request(Bundle.open(folder), (target,), recipe("int8"), ("llm",), plugin, "1.7.1")
-    with pytest.raises(ConfigError, match="Export the bundle for more rows"):
+    with pytest.raises(
+        ConfigError, match="for 1 row: .* expected at least 2. Export .* with --rows 2"
+    ):
         plan_engines(asked)
 
 

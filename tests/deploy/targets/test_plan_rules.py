@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -23,16 +22,13 @@ from deploy.targets.small_engines import (
     weight,
 )
 from exports import SHIPPED, Exported
+from mmi_bench import plan_lint
+from mmi_bench.plan_lint import bundle_sources
 from mmi_deploy.bundle.kernel_plan import Finding, Kernel, ProfilePlan
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
-from mmi_deploy.system.progress import silent
 from mmi_deploy.targets.plan_rules import RULES, Facts, check_plans, facts_of, refuse_fatal
-from mmi_deploy.targets.precision import recipe, rewrite
-from mmi_deploy.targets.profiles import profiles
-from mmi_deploy.targets.tensorrt_build import Job, build_engine, open_tensorrt
 from mmi_deploy.targets.tensorrt_rewrites import rewrite_for_tensorrt
-from mmi_plugins.tensorrt.plugin import plugin_for
 
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx-cu13"
@@ -48,7 +44,7 @@ def broken(model: onnx.ModelProto, plans: tuple[ProfilePlan, ...], half: bool = 
 def test_one_row_exactly_writes_an_int8_weight_dequantised(
     architecture: str, tmp_path: Path
 ) -> None:
-    """The reason why `--max-batch 1` is refused for int8: with two rows the product is fused."""
+    """The reason why int8 is built for two rows at least: the product is fused then."""
     one = quantised_product(1)
     assert broken(one, plans_of(one, tmp_path, architecture)) == {"dequantised weights"}
     dynamic = quantised_product("t")
@@ -71,6 +67,16 @@ def test_attention_in_float32_has_its_matrix_in_memory(dtype: str, tmp_path: Pat
         found = check_plans(plans, facts_of(model))
         wasted = [one.bytes for one in found if one.rule == "attention matrices"]
         assert wasted and set(wasted) == {2 * matrix}, "written once and read once"
+
+
+@rtx
+def test_heads_that_no_kernel_fuses_are_let_pass(tmp_path: Path) -> None:
+    """The attention of Stable Diffusion's VAE: one head of 512 channels."""
+    model = attention("float16", heads=1, width=512)
+    plans = plans_of(model, tmp_path)
+    assert not any("mha" in kernel.name for plan in plans for kernel in plan.launched)
+    assert not broken(model, plans) and not facts_of(model).attentions
+    assert facts_of(attention("float16", heads=2, width=256)).attentions == ("attention",)
 
 
 @rtx
@@ -237,16 +243,6 @@ def lint(
     exported: Exported, name: str, precision: str, architecture: str, folder: Path
 ) -> tuple[tuple[Finding, ...], tuple[ProfilePlan, ...]]:
     """Findings and plans of one graph of a bundle, for two documents at a time."""
-    plugin = plugin_for(TENSORRT_RTX, architecture)
-    contract, path = exported.bundle.graphs[name], folder / f"{name}.onnx"
-    rewrite(recipe(precision), contract, exported.bundle.graph_file(name), path,
-            runtime=TENSORRT_RTX)  # fmt: skip
-    model = plugin.copy(onnx.load(path, load_external_data=False))
-    onnx.save(rewrite_for_tensorrt(model, path), path)
-    limits = exported.bundle.limits
-    limits = replace(limits, batch=min(2, limits.batch))
-    job = Job(name, TENSORRT_RTX, architecture, path, folder / f"{name}.engine",
-              profiles(contract, limits), plugin)  # fmt: skip
-    built = build_engine(open_tensorrt(plugin, TENSORRT_RTX, architecture), job, silent)
-    facts = facts_of(onnx.load(path, load_external_data=False))
-    return check_plans(built.plans, facts), built.plans
+    source = bundle_sources(exported.bundle.folder)[name]
+    found = plan_lint.lint(source, precision, architecture, 2, folder)
+    return found.findings, found.plans

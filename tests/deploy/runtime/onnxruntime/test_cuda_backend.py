@@ -281,7 +281,7 @@ def test_the_command_line_builds_verifies_and_refuses(
     folder = str(bundle.folder)
     assert run(["build", folder, "--target", "cuda", "--precision", "int8", "--dry-run"]) == 0
     assert "cuda-int8" in capsys.readouterr().out
-    for options in (["--graph", "llm"], ["--max-batch", "1"], ["--plugin", "x.so"]):
+    for options in (["--graph", "llm"], ["--rows", "2"], ["--plugin", "x.so"]):
         assert run(["build", folder, "--target", "cuda", *options]) == 2
         assert "does not apply to cuda targets" in capsys.readouterr().err
     document = tmp_path / "story.md"

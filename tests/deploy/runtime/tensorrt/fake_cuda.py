@@ -102,6 +102,7 @@ class FakeCuda:
         self.faults: list[str] = []
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.launches = 0
+        self.accounted = self.recording_bytes = 0
         self.lock = RLock()
         self._handles = iter(range(0x1000, 1 << 30, 0x10))
 
@@ -122,6 +123,11 @@ class FakeCuda:
     def held(self, kind: str = DEVICE) -> int:
         """Bytes that are allocated."""
         return sum(block.size for block in self.live.values() if block.kind == kind)
+
+    @property
+    def beside(self) -> int:
+        """Bytes of the device that contexts and recordings take, which nobody allocates."""
+        return self.accounted + self.recording_bytes * len(self.graphs)
 
     def find(self, pointer: int, size: int, kind: str) -> np.ndarray:
         """The bytes at an address, which must be live memory of that kind."""

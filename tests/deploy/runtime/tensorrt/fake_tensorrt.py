@@ -158,6 +158,8 @@ class FakeTensorRt:
         # Runs after new shapes that a lazy context does with fallback kernels, and those done or
         # launched from a recording of them.
         self.lazy_runs, self.fallbacks = 5, 0
+        # True: an older TensorRT, which takes no less scratch memory than the engine's bound.
+        self.wants_bound = False
         self.plugins: list[str] = []
         self.logger: Any = None
 
@@ -257,7 +259,14 @@ class ICudaEngine(Fake):
         lazy = DynamicShapesKernelSpecializationStrategy.LAZY
         context._lazy = isinstance(how, IRuntimeConfig) and how._specialization == lazy
         self._contexts.add(context)
+        kept = int(self._about.get("context_bytes", 0))
+        self._world.cuda.accounted += kept
+        weakref.finalize(context, _account, self._world.cuda, -kept)
         return context
+
+
+def _account(cuda: FakeCuda, size: int) -> None:
+    cuda.accounted += size
 
 
 def _unload(cuda: FakeCuda, graph: str, weights: int, contexts: Any) -> None:
@@ -313,6 +322,7 @@ class IExecutionContext(Fake):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._scratch = (0, 0)
+        self._need: int | None = None  # of the shapes that are set, once it was asked for
         self._unsettled = True  # shapes are new: TensorRT allocates at the next run
         self._reshaped = 0  # how often they were
         self._asked = 0
@@ -328,7 +338,24 @@ class IExecutionContext(Fake):
         if memory % ALIGNMENT:
             raise Fault("the scratch memory is not aligned")
         self._world.cuda.find(memory, size, DEVICE)
+        if self._world.wants_bound and size < self._bound:
+            self._world.error("The device memory is smaller than getDeviceMemorySizeV2")
         self._scratch = (memory, size)
+
+    @property
+    def _bound(self) -> int:
+        return self._engine.get_device_memory_size_for_profile_v2(self._profile)
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        """Scratch of the shapes that are set: in proportion to the elements of the dynamic inputs,
+        so that the largest shapes need the bound."""
+        if missing := self.infer_shapes():
+            raise Fault(f"{missing} have no shape")
+        ends = self._about["profiles"][self._profile]
+        given = sum(int(np.prod(self._shapes[name])) for name in ends)
+        most = sum(int(np.prod(greatest)) for _, _, greatest in ends.values())
+        self._need = -(-self._bound * given // most) if most else self._bound
+        return self._need
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if name not in self._about["inputs"]:
@@ -346,6 +373,7 @@ class IExecutionContext(Fake):
             self._unsettled = True
             self._reshaped += 1
             self._since = 0
+            self._need = None
         self._shapes[name] = shape
         return True
 
@@ -371,7 +399,7 @@ class IExecutionContext(Fake):
             raise Fault(f"{missing} have no address")
         if missing := self.infer_shapes():
             raise Fault(f"{missing} have no shape")
-        need = self._engine.get_device_memory_size_for_profile_v2(self._profile)
+        need = self._bound if self._need is None or self._world.wants_bound else self._need
         if self._scratch[1] < need:
             raise Fault(f"{need} bytes of scratch memory are needed")
         if cuda.stream(stream_handle).recording is not None and self._unsettled:

@@ -295,7 +295,8 @@ def test_a_gpu_that_is_too_small_is_refused_before_anything_is_loaded(bundle: Bu
     line = refusal(bundle, name, cuda=cuda)
     assert "too little free memory" in line and "--resident llm" in line and "got 20.0 kB" in line
     assert cuda.held() == 0
-    full = FakeCuda(capacity=120_000)
+    name = add_target(bundle, engines={"llm": {"weights": 10**9}})
+    full = FakeCuda(capacity=5 * 10**8)
     line = refusal(bundle, name, cuda=full)  # the plan fits, what TensorRT takes does not
     assert "OutOfMemory" in line or "memory is full" in line
     assert "--resident" in line

@@ -112,7 +112,7 @@ def test_shapes_that_are_new_are_not_recorded(bench: Bench) -> None:
     """TensorRT must have run once after a shape changed: the fake refuses anything else. Shapes
     that alternate have a context each, so neither's recording is lost."""
     bench.module.recordable_after = 0
-    engine = bench.engine()
+    engine = bench.engine(scratch=256)  # a block that never moves
     caches = {batch: bench.memory.allocate((batch, 2, SLOTS, 3), np.float32) for batch in (1, 2)}
     totals = {batch: bench.memory.allocate((batch, 2, 3), np.float32) for batch in (1, 2)}
     launches = []
@@ -275,13 +275,39 @@ def test_engines_share_one_block_to_compute_in(bench: Bench) -> None:
         first.run(given, {"total": total})
     other = Graph("other", CACHE.inputs, CACHE.outputs, CACHE.ranges, CACHE.in_place)
     second = bench.engine(other, scratch=5000)
-    assert bench.scratch.size == 5000
     smaller = bench.engine(scratch=10)
-    assert bench.scratch.size == 5000
+    assert bench.scratch.bound == 5000
     for _ in range(3):
         for engine in (first, second, smaller):
             engine.run(given, {"total": total})
-    assert [engine.launches for engine in (first, second, smaller)] == [4, 2, 2]
+    # `second` moves the block at its first run, so the next run of `first` is not launched.
+    assert [engine.launches for engine in (first, second, smaller)] == [2 + 1 + 0 + 1, 2, 2]
+
+
+def test_the_block_is_as_large_as_the_shapes_need(bench: Bench) -> None:
+    """In quarters of the bound, so that it moves at most four times."""
+    engine, sizes = bench.engine(scratch=4000), []
+    for b, t in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 1)):
+        engine.run(shaped(bench, b, t))
+        sizes.append(bench.scratch.size)
+    assert sizes == [2000, 2000, 3000, 3000, 3000]
+    assert not bench.cuda.faults
+
+
+def test_a_tensorrt_that_wants_its_bound_gets_it(bench: Bench) -> None:
+    bench.module.wants_bound = True
+    engine = bench.engine(scratch=4000)
+    for _ in range(3):
+        engine.run(shaped(bench, 1, 1))
+    assert bench.scratch.size == 4000 and not bench.cuda.faults
+
+
+def test_a_tensorrt_that_does_not_know_the_size_of_shapes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(IExecutionContext, "update_device_memory_size_for_shapes")
+    bench.engine(scratch=4000).run(shaped(bench, 1, 1))
+    assert bench.scratch.size == 4000
 
 
 def test_engines_run_on_where_another_has_no_room(bench: Bench, on_cpu: OnnxRuntimeEngine) -> None:
@@ -289,8 +315,9 @@ def test_engines_run_on_where_another_has_no_room(bench: Bench, on_cpu: OnnxRunt
     given, expected = on_device(bench, inputs()), on_cpu.run(inputs())["total"].read()
     engine.run(given)
     bench.cuda.capacity = bench.cuda.held() + 2**20
+    other = bench.engine(replace(CACHE, name="other"), scratch=2**24)
     with pytest.raises(EngineError, match="memory is full"):
-        bench.engine(replace(CACHE, name="other"), scratch=2**24)
+        other.run(given)
     np.testing.assert_array_equal(engine.run(given)["total"].read(), expected)
 
 
@@ -320,11 +347,11 @@ def test_all_that_an_engine_takes_is_given_back(bench: Bench) -> None:
     out = engine.run(given)
     engine.close()
     del out, given
-    assert bench.cuda.held() == before + 300
+    assert bench.cuda.held() == before + bench.scratch.size  # it waits for the next engine
     engine.run(on_device(bench, inputs()))
     del engine
     gc.collect()
-    assert bench.cuda.held() == before + 300  # the scratch memory waits for the next engine
+    assert bench.cuda.held() == before + bench.scratch.size
 
 
 def test_kernels_that_rtx_compiled_are_kept(tmp_path: Path) -> None:
@@ -433,7 +460,7 @@ def test_shapes_beyond_the_contexts_take_the_oldest_one(
     """Its recordings go with its shapes, the others' stay; every result is right."""
     bench.module.recordable_after = 0
     monkeypatch.setattr("mmi_deploy.runtime.tensorrt.engine.MAX_CONTEXTS", 3)
-    engine = bench.engine()
+    engine = bench.engine(scratch=256)  # a block that never moves
     runs = [
         (shaped(bench, b, t), {"total": bench.memory.allocate((b, 2, 3), np.float32)})
         for b, t in ((1, 1), (1, 2), (2, 1), (2, 2))

@@ -15,6 +15,7 @@ from mmi_deploy.errors import EngineError
 from mmi_deploy.runtime.tensorrt import backend
 from mmi_deploy.runtime.tensorrt.versions import Versions, check_versions, cuda_majors
 from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
+from mmi_deploy.system.files import size as readable
 
 MIB = 1 << 20
 
@@ -142,9 +143,9 @@ def test_an_occupied_gpu_is_told_from_one_that_is_too_small(bundle: Bundle) -> N
     name = add_target(bundle)
     need = machine(bundle, name).target.plan().total
     with pytest.raises(EngineError) as occupied:
-        taken = 64 * MIB - need // 2
-        machine(bundle, name, cuda=FakeCuda(64 * MIB, occupied=taken)).target.plan().check()
-    assert "other programs hold 67" in str(occupied.value)
+        cuda = FakeCuda(need + 64 * MIB, occupied=64 * MIB + need // 2)
+        machine(bundle, name, cuda=cuda).target.plan().check()
+    assert f"other programs hold {readable(64 * MIB + need // 2)}" in str(occupied.value)
     assert "--device" in str(occupied.value) and "nvidia-smi" in str(occupied.value)
     with pytest.raises(EngineError) as small:
         machine(bundle, name, cuda=FakeCuda(need // 2)).target.plan().check()
