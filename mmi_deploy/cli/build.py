@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 # architecture and the value of --plugin.
 PLUGIN = "mmi_plugins.tensorrt.plugin:plugin_for"
 
+# Values of --products.
+OWN_PRODUCTS, TENSORRT_PRODUCTS = "plugin", "tensorrt"
+
 
 def build(
     bundle: Annotated[Path, typer.Argument(help="Bundle, as written by `mmi export`.")] = Path(
@@ -82,6 +85,15 @@ def build(
             rich_help_panel="Target",
         ),
     ] = AUTO,
+    products: Annotated[
+        str,
+        typer.Option(
+            metavar="plugin|tensorrt",
+            help="Who multiplies with int8, fp8 and int4 weights in TensorRT's engines: our "
+            "plugin's kernels, or TensorRT's own.",
+            rich_help_panel="Target",
+        ),
+    ] = OWN_PRODUCTS,
     max_batch: Annotated[
         int | None,
         typer.Option(
@@ -151,7 +163,13 @@ def build(
         batch=opened.limits.batch if max_batch is None else max_batch,
         images=opened.limits.images if max_images is None else max_images,
     )
-    options = _Options(limits, plugin, device, force, unproved, dry_run, as_json)
+    if products not in (OWN_PRODUCTS, TENSORRT_PRODUCTS):
+        raise ConfigError(
+            "--products has no such value",
+            expected=f"{OWN_PRODUCTS} or {TENSORRT_PRODUCTS}",
+            got=products,
+        )
+    options = _Options(limits, plugin, products, device, force, unproved, dry_run, as_json)
     if row.plugin:
         _tensorrt(opened, targets, chosen, names, options)
     else:
@@ -173,6 +191,7 @@ class _Options:
 
     limits: Limits
     plugin: str
+    products: str
     device: int
     force: bool
     unproved: bool
@@ -207,6 +226,7 @@ def _onnxruntime(
     on_gpu = backend(target.runtime).on_gpu
     inapplicable = {
         "--plugin": options.plugin != AUTO,
+        "--products": options.products != OWN_PRODUCTS,
         "--device": options.device != 0,
         "--max-batch or --max-images": options.limits != bundle.limits,
         "--graph": on_gpu and bool(graphs),
@@ -296,6 +316,7 @@ def _tensorrt(
         request = Request(
             bundle, targets, recipe, graphs, plugin, trt.__version__, options.limits, ranges,
             None if options.unproved else calibration, options.force, options.device,
+            options.products == OWN_PRODUCTS and plugin.products is not None,
         )  # fmt: skip
         plans = plan_engines(request)
         missing = [plan for plan in plans if options.force or not cache.has(plan.key)]

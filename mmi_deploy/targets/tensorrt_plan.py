@@ -59,7 +59,8 @@ class Request:
 
     limits: narrow the profiles to these, None for the bundle's. ranges: activation ranges by graph,
     also of graphs whose engines may be kept. calibration: data to compare rewritten graphs on, None
-    to build without a comparison. device: index of the GPU to build on.
+    to build without a comparison. device: index of the GPU to build on. own_products: whether our
+    plugin multiplies with quantised weights, else TensorRT's kernels.
     """
 
     bundle: Bundle
@@ -73,6 +74,7 @@ class Request:
     calibration: Calibration | None = None
     force: bool = False
     device: int = 0
+    own_products: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,10 @@ class EnginePlan:
 
     @property
     def disk(self) -> int:
-        """The rewritten weights, and the engine; the cache and the target share one file."""
-        return 2 * self.weights + KERNEL_BYTES
+        """The rewritten weights, packed once more for our products, and the engine; the cache and
+        the target share one file."""
+        copies = 3 if self.key_parts["products"] == "plugin" else 2
+        return copies * self.weights + KERNEL_BYTES
 
 
 def plan_engines(request: Request) -> list[EnginePlan]:
@@ -131,19 +135,20 @@ def plan_engines(request: Request) -> list[EnginePlan]:
 
 
 def check_rows(request: Request) -> None:
-    """Raise `ConfigError` for a quantised language model built for fewer rows than its recipe
-    takes."""
+    """Raise `ConfigError` for a quantised language model built for fewer rows than TensorRT's
+    kernels take with its recipe. Our plugin takes any number."""
     rows, least = (request.limits or request.bundle.limits).batch, request.recipe.min_batch
-    if rows >= least or not set(request.graphs) & set(request.recipe.weights):
+    quantised = set(request.graphs) & set(request.recipe.weights)
+    if request.own_products or rows >= least or not quantised:
         return
     exported = request.bundle.limits.batch
     raise ConfigError(
         f"precision {request.recipe.name} cannot be built for {rows} row: TensorRT would write "
         "its weights dequantised at every token, which is slower than fp16",
         expected=f"at least {least}",
-        fix=f"Give --max-batch {least}, or choose --precision fp16"
-        if exported >= least
-        else "Export the bundle for more rows, or choose --precision fp16",
+        fix="Leave out --products tensorrt, "
+        + (f"give --max-batch {least}" if exported >= least else "export it for more rows")
+        + ", or choose --precision fp16",
     )
 
 
@@ -160,6 +165,7 @@ def key_parts(
     """Everything that an engine depends on, by name; hashed into its cache key."""
     files = request.bundle.manifest.graph_files(graph.name)
     ranges = (request.ranges or {}).get(graph.name)
+    own = request.own_products and graph.name in request.recipe.weights
     return {
         "graph": graph.name,
         "source": hash_of_files(files),
@@ -172,6 +178,7 @@ def key_parts(
         "islands": islands_key(ranges, request.recipe),
         "proved": "yes" if request.calibration else "no",
         "plugin": request.plugin.identity,
+        "products": "plugin" if own else "tensorrt",
         "profiles": json.dumps({shape.name: shape.record() for shape in shapes}),
         "flags": ",".join(BACKENDS[target.runtime].builder_flags),
         "builder": builder_digest(),

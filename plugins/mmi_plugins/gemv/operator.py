@@ -5,8 +5,8 @@
 with any number of rows (of all leading axes together), sums in float32, and activations and scales
 of one type, float16 or bfloat16. `numbers` is int8 or float8 (E4M3) with a scale per output
 channel, or int4 with a scale for every 32, 64 or 128 input channels of an output channel. On disk
-the inputs are `input`, `weight` and `scales`, the last two packed by `packing`; the attributes are integers:
-`format` (the place in `FORMATS`), `out` and `block` (0 for a scale per output channel).
+the inputs are `input`, `weight` and `scales`, the last two packed by `packing`; the attributes are
+integers: `format` (the place in `FORMATS`), `out` and `block` (0 for a scale per output channel).
 """
 
 from __future__ import annotations
