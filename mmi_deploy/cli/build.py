@@ -63,7 +63,8 @@ def build(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Recipe: fp32, fp16, bf16, int8, int4, int4-128, fp8 or mixed.",
+            help="Recipe: fp32, fp16, bf16, int8, int4, int4-128, int4-awq, int4-awq-128 "
+            "(scaled by recorded activations), fp8 or mixed.",
             show_default="fp16; int8 on the CPU",
             rich_help_panel="Target",
         ),
@@ -288,6 +289,7 @@ def _tensorrt(
     options: _Options,
 ) -> None:
     from mmi_deploy.targets.cache import EngineCache
+    from mmi_deploy.targets.calibration import needs_moments
     from mmi_deploy.targets.tensorrt import build_targets
     from mmi_deploy.targets.tensorrt_build import open_tensorrt
     from mmi_deploy.targets.tensorrt_plan import (
@@ -313,10 +315,17 @@ def _tensorrt(
             else calibration.known_ranges(name)
             for name in bundle.graphs
         }
+        moments = {
+            name: calibration.moments(name, recipe)
+            if name in measured
+            else calibration.known_moments(name)
+            for name in recipe.weights
+            if needs_moments(name, recipe)
+        }
         request = Request(
             bundle, targets, recipe, graphs, plugin, trt.__version__, options.limits, ranges,
             None if options.unproved else calibration, options.force, options.device,
-            options.products == OWN_PRODUCTS and plugin.products is not None,
+            options.products == OWN_PRODUCTS and plugin.products is not None, moments,
         )  # fmt: skip
         plans = plan_engines(request)
         missing = [plan for plan in plans if options.force or not cache.has(plan.key)]

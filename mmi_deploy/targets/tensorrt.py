@@ -172,6 +172,7 @@ class _EngineBuilder:
             path,
             runtime=plan.target.runtime,
             ranges=(request.ranges or {}).get(plan.graph),
+            moments=(request.moments or {}).get(plan.graph),
         )
         proof = None
         if request.calibration is not None:

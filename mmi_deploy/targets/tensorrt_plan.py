@@ -27,8 +27,8 @@ from mmi_deploy.system.files import size
 from mmi_deploy.system.memory import free_memory
 from mmi_deploy.system.nvidia_driver import nvidia_driver
 from mmi_deploy.targets.cache import EngineCache, key_of
-from mmi_deploy.targets.calibration import Calibration, islands_key
-from mmi_deploy.targets.precision import Ranges, Recipe
+from mmi_deploy.targets.calibration import Calibration, islands_key, moments_key
+from mmi_deploy.targets.precision import Moments, Ranges, Recipe
 from mmi_deploy.targets.precision.recipes import BITS, quantised_bytes
 from mmi_deploy.targets.profiles import Profile, profiles
 from mmi_deploy.targets.tensorrt_build import Plugin
@@ -58,9 +58,9 @@ class Request:
     """A build request: targets of one runtime and precision, and graphs by name.
 
     limits: narrow the profiles to these, None for the bundle's. ranges: activation ranges by graph,
-    also of graphs whose engines may be kept. calibration: data to compare rewritten graphs on, None
-    to build without a comparison. device: index of the GPU to build on. own_products: whether our
-    plugin multiplies with quantised weights, else TensorRT's kernels.
+    also of graphs whose engines may be kept; moments: likewise. calibration: data to compare
+    rewritten graphs on, None to build without a comparison. device: index of the GPU to build on.
+    own_products: whether our plugin multiplies with quantised weights, else TensorRT's kernels.
     """
 
     bundle: Bundle
@@ -75,6 +75,7 @@ class Request:
     force: bool = False
     device: int = 0
     own_products: bool = False
+    moments: Mapping[str, Moments | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ def key_parts(
         "precision": target.precision,
         "recipe": _digest(repr(request.recipe)),
         "islands": islands_key(ranges, request.recipe),
+        "moments": moments_key((request.moments or {}).get(graph.name)),
         "proved": "yes" if request.calibration else "no",
         "plugin": request.plugin.identity,
         "products": "plugin" if own else "tensorrt",
