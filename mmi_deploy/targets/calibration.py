@@ -77,8 +77,9 @@ class Calibration:
         return self.folder / f"{self.bundle.identity[:32]}-{graph}.json"
 
     def _measure_moments(self, graph: str) -> Moments:
+        samples = self.samples[graph]
         self.progress(f"measuring activations of {graph}")
-        found = moments_of(self.bundle, graph, self.samples[graph])
+        found = moments_of(self.bundle, graph, samples)
         self.folder.mkdir(parents=True, exist_ok=True)
         found.save(self._path(f"{graph}-moments"))
         return found
