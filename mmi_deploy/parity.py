@@ -88,6 +88,8 @@ PRECISION_TOLERANCES: Mapping[str, Tolerance] = {
     "fp8": Tolerance(1.5e-1, "3 bits of fraction: 2 % of a weight", "rms"),
     "int4": Tolerance(5e-1, _INT4, "rms"),
     "int4-128": Tolerance(5e-1, _INT4, "rms"),
+    "int4-awq": Tolerance(5e-1, _INT4, "rms"),
+    "int4-awq-128": Tolerance(5e-1, _INT4, "rms"),
     "mixed": Tolerance(5e-1, f"{_INT4} where it is narrowest", "rms"),
 }
 

@@ -15,6 +15,7 @@ from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.backends import TENSORRT
 from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.targets.calibration import moments_of, needs_moments
 from mmi_deploy.targets.precision import measure_ranges, recipe, rewrite
 from mmi_deploy.targets.precision.emulation import emulated
 from mmi_deploy.targets.precision.recipes import FLOAT32
@@ -31,10 +32,12 @@ def emulated_runtime(bundle: Bundle, precision: str, folder: Path, threads: int 
     samples = samples_of(bundle) if chosen.activations != FLOAT32 else {}
     for name, graph in bundle.graphs.items():
         portable, out = bundle.graph_file(name), folder / f"{name}.onnx"
-        ranges = None
+        ranges = moments = None
+        if needs_moments(name, chosen):
+            moments = moments_of(bundle, name, samples[name])
         if runs := [sample.inputs for sample in samples.get(name, []) if sample.recorded]:
             ranges = measure_ranges(read_model(portable, graph), portable.parent, runs)
-        rewrite(chosen, graph, portable, out, runtime=TENSORRT, ranges=ranges)
+        rewrite(chosen, graph, portable, out, runtime=TENSORRT, ranges=ranges, moments=moments)
         onnx.save(ir.to_proto(emulated(out)), out)
 
     def load(graph: Graph) -> Engine:

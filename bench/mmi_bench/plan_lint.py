@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import onnx
 import torch
@@ -45,6 +45,7 @@ from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_export.tracing.stored_weights import link_file, stored_weights
 from mmi_export.tracing.weight_sources import WeightSources
 from mmi_plugins.tensorrt.plugin import plugin_for
+from mmi_plugins.tensorrt.weight_only import weight_only_products
 
 ARCHITECTURES = ("sm80", "sm89", "sm120")
 PRECISIONS = ("fp16", "bf16", "int8", "int4")
@@ -92,15 +93,28 @@ class Linted:
             )
 
 
-def lint(source: Source, precision: str, architecture: str, rows: int, folder: Path) -> Linted:
-    """Build the engine of `source` as `mmi build --unproved --rows ROWS` does, in `folder`."""
+def lint(
+    source: Source,
+    precision: str,
+    architecture: str,
+    rows: int,
+    folder: Path,
+    *,
+    own_products: bool = True,
+) -> Linted:
+    """Build the engine of `source` as `mmi build --unproved --rows ROWS` does, in `folder`.
+    own_products: as by `--products plugin`, else `tensorrt`."""
     start, name = time.perf_counter(), source.graph.name
     plugin, chosen = plugin_for(TENSORRT_RTX, architecture), recipe(precision)
     path = folder / f"{name}.onnx"
     rewrite(chosen, source.graph, source.file, path, runtime=TENSORRT_RTX)
-    model = plugin.copy(onnx.load(path, load_external_data=False))
-    onnx.save(rewrite_for_tensorrt(model, path), path)
-    least = chosen.min_batch if name in chosen.weights else 1
+    model, least = onnx.load(path, load_external_data=False), 1
+    if name in chosen.weights:
+        if own_products:
+            model = weight_only_products(model, path)
+        else:
+            least = chosen.min_batch
+    onnx.save(rewrite_for_tensorrt(plugin.copy(model), path), path)
     shapes = profiles(source.graph, replace(source.limits, batch=max(rows, least)))
     job = Job(name, TENSORRT_RTX, architecture, path, folder / f"{name}.engine", shapes, plugin)
     built = build_engine(open_tensorrt(plugin, TENSORRT_RTX, architecture), job, silent)
@@ -157,6 +171,8 @@ def lint_all(
     precisions: Sequence[str],
     architectures: Sequence[str],
     rows: int = 1,
+    *,
+    own_products: bool = True,
 ) -> Iterator[Linted]:
     """Lint every graph in every precision that changes it, for every architecture, one engine at a
     time."""
@@ -167,7 +183,14 @@ def lint_all(
                 continue  # as in float16
             for architecture in architectures:
                 with tempfile.TemporaryDirectory(prefix="mmi-plan-lint-") as folder:
-                    yield lint(source, precision, architecture, rows, Path(folder))
+                    yield lint(
+                        source,
+                        precision,
+                        architecture,
+                        rows,
+                        Path(folder),
+                        own_products=own_products,
+                    )
 
 
 def main(
@@ -190,20 +213,25 @@ def main(
         typer.Option(help="Architecture; may be repeated.", show_default=", ".join(ARCHITECTURES)),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows that the engines compute together.")] = 1,
+    products: Annotated[
+        Literal["plugin", "tensorrt"],
+        typer.Option(help="Who multiplies with quantised weights, as for `mmi build`."),
+    ] = "plugin",
     as_json: Annotated[bool, typer.Option("--json", help="Print findings as JSON.")] = False,
 ) -> int:
     """Print the kernels of every engine and the rules that its plan breaks. Exit code 1: `mmi
     build` would refuse one of them."""
     precisions, architectures = precision or PRECISIONS, arch or ARCHITECTURES
+    own = products == "plugin"
     for one in precisions:
         recipe(one)
     if bundle is not None:
         sources = bundle_sources(bundle)
         _check_names(graph or (), list(sources))
         chosen = {name: sources[name] for name in graph or sources}
-        return _report(lint_all(chosen, precisions, architectures, rows), as_json)
+        return _report(lint_all(chosen, precisions, architectures, rows, own_products=own), as_json)
     with preset_sources(preset_name, layers, graph or ()) as chosen:
-        return _report(lint_all(chosen, precisions, architectures, rows), as_json)
+        return _report(lint_all(chosen, precisions, architectures, rows, own_products=own), as_json)
 
 
 def _report(found: Iterator[Linted], as_json: bool) -> int:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 # architecture and the value of --plugin.
 PLUGIN = "mmi_plugins.tensorrt.plugin:plugin_for"
 
+# Values of --products.
+OWN_PRODUCTS, TENSORRT_PRODUCTS = "plugin", "tensorrt"
+
 
 def build(
     bundle: Annotated[Path, typer.Argument(help="Bundle, as written by `mmi export`.")] = Path(
@@ -60,7 +63,8 @@ def build(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Recipe: fp32, fp16, bf16, int8, int4, int4-128, fp8 or mixed.",
+            help="Recipe: fp32, fp16, bf16, int8, int4, int4-128, int4-awq, int4-awq-128 "
+            "(scaled by recorded activations), fp8 or mixed.",
             show_default="fp16; int8 on the CPU",
             rich_help_panel="Target",
         ),
@@ -82,6 +86,15 @@ def build(
             rich_help_panel="Target",
         ),
     ] = AUTO,
+    products: Annotated[
+        str,
+        typer.Option(
+            metavar="plugin|tensorrt",
+            help="Who multiplies with int8, fp8 and int4 weights in TensorRT's engines: our "
+            "plugin's kernels, or TensorRT's own.",
+            rich_help_panel="Target",
+        ),
+    ] = OWN_PRODUCTS,
     rows: Annotated[
         int,
         typer.Option(
@@ -151,7 +164,13 @@ def build(
         batch=rows,
         images=opened.limits.images if max_images is None else max_images,
     )
-    options = _Options(limits, plugin, device, force, unproved, dry_run, as_json)
+    if products not in (OWN_PRODUCTS, TENSORRT_PRODUCTS):
+        raise ConfigError(
+            "--products has no such value",
+            expected=f"{OWN_PRODUCTS} or {TENSORRT_PRODUCTS}",
+            got=products,
+        )
+    options = _Options(limits, plugin, products, device, force, unproved, dry_run, as_json)
     if row.plugin:
         _tensorrt(opened, targets, chosen, names, options)
     else:
@@ -173,6 +192,7 @@ class _Options:
 
     limits: Limits
     plugin: str
+    products: str
     device: int
     force: bool
     unproved: bool
@@ -207,6 +227,7 @@ def _onnxruntime(
     on_gpu = backend(target.runtime).on_gpu
     inapplicable = {
         "--plugin": options.plugin != AUTO,
+        "--products": options.products != OWN_PRODUCTS,
         "--device": options.device != 0,
         "--rows or --max-images": options.limits != replace(bundle.limits, batch=1),
         "--graph": on_gpu and bool(graphs),
@@ -268,6 +289,7 @@ def _tensorrt(
     options: _Options,
 ) -> None:
     from mmi_deploy.targets.cache import EngineCache
+    from mmi_deploy.targets.calibration import needs_moments
     from mmi_deploy.targets.tensorrt import build_targets
     from mmi_deploy.targets.tensorrt_build import open_tensorrt
     from mmi_deploy.targets.tensorrt_plan import (
@@ -293,9 +315,17 @@ def _tensorrt(
             else calibration.known_ranges(name)
             for name in bundle.graphs
         }
+        moments = {
+            name: calibration.moments(name, recipe)
+            if name in measured
+            else calibration.known_moments(name)
+            for name in recipe.weights
+            if needs_moments(name, recipe)
+        }
         request = Request(
             bundle, targets, recipe, graphs, plugin, trt.__version__, options.limits, ranges,
             None if options.unproved else calibration, options.force, options.device,
+            options.products == OWN_PRODUCTS and plugin.products is not None, moments,
         )  # fmt: skip
         plans = plan_engines(request)
         missing = [plan for plan in plans if options.force or not cache.has(plan.key)]

@@ -21,6 +21,8 @@ IR_VERSION = 10
 MMFS_DOMAIN = "mmi"
 MMFS_OPERATOR = "MultiImageDeformableAttention"
 MMFS_VERSION = 1
+# Of the same domain, in TensorRT's copies of graphs alone: a product with a quantised weight.
+PRODUCT_OPERATOR = "WeightOnlyMatMul"
 
 # Numbers of image slots that the runtime pads to, so that few shapes occur.
 IMAGE_SLOT_PADDING = (1, 2, 4, 8, 16, 32, 49)

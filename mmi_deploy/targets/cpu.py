@@ -18,7 +18,7 @@ from mmi_deploy.spec.target import Target
 from mmi_deploy.system.files import write_file
 from mmi_deploy.system.memory import free_memory
 from mmi_deploy.system.progress import Progress, silent
-from mmi_deploy.targets.calibration import check_can_run
+from mmi_deploy.targets.calibration import check_can_run, moments_of, needs_moments
 from mmi_deploy.targets.precision.recipes import RECIPES, Recipe, check_possible
 from mmi_deploy.targets.precision.rewrite import rewrite
 from mmi_deploy.targets.sample_inputs import Sample, samples_of
@@ -62,7 +62,10 @@ def build_cpu_target(
             graph, started = bundle.graphs[name], time.perf_counter()
             progress(f"writing {name} in {recipe.name}", 1 + 2 * index, total)
             out = writer.engine_file(name, ".onnx")
-            rewrite(recipe, graph, bundle.graph_file(name), out, runtime=CPU)
+            moments = None
+            if needs_moments(name, recipe) and not unproved:
+                moments = moments_of(bundle, name, samples[name])
+            rewrite(recipe, graph, bundle.graph_file(name), out, runtime=CPU, moments=moments)
             proof = None
             if not unproved:
                 progress(f"proving {name} in {recipe.name}", 2 + 2 * index, total)

@@ -51,12 +51,13 @@ def build_cuda_target(
         for done, (name, graph) in enumerate(bundle.graphs.items()):
             started = time.perf_counter()
             progress(f"writing {name} in {recipe.name}", done, total)
-            ranges = None
+            ranges = moments = None
             if calibration is not None:
                 ranges = calibration.ranges(name, recipe, CUDA)
+                moments = calibration.moments(name, recipe)
             out = writer.engine_file(name, ".onnx")
             portable = bundle.graph_file(name)
-            rewrite(recipe, graph, portable, out, runtime=CUDA, ranges=ranges)
+            rewrite(recipe, graph, portable, out, runtime=CUDA, ranges=ranges, moments=moments)
             _prepare(out, name)
             report = graph_report(writer.folder, name, out, started)
             if calibration is not None:

@@ -18,7 +18,7 @@ import onnx
 from mmi_deploy.bundle.kernel_plan import FLOATS, Finding, Kernel, PlanTensor, ProfilePlan
 from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.backends import BACKENDS
-from mmi_deploy.spec.graphs import MMFS_OPERATOR
+from mmi_deploy.spec.graphs import MMFS_OPERATOR, PRODUCT_OPERATOR
 from mmi_deploy.targets.profiles import PREFILL
 
 # Most channels of a head for which TensorRT has a fused attention. The VAE of Stable Diffusion has
@@ -40,12 +40,12 @@ _Offenders = Iterator[tuple[str, int]]
 @dataclass(frozen=True)
 class Facts:
     """Facts about a graph that its plan must agree with, from the ONNX file. Nodes by name;
-    attentions: those that can be fused; caches: tensors that TensorScatter updates in place, old
-    and new."""
+    attentions: those that can be fused; plugins: those of our operators, MMFS and weight-only
+    products; caches: tensors that TensorScatter updates in place, old and new."""
 
     attentions: tuple[str, ...] = ()
     group_norms: tuple[str, ...] = ()
-    mmfs: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
     caches: frozenset[str] = frozenset()
 
 
@@ -60,7 +60,7 @@ def facts_of(model: onnx.ModelProto) -> Facts:
     return Facts(
         tuple(name for name in named("Attention") if name not in wide),
         named("GroupNormalization"),
-        named(MMFS_OPERATOR),
+        (*named(MMFS_OPERATOR), *named(PRODUCT_OPERATOR)),
         frozenset(name for node in scatters for name in (node.input[0], node.output[0])),
     )
 
@@ -217,8 +217,8 @@ def _is_matrix(weight: PlanTensor) -> bool:
 
 def _plugins(kernels: Sequence[Kernel], facts: Facts) -> _Offenders:
     found = sum(bool(_PLUGIN.search(kernel.kind)) for kernel in kernels)
-    if found != len(facts.mmfs):
-        yield f"{len(facts.mmfs)} MMFS nodes became {found} kernels of our plugin", 0
+    if found != len(facts.plugins):
+        yield f"{len(facts.plugins)} nodes of our operators became {found} kernels of our plugin", 0
 
 
 def _name(kernel: Kernel) -> str:
@@ -260,5 +260,7 @@ RULES = (
         "products of one tensor are one kernel where their weights lie together",
         _sibling_products,
     ),
-    Rule("plugin", "MMFS is computed by our kernel, once per node", _plugins, fatal=True),
+    Rule(
+        "plugin", "our operators are computed by our kernels, once per node", _plugins, fatal=True
+    ),
 )

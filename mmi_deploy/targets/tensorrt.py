@@ -24,7 +24,7 @@ from mmi_deploy.bundle.build_report import (
 )
 from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle, check_target, write_target
 from mmi_deploy.bundle.manifest import TargetManifest, read_manifest, sha256_of
-from mmi_deploy.errors import BundleError, EngineError
+from mmi_deploy.errors import BundleError, ConfigError, EngineError
 from mmi_deploy.parity import Proof
 from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
@@ -172,14 +172,33 @@ class _EngineBuilder:
             path,
             runtime=plan.target.runtime,
             ranges=(request.ranges or {}).get(plan.graph),
+            moments=(request.moments or {}).get(plan.graph),
         )
         proof = None
         if request.calibration is not None:
             self._say(f"proving {plan.graph} in {plan.target.precision}")
             proof = request.calibration.prove(plan.graph, request.recipe, plan.target.runtime, path)
         model = onnx.load(path, load_external_data=False)
+        if request.own_products and request.plugin.products is not None:
+            self._say(f"packing weights of {plan.graph}")
+            model = request.plugin.products(model, path)
+            _check_all_packed(request, model)
         onnx.save(rewrite_for_tensorrt(request.plugin.copy(model), path), path)
         return typed, path, proof
+
+
+def _check_all_packed(request: Request, model: onnx.ModelProto) -> None:
+    """Raise `ConfigError` where a product was left to TensorRT that it computes well in batches
+    alone, and the engine is for fewer rows."""
+    rows, least = (request.limits or request.bundle.limits).batch, request.recipe.min_batch
+    left = [node.name for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    if left and rows < least:
+        raise ConfigError(
+            f"precision {request.recipe.name} cannot be built for {rows} row: our plugin does not "
+            f"take the weight of {left[0]}, which TensorRT would write dequantised at every token",
+            expected="input channels that are a multiple of 32",
+            fix=f"Give --rows {least}, or choose --precision fp16",
+        )
 
 
 def _timing_file(runtime: str, request: Request) -> Path | None:

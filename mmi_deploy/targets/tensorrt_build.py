@@ -37,13 +37,14 @@ _FIRST_ERRORS = 3
 
 @dataclass(frozen=True)
 class Plugin:
-    """The MMFS plugin, passed in by the command: this package does not depend on the plugins'.
+    """The plugin of our operators, passed in by the command: this package does not depend on it.
 
     `import_tensorrt(module name)`: import the module, ready to parse plugins. `load(module)`:
     register the plugin; the result has `last_report()` and `unregister()`. `copy(model)`:
     TensorRT's own copy of a graph. `check(network, model)`: raise unless every MMFS node became a
-    plugin layer. All can be pickled. `identity`: hash of its bytes. `build_only`: engines built
-    with it cannot run.
+    plugin layer. `products(model, path)`: a copy of the graph at `path` whose weight-only products
+    are the plugin's; None where it has none. All can be pickled. `identity`: hash of its bytes.
+    `build_only`: engines built with it cannot run.
     """
 
     identity: str
@@ -52,6 +53,7 @@ class Plugin:
     load: Callable[[Any], Any]
     copy: Callable[[onnx.ModelProto], onnx.ModelProto]
     check: Callable[[Any, onnx.ModelProto], None]
+    products: Callable[[onnx.ModelProto, Path], onnx.ModelProto] | None = None
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from mmi_deploy.system.files import size
 from mmi_deploy.system.memory import free_memory
 from mmi_deploy.system.nvidia_driver import nvidia_driver
 from mmi_deploy.targets.cache import EngineCache, key_of
-from mmi_deploy.targets.calibration import Calibration, islands_key
-from mmi_deploy.targets.precision import Ranges, Recipe
+from mmi_deploy.targets.calibration import Calibration, islands_key, moments_key
+from mmi_deploy.targets.precision import Moments, Ranges, Recipe
 from mmi_deploy.targets.precision.recipes import BITS, quantised_bytes
 from mmi_deploy.targets.profiles import Profile, profiles
 from mmi_deploy.targets.tensorrt_build import Plugin
@@ -58,8 +58,9 @@ class Request:
     """A build request: targets of one runtime and precision, and graphs by name.
 
     limits: narrow the profiles to these, None for the bundle's. ranges: activation ranges by graph,
-    also of graphs whose engines may be kept. calibration: data to compare rewritten graphs on, None
-    to build without a comparison. device: index of the GPU to build on.
+    also of graphs whose engines may be kept; moments: likewise. calibration: data to compare
+    rewritten graphs on, None to build without a comparison. device: index of the GPU to build on.
+    own_products: whether our plugin multiplies with quantised weights, else TensorRT's kernels.
     """
 
     bundle: Bundle
@@ -73,6 +74,8 @@ class Request:
     calibration: Calibration | None = None
     force: bool = False
     device: int = 0
+    own_products: bool = False
+    moments: Mapping[str, Moments | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,10 @@ class EnginePlan:
 
     @property
     def disk(self) -> int:
-        """The rewritten weights, and the engine; the cache and the target share one file."""
-        return 2 * self.weights + KERNEL_BYTES
+        """The rewritten weights, packed once more for our products, and the engine; the cache and
+        the target share one file."""
+        copies = 3 if self.key_parts["products"] == "plugin" else 2
+        return copies * self.weights + KERNEL_BYTES
 
 
 def plan_engines(request: Request) -> list[EnginePlan]:
@@ -130,16 +135,19 @@ def plan_engines(request: Request) -> list[EnginePlan]:
 
 
 def limits_of(request: Request, graph: str) -> Limits:
-    """Limits of the engine of `graph`: those of the request, and at least the rows that its recipe
-    takes. Raises `ConfigError` where the bundle was exported for fewer."""
+    """Limits of the engine of `graph`: those of the request, and at least the rows that TensorRT's
+    kernels take with its recipe; our plugin takes any number. Raises `ConfigError` where the bundle
+    was exported for fewer."""
     limits, exported = request.limits or request.bundle.limits, request.bundle.limits.batch
-    least = request.recipe.min_batch if graph in request.recipe.weights else 1
+    theirs = graph in request.recipe.weights and not request.own_products
+    least = request.recipe.min_batch if theirs else 1
     if exported < least:
         raise ConfigError(
             f"precision {request.recipe.name} cannot be built for {exported} row: TensorRT would "
             "write its weights dequantised at every token, which is slower than fp16",
             expected=f"at least {least}",
-            fix=f"Export the bundle again with --rows {least}, or choose --precision fp16",
+            fix="Leave out --products tensorrt, export the bundle again with "
+            f"--rows {least}, or choose --precision fp16",
         )
     return replace(limits, batch=max(limits.batch, least))
 
@@ -157,6 +165,7 @@ def key_parts(
     """Everything that an engine depends on, by name; hashed into its cache key."""
     files = request.bundle.manifest.graph_files(graph.name)
     ranges = (request.ranges or {}).get(graph.name)
+    own = request.own_products and graph.name in request.recipe.weights
     return {
         "graph": graph.name,
         "source": hash_of_files(files),
@@ -167,8 +176,10 @@ def key_parts(
         "precision": target.precision,
         "recipe": _digest(repr(request.recipe)),
         "islands": islands_key(ranges, request.recipe),
+        "moments": moments_key((request.moments or {}).get(graph.name)),
         "proved": "yes" if request.calibration else "no",
         "plugin": request.plugin.identity,
+        "products": "plugin" if own else "tensorrt",
         "profiles": json.dumps({shape.name: shape.record() for shape in shapes}),
         "flags": ",".join(BACKENDS[target.runtime].builder_flags),
         "builder": builder_digest(),

@@ -32,9 +32,8 @@ def emulate(
     addresses = {name: memory.allocate(array, name) for name, array in arrays.items()}
     addresses["output"] = memory.reserve(size, "output")
     launch = launch_of(call, addresses)
-    counts = emulator.run_launch(
-        launch, kernel(launch.variant), memory, np.arange(launch.grid[0]), most_instructions
-    )
+    blocks = np.arange(launch.grid[0] * launch.grid[1])
+    counts = emulator.run_launch(launch, kernel(launch.variant), memory, blocks, most_instructions)
     bits, known = memory.written(addresses["output"], np.dtype(np.uint16))
     if not known.all():
         raise AssertionError(f"output {int(np.argmin(known))} was not written")
@@ -46,8 +45,8 @@ def run_shim(call: GemvCall, runs: shim.Shim | None = None) -> np.ndarray:
     arrays = {name: shim.aligned(array) for name, array in device_arrays(call).items()}
     arrays["output"] = shim.aligned(np.full((call.rows, call.out), 0x7FFF, np.uint16))
     launch = launch_of(call, {name: array.ctypes.data for name, array in arrays.items()})
-    blocks = np.zeros((launch.grid[0], 3), np.uint32)
-    blocks[:, 0] = np.arange(launch.grid[0])
+    x, y, _ = launch.grid
+    blocks = np.array([(i % x, i // x, 0) for i in range(x * y)], np.uint32)
     (runs or shim.Shim()).launch(launch, blocks)
     return _wide(arrays["output"], call)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from mmi_emulator import ptx_budget
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.constants import constant
-from mmi_plugins.gemv.launch_plan import GEMV_VARIANTS, GemvVariant
+from mmi_plugins.gemv.launch_plan import GEMV_VARIANTS, ROWS_VARIANTS, GemvVariant
 from mmi_plugins.gemv.packing import words_of
 
 BUDGETS = Path(__file__).with_name("gemv_budgets.json")
@@ -75,13 +75,52 @@ class GemvFigures:
 def figures(architecture: int) -> dict[str, GemvFigures]:
     """Figures by kernel name. Raises `EngineError` where a tool is missing."""
     kernels = "".join(variant.source.split("\n", 1)[1] for variant in GEMV_VARIANTS)
-    resources, listings = ptx_budget.disassembled(f'#include "gemv.cuh"\n{kernels}', architecture)
+    resources, listings = _disassembled(kernels, architecture)
     return {
         variant.name: _figures(
             variant, architecture, resources[variant.name], listings[variant.name]
         )
         for variant in GEMV_VARIANTS
     }
+
+
+def _disassembled(
+    kernels: str, architecture: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    return ptx_budget.disassembled(f'#include "gemv_rows.cuh"\n{kernels}', architecture)
+
+
+@dataclass(frozen=True)
+class RowsFigures:
+    """Figures of a kernel of many rows. step: instructions of a warp for `kGemvRowTile` rows of a
+    tile and step, `products` of them on tensor cores."""
+
+    registers: int
+    spills: int
+    warps: int
+    step: int
+    products: int
+
+
+@cache
+def rows_figures(architecture: int) -> dict[str, RowsFigures]:
+    """As `figures`, of the kernels of many rows."""
+    kernels = "".join(variant.source.split("\n", 1)[1] for variant in ROWS_VARIANTS)
+    resources, listings = _disassembled(kernels, architecture)
+    found = {}
+    for variant in ROWS_VARIANTS:
+        registers, stack, shared = resources[variant.name]
+        code = ptx_budget.instructions(listings[variant.name])
+        body = [each for each in ptx_budget.inner_loop(code) if not each.startswith("NOP")]
+        spills = sum(ptx_budget.operation(text).startswith(("LDL", "STL")) for _, text in code)
+        found[variant.name] = RowsFigures(
+            registers,
+            stack + spills,
+            ptx_budget.occupancy(architecture, registers, shared, variant.threads),
+            len(body),
+            sum(each.startswith("HMMA") for each in body),
+        )
+    return found
 
 
 def _figures(

@@ -11,7 +11,7 @@ from mmi_emulator import gemv
 from mmi_emulator.ptx import Kernel, PtxError
 from mmi_plugins.constants import constant
 from mmi_plugins.gemv.calls import draw
-from mmi_plugins.gemv.launch_plan import GEMV_VARIANTS, GemvVariant
+from mmi_plugins.gemv.launch_plan import GEMV_VARIANTS, ROWS_VARIANTS, GemvVariant
 from mmi_plugins.gemv.operator import GemvCall
 from mmi_plugins.gemv.reference import gemv_reference
 
@@ -44,9 +44,11 @@ def kernel_of(variant: GemvVariant) -> Kernel:
 def gemv_trials(variant: GemvVariant) -> tuple[GemvTrial, ...]:
     """Calls that use everything there is in a kernel: several turns of all warps, a step that is
     not whole, warps without a step, tiles that are not whole, any number of rows."""
-    rng = np.random.default_rng(GEMV_VARIANTS.index(variant))
+    rng = np.random.default_rng((*GEMV_VARIANTS, *ROWS_VARIANTS).index(variant))
     unit = variant.block or 32
     sizes = [(8, 1184, 20), (1, 96, 16), (3, 2208, 17), (5, 32, 1), (7, 1088, 33), (2, 8192, 9)]
+    if variant.rows:
+        sizes = [(83, 1184, 20), (64, 96, 144), (9, 160, 1)]
     made = []
     for rows, inputs, outputs in sizes:
         whole = unit * -(-inputs // unit)

@@ -19,11 +19,12 @@ from mmi_emulator.ptx import Fault, Kernel, parse
 from mmi_plugins.compile import nvrtc
 from mmi_plugins.constants import CSRC
 from mmi_plugins.gemv.calls import draw
-from mmi_plugins.gemv.launch_plan import GEMV_VARIANTS, GemvVariant, launch_of
+from mmi_plugins.gemv.launch_plan import GEMV_VARIANTS, ROWS_VARIANTS, GemvVariant, launch_of
 from mmi_plugins.gemv.operator import BLOCKS, FORMATS, TOLERANCES, GemvCall
 from mmi_plugins.gemv.reference import gemv_reference
 
 DTYPES = tuple(TOLERANCES)
+ALL = (*GEMV_VARIANTS, *ROWS_VARIANTS)
 needs_emulator = pytest.mark.skipif(EMULATOR.missing() is not None, reason=str(EMULATOR.missing()))
 needs_compiler = pytest.mark.skipif(
     shim.SHIM.missing() is not None, reason=str(shim.SHIM.missing())
@@ -31,23 +32,29 @@ needs_compiler = pytest.mark.skipif(
 
 
 def variants(dtype: str) -> Iterator[GemvVariant]:
-    return (variant for variant in GEMV_VARIANTS if variant.dtype == dtype)
+    return (variant for variant in ALL if variant.dtype == dtype)
 
 
 def draws(variant: GemvVariant) -> Iterator[GemvCall]:
-    """Every number of rows; part of a step, some steps, more than all warps have; tiles that are
-    full, and one that has a single channel."""
-    rng = np.random.default_rng(GEMV_VARIANTS.index(variant))
+    """Every number of rows of decoding; part of a step, some steps, more than all warps have; tiles
+    that are full, and one that has a single channel. Of many rows: part of eight, one and more
+    tiles of them, a row in the last; more tiles of channels than a block has."""
+    rng = np.random.default_rng(ALL.index(variant))
     unit = variant.block or 32
-    for rows in range(1, 9):
-        inputs = unit * -(-(32, 96, 128, 224, 1152, 1184, 1024, 2240)[rows - 1] // unit)
-        outputs = (16, 1, 17, 40, 32, 15, 9, 31)[rows - 1]
+    few = zip(
+        range(1, 9),
+        (32, 96, 128, 224, 1152, 1184, 1024, 2240),
+        (16, 1, 17, 40, 32, 15, 9, 31),
+        strict=True,
+    )
+    many = ((9, 32, 17), (64, 384, 16), (65, 160, 1), (83, 224, 145))
+    for rows, inputs, outputs in many if variant.rows else few:
         yield draw(
             rng,
             variant.format,
             variant.dtype,
             rows=rows,
-            inputs=inputs,
+            inputs=unit * -(-inputs // unit),
             outputs=outputs,
             block=variant.block,
         )
@@ -83,7 +90,7 @@ def test_ptx_agrees_with_float64(dtype: str, compute: int, compiler: str) -> Non
 
 
 @needs_compiler
-@pytest.mark.parametrize("variant", GEMV_VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", ALL, ids=lambda variant: variant.name)
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_source_agrees_with_float64_whatever_the_order_of_threads(
     variant: GemvVariant, backwards: bool
@@ -183,10 +190,12 @@ def test_the_plan_in_c_plus_plus_is_the_plan_in_python() -> None:
     addresses = {"input": 0x1000, "weight": 0x2000, "scales": 0x3000, "output": 0x4000}
     for number, format_ in enumerate(FORMATS):
         block = 32 if format_ == "int4" else 0
-        call = draw(rng, format_, rows=3, inputs=160, outputs=40, block=block)
-        launch = launch_of(call, addresses)
-        expected = (launch.parameter, [*launch.grid, launch.variant.threads])
-        assert cpp_plan(format=number, block=block) == expected
+        for rows, outputs in ((3, 40), (8, 129), (9, 129), (129, 40)):
+            call = draw(rng, format_, rows=rows, inputs=160, outputs=outputs, block=block)
+            launch = launch_of(call, addresses)
+            assert launch.variant.rows == (rows > 8)
+            expected = (launch.parameter, [*launch.grid, launch.variant.threads])
+            assert cpp_plan(format=number, block=block, rows=rows, out=outputs) == expected
 
 
 @needs_compiler
@@ -195,8 +204,9 @@ def test_the_plan_in_c_plus_plus_is_the_plan_in_python() -> None:
     [
         ({"type": 0}, "neither float16 nor bfloat16"),
         ({"format": 3}, "neither int8, float8 nor int4"),
-        ({"rows": 0}, "rows are not 1 to 8"),
-        ({"rows": 9}, "rows are not 1 to 8"),
+        ({"rows": 0}, "there are no rows"),
+        ({"rows": 2**31 - 1}, "2^31 rows"),
+        ({"rows": 9, "out": 2**23}, "2^23 output channels"),
         ({"in_": 48}, "not a multiple of 32"),
         ({"in_": 0}, "not a multiple of 32"),
         ({"out": 0}, "no output channels"),
@@ -228,6 +238,32 @@ def test_a_barrier_that_is_left_out_is_found() -> None:
     assert not np.allclose(found, gemv_reference(call), atol=0.1)
 
 
+@needs_emulator
+def test_a_barrier_of_many_rows_that_is_left_out_is_a_race() -> None:
+    call = draw(np.random.default_rng(0), "int8", rows=64, inputs=384, outputs=128)
+    kernel = gemv.compiled(GemvVariant("float16", "int8", rows=True))
+    barriers = [
+        index for index, each in enumerate(kernel.instructions) if each.text.startswith("bar")
+    ]
+    assert len(barriers) == 3
+    for index in barriers:
+        changed = kernel.with_instruction(index, "membar.cta")
+        with pytest.raises(Fault, match="no barrier between them"):
+            gemv.emulate(call, lambda _, changed=changed: changed)  # type: ignore[misc]
+
+
+@needs_emulator
+def test_many_rows_do_not_meet() -> None:
+    """As `test_rows_do_not_meet`, with a tile whose last row is alone among eight."""
+    call = draw(np.random.default_rng(0), "int4", rows=73, inputs=160, outputs=17, block=32)
+    clean = gemv.emulate(call)[0]
+    call.input[64, 7] = np.nan
+    spoilt = gemv.emulate(call)[0]
+    assert np.isnan(spoilt[64]).all()
+    others = np.arange(73) != 64
+    np.testing.assert_array_equal(spoilt[others], clean[others])
+
+
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "missing", lambda compiler="nvrtc": f"{compiler} is not installed")
     with pytest.raises(EngineError, match="nvrtc is not installed"):
@@ -250,7 +286,7 @@ if sys.argv[1] != "inside":
         name: array.reshape(-1)[: array.size - cut // array.itemsize * (name == sys.argv[1])]
         for name, array in whole(call).items()
     }
-for variant in launch_plan.GEMV_VARIANTS:
+for variant in (*launch_plan.GEMV_VARIANTS, *launch_plan.ROWS_VARIANTS):
     for call in draws(variant):
         gemv.run_shim(call, runs)
 print("clean")

@@ -53,6 +53,15 @@ def test_the_resident_warps_ask_for_enough_to_hide_the_latency_of_memory() -> No
             assert figures.bytes_in_flight >= wanted, name
 
 
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_kernels_of_many_rows_keep_tensor_cores_busy(architecture: int) -> None:
+    """Two blocks an SM, no spill, and at most ten instructions for a product of tensor cores."""
+    for name, now in gemv_budget.rows_figures(architecture).items():
+        assert (now.spills, now.products) == (0, 64), name
+        assert now.registers <= 128 and now.warps >= 16, name
+        assert now.step <= 640, name
+
+
 def test_every_figure_that_gets_worse_is_named() -> None:
     good = ALLOWED["gemv_float16_int8"][90]
     assert not gemv_budget.worse(good, good)

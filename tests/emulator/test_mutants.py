@@ -18,7 +18,7 @@ from mmi_emulator import emulator
 from mmi_emulator.mutants import Mutant, mutants
 from mmi_emulator.ptx import Kernel, parse
 from mmi_plugins.compile.launch_plan import VARIANTS, Variant
-from mmi_plugins.gemv.launch_plan import GEMV_VARIANTS, GemvVariant
+from mmi_plugins.gemv.launch_plan import GEMV_VARIANTS, ROWS_VARIANTS, GemvVariant
 
 WANTED = 0.95
 
@@ -92,9 +92,11 @@ def test_a_sample_of_mutants_of_weight_only_products_is_caught() -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("variant", GEMV_VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant", (*GEMV_VARIANTS, *ROWS_VARIANTS), ids=lambda variant: variant.name
+)
 def test_mutants_of_weight_only_products_are_caught(variant: GemvVariant) -> None:
-    judge({variant.name: tally(variant, 100, 5)})
+    judge({variant.name: tally(variant, 40 if variant.rows else 100, 5)})
 
 
 def test_unchanged_kernels_pass_every_trial() -> None:

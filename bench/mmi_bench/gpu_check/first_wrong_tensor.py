@@ -60,8 +60,11 @@ def find_first_wrong_tensors(
         inputs = next(iter(stored_samples(bundle, graph))).inputs
         with temporary_folder(engines, ".bisect-") as work:
             path = work / f"{name}.onnx"
-            ranges = calibration.known_ranges(name)
-            typed = rewrite(chosen, graph, portable, path, runtime=target.runtime, ranges=ranges)
+            known = calibration.known_ranges(name), calibration.known_moments(name)
+            typed = rewrite(
+                chosen, graph, portable, path,
+                runtime=target.runtime, ranges=known[0], moments=known[1],
+            )  # fmt: skip
             found = bisect(portable, path, inputs, tolerance, folder / name, run(typed))
         where = f"; the part that shows it is in {folder.name}/{name}" if found.tensor else ""
         lines.append(f"{name}: {found.line()}{where}")

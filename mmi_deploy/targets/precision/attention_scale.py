@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -57,23 +58,51 @@ def fold_scales(graph: ir.Graph, constants: Constants, typed: NodeTypes) -> list
     return left
 
 
+@dataclass(frozen=True)
+class ProjectedColumns:
+    """A value that is made of columns of one product. weight, bias: (node, input) that reads the
+    constant; columns: those of the value's channels, in order; width: all columns of the product;
+    mixed: channels of one head are mixed on the way."""
+
+    weight: tuple[ir.Node, int]
+    bias: tuple[ir.Node, int] | None
+    columns: _Columns
+    width: int
+    mixed: bool
+
+
+def product_columns(value: ir.Value, constants: Constants) -> ProjectedColumns | None:
+    """The product that makes `value` through nodes that only move numbers; None where there is
+    none, or another node reads something on the way."""
+    path = _path(value, constants)
+    if path is None:
+        return None
+    product, bias, after = path
+    columns = _columns(product.outputs[0], after)
+    weight = weight_of(product, constants)
+    if columns is None or weight is None:
+        return None
+    place = None
+    if bias is not None:
+        place = bias, next(i for i, of in enumerate(bias.inputs) if of in constants)
+    width = int(product.outputs[0].shape[-1])
+    mixed = any(node.op_type == "RotaryEmbedding" for node, _ in after)
+    return ProjectedColumns(weight, place, columns.reshape(-1), width, mixed)
+
+
 def _scale_projection(query: ir.Value, constants: Constants, factor: float) -> bool:
     """Multiply what makes `query` by `factor`: columns of the weight, and of the bias, of one
     product. Changes nothing and returns False where they serve something else too."""
-    path = _path(query, constants)
-    if path is None:
+    found = product_columns(query, constants)
+    if found is None:
         return False
-    product, bias, after = path
-    columns = _columns(product.outputs[0], after)
-    if columns is None:
-        return False
-    width = int(product.outputs[0].shape[-1])
-    factors = np.ones(width, np.float32)
-    factors[np.unique(columns)] = factor
-    _scale_weight(product, constants, factors)
-    if bias is not None:
-        place = next(i for i, value in enumerate(bias.inputs) if value in constants)
-        _replace(bias, place, constants, factors)
+    factors = np.ones(found.width, np.float32)
+    factors[np.unique(found.columns)] = factor
+    node, place = found.weight
+    by = factors[:, None] if node.op_type == "Transpose" else factors
+    replace_constant(node, place, constants, by)
+    if found.bias is not None:
+        replace_constant(*found.bias, constants, factors)
     return True
 
 
@@ -89,7 +118,7 @@ def _path(
         if node is None or _used_elsewhere(value):
             return None
         if node.op_type == "MatMul":
-            weighted = node.inputs[1] is not None and _weight(node, constants) is not None
+            weighted = node.inputs[1] is not None and weight_of(node, constants) is not None
             return (node, bias, after[::-1]) if weighted else None
         if node.op_type == "Add" and bias is None:
             constant = [v for v in node.inputs if v in constants]
@@ -163,7 +192,7 @@ _FOLLOWED: dict[str, Callable[[_Columns, ir.Node, int], _Columns | None]] = {
 }
 
 
-def _weight(product: ir.Node, constants: Constants) -> tuple[ir.Node, int] | None:
+def weight_of(product: ir.Node, constants: Constants) -> tuple[ir.Node, int] | None:
     """The node that reads the constant weight of `product`, and at which input: the product, or a
     Transpose before it."""
     value = product.inputs[1]
@@ -175,14 +204,9 @@ def _weight(product: ir.Node, constants: Constants) -> tuple[ir.Node, int] | Non
     return (node, 0) if node is not None and alone and node.inputs[0] in constants else None
 
 
-def _scale_weight(product: ir.Node, constants: Constants, factors: NDArray[np.float32]) -> None:
-    found = _weight(product, constants)
-    assert found is not None
-    node, place = found
-    _replace(node, place, constants, factors[:, None] if node.op_type == "Transpose" else factors)
-
-
-def _replace(node: ir.Node, place: int, constants: Constants, factors: NDArray[np.float32]) -> None:
+def replace_constant(
+    node: ir.Node, place: int, constants: Constants, factors: NDArray[np.float32]
+) -> None:
     """Read at input `place` of `node` its constant times `factors`, in float32."""
     value = node.inputs[place]
     assert value is not None

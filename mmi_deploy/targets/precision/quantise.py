@@ -54,42 +54,56 @@ def scheme_for_rows(scheme: Scheme, rows: int) -> Scheme:
     return Scheme(scheme.dtype, block)
 
 
-def quantise(weight: Array, scheme: Scheme, scale_type: DTypeLike = np.float32) -> Quantised:
-    """Quantise `weight` [in, out]. The block of `scheme` divides `in`; scales have `scale_type`."""
+def quantise(
+    weight: Array,
+    scheme: Scheme,
+    scale_type: DTypeLike = np.float32,
+    importance: Array | None = None,
+) -> Quantised:
+    """Quantise `weight` [in, out]. The block of `scheme` divides `in`; scales have `scale_type`.
+
+    importance: mean square [in] of the activations, by which clipping weighs the error of a row.
+    """
     rows, columns = weight.shape
     block = scheme.block or rows
     stored = ml_dtypes.float8_e4m3fn if scheme.dtype == FP8 else np.int8
     numbers = np.empty((rows, columns), stored)
     scales = np.empty((rows // block, columns), scale_type)
+    by = None if importance is None else np.asarray(importance, np.float32).reshape(-1, block)
     for part in chunks(weight.shape, axis=1):
         blocks = weight[part].astype(np.float32).reshape(rows // block, block, -1)
-        found, scales[part] = _best(blocks, scheme.dtype, scale_type)
+        found, scales[part] = _best(blocks, scheme.dtype, scale_type, by)
         numbers[part] = found.reshape(rows, -1).astype(stored)
     return Quantised(numbers, scales if scheme.block else scales[0])
 
 
-def _best(blocks: Array, dtype: str, scale_type: DTypeLike) -> tuple[Array, Array]:
+def _best(
+    blocks: Array, dtype: str, scale_type: DTypeLike, importance: Array | None = None
+) -> tuple[Array, Array]:
     """Numbers [in / block, block, out] and scales [in / block, out] with the least squared
-    error."""
+    error. importance: factor [in / block, block] of the squares."""
     peak = np.abs(blocks).max(1)
     scales = _rounded(peak / _MAX[dtype], scale_type)
     numbers = _numbers(blocks, scales, dtype)
     if dtype != INT4:
         return numbers, scales
-    error = _squares(numbers, scales, blocks)
+    error = _squares(numbers, scales, blocks, importance)
     for ratio in CLIP_RATIOS:
         other = _rounded(peak * (ratio / _MAX[dtype]), scale_type)
         tried = _numbers(blocks, other, dtype)
-        found = _squares(tried, other, blocks)
+        found = _squares(tried, other, blocks, importance)
         better = found < error
         numbers = np.where(better[:, None], tried, numbers)
         scales, error = np.where(better, other, scales), np.minimum(found, error)
     return numbers, scales
 
 
-def _squares(numbers: Array, scales: Array, blocks: Array) -> Array:
+def _squares(
+    numbers: Array, scales: Array, blocks: Array, importance: Array | None = None
+) -> Array:
     rest = numbers * scales.astype(np.float32)[:, None] - blocks
-    squares: Array = np.einsum("ibo,ibo->io", rest, rest)
+    other = rest if importance is None else rest * importance[:, :, None]
+    squares: Array = np.einsum("ibo,ibo->io", rest, other)
     return squares
 
 

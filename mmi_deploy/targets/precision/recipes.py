@@ -71,6 +71,7 @@ class Recipe:
     provider cannot run it, or "". weights: graph -> schemes, for GPU and CPU.
     min_architecture: first SM number that supports the types. fp32_operators: operators that stay
     in float32. margin: factor by which activations may exceed the ranges of the calibration inputs.
+    activation_aware: int4 weights are scaled by recorded activations before they are rounded.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Recipe:
     min_architecture: int = 0
     fp32_operators: tuple[str, ...] = ("Softmax", "GridSample")
     margin: float = 4.0
+    activation_aware: bool = False
 
     @property
     def min_batch(self) -> int:
@@ -158,6 +160,22 @@ RECIPES = {
             FLOAT16,
             weights=_llm(Scheme(INT4, 128), (_HEAD, Scheme(INT8))),
             min_architecture=80,
+        ),
+        Recipe(
+            "int4-awq",
+            "as int4, its input channels scaled by recorded activations",
+            FLOAT16,
+            weights=_llm(Scheme(INT4, 32), (_HEAD, Scheme(INT8))),
+            min_architecture=80,
+            activation_aware=True,
+        ),
+        Recipe(
+            "int4-awq-128",
+            "as int4-128, its input channels scaled by recorded activations",
+            FLOAT16,
+            weights=_llm(Scheme(INT4, 128), (_HEAD, Scheme(INT8))),
+            min_architecture=80,
+            activation_aware=True,
         ),
         Recipe(
             "fp8",

@@ -8,11 +8,13 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from mmi_deploy.errors import BundleError
+from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
+from mmi_deploy.targets.precision.activation_aware import fold_input_scales, importances
 from mmi_deploy.targets.precision.attention_scale import fold_scales
 from mmi_deploy.targets.precision.constants import FLOATS, ONNX, Constants
+from mmi_deploy.targets.precision.moments import Moments
 from mmi_deploy.targets.precision.ranges import Ranges, islands
 from mmi_deploy.targets.precision.recipes import FLOAT32, MAX_FINITE, Recipe
 from mmi_deploy.targets.precision.types import F32, NodeTypes, cast, insert_casts
@@ -28,22 +30,36 @@ def rewrite(
     *,
     runtime: str,
     ranges: Ranges | None = None,
+    moments: Moments | None = None,
 ) -> Graph:
     """Write the ONNX of `graph` for a target of `runtime` with `recipe`, its weights beside it.
 
     source: the portable file. out: the file to write; its weights get the suffix `.safetensors`.
-    ranges: activation ranges, for fp16 and bf16. Returns the typed contract. Raises `ConfigError`
-    for a recipe that `runtime` refuses, `WeightsError` for weights that overflow or are not finite,
+    ranges: activation ranges, for fp16 and bf16. moments: of a graph that the recipe scales by its
+    activations. Returns the typed contract. Raises `ConfigError` for a recipe that `runtime`
+    refuses or that lacks moments, `WeightsError` for weights that overflow or are not finite,
     `BundleError` for a file of another graph, or without a weight that the recipe quantises.
     """
     activations = recipe.activations_on(runtime)
     typed_graph = graph.typed(activations)
     model = read_model(source, graph)
     constants = Constants(model.graph)
+    weights, scaling = recipe.weights.get(graph.name), None
+    if weights is not None and recipe.activation_aware:
+        if moments is None:
+            raise ConfigError(
+                f"precision {recipe.name} needs recorded activations of {graph.name}",
+                fix="build without --unproved, or choose a precision that rounds to nearest",
+            )
+        peaks = ranges.peaks if ranges else {}
+        greatest = MAX_FINITE[activations] / recipe.margin
+        scaling = fold_input_scales(
+            model.graph, constants, weights, moments, runtime, peaks, greatest
+        )
     if activations != FLOAT32:
         _lower(model.graph, constants, typed_graph, recipe, activations, ranges, runtime)
-    if graph.name in recipe.weights:
-        quantise_products(model.graph, constants, recipe.weights[graph.name], runtime)
+    if weights is not None:
+        quantise_products(model.graph, constants, weights, runtime, importances(scaling))
     _tidy(model)
     # An engine of TensorRT contains its weights: its ONNX file is temporary and may link them all.
     write_weights(model.graph, out.with_suffix(".safetensors"), link_all=BACKENDS[runtime].plugin)

@@ -6,7 +6,9 @@ rows. ONNX Runtime has one operator for both, MatMulNBits, on transposed weights
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -86,11 +88,18 @@ def scheme_on(runtime: str, scheme: Scheme, rows: int) -> Scheme | None:
 
 
 def quantise_products(
-    graph: ir.Graph, constants: Constants, weights: Weights, runtime: str
+    graph: ir.Graph,
+    constants: Constants,
+    weights: Weights,
+    runtime: str,
+    importance: Mapping[ir.Node, Array] = MappingProxyType({}),
 ) -> None:
-    """Quantise the weights of `graph` by their schemes. Raises `BundleError` if there are none."""
+    """Quantise the weights of `graph` by their schemes. Raises `BundleError` if there are none.
+
+    importance: mean squares [in] of the activations of products, as `quantise` takes them.
+    """
     quantised = False
-    latest = _LastQuantised(constants)
+    latest = _LastQuantised(constants, importance)
     for product in products(graph, constants):
         scheme = weights.of(product.name, product.rows * product.columns)
         if scheme is None:
@@ -193,14 +202,15 @@ class _LastQuantised:
     """Cache of the weight that was quantised last. Its numbers and scales are written one after the
     other, so one entry is enough and memory stays bounded."""
 
-    def __init__(self, constants: Constants) -> None:
-        self._constants = constants
+    def __init__(self, constants: Constants, importance: Mapping[ir.Node, Array]) -> None:
+        self._constants, self._importance = constants, importance
         self._of: Product | None = None
         self._found: Quantised | None = None
 
     def __call__(self, product: Product, scheme: Scheme, dtype: ir.DataType) -> Quantised:
         if self._found is None or self._of is not product:
             self._found = None
-            self._found = quantise(product.weight(self._constants), scheme, NUMPY[dtype])
+            weight, by = product.weight(self._constants), self._importance.get(product.node)
+            self._found = quantise(weight, scheme, NUMPY[dtype], by)
             self._of = product
         return self._found

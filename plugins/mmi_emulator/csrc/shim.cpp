@@ -10,8 +10,8 @@
 
 #include <ucontext.h>
 
-#include "gemv.cuh"
 #include "gemv_plan.h"
+#include "gemv_rows.cuh"
 #include "mmfs.cuh"
 #include "plan.h"
 
@@ -25,6 +25,7 @@ MMI_ROWS_AND_SPLITS(MMI_ROWS_KERNEL)
 MMI_ROWS_AND_SPLITS(MMI_SPLIT_KERNEL)
 MMI_MERGES(MMI_MERGE_KERNEL)
 MMI_GEMVS(MMI_GEMV_KERNEL)
+MMI_GEMVS(MMI_GEMV_ROWS_KERNEL)
 
 namespace mmi::shim {
 namespace {
@@ -278,7 +279,8 @@ extern "C" const char* mmi_shim_launch(const char* kernel, const void* parameter
 #define MMI_NAME_ROWS(NAME, T, WIDE) {#NAME "_rows", kernel_of(NAME##_rows)},
 #define MMI_NAME_SPLIT(NAME, T, WIDE) {#NAME "_split", kernel_of(NAME##_split)},
 #define MMI_NAME_MERGE(NAME, T, WIDE) {#NAME "_merge", kernel_of(NAME##_merge)},
-#define MMI_NAME_GEMV(NAME, T, FORMAT) {#NAME, kernel_of(NAME)},
+#define MMI_NAME_GEMV(NAME, T, FORMAT) \
+  {#NAME, kernel_of(NAME)}, {#NAME "_rows", kernel_of(NAME##_rows)},
   static const std::map<std::string, Kernel> kernels = {
       MMI_ROWS_AND_SPLITS(MMI_NAME_ROWS) MMI_ROWS_AND_SPLITS(MMI_NAME_SPLIT)
           MMI_MERGES(MMI_NAME_MERGE) MMI_GEMVS(MMI_NAME_GEMV)};

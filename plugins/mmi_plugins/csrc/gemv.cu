@@ -1,40 +1,45 @@
 // The kernels of mmi::WeightOnlyMatMul, and their launch on a stream.
 #include <cuda_runtime_api.h>
 
-#include "gemv.cuh"
+#include "gemv_rows.cuh"
 #include "gemv_launch.h"
 #include "gemv_plan.h"
 
 MMI_GEMVS(MMI_GEMV_KERNEL)
+MMI_GEMVS(MMI_GEMV_ROWS_KERNEL)
 
 namespace mmi {
 namespace {
 
 using GemvKernel = void (*)(GemvParameters);
 
-#define MMI_CHOOSE_GEMV(NAME)                                              \
+#define MMI_CHOOSE_GEMV(NAME, SUFFIX)                                      \
   switch (call.format) {                                                   \
-    case WeightFormat::kInt8: return NAME##_int8;                          \
-    case WeightFormat::kFp8: return NAME##_fp8;                            \
+    case WeightFormat::kInt8: return NAME##_int8##SUFFIX;                  \
+    case WeightFormat::kFp8: return NAME##_fp8##SUFFIX;                    \
     default:                                                               \
-      return call.block == 32   ? NAME##_int4_32                           \
-             : call.block == 64 ? NAME##_int4_64                           \
-                                : NAME##_int4_128;                         \
+      return call.block == 32   ? NAME##_int4_32##SUFFIX                   \
+             : call.block == 64 ? NAME##_int4_64##SUFFIX                   \
+                                : NAME##_int4_128##SUFFIX;                 \
   }
 
 GemvKernel kernel_of(const GemvCall& call) {
-  if (call.type == DataType::kFloat16) {
-    MMI_CHOOSE_GEMV(gemv_float16)
+  const bool half = call.type == DataType::kFloat16;
+  if (has_many_rows(call)) {
+    if (half) MMI_CHOOSE_GEMV(gemv_float16, _rows)
+    MMI_CHOOSE_GEMV(gemv_bfloat16, _rows)
   }
-  MMI_CHOOSE_GEMV(gemv_bfloat16)
+  if (half) MMI_CHOOSE_GEMV(gemv_float16, )
+  MMI_CHOOSE_GEMV(gemv_bfloat16, )
 }
 
 }  // namespace
 
 void preload_gemv() {
   cudaFuncAttributes attributes;
-#define MMI_PRELOAD_GEMV(NAME, T, FORMAT) \
-  cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(NAME));
+#define MMI_PRELOAD_GEMV(NAME, T, FORMAT)                                  \
+  cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(NAME)); \
+  cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(NAME##_rows));
   MMI_GEMVS(MMI_PRELOAD_GEMV)
   cudaGetLastError();  // clears the error: `launch_gemv` reports it where it matters
 }

@@ -1,6 +1,6 @@
-// The CUDA kernels of mmi::WeightOnlyMatMul, up to kGemvRows rows of activations times a weight in
-// int8, float8 or int4: device code alone, for nvcc, NVRTC and, with MMI_SHIM, g++. See
-// docs/gemv_kernel.md.
+// The CUDA kernels of mmi::WeightOnlyMatMul for decoding, up to kGemvRows rows of activations times a
+// weight in int8, float8 or int4: device code alone, for nvcc, NVRTC and, with MMI_SHIM, g++. More
+// rows: gemv_rows.cuh. See docs/gemv_kernel.md.
 //
 // A block computes kGemvOutputs output channels of all rows, and its warps share the steps of
 // kGemvStep input channels. The weight is the left factor of a tensor-core product and the rows are

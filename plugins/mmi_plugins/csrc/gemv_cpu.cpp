@@ -1,4 +1,4 @@
-// A tile on the CPU: every step is unpacked to float32 and multiplied with all rows. Meant to be
+// A tile on the CPU: every step is unpacked to float32 and multiplied with kGemvRows rows. Meant to be
 // right on machines without a GPU; ONNX Runtime's own MatMulNBits is faster there.
 #include "gemv_cpu.h"
 
@@ -68,7 +68,10 @@ void scale(const GemvCall& call, int64_t first, float (&numbers)[kGemvStep][kGem
 
 }  // namespace
 
-void gemv_cpu_run(const GemvCall& call, int64_t tile) {
+namespace {
+
+// Rows of the call, kGemvRows at most.
+void run_rows(const GemvCall& call, int64_t tile) {
   const int64_t steps = gemv_steps(call.in), bytes = int64_t{gemv_words(call.format)} * 4;
   float sums[kGemvRows][kGemvOutputs] = {}, numbers[kGemvStep][kGemvOutputs];
   for (int64_t step = 0; step < steps; ++step) {
@@ -98,6 +101,18 @@ void gemv_cpu_run(const GemvCall& call, int64_t tile) {
       std::memcpy(static_cast<char*>(call.output) + 2 * (int64_t{row} * call.out + first + channel),
                   &bits, sizeof bits);
     }
+  }
+}
+
+}  // namespace
+
+void gemv_cpu_run(const GemvCall& call, int64_t tile) {
+  for (int64_t row = 0; row < call.rows; row += kGemvRows) {
+    GemvCall part = call;
+    part.rows = static_cast<int32_t>(std::min<int64_t>(kGemvRows, call.rows - row));
+    part.input = static_cast<const char*>(call.input) + 2 * row * call.in;
+    part.output = static_cast<char*>(call.output) + 2 * row * call.out;
+    run_rows(part, tile);
   }
 }
 

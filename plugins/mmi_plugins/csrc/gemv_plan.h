@@ -13,8 +13,16 @@ inline GemvParameters gemv_parameters(const GemvCall& call) {
           call.rows,  call.in,     call.out,    static_cast<int>(gemv_steps(call.in))};
 }
 
+// Whether the kernels of gemv_rows.cuh run a call, or those of decoding.
+inline bool has_many_rows(const GemvCall& call) { return call.rows > kGemvRows; }
+
 inline Grid gemv_grid(const GemvCall& call) {
-  return {static_cast<unsigned>(gemv_tiles(call.out)), 1, 1, kGemvWarps * kLanes};
+  const auto over = [](int64_t count, int64_t each) {
+    return static_cast<unsigned>((count + each - 1) / each);
+  };
+  const int64_t tiles = gemv_tiles(call.out);
+  if (!has_many_rows(call)) return {static_cast<unsigned>(tiles), 1, 1, kGemvWarps * kLanes};
+  return {over(call.rows, kGemvRowTile), over(tiles, kGemvWarps), 1, kGemvWarps * kLanes};
 }
 
 // Reason why the kernels cannot run a call, or nullptr: `invalid_reason`, the limits of counters
@@ -25,6 +33,8 @@ inline const char* unsupported_reason(const GemvCall& call) {
   if (call.in > kMaxCount - kGemvWarps * kGemvStep || call.out > kMaxCount) {
     return "more than 2^31 channels";
   }
+  if (call.rows > kMaxCount) return "more than 2^31 rows";
+  if (has_many_rows(call) && gemv_grid(call).y > kMaxGridYZ) return "more than 2^23 output channels";
   for (const void* pointer : {call.input, static_cast<const void*>(call.weight), call.scales,
                               static_cast<const void*>(call.output)}) {
     if (!pointer) return "a pointer is missing";

@@ -104,12 +104,9 @@ class GemvPlugin final : public PluginBase {
     return tensor.type == tensors[0].desc.type;
   }
 
-  // Also refuses a profile whose maximum has more rows than a call may have.
   int32_t configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t input_count,
                           const DynamicPluginTensorDesc*, int32_t output_count) noexcept override {
-    if (!fits(attributes_, inputs, input_count, output_count)) return -1;
-    const Shape largest = shape(inputs[0].max);
-    return fits(attributes_, {largest, shape(inputs[1]), shape(inputs[2])}) ? 0 : -1;
+    return fits(attributes_, inputs, input_count, output_count) ? 0 : -1;
   }
 
   int32_t onShapeChange(const PluginTensorDesc* inputs, int32_t input_count,

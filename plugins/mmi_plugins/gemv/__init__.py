@@ -1,1 +1,1 @@
-"""The operator `mmi::WeightOnlyMatMul`: up to 8 rows times a weight in int8, float8 or int4."""
+"""The operator `mmi::WeightOnlyMatMul`: rows times a weight in int8, float8 or int4."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmi_plugins.compile.launch_plan import TYPES
 from mmi_plugins.constants import constant
-from mmi_plugins.gemv.operator import BLOCKS, FORMATS, GemvCall
+from mmi_plugins.gemv.operator import BLOCKS, FORMATS, MAX_DECODE_ROWS, GemvCall
 from mmi_plugins.gemv.packing import pack_scales, pack_weight, steps_of, tiles_of
 
 _NAMES = {"int8": ("int8", "Int8"), "float8_e4m3fn": ("fp8", "Fp8")}
@@ -19,11 +19,12 @@ _NAMES |= {f"int4-{block}": (f"int4_{block}", f"Int4<{block}>") for block in BLO
 
 @dataclass(frozen=True)
 class GemvVariant:
-    """One kernel. block: 0 unless the format is int4."""
+    """One kernel. block: 0 unless the format is int4. rows: for more than `MAX_DECODE_ROWS`."""
 
     dtype: str
     format: str
     block: int = 0
+    rows: bool = False
 
     @property
     def _names(self) -> tuple[str, str]:
@@ -32,13 +33,15 @@ class GemvVariant:
     @property
     def name(self) -> str:
         """The kernel's `extern "C"` name."""
-        return f"gemv_{self.dtype}_{self._names[0]}"
+        return f"gemv_{self.dtype}_{self._names[0]}{'_rows' if self.rows else ''}"
 
     @property
     def source(self) -> str:
         """A translation unit that has this kernel alone."""
-        kernel = f"MMI_GEMV_KERNEL({self.name}, {TYPES[self.dtype]}, mmi::{self._names[1]})"
-        return f'#include "gemv.cuh"\n{kernel}\n'
+        macro = "MMI_GEMV_ROWS_KERNEL" if self.rows else "MMI_GEMV_KERNEL"
+        name = self.name.removesuffix("_rows")
+        kernel = f"{macro}({name}, {TYPES[self.dtype]}, mmi::{self._names[1]})"
+        return f'#include "gemv_rows.cuh"\n{kernel}\n'
 
     @property
     def threads(self) -> int:
@@ -46,13 +49,17 @@ class GemvVariant:
         return constant("kLanes") * constant("kGemvWarps")
 
 
-# All kernels; each takes every shape.
-GEMV_VARIANTS = tuple(
-    GemvVariant(dtype, format_, block)
-    for dtype in ("float16", "bfloat16")
-    for format_ in FORMATS
-    for block in (BLOCKS if format_ == "int4" else (0,))
-)
+def _variants(rows: bool) -> tuple[GemvVariant, ...]:
+    return tuple(
+        GemvVariant(dtype, format_, block, rows)
+        for dtype in ("float16", "bfloat16")
+        for format_ in FORMATS
+        for block in (BLOCKS if format_ == "int4" else (0,))
+    )
+
+
+# Kernels of decoding, and those of more rows; each takes every width.
+GEMV_VARIANTS, ROWS_VARIANTS = _variants(False), _variants(True)
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,17 @@ def launch_of(call: GemvCall, addresses: Mapping[str, int]) -> GemvLaunch:
     inputs = call.input.shape[1]
     integers = (call.rows, inputs, call.out, steps_of(inputs))
     parameter = struct.pack("<4Q4i", *(addresses[name] for name in names), *integers)
-    variant = GemvVariant(call.dtype, call.format, call.block)
-    return GemvLaunch(variant, (tiles_of(call.out), 1, 1), parameter)
+    many = call.rows > MAX_DECODE_ROWS
+    variant = GemvVariant(call.dtype, call.format, call.block, many)
+    return GemvLaunch(variant, grid_of(call.rows, call.out), parameter)
+
+
+def grid_of(rows: int, out: int) -> tuple[int, int, int]:
+    """Blocks of a launch: tiles of output channels, or (row tiles, groups of those tiles)."""
+    tiles = tiles_of(out)
+    if rows <= MAX_DECODE_ROWS:
+        return (tiles, 1, 1)
+    return (-(-rows // constant("kGemvRowTile")), -(-tiles // constant("kGemvWarps")), 1)
 
 
 def device_arrays(call: GemvCall) -> dict[str, np.ndarray]:

@@ -2,11 +2,11 @@
 
     output[rows, out] = input[rows, in] (numbers * scales)[in, out]
 
-with 1 to 8 rows (of all leading axes together), sums in float32, and activations and scales of one
-type, float16 or bfloat16. `numbers` is int8 or float8 (E4M3) with a scale per output channel, or
-int4 with a scale for every 32, 64 or 128 input channels of an output channel. On disk the inputs
-are `input`, `weight` and `scales`, the last two packed by `packing`; the attributes are integers:
-`format` (the place in `FORMATS`), `out` and `block` (0 for a scale per output channel).
+with any number of rows (of all leading axes together), sums in float32, and activations and scales
+of one type, float16 or bfloat16. `numbers` is int8 or float8 (E4M3) with a scale per output
+channel, or int4 with a scale for every 32, 64 or 128 input channels of an output channel. On disk
+the inputs are `input`, `weight` and `scales`, the last two packed by `packing`; the attributes are
+integers: `format` (the place in `FORMATS`), `out` and `block` (0 for a scale per output channel).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ BLOCKS = (32, 64, 128)
 # Types of activations, and the relative error (rms) that an output may have.
 TOLERANCES: Mapping[str, float] = {"float16": 5e-4, "bfloat16": 4e-3}
 
-MAX_ROWS = constant("kGemvRows")
+# Rows that the kernels of decoding take; more rows have kernels of their own.
+MAX_DECODE_ROWS = constant("kGemvRows")
 
 
 def numpy_type(dtype: str) -> DTypeLike:
@@ -52,8 +53,8 @@ class GemvCall:
 
     def __post_init__(self) -> None:
         rows, channels = self.input.shape
-        if not 1 <= rows <= MAX_ROWS:
-            raise EngineError(f"{NAME}: rows are not 1 to {MAX_ROWS}", got=rows)
+        if rows < 1:
+            raise EngineError(f"{NAME}: there are no rows")
         if channels != self.numbers.shape[0] or self.scales.shape[-1] != self.numbers.shape[1]:
             shapes = f"{self.input.shape}, {self.numbers.shape}, {self.scales.shape}"
             raise EngineError(f"{NAME}: shapes of input, numbers and scales differ", got=shapes)

@@ -1,1 +1,1 @@
-"""The MMFS operator as a TensorRT plugin: compiled, ahead of time, or for building only."""
+"""Our operators as TensorRT plugins: compiled, ahead of time, or for building only."""

@@ -29,7 +29,10 @@ from mmi_plugins.compile.launch_plan import TYPES, Variant, check_limits
 from mmi_plugins.compile.nvrtc import compile_ptx
 from mmi_plugins.compile.ptx_version import check_driver
 from mmi_plugins.constants import constant
+from mmi_plugins.gemv.operator import NAME as PRODUCT
 from mmi_plugins.operator import DOMAIN, INPUT_SHAPES, NAME
+from mmi_plugins.tensorrt import ahead_of_time_products
+from mmi_plugins.tensorrt import build_only_products as products
 from mmi_plugins.tensorrt.build_only_plugin import FIELDS, check_shapes, checked_fields
 from mmi_plugins.tensorrt.plugin_library import plugin_creator
 
@@ -135,7 +138,7 @@ def ptx_target(capability: tuple[int, int]) -> int:
 
 
 class AheadOfTimePlugin:
-    """The operator, registered with `tensorrt.plugin` until the process ends."""
+    """Both operators, registered with `tensorrt.plugin` until the process ends."""
 
     def __init__(self) -> None:
         self._report = ""
@@ -161,8 +164,8 @@ class AheadOfTimePlugin:
 
 
 def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> AheadOfTimePlugin:
-    """Register the operator with `trt.plugin` (`trt`: the module tensorrt, 10.12 or newer) for GPUs
-    of compute capability (major, minor) and newer.
+    """Register both operators with `trt.plugin` (`trt`: the module tensorrt, 10.12 or newer) for
+    GPUs of compute capability (major, minor) and newer.
 
     The driver must know the GPU: the PTX has the lowest version of its instructions
     (`mmi_plugins.compile.ptx_version`), whatever NVRTC's. Raises `EngineError` where a plugin of
@@ -206,9 +209,7 @@ def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> Ah
         sizes = plugin.SymIntExprs(len(SIZES))
         for index, (name, axis) in enumerate(SIZES.values()):
             sizes[index] = plugin.SymInt32(inputs[name].shape_expr[axis])
-        ptx, driver = compile_ptx(variant, target), nvidia_driver()
-        check_driver(ptx, driver.cuda_version() if driver else None)
-        return variant.name, ptx, launch, sizes
+        return variant.name, _checked_ptx(variant, target), launch, sizes
 
     text, launches = str | bytes, (plugin.KernelLaunchParams, plugin.SymIntExprs)
     results = GenericAlias(tuple, (text, text, *launches))
@@ -217,7 +218,35 @@ def register_ahead_of_time(trt: Any, capability: tuple[int, int] = (8, 0)) -> Ah
     made = AheadOfTimePlugin()
     implement = _signed(made.recording(implement), {**tensors, **arrays, **outputs}, results)
     plugin.aot_impl(identifier)(implement)
+    _register_products(plugin, made, names, target, results)
     return made
+
+
+def _register_products(
+    plugin: Any, made: AheadOfTimePlugin, names: dict[Any, str], target: int, results: Any
+) -> None:
+    """Register `mmi::WeightOnlyMatMul` with `plugin`, the module `tensorrt.plugin`."""
+    tensors = dict.fromkeys(products.INPUTS, plugin.TensorDesc)
+    fields = dict.fromkeys(products.FIELDS, _ARRAYS[np.int32])
+    outputs = {"outputs": GenericAlias(tuple, (plugin.TensorDesc,)), "tactic": int}
+    identifier = f"{DOMAIN}::{PRODUCT}"
+
+    def implement(*arguments: Any) -> Any:
+        variant = ahead_of_time_products.product_of(arguments[: len(tensors) + len(fields)], names)
+        launch, sizes = ahead_of_time_products.launch_product(plugin, variant, arguments[0])
+        return variant.name, _checked_ptx(variant, target), launch, sizes
+
+    describe = ahead_of_time_products.describe_product(plugin)
+    plugin.register(identifier)(_signed(describe, {**tensors, **fields}, plugin.TensorDesc))
+    implement = _signed(made.recording(implement), {**tensors, **fields, **outputs}, results)
+    plugin.aot_impl(identifier)(implement)
+
+
+def _checked_ptx(variant: Any, target: int) -> Any:
+    """PTX of a kernel, of a version that the driver of this machine knows."""
+    ptx, driver = compile_ptx(variant, target), nvidia_driver()
+    check_driver(ptx, driver.cuda_version() if driver else None)
+    return ptx
 
 
 def _sides(tensor: Any) -> list[int | None]:

@@ -8,8 +8,7 @@ when it is loaded. Letters as in `operator`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from mmi_plugins.operator import (
     NARROW_INPUTS,
     VERSION,
 )
+from mmi_plugins.tensorrt.build_only_products import noting, product_creator
 from mmi_plugins.tensorrt.plugin_library import plugin_creator
 
 # Attributes of the node, in the types in which an engine stores them.
@@ -36,29 +36,29 @@ FIELDS = {
     "null_slot": np.int32,
 }
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
 # Stored beside the fields; any other version is refused.
 VERSION_FIELD = "plugin_version"
 FIELDS_VERSION = 1
 
 
 class BuildOnlyPlugin:
-    """The build-only plugin, registered with a TensorRT module."""
+    """The build-only plugins of both operators, registered with a TensorRT module."""
 
     def __init__(self, tensorrt: Any) -> None:
         self._registry = tensorrt.get_plugin_registry()
         self._report = ""
-        self._creator = _creator(tensorrt, self._note)
-        self._registry.register_creator(self._creator, DOMAIN)
+        self._creators = (_creator(tensorrt, self._note), product_creator(tensorrt, self._note))
+        for creator in self._creators:
+            self._registry.register_creator(creator, DOMAIN)
 
     def last_report(self) -> str:
         """Last error line, or "": TensorRT itself only says that a call failed."""
         return self._report
 
     def unregister(self) -> None:
-        """Remove the plugin from the registry, so that another of the same name can be loaded."""
-        self._registry.deregister_creator(self._creator)
+        """Remove the plugins from the registry, so that others of their names can be loaded."""
+        for creator in self._creators:
+            self._registry.deregister_creator(creator)
 
     def _note(self, error: EngineError) -> None:
         self._report = str(error)
@@ -75,19 +75,7 @@ def register_build_only_plugin(tensorrt: Any) -> BuildOnlyPlugin:
 def _creator(trt: Any, note: Callable[[EngineError], None]) -> Any:
     field_types = {np.int32: trt.PluginFieldType.INT32, np.float32: trt.PluginFieldType.FLOAT32}
     narrow_types = (trt.float32, trt.float16, trt.bfloat16)
-
-    def noted(method: Method) -> Method:
-        """`method`, recording its `EngineError`: TensorRT discards the exception."""
-
-        @wraps(method)
-        def call(*arguments: Any) -> Any:
-            try:
-                return method(*arguments)
-            except EngineError as error:
-                note(error)
-                raise
-
-        return cast(Method, call)
+    noted = noting(note)
 
     class BuildOnlyLayer(
         trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime

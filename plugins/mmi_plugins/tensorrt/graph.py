@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from mmi_deploy.errors import BundleError, EngineError
+from mmi_plugins.gemv.operator import NAME as PRODUCT
 from mmi_plugins.operator import DOMAIN, NAME
 
 PLUGIN_NAMESPACE = "plugin_namespace"
@@ -39,13 +40,15 @@ def with_plugin(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def check_plugin_layers(network: Any, model: onnx.ModelProto) -> None:
     """Raise `EngineError` unless TensorRT's `network`, parsed from `model`, has a plugin layer for
-    each MMFS node. Without a registered plugin the parser silently uses the local function, which
-    is slower, and not tested on TensorRT."""
-    expected = len(_mmfs_nodes(model))
+    each node of our operators. Without a registered plugin the parser silently uses MMFS's local
+    function, which is slower, and not tested on TensorRT."""
+    expected = len(_mmfs_nodes(model)) + sum(
+        (node.domain, node.op_type) == (DOMAIN, PRODUCT) for node in _nodes(model)
+    )
     layers = [network.get_layer(index).type.name for index in range(network.num_layers)]
     if (found := layers.count("PLUGIN_V3")) != expected:
         raise EngineError(
-            f"TensorRT did not take the plugin {DOMAIN}::{NAME} for every node",
+            f"TensorRT did not take our plugin for every node of {DOMAIN}",
             expected=f"{expected} PLUGIN_V3 layers",
             got=found,
             fix="Load the plugin before the graph is parsed, and parse the copy that "

@@ -55,10 +55,10 @@ def newest_library() -> Path | None:
 
 def tensorrt_copy(model: onnx.ModelProto) -> onnx.ModelProto:
     """TensorRT's own copy of a graph: plugin namespaces, and Attention that it may decompose."""
-    from mmi_plugins.operator import DOMAIN
+    from mmi_plugins.operator import DOMAIN, NAME
     from mmi_plugins.tensorrt.graph import with_decomposable_attention, with_plugin
 
-    if any(node.domain == DOMAIN for node in model.graph.node):
+    if any((node.domain, node.op_type) == (DOMAIN, NAME) for node in model.graph.node):
         model = with_plugin(model)
     return with_decomposable_attention(model)
 
@@ -97,6 +97,7 @@ def _plugin(
     from mmi_deploy.runtime.tensorrt.module import import_tensorrt
     from mmi_deploy.targets.tensorrt_build import Plugin
     from mmi_plugins.tensorrt.graph import check_plugin_layers
+    from mmi_plugins.tensorrt.weight_only import weight_only_products
 
     return Plugin(
         identity=f"{name}:{version[:16]}",
@@ -105,6 +106,7 @@ def _plugin(
         load=load,
         copy=tensorrt_copy,
         check=check_plugin_layers,
+        products=weight_only_products,
     )
 
 

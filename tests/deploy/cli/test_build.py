@@ -471,6 +471,8 @@ def test_a_dry_run_says_what_it_would_take_and_builds_nothing(
         (("--arch", "sm80", "--precision", "fp8"), "fp8 cannot be built for sm80"),
         (("--arch", "sm89", "--precision", "fp1"), "no precision 'fp1'"),
         (("--arch", "sm89", "--max-images", "99"), "--max-images .* got 99"),
+        (("--arch", "sm89", "--products", "x"), "--products.* expected plugin or tensorrt; got x"),
+        (("--target", "cpu", "--products", "tensorrt"), "--products does not apply to CPU targets"),
         (("--target", "cpu", "--arch", "sm89", "--precision", "int8"), "takes no --arch"),
     ],
 )
@@ -514,6 +516,41 @@ def test_engines_are_built_for_one_row_unless_more_are_asked_for(
         assert part["profiles"]["prefill"]["w"] == [1, 1, 1], "logits of one position"
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8", "int4", "mixed"])
+def test_our_products_take_one_row(request_for: Callable[..., Request], precision: str) -> None:
+    one = Limits(context=64, batch=1)
+    ours = plan_engines(request_for(precision=precision, limits=one, own_products=True))
+    theirs = plan_engines(request_for(precision=precision, own_products=False))
+    assert [plan.key_parts["products"] for plan in ours] == ["plugin", "tensorrt"]
+    assert [plan.key_parts["products"] for plan in theirs] == ["tensorrt", "tensorrt"]
+
+
+def test_our_products_are_packed_and_one_that_is_left_needs_two_rows(
+    request_for: Callable[..., Request], cache: EngineCache
+) -> None:
+    packed: list[Path] = []
+
+    def pack(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+        packed.append(path)
+        return model
+
+    def leave(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+        step = onnx.helper.make_node("DequantizeLinear", ["a", "b"], ["c"], name="odd")
+        model.graph.node.append(step)
+        return model
+
+    plugin = request_for().plugin
+    asked = request_for(
+        precision="int8", graphs=("llm",), limits=Limits(context=64, batch=1), own_products=True
+    )
+    build(replace(asked, plugin=replace(plugin, products=pack)), cache, Builder())
+    assert [path.name for path in packed] == ["llm.onnx"]
+    odd = replace(asked, plugin=replace(plugin, products=leave), force=True)
+    with pytest.raises(ConfigError, match="plugin does not take the weight of odd.*rows 2"):
+        build(odd, cache, Builder())
+    build(replace(odd, limits=Limits(context=64, batch=2)), cache, Builder())
+
+
 def test_a_bundle_for_one_row_says_what_to_do(tmp_path: Path) -> None:
     folder = tmp_path / "single"
     with write_bundle(folder, tiny(), Limits(context=64, batch=1)) as writer:
@@ -525,7 +562,7 @@ def test_a_bundle_for_one_row_says_what_to_do(tmp_path: Path) -> None:
     target = Target(TENSORRT_RTX, "sm89", "int8")
     asked = Request(Bundle.open(folder), (target,), recipe("int8"), ("llm",), plugin, "1.7.1")
     with pytest.raises(
-        ConfigError, match="for 1 row: .* expected at least 2. Export .* with --rows 2"
+        ConfigError, match="for 1 row: .* expected at least 2. .* export .* with --rows 2"
     ):
         plan_engines(asked)
 

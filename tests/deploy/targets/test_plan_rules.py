@@ -29,6 +29,7 @@ from mmi_deploy.errors import EngineError
 from mmi_deploy.spec.backends import TENSORRT, TENSORRT_RTX
 from mmi_deploy.targets.plan_rules import RULES, Facts, check_plans, facts_of, refuse_fatal
 from mmi_deploy.targets.tensorrt_rewrites import rewrite_for_tensorrt
+from mmi_plugins.tensorrt.weight_only import weight_only_products
 
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx-cu13"
@@ -52,6 +53,21 @@ def test_one_row_exactly_writes_an_int8_weight_dequantised(
     assert not broken(dynamic, plans_of(dynamic, tmp_path, architecture, shapes))
     four_bits = quantised_product(1, "int4")
     assert not broken(four_bits, plans_of(four_bits, tmp_path, architecture))
+
+
+@rtx
+@pytest.mark.parametrize("numbers", ["int8", "int4"])
+def test_one_row_exactly_is_one_kernel_of_our_plugin(numbers: str, tmp_path: Path) -> None:
+    """In the profiles of decode and of prefill; nothing is written but the output."""
+    source = tmp_path / "given.onnx"
+    for rows, shapes in ((1, None), ("t", {"x": ((1, 1, 512), (1, 256, 512), (1, 2048, 512))})):
+        onnx.save(quantised_product(rows, numbers), source)
+        ours = weight_only_products(onnx.load(source), source)
+        plans = plans_of(ours, tmp_path, shapes=shapes)  # type: ignore[arg-type]
+        assert not broken(ours, plans)
+        (kernel,) = plans[0].launched
+        assert kernel.kind == "custom_layer" and kernel.nodes == ("product",)
+    assert broken(quantised_product(1), plans) == {"plugin"}
 
 
 @rtx
@@ -139,10 +155,10 @@ def test_products_of_one_tensor_are_one_kernel(tmp_path: Path) -> None:
 
 def test_an_mmfs_node_that_is_not_our_kernel_is_found() -> None:
     plan = ProfilePlan(profile="default", kernels=(Kernel(name="a", kind="custom_layer"),))
-    assert not check_plans([plan], Facts(mmfs=("one",)))
-    (finding,) = check_plans([plan], Facts(mmfs=("one", "two")))
+    assert not check_plans([plan], Facts(plugins=("one",)))
+    (finding,) = check_plans([plan], Facts(plugins=("one", "two")))
     assert finding.rule == "plugin" and finding.fatal
-    assert finding.what == "2 MMFS nodes became 1 kernels of our plugin"
+    assert finding.what == "2 nodes of our operators became 1 kernels of our plugin"
 
 
 def test_a_cache_may_be_copied_and_a_weight_dequantised_once_per_prompt() -> None:

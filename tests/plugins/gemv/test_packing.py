@@ -122,7 +122,7 @@ def test_numbers_that_a_format_does_not_have_are_refused() -> None:
 
 def test_rows_and_shapes_are_checked() -> None:
     numbers, scales = np.zeros((32, 16), np.int8), np.ones(16, np.float16)
-    with pytest.raises(EngineError, match="rows are not 1 to 8; got 9"):
-        GemvCall("int8", np.zeros((9, 32), np.float16), numbers, scales)
+    with pytest.raises(EngineError, match="there are no rows"):
+        GemvCall("int8", np.zeros((0, 32), np.float16), numbers, scales)
     with pytest.raises(EngineError, match="differ"):
         GemvCall("int8", np.zeros((1, 64), np.float16), numbers, scales)

@@ -22,6 +22,13 @@ from mmi_plugins.compile.launch_plan import (
     widen,
 )
 from mmi_plugins.conformance.calls import draw
+from mmi_plugins.gemv import calls as product_calls
+from mmi_plugins.gemv.launch_plan import device_arrays as product_arrays
+from mmi_plugins.gemv.operator import NAME as PRODUCT
+from mmi_plugins.gemv.operator import TOLERANCES as PRODUCT_TOLERANCES
+from mmi_plugins.gemv.operator import GemvCall
+from mmi_plugins.gemv.operator import attributes as product_attributes
+from mmi_plugins.gemv.reference import gemv_reference
 from mmi_plugins.operator import INPUT_SHAPES, NAME, TOLERANCES, Call
 from mmi_plugins.reference import mmfs_reference, output_of
 from mmi_plugins.tensorrt.ahead_of_time import (
@@ -32,6 +39,7 @@ from mmi_plugins.tensorrt.ahead_of_time import (
     ptx_target,
     register_ahead_of_time,
 )
+from mmi_plugins.tensorrt.ahead_of_time_products import choose_product
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")
 
@@ -195,8 +203,9 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module.__dict__.update(replaced)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     yield module
-    creator = next(c for c in module.get_plugin_registry().all_creators if c.name == NAME)
-    module.get_plugin_registry().deregister_creator(creator)
+    registry = module.get_plugin_registry()
+    for creator in [c for c in registry.all_creators if c.name in (NAME, PRODUCT)]:
+        registry.deregister_creator(creator)
     for name in [name for name in sys.modules if name.startswith("tensorrt.")]:
         del sys.modules[name]
 
@@ -269,3 +278,102 @@ def test_tensorrts_own_code_takes_the_plugin(tensorrt: ModuleType, likely: int, 
     with pytest.raises(EngineError):
         made.get_launch_params(sides, described, len(shapes), launch, integers, Numbers())
     assert "unsupported type" in plugin.last_report()
+
+
+# --- weight-only products ------------------------------------------------------------------------
+
+
+def run_product(
+    call: GemvCall, ptx: str, name: str, grid: tuple[int, int, int], threads: int
+) -> np.ndarray:
+    """As `run`, of a product: addresses of the inputs, rows, address of the output."""
+    arrays = product_arrays(call)
+    memory = GlobalMemory(sum(array.nbytes + 4096 for array in arrays.values()) + 2**20)
+    pointers = [memory.allocate(array, name) for name, array in arrays.items()]
+    result = memory.reserve(2 * call.rows * call.out, "output")
+    packed = struct.pack("<3Qi4xQ", *pointers, call.rows, result)
+    Machine(parse(ptx)[name], memory, grid, (threads, 1, 1), packed).run()
+    bits, written = memory.written(result, np.dtype(np.uint16))
+    assert written.all()
+    return bits.view(call.input.dtype).reshape(call.rows, call.out).astype(np.float64)
+
+
+def assert_product_is_right(call: GemvCall, got: np.ndarray) -> None:
+    expected = gemv_reference(call)
+    error = np.sqrt(((got - expected) ** 2).mean() / (expected**2).mean())
+    assert error <= PRODUCT_TOLERANCES[call.dtype]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("format_", "block", "dtype"),
+    [("int8", 0, "float16"), ("float8_e4m3fn", 0, "bfloat16"), ("int4", 64, "float16")],
+)
+@pytest.mark.parametrize("rows", [3, 70])
+def test_a_product_is_right_with_the_arguments_tensorrt_passes(
+    format_: str, block: int, dtype: str, rows: int
+) -> None:
+    """By the kernel for its rows, and that for many rows also where there are few."""
+    rng = np.random.default_rng(rows)
+    call = product_calls.draw(rng, format_, dtype, rows=rows, inputs=192, outputs=150, block=block)
+    fields = product_attributes(format_, 150, block)
+    for most in {rows, 2048}:
+        variant = choose_product(dtype, fields, inputs=192, most_rows=most)
+        assert variant.rows == (most > 8)
+        ptx = nvrtc.compile_ptx(variant, PTX_TARGETS[0])
+        grid = (-(-rows // 64), 2, 1) if variant.rows else (10, 1, 1)
+        assert_product_is_right(call, run_product(call, ptx, variant.name, grid, variant.threads))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("most", "grid"), [((8, 1), (10, 1, 1)), ((1, 2048), (1, 2, 1))])
+def test_tensorrts_own_code_takes_the_product(
+    tensorrt: ModuleType, most: tuple[int, int], grid: tuple[int, int, int]
+) -> None:
+    """For profiles of decoding and of prefill; then the kernel runs with what is passed."""
+    trt: Any = tensorrt
+    plugin = register_ahead_of_time(trt)
+    call = product_calls.draw(
+        np.random.default_rng(0), "int4", rows=6, inputs=192, outputs=150, block=32
+    )
+    fields = [
+        trt.PluginField(name, np.array([number], np.int32), trt.PluginFieldType.INT32)
+        for name, number in product_attributes("int4", 150, 32).items()
+    ]
+    creator = importlib.import_module("tensorrt.plugin._lib").QDP_CREATORS[f"mmi::{PRODUCT}"]
+    made = creator.create_plugin(
+        PRODUCT,
+        "mmi",
+        trt.PluginFieldCollection(fields),
+        trt.TensorRTPhase.BUILD,
+        trt.QuickPluginCreationRequest.STRICT_AOT,
+    )
+    arrays = product_arrays(call)
+    shapes = [(2, 3, 192), *(arrays[name].shape for name in ("weight", "scales"))]
+    types = [trt.float16, trt.int32, trt.float16]
+    assert made.get_output_data_types(types, [len(shape) for shape in shapes]) == [trt.float16]
+    sides = [[Number(side) for side in shape] for shape in shapes]
+    (output,) = made.get_output_shapes(sides, [], Numbers())
+    assert [side.value for side in output] == [2, 3, 150]
+    described = [
+        trt.DynamicPluginTensorDesc(
+            desc=SimpleNamespace(dims=shape, type=type_, format="linear", scale=1.0)
+        )
+        for shape, type_ in zip([*shapes, (2, 3, 150)], [*types, trt.float16], strict=True)
+    ]
+    described[0].opt = described[0].max = (*most, 192)
+    described[0].desc.dims = (-1, -1, 192)
+    launch, integers = SimpleNamespace(grid_y=None, grid_z=None), Integers()
+    made._tactic = 0
+    made.get_launch_params(sides, described, len(shapes), launch, integers, Numbers())
+    name, ptx = made.get_kernel([each.desc for each in described[:-1]], [described[-1].desc])
+    assert [integers[index].expr.value for index in range(len(integers))] == [6]
+    found = tuple(getattr(launch, f"grid_{axis}") for axis in "xyz")
+    assert tuple(1 if side is None else side.expr.value for side in found) == grid
+    threads = launch.block_x.expr.value
+    assert_product_is_right(call, run_product(call, ptx.decode(), name, grid, threads))
+    assert plugin.last_report() == ""
+    described[1].desc.dims = (10, 3, 256)
+    with pytest.raises(EngineError):
+        made.get_launch_params(sides, described, len(shapes), launch, integers, Numbers())
+    assert "shape of weight" in plugin.last_report()
