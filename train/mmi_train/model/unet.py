@@ -280,8 +280,10 @@ class UNet(nn.Module):
         if not inputs.value:
             return x
         assert inputs.image_slot is not None and inputs.image_position is not None
-        arguments = inputs.value[block], inputs.image_slot, inputs.image_position, inputs.seeing
-        return self._run(block, x, *arguments)
+        seeing = () if inputs.seeing is None else (inputs.seeing,)  # exported blocks take none
+        return self._run(
+            block, x, inputs.value[block], inputs.image_slot, inputs.image_position, *seeing
+        )
 
     def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call a function, which keeps only its arguments for the backward pass if gradients are
