@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mmi_deploy.errors import MmiError, WeightsError
 from mmi_deploy.system.output_folder import new_folder, remove_folder
-from mmi_train.training.ranks import ALONE, Ranks, sharded_as
+from mmi_train.training.ranks import ALONE, Ranks, local, shard_of, sharded_as
 from mmi_train.weights.safetensors_files import load_tensors
 
 _NAME = re.compile(r"step-\d{8,}")
@@ -40,11 +40,13 @@ class RunState:
 
 def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state of every parameter, under `<parameter>:<key>`."""
-    names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
     moments = {}
-    for parameter, state in optimiser.state.items():
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            moments[f"{names[parameter]}:{key}"] = torch.as_tensor(state[key])
+    for name, parameter in model.named_parameters():
+        if (state := optimiser.state.get(local(parameter))) is None:
+            continue
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[f"{name}:{key}"] = shard_of(parameter, state[key])
+        moments[f"{name}:step"] = torch.as_tensor(state["step"])
     return moments
 
 
@@ -137,11 +139,11 @@ def load_checkpoint(
     moments = load_tensors(path / "moments.safetensors")
     for name, parameter in model.named_parameters():
         if f"{name}:step" in moments:
-            optimiser.state[parameter] = {
+            optimiser.state[local(parameter)] = {
                 "step": moments[f"{name}:step"].to(parameter.device),
                 **{
-                    key: torch.empty_like(parameter).copy_(
-                        sharded_as(moments[f"{name}:{key}"], parameter)
+                    key: torch.empty_like(local(parameter)).copy_(
+                        local(sharded_as(moments[f"{name}:{key}"], parameter))
                     )
                     for key in ("exp_avg", "exp_avg_sq")
                 },

@@ -43,7 +43,7 @@ from mmi_train.training.optimiser import (
     set_rate,
     trainable,
 )
-from mmi_train.training.ranks import ALONE, Ranks, local, unsharded
+from mmi_train.training.ranks import ALONE, Ranks, local, show_gradients
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -297,6 +297,7 @@ def train(
         progress(f"{stage.name}: going on from {path}", step, optimiser_config.steps)
         _report(on_checkpoint, step, average, ranks)
     parameters = list(trainable(module))
+    own = [local(parameter) for parameter in parameters]
     names = [name for name, value in module.named_parameters() if value.requires_grad]
     device = parameters[0].device
     module.train()
@@ -319,7 +320,9 @@ def train(
                 (losses["total"] / run.accumulate).backward()
                 meter.add(losses)
             # The norm over all ranks, so that all of them take or leave out a step.
-            norm = unsharded(torch.nn.utils.clip_grad_norm_(parameters, optimiser_config.clip))
+            show_gradients(parameters)
+            norm = ranks.gradient_norm(own)
+            torch.nn.utils.clip_grads_with_norm_(own, optimiser_config.clip, norm)
             meter.add({"gradient_norm": norm})
             step += 1
             if bool(torch.isfinite(norm)):
@@ -330,6 +333,7 @@ def train(
             elif (skipped := skipped + 1) > run.most_skipped:
                 _refuse_not_finite(stage.name, step - 1, losses)
             optimiser.zero_grad(set_to_none=True)
+            module.zero_grad(set_to_none=True)
             if step % run.log_every == 0 or step == optimiser_config.steps:
                 means = meter.take(ranks)
                 if curves is not None:

@@ -7,7 +7,7 @@ micro-batches. The processes talk through gloo on CPUs and NCCL on GPUs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +27,9 @@ from mmi_train.model.unet import UNet
 
 # The first rank writes a whole model at a checkpoint while the others wait.
 PATIENCE = timedelta(hours=2)
+
+# Attribute of a sharded tensor that holds what `local` returned.
+_PART = "_part_of_this_rank"
 
 # Characters of a setting's value that an error shows.
 _MOST_TOLD = 40
@@ -100,6 +103,15 @@ class Ranks:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(now)
 
+    def gradient_norm(self, own: Sequence[Tensor]) -> Tensor:
+        """Norm of the gradients of all ranks; own: this rank's parts of the parameters."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+        if self.mesh is None:
+            return norm
+        squared = norm.to(self.mesh.device_type).square()
+        dist.all_reduce(squared, group=self.mesh.get_group())
+        return squared.sqrt()
+
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors of a sharded `state` on the first rank, in its memory if there are several
         ranks; nothing on the others."""
@@ -124,9 +136,41 @@ def unsharded(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+@torch.no_grad()
 def local(value: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded, in the same memory."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    """This rank's part of a tensor that may be sharded, in the same memory; of a parameter the same
+    object at every call.
+
+    The optimiser works on these, because operators on long lists of sharded tensors take seconds.
+    """
+    if not isinstance(value, DTensor):
+        return value
+    if (part := value.__dict__.get(_PART)) is None:
+        part = value.to_local().detach()
+        setattr(value, _PART, part)
+    return part
+
+
+def show_gradients(parameters: Iterable[Tensor]) -> None:
+    """Give each part that `local` returns its part of the gradient."""
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            gradient = parameter.grad
+            local(parameter).grad = None if gradient is None else local(gradient)
+
+
+def shard_of(other: Tensor, part: Tensor) -> Tensor:
+    """The tensor whose parts on the ranks are `part`, sharded as `other` is."""
+    if not isinstance(other, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        other.device_mesh,
+        other.placements,
+        run_check=False,
+        shape=other.shape,
+        stride=other.stride(),
+    )
 
 
 def sharded_as(value: Tensor, other: Tensor) -> Tensor:
