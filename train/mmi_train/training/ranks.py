@@ -181,11 +181,6 @@ def sharded_as(value: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def started_as_first() -> bool:
-    """True unless the environment of `torchrun` says that this is not the first rank."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def joined_ranks(device: str = "auto", rendezvous: str | None = None) -> Iterator[Ranks]:
     """Join the other processes that `torchrun` started, or train alone without it.
