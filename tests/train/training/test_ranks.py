@@ -99,7 +99,7 @@ def two_ranks(folder: Path, job: Callable[[Ranks], None]) -> None:
 
 
 def main(folder: Path) -> None:
-    """What the tests look at, from one process, so that modules are imported once."""
+    """All runs of two ranks, forked from one process, so that modules are imported once."""
     torch.set_num_threads(1)
 
     def alike(ranks: Ranks) -> None:
@@ -117,7 +117,7 @@ def main(folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return save_checkpoint(out, *more)
 
-        loop.save_checkpoint = save
+        loop.save_checkpoint = save  # type: ignore[assignment]
         tune(folder, folder / "killed", LORA, ranks)
 
     for job in (alike, disagreeing, killed):
@@ -155,7 +155,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], most: float
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `main` has run, and one process has trained as its ranks did."""
+    """Folder in which `main` has run, and one process has trained as its ranks did."""
     found = start(tmp_path_factory.mktemp("ranks"))
     parts = (".", "export", "train", "plugins", "tests")
     path = os.pathsep.join(str(REPOSITORY / part) for part in parts)

@@ -128,7 +128,7 @@ class DocumentsStage:
         return DocumentBatch(batch_of(rows, config), tuple(broken))
 
     def losses(self, batch: DocumentBatch) -> dict[str, Tensor]:
-        self._report_all(batch.broken)
+        self._report_all(batch)
         losses = self.model(
             batch.batch, text_weight=self.text_weight, image_weight=self.image_weight
         )
@@ -142,7 +142,7 @@ class DocumentsStage:
     ) -> list[DocumentBatch]:
         for one in zip(*known, strict=True):
             for _, broken in one:
-                self._report_all(broken)
+                self._report(broken)
         wanted = [all_parts(parts for parts, _ in one) for one in zip(*known, strict=True)]
         wanted[-1] = all_parts(wanted)
         return [
@@ -150,7 +150,10 @@ class DocumentsStage:
             for batch, parts in zip(batches, wanted, strict=True)
         ]
 
-    def _report_all(self, broken: Iterable[tuple[int, str]]) -> None:
+    def _report_all(self, batch: DocumentBatch) -> None:
+        self._report(batch.broken)
+
+    def _report(self, broken: Iterable[tuple[int, str]]) -> None:
         """Report the broken documents that are new; a worker process or another rank may have met
         them."""
         for number, reason in broken:
