@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,7 @@ import typer
 from mmi_deploy.cli.console import MOST_THREADS, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.system.output_folder import check_run_folder
-from mmi_deploy.system.progress import shown
+from mmi_deploy.system.progress import Progress, shown, silent
 from mmi_train.cli.choices import Device, Precision
 
 _DATA, _LEARNS, _MACHINE = "Documents", "What learns", "Machine"
@@ -74,7 +76,7 @@ def train(
         int,
         typer.Option(
             min=1,
-            help="Gradient accumulation: micro-batches per optimiser step.",
+            help="Gradient accumulation: micro-batches per optimiser step, on each GPU.",
             metavar="N",
         ),
     ] = 1,
@@ -177,11 +179,17 @@ def train(
     """Train a model folder further on documents of yours.
 
     It can be stopped at any time: the same command resumes from the last checkpoint and ends with
-    the same weights. After every checkpoint OUT/model holds a usable model.
+    the same weights. After every checkpoint OUT/model holds a usable model. On several GPUs:
+    torchrun --nproc_per_node N -m mmi_deploy train ...
     """
     check_run_folder(out)
     remark = remarks()
-    with shown(remark, f"training {model} into {out}") as progress:
+    # torchrun numbers the processes: the first one speaks for all.
+    first = os.environ.get("RANK", "0") == "0"
+    with ExitStack() as stack:
+        progress: Progress = silent
+        if first:
+            progress = stack.enter_context(shown(remark, f"training {model} into {out}"))
         with extras("train"):
             import torch
 
@@ -190,8 +198,10 @@ def train(
             from mmi_train.training.fine_tuning import FineTuning, fine_tune, steps_of
             from mmi_train.training.loop import RunConfig
             from mmi_train.training.lora import LoraConfig
+            from mmi_train.training.ranks import joined_ranks
         if threads is not None:
             torch.set_num_threads(threads)
+        ranks = stack.enter_context(joined_ranks(device))
         place = device_called(device)
         progress(f"reading {data}")
         documents = DocumentFile(data, images)
@@ -199,7 +209,7 @@ def train(
             model,
             documents,
             out,
-            steps or steps_of(epochs, len(documents), batch * accumulate),
+            steps or steps_of(epochs, len(documents), batch * accumulate * ranks.size),
             FineTuning(
                 groups=groups,
                 lora=LoraConfig(rank=lora, alpha=2 * lora, four_bit=four_bit) if lora else None,
@@ -220,5 +230,7 @@ def train(
             place,
             progress=progress,
             on_broken=remark.print,
+            ranks=ranks,
         )
-    results().print(f"{trained}: export it with `mmi export {trained}`")
+    if first:
+        results().print(f"{trained}: export it with `mmi export {trained}`")

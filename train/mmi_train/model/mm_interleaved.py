@@ -12,6 +12,7 @@ z latent channels, c channels.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ class Batch:
     `text_target` [b, t - 1]: from `losses.text_targets`; None: computed from `token_ids` alone.
     `token_weight` [b, t]: loss weight of each token as a target (the first column is not used).
     `layout`: where tokens and pictures find what they see, best made with the batch; None: made by
-    the model, for rows that are causal from their first token on.
+    the model, for rows that are causal from their first token on. `blank`: `pixels` is one image
+    that no row sees, and that changes no random draw of the others.
     """
 
     token_ids: Tensor
@@ -73,6 +75,7 @@ class Batch:
     text_target: Tensor | None = None
     token_weight: Tensor | None = None
     layout: Layout | None = None
+    blank: bool = False
 
     def pin_memory(self) -> Batch:
         """Copy in page-locked memory, for PyTorch's loader."""
@@ -203,7 +206,8 @@ class MMInterleaved(nn.Module):
         questions with, leaves the U-Net out."""
         batch = self.with_layout(batch)
         assert batch.layout is not None
-        images = self.encode_images(batch.pixels)
+        with unchanged_draws(batch.token_ids.device) if batch.blank else nullcontext():
+            images = self.encode_images(batch.pixels)
         hidden = self.read_rows(batch.token_ids, images, batch.layout.rows)
         text = self.text_loss(hidden, batch)
         if image_weight == 0:
@@ -266,6 +270,11 @@ class MMInterleaved(nn.Module):
         if batch.picture_weight is not None:
             losses = losses * batch.picture_weight[drawn]
         return losses.sum() / count, own
+
+
+def unchanged_draws(device: torch.device) -> AbstractContextManager[None]:
+    """Leave torch's default generators, of the CPU and of `device`, as they were before."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mmi_deploy.errors import MmiError, WeightsError
 from mmi_deploy.system.output_folder import new_folder, remove_folder
+from mmi_train.training.ranks import ALONE, Ranks, local, shard_of, sharded_as
 from mmi_train.weights.safetensors_files import load_tensors
 
 _NAME = re.compile(r"step-\d{8,}")
@@ -39,11 +40,13 @@ class RunState:
 
 def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state of every parameter, under `<parameter>:<key>`."""
-    names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
     moments = {}
-    for parameter, state in optimiser.state.items():
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            moments[f"{names[parameter]}:{key}"] = torch.as_tensor(state[key])
+    for name, parameter in model.named_parameters():
+        if (state := optimiser.state.get(local(parameter))) is None:
+            continue
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[f"{name}:{key}"] = shard_of(parameter, state[key])
+        moments[f"{name}:step"] = torch.as_tensor(state["step"])
     return moments
 
 
@@ -66,14 +69,23 @@ def save_checkpoint(
     optimiser: torch.optim.Optimizer,
     state: RunState,
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write `folder/step-N` atomically and remove all but the `keep` newest, of which those stay to
-    which somebody has added something. Returns its path."""
+    which somebody has added something. Returns its path. The first of several ranks writes what one
+    process would write."""
     target = folder / f"step-{state.step:08d}"
-    with new_folder(target, None, kind=_KIND) as scratch:
-        save_file(_contiguous(learning(model)), scratch / "model.safetensors")
-        save_file(_contiguous(average), scratch / "average.safetensors")
-        save_file(_contiguous(_moments(model, optimiser)), scratch / "moments.safetensors")
+    with new_folder(target, None, kind=_KIND) if ranks.main else nullcontext() as scratch:
+        for name, part in (
+            ("model", learning(model)),
+            ("average", average),
+            ("moments", _moments(model, optimiser)),
+        ):
+            whole = ranks.whole(part)
+            if scratch is not None:
+                save_file(_contiguous(whole), scratch / f"{name}.safetensors")
+        if scratch is None:
+            return target
         (scratch / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
         for path in scratch.iterdir():
             with path.open("rb") as file:
@@ -114,20 +126,29 @@ def load_checkpoint(
     average: dict[str, Tensor],
     optimiser: torch.optim.Optimizer,
 ) -> None:
-    """Restore what `save_checkpoint` wrote in place. Raises `WeightsError` for a checkpoint of
-    another model."""
+    """Restore what `save_checkpoint` wrote in place, on any number of ranks. Raises `WeightsError`
+    for a checkpoint of another model."""
     state, means = (load_tensors(path / f"{name}.safetensors") for name in ("model", "average"))
-    if state.keys() != learning(model).keys() or means.keys() != average.keys():
-        raise WeightsError(f"{path} holds other weights than those that learn in this run")
-    model.load_state_dict(state, strict=False)
+    for held, own in ((state, learning(model)), (means, average)):
+        if _shapes(held) != _shapes(own):
+            raise WeightsError(f"{path} holds other weights than those that learn in this run")
+        with torch.no_grad():
+            for name, value in held.items():
+                own[name].copy_(sharded_as(value, own[name]))
     optimiser.state.clear()
-    for name, value in means.items():
-        average[name].copy_(value)
     moments = load_tensors(path / "moments.safetensors")
     for name, parameter in model.named_parameters():
         if f"{name}:step" in moments:
-            optimiser.state[parameter] = {
-                "step": moments[f"{name}:step"],
-                "exp_avg": torch.empty_like(parameter).copy_(moments[f"{name}:exp_avg"]),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"{name}:exp_avg_sq"]),
+            optimiser.state[local(parameter)] = {
+                "step": moments[f"{name}:step"].to(parameter.device),
+                **{
+                    key: torch.empty_like(local(parameter)).copy_(
+                        local(sharded_as(moments[f"{name}:{key}"], parameter))
+                    )
+                    for key in ("exp_avg", "exp_avg_sq")
+                },
             }
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,7 @@ from mmi_train.training.optimiser import (
     OptimiserConfig,
     frozen_matrices,
 )
+from mmi_train.training.ranks import ALONE, Ranks
 from mmi_train.training.stages.documents import DocumentsStage
 from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
 from mmi_train.weights.model_folder import (
@@ -108,23 +110,28 @@ def fine_tune(
     *,
     progress: Progress = silent,
     on_broken: Callable[[str], None] = lambda reason: None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Train the model folder `start` on the documents of `file` and write the model folder
     `out/model`, and the adapters, if there are any, to `out/adapters`; returns the former.
 
     on_broken: told of each document that cannot be read. The same call resumes from the last
     checkpoint in `out`. Both folders are written at every checkpoint; weights that do not learn
-    keep the bytes of `start`. Raises `MmiError` where another process trains there, or a folder
-    holds files that mmi did not write.
+    keep the bytes of `start`. ranks: all of them call this function and read `start`, the documents
+    and `out`; only the first one writes and reports. Raises `MmiError` where another process trains
+    there, or a folder holds files that mmi did not write.
     """
     model_folder, adapters = out / MODEL, out / ADAPTERS
     optimiser = tuning.optimiser(steps)
-    with run_folder(out, "training"):
-        check_replaceable(model_folder, None, kind=FOLDER_KIND, inputs=[start])
-        if tuning.lora is not None:
-            check_replaceable(adapters, None, kind=ADAPTERS_KIND, inputs=[start])
+    if not ranks.main:
+        progress, on_broken = silent, lambda reason: None
+    with run_folder(out, "training") if ranks.main else nullcontext():
+        if ranks.main:
+            check_replaceable(model_folder, None, kind=FOLDER_KIND, inputs=[start])
+            if tuning.lora is not None:
+                check_replaceable(adapters, None, kind=ADAPTERS_KIND, inputs=[start])
         progress(f"loading {start}")
-        model = _loaded(start, tuning, optimiser, run.precision, device)
+        model = _loaded(start, tuning, optimiser, run.precision, device, ranks)
         stage = DocumentsStage(
             model,
             Tokenizer.open(start / TOKENIZER, model.config.tokens),
@@ -152,7 +159,7 @@ def fine_tune(
                 write_changed(work, start, changed)
 
         begun = f"weights {sha256_of(start / WEIGHTS)}"
-        train(stage, optimiser, run, out / stage.name, save, progress, begun)
+        train(stage, optimiser, run, out / stage.name, save, progress, begun, ranks)
     return model_folder
 
 
@@ -162,13 +169,16 @@ def _loaded(
     optimiser: OptimiserConfig,
     precision: Literal["bf16", "fp32"],
     device: torch.device,
+    ranks: Ranks,
 ) -> MMInterleaved:
-    """The model on `device`, with adapters; in mixed precision its frozen matrices in bfloat16."""
+    """The model on `device`, with adapters; in mixed precision its frozen matrices in bfloat16. Of
+    several ranks each moves only its shards there, later."""
     lean = frozen_matrices(optimiser.rules) if precision == "bf16" else None
     model = load_model(start, matrices=lean)
     if tuning.lora is not None:
         add_adapters(model, tuning.lora, device)
-    model.to(device)
+    if ranks.size == 1:
+        model.to(device)
     model.checkpoint_gradients(tuning.checkpoint_gradients)
     use_fused_mmfs(model, device)
     return model

@@ -2,7 +2,8 @@
 
 Micro-batches are numbered through the run, and every random draw is keyed by (seed, number), so a
 killed run resumes from its last checkpoint and ends with the weights of an uninterrupted run,
-whatever the number of worker processes.
+whatever the number of worker processes. Ranks take turns at the numbers: R ranks with A
+micro-batches a step each see what one process sees with R * A.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,15 +37,23 @@ from mmi_train.training.checkpoints import (
     read_state,
     save_checkpoint,
 )
-from mmi_train.training.optimiser import OptimiserConfig, make_optimiser, set_rate, trainable
+from mmi_train.training.optimiser import (
+    OptimiserConfig,
+    make_optimiser,
+    parameter_groups,
+    set_rate,
+    trainable,
+)
+from mmi_train.training.ranks import ALONE, Ranks, local, show_gradients
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class RunConfig:
-    """Settings of a run. `accumulate`: micro-batches of one optimiser step. `average`: decay of the
-    exponential moving average (EMA) of the weights. `keep`: checkpoints kept. Intervals are in
-    optimiser steps. `workers`: processes that make batches ahead; 0: made in the loop.
-    `most_skipped`: steps in a row that may be left out because a loss or a gradient is not finite.
+    """Settings of a run. `accumulate`: micro-batches of one optimiser step on each rank. `average`:
+    decay of the exponential moving average (EMA) of the weights. `keep`: checkpoints kept.
+    Intervals are in optimiser steps. `workers`: processes that make batches ahead; 0: made in the
+    loop. `most_skipped`: steps in a row that may be left out because a loss or a gradient is not
+    finite.
     """
 
     seed: int = 0
@@ -76,6 +86,20 @@ class Stage(Protocol):
 
     def describe(self) -> Mapping[str, object]:
         """Settings that decide the weights, by name; a checkpoint of other settings is refused."""
+
+
+@runtime_checkable
+class SharedStage(Protocol):
+    """Stage whose ranks must know something of each other's micro-batches before they compute, as
+    which parts of the module these run."""
+
+    def shared(self, batch: Any) -> Any:
+        """Small value that all ranks are to know of a micro-batch."""
+
+    def agreed(self, batches: Sequence[Any], known: Sequence[Sequence[Any]]) -> Sequence[Any]:
+        """This rank's micro-batches of a step, adapted to what all ranks share of theirs:
+        `known[rank][part]`. All that any part of a step runs must run in the last one too, where
+        gradients are averaged."""
 
 
 # Characters of a setting's value that an error shows.
@@ -198,11 +222,13 @@ class _RunningMeans:
             self._sums[name] = self._sums[name] + now if name in self._sums else now
             self._counts[name] += 1
 
-    def take(self) -> dict[str, float]:
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+    def take(self, ranks: Ranks) -> dict[str, float]:
+        """Means over all ranks, which call this at the same step."""
+        own = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        everyone = ranks.gather(own)
         self._sums.clear()
         self._counts.clear()
-        return means
+        return {name: sum(means[name] for means in everyone) / ranks.size for name in own}
 
 
 def _average(
@@ -212,8 +238,22 @@ def _average(
     current = dict(module.named_parameters())
     with torch.no_grad():
         torch._foreach_lerp_(
-            [average[name] for name in names], [current[name] for name in names], 1 - decay
+            [local(average[name]) for name in names],
+            [local(current[name]) for name in names],
+            1 - decay,
         )
+
+
+def _step_batches(
+    stage: Stage, batches: Iterator[tuple[int, Any]], accumulate: int, ranks: Ranks
+) -> Iterable[tuple[int, Any]]:
+    """Number and micro-batch of each part of a step, which ranks have agreed on."""
+    parts = islice(batches, accumulate)
+    if ranks.size == 1 or not isinstance(stage, SharedStage):
+        return parts
+    numbers, own = zip(*parts, strict=True)
+    known = ranks.gather([stage.shared(batch) for batch in own])
+    return zip(numbers, stage.agreed(own, known), strict=True)
 
 
 def train(
@@ -224,6 +264,7 @@ def train(
     on_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
     progress: Progress = silent,
     start: str = "new weights",
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Train `stage` to its last step, resuming from the newest checkpoint in `out`.
 
@@ -232,45 +273,59 @@ def train(
     run may have been killed between a checkpoint and its callback. `start` names the weights that
     the run starts from. Raises `WeightsError` if losses or gradients are not finite again and
     again, or if `out` belongs to a run with other settings.
+
+    `ranks`: all of them call this function; the module is sharded, and only the first one writes,
+    calls `on_checkpoint` and returns averages. Raises `ConfigError` if their settings differ.
     """
     module = stage.module
-    optimiser = make_optimiser(module, optimiser_config)
-    average = {name: value.detach().clone() for name, value in learning(module).items()}
-    settings = settings_of(stage, optimiser_config, run, start)
+    parameter_groups(module, optimiser_config)  # freezes
+    whole_step = replace(run, accumulate=run.accumulate * ranks.size)
+    settings = settings_of(stage, optimiser_config, whole_step, start)
     # Checkpoints do not hold these weights.
     settings["frozen"] = checksum_of(
         (name, value) for name, value in module.named_parameters() if not value.requires_grad
     )
+    ranks.check_agreement(settings)
+    ranks.shard(module)
+    optimiser = make_optimiser(module, optimiser_config)
+    average = {name: value.detach().clone() for name, value in learning(module).items()}
     step = 0
-    if (path := latest_checkpoint(out)) is not None:
+    if (path := ranks.gather(latest_checkpoint(out))[0]) is not None:
         saved = read_state(path)
         check_same_run(path, saved, settings, optimiser_config)
         load_checkpoint(path, module, average, optimiser)
         step = saved.step
         progress(f"{stage.name}: going on from {path}", step, optimiser_config.steps)
-        if on_checkpoint is not None:
-            on_checkpoint(step, average)
+        _report(on_checkpoint, step, average, ranks)
     parameters = list(trainable(module))
+    own = [local(parameter) for parameter in parameters]
     names = [name for name, value in module.named_parameters() if value.requires_grad]
     device = parameters[0].device
     module.train()
     meter, losses_now, skipped = _RunningMeans(), "", 0
-    first, last = step * run.accumulate, optimiser_config.steps * run.accumulate
-    batches = micro_batches(stage, run.seed, range(first, last), run.workers, device)
-    with warnings.catch_warnings(), SummaryWriter(str(out / "curves"), purge_step=step) as curves:
+    first, last = (count * whole_step.accumulate for count in (step, optimiser_config.steps))
+    numbers = range(first + ranks.rank, last, ranks.size)
+    batches = micro_batches(stage, run.seed, numbers, run.workers, device)
+    with warnings.catch_warnings(), _curves(out, step) if ranks.main else nullcontext() as curves:
         # PyTorch says so of every norm whose weights are float32 in mixed precision.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         progress(stage.name, step, optimiser_config.steps)
         while step < optimiser_config.steps:
             rate = set_rate(optimiser, optimiser_config, step)
-            for index, batch in islice(batches, run.accumulate):
+            for part, (index, batch) in enumerate(
+                _step_batches(stage, batches, run.accumulate, ranks), 1
+            ):
+                ranks.reduce_gradients(module, part == run.accumulate)
                 draws = np.random.default_rng([run.seed, index, 1])
                 torch.manual_seed(int(draws.integers(2**62)))
                 with _autocast(run.precision, device):
                     losses = stage.losses(batch)
                 (losses["total"] / run.accumulate).backward()
                 meter.add(losses)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, optimiser_config.clip)
+            # The norm over all ranks, so that all of them take or leave out a step.
+            show_gradients(parameters)
+            norm = ranks.gradient_norm(own)
+            torch.nn.utils.clip_grads_with_norm_(own, optimiser_config.clip, norm)
             meter.add({"gradient_norm": norm})
             step += 1
             if bool(torch.isfinite(norm)):
@@ -281,18 +336,38 @@ def train(
             elif (skipped := skipped + 1) > run.most_skipped:
                 _refuse_not_finite(stage.name, step - 1, losses)
             optimiser.zero_grad(set_to_none=True)
+            module.zero_grad(set_to_none=True)
             if step % run.log_every == 0 or step == optimiser_config.steps:
-                means = meter.take()
-                for name, value in means.items():
-                    curves.add_scalar(f"{stage.name}/{name}", value, step)
-                curves.add_scalar(f"{stage.name}/rate", rate, step)
+                means = meter.take(ranks)
+                if curves is not None:
+                    for name, value in means.items():
+                        curves.add_scalar(f"{stage.name}/{name}", value, step)
+                    curves.add_scalar(f"{stage.name}/rate", rate, step)
                 losses_now = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
             progress(stage.name, step, optimiser_config.steps, detail=losses_now)
             if step % run.checkpoint_every == 0 or step == optimiser_config.steps:
                 state = RunState(step, settings)
-                save_checkpoint(out, module, average, optimiser, state, run.keep)
-                if on_checkpoint is not None:
-                    on_checkpoint(step, average)
-                    module.train()  # the callback may have evaluated the module
+                save_checkpoint(out, module, average, optimiser, state, run.keep, ranks)
+                _report(on_checkpoint, step, average, ranks)
+                module.train()  # the callback may have evaluated the module
     module.eval()
-    return average
+    return ranks.whole(average)
+
+
+def _curves(out: Path, step: int) -> SummaryWriter:
+    return SummaryWriter(str(out / "curves"), purge_step=step)
+
+
+def _report(
+    on_checkpoint: Callable[[int, dict[str, Tensor]], None] | None,
+    step: int,
+    average: Mapping[str, Tensor],
+    ranks: Ranks,
+) -> None:
+    """Call `on_checkpoint` on the first rank, for which the others wait."""
+    if on_checkpoint is None:
+        return
+    whole = ranks.whole(average)
+    if ranks.main:
+        on_checkpoint(step, whole)
+    ranks.gather(None)

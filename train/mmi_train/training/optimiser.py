@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import nn
 
 from mmi_deploy.errors import ConfigError
+from mmi_train.training.ranks import local
 from mmi_train.training.stages import MODEL_PREFIX
 from mmi_train.weights.model_folder import TypeOfMatrix
 
@@ -216,8 +217,11 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
 
 
 def make_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """Make AdamW over the parameter groups of `model`; call `set_rate` before each step."""
+    """Make AdamW over the parameter groups of `model`, this rank's part of each parameter; call
+    `set_rate` before each step."""
     groups = parameter_groups(model, config)
+    for group in groups:
+        group["params"] = [local(parameter) for parameter in group["params"]]
     return torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, eps=config.eps, fused=True)
 
 

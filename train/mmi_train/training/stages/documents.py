@@ -5,8 +5,8 @@ Documents of a micro-batch are packed into rows, in which none sees another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from mmi_train.data.order import ShuffledOrder
 from mmi_train.data.rows import TokenDocument, continued, make_rows, tokens_of
 from mmi_train.model.layout import map_tensors
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
+from mmi_train.training.stages.same_parts import Parts, all_parts, parts_of, with_parts
+
+# Broken documents: their numbers and the reasons.
+Broken = tuple[tuple[int, str], ...]
 
 # Other documents that are tried in the place of a broken one.
 _SPARE = 50
@@ -30,7 +34,7 @@ class DocumentBatch:
     """A batch, and the documents that were to be in it and cannot be read: number and reason."""
 
     batch: Batch
-    broken: tuple[tuple[int, str], ...]
+    broken: Broken
 
     def pin_memory(self) -> DocumentBatch:
         """Copy in page-locked memory, for PyTorch's loader."""
@@ -132,9 +136,29 @@ class DocumentsStage:
         )
         return {"total": losses.total, "text": losses.text, "image": losses.image}
 
+    def shared(self, batch: DocumentBatch) -> tuple[Parts, Broken]:
+        return parts_of(batch.batch), batch.broken
+
+    def agreed(
+        self, batches: Sequence[DocumentBatch], known: Sequence[Sequence[tuple[Parts, Broken]]]
+    ) -> list[DocumentBatch]:
+        for one in zip(*known, strict=True):
+            for _, broken in one:
+                self._report(broken)
+        wanted = [all_parts(parts for parts, _ in one) for one in zip(*known, strict=True)]
+        wanted[-1] = all_parts(wanted)
+        return [
+            replace(batch, batch=with_parts(batch.batch, parts, self.model.config))
+            for batch, parts in zip(batches, wanted, strict=True)
+        ]
+
     def _report_all(self, batch: DocumentBatch) -> None:
-        """Report the broken documents that are new; a worker process may have met them."""
-        for number, reason in batch.broken:
+        self._report(batch.broken)
+
+    def _report(self, broken: Iterable[tuple[int, str]]) -> None:
+        """Report the broken documents that are new; a worker process or another rank may have met
+        them."""
+        for number, reason in broken:
             if number in self._broken:
                 continue
             self._broken[number] = reason

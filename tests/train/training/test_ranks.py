@@ -1,0 +1,211 @@
+"""Two ranks compute, write and resume what one process does with twice the accumulation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from export.small_models import paper_reading, random_model
+from mmi_deploy.errors import MmiError
+from mmi_deploy.spec.config import ModelConfig
+from mmi_train.data.document_file import DocumentFile
+from mmi_train.data.synthetic.vocabulary import build_tokenizer
+from mmi_train.training import loop
+from mmi_train.training.checkpoints import save_checkpoint
+from mmi_train.training.fine_tuning import FineTuning, fine_tune
+from mmi_train.training.loop import RunConfig
+from mmi_train.training.lora import LoraConfig
+from mmi_train.training.ranks import ALONE, Ranks, joined_ranks
+from mmi_train.weights.model_folder import TOKENIZER, save_model
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+RUN = RunConfig(
+    precision="fp32", accumulate=4, average=0.5, log_every=1, checkpoint_every=1, keep=9
+)
+LORA = FineTuning(lora=LoraConfig(rank=2), batch=1)
+TUNINGS = {
+    "lora": LORA,
+    "groups": replace(LORA, groups="published", lora=None, checkpoint_gradients=True),
+}
+STEPS = 2
+
+
+def model_config() -> ModelConfig:
+    """Small, with dropout in the visual tokenizer (Q-Former) as the released model has it."""
+    config = paper_reading()
+    resampler = replace(config.vision_resampler, form="qformer", layers=1, cross_every=1)
+    return replace(config, vision_resampler=resampler)
+
+
+def start(folder: Path) -> Path:
+    """A model folder and documents: texts alone, images that are read, drawn, and drawn from
+    images, so that the micro-batches of two ranks run different parts of the model."""
+    save_model(random_model(model_config()), folder / "model")
+    build_tokenizer().save(str(folder / "model" / TOKENIZER))
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 256, (40, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    text = {"text": "a red circle."}
+    read, drawn = {"image": "0.png", "learn": False}, {"image": "1.png"}
+    documents = [[text], [read, text], [text, drawn], [read, text, drawn], [text, text], [text]]
+    lines = [json.dumps(document) for document in documents]
+    (folder / "documents.jsonl").write_text("\n".join([*lines, '[{"image": "none.png"}]']))
+    return folder
+
+
+def tune(
+    folder: Path, out: Path, tuning: FineTuning, ranks: Ranks, told: Callable[[str], Any] = print
+) -> None:
+    run = replace(RUN, accumulate=RUN.accumulate // ranks.size)
+    documents, device = DocumentFile(folder / "documents.jsonl"), torch.device("cpu")
+    model = folder / "model"
+    fine_tune(model, documents, out, STEPS, tuning, run, device, ranks=ranks, on_broken=told)
+
+
+def two_ranks(folder: Path, job: Callable[[Ranks], None]) -> None:
+    """Run `job` in two forked processes, and write the exit status of each and the error that it
+    ended with, a line for each rank, to `folder`."""
+    children = []
+    for rank in range(2):
+        if (child := os.fork()) == 0:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+            try:
+                with joined_ranks("cpu", f"file://{folder / job.__name__}.meeting") as ranks:
+                    job(ranks)
+            except MmiError as error:
+                (folder / f"{job.__name__}-{rank}.error").write_text(str(error))
+                os._exit(error.exit_code)
+            os._exit(0)
+        children.append(child)
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (folder / f"{job.__name__}.ends").write_text(json.dumps(ends))
+
+
+def main(folder: Path) -> None:
+    """All runs of two ranks, forked from one process, so that modules are imported once."""
+    torch.set_num_threads(1)
+
+    def alike(ranks: Ranks) -> None:
+        for name, tuning in TUNINGS.items():
+            with (folder / f"told-{ranks.rank}").open("a") as told:
+                tune(folder, folder / f"{name}-two", tuning, ranks, lambda line: told.write(line))
+
+    def disagreeing(ranks: Ranks) -> None:
+        other = replace(LORA, rate=1e-3) if ranks.rank else LORA
+        tune(folder, folder / "disagreeing", other, ranks)
+
+    def killed(ranks: Ranks) -> None:
+        def save(out: Path, *more: Any) -> Path:
+            if ranks.rank == 1 and more[3].step == STEPS:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return save_checkpoint(out, *more)
+
+        loop.save_checkpoint = save  # type: ignore[assignment]
+        tune(folder, folder / "killed", LORA, ranks)
+
+    for job in (alike, disagreeing, killed):
+        two_ranks(folder, job)
+
+
+def held(out: Path, step: int) -> dict[str, Tensor]:
+    path = out / "documents" / f"step-{step:08d}"
+    return {
+        f"{file.stem}:{name}": value
+        for file in sorted(path.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def losses(out: Path) -> dict[str, list[float]]:
+    found = EventAccumulator(str(out / "documents" / "curves"))
+    found.Reload()
+    return {
+        name: [event.value for event in found.Scalars(name)] for name in found.Tags()["scalars"]
+    }
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], most: float) -> None:
+    """Relative to the norm of each tensor; biases of keys, to which attention is blind, have
+    gradients of rounding alone."""
+    assert ours.keys() == theirs.keys() and ours
+    wrong = {}
+    for name, value in ours.items():
+        difference = float((value - theirs[name]).norm() / (theirs[name].norm() + 1e-9))
+        if difference > most and "key_proj.bias" not in name:
+            wrong[name] = difference
+    assert wrong == {}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in which `main` has run, and one process has trained as its ranks did."""
+    found = start(tmp_path_factory.mktemp("ranks"))
+    parts = (".", "export", "train", "plugins", "tests")
+    path = os.pathsep.join(str(REPOSITORY / part) for part in parts)
+    program = f"from tests.train.training.test_ranks import *\nmain(Path({str(found)!r}))"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=280,
+        check=True,
+    )
+    for name, tuning in TUNINGS.items():
+        tune(found, found / f"{name}-one", tuning, ALONE, print)
+    return found
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_two_ranks_are_one_process(folder: Path, name: str) -> None:
+    """Losses, gradients (AdamW's first moment after a step), weights and averages."""
+    assert json.loads((folder / "alike.ends").read_text()) == [0, 0]
+    two, one = folder / f"{name}-two", folder / f"{name}-one"
+    assert_close(held(two, 1), held(one, 1), 1e-5)
+    assert_close(held(two, STEPS), held(one, STEPS), 1e-4)
+    ours, theirs = losses(two), losses(one)
+    assert ours.keys() == theirs.keys() and "documents/image" in ours
+    for curve, values in ours.items():
+        np.testing.assert_allclose(values, theirs[curve], rtol=1e-5, atol=1e-7, err_msg=curve)
+    assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
+
+
+def test_only_the_first_rank_tells_of_documents_that_any_rank_cannot_read(folder: Path) -> None:
+    assert (folder / "told-0").read_text().count("line 7 of") == len(TUNINGS)
+    assert not (folder / "told-1").read_text()
+
+
+def test_ranks_with_other_settings_are_refused_before_the_first_step(folder: Path) -> None:
+    assert json.loads((folder / "disagreeing.ends").read_text()) == [2, 2]
+    for rank in range(2):
+        told = (folder / f"disagreeing-{rank}.error").read_text()
+        assert "ranks 0 and 1 disagree; expected rate 0.0001; got rate 0.001. start" in told
+    assert list((folder / "disagreeing").iterdir()) == []
+
+
+def test_a_killed_rank_ends_the_others_and_one_process_goes_on(folder: Path) -> None:
+    """The checkpoint of two ranks, and what the run had done, is one process's."""
+    assert json.loads((folder / "killed.ends").read_text()) == [2, -signal.SIGKILL]
+    told = (folder / "killed-0.error").read_text()
+    assert "another rank of this run has ended" in told and "\n" not in told
+    out = folder / "killed"
+    left = sorted(path.name for path in (out / "documents").iterdir())
+    assert left == ["curves", "step-00000001"]
+    tune(folder, out, LORA, ALONE, print)
+    assert_close(held(out, STEPS), held(folder / "lora-one", STEPS), 1e-4)
