@@ -183,7 +183,6 @@ def test_epochs_are_steps_and_the_rate_rises_in_a_tenth_of_them() -> None:
     assert steps_of(3, 200, 16) == 38 and steps_of(0.01, 10, 4) == 1
     assert FineTuning().optimiser(38).warmup == 4
     assert FineTuning().optimiser(50_000).warmup == 1000
-    assert FineTuning(groups="table_15", rate=None).optimiser(10).rate == 1e-5
 
 
 def test_the_command_trains_and_tells_what_it_left_out(

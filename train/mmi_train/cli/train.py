@@ -11,29 +11,69 @@ import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import Progress, shown, silent
 from mmi_train.cli.choices import Device, Precision
+from mmi_train.training.recipes import DEFAULTS, Layer, assignments, default, written
+from mmi_train.training.recipes import recipe as read_recipe
 
-_DATA, _LEARNS, _MACHINE = "Documents", "What learns", "Machine"
+_RECIPE, _DATA, _LEARNS, _MACHINE = "Recipe", "Documents", "What learns", "Machine"
 
 
 def train(
     model: Annotated[
-        Path,
-        typer.Argument(help="Model folder to start from; it stays as it is.", file_okay=False),
-    ],
+        Path | None,
+        typer.Argument(
+            help="Model folder to start from; it stays as it is.",
+            show_default=False,
+            file_okay=False,
+        ),
+    ] = None,
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="Documents, one a line (.jsonl) or in a list (.json).",
+            show_default=False,
             dir_okay=False,
             rich_help_panel=_DATA,
         ),
-    ],
+    ] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for checkpoints, curves and the model.")
-    ],
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for checkpoints, curves and the model.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Settings from a recipe: a name or a .toml file; options overrule it.",
+            metavar="NAME",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = DEFAULTS,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting of the recipe, as lora.dropout=0.1; overrules all else.",
+            show_default=False,
+            metavar="KEY=VALUE",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    print_recipe: Annotated[
+        bool,
+        typer.Option(
+            "--print-recipe",
+            help="Print the settings with their sources as a recipe, and end.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = False,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -44,60 +84,77 @@ def train(
         ),
     ] = None,
     batch: Annotated[
-        int,
-        typer.Option(min=1, help="Documents in a micro-batch.", metavar="N", rich_help_panel=_DATA),
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=default("batch"),
+            help="Documents in a micro-batch.",
+            metavar="N",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
     workers: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
+            show_default=default("workers"),
             help="Processes that read and decode documents ahead.",
             metavar="N",
             rich_help_panel=_DATA,
         ),
-    ] = 0,
+    ] = None,
     max_bad: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
+            show_default=default("max_bad"),
             help="Documents that may be left out because they cannot be read.",
             metavar="N",
             rich_help_panel=_DATA,
         ),
-    ] = 100,
+    ] = None,
     epochs: Annotated[
-        float, typer.Option(min=0.001, help="Passes through the documents.", metavar="X")
-    ] = 3.0,
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Passes through the documents.",
+            metavar="X",
+            show_default=default("epochs"),
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(min=1, help="Optimiser steps.", show_default="from --epochs", metavar="N"),
     ] = None,
     accumulate: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
+            show_default=default("accumulate"),
             help="Gradient accumulation: micro-batches per optimiser step, on each GPU.",
             metavar="N",
         ),
-    ] = 1,
+    ] = None,
     lora: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
             max=1024,
+            show_default=default("lora.rank"),
             help="Rank of the adapters (LoRA) of the language model and the U-Net; 0: none.",
             metavar="N",
             rich_help_panel=_LEARNS,
         ),
-    ] = 16,
+    ] = None,
     four_bit: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--four-bit",
+            "--four-bit/--no-four-bit",
+            show_default=default("lora.four_bit"),
             help="Keep matrices that have adapters in 4 bits (QLoRA).",
             rich_help_panel=_LEARNS,
         ),
-    ] = False,
+    ] = None,
     groups: Annotated[
         str | None,
         typer.Option(
@@ -112,58 +169,71 @@ def train(
         float | None,
         typer.Option(
             min=1e-9,
-            help="Learning rate, after a warm-up and before a cosine decay to 0.",
-            show_default="1e-4, or that of the groups",
+            help="Learning rate, after a warm-up and before a cosine decay to 0; groups need one.",
+            show_default=default("rate"),
             metavar="X",
             rich_help_panel=_LEARNS,
         ),
     ] = None,
     image_weight: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0, help="Weight of the pictures' loss beside that of the text.", metavar="X"
+            min=0,
+            show_default=default("image_weight"),
+            help="Weight of the pictures' loss beside that of the text.",
+            metavar="X",
         ),
-    ] = 10.0,
+    ] = None,
     average: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0,
             max=0.99999,
+            show_default=default("average"),
             help="Decay of a moving average (EMA) of the weights, which is what is written then.",
             metavar="X",
         ),
-    ] = 0.0,
+    ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the order, the noise and new weights.", metavar="N")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Seed of the order, the noise and new weights.",
+            metavar="N",
+            show_default=default("seed"),
+        ),
+    ] = None,
     device: Annotated[
         Device,
         typer.Option(help="auto: the GPU if PyTorch sees one.", rich_help_panel=_MACHINE),
     ] = "auto",
     precision: Annotated[
-        Precision,
+        Precision | None,
         typer.Option(
+            show_default=default("precision"),
             help="Precision of the arithmetic; weights that learn are fp32.",
             rich_help_panel=_MACHINE,
         ),
-    ] = "bf16",
+    ] = None,
     checkpoint_gradients: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--checkpoint-gradients",
+            "--checkpoint-gradients/--no-checkpoint-gradients",
+            show_default=default("checkpoint_gradients"),
             help="Gradient checkpointing: less memory, more time.",
             rich_help_panel=_MACHINE,
         ),
-    ] = False,
+    ] = None,
     checkpoint_every: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
+            show_default=default("checkpoint_every"),
             help="Optimiser steps between checkpoints.",
             metavar="N",
             rich_help_panel=_MACHINE,
         ),
-    ] = 250,
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -182,6 +252,45 @@ def train(
     the same weights. After every checkpoint OUT/model holds a usable model. On several GPUs:
     torchrun --nproc_per_node N -m mmi_deploy train ...
     """
+    options = {
+        "steps": steps,
+        "epochs": epochs,
+        "batch": batch,
+        "accumulate": accumulate,
+        "workers": workers,
+        "max_bad": max_bad,
+        "lora.rank": lora,
+        "lora.four_bit": four_bit,
+        "groups": groups,
+        "rate": rate,
+        "image_weight": image_weight,
+        "average": average,
+        "seed": seed,
+        "precision": precision,
+        "checkpoint_gradients": checkpoint_gradients,
+        "checkpoint_every": checkpoint_every,
+    }
+    with extras("train"):
+        import torch
+
+        from mmi_train.data.document_file import DocumentFile
+        from mmi_train.training.devices import device_called
+        from mmi_train.training.fine_tuning import fine_tune
+        from mmi_train.training.ranks import joined_ranks
+        from mmi_train.training.settings import settings_of
+    asked, values = settings_of(
+        read_recipe(recipe),
+        Layer("options", {key: value for key, value in options.items() if value is not None}),
+        assignments(settings or []),
+    )
+    if print_recipe:
+        results().out(written(values), end="")
+        return
+    if model is None or data is None or out is None:
+        raise ConfigError(
+            "a run needs a model, documents and a folder for its results",
+            expected="mmi train MODEL --data FILE --out FOLDER",
+        )
     check_run_folder(out)
     remark = remarks()
     # torchrun numbers the processes: the first one speaks for all.
@@ -190,15 +299,6 @@ def train(
         progress: Progress = silent
         if first:
             progress = stack.enter_context(shown(remark, f"training {model} into {out}"))
-        with extras("train"):
-            import torch
-
-            from mmi_train.data.document_file import DocumentFile
-            from mmi_train.training.devices import device_called
-            from mmi_train.training.fine_tuning import FineTuning, fine_tune, steps_of
-            from mmi_train.training.loop import RunConfig
-            from mmi_train.training.lora import LoraConfig
-            from mmi_train.training.ranks import joined_ranks
         if threads is not None:
             torch.set_num_threads(threads)
         ranks = stack.enter_context(joined_ranks(device))
@@ -209,24 +309,9 @@ def train(
             model,
             documents,
             out,
-            steps or steps_of(epochs, len(documents), batch * accumulate * ranks.size),
-            FineTuning(
-                groups=groups,
-                lora=LoraConfig(rank=lora, alpha=2 * lora, four_bit=four_bit) if lora else None,
-                rate=rate,
-                batch=batch,
-                image_weight=image_weight,
-                max_bad=max_bad,
-                checkpoint_gradients=checkpoint_gradients,
-            ),
-            RunConfig(
-                seed=seed,
-                precision=precision,
-                accumulate=accumulate,
-                average=average,
-                checkpoint_every=checkpoint_every,
-                workers=workers,
-            ),
+            asked.steps_for(len(documents), ranks.size),
+            asked.tuning(),
+            asked.run(),
             place,
             progress=progress,
             on_broken=remark.print,

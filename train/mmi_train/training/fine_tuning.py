@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from mmi_train.training.lora import (
     trained_adapters,
 )
 from mmi_train.training.optimiser import (
-    TABLES,
+    GROUPS,
     GroupRule,
     OptimiserConfig,
     frozen_matrices,
@@ -52,23 +51,35 @@ MODEL, ADAPTERS = "model", "adapters"
 # The largest part of a run, and the most optimiser steps, in which the rate rises.
 _WARMUP_SHARE, _WARMUP = 0.1, 1000
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FineTuning:
-    """Choice of the weights that learn, and size of a micro-batch.
+    """Weights that learn, their optimiser, and the documents of a micro-batch.
 
-    `groups`: name in `TABLES` of the groups of weights that learn, with their relative rates; None:
-    adapters alone. `lora`: adapters, in addition. `rate`: base learning rate, None: the table's.
-    `batch`: documents of a micro-batch. `max_bad`: broken documents that may be left out.
+    `groups`: name in `GROUPS` of the groups of weights that learn, with their relative rates; None:
+    adapters alone. `lora`: adapters, in addition. `rate`: base learning rate. `warmup`: optimiser
+    steps in which it rises, None: a tenth of the run, at most 1000; see `OptimiserConfig` for the
+    rest of the optimiser. `batch`: documents of a micro-batch. `max_bad`: broken documents that may
+    be left out.
     """
 
     groups: str | None = None
     lora: LoraConfig | None = LoraConfig()
-    rate: float | None = None
-    batch: int = 4
-    text_weight: float = 1.0
-    image_weight: float = 10.0
-    max_bad: int = 100
+    rate: float = Field(default=1e-4, gt=0)
+    schedule: Literal["cosine", "flat_then_cool"] = "cosine"
+    warmup: int | None = Field(default=None, ge=0)
+    cool_from: float = Field(default=0.6, ge=0, le=1)
+    floor: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.995)
+    eps: float = Field(default=1e-6, gt=0)
+    clip: float = Field(default=1.0, gt=0)
+    batch: int = Field(default=4, ge=1)
+    text_weight: float = Field(default=1.0, ge=0)
+    image_weight: float = Field(default=10.0, ge=0)
+    max_bad: int = Field(default=100, ge=0)
     checkpoint_gradients: bool = False
 
     def optimiser(self, steps: int) -> OptimiserConfig:
@@ -77,19 +88,27 @@ class FineTuning:
             raise ConfigError(
                 "nothing would learn", fix="choose adapters with --lora, or groups with --groups"
             )
-        if self.groups is not None and self.groups not in TABLES:
+        if self.groups is not None and self.groups not in GROUPS:
             raise ConfigError(
-                "these groups of weights are unknown", expected=", ".join(TABLES), got=self.groups
+                "these groups of weights are unknown", expected=", ".join(GROUPS), got=self.groups
             )
-        table = TABLES[self.groups or "published"]
-        rules = table.rules if self.groups else ()
+        rules = GROUPS[self.groups] if self.groups else ()
         if self.lora is not None:
             rules = lora_rules(*rules, *([GroupRule("")] if self.groups else []))
-        return replace(
-            table,
-            rate=self.rate or table.rate,
+        warmup = self.warmup
+        if warmup is None:
+            warmup = min(math.ceil(_WARMUP_SHARE * steps), _WARMUP)
+        return OptimiserConfig(
+            rate=self.rate,
             steps=steps,
-            warmup=min(math.ceil(_WARMUP_SHARE * steps), _WARMUP),
+            warmup=warmup,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+            schedule=self.schedule,
+            cool_from=self.cool_from,
+            floor=self.floor,
+            clip=self.clip,
             rules=rules,
         )
 
