@@ -86,7 +86,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with write_bundle(tmp_path / "bundle", tiny(), Limits(context=64)) as writer:
         fill(writer)
     monkeypatch.setattr(Runtime, "open", classmethod(lambda cls, *_, **__: fake_runtime()[0]))
-    monkeypatch.setattr(library, "ensure", lambda: None)  # nothing is compiled
+    monkeypatch.setattr(library, "ensure", lambda **_: None)  # nothing is compiled
     return tmp_path / "bundle"
 
 
