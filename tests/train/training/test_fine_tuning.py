@@ -231,6 +231,61 @@ def test_bad_options_are_one_readable_line(
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+        ),
+    ],
+    ids=["python", "cuda", "cpu"],
+)
+def test_out_of_memory_says_what_to_lower(
+    start: Path,
+    documents: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mmi_train.training.stages.documents.DocumentsStage.losses", fail)
+    line = ["train", str(start), "--data", str(documents), "-o", str(tmp_path / "run")]
+    assert command([*line, "--device", "cpu"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("mmi: there is not enough memory for this run. give --checkpoint-grad")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_is_one_line(
+    start: Path,
+    documents: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from safetensors.torch import save_file
+
+    written = []
+
+    def save(tensors: dict[str, Tensor], path: Path) -> None:
+        written.append(path)
+        if len(written) > 4:  # in the second checkpoint
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr("mmi_train.training.checkpoints.save_file", save)
+    line = ["train", str(start), "--data", str(documents), "-o", str(tmp_path / "run"), "--steps"]
+    assert command([*line, "2", "--checkpoint-every", "1", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("mmi: the disk is full")
+    kept = [path.name for path in (tmp_path / "run" / "documents").glob("*step*")]
+    assert kept == ["step-00000001"]
+    assert (tmp_path / "run" / "model" / WEIGHTS).is_file()
+
+
 def test_a_folder_that_is_no_model_is_refused(
     documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.errors import ConfigError
+from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.system.memory import is_out_of_memory
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import Progress, shown, silent
 from mmi_train.cli.choices import Device, Precision
@@ -305,6 +307,7 @@ def train(
         place = device_called(device)
         progress(f"reading {data}")
         documents = DocumentFile(data, images)
+        stack.enter_context(_memory())
         trained = fine_tune(
             model,
             documents,
@@ -319,3 +322,18 @@ def train(
         )
     if first:
         results().print(f"{trained}: export it with `mmi export {trained}`")
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Say what takes less memory where a run finds none."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EngineError(
+            "there is not enough memory for this run",
+            fix="give --checkpoint-gradients, or a smaller --batch with more --accumulate, or let "
+            "adapters alone learn, with --four-bit",
+        ) from None
