@@ -29,6 +29,7 @@ MAX_FUSED_WIDTH = 256
 MIN_WEIGHT_ELEMENTS = 4096
 
 _QUANTISED = ("Int8", "Int4", "FP8", "FP4")
+_RESHAPE = re.compile(r"__myl_(?:Resh)+(?:_|$)")
 _FUSED_ATTENTION = re.compile(r"mha|flash", re.I)
 _FUSED_GROUP_NORM = re.compile(r"gnor|groupnorm", re.I)
 _PLUGIN = re.compile(r"custom|plugin", re.I)
@@ -155,6 +156,8 @@ def _attention_matrices(kernels: Sequence[Kernel], facts: Facts) -> _Offenders:
     for kernel in kernels:
         if not set(kernel.nodes) & set(facts.attentions) or _FUSED_ATTENTION.search(kernel.name):
             continue
+        if _RESHAPE.match(kernel.name):
+            continue  # computes nothing, and may merge sizes with a dynamic one
         read = [*kernel.reads, *kernel.weights]
         if not read or not all(map(_plane, read)):
             continue  # of dynamic sizes, which cannot be compared
