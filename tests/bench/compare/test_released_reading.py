@@ -66,7 +66,7 @@ def smallest() -> ModelConfig:
     )
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_a_drawn_model_is_exported_and_measured_in_one_turn() -> None:
     said: list[str] = []
     with placeholder_bundle(smallest(), lambda what, *_, **__: said.append(what)) as (

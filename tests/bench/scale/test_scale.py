@@ -287,6 +287,6 @@ def test_a_bundle_is_measured_from_the_command_line(
     found = {(one["quantity"], one["axis"]): one for one in report["series"]}
     assert {("encode", IMAGES), ("decode", TOKENS), ("denoise", ROWS)} <= found.keys()
     assert all(min(one["medians"]) > 0 for one in report["series"])
-    encode = found["encode", IMAGES]["medians"]
-    # Eleven images take longer than one; the growth itself is checked on engines of known speed.
-    assert encode[-1] > 1.2 * encode[0]
+    # What else the machine does only adds to a round, so the fastest says most.
+    encode = [min(times) for times in zip(*found["encode", IMAGES]["rounds"], strict=True)]
+    assert encode[-1] > 2 * encode[0]  # of eleven images, and of one

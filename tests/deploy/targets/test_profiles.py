@@ -62,7 +62,7 @@ def test_narrower_limits_cut_rows_images_and_the_pool() -> None:
 
 
 def test_one_row_is_a_static_shape() -> None:
-    """Of the image graphs only what varies within a document stays dynamic."""
+    """Static shapes of the image graphs, but for sizes that vary within a document."""
     one = Limits(context=512, batch=1)
     dynamic = {
         "vision_encoder": set(),

@@ -36,7 +36,7 @@ def test_a_place_holds_every_document_about_as_often() -> None:
 
 
 def test_neighbours_are_not_kept_together() -> None:
-    """Of 20,000 places about one is followed by the number after its own."""
+    """Numbers that follow each other: about one pair in 20,000 places is expected."""
     order = ShuffledOrder(20_000, 3)
     found = [order[k] for k in range(20_000)]
     assert sum(b - a == 1 for a, b in zip(found, found[1:], strict=False)) < 10

@@ -113,8 +113,8 @@ class Ranks:
         return squared.sqrt()
 
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors of a sharded `state` on the first rank, in its memory if there are several
-        ranks; nothing on the others."""
+        """Gather the whole tensors of a sharded `state` on the first rank, in host memory if there
+        are several ranks; nothing on the others."""
         found = {}
         for name, value in state.items():
             gathered = unsharded(value)
