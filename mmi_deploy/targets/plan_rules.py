@@ -29,7 +29,6 @@ MAX_FUSED_WIDTH = 256
 MIN_WEIGHT_ELEMENTS = 4096
 
 _QUANTISED = ("Int8", "Int4", "FP8", "FP4")
-_RESHAPE = re.compile(r"__myl_(?:Resh)+(?:_|$)")
 _FUSED_ATTENTION = re.compile(r"mha|flash", re.I)
 _FUSED_GROUP_NORM = re.compile(r"gnor|groupnorm", re.I)
 _PLUGIN = re.compile(r"custom|plugin", re.I)
@@ -156,17 +155,18 @@ def _attention_matrices(kernels: Sequence[Kernel], facts: Facts) -> _Offenders:
     for kernel in kernels:
         if not set(kernel.nodes) & set(facts.attentions) or _FUSED_ATTENTION.search(kernel.name):
             continue
-        if _RESHAPE.match(kernel.name):
-            continue  # computes nothing, and may merge sizes with a dynamic one
         read = [*kernel.reads, *kernel.weights]
         if not read or not all(map(_plane, read)):
             continue  # of dynamic sizes, which cannot be compared
         plane, elements = max(map(_plane, read)), max(tensor.elements for tensor in read)
+        sides = {side for tensor in read for side in tensor.shape[-2:]}
         for tensor in kernel.writes:
             # A product of queries and keys has more elements than both while there are more of
             # them than channels per head; the softmax reads and writes the same.
             larger = 2 * plane < _plane(tensor) and 2 * elements < tensor.elements
-            if tensor.type in FLOATS and larger:
+            # Its sides are theirs; a reshape may split a dynamic side, such as rows and heads.
+            product = sides.issuperset(tensor.shape[-2:])
+            if tensor.type in FLOATS and larger and product:
                 yield f"{_name(kernel)} writes {tensor.type} {list(tensor.shape)}", 2 * tensor.bytes
 
 

@@ -181,8 +181,13 @@ def test_heads_that_were_part_of_a_dynamic_side_are_no_matrix() -> None:
         name="__myl_MoveReshTran", kind="kgen", nodes=("a",),
         inputs=("o:BFloat16[-1,-1,64]",), outputs=("t:BFloat16[-1,-1,3,64]",),
     )  # fmt: skip
+    # And after that of a token in int8, whose products are our plugin's.
+    token = Kernel(
+        name="__myl_ReshResh", kind="kgen", nodes=("a",),
+        inputs=("o:Half[-1,1,64]",), outputs=("t:Half[-1,1,192]",),
+    )  # fmt: skip
     fused = Kernel(name="_gemm_mha_v2", kind="kgen", nodes=("a",))
-    plan = ProfilePlan(profile="default", kernels=(fused, after))
+    plan = ProfilePlan(profile="default", kernels=(fused, after, token))
     assert not check_plans([plan], Facts(attentions=("a",)))
     matrix = Kernel(
         name="gemm", kind="gemm", nodes=("a",),
