@@ -110,6 +110,8 @@ ORDER = """
     mmi_bench.scale
     mmi_bench.quality
     mmi_bench.flops_saved
+    mmi_bench.text_divergence
+    mmi_bench.training
     mmi_bench.gpu_train_check
     mmi_bench.plan_lint
     mmi_bench.gpu_check

@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from mmi_deploy.cli.console import MOST_THREADS, remarks, results
+from mmi_deploy.cli.console import remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.system.memory import is_out_of_memory
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import Progress, shown, silent
-from mmi_train.cli.choices import Device, Precision
+from mmi_train.cli.choices import Device, Precision, Threads
 from mmi_train.training.recipes import DEFAULTS, Layer, assignments, default, written
 from mmi_train.training.recipes import recipe as read_recipe
 
@@ -236,17 +236,7 @@ def train(
             rich_help_panel=_MACHINE,
         ),
     ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MOST_THREADS,
-            help="CPU threads.",
-            show_default="PyTorch's choice",
-            metavar="N",
-            rich_help_panel=_MACHINE,
-        ),
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Train a model folder further on documents of yours.
 

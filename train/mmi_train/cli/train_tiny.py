@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from mmi_deploy.cli.console import MOST_THREADS, remarks, results
+from mmi_deploy.cli.console import remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import shown
-from mmi_train.cli.choices import Precision, World
+from mmi_train.cli.choices import Precision, Threads, World
 
 
 def train_tiny(
@@ -87,17 +87,7 @@ def train_tiny(
             rich_help_panel="Machine",
         ),
     ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MOST_THREADS,
-            help="CPU threads.",
-            show_default="PyTorch's choice",
-            metavar="N",
-            rich_help_panel="Machine",
-        ),
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Train the tiny model in stages: the autoencoder; reading and conditioning; then everything.
 

@@ -135,7 +135,7 @@ def test_broken_documents_are_reported_once_and_replaced(stage: Make) -> None:
         ids = made.batch.token_ids
         assert (ids == TOKENS.bos).sum() == 2
         assert (made.batch.text_target != IGNORE).any()
-        one._report_all(made)
+        one.report(made.broken)
     assert len(told) == 2 and set(one.broken) == {1, 2}
     assert any("line 2" in line and "there is no picture" in line for line in told)
     assert any("line 3" in line and "does not know 'zebra'" in line for line in told)
@@ -145,7 +145,7 @@ def test_too_many_broken_documents_end_the_run(stage: Make) -> None:
     good, bad = [{"text": "a red circle."}], [{"text": "a zebra."}]
     one = stage(good, bad, bad, per_batch=3, max_bad=1)
     with pytest.raises(DocumentError, match=r"more than 1 documents cannot be read.*--max-bad"):
-        one._report_all(one.batch(0, rng()))
+        one.report(one.batch(0, rng()).broken)
     with pytest.raises(DocumentError, match="documents in a row cannot be read.*zebra"):
         stage(bad, bad, max_bad=10**6).batch(0, rng())
 

@@ -130,7 +130,7 @@ class DocumentsStage:
         return DocumentBatch(batch_of(rows, config), tuple(broken))
 
     def losses(self, batch: DocumentBatch) -> dict[str, Tensor]:
-        self._report_all(batch)
+        self.report(batch.broken)
         losses = self.model(
             batch.batch, text_weight=self.text_weight, image_weight=self.image_weight
         )
@@ -144,7 +144,7 @@ class DocumentsStage:
     ) -> list[DocumentBatch]:
         for one in zip(*known, strict=True):
             for _, broken in one:
-                self._report(broken)
+                self.report(broken)
         wanted = [all_parts(parts for parts, _ in one) for one in zip(*known, strict=True)]
         wanted[-1] = all_parts(wanted)
         return [
@@ -152,12 +152,9 @@ class DocumentsStage:
             for batch, parts in zip(batches, wanted, strict=True)
         ]
 
-    def _report_all(self, batch: DocumentBatch) -> None:
-        self._report(batch.broken)
-
-    def _report(self, broken: Iterable[tuple[int, str]]) -> None:
+    def report(self, broken: Iterable[tuple[int, str]]) -> None:
         """Report the broken documents that are new; a worker process or another rank may have met
-        them."""
+        them. Raises `DocumentError` for more than `max_bad`."""
         for number, reason in broken:
             if number in self._broken:
                 continue

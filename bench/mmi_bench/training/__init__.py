@@ -1,0 +1,1 @@
+"""Measurements of training: pictures a second, memory of adapters, documents that come back."""
