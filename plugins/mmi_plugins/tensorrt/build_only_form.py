@@ -1,4 +1,4 @@
-"""Build-only form of any plugin of ours: TensorRT's layer and creator interfaces in Python.
+"""Build-only form of a plugin: TensorRT's interfaces of a layer and its creator, in Python.
 
 An operator brings its name, its attributes and its checks; what TensorRT asks of every plugin is
 here.
