@@ -68,13 +68,15 @@ def repository() -> Path:
 def exported_once(
     repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Exported]:
-    """`exported_once("paper")`: a model of exports.py and its bundle, made at the first call."""
+    """`exported_once("paper")`: a model of exports.py and its bundle, found in the folder
+    `MMI_TEST_EXPORTS`, as `make test` makes it, or made at the first call."""
     from exports import export
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # of all workers
-    return cache(lambda name: export(name, folder / f"exported-{name}", repository / "assets"))
+    folder = Path(os.environ.get("MMI_TEST_EXPORTS", folder))
+    return cache(lambda name: export(name, folder / name, repository / "assets"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""Bundles for tests, exported by `mmi export` as users run it, each model once for all workers."""
+"""Bundles for tests, exported by `mmi export` as users run it, each model once for all workers.
+
+`python -m exports NAME FOLDER` makes one of them before the tests.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import fcntl
 import io
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +62,7 @@ def export(name: str, work: Path, assets: Path) -> Exported:
     folder = assets / "tiny"
     if name != SHIPPED or not (folder / CONFIG).exists():
         folder = work / "model"
-    work.mkdir(exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     log = work / "export.log"
     with open(work / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -82,3 +86,8 @@ def _export(name: str, folder: Path, bundle: Path) -> str:
         code = run(["export", str(folder), "-o", str(bundle), *schedules])
     assert code == 0, told.getvalue()
     return told.getvalue()
+
+
+if __name__ == "__main__":
+    name, work = sys.argv[1:]
+    export(name, Path(work), Path(__file__).resolve().parent.parent / "assets")

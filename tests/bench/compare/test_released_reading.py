@@ -73,7 +73,7 @@ def test_a_drawn_model_is_exported_and_measured_in_one_turn() -> None:
         bundle,
         model,
     ):
-        result = run(bundle, model, quick=True, one_turn=True, unproved=True)
+        result = run(bundle, model, quick=True, one_turn=True, unproved=True, threads=1)
         folder = bundle.parent
     assert not folder.exists()
     assert said[0] == "drawing weights" and "exporting denoise_step" in said

@@ -25,6 +25,7 @@ def test_a_quick_comparison_of_the_shipped_model(
         bundle.folder,
         shipped.folder,
         quick=True,
+        threads=1,
         progress=lambda *stage, detail: stages.append((*stage, detail)),
     )
     names = [DOCUMENT, TEXT, text_after(0), text_after(8)]

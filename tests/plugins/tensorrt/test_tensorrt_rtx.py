@@ -3,7 +3,7 @@ build-only plugin always, and through the library where it can be compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from export.small_models import paper_reading, random_model, released_reading
+from exports import SHIPPED, Exported
 from mmi_deploy.errors import BundleError, EngineError
-from mmi_deploy.spec import graphs
-from mmi_deploy.spec.graphs import Graph, Limits
-from mmi_deploy.spec.presets import tiny
-from mmi_export.export import MODULES
-from mmi_export.tracing.onnx_from_module import onnx_from_module
+from mmi_deploy.spec.graphs import Graph
 from mmi_plugins.tensorrt.build_only_plugin import (
     FIELDS,
     BuildOnlyPlugin,
@@ -152,39 +148,24 @@ def test_the_build_only_plugin_stores_what_the_library_stores(rtx: Any) -> None:
 # --- the exported graphs ------------------------------------------------------------------------
 
 
-def exported(folder: Path, name: str, config: Any, limits: Limits) -> tuple[Path, Graph]:
-    """A graph of a model with random weights, as `mmi export` writes it."""
-    graph: Graph = getattr(graphs, name)(config, limits)
-    path = folder / f"{name}.onnx"
-    onnx_from_module(MODULES[name](random_model(config), graph), graph, path)
-    return path, graph
-
-
-READINGS = {
-    "paper": paper_reading,
-    "released": released_reading,  # with the null slot, and MMFS on the skips
-    "tiny": tiny,
-}
-
-
 @pytest.fixture(
     scope="module",
     params=[
         ("paper", "llm"),
         ("paper", "denoise_step"),
+        # With the null slot, and MMFS on the skips.
         pytest.param(("released", "denoise_step"), marks=pytest.mark.slow),
-        pytest.param(("tiny", "llm"), marks=pytest.mark.slow),
-        pytest.param(("tiny", "denoise_step"), marks=pytest.mark.slow),
+        pytest.param((SHIPPED, "llm"), marks=pytest.mark.slow),
+        pytest.param((SHIPPED, "denoise_step"), marks=pytest.mark.slow),
     ],
     ids="-".join,
 )
 def a_graph(
-    request: pytest.FixtureRequest, rtx: Any, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, rtx: Any, exported_once: Callable[[str], Exported]
 ) -> tuple[Path, Graph]:
-    reading, name = request.param
-    config = READINGS[reading]()
-    limits = Limits(context=min(config.llama.context, 512))
-    return exported(tmp_path_factory.mktemp(reading), name, config, limits)
+    model, name = request.param
+    bundle = exported_once(model).bundle
+    return bundle.graph_file(name), bundle.graphs[name]
 
 
 def attention_nodes(model: onnx.ModelProto) -> int:
