@@ -238,8 +238,8 @@ def resize(rgb: Rgb, side: int, fit: Fit = "crop") -> Rgb:
     while min(image.size) >= 2 * side:
         image = _scale(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     shorter = min(image.size)
-    # Only the centre is kept: of a long strip the rest is not scaled. Shorter ones are scaled whole,
-    # because cropping first shifts the filter by a fraction of a pixel.
+    # Only the centre is kept: of a long strip the rest is not scaled. Shorter ones are scaled
+    # whole, because cropping first shifts the filter by a fraction of a pixel.
     if max(image.size) > _STRIP * shorter:
         left, top = (max((length - _STRIP * shorter) // 2, 0) for length in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))

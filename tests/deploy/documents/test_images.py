@@ -189,4 +189,4 @@ def test_a_long_picture_is_scaled_as_a_whole(size: tuple[int, int]) -> None:
     whole = whole.resize((width, height), Image.Resampling.BICUBIC)
     top, left = (height - 64) // 2, (width - 64) // 2
     expected = np.asarray(whole)[top : top + 64, left : left + 64]
-    assert np.array_equal(resize(rgb, 64), expected)
+    assert np.array_equal(images.resize(rgb, 64), expected)

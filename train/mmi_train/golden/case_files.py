@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from mmi_train.golden.compare import Line
 from mmi_train.golden.data_cases import CHECKS as DATA_CHECKS
+from mmi_train.golden.differences import Case
 
-Case = Mapping[str, Any]
 Check = Callable[[Case], str | None]
 
 # Kind of case -> its check.

@@ -7,21 +7,10 @@ from typing import Any
 
 from mmi_deploy.spec.config import TokenConfig
 from mmi_train.data.packing import PackedRow, Truncation, pack
-
-Case = Mapping[str, Any]
+from mmi_train.golden import picture_cases
+from mmi_train.golden.differences import Case, differs
 
 _TRUNCATION: Mapping[str, Truncation] = {"image": "image", "sample": "document"}
-
-
-def differs(got: object, expected: object, what: str = "") -> str | None:
-    """First place where two values of JSON differ, on one line; None if they are equal."""
-    if isinstance(expected, dict) and isinstance(got, dict) and got.keys() == expected.keys():
-        pairs = [(got[key], value, f"{what}.{key}") for key, value in expected.items()]
-    elif isinstance(expected, list) and isinstance(got, list) and len(got) == len(expected):
-        pairs = [(a, b, f"{what}[{i}]") for i, (a, b) in enumerate(zip(got, expected, strict=True))]
-    else:
-        return None if got == expected else f"{what} is {got!r:.160}, expected {expected!r:.160}"
-    return next((found for pair in pairs if (found := differs(*pair))), None)
 
 
 def _packed(case: Case, options: Case, tokens: TokenConfig, span: int) -> list[PackedRow[int]]:
@@ -62,4 +51,5 @@ def _row_keys(row: Case) -> list[str]:
 
 CHECKS: Mapping[str, Callable[[Case], str | None]] = {
     "packing": _packing,
+    **picture_cases.CHECKS,
 }
