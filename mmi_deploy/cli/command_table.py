@@ -73,6 +73,13 @@ COMMANDS: Mapping[str, Row] = {
             "mmi init -o models/mine --llm smollm2.gguf --context 2048",
         ),
     ),
+    "data": Row(
+        "mmi_train.cli.data:app",
+        "Check data sets in their published formats.",
+        "train",
+        MODELS,
+        ("mmi data check coco-caption coco/ --show 3",),
+    ),
     "evaluate": Row(
         "mmi_train.cli.evaluate:evaluate",
         "Evaluate a trained model on held-out synthetic pictures.",
@@ -303,8 +310,21 @@ INSPECT: Mapping[str, Row] = {
     ),
 }
 
+DATA: Mapping[str, Row] = {
+    "check": Row(
+        "mmi_train.cli.data_check:check",
+        "Count the samples of a data set, say what is left out and why, show the first.",
+        "train",
+        examples=(
+            "mmi data check coco-caption coco/ --show 3",
+            "mmi data check refcoco refcoco/ --split testA --json",
+            "mmi data check mmc4 mmc4/ --quick --sheet mmc4.png",
+        ),
+    ),
+}
+
 # Commands of several views, each a command of its own.
-VIEWS = {"bench": BENCH, "inspect": INSPECT}
+VIEWS = {"bench": BENCH, "data": DATA, "inspect": INSPECT}
 
 
 def row_of(words: str) -> Row:
