@@ -142,6 +142,14 @@ def evaluate(
             rich_help_panel=_BENCHMARK,
         ),
     ] = None,
+    meteor: Annotated[
+        bool,
+        typer.Option(
+            "--meteor",
+            help="Also score captions by METEOR, which needs Java.",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate a model on held-out scenes: answers, boxes and drawings, each checked exactly.
@@ -160,7 +168,7 @@ def evaluate(
             benchmark,
             data,
             split,
-            options_of(published or (), weights),
+            options_of(published or (), weights, meteor),
             against=against,
             submission=submission,
             as_json=as_json,
@@ -174,6 +182,7 @@ def evaluate(
         "--submission": submission,
         "--published": published,
         "--weights": weights,
+        "--meteor": meteor or None,
     }
     for option, value in given.items():
         if value is not None:

@@ -7,7 +7,7 @@ Rules in which the published code departs from what it describes are asked for b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,24 @@ import numpy as np
 from mmi_train.evaluation.metrics import (
     anls,
     boxes,
+    captions,
     mean_iou,
     ndcg,
     relaxed_accuracy,
     vqa,
 )
+from mmi_train.evaluation.metrics.caption_tokens import (
+    TOKENIZER,
+    java_archive,
+    meteor,
+    tokenizer,
+    without_punctuation,
+)
+from mmi_train.evaluation.metrics.ptb_tokens import token_lines
 
 Case = Mapping[str, Any]
+
+METEOR = "METEOR"
 
 # Largest difference of a score, and of one that the published code rounds to 2 decimals.
 EXACT, ROUNDED = 1e-6, 0.005 + 1e-6
@@ -119,7 +130,82 @@ def vizwiz_accuracy(case: Case) -> str | None:
         )
         for question in case["input"]
     ]
-    return _rounded_tables(case, values, "per_picture")
+    return _first(_rounded_tables(case, values, "per_picture"), _vizwiz_captions(case))
+
+
+def _vizwiz_captions(case: Case) -> str | None:
+    """Caption scores that VizWiz's code gives besides: people's answers as references."""
+    expected = case["output"]["result"]
+    if java_archive(TOKENIZER) is None:
+        return None  # its answers hold contractions that the Python tokenizer need not know
+    texts = [_answer(question, case["options"]) for question in case["input"]]
+    candidates, references = _tokens(texts, [question["answers"] for question in case["input"]])
+    found = {
+        _published_name(one.name): one.total() for one in captions.measures(candidates, references)
+    }
+    if METEOR in expected:
+        found[METEOR] = 100 * meteor(candidates, references)
+    return _first(*(_far(name, found[name], expected[name], ROUNDED) for name in found))
+
+
+def _published_name(name: str) -> str:
+    """Name of a measure in the published code: Bleu_4, ROUGE_L."""
+    return name.replace("BLEU", "Bleu").replace("-", "_")
+
+
+def _tokens(
+    texts: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Tokens of candidates and references, by the best tokenizer that is there."""
+    tokenize, _ = tokenizer(brackets_stay=True)
+    lines = iter(tokenize([*texts, *(text for entry in references for text in entry)]))
+    return [next(lines) for _ in texts], [[next(lines) for _ in entry] for entry in references]
+
+
+def ptb(case: Case) -> str | None:
+    """Tokens of a caption or of several, by Java where it is and by the Python tokenizer."""
+    given, output = case["input"], case["output"]
+    texts = [given] if isinstance(given, str) else [text for own in given.values() for text in own]
+    if isinstance(output, str):
+        expected = [output]
+    else:
+        expected = [text for own in output.values() for text in own]
+    bare = [
+        without_punctuation(line, brackets_stay=True)
+        for line in token_lines([" ".join(text.split()) for text in texts])
+    ]
+    tokenize, said = tokenizer(brackets_stay=True)
+    return _first(
+        _differs("Python tokens", bare, expected),
+        None if said else _differs("Java tokens", tokenize(texts), expected),
+    )
+
+
+def caption_scores(case: Case) -> str | None:
+    """Tokens, and scores of the whole set and of each picture."""
+    given, output = case["input"], case["output"]
+    candidates, references = _tokens(given["candidates"], given["references"])
+    terms = np.array([captions.bleu_terms(*p) for p in zip(candidates, references, strict=True)])
+    each: dict[str, Sequence[float]] = {
+        f"Bleu_{n}": list(captions.bleu(terms, n)) for n in range(1, captions.LONGEST + 1)
+    }
+    each["CIDEr"] = captions.cider_values(candidates, references)
+    each["ROUGE_L"] = [captions.rouge_l(*pair) for pair in zip(candidates, references, strict=True)]
+    whole = {
+        _published_name(one.name): one.total() / 100
+        for one in captions.measures(candidates, references)
+    }
+    expected = output["tokens"]
+    return _first(
+        _differs("candidates", candidates, expected["candidates"]),
+        _differs("references", references, expected["references"]),
+        *(
+            _far(f"{name} of picture {place}", value, scores["each"][place])
+            for name, scores in output["scores"].items()
+            for place, value in enumerate(each[name])
+        ),
+        *(_far(name, whole[name], s["corpus"]) for name, s in output["scores"].items()),
+    )
 
 
 def anls_case(case: Case) -> str | None:
@@ -233,6 +319,8 @@ CHECKS: Mapping[str, Callable[[Case], str | None]] = {
     "extract_answer": extract_answer,
     "vqa_accuracy": vqa_accuracy,
     "vizwiz_accuracy": vizwiz_accuracy,
+    "ptb": ptb,
+    "caption_scores": caption_scores,
     "anls": anls_case,
     "relaxed_accuracy": relaxed_accuracy_case,
     "grounding_parse": grounding_parse,

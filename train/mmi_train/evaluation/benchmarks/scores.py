@@ -8,7 +8,7 @@ by the described rule stands beside it under a name of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,7 +19,8 @@ from mmi_deploy.errors import ConfigError
 from mmi_train.evaluation.benchmarks.annotation_files import groups_of
 from mmi_train.evaluation.benchmarks.predictions import Prediction, PredictionError
 from mmi_train.evaluation.benchmarks.references import Reference
-from mmi_train.evaluation.metrics import anls, boxes, ndcg, relaxed_accuracy, vqa
+from mmi_train.evaluation.metrics import anls, boxes, captions, ndcg, relaxed_accuracy, vqa
+from mmi_train.evaluation.metrics.caption_tokens import meteor, tokenizer
 from mmi_train.evaluation.metrics.intervals import Measure, mean_of
 
 # Rules of the published evaluation that are left out unless they are asked for.
@@ -42,13 +43,14 @@ class Total:
 @dataclass(frozen=True)
 class Options:
     """published: rules of the published evaluation to follow. weights: folder of the networks that
-    a metric needs."""
+    a metric needs. meteor: also score captions by METEOR, which takes Java half a minute."""
 
     published: frozenset[Published] = frozenset()
     weights: Path | None = None
+    meteor: bool = False
 
 
-def options_of(published: Sequence[str], weights: Path | None) -> Options:
+def options_of(published: Sequence[str], weights: Path | None, meteor: bool) -> Options:
     """Options from names of published rules. Raises `ConfigError`, which offers the nearest."""
     for name in published:
         if name not in PUBLISHED:
@@ -58,7 +60,7 @@ def options_of(published: Sequence[str], weights: Path | None) -> Options:
                 expected=", ".join(PUBLISHED),
                 fix=f"the nearest one is {near}",
             )
-    return Options(frozenset(rule for rule in PUBLISHED if rule in published), weights)
+    return Options(frozenset(rule for rule in PUBLISHED if rule in published), weights, meteor)
 
 
 Metrics = list[Measure | Total]
@@ -194,3 +196,33 @@ def ranking(
         else:
             values.append(ndcg.ndcg(prediction.ranks, reference.relevance))
     return [mean_of("NDCG", values)]
+
+
+def caption_scores(
+    references: Sequence[Reference], predictions: Sequence[Prediction | None], options: Options
+) -> Metrics:
+    """CIDEr, BLEU, ROUGE-L, and METEOR if asked for, in percent, over the official tokens.
+
+    A missing caption is an empty one. CIDEr of a part of the set has document frequencies of its
+    own.
+    """
+    texts = ["" if prediction is None else prediction.text for prediction in predictions]
+    if "first-sentence" in options.published:
+        texts = [text.split(".")[0] for text in texts]
+    tokenize, said = tokenizer(brackets_stay=True)
+    counts = [len(reference.answers) for reference in references]
+    lines = iter(tokenize([*texts, *(a for reference in references for a in reference.answers)]))
+    candidates = [next(lines) for _ in texts]
+    others = [[next(lines) for _ in range(count)] for count in counts]
+    measures: Metrics = [*captions.measures(candidates, others)]
+    groups = [group for group in groups_of(references) if group]
+    for group in groups if len(groups) > 1 else []:
+        inside = [place for place, one in enumerate(references) if one.group == group]
+        values: list[float | None] = [None] * len(references)
+        own = captions.cider_values([candidates[i] for i in inside], [others[i] for i in inside])
+        for place, value in zip(inside, own, strict=True):
+            values[place] = value
+        measures.append(mean_of(f"CIDEr, {group}", values))
+    if options.meteor:
+        measures.append(Total("METEOR", 100 * meteor(candidates, others)))
+    return [replace(one, name=f"{one.name} ({said})") for one in measures] if said else measures

@@ -40,10 +40,39 @@ class Benchmark:
 
 def _rows() -> list[Benchmark]:
     vqa = scores.vqa_accuracy()
+    published = "https://huggingface.co/OpenGVLab/MM-Interleaved/tree/main/assets/datasets"
     vqa_site = "https://visualqa.org/download.html"
     robust_reading = "https://rrc.cvc.uab.es"
     refer = "https://github.com/lichengunc/refer"
+    captions = scores.caption_scores
     return [
+        Benchmark(
+            "coco-caption",
+            "text",
+            ("test", "val"),
+            files.coco_karpathy,
+            captions,
+            published,
+            "caption",
+        ),
+        Benchmark("flickr30k", "text", ("test",), files.flickr30k, captions, published),
+        Benchmark(
+            "nocaps",
+            "text",
+            ("val", "test"),
+            files.nocaps,
+            captions,
+            "https://nocaps.org/download",
+            "caption",
+        ),
+        Benchmark(
+            "image2paragraph",
+            "text",
+            ("test", "val", "train"),
+            files.image2paragraph,
+            captions,
+            published,
+        ),
         Benchmark(
             "vqav2",
             "text",
