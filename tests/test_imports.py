@@ -83,6 +83,8 @@ ORDER = """
     mmi_train.checkpoint_import.published
     mmi_train.checkpoint_import
     mmi_train.baseline
+    mmi_train.evaluation.metrics
+    mmi_train.evaluation.benchmarks
     mmi_train.evaluation
     mmi_train.golden
     mmi_train.cli

@@ -82,10 +82,15 @@ COMMANDS: Mapping[str, Row] = {
     ),
     "evaluate": Row(
         "mmi_train.cli.evaluate:evaluate",
-        "Evaluate a trained model on held-out synthetic pictures.",
+        "Evaluate a model on held-out pictures, or answers on the paper's benchmarks.",
         "train",
         MODELS,
-        ("mmi evaluate assets/tiny --count 32",),
+        (
+            "mmi evaluate assets/tiny --count 32",
+            "mmi evaluate --predictions answers.jsonl --benchmark vqav2 --data vqav2/",
+            "mmi evaluate --predictions int8.jsonl --against fp32.jsonl --benchmark okvqa "
+            "--data okvqa/ --json",
+        ),
     ),
     "export": Row(
         "mmi_export.cli:export",

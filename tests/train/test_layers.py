@@ -20,6 +20,8 @@ LAYERS = (
         "checkpoint_import.published",
         "baseline",
         "evaluation",
+        "evaluation.metrics",
+        "evaluation.benchmarks",
         "golden",
     ),
     ("cli",),

@@ -1,4 +1,4 @@
-"""`mmi evaluate`: accuracy of a trained model on held-out synthetic scenes."""
+"""`mmi evaluate`: a model on held-out synthetic scenes, or a file of predictions on a benchmark."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
+from mmi_train.cli.benchmark_scores import score_predictions
 from mmi_train.cli.choices import World
+from mmi_train.evaluation.benchmarks.scores import options_of
+
+# Model that is evaluated if none is given.
+_TINY = Path("assets/tiny")
+
+# Heading of the options for files of predictions.
+_BENCHMARK = "Benchmarks"
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model folder.")] = Path("assets/tiny"),
+    model: Annotated[
+        Path | None, typer.Argument(help="A model folder.", show_default="assets/tiny")
+    ] = None,
     world: Annotated[
         World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Questions")
     ] = "easy",
@@ -71,12 +82,112 @@ def evaluate(
             rich_help_panel="Pictures",
         ),
     ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            help='Score these answers instead of a model\'s: lines of {"id": …, "text": …}.',
+            metavar="FILE",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="Benchmark of the paper, such as vqav2.",
+            metavar="NAME",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of its annotations.", metavar="DIR", rich_help_panel=_BENCHMARK),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split of the set, if not the usual one.",
+            metavar="NAME",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with these answers to the same questions.",
+            metavar="FILE",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    submission: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the file that the set's server scores: a new .json file.",
+            metavar="FILE",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    published: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Follow a rule of the published evaluation, such as extract-answer (repeatable).",
+            metavar="RULE",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the networks that a metric needs.",
+            metavar="DIR",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    meteor: Annotated[
+        bool,
+        typer.Option(
+            "--meteor",
+            help="Also score captions by METEOR, which needs Java.",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate a model on held-out scenes: answers, boxes and drawings, each checked exactly.
 
     The column "MMFS off" shows the accuracy without features of earlier pictures.
+
+    With --predictions, score a file of answers on one of the paper's benchmarks.
     """
+    if predictions is not None:
+        if model is not None:
+            raise ConfigError(
+                "--predictions scores a file alone", got=f"the model {model} too", fix="omit one"
+            )
+        score_predictions(
+            predictions,
+            benchmark,
+            data,
+            split,
+            options_of(published or (), weights, meteor),
+            against=against,
+            submission=submission,
+            as_json=as_json,
+        )
+        return
+    given = {
+        "--benchmark": benchmark,
+        "--data": data,
+        "--split": split,
+        "--against": against,
+        "--submission": submission,
+        "--published": published,
+        "--weights": weights,
+        "--meteor": meteor or None,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{option} needs the answers to score", fix="add --predictions FILE")
+    model = model or _TINY
     if pictures is not None:
         prepare_file(pictures)
     with shown(remarks(), f"evaluating {model}") as progress:
