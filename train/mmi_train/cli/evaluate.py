@@ -10,9 +10,11 @@ import typer
 from rich import box
 from rich.table import Table
 
-from mmi_deploy.cli.console import print_json, remarks, results
+from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.target_options import MACHINE, Device, Kernels, TargetName, check_engines
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
 from mmi_train.cli.benchmark_scores import score_predictions
@@ -28,7 +30,10 @@ _BENCHMARK = "Benchmarks"
 
 def evaluate(
     model: Annotated[
-        Path | None, typer.Argument(help="A model folder.", show_default="assets/tiny")
+        Path | None,
+        typer.Argument(
+            help="A model folder; with --benchmark a bundle.", show_default="assets/tiny"
+        ),
     ] = None,
     world: Annotated[
         World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Questions")
@@ -110,6 +115,32 @@ def evaluate(
             rich_help_panel=_BENCHMARK,
         ),
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Named prompt in place of the set's own, such as vqa-appendix.",
+            metavar="NAME",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Answers of the bundle: a .jsonl file; of the same run, it is continued.",
+            metavar="FILE",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer one part of the questions, such as 2/8, and do not score.",
+            metavar="I/N",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
@@ -150,14 +181,69 @@ def evaluate(
             rich_help_panel=_BENCHMARK,
         ),
     ] = False,
+    target: TargetName = CPU,
+    device: Device = 0,
+    kernels: Kernels = AUTO,
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_THREADS,
+            help="CPU threads; 0: one per core.",
+            metavar="N",
+            rich_help_panel=MACHINE,
+        ),
+    ] = 0,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Questions at once.",
+            metavar="N",
+            show_default="as many as the memory holds",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    unproved: Annotated[
+        bool,
+        typer.Option("--unproved", help="Run engines without a receipt.", rich_help_panel=MACHINE),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate a model on held-out scenes: answers, boxes and drawings, each checked exactly.
 
     The column "MMFS off" shows the accuracy without features of earlier pictures.
 
-    With --predictions, score a file of answers on one of the paper's benchmarks.
+    With --benchmark, a bundle answers one of the paper's benchmarks, and the answers are scored;
+    with --predictions too, those of a file are.
     """
+    if benchmark is not None and predictions is None:
+        if model is None or data is None or out is None:
+            missing = "a bundle" if model is None else "--data DIR" if data is None else "-o FILE"
+            raise ConfigError(
+                f"--benchmark needs {missing}",
+                expected=f"mmi evaluate BUNDLE --benchmark {benchmark} --data DIR -o FILE.jsonl",
+                fix="or score answers that you have with --predictions FILE",
+            )
+        with extras("evaluate"):
+            from mmi_deploy.cli.machine import Machine
+            from mmi_train.cli.benchmark_answers import Shard, answer_benchmark
+
+            check_engines(target)
+        machine = Machine(model, target, kernels, threads, device, None, slots, unproved)
+        answer_benchmark(
+            machine,
+            benchmark,
+            data,
+            split,
+            out,
+            prompt=prompt,
+            shard=Shard.parse(shard) if shard is not None else None,
+            quiet=as_json,
+        )
+        if shard is not None:
+            return
+        predictions, model = out, None
     if predictions is not None:
         if model is not None:
             raise ConfigError(
@@ -178,6 +264,9 @@ def evaluate(
         "--benchmark": benchmark,
         "--data": data,
         "--split": split,
+        "--prompt": prompt,
+        "--out": out,
+        "--shard": shard,
         "--against": against,
         "--submission": submission,
         "--published": published,
