@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from functools import cache
@@ -68,8 +67,10 @@ def changed(value: Any) -> Any:
 def test_a_changed_case_is_found(kind: str, cases: Callable[[str], list[Any]]) -> None:
     for case in cases(kind):
         if isinstance(case, dict) and "output" in case:
-            other = copy.deepcopy(case)
-            other["output"] = changed(case["output"])
+            other = {
+                key: changed(value) if key.startswith("output") else value
+                for key, value in case.items()
+            }
             assert CHECKS[kind](other), case
 
 

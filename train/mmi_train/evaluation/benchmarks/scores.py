@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.evaluation.benchmarks.annotation_files import groups_of
 from mmi_train.evaluation.benchmarks.predictions import Prediction, PredictionError
 from mmi_train.evaluation.benchmarks.references import Reference
@@ -43,11 +44,13 @@ class Total:
 @dataclass(frozen=True)
 class Options:
     """published: rules of the published evaluation to follow. weights: folder of the networks that
-    a metric needs. meteor: also score captions by METEOR, which takes Java half a minute."""
+    a metric needs. meteor: also score captions by METEOR, which takes Java half a minute. progress:
+    reports the reading of pictures."""
 
     published: frozenset[Published] = frozenset()
     weights: Path | None = None
     meteor: bool = False
+    progress: Progress = silent
 
 
 def options_of(published: Sequence[str], weights: Path | None, meteor: bool) -> Options:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmi_deploy.errors import ConfigError
 from mmi_train.evaluation.benchmarks import annotation_files as files
-from mmi_train.evaluation.benchmarks import scores
+from mmi_train.evaluation.benchmarks import picture_scores, scores
 from mmi_train.evaluation.benchmarks.predictions import Kind
 from mmi_train.evaluation.benchmarks.references import AnnotationError, Reference, Source
 
@@ -44,7 +44,8 @@ def _rows() -> list[Benchmark]:
     vqa_site = "https://visualqa.org/download.html"
     robust_reading = "https://rrc.cvc.uab.es"
     refer = "https://github.com/lichengunc/refer"
-    captions = scores.caption_scores
+    captions, drawn = scores.caption_scores, picture_scores.drawn_pictures
+    coco = "https://cocodataset.org/#download"
     return [
         Benchmark(
             "coco-caption",
@@ -169,6 +170,24 @@ def _rows() -> list[Benchmark]:
             scores.anls_of,
             robust_reading,
             "answer",
+        ),
+        Benchmark(
+            "ade20k",
+            "image",
+            ("val", "train"),
+            files.ade20k,
+            picture_scores.segmentation,
+            "http://sceneparsing.csail.mit.edu",
+        ),
+        Benchmark("coco-t2i", "image", ("val",), files.coco_pictures, drawn, coco),
+        Benchmark("ln-coco", "image", ("val",), files.localized_narratives, drawn, published),
+        Benchmark(
+            "vist",
+            "image",
+            ("test", "val", "train"),
+            files.vist,
+            drawn,
+            "https://visionandlanguage.net/VIST/dataset.html",
         ),
     ]
 
