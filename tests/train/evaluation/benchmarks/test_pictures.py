@@ -72,6 +72,46 @@ def test_a_missing_map_is_of_no_class(ade20k: Questions, tmp_path: Path) -> None
     assert found.missing == 1
 
 
+VIST = {
+    "test_formatted.json": {
+        "annotations": {
+            "s2": [{"image_id": "21", "sequence_index": 0, "caption": "a"}],
+            "s1": [
+                {"image_id": "12", "sequence_index": 4, "caption": "b"},
+                {"image_id": "11", "sequence_index": 1, "caption": "a"},
+            ],
+        }
+    },
+    "test.story-in-sequence.json": {
+        "annotations": [
+            [{"story_id": name, "photo_flickr_id": image, "worker_arranged_photo_order": place}]
+            for name, image, place in (("s1", "11", "1"), ("s1", "12", "4"), ("s2", "21", "0"))
+        ],
+        "images": [],
+    },
+}
+
+
+@pytest.mark.parametrize("name", VIST)
+def test_a_story_asks_for_its_last_picture(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(VIST[name]))
+    (tmp_path / "test_images").mkdir()
+    found = Questions.of(benchmark("vist"), tmp_path, None).references
+    assert [(one.id, one.picture) for one in found] == [
+        ("s1", tmp_path / "test_images" / "12.png"),
+        ("s2", tmp_path / "test_images" / "21.png"),
+    ]
+
+
+def test_narratives_are_numbered_and_name_their_pictures(tmp_path: Path) -> None:
+    lines = [{"dataset_id": "mscoco_val2017", "image_id": n, "caption": "a"} for n in ("7", "7")]
+    path = tmp_path / "coco_val_captions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found = Questions.of(benchmark("ln-coco"), tmp_path, None).references
+    picture = tmp_path / "val2017" / "000000000007.jpg"
+    assert [(one.id, one.picture) for one in found] == [("0", picture), ("1", picture)]
+
+
 def test_faulty_maps_are_one_line(ade20k: Questions, tmp_path: Path) -> None:
     small = predictions(tmp_path, {"ADE_val_00000001": save(tmp_path / "1.png", LABELS[:, :3])})
     with pytest.raises(MmiError, match="expected 4x2 pixels; got 3x2"):
@@ -79,7 +119,7 @@ def test_faulty_maps_are_one_line(ade20k: Questions, tmp_path: Path) -> None:
     with pytest.raises(MmiError, match="cannot read the map"):
         ade20k.report(predictions(tmp_path, {"ADE_val_00000001": tmp_path / "none.png"}))
     with pytest.raises(MmiError, match="holds no annotations/training"):
-        Questions.of(benchmark("ade20k"), tmp_path / "data", "train")
+        Questions.of(benchmark("ade20k"), tmp_path / "data", "training")
 
 
 @pytest.fixture

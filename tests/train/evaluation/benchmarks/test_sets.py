@@ -298,6 +298,39 @@ def test_files_of_another_form_are_one_line(name: str, tmp_path: Path) -> None:
         Questions.of(benchmark(name.partition(",")[0]), write(tmp_path, wrong), one.split)
 
 
+def test_samples_have_the_numbers_of_the_published_readers(tmp_path: Path) -> None:
+    """Those follow the annotations, whatever the order of the questions."""
+    files = {
+        "OpenEnded_mscoco_val2014_questions.json": {
+            "questions": [{"question_id": n} for n in (5, 6)]
+        },
+        "mscoco_val2014_annotations.json": {
+            "annotations": [{"question_id": n, "answers": ten("x")} for n in (6, 5)]
+        },
+    }
+    found = Questions.of(benchmark("okvqa"), write(tmp_path, files), None)
+    assert [one.id for one in found.references] == ["6", "5"]
+
+
+@pytest.mark.parametrize(
+    "name", ["annotations/coco_karpathy_val_gt.json", "annotations/captions_val2014.json"]
+)
+def test_captions_of_coco_are_read_in_its_own_form(name: str, tmp_path: Path) -> None:
+    found = Questions.of(
+        benchmark("coco-caption"), write(tmp_path, {name: images(CAPTIONS)}), "val"
+    )
+    assert [(one.id, one.answers) for one in found.references] == [
+        (str(number), captions) for number, captions in CAPTIONS.items()
+    ]
+
+
+def test_parts_of_chartqa_have_numbers_of_their_own(tmp_path: Path) -> None:
+    questions = Questions.of(benchmark("chartqa"), write(tmp_path, SETS["chartqa"].files), None)
+    names = {"human-0": "41.9", "augmented-0": "0.53", "augmented-1": "blue"}
+    found = questions.report(predictions(tmp_path, texts(**names)))
+    assert found.metrics["relaxed accuracy"] == pytest.approx(200 / 3) and not found.remarks
+
+
 def test_missing_captions_lower_cider(tmp_path: Path) -> None:
     whole = plain(report("flickr30k", tmp_path).metrics)["CIDEr"]
     questions = Questions.of(benchmark("flickr30k"), tmp_path / "data", None)

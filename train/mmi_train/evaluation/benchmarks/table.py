@@ -174,7 +174,7 @@ def _rows() -> list[Benchmark]:
         Benchmark(
             "ade20k",
             "image",
-            ("val", "train"),
+            ("validation", "training"),
             files.ade20k,
             picture_scores.segmentation,
             "http://sceneparsing.csail.mit.edu",
