@@ -264,7 +264,7 @@ def report(name: str, folder: Path, options: Options | None = None) -> Report:
 
 def plain(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics without the name of the tokenizer."""
-    return {name.partition(" (")[0]: value for name, value in metrics.items()}
+    return {name.removesuffix(", python tokens"): value for name, value in metrics.items()}
 
 
 @pytest.mark.parametrize("name", SETS)

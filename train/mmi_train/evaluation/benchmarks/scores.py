@@ -228,4 +228,4 @@ def caption_scores(
         measures.append(mean_of(f"CIDEr, {group}", values))
     if options.meteor:
         measures.append(Total("METEOR", 100 * meteor(candidates, others)))
-    return [replace(one, name=f"{one.name} ({said})") for one in measures] if said else measures
+    return [replace(one, name=f"{one.name}, {said}") for one in measures] if said else measures
