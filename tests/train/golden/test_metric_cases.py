@@ -78,7 +78,15 @@ def test_a_changed_case_is_found(kind: str, cases: Callable[[str], list[Any]]) -
 def test_captions_are_met_with_java(
     cases: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """METEOR takes half a minute more; `python -m mmi_train.golden` compares it."""
+    """Apart from METEOR."""
     monkeypatch.setattr(metric_cases, "METEOR", "no key of a case")
     for kind in ("vizwiz_accuracy", "ptb"):
         assert CHECKS[kind](cases(kind)[-1]) is None
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(java_archive(TOKENIZER) is None, reason="needs Java and pycocoevalcap")
+@pytest.mark.parametrize("kind", ["vizwiz_accuracy", "ptb", "caption_scores"])
+def test_every_caption_is_met_with_java(kind: str, cases: Callable[[str], list[Any]]) -> None:
+    """METEOR takes half a minute for each set."""
+    assert [CHECKS[kind](case) for case in cases(kind) if CHECKS[kind](case)] == []

@@ -353,6 +353,34 @@ def test_published_rules_are_followed_when_asked_for(tmp_path: Path) -> None:
     assert plain(questions.report(path).metrics)["BLEU-4"] < 90
 
 
+def test_questions_that_alone_have_no_answer_are_left_out(tmp_path: Path) -> None:
+    files = dict(SETS["okvqa"].files)
+    files["OpenEnded_mscoco_val2014_questions.json"] = {
+        "questions": [{"question_id": 61}, {"question_id": 62}]
+    }
+    questions = Questions.of(benchmark("okvqa"), write(tmp_path, files), None)
+    found = questions.report(predictions(tmp_path, texts(_61="race")))
+    assert found.metrics["accuracy"] == pytest.approx(60) and found.missing == 0
+    assert found.remarks == ["1 of 2 questions have no answer and are left out"]
+
+
+def test_a_test_split_of_dialogs_asks_for_the_last_round(tmp_path: Path) -> None:
+    dialogs = [{"image_id": 9, "dialog": [{}, {}, {}]}]
+    files = {"visdial_1.0_test.json": {"data": {"dialogs": dialogs}}}
+    questions = Questions.of(benchmark("visdial"), write(tmp_path, files), "test")
+    path = predictions(tmp_path, [{"id": 9, "scores": [0.5, 2.0]}])
+    assert json.loads(questions.submission(path)) == [
+        {"image_id": 9, "round_id": 3, "ranks": [2, 1]}
+    ]
+    with pytest.raises(MmiError, match="are not published"):
+        questions.report(path)
+
+
+def test_meteor_without_java_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MmiError, match=r"needs Java .* pip install 'mmi_deploy\[evaluate\]'"):
+        report("flickr30k", tmp_path, Options(meteor=True))
+
+
 def test_options_of_a_dialog_must_all_be_ranked(tmp_path: Path) -> None:
     questions = Questions.of(benchmark("visdial"), write(tmp_path, SETS["visdial"].files), None)
     ranks = predictions(tmp_path, [{"id": 185, "ranks": [3, 1, 2, 4]}])

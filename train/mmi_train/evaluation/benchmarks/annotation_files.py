@@ -290,27 +290,27 @@ def image2paragraph(source: Source, split: str) -> list[Reference]:
 
 
 def visdial(source: Source, split: str) -> list[Reference]:
-    """Visual Dialog 1.0: the round of each dialog whose options people judged."""
+    """Visual Dialog 1.0: the round of each dialog whose options people judged; in `test`, without
+    published judgements, the last one."""
     path = source.find(f"visdial_1.0_{split}.json")
-    dense = source.find(f"visdial_1.0_{split}_dense_annotations.json")
-    with _understood(dense):
-        judged = {entry["image_id"]: entry for entry in read_json(dense)}
+    judged: dict[Any, tuple[int, tuple[float, ...]]] = {}
+    if split != "test":
+        dense = source.find(f"visdial_1.0_{split}_dense_annotations.json")
+        with _understood(dense):
+            for entry in read_json(dense):
+                values = entry["gt_relevance"] if "gt_relevance" in entry else entry["relevance"]
+                judged[entry["image_id"]] = entry["round_id"], tuple(map(float, values))
     with _understood(path):
-        dialogs = read_json(path)["data"]["dialogs"]
         found = []
-        for dialog in dialogs:
+        for dialog in read_json(path)["data"]["dialogs"]:
             number = dialog["image_id"]
+            if split == "test":
+                judged[number] = len(dialog["dialog"]), ()
             if number not in judged:
                 continue
-            entry = judged[number]
-            values = entry["gt_relevance"] if "gt_relevance" in entry else entry["relevance"]
-            found.append(
-                Reference(
-                    str(number),
-                    relevance=tuple(float(value) for value in values),
-                    fields={"image_id": number, "round_id": entry["round_id"]},
-                )
-            )
+            place, relevance = judged[number]
+            fields = {"image_id": number, "round_id": place}
+            found.append(Reference(str(number), relevance=relevance, fields=fields))
     check_ids(found, path)
     return found
 

@@ -68,21 +68,25 @@ class Report:
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions of one split of a benchmark."""
+    """Questions of one split of a benchmark; those that alone have no published answer are left
+    out and counted."""
 
     benchmark: Benchmark
     split: str
     references: Sequence[Reference]
+    left_out: int = 0
 
     @classmethod
     def of(cls, benchmark: Benchmark, data: Path, split: str | None) -> Questions:
         """Read the annotations in `data`."""
-        return cls(benchmark, *benchmark.references(data, split))
+        chosen, found = benchmark.references(data, split)
+        answered = [reference for reference in found if reference.answered] or found
+        return cls(benchmark, chosen, answered, len(found) - len(answered))
 
     @property
     def answered(self) -> bool:
         """True if the right answers are published."""
-        return all(reference.answered for reference in self.references)
+        return self.references[0].answered  # else none is
 
     def matched(self, path: Path) -> Matched:
         """Predictions of a file, in the order of the questions."""
@@ -107,6 +111,9 @@ class Questions:
         matched = self.matched(path)
         found = self._metrics(matched, options)
         remarks = self._remarks(matched, path)
+        if self.left_out:
+            total = self.left_out + len(self.references)
+            remarks.append(f"{self.left_out} of {total} questions have no answer and are left out")
         compared = None
         if against is not None:
             other = self.matched(against)

@@ -122,7 +122,7 @@ def _rows() -> list[Benchmark]:
         Benchmark(
             "visdial",
             "ranks",
-            ("val", "train"),
+            ("val", "train", "test"),
             files.visdial,
             scores.ranking,
             "https://visualdialog.org/data",
