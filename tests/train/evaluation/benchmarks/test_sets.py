@@ -376,6 +376,18 @@ def test_a_test_split_of_dialogs_asks_for_the_last_round(tmp_path: Path) -> None
         questions.report(path)
 
 
+def test_a_metric_without_a_value_is_null(tmp_path: Path) -> None:
+    """People may find no option of a dialog relevant."""
+    files = dict(SETS["visdial"].files)
+    judged = {"image_id": 185, "round_id": 3, "gt_relevance": [0.0, 0.0]}
+    files["visdial_1.0_val_dense_annotations.json"] = [judged]
+    questions = Questions.of(benchmark("visdial"), write(tmp_path, files), None)
+    path = predictions(tmp_path, [{"id": 185, "scores": [1.0, 2.0]}])
+    found = questions.report(path, against=path).as_json()
+    assert found["metrics"] == {"NDCG": None} and found["intervals"] == {"NDCG": [None, None]}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
 def test_meteor_without_java_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(MmiError, match=r"needs Java .* pip install 'mmi_deploy\[evaluate\]'"):
         report("flickr30k", tmp_path, Options(meteor=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,30 +41,34 @@ class Report:
     against: Against | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """The report as JSON values; null for a metric that no question has a value of."""
         found: dict[str, Any] = {
             "benchmark": self.benchmark,
             "split": self.split,
-            "metrics": self.metrics,
-            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "metrics": {name: _known(value) for name, value in self.metrics.items()},
+            "intervals": {name: [*map(_known, ends)] for name, ends in self.intervals.items()},
             "answered": self.answered,
             "missing": self.missing,
         }
         if self.against is not None:
             found["against"] = {
                 "predictions": str(self.against.path),
-                "metrics": self.against.metrics,
+                "metrics": {n: _known(value) for n, value in self.against.metrics.items()},
                 "missing": self.against.missing,
                 "differences": {
                     name: {
-                        "value": one.value,
-                        "interval": [one.low, one.high],
+                        "value": _known(one.value),
+                        "interval": [_known(one.low), _known(one.high)],
                         "verdict": one.verdict,
                     }
                     for name, one in self.against.differences.items()
                 },
             }
         return found
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 @dataclass(frozen=True)
