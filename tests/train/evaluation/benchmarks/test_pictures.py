@@ -161,18 +161,18 @@ class MeanColours(torch.nn.Module):
 
 
 def test_fid_of_the_same_pictures_is_0(
-    coco: Questions, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    coco: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inception, "load_inception", lambda folder: MeanColours())
     monkeypatch.setattr(inception, "FEATURES", 12)
     pictures = real_pictures(coco)
     assert list(pictures) == ["7", "5", "9"]
     path = predictions(tmp_path, pictures)
-    options = Options(frozenset({"fid-64"}), weights)
+    options = Options(frozenset({"fid-64"}))
     same = coco.report(path, options).metrics
     assert same == pytest.approx({"FID": 0, "FID, 64 pixels": 0}, abs=1e-5)
     black = save(tmp_path / "black.png", np.zeros((60, 80, 3), np.uint8))
-    other = coco.report(predictions(tmp_path, {**pictures, "5": black}), Options(weights=weights))
+    other = coco.report(predictions(tmp_path, {**pictures, "5": black}))
     assert other.metrics["FID"] > 1e-3 and other.intervals == {}
 
 
@@ -224,11 +224,12 @@ def test_the_network_takes_the_weights_of_the_file(weights: Path) -> None:
 
 
 def test_pictures_that_are_not_there_are_one_line(
-    coco: Questions, weights: Path, tmp_path: Path
+    coco: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(inception, "load_inception", lambda folder: MeanColours())
     path = predictions(tmp_path, {"5": tmp_path / "no.png", "7": tmp_path / "no.png"})
     with pytest.raises(MmiError, match=r"no\.png"):
-        coco.report(path, Options(weights=weights))
+        coco.report(path)
 
 
 def test_gaussians_are_those_of_all_features_at_once() -> None:
