@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, print_table, remarks, results
+from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import prepare_file, write_new_file
+from mmi_deploy.system.progress import shown
 from mmi_train.evaluation.benchmarks.report import Questions, Report
 from mmi_train.evaluation.benchmarks.scores import Options
 from mmi_train.evaluation.benchmarks.table import BENCHMARKS, benchmark
@@ -45,7 +48,9 @@ def score_predictions(
         remarks().print(f"wrote {submission}")
         if not questions.answered:
             return
-    report = questions.report(predictions, options, against)
+    # Networks that see pictures are torch's; answers are scored without it.
+    with shown(remarks(), patience=2.0) as progress, extras("evaluate"):
+        report = questions.report(predictions, replace(options, progress=progress), against)
     for remark in report.remarks:
         remarks().print(remark)
     if as_json:

@@ -6,11 +6,13 @@ Rules in which the published code departs from what it describes are asked for b
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmi_train.evaluation.metrics import (
     anls,
@@ -28,7 +30,9 @@ from mmi_train.evaluation.metrics.caption_tokens import (
     tokenizer,
     without_punctuation,
 )
+from mmi_train.evaluation.metrics.frechet import Gaussian, frechet_distance
 from mmi_train.evaluation.metrics.ptb_tokens import token_lines
+from mmi_train.evaluation.metrics.published_fid import small_pixels
 
 Case = Mapping[str, Any]
 
@@ -314,6 +318,75 @@ def ade20k_colour(case: Case) -> str | None:
     return found or _differs("labels", mean_iou.labels_of(colours).tolist(), labels.tolist())
 
 
+def frechet(case: Case) -> str | None:
+    """Distance of two Gaussians."""
+    given = case["input"]
+    parts = [np.array(given[name], np.float64) for name in ("mu1", "sigma1", "mu2", "sigma2")]
+    return _far("distance", frechet_distance(*parts), case["output"])
+
+
+def picture(given: Mapping[str, Any]) -> np.ndarray:
+    """A generated picture of a case, uint8 [height, width, channels]. Raises `ValueError` if its
+    bytes have another hash."""
+    x = np.arange(given["width"])[None, :, None]
+    y = np.arange(given["height"])[:, None, None]
+    c = np.arange(given["channels"])
+    checks = (x // 8 + y // 8) % 2
+    values = x * (3 + c) + y * (5 + 2 * c) + x * y // 7 + 40 * c * checks + 29 * given["k"]
+    found = (values % 256).astype(np.uint8)
+    if _hash(found) != given["sha256"]:
+        raise ValueError("the picture is not that of the case")
+    return found
+
+
+def _hash(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def _outputs(case: Case) -> list[Mapping[str, Any]]:
+    """Outputs under either version of Pillow."""
+    return [case[key] for key in ("output", "output_with_pillow_13") if key in case]
+
+
+def fid64(case: Case) -> str | None:
+    """The 64-pixel picture that the published FID sees."""
+    got = _hash(np.rint(small_pixels(picture(case["input"])) * 255).astype(np.uint8))
+    expected = [output["uint8_sha256"] for output in _outputs(case)]
+    return None if got in expected else f"pixels: expected {expected}, got {got}"
+
+
+def frechet_features(case: Case) -> str | None:
+    """Means of quarters of 64-pixel pictures as features, their Gaussians and distance."""
+    sets = []
+    for name in ("set1", "set2"):
+        pixels = np.stack([small_pixels(picture(given)) for given in case["input"][name]])
+        quarters = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(pixels), 2)
+        sets.append(quarters.reshape(len(pixels), -1).double().numpy())
+    gaussians = [Gaussian(features.shape[1]) for features in sets]
+    for own, features in zip(gaussians, sets, strict=True):
+        own.add(features)
+    one, other = gaussians
+    got = {
+        "features1": sets[0],
+        "features2": sets[1],
+        "mu1": one.mean,
+        "sigma1": one.covariance,
+        "mu2": other.mean,
+        "sigma2": other.covariance,
+        "distance": frechet_distance(one.mean, one.covariance, other.mean, other.covariance),
+    }
+    found = [
+        _first(
+            *(
+                _far(key, float(np.abs(got[key] - np.array(value)).max()), 0.0)
+                for key, value in output.items()
+            )
+        )
+        for output in _outputs(case)
+    ]
+    return None if None in found else found[0]
+
+
 CHECKS: Mapping[str, Callable[[Case], str | None]] = {
     "vqa_normalise": vqa_normalise,
     "extract_answer": extract_answer,
@@ -329,4 +402,7 @@ CHECKS: Mapping[str, Callable[[Case], str | None]] = {
     "ndcg": ndcg_case,
     "miou": miou,
     "ade20k_colour": ade20k_colour,
+    "frechet": frechet,
+    "frechet_features": frechet_features,
+    "fid64": fid64,
 }

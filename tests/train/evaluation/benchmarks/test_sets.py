@@ -264,7 +264,7 @@ def report(name: str, folder: Path, options: Options | None = None) -> Report:
 
 def plain(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics without the name of the tokenizer."""
-    return {name.partition(" (")[0]: value for name, value in metrics.items()}
+    return {name.removesuffix(", python tokens"): value for name, value in metrics.items()}
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -298,6 +298,39 @@ def test_files_of_another_form_are_one_line(name: str, tmp_path: Path) -> None:
         Questions.of(benchmark(name.partition(",")[0]), write(tmp_path, wrong), one.split)
 
 
+def test_samples_have_the_numbers_of_the_published_readers(tmp_path: Path) -> None:
+    """Those follow the annotations, whatever the order of the questions."""
+    files = {
+        "OpenEnded_mscoco_val2014_questions.json": {
+            "questions": [{"question_id": n} for n in (5, 6)]
+        },
+        "mscoco_val2014_annotations.json": {
+            "annotations": [{"question_id": n, "answers": ten("x")} for n in (6, 5)]
+        },
+    }
+    found = Questions.of(benchmark("okvqa"), write(tmp_path, files), None)
+    assert [one.id for one in found.references] == ["6", "5"]
+
+
+@pytest.mark.parametrize(
+    "name", ["annotations/coco_karpathy_val_gt.json", "annotations/captions_val2014.json"]
+)
+def test_captions_of_coco_are_read_in_its_own_form(name: str, tmp_path: Path) -> None:
+    found = Questions.of(
+        benchmark("coco-caption"), write(tmp_path, {name: images(CAPTIONS)}), "val"
+    )
+    assert [(one.id, one.answers) for one in found.references] == [
+        (str(number), captions) for number, captions in CAPTIONS.items()
+    ]
+
+
+def test_parts_of_chartqa_have_numbers_of_their_own(tmp_path: Path) -> None:
+    questions = Questions.of(benchmark("chartqa"), write(tmp_path, SETS["chartqa"].files), None)
+    names = {"human-0": "41.9", "augmented-0": "0.53", "augmented-1": "blue"}
+    found = questions.report(predictions(tmp_path, texts(**names)))
+    assert found.metrics["relaxed accuracy"] == pytest.approx(200 / 3) and not found.remarks
+
+
 def test_missing_captions_lower_cider(tmp_path: Path) -> None:
     whole = plain(report("flickr30k", tmp_path).metrics)["CIDEr"]
     questions = Questions.of(benchmark("flickr30k"), tmp_path / "data", None)
@@ -318,6 +351,46 @@ def test_published_rules_are_followed_when_asked_for(tmp_path: Path) -> None:
     options = Options(frozenset({"first-sentence"}))
     assert plain(questions.report(path, options).metrics)["BLEU-4"] == pytest.approx(100)
     assert plain(questions.report(path).metrics)["BLEU-4"] < 90
+
+
+def test_questions_that_alone_have_no_answer_are_left_out(tmp_path: Path) -> None:
+    files = dict(SETS["okvqa"].files)
+    files["OpenEnded_mscoco_val2014_questions.json"] = {
+        "questions": [{"question_id": 61}, {"question_id": 62}]
+    }
+    questions = Questions.of(benchmark("okvqa"), write(tmp_path, files), None)
+    found = questions.report(predictions(tmp_path, texts(_61="race")))
+    assert found.metrics["accuracy"] == pytest.approx(60) and found.missing == 0
+    assert found.remarks == ["1 of 2 questions have no answer and are left out"]
+
+
+def test_a_test_split_of_dialogs_asks_for_the_last_round(tmp_path: Path) -> None:
+    dialogs = [{"image_id": 9, "dialog": [{}, {}, {}]}]
+    files = {"visdial_1.0_test.json": {"data": {"dialogs": dialogs}}}
+    questions = Questions.of(benchmark("visdial"), write(tmp_path, files), "test")
+    path = predictions(tmp_path, [{"id": 9, "scores": [0.5, 2.0]}])
+    assert json.loads(questions.submission(path)) == [
+        {"image_id": 9, "round_id": 3, "ranks": [2, 1]}
+    ]
+    with pytest.raises(MmiError, match="are not published"):
+        questions.report(path)
+
+
+def test_a_metric_without_a_value_is_null(tmp_path: Path) -> None:
+    """People may find no option of a dialog relevant."""
+    files = dict(SETS["visdial"].files)
+    judged = {"image_id": 185, "round_id": 3, "gt_relevance": [0.0, 0.0]}
+    files["visdial_1.0_val_dense_annotations.json"] = [judged]
+    questions = Questions.of(benchmark("visdial"), write(tmp_path, files), None)
+    path = predictions(tmp_path, [{"id": 185, "scores": [1.0, 2.0]}])
+    found = questions.report(path, against=path).as_json()
+    assert found["metrics"] == {"NDCG": None} and found["intervals"] == {"NDCG": [None, None]}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_meteor_without_java_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MmiError, match=r"needs Java .* pip install 'mmi_deploy\[evaluate\]'"):
+        report("flickr30k", tmp_path, Options(meteor=True))
 
 
 def test_options_of_a_dialog_must_all_be_ranked(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,3 +227,27 @@ def test_damaged_annotations_are_one_line(mmi: Mmi, data: Path, answers: Path) -
         path.write_text(content)
         code, _, err = mmi(*words)
         assert (code, err.count("\n")) == (2, 1) and says in err
+
+
+def test_answers_are_scored_without_torch_and_pictures_say_that_they_need_it(
+    data: Path, answers: Path, tmp_path: Path
+) -> None:
+    def call(*words: object) -> subprocess.CompletedProcess[str]:
+        script = "import sys; sys.modules['torch'] = None\n"
+        script += "from mmi_deploy.cli.app import main; main()"
+        return subprocess.run(
+            [sys.executable, "-c", script, "evaluate", "--predictions", *map(str, words)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=False,
+        )
+
+    found = call(answers, "--benchmark", "vqav2", "--data", data, "--json")
+    assert json.loads(found.stdout)["metrics"]["accuracy"] == pytest.approx(SCORE), found.stderr
+    captions = {"annotations": [{"image_id": 7, "caption": "a"}]}
+    (data / "captions_val2014.json").write_text(json.dumps(captions))
+    path = write_lines(tmp_path / "p.jsonl", [{"id": 7, "image": "a.png"}])
+    found = call(path, "--benchmark", "coco-t2i", "--data", data)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.endswith("install it with: pip install 'mmi_deploy[train]'\n")

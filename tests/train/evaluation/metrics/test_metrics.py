@@ -59,7 +59,8 @@ def test_anls_is_the_nearest_answer_above_one_half() -> None:
     assert anls("Graveyard", ["grave yard", "x"]) == pytest.approx(0.9)
     assert anls("abc", ["abcdef"]) == 0  # a distance of exactly one half
     assert anls("abcd", ["abcdefg"]) == pytest.approx(4 / 7)
-    assert anls("anything", []) == 0
+    assert anls("anything", []) == 0 and anls("", [""]) == 1
+    assert anls("page " * 100_000, ["page"]) == 0  # at once
     assert edit_distance("kitten", "sitting") == 3
 
 

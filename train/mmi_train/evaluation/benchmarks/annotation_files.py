@@ -51,22 +51,24 @@ def _vqa_pair(questions: Path, annotations: Path | None) -> list[Reference]:
     answers: dict[Any, dict[str, Any]] = {}
     if annotations is not None:
         with _understood(annotations):
-            answers = {
-                entry["question_id"]: entry for entry in read_json(annotations)["annotations"]
-            }
+            for entry in read_json(annotations)["annotations"]:
+                answers[entry["question_id"]] = entry
     with _understood(questions):
-        found = []
-        for entry in read_json(questions)["questions"]:
-            number = entry["question_id"]
-            given = answers.get(number, {})
-            found.append(
-                Reference(
-                    str(number),
-                    answers=_answers(given.get("answers")),
-                    group=str(given.get("answer_type", "")),
-                    fields={"question_id": number},
-                )
+        asked = [entry["question_id"] for entry in read_json(questions)["questions"]]
+    # The sample's number is that of the published readers, which follow the annotations.
+    known = set(asked)
+    order = [number for number in answers if number in known]
+    order += [number for number in asked if number not in answers]
+    with _understood(annotations or questions):
+        found = [
+            Reference(
+                str(number),
+                answers=_answers(answers.get(number, {}).get("answers")),
+                group=str(answers.get(number, {}).get("answer_type", "")),
+                fields={"question_id": number},
             )
+            for number in order
+        ]
     check_ids(found, questions)
     return found
 
@@ -185,14 +187,20 @@ def stvqa(source: Source, split: str) -> list[Reference]:
 
 
 def chartqa(source: Source, split: str) -> list[Reference]:
-    """ChartQA: people's questions, then the generated ones; samples are numbered."""
+    """ChartQA: people's questions, then the generated ones; a sample has its number as id, or
+    `human-0` after its part."""
     found: list[Reference] = []
     for kind in ("human", "augmented"):
         path = source.find(f"{split}_{kind}.json", f"{split}/{split}_{kind}.json")
         with _understood(path):
             found += [
-                Reference(str(number), answers=_answers(str(entry["label"])), group=kind)
-                for number, entry in enumerate(read_json(path), len(found))
+                Reference(
+                    str(len(found) + number),
+                    (f"{kind}-{number}",),
+                    _answers(str(entry["label"])),
+                    group=kind,
+                )
+                for number, entry in enumerate(read_json(path))
             ]
     return found
 
@@ -203,8 +211,14 @@ def _captions(entry: dict[str, Any]) -> list[str]:
 
 
 def coco_karpathy(source: Source, split: str) -> list[Reference]:
-    """COCO captions in Karpathy's split; a picture's id is the number at the end of its name."""
-    path = source.find(f"coco_karpathy_{split}.json")
+    """COCO captions in Karpathy's split, or in COCO's form, in which the official splits are.
+
+    A picture's id is the number at the end of its name.
+    """
+    official = [f"captions_{split}2014.json", f"captions_{split}2017.json"]
+    path = source.find(f"coco_karpathy_{split}.json", f"coco_karpathy_{split}_gt.json", *official)
+    if path.name != f"coco_karpathy_{split}.json":
+        return _coco_form(path)
     captions: defaultdict[int, list[str]] = defaultdict(list)
     others: dict[int, tuple[str, ...]] = {}
     with _understood(path):
@@ -276,27 +290,27 @@ def image2paragraph(source: Source, split: str) -> list[Reference]:
 
 
 def visdial(source: Source, split: str) -> list[Reference]:
-    """Visual Dialog 1.0: the round of each dialog whose options people judged."""
+    """Visual Dialog 1.0: the round of each dialog whose options people judged; in `test`, without
+    published judgements, the last one."""
     path = source.find(f"visdial_1.0_{split}.json")
-    dense = source.find(f"visdial_1.0_{split}_dense_annotations.json")
-    with _understood(dense):
-        judged = {entry["image_id"]: entry for entry in read_json(dense)}
+    judged: dict[Any, tuple[int, tuple[float, ...]]] = {}
+    if split != "test":
+        dense = source.find(f"visdial_1.0_{split}_dense_annotations.json")
+        with _understood(dense):
+            for entry in read_json(dense):
+                values = entry["gt_relevance"] if "gt_relevance" in entry else entry["relevance"]
+                judged[entry["image_id"]] = entry["round_id"], tuple(map(float, values))
     with _understood(path):
-        dialogs = read_json(path)["data"]["dialogs"]
         found = []
-        for dialog in dialogs:
+        for dialog in read_json(path)["data"]["dialogs"]:
             number = dialog["image_id"]
+            if split == "test":
+                judged[number] = len(dialog["dialog"]), ()
             if number not in judged:
                 continue
-            entry = judged[number]
-            values = entry["gt_relevance"] if "gt_relevance" in entry else entry["relevance"]
-            found.append(
-                Reference(
-                    str(number),
-                    relevance=tuple(float(value) for value in values),
-                    fields={"image_id": number, "round_id": entry["round_id"]},
-                )
-            )
+            place, relevance = judged[number]
+            fields = {"image_id": number, "round_id": place}
+            found.append(Reference(str(number), relevance=relevance, fields=fields))
     check_ids(found, path)
     return found
 
@@ -319,20 +333,19 @@ def referring(name: str) -> Reader:
 
 def ade20k(source: Source, split: str) -> list[Reference]:
     """ADE20K's maps of labels."""
-    phase = {"val": "validation", "train": "training"}[split]
     folders = [
         folder
         for folder in (source.folder, *sorted(source.folder.glob("*")))
-        if (folder / "annotations" / phase).is_dir()
+        if (folder / "annotations" / split).is_dir()
     ]
     if not folders:
         raise AnnotationError(
-            f"{source.folder} holds no annotations/{phase}",
+            f"{source.folder} holds no annotations/{split}",
             fix=f"get ADEChallengeData2016.zip from {source.address} and unpack it there",
         )
-    maps = sorted((folders[0] / "annotations" / phase).glob("*.png"))
+    maps = sorted((folders[0] / "annotations" / split).glob("*.png"))
     if not maps:
-        raise AnnotationError(f"{folders[0] / 'annotations' / phase} holds no .png")
+        raise AnnotationError(f"{folders[0] / 'annotations' / split} holds no .png")
     return [Reference(path.stem, picture=path) for path in maps]
 
 
@@ -367,18 +380,37 @@ def localized_narratives(source: Source, split: str) -> list[Reference]:
 
 
 def vist(source: Source, split: str) -> list[Reference]:
-    """VIST: the last picture of each story, in the published form."""
-    path = source.find(f"{split}_formatted_filtered.json", f"{split}_formatted.json")
-    folder = source.folder / "images" / f"{split}_images"
+    """VIST: the last picture of each story, as released or in the form that the paper takes."""
+    path = source.find(
+        f"{split}_formatted_filtered.json",
+        f"{split}_formatted.json",
+        f"{split}.story-in-sequence.json",
+    )
+    places = [source.folder / "images" / f"{split}_images", source.folder / f"{split}_images"]
+    folder = next((place for place in places if place.is_dir()), places[0])
+    last: dict[str, tuple[int, str]] = {}
     with _understood(path):
         stories = read_json(path)["annotations"]
-        last = {
-            name: max(entries, key=lambda entry: int(entry["sequence_index"]))["image_id"]
-            for name, entries in stories.items()
-        }
+        if isinstance(stories, dict):
+            scenes = [
+                (name, int(entry["sequence_index"]), entry["image_id"])
+                for name in sorted(stories)
+                for entry in stories[name]
+            ]
+        else:
+            scenes = [
+                (
+                    str(one["story_id"]),
+                    int(one["worker_arranged_photo_order"]),
+                    one["photo_flickr_id"],
+                )
+                for (one,) in stories
+            ]
+        for name, place, image in scenes:
+            last[name] = max(last.get(name, (-1, "")), (place, str(image)))
     return [
-        Reference(name, (str(image),), picture=folder / f"{image}.png")
-        for name, image in last.items()
+        Reference(name, (image,), picture=folder / f"{image}.png")
+        for name, (_, image) in last.items()
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,24 +41,24 @@ class Report:
     against: Against | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """The report as JSON values; null for a metric that no question has a value of."""
         found: dict[str, Any] = {
             "benchmark": self.benchmark,
             "split": self.split,
-            "metrics": self.metrics,
-            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "metrics": {name: _known(value) for name, value in self.metrics.items()},
+            "intervals": {name: [*map(_known, ends)] for name, ends in self.intervals.items()},
             "answered": self.answered,
             "missing": self.missing,
         }
         if self.against is not None:
             found["against"] = {
                 "predictions": str(self.against.path),
-                "metrics": self.against.metrics,
+                "metrics": {n: _known(value) for n, value in self.against.metrics.items()},
                 "missing": self.against.missing,
                 "differences": {
                     name: {
-                        "value": one.value,
-                        "interval": [one.low, one.high],
+                        "value": _known(one.value),
+                        "interval": [_known(one.low), _known(one.high)],
                         "verdict": one.verdict,
                     }
                     for name, one in self.against.differences.items()
@@ -66,23 +67,31 @@ class Report:
         return found
 
 
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 @dataclass(frozen=True)
 class Questions:
-    """Questions of one split of a benchmark."""
+    """Questions of one split of a benchmark; those that alone have no published answer are left
+    out and counted."""
 
     benchmark: Benchmark
     split: str
     references: Sequence[Reference]
+    left_out: int = 0
 
     @classmethod
     def of(cls, benchmark: Benchmark, data: Path, split: str | None) -> Questions:
         """Read the annotations in `data`."""
-        return cls(benchmark, *benchmark.references(data, split))
+        chosen, found = benchmark.references(data, split)
+        answered = [reference for reference in found if reference.answered] or found
+        return cls(benchmark, chosen, answered, len(found) - len(answered))
 
     @property
     def answered(self) -> bool:
         """True if the right answers are published."""
-        return all(reference.answered for reference in self.references)
+        return self.references[0].answered  # else none is
 
     def matched(self, path: Path) -> Matched:
         """Predictions of a file, in the order of the questions."""
@@ -107,6 +116,9 @@ class Questions:
         matched = self.matched(path)
         found = self._metrics(matched, options)
         remarks = self._remarks(matched, path)
+        if self.left_out:
+            total = self.left_out + len(self.references)
+            remarks.append(f"{self.left_out} of {total} questions have no answer and are left out")
         compared = None
         if against is not None:
             other = self.matched(against)

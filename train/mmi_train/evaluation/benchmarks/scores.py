@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.system.progress import Progress, silent
 from mmi_train.evaluation.benchmarks.annotation_files import groups_of
 from mmi_train.evaluation.benchmarks.predictions import Prediction, PredictionError
 from mmi_train.evaluation.benchmarks.references import Reference
@@ -43,11 +44,13 @@ class Total:
 @dataclass(frozen=True)
 class Options:
     """published: rules of the published evaluation to follow. weights: folder of the networks that
-    a metric needs. meteor: also score captions by METEOR, which takes Java half a minute."""
+    a metric needs. meteor: also score captions by METEOR, which takes Java half a minute. progress:
+    reports the reading of pictures."""
 
     published: frozenset[Published] = frozenset()
     weights: Path | None = None
     meteor: bool = False
+    progress: Progress = silent
 
 
 def options_of(published: Sequence[str], weights: Path | None, meteor: bool) -> Options:
@@ -80,6 +83,14 @@ def _by_group(
     return measures
 
 
+def _short_answers(predictions: Sequence[Prediction | None], options: Options) -> list[str | None]:
+    """Texts of predictions, by the published rule if it is asked for; None for a missing one."""
+    texts = [None if prediction is None else prediction.text for prediction in predictions]
+    if "extract-answer" not in options.published:
+        return texts
+    return [None if text is None else vqa.extract_answer(text) for text in texts]
+
+
 def vqa_accuracy(*, vizwiz: bool = False) -> Scorer:
     """Official accuracy of VQA and the sets that share its code. vizwiz: by VizWiz's code."""
 
@@ -95,16 +106,8 @@ def vqa_accuracy(*, vizwiz: bool = False) -> Scorer:
         predictions: Sequence[Prediction | None],
         options: Options,
     ) -> Metrics:
-        texts = [
-            None
-            if prediction is None
-            else vqa.extract_answer(prediction.text)
-            if "extract-answer" in options.published
-            else prediction.text
-            for prediction in predictions
-        ]
         answers = [reference.answers for reference in references]
-        pairs = list(zip(texts, answers, strict=True))
+        pairs = list(zip(_short_answers(predictions, options), answers, strict=True))
         found = [0.0 if text is None else official(text, given) for text, given in pairs]
         always = [0.0 if text is None else vqa.accuracy(text, given) for text, given in pairs]
         measures: Metrics = [*_by_group("accuracy", found, references)]
@@ -119,13 +122,10 @@ def exact_accuracy(
     references: Sequence[Reference], predictions: Sequence[Prediction | None], options: Options
 ) -> Metrics:
     """Share of answers that equal the right one after VQA's normalisation (GQA)."""
-    extract = "extract-answer" in options.published
     values = []
-    for reference, prediction in zip(references, predictions, strict=True):
-        text = "" if prediction is None else prediction.text
-        text = vqa.normalised(vqa.extract_answer(text) if extract else text)
+    for reference, text in zip(references, _short_answers(predictions, options), strict=True):
         right = {vqa.normalised(answer) for answer in reference.answers}
-        values.append(float(prediction is not None and text in right))
+        values.append(float(text is not None and vqa.normalised(text) in right))
     return [*_by_group("accuracy", values, references)]
 
 
@@ -225,4 +225,4 @@ def caption_scores(
         measures.append(mean_of(f"CIDEr, {group}", values))
     if options.meteor:
         measures.append(Total("METEOR", 100 * meteor(candidates, others)))
-    return [replace(one, name=f"{one.name} ({said})") for one in measures] if said else measures
+    return [replace(one, name=f"{one.name}, {said}") for one in measures] if said else measures

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmi_deploy.errors import ConfigError
 from mmi_train.evaluation.benchmarks import annotation_files as files
-from mmi_train.evaluation.benchmarks import scores
+from mmi_train.evaluation.benchmarks import picture_scores, scores
 from mmi_train.evaluation.benchmarks.predictions import Kind
 from mmi_train.evaluation.benchmarks.references import AnnotationError, Reference, Source
 
@@ -38,138 +38,74 @@ class Benchmark:
         return chosen, found
 
 
+_PUBLISHED = "https://huggingface.co/OpenGVLab/MM-Interleaved/tree/main/assets/datasets"
+_COCO = "https://cocodataset.org/#download"
+_REFER = "https://github.com/lichengunc/refer"
+_ROBUST_READING = "https://rrc.cvc.uab.es"
+
+# Where the files of each set are to be had.
+_ADDRESSES = {
+    "coco-caption": _PUBLISHED,
+    "flickr30k": _PUBLISHED,
+    "nocaps": "https://nocaps.org/download",
+    "image2paragraph": _PUBLISHED,
+    "vqav2": "https://visualqa.org/download.html",
+    "okvqa": "https://okvqa.allenai.org/download.html",
+    "gqa": "https://cs.stanford.edu/people/dorarad/gqa/download.html",
+    "vizwiz": "https://vizwiz.org/tasks-and-datasets/vqa/",
+    "textvqa": "https://textvqa.org/dataset/",
+    "visdial": "https://visualdialog.org/data",
+    "refcoco": _REFER,
+    "refcoco+": _REFER,
+    "refcocog": _REFER,
+    "chartqa": "https://github.com/vis-nlp/ChartQA",
+    "docvqa": _ROBUST_READING,
+    "infovqa": _ROBUST_READING,
+    "stvqa": _ROBUST_READING,
+    "ade20k": "http://sceneparsing.csail.mit.edu",
+    "coco-t2i": _COCO,
+    "ln-coco": _PUBLISHED,
+    "vist": "https://visionandlanguage.net/VIST/dataset.html",
+}
+
+
+def _row(
+    name: str,
+    splits: str,
+    read: files.Reader,
+    score: scores.Scorer,
+    answer: str | None = None,
+    kind: Kind = "text",
+) -> Benchmark:
+    return Benchmark(name, kind, tuple(splits.split()), read, score, _ADDRESSES[name], answer)
+
+
 def _rows() -> list[Benchmark]:
-    vqa = scores.vqa_accuracy()
-    published = "https://huggingface.co/OpenGVLab/MM-Interleaved/tree/main/assets/datasets"
-    vqa_site = "https://visualqa.org/download.html"
-    robust_reading = "https://rrc.cvc.uab.es"
-    refer = "https://github.com/lichengunc/refer"
-    captions = scores.caption_scores
+    captions, boxes, anls = scores.caption_scores, scores.box_accuracy, scores.anls_of
+    vqa, vizwiz = scores.vqa_accuracy(), scores.vqa_accuracy(vizwiz=True)
+    maps, drawn = picture_scores.segmentation, picture_scores.drawn_pictures
     return [
-        Benchmark(
-            "coco-caption",
-            "text",
-            ("test", "val"),
-            files.coco_karpathy,
-            captions,
-            published,
-            "caption",
-        ),
-        Benchmark("flickr30k", "text", ("test",), files.flickr30k, captions, published),
-        Benchmark(
-            "nocaps",
-            "text",
-            ("val", "test"),
-            files.nocaps,
-            captions,
-            "https://nocaps.org/download",
-            "caption",
-        ),
-        Benchmark(
-            "image2paragraph",
-            "text",
-            ("test", "val", "train"),
-            files.image2paragraph,
-            captions,
-            published,
-        ),
-        Benchmark(
-            "vqav2",
-            "text",
-            ("val", "train", "test-dev", "test"),
-            files.vqav2,
-            vqa,
-            vqa_site,
-            "answer",
-        ),
-        Benchmark(
-            "okvqa",
-            "text",
-            ("val", "train"),
-            files.okvqa,
-            vqa,
-            "https://okvqa.allenai.org/download.html",
-            "answer",
-        ),
-        Benchmark(
-            "gqa",
-            "text",
-            ("testdev", "val", "train", "test"),
-            files.gqa,
-            scores.exact_accuracy,
-            "https://cs.stanford.edu/people/dorarad/gqa/download.html",
-            "prediction",
-        ),
-        Benchmark(
-            "vizwiz",
-            "text",
-            ("val", "train", "test"),
-            files.vizwiz,
-            scores.vqa_accuracy(vizwiz=True),
-            "https://vizwiz.org/tasks-and-datasets/vqa/",
-            "answer",
-        ),
-        Benchmark(
-            "textvqa",
-            "text",
-            ("val", "train", "test"),
-            files.textvqa,
-            vqa,
-            "https://textvqa.org/dataset/",
-            "answer",
-        ),
-        Benchmark(
-            "visdial",
-            "ranks",
-            ("val", "train"),
-            files.visdial,
-            scores.ranking,
-            "https://visualdialog.org/data",
-            "ranks",
-        ),
-        *(
-            Benchmark(name, "text", splits, files.referring(name), scores.box_accuracy, refer)
-            for name, splits in {
-                "refcoco": ("val", "testA", "testB"),
-                "refcoco+": ("val", "testA", "testB"),
-                "refcocog": ("val", "test"),
-            }.items()
-        ),
-        Benchmark(
-            "chartqa",
-            "text",
-            ("test", "val", "train"),
-            files.chartqa,
-            scores.relaxed,
-            "https://github.com/vis-nlp/ChartQA",
-        ),
-        Benchmark(
-            "docvqa",
-            "text",
-            ("val", "train", "test"),
-            files.docvqa,
-            scores.anls_of,
-            robust_reading,
-            "answer",
-        ),
-        Benchmark(
-            "infovqa",
-            "text",
-            ("val", "train", "test"),
-            files.infovqa,
-            scores.anls_of,
-            robust_reading,
-            "answer",
-        ),
-        Benchmark(
-            "stvqa",
-            "text",
-            ("test", "train"),
-            files.stvqa,
-            scores.anls_of,
-            robust_reading,
-            "answer",
-        ),
+        _row("coco-caption", "test val", files.coco_karpathy, captions, "caption"),
+        _row("flickr30k", "test", files.flickr30k, captions),
+        _row("nocaps", "val test", files.nocaps, captions, "caption"),
+        _row("image2paragraph", "test val train", files.image2paragraph, captions),
+        _row("vqav2", "val train test-dev test", files.vqav2, vqa, "answer"),
+        _row("okvqa", "val train", files.okvqa, vqa, "answer"),
+        _row("gqa", "testdev val train test", files.gqa, scores.exact_accuracy, "prediction"),
+        _row("vizwiz", "val train test", files.vizwiz, vizwiz, "answer"),
+        _row("textvqa", "val train test", files.textvqa, vqa, "answer"),
+        _row("visdial", "val train test", files.visdial, scores.ranking, "ranks", "ranks"),
+        _row("refcoco", "val testA testB", files.referring("refcoco"), boxes),
+        _row("refcoco+", "val testA testB", files.referring("refcoco+"), boxes),
+        _row("refcocog", "val test", files.referring("refcocog"), boxes),
+        _row("chartqa", "test val train", files.chartqa, scores.relaxed),
+        _row("docvqa", "val train test", files.docvqa, anls, "answer"),
+        _row("infovqa", "val train test", files.infovqa, anls, "answer"),
+        _row("stvqa", "test train", files.stvqa, anls, "answer"),
+        _row("ade20k", "validation training", files.ade20k, maps, kind="image"),
+        _row("coco-t2i", "val", files.coco_pictures, drawn, kind="image"),
+        _row("ln-coco", "val", files.localized_narratives, drawn, kind="image"),
+        _row("vist", "test val train", files.vist, drawn, kind="image"),
     ]
 
 

@@ -24,7 +24,13 @@ def _plain(text: str) -> str:
 
 def _similarity(a: str, b: str) -> float:
     longer = max(len(a), len(b))
-    distance = edit_distance(a, b) / longer if longer else 0.0
+    if not longer:
+        return 1.0
+    if (
+        abs(len(a) - len(b)) >= THRESHOLD * longer
+    ):  # so many edits at least: a page of text is quick
+        return 0.0
+    distance = edit_distance(a, b) / longer
     return 1 - distance if distance < THRESHOLD else 0.0
 
 

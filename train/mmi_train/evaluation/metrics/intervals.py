@@ -7,6 +7,7 @@ draws as many questions as there are, with replacement, and takes the measure of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -78,6 +79,8 @@ def difference(measure: Measure, base: Measure) -> Difference:
 
 
 def _bounds(values: np.ndarray) -> tuple[float, float]:
+    if np.isnan(values).all():  # no drawn set has a value
+        return math.nan, math.nan
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(values, [tail, 1 - tail])
     return float(low), float(high)
