@@ -233,7 +233,7 @@ def _regions(case: Case, folder: Any) -> Iterator[tuple[Region, Picture, str | N
 
 
 def _region_row(case: Case, item: Any, regions: Sequence[Any]) -> Row | str:
-    """Row of an item of the published reader; the difference from every region of ours."""
+    """Row of an item of the published reader; or that no region of our reader is it."""
     for region, picture, query in regions:
         size = region.width, region.height
         for label, box in (

@@ -121,9 +121,9 @@ def arranged(
         if len(chosen) < most and (picture := loaded(name)) is not None:
             chosen.append((at, picture))
     if not chosen:
-        raise Skipped("document has no picture")
+        raise Skipped("document has no picture", by_rule=True)
     if len(chosen) == 1 and draw.random() >= single:
-        raise Skipped("document with one picture, dropped by chance")
+        raise Skipped("document with one picture, dropped by chance", by_rule=True)
     chosen.sort(key=lambda pair: pair[0])
     before: dict[int, list[Picture]] = {}
     after: dict[int, list[Picture]] = {}

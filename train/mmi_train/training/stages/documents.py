@@ -15,8 +15,9 @@ from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.spec.config import to_json
 from mmi_train.data.batches import batch_of
-from mmi_train.data.document_file import DocumentFile
+from mmi_train.data.documents import Documents
 from mmi_train.data.order import ShuffledOrder
+from mmi_train.data.readers.sample import Skipped
 from mmi_train.data.rows import TokenDocument, continued, make_rows, tokens_of
 from mmi_train.model.layout import map_tensors
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
@@ -46,13 +47,14 @@ class DocumentsStage:
     """Micro-batches of `documents` documents of `file`, in an order that `seed` decides.
 
     A broken document is reported to `on_broken` once, with its place and the reason, and another
-    one stands in for it; more than `max_bad` of them end the run with `DocumentError`.
+    one stands in for it, as for one that the rules of a data set leave out; more than `max_bad`
+    broken ones end the run with `DocumentError`.
     `image_weight` is the paper's lambda. `adapters`: description of adapters that the model has.
     """
 
     model: MMInterleaved
     tokenizer: Tokenizer
-    file: DocumentFile
+    file: Documents
     documents: int
     seed: int = 0
     text_weight: float = 1.0
@@ -116,10 +118,12 @@ class DocumentsStage:
                     found.append(self.document(number))
                     break
                 except DocumentError as error:
-                    broken.append((number, str(error)))
+                    last = number, str(error)
+                    if not (isinstance(error, Skipped) and error.by_rule):
+                        broken.append(last)
                 number = int(rng.integers(len(self.file)))
             else:
-                number, reason = broken[-1]
+                number, reason = last
                 raise DocumentError(
                     f"{_SPARE} documents in a row cannot be read, "
                     f"the last of them {self.file.name(number)}: {reason}"
