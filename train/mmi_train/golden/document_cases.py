@@ -36,7 +36,7 @@ def _mmc4(case: Case) -> str | None:
     with tree(case) as folder:
         chosen = []
         for at, name in alike(listed, len(sentences), options["sim_threshold"]):
-            picture = FilePicture(folder / "images" / name, name)
+            picture = FilePicture(str(folder / "images"), name)
             try:
                 picture_of(PicturePart(picture))
             except Skipped:
@@ -72,7 +72,7 @@ def _laion(case: Case) -> str | None:
     options, output = case["options"], case["output"]
     entry = line_of(case["input"].encode())
     with tree(case) as folder:
-        picture = PicturePart(FilePicture(folder / entry["image"], entry["image"]), True)
+        picture = PicturePart(FilePicture(str(folder), entry["image"]), True)
         if output.get("error") == "JSONDecodeError":
             strict = line_value(case["input"].encode())
             return None if strict is None and isinstance(entry, dict) else "is JSON"
@@ -213,7 +213,7 @@ def _interleaved_prompt(case: Case) -> str | None:
             else:
                 assert isinstance(part, Image)
                 shades.append(int(part.rgb[0, 0, 0]))
-                parts.append(PicturePart(FilePicture(folder, "")))
+                parts.append(PicturePart(FilePicture(str(folder), "")))
     text = PublishedText(case["tokenizer"])
     whole = written(parts)
     ids = text.ids(whole)

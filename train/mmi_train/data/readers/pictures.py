@@ -6,6 +6,7 @@ Each has a name for messages and is decoded when it is asked for; `load` raises 
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,16 +41,18 @@ class Picture(Protocol):
 
 @dataclass(frozen=True)
 class FilePicture:
-    """A picture file; `path` may lead through symbolic links."""
+    """The picture file `name` below the folder `root`; it may lead through symbolic links. Both are
+    texts, because sets of millions look for their pictures."""
 
-    path: Path
+    root: str
     name: str
 
+    @property
+    def path(self) -> Path:
+        return Path(self.root, self.name)
+
     def exists(self) -> bool:
-        try:
-            return self.path.is_file()
-        except OSError:  # a name that the file system cannot hold
-            return False
+        return os.path.isfile(os.path.join(self.root, self.name))
 
     def load(self) -> Rgb:
         return read_rgb(self.path)
