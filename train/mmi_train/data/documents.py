@@ -18,6 +18,7 @@ class Documents(Protocol):
         """Place of a document, for messages."""
         ...
 
-    def parts(self, index: int) -> tuple[Part, ...]:
-        """Parts of a document, its pictures decoded; raises `DocumentError`."""
+    def parts(self, index: int, epoch: int = 0) -> tuple[Part, ...]:
+        """Parts of a document as `epoch` draws them, its pictures decoded; raises
+        `DocumentError`."""
         ...

@@ -81,6 +81,9 @@ class Refer(DataSet[Region]):
         folders = ["", "images/", *((f"{year[1]}/", f"images/{year[1]}/") if year else ())]
         picture: Picture = self.folder.picture(*(folder + name for folder in folders))
         box, sentence = record.box, record.sentence
+        if self.settings.mirror and self.split == "train" and draw.random() < 0.5:
+            box, sentence = mirrored_box(box, record.width), swapped(sentence)
+            picture = Mirrored(picture)
         answer = box_text(box, record.width, record.height)
         parts = self.prompt.parts(
             PicturePart(picture, box=box, fit="squash"), {"sentence": sentence}

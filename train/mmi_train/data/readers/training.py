@@ -10,7 +10,7 @@ from mmi_deploy.errors import ConfigError, DocumentError
 from mmi_train.data.document import ImagePart, Part, TextPart
 from mmi_train.data.document_file import DocumentFile
 from mmi_train.data.documents import Documents
-from mmi_train.data.readers.data_set import DataSet, picture_of
+from mmi_train.data.readers.data_set import DataSet, Settings, picture_of
 from mmi_train.data.readers.registry import open_set
 from mmi_train.data.readers.sample import PicturePart
 
@@ -32,10 +32,10 @@ class SetDocuments:
         data = self._data
         return f"sample {index} of {data.folder.name}, split {data.split}, in {data.folder.path}"
 
-    def parts(self, index: int) -> tuple[Part, ...]:
-        """Parts of a document, its pictures decoded. Raises `DocumentError`, and `Skipped` for a
-        sample that the set's rules leave out."""
-        sample = self._data.sample(index)
+    def parts(self, index: int, epoch: int = 0) -> tuple[Part, ...]:
+        """Parts of a document as `epoch` draws them, its pictures decoded. Raises `DocumentError`,
+        and `Skipped` for a sample that the set's rules leave out."""
+        sample = self._data.sample(index, epoch)
         return tuple(
             part if isinstance(part, TextPart) else _decoded(part) for part in sample.parts
         )
@@ -49,7 +49,8 @@ def _decoded(part: PicturePart) -> ImagePart:
 
 
 def documents_at(data: Path, images: Path | None = None) -> Documents:
-    """Documents of a file, or of the data set that `NAME:DIR` names; raises `MmiError`."""
+    """Documents of a file, or of the data set that `NAME:DIR` names, with the paper's
+    augmentation; raises `MmiError`."""
     name, colon, folder = str(data).partition(":")
     if not colon or data.exists():
         return DocumentFile(data, images)
@@ -58,4 +59,4 @@ def documents_at(data: Path, images: Path | None = None) -> Documents:
             "a data set knows where its pictures are",
             fix="leave --images out, or give a file of documents",
         )
-    return SetDocuments(open_set(name, Path(folder)))
+    return SetDocuments(open_set(name, Path(folder), Settings(mirror=True)))

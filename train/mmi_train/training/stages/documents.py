@@ -87,11 +87,12 @@ class DocumentsStage:
             "lora": self.adapters,
         }
 
-    def document(self, index: int) -> TokenDocument:
-        """Document `index` of the file as tokens. Raises `DocumentError`."""
+    def document(self, index: int, epoch: int = 0) -> TokenDocument:
+        """Document `index` of the file as tokens, with the draws of `epoch`. Raises
+        `DocumentError`."""
         config = self.model.config
         made = tokens_of(
-            self.file.parts(index),
+            self.file.parts(index, epoch),
             continued(self.tokenizer),
             config.tokens,
             config.visual_tokens,
@@ -112,10 +113,10 @@ class DocumentsStage:
     def batch(self, index: int, rng: np.random.Generator) -> DocumentBatch:
         found, broken = [], []
         for position in range(index * self.documents, (index + 1) * self.documents):
-            number = self._order[position]
+            number, epoch = self._order[position], position // len(self.file)
             for _ in range(_SPARE):
                 try:
-                    found.append(self.document(number))
+                    found.append(self.document(number, epoch))
                     break
                 except DocumentError as error:
                     last = number, str(error)
