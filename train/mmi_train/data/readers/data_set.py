@@ -95,7 +95,12 @@ class DataSet(ABC, Generic[RecordT]):
     def sample(self, index: int, epoch: int = 0) -> Sample:
         """Sample `index`, with the draws of `epoch`; raises `Skipped`."""
         key = f"{self.settings.seed} {epoch} {index} {self.folder.name}"
-        return self.sample_of(self.record(index), random.Random(key))
+        try:
+            return self.sample_of(self.record(index), random.Random(key))
+        except Skipped:
+            raise
+        except (DocumentError, OSError) as error:  # a shard that changed since it was opened
+            raise Skipped("shard is damaged", str(error)) from None
 
     def record(self, index: int) -> RecordT:
         return self._records[index]

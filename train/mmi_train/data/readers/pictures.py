@@ -10,6 +10,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from mmi_deploy.documents.images import (
 )
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.system.files import open_regular
+from mmi_train.data.readers.shard_index import Arrays, indexed
 
 
 class Picture(Protocol):
@@ -167,8 +169,19 @@ def decoded(content: bytes, name: str) -> Rgb:
 
 def tar_members(path: Path) -> list[tuple[str, int, int]]:
     """Name, byte offset and size of every regular file of a tar; raises `DocumentError`."""
+    found = indexed(path, partial(_tar_index, path))
+    columns = (found[name].tolist() for name in ("names", "offsets", "sizes"))
+    return list(zip(*columns, strict=True))
+
+
+def _tar_index(path: Path) -> Arrays:
     try:
         with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            return [(one.name, one.offset_data, one.size) for one in tar if one.isreg()]
+            members = [one for one in tar if one.isreg()]
     except (OSError, tarfile.TarError) as error:
         raise DocumentError(f"the shard {path} is damaged: {error}") from None
+    return {
+        "names": np.array([one.name for one in members], str),
+        "offsets": np.array([one.offset_data for one in members], np.int64),
+        "sizes": np.array([one.size for one in members], np.int64),
+    }
