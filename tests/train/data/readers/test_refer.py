@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmi_deploy.errors import DocumentError
 from mmi_train.data.readers.refer import box_text, mirrored_box, swapped
@@ -143,3 +145,28 @@ def test_boxes_are_cut_off_to_thousandths() -> None:
 def test_sides_are_swapped_as_words() -> None:
     assert swapped("Left LEFT right bright one") == "Right RIGHT left bright one"
     assert swapped("bright left", published_inside_words=True) == "bleft right"
+
+
+def test_half_of_the_training_pictures_are_mirrored_with_their_boxes(tmp_path: Path) -> None:
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[2:31, 16:33] = 200
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    tree = put(
+        tmp_path, {"refcoco_train.jsonl": lines(line()), f"train2014/{NAME}": file.getvalue()}
+    )
+    data = opened("refcoco", tree, mirror=True)
+    found = {}
+    for epoch in range(40):
+        sample = data.sample(0, epoch)
+        (part,) = sample.pictures
+        assert part.box is not None
+        left, top, right, bottom = map(int, part.box)
+        shown_there = part.picture.load()
+        assert (shown_there[top:bottom, left:right] == 200).all()
+        assert shown_there.sum() == pixels.sum()
+        found[sample.answers] = found.get(sample.answers, 0) + 1
+        assert ("right" in shown(sample)[1]) == (sample.answers == ("(483,041)(749,645)",))
+    assert set(found) == {("(249,041)(515,645)",), ("(483,041)(749,645)",)}
+    assert min(found.values()) > 8
+    assert opened("refcoco", tree).sample(0).answers == ("(249,041)(515,645)",)

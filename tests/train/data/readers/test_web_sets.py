@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mmi_deploy.errors import MmiError
-from mmi_train.data.readers import shards
+from mmi_train.data.readers import shard_index, shards
 from mmi_train.data.readers.image_text import caption_text
 from mmi_train.data.readers.mmc4 import LoadedPicture, arranged
 from mmi_train.data.readers.pictures import decoded
@@ -224,3 +224,56 @@ def test_links_alone_are_explained(tmp_path: Path) -> None:
         opened("cc12m", tree)
     with pytest.raises(MmiError, match=r"lacks \*.txt"):
         opened("laion-en", put(tmp_path / "empty", {"readme.md": "x"}))
+
+
+@pytest.mark.parametrize("form", ["txt", "tar", "zip"])
+def test_indexes_are_kept_until_a_shard_changes(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("MMI_CACHE", str(cache))
+    monkeypatch.setattr(shard_index, "SMALLEST", 0)
+    folder = put(tmp_path / "set", {"a.png": 1})
+    name = "mmc4" if form == "zip" else "cc12m"
+
+    def write(count: int) -> None:
+        if form == "tar":
+            pictures = {f"{n}.png": png(n) for n in range(count)}
+            tar(folder, "0.tar", pictures | {f"{n}.txt": CAPTION.encode() for n in range(count)})
+        elif form == "txt":
+            put(folder, {"0.txt": lines(*[{"image": "a.png", "caption": CAPTION}] * count)})
+        else:
+            content = lines(*[mmc4_document(("a.png", 0, 0.5))] * count)
+            put(folder, {"docs_shard_0_v2.jsonl.zip": zipped(content, "a.jsonl")})
+
+    def parts() -> list[Any]:
+        return [shown(one) for one in opened(name, folder).samples()]
+
+    write(20)
+    first = parts()
+    (file,) = (cache / "data_index").iterdir()
+    made = file.stat().st_mtime_ns
+    assert parts() == first and file.stat().st_mtime_ns == made
+    file.write_bytes(file.read_bytes()[:50])
+    assert parts() == first, "a damaged index is made again"
+    write(31)
+    assert len(opened(name, folder)) == 31 and len(list(file.parent.iterdir())) == 2
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        {"a.png", {"txt": "0.txt", "tar": "0.tar", "zip": "docs_shard_0_v2.jsonl.zip"}[form]}
+    )
+    monkeypatch.setenv("MMI_CACHE", "/proc/none")
+    assert len(opened(name, folder)) == 31, "without a cache the index is made in memory"
+
+
+def test_a_shard_that_changes_while_it_is_read_is_counted(tmp_path: Path) -> None:
+    content = lines(*[mmc4_document(("a.png", 0, 0.5), ("b.png", 0, 0.5))] * 3)
+    name = "docs_shard_0_v2.jsonl.zip"
+    tree = put(tmp_path, {name: zipped(content, "a.jsonl"), "a.png": 1, "b.png": 2})
+    data = opened("mmc4", tree)
+    assert len(list(data.samples())) == 3
+    (tree / name).write_bytes(zipped(content, "a.jsonl")[:60])
+    with pytest.raises(Skipped, match="shard is damaged"):
+        data.sample(0)
+    (tree / name).unlink()
+    with pytest.raises(Skipped, match="shard is damaged"):
+        data.sample(0)

@@ -85,6 +85,6 @@ class Ade20k(DataSet[Scene]):
         photo = self.folder.picture(f"{root}images/{self.split}/{record.id}.jpg")
         parts: list[SamplePart] = [plan]
         if record.caption:
-            parts.append(TextPart(record.caption + ".", False))
+            parts.append(TextPart(record.caption + ".", self.split == "training"))
         parts.append(PicturePart(photo, True))
         return Sample(record.id, joined(parts), about={"labels": name})

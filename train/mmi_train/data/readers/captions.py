@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from mmi_train.data.document import TextPart
 from mmi_train.data.readers.data_set import DataSet
-from mmi_train.data.readers.folder import entries, listed, read_json, texts
+from mmi_train.data.readers.folder import by_id, entries, listed, read_json, texts
 from mmi_train.data.readers.sample import PicturePart, Sample, Skipped, joined
 
 _MALFORMED = "entry is malformed"
@@ -116,11 +116,7 @@ def official_captions(
     """Captions of an official COCO file, `captions_val2014.json` or of its form, one a record."""
     path = data.folder.file(name)
     value = read_json(path)
-    files = {
-        image["id"]: image
-        for image in (value.get("images") or [] if isinstance(value, dict) else [])
-        if isinstance(image, dict) and isinstance(image.get("id"), int | str)
-    }
+    files = by_id(value.get("images")) if isinstance(value, dict) else {}
     year = re.search(r"(train|val|test)(2014|2017)", path.name)
     for entry in listed(path, value, key):
         match entry:
@@ -133,7 +129,7 @@ def official_captions(
             yield Skipped(_NO_CAPTION)
             continue
         image = files.get(number, {})
-        about = {key: image[key] for key in ("domain", "coco_url") if key in image}
+        about: dict[str, Any] = {k: image[k] for k in ("domain", "coco_url") if k in image}
         named = image.get("file_name") or entry.get("url")
         places = _places(named if isinstance(named, str) else None, number, year)
         if not places:

@@ -16,7 +16,7 @@ from mmi_train.data.readers.folder import MISSING
 from mmi_train.data.readers.sample import PicturePart, Sample, Skipped
 
 # Samples between two remarks of progress.
-_EVERY = 1000
+_EVERY = 10_000
 
 
 @dataclass

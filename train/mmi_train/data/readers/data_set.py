@@ -30,12 +30,14 @@ class Settings:
     """Choices that the reader of every set takes. `split`: of the published ones, None for the
     first that is there. `prompt`: a name of `templates.PROMPTS`, None for the set's own.
     `published`: names of the published code's faults to reproduce, as `published_history`.
+    `mirror`: mirror half of the pictures of regions in training, with their boxes and sentences.
     `total`: samples of a set that is drawn from again until there are so many (LN-COCO)."""
 
     split: str | None = None
     prompt: str | None = None
     seed: int = 0
     published: frozenset[str] = frozenset()
+    mirror: bool = False
     total: int | None = None
 
 
@@ -93,7 +95,12 @@ class DataSet(ABC, Generic[RecordT]):
     def sample(self, index: int, epoch: int = 0) -> Sample:
         """Sample `index`, with the draws of `epoch`; raises `Skipped`."""
         key = f"{self.settings.seed} {epoch} {index} {self.folder.name}"
-        return self.sample_of(self.record(index), random.Random(key))
+        try:
+            return self.sample_of(self.record(index), random.Random(key))
+        except Skipped:
+            raise
+        except (DocumentError, OSError) as error:  # a shard that changed since it was opened
+            raise Skipped("shard is damaged", str(error)) from None
 
     def record(self, index: int) -> RecordT:
         return self._records[index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import DocumentError
@@ -65,15 +65,15 @@ class Folder:
 
         Raises `Skipped` for paths that lead out of the folder; symbolic links are followed.
         """
-        pictures = [FilePicture(self.path / name, name) for name in map(_inside, names)]
+        root = str(self.path)
+        pictures = [FilePicture(root, _inside(name)) for name in names]
         return next((one for one in pictures if one.exists()), pictures[0])
 
 
 def _inside(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+    if not name or name[0] == "/" or "\0" in name or ".." in name.split("/"):
         raise Skipped(OUTSIDE, name[:200])
-    return path.as_posix()
+    return name
 
 
 def read_json(path: Path) -> Any:
@@ -103,6 +103,15 @@ def listed(path: Path, value: Any, key: str | None = None) -> list[Any]:
             fix="it may be of another version of the set: compare it with docs/data.md",
         )
     return found
+
+
+def by_id(values: Any) -> dict[int | str, dict[str, Any]]:
+    """Objects of a list by their `id`; what is none, or has none, is left out."""
+    return {
+        one["id"]: one
+        for one in (values if isinstance(values, list) else [])
+        if isinstance(one, dict) and isinstance(one.get("id"), int | str)
+    }
 
 
 def entries(path: Path, key: str | None = None) -> list[Any]:

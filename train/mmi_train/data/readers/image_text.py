@@ -143,7 +143,7 @@ class ImageText(DataSet[Line | Packed | Row]):
                 *(record.place + end for end in (".jpg", ".png", ".webp"))
             )
         if len(caption.strip()) < SHORTEST:
-            raise Skipped(f"caption is shorter than {SHORTEST} characters")
+            raise Skipped(f"caption is shorter than {SHORTEST} characters", by_rule=True)
         return Sample(key, paired(picture, caption, draw.random() < 0.5, self.text_learns))
 
     def _line(self, number: int) -> tuple[str, tuple[str, ...], str]:
@@ -201,7 +201,7 @@ def _beside(record: Packed) -> tuple[str, str]:
                 found = line_value(content)
                 about = found if isinstance(found, dict) else {}
     if about.get("status", "success") != "success":
-        raise Skipped(_FAILED)
+        raise Skipped(_FAILED, by_rule=True)
     told = about.get("top_caption") or caption or about.get("caption")
     key = str(about.get("key") or PurePosixPath(record.picture.name).stem)
     return key, caption_text(told) if isinstance(told, str) else ""

@@ -8,7 +8,7 @@ left out, one with a single picture every other time.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,8 @@ class Mmc4(DataSet[int]):
                 pass
             case _:
                 raise Skipped("document is malformed")
+        if rows := entry.get("similarity_matrix"):  # the published code goes by its rows
+            images = images[: len(rows)]
         parts = arranged(sentences, images, self._loaded, draw)
         return Sample(str(entry.get("url", record)), parts)
 
@@ -119,31 +121,34 @@ def arranged(
         if len(chosen) < most and (picture := loaded(name)) is not None:
             chosen.append((at, picture))
     if not chosen:
-        raise Skipped("document has no picture")
+        raise Skipped("document has no picture", by_rule=True)
     if len(chosen) == 1 and draw.random() >= single:
-        raise Skipped("document with one picture, dropped by chance")
+        raise Skipped("document with one picture, dropped by chance", by_rule=True)
     chosen.sort(key=lambda pair: pair[0])
     before: dict[int, list[Picture]] = {}
     after: dict[int, list[Picture]] = {}
     for at, picture in chosen:
         (before if draw.random() < picture_first else after).setdefault(at, []).append(picture)
-    return interleaved(sentences, before, after)
+    return first_given(joined(interleaved(sentences, before, after)))
 
 
 def interleaved(
     sentences: Sequence[str],
-    before: dict[int, list[Picture]],
-    after: dict[int, list[Picture]],
-) -> tuple[SamplePart, ...]:
-    """Sentences joined by spaces, pictures before and after those of their numbers; all of it is
-    learned, but for a picture that begins the document."""
+    before: Mapping[int, Sequence[Picture]],
+    after: Mapping[int, Sequence[Picture]],
+) -> list[SamplePart]:
+    """Sentences joined by spaces, pictures before and after those of their numbers, all learned."""
     parts: list[SamplePart] = []
     for number, sentence in enumerate(sentences):
         parts += [PicturePart(picture, True) for picture in before.get(number, ())]
         parts.append(TextPart(sentence, True))
         parts += [PicturePart(picture, True) for picture in after.get(number, ())]
         parts.append(TextPart(" ", True))
-    found = joined(parts)
-    if found and isinstance(found[0], PicturePart):
-        return PicturePart(found[0].picture), *found[1:]
-    return found
+    return parts
+
+
+def first_given(parts: tuple[SamplePart, ...]) -> tuple[SamplePart, ...]:
+    """The parts, a picture that begins them not learned: nothing is there to draw it from."""
+    if parts and isinstance(parts[0], PicturePart):
+        return PicturePart(parts[0].picture), *parts[1:]
+    return parts

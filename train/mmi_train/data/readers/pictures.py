@@ -6,9 +6,11 @@ Each has a name for messages and is decoded when it is asked for; `load` raises 
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +27,7 @@ from mmi_deploy.documents.images import (
 )
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.system.files import open_regular
+from mmi_train.data.readers.shard_index import Arrays, indexed
 
 
 class Picture(Protocol):
@@ -40,16 +43,18 @@ class Picture(Protocol):
 
 @dataclass(frozen=True)
 class FilePicture:
-    """A picture file; `path` may lead through symbolic links."""
+    """The picture file `name` below the folder `root`; it may lead through symbolic links. Both are
+    texts, because sets of millions look for their pictures."""
 
-    path: Path
+    root: str
     name: str
 
+    @property
+    def path(self) -> Path:
+        return Path(self.root, self.name)
+
     def exists(self) -> bool:
-        try:
-            return self.path.is_file()
-        except OSError:  # a name that the file system cannot hold
-            return False
+        return os.path.isfile(os.path.join(self.root, self.name))
 
     def load(self) -> Rgb:
         return read_rgb(self.path)
@@ -164,8 +169,19 @@ def decoded(content: bytes, name: str) -> Rgb:
 
 def tar_members(path: Path) -> list[tuple[str, int, int]]:
     """Name, byte offset and size of every regular file of a tar; raises `DocumentError`."""
+    found = indexed(path, partial(_tar_index, path))
+    columns = (found[name].tolist() for name in ("names", "offsets", "sizes"))
+    return list(zip(*columns, strict=True))
+
+
+def _tar_index(path: Path) -> Arrays:
     try:
         with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            return [(one.name, one.offset_data, one.size) for one in tar if one.isreg()]
+            members = [one for one in tar if one.isreg()]
     except (OSError, tarfile.TarError) as error:
         raise DocumentError(f"the shard {path} is damaged: {error}") from None
+    return {
+        "names": np.array([one.name for one in members], str),
+        "offsets": np.array([one.offset_data for one in members], np.int64),
+        "sizes": np.array([one.size for one in members], np.int64),
+    }

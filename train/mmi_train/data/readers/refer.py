@@ -17,7 +17,7 @@ import numpy as np
 from mmi_deploy.documents.images import Rgb
 from mmi_train.data.document import TextPart
 from mmi_train.data.readers.data_set import DataSet
-from mmi_train.data.readers.folder import json_lines, listed, read_json
+from mmi_train.data.readers.folder import by_id, json_lines, listed, read_json
 from mmi_train.data.readers.pictures import Picture
 from mmi_train.data.readers.questions import MALFORMED
 from mmi_train.data.readers.restricted_pickle import read_pickle
@@ -69,8 +69,8 @@ class Refer(DataSet[Region]):
         refs = listed(pickle, read_pickle(self.kept(pickle)))
         path = self.kept(self.folder.file("instances.json", f"{self.short}/instances.json"))
         value = read_json(path)
-        boxes = {one["id"]: one for one in listed(path, value, "annotations") if "id" in one}
-        images = {one["id"]: one for one in listed(path, value, "images") if "id" in one}
+        boxes = by_id(listed(path, value, "annotations"))
+        images = by_id(listed(path, value, "images"))
         for ref in refs:
             if isinstance(ref, dict) and ref.get("split") == self.split:
                 yield from _regions_of_ref(ref, boxes, images)
@@ -81,6 +81,9 @@ class Refer(DataSet[Region]):
         folders = ["", "images/", *((f"{year[1]}/", f"images/{year[1]}/") if year else ())]
         picture: Picture = self.folder.picture(*(folder + name for folder in folders))
         box, sentence = record.box, record.sentence
+        if self.settings.mirror and self.split == "train" and draw.random() < 0.5:
+            box, sentence = mirrored_box(box, record.width), swapped(sentence)
+            picture = Mirrored(picture)
         answer = box_text(box, record.width, record.height)
         parts = self.prompt.parts(
             PicturePart(picture, box=box, fit="squash"), {"sentence": sentence}
@@ -178,9 +181,12 @@ def _regions_of_ref(
     ref: Mapping[str, Any], boxes: Mapping[Any, Any], images: Mapping[Any, Any]
 ) -> Iterator[Region | Skipped]:
     """Regions of an entry of refs.p, one for each of its sentences."""
-    match boxes.get(ref.get("ann_id")), images.get(ref.get("image_id")):
-        case {"bbox": [x, y, w, h]}, {"file_name": str(name), "width": int(), "height": int()}:
-            image = images[ref["image_id"]]
+    match _of(boxes, ref.get("ann_id")), _of(images, ref.get("image_id")):
+        case (
+            {"bbox": [x, y, w, h]},
+            {"file_name": str(name), "width": int(width), "height": int(height)},
+        ) if all(isinstance(side, int | float) for side in (x, y, w, h)):
+            pass
         case _:
             yield Skipped("region is not in instances.json")
             return
@@ -189,13 +195,18 @@ def _regions_of_ref(
         match one:
             case {"sent": str(sentence), "sent_id": int(key)}:
                 box = (x, y, x + w, y + h)
-                yield _checked(Region(key, name, sentence, box, image["width"], image["height"]))
+                yield _checked(Region(key, name, sentence, box, width, height))
             case _:
                 yield Skipped(MALFORMED)
 
 
+def _of(entries: Mapping[Any, Any], key: Any) -> Any:
+    return entries.get(key) if isinstance(key, int | str) else None
+
+
 def _checked(region: Region) -> Region | Skipped:
     x1, y1, x2, y2 = region.box
-    if not (0 <= x1 <= x2 <= region.width + 1 and 0 <= y1 <= y2 <= region.height + 1):
+    sides = region.width, region.height
+    if min(sides) < 1 or not (0 <= x1 <= x2 <= sides[0] + 1 and 0 <= y1 <= y2 <= sides[1] + 1):
         return Skipped(_BOXLESS)
     return region

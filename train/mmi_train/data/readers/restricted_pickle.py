@@ -89,7 +89,9 @@ def read_npy(path: Path) -> np.ndarray:
             found = _load(file, path)
     except OSError as error:
         raise DocumentError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, EOFError) as error:
+    except DocumentError:
+        raise
+    except Exception as error:  # a damaged header is parsed as Python and raises many types
         raise DocumentError(f"{path} is not an .npy file: {error}") from None
     if not isinstance(found, np.ndarray):
         raise DocumentError(f"{path} holds no array", got=type(found).__name__)

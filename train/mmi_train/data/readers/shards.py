@@ -1,14 +1,14 @@
 """Shards of lines: text files, or zip files of one, with random access to every line.
 
-Byte offsets of all lines are found when the shards are opened, and kept in memory; nothing is
-written beside them. A shard that cannot be read is noted, and the others are used.
+Byte offsets of all lines are found when the shards are opened. A shard that cannot be read is
+noted, and the others are used.
 """
 
 from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.system.files import open_regular
 from mmi_train.data.readers.folder import MOST_LINE
+from mmi_train.data.readers.shard_index import Arrays, indexed
 
 # Largest unpacked member of a zip: a shard of MMC4 has some 50 MB, and a small zip can unpack to
 # terabytes.
@@ -31,7 +32,7 @@ class LineShards:
         starts = []
         for path in paths:
             try:
-                found = np.fromiter(_starts(path), np.int64)
+                found = indexed(path, partial(_index, path))["starts"]
             except DocumentError as error:
                 self.damaged[path] = str(error)
                 continue
@@ -56,6 +57,10 @@ class LineShards:
         with open_regular(path) as file:
             file.seek(start)
             return file.readline(MOST_LINE + 1).rstrip(b"\r\n")
+
+
+def _index(path: Path) -> Arrays:
+    return {"starts": np.fromiter(_starts(path), np.int64)}
 
 
 def _starts(path: Path) -> Iterator[int]:

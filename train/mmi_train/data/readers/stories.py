@@ -230,7 +230,8 @@ class Flintstones(Stories):
         cache = self.folder.find("following_cache4.pkl")
         following = _followers(list(sentences)) if cache is None else read_pickle(self.kept(cache))
         for key in ids:
-            after = following.get(key) if isinstance(following, dict) else None
+            known = isinstance(following, dict) and isinstance(key, str)
+            after = following.get(key) if known else None
             if not isinstance(after, list | tuple) or len(after) < LENGTH - 1:
                 yield Skipped("clip has fewer than 4 followers")
                 continue

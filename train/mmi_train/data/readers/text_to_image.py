@@ -36,13 +36,17 @@ class CocoToDraw(CaptionsToDraw):
 
     def read(self) -> Iterator[Captioned | Skipped]:
         known: set[int | str] = set()
-        path = self.kept(self.folder.file("captions_val2014.json"))
-        for one in official_captions(self, path.name):
+        for one in self.every():
             if isinstance(one, Skipped):
                 yield one
             elif one.id not in known and len(known) < MOST:
                 known.add(one.id)
                 yield one
+
+    def every(self) -> Iterator[Captioned | Skipped]:
+        """All captions of all pictures."""
+        path = self.kept(self.folder.file("captions_val2014.json"))
+        return official_captions(self, path.name)
 
 
 class LocalizedNarratives(CaptionsToDraw):

@@ -84,6 +84,9 @@ class VisDial(DataSet[Round]):
                 raise IndexError(number)
             turn = turns[number - 1]
             options = tuple(str(answers[one]) for one in turn["answer_options"])
+            right = int(turn["gt_index"])
+            if not 0 <= right < len(options):
+                raise IndexError(right)
             relevance = None if entry is None else tuple(map(float, entry["gt_relevance"]))
             if relevance is not None and len(relevance) != len(options):
                 yield Skipped("judgements and options differ in number")
@@ -93,12 +96,12 @@ class VisDial(DataSet[Round]):
                 number,
                 str(dialog["caption"]),
                 tuple(
-                    (questions[one["question"]], answers[one["answer"]])
+                    (str(questions[one["question"]]), str(answers[one["answer"]]))
                     for one in turns[: number - 1]
                 ),
                 str(questions[turn["question"]]),
                 options,
-                int(turn["gt_index"]),
+                right,
                 relevance,
             )
 

@@ -78,8 +78,10 @@ class QuestionPairs(QuestionSet):
         named = asked.get("image")
         if isinstance(named, str):
             return self.places(named)
-        year, number = self.years[self.split], asked["image_id"]
-        name = f"COCO_{year}_{number:012d}.jpg" if isinstance(number, int) else f"{number}.jpg"
+        year, number = self.years.get(self.split), asked["image_id"]
+        if year is None or not isinstance(number, int):
+            return self.places(f"{number}.jpg")
+        name = f"COCO_{year}_{number:012d}.jpg"
         return (f"{year}/{name}", f"images/{year}/{name}", *self.places(name))
 
 
