@@ -88,6 +88,7 @@ COMMANDS: Mapping[str, Row] = {
         MODELS,
         (
             "mmi evaluate assets/tiny --count 32",
+            "mmi evaluate bundles/mine --benchmark vqav2 --data vqav2/ -o answers.jsonl",
             "mmi evaluate --predictions answers.jsonl --benchmark vqav2 --data vqav2/",
             "mmi evaluate --predictions int8.jsonl --against fp32.jsonl --benchmark okvqa "
             "--data okvqa/ --json",

@@ -14,11 +14,12 @@ from pathlib import Path
 from mmi_train.golden.compare import Line
 from mmi_train.golden.data_cases import CHECKS as DATA_CHECKS
 from mmi_train.golden.differences import Case
+from mmi_train.golden.metric_cases import CHECKS as METRIC_CHECKS
 
 Check = Callable[[Case], str | None]
 
 # Kind of case -> its check.
-CHECKS: Mapping[str, Check] = {**DATA_CHECKS}
+CHECKS: Mapping[str, Check] = {**DATA_CHECKS, **METRIC_CHECKS}
 
 # Files of this name are case files, whatever kinds they hold; others are if they hold a known kind.
 _NAME = "data_and_metrics"

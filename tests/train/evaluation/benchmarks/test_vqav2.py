@@ -209,8 +209,8 @@ def test_faulty_options_are_one_line(
     assert (code, out, err.count("\n")) == (2, "", 1) and says in err
 
 
-def test_options_of_benchmarks_need_predictions_and_no_model(mmi: Mmi, answers: Path) -> None:
-    assert "add --predictions FILE" in mmi("--benchmark", "vqav2")[2]
+def test_options_that_belong_together(mmi: Mmi, answers: Path) -> None:
+    assert "add --predictions FILE" in mmi("--against", answers)[2]
     assert "the model assets/tiny too" in mmi("assets/tiny", "--predictions", answers)[2]
     assert "--predictions needs --benchmark NAME" in mmi("--predictions", answers)[2]
 
