@@ -77,11 +77,14 @@ ORDER = """
     mmi_train.weights
     mmi_train.data
     mmi_train.data.synthetic
+    mmi_train.data.readers
     mmi_train.training.stages
     mmi_train.training
     mmi_train.checkpoint_import.published
     mmi_train.checkpoint_import
     mmi_train.baseline
+    mmi_train.evaluation.metrics
+    mmi_train.evaluation.benchmarks
     mmi_train.evaluation
     mmi_train.golden
     mmi_train.cli

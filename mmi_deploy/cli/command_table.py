@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, Row] = {
         (
             "mmi train models/mine --data documents.jsonl -o runs/mine",
             "mmi train models/mine --data llava.json --images coco/ -o runs/mine --epochs 1",
+            "mmi train models/mine --data refcoco:data/refcoco -o runs/mine --recipe grounding",
             "mmi train --recipe stories --set batch=2 --print-recipe",
         ),
     ),
@@ -73,12 +74,25 @@ COMMANDS: Mapping[str, Row] = {
             "mmi init -o models/mine --llm smollm2.gguf --context 2048",
         ),
     ),
-    "evaluate": Row(
-        "mmi_train.cli.evaluate:evaluate",
-        "Evaluate a trained model on held-out synthetic pictures.",
+    "data": Row(
+        "mmi_train.cli.data:app",
+        "Check data sets in their published formats.",
         "train",
         MODELS,
-        ("mmi evaluate assets/tiny --count 32",),
+        ("mmi data check coco-caption coco/ --show 3",),
+    ),
+    "evaluate": Row(
+        "mmi_train.cli.evaluate:evaluate",
+        "Evaluate a model on held-out pictures, or answers on the paper's benchmarks.",
+        "train",
+        MODELS,
+        (
+            "mmi evaluate assets/tiny --count 32",
+            "mmi evaluate bundles/mine --benchmark vqav2 --data vqav2/ -o answers.jsonl",
+            "mmi evaluate --predictions answers.jsonl --benchmark vqav2 --data vqav2/",
+            "mmi evaluate --predictions int8.jsonl --against fp32.jsonl --benchmark okvqa "
+            "--data okvqa/ --json",
+        ),
     ),
     "export": Row(
         "mmi_export.cli:export",
@@ -303,8 +317,21 @@ INSPECT: Mapping[str, Row] = {
     ),
 }
 
+DATA: Mapping[str, Row] = {
+    "check": Row(
+        "mmi_train.cli.data_check:check",
+        "Count the samples of a data set, say what is left out and why, show the first.",
+        "train",
+        examples=(
+            "mmi data check coco-caption coco/ --show 3",
+            "mmi data check refcoco refcoco/ --split testA --json",
+            "mmi data check mmc4 mmc4/ --quick --sheet mmc4.png",
+        ),
+    ),
+}
+
 # Commands of several views, each a command of its own.
-VIEWS = {"bench": BENCH, "inspect": INSPECT}
+VIEWS = {"bench": BENCH, "data": DATA, "inspect": INSPECT}
 
 
 def row_of(words: str) -> Row:

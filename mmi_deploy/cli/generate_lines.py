@@ -6,12 +6,10 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from mmi_deploy.batching.batch_engine import BatchEngine
-from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
 from mmi_deploy.cli.console import counted, print_json
 from mmi_deploy.cli.documents_at_once import (
     AHEAD,
@@ -33,7 +31,6 @@ from mmi_deploy.documents.story import Entry
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.options import GenerationOptions, options_of
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
 
 # Options that a line may have. Results have no place for log probabilities and previews.
@@ -65,7 +62,7 @@ def generate_lines(
     bundle = machine.open_bundle()
     with closing(machine.open_runtime(bundle, machine.find_kernels())) as runtime:
         lines = DocumentLines(path, runtime.limits.context, most_images(runtime), OPTIONS)
-        run = {**_run(bundle, machine.target, options), "input": lines.sha256}
+        run = {**machine.record(bundle, options), "input": lines.sha256}
         fresh = not os.path.lexists(out)
         if fresh:  # a file that is refused leaves nothing behind
             _check(lines, lines, options, runtime)
@@ -162,16 +159,3 @@ def _pictures(
             assert isinstance(source, Path), "pictures of a JSONL are files"
             names[index] = Path(os.path.relpath(source, os.path.realpath(out.parent))).as_posix()
     return names
-
-
-def _run(bundle: Bundle, target: str, options: GenerationOptions) -> dict[str, Any]:
-    """Everything that the results depend on besides the documents."""
-    engines = bundle.target_folder(target) / TARGET_MANIFEST
-    settings = asdict(options)
-    del settings["previews"]  # not in the results
-    return {
-        "bundle": bundle.identity,
-        "target": target,
-        "engines": sha256_of(engines) if engines.is_file() else None,
-        **settings,
-    }

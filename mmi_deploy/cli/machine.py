@@ -1,21 +1,24 @@
-"""Bundle, engines and machine that `mmi generate` runs on, as its options choose them."""
+"""Bundle, engines and machine that a command runs on, as its options choose them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
 from mmi_deploy.cli.console import remarks
 from mmi_deploy.cli.target_options import say_memory
 from mmi_deploy.runtime.backend import find_kernel_library
+from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.backends import NONE
+from mmi_deploy.system.files import sha256_of
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Options of `mmi generate`; see its help. slots: documents at once, None for as many as the
+    """Options as in the help of `mmi generate`. slots: documents at once, None for as many as the
     memory holds."""
 
     bundle: Path
@@ -51,3 +54,15 @@ class Machine:
         )
         say_memory(runtime, self.target)
         return runtime
+
+    def record(self, bundle: Bundle, options: GenerationOptions) -> dict[str, Any]:
+        """Everything that results depend on besides the documents, for JSON."""
+        engines = bundle.target_folder(self.target) / TARGET_MANIFEST
+        settings = asdict(options)
+        del settings["previews"]  # not in the results
+        return {
+            "bundle": bundle.identity,
+            "target": self.target,
+            "engines": sha256_of(engines) if engines.is_file() else None,
+            **settings,
+        }

@@ -35,6 +35,9 @@ MAX_PIXELS = 64_000_000
 # Larger files are refused before they are read: `MAX_PIXELS` of 64 bits, and room for metadata.
 MAX_BYTES = 8 * MAX_PIXELS + 2**20
 
+# Aspect ratio of a strip, which is cropped before it is scaled.
+_STRIP = 32
+
 # Bytes of text chunks and colour profiles that are kept of a PNG; Pillow refuses files with more.
 _MOST_TEXT = 2**20
 
@@ -235,8 +238,10 @@ def resize(rgb: Rgb, side: int, fit: Fit = "crop") -> Rgb:
     while min(image.size) >= 2 * side:
         image = _scale(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     shorter = min(image.size)
-    if max(image.size) > 4 * shorter:  # only the centre is kept: do not scale the rest
-        left, top = (max((length - 4 * shorter) // 2, 0) for length in image.size)
+    # Only the centre is kept: of a long strip the rest is not scaled. Shorter ones are scaled
+    # whole, because cropping first shifts the filter by a fraction of a pixel.
+    if max(image.size) > _STRIP * shorter:
+        left, top = (max((length - _STRIP * shorter) // 2, 0) for length in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))
     factor = side / shorter
     size = round(image.width * factor), round(image.height * factor)

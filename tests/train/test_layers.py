@@ -12,7 +12,7 @@ TRAIN = Path(__file__).resolve().parents[2] / "train"
 
 # A folder imports its own layer and those before it, in functions and for types too.
 LAYERS = (
-    ("model", "data", "data.synthetic", "weights"),
+    ("model", "data", "data.readers", "data.synthetic", "weights"),
     (
         "training",
         "training.stages",
@@ -20,6 +20,8 @@ LAYERS = (
         "checkpoint_import.published",
         "baseline",
         "evaluation",
+        "evaluation.metrics",
+        "evaluation.benchmarks",
         "golden",
     ),
     ("cli",),

@@ -11,9 +11,9 @@ from mmi_deploy.cli.app import run
 
 COMMANDS = (
     "bench", "bench batch", "bench compare", "bench graph", "bench mmfs", "bench pytorch",
-    "bench scale", "bench serve", "build", "convert", "evaluate", "export", "generate", "init",
-    "inspect", "inspect batch", "plugins build", "plugins list", "serve", "train", "train-tiny",
-    "triton", "verify",
+    "bench scale", "bench serve", "build", "convert", "data", "data check", "evaluate",
+    "export", "generate", "init", "inspect", "inspect batch", "plugins build", "plugins list",
+    "serve", "train", "train-tiny", "triton", "verify",
 )  # fmt: skip
 # Most options in one panel: longer lists are hard to read.
 MOST = 12

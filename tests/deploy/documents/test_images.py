@@ -177,3 +177,16 @@ def test_a_very_flat_picture_costs_no_memory_and_keeps_its_middle(
     assert resized.shape == (64, 64, 3)
     assert resized[32, 32].min() > 100
     assert peak < 10_000_000
+
+
+@pytest.mark.parametrize("size", [(37, 1000), (900, 37), (40, 7)])
+def test_a_long_picture_is_scaled_as_a_whole(size: tuple[int, int]) -> None:
+    """Cropping it before it is scaled would shift every pixel by a fraction."""
+    rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    factor = 64 / min(size)
+    height, width = (round(length * factor) for length in size)
+    whole = Image.fromarray(rgb).resize((width, size[0]), Image.Resampling.BICUBIC)
+    whole = whole.resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (height - 64) // 2, (width - 64) // 2
+    expected = np.asarray(whole)[top : top + 64, left : left + 64]
+    assert np.array_equal(images.resize(rgb, 64), expected)

@@ -1,4 +1,4 @@
-"""`mmi evaluate`: accuracy of a trained model on held-out synthetic scenes."""
+"""`mmi evaluate`: a model on held-out synthetic scenes, or a file of predictions on a benchmark."""
 
 from __future__ import annotations
 
@@ -10,15 +10,31 @@ import typer
 from rich import box
 from rich.table import Table
 
-from mmi_deploy.cli.console import print_json, remarks, results
+from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.target_options import MACHINE, Device, Kernels, TargetName, check_engines
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
+from mmi_train.cli.benchmark_scores import score_predictions
 from mmi_train.cli.choices import World
+from mmi_train.evaluation.benchmarks.scores import options_of
+
+# Model that is evaluated if none is given.
+_TINY = Path("assets/tiny")
+
+# Heading of the options for files of predictions.
+_BENCHMARK = "Benchmarks"
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model folder.")] = Path("assets/tiny"),
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A model folder; with --benchmark a bundle.", show_default="assets/tiny"
+        ),
+    ] = None,
     world: Annotated[
         World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Questions")
     ] = "easy",
@@ -71,12 +87,196 @@ def evaluate(
             rich_help_panel="Pictures",
         ),
     ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            help='Score these answers instead of a model\'s: lines of {"id": …, "text": …}.',
+            metavar="FILE",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="Benchmark of the paper, such as vqav2.",
+            metavar="NAME",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of its annotations.", metavar="DIR", rich_help_panel=_BENCHMARK),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split of the set, if not the usual one.",
+            metavar="NAME",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Named prompt in place of the set's own, such as vqa-appendix.",
+            metavar="NAME",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Answers of the bundle: a .jsonl file; of the same run, it is continued.",
+            metavar="FILE",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer one part of the questions, such as 2/8, and do not score.",
+            metavar="I/N",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with these answers to the same questions.",
+            metavar="FILE",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    submission: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the file that the set's server scores: a new .json file.",
+            metavar="FILE",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    published: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Follow a rule of the published evaluation, such as extract-answer (repeatable).",
+            metavar="RULE",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the networks that a metric needs.",
+            metavar="DIR",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    meteor: Annotated[
+        bool,
+        typer.Option(
+            "--meteor",
+            help="Also score captions by METEOR, which needs Java.",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = False,
+    target: TargetName = CPU,
+    device: Device = 0,
+    kernels: Kernels = AUTO,
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_THREADS,
+            help="CPU threads; 0: one per core.",
+            metavar="N",
+            rich_help_panel=MACHINE,
+        ),
+    ] = 0,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Questions at once.",
+            metavar="N",
+            show_default="as many as the memory holds",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    unproved: Annotated[
+        bool,
+        typer.Option("--unproved", help="Run engines without a receipt.", rich_help_panel=MACHINE),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate a model on held-out scenes: answers, boxes and drawings, each checked exactly.
 
     The column "MMFS off" shows the accuracy without features of earlier pictures.
+
+    With --benchmark, a bundle answers one of the paper's benchmarks, and the answers are scored;
+    with --predictions too, those of a file are.
     """
+    if benchmark is not None and predictions is None:
+        if model is None or data is None or out is None:
+            missing = "a bundle" if model is None else "--data DIR" if data is None else "-o FILE"
+            raise ConfigError(
+                f"--benchmark needs {missing}",
+                expected=f"mmi evaluate BUNDLE --benchmark {benchmark} --data DIR -o FILE.jsonl",
+                fix="or score answers that you have with --predictions FILE",
+            )
+        with extras("evaluate"):
+            from mmi_deploy.cli.machine import Machine
+            from mmi_train.cli.benchmark_answers import Shard, answer_benchmark
+
+            check_engines(target)
+        machine = Machine(model, target, kernels, threads, device, None, slots, unproved)
+        answer_benchmark(
+            machine,
+            benchmark,
+            data,
+            split,
+            out,
+            prompt=prompt,
+            shard=Shard.parse(shard) if shard is not None else None,
+            quiet=as_json,
+        )
+        if shard is not None:
+            return
+        predictions, model = out, None
+    if predictions is not None:
+        if model is not None:
+            raise ConfigError(
+                "--predictions scores a file alone", got=f"the model {model} too", fix="omit one"
+            )
+        score_predictions(
+            predictions,
+            benchmark,
+            data,
+            split,
+            options_of(published or (), weights, meteor),
+            against=against,
+            submission=submission,
+            as_json=as_json,
+        )
+        return
+    given = {
+        "--benchmark": benchmark,
+        "--data": data,
+        "--split": split,
+        "--prompt": prompt,
+        "--out": out,
+        "--shard": shard,
+        "--against": against,
+        "--submission": submission,
+        "--published": published,
+        "--weights": weights,
+        "--meteor": meteor or None,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{option} needs the answers to score", fix="add --predictions FILE")
+    model = model or _TINY
     if pictures is not None:
         prepare_file(pictures)
     with shown(remarks(), f"evaluating {model}") as progress:

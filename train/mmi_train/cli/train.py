@@ -35,7 +35,8 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Documents, one a line (.jsonl) or in a list (.json).",
+            help="Documents, one a line (.jsonl) or in a list (.json), or a data set by its name: "
+            "NAME:DIR.",
             show_default=False,
             dir_okay=False,
             rich_help_panel=_DATA,
@@ -265,7 +266,7 @@ def train(
     with extras("train"):
         import torch
 
-        from mmi_train.data.document_file import DocumentFile
+        from mmi_train.data.readers.training import documents_at
         from mmi_train.training.devices import device_called
         from mmi_train.training.fine_tuning import fine_tune
         from mmi_train.training.ranks import joined_ranks
@@ -296,7 +297,7 @@ def train(
         ranks = stack.enter_context(joined_ranks(device))
         place = device_called(device)
         progress(f"reading {data}")
-        documents = DocumentFile(data, images)
+        documents = documents_at(data, images)
         stack.enter_context(_memory())
         trained = fine_tune(
             model,

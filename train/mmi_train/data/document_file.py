@@ -85,8 +85,8 @@ class DocumentFile:
             return f"line {self._numbers[index]} of {self.path}"
         return f"document {index + 1} of {self.path}"
 
-    def parts(self, index: int) -> tuple[Part, ...]:
-        """Parts of a document, its pictures decoded.
+    def parts(self, index: int, epoch: int = 0) -> tuple[Part, ...]:
+        """Parts of a document, its pictures decoded; the same in every `epoch`.
 
         Whitespace next to pictures and at both ends is left out, as when the model is given a
         document. Raises `DocumentError`.

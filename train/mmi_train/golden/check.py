@@ -1,4 +1,4 @@
-"""Run every golden unit of a folder and collect the comparisons."""
+"""Run every golden unit and every golden case of a folder and collect the comparisons."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from mmi_deploy.errors import MmiError
 from mmi_deploy.spec.config import first_flaw
 from mmi_train.golden import full, generate, llama, mmfs, unet, vision
+from mmi_train.golden.case_files import check_cases, read_cases
 from mmi_train.golden.compare import Checks, Line
 from mmi_train.golden.full import Weights
 from mmi_train.golden.units import KINDS, Folder, Unit, UnitError, kind_of, read_unit, scan
@@ -52,13 +53,20 @@ class Report:
 def check_folder(
     path: Path, weights: Path | None = None, on_unit: Callable[[str], None] = lambda name: None
 ) -> Report:
-    """Run all units of `path`; `weights`: the folder whose `full_forward` holds the weights of the
-    whole model. `on_unit` gets each unit's name before it runs. Raises `UnitError` if a folder does
-    not exist."""
+    """Run all units and case files of `path`; `weights`: the folder whose `full_forward` holds the
+    weights of the whole model. `on_unit` gets each name before it runs. Raises `UnitError` if a
+    folder does not exist."""
     folder = scan(path)
     pool = _WeightPool(folder if weights is None else scan(weights))
     report = Report(ignored=dict(folder.ignored))
-    if not folder.units:
+    for file in sorted(folder.ignored):
+        name = Path(file).stem
+        if file.endswith(".json") and (cases := read_cases(folder.path / file)) is not None:
+            on_unit(name)
+            report.lines += check_cases(name, cases)
+            for suffix in (".json", ".safetensors"):  # the file, and arrays that it names
+                report.ignored.pop(name + suffix, None)
+    if not folder.units and not report.lines:
         report.broken[str(path)] = "holds no golden unit"
     for name, base in folder.units.items():
         on_unit(name)

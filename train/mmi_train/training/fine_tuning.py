@@ -18,7 +18,7 @@ from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
-from mmi_train.data.document_file import DocumentFile
+from mmi_train.data.documents import Documents
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.fused_mmfs import use_fused_mmfs
 from mmi_train.training.loop import RunConfig, train
@@ -120,7 +120,7 @@ def steps_of(epochs: float, documents: int, batch: int) -> int:
 
 def fine_tune(
     start: Path,
-    file: DocumentFile,
+    file: Documents,
     out: Path,
     steps: int,
     tuning: FineTuning,

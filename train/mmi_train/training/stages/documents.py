@@ -15,8 +15,9 @@ from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.spec.config import to_json
 from mmi_train.data.batches import batch_of
-from mmi_train.data.document_file import DocumentFile
+from mmi_train.data.documents import Documents
 from mmi_train.data.order import ShuffledOrder
+from mmi_train.data.readers.sample import Skipped
 from mmi_train.data.rows import TokenDocument, continued, make_rows, tokens_of
 from mmi_train.model.layout import map_tensors
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
@@ -46,13 +47,14 @@ class DocumentsStage:
     """Micro-batches of `documents` documents of `file`, in an order that `seed` decides.
 
     A broken document is reported to `on_broken` once, with its place and the reason, and another
-    one stands in for it; more than `max_bad` of them end the run with `DocumentError`.
+    one stands in for it, as for one that the rules of a data set leave out; more than `max_bad`
+    broken ones end the run with `DocumentError`.
     `image_weight` is the paper's lambda. `adapters`: description of adapters that the model has.
     """
 
     model: MMInterleaved
     tokenizer: Tokenizer
-    file: DocumentFile
+    file: Documents
     documents: int
     seed: int = 0
     text_weight: float = 1.0
@@ -85,11 +87,12 @@ class DocumentsStage:
             "lora": self.adapters,
         }
 
-    def document(self, index: int) -> TokenDocument:
-        """Document `index` of the file as tokens. Raises `DocumentError`."""
+    def document(self, index: int, epoch: int = 0) -> TokenDocument:
+        """Document `index` of the file as tokens, with the draws of `epoch`. Raises
+        `DocumentError`."""
         config = self.model.config
         made = tokens_of(
-            self.file.parts(index),
+            self.file.parts(index, epoch),
             continued(self.tokenizer),
             config.tokens,
             config.visual_tokens,
@@ -110,16 +113,18 @@ class DocumentsStage:
     def batch(self, index: int, rng: np.random.Generator) -> DocumentBatch:
         found, broken = [], []
         for position in range(index * self.documents, (index + 1) * self.documents):
-            number = self._order[position]
+            number, epoch = self._order[position], position // len(self.file)
             for _ in range(_SPARE):
                 try:
-                    found.append(self.document(number))
+                    found.append(self.document(number, epoch))
                     break
                 except DocumentError as error:
-                    broken.append((number, str(error)))
+                    last = number, str(error)
+                    if not (isinstance(error, Skipped) and error.by_rule):
+                        broken.append(last)
                 number = int(rng.integers(len(self.file)))
             else:
-                number, reason = broken[-1]
+                number, reason = last
                 raise DocumentError(
                     f"{_SPARE} documents in a row cannot be read, "
                     f"the last of them {self.file.name(number)}: {reason}"

@@ -1,0 +1,137 @@
+"""The shipped model, exported, answers questions about drawn scenes in the files of VQAv2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from exports import SHIPPED, Exported
+from mmi_deploy.cli.app import run
+from mmi_train.data.document import ImagePart, TextPart
+from mmi_train.data.synthetic import tasks
+from mmi_train.data.synthetic.world import easy
+from mmi_train.evaluation.benchmarks.table import BENCHMARKS
+from train.data.readers.trees import put
+
+QUESTIONS = 40
+BROKEN, MISSING = 3, 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VQAv2's validation split, one question a picture; picture 3 is broken, 4 is not there."""
+    rng, questions, annotations, files = np.random.default_rng(7), [], [], {}
+    for number in range(QUESTIONS):
+        image, asked, answer = tasks.question_document(rng, easy()).parts
+        assert isinstance(image, ImagePart)
+        assert isinstance(asked, TextPart) and isinstance(answer, TextPart)
+        key = {"image_id": number, "question_id": 1000 + number}
+        questions.append({**key, "question": asked.text})
+        # Where all people agree the challenge compares to the letter; the model writes full stops.
+        answers = [{"answer": answer.text.rstrip(".")}] * 9 + [{"answer": "no idea"}]
+        kinds = {"question_type": "what", "answer_type": "other"}
+        annotations.append(
+            {**key, **kinds, "multiple_choice_answer": answer.text, "answers": answers}
+        )
+        png = BytesIO()
+        Image.fromarray(image.image).save(png, "PNG")
+        files[f"val2014/COCO_val2014_{number:012d}.jpg"] = png.getvalue()
+    files[f"val2014/COCO_val2014_{BROKEN:012d}.jpg"] = b"\x89PNG and no more"
+    del files[f"val2014/COCO_val2014_{MISSING:012d}.jpg"]
+    return put(
+        tmp_path_factory.mktemp("vqav2"),
+        {
+            "v2_OpenEnded_mscoco_val2014_questions.json": {"questions": questions},
+            "v2_mscoco_val2014_annotations.json": {"annotations": annotations},
+            **files,
+        },
+    )
+
+
+@pytest.fixture
+def words(exported_once: Callable[[str], Exported], data: Path, tmp_path: Path) -> list[str]:
+    """The command; its answers go to answers.jsonl."""
+    folder = exported_once(SHIPPED).bundle.folder
+    asked = ["evaluate", str(folder), "--benchmark", "vqav2", "--data", str(data)]
+    return [*asked, "--prompt", "chat", "--threads", "1", "-o", str(tmp_path / "answers.jsonl")]
+
+
+@pytest.mark.slow
+def test_answers_are_written_scored_and_continued(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*words, "--json"]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert (report["answered"], report["missing"]) == (QUESTIONS - 2, 2)
+    # Its model card has 91 % of such answers; the two that are missing count as wrong.
+    assert report["metrics"]["accuracy"] > 75
+    out = tmp_path / "answers.jsonl"
+    lines = out.read_text().splitlines()
+    answered = {json.loads(line)["id"]: json.loads(line)["text"] for line in lines}
+    assert answered.keys() == {1000 + n for n in range(QUESTIONS)} - {1000 + BROKEN, 1000 + MISSING}
+
+    # Killed within a line: what is whole stays, the rest is answered again, and equally.
+    out.write_text("\n".join(lines[:20]) + "\n" + lines[20][:30])
+    assert run(words) == 0
+    printed = capsys.readouterr()
+    assert f"20 of {QUESTIONS} questions: answered before" in printed.err
+    assert "1 question without an answer: picture is missing" in printed.err
+    assert "1 question without an answer: picture is broken" in printed.err
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {one["id"]: one["text"] for one in again} == answered
+    assert f"{report['metrics']['accuracy']:.2f}" in printed.out
+
+    # Two shards together are the whole.
+    both = []
+    for shard in ("1/2", "2/2"):
+        part = tmp_path / f"part{shard[0]}.jsonl"
+        assert run([*words[:-1], str(part), "--shard", shard]) == 0
+        both += part.read_text().splitlines()
+    assert {json.loads(line)["id"]: json.loads(line)["text"] for line in both} == answered
+    assert "accuracy" not in capsys.readouterr().out
+
+    # The same file does not take the answers of another run.
+    assert run([*words, "--shard", "1/2"]) == 2
+    assert "holds results of another run: shard differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--shard", "3/2"], "--shard cannot be read; expected 1/N to N/N, such as 2/8; got 3/2"),
+        (["--prompt", "chatt"], "there is no prompt chatt"),
+        (["--split", "train2"], "no split train2"),
+        (["--benchmark", "visdial"], "a bundle cannot answer visdial yet, whose answers are ranks"),
+        (["--benchmark", "vqa2"], "the nearest one is vqav2"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_one_line(
+    words: list[str], more: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*words, *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected.lower() in line.lower()
+
+
+@pytest.mark.parametrize("left_out", ["--data", "-o"])
+def test_what_is_missing_is_named(
+    words: list[str], left_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = words.index(left_out)
+    assert run([*words[:at], *words[at + 2 :]]) == 2
+    assert f"--benchmark needs {left_out}" in capsys.readouterr().err
+
+
+def test_every_benchmark_has_a_reader_of_its_name() -> None:
+    from mmi_train.data.readers.registry import DATA_SETS
+
+    assert BENCHMARKS.keys() <= DATA_SETS.keys()
+    for name, row in BENCHMARKS.items():
+        assert row.splits[0] in DATA_SETS[name].reader.splits, name

@@ -1,0 +1,144 @@
+"""`mmi evaluate BUNDLE --benchmark`: a bundle answers a benchmark, many questions at once."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmi_deploy.cli.console import counted, remarks
+from mmi_deploy.cli.documents_at_once import (
+    AHEAD,
+    Board,
+    Failures,
+    check_fits,
+    generated,
+    of_all,
+    opened_engine,
+    run_all,
+)
+from mmi_deploy.cli.generate_output import Output
+from mmi_deploy.cli.machine import Machine
+from mmi_deploy.documents.document import Text
+from mmi_deploy.errors import ConfigError, DocumentError, MmiError
+from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
+from mmi_train.data.readers.data_set import DataSet, Settings
+from mmi_train.data.readers.registry import open_set
+from mmi_train.data.readers.sample import Sample, Skipped
+from mmi_train.evaluation.benchmarks.prompts import document_of, generation_of
+from mmi_train.evaluation.benchmarks.table import benchmark
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every `of`-th question, from question `number` (from 1)."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Parse `2/8`. Raises `ConfigError`."""
+        number, slash, of = text.partition("/")
+        if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
+            return cls(int(number), int(of))
+        raise ConfigError("--shard cannot be read", expected="1/N to N/N, such as 2/8", got=text)
+
+
+def answer_benchmark(
+    machine: Machine,
+    name: str,
+    data: Path,
+    split: str | None,
+    out: Path,
+    *,
+    prompt: str | None = None,
+    shard: Shard | None = None,
+    quiet: bool = False,
+) -> None:
+    """Write the bundle's answers to benchmark `name` as the JSONL `out`, one line a question.
+
+    Questions that `out` answers already, in the same run, are skipped. One whose picture is missing
+    or broken has no line, and is counted on stderr. prompt: a named prompt in place of the set's.
+    quiet: no progress. Raises `MmiError`.
+    """
+    row = benchmark(name)
+    options = generation_of(row)
+    check_results(out)
+    shard = shard or Shard(1, 1)
+    chosen = split or row.splits[0]
+    questions = open_set(name, data, Settings(split=chosen, prompt=prompt))
+    numbers = range(shard.number - 1, len(questions), shard.of)
+    bundle = machine.open_bundle()
+    run = {
+        "benchmark": name,
+        "split": chosen,
+        "prompt": questions.prompt.text,
+        "shard": f"{shard.number}/{shard.of}",
+        "questions": questions.fingerprint(),
+        **machine.record(bundle, options),
+    }
+    skipped: Counter[str] = Counter()
+    written: list[int] = []
+    with closing(machine.open_runtime(bundle, machine.find_kernels())) as runtime:
+        with result_lines(out, run) as results, Board(len(numbers), quiet) as board:
+            before, started, failures = results.done, time.perf_counter(), Failures()
+            if before:
+                board.print(f"{before} of {counted(len(numbers), 'question')}: answered before")
+            side = runtime.config.vision.image_size
+
+            async def answer(asked: tuple[int, Sample]) -> None:
+                index, sample = asked
+                where = f"question {sample.id}"
+                try:
+                    document = document_of(sample, side)
+                    check_fits(document, options, runtime)
+                    output, _ = await generated(engine, where, document, options, board)
+                except Skipped as error:
+                    skipped[error.reason] += 1
+                except DocumentError as error:
+                    skipped[str(error)] += 1
+                except Exception as error:
+                    if of_all(error):
+                        raise
+                    failures.add(where, error)
+                else:
+                    results.add(index + 1, {"id": sample.id, "text": _text(output)})
+                    written.append(index)
+                board.end(where)
+
+            if before < len(numbers):
+                with opened_engine(runtime, machine, board) as engine:
+                    left = _left(questions, numbers, results)
+                    run_all(left, answer, engine.stats().slots + AHEAD)
+    for reason, count in skipped.most_common():
+        remarks().print(f"{counted(count, 'question')} without an answer: {reason}")
+    if written:
+        seconds = time.perf_counter() - started
+        board.print(f"{counted(len(written), 'answer')} in {seconds:.1f} s, in {out}")
+    failures.check(len(numbers) - before)
+    if not written and not before:
+        raise MmiError(f"{out} has no answer: see the reasons above")
+
+
+def _left(
+    questions: DataSet[Any], numbers: range, results: ResultLines
+) -> Iterator[tuple[int, Sample]]:
+    """Questions of `numbers` that have no answer yet, with their numbers from 0."""
+    for index in numbers:
+        if index + 1 in results:
+            continue
+        try:
+            yield index, questions.sample(index)
+        except Skipped:
+            continue  # a rule of the set leaves it out
+
+
+def _text(output: Output) -> str:
+    """The text that the model wrote."""
+    written = (one.part for one in output.story.entries if one.generated)
+    return "".join(part.text for part in written if isinstance(part, Text)).strip()

@@ -1,0 +1,90 @@
+"""ADE20K: a picture drawn from its map of labels and its caption.
+
+The maps' colours are made from their labels, by the published code's closed formula.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmi_train.data.document import TextPart
+from mmi_train.data.readers.data_set import DataSet
+from mmi_train.data.readers.folder import MISSING, entries
+from mmi_train.data.readers.pictures import LabelMap
+from mmi_train.data.readers.questions import MALFORMED
+from mmi_train.data.readers.sample import PicturePart, Sample, SamplePart, Skipped, joined
+
+LABELS = 150
+
+# Levels of a colour channel, and the distance of two of them.
+_LEVELS = 6
+_STEP = 256 // _LEVELS
+
+
+def label_colours() -> NDArray[np.uint8]:
+    """Colour of each label, uint8 [151, 3]: label 0, unlabelled, is black; the others count down
+    from white in six levels a channel, the blue one fastest."""
+    number = np.arange(LABELS)
+    digits = np.stack([number // _LEVELS**2, number % _LEVELS**2 // _LEVELS, number % _LEVELS], 1)
+    return np.concatenate([np.zeros((1, 3)), 255 - _STEP * digits]).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One record: the id of a picture, such as ADE_val_00000001, and its caption, if it has one."""
+
+    id: str
+    caption: str
+
+
+class Ade20k(DataSet[Scene]):
+    """ADEChallengeData2016. `{split}.json` holds captions, which are not published: without it
+    pictures are drawn from their maps alone."""
+
+    splits = ("training", "validation")
+    default_prompt = "draw"
+
+    def _root(self) -> str:
+        inner = "ADEChallengeData2016"
+        return f"{inner}/" if (self.folder.path / inner / "images").is_dir() else ""
+
+    def has(self, split: str) -> bool:
+        return (self.folder.path / self._root() / "images" / split).is_dir()
+
+    def read(self) -> Iterator[Scene | Skipped]:
+        captions = self.folder.find(f"{self.split}.json", f"{self._root()}{self.split}.json")
+        if captions is not None:
+            for entry in entries(self.kept(captions)):
+                match entry:
+                    case {"image_id": str(key), "caption": str(caption)}:
+                        yield Scene(key, caption)
+                    case _:
+                        yield Skipped(MALFORMED)
+            return
+        pictures = self.folder.path / self._root() / "images" / self.split
+        if not pictures.is_dir():
+            raise self.folder.lacks(f"images/{self.split}/")
+        yield from (Scene(path.stem, "") for path in sorted(pictures.glob("*.jpg")))
+
+    def sample_of(self, record: Scene, draw: random.Random) -> Sample:
+        root = self._root()
+        name = f"{root}annotations/{self.split}/{record.id}.png"
+        labels = self.folder.picture(name)
+        coloured = self.folder.picture(f"{root}annotations_with_color/{self.split}/{record.id}.png")
+        if labels.exists():
+            plan = PicturePart(LabelMap(labels.path, name, label_colours()))
+        elif coloured.exists():
+            plan = PicturePart(coloured)
+        else:
+            raise Skipped(MISSING, name)
+        photo = self.folder.picture(f"{root}images/{self.split}/{record.id}.jpg")
+        parts: list[SamplePart] = [plan]
+        if record.caption:
+            parts.append(TextPart(record.caption + ".", self.split == "training"))
+        parts.append(PicturePart(photo, True))
+        return Sample(record.id, joined(parts), about={"labels": name})

@@ -1,0 +1,155 @@
+"""Check of a data set: samples counted, those left out by reason, the first documents."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from mmi_train.data.document import TextPart
+from mmi_train.data.readers.data_set import DataSet, picture_of
+from mmi_train.data.readers.folder import MISSING
+from mmi_train.data.readers.sample import PicturePart, Sample, Skipped
+
+# Samples between two remarks of progress.
+_EVERY = 10_000
+
+
+@dataclass
+class Report:
+    """Result of `check_set`. `skipped`: count of each reason; `examples`: its first place."""
+
+    name: str
+    samples: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    documents: list[Sample] = field(default_factory=list)
+
+    def skip(self, reason: Skipped) -> None:
+        self.skipped[reason.reason] += 1
+        self.examples.setdefault(reason.reason, str(reason))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "samples": self.samples,
+            "skipped": dict(self.skipped.most_common()),
+            "documents": [document_json(sample) for sample in self.documents],
+        }
+
+
+def check_set(
+    data: DataSet[Any],
+    show: int,
+    *,
+    decode: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Go through all samples of a set; keep the first `show`. Without `decode`, pictures are looked
+    for but not opened."""
+    report = Report(data.folder.name, skipped=Counter(data.skipped))
+    looked: dict[str, Skipped | None] = {}  # many sets ask several questions about a picture
+    for index in range(len(data)):
+        if index % _EVERY == 0:
+            progress(f"sample {index} of {len(data)}")
+        try:
+            sample = data.sample(index)
+            for part in sample.pictures:
+                name = part.picture.name
+                if name not in looked or report.samples < show:
+                    looked[name] = _flaw(part, decode)
+                if (flaw := looked[name]) is not None:
+                    raise flaw
+        except Skipped as reason:
+            report.skip(reason)
+            continue
+        report.samples += 1
+        if len(report.documents) < show:
+            report.documents.append(sample)
+    return report
+
+
+def _flaw(part: PicturePart, decode: bool) -> Skipped | None:
+    try:
+        if decode:
+            picture_of(part)
+        elif not part.picture.exists():
+            raise Skipped(MISSING, part.picture.name)
+    except Skipped as reason:
+        return reason
+    return None
+
+
+def document_json(sample: Sample) -> dict[str, Any]:
+    """A document as JSON: its parts, and its answers if it has any."""
+    found: dict[str, Any] = {"parts": [_part_json(part) for part in sample.parts]}
+    if sample.answers:
+        found["answers"] = list(sample.answers)
+    return found
+
+
+def _part_json(part: TextPart | PicturePart) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"text": part.text, "learn": part.learn}
+    found: dict[str, Any] = {"image": part.picture.name}
+    if part.box is not None:
+        found["box"] = list(part.box)
+    return found
+
+
+_SIDE, _MARGIN, _TEXT, _COLUMNS = 160, 10, 90, 4
+_PAPER, _INK, _LEARNED, _BOX = (255, 255, 255), (40, 40, 40), (40, 150, 70), (230, 60, 40)
+
+
+def contact_sheet(samples: list[Sample]) -> Image.Image:
+    """Draw a row for each document: its pictures with their boxes, framed green where the model
+    learns to draw them, and its text."""
+    most = min(max((len(sample.pictures) for sample in samples), default=1), _COLUMNS)
+    width = max(most * (_SIDE + _MARGIN), 4 * _SIDE) + _MARGIN
+    rows = [-(-max(len(sample.pictures), 1) // _COLUMNS) for sample in samples]
+    heights = [count * (_SIDE + _MARGIN) + _TEXT for count in rows]
+    sheet = Image.new("RGB", (width, sum(heights) + _MARGIN), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    top = _MARGIN
+    for sample, count, height in zip(samples, rows, heights, strict=True):
+        for index, part in enumerate(sample.pictures):
+            left = _MARGIN + index % _COLUMNS * (_SIDE + _MARGIN)
+            corner = left, top + index // _COLUMNS * (_SIDE + _MARGIN)
+            image = Image.fromarray(picture_of(part))
+            scale = min(_SIDE / image.width, _SIDE / image.height)
+            size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+            sheet.paste(image.resize(size), corner)
+            if part.box is not None:
+                box = [corner[axis % 2] + value * scale for axis, value in enumerate(part.box)]
+                pen.rectangle(box, outline=_BOX, width=2)
+            if part.learn:
+                frame = (corner[0] - 2, corner[1] - 2, corner[0] + size[0], corner[1] + size[1])
+                pen.rectangle(frame, outline=_LEARNED, width=3)
+        text = "".join(_shown(part) for part in sample.parts)
+        lines = textwrap.wrap(f"{sample.id}: {text}", width=width // 6 - 4)[:5]
+        below = top + count * (_SIDE + _MARGIN)
+        pen.multiline_text((_MARGIN, below), "\n".join(lines), fill=_INK, spacing=2)
+        top += height
+    return sheet
+
+
+def _shown(part: TextPart | PicturePart) -> str:
+    if isinstance(part, PicturePart):
+        return " [picture] "
+    return f"«{part.text}»" if part.learn else part.text
+
+
+def document_text(sample: Sample) -> str:
+    """A document on one line, learned text in «guillemets»."""
+    pieces = []
+    for part in sample.parts:
+        if isinstance(part, TextPart):
+            pieces.append(_shown(part))
+        else:
+            box = f" box {list(part.box)}" if part.box is not None else ""
+            pieces.append(f"[{part.picture.name}{box}{', drawn' if part.learn else ''}]")
+    return " ".join(" ".join(pieces).split())

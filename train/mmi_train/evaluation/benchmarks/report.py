@@ -1,0 +1,175 @@
+"""Score of one file of predictions, or of two on the same questions, and the submission file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmi_deploy.errors import ConfigError
+from mmi_train.evaluation.benchmarks.predictions import Matched, match, read_predictions
+from mmi_train.evaluation.benchmarks.references import Reference
+from mmi_train.evaluation.benchmarks.scores import Metrics, Options
+from mmi_train.evaluation.benchmarks.table import Benchmark
+from mmi_train.evaluation.metrics.intervals import Difference, Measure, difference, interval
+
+
+@dataclass(frozen=True)
+class Against:
+    """Scores of another file on the same questions, and the differences from it by metric."""
+
+    path: Path
+    metrics: dict[str, float]
+    missing: int
+    differences: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores by metric, in percent or in the metric's own unit, with 95 % intervals."""
+
+    benchmark: str
+    split: str
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    answered: int
+    missing: int
+    remarks: list[str] = field(default_factory=list)
+    against: Against | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON values; null for a metric that no question has a value of."""
+        found: dict[str, Any] = {
+            "benchmark": self.benchmark,
+            "split": self.split,
+            "metrics": {name: _known(value) for name, value in self.metrics.items()},
+            "intervals": {name: [*map(_known, ends)] for name, ends in self.intervals.items()},
+            "answered": self.answered,
+            "missing": self.missing,
+        }
+        if self.against is not None:
+            found["against"] = {
+                "predictions": str(self.against.path),
+                "metrics": {n: _known(value) for n, value in self.against.metrics.items()},
+                "missing": self.against.missing,
+                "differences": {
+                    name: {
+                        "value": _known(one.value),
+                        "interval": [_known(one.low), _known(one.high)],
+                        "verdict": one.verdict,
+                    }
+                    for name, one in self.against.differences.items()
+                },
+            }
+        return found
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions of one split of a benchmark; those that alone have no published answer are left
+    out and counted."""
+
+    benchmark: Benchmark
+    split: str
+    references: Sequence[Reference]
+    left_out: int = 0
+
+    @classmethod
+    def of(cls, benchmark: Benchmark, data: Path, split: str | None) -> Questions:
+        """Read the annotations in `data`."""
+        chosen, found = benchmark.references(data, split)
+        answered = [reference for reference in found if reference.answered] or found
+        return cls(benchmark, chosen, answered, len(found) - len(answered))
+
+    @property
+    def answered(self) -> bool:
+        """True if the right answers are published."""
+        return self.references[0].answered  # else none is
+
+    def matched(self, path: Path) -> Matched:
+        """Predictions of a file, in the order of the questions."""
+        what = f"the {self.split} split of {self.benchmark.name}"
+        return match(read_predictions(path, self.benchmark.kind), self.references, what, path)
+
+    def report(
+        self, path: Path, options: Options | None = None, against: Path | None = None
+    ) -> Report:
+        """Score the predictions in `path`; `against`: compare them with those of another file.
+
+        Raises `ConfigError` if the right answers are not published.
+        """
+        if not self.answered:
+            raise ConfigError(
+                f"answers of the {self.split} split of {self.benchmark.name} are not published",
+                fix="write the file that its server scores with --submission FILE"
+                if self.benchmark.answer
+                else f"choose another split: {', '.join(self.benchmark.splits)}",
+            )
+        options = options or Options()
+        matched = self.matched(path)
+        found = self._metrics(matched, options)
+        remarks = self._remarks(matched, path)
+        if self.left_out:
+            total = self.left_out + len(self.references)
+            remarks.append(f"{self.left_out} of {total} questions have no answer and are left out")
+        compared = None
+        if against is not None:
+            other = self.matched(against)
+            base = {one.name: one for one in self._metrics(other, options)}
+            pairs = [(one, base.get(one.name)) for one in found]
+            remarks += self._remarks(other, against)
+            compared = Against(
+                against,
+                {name: one.total() for name, one in base.items()},
+                other.missing,
+                {
+                    one.name: difference(one, two)
+                    for one, two in pairs
+                    if isinstance(one, Measure) and isinstance(two, Measure)
+                },
+            )
+        return Report(
+            self.benchmark.name,
+            self.split,
+            {one.name: one.total() for one in found},
+            {one.name: interval(one) for one in found if isinstance(one, Measure)},
+            matched.answered,
+            matched.missing,
+            remarks,
+            compared,
+        )
+
+    def submission(self, path: Path) -> str:
+        """The official submission, JSON, of the predictions in `path`. Raises `ConfigError` for a
+        set that has none."""
+        key = self.benchmark.answer
+        if key is None:
+            raise ConfigError(f"{self.benchmark.name} has no submission file")
+        entries = []
+        for reference, prediction in zip(
+            self.references, self.matched(path).predictions, strict=True
+        ):
+            answer: str | list[int] = ""
+            if prediction is not None:
+                answer = list(prediction.ranks) if key == "ranks" else prediction.text
+            entries.append({**reference.fields, key: answer})
+        return json.dumps(entries, ensure_ascii=False)
+
+    def _metrics(self, matched: Matched, options: Options) -> Metrics:
+        return self.benchmark.score(self.references, matched.predictions, options)
+
+    def _remarks(self, matched: Matched, path: Path) -> list[str]:
+        remarks = [f"{path}: {remark}" for remark in matched.remarks]
+        if matched.missing:
+            remarks.append(
+                f"{path}: {matched.missing} of {len(self.references)} questions have no "
+                "prediction; they count as wrong"
+            )
+        return remarks

@@ -1,0 +1,1 @@
+"""Metrics of the paper's benchmarks, a file each: functions of answers and references alone."""
