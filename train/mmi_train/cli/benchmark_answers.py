@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ from mmi_deploy.cli.documents_at_once import (
 )
 from mmi_deploy.cli.generate_output import Output
 from mmi_deploy.cli.machine import Machine
-from mmi_deploy.documents.document import Text
+from mmi_deploy.documents.document import Image, Text
+from mmi_deploy.documents.images import to_png
 from mmi_deploy.errors import ConfigError, DocumentError, MmiError
 from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
 from mmi_train.data.readers.data_set import DataSet, Settings
 from mmi_train.data.readers.registry import open_set
 from mmi_train.data.readers.sample import Sample, Skipped
-from mmi_train.evaluation.benchmarks.prompts import document_of, generation_of
+from mmi_train.evaluation.benchmarks.prompts import document_of, generation_of, id_of, is_drawn
 from mmi_train.evaluation.benchmarks.table import benchmark
+
+# Key of an answer in a line, by whether it is drawn.
+_KEYS = {False: "text", True: "image"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def answer_benchmark(
     quiet: no progress. Raises `MmiError`.
     """
     row = benchmark(name)
-    options = generation_of(row)
+    options, draws = generation_of(row), is_drawn(row)
     check_results(out)
     shard = shard or Shard(1, 1)
     chosen = split or row.splits[0]
@@ -95,9 +99,10 @@ def answer_benchmark(
                 index, sample = asked
                 where = f"question {sample.id}"
                 try:
-                    document = document_of(sample, side)
-                    check_fits(document, options, runtime)
-                    output, _ = await generated(engine, where, document, options, board)
+                    document = document_of(sample, side, draws)
+                    own = replace(options, seed=index)
+                    check_fits(document, own, runtime)
+                    output, _ = await generated(engine, where, document, own, board)
                 except Skipped as error:
                     skipped[error.reason] += 1
                 except DocumentError as error:
@@ -107,7 +112,9 @@ def answer_benchmark(
                         raise
                     failures.add(where, error)
                 else:
-                    results.add(index + 1, {"id": sample.id, "text": _text(output)})
+                    given = _picture(output, index, results) if draws else _text(output)
+                    line = {"id": id_of(sample, index, row), _KEYS[draws]: given}
+                    results.add(index + 1, line)
                     written.append(index)
                 board.end(where)
 
@@ -142,3 +149,10 @@ def _text(output: Output) -> str:
     """The text that the model wrote."""
     written = (one.part for one in output.story.entries if one.generated)
     return "".join(part.text for part in written if isinstance(part, Text)).strip()
+
+
+def _picture(output: Output, index: int, results: ResultLines) -> str:
+    """Write the drawn picture; returns its path from the folder of the results."""
+    (drawn,) = (one.part for one in output.story.entries if one.generated)
+    assert isinstance(drawn, Image), "the document asks for a picture alone"
+    return results.add_file(f"{index:06d}.png", to_png(drawn.rgb))

@@ -102,13 +102,46 @@ def test_answers_are_written_scored_and_continued(
     assert "holds results of another run: shard differs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_pictures_are_drawn_from_captions_and_kept(
+    exported_once: Callable[[str], Exported],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scene = "a red square at top center and a blue cross at bottom right on white."
+    captions = [
+        {"image_id": 7, "id": 1, "caption": f"draw: {scene}"},
+        {"image_id": 9, "id": 2, "caption": "draw: a blue cross at center on white."},
+    ]
+    images = [{"id": n, "file_name": f"COCO_val2014_{n:012d}.jpg"} for n in (7, 9)]
+    files = {f"val2014/{one['file_name']}": 200 for one in images}
+    data = put(
+        tmp_path / "data",
+        {"captions_val2014.json": {"images": images, "annotations": captions}, **files},
+    )
+    out = tmp_path / "drawn.jsonl"
+    bundle = str(exported_once(SHIPPED).bundle.folder)
+    words = [bundle, "--benchmark", "coco-t2i", "--data", str(data), "-o", str(out)]
+    code = run(["evaluate", *words, "--threads", "1"])
+    # Drawn and kept, but FID needs a network that is not here.
+    assert code == 2 and "pt_inception" in capsys.readouterr().err
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["id"] for line in lines} == {7, 9}
+    for line in lines:
+        pixels = np.asarray(Image.open(tmp_path / line["image"]))
+        assert pixels.shape == (64, 64, 3) and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 9
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
         (["--shard", "3/2"], "--shard cannot be read; expected 1/N to N/N, such as 2/8; got 3/2"),
         (["--prompt", "chatt"], "there is no prompt chatt"),
         (["--split", "train2"], "no split train2"),
-        (["--benchmark", "visdial"], "a bundle cannot answer visdial yet, whose answers are ranks"),
+        (
+            ["--benchmark", "visdial"],
+            "a bundle cannot answer visdial, which takes scores of options",
+        ),
         (["--benchmark", "vqa2"], "the nearest one is vqav2"),
     ],
 )

@@ -1,14 +1,15 @@
 """Questions of benchmarks as documents for the runtime, and how their answers are generated.
 
 Lengths are those of the published evaluation (its collators' defaults), which searches with 5 and 3
-beams; answers here are greedy.
+beams; answers here are greedy. Pictures are drawn with the guidance of the paper, one candidate
+each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mmi_deploy.documents.document import Document, Image, Part, Text
+from mmi_deploy.documents.document import Document, Draw, Image, Part, Text
 from mmi_deploy.documents.images import resize
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.options import GenerationOptions
@@ -48,23 +49,47 @@ _GENERATION: Mapping[str, GenerationOptions] = {
 }
 
 
+_PICTURE = GenerationOptions(max_tokens=0, max_images=0, guidance=3.5)
+
+# Benchmarks whose answer is the picture that follows.
+_DRAWN = ("coco-t2i", "ln-coco", "vist")
+
+# Sets that have several samples of one id.
+_NUMBERED = ("ln-coco",)
+
+
+def is_drawn(benchmark: Benchmark) -> bool:
+    """True if the answer is a picture."""
+    return benchmark.name in _DRAWN
+
+
 def generation_of(benchmark: Benchmark) -> GenerationOptions:
-    """Options of a benchmark's answers. Raises `ConfigError` for one that is no text."""
+    """Options of a benchmark's answers. Raises `ConfigError` for one that a bundle cannot give."""
+    if is_drawn(benchmark):
+        return _PICTURE
     if benchmark.kind != "text":
+        needs = "scores of options" if benchmark.kind == "ranks" else "maps of labels"
         raise ConfigError(
-            f"a bundle cannot answer {benchmark.name} yet, whose answers are {benchmark.kind}",
+            f"a bundle cannot answer {benchmark.name}, which takes {needs}",
             fix="score answers of your own with --predictions FILE",
         )
     return _GENERATION.get(benchmark.name, _ANSWER)
 
 
-def document_of(sample: Sample, side: int) -> Document:
-    """The prompt of a sample, its pictures decoded and resized to [side, side, 3]. Raises
-    `Skipped` for a picture that is missing or broken."""
+def id_of(sample: Sample, index: int, benchmark: Benchmark) -> str | int:
+    """Id of an answer: the set's own, or the sample's number from 0 where these repeat."""
+    return index if benchmark.name in _NUMBERED else sample.id
+
+
+def document_of(sample: Sample, side: int, draws: bool) -> Document:
+    """The prompt of a sample, its pictures decoded and resized to [side, side, 3], and a place to
+    draw if `draws`. Raises `Skipped` for a picture that is missing or broken."""
     parts: list[Part] = []
     for part in sample.prompt:
         if isinstance(part, TextPart):
             parts.append(Text(part.text))
         else:
             parts.append(Image(resize(picture_of(part), side, part.fit)))
+    if draws:
+        parts.append(Draw())
     return Document(tuple(parts))
