@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -23,9 +24,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mmi_deploy.cli.app import run
 from mmi_deploy.errors import ConfigError, MmiError
+from mmi_deploy.spec.backends import CPU
 from mmi_deploy.spec.config import from_json, to_json
 from mmi_deploy.spec.graphs import Graph, Limits, graphs, numbered
 from mmi_deploy.spec.presets import tiny
+from mmi_deploy.targets.precision.recipes import RECIPES
+from mmi_deploy.targets.precision.rewrite import rewrite
 from mmi_export.graphs.llm import LlmGraph
 from mmi_export.parity.receipts import onnx_runner
 from mmi_export.tracing.onnx_from_module import onnx_from_module
@@ -94,7 +98,7 @@ KINDS: dict[str, Fields] = {
     },
     "nemo": {
         "model_type": "mistral",
-        "head_dim": 6,
+        "head_dim": 12,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-05,
         "rope_theta": 1000000.0,
@@ -231,12 +235,22 @@ def run_in_steps(
     ],
 )
 def test_the_exported_graph_prefills_and_decodes_as_transformers(tmp_path: Path, kind: str) -> None:
-    folder, theirs = write_kind(tmp_path / "llm", KINDS[kind])
+    wider = {"hidden_size": 128, "intermediate_size": 256}  # products large enough to be quantised
+    folder, theirs = write_kind(tmp_path / "llm", KINDS[kind] | wider)
     model, wanted = model_of(read_llama(folder)), logits_of(theirs)
     graph = graphs(model.config, Limits(context=48, batch=1, images=1))["llm"]
     onnx_from_module(LlmGraph(model, graph), graph, tmp_path / "llm.onnx")
     found = run_in_steps(onnx_runner(tmp_path / "llm.onnx"), graph, 29)
     assert_same_logits(found, wanted, 1e-5)
+
+    int8 = tmp_path / "int8.onnx"
+    rewrite(RECIPES["int8"], graph, tmp_path / "llm.onnx", int8, runtime=CPU)
+    nodes = onnx.load(int8, load_external_data=False).graph.node
+    assert sum(node.op_type == "MatMulNBits" for node in nodes) >= 4 * 2 + 1
+    rounded = run_in_steps(onnx_runner(int8), graph, 29)[:, : wanted.shape[1]]
+    error = np.sqrt(np.square(rounded - wanted.numpy()).mean() / wanted.square().mean().item())
+    assert 1e-3 < error < 0.06, error
+
     unfused = LlmGraph(model, graph, fused=False)
 
     @torch.no_grad()
