@@ -64,7 +64,7 @@ def cut(config: ModelConfig, layers: int) -> ModelConfig:
     return replace(
         config,
         name=f"{config.name}_{layers}_layers",
-        llama=replace(config.llama, layers=layers),
+        llama=config.llama.cut(layers),
     )
 
 

@@ -8,6 +8,7 @@ released checkpoint (MMFS on the skips, the nearest image, a null slot, Q-Former
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,6 +37,9 @@ Count = Annotated[int, Field(ge=1, le=2**24)]
 
 # Layers, heads, points, images, rows.
 Few = Annotated[int, Field(ge=1, le=2**12)]
+
+# Positions in a sequence of layers.
+Index = Annotated[int, Field(ge=0, lt=2**12)]
 
 # Pixels, patches or cells along one side.
 Side = Annotated[int, Field(ge=1, le=2**14)]
@@ -204,9 +208,21 @@ class VisionConfig:
         return (self.grid * 4, self.grid * 2, self.grid, self.grid // 2)
 
 
+# Fields of `LlamaConfig` that configurations from before them lack.
+_LATER = ("channels_per_head", "qkv_bias", "qk_norm", "rope_divisors", "layers_without_rope")
+
+
 @dataclass(frozen=True, config=STRICT)
 class LlamaConfig:
-    """LLaMA with MMFS before the MLP of every `mmfs_every`-th block, starting with block 0."""
+    """LLaMA with MMFS before the MLP of every `mmfs_every`-th block, starting with block 0.
+
+    The last five fields tell apart LLaMA's descendants; their defaults are LLaMA itself.
+    `channels_per_head`: of attention; None: width / heads. `qkv_bias`: query, key and value
+    projections have a bias (Qwen2). `qk_norm`: an RMS norm over the channels of each head of
+    queries and keys, before their rotation (Qwen3). `rope_divisors`: the rotary frequencies are
+    divided by these, highest frequency first (LLaMA-3.1's scaling); empty: by one.
+    `layers_without_rope`: indices of blocks whose attention knows no positions (SmolLM3).
+    """
 
     vocab: Count
     width: Count
@@ -218,17 +234,44 @@ class LlamaConfig:
     mmfs_every: Few
     eps: Positive = 1e-6
     rope_theta: Positive = 10000.0
+    channels_per_head: Few | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_divisors: Annotated[tuple[Positive, ...], Field(max_length=2**11)] = ()
+    layers_without_rope: tuple[Index, ...] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> LlamaConfig:
-        _multiple("width", self.width, self.heads, _HEADS)
+        if self.channels_per_head is None:
+            _multiple("width", self.width, self.heads, _HEADS)
         _multiple("heads", self.heads, self.kv_heads, "its kv_heads")
         _multiple("head width", self.head_width, 2, "as rotary positions need")
+        if self.rope_divisors and len(self.rope_divisors) != self.head_width // 2:
+            raise ValueError(
+                f"it has {len(self.rope_divisors)} rope_divisors for the {self.head_width // 2} "
+                "frequencies of a head"
+            )
+        unturned = self.layers_without_rope
+        if list(unturned) != sorted({*unturned}) or any(i >= self.layers for i in unturned):
+            raise ValueError(
+                f"layers_without_rope {list(unturned)} are not layers of {self.layers}, in order"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit later fields at their defaults: checkpoints from before them compare this text."""
+        fields: dict[str, Any] = inner(self)
+        return {name: value for name, value in fields.items() if value or name not in _LATER}
 
     @property
     def head_width(self) -> int:
-        return self.width // self.heads
+        return self.channels_per_head or self.width // self.heads
+
+    def cut(self, layers: int) -> LlamaConfig:
+        """Derive the configuration of the first `layers` blocks."""
+        kept = tuple(layer for layer in self.layers_without_rope if layer < layers)
+        return replace(self, layers=layers, layers_without_rope=kept)
 
     @property
     def mmfs_layers(self) -> tuple[int, ...]:

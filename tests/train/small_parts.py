@@ -100,6 +100,8 @@ _GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -117,13 +119,18 @@ def _gguf_name(name: str) -> str:
     if name in others:
         return others[name]
     _, _, layer, part = name.split(".", 3)
-    return f"blk.{layer}.{_GGUF_NAMES[part.removesuffix('.weight')]}.weight"
+    stem, kind = part.rsplit(".", 1)
+    return f"blk.{layer}.{_GGUF_NAMES[stem]}.{kind}"
 
 
 def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's order of the rows of query and key projections: rotary pairs as neighbours."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+# Architectures whose rotary pairs llama.cpp stores as neighbours.
+_PAIRS_ADJACENT = ("llama", "smollm3")
 
 
 def _random_blocks(shape: tuple[int, ...]) -> np.ndarray:
@@ -143,13 +150,19 @@ def write_gguf(
     words: str = "smollm",
     pieces: list[Piece] | None = None,
     without: tuple[str, ...] = (),
+    architecture: str = "llama",
+    rope_freqs: np.ndarray | None = None,
     **form: Any,
 ) -> Path:
     """As llama.cpp's converter writes it; matrices quantised as `kind`. `fields`: more of them.
     `pieces`: of a SentencePiece tokenizer, in place of the byte-level one. `without`: fields that
-    are left out. `form`: byte order and parts of the file, see `GGUFWriter`."""
+    are left out. `rope_freqs`: divisors of LLaMA-3.1's rotary frequencies. `form`: byte order and
+    parts of the file, see `GGUFWriter`."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama", **form)
+    width = config.hidden_size // config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or width
+    adjacent = architecture in _PAIRS_ADJACENT
+    writer = gguf.GGUFWriter(path, architecture, **form)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -158,7 +171,13 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    if head_width != width:
+        writer.add_key_length(head_width)
+        writer.add_value_length(head_width)
+    if adjacent:
+        writer.add_rope_dimension_count(head_width)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs)
     writer.add_vocab_size(config.vocab_size)
     if pieces is None:
         padding = [f"<pad{index}>" for index in range(config.vocab_size - KNOWN)]
@@ -181,7 +200,7 @@ def write_gguf(
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
         value = tensor.numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if adjacent and name.endswith(("q_proj.weight", "k_proj.weight")):
             grouped = name.endswith("k_proj.weight")
             heads = config.num_key_value_heads if grouped else config.num_attention_heads
             value = _interleaved(value, heads)

@@ -37,10 +37,12 @@ LAYERS = 18
 def wide(layers: int = LAYERS) -> ModelConfig:
     """The tiny preset around a language model of 2048 channels."""
     small = tiny()
-    sizes = {"width": 2048, "heads": 16, "kv_heads": 16, "mlp_width": 5632, "vocab": 32000}
+    llama = replace(
+        small.llama, width=2048, heads=16, kv_heads=16, mlp_width=5632, vocab=32000, layers=layers
+    )
     return replace(
         small,
-        llama=replace(small.llama, **sizes, layers=layers),
+        llama=llama,
         image_decoder=replace(
             small.image_decoder,
             resampler=replace(small.image_decoder.resampler, context_width=2048),

@@ -30,6 +30,8 @@ class DeployedAttention(nn.Module):
         self.query_heads, self.key_heads = query, key
         self._use_projections(projections)
         self.o_proj = attention.o_proj
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.rotary = attention.rotary
 
     def _use_projections(self, projections: Sequence[nn.Linear]) -> None:
         self.q_proj, self.k_proj, self.v_proj = projections
@@ -52,22 +54,31 @@ class DeployedAttention(nn.Module):
             proj(hidden).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        rotated = (torch.onnx.ops.rotary_embedding(heads, cos, sin) for heads in (query, key))
-        return (*rotated, value)
+        query = self._rotate(self.q_norm(query), cos, sin)
+        return query, self._rotate(self.k_norm(key), cos, sin), value
+
+    def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.onnx.ops.rotary_embedding(heads, cos, sin) if self.rotary else heads
 
 
 class FusedAttention(DeployedAttention):
-    """`DeployedAttention` with one matrix product and one rotary embedding; copies its weights."""
+    """`DeployedAttention` with one matrix product, and one rotary embedding unless queries and keys
+    have norms of their own before it; copies its weights."""
 
     def _use_projections(self, projections: Sequence[nn.Linear]) -> None:
-        self.qkv_weight = _stacked(projections)
+        self.qkv_weight, self.qkv_bias = _stacked(projections)
 
     def _rotated(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key = self.query_heads, self.key_heads
-        heads = F.linear(hidden, self.qkv_weight).unflatten(-1, (query + 2 * key, self.head_width))
+        heads = F.linear(hidden, self.qkv_weight, self.qkv_bias)
+        heads = heads.unflatten(-1, (query + 2 * key, self.head_width))
         heads = heads.transpose(1, 2)  # [b, h + 2a, t, d]
+        if isinstance(self.q_norm, nn.RMSNorm):
+            queries, keys, values = heads.split((query, key, key), 1)
+            queries = self._rotate(self.q_norm(queries), cos, sin)
+            return queries, self._rotate(self.k_norm(keys), cos, sin), values
         rotating, values = heads.split((query + key, key), 1)
-        queries, keys = torch.onnx.ops.rotary_embedding(rotating, cos, sin).split((query, key), 1)
+        queries, keys = self._rotate(rotating, cos, sin).split((query, key), 1)
         return queries, keys, values
 
 
@@ -76,7 +87,7 @@ class FusedMlp(nn.Module):
 
     def __init__(self, mlp: Mlp) -> None:
         super().__init__()
-        self.gate_up_weight = _stacked((mlp.gate_proj, mlp.up_proj))
+        self.gate_up_weight, _ = _stacked((mlp.gate_proj, mlp.up_proj))
         self.down_proj = mlp.down_proj
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -84,7 +95,10 @@ class FusedMlp(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def _stacked(layers: Sequence[nn.Linear]) -> nn.Parameter:
-    assert all(layer.bias is None for layer in layers)
+def _stacked(layers: Sequence[nn.Linear]) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight and bias of `layers`, of which all or none have a bias, as one linear map."""
     weight = torch.cat([layer.weight.detach() for layer in layers])
-    return nn.Parameter(weight, requires_grad=False)
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    assert len(biases) in (0, len(layers))
+    bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    return nn.Parameter(weight, requires_grad=False), bias

@@ -83,15 +83,16 @@ def _resampler(config: ResamplerConfig, context_width: int) -> ResamplerConfig:
 
 
 def _llama(config: LlamaConfig) -> LlamaConfig:
-    """Keep enough layers for both kinds and for a second MMFS layer."""
+    """Keep enough layers for both kinds, for a second MMFS layer, and for one without rotary
+    positions."""
     group = config.heads // config.kv_heads
     heads = group * min(config.kv_heads, _HEADS)
+    layers = max([config.mmfs_every, *config.layers_without_rope[:1]]) + 1
     return replace(
-        config,
-        width=heads * config.head_width,
+        config.cut(min(config.layers, layers)),
+        width=heads * (config.width // config.heads),
         heads=heads,
         kv_heads=min(config.kv_heads, _HEADS),
-        layers=min(config.layers, config.mmfs_every + 1),
         mlp_width=min(config.mlp_width, 2 * _WIDTH),
     )
 

@@ -40,10 +40,11 @@ def rounded_scale(width: int, dtype: ir.DataType) -> float:
 
 
 def fold_scales(graph: ir.Graph, constants: Constants, typed: NodeTypes) -> list[str]:
-    """Fold the error of every 16-bit Attention of `graph` into the projection of its queries.
+    """Fold the error of every 16-bit Attention of `graph` into what makes its queries: the weight
+    of a norm of their own, or their projection.
 
     typed: the type that each node will compute in. Returns the names of attentions whose queries
-    come from no projection of their own; they keep the error.
+    come from neither; they keep the error.
     """
     left = []
     for node in list(graph):
@@ -53,9 +54,27 @@ def fold_scales(graph: ir.Graph, constants: Constants, typed: NodeTypes) -> list
         assert query is not None and query.shape is not None
         width = int(query.shape[-1])
         factor = width**-0.5 / rounded_scale(width, typed.of(node))
-        if factor != 1 and not _scale_projection(query, constants, factor):
+        if factor == 1 or _scale_norm(query, constants, factor):
+            continue
+        if not _scale_projection(query, constants, factor):
             left.append(str(node.name))
     return left
+
+
+def _scale_norm(query: ir.Value, constants: Constants, factor: float) -> bool:
+    """Multiply the weight of the norm that makes `query`, and nothing else, by `factor`. Changes
+    nothing and returns False where there is none: what is behind a norm cannot scale it."""
+    value = query
+    while True:
+        node = value.producer()
+        if node is None or _used_elsewhere(value):
+            return False
+        if node.op_type == "RMSNormalization" and node.inputs[1] in constants:
+            replace_constant(node, 1, constants, np.asarray(factor, np.float32))
+            return True
+        if node.op_type not in _WHOLE or node.inputs[0] is None:
+            return False
+        value = node.inputs[0]
 
 
 @dataclass(frozen=True)
@@ -182,6 +201,9 @@ def _unchanged(found: _Columns, node: ir.Node, index: int) -> _Columns | None:
     # RotaryEmbedding mixes channels of one head, and whole heads are queries.
     return found
 
+
+# Operators that keep all channels of their first input.
+_WHOLE = ("Reshape", "Transpose", "RotaryEmbedding")
 
 _FOLLOWED: dict[str, Callable[[_Columns, ir.Node, int], _Columns | None]] = {
     "Reshape": _reshaped,

@@ -85,6 +85,12 @@ def test_parts_that_do_not_fit_are_refused(path: str, value: Any, what: str):
         ("llama.heads", 5, "llama: width 192 is not a multiple of 5, its number of heads"),
         ("llama.kv_heads", 2, "llama: heads 3 is not a multiple of 2, its kv_heads"),
         ("llama.heads", 64, "llama: heads 64 is not a multiple of 3, its kv_heads"),
+        ("llama.channels_per_head", 31, "llama: head width 31 is not a multiple of 2"),
+        ("llama.rope_divisors", [1.0], "llama: it has 1 rope_divisors for the 32 frequencies"),
+        ("llama.rope_divisors", [1.0] * 31 + [0], r"llama.rope_divisors.31: .* than 0; got 0"),
+        ("llama.layers_without_rope", [3, 1], r"layers_without_rope \[3, 1\] are not layers of"),
+        ("llama.layers_without_rope", [99], r"layers_without_rope \[99\] are not layers of"),
+        ("llama.qk_norm", "rms", "llama.qk_norm: .*; got 'rms'"),
         ("llama.vocab", 4, "tokens: id 4 is beyond the vocabulary, whose 4 ids end at 3"),
         ("tokens.eos", 1, "tokens: two special tokens have the same id"),
         ("tokens.bos", -1, "tokens.bos: .*; got -1"),
@@ -200,3 +206,15 @@ def test_end_tokens_are_within_the_vocabulary() -> None:
     document["tokens"]["other_eos"] = [9, tiny().llama.vocab]
     with pytest.raises(ConfigError, match=f"tokens: id {tiny().llama.vocab} is beyond"):
         from_json(json.dumps(document))
+
+
+def test_a_plain_llama_is_written_as_before_its_descendants():
+    """Checkpoints compare this text; folders from before the fields are read."""
+    written = json.loads(to_json(tiny()))["llama"]
+    later = {"channels_per_head", "qkv_bias", "qk_norm", "rope_divisors", "layers_without_rope"}
+    assert not later & written.keys()
+    llama = tiny().llama
+    heads = replace(llama, channels_per_head=32, rope_divisors=(2.0,) * 16, qkv_bias=True)
+    config = replace(tiny(), llama=replace(heads, layers_without_rope=(0, 1)))
+    assert from_json(to_json(config)) == config
+    assert config.llama.head_width == 32 and llama.head_width == 64

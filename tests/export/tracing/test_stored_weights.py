@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from export.small_models import paper_reading
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError, MmiError, WeightsError
+from mmi_deploy.spec.presets import tiny
 from mmi_export import plan
 from mmi_export.export import prepare_export, run_export
 from mmi_export.parity.small_model import slice_of
@@ -178,6 +180,29 @@ def test_a_cut_keeps_all_but_the_language_models_depth() -> None:
     assert short.llama.layers == 1 and short.vision == config.vision
     with pytest.raises(ConfigError, match="expected 1 to 2"):
         cut(config, 3)
+
+
+def test_cuts_and_slices_keep_the_settings_of_llamas_descendants() -> None:
+    llama = replace(
+        tiny().llama,
+        width=192,
+        heads=6,
+        kv_heads=3,
+        channels_per_head=48,
+        layers=9,
+        mmfs_every=2,
+        rope_divisors=(1.0,) * 12 + (8.0,) * 12,
+        layers_without_rope=(3, 7),
+        qkv_bias=True,
+        qk_norm=True,
+    )
+    config = replace(tiny(), llama=llama)
+    assert cut(config, 7).llama.layers_without_rope == (3,)
+    assert cut(config, 3).llama == replace(llama, layers=3, layers_without_rope=())
+    small = slice_of(config).llama
+    assert (small.layers, small.layers_without_rope) == (4, (3,))
+    assert (small.width, small.heads, small.head_width) == (128, 4, 48)
+    assert small.rope_divisors == llama.rope_divisors and small.qkv_bias and small.qk_norm
 
 
 @pytest.mark.parametrize("name", ["ablation_3b", "paper_13b", "released_13b"])

@@ -107,7 +107,8 @@ def test_the_base_of_rotary_positions_is_transformers(
 ) -> None:
     parts.edit_json(folder / "config.json", **changes)
     wanted = theirs(folder).config.rope_parameters["rope_theta"]
-    assert read_llama(folder).rope_theta == wanted
+    model = read_llama(folder)
+    assert (model.rope_theta, model.rope_divisors) == (wanted, ())
 
 
 @pytest.mark.parametrize(
@@ -131,13 +132,19 @@ def test_rotary_positions_that_contradict_themselves_are_refused(
     refused(init, folder, "config.json contradicts itself", named)
 
 
-@pytest.mark.parametrize("factor", [2.0, None, "1"])
-def test_linear_scaling_by_anything_but_one_is_refused(
+@pytest.mark.parametrize("factor", [0, None, "1", True])
+def test_linear_scaling_by_what_is_no_number_is_refused(
     init: Init, folder: Path, factor: object
 ) -> None:
     scaling = {"type": "linear", "factor": factor}
     parts.edit_json(folder / "config.json", rope_parameters=None, rope_scaling=scaling)
-    refused(init, folder, "our blocks do not have rope_scaling linear")
+    refused(init, folder, "rope_scaling.factor is wrong; expected a positive number")
+
+
+def test_linear_scaling_is_transformers(init: Init, folder: Path, tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 3.0, "rope_theta": 50000.0}
+    parts.edit_json(folder / "config.json", rope_parameters=rope)
+    assert_same_text(built(init, folder, tmp_path / "out"), theirs(folder), tmp_path / "out")
 
 
 def test_fields_that_change_nothing_are_taken(init: Init, folder: Path) -> None:

@@ -103,12 +103,13 @@ def test_sentencepiece_in_a_gguf_is_not_guessed(
 )
 def test_scaling_by_one_is_none(tmp_path: Path, fields: dict[str, Any]) -> None:
     path = parts.write_gguf(tmp_path / "x.gguf", parts.llama(), fields=fields)
-    assert read_gguf(path).rope_theta == 50000.0
+    model = read_gguf(path)
+    assert (model.rope_theta, model.rope_divisors) == (50000.0, ())
 
 
 @pytest.mark.parametrize("name", ["rope.scaling.factor", "rope.scale_linear"])
-def test_linear_scaling_by_two_is_refused(tmp_path: Path, name: str) -> None:
-    fields = {"llama.rope.scaling.type": "linear", f"llama.{name}": 2.0}
+def test_a_factor_of_no_scaling_is_refused(tmp_path: Path, name: str) -> None:
+    fields = {"llama.rope.scaling.type": "none", f"llama.{name}": 2.0}
     path = parts.write_gguf(tmp_path / "x.gguf", parts.llama(), fields=fields)
     with pytest.raises(MmiError, match=rf"our blocks do not have llama\.{name}"):
         read_gguf(path)

@@ -278,3 +278,34 @@ def test_new_tokens_of_the_head_start_unlikely_and_are_learned_apart(agree):
     head.head.requires_grad_(False)
     head(hidden).square().sum().backward()
     assert head.head_new.weight.grad.any() and head.head.weight.grad is None
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["fused", "spelled out"])
+@torch.no_grad()
+def test_every_setting_of_llamas_descendants_at_once_decodes_as_it_prefills(agree, training):
+    config = replace(
+        CONFIG,
+        kv_heads=2,
+        channels_per_head=6,
+        qkv_bias=True,
+        qk_norm=True,
+        rope_divisors=(1.0, 2.0, 8.0),
+        layers_without_rope=(1, 3),
+    )
+    llama = random_llama(config).train(training)
+    whole = inputs(llama)
+    expected = llama(**whole)
+    cache, parts = KvCache(config, batch=2, capacity=10), []
+    for now in (slice(0, 4), slice(4, 5), slice(5, 10)):
+        cut = {name: whole[name][:, now] for name in ("embeddings", "position", "image_position")}
+        parts.append(llama(**{**whole, **cut}, cache=cache))
+    agree(torch.cat(parts, 1), expected, 1e-5)
+
+
+def test_new_biases_are_zero_and_new_norms_one():
+    llama = Llama(replace(CONFIG, qkv_bias=True, qk_norm=True), MMFS, 12, SIDES)
+    for block in llama.blocks:
+        attention = block.self_attn
+        assert not attention.q_proj.bias.any() and not attention.v_proj.bias.any()
+        assert attention.q_norm.weight.eq(1).all() and attention.k_norm.weight.eq(1).all()
+        assert attention.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.2)

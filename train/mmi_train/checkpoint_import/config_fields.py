@@ -57,12 +57,12 @@ def positive_int(source: Path, fields: Fields, name: str) -> int:
 
 
 def unsupported(source: Path, field: str, expected: object, got: object) -> ConfigError:
-    """The error for a `field` of a language model that our LLaMA block does not implement."""
+    """The error for a `field` of a language model that our blocks do not implement."""
     return ConfigError(
         f"{source}: our blocks do not have {field}",
         expected=expected,
         got=repr(got),
-        fix="build on a plain LLaMA",
+        fix="build on a model without it",
     )
 
 

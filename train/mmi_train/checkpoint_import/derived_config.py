@@ -34,11 +34,17 @@ def derive_config(
     """
     llm = parts.llm
     context = llm.context if parts.context is None else parts.context
-    longest = min(llm.context, llm.window or llm.context)
-    if context > longest:
+    if llm.window is not None and context > llm.window:
+        raise ConfigError(
+            f"{llm.source}: our blocks do not have sliding_window, and see all tokens",
+            expected=f"at most the {llm.window} tokens of its window",
+            got=context,
+            fix=f"give --context {llm.window} or less, where both are the same",
+        )
+    if context > llm.context:
         raise ConfigError(
             f"{llm.source} was not trained for {context} tokens",
-            expected=f"at most {longest}",
+            expected=f"at most {llm.context}",
             fix="give a smaller --context",
         )
     vision = _vision(parts.vision)
@@ -67,6 +73,11 @@ def derive_config(
             mmfs_every=form.llama.mmfs_every,
             eps=llm.eps,
             rope_theta=llm.rope_theta,
+            channels_per_head=llm.channels_per_head,
+            qkv_bias=llm.qkv_bias,
+            qk_norm=llm.qk_norm,
+            rope_divisors=llm.rope_divisors,
+            layers_without_rope=llm.layers_without_rope,
         ),
         llm_mmfs=mmfs,
         image_decoder=_image_decoder(parts.diffusion, form.image_decoder, vision, llm.width),

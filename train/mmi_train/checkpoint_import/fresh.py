@@ -102,7 +102,7 @@ def _builds(config: ModelConfig, taken: set[str]) -> dict[str, Build]:
         ),
     )
     llama = config.llama
-    block = replace(llama, vocab=2, mlp_width=1, context=1, layers=1, mmfs_every=1)
+    block = replace(llama.cut(1), vocab=2, mlp_width=1, context=1, mmfs_every=1)
     builds: dict[str, Build] = {
         "vision.": lambda: _initialised(
             VisualTokenizer(vision, config.vision_resampler, llama.width), given_clip

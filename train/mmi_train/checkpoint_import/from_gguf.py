@@ -1,4 +1,5 @@
-"""Reader of a LLaMA in a GGUF file of llama.cpp: weights dequantised, tokenizer included.
+"""Reader of a LLaMA, or of a descendant, in a GGUF file of llama.cpp: weights dequantised,
+tokenizer included.
 
 Letters: h heads, d channels per head, c channels.
 """
@@ -17,12 +18,11 @@ from torch import Tensor
 
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_train.checkpoint_import.config_fields import positive_int, readable_errors, unsupported
+from mmi_train.checkpoint_import.families import FAMILIES, GGUF_ARCHITECTURES, Family
 from mmi_train.checkpoint_import.gguf_tokenizer import gguf_tokenizer
 from mmi_train.checkpoint_import.parts import EMBEDDING, HEAD, LlmPart
 from mmi_train.checkpoint_import.tokenizer_files import read_tokenizer
 from mmi_train.weights.lazy_tensor import Computed, InFile, StoredTensor
-
-_ARCHITECTURE = "llama"
 
 # Names of tensors: llama.cpp's -> Hugging Face's.
 _BLOCK = {
@@ -30,6 +30,8 @@ _BLOCK = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -37,6 +39,9 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 _OTHERS = {"token_embd": EMBEDDING, "output_norm": "model.norm.weight", "output": HEAD}
+
+# Divisors of the rotary frequencies, highest frequency first: the scaling of LLaMA-3.1, tabulated.
+_ROPE_DIVISORS = "rope_freqs.weight"
 
 # Fields of the architecture whose values are read, or do not matter.
 _READ = {
@@ -56,13 +61,14 @@ _READ = {
     "rope.scaling.original_context_length",  # used by YaRN alone
 }
 
-# Switches of the architecture, with the values that leave a plain LLaMA as it is.
+# Factors of linear scaling, by their name and an older one; 0 means none.
+_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
+
+# Switches of the architecture, with the values that leave our blocks as they are.
 _HARMLESS: dict[str, tuple[object, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
     "rope.scaling.type": ("none", "linear"),  # llama.cpp's default, decided by the factor
-    "rope.scaling.factor": (1.0, 0.0),
-    "rope.scale_linear": (1.0, 0.0),  # an older name of the factor; 0 means none
     "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.finetuned": (False, True),
     "attention.causal": (True,),
@@ -152,29 +158,39 @@ def _read(
     fields: dict[str, Any],
     tokenizer: Path | None,
 ) -> LlmPart:
-    sizes = _sizes(path, fields)
-    heads, width = sizes["attention.head_count"], sizes["embedding_length"]
-    kv_heads = sizes.get("attention.head_count_kv", heads)
+    architecture = _architecture(path, fields)
+    family, own = FAMILIES[architecture], _own_fields(path, architecture, fields)
+    heads, width = own["attention.head_count"], own["embedding_length"]
+    kv_heads = own.get("attention.head_count_kv", heads)
+    head_width = own.get("attention.key_length", width // heads)
+    divisors = _linear_divisors(path, architecture, own, head_width)
     tensors: dict[str, StoredTensor] = {}
     for file, tensor in stored:
-        name = _hugging_face_name(path, tensor.name)
+        if tensor.name == _ROPE_DIVISORS:
+            divisors = _stored_divisors(file, tensor, head_width, divisors)
+            continue
+        name = _hugging_face_name(tensor.name)
         if name in tensors:
             raise WeightsError(
                 f"{file} holds {tensor.name}, which another part holds too",
                 fix="download all parts again",
             )
-        rotary_heads = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
-        tensors[name] = _tensor(file, tensor, rotary_heads)
+        tensors[name] = _tensor(file, tensor, _reordered_heads(family, name, heads, kv_heads))
     return LlmPart(
         source=path,
         width=width,
-        layers=sizes["block_count"],
+        layers=own["block_count"],
         heads=heads,
         kv_heads=kv_heads,
-        mlp_width=sizes["feed_forward_length"],
-        context=sizes["context_length"],
-        eps=_from_fp32(fields[f"{_ARCHITECTURE}.attention.layer_norm_rms_epsilon"]),
-        rope_theta=float(fields.get(f"{_ARCHITECTURE}.rope.freq_base", 10000.0)),
+        mlp_width=own["feed_forward_length"],
+        context=own["context_length"],
+        eps=_from_fp32(own["attention.layer_norm_rms_epsilon"]),
+        rope_theta=float(own.get("rope.freq_base", 10000.0)),
+        channels_per_head=head_width if head_width * heads != width else None,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        rope_divisors=divisors,
+        layers_without_rope=family.unrotated(own["block_count"]),
         tied=HEAD not in tensors,
         tensors=tensors,
         tokenizer=gguf_tokenizer(path, fields) if tokenizer is None else read_tokenizer(tokenizer),
@@ -184,28 +200,73 @@ def _read(
     )
 
 
-def _sizes(path: Path, fields: dict[str, Any]) -> dict[str, int]:
-    """Integer fields of the architecture; raises `ConfigError` for what our block lacks."""
+def _architecture(path: Path, fields: dict[str, Any]) -> str:
+    """The kind of the model; raises `ConfigError` for one that our blocks do not implement."""
     kind = fields.get("general.architecture")
-    if kind != _ARCHITECTURE:
-        raise unsupported(path, f"general.architecture {kind}", _ARCHITECTURE, kind)
-    prefix = f"{_ARCHITECTURE}."
+    if kind not in GGUF_ARCHITECTURES:
+        known = " or ".join(GGUF_ARCHITECTURES)
+        raise unsupported(path, f"general.architecture {kind}", known, kind)
+    return str(kind)
+
+
+def _own_fields(path: Path, architecture: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the architecture, without its name in front; raises `ConfigError` for what our
+    blocks lack."""
+    prefix = f"{architecture}."
     own = {n.removeprefix(prefix): v for n, v in fields.items() if n.startswith(prefix)}
     for name, value in own.items():
         if name in _HARMLESS and value not in _HARMLESS[name]:
             raise unsupported(path, prefix + name, _HARMLESS[name][0], value)
-        if name not in _READ and name not in _HARMLESS:
+        if name not in (*_READ, *_FACTORS, *_HARMLESS):
             raise unsupported(path, prefix + name, "no such field", value)
     needed = ("block_count", "context_length", "embedding_length", "feed_forward_length")
     for name in (*needed, "attention.head_count"):
         positive_int(path, fields, prefix + name)
     head_width = own["embedding_length"] // own["attention.head_count"]
-    for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
+    if "attention.key_length" in own:
+        head_width = positive_int(path, fields, f"{prefix}attention.key_length")
+    for name in ("rope.dimension_count", "attention.value_length"):
         if own.get(name, head_width) != head_width:
             raise unsupported(path, prefix + name, head_width, own[name])
     if "attention.layer_norm_rms_epsilon" not in own:
         raise ConfigError(f"{path} lacks {prefix}attention.layer_norm_rms_epsilon")
-    return {name: value for name, value in own.items() if isinstance(value, int)}
+    return own
+
+
+def _linear_divisors(
+    path: Path, architecture: str, own: dict[str, Any], head_width: int
+) -> tuple[float, ...]:
+    """Divisors of the rotary frequencies by a factor that is the same for all; none for 1."""
+    factors = {name: float(own[name]) for name in _FACTORS if own.get(name) not in (0.0, 1.0, None)}
+    for name, factor in factors.items():
+        if factor <= 0 or own.get("rope.scaling.type", "linear") == "none":
+            raise unsupported(path, f"{architecture}.{name}", 1.0, factor)
+    factor = next(iter(factors.values()), 1.0)
+    return (factor,) * (head_width // 2) if factor != 1 else ()
+
+
+def _stored_divisors(
+    path: Path, tensor: gguf.ReaderTensor, head_width: int, linear: tuple[float, ...]
+) -> tuple[float, ...]:
+    """The divisors of the rotary frequencies in a tensor, times those of linear scaling."""
+    shape = [int(side) for side in tensor.shape]
+    if tensor.tensor_type.name != "F32" or shape != [head_width // 2]:
+        raise WeightsError(
+            f"{path}: {_ROPE_DIVISORS} is wrong",
+            expected=f"F32 numbers of shape [{head_width // 2}]",
+            got=f"{tensor.tensor_type.name} {shape}",
+        )
+    values = np.asarray(tensor.data, np.float64)
+    if not (values > 0).all() or not np.isfinite(values).all():
+        raise WeightsError(f"{path}: {_ROPE_DIVISORS} holds numbers that are not positive")
+    return tuple((values * (linear or 1)).tolist())
+
+
+def _reordered_heads(family: Family, name: str, heads: int, kv_heads: int) -> int | None:
+    """Heads of a query or key projection whose rows llama.cpp stores in another order."""
+    if not family.pairs_adjacent:
+        return None
+    return {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
 
 
 def _from_fp32(value: float) -> float:
@@ -213,19 +274,17 @@ def _from_fp32(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _hugging_face_name(path: Path, name: str) -> str:
+def _hugging_face_name(name: str) -> str:
     """Hugging Face's name of a GGUF tensor, or its own name where Hugging Face has none."""
     stem, _, kind = name.rpartition(".")
-    if name == "rope_freqs.weight":
-        raise unsupported(path, name, "rotary positions that are not scaled", "scaled ones")
-    if kind != "weight":
+    if kind not in ("weight", "bias"):
         return name
-    if stem in _OTHERS:
+    if stem in _OTHERS and kind == "weight":
         return _OTHERS[stem]
     start, _, rest = stem.partition(".")
     layer, _, part = rest.partition(".")
     if start == "blk" and part in _BLOCK:
-        return f"model.layers.{layer}.{_BLOCK[part]}.weight"
+        return f"model.layers.{layer}.{_BLOCK[part]}.{kind}"
     return name
 
 

@@ -1,12 +1,13 @@
-"""Reader of a LLaMA in a Hugging Face folder: sizes, weights and tokenizer.
+"""Reader of a LLaMA, or of a descendant, in a Hugging Face folder: sizes, weights and tokenizer.
 
-Fields that our block does not implement (scaled rotary positions, biases, norms of queries and
-keys) are refused by name: such a model would load, and write nonsense.
+Fields that our block does not implement (another activation, biases of other layers, scalings of
+rotary positions that are no constants) are refused by name: such a model would load, and write
+nonsense.
 """
 
 from __future__ import annotations
 
-from operator import floordiv
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,27 +15,23 @@ import torch
 from mmi_deploy.errors import ConfigError
 from mmi_train.checkpoint_import.config_fields import (
     Fields,
-    consistent_value,
     positive_int,
     read_json,
     readable_errors,
     unsupported,
 )
+from mmi_train.checkpoint_import.families import FAMILIES, Family
 from mmi_train.checkpoint_import.parts import EMBEDDING, HEAD, LlmPart
+from mmi_train.checkpoint_import.rotary_scaling import rotary_base, rotary_divisors
 from mmi_train.checkpoint_import.tokenizer_files import read_tokenizer
 from mmi_train.weights.lazy_tensor import StoredTensor
 from mmi_train.weights.safetensors_files import read_folder
 
-_FAMILY = ("llama", "mistral")
+# Kinds of attention; a window counts only where `sliding_window` gives its length.
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # A buffer that older checkpoints hold although the configuration determines it.
 _INV_FREQ = "rotary_emb.inv_freq"
-
-# The object of rotary positions, as transformers names it before version 5, and from 5 on.
-_ROPE = ("rope_scaling", "rope_parameters")
-
-# Base of the rotary angles where the configuration has none.
-_THETA = 10000.0
 
 
 def read_llama(folder: Path, tokenizer: Path | None = None) -> LlmPart:
@@ -50,7 +47,16 @@ def read_llama(folder: Path, tokenizer: Path | None = None) -> LlmPart:
 
 
 def _read(folder: Path, path: Path, config: Fields, tokenizer: Path | None) -> LlmPart:
+    family = _family(folder, config)
+    config = {**family.defaults, **config}
     _check_architecture(folder, config)
+    heads = positive_int(path, config, "num_attention_heads")
+    width = positive_int(path, config, "hidden_size")
+    layers = positive_int(path, config, "num_hidden_layers")
+    own_head_width = config.get("head_dim") is not None
+    head_width = positive_int(path, config, "head_dim") if own_head_width else width // heads
+    theta = rotary_base(path, config, family.theta)
+    divisors = rotary_divisors(path, config, theta, head_width)
     tensors = _tensors(folder)
     tied, remarks = bool(config.get("tie_word_embeddings", False)), []
     if tied and HEAD in tensors:
@@ -66,24 +72,28 @@ def _read(folder: Path, path: Path, config: Fields, tokenizer: Path | None) -> L
     bos = tokens["bos"]
     if len(bos) > 1:
         remarks.append(f"{folder} names several tokens that begin a text, {bos}: the first is used")
-    heads = positive_int(path, config, "num_attention_heads")
     return LlmPart(
         source=folder,
-        width=positive_int(path, config, "hidden_size"),
-        layers=positive_int(path, config, "num_hidden_layers"),
+        width=width,
+        layers=layers,
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
         mlp_width=positive_int(path, config, "intermediate_size"),
         context=positive_int(path, config, "max_position_embeddings"),
         eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=_rope_theta(path, config),
+        rope_theta=theta,
+        channels_per_head=head_width if head_width * heads != width else None,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        rope_divisors=divisors,
+        layers_without_rope=_layers_without_rope(path, config, family, layers),
         tied=tied,
         tensors=tensors,
         tokenizer=read_tokenizer(folder if tokenizer is None else tokenizer),
         bos=bos[0] if bos else None,
         ends=tuple(tokens["eos"]),
         pad=tokens["pad"][0] if tokens["pad"] else None,
-        window=config.get("sliding_window") or None,
+        window=_window(config, family),
         remarks=tuple(remarks),
     )
 
@@ -103,56 +113,70 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     return all(torch.equal(left, right) for left, right in pairs)
 
 
-def _check_architecture(folder: Path, config: Fields) -> None:
-    """Raise `ConfigError` for the first field that our block does not implement."""
-    path = folder / "config.json"
+def _family(folder: Path, config: Fields) -> Family:
+    """The kind of the model; raises `ConfigError` for one that our block does not implement."""
     kind = config.get("model_type")
     if kind is None:
         raise ConfigError(
-            f"{path} has no model_type",
-            expected=" or ".join(_FAMILY),
+            f"{folder / 'config.json'} has no model_type",
+            expected=" or ".join(FAMILIES),
             fix="give the folder of a language model as Hugging Face stores it",
         )
-    if kind not in _FAMILY:
-        raise unsupported(folder, f"model_type {kind}", " or ".join(_FAMILY), kind)
+    if kind not in FAMILIES:
+        raise unsupported(folder, f"model_type {kind}", " or ".join(FAMILIES), kind)
+    return FAMILIES[kind]
+
+
+def _check_architecture(folder: Path, config: Fields) -> None:
+    """Raise `ConfigError` for the first field that our block does not implement."""
     if config.get("quantization_config") is not None:
         raise unsupported(
             folder, "quantization_config", "weights as they were trained", "quantised ones"
         )
-    sizes = (positive_int(path, config, name) for name in ("hidden_size", "num_attention_heads"))
     plain: dict[str, tuple[object, ...]] = {
         "hidden_act": ("silu", None),
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
         "partial_rotary_factor": (1.0, None),
-        "head_dim": (floordiv(*sizes), None),
         "use_qk_norm": (False, None),
         "qk_layernorm": (False, None),
+        "use_mrope": (False, None),
     }
     for field, allowed in plain.items():
         if config.get(field) not in allowed:
             raise unsupported(folder, field, allowed[0], config[field])
-    _check_rotary(folder, path, config)
+    for kind in config.get("layer_types") or ():
+        if kind not in _LAYER_TYPES:
+            raise unsupported(folder, "layer_types", " or ".join(_LAYER_TYPES), kind)
 
 
-def _check_rotary(folder: Path, path: Path, config: Fields) -> None:
-    """Raise `ConfigError` for scaled or partial rotary positions."""
-    for field in _ROPE:
-        rope = config.get(field) or {}
-        names = {f"{field}.{name}": rope.get(name) for name in ("rope_type", "type")}
-        form = consistent_value(path, names) or "default"
-        scaled = form != "default" and not (form == "linear" and rope.get("factor") == 1.0)
-        if scaled or rope.get("partial_rotary_factor") not in (1.0, None):
-            raise unsupported(
-                folder, f"{field} {form}", "rotary positions that are not scaled", rope
-            )
+def _window(config: Fields, family: Family) -> int | None:
+    """Tokens of the sliding attention window of some or all layers, None without one."""
+    if family.switched_window and not config.get("use_sliding_window", False):
+        return None
+    return config.get("sliding_window") or None
 
 
-def _rope_theta(path: Path, config: Fields) -> float:
-    """Base of the rotary angles; transformers 5 nests it, older versions do not."""
-    nested = {f"{field}.rope_theta": (config.get(field) or {}).get("rope_theta") for field in _ROPE}
-    stated = consistent_value(path, {**nested, "rope_theta": config.get("rope_theta")})
-    return float(_THETA if stated is None else stated)
+def _layers_without_rope(
+    path: Path, config: Fields, family: Family, layers: int
+) -> tuple[int, ...]:
+    """Indices of the layers without rotary positions: the zeros of `no_rope_layers`, or every
+    `no_rope_layer_interval`-th."""
+    if family.unrotated_every is None:
+        return ()
+    stated = config.get("no_rope_layers")
+    if stated is None:
+        every = "no_rope_layer_interval"
+        if config.get(every) is not None:
+            family = replace(family, unrotated_every=positive_int(path, config, every))
+        return family.unrotated(layers)
+    if not isinstance(stated, list) or len(stated) < layers or not {*stated} <= {0, 1}:
+        raise ConfigError(
+            f"{path}: no_rope_layers is wrong",
+            expected=f"{layers} numbers: 1 with rotary positions, 0 without",
+            got=stated,
+        )
+    return tuple(layer for layer, rotary in enumerate(stated[:layers]) if not rotary)
 
 
 def _special_tokens(folder: Path, config: Fields) -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_train.checkpoint_import.sentencepiece_model import (
@@ -23,10 +23,27 @@ _REQUIRED = {"llama": ("token_type", "scores"), "gpt2": ("token_type", "pre", "m
 
 _FIX = "give --tokenizer a folder with the model's tokenizer.json"
 
-_LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Words of LLaMA-3, with up to three digits in a number, and of Qwen2, with one.
+_LLAMA_3, _QWEN_2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    rf"{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for digits in (r"\p{N}{1,3}", r"\p{N}")
 )
+
+# Words of Mistral's Tekken: capitals begin a word.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _words(pattern: str) -> Callable[[], list[pre_tokenizers.PreTokenizer]]:
+    return lambda: [
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
 
 # Pre-tokenizers, which split texts into words before byte pairs are merged, by llama.cpp's names.
 _PRE_TOKENIZERS: dict[str, Callable[[], list[pre_tokenizers.PreTokenizer]]] = {
@@ -35,11 +52,17 @@ _PRE_TOKENIZERS: dict[str, Callable[[], list[pre_tokenizers.PreTokenizer]]] = {
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
     ],
-    "llama-bpe": lambda: [
-        pre_tokenizers.Split(Regex(_LLAMA_3), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ],
+    "llama-bpe": _words(_LLAMA_3),
+    "smaug-bpe": _words(_LLAMA_3),  # SmolLM3's
+    "qwen2": _words(_QWEN_2),
+    "tekken": _words(_TEKKEN),
 }
+
+# Those whose words are not merged where the vocabulary has them whole.
+_WHOLE_WORDS = ("llama-bpe", "tekken")
+
+# Those whose texts are composed (NFC) first.
+_COMPOSED = ("qwen2",)
 
 
 def gguf_tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
@@ -82,9 +105,11 @@ def _byte_level(texts: list[str], kinds: list[int], merges: list[str], words: st
         models.BPE(
             vocab=vocabulary(texts),
             merges=pairs,
-            ignore_merges=words == "llama-bpe",
+            ignore_merges=words in _WHOLE_WORDS,
         )
     )
+    if words in _COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[words]())
     tokenizer.decoder = decoders.ByteLevel()
     for special, added in ((True, Kind.CONTROL), (False, Kind.USER_DEFINED)):

@@ -28,13 +28,14 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class LlmPart:
-    """Sizes, tensors and tokenizer of a LLaMA.
+    """Sizes, tensors and tokenizer of a LLaMA or of a descendant.
 
     context: positions that it was trained for. tied: the head is the embedding. tensors: by Hugging
     Face's names. bos, pad: ids, None where the model names none. ends: ids of all end tokens, the
-    first of them the one of training. window: tokens of its sliding attention window, None without
-    one. remarks: lines for the user. Raises `ConfigError` for heads that do not divide the width,
-    and `WeightsError` that names every tensor which does not fit.
+    first of them the one of training. channels_per_head to layers_without_rope: as in
+    `LlamaConfig`. window: tokens of its sliding attention window, None without one. remarks: lines
+    for the user. Raises `ConfigError` for heads that do not divide the width, and `WeightsError`
+    that names every tensor which does not fit.
     """
 
     source: Path
@@ -52,11 +53,17 @@ class LlmPart:
     bos: int | None
     ends: tuple[int, ...]
     pad: int | None
+    channels_per_head: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_divisors: tuple[float, ...] = ()
+    layers_without_rope: tuple[int, ...] = ()
     window: int | None = None
     remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kv_heads < 1 or self.width % self.heads or self.heads % self.kv_heads:
+        uneven = self.channels_per_head is None and self.width % self.heads
+        if self.kv_heads < 1 or uneven or self.heads % self.kv_heads:
             raise ConfigError(
                 f"{self.source}: {self.heads} heads and {self.kv_heads} key-value heads do not "
                 f"divide a width of {self.width}"
@@ -81,7 +88,8 @@ class LlmPart:
 
     def _shapes(self) -> dict[str, torch.Size]:
         """Expected shapes by Hugging Face's names."""
-        width, kv_width = self.width, self.width // self.heads * self.kv_heads
+        width, head_width = self.width, self.channels_per_head or self.width // self.heads
+        query_width, kv_width = self.heads * head_width, self.kv_heads * head_width
         rows = self.tensors[EMBEDDING].shape[0] if EMBEDDING in self.tensors else 0
         shapes: dict[str, tuple[int, ...]] = {
             EMBEDDING: (rows, width),
@@ -89,11 +97,20 @@ class LlmPart:
         }
         for layer in range(self.layers):
             block = f"model.layers.{layer}."
+            if self.qkv_bias:
+                shapes |= {
+                    f"{block}self_attn.q_proj.bias": (query_width,),
+                    f"{block}self_attn.k_proj.bias": (kv_width,),
+                    f"{block}self_attn.v_proj.bias": (kv_width,),
+                }
+            if self.qk_norm:
+                norms = (f"{block}self_attn.{side}_norm.weight" for side in "qk")
+                shapes |= dict.fromkeys(norms, (head_width,))
             shapes |= {
-                f"{block}self_attn.q_proj.weight": (width, width),
+                f"{block}self_attn.q_proj.weight": (query_width, width),
                 f"{block}self_attn.k_proj.weight": (kv_width, width),
                 f"{block}self_attn.v_proj.weight": (kv_width, width),
-                f"{block}self_attn.o_proj.weight": (width, width),
+                f"{block}self_attn.o_proj.weight": (width, query_width),
                 f"{block}mlp.gate_proj.weight": (self.mlp_width, width),
                 f"{block}mlp.up_proj.weight": (self.mlp_width, width),
                 f"{block}mlp.down_proj.weight": (width, self.mlp_width),

@@ -22,7 +22,7 @@ def init(
     llm: Annotated[
         Path,
         typer.Option(
-            help="A LLaMA: a Hugging Face folder, or a GGUF file.",
+            help="A LLaMA, Mistral, Qwen or SmolLM: a Hugging Face folder, or a GGUF file.",
             exists=True,
             metavar="DIR|GGUF",
             rich_help_panel="Trained parts",

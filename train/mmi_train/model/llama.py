@@ -1,7 +1,8 @@
 """LLaMA with MMFS between self-attention and MLP of every few blocks.
 
-Paper Sec. 3.2, "Multi-modal LLM with MMFS". Without MMFS this is LLaMA, with Hugging Face's names
-and its half-split rotary embedding.
+Paper Sec. 3.2, "Multi-modal LLM with MMFS". Without MMFS this is LLaMA, or one of its descendants
+(Mistral, Qwen2, Qwen3, SmolLM3) as the configuration says, with Hugging Face's names and its
+half-split rotary embedding.
 
 Letters: b batch, t tokens, k keys, m image slots, h heads, a key-value heads, d channels per head,
 n encoded images, s feature cells, c channels.
@@ -22,10 +23,14 @@ from mmi_train.model.mmfs import Mmfs, take_levels
 from mmi_train.model.positions import with_values
 
 
-def rotary_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    context: int, head_width: int, theta: float, divisors: Sequence[float] = ()
+) -> tuple[Tensor, Tensor]:
     """Tabulate the rotary embedding: (cos, sin) [context, head_width / 2] in fp32; row = position,
-    column = frequency."""
+    column = frequency. divisors: of the frequencies, highest first; none: 1."""
     frequency = 1.0 / theta ** (torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+    if divisors:
+        frequency = frequency / torch.tensor(divisors, dtype=torch.float32)
     angle = torch.arange(context, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
@@ -78,18 +83,24 @@ class KvCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary positions, in some layers without; its norms of
+    queries and keys are the identity where the configuration has none."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_width = config.head_width
         self.group = config.heads // config.kv_heads
+        self.rotary = layer not in config.layers_without_rope
         width, kv_width = config.heads * config.head_width, config.kv_heads * config.head_width
-        self.q_proj = nn.Linear(config.width, width, bias=False)
-        self.k_proj = nn.Linear(config.width, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.width, kv_width, bias=False)
+        self.q_proj = nn.Linear(config.width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, config.width, bias=False)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_width, config.eps) if config.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
 
     def forward(
         self,
@@ -102,7 +113,9 @@ class Attention(nn.Module):
             proj(hidden).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # [b, h, t, d], [b, a, t, d] twice
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if self.rotary:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)  # [b, a, k, d]
         if self.training and query.device.type == "cpu":
@@ -223,17 +236,28 @@ class Llama(nn.Module):
         )
         self.norm = nn.RMSNorm(config.width, config.eps)
         with with_values():
-            cos, sin = rotary_tables(config.context, config.head_width, config.rope_theta)
+            cos, sin = rotary_tables(
+                config.context, config.head_width, config.rope_theta, config.rope_divisors
+            )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw LLaMA's N(0, 0.02), for W_q and W_A of MMFS too; the rest of MMFS keeps its own
-        initialisation."""
+        """Draw LLaMA's N(0, 0.02), for W_q and W_A of MMFS too; biases are zero, norms one, and the
+        rest of MMFS keeps its own initialisation."""
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         for block in self.blocks:
-            drawn: list[Tensor] = [*block.self_attn.parameters(), *block.mlp.parameters()]
+            layers = [
+                layer
+                for part in (block.self_attn, block.mlp)
+                for layer in part.modules()
+                if isinstance(layer, nn.Linear)
+            ]
+            drawn: list[Tensor] = [layer.weight for layer in layers]
+            for layer in layers:
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
             if block.look_back is not None:
                 mmfs = block.look_back.mmfs
                 drawn += [mmfs.query_proj.weight, mmfs.weight_proj.weight]

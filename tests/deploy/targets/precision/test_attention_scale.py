@@ -78,6 +78,38 @@ def fused(path: Path) -> tuple[Path, Graph, dict[str, np.ndarray]]:
     return write(path, nodes, weights, graph), graph, weights
 
 
+def normed(path: Path) -> tuple[Path, Graph, dict[str, np.ndarray]]:
+    """As in Qwen3: queries and keys of one product have a norm each before their rotation."""
+    heads = HEADS + 2 * KEY_HEADS
+    weights: dict[str, Any] = {
+        "qkv": drawn("qkv", CHANNELS, heads * WIDTH) / 8,
+        "apart": np.array([0, TOKENS, heads, WIDTH]),
+        "sizes": np.array([HEADS, KEY_HEADS, KEY_HEADS]),
+        "q_norm": 1 + drawn("q_norm", WIDTH) / 4,
+        "k_norm": 1 + drawn("k_norm", WIDTH) / 4,
+        "cos": np.cos(drawn("angle", 2, TOKENS, WIDTH // 2)),
+        "sin": np.sin(drawn("angle", 2, TOKENS, WIDTH // 2)),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "qkv"], ["product"], name="product"),
+        helper.make_node("Reshape", ["product", "apart"], ["cut"], name="cut"),
+        helper.make_node("Transpose", ["cut"], ["turned"], perm=[0, 2, 1, 3], name="turn"),
+        helper.make_node("Split", ["turned", "sizes"], ["q1", "k1", "v"], axis=1, name="split"),
+    ]
+    for name in "qk":
+        norm = [f"{name}1", f"{name}_norm"]
+        rotary = [f"{name}2", "cos", "sin"]
+        nodes += [
+            helper.make_node("RMSNormalization", norm, [f"{name}2"], name=f"{name}_normed"),
+            helper.make_node("RotaryEmbedding", rotary, [name], name=f"{name}_rotary"),
+        ]
+    nodes.append(helper.make_node("Attention", ["q", "k", "v"], ["y"], name="attention"))
+    x = Tensor("x", "float32", ("b", TOKENS, CHANNELS), activation=True)
+    y = Tensor("y", "float32", ("b", HEADS, TOKENS, WIDTH), activation=True)
+    graph = contract([x], [y])
+    return write(path, nodes, weights, graph), graph, weights
+
+
 def separate(path: Path, bias: bool, shared: bool = False) -> tuple[Path, Graph, dict[str, Any]]:
     """As in CLIP and the U-Net: a product for each, with or without a bias, some behind a
     Transpose. shared: queries are the keys too."""
@@ -129,12 +161,15 @@ def inputs() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("form", ["fused", "plain", "bias"])
+@pytest.mark.parametrize("form", ["fused", "normed", "plain", "bias"])
 def test_the_folded_graph_is_exact_where_tensorrt_scales_it(
     form: str, dtype: ir.DataType, tmp_path: Path
 ) -> None:
     path = tmp_path / "g.onnx"
-    path, graph, _ = fused(path) if form == "fused" else separate(path, form == "bias")
+    if form in ("fused", "normed"):
+        path, graph, _ = (fused if form == "fused" else normed)(path)
+    else:
+        path, graph, _ = separate(path, form == "bias")
     model, left = folded(path, graph, dtype)
     assert not left
     exact = model_runner(read_model(path, graph), tmp_path)(inputs())["y"]
