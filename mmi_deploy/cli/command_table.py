@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, Row] = {
             "mmi train models/mine --data documents.jsonl -o runs/mine",
             "mmi train models/mine --data llava.json --images coco/ -o runs/mine --epochs 1",
             "mmi train --recipe stories --set batch=2 --print-recipe",
+            "mmi train models/mine --data documents.jsonl --plan --gpus 8 --memory 80GB",
         ),
     ),
     "train-tiny": Row(

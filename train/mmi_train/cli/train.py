@@ -21,6 +21,7 @@ from mmi_train.training.recipes import DEFAULTS, Layer, assignments, default, wr
 from mmi_train.training.recipes import recipe as read_recipe
 
 _RECIPE, _DATA, _LEARNS, _MACHINE = "Recipe", "Documents", "What learns", "Machine"
+_PLAN = "Plan"
 
 
 def train(
@@ -76,6 +77,39 @@ def train(
             rich_help_panel=_RECIPE,
         ),
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print the memory and the FLOPs that the run would take, and end.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = False,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Ranks among which weights are sharded.", metavar="N", rich_help_panel=_PLAN
+        ),
+    ] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of a rank: the largest batch that fits is printed too.",
+            show_default=False,
+            metavar="80GB",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Sustained TFLOP/s of a rank: the days of the run are printed too.",
+            show_default=False,
+            metavar="X",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -265,6 +299,7 @@ def train(
     with extras("train"):
         import torch
 
+        from mmi_train.cli.train_plan import print_plan
         from mmi_train.data.document_file import DocumentFile
         from mmi_train.training.devices import device_called
         from mmi_train.training.fine_tuning import fine_tune
@@ -278,10 +313,13 @@ def train(
     if print_recipe:
         results().out(written(values), end="")
         return
+    if plan and model is not None and data is not None:
+        print_plan(model, DocumentFile(data, images), asked, gpus, memory, tflops)
+        return
     if model is None or data is None or out is None:
         raise ConfigError(
             "a run needs a model, documents and a folder for its results",
-            expected="mmi train MODEL --data FILE --out FOLDER",
+            expected="mmi train MODEL --data FILE --out FOLDER; --plan needs no folder",
         )
     check_run_folder(out)
     remark = remarks()
