@@ -16,12 +16,12 @@ from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.system.memory import is_out_of_memory
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import Progress, shown, silent
-from mmi_train.cli.choices import Device, Precision, Threads
+from mmi_train.cli.choices import Device, Precision, Threads, Tracker
 from mmi_train.training.recipes import DEFAULTS, Layer, assignments, default, written
 from mmi_train.training.recipes import recipe as read_recipe
 
 _RECIPE, _DATA, _LEARNS, _MACHINE = "Recipe", "Documents", "What learns", "Machine"
-_PLAN = "Plan"
+_PLAN, _WATCH = "Plan", "Watching"
 
 
 def train(
@@ -110,6 +110,51 @@ def train(
             rich_help_panel=_PLAN,
         ),
     ] = None,
+    validate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out documents, whose losses are measured meanwhile.",
+            show_default=False,
+            dir_okay=False,
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
+    validate_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimiser steps between validations and samples.",
+            show_default="as checkpoints",
+            metavar="N",
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
+    sample: Annotated[
+        Path | None,
+        typer.Option(
+            help="Documents whose last pictures are drawn into OUT/samples meanwhile.",
+            show_default=False,
+            dir_okay=False,
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
+    tracker: Annotated[
+        Tracker | None,
+        typer.Option(
+            help="Another receiver of the curves beside TensorBoard.",
+            show_default=False,
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
+    profile: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Optimiser steps of which all operators are traced.",
+            metavar="STEPS",
+            rich_help_panel=_WATCH,
+        ),
+    ] = 0,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -302,7 +347,7 @@ def train(
         from mmi_train.cli.train_plan import print_plan
         from mmi_train.data.document_file import DocumentFile
         from mmi_train.training.devices import device_called
-        from mmi_train.training.fine_tuning import fine_tune
+        from mmi_train.training.fine_tuning import Watching, fine_tune
         from mmi_train.training.ranks import joined_ranks
         from mmi_train.training.settings import settings_of
     asked, values = settings_of(
@@ -335,6 +380,13 @@ def train(
         place = device_called(device)
         progress(f"reading {data}")
         documents = DocumentFile(data, images)
+        watching = Watching(
+            None if validate is None else DocumentFile(validate),
+            None if sample is None else DocumentFile(sample),
+            validate_every or asked.checkpoint_every,
+            tracker,
+            profile,
+        )
         stack.enter_context(_memory())
         trained = fine_tune(
             model,
@@ -347,6 +399,7 @@ def train(
             progress=progress,
             on_broken=remark.print,
             ranks=ranks,
+            watching=watching,
         )
     if first:
         results().print(f"{trained}: export it with `mmi export {trained}`")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.document_file import DocumentFile
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.fused_mmfs import use_fused_mmfs
-from mmi_train.training.loop import RunConfig, train
+from mmi_train.training.loop import UNWATCHED, RunConfig, Watch, train
 from mmi_train.training.lora import (
     ADAPTERS_KIND,
     LoraConfig,
@@ -37,6 +38,8 @@ from mmi_train.training.optimiser import (
 )
 from mmi_train.training.ranks import ALONE, Ranks
 from mmi_train.training.stages.documents import DocumentsStage
+from mmi_train.training.trackers import TrackerName, service
+from mmi_train.training.validation import Validation
 from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
 from mmi_train.weights.model_folder import (
     FOLDER_KIND,
@@ -118,6 +121,22 @@ def steps_of(epochs: float, documents: int, batch: int) -> int:
     return max(math.ceil(epochs * documents / batch), 1)
 
 
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+class Watching:
+    """Measurements of a run, and where they are shown; its weights stay the same without.
+
+    `held_out`: documents whose losses are measured every `every` optimiser steps, `prompts`: whose
+    last pictures are drawn then. `tracker`: receiver of the curves beside TensorBoard. `profile`:
+    optimiser steps that are traced.
+    """
+
+    held_out: DocumentFile | None = None
+    prompts: DocumentFile | None = None
+    every: int = Field(default=250, ge=1)
+    tracker: TrackerName | None = None
+    profile: int = Field(default=0, ge=0)
+
+
 def fine_tune(
     start: Path,
     file: DocumentFile,
@@ -130,9 +149,11 @@ def fine_tune(
     progress: Progress = silent,
     on_broken: Callable[[str], None] = lambda reason: None,
     ranks: Ranks = ALONE,
+    watching: Watching | None = None,
 ) -> Path:
     """Train the model folder `start` on the documents of `file` and write the model folder
     `out/model`, and the adapters, if there are any, to `out/adapters`; returns the former.
+    watching: what is measured and shown meanwhile.
 
     on_broken: told of each document that cannot be read. The same call resumes from the last
     checkpoint in `out`. Both folders are written at every checkpoint; weights that do not learn
@@ -178,8 +199,27 @@ def fine_tune(
                 write_changed(work, start, changed)
 
         begun = f"weights {sha256_of(start / WEIGHTS)}"
-        train(stage, optimiser, run, out / stage.name, save, progress, begun, ranks)
+        watch = _watch(watching, stage, out, ranks, {**asdict(tuning), **asdict(run)})
+        train(stage, optimiser, run, out / stage.name, save, progress, begun, ranks, watch)
     return model_folder
+
+
+def _watch(
+    asked: Watching | None,
+    stage: DocumentsStage,
+    out: Path,
+    ranks: Ranks,
+    settings: Mapping[str, object],
+) -> Watch:
+    if asked is None:
+        return UNWATCHED
+    validation = None
+    if asked.held_out is not None or asked.prompts is not None:
+        validation = Validation(stage, asked.held_out, asked.prompts, out, asked.every, ranks)
+    tracker = None
+    if asked.tracker is not None and ranks.main:
+        tracker = service(asked.tracker, out, settings)
+    return Watch(validation, tracker, asked.profile)
 
 
 def _loaded(

@@ -99,6 +99,19 @@ class Ranks:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(now)
 
+    @contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        """Keep whole parameters on every rank, for calls beside the forward pass of `module`, which
+        must have run before."""
+        units = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        for unit in units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
+
     def gradient_norm(self, own: Sequence[Tensor]) -> Tensor:
         """Norm of the gradients of all ranks; own: this rank's parts of the parameters."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
