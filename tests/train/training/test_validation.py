@@ -88,7 +88,7 @@ def test_a_run_is_measured_and_learns_the_same(
 def test_the_averages_are_measured_and_the_best_checkpoint_stays(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the losses worsen."""
+    """Worsening losses in the place of measured ones."""
     seen = []
 
     def losses(self: Validation, file: DocumentFile) -> dict[str, float]:
