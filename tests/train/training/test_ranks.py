@@ -76,7 +76,8 @@ def start(folder: Path) -> Path:
 def tune(
     folder: Path, out: Path, tuning: FineTuning, ranks: Ranks, told: Callable[[str], Any] = print
 ) -> None:
-    run = replace(RUN, accumulate=RUN.accumulate // ranks.size)
+    # Two ranks have a loader process each, one process has none.
+    run = replace(RUN, accumulate=RUN.accumulate // ranks.size, workers=ranks.size - 1)
     documents, device = DocumentFile(folder / "documents.jsonl"), torch.device("cpu")
     watching = None
     if out.name in ("lora-one", "lora-two"):

@@ -305,6 +305,14 @@ def train(
             rich_help_panel=_MACHINE,
         ),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the blocks of the language model (torch.compile).",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = False,
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
@@ -400,6 +408,7 @@ def train(
             on_broken=remark.print,
             ranks=ranks,
             watching=watching,
+            compiled=compiled,
         )
     if first:
         results().print(f"{trained}: export it with `mmi export {trained}`")

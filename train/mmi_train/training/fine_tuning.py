@@ -21,6 +21,7 @@ from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_f
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.document_file import DocumentFile
 from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.training.compiled import check_compiler, compile_blocks
 from mmi_train.training.fused_mmfs import use_fused_mmfs
 from mmi_train.training.loop import UNWATCHED, RunConfig, Watch, train
 from mmi_train.training.lora import (
@@ -150,10 +151,12 @@ def fine_tune(
     on_broken: Callable[[str], None] = lambda reason: None,
     ranks: Ranks = ALONE,
     watching: Watching | None = None,
+    compiled: bool = False,
 ) -> Path:
     """Train the model folder `start` on the documents of `file` and write the model folder
     `out/model`, and the adapters, if there are any, to `out/adapters`; returns the former.
-    watching: what is measured and shown meanwhile.
+    watching: what is measured and shown meanwhile. compiled: compile the blocks of the language
+    model, which rounds otherwise; one process alone can, on matrices that are not quantised.
 
     on_broken: told of each document that cannot be read. The same call resumes from the last
     checkpoint in `out`. Both folders are written at every checkpoint; weights that do not learn
@@ -161,6 +164,12 @@ def fine_tune(
     and `out`; only the first one writes and reports. Raises `MmiError` where another process trains
     there, or a folder holds files that mmi did not write.
     """
+    if compiled:
+        if ranks.size > 1 or (tuning.lora is not None and tuning.lora.four_bit):
+            raise ConfigError(
+                "--compile works in one process without --four-bit alone", fix="leave it out"
+            )
+        check_compiler(device)
     model_folder, adapters = out / MODEL, out / ADAPTERS
     optimiser = tuning.optimiser(steps)
     if not ranks.main:
@@ -172,6 +181,8 @@ def fine_tune(
                 check_replaceable(adapters, None, kind=ADAPTERS_KIND, inputs=[start])
         progress(f"loading {start}")
         model = _loaded(start, tuning, optimiser, run.precision, device, ranks)
+        if compiled:
+            compile_blocks(model, device)
         stage = DocumentsStage(
             model,
             Tokenizer.open(start / TOKENIZER, model.config.tokens),
