@@ -22,6 +22,7 @@ DOCS = [REPOSITORY / "docs" / f"{n}.md" for n in NAMES]
 
 # Files that commands write and the repository does not hold.
 WRITTEN = {
+    "best.json",
     "bundle.json",
     "gpu_check/report.json",
     "gpu_check/report.md",

@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, Row] = {
             "mmi train models/mine --data llava.json --images coco/ -o runs/mine --epochs 1",
             "mmi train models/mine --data refcoco:data/refcoco -o runs/mine --recipe grounding",
             "mmi train --recipe stories --set batch=2 --print-recipe",
+            "mmi train models/mine --data documents.jsonl --plan --gpus 8 --memory 80GB",
         ),
     ),
     "train-tiny": Row(

@@ -25,12 +25,13 @@ from mmi_deploy.errors import MmiError
 from mmi_deploy.spec.config import ModelConfig
 from mmi_train.data.document_file import DocumentFile
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
-from mmi_train.training import loop
+from mmi_train.training import loop, validation
 from mmi_train.training.checkpoints import save_checkpoint
-from mmi_train.training.fine_tuning import FineTuning, fine_tune
+from mmi_train.training.fine_tuning import FineTuning, Watching, fine_tune
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.ranks import ALONE, Ranks, joined_ranks
+from mmi_train.training.validation import VALUES, read_values
 from mmi_train.weights.model_folder import TOKENIZER, save_model
 
 pytestmark = pytest.mark.slow
@@ -67,16 +68,34 @@ def start(folder: Path) -> Path:
     documents = [[text], [read, text], [text, drawn], [read, text, drawn], [text, text], [text]]
     lines = [json.dumps(document) for document in documents]
     (folder / "documents.jsonl").write_text("\n".join([*lines, '[{"image": "none.png"}]']))
+    (folder / "held.jsonl").write_text("\n".join(lines[1:4]))
+    (folder / "prompts.jsonl").write_text("\n".join(lines[2:4]))
     return folder
 
 
 def tune(
     folder: Path, out: Path, tuning: FineTuning, ranks: Ranks, told: Callable[[str], Any] = print
 ) -> None:
-    run = replace(RUN, accumulate=RUN.accumulate // ranks.size)
+    # Two ranks have a loader process each, one process has none.
+    run = replace(RUN, accumulate=RUN.accumulate // ranks.size, workers=ranks.size - 1)
     documents, device = DocumentFile(folder / "documents.jsonl"), torch.device("cpu")
-    model = folder / "model"
-    fine_tune(model, documents, out, STEPS, tuning, run, device, ranks=ranks, on_broken=told)
+    watching = None
+    if out.name in ("lora-one", "lora-two"):
+        validation.SOLVER_STEPS = 2
+        held, prompts = (DocumentFile(folder / f"{name}.jsonl") for name in ("held", "prompts"))
+        watching = Watching(held, prompts, every=STEPS)
+    fine_tune(
+        folder / "model",
+        documents,
+        out,
+        STEPS,
+        tuning,
+        run,
+        device,
+        ranks=ranks,
+        on_broken=told,
+        watching=watching,
+    )
 
 
 def two_ranks(folder: Path, job: Callable[[Ranks], None]) -> None:
@@ -184,6 +203,16 @@ def test_two_ranks_are_one_process(folder: Path, name: str) -> None:
     for curve, values in ours.items():
         np.testing.assert_allclose(values, theirs[curve], rtol=1e-5, atol=1e-7, err_msg=curve)
     assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    if name != "lora":
+        return
+    for mine, other in zip(read_values(two / VALUES), read_values(one / VALUES), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4) and len(mine) == 4
+    for step in (0, STEPS):
+        pictures = [
+            np.asarray(Image.open(out / "samples" / f"step-{step:08d}.png"), np.float32)
+            for out in (two, one)
+        ]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 2 and pictures[0].std() > 5
 
 
 def test_only_the_first_rank_tells_of_documents_that_any_rank_cannot_read(folder: Path) -> None:

@@ -16,11 +16,12 @@ from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.system.memory import is_out_of_memory
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import Progress, shown, silent
-from mmi_train.cli.choices import Device, Precision, Threads
+from mmi_train.cli.choices import Device, Precision, Threads, Tracker
 from mmi_train.training.recipes import DEFAULTS, Layer, assignments, default, written
 from mmi_train.training.recipes import recipe as read_recipe
 
 _RECIPE, _DATA, _LEARNS, _MACHINE = "Recipe", "Documents", "What learns", "Machine"
+_PLAN, _WATCH = "Plan", "Watching"
 
 
 def train(
@@ -77,6 +78,84 @@ def train(
             rich_help_panel=_RECIPE,
         ),
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print the memory and the FLOPs that the run would take, and end.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = False,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Ranks among which weights are sharded.", metavar="N", rich_help_panel=_PLAN
+        ),
+    ] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of a rank: the largest batch that fits is printed too.",
+            show_default=False,
+            metavar="80GB",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Sustained TFLOP/s of a rank: the days of the run are printed too.",
+            show_default=False,
+            metavar="X",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    validate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out documents, whose losses are measured meanwhile.",
+            show_default=False,
+            dir_okay=False,
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
+    validate_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimiser steps between validations and samples.",
+            show_default="as checkpoints",
+            metavar="N",
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
+    sample: Annotated[
+        Path | None,
+        typer.Option(
+            help="Documents whose last pictures are drawn into OUT/samples meanwhile.",
+            show_default=False,
+            dir_okay=False,
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
+    tracker: Annotated[
+        Tracker | None,
+        typer.Option(
+            help="Another receiver of the curves beside TensorBoard.",
+            show_default=False,
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
+    profile: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Optimiser steps of which all operators are traced.",
+            metavar="STEPS",
+            rich_help_panel=_WATCH,
+        ),
+    ] = 0,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -227,6 +306,14 @@ def train(
             rich_help_panel=_MACHINE,
         ),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the blocks of the language model (torch.compile).",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = False,
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
@@ -266,9 +353,10 @@ def train(
     with extras("train"):
         import torch
 
+        from mmi_train.cli.train_plan import print_plan
         from mmi_train.data.readers.training import documents_at
         from mmi_train.training.devices import device_called
-        from mmi_train.training.fine_tuning import fine_tune
+        from mmi_train.training.fine_tuning import Watching, fine_tune
         from mmi_train.training.ranks import joined_ranks
         from mmi_train.training.settings import settings_of
     asked, values = settings_of(
@@ -279,10 +367,13 @@ def train(
     if print_recipe:
         results().out(written(values), end="")
         return
+    if plan and model is not None and data is not None:
+        print_plan(model, documents_at(data, images), asked, gpus, memory, tflops)
+        return
     if model is None or data is None or out is None:
         raise ConfigError(
             "a run needs a model, documents and a folder for its results",
-            expected="mmi train MODEL --data FILE --out FOLDER",
+            expected="mmi train MODEL --data FILE --out FOLDER; --plan needs no folder",
         )
     check_run_folder(out)
     remark = remarks()
@@ -298,6 +389,13 @@ def train(
         place = device_called(device)
         progress(f"reading {data}")
         documents = documents_at(data, images)
+        watching = Watching(
+            None if validate is None else documents_at(validate, None),
+            None if sample is None else documents_at(sample, None),
+            validate_every or asked.checkpoint_every,
+            tracker,
+            profile,
+        )
         stack.enter_context(_memory())
         trained = fine_tune(
             model,
@@ -310,6 +408,8 @@ def train(
             progress=progress,
             on_broken=remark.print,
             ranks=ranks,
+            watching=watching,
+            compiled=compiled,
         )
     if first:
         results().print(f"{trained}: export it with `mmi export {trained}`")

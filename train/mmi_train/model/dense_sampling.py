@@ -56,7 +56,8 @@ class _Mixing(torch.autograd.Function):
     def forward(ctx: Any, location: Tensor, weight: Tensor, sides: tuple[int, ...]) -> Tensor:
         size = location.new_tensor(sides)[:, None, None]  # [l, 1, 1]
         stride = size[..., 0] + 2
-        end = torch.tensor([(side + 2) ** 2 for side in sides]).cumsum(0)
+        areas = [(side + 2) ** 2 for side in sides]
+        start = torch.tensor([sum(areas[:level]) for level in range(len(areas))])
 
         # In pixels of the level, centres at whole numbers; those of the border are -1 and side.
         pixel = location * size - 0.5  # [..., l, p, 2]
@@ -66,7 +67,7 @@ class _Mixing(torch.autograd.Function):
         x, y = (pixel - low).unbind(-1)
         first = low[..., 1] * stride + low[..., 0] + (stride + 1)  # the upper left of four cells
         # A NaN location gets a valid cell and a NaN share; the training loop reports the NaN loss.
-        first = first.long().clamp_(min=0) + F.pad(end, (1, -1))[:, None]
+        first = first.long().clamp_(min=0) + start[:, None]
         corner = torch.stack([stride * 0, stride * 0 + 1, stride, stride + 1], -1).long()
         cells = (first[..., None] + corner).flatten(-3)  # [..., l * p * 4]
 
@@ -77,7 +78,7 @@ class _Mixing(torch.autograd.Function):
         shares = torch.stack(
             [upper - upper_right, upper_right, lower - lower_right, lower_right], -1
         )
-        mixing = location.new_zeros(*weight.shape[:-2], int(end[-1]))
+        mixing = location.new_zeros(*weight.shape[:-2], sum(areas))
         mixing.scatter_add_(-1, cells, shares.flatten(-3))
         ctx.save_for_backward(cells, x, y, w, size, inside)
         ctx.shared, ctx.weight_type = location.shape[-3] != len(sides), weight.dtype

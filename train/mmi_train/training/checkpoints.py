@@ -70,11 +70,12 @@ def save_checkpoint(
     state: RunState,
     keep: int,
     ranks: Ranks = ALONE,
+    best: int | None = None,
 ) -> Path:
-    """Write `folder/step-N` atomically and remove all but the `keep` newest, of which those stay to
-    which somebody has added something. Returns its path. The first of several ranks writes what one
-    process would write."""
-    target = folder / f"step-{state.step:08d}"
+    """Write `folder/step-N` atomically and remove all but the `keep` newest, that of step `best`,
+    and those to which somebody has added something. Returns its path. The first of several ranks
+    writes what one process would write."""
+    target = folder / _name(state.step)
     with new_folder(target, None, kind=_KIND) if ranks.main else nullcontext() as scratch:
         for name, part in (
             ("model", learning(model)),
@@ -91,9 +92,15 @@ def save_checkpoint(
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     for old in _folders(folder)[:-keep]:
+        if old.name == _name(best):
+            continue
         with suppress(MmiError):
             remove_folder(old)
     return target
+
+
+def _name(step: int | None) -> str:
+    return "" if step is None else f"step-{step:08d}"
 
 
 def _folders(folder: Path) -> list[Path]:

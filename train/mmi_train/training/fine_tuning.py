@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,8 +21,9 @@ from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_f
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.documents import Documents
 from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.training.compiled import check_compiler, compile_blocks
 from mmi_train.training.fused_mmfs import use_fused_mmfs
-from mmi_train.training.loop import RunConfig, train
+from mmi_train.training.loop import UNWATCHED, RunConfig, Watch, train
 from mmi_train.training.lora import (
     ADAPTERS_KIND,
     LoraConfig,
@@ -37,6 +39,8 @@ from mmi_train.training.optimiser import (
 )
 from mmi_train.training.ranks import ALONE, Ranks
 from mmi_train.training.stages.documents import DocumentsStage
+from mmi_train.training.trackers import TrackerName, service
+from mmi_train.training.validation import Validation
 from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
 from mmi_train.weights.model_folder import (
     FOLDER_KIND,
@@ -118,6 +122,22 @@ def steps_of(epochs: float, documents: int, batch: int) -> int:
     return max(math.ceil(epochs * documents / batch), 1)
 
 
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+class Watching:
+    """Measurements of a run, and where they are shown; its weights stay the same without.
+
+    `held_out`: documents whose losses are measured every `every` optimiser steps, `prompts`: whose
+    last pictures are drawn then. `tracker`: receiver of the curves beside TensorBoard. `profile`:
+    optimiser steps that are traced.
+    """
+
+    held_out: Documents | None = None
+    prompts: Documents | None = None
+    every: int = Field(default=250, ge=1)
+    tracker: TrackerName | None = None
+    profile: int = Field(default=0, ge=0)
+
+
 def fine_tune(
     start: Path,
     file: Documents,
@@ -130,9 +150,13 @@ def fine_tune(
     progress: Progress = silent,
     on_broken: Callable[[str], None] = lambda reason: None,
     ranks: Ranks = ALONE,
+    watching: Watching | None = None,
+    compiled: bool = False,
 ) -> Path:
     """Train the model folder `start` on the documents of `file` and write the model folder
     `out/model`, and the adapters, if there are any, to `out/adapters`; returns the former.
+    watching: what is measured and shown meanwhile. compiled: compile the blocks of the language
+    model, which rounds otherwise; one process alone can, on matrices that are not quantised.
 
     on_broken: told of each document that cannot be read. The same call resumes from the last
     checkpoint in `out`. Both folders are written at every checkpoint; weights that do not learn
@@ -140,6 +164,12 @@ def fine_tune(
     and `out`; only the first one writes and reports. Raises `MmiError` where another process trains
     there, or a folder holds files that mmi did not write.
     """
+    if compiled:
+        if ranks.size > 1 or (tuning.lora is not None and tuning.lora.four_bit):
+            raise ConfigError(
+                "--compile works in one process without --four-bit alone", fix="leave it out"
+            )
+        check_compiler(device)
     model_folder, adapters = out / MODEL, out / ADAPTERS
     optimiser = tuning.optimiser(steps)
     if not ranks.main:
@@ -151,6 +181,8 @@ def fine_tune(
                 check_replaceable(adapters, None, kind=ADAPTERS_KIND, inputs=[start])
         progress(f"loading {start}")
         model = _loaded(start, tuning, optimiser, run.precision, device, ranks)
+        if compiled:
+            compile_blocks(model, device)
         stage = DocumentsStage(
             model,
             Tokenizer.open(start / TOKENIZER, model.config.tokens),
@@ -178,8 +210,27 @@ def fine_tune(
                 write_changed(work, start, changed)
 
         begun = f"weights {sha256_of(start / WEIGHTS)}"
-        train(stage, optimiser, run, out / stage.name, save, progress, begun, ranks)
+        watch = _watch(watching, stage, out, ranks, {**asdict(tuning), **asdict(run)})
+        train(stage, optimiser, run, out / stage.name, save, progress, begun, ranks, watch)
     return model_folder
+
+
+def _watch(
+    asked: Watching | None,
+    stage: DocumentsStage,
+    out: Path,
+    ranks: Ranks,
+    settings: Mapping[str, object],
+) -> Watch:
+    if asked is None:
+        return UNWATCHED
+    validation = None
+    if asked.held_out is not None or asked.prompts is not None:
+        validation = Validation(stage, asked.held_out, asked.prompts, out, asked.every, ranks)
+    tracker = None
+    if asked.tracker is not None and ranks.main:
+        tracker = service(asked.tracker, out, settings)
+    return Watch(validation, tracker, asked.profile)
 
 
 def _loaded(

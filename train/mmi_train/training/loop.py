@@ -12,7 +12,7 @@ import hashlib
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,6 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.tensorboard import SummaryWriter
 
 from mmi_deploy.errors import WeightsError
 from mmi_deploy.system.progress import Progress, silent
@@ -44,7 +43,9 @@ from mmi_train.training.optimiser import (
     set_rate,
     trainable,
 )
+from mmi_train.training.profiling import profiled
 from mmi_train.training.ranks import ALONE, Ranks, local, show_gradients
+from mmi_train.training.trackers import TensorBoard, Tracker, Trackers
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -101,6 +102,37 @@ class SharedStage(Protocol):
         `known[rank][part]`. All that any part of a step runs must run in the last one too, where
         gradients are averaged."""
 
+
+class Validation(Protocol):
+    """Measurement of the module between steps; all ranks call all methods."""
+
+    def resume(self, step: int) -> None:
+        """Forget what was measured after `step`, from which the run goes on."""
+
+    def due(self, step: int, last: int) -> bool:
+        """True if the module is to be measured at `step` of `last`."""
+
+    def measure(self, step: int) -> Mapping[str, float]:
+        """Measure the module, which is in evaluation mode and has the weights to be written."""
+
+    def best(self, checkpoints: int, last: int) -> int | None:
+        """The best step among those with a checkpoint: every `checkpoints` steps, and the last."""
+
+
+@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
+class Watch:
+    """Measurements beside the losses of the steps; the weights of a run stay the same without.
+
+    `tracker`: another receiver of the curves beside TensorBoard, on the first rank. `profile`:
+    optimiser steps, after the first one, of which `out/profile` gets a trace of all operators.
+    """
+
+    validation: Any = None  # Validation | None; pydantic checks no protocols
+    tracker: Any = None  # Tracker | None
+    profile: int = 0
+
+
+UNWATCHED = Watch()
 
 # Characters of a setting's value that an error shows.
 MOST_TOLD = 40
@@ -244,6 +276,29 @@ def _average(
         )
 
 
+@contextmanager
+def _exchanged(
+    average: Mapping[str, Tensor], module: nn.Module, names: Sequence[str]
+) -> Iterator[None]:
+    """Give the module the averages, if there are any, as its weights; afterwards its own again, to
+    the bit."""
+    current = dict(module.named_parameters())
+    pairs = [(local(average[n]), local(current[n])) for n in names] if average else []
+
+    def exchange() -> None:
+        with torch.no_grad():
+            for one, other in pairs:
+                kept = one.clone()
+                one.copy_(other)
+                other.copy_(kept)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
 def _step_batches(
     stage: Stage, batches: Iterator[tuple[int, Any]], accumulate: int, ranks: Ranks
 ) -> Iterable[tuple[int, Any]]:
@@ -265,6 +320,7 @@ def train(
     progress: Progress = silent,
     start: str = "new weights",
     ranks: Ranks = ALONE,
+    watch: Watch = UNWATCHED,
 ) -> dict[str, Tensor]:
     """Train `stage` to its last step, resuming from the newest checkpoint in `out`.
 
@@ -273,6 +329,8 @@ def train(
     run may have been killed between a checkpoint and its callback. `start` names the weights that
     the run starts from. Raises `WeightsError` if losses or gradients are not finite again and
     again, or if `out` belongs to a run with other settings.
+
+    `watch`: what is measured and shown meanwhile.
 
     `ranks`: all of them call this function; the module is sharded, and only the first one writes,
     calls `on_checkpoint` and returns averages. Raises `ConfigError` if their settings differ.
@@ -306,10 +364,36 @@ def train(
     first, last = (count * whole_step.accumulate for count in (step, optimiser_config.steps))
     numbers = range(first + ranks.rank, last, ranks.size)
     batches = micro_batches(stage, run.seed, numbers, run.workers, device)
-    with warnings.catch_warnings(), _curves(out, step) if ranks.main else nullcontext() as curves:
+    validation: Validation | None = watch.validation
+    if validation is not None:
+        validation.resume(step)
+
+    def validate() -> None:
+        """Measure the averages, where there are any."""
+        if validation is None or not validation.due(step, optimiser_config.steps):
+            return
+        module.eval()
+        with (
+            torch.no_grad(),
+            _exchanged(average if run.average else {}, module, names),
+            _autocast(run.precision, device),
+        ):
+            found = validation.measure(step)
+        module.train()
+        curves.log({f"{stage.name}/validation/{name}": v for name, v in found.items()}, step)
+
+    trackers: list[Tracker] = [TensorBoard(out / "curves", step)] if ranks.main else []
+    if ranks.main and watch.tracker is not None:
+        trackers.append(watch.tracker)
+    with (
+        warnings.catch_warnings(),
+        Trackers(trackers) as curves,
+        profiled(out / "profile", watch.profile, ranks.rank, device) as profiled_step,
+    ):
         # PyTorch says so of every norm whose weights are float32 in mixed precision.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         progress(stage.name, step, optimiser_config.steps)
+        validate()
         while step < optimiser_config.steps:
             rate = set_rate(optimiser, optimiser_config, step)
             for part, (index, batch) in enumerate(
@@ -339,23 +423,22 @@ def train(
             module.zero_grad(set_to_none=True)
             if step % run.log_every == 0 or step == optimiser_config.steps:
                 means = meter.take(ranks)
-                if curves is not None:
-                    for name, value in means.items():
-                        curves.add_scalar(f"{stage.name}/{name}", value, step)
-                    curves.add_scalar(f"{stage.name}/rate", rate, step)
+                values = {f"{stage.name}/{name}": value for name, value in means.items()}
+                curves.log({**values, f"{stage.name}/rate": rate}, step)
                 losses_now = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
             progress(stage.name, step, optimiser_config.steps, detail=losses_now)
+            profiled_step()
+            validate()
             if step % run.checkpoint_every == 0 or step == optimiser_config.steps:
                 state = RunState(step, settings)
-                save_checkpoint(out, module, average, optimiser, state, run.keep, ranks)
+                best = None
+                if validation is not None:
+                    best = validation.best(run.checkpoint_every, optimiser_config.steps)
+                save_checkpoint(out, module, average, optimiser, state, run.keep, ranks, best)
                 _report(on_checkpoint, step, average, ranks)
                 module.train()  # the callback may have evaluated the module
     module.eval()
     return ranks.whole(average)
-
-
-def _curves(out: Path, step: int) -> SummaryWriter:
-    return SummaryWriter(str(out / "curves"), purge_step=step)
 
 
 def _report(

@@ -77,9 +77,9 @@ class Ranks:
     def shard(self, module: nn.Module) -> None:
         """Shard the parameters of `module` over the ranks, in place, and move it to their device.
 
-        Units, which are gathered and given up again together: the MMFS layers of the LLM, whose
-        values are computed beside their calls, its blocks, the U-Net as a whole, because parts of
-        its layers are called from outside of them, and the rest. Quantised weights, which no
+        Units (`sharded_units`): the MMFS layers of the LLM, whose values are computed beside their
+        calls, its blocks, the U-Net as a whole, because parts of its layers are called from outside
+        of them, and the rest. Quantised weights, which no
         arithmetic can cut, stay whole on every rank. Parameters that learn must have one type.
         """
         if self.mesh is None:
@@ -89,19 +89,28 @@ class Ranks:
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
         whole = {parameter for parameter in parameters if not parameter.is_floating_point()}
-        parts = list(module.modules())
-        for kind in (GatedMmfs, Block, UNet):
-            for part in parts:
-                if isinstance(part, kind) and part is not module:
-                    fully_shard(part, mesh=self.mesh, ignored_params=whole)
-                if isinstance(part, GatedMmfs):
-                    register_fsdp_forward_method(part, "values")
-        fully_shard(module, mesh=self.mesh, ignored_params=whole)
+        for part in sharded_units(module):
+            fully_shard(part, mesh=self.mesh, ignored_params=whole)
+            if isinstance(part, GatedMmfs):
+                register_fsdp_forward_method(part, "values")
 
     def reduce_gradients(self, module: nn.Module, now: bool) -> None:
         """Let the next backward pass average gradients over the ranks, or only add them up."""
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(now)
+
+    @contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        """Keep whole parameters on every rank, for calls beside the forward pass of `module`, which
+        must have run before."""
+        units = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        for unit in units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
 
     def gradient_norm(self, own: Sequence[Tensor]) -> Tensor:
         """Norm of the gradients of all ranks; own: this rank's parts of the parameters."""
@@ -124,6 +133,20 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def sharded_units(module: nn.Module) -> list[nn.Module]:
+    """Parts of `module` whose parameters are gathered and given up again together, in the order in
+    which they are sharded: each has the parameters that no part before it has; the last one is the
+    module itself."""
+    parts = list(module.modules())
+    found = [
+        part
+        for kind in (GatedMmfs, Block, UNet)
+        for part in parts
+        if isinstance(part, kind) and part is not module
+    ]
+    return [*found, module]
 
 
 def _told(settings: Mapping[str, str], names: list[str]) -> str:

@@ -1,0 +1,175 @@
+"""The plan of a run against what the run holds, as the allocator reports it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch._subclasses.fake_tensor import is_fake
+from torch.profiler import ProfilerActivity, profile
+
+from export.small_models import paper_reading, random_model
+from mmi_deploy.cli.app import run
+from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_train.data.document_file import DocumentFile
+from mmi_train.data.synthetic.vocabulary import build_tokenizer
+from mmi_train.model.mm_interleaved import Batch, MMInterleaved
+from mmi_train.training import memory_plan as memory_planning
+from mmi_train.training.checkpoints import learning
+from mmi_train.training.fine_tuning import FineTuning, _loaded
+from mmi_train.training.loop import RunConfig, _autocast
+from mmi_train.training.lora import LoraConfig
+from mmi_train.training.memory_plan import MemoryPlan, Step, Unit, memory_plan
+from mmi_train.training.optimiser import make_optimiser
+from mmi_train.training.ranks import ALONE, sharded_units
+from mmi_train.training.stages.documents import DocumentsStage
+from mmi_train.weights.model_folder import TOKENIZER, save_model
+
+# Bytes that a convolution of oneDNN takes for itself, which no operator shows.
+SCRATCH = 1.1e6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_model(random_model(paper_reading()), folder)
+    build_tokenizer().save(str(folder / TOKENIZER))
+    Image.new("RGB", (40, 40), "red").save(folder / "a.png")
+    document = [{"text": "a red circle."}, {"image": "a.png"}] * 2
+    (folder / "d.jsonl").write_text(json.dumps(document))
+    read = [{"image": "a.png", "learn": False}, {"text": "a red circle."}]
+    (folder / "read.jsonl").write_text(json.dumps(read))
+    return folder
+
+
+def held_by_a_run(
+    base: Path, file: DocumentFile, tuning: FineTuning, run: RunConfig
+) -> tuple[int, int]:
+    """Bytes of weights and tables, and the most that two steps hold beside them: the sum of all
+    that PyTorch's allocator hands out and takes back."""
+    optimiser = tuning.optimiser(2)
+    model = _loaded(base, tuning, optimiser, run.precision, torch.device("cpu"), ALONE)
+    tokenizer = Tokenizer.open(base / TOKENIZER, model.config.tokens)
+    stage = DocumentsStage(model, tokenizer, file, tuning.batch)
+    batch = stage.batch(0, np.random.default_rng(0))
+    adam = make_optimiser(model.train(), optimiser)
+    tensors = {*model.parameters(), *model.buffers()}
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        average = {name: value.detach().clone() for name, value in learning(model).items()}
+        for _ in range(2):
+            for _ in range(run.accumulate):
+                with _autocast(run.precision, torch.device("cpu")):
+                    losses = stage.losses(batch)
+                (losses["total"] / run.accumulate).backward()
+            adam.step()
+            adam.zero_grad()
+            del losses
+    assert average
+    events = seen.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return sum(value.numel() * value.dtype.itemsize for value in tensors), max(accumulate(changes))
+
+
+def assert_planned(base: Path, documents: str, tuning: FineTuning, run: RunConfig) -> None:
+    """Within a tenth, of the whole and of what is there beside the weights."""
+    kind = tuning.checkpoint_gradients
+    file = DocumentFile(base / documents)
+    plan = memory_plan(
+        base,
+        file,
+        tuning,
+        precision=run.precision,
+        accumulate=run.accumulate,
+        checkpointed=(kind,),
+        batches=(tuning.batch,),
+    )
+    weights, most = held_by_a_run(base, file, tuning, run)
+    names = ("frozen weights", "learning weights", "adapters", "tables")
+    assert sum(plan.held[name] for name in names) == weights
+    planned = plan.per_rank(tuning.batch, kind)
+    assert planned == pytest.approx(weights + most, rel=0.1)
+    assert planned - weights == pytest.approx(most, rel=0.1, abs=SCRATCH)
+
+
+ADAPTERS = FineTuning(batch=2, lora=LoraConfig(rank=4), checkpoint_gradients=True)
+
+
+def test_a_plan_is_within_a_tenth_of_what_a_run_holds(base: Path) -> None:
+    assert_planned(base, "read.jsonl", ADAPTERS, RunConfig(precision="bf16"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("groups", ["all", "published", None])
+def test_plans_of_all_kinds_of_runs(
+    base: Path,
+    groups: str | None,
+    checkpointed: bool,
+    precision: Literal["bf16", "fp32"],
+    accumulated: int,
+) -> None:
+    tuning = replace(ADAPTERS, batch=3, checkpoint_gradients=checkpointed)
+    if groups is not None:
+        tuning = replace(tuning, groups=groups, lora=None)
+    run = RunConfig(precision=precision, accumulate=accumulated)
+    assert_planned(base, "d.jsonl", tuning, run)
+
+
+def test_the_largest_batch_fits_and_the_next_does_not() -> None:
+    held = {"learning weights": 1000, "gradients": 200}
+    steps = {(1, False): Step(300, 7), (4, False): Step(600, 28)}
+    plan = MemoryPlan(held, steps, tokens=9)
+    assert plan.activations(4, False) == 400 and plan.flops(10, False) == 70
+    assert [plan.per_rank(n, False) for n in (1, 4)] == [1300, 1600]
+    for memory in (1300, 1399, 1400, 1799, 4321):
+        found = plan.largest_batch(memory, False)
+        assert plan.per_rank(found, False) <= memory < plan.per_rank(found + 1, False)
+    assert plan.largest_batch(1299, False) == 0
+
+
+def test_a_rank_holds_its_shards_and_what_it_gathers() -> None:
+    units = [Unit(300, 50), Unit(400, 0), Unit(300, 150)]
+    plan = MemoryPlan(
+        {"learning weights": 1000, "gradients": 200},
+        {(4, False): Step(600, 28)},
+        tokens=9,
+        units=units,
+        ranks=2,
+    )
+    # Shards, the rest and two of the largest unit, gradients of the rest and of one unit.
+    assert plan.per_rank(4, False) == 600 + (300 + 2 * 400) + (150 + 50) + 400
+    assert replace(plan, accumulate=2).per_rank(4, False) == plan.per_rank(4, False)
+    more = replace(plan, units=[*units, Unit(0, 0)], accumulate=2)
+    assert more.gathered == 2 * 400 + 200 and replace(more, ranks=1).gathered == 0
+
+
+def test_the_command_prints_a_plan(
+    base: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(model: MMInterleaved, batch: Batch, *more: object) -> Step:
+        units = sharded_units(model)
+        assert len(units) == len(set(units)) and units[-1] is model
+        assert all(value.is_cpu and is_fake(value) for value in model.parameters())
+        return Step(10**6 * len(batch.token_ids), 10**12)
+
+    monkeypatch.setattr(memory_planning, "_step", step)
+    command = ["train", str(base), "--data", str(base / "d.jsonl"), "--plan", "--gpus", "2"]
+    assert run([*command, "--memory", "1GB", "--tflops", "0.1", "--batch", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "each of 2 ranks, 2 documents of" in text and "gathered from all ranks" in text
+    assert re.search(r"largest batch in 1GB +9\d\d +9\d\d", text), text
+    # Three documents are a step of 4, which takes each of two ranks 10 seconds, three times.
+    assert re.search(r"TFLOP of a step +2 ", text)
+    assert re.search(r"days of 1 steps +0\.000116 ", text)

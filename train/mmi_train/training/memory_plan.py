@@ -1,0 +1,333 @@
+"""Plan of a fine-tuning run: what each rank would hold and compute, found without its weights.
+
+A step runs forwards and backwards on fake tensors, which have shapes, types and a device but no
+memory, while every storage that lives is counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.errors import DocumentError
+from mmi_deploy.spec.config import read_config
+from mmi_train.data.batches import batch_of
+from mmi_train.data.documents import Documents
+from mmi_train.data.rows import TokenDocument, make_rows
+from mmi_train.model.layout import map_tensors
+from mmi_train.model.mm_interleaved import Batch, MMInterleaved
+from mmi_train.training.fine_tuning import FineTuning
+from mmi_train.training.lora import add_adapters
+from mmi_train.training.optimiser import frozen_matrices, parameter_groups
+from mmi_train.training.ranks import sharded_units
+from mmi_train.training.stages.documents import DocumentsStage
+from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS, check_fit
+from mmi_train.weights.safetensors_files import read_safetensors
+
+# Documents among which the longest is looked for: every one is decoded.
+MOST_READ = 500
+
+# Largest micro-batch that is looked for.
+MOST_BATCH = 2**16
+
+# Bytes of a value in NF4: four bits, a byte of scale for 64 values, four bytes for 256 scales.
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A micro-batch: bytes of activations and gradients at its peak, and FLOPs of its forward and
+    backward pass, recomputation included."""
+
+    peak: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Bytes of the weights that ranks gather together, and of those among them that learn."""
+
+    weights: int
+    learning: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a run. `held`: by what they are, on all ranks together; `steps`: a micro-batch by
+    (documents, gradient checkpointing); `tokens`: of the longest document that was read; `units`:
+    what `ranks` gather together, the rest of the model last; `accumulate`: micro-batches of a step.
+    """
+
+    held: Mapping[str, int]
+    steps: Mapping[tuple[int, bool], Step]
+    tokens: int
+    units: Sequence[Unit] = ()
+    accumulate: int = 1
+    ranks: int = 1
+
+    def per_rank(self, batch: int, checkpointed: bool) -> int:
+        """Bytes of a rank; weights, gradients and optimiser are sharded among all ranks."""
+        held = -(-sum(self.held.values()) // self.ranks)
+        return held + self.gathered + self.activations(batch, checkpointed)
+
+    @property
+    def gathered(self) -> int:
+        """Most bytes of whole weights and gradients that a rank has beside its shards: of the unit
+        it computes, of the next, which is fetched meanwhile, and of the rest of the model; with
+        accumulation the gradients of all units until they are averaged."""
+        if self.ranks == 1:
+            return 0
+        *parts, rest = self.units
+        largest = max((unit.weights for unit in parts), default=0)
+        if self.accumulate > 1:
+            gradients = sum(unit.learning for unit in self.units)
+        else:
+            gradients = rest.learning + max((unit.learning for unit in parts), default=0)
+        return rest.weights + min(2, len(parts)) * largest + gradients
+
+    def activations(self, batch: int, checkpointed: bool) -> int:
+        """Bytes that a micro-batch of `batch` documents takes beside all gradients."""
+        return max(self._line("peak", batch, checkpointed) - self.held["gradients"], 0)
+
+    def flops(self, batch: int, checkpointed: bool) -> int:
+        """FLOPs of a micro-batch of `batch` documents."""
+        return self._line("flops", batch, checkpointed)
+
+    def _line(self, what: str, batch: int, checkpointed: bool) -> int:
+        """The value at `batch` on the line through the two numbers of documents measured."""
+        sizes = [size for size, kind in self.steps if kind == checkpointed]
+        few, many = min(sizes), max(sizes)
+        low, high = (getattr(self.steps[size, checkpointed], what) for size in (few, many))
+        return int(low + (high - low) * (batch - few) // max(many - few, 1))
+
+    def largest_batch(self, memory: int, checkpointed: bool) -> int:
+        """Most documents of a micro-batch that fit into `memory` bytes; 0: not even one."""
+        if self.per_rank(1, checkpointed) > memory:
+            return 0
+        fits = 1
+        while self.per_rank(2 * fits, checkpointed) <= memory and fits < MOST_BATCH:
+            fits *= 2
+        for step in (fits >> power for power in range(1, fits.bit_length())):
+            fits += step if self.per_rank(fits + step, checkpointed) <= memory else 0
+        return fits
+
+
+def memory_plan(
+    start: Path,
+    file: Documents,
+    tuning: FineTuning,
+    *,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    accumulate: int = 1,
+    ranks: int = 1,
+    checkpointed: Sequence[bool] = (False, True),
+    batches: Sequence[int] | None = None,
+) -> MemoryPlan:
+    """Plan the run that `fine_tune` would do; its micro-batches have the length of the longest
+    document among the first `MOST_READ` of `file`. checkpointed: without and with gradient
+    checkpointing. batches: numbers of documents for which a step is followed; None: one, and the
+    run's. Raises `MmiError` as the run would."""
+    rules = tuning.optimiser(1).rules
+    with torch.device("meta"):
+        model = MMInterleaved(read_config(start / CONFIG))
+    lean = frozen_matrices(rules) if precision == "bf16" else None
+    matrices = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    types, stored = {}, read_safetensors(start / WEIGHTS)
+    check_fit(model, stored, str(start / WEIGHTS))
+    for name, _ in model.named_parameters():
+        types[name] = torch.float32
+        if lean is not None and name in matrices:
+            types[name] = lean(name, stored[name].dtype) or torch.float32
+    in_four_bits: set[str] = set()
+    if tuning.lora is not None:
+        layers = add_adapters(model, replace(tuning.lora, four_bit=False))
+        for layer in layers:
+            types[f"{layer}.base_layer.weight"] = types.pop(f"{layer}.weight")
+        if tuning.lora.four_bit:
+            in_four_bits = {f"{layer}.base_layer.weight" for layer in layers}
+    parameter_groups(model, tuning.optimiser(1))
+    document = _longest(model, start, file, tuning)
+    sizes = batches or (1, max(tuning.batch, 2))
+    made = {
+        size: batch_of(
+            make_rows([document] * size, model.config.tokens, document.size), model.config
+        )
+        for size in sizes
+    }
+    # The gradients of the first micro-batch are there in the second; of ranks `gathered` has them.
+    rounds = 1 if accumulate == ranks == 1 else 2
+    mode = FakeTensorMode()
+    with mode:
+        _make_fake(model, types)
+        model.train()
+        held = _held(model, in_four_bits)
+        units = _units(model)
+        steps = {}
+        for kind in checkpointed:
+            model.checkpoint_gradients(kind)
+            for size, batch in made.items():
+                fake = map_tensors(batch, mode.from_tensor)
+                steps[size, kind] = _step(model, fake, tuning, precision, rounds)
+    return MemoryPlan(held, steps, document.size, units, accumulate, ranks)
+
+
+def _longest(
+    model: MMInterleaved, start: Path, file: Documents, tuning: FineTuning
+) -> TokenDocument:
+    tokenizer = Tokenizer.open(start / TOKENIZER, model.config.tokens)
+    stage = DocumentsStage(model, tokenizer, file, tuning.batch)
+    found: TokenDocument | None = None
+    reason = ""
+    for index in range(min(len(file), MOST_READ)):
+        try:
+            made = stage.document(index)
+        except DocumentError as error:
+            reason = str(error)
+            continue
+        if found is None or made.size > found.size:
+            found = made
+    if found is None:
+        raise DocumentError(f"no document can be read, from {file.name(0)} on: {reason}")
+    return found
+
+
+def _make_fake(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
+    """Replace weights and buffers by fake ones on the CPU, in the types of the run; what modules
+    share stays shared."""
+    made: dict[Tensor, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, value in list(module._parameters.items()):
+            if value is not None and value not in made:
+                kind = types.get(f"{prefix}.{name}" if prefix else name, torch.float32)
+                empty = torch.empty(value.shape, dtype=kind, device="cpu")
+                made[value] = nn.Parameter(empty, requires_grad=value.requires_grad)
+            if value is not None:
+                module._parameters[name] = made[value]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer not in made:
+                made[buffer] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+            if buffer is not None:
+                module._buffers[name] = made[buffer]
+
+
+def _held(model: nn.Module, in_four_bits: set[str]) -> dict[str, int]:
+    """Bytes of weights, gradients, moments and averages by what they are."""
+    found = dict.fromkeys(
+        (
+            "frozen weights",
+            "learning weights",
+            "adapters",
+            "tables",
+            "gradients",
+            "AdamW's moments",
+            "averages (EMA)",
+        ),
+        0,
+    )
+    learns = 0
+    for name, value in model.named_parameters():
+        size = value.numel() * value.dtype.itemsize
+        if name in in_four_bits:
+            size = round(value.numel() * _NF4)
+        if not value.requires_grad:
+            found["frozen weights"] += size
+            continue
+        learns += size
+        found["adapters" if ".lora_" in name else "learning weights"] += size
+    found["tables"] = sum(value.numel() * value.dtype.itemsize for value in model.buffers())
+    stored = sum(
+        value.numel() * value.dtype.itemsize
+        for name, value in model.state_dict().items()
+        if name in dict(model.named_buffers())
+    )
+    found |= {
+        "gradients": learns,
+        "AdamW's moments": 2 * learns,
+        "averages (EMA)": learns + stored,
+    }
+    return found
+
+
+def _units(model: nn.Module) -> list[Unit]:
+    """Bytes of the units that ranks shard; quantised weights stay whole, and are not gathered."""
+    found, known = [], set[Tensor]()
+    for part in sharded_units(model):
+        own = set(part.parameters()) - known
+        known |= own
+        sizes = {value: value.numel() * value.dtype.itemsize for value in own}
+        learning = sum(size for value, size in sizes.items() if value.requires_grad)
+        found.append(Unit(sum(sizes.values()), learning))
+    return found
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make, as long as each lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.live = self.peak = 0
+        self._known = WeakIdKeyDictionary(ref_type=weakref.ref)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):  # not made here: weights and the batch
+                self._known.setdefault(leaf.untyped_storage(), 0)
+        result = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known[storage] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, size).atexit = False
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+def _step(
+    model: MMInterleaved,
+    batch: Batch,
+    tuning: FineTuning,
+    precision: Literal["bf16", "fp32"],
+    rounds: int,
+) -> Step:
+    """Run `rounds` micro-batches of one step and describe the last one."""
+    model.zero_grad(set_to_none=True)
+    storages = _Storages()
+    for _ in range(rounds):
+        storages.peak, storages.flops = storages.live, 0
+        with storages:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                total = model(
+                    batch, text_weight=tuning.text_weight, image_weight=tuning.image_weight
+                ).total
+            (total / rounds).backward()
+            del total
+    model.zero_grad(set_to_none=True)
+    return Step(storages.peak, storages.flops)
