@@ -16,6 +16,7 @@ from mmi_train.data.readers.data_set import Settings
 from mmi_train.data.readers.registry import open_set
 from mmi_train.data.readers.sample import PicturePart, SamplePart, joined
 from mmi_train.data.readers.templates import PROMPTS, Prompt
+from mmi_train.data.readers.text_to_image import CocoToDraw
 from mmi_train.data.readers.visdial import HISTORY, VisDial
 from mmi_train.golden.case_tree import tree
 from mmi_train.golden.differences import Case, differs
@@ -182,8 +183,6 @@ def _text_to_image(case: Case) -> str | None:
     with tree(case) as folder:
         data = open_set(name, folder)
         if name == "coco-t2i" and not options.get("image_only"):
-            from mmi_train.data.readers.text_to_image import CocoToDraw
-
             assert isinstance(data, CocoToDraw)
             records = [one for one in data.every() if isinstance(one, Captioned)]
         else:
@@ -191,7 +190,7 @@ def _text_to_image(case: Case) -> str | None:
         if options.get("image_only"):
             records = list({one.id: one for one in reversed(records)}.values())[::-1]
             records.sort(key=lambda one: [item[-1] for item in output["items"]].index(one.id))
-        lower = name == "coco-t2i"  # the published reader of COCO's captions lowers them
+        lower = isinstance(data, CocoToDraw) and data.lower
         known = []
         rows: list[Row] = []
         for record, item in zip(_matching(records, output["items"]), output["items"], strict=True):
