@@ -113,8 +113,8 @@ def changed(value: Any) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("kind", "number", "keys"),
     [
-        ("caption", 1, ("items", "texts", "text_ids", "targets", "ignore_prompt_token_offset")),
-        ("vqa", 1, ("items", "texts", "text_ids", "targets", "images")),
+        ("caption", 1, ("items", "texts", "text_ids", "attention_mask", "targets")),
+        ("vqa", 1, ("items", "texts", "ignore_prompt_token_offset", "targets", "images")),
         ("text_to_image", 2, ("items", "text_ids", "targets")),
         ("grounding", 1, ("texts", "text_ids", "targets")),
         ("story", 0, ("text_ids", "targets", "images")),

@@ -16,6 +16,7 @@ from mmi_train.data.readers.data_set import Settings
 from mmi_train.data.readers.registry import open_set
 from mmi_train.data.readers.sample import PicturePart, SamplePart, joined
 from mmi_train.data.readers.templates import PROMPTS, Prompt
+from mmi_train.data.readers.text_to_image import CocoToDraw
 from mmi_train.data.readers.visdial import HISTORY, VisDial
 from mmi_train.golden.case_tree import tree
 from mmi_train.golden.differences import Case, differs
@@ -61,32 +62,18 @@ def batch_differs(case: Case, rows: Sequence[Row], *, end: bool) -> str | None:
         written(row.whole if training else row.prompt, end=training and end, boi=boi)
         for row in rows
     ]
-    few_shot = "{few_shot_example}" in str(options)
-    if few_shot:
-        pairs = zip(batch["texts"], texts, strict=True)
-        return next(
-            (
-                f"{one!r} does not end {other!r}"
-                for one, other in pairs
-                if not even(one).endswith(even(other))
-            ),
-            None,
-        )
-    if found := differs(
-        [even(one) for one in texts], [even(one) for one in batch["texts"]], "texts"
-    ):
+    if found := _texts_differ(texts, batch["texts"], "{few_shot_example}" in str(options)):
         return found
+    if "{few_shot_example}" in str(options):
+        return None
     if "images" in batch:
         found = differs([one for row in rows for one in row.shades], batch["images"], "images")
         if found:
             return found
     ids = [text.ids(one)[:most] for one in texts]
-    if options.get("padding") == "max_length":
-        ids = [row + [text.tokens.pad] * (most - len(row)) for row in ids]
-    lefts = [True, False] if not training else [False]
-    expected = batch["text_ids"]
-    if not any(padded(ids, text.tokens.pad, left=left) == expected for left in lefts):
-        return differs(padded(ids, text.tokens.pad), expected, "text_ids") or "text_ids differ"
+    width = most if options.get("padding") == "max_length" else max(map(len, ids))
+    if found := _rows_differ(ids, width, text.tokens.pad, batch, left=not training):
+        return found
     if training and boi:
         found = _training_differs(text, rows, ids, batch.get("targets", output.get("targets")), end)
         if found:
@@ -95,6 +82,31 @@ def batch_differs(case: Case, rows: Sequence[Row], *, end: bool) -> str | None:
         lengths = [len(text.ids(written(row.prompt, boi=boi).rstrip())) for row in rows]
         return differs(lengths, batch["ignore_prompt_token_offset"], "ignore_prompt_token_offset")
     return None
+
+
+def _texts_differ(ours: Sequence[str], expected: Sequence[str], few_shot: bool) -> str | None:
+    """Compare texts up to blanks beside pictures; of few-shot prompts what follows the examples."""
+    if not few_shot:
+        return differs([even(one) for one in ours], [even(one) for one in expected], "texts")
+    for one, other in zip(ours, expected, strict=True):
+        if not even(other).endswith(even(one)):
+            return f"{one!r} does not end {other!r}"
+    return None
+
+
+def _rows_differ(
+    ids: Sequence[Sequence[int]], width: int, pad: int, batch: Case, *, left: bool
+) -> str | None:
+    """Compare padded ids and their mask; `left`: whether padding may stand before them."""
+    expected = {key: batch[key] for key in ("text_ids", "attention_mask")}
+    made = [
+        {
+            "text_ids": padded(ids, pad, width, left=side),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0, width, left=side),
+        }
+        for side in ([False, True] if left else [False])
+    ]
+    return None if expected in made else differs(made[0], expected, "batch")
 
 
 def _training_differs(
@@ -182,8 +194,6 @@ def _text_to_image(case: Case) -> str | None:
     with tree(case) as folder:
         data = open_set(name, folder)
         if name == "coco-t2i" and not options.get("image_only"):
-            from mmi_train.data.readers.text_to_image import CocoToDraw
-
             assert isinstance(data, CocoToDraw)
             records = [one for one in data.every() if isinstance(one, Captioned)]
         else:
@@ -191,7 +201,7 @@ def _text_to_image(case: Case) -> str | None:
         if options.get("image_only"):
             records = list({one.id: one for one in reversed(records)}.values())[::-1]
             records.sort(key=lambda one: [item[-1] for item in output["items"]].index(one.id))
-        lower = name == "coco-t2i"  # the published reader of COCO's captions lowers them
+        lower = isinstance(data, CocoToDraw) and data.lower
         known = []
         rows: list[Row] = []
         for record, item in zip(_matching(records, output["items"]), output["items"], strict=True):

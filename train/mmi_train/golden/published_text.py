@@ -99,9 +99,11 @@ def even(text: str) -> str:
     return re.sub(rf"\s*({re.escape(EOS)})", r"\1", text).strip()
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> list[list[int]]:
-    """Rows of the length of the longest."""
-    width = max(map(len, rows))
+def padded(
+    rows: Sequence[Sequence[int]], fill: int, width: int | None = None, *, left: bool = False
+) -> list[list[int]]:
+    """Rows of `width` entries, by default as long as the longest."""
+    width = max(map(len, rows)) if width is None else width
     return [
         [fill] * (width - len(row)) + list(row) if left else [*row, *[fill] * (width - len(row))]
         for row in rows

@@ -219,7 +219,7 @@ def test_coco_to_draw_takes_the_first_caption_of_a_picture(tmp_path: Path) -> No
         "coco-t2i", put(tmp_path, files | {"captions_val2014.json": {"annotations": annotations}})
     )
     assert [(one.id, one.answers) for one in data.samples()] == [(44, ("Drum",)), (301, ("Kite",))]
-    assert shown(data.sample(0)) == ["Drum", ("val2014/COCO_val2014_000000000044.jpg",)]
+    assert shown(data.sample(0)) == ["drum", ("val2014/COCO_val2014_000000000044.jpg",)]
 
 
 def test_ln_coco_is_drawn_from_again_by_the_seed(tmp_path: Path) -> None:

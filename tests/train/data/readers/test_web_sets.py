@@ -187,13 +187,14 @@ def test_tars_of_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "000000003.txt": b"A broken picture",
     }
     tar(tmp_path, "00000.tar", files)
+    tar(tmp_path, "00002.tar", {"000000000.jpg": png()[:30], "000000000.txt": b"Same name, broken"})
     (tmp_path / "00001.tar").write_bytes(b"no tar")
     (tmp_path / "00000_stats.json").write_text("{}")
     found = checked("laion-coco", tmp_path, capsys)
     assert found["samples"] == 2
-    assert found["skipped"] == {"shard is damaged": 1, "download failed": 1, "picture is broken": 1}
+    assert found["skipped"] == {"shard is damaged": 1, "download failed": 1, "picture is broken": 2}
     data = opened("laion-coco", tmp_path)
-    first, second, _ = data.samples()
+    first, second, *_ = data.samples()
     assert (first.id, second.id) == ("000000000", "000000002")
     assert {part.text for part in second.parts if hasattr(part, "text")} == {"top caption"}
     assert first.pictures[0].picture.load()[0, 0, 0] == 40

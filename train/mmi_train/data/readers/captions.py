@@ -132,22 +132,17 @@ def official_captions(
         about: dict[str, Any] = {k: image[k] for k in ("domain", "coco_url") if k in image}
         named = image.get("file_name") or entry.get("url")
         places = _places(named if isinstance(named, str) else None, number, year)
-        if not places:
-            yield Skipped("picture is not named")
-            continue
         yield Captioned(number, places, (caption,), about)
 
 
 def _places(named: str | None, number: int | str, year: re.Match[str] | None) -> tuple[str, ...]:
     """Paths at which the picture of a COCO-like file may lie."""
-    if named is None and year is None:
-        return ()
-    if named is None and year is not None and isinstance(number, int):
-        part, when = year.groups()
-        prefix = f"COCO_{part}{when}_" if when == "2014" else ""
-        named = f"{prefix}{number:012d}.jpg"
     if named is None:
-        return ()
+        named = f"{number}.jpg"
+        if year is not None and isinstance(number, int):
+            part, when = year.groups()
+            prefix = f"COCO_{part}{when}_" if when == "2014" else ""
+            named = f"{prefix}{number:012d}.jpg"
     folders = ["images/", ""]
     if year is not None:
         folders = [f"{year[0]}/", f"images/{year[0]}/", *folders]

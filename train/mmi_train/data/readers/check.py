@@ -6,6 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -13,7 +14,11 @@ from PIL import Image, ImageDraw
 from mmi_train.data.document import TextPart
 from mmi_train.data.readers.data_set import DataSet, picture_of
 from mmi_train.data.readers.folder import MISSING
+from mmi_train.data.readers.pictures import FilePicture, Picture
 from mmi_train.data.readers.sample import PicturePart, Sample, Skipped
+
+# Pictures whose state is remembered.
+_REMEMBERED = 2**16
 
 # Samples between two remarks of progress.
 _EVERY = 10_000
@@ -52,17 +57,19 @@ def check_set(
     """Go through all samples of a set; keep the first `show`. Without `decode`, pictures are looked
     for but not opened."""
     report = Report(data.folder.name, skipped=Counter(data.skipped))
-    looked: dict[str, Skipped | None] = {}  # many sets ask several questions about a picture
+    # Many sets ask several questions about a picture.
+    file_flaw = lru_cache(maxsize=_REMEMBERED)(partial(_flaw, decode=decode))
     for index in range(len(data)):
         if index % _EVERY == 0:
             progress(f"sample {index} of {len(data)}")
         try:
             sample = data.sample(index)
             for part in sample.pictures:
-                name = part.picture.name
-                if name not in looked or report.samples < show:
-                    looked[name] = _flaw(part, decode)
-                if (flaw := looked[name]) is not None:
+                if isinstance(part.picture, FilePicture):
+                    flaw = file_flaw(part.picture)
+                else:
+                    flaw = _flaw(part.picture, decode=decode)
+                if flaw is not None:
                     raise flaw
         except Skipped as reason:
             report.skip(reason)
@@ -73,12 +80,13 @@ def check_set(
     return report
 
 
-def _flaw(part: PicturePart, decode: bool) -> Skipped | None:
+def _flaw(picture: Picture, *, decode: bool) -> Skipped | None:
+    """Reason to leave a picture out."""
     try:
         if decode:
-            picture_of(part)
-        elif not part.picture.exists():
-            raise Skipped(MISSING, part.picture.name)
+            picture_of(PicturePart(picture))
+        elif not picture.exists():
+            raise Skipped(MISSING, picture.name)
     except Skipped as reason:
         return reason
     return None
@@ -119,7 +127,10 @@ def contact_sheet(samples: list[Sample]) -> Image.Image:
         for index, part in enumerate(sample.pictures):
             left = _MARGIN + index % _COLUMNS * (_SIDE + _MARGIN)
             corner = left, top + index // _COLUMNS * (_SIDE + _MARGIN)
-            image = Image.fromarray(picture_of(part))
+            try:
+                image = Image.fromarray(picture_of(part))
+            except Skipped:  # not decoded before, with --quick: its place stays empty
+                continue
             scale = min(_SIDE / image.width, _SIDE / image.height)
             size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
             sheet.paste(image.resize(size), corner)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from mmi_deploy.documents.images import Rgb
+from mmi_deploy.documents.images import Rgb, resize
 from mmi_deploy.errors import DocumentError
 from mmi_train.data.document import ImagePart, Part, TextPart
 from mmi_train.data.readers.folder import BROKEN, MISSING, Folder
@@ -142,6 +142,13 @@ def picture_of(part: PicturePart) -> Rgb:
 def document_of(sample: Sample) -> tuple[Part, ...]:
     """Training document of a sample, its pictures decoded; raises `Skipped`."""
     return tuple(
-        part if isinstance(part, TextPart) else ImagePart(picture_of(part), part.learn)
+        part if isinstance(part, TextPart) else ImagePart(_fitted(part), part.learn)
         for part in sample.parts
     )
+
+
+def _fitted(part: PicturePart) -> Rgb:
+    """The picture as training takes it: one to squash becomes a square, which no later crop
+    cuts."""
+    rgb = picture_of(part)
+    return resize(rgb, max(rgb.shape[:2]), "squash") if part.fit == "squash" else rgb

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +145,3 @@ def texts(values: Iterable[Any]) -> tuple[str, ...]:
         for value in values
         if isinstance(value, str) or (isinstance(value, int | float) and value is not True)
     )
-
-
-def available(folder: Folder, files: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """Splits, of (split, names of its file), whose file is there."""
-    return [split for split, names in files if folder.find(*names)]

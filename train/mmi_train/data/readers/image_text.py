@@ -105,7 +105,7 @@ class ImageText(DataSet[Line | Packed | Row]):
             pictures = [one for one in found if one not in sides]
             if pictures:
                 name, offset, size = pictures[0]
-                yield Packed(TarPicture(path, name, offset, size), sides)
+                yield Packed(TarPicture(path, f"{path.name}/{name}", offset, size), sides)
             else:
                 yield Skipped(_FAILED)
 

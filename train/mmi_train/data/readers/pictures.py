@@ -62,7 +62,8 @@ class FilePicture:
 
 @dataclass(frozen=True)
 class TarPicture:
-    """A member of a tar at a byte offset; nothing is extracted to the disk."""
+    """A member of a tar at a byte offset; nothing is extracted to the disk. `name`: the tar's and
+    the member's."""
 
     tar: Path
     name: str
@@ -74,11 +75,11 @@ class TarPicture:
 
     def load(self) -> Rgb:
         if self.size > MAX_BYTES:
-            raise DocumentError(f"the picture {self.name} of {self.tar} is too large")
+            raise DocumentError(f"the picture {self.name} is too large")
         with open_regular(self.tar) as file:
             file.seek(self.offset)
             content = file.read(self.size)
-        return decoded(content, f"{self.name} of {self.tar}")
+        return decoded(content, self.name)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class StVqa(QuestionTable):
     splits = ("train", "test")
     key = "data"
     names = {split: (f"{split}_task_3.json",) for split in splits}
-    images = ("{split}_images", "images", "")
+    images = ("{split}_images", "train_images", "images", "")
 
     def question(self, entry: dict[str, Any], number: int) -> Question | Skipped | None:
         match entry:

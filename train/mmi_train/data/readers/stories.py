@@ -158,8 +158,6 @@ def _nth(share: float, frames: int) -> int:
 class Pororo(Stories):
     """PororoSV: strips of frames, with NumPy files of their sentences and their order."""
 
-    _SPLITS = ("train", "val", "test")
-
     def has(self, split: str) -> bool:
         return self.folder.find("descriptions.npy") is not None
 
@@ -174,12 +172,12 @@ class Pororo(Stories):
         descriptions, first, following, ids = (read_npy(path) for path in paths)
         told_of = descriptions.item() if descriptions.ndim == 0 else None
         splits = list(ids.ravel()) if ids.ndim == 1 else list(ids)
-        if not isinstance(told_of, dict) or len(splits) != len(self._SPLITS):
+        if not isinstance(told_of, dict) or len(splits) != len(self.splits):
             raise DocumentError(
                 f"{self.folder.path} is not PororoSV as published",
                 expected="descriptions.npy of a dictionary, train_seen_unseen_ids.npy of 3 lists",
             )
-        for number in sorted(int(one) for one in splits[self._SPLITS.index(self.split)]):
+        for number in sorted(int(one) for one in splits[self.splits.index(self.split)]):
             if not 0 <= number < min(len(first), len(following)):
                 yield Skipped("id is of no frame")
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import ClassVar
 
 from mmi_train.data.document import TextPart
 from mmi_train.data.readers.captions import Captioned, official_captions
@@ -21,15 +22,20 @@ class CaptionsToDraw(DataSet[Captioned]):
 
     splits = ("val",)
     default_prompt = "draw"
+    lower: ClassVar[bool] = False
 
     def sample_of(self, record: Captioned, draw: random.Random) -> Sample:
         picture = PicturePart(self.folder.picture(*record.pictures), True)
-        text = TextPart(record.captions[0], False)
+        caption = record.captions[0]
+        text = TextPart(caption.lower() if self.lower else caption, False)
         return Sample(record.id, joined([text, picture]), record.captions)
 
 
 class CocoToDraw(CaptionsToDraw):
-    """MS-COCO: the first caption of each of the first 30 000 pictures of val2014."""
+    """MS-COCO: the first caption of each of the first 30 000 pictures of val2014, in lower case as
+    in the published code."""
+
+    lower = True
 
     def has(self, split: str) -> bool:
         return self.folder.find("captions_val2014.json") is not None

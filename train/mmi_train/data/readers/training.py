@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmi_deploy.documents.images import resize
 from mmi_deploy.errors import ConfigError, DocumentError
-from mmi_train.data.document import ImagePart, Part, TextPart
+from mmi_train.data.document import Part
 from mmi_train.data.document_file import DocumentFile
 from mmi_train.data.documents import Documents
-from mmi_train.data.readers.data_set import DataSet, Settings, picture_of
+from mmi_train.data.readers.data_set import DataSet, Settings, document_of
 from mmi_train.data.readers.registry import open_set
-from mmi_train.data.readers.sample import PicturePart
 
 
 class SetDocuments:
@@ -35,17 +33,7 @@ class SetDocuments:
     def parts(self, index: int, epoch: int = 0) -> tuple[Part, ...]:
         """Parts of a document as `epoch` draws them, its pictures decoded. Raises `DocumentError`,
         and `Skipped` for a sample that the set's rules leave out."""
-        sample = self._data.sample(index, epoch)
-        return tuple(
-            part if isinstance(part, TextPart) else _decoded(part) for part in sample.parts
-        )
-
-
-def _decoded(part: PicturePart) -> ImagePart:
-    rgb = picture_of(part)
-    if part.fit == "squash":  # to a square, which no later crop cuts
-        rgb = resize(rgb, max(rgb.shape[:2]), "squash")
-    return ImagePart(rgb, part.learn)
+        return document_of(self._data.sample(index, epoch))
 
 
 def documents_at(data: Path, images: Path | None = None) -> Documents:

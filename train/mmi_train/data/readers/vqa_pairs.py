@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from mmi_train.data.readers.folder import entries
 from mmi_train.data.readers.questions import (
+    DUPLICATE,
     MALFORMED,
     UNANSWERED,
     Question,
@@ -41,7 +42,7 @@ class QuestionPairs(QuestionSet):
             match entry:
                 case {"question_id": int() | str(), "question": str(), "image_id": int() | str()}:
                     if entry["question_id"] in asked:
-                        yield Skipped("question id occurs twice", str(entry["question_id"]))
+                        yield Skipped(DUPLICATE, str(entry["question_id"]))
                     else:
                         asked[entry["question_id"]] = entry
                 case _:
