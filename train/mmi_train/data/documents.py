@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mmi_train.data.document import Part
 
 
+@runtime_checkable  # settings that hold documents are checked when they are made
 class Documents(Protocol):
     """Documents of a file or of a data set. `sha256`: checksum of what they are read from."""
 
