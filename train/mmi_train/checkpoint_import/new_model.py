@@ -1,4 +1,4 @@
-"""A new model built from trained parts: a language model, and optionally a CLIP and a Stable Diffusion.
+"""A new model built from trained parts: a language model, optionally a CLIP, a Stable Diffusion.
 
 The layers that connect the parts (adapter, resamplers, MMFS) are new. In order: the tokenizer gets
 the new tokens, the configuration follows from the parts (`derived_config`), tensors are taken from
