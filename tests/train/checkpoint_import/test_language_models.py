@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import onnx
 import pytest
@@ -290,14 +291,19 @@ def random_kind(fields: Fields) -> PreTrainedModel:
     )
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_a_gguf_of_qwen_writes_as_transformers_reads_it(tmp_path: Path, kind: str) -> None:
-    source = random_kind(KINDS[kind])
-    path = gguf_of(tmp_path, source, architecture=kind, words="qwen2")
+F32, Q8 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
+
+
+@pytest.mark.parametrize(("kind", "stored"), [("qwen2", F32), ("qwen2", Q8), ("qwen3", F32)])
+def test_a_gguf_of_qwen_writes_as_transformers_reads_it(
+    tmp_path: Path, kind: str, stored: gguf.GGMLQuantizationType
+) -> None:
+    source = random_kind(KINDS[kind] | {"intermediate_size": 64})
+    path = gguf_of(tmp_path, source, architecture=kind, words="qwen2", kind=stored)
     peer = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}[kind]
     given = {"gguf_file": path.name, "config": source.config}  # it misses another head width
     theirs = peer.from_pretrained(tmp_path, dtype=torch.float32, **given).eval()
-    assert torch.equal(logits_of(theirs), logits_of(source))
+    assert torch.equal(logits_of(theirs), logits_of(source)) == (stored == F32)
     assert_same_model(read_gguf(path), theirs)
 
 

@@ -280,26 +280,42 @@ def test_new_tokens_of_the_head_start_unlikely_and_are_learned_apart(agree):
     assert head.head_new.weight.grad.any() and head.head.weight.grad is None
 
 
+# Every setting of LLaMA's descendants at once.
+DESCENDANT = replace(
+    CONFIG,
+    kv_heads=2,
+    channels_per_head=6,
+    qkv_bias=True,
+    qk_norm=True,
+    rope_divisors=(1.0, 2.0, 8.0),
+    layers_without_rope=(1, 3),
+)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["fused", "spelled out"])
 @torch.no_grad()
-def test_every_setting_of_llamas_descendants_at_once_decodes_as_it_prefills(agree, training):
-    config = replace(
-        CONFIG,
-        kv_heads=2,
-        channels_per_head=6,
-        qkv_bias=True,
-        qk_norm=True,
-        rope_divisors=(1.0, 2.0, 8.0),
-        layers_without_rope=(1, 3),
-    )
-    llama = random_llama(config).train(training)
+def test_a_descendant_of_llama_decodes_as_it_prefills(agree, training):
+    llama = random_llama(DESCENDANT).train(training)
     whole = inputs(llama)
     expected = llama(**whole)
-    cache, parts = KvCache(config, batch=2, capacity=10), []
+    cache, parts = KvCache(DESCENDANT, batch=2, capacity=10), []
     for now in (slice(0, 4), slice(4, 5), slice(5, 10)):
         cut = {name: whole[name][:, now] for name in ("embeddings", "position", "image_position")}
         parts.append(llama(**{**whole, **cut}, cache=cache))
     agree(torch.cat(parts, 1), expected, 1e-5)
+
+
+def test_biases_and_norms_of_a_descendant_learn(agree):
+    gradients = []
+    for training in (False, True):
+        llama = random_llama(DESCENDANT).train(training)
+        llama(**inputs(llama)).square().sum().backward()
+        own = {name: p.grad for name, p in llama.named_parameters() if "self_attn" in name}
+        gradients.append(own)
+    assert len(gradients[0]) == DESCENDANT.layers * (4 + 3 + 2)
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and gradient.any(), name
+        agree(gradients[1][name], gradient, 1e-4)
 
 
 def test_new_biases_are_zero_and_new_norms_one():
