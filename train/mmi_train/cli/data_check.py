@@ -17,9 +17,14 @@ from mmi_deploy.errors import DocumentError
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
 
+# Files that are named.
+_FILES = 4
+
 
 def check(
-    name: Annotated[str, typer.Argument(help="The data set, such as coco-caption.")],
+    name: Annotated[
+        str, typer.Argument(help="The data set, such as coco-caption.", metavar="NAME")
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Its folder.", file_okay=False)],
     split: Annotated[
         str | None,
@@ -66,6 +71,10 @@ def check(
     out = results()
     found = counted(report.samples, "sample")
     out.print(f"{name}, split {data.split}: {found}, {report.skipped.total()} left out")
+    names = [path.relative_to(folder).as_posix() for path in data.files]
+    more = [f"{len(names) - _FILES} more"] if len(names) > _FILES else []
+    if names:
+        out.print(f"read from {', '.join([*names[:_FILES], *more])}", markup=False)
     if report.skipped:
         table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
         table.add_column("left out because")

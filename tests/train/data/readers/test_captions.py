@@ -76,6 +76,7 @@ def test_the_readable_summary_says_the_same(
     assert run(["data", "check", "coco-caption", str(tree), "--sheet", str(sheet)]) == 0
     printed = capsys.readouterr().out
     assert "coco-caption, split train: 2 samples, 5 left out" in printed
+    assert "read from annotations/coco_karpathy_train.json" in printed
     assert "picture is missing" in printed and "« a red ring.»" in printed
     assert sheet.read_bytes().startswith(b"\x89PNG")
     assert sorted(tree.rglob("*")) == before, "nothing is written into the folder"

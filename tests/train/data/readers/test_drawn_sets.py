@@ -15,6 +15,7 @@ from mmi_deploy.errors import DocumentError
 from mmi_train.data.document import ImagePart
 from mmi_train.data.readers.ade20k import label_colours
 from mmi_train.data.readers.data_set import document_of
+from mmi_train.data.readers.pictures import Clip
 from train.data.readers.trees import checked, lines, npy, opened, png, put, shown
 
 
@@ -301,3 +302,18 @@ def test_a_strip_lower_than_a_frame_is_broken(
     (tree / "Ep_1_0/3.png").write_bytes(png())
     found = checked("pororo", tree, capsys)
     assert found["samples"] == 0 and found["skipped"] == {"picture is broken": 2}
+
+
+def test_a_clip_whose_header_lies_is_broken_and_costs_no_memory(tmp_path: Path) -> None:
+    good = npy(np.zeros((2, 4, 4, 3), np.uint8))
+    for content in (good.replace(b"(2, 4, 4, 3)", b"(2**40,4,4,3)"), good[:-1], b"x"):
+        put(tmp_path, {"a.npy": content})
+        with pytest.raises(DocumentError, match=r"a\.npy"):
+            Clip(tmp_path / "a.npy", "a.npy").load()
+    content = npy(np.zeros((2, 99, 4, 3), np.uint8)).replace(b"(2, 99,", b"(2, 98,")
+    put(tmp_path, {"a.npy": content})
+    with pytest.raises(DocumentError, match="not what its header says"):
+        Clip(tmp_path / "a.npy", "a.npy").load()
+    put(tmp_path, {"a.npy": npy(np.zeros((2, 4, 4), np.uint8))})
+    with pytest.raises(DocumentError, match="is not a clip"):
+        Clip(tmp_path / "a.npy", "a.npy").load()

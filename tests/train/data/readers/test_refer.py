@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,16 @@ def test_data_of_numpy_is_read(tmp_path: Path) -> None:
     for array in (np.array({"k": ["t"]}, object), np.array(["a", "b"]), np.arange(3)):
         (tmp_path / "a.npy").write_bytes(npy(array))
         assert read_npy(tmp_path / "a.npy").tolist() == array.tolist()
+
+
+def test_a_pickle_that_names_a_far_entry_of_its_memo_costs_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\x80\x04]r\xff\xff\xff\x7f.")
+    tracemalloc.start()
+    try:
+        assert read_pickle(tmp_path / "a") == []
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04]\x94(", b"\x80\x63."])

@@ -27,6 +27,7 @@ from mmi_deploy.documents.images import (
 )
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.system.files import open_regular
+from mmi_train.data.readers.restricted_pickle import read_npy
 from mmi_train.data.readers.shard_index import Arrays, indexed
 
 
@@ -117,11 +118,7 @@ class Clip:
         return self.path.is_file()
 
     def load(self) -> Rgb:
-        try:
-            with open_regular(self.path) as file:
-                frames = np.lib.format.read_array(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DocumentError(f"cannot read the clip {self.path}: {error}") from None
+        frames = read_npy(self.path)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
             raise DocumentError(
                 f"{self.path} is not a clip",
