@@ -389,8 +389,8 @@ def train(
         progress(f"reading {data}")
         documents = DocumentFile(data, images)
         watching = Watching(
-            None if validate is None else DocumentFile(validate),
-            None if sample is None else DocumentFile(sample),
+            None if validate is None else DocumentFile(validate, images),
+            None if sample is None else DocumentFile(sample, images),
             validate_every or asked.checkpoint_every,
             tracker,
             profile,
