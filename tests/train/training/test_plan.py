@@ -46,8 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (40, 40), "red").save(folder / "a.png")
     document = [{"text": "a red circle."}, {"image": "a.png"}] * 2
     (folder / "d.jsonl").write_text(json.dumps(document))
-    read = [{"image": "a.png", "learn": False}, {"text": "a red circle."}]
-    (folder / "read.jsonl").write_text(json.dumps(read))
+    (folder / "text.jsonl").write_text(json.dumps([{"text": "a red circle " * 20}]))
     return folder
 
 
@@ -105,7 +104,8 @@ ADAPTERS = FineTuning(batch=2, lora=LoraConfig(rank=4), checkpoint_gradients=Tru
 
 
 def test_a_plan_is_within_a_tenth_of_what_a_run_holds(base: Path) -> None:
-    assert_planned(base, "read.jsonl", ADAPTERS, RunConfig(precision="bf16"))
+    tuning = replace(ADAPTERS, batch=16, checkpoint_gradients=False)
+    assert_planned(base, "text.jsonl", tuning, RunConfig(precision="bf16"))
 
 
 @pytest.mark.exhaustive

@@ -171,3 +171,15 @@ def test_a_tracker_that_is_not_installed_is_one_line(
     err = capsys.readouterr().err
     assert "the tracker wandb is not installed. install it with: pip install wandb" in err
     assert "Traceback" not in err
+
+
+def test_the_command_finds_held_out_pictures_where_it_finds_all(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """All files elsewhere than their pictures."""
+    for name in ("texts", "held"):
+        (tmp_path / f"{name}.jsonl").write_text((start / f"{name}.jsonl").read_text())
+    line = ["train", str(start), "--data", str(tmp_path / "texts.jsonl"), "--images", str(start)]
+    line += ["-o", str(tmp_path / "out"), "--device", "cpu", "--lora", "2", "--steps", "1"]
+    assert command([*line, "--validate", str(tmp_path / "held.jsonl"), "--max-bad", "0"]) == 0
+    assert [value["step"] for value in read_values(tmp_path / "out" / VALUES)] == [0, 1]

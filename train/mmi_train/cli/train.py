@@ -390,8 +390,8 @@ def train(
         progress(f"reading {data}")
         documents = documents_at(data, images)
         watching = Watching(
-            None if validate is None else documents_at(validate, None),
-            None if sample is None else documents_at(sample, None),
+            None if validate is None else documents_at(validate, images),
+            None if sample is None else documents_at(sample, images),
             validate_every or asked.checkpoint_every,
             tracker,
             profile,

@@ -41,7 +41,7 @@ VALUES, BEST, SAMPLES = "validation.jsonl", "best.json", "samples"
 MOST_SAMPLES, SOLVER_STEPS, GUIDANCE = 64, 20, 3.5
 
 _COLUMNS, _MARGIN, _TEXT, _LARGEST = 4, 8, 44, 256
-_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+_PAPER, _INK = (225, 225, 225), (40, 40, 40)
 
 
 @dataclass
