@@ -134,7 +134,9 @@ def test_the_weights_are_in_memory_once(tmp_path: Path, dtype: torch.dtype | Non
         tmp_path / WEIGHTS,
     )
     (tmp_path / CONFIG).write_text(to_json(config))
-    # In a process of its own, which has no freed pages to use again.
+    save_model(MMInterleaved(small), tmp_path / "small")
+    # In a process of its own, which has no freed pages to use again, but all code that a load
+    # imports.
     program = (
         "import sys, torch\n"
         "from pathlib import Path\n"
@@ -142,6 +144,7 @@ def test_the_weights_are_in_memory_once(tmp_path: Path, dtype: torch.dtype | Non
         "from train.weights.test_lazy_tensor import peak_growth\n"
         "found = []\n"
         f"dtype = {dtype}\n"
+        "load_model(Path(sys.argv[1]) / 'small', dtype)\n"
         "load = lambda: found.append(load_model(Path(sys.argv[1]), dtype))\n"
         "print(peak_growth(load))"
     )

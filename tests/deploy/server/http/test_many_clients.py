@@ -272,14 +272,16 @@ def test_arrivals_of_long_prompts_do_not_starve_a_running_text(server: ServerPro
         arrivals = Thread(target=arrive, args=(pool,))
         arrivals.start()
         wait_until(lambda: len(arrived) > 2)
+        gaps = list[float]()
         with server.client() as client:
-            with client.stream("POST", CHAT, json=long_text(400, stream=True)) as one:
-                times = [time.perf_counter() for _ in events_of(one.iter_lines())]
+            while len(arrived) <= 10:  # one text is over too soon on a fast machine
+                with client.stream("POST", CHAT, json=long_text(400, stream=True)) as one:
+                    times = [time.perf_counter() for _ in events_of(one.iter_lines())]
+                gaps += [b - a for a, b in zip(times, times[1:], strict=False)]
         stop.set()
         arrivals.join()
     bound = server.metrics()['mmi_text_gap_bound_seconds{engine="0"}']
-    gaps = sorted(b - a for a, b in zip(times, times[1:], strict=False))
-    assert len(arrived) > 10
+    gaps.sort()
     assert gaps[int(0.95 * len(gaps))] < 3 * bound, (gaps[-5:], bound)
     assert max(arrived) < 20, "every arrival has its turn"
 

@@ -197,7 +197,7 @@ def test_parts_are_edited_moved_removed_and_brought_back(page: Page, server: Moc
     menu(page, 0, "Text after this")
     page.keyboard.type("in between.")
     page.keyboard.press("Control+Enter")
-    page.locator("#go-words", has_text="Write").wait_for()
+    becomes(page, lambda: len(server.bodies), 2)
     first = server.bodies[1]["input"][0]["content"][0]
     assert first["text"] == "one.\n\nin between.changed by hand."
 
