@@ -26,12 +26,25 @@ from mmi_deploy.cli.machine import Machine
 from mmi_deploy.documents.document import Image, Text
 from mmi_deploy.documents.images import to_png
 from mmi_deploy.errors import ConfigError, DocumentError, MmiError
+from mmi_deploy.system.files import prepare_file
 from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
+from mmi_train.cli.benchmark_scores import score_predictions
 from mmi_train.data.readers.data_set import DataSet, Settings
 from mmi_train.data.readers.registry import open_set
 from mmi_train.data.readers.sample import Sample, Skipped
-from mmi_train.evaluation.benchmarks.prompts import document_of, generation_of, id_of, is_drawn
+from mmi_train.evaluation.benchmarks.prompts import (
+    document_of,
+    generation_of,
+    id_of,
+    is_drawn,
+    is_numbered,
+)
+from mmi_train.evaluation.benchmarks.report import Questions
+from mmi_train.evaluation.benchmarks.scores import Options
 from mmi_train.evaluation.benchmarks.table import benchmark
+
+# Samples whose ids are looked up before the first answer.
+_CHECKED = 1000
 
 # Key of an answer in a line, by whether it is drawn.
 _KEYS = {False: "text", True: "image"}
@@ -51,6 +64,55 @@ class Shard:
         if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
             return cls(int(number), int(of))
         raise ConfigError("--shard cannot be read", expected="1/N to N/N, such as 2/8", got=text)
+
+
+def answer_and_score(
+    machine: Machine,
+    name: str,
+    data: Path,
+    split: str | None,
+    out: Path,
+    options: Options,
+    *,
+    prompt: str | None,
+    shard: Shard | None,
+    against: Path | None,
+    submission: Path | None,
+    as_json: bool,
+) -> None:
+    """Answer benchmark `name` with a bundle, then score the answers and print the report.
+
+    What the score needs is looked at before the first answer. Answers of a shard, of a split
+    without published answers, and pictures without the networks of `options` are not scored; a line
+    says how they will be. Raises `MmiError`.
+    """
+    row = benchmark(name)
+    if against is not None and not against.is_file():
+        raise ConfigError(f"there is no file {against} to compare with")
+    if submission is not None:
+        prepare_file(submission)
+    answer_benchmark(machine, name, data, split, out, prompt=prompt, shard=shard, quiet=as_json)
+    later = f"mmi evaluate --predictions {out} --benchmark {name} --data {data}"
+    if shard is not None:
+        return
+    if is_drawn(row) and options.weights is None:
+        remarks().print(f"to score them: {later} --weights DIR")
+    elif submission is None and not Questions.of(row, data, split).answered:
+        remarks().print(
+            f"answers of the {split} split are not published; for the server of the set: {later} "
+            f"--split {split} --submission FILE.json"
+        )
+    else:
+        score_predictions(
+            out,
+            name,
+            data,
+            split,
+            options,
+            against=against,
+            submission=submission,
+            as_json=as_json,
+        )
 
 
 def answer_benchmark(
@@ -76,6 +138,7 @@ def answer_benchmark(
     shard = shard or Shard(1, 1)
     chosen = split or row.splits[0]
     questions = open_set(name, data, Settings(split=chosen, prompt=prompt))
+    _check_ids(questions, Questions.of(row, data, split))
     numbers = range(shard.number - 1, len(questions), shard.of)
     bundle = machine.open_bundle()
     run = {
@@ -88,6 +151,7 @@ def answer_benchmark(
     }
     skipped: Counter[str] = Counter()
     written: list[int] = []
+    reasons: list[str] = []
     with closing(machine.open_runtime(bundle, machine.find_kernels())) as runtime:
         with result_lines(out, run) as results, Board(len(numbers), quiet) as board:
             before, started, failures = results.done, time.perf_counter(), Failures()
@@ -106,7 +170,8 @@ def answer_benchmark(
                 except Skipped as error:
                     skipped[error.reason] += 1
                 except DocumentError as error:
-                    skipped[str(error)] += 1
+                    skipped["the model cannot take it"] += 1
+                    reasons.append(str(error))
                 except Exception as error:
                     if of_all(error):
                         raise
@@ -124,12 +189,35 @@ def answer_benchmark(
                     run_all(left, answer, engine.stats().slots + AHEAD)
     for reason, count in skipped.most_common():
         remarks().print(f"{counted(count, 'question')} without an answer: {reason}")
+    if reasons:
+        remarks().print(f"the first that the model cannot take: {reasons[0]}")
     if written:
         seconds = time.perf_counter() - started
         board.print(f"{counted(len(written), 'answer')} in {seconds:.1f} s, in {out}")
     failures.check(len(numbers) - before)
-    if not written and not before:
+    if numbers and not written and not before:
         raise MmiError(f"{out} has no answer: see the reasons above")
+
+
+def _check_ids(questions: DataSet[Any], references: Questions) -> None:
+    """Raise `DocumentError` before any work if the answers could not be scored: an id that the
+    annotations, as the metrics read them, do not have."""
+    row = references.benchmark
+    known = {name for one in references.references for name in (one.id, *one.other_ids)}
+    numbered = is_numbered(row)
+    fits = not numbered or len(questions) == len(references.references)
+    for index in range(min(len(questions), _CHECKED)):
+        try:
+            name = str(id_of(questions.sample(index), index, row))
+        except Skipped:
+            continue
+        fits = fits and (name in known or name.isdecimal() and int(name) < len(known))
+        if not fits:
+            raise DocumentError(
+                f"samples of {row.name} and its annotations do not fit: entries are malformed, or "
+                "two files are of different versions",
+                fix=f"`mmi data check {row.name} {questions.folder.path}` shows what is left out",
+            )
 
 
 def _left(

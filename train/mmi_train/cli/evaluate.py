@@ -227,28 +227,31 @@ def evaluate(
             )
         with extras("evaluate"):
             from mmi_deploy.cli.machine import Machine
-            from mmi_train.cli.benchmark_answers import Shard, answer_benchmark
+            from mmi_train.cli.benchmark_answers import Shard, answer_and_score
 
             check_engines(target)
-        machine = Machine(model, target, kernels, threads, device, None, slots, unproved)
-        answer_benchmark(
-            machine,
+        answer_and_score(
+            Machine(model, target, kernels, threads, device, None, slots, unproved),
             benchmark,
             data,
             split,
             out,
+            options_of(published or (), weights, meteor),
             prompt=prompt,
             shard=Shard.parse(shard) if shard is not None else None,
-            quiet=as_json,
+            against=against,
+            submission=submission,
+            as_json=as_json,
         )
-        if shard is not None:
-            return
-        predictions, model = out, None
+        return
     if predictions is not None:
         if model is not None:
             raise ConfigError(
                 "--predictions scores a file alone", got=f"the model {model} too", fix="omit one"
             )
+        for option, unused in (("--prompt", prompt), ("--out", out), ("--shard", shard)):
+            if unused is not None:
+                raise ConfigError(f"{option} is of answers that a bundle gives", fix="leave it out")
         score_predictions(
             predictions,
             benchmark,

@@ -38,7 +38,8 @@ def test_an_empty_folder_lacks_a_file_with_a_source(name: str, tmp_path: Path) -
     assert "Get it from" in str(said.value) and "\n" not in str(said.value)
 
 
-JUNK: list[Any] = [None, [], 5, -1, "x", 1.5, {"a": 1}, [[1]], "../x"]
+JUNK: list[Any] = [None, [], 5, -1, "x", 1.5, {"a": 1}, [[1]], "../x", float("inf"), 10**400]
+JUNK += ["a_" + 5000 * "1" + ".jpg"]
 
 
 def changed(value: Any) -> Iterator[Any]:

@@ -122,9 +122,9 @@ def test_pictures_are_drawn_from_captions_and_kept(
     out = tmp_path / "drawn.jsonl"
     bundle = str(exported_once(SHIPPED).bundle.folder)
     words = [bundle, "--benchmark", "coco-t2i", "--data", str(data), "-o", str(out)]
-    code = run(["evaluate", *words, "--threads", "1"])
+    assert run(["evaluate", *words, "--threads", "1"]) == 0
     # Drawn and kept, but FID needs a network that is not here.
-    assert code == 2 and "pt_inception" in capsys.readouterr().err
+    assert "to score them: mmi evaluate --predictions" in capsys.readouterr().err
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert {line["id"] for line in lines} == {7, 9}
     for line in lines:
@@ -143,6 +143,9 @@ def test_pictures_are_drawn_from_captions_and_kept(
             "a bundle cannot answer visdial, which takes scores of options",
         ),
         (["--benchmark", "vqa2"], "the nearest one is vqav2"),
+        (["--prompt", "visdial"], "asks for what the set has not: caption, history"),
+        (["--against", "/nowhere"], "there is no file /nowhere to compare with"),
+        (["--published", "nonsense"], "nonsense"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_in_one_line(
@@ -160,6 +163,23 @@ def test_what_is_missing_is_named(
     at = words.index(left_out)
     assert run([*words[:at], *words[at + 2 :]]) == 2
     assert f"--benchmark needs {left_out}" in capsys.readouterr().err
+
+
+def test_an_empty_shard_is_no_error(words: list[str], tmp_path: Path) -> None:
+    assert run([*words, "--shard", "50/50"]) == 0
+    assert not (tmp_path / "answers.jsonl").read_text()
+
+
+def test_samples_that_the_metrics_number_otherwise_are_refused_first(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = '{"image_id": 1}\n{"image_id": 2, "caption": "draw: a red square on white."}\n'
+    data = put(
+        tmp_path / "ln", {"coco_val_captions.jsonl": captions, "val2017/000000000002.jpg": 9}
+    )
+    assert run([*words, "--benchmark", "ln-coco", "--data", str(data), "--prompt", "draw"]) == 2
+    assert "samples of ln-coco and its annotations do not fit" in capsys.readouterr().err
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_every_benchmark_has_a_reader_of_its_name() -> None:

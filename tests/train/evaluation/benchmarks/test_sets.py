@@ -407,3 +407,25 @@ def test_options_of_a_dialog_must_all_be_ranked(tmp_path: Path) -> None:
     ):
         with pytest.raises(MmiError, match=says):
             questions.report(predictions(tmp_path, [line]))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "value"),
+    [
+        ("coco-t2i", "captions_val2014.json", {"annotations": [{"image_id": "x"}]}),
+        ("coco-caption", "coco_karpathy_test.json", [{"image": "a_1.jpg", "caption": [1, None]}]),
+        (
+            "refcoco",
+            "refcoco_val.jsonl",
+            {"image": "a.jpg", "bbox": [10**400, 0, 1, 1], "width": 2},
+        ),
+        ("ln-coco", "coco_val_captions.jsonl", {"image_id": float("inf"), "caption": "a"}),
+    ],
+)
+def test_values_that_no_set_holds_end_in_one_line(
+    name: str, file: str, value: Any, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_text(json.dumps(value) + "\n")
+    with pytest.raises(MmiError, match="is not of the published form") as said:
+        Questions.of(benchmark(name), tmp_path, None)
+    assert "\n" not in str(said.value)

@@ -24,6 +24,9 @@ from mmi_train.data.readers.templates import Prompt, prompt_called
 
 RecordT = TypeVar("RecordT")
 
+# Errors of values that no published file holds: infinite or endless numbers, lists as keys.
+_ODD = (TypeError, ValueError, OverflowError, KeyError, IndexError, AttributeError)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,11 +64,18 @@ class DataSet(ABC, Generic[RecordT]):
         own = self.training_prompt if self.split == "train" else ""
         self.prompt: Prompt = prompt_called(settings.prompt or own or self.default_prompt)
         self._records: list[RecordT] = []
-        for record in self.read():
-            if isinstance(record, Skipped):
-                self.skipped[record.reason] += 1
-            else:
-                self._records.append(record)
+        try:
+            for record in self.read():
+                if isinstance(record, Skipped):
+                    self.skipped[record.reason] += 1
+                else:
+                    self._records.append(record)
+        except _ODD as error:
+            place = self.files[-1] if self.files else folder.path
+            raise DocumentError(
+                f"{place} is not what the data set publishes: {error}",
+                fix="it may be damaged, or of another version of the set: see docs/data.md",
+            ) from None
 
     def _chosen(self) -> str:
         if self.settings.split is not None:
@@ -101,6 +111,8 @@ class DataSet(ABC, Generic[RecordT]):
             raise
         except (DocumentError, OSError) as error:  # a shard that changed since it was opened
             raise Skipped("shard is damaged", str(error)) from None
+        except _ODD as error:
+            raise Skipped("entry is malformed", f"sample {index}: {error}") from None
 
     def record(self, index: int) -> RecordT:
         return self._records[index]

@@ -40,8 +40,15 @@ class Prompt:
         return " ".join(part for part in (self.system, self.user, self.assistant) if part)
 
     def parts(self, picture: PicturePart | None, fields: Mapping[str, str]) -> list[SamplePart]:
-        """Parts of a document: the texts, and the picture at its place, first without one."""
+        """Parts of a document: the texts, and the picture at its place, first without one. Raises
+        `ConfigError` for a field that the set has not."""
         text = self.text
+        lacking = {*_FIELD.findall(text)} - {"image", *fields}
+        if lacking:
+            raise ConfigError(
+                f"the prompt `{text}` asks for what the set has not: {', '.join(sorted(lacking))}",
+                fix="choose another --prompt",
+            )
         if picture is not None and "{image}" not in text:
             text = "{image}" + text
         found: list[SamplePart] = []

@@ -63,7 +63,7 @@ class VisDial(DataSet[Round]):
         for dialog in dialogs:
             try:
                 yield from self._rounds(dialog, questions, answers, judged)
-            except (KeyError, TypeError, IndexError, ValueError):
+            except (KeyError, TypeError, IndexError, ValueError, OverflowError):
                 yield Skipped(MALFORMED)
 
     def _rounds(

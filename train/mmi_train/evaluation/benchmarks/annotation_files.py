@@ -7,6 +7,7 @@ no error here.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ def _understood(path: Path) -> Iterator[None]:
     """Convert what a file of another form raises to an `AnnotationError`."""
     try:
         yield
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise AnnotationError(
             f"{path} is not of the published form: {reason}",
@@ -207,7 +208,10 @@ def chartqa(source: Source, split: str) -> list[Reference]:
 
 def _captions(entry: dict[str, Any]) -> list[str]:
     value = entry["caption"]
-    return [value] if isinstance(value, str) else list(value)
+    found = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(one, str) for one in found):
+        raise TypeError(f"a caption is no text: {str(found)[:80]}")
+    return found
 
 
 def coco_karpathy(source: Source, split: str) -> list[Reference]:
@@ -357,7 +361,7 @@ def coco_pictures(source: Source, split: str) -> list[Reference]:
     """MS-COCO's pictures to draw: the first caption of each, the first 30 000."""
     path = source.find(f"captions_{split}2014.json")
     with _understood(path):
-        numbers = [entry["image_id"] for entry in read_json(path)["annotations"]]
+        numbers = [operator.index(entry["image_id"]) for entry in read_json(path)["annotations"]]
     return [
         Reference(
             str(number),

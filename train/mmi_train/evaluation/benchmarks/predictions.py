@@ -12,17 +12,21 @@ the JSONL. Other keys are ignored.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from mmi_deploy.errors import MmiError
+from mmi_deploy.system.files import open_regular
 from mmi_train.evaluation.benchmarks.references import Reference
 from mmi_train.evaluation.metrics.ndcg import ranks_of
 
 Kind = Literal["text", "ranks", "image"]
+
+# Scores beyond it are no numbers of a model, NaN included.
+_GREATEST = 1e300
 
 _KEYS: dict[Kind, str] = {"text": "text", "ranks": "scores", "image": "image"}
 
@@ -64,7 +68,7 @@ def read_predictions(path: Path, kind: Kind) -> dict[str, Prediction]:
     found: dict[str, Prediction] = {}
     lines: dict[str, int] = {}
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -140,7 +144,7 @@ def _numbers(value: object) -> TypeGuard[list[float]]:
         and all(
             isinstance(number, int | float)
             and not isinstance(number, bool)
-            and math.isfinite(number)
+            and abs(number) <= _GREATEST
             for number in value
         )
     )

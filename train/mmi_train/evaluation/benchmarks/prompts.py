@@ -63,6 +63,11 @@ def is_drawn(benchmark: Benchmark) -> bool:
     return benchmark.name in _DRAWN
 
 
+def is_numbered(benchmark: Benchmark) -> bool:
+    """True if ids of answers are numbers of samples."""
+    return benchmark.name in _NUMBERED
+
+
 def generation_of(benchmark: Benchmark) -> GenerationOptions:
     """Options of a benchmark's answers. Raises `ConfigError` for one that a bundle cannot give."""
     if is_drawn(benchmark):
@@ -78,7 +83,7 @@ def generation_of(benchmark: Benchmark) -> GenerationOptions:
 
 def id_of(sample: Sample, index: int, benchmark: Benchmark) -> str | int:
     """Id of an answer: the set's own, or the sample's number from 0 where these repeat."""
-    return index if benchmark.name in _NUMBERED else sample.id
+    return index if is_numbered(benchmark) else sample.id
 
 
 def document_of(sample: Sample, side: int, draws: bool) -> Document:

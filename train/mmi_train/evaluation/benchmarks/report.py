@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import ConfigError
-from mmi_train.evaluation.benchmarks.predictions import Matched, match, read_predictions
+from mmi_train.evaluation.benchmarks.predictions import (
+    Matched,
+    PredictionError,
+    match,
+    read_predictions,
+)
 from mmi_train.evaluation.benchmarks.references import Reference
 from mmi_train.evaluation.benchmarks.scores import Metrics, Options
 from mmi_train.evaluation.benchmarks.table import Benchmark
@@ -157,10 +162,15 @@ class Questions:
             self.references, self.matched(path).predictions, strict=True
         ):
             answer: str | list[int] = ""
+            if prediction is None and key == "ranks":
+                raise PredictionError(
+                    f"{path} does not rank the options of {reference.id}",
+                    expected="a ranking for each question, which the server asks for",
+                )
             if prediction is not None:
                 answer = list(prediction.ranks) if key == "ranks" else prediction.text
             entries.append({**reference.fields, key: answer})
-        return json.dumps(entries, ensure_ascii=False)
+        return json.dumps(entries)
 
     def _metrics(self, matched: Matched, options: Options) -> Metrics:
         return self.benchmark.score(self.references, matched.predictions, options)

@@ -19,12 +19,15 @@ THRESHOLD, ROUNDING = 0.5, 1e-9
 
 NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 
+# Characters in which a box is looked for: the search takes their square.
+_LONGEST = 10_000
+
 _PAIRS = re.compile(r"\((.*?)\)\((.*?)\)")
 
 
 def parse_box(answer: str) -> Box:
     """The first box in an answer; `NO_BOX` if it holds none that can be read."""
-    found = _PAIRS.search(answer)
+    found = _PAIRS.search(answer[:_LONGEST])
     if found is None:
         return NO_BOX
     try:
