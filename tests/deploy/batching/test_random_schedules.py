@@ -27,8 +27,7 @@ from mmi_deploy.errors import BusyError, DocumentError, EngineError
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 
-# 10,000 take two minutes: MMI_SCHEDULES=10000 after a change of the scheduler.
-SCHEDULES = int(os.environ.get("MMI_SCHEDULES", "2500"))
+SCHEDULES = int(os.environ.get("MMI_SCHEDULES", "10000"))
 SHARDS = 5
 
 # Of the last picture, the encoder's output is never finite.

@@ -121,8 +121,8 @@ def test_a_second_plugin_of_that_name_is_refused(rtx: Any, plugin: Any) -> None:
 
 
 def test_the_build_only_plugin_stores_what_the_library_stores(rtx: Any) -> None:
-    """The same names, types and values as in test_tensorrt_library, so that an engine built with
-    one is read by the other."""
+    """Names, types and values equal those of test_tensorrt_library, so that an engine built with
+    one plugin is read by the other."""
     kinds = {np.int32: rtx.PluginFieldType.INT32, np.float32: rtx.PluginFieldType.FLOAT32}
     given = [
         rtx.PluginField(name, np.atleast_1d(np.array(ATTRIBUTES[name], kind)), kinds[kind])

@@ -51,7 +51,7 @@ def losses_of(model: MMInterleaved, lengths: tuple[int, ...]) -> tuple[list[Tens
 
 @pytest.mark.exhaustive
 def test_compiled_blocks_compute_what_they_did() -> None:
-    """Of three lengths, after which nothing is compiled again, and with gradient checkpointing."""
+    """Texts of three lengths, after which nothing is compiled again, and gradient checkpointing."""
     lengths = (12, 17, 23)
     expected = losses_of(small_model(), lengths)
     model = small_model()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -39,8 +40,9 @@ class Captions(DataSet[Captioned]):
     training_prompt = "caption-sft"
     lower: ClassVar[bool] = True  # the published readers learn captions in lower case
 
+    @abstractmethod
     def captioned(self) -> Iterator[Captioned | Skipped]:
-        raise NotImplementedError
+        """Captioned pictures of the split in the order of its files."""
 
     def read(self) -> Iterator[Captioned | Skipped]:
         if self.split == "train":

@@ -46,7 +46,7 @@ class Folder:
         return None
 
     def file(self, *names: str) -> Path:
-        """The same; raises `DocumentError` with the first name and the source."""
+        """Find a file as `find` does; raises `DocumentError` with the first name and the source."""
         found = self.find(*names)
         if found is None:
             raise self.lacks(*names)

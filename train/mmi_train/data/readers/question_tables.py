@@ -4,6 +4,7 @@ OCR-VQA, DVQA, GQA, VizWiz."""
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,24 +23,12 @@ from mmi_train.data.readers.sample import Skipped
 
 
 class QuestionTable(QuestionSet):
-    """Questions in one file. `names`: what that of each split may be called; `key`: the name of the
-    list in it, None if the file is the list."""
+    """Questions in one file. `names`: what that of each split may be called."""
 
     names: ClassVar[Mapping[str, Sequence[str]]]
-    key: ClassVar[str | None] = None
 
     def path(self, split: str) -> Path | None:
         return self.folder.find(*self.names[split])
-
-    def questions(self) -> Questions:
-        path = self.kept(self.folder.file(*self.names[self.split]))
-        for number, entry in enumerate(entries(path, self.key)):
-            found = self.question(entry, number) if isinstance(entry, dict) else None
-            yield Skipped(MALFORMED) if found is None else found
-
-    def question(self, entry: dict[str, Any], number: int) -> Question | Skipped | None:
-        """The question of an entry, its number in the file; None if it is malformed."""
-        raise NotImplementedError
 
     def answered(
         self,
@@ -54,6 +43,23 @@ class QuestionTable(QuestionSet):
             return Skipped(UNANSWERED)
         learned = answers[0] if answers else None
         return Question(key, self.places(image), asked, answers, learned, about or {})
+
+
+class QuestionList(QuestionTable):
+    """Questions in a list, one an entry. `key`: the name of the list in the file, None if the file
+    is the list."""
+
+    key: ClassVar[str | None] = None
+
+    def questions(self) -> Questions:
+        path = self.kept(self.folder.file(*self.names[self.split]))
+        for number, entry in enumerate(entries(path, self.key)):
+            found = self.question(entry, number) if isinstance(entry, dict) else None
+            yield Skipped(MALFORMED) if found is None else found
+
+    @abstractmethod
+    def question(self, entry: dict[str, Any], number: int) -> Question | Skipped | None:
+        """The question of an entry, its number in the file; None if it is malformed."""
 
 
 class ChartQa(QuestionTable):
@@ -84,7 +90,7 @@ class ChartQa(QuestionTable):
                         yield Skipped(MALFORMED)
 
 
-class DocVqa(QuestionTable):
+class DocVqa(QuestionList):
     """DocVQA, task 1."""
 
     splits = ("train", "val", "test")
@@ -104,7 +110,7 @@ class DocVqa(QuestionTable):
         return tuple(dict.fromkeys((*super().places(name), *super().places(other))))
 
 
-class InfoVqa(QuestionTable):
+class InfoVqa(QuestionList):
     """InfographicVQA."""
 
     splits = ("train", "val", "test")
@@ -126,7 +132,7 @@ class InfoVqa(QuestionTable):
         return None
 
 
-class StVqa(QuestionTable):
+class StVqa(QuestionList):
     """ST-VQA, the open task 3; it has no official validation split."""
 
     splits = ("train", "test")
@@ -267,7 +273,7 @@ class Gqa(QuestionTable):
                     yield Skipped(MALFORMED)
 
 
-class VizWiz(QuestionTable):
+class VizWiz(QuestionList):
     """VizWiz: questions of blind people; its id is the number in the picture's name."""
 
     splits = ("val", "train", "test")

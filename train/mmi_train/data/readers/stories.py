@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,9 +44,9 @@ class Stories(DataSet[Scenes]):
     default_prompt = "draw"
     drawn_from = 1
 
+    @abstractmethod
     def picture(self, name: str, draw: random.Random) -> Picture:
         """The picture called `name`; of several frames one is drawn."""
-        raise NotImplementedError
 
     def sample_of(self, record: Scenes, draw: random.Random) -> Sample:
         pictures = [self.picture(name, draw) for name in record.pictures]
