@@ -7,7 +7,6 @@ tests that need those are skipped without it.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,10 +27,6 @@ from safetensors.numpy import load_file
 
 if TYPE_CHECKING:
     from exports import Exported
-
-# pytest gives its log handler to torch's trace of compilations too, which then takes down a stack
-# for every symbolic size.
-logging.getLogger("torch.__trace").addHandler = lambda hdlr: None  # type: ignore[method-assign]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
