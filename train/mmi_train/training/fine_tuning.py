@@ -22,7 +22,7 @@ from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.documents import Documents
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.compiled import check_compiler, compile_blocks
-from mmi_train.training.fused_mmfs import use_fused_mmfs
+from mmi_train.training.loading import load_for_training
 from mmi_train.training.loop import UNWATCHED, RunConfig, Watch, train
 from mmi_train.training.lora import (
     ADAPTERS_KIND,
@@ -35,7 +35,6 @@ from mmi_train.training.optimiser import (
     GROUPS,
     GroupRule,
     OptimiserConfig,
-    frozen_matrices,
 )
 from mmi_train.training.ranks import ALONE, Ranks
 from mmi_train.training.stages.documents import DocumentsStage
@@ -46,7 +45,6 @@ from mmi_train.weights.model_folder import (
     FOLDER_KIND,
     TOKENIZER,
     WEIGHTS,
-    load_model,
     write_changed,
 )
 
@@ -180,7 +178,15 @@ def fine_tune(
             if tuning.lora is not None:
                 check_replaceable(adapters, None, kind=ADAPTERS_KIND, inputs=[start])
         progress(f"loading {start}")
-        model = _loaded(start, tuning, optimiser, run.precision, device, ranks)
+        model = load_for_training(
+            start,
+            optimiser,
+            run.precision,
+            device,
+            lora=tuning.lora,
+            checkpoint_gradients=tuning.checkpoint_gradients,
+            ranks=ranks,
+        )
         if compiled:
             compile_blocks(model, device)
         stage = DocumentsStage(
@@ -231,24 +237,3 @@ def _watch(
     if asked.tracker is not None and ranks.main:
         tracker = service(asked.tracker, out, settings)
     return Watch(validation, tracker, asked.profile)
-
-
-def _loaded(
-    start: Path,
-    tuning: FineTuning,
-    optimiser: OptimiserConfig,
-    precision: Literal["bf16", "fp32"],
-    device: torch.device,
-    ranks: Ranks,
-) -> MMInterleaved:
-    """The model on `device`, with adapters; in mixed precision its frozen matrices in bfloat16. Of
-    several ranks each moves only its shards there, later."""
-    lean = frozen_matrices(optimiser.rules) if precision == "bf16" else None
-    model = load_model(start, matrices=lean)
-    if tuning.lora is not None:
-        add_adapters(model, tuning.lora, device)
-    if ranks.size == 1:
-        model.to(device)
-    model.checkpoint_gradients(tuning.checkpoint_gradients)
-    use_fused_mmfs(model, device)
-    return model

@@ -344,7 +344,6 @@ def train(
         (name, value) for name, value in module.named_parameters() if not value.requires_grad
     )
     ranks.check_agreement(settings)
-    ranks.shard(module)
     optimiser = make_optimiser(module, optimiser_config)
     average = {name: value.detach().clone() for name, value in learning(module).items()}
     step = 0

@@ -75,7 +75,8 @@ class Ranks:
                 )
 
     def shard(self, module: nn.Module) -> None:
-        """Shard the parameters of `module` over the ranks, in place, and move it to their device.
+        """Shard the parameters of `module` over the ranks, in place, and move it to their device;
+        those on the meta device stay there, to be filled by the rows of each rank.
 
         Units (`sharded_units`): the MMFS layers of the LLM, whose values are computed beside their
         calls, its blocks, the U-Net as a whole, because parts of its layers are called from outside
@@ -180,6 +181,15 @@ def show_gradients(parameters: Iterable[Tensor]) -> None:
         if isinstance(parameter, DTensor):
             gradient = parameter.grad
             local(parameter).grad = None if gradient is None else local(gradient)
+
+
+def rows_of(value: Tensor) -> tuple[int, int]:
+    """Rows, from and to (exclusive), of a tensor that may be sharded which `local` returns."""
+    if not isinstance(value, DTensor):
+        return 0, len(value)
+    most = -(-len(value) // value.device_mesh.size())
+    start = min(most * value.device_mesh.get_local_rank(), len(value))
+    return start, start + len(value.to_local())
 
 
 def shard_of(other: Tensor, part: Tensor) -> Tensor:
