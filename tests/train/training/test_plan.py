@@ -57,7 +57,15 @@ def held_by_a_run(
     """Bytes of weights and tables, and the most that two steps hold beside them: the sum of all
     that PyTorch's allocator hands out and takes back."""
     optimiser = tuning.optimiser(2)
-    model = load_for_training(base, optimiser, run.precision, torch.device("cpu"), lora=tuning.lora, checkpoint_gradients=tuning.checkpoint_gradients, ranks=ALONE)
+    model = load_for_training(
+        base,
+        optimiser,
+        run.precision,
+        torch.device("cpu"),
+        lora=tuning.lora,
+        checkpoint_gradients=tuning.checkpoint_gradients,
+        ranks=ALONE,
+    )
     tokenizer = Tokenizer.open(base / TOKENIZER, model.config.tokens)
     stage = DocumentsStage(model, tokenizer, file, tuning.batch)
     batch = stage.batch(0, np.random.default_rng(0))

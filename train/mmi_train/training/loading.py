@@ -17,7 +17,7 @@ from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.fused_mmfs import use_fused_mmfs
 from mmi_train.training.lora import LoraConfig, add_adapters, stored_name
 from mmi_train.training.optimiser import OptimiserConfig, frozen_matrices, parameter_groups
-from mmi_train.training.ranks import Ranks, rows_of, shard_of
+from mmi_train.training.ranks import Ranks, own_rows, shard_of
 from mmi_train.weights.lazy_tensor import InFile
 from mmi_train.weights.model_folder import WEIGHTS, check_finite, open_model, types_in_memory
 
@@ -71,7 +71,7 @@ def _fill(
             if not parameter.is_meta:
                 continue
             source = stored_name(f"{prefix}.{name}" if prefix else name)
-            value = stored[source].read_rows(*rows_of(parameter))
+            value = own_rows(stored[source], parameter)
             check_finite(source, value, str(folder / WEIGHTS))
             filled = shard_of(parameter, value.to(device, parameter.dtype))
             setattr(module, name, nn.Parameter(filled, parameter.requires_grad))

@@ -156,7 +156,8 @@ def add_adapters(
 def _on_cpu(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     """Let matrices on the meta device seem to be on the CPU, where the library puts their adapters
     then; they take no memory there."""
-    found = [module for name in layers if (module := model.get_submodule(name)).weight.is_meta]
+    chosen = (model.get_submodule(name) for name in layers)
+    found = [one for one in chosen if isinstance(one, nn.Linear) and one.weight.is_meta]
     kept = [layer.weight for layer in found]
     for layer, weight in zip(found, kept, strict=True):
         empty = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
