@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
@@ -20,14 +19,13 @@ from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.documents import Documents
-from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.compiled import check_compiler, compile_blocks
-from mmi_train.training.fused_mmfs import use_fused_mmfs
+from mmi_train.training.loading import load_for_training
 from mmi_train.training.loop import UNWATCHED, RunConfig, Watch, train
 from mmi_train.training.lora import (
     ADAPTERS_KIND,
     LoraConfig,
-    add_adapters,
+    fingerprint,
     lora_rules,
     trained_adapters,
 )
@@ -35,18 +33,16 @@ from mmi_train.training.optimiser import (
     GROUPS,
     GroupRule,
     OptimiserConfig,
-    frozen_matrices,
 )
 from mmi_train.training.ranks import ALONE, Ranks
 from mmi_train.training.stages.documents import DocumentsStage
 from mmi_train.training.trackers import TrackerName, service
 from mmi_train.training.validation import Validation
-from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
+from mmi_train.weights.lazy_tensor import StoredTensor
 from mmi_train.weights.model_folder import (
     FOLDER_KIND,
     TOKENIZER,
     WEIGHTS,
-    load_model,
     write_changed,
 )
 
@@ -180,7 +176,18 @@ def fine_tune(
             if tuning.lora is not None:
                 check_replaceable(adapters, None, kind=ADAPTERS_KIND, inputs=[start])
         progress(f"loading {start}")
-        model = _loaded(start, tuning, optimiser, run.precision, device, ranks)
+        # One rank reads all of the file for this.
+        ranks.check_agreement({"the start's weights": fingerprint(start)})
+        begun = ranks.gather(f"weights {sha256_of(start / WEIGHTS)}" if ranks.main else "")[0]
+        model = load_for_training(
+            start,
+            optimiser,
+            run.precision,
+            device,
+            lora=tuning.lora,
+            checkpoint_gradients=tuning.checkpoint_gradients,
+            ranks=ranks,
+        )
         if compiled:
             compile_blocks(model, device)
         stage = DocumentsStage(
@@ -196,22 +203,30 @@ def fine_tune(
             adapters=str(tuning.lora),
         )
 
-        def save(step: int, average: Mapping[str, Tensor]) -> None:
-            if tuning.lora is None:
-                changed: Mapping[str, StoredTensor] = {
-                    name: InMemory(value) for name, value in average.items()
-                }
-            else:
-                trained = trained_adapters(tuning.lora, start, average)
+        def save(step: int, average: Mapping[str, StoredTensor]) -> None:
+            changed = average
+            if tuning.lora is not None:
+                learned = {name: value.read() for name, value in average.items()}
+                trained = trained_adapters(tuning.lora, start, learned)
                 with new_folder(adapters, None, kind=ADAPTERS_KIND) as work:
                     trained.save(work)
                 changed = trained.merged(start)
             with new_folder(model_folder, None, kind=FOLDER_KIND) as work:
                 write_changed(work, start, changed)
 
-        begun = f"weights {sha256_of(start / WEIGHTS)}"
         watch = _watch(watching, stage, out, ranks, {**asdict(tuning), **asdict(run)})
-        train(stage, optimiser, run, out / stage.name, save, progress, begun, ranks, watch)
+        train(
+            stage,
+            optimiser,
+            run,
+            out / stage.name,
+            save,
+            progress,
+            start=begun,
+            frozen="those of the start",
+            ranks=ranks,
+            watch=watch,
+        )
     return model_folder
 
 
@@ -231,24 +246,3 @@ def _watch(
     if asked.tracker is not None and ranks.main:
         tracker = service(asked.tracker, out, settings)
     return Watch(validation, tracker, asked.profile)
-
-
-def _loaded(
-    start: Path,
-    tuning: FineTuning,
-    optimiser: OptimiserConfig,
-    precision: Literal["bf16", "fp32"],
-    device: torch.device,
-    ranks: Ranks,
-) -> MMInterleaved:
-    """The model on `device`, with adapters; in mixed precision its frozen matrices in bfloat16. Of
-    several ranks each moves only its shards there, later."""
-    lean = frozen_matrices(optimiser.rules) if precision == "bf16" else None
-    model = load_model(start, matrices=lean)
-    if tuning.lora is not None:
-        add_adapters(model, tuning.lora, device)
-    if ranks.size == 1:
-        model.to(device)
-    model.checkpoint_gradients(tuning.checkpoint_gradients)
-    use_fused_mmfs(model, device)
-    return model
