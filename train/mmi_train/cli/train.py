@@ -1,4 +1,4 @@
-"""`mmi train`: train a model folder further, on one's own documents."""
+"""`mmi train`: train a model folder further, on one's own documents or on data sets."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Documents, one a line (.jsonl) or in a list (.json), or a data set by its name: "
-            "NAME:DIR.",
+            help="Documents, one a line (.jsonl) or in a list (.json); a data set by its name, "
+            "NAME:DIR; or the folder of a recipe's data sets, a folder for each.",
             show_default=False,
-            dir_okay=False,
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -326,7 +325,7 @@ def train(
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Train a model folder further on documents of yours.
+    """Train a model folder further on documents of yours, or on the data sets of a recipe.
 
     It can be stopped at any time: the same command resumes from the last checkpoint and ends with
     the same weights. After every checkpoint OUT/model holds a usable model. On several GPUs:
@@ -353,6 +352,7 @@ def train(
     with extras("train"):
         import torch
 
+        from mmi_train.cli.train_data import documents_of, print_mixture, size_remarks
         from mmi_train.cli.train_plan import print_plan
         from mmi_train.data.readers.training import documents_at
         from mmi_train.training.devices import device_called
@@ -368,7 +368,7 @@ def train(
         results().out(written(values), end="")
         return
     if plan and model is not None and data is not None:
-        print_plan(model, documents_at(data, images), asked, gpus, memory, tflops)
+        print_plan(model, documents_of(data, images, asked), asked, gpus, memory, tflops)
         return
     if model is None or data is None or out is None:
         raise ConfigError(
@@ -388,7 +388,11 @@ def train(
         ranks = stack.enter_context(joined_ranks(device))
         place = device_called(device)
         progress(f"reading {data}")
-        documents = documents_at(data, images)
+        documents = documents_of(data, images, asked)
+        if first:
+            print_mixture(remark, documents, asked)
+            for line in size_remarks(model, asked):
+                remark.print(line)
         watching = Watching(
             None if validate is None else documents_at(validate, images),
             None if sample is None else documents_at(sample, images),

@@ -16,10 +16,11 @@ _ROUNDS = 6
 
 @dataclass(frozen=True)
 class ShuffledOrder:
-    """Endless order of `count` documents: each once in every epoch, by a permutation of its own."""
+    """Endless order of `count` documents: each once in every epoch, by a permutation of its own.
+    `seed`: a number or a text, of which the permutations are keyed."""
 
     count: int
-    seed: int
+    seed: int | str
 
     def __getitem__(self, position: int) -> int:
         """Document at `position`, which counts through all epochs."""

@@ -19,6 +19,7 @@ from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.documents import Documents
+from mmi_train.data.mixture import MixedDocuments
 from mmi_train.training.compiled import check_compiler, compile_blocks
 from mmi_train.training.loading import load_for_training
 from mmi_train.training.loop import UNWATCHED, RunConfig, Watch, train
@@ -36,6 +37,7 @@ from mmi_train.training.optimiser import (
 )
 from mmi_train.training.ranks import ALONE, Ranks
 from mmi_train.training.stages.documents import DocumentsStage
+from mmi_train.training.stages.packed_documents import PackedDocumentsStage
 from mmi_train.training.trackers import TrackerName, service
 from mmi_train.training.validation import Validation
 from mmi_train.weights.lazy_tensor import StoredTensor
@@ -61,8 +63,9 @@ class FineTuning:
     `groups`: name in `GROUPS` of the groups of weights that learn, with their relative rates; None:
     adapters alone. `lora`: adapters, in addition. `rate`: base learning rate. `warmup`: optimiser
     steps in which it rises, None: a tenth of the run, at most 1000; see `OptimiserConfig` for the
-    rest of the optimiser. `batch`: documents of a micro-batch. `max_bad`: broken documents that may
-    be left out.
+    rest of the optimiser. `batch`: documents of a micro-batch. `packed`: documents of data sets
+    fill rows of the whole context length, as in pre-training; documents of a file stay apart.
+    `max_bad`: broken documents that may be left out.
     """
 
     groups: str | None = None
@@ -77,6 +80,7 @@ class FineTuning:
     eps: float = Field(default=1e-6, gt=0)
     clip: float = Field(default=1.0, gt=0)
     batch: int = Field(default=4, ge=1)
+    packed: bool = False
     text_weight: float = Field(default=1.0, ge=0)
     image_weight: float = Field(default=10.0, ge=0)
     max_bad: int = Field(default=100, ge=0)
@@ -111,6 +115,12 @@ class FineTuning:
             clip=self.clip,
             rules=rules,
         )
+
+
+def stage_class(tuning: FineTuning, file: Documents) -> type[DocumentsStage]:
+    """Stage that trains on `file`: packed rows are of mixtures alone."""
+    packed = tuning.packed and isinstance(file, MixedDocuments)
+    return PackedDocumentsStage if packed else DocumentsStage
 
 
 def steps_of(epochs: float, documents: int, batch: int) -> int:
@@ -190,7 +200,7 @@ def fine_tune(
         )
         if compiled:
             compile_blocks(model, device)
-        stage = DocumentsStage(
+        stage = stage_class(tuning, file)(
             model,
             Tokenizer.open(start / TOKENIZER, model.config.tokens),
             file,

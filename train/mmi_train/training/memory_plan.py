@@ -23,16 +23,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.spec.config import read_config
-from mmi_train.data.batches import batch_of
+from mmi_train.data.batches import batch_of, packed_batch
 from mmi_train.data.documents import Documents
 from mmi_train.data.rows import TokenDocument, make_rows
 from mmi_train.model.layout import map_tensors
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
-from mmi_train.training.fine_tuning import FineTuning
+from mmi_train.training.fine_tuning import FineTuning, stage_class
 from mmi_train.training.lora import add_adapters
 from mmi_train.training.optimiser import frozen_matrices, parameter_groups
 from mmi_train.training.ranks import sharded_units
 from mmi_train.training.stages.documents import DocumentsStage
+from mmi_train.training.stages.packed_documents import PackedDocumentsStage
 from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS, check_fit
 from mmi_train.weights.safetensors_files import read_safetensors
 
@@ -162,14 +163,9 @@ def memory_plan(
         if tuning.lora.four_bit:
             in_four_bits = {f"{layer}.base_layer.weight" for layer in layers}
     parameter_groups(model, tuning.optimiser(1))
-    document = _longest(model, start, file, tuning)
     sizes = batches or (1, max(tuning.batch, 2))
-    made = {
-        size: batch_of(
-            make_rows([document] * size, model.config.tokens, document.size), model.config
-        )
-        for size in sizes
-    }
+    made = _micro_batches(model, start, file, tuning, sizes)
+    tokens = made[min(sizes)].token_ids.shape[1]
     # The gradients of the first micro-batch are there in the second; of ranks `gathered` has them.
     rounds = 1 if accumulate == ranks == 1 else 2
     mode = FakeTensorMode()
@@ -184,14 +180,30 @@ def memory_plan(
             for size, batch in made.items():
                 fake = map_tensors(batch, mode.from_tensor)
                 steps[size, kind] = _step(model, fake, tuning, precision, rounds)
-    return MemoryPlan(held, steps, document.size, units, accumulate, ranks)
+    return MemoryPlan(held, steps, tokens, units, accumulate, ranks)
 
 
-def _longest(
-    model: MMInterleaved, start: Path, file: Documents, tuning: FineTuning
-) -> TokenDocument:
+def _micro_batches(
+    model: MMInterleaved, start: Path, file: Documents, tuning: FineTuning, sizes: Sequence[int]
+) -> dict[int, Batch]:
+    """A micro-batch of each of `sizes` documents, the longest that is found, or of packed rows,
+    the first of the source whose has the most images."""
     tokenizer = Tokenizer.open(start / TOKENIZER, model.config.tokens)
-    stage = DocumentsStage(model, tokenizer, file, tuning.batch)
+    stage = stage_class(tuning, file)(model, tokenizer, file, tuning.batch)
+    if isinstance(stage, PackedDocumentsStage):
+        rows = [stage.rows(source, 0)[0][0] for source in range(len(stage.mixture.sources))]
+        row = max(rows, key=lambda row: (len(row.images), len(row.token_ids)))
+        return {size: packed_batch([row] * size, model.config) for size in sizes}
+    document = _longest(stage, file)
+    return {
+        size: batch_of(
+            make_rows([document] * size, model.config.tokens, document.size), model.config
+        )
+        for size in sizes
+    }
+
+
+def _longest(stage: DocumentsStage, file: Documents) -> TokenDocument:
     found: TokenDocument | None = None
     reason = ""
     for index in range(min(len(file), MOST_READ)):

@@ -8,6 +8,7 @@ overrules both.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -130,15 +131,22 @@ def layered(*layers: Layer) -> Values:
 
 def written(values: Values) -> str:
     """The settings as a recipe, each with its source as a comment; tables come last."""
-    ordered = sorted(values, key=lambda key: key.count("."))
+    tables = list(dict.fromkeys(key.rpartition(".")[0] for key in values))
+    tables.sort(key=lambda table: (table != "", table.count(".")))
+    ordered = sorted(values, key=lambda key: tables.index(key.rpartition(".")[0]))
     lines, table = [], ""
     for key in ordered:
         own, _, name = key.rpartition(".")
         if own != table:
-            lines += ["", f"[{own}]"]
+            lines += ["", f"[{'.'.join(map(_key, own.split('.')))}]"]
             table = own
         lines.append(f"{name} = {_written(values[key].value)}  # {values[key].source}")
     return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    """A key in TOML, in quotation marks if it needs them, as refcoco+."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
 
 
 def _written(value: Any) -> str:

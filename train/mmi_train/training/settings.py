@@ -1,7 +1,8 @@
 """Settings of a fine-tuning run as a recipe holds them, validated.
 
 A recipe has the fields of `FineTuning` and `RunConfig` under their own names, the adapters as a
-table `lora`, and the length of the run in optimiser steps or in epochs.
+table `lora`, the length of the run in optimiser steps or in epochs, and a table for each data set
+of its mixture, as `[data.coco-caption]`, with the fields of `SetChoice`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pydantic.dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import first_flaw
+from mmi_train.data.readers.mixture import SetChoice
+from mmi_train.data.readers.registry import entry_called
 from mmi_train.training.fine_tuning import FineTuning, steps_of
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig
@@ -26,7 +29,9 @@ from mmi_train.training.recipes import NO_GROUPS, Layer, Values, defaults, layer
 class Settings(FineTuning, RunConfig):
     """A whole recipe. `steps`: optimiser steps, None: those of `epochs` passes through the
     documents. In a recipe `groups` is "none" for adapters alone, and `lora.rank` 0 for none;
-    `lora.alpha` is twice the rank if it is left out."""
+    `lora.alpha` is twice the rank if it is left out. `data`: data sets by their names.
+    `given_pixels`, `drawn_pixels`: sides of the pictures that the recipe was made for; the model
+    decides those of the run."""
 
     steps: int | None = Field(default=None, ge=1)
     epochs: float = Field(default=3.0, gt=0)
@@ -38,6 +43,9 @@ class Settings(FineTuning, RunConfig):
     keep: int = Field(default=2, ge=1)
     workers: int = Field(default=0, ge=0)
     most_skipped: int = Field(default=3, ge=0)
+    given_pixels: int | None = Field(default=None, ge=1)
+    drawn_pixels: int | None = Field(default=None, ge=1)
+    data: Mapping[str, SetChoice] = Field(default_factory=dict)
 
     @field_validator("groups", mode="before")
     @classmethod
@@ -68,11 +76,15 @@ class Settings(FineTuning, RunConfig):
         return self.steps or steps_of(self.epochs, documents, self.batch * self.accumulate * ranks)
 
 
-# Names of all settings: those of the table `lora` have its name before them.
+_TABLES = ("lora", "data")
+
+# Names of all settings: those of the table `lora` have its name before them. Those of a data set
+# are `data.NAME.` and one of `SET_KEYS`.
 KEYS = (
-    *(field.name for field in fields(Settings) if field.name != "lora"),
+    *(field.name for field in fields(Settings) if field.name not in _TABLES),
     *(f"lora.{field.name}" for field in fields(LoraConfig)),
 )
+SET_KEYS = tuple(field.name for field in fields(SetChoice))
 
 
 def settings_of(*layers: Layer) -> tuple[Settings, Values]:
@@ -85,8 +97,11 @@ def settings_of(*layers: Layer) -> tuple[Settings, Values]:
     values = layered(*layers)
     nested: dict[str, Any] = {}
     for key, (value, _) in values.items():
-        table, _, name = key.rpartition(".")
-        (nested.setdefault(table, {}) if table else nested)[name] = value
+        *tables, name = key.split(".")
+        place = nested
+        for table in tables:
+            place = place.setdefault(table, {})
+        place[name] = value
     try:
         found = TypeAdapter(Settings).validate_python(nested)
     except ValidationError as error:
@@ -107,6 +122,9 @@ def settings_of(*layers: Layer) -> tuple[Settings, Values]:
 def _check_known(key: str, source: str) -> None:
     if key in KEYS:
         return
+    if key.startswith("data."):
+        _check_set(key, source)
+        return
     near = get_close_matches(key, KEYS, n=1) or [
         known for known in KEYS if known.rpartition(".")[2] == key
     ]
@@ -114,3 +132,20 @@ def _check_known(key: str, source: str) -> None:
         f"{source} has an unknown setting {key!r}",
         fix=f"the nearest one is {near[0]}" if near else f"choose among {', '.join(KEYS)}",
     )
+
+
+def _check_set(key: str, source: str) -> None:
+    """Raise `ConfigError` unless `key` is `data.NAME.SETTING`."""
+    _, name, *rest = key.split(".")
+    if len(rest) != 1 or rest[0] not in SET_KEYS:
+        near = get_close_matches(".".join(rest), SET_KEYS, n=1)
+        raise ConfigError(
+            f"{source} has an unknown setting {key!r}",
+            fix=f"the nearest one is data.{name}.{near[0]}"
+            if near
+            else f"of a data set it can say {', '.join(SET_KEYS)}",
+        )
+    try:
+        entry_called(name)
+    except ConfigError as error:
+        raise ConfigError(f"{source} has an unknown setting {key!r}: {error}") from None

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from mmi_train.data.document import TextPart
 from mmi_train.data.readers.data_set import DataSet
 from mmi_train.data.readers.folder import MISSING, entries
-from mmi_train.data.readers.pictures import LabelMap
+from mmi_train.data.readers.pictures import LabelMap, Picture
 from mmi_train.data.readers.questions import MALFORMED
+from mmi_train.data.readers.refer import Mirrored, swapped
 from mmi_train.data.readers.sample import PicturePart, Sample, SamplePart, Skipped, joined
 
 LABELS = 150
@@ -82,9 +83,13 @@ class Ade20k(DataSet[Scene]):
             plan = PicturePart(coloured)
         else:
             raise Skipped(MISSING, name)
-        photo = self.folder.picture(f"{root}images/{self.split}/{record.id}.jpg")
+        photo: Picture = self.folder.picture(f"{root}images/{self.split}/{record.id}.jpg")
+        caption = record.caption
+        if self.settings.mirror and self.split == "training" and draw.random() < 0.5:
+            plan, photo = PicturePart(Mirrored(plan.picture)), Mirrored(photo)
+            caption = swapped(caption)
         parts: list[SamplePart] = [plan]
-        if record.caption:
-            parts.append(TextPart(record.caption + ".", self.split == "training"))
+        if caption:
+            parts.append(TextPart(caption + ".", self.split == "training"))
         parts.append(PicturePart(photo, True))
         return Sample(record.id, joined(parts), about={"labels": name})

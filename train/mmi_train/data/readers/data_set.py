@@ -33,7 +33,8 @@ class Settings:
     """Choices that the reader of every set takes. `split`: of the published ones, None for the
     first that is there. `prompt`: a name of `templates.PROMPTS`, None for the set's own.
     `published`: names of the published code's faults to reproduce, as `published_history`.
-    `mirror`: mirror half of the pictures of regions in training, with their boxes and sentences.
+    `mirror`: mirror half of the pictures of regions and of ADE20K in training, with their boxes,
+    maps and sentences.
     `total`: samples of a set that is drawn from again until there are so many (LN-COCO)."""
 
     split: str | None = None

@@ -19,21 +19,21 @@ class SetDocuments:
     def __init__(self, data: DataSet[Any]) -> None:
         if not len(data):
             raise DocumentError(f"{data.folder.path} holds no sample of {data.folder.name}")
-        self._data = data
+        self.data = data
         self.sha256 = data.fingerprint()
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.data)
 
     def name(self, index: int) -> str:
         """Place of a document, for messages."""
-        data = self._data
+        data = self.data
         return f"sample {index} of {data.folder.name}, split {data.split}, in {data.folder.path}"
 
     def parts(self, index: int, epoch: int = 0) -> tuple[Part, ...]:
         """Parts of a document as `epoch` draws them, its pictures decoded. Raises `DocumentError`,
         and `Skipped` for a sample that the set's rules leave out."""
-        return document_of(self._data.sample(index, epoch))
+        return document_of(self.data.sample(index, epoch))
 
 
 def documents_at(data: Path, images: Path | None = None) -> Documents:

@@ -1,4 +1,4 @@
-"""Documents stage: the losses of the paper (Eq. 5) on documents of a file, each in its own context.
+"""Documents stage: the losses of the paper (Eq. 5) on documents, each in its own context.
 
 Documents of a micro-batch are packed into rows, in which none sees another.
 """
@@ -16,7 +16,7 @@ from mmi_deploy.errors import DocumentError
 from mmi_deploy.spec.config import to_json
 from mmi_train.data.batches import batch_of
 from mmi_train.data.documents import Documents
-from mmi_train.data.order import ShuffledOrder
+from mmi_train.data.mixture import MixedOrder
 from mmi_train.data.readers.sample import Skipped
 from mmi_train.data.rows import TokenDocument, continued, make_rows, tokens_of
 from mmi_train.model.layout import map_tensors
@@ -44,7 +44,8 @@ class DocumentBatch:
 
 @dataclass
 class DocumentsStage:
-    """Micro-batches of `documents` documents of `file`, in an order that `seed` decides.
+    """Micro-batches of `documents` documents of `file`, in an order that `seed` decides; of a
+    mixture the source of each document is drawn.
 
     A broken document is reported to `on_broken` once, with its place and the reason, and another
     one stands in for it, as for one that the rules of a data set leave out; more than `max_bad`
@@ -65,7 +66,7 @@ class DocumentsStage:
     name: str = field(default="documents", init=False)
 
     def __post_init__(self) -> None:
-        self._order = ShuffledOrder(len(self.file), self.seed)
+        self._order = MixedOrder(self.file, self.seed)
         self._broken: dict[int, str] = {}
 
     @property
@@ -113,7 +114,7 @@ class DocumentsStage:
     def batch(self, index: int, rng: np.random.Generator) -> DocumentBatch:
         found, broken = [], []
         for position in range(index * self.documents, (index + 1) * self.documents):
-            number, epoch = self._order[position], position // len(self.file)
+            number, epoch = self._order[position]
             for _ in range(_SPARE):
                 try:
                     found.append(self.document(number, epoch))
@@ -122,7 +123,7 @@ class DocumentsStage:
                     last = number, str(error)
                     if not (isinstance(error, Skipped) and error.by_rule):
                         broken.append(last)
-                number = int(rng.integers(len(self.file)))
+                number = self._order.another(number, rng)
             else:
                 number, reason = last
                 raise DocumentError(
