@@ -60,7 +60,6 @@ def dialogs(*image_ids: int, rounds: int = 3) -> dict[str, Any]:
     return {"data": {"dialogs": found, "questions": ["why"], "answers": answers}}
 
 
-
 @dataclass(frozen=True)
 class Set:
     """Files of a small set, predictions, and metrics that they must give."""
@@ -328,7 +327,9 @@ def test_a_missing_file_is_named_with_its_source(name: str, tmp_path: Path) -> N
 def test_files_of_another_form_are_one_line(name: str, tmp_path: Path) -> None:
     one = SETS[name]
     wrong = {path: {"info": [1]} for path in one.files}
-    with pytest.raises(MmiError, match="is not what the data set publishes|published form|has no question"):
+    with pytest.raises(
+        MmiError, match="is not what the data set publishes|published form|has no question"
+    ):
         Questions.of(benchmark(name.partition(",")[0]), write(tmp_path, wrong), one.split)
 
 

@@ -46,7 +46,7 @@ def segmentation(
     for place, (reference, prediction) in enumerate(zip(references, predictions, strict=True)):
         options.progress("reading maps", place, len(references))
         label = _real_labels(reference)
-        guess = np.full(label.shape, -1)
+        guess: np.ndarray = np.full_like(label, -1)
         if prediction is not None and options.segmenter is not None:
             label, guess = _segmented(label, prediction, options.segmenter)
         elif prediction is not None:

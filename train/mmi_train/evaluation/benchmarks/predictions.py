@@ -162,18 +162,16 @@ def match(
 ) -> Matched:
     """Order predictions as the references are.
 
-    Ids are the set's own; if none of them occurs, other names of the samples; if none of these
-    does, numbers from 0. what: the benchmark and split, for errors. Raises `PredictionError` if no
+    Ids are the set's own or other names of the samples; if none of them occurs, numbers from 0.
+    what: the benchmark and split, for errors. Raises `PredictionError` if no
     id belongs to the set.
     """
     numbers = {str(reference.number): place for place, reference in enumerate(references)}
-    own = {reference.id: number for number, reference in enumerate(references)}
-    other = {
-        name: number for number, reference in enumerate(references) for name in reference.other_ids
-    }
+    named = {name: place for place, one in enumerate(references) for name in one.other_ids}
+    named |= {reference.id: place for place, reference in enumerate(references)}
     # Numbers may name samples of any set: one that is too large shows that they mean another.
     known = {str(number) for number in range(references[-1].number + 1)}
-    tables = [own, other, *([numbers] if predictions.keys() <= known else [])]
+    tables = [named, *([numbers] if predictions.keys() <= known else [])]
     places = next((table for table in tables if predictions.keys() & table.keys()), None)
     if places is None:
         raise PredictionError(

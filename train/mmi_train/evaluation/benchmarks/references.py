@@ -151,9 +151,7 @@ def _reference(sample: Sample, number: int, kind: str, form: Form) -> Reference:
     )
 
 
-def _names(
-    sample: Sample, drawn: Sequence[Picture], kind: str, form: Form
-) -> Iterator[str]:
+def _names(sample: Sample, drawn: Sequence[Picture], kind: str, form: Form) -> Iterator[str]:
     """Names of the picture that a question is about or asks for, if it is the only one of it."""
     found: list[str] = []
     if form.merged or _FILE in sample.about:

@@ -22,7 +22,7 @@ from mmi_train.evaluation.benchmarks.references import Reference, groups_of
 from mmi_train.evaluation.metrics import anls, boxes, captions, ndcg, relaxed_accuracy, vqa
 from mmi_train.evaluation.metrics.caption_tokens import meteor, tokenizer
 from mmi_train.evaluation.metrics.intervals import Measure, mean_of
-from mmi_train.evaluation.metrics.segmenter import Segmenter
+from mmi_train.evaluation.metrics.segmenter import Segmenter, open_segmenter
 
 # Rules of the published evaluation that are left out unless they are asked for.
 Published = Literal["extract-answer", "first-sentence", "absent-classes-as-zero", "fid-64"]
@@ -55,8 +55,15 @@ class Options:
     progress: Progress = silent
 
 
-def options_of(published: Sequence[str], weights: Path | None, meteor: bool) -> Options:
-    """Options from names of published rules. Raises `ConfigError`, which offers the nearest."""
+def options_of(
+    published: Sequence[str],
+    weights: Path | None,
+    meteor: bool,
+    segmenter: str | None = None,
+    data: Path | None = None,
+) -> Options:
+    """Options from names of published rules, and of a segmenter, which must not be code in `data`.
+    Raises `MmiError`, which offers the nearest rule."""
     for name in published:
         if name not in PUBLISHED:
             near = get_close_matches(name, PUBLISHED, n=1, cutoff=0.0)[0]
@@ -65,7 +72,9 @@ def options_of(published: Sequence[str], weights: Path | None, meteor: bool) -> 
                 expected=", ".join(PUBLISHED),
                 fix=f"the nearest one is {near}",
             )
-    return Options(frozenset(rule for rule in PUBLISHED if rule in published), weights, meteor)
+    rules = frozenset(rule for rule in PUBLISHED if rule in published)
+    opened = open_segmenter(segmenter, data or Path()) if segmenter is not None else None
+    return Options(rules, weights, meteor, opened)
 
 
 Metrics = list[Measure | Total]

@@ -18,6 +18,9 @@ from mmi_train.evaluation.benchmarks import picture_scores, scores
 from mmi_train.evaluation.benchmarks.predictions import Kind
 from mmi_train.evaluation.benchmarks.references import Form
 
+# The benchmark whose drawn pictures a segmenter makes maps of.
+SEGMENTED = "ade20k"
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -76,7 +79,7 @@ def _rows() -> list[Benchmark]:
         _row("docvqa", "val train test", anls, page, "answer"),
         _row("infovqa", "val train test", anls, page, "answer"),
         _row("stvqa", "test train", anls, question, "answer"),
-        _row("ade20k", "validation training", maps, Form(given=True), kind="image"),
+        _row(SEGMENTED, "validation training", maps, Form(given=True), kind="image"),
         _row("coco-t2i", "val", drawn, plain, kind="image"),
         _row("ln-coco", "val", drawn, numbered, kind="image"),
         _row("vist", "test val train", drawn, plain, kind="image"),
