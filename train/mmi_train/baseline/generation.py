@@ -83,18 +83,20 @@ class Row:
         most = Limits(self.config.llama.context, images=self.config.llm_mmfs.images - 1)
         self.sequence = TokenSequence(self.config, limits or most)
         self.timings = Timings()
+        self.device = model.llm.embed_tokens.weight.device
 
     @property
     def token_ids(self) -> Tensor:
         """Token ids of the row, [1, t]."""
-        return torch.tensor([self.sequence.token_ids])
+        return torch.tensor([self.sequence.token_ids], device=self.device)
 
     @property
     def image_slot(self) -> Tensor:
         """Index of each image among the encoded ones, [1, m]; -1 for the one about to be drawn."""
         given = self.sequence.images
         begun = max(self.sequence.token_ids.count(self.config.tokens.boi), 1)
-        return torch.tensor([[image if image < given else -1 for image in range(begun)]])
+        slots = [image if image < given else -1 for image in range(begun)]
+        return torch.tensor([slots], device=self.device)
 
     def encode(self) -> EncodedImages:
         """Encode all images from their pixels."""
@@ -103,7 +105,7 @@ class Row:
             if not pictures:
                 return self.model.encode_images(None)
             pixels = np.stack([to_pixels(rgb) for rgb in pictures])
-            return self.model.encode_images(torch.from_numpy(pixels))
+            return self.model.encode_images(torch.from_numpy(pixels).to(self.device))
 
 
 class TextTurn:
@@ -114,7 +116,7 @@ class TextTurn:
         self.images = row.encode()
         self.cache: KvCache | None = None
         if kv_cache:
-            self.cache = KvCache(row.config.llama, 1, row.sequence.limits.context)
+            self.cache = KvCache(row.config.llama, 1, row.sequence.limits.context, row.device)
 
     def next_logits(self) -> np.ndarray:
         """Logits [u] of the token that follows the row."""
@@ -124,20 +126,23 @@ class TextTurn:
         count = length - first
         with row.timings.measure("prefill" if count > 1 else "decode", count):
             ids, slot = row.token_ids, row.image_slot
-            visual = token_layout.visual_index(
-                ids.numpy(), row.config.tokens, slot.numpy(), row.config.visual_tokens
-            )
+            visual = torch.from_numpy(
+                token_layout.visual_index(
+                    ids.cpu().numpy(),
+                    row.config.tokens,
+                    slot.cpu().numpy(),
+                    row.config.visual_tokens,
+                )
+            ).to(row.device)
             hidden = model.llm(
-                model.embed(
-                    ids[:, first:], self.images.tokens, torch.from_numpy(visual[:, first:])
-                ),
-                torch.arange(first, length)[None],
+                model.embed(ids[:, first:], self.images.tokens, visual[:, first:]),
+                torch.arange(first, length, device=row.device)[None],
                 cache=self.cache,
                 values=model.llm.image_values(self.images.features),
                 image_slot=slot.clamp(min=0),
                 image_position=model.image_positions(ids, slot)[:, first:],
             )
-            return model.head(hidden[0, -1]).numpy()
+            return model.head(hidden[0, -1]).cpu().numpy()
 
 
 class Drawing:
@@ -150,7 +155,8 @@ class Drawing:
         with row.timings.measure("prefill", ids.shape[1]):
             hidden = row.model.read(ids, images, slot)
         with row.timings.measure("condition"):
-            layout = row.model.picture_layout(ids, slot, torch.tensor([[0, picture.index]]))
+            wanted = torch.tensor([[0, picture.index]], device=row.device)
+            layout = row.model.picture_layout(ids, slot, wanted)
             condition = row.model.condition(hidden, layout)
             self.both = torch.cat([condition, decoder.null_condition])
             self.previous = _for_both_branches(row.model.previous_images(images, layout))
@@ -158,12 +164,12 @@ class Drawing:
         # Resets the state that the previous picture left.
         scheduler.set_timesteps(len(scheduler.timesteps))
         first = first_latents(picture.seed, picture.index, self.shape)
-        self.latents = torch.from_numpy(first) * scheduler.init_noise_sigma
+        self.latents = torch.from_numpy(first).to(row.device) * scheduler.init_noise_sigma
 
     def denoise(self, step: int) -> None:
         """Run step `step`, from 0 on."""
         scheduler, picture, previous = self.scheduler, self.picture, self.previous
-        timestep = scheduler.timesteps[step]
+        timestep = scheduler.timesteps[step].to(self.row.device)
         with self.row.timings.measure("denoise"):
             conditional, unconditional = self.row.model.image_decoder.unet(
                 scheduler.scale_model_input(self.latents, timestep).repeat(2, 1, 1, 1),
@@ -177,13 +183,15 @@ class Drawing:
             noise = {}
             if self.eta:
                 drawn = step_noise(picture.seed, picture.index, step, self.shape)
-                noise = {"eta": self.eta, "variance_noise": torch.from_numpy(drawn)}
+                own = torch.from_numpy(drawn).to(self.row.device)
+                noise = {"eta": self.eta, "variance_noise": own}
             self.latents = scheduler.step(prediction, timestep, self.latents, **noise).prev_sample
 
     def decode_latents(self) -> Rgb:
         """Decode the picture: uint8 [height, width, 3]."""
         with self.row.timings.measure("vae"):
-            return to_rgb(self.row.model.image_decoder.vae.decode(self.latents)[0].numpy())
+            pixels = self.row.model.image_decoder.vae.decode(self.latents)[0]
+            return to_rgb(pixels.cpu().numpy())
 
 
 def _for_both_branches(images: PreviousImages) -> PreviousImages:
