@@ -54,7 +54,7 @@ class Alone:
         self.runtime, self.document, self.options = runtime, document, options
         self.events: list[Event] = []
         self.error: Exception | None = None
-        session = Session(runtime)
+        session = Session(runtime, options.beams)
         self._results: list[Any] = []
         steps = self._generation(session.sequence).run()
         result = None
