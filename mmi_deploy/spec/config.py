@@ -398,15 +398,48 @@ class VaeConfig:
         return self.patch * 2 ** (len(self.block_widths) - 1)
 
 
+# Fields of `DiffusionConfig` that configurations from before them lack.
+_LATER_DIFFUSION = ("rescale_betas_zero_snr", "min_snr_gamma")
+
+
 @dataclass(frozen=True, config=STRICT)
 class DiffusionConfig:
-    """Noise schedule of training and the U-Net's prediction type, as in diffusers' DDPM."""
+    """Noise schedule of training and the U-Net's prediction type, as in diffusers' DDPM.
+
+    `rescale_betas_zero_snr`: the last timestep is noise alone (Lin et al. 2023, Algorithm 1); the
+    prediction is then v, because noise alone predicts no picture. `min_snr_gamma`: the loss of a
+    timestep counts as that of the picture with the weight min(SNR, gamma) (Hang et al. 2023); None:
+    the mean squared error of the prediction, as published.
+    """
 
     prediction: Literal["epsilon", "v_prediction"]
     steps: Count = 1000
     beta_start: Rate = 0.00085
     beta_end: Rate = 0.012
     beta_schedule: str = "scaled_linear"
+    rescale_betas_zero_snr: bool = False
+    min_snr_gamma: Positive | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> DiffusionConfig:
+        if self.rescale_betas_zero_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr needs the prediction v_prediction: at the last timestep "
+                "the noise, which epsilon predicts, is all that the U-Net is given"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit later fields at their defaults: checkpoints from before them compare this text."""
+        fields: dict[str, Any] = inner(self)
+        return {n: value for n, value in fields.items() if value or n not in _LATER_DIFFUSION}
+
+    @property
+    def spacing(self) -> Literal["leading", "trailing"]:
+        """Timestep spacing of samplers: Stable Diffusion's, or, with a terminal SNR of zero, one
+        that begins at the last timestep (Lin et al. 2023, Sec. 3.3)."""
+        return "trailing" if self.rescale_betas_zero_snr else "leading"
 
 
 @dataclass(frozen=True, config=STRICT)
