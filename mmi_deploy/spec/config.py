@@ -8,7 +8,8 @@ released checkpoint (MMFS on the skips, the nearest image, a null slot, Q-Former
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -538,13 +539,39 @@ def first_flaw(error: ValidationError) -> str:
 
 def from_json(text: str | bytes, source: str = "configuration") -> ModelConfig:
     """Parse a configuration; raises `ConfigError` that names the first wrong field."""
+    return _validated(lambda: _ADAPTER.validate_json(text), source)
+
+
+def _validated(make: Callable[[], ModelConfig], source: str) -> ModelConfig:
     try:
-        return _ADAPTER.validate_json(text)
+        return make()
     except ValidationError as error:
         raise ConfigError(
             f"{source} is not a valid model configuration: {first_flaw(error)}",
             fix="compare it with the output of `mmi inspect --preset tiny`",
         ) from None
+
+
+def with_fields(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    """`config` with some fields changed, by dotted names as `image_decoder.diffusion.beta_end`.
+    Raises `ConfigError` for a field that there is not, or a value that does not fit."""
+    # Field by field: the written form leaves some out at their defaults.
+    fields = asdict(config)
+    for name, value in changes.items():
+        *tables, last = name.split(".")
+        table = fields
+        for key in tables:
+            table = table.get(key) if isinstance(table, dict) else None
+        if not isinstance(table, dict) or last not in table or isinstance(table[last], dict):
+            raise ConfigError(
+                f"a model configuration has no field {name!r}",
+                expected="a dotted name, as image_decoder.diffusion.prediction",
+                fix="see `mmi inspect --preset tiny`",
+            )
+        table[last] = value
+    return _validated(
+        lambda: _ADAPTER.validate_python(fields), f"the change of {', '.join(changes)}"
+    )
 
 
 def read_config(path: Path) -> ModelConfig:
