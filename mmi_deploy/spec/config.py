@@ -559,7 +559,7 @@ def with_fields(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     fields = asdict(config)
     for name, value in changes.items():
         *tables, last = name.split(".")
-        table = fields
+        table: Any = fields
         for key in tables:
             table = table.get(key) if isinstance(table, dict) else None
         if not isinstance(table, dict) or last not in table or isinstance(table[last], dict):

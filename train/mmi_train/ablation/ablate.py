@@ -79,11 +79,12 @@ def _named(progress: Progress, run: str) -> Progress:
 
 def _heading(about: dict[str, Any]) -> str:
     scale = about["scale"]
-    return (
-        f"# Ablations on the drawn world\n\n{scale['steps']} steps from {about['start']['folder']}, "
-        f"{scale['questions']} held-out questions of each kind, seeds "
-        f"{', '.join(map(str, about['seeds']))}; {about['runs']} runs, "
-        f"{about['cpu_seconds'] / 60:.0f} minutes of CPU time. Means ± half of the 95 % interval "
-        "(Student's t); differences are paired by seed. The paper's models, data and measures are "
-        "others: its numbers stand here for their direction alone.\n"
+    words = (
+        f"{scale['steps']} steps from {about['start']['folder']}, {scale['questions']} held-out "
+        f"questions of each kind, seeds {', '.join(map(str, about['seeds']))}; {about['runs']} "
+        f"runs, {about['cpu_seconds'] / 60:.0f} minutes of CPU time. Layers of MMFS are "
+        f"{'new in every run' if scale['new_mmfs'] else 'those of the start model'}. Means ± half "
+        "of the 95 % interval (Student's t); differences are paired by seed. The paper's models, "
+        "data and measures are others: its numbers stand here for their direction alone."
     )
+    return f"# Ablations on the drawn world\n\n{words}\n"

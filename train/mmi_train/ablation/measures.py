@@ -9,9 +9,12 @@ from functools import partial
 import numpy as np
 import torch
 
+from mmi_deploy.documents.images import resize
 from mmi_deploy.system.progress import Progress, silent
+from mmi_train.data.rows import TokenDocument
 from mmi_train.data.synthetic.scene_reader import expected_segmentation
 from mmi_train.data.synthetic.tasks import MAKERS, TaskImage
+from mmi_train.data.synthetic.world import IMAGE_SIDE
 from mmi_train.evaluation.synthetic_tasks import (
     PICTURES,
     Evaluator,
@@ -52,7 +55,7 @@ def measure(
     `seed`: of the noise that pictures start from. `loss_batches`: micro-batches of the held-out
     losses, which are means over all kinds of documents.
     """
-    evaluator = Evaluator(stage.model, stage.tokenizer, steps=solver_steps, seed=seed)
+    evaluator = _Evaluator(stage.model, stage.tokenizer, steps=solver_steps, seed=seed)
     found: dict[str, float] = {}
     samples: list[Sample] = []
     for index, kind in enumerate(_kinds(stage)):
@@ -73,6 +76,14 @@ def measure(
             found[f"{kind}: colour error"] = float(np.mean(errors))
             samples += [sample_of(question, picture) for question, picture in drawn[:_SAMPLES]]
     return found | _losses(stage, loss_batches), samples
+
+
+class _Evaluator(Evaluator):
+    """Draws pictures of the world's size, whatever the model's."""
+
+    def draw(self, prompts: list[TokenDocument]) -> list[np.ndarray]:
+        drawn = super().draw(prompts)
+        return [p if p.shape[0] == IMAGE_SIDE else resize(p, IMAGE_SIDE) for p in drawn]
 
 
 def _kinds(stage: InterleavedStage) -> list[str]:

@@ -139,5 +139,8 @@ PARTS: Mapping[str, Callable[[MMInterleaved], None]] = {
     "no resampler": without_resampler,
 }
 
+# Weights of MMFS, as a pattern of names.
+MMFS = r"look_back\."
+
 # Weights that a change keeps from learning, as patterns of names.
-FROZEN: Mapping[str, str] = {"no MMFS": r"look_back\."}
+FROZEN: Mapping[str, str] = {"no MMFS": MMFS}

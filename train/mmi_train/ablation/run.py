@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from mmi_deploy.spec.config import with_fields
 from mmi_deploy.system.files import sha256_of, write_file
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.ablation.measures import measure
-from mmi_train.ablation.parts import FROZEN, PARTS
+from mmi_train.ablation.parts import FROZEN, MMFS, PARTS
 from mmi_train.ablation.studies import Training
 from mmi_train.evaluation.contact_sheet import contact_sheet
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -45,6 +45,7 @@ class Scale:
     solver_steps: int = 10
     loss_batches: int = 4
     share: float = 1.0
+    new_mmfs: bool = True
     precision: Literal["bf16", "fp32"] = "fp32"
 
 
@@ -140,7 +141,8 @@ def _stage(
     training: Training, scale: Scale, start: Start, seed: int
 ) -> tuple[InterleavedStage, tuple[GroupRule, ...]]:
     """The model with the changes of `training` in a stage, and the rules of what learns."""
-    model = changed_model(training, start.folder, seed)
+    fresh = training.fresh + ((MMFS,) if scale.new_mmfs else ())
+    model = changed_model(replace(training, fresh=fresh), start.folder, seed)
     mixture = {kind: max(round(n * scale.share), 1) for kind, n in training.mixture.items()}
     stage = InterleavedStage(
         model,

@@ -34,13 +34,13 @@ class Training:
 
     `fields`: changes of the configuration by dotted names. `parts`: names in `parts.PARTS`.
     `world`: of all documents. `mixture`: documents of a step. `learns`: patterns of the weights
-    that learn. `fresh`: patterns of those that are new where a run starts from a model.
+    that learn. `fresh`: patterns of those that are new and not the start model's.
     """
 
     world: WorldConfig
     mixture: Mapping[str, int]
     learns: tuple[str, ...]
-    fresh: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
     rate: float = 1e-3
     fields: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
@@ -90,7 +90,8 @@ _LEARNS = (
     r"^image_decoder\.(context_proj|resampler|unet)",
 )
 
-# One scale and one image, as in the paper's tables 5 to 8: the map of 8 x 8 cells, the image before.
+# One scale and one image, as in the paper's tables 5 to 8: the map of 8 x 8 cells, the image
+# before.
 _ONE_SCALE = {"llm_mmfs.levels": (1,), "image_decoder.mmfs.levels": (1,)}
 _ONE_IMAGE = {
     "llm_mmfs.images": 2,
@@ -107,7 +108,6 @@ _BASE = Training(
     world=_DIGITS,
     mixture={"reading": 4, "digit": 6, "shots": 2, "drawing": 2, "segmentation": 3, "story": 1},
     learns=_LEARNS,
-    fresh=(r"look_back\.",),
 )
 
 
@@ -256,7 +256,7 @@ _SHOTS = Study(
 )
 
 # The diffusion part alone, on frozen conditions of a trained model: a new and narrower U-Net learns
-# to draw one object from its caption.
+# to draw one object from its caption, at half the size.
 _DIFFUSION = Training(
     world=replace(easy(), name="easy, one object", max_objects=1),
     mixture={"drawing": 16},
@@ -270,6 +270,7 @@ _DIFFUSION = Training(
 
 def _option(**changes: Any) -> Training:
     fields = {
+        "image_decoder.unet.latent_side": 8,
         "image_decoder.unet.block_widths": (32, 48, 48),
         "image_decoder.unet.attention_heads": (1, 1, 1),
         "image_decoder.diffusion.beta_end": 0.012,

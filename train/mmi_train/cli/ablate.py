@@ -39,6 +39,13 @@ def ablate(
             min=0.01, max=8, help="Documents of a step, of those of the study.", metavar="X"
         ),
     ] = 1.0,
+    keep_mmfs: Annotated[
+        bool,
+        typer.Option(
+            "--keep-mmfs",
+            help="Start with the layers of MMFS that the model has, for short runs.",
+        ),
+    ] = False,
     precision: Annotated[
         Precision, typer.Option(help="Precision of the arithmetic; weights are fp32.")
     ] = "fp32",
@@ -64,7 +71,7 @@ def ablate(
         chosen = [study_called(name) for name in dict.fromkeys(studies or STUDIES)]
         if threads is not None:
             torch.set_num_threads(threads)
-        scale = Scale(steps, questions, share=share, precision=precision)
+        scale = Scale(steps, questions, share=share, new_mmfs=not keep_mmfs, precision=precision)
         report = run(chosen, range(seeds), scale, start, out, progress)
     if as_json:
         print_json(report)
