@@ -39,7 +39,7 @@ from mmi_export.parity.small_model import difference, slice_of
 from mmi_export.placeholder_model import Weights, write_placeholder_model
 from mmi_export.plan import Layout, Plan, Scope, plan_export
 from mmi_export.preview_map import fit_preview_map
-from mmi_export.schedules import parse_schedule
+from mmi_export.schedules import default_schedules, parse_schedule
 from mmi_export.tokenizer_files import write_tokenizer
 from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_export.tracing.onnx_from_module import onnx_from_module
@@ -60,7 +60,6 @@ MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
     "vae_decoder": VaeDecoderGraph,
 }
 
-DEFAULT_SCHEDULES = ("unipc:20",)
 
 CHECKING = "checking that weights are finite"
 
@@ -87,7 +86,7 @@ def prepare_export(
     model_folder: Path,
     out_folder: Path,
     context: int | None = None,
-    schedules: Sequence[str] = DEFAULT_SCHEDULES,
+    schedules: Sequence[str] | None = None,
     *,
     rows: int = 8,
     images: int = 49,
@@ -117,7 +116,7 @@ def export_bundle(
     model_folder: Path,
     out_folder: Path,
     context: int | None = None,
-    schedules: Sequence[str] = DEFAULT_SCHEDULES,
+    schedules: Sequence[str] | None = None,
     *,
     force: bool = False,
     progress: Progress = silent,
@@ -126,7 +125,8 @@ def export_bundle(
     """Export the model in `model_folder` and compare its graphs with it in ONNX Runtime.
 
     `context`: slots of the KV cache, a constant of the `llm` graph (None: as many as the model has
-    positions). `schedules`: samplers `NAME:STEPS`; the first is the default. `options` are those of
+    positions). `schedules`: samplers `NAME:STEPS`, the first is the default; None: 20 steps of UniPC.
+    `options` are those of
     `prepare_export`: `rows`, `images`: maximum batch size and images of a document; `layout`,
     `scope`: see `plan` (None: chosen by the size of the weights and the memory of this machine);
     `weights`: their origin, for the manifest. `out_folder` is written whole or not at all.
@@ -287,10 +287,11 @@ def _limits(config: ModelConfig, context: int | None, rows: int, images: int) ->
     return limits
 
 
-def _tables(config: ModelConfig, schedules: Sequence[str]) -> tuple[Schedule, ...]:
-    if not schedules:
-        raise ConfigError(
-            "a bundle has at least one schedule", fix=f"give --schedule {DEFAULT_SCHEDULES[0]}"
-        )
+def _tables(config: ModelConfig, schedules: Sequence[str] | None) -> tuple[Schedule, ...]:
     diffusion = config.image_decoder.diffusion
+    usual = default_schedules(diffusion)
+    if schedules is None:
+        schedules = usual
+    if not schedules:
+        raise ConfigError("a bundle has at least one schedule", fix=f"give --schedule {usual[0]}")
     return tuple(parse_schedule(text, diffusion) for text in dict.fromkeys(schedules))

@@ -28,11 +28,10 @@ from mmi_deploy.spec.schedule import (
     LATENTS,
     NOISE,
     PREDICTION,
-    SPACINGS,
     Schedule,
     parse_schedule_name,
 )
-from mmi_train.model.diffusion import scheduler_options
+from mmi_train.model.diffusion import ddim, scheduler_options, spacing_options
 
 LAST_SAMPLE, LAST_DATA, OLDER_DATA = range(HISTORY_START, TERMS)
 
@@ -54,24 +53,54 @@ _SOLVERS = {
 }
 
 
-def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: str = SPACINGS[0]) -> Any:
-    """Build diffusers' scheduler `name` with the configuration of Stable Diffusion."""
+def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: str | None = None) -> Any:
+    """Build diffusers' scheduler `name` with the configuration of Stable Diffusion. spacing: None
+    for that of the model."""
     solver = _SOLVERS[name]
+    spacing = spacing or diffusion.spacing
     return solver.scheduler(
-        **scheduler_options(diffusion),
-        timestep_spacing=spacing,
-        steps_offset=1 if spacing == "leading" else 0,
-        **solver.options,
+        **scheduler_options(diffusion), **spacing_options(spacing), **solver.options
     )
 
 
+def scheduler_of(key: str, diffusion: DiffusionConfig) -> tuple[Any, float]:
+    """Build diffusers' scheduler for a schedule's key, with its timesteps set, and its eta. The
+    ancestral sampler takes its noise explicitly, as DDIM with eta 1."""
+    named = parse_schedule_name(key, diffusion.steps)
+    ancestral = named.solver == "ddpm"
+    made = (
+        ddim(diffusion, named.spacing)
+        if ancestral
+        else diffusers_scheduler(named.solver, diffusion, named.spacing)
+    )
+    made.set_timesteps(named.steps)
+    return made, float(ancestral)
+
+
+def default_schedules(diffusion: DiffusionConfig) -> tuple[str, ...]:
+    """Samplers of a bundle for which none is asked, the first of which is its default."""
+    return (parse_schedule_name(f"unipc-{diffusion.spacing}:20", diffusion.steps).key,)
+
+
 def schedule_table(
-    name: str, steps: int, diffusion: DiffusionConfig, spacing: str = SPACINGS[0]
+    name: str, steps: int, diffusion: DiffusionConfig, spacing: str | None = None
 ) -> Schedule:
-    """Build the table of one solver for `steps` steps, without the U-Net's time table."""
+    """Build the table of one solver for `steps` steps, without the U-Net's time table. spacing:
+    None for that of the model. Raises `ConfigError` for one that the solver or the model cannot
+    take."""
+    spacing = spacing or diffusion.spacing
     named = parse_schedule_name(f"{name}-{spacing}:{steps}", diffusion.steps)
     scheduler = diffusers_scheduler(name, diffusion, spacing)
     scheduler.set_timesteps(steps)
+    begun = int(scheduler.timesteps[0])
+    if diffusion.rescale_betas_zero_snr and begun != diffusion.steps - 1:
+        raise ConfigError(
+            f"{named.key} cannot draw with a model of zero terminal SNR, whose noise is that of "
+            "its last timestep",
+            expected=f"a first timestep of {diffusion.steps - 1}",
+            got=begun,
+            fix=f"write {name}-{diffusion.spacing}:{steps}",
+        )
     if len(scheduler.timesteps) != steps:
         raise ConfigError(
             f"{name} cannot make {steps} steps",

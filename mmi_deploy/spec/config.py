@@ -8,7 +8,8 @@ released checkpoint (MMFS on the skips, the nearest image, a null slot, Q-Former
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -398,15 +399,48 @@ class VaeConfig:
         return self.patch * 2 ** (len(self.block_widths) - 1)
 
 
+# Fields of `DiffusionConfig` that configurations from before them lack.
+_LATER_DIFFUSION = ("rescale_betas_zero_snr", "min_snr_gamma")
+
+
 @dataclass(frozen=True, config=STRICT)
 class DiffusionConfig:
-    """Noise schedule of training and the U-Net's prediction type, as in diffusers' DDPM."""
+    """Noise schedule of training and the U-Net's prediction type, as in diffusers' DDPM.
+
+    `rescale_betas_zero_snr`: the last timestep is noise alone (Lin et al. 2023, Algorithm 1); the
+    prediction is then v, because noise alone predicts no picture. `min_snr_gamma`: the loss of a
+    timestep counts as that of the picture with the weight min(SNR, gamma) (Hang et al. 2023); None:
+    the mean squared error of the prediction, as published.
+    """
 
     prediction: Literal["epsilon", "v_prediction"]
     steps: Count = 1000
     beta_start: Rate = 0.00085
     beta_end: Rate = 0.012
     beta_schedule: str = "scaled_linear"
+    rescale_betas_zero_snr: bool = False
+    min_snr_gamma: Positive | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> DiffusionConfig:
+        if self.rescale_betas_zero_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr needs the prediction v_prediction: at the last timestep "
+                "the noise, which epsilon predicts, is all that the U-Net is given"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit later fields at their defaults: checkpoints from before them compare this text."""
+        fields: dict[str, Any] = inner(self)
+        return {n: value for n, value in fields.items() if value or n not in _LATER_DIFFUSION}
+
+    @property
+    def spacing(self) -> Literal["leading", "trailing"]:
+        """Timestep spacing of samplers: Stable Diffusion's, or, with a terminal SNR of zero, one
+        that begins at the last timestep (Lin et al. 2023, Sec. 3.3)."""
+        return "trailing" if self.rescale_betas_zero_snr else "leading"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -505,13 +539,39 @@ def first_flaw(error: ValidationError) -> str:
 
 def from_json(text: str | bytes, source: str = "configuration") -> ModelConfig:
     """Parse a configuration; raises `ConfigError` that names the first wrong field."""
+    return _validated(lambda: _ADAPTER.validate_json(text), source)
+
+
+def _validated(make: Callable[[], ModelConfig], source: str) -> ModelConfig:
     try:
-        return _ADAPTER.validate_json(text)
+        return make()
     except ValidationError as error:
         raise ConfigError(
             f"{source} is not a valid model configuration: {first_flaw(error)}",
             fix="compare it with the output of `mmi inspect --preset tiny`",
         ) from None
+
+
+def with_fields(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    """`config` with some fields changed, by dotted names as `image_decoder.diffusion.beta_end`.
+    Raises `ConfigError` for a field that there is not, or a value that does not fit."""
+    # Field by field: the written form leaves some out at their defaults.
+    fields = asdict(config)
+    for name, value in changes.items():
+        *tables, last = name.split(".")
+        table: Any = fields
+        for key in tables:
+            table = table.get(key) if isinstance(table, dict) else None
+        if not isinstance(table, dict) or last not in table or isinstance(table[last], dict):
+            raise ConfigError(
+                f"a model configuration has no field {name!r}",
+                expected="a dotted name, as image_decoder.diffusion.prediction",
+                fix="see `mmi inspect --preset tiny`",
+            )
+        table[last] = value
+    return _validated(
+        lambda: _ADAPTER.validate_python(fields), f"the change of {', '.join(changes)}"
+    )
 
 
 def read_config(path: Path) -> ModelConfig:

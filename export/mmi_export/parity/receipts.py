@@ -35,8 +35,7 @@ from mmi_deploy.spec.graphs import DEEP, Graph, Limits, numbered
 from mmi_deploy.spec.schedule import Schedule
 from mmi_export.graphs.image_decoder import condition_names
 from mmi_export.parity.llm_rows import LlmRows, random_rows
-from mmi_export.schedules import diffusers_scheduler, schedule_table
-from mmi_train.model.diffusion import ddim
+from mmi_export.schedules import schedule_table, scheduler_of
 from mmi_train.model.image_decoder import DenoisingStep, PreviousImages
 from mmi_train.model.llama import Llama
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
@@ -427,9 +426,7 @@ def _picture(
     """Draw a picture of a few steps with the model. `features`: pool of images, of which it sees
     `m`."""
     decoder, diffusion = model.image_decoder, model.config.image_decoder.diffusion
-    noisy = schedule.name == "ddpm"
-    scheduler = ddim(diffusion) if noisy else diffusers_scheduler(schedule.name, diffusion)
-    scheduler.set_timesteps(_STEPS)
+    scheduler, eta = scheduler_of(schedule.key, diffusion)
     images = _previous_images(model, draw, features, m)
     latents = _normal(draw, graph["latents"].resolve(b=1))
     noise = _normal(draw, (_STEPS, *latents.shape))
@@ -442,7 +439,7 @@ def _picture(
         scheduler,
         guidance=_GUIDANCE[row],
         full_every=_STEPS if shallow else 1,
-        step_noise=list(torch.from_numpy(noise)) if noisy else None,
+        step_noise=list(torch.from_numpy(noise)) if eta else None,
         on_step=steps.append,
     )
     constants = {"image_slot": images.slot.numpy(), "image_position": images.position.numpy()}

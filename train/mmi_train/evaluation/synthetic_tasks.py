@@ -324,7 +324,8 @@ def questions_of(
         yield kind, found[:count]
 
 
-def _sample(question: Question, produced: np.ndarray) -> Sample:
+def sample_of(question: Question, produced: np.ndarray) -> Sample:
+    """A drawn picture beside what it was drawn from and what was expected."""
     parts = question.document.parts
     texts = [part.text for part in parts[: question.target] if isinstance(part, TaskText)]
     pictures = [part.image for part in parts[: question.target] if isinstance(part, TaskImage)]
@@ -371,7 +372,7 @@ def evaluate(
             produced = evaluator.run(questions, metrics, partial(progress, f"{kind}, {name}"))
             if metrics is with_mmfs:
                 samples += [
-                    _sample(question, picture)
+                    sample_of(question, picture)
                     for question, picture in zip(questions, produced, strict=True)
                     if isinstance(picture, np.ndarray)
                 ][:16]

@@ -131,7 +131,8 @@ class ImageDecoder(nn.Module):
     def losses(
         self, posterior: Posterior, condition: Tensor, images: PreviousImages, draws: RandomDraws
     ) -> Tensor:
-        """Mean squared error of the prediction for each picture, [b] in fp32 (Sec. 3.3, Eq. 5).
+        """Mean squared error of the prediction for each picture, [b] in fp32 (Sec. 3.3, Eq. 5),
+        weighted by its timestep if the configuration says so.
 
         Where `draws.drop` is below `CONDITION_DROP`, the null condition replaces the condition; the
         previous images stay.
@@ -150,7 +151,9 @@ class ImageDecoder(nn.Module):
             images.seeing,
         )
         target = self.diffusion.target(latents, draws.noise, draws.timestep)
-        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        error = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        weight = self.diffusion.loss_weight(draws.timestep)
+        return error if weight is None else error * weight
 
     @torch.no_grad()
     def draw(
