@@ -20,8 +20,11 @@ from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.documents import Documents
+from mmi_train.data.synthetic.world import WorldConfig
 from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.model.unet import UNet
 from mmi_train.training.compiled import check_compiler, compile_blocks
+from mmi_train.training.from_scratch import own_tokenizer
 from mmi_train.training.fused_mmfs import use_fused_mmfs
 from mmi_train.training.loop import UNWATCHED, RunConfig, Watch, train
 from mmi_train.training.lora import (
@@ -38,7 +41,14 @@ from mmi_train.training.optimiser import (
     frozen_matrices,
 )
 from mmi_train.training.ranks import ALONE, Ranks
+from mmi_train.training.stages.distillation import (
+    Distillation,
+    DistillationStage,
+    distilled_config,
+    teacher_of,
+)
 from mmi_train.training.stages.documents import DocumentsStage
+from mmi_train.training.stages.interleaved import PICTURES_MIXTURE, InterleavedStage
 from mmi_train.training.trackers import TrackerName, service
 from mmi_train.training.validation import Validation
 from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
@@ -66,7 +76,7 @@ class FineTuning:
     adapters alone. `lora`: adapters, in addition. `rate`: base learning rate. `warmup`: optimiser
     steps in which it rises, None: a tenth of the run, at most 1000; see `OptimiserConfig` for the
     rest of the optimiser. `batch`: documents of a micro-batch. `max_bad`: broken documents that may
-    be left out.
+    be left out. `distill`: the U-Net learns from a teacher in place of the losses on documents.
     """
 
     groups: str | None = None
@@ -85,6 +95,7 @@ class FineTuning:
     image_weight: float = Field(default=10.0, ge=0)
     max_bad: int = Field(default=100, ge=0)
     checkpoint_gradients: bool = False
+    distill: Distillation | None = None
 
     def optimiser(self, steps: int) -> OptimiserConfig:
         """Optimiser of a run of `steps` steps. Raises `ConfigError` if nothing learns."""
@@ -140,7 +151,7 @@ class Watching:
 
 def fine_tune(
     start: Path,
-    file: Documents,
+    file: Documents | WorldConfig,
     out: Path,
     steps: int,
     tuning: FineTuning,
@@ -180,21 +191,22 @@ def fine_tune(
             if tuning.lora is not None:
                 check_replaceable(adapters, None, kind=ADAPTERS_KIND, inputs=[start])
         progress(f"loading {start}")
-        model = _loaded(start, tuning, optimiser, run.precision, device, ranks)
+        model, teacher = _loaded(start, tuning, optimiser, run.precision, device, ranks)
         if compiled:
             compile_blocks(model, device)
-        stage = DocumentsStage(
-            model,
-            Tokenizer.open(start / TOKENIZER, model.config.tokens),
-            file,
-            tuning.batch,
-            seed=run.seed,
-            text_weight=tuning.text_weight,
-            image_weight=tuning.image_weight,
-            max_bad=tuning.max_bad,
-            on_broken=on_broken,
-            adapters=str(tuning.lora),
-        )
+        source = _source(model, start, file, tuning, run.seed, on_broken)
+        stage, config = source, None
+        if tuning.distill is not None:
+            student = tuning.distill.config_of(model.config.image_decoder)
+            stage = DistillationStage(
+                source,
+                teacher,
+                model.config.image_decoder.branches,
+                tuning.distill,
+                student,
+                str(tuning.lora),
+            )
+            config = distilled_config(model.config, student)
 
         def save(step: int, average: Mapping[str, Tensor]) -> None:
             if tuning.lora is None:
@@ -207,12 +219,37 @@ def fine_tune(
                     trained.save(work)
                 changed = trained.merged(start)
             with new_folder(model_folder, None, kind=FOLDER_KIND) as work:
-                write_changed(work, start, changed)
+                write_changed(work, start, changed, config)
 
         begun = f"weights {sha256_of(start / WEIGHTS)}"
         watch = _watch(watching, stage, out, ranks, {**asdict(tuning), **asdict(run)})
         train(stage, optimiser, run, out / stage.name, save, progress, begun, ranks, watch)
     return model_folder
+
+
+def _source(
+    model: MMInterleaved,
+    start: Path,
+    file: Documents | WorldConfig,
+    tuning: FineTuning,
+    seed: int,
+    on_broken: Callable[[str], None],
+) -> DocumentsStage | InterleavedStage:
+    """Stage that makes micro-batches of the documents of a file, or of a drawn world."""
+    if isinstance(file, WorldConfig):
+        return InterleavedStage(model, own_tokenizer(start), file, PICTURES_MIXTURE)
+    return DocumentsStage(
+        model,
+        Tokenizer.open(start / TOKENIZER, model.config.tokens),
+        file,
+        tuning.batch,
+        seed=seed,
+        text_weight=tuning.text_weight,
+        image_weight=tuning.image_weight,
+        max_bad=tuning.max_bad,
+        on_broken=on_broken,
+        adapters=str(tuning.lora),
+    )
 
 
 def _watch(
@@ -240,15 +277,20 @@ def _loaded(
     precision: Literal["bf16", "fp32"],
     device: torch.device,
     ranks: Ranks,
-) -> MMInterleaved:
+) -> tuple[MMInterleaved, UNet]:
     """The model on `device`, with adapters; in mixed precision its frozen matrices in bfloat16. Of
-    several ranks each moves only its shards there, later."""
+    several ranks each moves only its shards there, later. And its U-Net as it is in the file, a
+    frozen copy for distillation."""
     lean = frozen_matrices(optimiser.rules) if precision == "bf16" else None
     model = load_model(start, matrices=lean)
+    teacher = model.image_decoder.unet
+    if tuning.distill is not None:
+        teacher = teacher_of(teacher)
     if tuning.lora is not None:
         add_adapters(model, tuning.lora, device)
     if ranks.size == 1:
         model.to(device)
+        teacher.to(device)
     model.checkpoint_gradients(tuning.checkpoint_gradients)
     use_fused_mmfs(model, device)
-    return model
+    return model, teacher

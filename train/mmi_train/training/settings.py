@@ -20,6 +20,7 @@ from mmi_train.training.fine_tuning import FineTuning, steps_of
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.recipes import NO_GROUPS, Layer, Values, defaults, layered
+from mmi_train.training.stages.distillation import Distillation
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -68,10 +69,11 @@ class Settings(FineTuning, RunConfig):
         return self.steps or steps_of(self.epochs, documents, self.batch * self.accumulate * ranks)
 
 
-# Names of all settings: those of the table `lora` have its name before them.
+# Names of all settings: those of the tables `lora` and `distill` have their names before them.
 KEYS = (
-    *(field.name for field in fields(Settings) if field.name != "lora"),
+    *(field.name for field in fields(Settings) if field.name not in ("lora", "distill")),
     *(f"lora.{field.name}" for field in fields(LoraConfig)),
+    *(f"distill.{field.name}" for field in fields(Distillation)),
 )
 
 
