@@ -17,21 +17,26 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.config import DiffusionConfig
+from mmi_deploy.spec.config import DiffusionConfig, DistillationConfig
 from mmi_deploy.spec.graphs import STATE, TERMS
 from mmi_deploy.spec.schedule import (
     HISTORY_START,
     LATENTS,
+    LCM,
     NOISE,
     PREDICTION,
     SPACINGS,
     Schedule,
+    ScheduleName,
+    check_schedule,
     parse_schedule_name,
 )
+from mmi_train.model.consistency import denoised_by, lcm, with_noise
 from mmi_train.model.diffusion import scheduler_options
 
 LAST_SAMPLE, LAST_DATA, OLDER_DATA = range(HISTORY_START, TERMS)
@@ -71,6 +76,18 @@ def schedule_table(
     """Build the table of one solver for `steps` steps, without the U-Net's time table."""
     named = parse_schedule_name(f"{name}-{spacing}:{steps}", diffusion.steps)
     scheduler = diffusers_scheduler(name, diffusion, spacing)
+    return _table(named, scheduler)
+
+
+def lcm_table(steps: int, diffusion: DiffusionConfig, solver_steps: int) -> Schedule:
+    """Build the table of multistep consistency sampling; `solver_steps`: timesteps on which the
+    consistency function was trained, the noisiest of which it begins with."""
+    named = parse_schedule_name(f"{LCM}:{steps}", diffusion.steps)
+    return _table(named, lcm(diffusion, solver_steps))
+
+
+def _table(named: ScheduleName, scheduler: Any) -> Schedule:
+    name, steps = named.solver, named.steps
     scheduler.set_timesteps(steps)
     if len(scheduler.timesteps) != steps:
         raise ConfigError(
@@ -92,9 +109,15 @@ def schedule_table(
     )
 
 
-def parse_schedule(text: str, diffusion: DiffusionConfig) -> Schedule:
-    """Build the table for `NAME:STEPS` or `NAME-SPACING:STEPS`, the form of the command line."""
+def parse_schedule(
+    text: str, diffusion: DiffusionConfig, distilled: DistillationConfig | None = None
+) -> Schedule:
+    """Build the table for `NAME:STEPS` or `NAME-SPACING:STEPS`, the form of the command line.
+    Raises `ConfigError`, also for a sampler with which a model that is `distilled` cannot draw."""
     named = parse_schedule_name(text, diffusion.steps)
+    check_schedule(named, distilled)
+    if distilled is not None and distilled.solver_steps is not None:
+        return lcm_table(named.steps, diffusion, distilled.solver_steps)
     return schedule_table(named.solver, named.steps, diffusion, named.spacing)
 
 
@@ -108,6 +131,10 @@ def _probe_step(scheduler: Any, timestep: torch.Tensor) -> torch.Tensor:
         scheduler.model_outputs = [basis[OLDER_DATA], basis[LAST_DATA]]
     if keeps_sample:
         scheduler.last_sample = basis[LAST_SAMPLE]
+    if isinstance(scheduler, LCMScheduler):
+        rows[2] = denoised_by(scheduler, basis[PREDICTION], timestep, basis[LATENTS])
+        rows[0] = with_noise(scheduler, rows[2], timestep, basis[NOISE])
+        return rows[:, 0]
     if isinstance(scheduler, DDPMScheduler):
         rows[0] = _without_noise(scheduler, timestep, basis[PREDICTION], basis[LATENTS])
         rows[0] += _noise_scale(scheduler, timestep) * basis[NOISE]

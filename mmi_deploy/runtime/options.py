@@ -23,7 +23,8 @@ class GenerationOptions:
     repetition_penalty, min_p, presence_penalty, frequency_penalty, logit_bias, logprobs: see
     `TextSampling`; penalties apply to tokens of the current turn, as in the published code.
     schedule: key of the sampler, as `ddim:20`; None for the bundle's first. guidance: scale of
-    classifier-free guidance, 1 for none (the paper's evaluation uses 3.5). full_every: run the
+    classifier-free guidance, 1 for none; None for 3.5, as in the paper's evaluation, or for that of
+    a model into which guidance is distilled, which takes no other. full_every: run the
     whole U-Net at every n-th denoising step and reuse its deep features at the others, a faster
     approximation. previews: pictures shown out of the noise while one is drawn, at most; evenly
     over its steps.
@@ -46,7 +47,7 @@ class GenerationOptions:
     logit_bias: LogitBias = ()
     logprobs: int | None = None
     schedule: str | None = None
-    guidance: float = 3.5
+    guidance: float | None = None
     full_every: int = 1
     previews: int = 0
 
@@ -61,7 +62,7 @@ class GenerationOptions:
             ("turn_tokens", self.turn_tokens is None or self.turn_tokens >= 0, "0 or more"),
             ("full_every", self.full_every >= 1, "1 or more"),
             ("previews", self.previews >= 0, "0 or more"),
-            ("guidance", 0 <= self.guidance <= 100, "0 to 100"),
+            ("guidance", self.guidance is None or 0 <= self.guidance <= 100, "0 to 100"),
             ("seed", 0 <= self.seed < 2**64, "0 to 2^64 - 1"),
         )
         if "" in self.stop:

@@ -210,16 +210,16 @@ class Session:
     def draw(
         self,
         schedule: str | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         seed: int = 0,
         full_every: int = 1,
         on_step: Callable[[int, int], None] = lambda step, of: None,
     ) -> Rgb:
         """Draw the picture that the document's last token begins, and append it.
 
-        schedule: key of a sampler, as in `Runtime.schedule`. guidance: scale of classifier-free
-        guidance, 1 for none. full_every: run the whole U-Net at every n-th step, and reuse its deep
-        features at the others, which is an approximation. on_step(step, of): called after each
+        schedule: key of a sampler, as in `Runtime.schedule`. guidance: as in `GenerationOptions`.
+        full_every: run the whole U-Net at every n-th step, and reuse its deep features at the
+        others, which is an approximation. on_step(step, of): called after each
         step, `step` from 1. Returns uint8 [height, width, 3].
         """
         steps = self.draw_steps(schedule, guidance, seed, full_every)
@@ -232,14 +232,15 @@ class Session:
                 return rgb
 
     def draw_steps(
-        self, schedule: str | None, guidance: float, seed: int, full_every: int = 1
+        self, schedule: str | None, guidance: float | None, seed: int, full_every: int = 1
     ) -> Generator[tuple[int, int], None, Rgb]:
         """`draw` as a generator: yields (step, of) after each step and returns the picture.
 
         The same document and seed give the same picture. The picture is not appended, so closing
         the generator leaves the document as it was. A session draws one picture at a time.
         """
-        picture = Picture(self.images, schedule, guidance, seed, full_every)
+        scale = self.config.image_decoder.guidance_of(guidance)
+        picture = Picture(self.images, schedule, scale, seed, full_every)
         self.begin(picture)
         steps = self.runtime.schedule(schedule).schedule.steps
         for step in range(steps):

@@ -475,12 +475,6 @@ class ImageDecoderConfig:
         classifier-free guidance, or one where guidance is distilled."""
         return 2 if self.distillation is None else 1
 
-    @property
-    def default_schedule(self) -> str:
-        """Sampler of a bundle for which none is asked."""
-        consistent = self.distillation is not None and self.distillation.kind == "lcm"
-        return "lcm:4" if consistent else "unipc:20"
-
     def guidance_of(self, asked: float | None) -> float:
         """Guidance scale of a picture for which `asked` was given, None for the default. Raises
         `ConfigError` for one that a distilled U-Net does not have."""

@@ -77,21 +77,22 @@ def lcm(diffusion: DiffusionConfig, solver_steps: int) -> LCMScheduler:
     return LCMScheduler(**scheduler_options(diffusion), original_inference_steps=solver_steps)
 
 
-def next_latents(
-    scheduler: LCMScheduler, timestep: Tensor, denoised: Tensor, noise: Tensor
+def with_noise(
+    scheduler: LCMScheduler, denoised: Tensor, timestep: Tensor, noise: Tensor
 ) -> Tensor:
-    """Latents of the step after `timestep`: `denoised` with `noise` added, which the scheduler
-    itself would draw; after the last step `denoised` itself."""
+    """Latents of the step after `timestep`: `denoised` with given noise, which the scheduler itself
+    would draw; after the last step `denoised` itself."""
     following = scheduler.timesteps[scheduler.timesteps < timestep]
     if not len(following):
         return denoised
-    return scheduler.add_noise(denoised, noise, following[:1])
+    noisy: Tensor = scheduler.add_noise(denoised, noise, following[:1])
+    return noisy
 
 
-def with_noise_of(
-    scheduler: LCMScheduler, prediction: Tensor, timestep: Tensor, latents: Tensor, noise: Tensor
+def denoised_by(
+    scheduler: LCMScheduler, prediction: Tensor, timestep: Tensor, latents: Tensor
 ) -> Tensor:
-    """One step of the scheduler with given noise: the next latents [b, z, side, side]."""
-    generator = torch.Generator().manual_seed(0)  # of noise that is not used
-    denoised = scheduler.step(prediction, timestep, latents, generator=generator).denoised
-    return next_latents(scheduler, timestep, denoised, noise)
+    """Value of the consistency function at a step of the scheduler, which moves on."""
+    draw = torch.Generator().manual_seed(0)  # of noise that is not used
+    found: Tensor = scheduler.step(prediction, timestep, latents, generator=draw).denoised
+    return found

@@ -273,7 +273,6 @@ class MMInterleaved(nn.Module):
             losses = losses * batch.picture_weight[drawn]
         return losses.sum() / count, own
 
-
     def picture_inputs(self, hidden: Tensor, images: EncodedImages, batch: Batch) -> PictureInputs:
         """Target, condition and earlier images of the pictures of a batch that are computed."""
         assert batch.layout is not None and batch.layout.pictures is not None

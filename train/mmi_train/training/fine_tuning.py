@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.config import read_config
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
@@ -53,6 +54,7 @@ from mmi_train.training.trackers import TrackerName, service
 from mmi_train.training.validation import Validation
 from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
 from mmi_train.weights.model_folder import (
+    CONFIG,
     FOLDER_KIND,
     TOKENIZER,
     WEIGHTS,
@@ -175,6 +177,7 @@ def fine_tune(
     and `out`; only the first one writes and reports. Raises `MmiError` where another process trains
     there, or a folder holds files that mmi did not write.
     """
+    _check_distillation(start, tuning, ranks)
     if compiled:
         if ranks.size > 1 or (tuning.lora is not None and tuning.lora.four_bit):
             raise ConfigError(
@@ -225,6 +228,27 @@ def fine_tune(
         watch = _watch(watching, stage, out, ranks, {**asdict(tuning), **asdict(run)})
         train(stage, optimiser, run, out / stage.name, save, progress, begun, ranks, watch)
     return model_folder
+
+
+def _check_distillation(start: Path, tuning: FineTuning, ranks: Ranks) -> None:
+    """Raise `ConfigError` for a distillation, or a distilled model, that cannot be trained so."""
+    decoder = read_config(start / CONFIG).image_decoder
+    if tuning.distill is not None:
+        tuning.distill.config_of(decoder)
+        if ranks.size > 1:
+            raise ConfigError("a distillation runs in one process", fix="leave torchrun out")
+        if tuning.lora is not None and tuning.lora.layers != ("unet",):
+            raise ConfigError(
+                "a distillation trains the U-Net alone",
+                got=f"adapters of {', '.join(tuning.lora.layers)}",
+                fix='set lora.layers to ["unet"]',
+            )
+    elif decoder.distillation is not None and tuning.image_weight > 0:
+        raise ConfigError(
+            f"the U-Net of {start} is distilled: the loss on pictures would undo that",
+            fix="train the model that it was distilled from, and distil that; or train on text "
+            "alone with --image-weight 0",
+        )
 
 
 def _source(
