@@ -83,7 +83,7 @@ def export(
             metavar="NAME:STEPS",
             help="A sampler, as in unipc:20 or ddim:50; several may be given, the first is the "
             "default.",
-            show_default="unipc:20",
+            show_default="unipc:20, of a consistency model lcm:4",
             rich_help_panel="Bundle",
         ),
     ] = None,

@@ -19,7 +19,7 @@ from mmi_deploy.errors import ConfigError, EngineError, WeightsError
 from mmi_deploy.parity import Proof
 from mmi_deploy.spec.config import ModelConfig, read_config
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
-from mmi_deploy.spec.schedule import Schedule
+from mmi_deploy.spec.schedule import Schedule, default_schedule
 from mmi_deploy.system.memory import free_memory
 from mmi_deploy.system.progress import Progress, Stage, StageTimer, silent
 from mmi_deploy.targets.calibration import check_can_run
@@ -39,7 +39,7 @@ from mmi_export.parity.small_model import difference, slice_of
 from mmi_export.placeholder_model import Weights, write_placeholder_model
 from mmi_export.plan import Layout, Plan, Scope, plan_export
 from mmi_export.preview_map import fit_preview_map
-from mmi_export.schedules import default_schedules, parse_schedule
+from mmi_export.schedules import parse_schedule
 from mmi_export.tokenizer_files import write_tokenizer
 from mmi_export.tracing.fake_weights_model import FakeWeightsModel
 from mmi_export.tracing.onnx_from_module import onnx_from_module
@@ -59,7 +59,6 @@ MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
     "denoise_shallow": DenoiseShallowGraph,
     "vae_decoder": VaeDecoderGraph,
 }
-
 
 CHECKING = "checking that weights are finite"
 
@@ -125,8 +124,8 @@ def export_bundle(
     """Export the model in `model_folder` and compare its graphs with it in ONNX Runtime.
 
     `context`: slots of the KV cache, a constant of the `llm` graph (None: as many as the model has
-    positions). `schedules`: samplers `NAME:STEPS`, the first is the default; None: 20 steps of UniPC.
-    `options` are those of
+    positions). `schedules`: samplers `NAME:STEPS`, the first is the default; None: that of the
+    configuration. `options` are those of
     `prepare_export`: `rows`, `images`: maximum batch size and images of a document; `layout`,
     `scope`: see `plan` (None: chosen by the size of the weights and the memory of this machine);
     `weights`: their origin, for the manifest. `out_folder` is written whole or not at all.
@@ -288,10 +287,13 @@ def _limits(config: ModelConfig, context: int | None, rows: int, images: int) ->
 
 
 def _tables(config: ModelConfig, schedules: Sequence[str] | None) -> tuple[Schedule, ...]:
-    diffusion = config.image_decoder.diffusion
-    usual = default_schedules(diffusion)
+    decoder = config.image_decoder
+    usual = default_schedule(decoder.diffusion, decoder.distillation)
     if schedules is None:
-        schedules = usual
+        schedules = (usual,)
     if not schedules:
-        raise ConfigError("a bundle has at least one schedule", fix=f"give --schedule {usual[0]}")
-    return tuple(parse_schedule(text, diffusion) for text in dict.fromkeys(schedules))
+        raise ConfigError("a bundle has at least one schedule", fix=f"give --schedule {usual}")
+    return tuple(
+        parse_schedule(text, decoder.diffusion, decoder.distillation)
+        for text in dict.fromkeys(schedules)
+    )

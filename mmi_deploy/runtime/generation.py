@@ -140,6 +140,7 @@ class Generation:
         self.sequence, self.options = sequence, options
         self.tokenizer, self.tokens = tokenizer, config.tokens
         self.steps, self.timings, self.cancelled = steps, timings, cancelled
+        self.guidance = config.image_decoder.guidance_of(options.guidance)
         self.encoded = encode_document(document, tokenizer, config, limits.context, limits.images)
         self.stream = TextStream(tokenizer)
         self.stop_text = StopText(options.stop)
@@ -285,9 +286,7 @@ class Generation:
         options, index = self.options, self.sequence.images
         self.sequence.append_text([self.tokens.boi])
         yield ImageStarted(index, self.steps)
-        picture = Picture(
-            index, options.schedule, options.guidance, options.seed, options.full_every
-        )
+        picture = Picture(index, options.schedule, self.guidance, options.seed, options.full_every)
         shown = preview_steps(self.steps, options.previews)
         for step in range(self.steps):
             self._check_cancelled()

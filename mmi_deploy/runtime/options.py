@@ -10,7 +10,6 @@ from typing import Any
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.sampling import LogitBias, TextSampling, check_ranges, check_types
 
-
 # Beams of a search, at most; the rows of a run allow fewer.
 MOST_BEAMS = 64
 
@@ -31,7 +30,8 @@ class GenerationOptions:
     probability of a text is divided by, above 0 in favour of long texts. early_stopping: end a
     search once `beams` texts have finished.
     schedule: key of the sampler, as `ddim:20`; None for the bundle's first. guidance: scale of
-    classifier-free guidance, 1 for none (the paper's evaluation uses 3.5). full_every: run the
+    classifier-free guidance, 1 for none; None for 3.5, as in the paper's evaluation, or for that of
+    a model into which guidance is distilled, which takes no other. full_every: run the
     whole U-Net at every n-th denoising step and reuse its deep features at the others, a faster
     approximation. previews: pictures shown out of the noise while one is drawn, at most; evenly
     over its steps.
@@ -57,7 +57,7 @@ class GenerationOptions:
     length_penalty: float = 1.0
     early_stopping: bool = False
     schedule: str | None = None
-    guidance: float = 3.5
+    guidance: float | None = None
     full_every: int = 1
     previews: int = 0
 
@@ -72,7 +72,7 @@ class GenerationOptions:
             ("turn_tokens", self.turn_tokens is None or self.turn_tokens >= 0, "0 or more"),
             ("full_every", self.full_every >= 1, "1 or more"),
             ("previews", self.previews >= 0, "0 or more"),
-            ("guidance", 0 <= self.guidance <= 100, "0 to 100"),
+            ("guidance", self.guidance is None or 0 <= self.guidance <= 100, "0 to 100"),
             ("beams", 1 <= self.beams <= MOST_BEAMS, f"1 to {MOST_BEAMS}"),
             ("length_penalty", -10 <= self.length_penalty <= 10, "-10 to 10"),
             ("seed", 0 <= self.seed < 2**64, "0 to 2^64 - 1"),

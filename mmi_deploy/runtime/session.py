@@ -209,7 +209,9 @@ class Session:
         rows = self._cache_rows
         placed = rows.grow(step.parents)
         place = len(self.token_ids) + rows.depth - 1
-        self.decode_rows([(row, token, place) for row, token in zip(placed, step.tokens, strict=True)])
+        self.decode_rows(
+            [(row, token, place) for row, token in zip(placed, step.tokens, strict=True)]
+        )
         logits = self._logits.read()
         check_finite(logits[placed], f"the logits after {place + 1} tokens of a beam")
         return [logits[row, 0] for row in placed]
@@ -245,7 +247,11 @@ class Session:
                     taken[row] = left.pop()
             self.decode_rows(
                 [
-                    (row, continuations[number][len(found[number]) - 1], first + len(found[number]) - 1)
+                    (
+                        row,
+                        continuations[number][len(found[number]) - 1],
+                        first + len(found[number]) - 1,
+                    )
                     for row, number in taken.items()
                 ]
             )
@@ -297,16 +303,16 @@ class Session:
     def draw(
         self,
         schedule: str | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         seed: int = 0,
         full_every: int = 1,
         on_step: Callable[[int, int], None] = lambda step, of: None,
     ) -> Rgb:
         """Draw the picture that the document's last token begins, and append it.
 
-        schedule: key of a sampler, as in `Runtime.schedule`. guidance: scale of classifier-free
-        guidance, 1 for none. full_every: run the whole U-Net at every n-th step, and reuse its deep
-        features at the others, which is an approximation. on_step(step, of): called after each
+        schedule: key of a sampler, as in `Runtime.schedule`. guidance: as in `GenerationOptions`.
+        full_every: run the whole U-Net at every n-th step, and reuse its deep features at the
+        others, which is an approximation. on_step(step, of): called after each
         step, `step` from 1. Returns uint8 [height, width, 3].
         """
         steps = self.draw_steps(schedule, guidance, seed, full_every)
@@ -319,14 +325,15 @@ class Session:
                 return rgb
 
     def draw_steps(
-        self, schedule: str | None, guidance: float, seed: int, full_every: int = 1
+        self, schedule: str | None, guidance: float | None, seed: int, full_every: int = 1
     ) -> Generator[tuple[int, int], None, Rgb]:
         """`draw` as a generator: yields (step, of) after each step and returns the picture.
 
         The same document and seed give the same picture. The picture is not appended, so closing
         the generator leaves the document as it was. A session draws one picture at a time.
         """
-        picture = Picture(self.images, schedule, guidance, seed, full_every)
+        scale = self.config.image_decoder.guidance_of(guidance)
+        picture = Picture(self.images, schedule, scale, seed, full_every)
         self.begin(picture)
         steps = self.runtime.schedule(schedule).schedule.steps
         for step in range(steps):

@@ -55,6 +55,9 @@ Ratio = Annotated[float, Field(gt=0, le=64)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Level = Annotated[int, Field(ge=0, le=3)]
 
+# Scale of classifier-free guidance in the paper's evaluation (Sec. 4.1).
+PUBLISHED_GUIDANCE = 3.5
+
 
 _HEADS = "its number of heads"
 _GROUPS = "its norm_groups"
@@ -444,18 +447,81 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class DistillationConfig:
+    """Distillation of the U-Net into one branch, with guidance of scale `guidance` folded in.
+
+    `guidance` (Meng et al. 2023, Sec. 3.1): the prediction is the teacher's guided one, for any
+    sampler. `lcm` (Luo et al. 2023): a latent consistency function, sampled by `lcm:N`;
+    `solver_steps`: evenly spread timesteps on which it was trained, the most that N can be.
+    """
+
+    kind: Literal["guidance", "lcm"]
+    guidance: Annotated[float, Field(ge=0, le=100)]
+    solver_steps: Few | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> DistillationConfig:
+        if (self.kind == "lcm") != (self.solver_steps is not None):
+            raise ValueError("solver_steps belongs to the kind lcm, which needs it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit `solver_steps` where there are none."""
+        fields: dict[str, Any] = inner(self)
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True, config=STRICT)
 class ImageDecoderConfig:
-    """Image decoder, LLM hidden states to a picture: context resampler, U-Net with MMFS, VAE."""
+    """Image decoder, LLM hidden states to a picture: context resampler, U-Net with MMFS, VAE.
+
+    `distillation`: None for a U-Net as published, which takes two branches for guidance.
+    """
 
     resampler: ResamplerConfig
     unet: UnetConfig
     mmfs: MmfsConfig
     vae: VaeConfig
     diffusion: DiffusionConfig
+    distillation: DistillationConfig | None = None
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> ImageDecoderConfig:
+        steps = self.distillation.solver_steps if self.distillation else None
+        if steps is not None and steps > self.diffusion.steps:
+            raise ValueError(f"solver_steps {steps} are more than {self.diffusion.steps} steps")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit an absent `distillation`: checkpoints from before the field compare this text."""
+        fields: dict[str, Any] = inner(self)
+        return {name: value for name, value in fields.items() if value is not None}
 
     @property
     def image_size(self) -> int:
         return self.unet.latent_side * self.vae.factor
+
+    @property
+    def branches(self) -> int:
+        """Rows that the U-Net computes for a picture: a conditional and an unconditional one for
+        classifier-free guidance, or one where guidance is distilled."""
+        return 2 if self.distillation is None else 1
+
+    def guidance_of(self, asked: float | None) -> float:
+        """Guidance scale of a picture for which `asked` was given, None for the default. Raises
+        `ConfigError` for one that a distilled U-Net does not have."""
+        if self.distillation is None:
+            return PUBLISHED_GUIDANCE if asked is None else asked
+        own = self.distillation.guidance
+        if asked is not None and asked != own:
+            raise ConfigError(
+                f"this model draws with guidance {own:g} alone, which is distilled into it",
+                got=f"guidance {asked:g}",
+                fix="leave the guidance out, or take the model that it was distilled from",
+            )
+        return own
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,9 +9,14 @@ import torch
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.spec.config import DiffusionConfig
 from mmi_deploy.spec.graphs import HISTORY, STATE
-from mmi_deploy.spec.schedule import LAST_DATA_ROW, SOLVERS, Schedule, read_schedule
+from mmi_deploy.spec.schedule import (
+    LAST_DATA_ROW,
+    SOLVERS,
+    Schedule,
+    default_schedule,
+    read_schedule,
+)
 from mmi_export.schedules import (
-    default_schedules,
     diffusers_scheduler,
     parse_schedule,
     schedule_table,
@@ -217,6 +222,6 @@ def test_a_schedule_that_begins_below_pure_noise_is_refused(name: str) -> None:
 
 
 def test_the_default_schedule_is_one_that_the_model_can_take() -> None:
-    assert default_schedules(DiffusionConfig("epsilon")) == ("unipc:20",)
-    (own,) = default_schedules(ZERO_SNR)
+    assert default_schedule(DiffusionConfig("epsilon"), None) == "unipc:20"
+    own = default_schedule(ZERO_SNR, None)
     assert parse_schedule(own, ZERO_SNR).timesteps[0] == 999

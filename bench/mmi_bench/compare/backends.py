@@ -116,7 +116,8 @@ def _pytorch(settings: Settings, compiled: bool) -> Generate:
             fix="give the model folder with --model, or export again",
         )
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
-    scheduler, eta = scheduler_of(settings.schedule, model.config.image_decoder.diffusion)
+    scheduler = scheduler_of(settings.schedule, model.config.image_decoder)
+    eta = float(settings.schedule.startswith("ddpm"))
     return lambda document, options: generate(
         model, tokenizer, document, options, scheduler, eta=eta, limits=bundle.limits
     )

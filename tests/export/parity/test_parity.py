@@ -118,7 +118,8 @@ class Implementations:
         row = slow.Row(self.model, self.bundle.limits)
         patch.setattr(slow, "Row", lambda *_: row)
         key = self.bundle.schedule(options.schedule).key
-        scheduler, eta = scheduler_of(key, self.model.config.image_decoder.diffusion)
+        scheduler = scheduler_of(key, self.model.config.image_decoder)
+        eta = float(key.startswith("ddpm"))
         events = slow.generate(self.model, self.tokenizer, document, options, scheduler, eta=eta)
         return taken(events, lambda: row.sequence.token_ids)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers import LCMScheduler, SchedulerMixin
 from torch import Tensor
 
 from mmi_deploy.documents.document import Document
@@ -41,6 +41,7 @@ from mmi_deploy.spec.graphs import Limits
 from mmi_train.model.image_decoder import PreviousImages
 from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
+from mmi_train.model.samplers import next_latents
 
 
 def generate(
@@ -158,8 +159,12 @@ class Drawing:
             wanted = torch.tensor([[0, picture.index]], device=row.device)
             layout = row.model.picture_layout(ids, slot, wanted)
             condition = row.model.condition(hidden, layout)
-            self.both = torch.cat([condition, decoder.null_condition])
-            self.previous = _for_both_branches(row.model.previous_images(images, layout))
+            self.previous = row.model.previous_images(images, layout)
+            self.branches = decoder.config.branches
+            if self.branches > 1:
+                condition = torch.cat([condition, decoder.null_condition])
+                self.previous = _for_both_branches(self.previous)
+            self.condition = condition
         self.shape = (1, *decoder.latent_shape)
         # Resets the state that the previous picture left.
         scheduler.set_timesteps(len(scheduler.timesteps))
@@ -171,21 +176,22 @@ class Drawing:
         scheduler, picture, previous = self.scheduler, self.picture, self.previous
         timestep = scheduler.timesteps[step].to(self.row.device)
         with self.row.timings.measure("denoise"):
-            conditional, unconditional = self.row.model.image_decoder.unet(
-                scheduler.scale_model_input(self.latents, timestep).repeat(2, 1, 1, 1),
+            noisy = scheduler.scale_model_input(self.latents, timestep)
+            prediction, *unconditional = self.row.model.image_decoder.unet(
+                noisy.repeat(self.branches, 1, 1, 1),
                 timestep[None],
-                self.both,
+                self.condition,
                 previous.features,
                 previous.slot,
                 previous.position,
-            ).chunk(2)
-            prediction = unconditional + picture.guidance * (conditional - unconditional)
-            noise = {}
-            if self.eta:
+            ).chunk(self.branches)
+            for other in unconditional:
+                prediction = other + picture.guidance * (prediction - other)
+            noise: Tensor | None = None
+            if self.eta or isinstance(scheduler, LCMScheduler):
                 drawn = step_noise(picture.seed, picture.index, step, self.shape)
-                own = torch.from_numpy(drawn).to(self.row.device)
-                noise = {"eta": self.eta, "variance_noise": own}
-            self.latents = scheduler.step(prediction, timestep, self.latents, **noise).prev_sample
+                noise = torch.from_numpy(drawn).to(self.row.device)
+            self.latents = next_latents(scheduler, prediction, timestep, self.latents, noise)
 
     def decode_latents(self) -> Rgb:
         """Decode the picture: uint8 [height, width, 3]."""

@@ -81,20 +81,25 @@ def evaluate(
         ),
     ] = 96,
     steps: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
             help="Denoising steps of a picture, in PyTorch.",
+            show_default="20, of a consistency model 4",
             metavar="N",
             rich_help_panel="Pictures",
         ),
-    ] = 20,
+    ] = None,
     guidance: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0, help="Guidance scale of pictures.", metavar="X", rich_help_panel="Pictures"
+            min=0,
+            help="Guidance scale of pictures.",
+            show_default="3.5, or as distilled",
+            metavar="X",
+            rich_help_panel="Pictures",
         ),
-    ] = 3.5,
+    ] = None,
     full_every: Annotated[
         int,
         typer.Option(

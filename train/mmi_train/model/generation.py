@@ -227,7 +227,7 @@ def draw_pictures(
     latents: Tensor,
     scheduler: SchedulerMixin,
     *,
-    guidance: float,
+    guidance: float | None,
     full_every: int = 1,
     step_noise: Sequence[Tensor] | None = None,
     on_step: Callable[[DenoisingStep], None] | None = None,

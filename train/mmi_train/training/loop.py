@@ -105,6 +105,15 @@ class SharedStage(Protocol):
         gradients are averaged."""
 
 
+@runtime_checkable
+class AveragedStage(Protocol):
+    """Stage whose losses depend on the average (EMA) of the weights that learn."""
+
+    def follow(self, average: Mapping[str, Tensor]) -> None:
+        """Called before the first step with the averages by name, which every step updates in
+        place."""
+
+
 class Validation(Protocol):
     """Measurement of the module between steps; all ranks call all methods."""
 
@@ -368,6 +377,8 @@ def train(
         load_checkpoint(path, module, average, optimiser)
         step = saved.step
         progress(f"{stage.name}: going on from {path}", step, optimiser_config.steps)
+    if isinstance(stage, AveragedStage):
+        stage.follow(average)
     parameters = list(trainable(module))
     own = [local(parameter) for parameter in parameters]
     names = [name for name, value in module.named_parameters() if value.requires_grad]

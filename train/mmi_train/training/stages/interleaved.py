@@ -25,6 +25,9 @@ from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
 # Documents of each kind in one micro-batch.
 MIXTURE = MappingProxyType({"reading": 8, "drawing": 14, "segmentation": 4, "story": 3})
 
+# The same with documents that draw alone.
+PICTURES_MIXTURE = MappingProxyType({"drawing": 4, "segmentation": 3, "story": 2})
+
 # Loss weight of a kind's text, 1 by default: the next change of a story is random.
 TEXT_WEIGHT = MappingProxyType({"story": 0.2})
 
