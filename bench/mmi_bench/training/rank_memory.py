@@ -58,7 +58,7 @@ def rank_memory(
         start = folder / "model"
         write_placeholder_model(wide(layers), start, "random", torch.bfloat16)
         (folder / "d.jsonl").write_text(
-            json.dumps([{"text": " ".join(f"w{n}" for n in range(99))}])
+            json.dumps([{"text": " ".join(f"w{n}" for n in range(20, 100))}])
         )
         file = DocumentFile(folder / "d.jsonl")
         plan = memory_plan(start, file, tuning, ranks=RANKS, checkpointed=(True,), batches=(1,))

@@ -104,7 +104,7 @@ class MemoryPlan:
         the background; one process writes at once, without a copy."""
         if self.ranks == 1:
             return 0
-        return sum(map(self.share, _IN_CHECKPOINTS))
+        return sum(self.share(name) for name in self.held if name in _IN_CHECKPOINTS)
 
     @property
     def gathered(self) -> int:
