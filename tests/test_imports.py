@@ -86,6 +86,7 @@ ORDER = """
     mmi_train.evaluation.metrics
     mmi_train.evaluation.benchmarks
     mmi_train.evaluation
+    mmi_train.ablation
     mmi_train.golden
     mmi_train.cli
     mmi_train

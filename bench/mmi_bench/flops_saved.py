@@ -24,13 +24,7 @@ from mmi_deploy.analysis.cost import Total, cost, cost_of_file, loop_invariant
 from mmi_deploy.analysis.shapes import read_graph, sized
 from mmi_deploy.analysis.stored_bytes import as_in_file
 from mmi_deploy.spec.config import ModelConfig
-from mmi_deploy.spec.graphs import (
-    UNET_BATCH_PER_PICTURE,
-    Limits,
-    chosen_sizes,
-    feature_cells,
-    graphs,
-)
+from mmi_deploy.spec.graphs import Limits, chosen_sizes, feature_cells, graphs
 from mmi_train.baseline.published_mmfs import as_published
 from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -73,10 +67,10 @@ class Published:
         return flops(decode)
 
     def call(self, images: int) -> int:
-        """FLOPs of one call of the U-Net on both branches of guidance, which see copies of the same
+        """FLOPs of one call of the U-Net on all branches of guidance, which see copies of the same
         images."""
         unet, decoder = self.config.image_decoder.unet, self.model.image_decoder
-        rows = UNET_BATCH_PER_PICTURE
+        rows = self.config.image_decoder.branches
 
         def run() -> None:
             latents = torch.empty(rows, unet.latent_channels, unet.latent_side, unet.latent_side)
@@ -96,7 +90,7 @@ class Published:
     def parts(self) -> dict[str, int]:
         """FLOPs of repeated computations, by name."""
         unet, config = self.model.image_decoder.unet, self.config
-        rows = UNET_BATCH_PER_PICTURE
+        rows = self.config.image_decoder.branches
         decoder = config.image_decoder
         shape = (rows, decoder.resampler.queries, decoder.unet.condition_width)
         one = self._features(1)

@@ -83,7 +83,7 @@ def export(
             metavar="NAME:STEPS",
             help="A sampler, as in unipc:20 or ddim:50; several may be given, the first is the "
             "default.",
-            show_default="unipc:20",
+            show_default="unipc:20, of a consistency model lcm:4",
             rich_help_panel="Bundle",
         ),
     ] = None,
@@ -177,7 +177,7 @@ def export(
     with extras("export"):
         import torch
 
-        from mmi_export.export import DEFAULT_SCHEDULES, prepare_export, run_export
+        from mmi_export.export import prepare_export, run_export
         from mmi_export.placeholder_model import Weights, placeholder_model
     weights: Weights = "random" if random_weights else "empty" if preset else "given"
     options: dict[str, Any] = {"scope": prove and prove.value, "weights": weights, "rows": rows}
@@ -190,7 +190,7 @@ def export(
         folder = placeholder_model(presets.preset(preset), out, made, layers, dtype)
     with folder as read:
         with shown(remarks(), "reading the model's headers"):
-            planned = prepare_export(read, out, context, schedule or DEFAULT_SCHEDULES, **options)
+            planned = prepare_export(read, out, context, schedule or None, **options)
         if dry_run:
             _print_plan(planned, out, as_json)
             return

@@ -19,7 +19,7 @@ from mmi_deploy.errors import ConfigError, EngineError, WeightsError
 from mmi_deploy.parity import Proof
 from mmi_deploy.spec.config import ModelConfig, read_config
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
-from mmi_deploy.spec.schedule import Schedule
+from mmi_deploy.spec.schedule import Schedule, default_schedule
 from mmi_deploy.system.memory import free_memory
 from mmi_deploy.system.progress import Progress, Stage, StageTimer, silent
 from mmi_deploy.targets.calibration import check_can_run
@@ -60,8 +60,6 @@ MODULES: dict[str, Callable[[MMInterleaved, Graph], nn.Module]] = {
     "vae_decoder": VaeDecoderGraph,
 }
 
-DEFAULT_SCHEDULES = ("unipc:20",)
-
 CHECKING = "checking that weights are finite"
 
 # Tokens of the shortest useful document besides its visual tokens: `<s>`, the begin-of-image token
@@ -87,7 +85,7 @@ def prepare_export(
     model_folder: Path,
     out_folder: Path,
     context: int | None = None,
-    schedules: Sequence[str] = DEFAULT_SCHEDULES,
+    schedules: Sequence[str] | None = None,
     *,
     rows: int = 8,
     images: int = 49,
@@ -117,7 +115,7 @@ def export_bundle(
     model_folder: Path,
     out_folder: Path,
     context: int | None = None,
-    schedules: Sequence[str] = DEFAULT_SCHEDULES,
+    schedules: Sequence[str] | None = None,
     *,
     force: bool = False,
     progress: Progress = silent,
@@ -126,7 +124,8 @@ def export_bundle(
     """Export the model in `model_folder` and compare its graphs with it in ONNX Runtime.
 
     `context`: slots of the KV cache, a constant of the `llm` graph (None: as many as the model has
-    positions). `schedules`: samplers `NAME:STEPS`; the first is the default. `options` are those of
+    positions). `schedules`: samplers `NAME:STEPS`, the first is the default; None: that of the
+    configuration. `options` are those of
     `prepare_export`: `rows`, `images`: maximum batch size and images of a document; `layout`,
     `scope`: see `plan` (None: chosen by the size of the weights and the memory of this machine);
     `weights`: their origin, for the manifest. `out_folder` is written whole or not at all.
@@ -287,10 +286,14 @@ def _limits(config: ModelConfig, context: int | None, rows: int, images: int) ->
     return limits
 
 
-def _tables(config: ModelConfig, schedules: Sequence[str]) -> tuple[Schedule, ...]:
+def _tables(config: ModelConfig, schedules: Sequence[str] | None) -> tuple[Schedule, ...]:
+    decoder = config.image_decoder
+    usual = default_schedule(decoder.diffusion, decoder.distillation)
+    if schedules is None:
+        schedules = (usual,)
     if not schedules:
-        raise ConfigError(
-            "a bundle has at least one schedule", fix=f"give --schedule {DEFAULT_SCHEDULES[0]}"
-        )
-    diffusion = config.image_decoder.diffusion
-    return tuple(parse_schedule(text, diffusion) for text in dict.fromkeys(schedules))
+        raise ConfigError("a bundle has at least one schedule", fix=f"give --schedule {usual}")
+    return tuple(
+        parse_schedule(text, decoder.diffusion, decoder.distillation)
+        for text in dict.fromkeys(schedules)
+    )

@@ -17,22 +17,26 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.config import DiffusionConfig
+from mmi_deploy.spec.config import DiffusionConfig, DistillationConfig, ImageDecoderConfig
 from mmi_deploy.spec.graphs import STATE, TERMS
 from mmi_deploy.spec.schedule import (
     HISTORY_START,
     LATENTS,
+    LCM,
     NOISE,
     PREDICTION,
-    SPACINGS,
     Schedule,
+    ScheduleName,
+    check_schedule,
     parse_schedule_name,
 )
-from mmi_train.model.diffusion import scheduler_options
+from mmi_train.model.consistency import denoised_by, lcm, with_noise
+from mmi_train.model.diffusion import ddim, scheduler_options, spacing_options
 
 LAST_SAMPLE, LAST_DATA, OLDER_DATA = range(HISTORY_START, TERMS)
 
@@ -54,24 +58,66 @@ _SOLVERS = {
 }
 
 
-def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: str = SPACINGS[0]) -> Any:
-    """Build diffusers' scheduler `name` with the configuration of Stable Diffusion."""
+def diffusers_scheduler(name: str, diffusion: DiffusionConfig, spacing: str | None = None) -> Any:
+    """Build diffusers' scheduler `name` with the configuration of Stable Diffusion. spacing: None
+    for that of the model."""
     solver = _SOLVERS[name]
+    spacing = spacing or diffusion.spacing
     return solver.scheduler(
-        **scheduler_options(diffusion),
-        timestep_spacing=spacing,
-        steps_offset=1 if spacing == "leading" else 0,
-        **solver.options,
+        **scheduler_options(diffusion), **spacing_options(spacing), **solver.options
     )
 
 
+def scheduler_of(key: str, decoder: ImageDecoderConfig) -> Any:
+    """Build diffusers' scheduler for a schedule's key, with its timesteps set. The ancestral
+    sampler is DDIM with eta 1, which takes its noise explicitly (`samplers.next_latents`)."""
+    diffusion, distilled = decoder.diffusion, decoder.distillation
+    named = parse_schedule_name(key, diffusion.steps)
+    check_schedule(named, diffusion, distilled)
+    if distilled is not None and distilled.solver_steps is not None:
+        made: Any = lcm(diffusion, distilled.solver_steps)
+    elif named.solver == "ddpm":
+        made = ddim(diffusion, named.spacing)
+    else:
+        made = diffusers_scheduler(named.solver, diffusion, named.spacing)
+    made.set_timesteps(named.steps)
+    return made
+
+
 def schedule_table(
-    name: str, steps: int, diffusion: DiffusionConfig, spacing: str = SPACINGS[0]
+    name: str, steps: int, diffusion: DiffusionConfig, spacing: str | None = None
 ) -> Schedule:
-    """Build the table of one solver for `steps` steps, without the U-Net's time table."""
+    """Build the table of one solver for `steps` steps, without the U-Net's time table. spacing:
+    None for that of the model. Raises `ConfigError` for one that the solver or the model cannot
+    take."""
+    spacing = spacing or diffusion.spacing
     named = parse_schedule_name(f"{name}-{spacing}:{steps}", diffusion.steps)
     scheduler = diffusers_scheduler(name, diffusion, spacing)
     scheduler.set_timesteps(steps)
+    begun = int(scheduler.timesteps[0])
+    if diffusion.rescale_betas_zero_snr and begun != diffusion.steps - 1:
+        raise ConfigError(
+            f"{named.key} cannot draw with a model of zero terminal SNR, whose noise is that of "
+            "its last timestep",
+            expected=f"a first timestep of {diffusion.steps - 1}",
+            got=begun,
+            fix=f"write {name}-{diffusion.spacing}:{steps}",
+        )
+    return _table(named, scheduler)
+
+
+def lcm_table(steps: int, diffusion: DiffusionConfig, solver_steps: int) -> Schedule:
+    """Build the table of multistep consistency sampling; `solver_steps`: timesteps on which the
+    consistency function was trained, the noisiest of which it begins with."""
+    named = parse_schedule_name(f"{LCM}:{steps}", diffusion.steps)
+    scheduler = lcm(diffusion, solver_steps)
+    scheduler.set_timesteps(steps)
+    return _table(named, scheduler)
+
+
+def _table(named: ScheduleName, scheduler: Any) -> Schedule:
+    """Probe a scheduler whose timesteps are set."""
+    name, steps = named.solver, named.steps
     if len(scheduler.timesteps) != steps:
         raise ConfigError(
             f"{name} cannot make {steps} steps",
@@ -92,9 +138,15 @@ def schedule_table(
     )
 
 
-def parse_schedule(text: str, diffusion: DiffusionConfig) -> Schedule:
-    """Build the table for `NAME:STEPS` or `NAME-SPACING:STEPS`, the form of the command line."""
+def parse_schedule(
+    text: str, diffusion: DiffusionConfig, distilled: DistillationConfig | None = None
+) -> Schedule:
+    """Build the table for `NAME:STEPS` or `NAME-SPACING:STEPS`, the form of the command line.
+    Raises `ConfigError`, also for a sampler with which a model that is `distilled` cannot draw."""
     named = parse_schedule_name(text, diffusion.steps)
+    check_schedule(named, diffusion, distilled)
+    if distilled is not None and distilled.solver_steps is not None:
+        return lcm_table(named.steps, diffusion, distilled.solver_steps)
     return schedule_table(named.solver, named.steps, diffusion, named.spacing)
 
 
@@ -108,6 +160,10 @@ def _probe_step(scheduler: Any, timestep: torch.Tensor) -> torch.Tensor:
         scheduler.model_outputs = [basis[OLDER_DATA], basis[LAST_DATA]]
     if keeps_sample:
         scheduler.last_sample = basis[LAST_SAMPLE]
+    if isinstance(scheduler, LCMScheduler):
+        rows[2] = denoised_by(scheduler, basis[PREDICTION], timestep, basis[LATENTS])
+        rows[0] = with_noise(scheduler, rows[2], timestep, basis[NOISE])
+        return rows[:, 0]
     if isinstance(scheduler, DDPMScheduler):
         rows[0] = _without_noise(scheduler, timestep, basis[PREDICTION], basis[LATENTS])
         rows[0] += _noise_scale(scheduler, timestep) * basis[NOISE]

@@ -47,8 +47,8 @@ def capacity(
     engines and the images, at most the rows of one run, on a device `most_slots` of them.
     image_memory: bytes of encoded images; None for `IMAGE_MEMORY`, or what is left of it where a
     slot does not fit beside. Raises `ConfigError` for less than one slot or image, and for more
-    slots than engines of a device are built for; `EngineError` if not even one slot fits on the
-    device.
+    slots than engines of a device are built for or a host has memory for; `EngineError` if not
+    even one slot fits on the device.
     """
     if slots is not None and slots < 1:
         raise ConfigError("slots is out of range", expected="1 or more", got=slots)
@@ -63,11 +63,17 @@ def capacity(
     rows = (IMAGE_MEMORY if image_memory is None else image_memory) // size
     images = max(min(rows, limits.pool - 1), 1)
     most = limits.batch if plan is None else most_slots(limits.batch)
+    each = _slot_bytes(graphs, limits)
     if slots is not None:
         if plan is not None and slots > most:
             raise _too_many(slots, limits.batch, plan)
+        if plan is None and slots * each > (free := free_memory()):
+            raise ConfigError(
+                f"{slots} slots need more memory than there is: {readable(slots * each)}",
+                expected=f"at most {max(free // each, 1)} slots in {readable(free)}",
+                fix="give fewer with --slots",
+            )
         return Capacity(slots, images)
-    each = _slot_bytes(graphs, limits)
     if plan is None:
         fit = int(HOST_SHARE * free_memory(swap=False)) // each
         return Capacity(max(min(fit, most), 1), images)

@@ -6,6 +6,7 @@ Letters: t tokens, v visual tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +24,8 @@ class DocumentRow:
         self, sequence: TokenSequence, salt: str, images: ImageRows, unet_images: ImageRows
     ) -> None:
         """images, unet_images: pools of the images that the LLM and the U-Net see."""
-        config = sequence.config
         self.sequence, self.salt = sequence, salt
-        self.visible = VisibleImages(
-            config.tokens, config.llm_mmfs.images_seen, sequence.limits.images
-        )
+        self.visible = _visible(sequence)
         self.slot: Slot | None = None
         self.images, self.unet_images = HeldRows(images), HeldRows(unet_images)
         self._keys: list[Key] = []  # of all pictures of the sequence
@@ -70,6 +68,17 @@ class DocumentRow:
         self.slot = slot
         self.visible.restart(slot.token_ids)
 
+    def fork(self, slot: Slot) -> DocumentRow:
+        """Row for a text that continues the document in `slot` and looks at its images."""
+        row = copy(self)  # images stay held by the document
+        row.sequence = TokenSequence(self.sequence.config, self.sequence.limits)
+        row.sequence.token_ids = self.sequence.token_ids[:]
+        row.sequence.pictures = self.sequence.pictures[:]
+        row.visible = _visible(row.sequence)
+        row.visible.restart(row.sequence.token_ids)
+        row.slot = slot
+        return row
+
     def add(self, ids: Sequence[int]) -> None:
         """Count the tokens `ids` as processed."""
         assert self.slot is not None, "only a document with a slot runs"
@@ -100,3 +109,8 @@ class DocumentRow:
                 pieces.append((self.image_row(image), 0, min(size, left)))
                 image += 1
         return index, pieces
+
+
+def _visible(sequence: TokenSequence) -> VisibleImages:
+    config = sequence.config
+    return VisibleImages(config.tokens, config.llm_mmfs.images_seen, sequence.limits.images)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mmi_deploy.batching.beam_rows import BeamRows
 from mmi_deploy.batching.document_row import DocumentRow
 from mmi_deploy.runtime.events import Event, Finished, Reason
 from mmi_deploy.runtime.generation import Generation, Stopped
-from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, Work
+from mmi_deploy.runtime.work import BeamStep, Condition, DecodeLatents, Denoise, Work
 
 # Gets every event in order; at last an error, or None after `Finished`.
 Sink = Callable[[Event | Exception | None], None]
@@ -52,6 +53,8 @@ class Job:
         self.arrival, self.number = arrival, number
         self.work: Work | None = None
         self.picture_row: int | None = None
+        self.slots = generation.options.beams  # that it holds while it runs
+        self.beams: BeamRows | None = None  # while it runs, with a slot for each of several beams
         # Run that its present work needs next: encode, prefill, decode, values, condition, denoise,
         # shallow or vae; and the number of the turn in which it became ready.
         self.stage, self.ready = "", 0
@@ -123,11 +126,24 @@ class Job:
         first = None if self.first is None else self.first - self.arrival
         return JobStats(queued, first, now - self.arrival, self.given, self.cached)
 
+    @property
+    def decoded_rows(self) -> int:
+        """Rows of a decode run that the present work takes."""
+        return max(len(self.work.tokens), 1) if isinstance(self.work, BeamStep) else 1
+
     def refresh(self, turn: int) -> None:
         """Find the run that the present work needs next."""
+        if self.beams is not None and not self._in_search:
+            self.beams.end_search()
         self.stage, self.ready = self._next_run(), turn
 
+    @property
+    def _in_search(self) -> bool:
+        return isinstance(self.work, BeamStep) and bool(self.work.tokens)
+
     def _next_run(self) -> str:
+        if self._in_search:
+            return "decode"
         match self.work:
             case Denoise():
                 return "denoise" if self.work.full else "shallow"

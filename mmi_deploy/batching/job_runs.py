@@ -14,15 +14,16 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from mmi_deploy.batching.document_row import DocumentRow
 from mmi_deploy.batching.executor import Executor
 from mmi_deploy.batching.image_rows import Key
 from mmi_deploy.batching.job import Job
 from mmi_deploy.batching.run_times import Recent, RunTimes
 from mmi_deploy.documents.images import Rgb, to_rgb
-from mmi_deploy.runtime.sampling import sample_rows
+from mmi_deploy.runtime.sampling import Sampled, sample_rows
 from mmi_deploy.runtime.session import Logits, check_finite
 from mmi_deploy.runtime.timings import Timing
-from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken
+from mmi_deploy.runtime.work import BeamStep, Condition, DecodeLatents, Denoise, NextToken
 from mmi_deploy.system.nvtx import profiler_range
 
 # Smallest piece of a prompt, in tokens. At least 3: a piece must not leave a single token.
@@ -188,7 +189,7 @@ class JobRuns:
         def run(_: Sequence[Job]) -> None:
             with self._measured("prefill", _power_of_two(count), {job: count}):
                 logits = self.executor.prefill(row, count)
-            self._sample(job, logits)
+            self._take_logits(job, [logits])
 
         self._isolated([job], run)
 
@@ -199,28 +200,36 @@ class JobRuns:
         return count - 1 if pending - count == 1 else count
 
     def _decode(self, jobs: Sequence[Job]) -> None:
-        with self._measured("decode", self.executor.padded(len(jobs)), dict.fromkeys(jobs, 1)):
-            logits = self.executor.decode([job.row for job in jobs])
-        for job, of_job in zip(jobs, logits, strict=True):
-            self.guarded(job, partial(self._sample, job, of_job))
+        of_jobs = {job: _decoded(job) for job in jobs}
+        rows = [row for of_job in of_jobs.values() for row in of_job]
+        shares = {job: len(of_job) for job, of_job in of_jobs.items()}
+        with self._measured("decode", self.executor.padded(len(rows)), shares):
+            logits = iter(self.executor.decode(rows))
+        for job, of_job in of_jobs.items():
+            self.guarded(job, partial(self._take_logits, job, [next(logits) for _ in of_job]))
 
-    def _sample(self, job: Job, logits: Logits) -> None:
-        """Sample the job's token from `logits` [u] if all its tokens are processed, and if it wants
-        one."""
-        check_finite(logits, f"the logits after {job.row.processed} tokens")
-        if job.row.pending or not isinstance(job.work, NextToken):
+    def _take_logits(self, job: Job, logits: Sequence[Logits]) -> None:
+        """Take the logits [u] after the job's tokens, or after each of its beams: sample its token,
+        or hand them to its search, if all its tokens are processed and it wants one."""
+        for row in logits:
+            check_finite(row, f"the logits after {job.row.processed} tokens")
+        if job.row.pending or not isinstance(job.work, NextToken | BeamStep):
             job.refresh(self.turn)
             return
-        (sampled,) = sample_rows(logits[None], [job.work.request])
+        found: Sampled | Sequence[Logits] = logits
+        begins_picture = False
+        if isinstance(job.work, NextToken):
+            (sampled,) = sample_rows(logits[0][None], [job.work.request])
+            begins_picture = sampled.token == job.row.sequence.config.tokens.boi
+            found = sampled
         now = self.clock()
         self.counts.tokens += 1
         if job.first is None:
             job.first = now
         if job.last_token is not None:
             self.counts.gaps.add(now - job.last_token)
-        begins_picture = sampled.token == job.row.sequence.config.tokens.boi
         job.last_token = None if begins_picture else now
-        self._advance(job, sampled)
+        self._advance(job, found)
 
     def _condition(self, job: Job, gap: float) -> None:
         """Compute the U-Net's values of the images that a picture may see, or else its condition.
@@ -289,6 +298,13 @@ class JobRuns:
         if job.first is None:
             job.first = self.clock()
         self._advance(job, to_rgb(pixels))
+
+
+def _decoded(job: Job) -> list[DocumentRow]:
+    """Rows that a decode run computes for a job: one, or in a search that of each beam."""
+    if job.beams is not None and isinstance(job.work, BeamStep) and job.work.tokens:
+        return job.beams.grow(job.work)
+    return [job.row]
 
 
 def piece_sizes(tokens: int) -> list[int]:

@@ -132,7 +132,7 @@ class KvSlots:
             slot = source  # nothing of another document is lost that would be kept otherwise
         else:
             slot = oldest
-            self._copy(source, slot, count)
+            self.copy(source, slot, count)
         slot.truncate(count, self._tokens.boi)
         slot.running, slot.salt = True, salt
         self._touch(slot)
@@ -145,7 +145,7 @@ class KvSlots:
         source, count = self._longest(others, salt, ids, images)
         if source is not None and count >= len(slot.token_ids) + LEAST_PREFIX:
             self._touch(source)
-            self._copy(source, slot, count)
+            self.copy(source, slot, count)
         return len(slot.token_ids)
 
     def release(self, slot: Slot, failed: bool = False) -> None:
@@ -156,6 +156,16 @@ class KvSlots:
         self._touch(slot)
         if failed:
             self._fill_with_zeros(slot)
+
+    def copy(self, source: Slot, slot: Slot, count: int) -> None:
+        """Copy the first `count` tokens of `source` to `slot`."""
+        pairs = zip(self._rows(source.index), self._rows(slot.index), strict=True)
+        for (_, rows), (_, target) in pairs:
+            self._memory.copy(rows, target)
+        self.copies += 1
+        slot.token_ids, slot.images = source.token_ids[:], source.images[:]
+        slot.exact = source.exact
+        slot.truncate(count, self._tokens.boi)
 
     def window(self, wanted: Sequence[Slot], most: int) -> tuple[int, int]:
         """Contiguous rows [first, last), at most `most`, that hold the slots `wanted`, for one run.
@@ -213,16 +223,6 @@ class KvSlots:
             *((name, rows.rows(index, index + 1)) for name, rows in self._cache.buffers.items()),
             ("hidden", self._hidden.tokens(start, start + self.context)),
         ]
-
-    def _copy(self, source: Slot, slot: Slot, count: int) -> None:
-        """Copy the first `count` tokens of `source`."""
-        pairs = zip(self._rows(source.index), self._rows(slot.index), strict=True)
-        for (_, rows), (_, target) in pairs:
-            self._memory.copy(rows, target)
-        self.copies += 1
-        slot.token_ids, slot.images = source.token_ids[:], source.images[:]
-        slot.exact = source.exact
-        slot.truncate(count, self._tokens.boi)
 
     def _exchange(self, slot: Slot, other: Slot) -> None:
         """Exchange the rows of two slots."""

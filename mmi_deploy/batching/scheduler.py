@@ -13,8 +13,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import ceil, inf
 
+from mmi_deploy.batching.beam_rows import BeamRows
 from mmi_deploy.batching.document_row import DocumentRow
 from mmi_deploy.batching.executor import Executor
 from mmi_deploy.batching.job import Job
@@ -103,7 +105,14 @@ class Scheduler:
         """Raise `BusyError` if the queue is full, `DocumentError` for a document that can never
         run. ahead: documents that will be added before it. Any thread may call it."""
         most = self.executor.images.rows
-        given = len(job.generation.encoded.images)
+        given, slots = len(job.generation.encoded.images), len(self.executor.slots.slots)
+        if job.slots > slots:
+            raise ConfigError(
+                "beams are more than the service has slots",
+                expected=f"at most {slots}",
+                got=job.slots,
+                fix="ask for fewer beams, or give the service more slots with --slots",
+            )
         if given > most:
             raise DocumentError(
                 "the document has more pictures than the pool of images has rows",
@@ -183,14 +192,16 @@ class Scheduler:
         ]
         pieces = piece_sizes(executor.limits.context)
         other.append(times.worst("prefill", times.largest("prefill", pieces, gap)))
-        runs = ceil(len(executor.slots.slots) / executor.rows_of_a_run)
+        # The beams of a document share a run, so that the last rows of one may stay empty.
+        widest = max((job.slots for job in self.running.copy()), default=1)
+        runs = ceil(len(executor.slots.slots) / (executor.rows_of_a_run - widest + 1))
         return max(other) + runs * times.worst("decode", executor.rows_of_a_run)
 
     # Joining and leaving.
 
     @property
     def _free_slots(self) -> int:
-        return len(self.executor.slots.slots) - len(self.running)
+        return len(self.executor.slots.slots) - sum(job.slots for job in self.running.copy())
 
     def _stop_early(self) -> None:
         """End the documents that were cancelled, or whose time is over."""
@@ -210,7 +221,8 @@ class Scheduler:
         for job in list(self.waiting):
             if not self._free_slots:
                 return
-            if self._reserved + job.images > self.executor.images.rows:
+            too_many_images = self._reserved + job.images > self.executor.images.rows
+            if too_many_images or job.slots > self._free_slots:
                 if job.overtaken >= self.policy.overtakes:
                     return
                 passed.append(job)
@@ -228,14 +240,24 @@ class Scheduler:
             self._leave(job, job.reason)
             return
         ids = job.row.sequence.token_ids
-        slot = self.executor.slots.take(job.row.salt, ids, job.row.keys)
-        assert slot is not None, "a slot is free"
-        self._unsettled.pop(slot, None)
+        slot, *further = self._take_slots(job)
         job.row.begin(slot)
+        if further:
+            job.beams = BeamRows(job.row, further, self.executor.slots)
         job.given, job.cached = len(ids), job.row.processed
         self.runs.counts.given += job.given
         self.runs.counts.cached += job.cached
         job.refresh(self.runs.turn)
+
+    def _take_slots(self, job: Job) -> list[Slot]:
+        """Slots for a job: the first with a prefix of its document, the others empty."""
+        slots, row = self.executor.slots, job.row
+        taken = [slots.take(row.salt, row.sequence.token_ids, row.keys)]
+        taken += [slots.take(row.salt, [], []) for _ in range(job.slots - 1)]
+        for slot in taken:
+            assert slot is not None, "a slot is free"
+            self._unsettled.pop(slot, None)
+        return [slot for slot in taken if slot is not None]
 
     def _advance(self, job: Job, result: object) -> None:
         """Hand over the result of a run: the job's next work becomes ready, or it ends."""
@@ -276,6 +298,11 @@ class Scheduler:
         slots, slot = self.executor.slots, job.row.slot
         if slot is None:
             return
+        if job.beams is not None:
+            job.beams.end_search()
+            for further in job.beams.slots[1:]:
+                further.truncate(0, job.row.sequence.config.tokens.boi)  # the first to be reused
+                slots.release(further, failed)
         if slots.exact:
             slot.truncate(slot.exact, job.row.sequence.config.tokens.boi)
         slots.release(slot, failed)
@@ -302,8 +329,8 @@ class Scheduler:
         if not self._round and not others:
             self._round = texts
         if self._round:
-            most = self.executor.rows_of_a_run
-            chosen, self._round = self._round[:most], self._round[most:]
+            chosen = self._first_rows(self._round)
+            self._round = self._round[len(chosen) :]
             self.runs.run(chosen, inf)
         else:
             self._run_other(others, self.text_gap() if texts else inf)
@@ -336,7 +363,12 @@ class Scheduler:
         if self.runs.turn - ready[0].ready > PATIENCE * self.policy.max_wait:
             stage = ready[0].stage
         same = [job for job in ready if job.stage == stage]
-        return same[: self.executor.rows_of_a_run] if stage == "decode" else same
+        return self._first_rows(same) if stage == "decode" else same
+
+    def _first_rows(self, jobs: list[Job]) -> list[Job]:
+        """The first of the jobs, as many as a decode run has rows for."""
+        ends = accumulate(job.decoded_rows for job in jobs)
+        return jobs[: sum(end <= self.executor.rows_of_a_run for end in ends)]
 
     def _settle(self) -> bool:
         """Prepare a finished document for its next turn, with one run; False if there is nothing to

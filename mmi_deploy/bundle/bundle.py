@@ -39,7 +39,12 @@ from mmi_deploy.parity import Case
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.graphs import GRAPHS, Graph, Limits, beyond_kernels, graphs
 from mmi_deploy.spec.preview_map import PreviewMap
-from mmi_deploy.spec.schedule import Schedule, parse_schedule_name, read_schedule
+from mmi_deploy.spec.schedule import (
+    Schedule,
+    check_schedule,
+    parse_schedule_name,
+    read_schedule,
+)
 from mmi_deploy.spec.target import build_options
 from mmi_deploy.system.output_folder import check_replaceable, new_folder
 
@@ -130,10 +135,14 @@ class Bundle:
 
     def schedule(self, key: str | None = None) -> Schedule:
         """Read one schedule, by default the first. Raises `ConfigError` for a key that cannot be
-        parsed, and `BundleError`, listing those available, for one that is not in the bundle."""
+        parsed or whose sampler this model cannot be drawn with, and `BundleError`, listing those
+        available, for one that is not in the bundle."""
         key = key or self.schedules[0]
         if key not in self.manifest.schedules:
-            key = parse_schedule_name(key, self.config.image_decoder.diffusion.steps).key
+            decoder = self.config.image_decoder
+            name = parse_schedule_name(key, decoder.diffusion.steps)
+            check_schedule(name, decoder.diffusion, decoder.distillation)
+            key = name.key
         if key not in self.manifest.schedules:
             raise BundleError(
                 f"{self.folder} has no schedule {key!r}",

@@ -95,6 +95,16 @@ COMMANDS: Mapping[str, Row] = {
             "--data okvqa/ --json",
         ),
     ),
+    "ablate": Row(
+        "mmi_train.cli.ablate:ablate",
+        "Train and table the paper's ablations on the drawn world.",
+        "train",
+        MODELS,
+        (
+            "mmi ablate mmfs -o runs/ablations",
+            "mmi ablate mmfs losses --steps 200 --questions 32 --share 0.5",
+        ),
+    ),
     "export": Row(
         "mmi_export.cli:export",
         "Export a model folder to ONNX and compare every graph with PyTorch.",

@@ -148,14 +148,15 @@ def generate(
         ),
     ] = None,
     guidance: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0,
             help="Classifier-free guidance scale; 1 is off.",
+            show_default="3.5, or as distilled",
             metavar="X",
             rich_help_panel="Pictures",
         ),
-    ] = 3.5,
+    ] = None,
     full_every: Annotated[
         int,
         typer.Option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Output:
         self.source, self.options = source, options
         self.model = runtime.config.name
         self.schedule = runtime.schedule(options.schedule).schedule.key
+        self.guidance = runtime.config.image_decoder.guidance_of(options.guidance)
         self.story = Story(source)
         self.finished: Finished | None = None
 
@@ -53,7 +55,8 @@ class Output:
         time that the page names."""
         entries = self.story.entries
         write_story(folder, entries)
-        command = _command(document, bundle, target, self.schedule, self.options)
+        options = replace(self.options, guidance=self.guidance)
+        command = _command(document, bundle, target, self.schedule, options)
         title = title_of(self.source) or document.stem
         html = page(title, entries, self._facts(spent), command)
         (folder / PAGE_NAME).write_text(html, encoding="utf-8", errors="replace")
@@ -101,7 +104,7 @@ class Output:
             "added": _added(finished),
             "ended": ENDS[finished.reason],
             "seed": str(options.seed),
-            "sampler": f"{self.schedule}, guidance {options.guidance:g}"
+            "sampler": f"{self.schedule}, guidance {self.guidance:g}"
             + (f", whole every {options.full_every} steps" if options.full_every > 1 else ""),
             "time": spent,
         }

@@ -10,10 +10,12 @@ one generation over a `Session`; the PyTorch baseline drives it over its own lay
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from mmi_deploy.documents.document import Document, encode_document
 from mmi_deploy.documents.tokenizer import TextStream, Tokenizer
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.runtime.beam_search import BeamRules, BeamSearch, beam_scores
 from mmi_deploy.runtime.events import (
     Event,
     Finished,
@@ -31,7 +33,15 @@ from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.runtime.stop_text import StopText
 from mmi_deploy.runtime.timings import Timings
-from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken, Picture, Work
+from mmi_deploy.runtime.work import (
+    BeamStep,
+    Condition,
+    DecodeLatents,
+    Denoise,
+    NextToken,
+    Picture,
+    Work,
+)
 
 # Events and work in order; what is sent back after work is its result.
 Steps = Generator[Event | Work, Any, None]
@@ -54,7 +64,7 @@ def generate(
     Yields events as they happen; the last one is `Finished`. `cancelled` is polled before each
     token and denoising step. Raises `MmiError` if the document does not fit the model.
     """
-    session = Session(runtime)
+    session = Session(runtime, options.beams)
     generation = Generation(
         session.sequence,
         runtime.tokenizer,
@@ -121,9 +131,16 @@ class Generation:
         do not fit the model."""
         config, limits = sequence.config, sequence.limits
         options.sampling.check_ids(config.llama.vocab)
+        if options.beams > limits.batch:
+            raise ConfigError(
+                "beams are more than a run of this bundle has rows",
+                expected=f"at most {limits.batch}",
+                got=options.beams,
+            )
         self.sequence, self.options = sequence, options
         self.tokenizer, self.tokens = tokenizer, config.tokens
         self.steps, self.timings, self.cancelled = steps, timings, cancelled
+        self.guidance = config.image_decoder.guidance_of(options.guidance)
         self.encoded = encode_document(document, tokenizer, config, limits.context, limits.images)
         self.stream = TextStream(tokenizer)
         self.stop_text = StopText(options.stop)
@@ -174,6 +191,13 @@ class Generation:
                 return "max_tokens"
             elif not sequence.room:
                 return "context"
+            elif options.beams > 1:
+                end = yield from self._search()
+                if end == "stop":
+                    return end
+                if end is None:
+                    continue  # at a limit, which is found above
+                token = end
             else:
                 token = yield from self._next_token()
             draw_now = False
@@ -191,18 +215,63 @@ class Generation:
                 continue
             sequence.append_text([token])
             self.turn.append(token)
-            self.written += 1
-            text, stopped = self.stop_text.feed(self.stream.feed(token))
-            yield from self._text(text)
-            if stopped:
+            if (yield from self._written(token)):
                 return "stop"
 
-    def _next_token(self) -> Generator[Event | Work, Any, int]:
-        """Sample a token, with those banned that may not come now or ever."""
+    def _search(self) -> Generator[Event | Work, Any, int | Literal["stop"] | None]:
+        """Write a turn by beam search; returns the token that ends it, None if a limit does, or
+        that a stop text came. Text is shown as far as it is certain."""
+        options, sequence, shown = self.options, self.sequence, 0
+        ends = frozenset((*self.tokens.ends, self.tokens.boi))
+        search = BeamSearch(
+            BeamRules(options.beams, ends, options.length_penalty, options.early_stopping)
+        )
+        most = min(options.max_tokens - self.written, sequence.room)
+        step = BeamStep()
+        while not search.done and search.length < most:
+            if self.cancelled():
+                raise Stopped
+            logits = yield step
+            turns = [(*self.turn, *beam.tokens) for beam in search.beams]
+            search.advance(
+                [
+                    beam_scores(row, options.sampling, turn, self._banned(len(turn)))
+                    for row, turn in zip(logits, turns, strict=True)
+                ]
+            )
+            step = BeamStep(search.parents, tuple(beam.tokens[-1] for beam in search.beams))
+            certain = search.agreed()
+            for token in certain[shown:]:
+                if (yield from self._written(token)):
+                    return "stop"
+            shown = len(certain)
+        best = search.best()
+        sequence.append_text(best.tokens)
+        self.turn += best.tokens
+        for token in best.tokens[shown:]:
+            if (yield from self._written(token)):
+                return "stop"
+        return best.end
+
+    def _written(self, token: int) -> Generator[Event, None, bool]:
+        """Count a token of text and show it; True if a stop text ends with it."""
+        self.written += 1
+        text, stopped = self.stop_text.feed(self.stream.feed(token))
+        yield from self._text(text)
+        return stopped
+
+    def _banned(self, turn: int) -> frozenset[int]:
+        """Ids that may not come now or ever, after `turn` tokens of the turn."""
         tokens, options = self.tokens, self.options
         banned = never_sampled(tokens)
-        if len(self.turn) < max(options.min_tokens, options.turn_tokens or 0):
+        if turn < max(options.min_tokens, options.turn_tokens or 0):
             banned |= {*tokens.ends, tokens.boi}
+        return banned
+
+    def _next_token(self) -> Generator[Event | Work, Any, int]:
+        """Sample a token."""
+        tokens, options = self.tokens, self.options
+        banned = self._banned(len(self.turn))
         # Keyed by the position and not drawn from a stream: the text repeats whatever came before.
         uniform = text_uniform(options.seed, len(self.sequence.token_ids))
         request = SampleRequest(options.sampling, uniform, self.turn, banned)
@@ -217,9 +286,7 @@ class Generation:
         options, index = self.options, self.sequence.images
         self.sequence.append_text([self.tokens.boi])
         yield ImageStarted(index, self.steps)
-        picture = Picture(
-            index, options.schedule, options.guidance, options.seed, options.full_every
-        )
+        picture = Picture(index, options.schedule, self.guidance, options.seed, options.full_every)
         shown = preview_steps(self.steps, options.previews)
         for step in range(self.steps):
             self._check_cancelled()

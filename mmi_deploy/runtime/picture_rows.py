@@ -22,6 +22,9 @@ from mmi_deploy.spec.schedule import LAST_DATA_ROW
 # Output of a step -> the rows that it becomes.
 _NEXT = {"next_latents": "latents", "next_history": "history", DEEP: DEEP}
 
+# Inputs that are written on the host before each run.
+_WRITTEN = {"step", "guidance", "image_slot", "image_position"}
+
 
 class PictureRows:
     """Sampler state, condition and deep features of pictures, one row each.
@@ -110,7 +113,8 @@ class PictureRows:
         plan, written = self._plan(name, b, m)
         outputs = [tensor.name for tensor in self._runtime.graphs[name].outputs]
         written["step"][...] = self._steps[:b]
-        written["guidance"][...] = self._guidance[:b]
+        if "guidance" in written:  # distilled guidance is no input
+            written["guidance"][...] = self._guidance[:b]
         written["image_slot"][...] = self._slot[:b, :m]
         written["image_position"][...] = self._position[:b, :m]
         plan.run()
@@ -144,7 +148,7 @@ class PictureRows:
                 **self._values,
             }
             written = {}
-            for key in ("step", "guidance", "image_slot", "image_position"):
+            for key in _WRITTEN & {tensor.name for tensor in engine.graph.inputs}:
                 tensor = engine.graph[key]
                 written[key] = HOST.allocate(tensor.resolve(b=b, m=m), tensor.dtype)
             given |= written

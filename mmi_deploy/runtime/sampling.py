@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Logits = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+# Logits, or log probabilities in double precision.
+Scores = TypeVar("Scores", NDArray[np.float32], NDArray[np.float64])
 LogitBias = Mapping[int, float] | tuple[tuple[int, float], ...]
 
 # Values whose sum is one step of a search in a cumulative sum.
@@ -245,10 +247,8 @@ def _sample_row(logits: Logits, request: SampleRequest) -> Sampled:
 
 
 def _next_token(logits: Logits, request: SampleRequest) -> int:
-    how, seen = request.sampling, request.seen
-    scores = penalise_repetition(add_bias(logits, how), seen, how.repetition_penalty)
-    scores = penalise_presence(scores, seen, how.presence_penalty, how.frequency_penalty)
-    scores = ban(scores, request.banned)
+    how = request.sampling
+    scores = processed(logits, how, request.seen, request.banned)
     if how.temperature == 0:
         return int(scores.argmax())
     if how.temperature != 1:
@@ -256,7 +256,17 @@ def _next_token(logits: Logits, request: SampleRequest) -> int:
     return draw(scores, candidates(scores, how), request.uniform)
 
 
-def add_bias(logits: Logits, sampling: TextSampling) -> Logits:
+def processed(
+    scores: Scores, how: TextSampling, seen: Sequence[int], banned: Collection[int]
+) -> Scores:
+    """Logits, or log probabilities, [u] with the bias, the penalties for the ids in `seen` and
+    minus infinity for banned ids."""
+    scores = penalise_repetition(add_bias(scores, how), seen, how.repetition_penalty)
+    scores = penalise_presence(scores, seen, how.presence_penalty, how.frequency_penalty)
+    return ban(scores, banned)
+
+
+def add_bias(logits: Scores, sampling: TextSampling) -> Scores:
     """Add the biases of `sampling.logit_bias` to the logits [u]."""
     if not sampling.logit_bias:
         return logits
@@ -266,7 +276,7 @@ def add_bias(logits: Logits, sampling: TextSampling) -> Logits:
     return scores
 
 
-def penalise_repetition(logits: Logits, seen: Collection[int], penalty: float) -> Logits:
+def penalise_repetition(logits: Scores, seen: Collection[int], penalty: float) -> Scores:
     """Divide positive logits of the ids in `seen` by the penalty, and multiply negative ones."""
     if penalty == 1 or not seen:
         return logits
@@ -276,8 +286,8 @@ def penalise_repetition(logits: Logits, seen: Collection[int], penalty: float) -
 
 
 def penalise_presence(
-    logits: Logits, seen: Sequence[int], presence: float, frequency: float
-) -> Logits:
+    logits: Scores, seen: Sequence[int], presence: float, frequency: float
+) -> Scores:
     """Subtract from the logits of the ids in `seen` `presence`, and `frequency` for each time."""
     if not (presence or frequency) or not len(seen):
         return logits
@@ -287,7 +297,7 @@ def penalise_presence(
     return scores
 
 
-def ban(logits: Logits, banned: Collection[int]) -> Logits:
+def ban(logits: Scores, banned: Collection[int]) -> Scores:
     """Set the logits of banned ids to minus infinity."""
     if not banned:
         return logits

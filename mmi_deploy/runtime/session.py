@@ -1,7 +1,7 @@
 """Session: one document that only grows, with its KV cache, image values and hidden states.
 
-Letters: t tokens, n encoded images, m image slots, c channels, v visual tokens, x context tokens,
-u vocabulary.
+Letters: b beams, t tokens, n encoded images, m image slots, c channels, v visual tokens, x context
+tokens, u vocabulary.
 """
 
 from __future__ import annotations
@@ -16,19 +16,31 @@ from numpy.typing import NDArray
 from mmi_deploy.documents.images import Rgb, to_pixels, to_rgb
 from mmi_deploy.errors import DocumentError, EngineError
 from mmi_deploy.runtime.buffers import Array, Buffer, Mark, Memory
+from mmi_deploy.runtime.cache_rows import CacheRows
 from mmi_deploy.runtime.caches import HiddenStates, ImagePool, KvCache
 from mmi_deploy.runtime.decode_step import DecodeStep
 from mmi_deploy.runtime.picture_rows import PictureRows
 from mmi_deploy.runtime.prefill import prefill_inputs
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.runtime.sampling import sample_rows
+from mmi_deploy.runtime.sampling import log_softmax, sample_rows
 from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.runtime.visible_images import VisibleImages, pad_images
-from mmi_deploy.runtime.work import Condition, DecodeLatents, Denoise, NextToken, Picture, Work
+from mmi_deploy.runtime.work import (
+    BeamStep,
+    Condition,
+    DecodeLatents,
+    Denoise,
+    NextToken,
+    Picture,
+    Work,
+)
 from mmi_deploy.spec.graphs import Graph
 
 Logits = NDArray[np.float32]
+
+# No token: text sees the images that the token before it sees, whichever it is.
+_ANY_TEXT = -1
 
 
 class Session:
@@ -38,7 +50,9 @@ class Session:
     are asked for, so a prompt of many parts is a single prefill.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, rows: int = 1) -> None:
+        """rows: of the KV cache, for beams or for continuations to score. The document is in the
+        first one."""
         self.runtime = runtime
         self.config = runtime.config
         self.limits = runtime.limits
@@ -47,7 +61,7 @@ class Session:
         graphs, memory = runtime.graphs, runtime.memory
         llm, most = graphs["llm"], self.limits.images
         seen = min(self.config.image_decoder.mmfs.images_seen, most)
-        self._cache = KvCache(llm, memory)
+        self._cache_rows = CacheRows(KvCache(llm, memory, rows), memory, rows)
         self._llm_values = ImagePool(graphs["llm_values"].outputs, memory, most)
         # The U-Net sees the last images alone, and only once a picture is begun: their features are
         # kept until then.
@@ -56,8 +70,8 @@ class Session:
         self._hidden = HiddenStates(llm, memory, self.limits.context)
         # Fixed buffers of a decode step: with the same addresses at each token, the step can be
         # replayed as a CUDA graph.
-        self._one_hidden = _allocate_single(llm, "hidden", memory)
-        self._logits = _allocate_single(llm, "logits", memory)
+        self._hidden_rows = _allocate_rows(llm, "hidden", memory, rows)
+        self._logits = _allocate_rows(llm, "logits", memory, rows)
         # Visual tokens of the pending images, densely from the first row on. Of text the graphs
         # read a row too, and ignore it.
         visual_tokens = llm["visual_tokens"]
@@ -66,7 +80,8 @@ class Session:
         )
         features = graphs["vision_encoder"]["features"]
         self._encoded = memory.allocate(features.resolve(n=self.limits.batch), features.dtype)
-        self._decode_steps: dict[tuple[int, int], DecodeStep] = {}  # by image slots and pool rows
+        # By rows, image slots and rows of the pool.
+        self._decode_steps: dict[tuple[int, int, int], DecodeStep] = {}
         self._pictures: PictureRows | None = None
         self._pixels: Buffer | None = None  # of a finished picture
         self._last_step: Mark | None = None  # end of the denoising step that was enqueued last
@@ -146,6 +161,7 @@ class Session:
         if not self.token_ids:
             raise DocumentError("an empty document has no next token", fix="begin with `<s>`")
         self._run_pending()
+        self._cache_rows.end_search()
         logits: Logits = self._logits.read()[0, 0]
         check_finite(logits, f"the logits after {len(self.token_ids)} tokens")
         return logits
@@ -160,10 +176,10 @@ class Session:
         slot, position = self._visible.of_tokens(ids, self._llm_values.slot)
         with self._measure("prefill" if count > 1 else "decode", count):
             if count == 1 and ids[0] != tokens.image:
-                step = self._decode_step(slot.shape[1])
+                step = self._decode_step(1, slot.shape[1])
                 step.set(0, ids[0], first, slot[0], position[0, 0])
                 step.run()
-                hidden = self._one_hidden  # a fixed place, or the step could not be recorded
+                hidden = self._hidden_rows.rows(0, 1)  # a fixed place, or no step could be recorded
                 self._hidden.write(first, hidden.reshaped(hidden.shape[1:]))
             else:
                 self._prefill(ids, slot, position)
@@ -172,18 +188,95 @@ class Session:
         self._visible.add(ids, slot, position)
         self._pending_images = 0
 
-    def _decode_step(self, m: int) -> DecodeStep:
-        """Decode step for `m` image slots and the rows of the pool in use."""
-        key = (m, self._llm_values.used)
+    def _decode_step(self, b: int, m: int) -> DecodeStep:
+        """Decode step for `b` rows, `m` image slots and the rows of the pool in use."""
+        key = (b, m, self._llm_values.used)
         if key not in self._decode_steps:
             fixed = {
                 "visual_tokens": self._visual_tokens.rows(0, 1),
                 **self._llm_values.buffers(),
-                **self._cache.buffers,
+                **self._cache_rows.first(b),
             }
-            outputs = {"logits": self._logits, "hidden": self._one_hidden}
-            self._decode_steps[key] = DecodeStep(self.runtime.engine("llm"), 1, m, fixed, outputs)
+            outputs = {"logits": self._logits.rows(0, b), "hidden": self._hidden_rows.rows(0, b)}
+            self._decode_steps[key] = DecodeStep(self.runtime.engine("llm"), b, m, fixed, outputs)
         return self._decode_steps[key]
+
+    def beam_logits(self, step: BeamStep) -> list[Logits]:
+        """Logits [u] after each beam of `step`, whose last tokens are decoded in one run. Views:
+        valid until the next run."""
+        if not step.tokens:
+            return [self.next_logits()]
+        rows = self._cache_rows
+        placed = rows.grow(step.parents)
+        place = len(self.token_ids) + rows.depth - 1
+        self.decode_rows(
+            [(row, token, place) for row, token in zip(placed, step.tokens, strict=True)]
+        )
+        logits = self._logits.read()
+        check_finite(logits[placed], f"the logits after {place + 1} tokens of a beam")
+        return [logits[row, 0] for row in placed]
+
+    def score(self, continuations: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
+        """Log probability of each token of each continuation of the document, which stays as it is.
+
+        All rows of the cache begin with the document, and take a continuation each, token by token;
+        a row that is through takes the next one. Raises `DocumentError` for a continuation that
+        does not fit, or has no token.
+        """
+        most = max(map(len, continuations), default=0)
+        if min(map(len, continuations), default=1) == 0:
+            raise DocumentError("a continuation without a token has no score")
+        if most > self.room:
+            raise DocumentError(
+                "a continuation does not fit into the context",
+                expected=f"at most {self.room} tokens",
+                got=most,
+            )
+        logits_after = self.next_logits().copy()
+        after = log_softmax(logits_after)
+        found = [[float(after[tokens[0]])] for tokens in continuations]
+        # Of a continuation of one token nothing is left to compute.
+        left = [number for number, tokens in enumerate(continuations) if len(tokens) > 1]
+        left.sort(key=lambda number: len(continuations[number]))  # the longest begin
+        first, rows = len(self.token_ids), self._cache_rows
+        rows.repeat(min(rows.count, len(left)))
+        taken: dict[int, int] = {}  # row -> continuation
+        while left or taken:
+            for row in range(rows.count):
+                if row not in taken and left:
+                    taken[row] = left.pop()
+            self.decode_rows(
+                [
+                    (
+                        row,
+                        continuations[number][len(found[number]) - 1],
+                        first + len(found[number]) - 1,
+                    )
+                    for row, number in taken.items()
+                ]
+            )
+            logits = self._logits.read()
+            for row, number in list(taken.items()):
+                check_finite(logits[row, 0], f"the logits of continuation {number + 1}")
+                tokens, known = continuations[number], found[number]
+                known.append(float(log_softmax(logits[row, 0])[tokens[len(known)]]))
+                if len(known) == len(tokens):
+                    del taken[row]
+        self._logits.rows(0, 1).write(logits_after[None, None])  # those of the document again
+        return [np.array(known) for known in found]
+
+    def decode_rows(self, rows: Sequence[tuple[int, int, int]]) -> None:
+        """Decode one token in some rows of the cache: (row, token, place in its text). All of them
+        see the images of the document; nothing is appended."""
+        b = max(row for row, _, _ in rows) + 1
+        slot, position = self._visible.of_tokens([_ANY_TEXT], self._llm_values.slot)
+        with self._measure("decode", len(rows)):
+            step = self._decode_step(b, slot.shape[1])
+            # An idle row writes behind the document, where its next text begins.
+            idle = set(range(b)) - {row for row, _, _ in rows}
+            for row, token, place in [*rows, *((row, 0, len(self.token_ids)) for row in idle)]:
+                step.set(row, token, place, slot[0], position[0, 0])
+            step.run()
 
     def _prefill(
         self, ids: list[int], slot: NDArray[np.int32], position: NDArray[np.int32]
@@ -194,10 +287,10 @@ class Session:
             **prefill_inputs(ids, self._processed, index, slot, position),
             "visual_tokens": visual_tokens,
             **self._llm_values.buffers(),
-            **self._cache.buffers,
+            **self._cache_rows.first(1),
         }
         hidden = self._hidden.tokens(self._processed, self._processed + len(ids))
-        outputs = {"logits": self._logits, "hidden": hidden.reshaped((1, *hidden.shape))}
+        outputs = {"logits": self._logits.rows(0, 1), "hidden": hidden.reshaped((1, *hidden.shape))}
         self.runtime.engine("llm").run(inputs, outputs)
 
     def _visual(self, ids: list[int]) -> tuple[Buffer, NDArray[np.int64]]:
@@ -210,16 +303,16 @@ class Session:
     def draw(
         self,
         schedule: str | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         seed: int = 0,
         full_every: int = 1,
         on_step: Callable[[int, int], None] = lambda step, of: None,
     ) -> Rgb:
         """Draw the picture that the document's last token begins, and append it.
 
-        schedule: key of a sampler, as in `Runtime.schedule`. guidance: scale of classifier-free
-        guidance, 1 for none. full_every: run the whole U-Net at every n-th step, and reuse its deep
-        features at the others, which is an approximation. on_step(step, of): called after each
+        schedule: key of a sampler, as in `Runtime.schedule`. guidance: as in `GenerationOptions`.
+        full_every: run the whole U-Net at every n-th step, and reuse its deep features at the
+        others, which is an approximation. on_step(step, of): called after each
         step, `step` from 1. Returns uint8 [height, width, 3].
         """
         steps = self.draw_steps(schedule, guidance, seed, full_every)
@@ -232,14 +325,15 @@ class Session:
                 return rgb
 
     def draw_steps(
-        self, schedule: str | None, guidance: float, seed: int, full_every: int = 1
+        self, schedule: str | None, guidance: float | None, seed: int, full_every: int = 1
     ) -> Generator[tuple[int, int], None, Rgb]:
         """`draw` as a generator: yields (step, of) after each step and returns the picture.
 
         The same document and seed give the same picture. The picture is not appended, so closing
         the generator leaves the document as it was. A session draws one picture at a time.
         """
-        picture = Picture(self.images, schedule, guidance, seed, full_every)
+        scale = self.config.image_decoder.guidance_of(guidance)
+        picture = Picture(self.images, schedule, scale, seed, full_every)
         self.begin(picture)
         steps = self.runtime.schedule(schedule).schedule.steps
         for step in range(steps):
@@ -253,6 +347,8 @@ class Session:
             case NextToken(request):
                 (sampled,) = sample_rows(self.next_logits()[None], [request])
                 return sampled
+            case BeamStep():
+                return self.beam_logits(work)
             case Condition(picture):
                 return self.begin(picture)
             case Denoise(picture, step, preview):
@@ -338,10 +434,10 @@ class Session:
         return pad_images(slots, position, seen)
 
 
-def _allocate_single(graph: Graph, name: str, memory: Memory) -> Buffer:
-    """Allocate tensor `name` for one row, token and logit."""
+def _allocate_rows(graph: Graph, name: str, memory: Memory, rows: int) -> Buffer:
+    """Allocate tensor `name` for `rows` rows of one token and logit."""
     tensor = graph[name]
-    return memory.allocate(tensor.resolve(b=1, t=1, w=1, v=1), tensor.dtype)
+    return memory.allocate(tensor.resolve(b=rows, t=1, w=1, v=1), tensor.dtype)
 
 
 def check_finite(array: Array, what: str) -> None:

@@ -15,6 +15,19 @@ class NextToken:
 
 
 @dataclass(frozen=True)
+class BeamStep:
+    """Decode the last token of each beam of a search (`beam_search.py`), which are not appended.
+
+    parents: of each beam, its number among the beams of the step before. tokens: of each beam, the
+    last one. Result: the logits [u] of the token that follows each beam; views, valid until the
+    next work. Without beams a search begins, with the token that follows the document.
+    """
+
+    parents: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Picture:
     """A picture to draw after the begin-of-image token that ends the document.
 
@@ -60,4 +73,4 @@ class DecodeLatents:
     picture: Picture
 
 
-Work = NextToken | Condition | Denoise | DecodeLatents
+Work = NextToken | BeamStep | Condition | Denoise | DecodeLatents

@@ -8,7 +8,8 @@ released checkpoint (MMFS on the skips, the nearest image, a null slot, Q-Former
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -53,6 +54,9 @@ Positive = Annotated[float, Field(gt=0, le=1e12)]
 Ratio = Annotated[float, Field(gt=0, le=64)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Level = Annotated[int, Field(ge=0, le=3)]
+
+# Scale of classifier-free guidance in the paper's evaluation (Sec. 4.1).
+PUBLISHED_GUIDANCE = 3.5
 
 
 _HEADS = "its number of heads"
@@ -398,30 +402,126 @@ class VaeConfig:
         return self.patch * 2 ** (len(self.block_widths) - 1)
 
 
+# Fields of `DiffusionConfig` that configurations from before them lack.
+_LATER_DIFFUSION = ("rescale_betas_zero_snr", "min_snr_gamma")
+
+
 @dataclass(frozen=True, config=STRICT)
 class DiffusionConfig:
-    """Noise schedule of training and the U-Net's prediction type, as in diffusers' DDPM."""
+    """Noise schedule of training and the U-Net's prediction type, as in diffusers' DDPM.
+
+    `rescale_betas_zero_snr`: the last timestep is noise alone (Lin et al. 2023, Algorithm 1); the
+    prediction is then v, because noise alone predicts no picture. `min_snr_gamma`: the loss of a
+    timestep counts as that of the picture with the weight min(SNR, gamma) (Hang et al. 2023); None:
+    the mean squared error of the prediction, as published.
+    """
 
     prediction: Literal["epsilon", "v_prediction"]
     steps: Count = 1000
     beta_start: Rate = 0.00085
     beta_end: Rate = 0.012
     beta_schedule: str = "scaled_linear"
+    rescale_betas_zero_snr: bool = False
+    min_snr_gamma: Positive | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> DiffusionConfig:
+        if self.rescale_betas_zero_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr needs the prediction v_prediction: at the last timestep "
+                "the noise, which epsilon predicts, is all that the U-Net is given"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit later fields at their defaults: checkpoints from before them compare this text."""
+        fields: dict[str, Any] = inner(self)
+        return {n: value for n, value in fields.items() if value or n not in _LATER_DIFFUSION}
+
+    @property
+    def spacing(self) -> Literal["leading", "trailing"]:
+        """Timestep spacing of samplers: Stable Diffusion's, or, with a terminal SNR of zero, one
+        that begins at the last timestep (Lin et al. 2023, Sec. 3.3)."""
+        return "trailing" if self.rescale_betas_zero_snr else "leading"
+
+
+@dataclass(frozen=True, config=STRICT)
+class DistillationConfig:
+    """Distillation of the U-Net into one branch, with guidance of scale `guidance` folded in.
+
+    `guidance` (Meng et al. 2023, Sec. 3.1): the prediction is the teacher's guided one, for any
+    sampler. `lcm` (Luo et al. 2023): a latent consistency function, sampled by `lcm:N`;
+    `solver_steps`: evenly spread timesteps on which it was trained, the most that N can be.
+    """
+
+    kind: Literal["guidance", "lcm"]
+    guidance: Annotated[float, Field(ge=0, le=100)]
+    solver_steps: Few | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> DistillationConfig:
+        if (self.kind == "lcm") != (self.solver_steps is not None):
+            raise ValueError("solver_steps belongs to the kind lcm, which needs it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit `solver_steps` where there are none."""
+        fields: dict[str, Any] = inner(self)
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True, config=STRICT)
 class ImageDecoderConfig:
-    """Image decoder, LLM hidden states to a picture: context resampler, U-Net with MMFS, VAE."""
+    """Image decoder, LLM hidden states to a picture: context resampler, U-Net with MMFS, VAE.
+
+    `distillation`: None for a U-Net as published, which takes two branches for guidance.
+    """
 
     resampler: ResamplerConfig
     unet: UnetConfig
     mmfs: MmfsConfig
     vae: VaeConfig
     diffusion: DiffusionConfig
+    distillation: DistillationConfig | None = None
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> ImageDecoderConfig:
+        steps = self.distillation.solver_steps if self.distillation else None
+        if steps is not None and steps > self.diffusion.steps:
+            raise ValueError(f"solver_steps {steps} are more than {self.diffusion.steps} steps")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit an absent `distillation`: checkpoints from before the field compare this text."""
+        fields: dict[str, Any] = inner(self)
+        return {name: value for name, value in fields.items() if value is not None}
 
     @property
     def image_size(self) -> int:
         return self.unet.latent_side * self.vae.factor
+
+    @property
+    def branches(self) -> int:
+        """Rows that the U-Net computes for a picture: a conditional and an unconditional one for
+        classifier-free guidance, or one where guidance is distilled."""
+        return 2 if self.distillation is None else 1
+
+    def guidance_of(self, asked: float | None) -> float:
+        """Guidance scale of a picture for which `asked` was given, None for the default. Raises
+        `ConfigError` for one that a distilled U-Net does not have."""
+        if self.distillation is None:
+            return PUBLISHED_GUIDANCE if asked is None else asked
+        own = self.distillation.guidance
+        if asked is not None and asked != own:
+            raise ConfigError(
+                f"this model draws with guidance {own:g} alone, which is distilled into it",
+                got=f"guidance {asked:g}",
+                fix="leave the guidance out, or take the model that it was distilled from",
+            )
+        return own
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -505,13 +605,39 @@ def first_flaw(error: ValidationError) -> str:
 
 def from_json(text: str | bytes, source: str = "configuration") -> ModelConfig:
     """Parse a configuration; raises `ConfigError` that names the first wrong field."""
+    return _validated(lambda: _ADAPTER.validate_json(text), source)
+
+
+def _validated(make: Callable[[], ModelConfig], source: str) -> ModelConfig:
     try:
-        return _ADAPTER.validate_json(text)
+        return make()
     except ValidationError as error:
         raise ConfigError(
             f"{source} is not a valid model configuration: {first_flaw(error)}",
             fix="compare it with the output of `mmi inspect --preset tiny`",
         ) from None
+
+
+def with_fields(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    """`config` with some fields changed, by dotted names as `image_decoder.diffusion.beta_end`.
+    Raises `ConfigError` for a field that there is not, or a value that does not fit."""
+    # Field by field: the written form leaves some out at their defaults.
+    fields = asdict(config)
+    for name, value in changes.items():
+        *tables, last = name.split(".")
+        table: Any = fields
+        for key in tables:
+            table = table.get(key) if isinstance(table, dict) else None
+        if not isinstance(table, dict) or last not in table or isinstance(table[last], dict):
+            raise ConfigError(
+                f"a model configuration has no field {name!r}",
+                expected="a dotted name, as image_decoder.diffusion.prediction",
+                fix="see `mmi inspect --preset tiny`",
+            )
+        table[last] = value
+    return _validated(
+        lambda: _ADAPTER.validate_python(fields), f"the change of {', '.join(changes)}"
+    )
 
 
 def read_config(path: Path) -> ModelConfig:

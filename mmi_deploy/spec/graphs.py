@@ -39,10 +39,6 @@ TERMS = 3 + HISTORY
 # Input of the U-Net's last up block besides its skips; `denoise_shallow` uses it again.
 DEEP = "deep"
 
-# Classifier-free guidance runs both branches in one batch: for each picture its conditional row,
-# then its unconditional row.
-UNET_BATCH_PER_PICTURE = 2
-
 # Rows of the tables of all the samplers in a bundle, together.
 MAX_STEPS = 4096
 
@@ -338,9 +334,10 @@ def _condition(config: ModelConfig, attentions: Sequence[int]) -> tuple[Tensor, 
 
 
 def denoise_step(config: ModelConfig, limits: Limits) -> Graph:
-    """One step of any linear solver, both guidance branches inside.
+    """One step of any linear solver, both guidance branches inside, the conditional one first.
 
-    Each row is a picture with a step, sampler and guidance of its own. `coefficients[step[b]]`
+    Each row is a picture with a step, sampler and guidance of its own. A distilled U-Net has one
+    branch, and the graph no `guidance`. `coefficients[step[b]]`
     [STATE, TERMS] times (latents, prediction, noise, history) is the next state of row b;
     `time_table[step[b]]` holds the time projection of every ResNet, one after another. Both tables
     hold all samplers, one after another.
@@ -382,10 +379,8 @@ def _latents(config: ModelConfig) -> tuple[int, int, int]:
 
 
 def _deep(config: ModelConfig) -> Tensor:
-    unet = config.image_decoder.unet
-    return _activation(
-        DEEP, "b", UNET_BATCH_PER_PICTURE, unet.deep_width, unet.latent_side, unet.latent_side
-    )
+    unet, branches = config.image_decoder.unet, config.image_decoder.branches
+    return _activation(DEEP, "b", branches, unet.deep_width, unet.latent_side, unet.latent_side)
 
 
 def _denoise_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
@@ -395,7 +390,7 @@ def _denoise_inputs(config: ModelConfig) -> tuple[Tensor, ...]:
         Tensor("history", "float32", ("b", HISTORY, *latents)),
         Tensor("noise", "float32", ("b", *latents)),
         Tensor("step", "int64", ("b",), below="steps"),
-        Tensor("guidance", "float32", ("b",)),
+        *((Tensor("guidance", "float32", ("b",)),) if decoder.branches > 1 else ()),
         Tensor("coefficients", "float32", ("steps", STATE, TERMS)),
         Tensor("time_table", "float32", ("steps", sum(decoder.unet.resnet_widths))),
         Tensor("image_slot", "int32", ("b", "m"), below="n"),

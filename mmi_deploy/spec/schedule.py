@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from mmi_deploy.errors import BundleError, ConfigError, WeightsError
+from mmi_deploy.spec.config import DiffusionConfig, DistillationConfig
 from mmi_deploy.spec.graphs import STATE, TERMS
 from mmi_deploy.system.files import write_file
 from mmi_deploy.system.safetensors_reader import read_header
@@ -30,6 +31,9 @@ LATENTS, PREDICTION, NOISE, HISTORY_START = 0, 1, 2, 3
 LAST_DATA_ROW = 1
 
 SOLVERS = ("ddpm", "ddim", "dpmpp_2m", "unipc")
+
+# Multistep sampling of a consistency model (Luo et al. 2023), which takes no other sampler.
+LCM = "lcm"
 
 # Timestep spacings of diffusers. `leading`, Stable Diffusion's, is left out of a schedule's name.
 SPACINGS = ("leading", "trailing", "linspace")
@@ -62,10 +66,10 @@ def parse_schedule_name(text: str, most: int) -> ScheduleName:
     found = re.fullmatch(r"([a-z0-9_]+)(?:-([a-z]+))?([:-])([0-9]{1,6})", text)
     solver, spacing, colon, steps = found.groups() if found else ("", None, "", "0")
     spacing = spacing or SPACINGS[0]
-    if solver not in SOLVERS or spacing not in SPACINGS:
+    if solver not in (*SOLVERS, LCM) or spacing not in SPACINGS:
         raise ConfigError(
             f"{text!r} is not a schedule",
-            expected=f"NAME:STEPS or NAME-SPACING:STEPS, NAME one of {', '.join(SOLVERS)} "
+            expected=f"NAME:STEPS or NAME-SPACING:STEPS, NAME one of {', '.join((*SOLVERS, LCM))} "
             f"and SPACING one of {', '.join(SPACINGS)}",
             fix="write ddim:20",
         )
@@ -79,6 +83,38 @@ def parse_schedule_name(text: str, most: int) -> ScheduleName:
             fix="write ddim:20",
         )
     return name
+
+
+def default_schedule(diffusion: DiffusionConfig, distilled: DistillationConfig | None) -> str:
+    """Sampler of a model for which none is asked."""
+    if distilled is not None and distilled.solver_steps is not None:
+        return f"{LCM}:{min(4, distilled.solver_steps)}"
+    return ScheduleName("unipc", diffusion.spacing, 20).key
+
+
+def check_schedule(
+    name: ScheduleName, diffusion: DiffusionConfig, distilled: DistillationConfig | None
+) -> None:
+    """Raise `ConfigError` unless a model, which is `distilled`, can be sampled by the schedule."""
+    usual = default_schedule(diffusion, distilled)
+    if distilled is None or distilled.solver_steps is None:
+        if name.solver == LCM:
+            raise ConfigError(
+                f"{name.key} samples a consistency model, and this model is none",
+                fix=f"choose {usual}, or distil the model with `mmi train MODEL --distill lcm`",
+            )
+        return
+    if name.solver != LCM or name.spacing != SPACINGS[0]:
+        raise ConfigError(
+            f"{name.key} does not sample a consistency model, which this model is",
+            fix=f"choose {usual}",
+        )
+    if name.steps > distilled.solver_steps:
+        raise ConfigError(
+            f"lcm cannot take {name.steps} steps with this model",
+            expected=f"1 to {distilled.solver_steps}",
+            fix=f"choose {usual}",
+        )
 
 
 @dataclass(frozen=True)

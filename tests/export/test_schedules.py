@@ -9,11 +9,22 @@ import torch
 from mmi_deploy.errors import BundleError, ConfigError
 from mmi_deploy.spec.config import DiffusionConfig
 from mmi_deploy.spec.graphs import HISTORY, STATE
-from mmi_deploy.spec.schedule import LAST_DATA_ROW, SOLVERS, Schedule, read_schedule
-from mmi_export.schedules import diffusers_scheduler, parse_schedule, schedule_table
+from mmi_deploy.spec.schedule import (
+    LAST_DATA_ROW,
+    SOLVERS,
+    Schedule,
+    default_schedule,
+    read_schedule,
+)
+from mmi_export.schedules import (
+    diffusers_scheduler,
+    parse_schedule,
+    schedule_table,
+)
 
 SHAPE = (2, 4, 3, 3)
 PREDICTIONS = ("epsilon", "v_prediction")
+ZERO_SNR = DiffusionConfig("v_prediction", rescale_betas_zero_snr=True)
 
 
 def denoiser(timestep: int, latents: np.ndarray) -> np.ndarray:
@@ -154,3 +165,63 @@ def test_every_solver_keeps_the_data_prediction(name: str, prediction: str) -> N
         else:
             wanted = [signal, -noise, 0, 0, 0, 0]
         np.testing.assert_allclose(row, wanted, rtol=1e-3, atol=1e-3)
+
+
+def reference_products(diffusion: DiffusionConfig) -> np.ndarray:
+    """Lin et al. 2023, Algorithm 1, in float64 and in its own order: products of (1 - beta)."""
+    root = np.linspace(diffusion.beta_start**0.5, diffusion.beta_end**0.5, diffusion.steps)
+    kept = np.sqrt(np.cumprod(1 - root**2))
+    first, last = kept[0], kept[-1]
+    return ((kept - last) * first / (first - last)) ** 2
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_tables_of_zero_terminal_snr_are_diffusers(name: str) -> None:
+    """Whole trajectories from pure noise: finite, and those of diffusers' `rescale_betas_zero_snr`;
+    the first step is from the last timestep."""
+    latents = np.random.default_rng(0).standard_normal(SHAPE)
+    for steps in (1, 5, 20):
+        schedule = schedule_table(name, steps, ZERO_SNR)
+        assert schedule.key == f"{name}-trailing:{steps}" and schedule.timesteps[0] == 999
+        assert np.isfinite(schedule.coefficients).all() and abs(schedule.coefficients).max() < 2
+        expected, noises = by_diffusers(name, ZERO_SNR, steps, latents, torch.float64)
+        got = by_table(schedule, latents, noises, np.float64)
+        assert np.abs(got - expected).max() / np.abs(expected).max() < 1e-5, f"{name}:{steps}"
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_data_of_zero_terminal_snr_is_that_of_the_float64_reference(name: str) -> None:
+    """x = sqrt(a) noisy - sqrt(1 - a) v at every step. Solvers in log SNR, as diffusers has them,
+    take 2^-24 for a at the last timestep, so that sqrt(a) is off by 2^-12 there."""
+    products = reference_products(ZERO_SNR)
+    schedule = schedule_table(name, 8, ZERO_SNR)
+    for row, timestep in zip(schedule.coefficients, schedule.timesteps, strict=True):
+        kept = products[timestep]
+        wanted = [kept**0.5, -((1 - kept) ** 0.5), 0, 0, 0, 0]
+        tolerance = 2.5e-4 if timestep == 999 else 2e-6
+        np.testing.assert_allclose(row[1 + LAST_DATA_ROW], wanted, rtol=0, atol=tolerance)
+
+
+def test_deterministic_step_from_pure_noise_is_the_prediction_alone() -> None:
+    """DDIM at a = 0: the data is -v and the noise is the latents, without a division by a."""
+    products = reference_products(ZERO_SNR)
+    schedule = schedule_table("ddim", 4, ZERO_SNR)
+    kept = products[int(schedule.timesteps[1])]
+    wanted = [(1 - kept) ** 0.5, -(kept**0.5), 0, 0, 0, 0]
+    np.testing.assert_allclose(schedule.coefficients[0, 0], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "ddim-linspace:1", "ddpm-leading:7"])
+def test_a_schedule_that_begins_below_pure_noise_is_refused(name: str) -> None:
+    """In a line that names the schedule to ask for instead."""
+    asked = name if ":" in name else f"{name}-leading:20"
+    with pytest.raises(ConfigError, match=r"zero terminal SNR.*999.*-trailing:") as refused:
+        parse_schedule(asked, ZERO_SNR)
+    advice = str(refused.value).rpartition("write ")[2]
+    assert parse_schedule(advice, ZERO_SNR).key == advice
+
+
+def test_the_default_schedule_is_one_that_the_model_can_take() -> None:
+    assert default_schedule(DiffusionConfig("epsilon"), None) == "unipc:20"
+    own = default_schedule(ZERO_SNR, None)
+    assert parse_schedule(own, ZERO_SNR).timesteps[0] == 999

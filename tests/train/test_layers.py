@@ -23,6 +23,7 @@ LAYERS = (
         "evaluation.metrics",
         "evaluation.benchmarks",
         "golden",
+        "ablation",
     ),
     ("cli",),
 )

@@ -14,7 +14,6 @@ from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.events import Event
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.spec.backends import CPU, NONE
-from mmi_deploy.spec.config import DiffusionConfig
 
 # `runtime`: a bundle in our runtime. `pytorch`: the model in the published order of work, MMFS as
 # published. `pytorch-compiled`: the same order of work with the model's own MMFS and a U-Net that
@@ -99,6 +98,7 @@ def _pytorch(settings: Settings, compiled: bool) -> Generate:
 
     from mmi_deploy.bundle.bundle import Bundle
     from mmi_deploy.documents.tokenizer import Tokenizer
+    from mmi_export.schedules import scheduler_of
     from mmi_train.baseline.generation import generate
     from mmi_train.baseline.published_mmfs import as_published
     from mmi_train.weights.model_folder import load_model
@@ -116,25 +116,8 @@ def _pytorch(settings: Settings, compiled: bool) -> Generate:
             fix="give the model folder with --model, or export again",
         )
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
-    scheduler, eta = scheduler_of(settings.schedule, model.config.image_decoder.diffusion)
+    scheduler = scheduler_of(settings.schedule, model.config.image_decoder)
+    eta = float(settings.schedule.startswith("ddpm"))
     return lambda document, options: generate(
         model, tokenizer, document, options, scheduler, eta=eta, limits=bundle.limits
     )
-
-
-def scheduler_of(key: str, diffusion: DiffusionConfig) -> tuple[Any, float]:
-    """Build diffusers' scheduler for a schedule's key, with its timesteps set, and its eta.
-
-    The ancestral sampler takes its noise explicitly, as DDIM with eta 1.
-    """
-    from mmi_export.schedules import diffusers_scheduler
-    from mmi_train.model.diffusion import ddim
-
-    name, _, steps = key.partition(":")
-    solver, _, spacing = name.partition("-")
-    if (solver, spacing) == ("ddpm", ""):
-        scheduler: Any = ddim(diffusion)
-    else:
-        scheduler = diffusers_scheduler(solver, diffusion, spacing or "leading")
-    scheduler.set_timesteps(int(steps))
-    return scheduler, float(solver == "ddpm")

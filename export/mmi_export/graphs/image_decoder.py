@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mmi_deploy.spec.graphs import DEEP, UNET_BATCH_PER_PICTURE, Graph, numbered
+from mmi_deploy.spec.graphs import DEEP, Graph, numbered
 from mmi_export.graphs import operators
 from mmi_export.graphs.folding import FoldedMmfsBlock
 from mmi_export.tracing.onnx_from_module import Tensors, sharing_copy
@@ -46,7 +46,7 @@ class ImageConditionGraph(nn.Module):
 
 class _DenoiseGraph(nn.Module):
     """Base of a full and a shallow step: the U-Net with its MMFS blocks folded, on both guidance
-    branches, and the update of a tabulated sampler."""
+    branches, or the one of a distilled U-Net, and the update of a tabulated sampler."""
 
     def __init__(self, model: MMInterleaved, graph: Graph) -> None:
         super().__init__()
@@ -56,6 +56,9 @@ class _DenoiseGraph(nn.Module):
         )
         self.keys_values = condition_names(graph)
         self.values = graph.names("unet_value")
+        self.branches = model.config.image_decoder.branches
+        if self.branches == 1:
+            return
         with torch.no_grad():
             pairs = self.unet.condition_keys_values(model.image_decoder.null_condition)
         # Keys and values of the unconditional branch, [1, y, c] each: the same for every picture.
@@ -70,17 +73,34 @@ class _DenoiseGraph(nn.Module):
         )
 
     def constants(self, inputs: Tensors) -> Constants:
-        """Time rows, condition and images of both guidance branches, as `UNet.step` takes them."""
+        """Time rows, condition and images of all branches, as `UNet.step` takes them."""
         return (
-            _twice(inputs["time_table"].index_select(0, inputs["step"])),
+            self.rows(inputs["time_table"].index_select(0, inputs["step"])),
             self._condition(inputs),
             [inputs[name] for name in self.values],
-            _twice(inputs["image_slot"]),
-            _twice(inputs["image_position"]),
+            self.rows(inputs["image_slot"]),
+            self.rows(inputs["image_position"]),
         )
 
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Repeat each row [b, ...] for every branch of its picture: [branches * b, ...]."""
+        if self.branches == 1:
+            return tensor
+        return torch.stack([tensor] * self.branches, 1).flatten(0, 1)
+
+    def prediction(self, inputs: Tensors, branches: Tensor) -> Tensor:
+        """Prediction [b, z, side, side] from the rows of all branches: unconditional + guidance
+        (conditional - unconditional)."""
+        if self.branches == 1:
+            return branches
+        conditional, unconditional = branches.unflatten(0, (-1, self.branches)).unbind(1)
+        guidance = inputs["guidance"][:, None, None, None]
+        return unconditional + guidance * (conditional - unconditional)
+
     def _condition(self, inputs: Tensors) -> list[KeyValue]:
-        """Keys and values [2b, y, c] of both branches for each cross-attention."""
+        """Keys and values [branches * b, y, c] for each cross-attention."""
+        if self.branches == 1:
+            return [(inputs[key], inputs[value]) for key, value in self.keys_values]
         names = [name for pair in self.keys_values for name in pair]
         both = [
             torch.stack([inputs[name], other.expand_as(inputs[name])], 1).flatten(0, 1)
@@ -93,8 +113,10 @@ class DenoiseStepGraph(_DenoiseGraph):
     """One step of a tabulated sampler; also gives the deep features that shallow steps reuse."""
 
     def forward(self, inputs: Tensors) -> Tensors:
-        branches, deep = self.unet.step_and_deep(_twice(inputs["latents"]), *self.constants(inputs))
-        return {**_next_state(inputs, branches), DEEP: _by_picture(deep)}
+        latents = self.rows(inputs["latents"])
+        branches, deep = self.unet.step_and_deep(latents, *self.constants(inputs))
+        state = _next_state(inputs, self.prediction(inputs, branches))
+        return {**state, DEEP: deep.unflatten(0, (-1, self.branches))}
 
 
 class DenoiseShallowGraph(_DenoiseGraph):
@@ -102,9 +124,9 @@ class DenoiseShallowGraph(_DenoiseGraph):
 
     def forward(self, inputs: Tensors) -> Tensors:
         branches = self.unet.shallow_step(
-            _twice(inputs["latents"]), inputs[DEEP].flatten(0, 1), *self.constants(inputs)
+            self.rows(inputs["latents"]), inputs[DEEP].flatten(0, 1), *self.constants(inputs)
         )
-        return _next_state(inputs, branches)
+        return _next_state(inputs, self.prediction(inputs, branches))
 
 
 class VaeDecoderGraph(nn.Module):
@@ -124,21 +146,8 @@ def condition_names(graph: Graph) -> list[tuple[str, str]]:
     return list(zip(keys, values, strict=True))
 
 
-def _twice(tensor: Tensor) -> Tensor:
-    """Repeat each row [b, ...] for both guidance branches: [2b, ...]."""
-    return torch.stack([tensor] * UNET_BATCH_PER_PICTURE, 1).flatten(0, 1)
-
-
-def _by_picture(branches: Tensor) -> Tensor:
-    """Rows of both branches [2b, ...] by picture: [b, 2, ...]."""
-    return branches.unflatten(0, (-1, UNET_BATCH_PER_PICTURE))
-
-
-def _next_state(inputs: Tensors, branches: Tensor) -> Tensors:
-    """Update of the sampler by unconditional + guidance (conditional - unconditional)."""
-    conditional, unconditional = _by_picture(branches).unbind(1)  # [b, z, side, side]
-    guidance = inputs["guidance"][:, None, None, None]
-    prediction = unconditional + guidance * (conditional - unconditional)
+def _next_state(inputs: Tensors, prediction: Tensor) -> Tensors:
+    """Update of the sampler by a prediction [b, z, side, side]."""
     latents, noise, history = (inputs[name] for name in ("latents", "noise", "history"))
     terms = torch.cat([torch.stack([latents, prediction, noise], 1), history], 1)
     coefficients = inputs["coefficients"].index_select(0, inputs["step"])  # [b, state, terms]

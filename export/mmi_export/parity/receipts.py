@@ -32,11 +32,10 @@ from mmi_deploy.parity import (
 )
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, runner
 from mmi_deploy.spec.graphs import DEEP, Graph, Limits, numbered
-from mmi_deploy.spec.schedule import Schedule
+from mmi_deploy.spec.schedule import LCM, Schedule
 from mmi_export.graphs.image_decoder import condition_names
 from mmi_export.parity.llm_rows import LlmRows, random_rows
-from mmi_export.schedules import diffusers_scheduler, schedule_table
-from mmi_train.model.diffusion import ddim
+from mmi_export.schedules import lcm_table, schedule_table, scheduler_of
 from mmi_train.model.image_decoder import DenoisingStep, PreviousImages
 from mmi_train.model.llama import Llama
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
@@ -318,7 +317,8 @@ class _Picture:
         }
 
 
-# Samplers of the rows of a batch, with and without noise of their own, and their guidance.
+# Samplers of the rows of a batch, with and without noise of their own, and their guidance, which a
+# distilled U-Net has of its own.
 _SOLVERS = ("unipc", "ddpm", "ddim")
 _GUIDANCE = (3.5, 1.0, 7.0)
 
@@ -333,6 +333,9 @@ def _denoise(
     unet = model.image_decoder.unet
     shallow = any(tensor.name == DEEP for tensor in graph.inputs)
     schedules = [schedule_table(solver, _STEPS, diffusion) for solver in _SOLVERS]
+    distilled = model.config.image_decoder.distillation
+    if distilled is not None and distilled.solver_steps is not None:
+        schedules[0] = lcm_table(_STEPS, diffusion, distilled.solver_steps)
     tables = {
         "coefficients": np.concatenate([schedule.coefficients for schedule in schedules]),
         "time_table": np.concatenate(
@@ -383,6 +386,7 @@ def _draw_together(
             running.append((row, index))
         if not running:
             continue
+        taken = {tensor.name for tensor in graph.inputs}
         inputs = [
             pictures[row].constants
             | state[row]
@@ -390,7 +394,8 @@ def _draw_together(
             | ({DEEP: _deep(pictures[row].steps[index])} if shallow else {})
             for row, index in running
         ]
-        outputs = run(shared | _stacked(inputs))
+        stacked = {name: array for name, array in _stacked(inputs).items() if name in taken}
+        outputs = run(shared | stacked)
         for place, (row, index) in enumerate(running):
             own = {name: array[place : place + 1] for name, array in outputs.items()}
             state[row] = {"latents": own["next_latents"], "history": own["next_history"]}
@@ -426,10 +431,10 @@ def _picture(
 ) -> _Picture:
     """Draw a picture of a few steps with the model. `features`: pool of images, of which it sees
     `m`."""
-    decoder, diffusion = model.image_decoder, model.config.image_decoder.diffusion
-    noisy = schedule.name == "ddpm"
-    scheduler = ddim(diffusion) if noisy else diffusers_scheduler(schedule.name, diffusion)
-    scheduler.set_timesteps(_STEPS)
+    decoder, config = model.image_decoder, model.config.image_decoder
+    scheduler = scheduler_of(schedule.key, config)
+    noisy = schedule.name in ("ddpm", LCM)
+    guidance = _GUIDANCE[row] if config.branches > 1 else config.guidance_of(None)
     images = _previous_images(model, draw, features, m)
     latents = _normal(draw, graph["latents"].resolve(b=1))
     noise = _normal(draw, (_STEPS, *latents.shape))
@@ -440,7 +445,7 @@ def _picture(
         images,
         torch.from_numpy(latents),
         scheduler,
-        guidance=_GUIDANCE[row],
+        guidance=guidance,
         full_every=_STEPS if shallow else 1,
         step_noise=list(torch.from_numpy(noise)) if noisy else None,
         on_step=steps.append,
@@ -452,11 +457,11 @@ def _picture(
     taken = {tensor.name for tensor in graph.inputs}
     constants = {name: array for name, array in constants.items() if name in taken}
     first = row * _STEPS
-    return _Picture(schedule, first, _GUIDANCE[row], latents, noise, steps, constants)
+    return _Picture(schedule, first, guidance, latents, noise, steps, constants)
 
 
 def _deep(step: DenoisingStep) -> NDArray[np.float32]:
-    """Deep features of one picture, the conditional branch first: [1, 2, c, side, side]."""
+    """Deep features of one picture, the conditional branch first: [1, branches, c, side, side]."""
     return step.deep.numpy()[None]
 
 

@@ -252,7 +252,9 @@ class MmiFields(Fields):
         None, description="Time after which the request is ended with the error `deadline`."
     )
     guidance: Annotated[float, Field(ge=0, le=100)] | None = Field(
-        None, description="Scale of classifier-free guidance, 1 for none."
+        None,
+        description="Scale of classifier-free guidance, 1 for none; a distilled model has its own "
+        "alone.",
     )
     schedule: String | None = Field(
         None, description="Sampler, one of `mmi.samplers` of the model, as `ddim:20`."
@@ -336,6 +338,10 @@ def options_of(
             f"the model has the samplers {', '.join(model.steps)}",
             param="mmi.schedule",
         )
+    try:
+        model.config.image_decoder.guidance_of(given.get("guidance"))
+    except ConfigError as error:
+        raise ApiError(400, "distilled_guidance", str(error), param="mmi.guidance") from None
     most_tokens = limits.tokens if limits.tokens is not None else model.limits.context
     if "max_tokens" in given:
         name = fields.get("max_tokens", "max_tokens")

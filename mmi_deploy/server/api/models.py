@@ -62,6 +62,7 @@ def _model(
                 "tokens": min(limits.tokens or most_tokens, most_tokens),
             },
             "samplers": dict(model.steps),
+            "branches": model.config.image_decoder.branches,
             "sizes": [f"{drawn}x{drawn}"],
             "given_side": model.given_side,
             "picture_tokens": picture_tokens(model.config),
@@ -73,7 +74,7 @@ def _model(
             "keep_alive": rules.keep_alive,
             "defaults": {
                 "schedule": next(iter(model.steps)),
-                "guidance": DEFAULTS.guidance,
+                "guidance": model.config.image_decoder.guidance_of(None),
                 "max_images": DEFAULTS.max_images,
                 "max_tokens": DEFAULTS.max_tokens,
                 "temperature": DEFAULTS.temperature,

@@ -31,6 +31,7 @@ let run = null;
 let wentAt = 0;
 let said = { words: "", at: 0 };
 let again = null; // repeats what failed
+let looked = null; // the first look at the server
 let frame = 0;
 
 const options = new Options();
@@ -255,6 +256,7 @@ function previews() {
 
 // Let the model go on after `parts`, into `parts`. `repeat` is what "Try again" does.
 async function generate(parts, prefix, repeat, more = {}) {
+  await looked; // samplers and limits of the model belong into the request
   if (run) return;
   const { document } = library;
   const chosen = { ...options.forTurn(model, previews()), ...more };
@@ -730,5 +732,6 @@ window.document.addEventListener("visibilitychange", () => {
 await library.start();
 await show();
 if (!library.store.works) library.failed();
-await look();
+looked = look();
+await looked;
 watch();

@@ -27,8 +27,9 @@ pytestmark = pytest.mark.timing
 
 QUICK = Plan(requests=8, min_seconds=0.5, max_seconds=6.0, warm_up=0.0, drain=2.0, check_every=1)
 
-# Sleeps end late on a machine that is busy.
+# Sleeps end late on a machine that is busy: seconds for a wait, and for each of the many in a row.
 SLACK = 0.030
+SLACK_EACH = 0.002
 
 
 def session(
@@ -72,10 +73,12 @@ def test_known_sleeps_give_known_latencies(endpoint: str, piece: int | None) -> 
     if endpoint == "responses":
         expected["first_preview"] = 0.05 + 7 * 0.01 + 0.02
     once = {"first_token", "first_output", "first_image", "first_preview", "end_to_end"}
+    sleeps = {"end_to_end": 1 + 23 + 9, "image_interval": 8 + 3, "first_image": 1 + 7 + 3}
     for key, seconds in expected.items():
         # Of a value in each request the least: the machine may be busy.
         found = result.measures[key].least if key in once else median(result, key)
-        assert 0.9 * seconds - 0.003 <= found <= seconds + SLACK, key
+        slack = SLACK + SLACK_EACH * sleeps.get(key, 0)
+        assert 0.9 * seconds - 0.003 <= found <= seconds + slack, key
     assert result.complete and result.valid
     assert all(record.tokens == 24 and record.images == 3 for record in result.runs[0].run.ended)
     # Two at once, each of 0.46 seconds or more.

@@ -26,7 +26,7 @@ from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.session import Session
 from mmi_deploy.runtime.timings import Timings
-from mmi_deploy.runtime.work import Work
+from mmi_deploy.runtime.work import BeamStep, Work
 
 # Turns after which a schedule counts as one that never ends.
 MOST_TURNS = 20_000
@@ -54,7 +54,7 @@ class Alone:
         self.runtime, self.document, self.options = runtime, document, options
         self.events: list[Event] = []
         self.error: Exception | None = None
-        session = Session(runtime)
+        session = Session(runtime, options.beams)
         self._results: list[Any] = []
         steps = self._generation(session.sequence).run()
         result = None
@@ -64,6 +64,8 @@ class Alone:
                 result = None
                 if isinstance(item, Work):
                     result = session.do(item)
+                    if isinstance(item, BeamStep):  # views, valid until the next work
+                        result = [row.copy() for row in result]
                     self._results.append(result)
                 else:
                     self.events.append(item)

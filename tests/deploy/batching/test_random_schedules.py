@@ -23,7 +23,7 @@ from deploy.runtime.fake_model import picture
 from mmi_deploy.batching.executor import Executor, powers_of_two
 from mmi_deploy.batching.scheduler import Policy
 from mmi_deploy.documents.document import Document, Draw, Image, Part, Text, document_of
-from mmi_deploy.errors import BusyError, DocumentError, EngineError
+from mmi_deploy.errors import BusyError, ConfigError, DocumentError, EngineError
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 
@@ -63,21 +63,26 @@ def spoil(name: str, inputs: Inputs, outputs: Outputs) -> None:
 
 
 def options(rng: random.Random) -> GenerationOptions:
+    beams = rng.choice((1, 1, 1, 2, 3))
+    searched = beams > 1
     return GenerationOptions(
         seed=rng.randrange(4),
         max_tokens=rng.randrange(0, 7),
         min_tokens=rng.choice((0, 0, 3)),
         max_images=rng.choice((0, 0, 1, 1, 2)),
         draw_first=rng.random() < 0.15,
-        turn_tokens=rng.choice((None, None, None, 0, 2)),
+        turn_tokens=None if searched else rng.choice((None, None, None, 0, 2)),
         stop=rng.choice(((), (), ("w7", "w9 w1"), (" ",))),
-        temperature=rng.choice((0.0, 1.0, 1.3)),
+        temperature=0.0 if searched else rng.choice((0.0, 1.0, 1.3)),
         top_k=rng.choice((0, 5)),
         top_p=rng.choice((0.9, 1.0)),
         repetition_penalty=rng.choice((1.0, 1.7)),
         frequency_penalty=rng.choice((0.0, 0.5)),
         logit_bias=rng.choice(((), ((3, 4.0),), ((2, 3.0),))),
-        logprobs=rng.choice((None, None, 2)),
+        logprobs=None if searched else rng.choice((None, None, 2)),
+        beams=beams,
+        length_penalty=rng.choice((0.0, 1.0, 2.0)) if searched else 1.0,
+        early_stopping=searched and rng.random() < 0.3,
         schedule=rng.choice((None, "plain:4", "ancestral:4")),
         guidance=rng.choice((1.0, 3.5)),
         full_every=rng.choice((1, 1, 2, 3)),
@@ -165,7 +170,7 @@ class Schedule:
             executor=executor,
         )
         hooks.before, hooks.after = self.before, spoil
-        self.busy = self.too_many = 0
+        self.busy = self.too_many = self.too_wide = 0
         self.broken = 0
 
     def before(self, name: str, inputs: Inputs) -> None:
@@ -208,6 +213,9 @@ class Schedule:
             )
         except BusyError:
             self.busy += 1
+        except ConfigError:
+            assert alone.options.beams > len(self.service.executor.slots.slots)
+            self.too_wide += 1
         except DocumentError:
             assert len(alone.document.images) > self.service.executor.images.rows
             self.too_many += 1

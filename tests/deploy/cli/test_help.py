@@ -10,7 +10,7 @@ from mmi_deploy.cli import program
 from mmi_deploy.cli.app import run
 
 COMMANDS = (
-    "bench", "bench batch", "bench compare", "bench graph", "bench mmfs", "bench pytorch",
+    "ablate", "bench", "bench batch", "bench compare", "bench graph", "bench mmfs", "bench pytorch",
     "bench scale", "bench serve", "build", "convert", "data", "data check", "evaluate",
     "export", "generate", "init", "inspect", "inspect batch", "plugins build", "plugins list",
     "serve", "train", "train-tiny", "triton", "verify",

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from exports import Exported
-from mmi_bench.compare.backends import scheduler_of
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.documents.document import Document, Draw, Image, Text, document_of
 from mmi_deploy.documents.images import Rgb
@@ -26,6 +25,7 @@ from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.session import Session
+from mmi_export.schedules import scheduler_of
 from mmi_train.baseline import generation as slow
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -118,7 +118,8 @@ class Implementations:
         row = slow.Row(self.model, self.bundle.limits)
         patch.setattr(slow, "Row", lambda *_: row)
         key = self.bundle.schedule(options.schedule).key
-        scheduler, eta = scheduler_of(key, self.model.config.image_decoder.diffusion)
+        scheduler = scheduler_of(key, self.model.config.image_decoder)
+        eta = float(key.startswith("ddpm"))
         events = slow.generate(self.model, self.tokenizer, document, options, scheduler, eta=eta)
         return taken(events, lambda: row.sequence.token_ids)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import DiffusionConfig, VaeConfig
 from mmi_deploy.spec.presets import PRESETS, released_13b, tiny
-from mmi_train.model.diffusion import Diffusion, ddim, scheduler_options
+from mmi_train.model.diffusion import Diffusion, ddim, scheduler_options, spacing_options
 from mmi_train.model.image_decoder import (
     CONDITION_DROP,
     DenoisingStep,
@@ -50,16 +50,22 @@ def look_back(pictures: int, images: int = 2) -> PreviousImages:
     )
 
 
+@pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("schedule", ["scaled_linear", "linear"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_diffusion_is_that_of_diffusers(schedule: str, prediction: str) -> None:
-    """To 5e-6: diffusers multiplies the products in fp32, we in fp64; 1.8e-6 was seen."""
-    config = DiffusionConfig(prediction=prediction, beta_schedule=schedule)
+def test_diffusion_is_that_of_diffusers(schedule: str, prediction: str, zero_snr: bool) -> None:
+    """To 5e-6: diffusers multiplies the products in fp32, we in fp64; 1.8e-6 was seen. With a
+    terminal SNR of zero its fp32 loses more in the differences near the end: 2e-5."""
+    if zero_snr and prediction == "epsilon":
+        pytest.skip("refused, see below")
+    config = DiffusionConfig(
+        prediction=prediction, beta_schedule=schedule, rescale_betas_zero_snr=zero_snr
+    )
     ours, theirs = Diffusion(config), DDPMScheduler(**scheduler_options(config))
     latents, noise = normal(5, 4, 3, 3), normal(5, 4, 3, 3, seed=1)
     timestep = torch.tensor([0, 1, 400, 800, 999])
     noisy = ours.add_noise(latents, noise, timestep)
-    close = {"rtol": 0, "atol": 5e-6}
+    close = {"rtol": 0, "atol": 2e-5 if zero_snr else 5e-6}
     torch.testing.assert_close(noisy, theirs.add_noise(latents, noise, timestep), **close)
     expected = noise
     if prediction == "v_prediction":
@@ -68,20 +74,85 @@ def test_diffusion_is_that_of_diffusers(schedule: str, prediction: str) -> None:
     torch.testing.assert_close(target, expected, **close)
 
 
+def test_the_last_timestep_of_zero_terminal_snr_is_noise_alone() -> None:
+    """To the bit; its target is the picture, with the sign of v."""
+    diffusion = Diffusion(DiffusionConfig("v_prediction", rescale_betas_zero_snr=True))
+    latents, noise, last = normal(1, 4, 3, 3), normal(1, 4, 3, 3, seed=1), torch.tensor([999])
+    assert torch.equal(diffusion.add_noise(latents, noise, last), noise)
+    assert torch.equal(diffusion.target(latents, noise, last), -latents)
+
+
+def test_epsilon_without_terminal_signal_is_refused() -> None:
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr needs the prediction v_predict"):
+        DiffusionConfig("epsilon", rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_weighs_the_error_of_the_picture(prediction: str) -> None:
+    """Hang et al. 2023, Sec. 3.4: any prediction's weighted error is min(SNR, gamma) times that of
+    the picture that it means, here computed in float64 from the betas."""
+    gamma, steps = 5.0, torch.tensor([0, 100, 400, 900, 999])
+    config = DiffusionConfig(prediction=prediction, min_snr_gamma=gamma)
+    diffusion = Diffusion(config)
+    root = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.steps)
+    kept = np.cumprod(1 - root**2)[steps]  # [b]
+    noisy, predicted, target = (normal(5, 4, 3, 3, seed=seed).double() for seed in (1, 2, 3))
+    column = (slice(None), None, None, None)
+    signal, sigma = (torch.from_numpy(v**0.5)[column] for v in (kept, 1 - kept))
+
+    def picture(output: Tensor) -> Tensor:
+        if prediction == "epsilon":
+            return (noisy - sigma * output) / signal
+        return signal * noisy - sigma * output
+
+    error = (picture(predicted) - picture(target)).square().mean((1, 2, 3))
+    expected = torch.from_numpy(np.minimum(kept / (1 - kept), gamma)) * error
+    weight = diffusion.loss_weight(steps)
+    assert weight is not None
+    got = weight.double() * (predicted - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=0)
+
+
+def test_min_snr_is_finite_without_signal_and_off_by_default() -> None:
+    """At an SNR of zero v has no weight: its picture's error is not divided by zero."""
+    options = {"rescale_betas_zero_snr": True, "min_snr_gamma": 5.0}
+    weight = Diffusion(DiffusionConfig("v_prediction", **options)).loss_weight(torch.arange(1000))
+    assert weight is not None and weight.isfinite().all() and weight[-1] == 0 < weight[-2]
+    assert Diffusion(DiffusionConfig("epsilon")).loss_weight(torch.arange(3)) is None
+
+
+def test_losses_of_pictures_are_weighted(decoder: ImageDecoder) -> None:
+    draws = decoder.random_draws(4, torch.Generator().manual_seed(0))
+    posterior = Posterior(normal(4, *decoder.latent_shape), torch.zeros(4, *decoder.latent_shape))
+    given = (posterior, normal(4, 32, 128), look_back(4), draws)
+    plain = decoder.losses(*given)
+    config = replace(decoder.config.diffusion, min_snr_gamma=1.0)
+    try:
+        decoder.diffusion = Diffusion(config)
+        weighted = decoder.losses(*given)
+    finally:
+        decoder.diffusion = Diffusion(decoder.config.diffusion)
+    torch.testing.assert_close(weighted, plain * Diffusion(config).loss_weight(draws.timestep))
+    assert not torch.equal(weighted, plain)
+
+
 def test_unknown_beta_schedule_is_refused() -> None:
     with pytest.raises(ConfigError, match="linear or scaled_linear; got cosine"):
         Diffusion(DiffusionConfig(prediction="epsilon", beta_schedule="cosine"))
 
 
+@pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_ddim_with_noise_is_the_ancestral_sampler(prediction: str) -> None:
+def test_ddim_with_noise_is_the_ancestral_sampler(prediction: str, zero_snr: bool) -> None:
     """Song et al. 2021, Sec. 4.1: eta = 1 is DDPM. Its noise is drawn here as DDPM draws it."""
-    config = DiffusionConfig(prediction=prediction)
-    options = scheduler_options(config) | {"timestep_spacing": "leading", "steps_offset": 1}
+    if zero_snr and prediction == "epsilon":
+        pytest.skip("refused, see above")
+    config = DiffusionConfig(prediction=prediction, rescale_betas_zero_snr=zero_snr)
+    options = scheduler_options(config) | spacing_options(config.spacing)
     ancestral = DDPMScheduler(**options, variance_type="fixed_small", clip_sample=False)
     ours = ddim(config)
-    ancestral.set_timesteps(6)
-    ours.set_timesteps(6)
+    ancestral.set_timesteps(5)
+    ours.set_timesteps(5)
     assert ours.timesteps.tolist() == ancestral.timesteps.tolist()
     latents = expected = normal(1, 4, 5, 5)
     source, copy = (torch.Generator().manual_seed(9) for _ in range(2))

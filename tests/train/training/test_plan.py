@@ -25,7 +25,8 @@ from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training import memory_plan as memory_planning
 from mmi_train.training.checkpoints import learning
-from mmi_train.training.fine_tuning import FineTuning, _loaded
+from mmi_train.training.fine_tuning import FineTuning
+from mmi_train.training.loading import load_for_training
 from mmi_train.training.loop import RunConfig, _autocast
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.memory_plan import MemoryPlan, Step, Unit, memory_plan
@@ -56,7 +57,15 @@ def held_by_a_run(
     """Bytes of weights and tables, and the most that two steps hold beside them: the sum of all
     that PyTorch's allocator hands out and takes back."""
     optimiser = tuning.optimiser(2)
-    model = _loaded(base, tuning, optimiser, run.precision, torch.device("cpu"), ALONE)
+    model = load_for_training(
+        base,
+        optimiser,
+        run.precision,
+        torch.device("cpu"),
+        lora=tuning.lora,
+        checkpoint_gradients=tuning.checkpoint_gradients,
+        ranks=ALONE,
+    )
     tokenizer = Tokenizer.open(base / TOKENIZER, model.config.tokens)
     stage = DocumentsStage(model, tokenizer, file, tuning.batch)
     batch = stage.batch(0, np.random.default_rng(0))

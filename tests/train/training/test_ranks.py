@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -25,12 +24,13 @@ from mmi_deploy.errors import MmiError
 from mmi_deploy.spec.config import ModelConfig
 from mmi_train.data.document_file import DocumentFile
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
-from mmi_train.training import loop, validation
-from mmi_train.training.checkpoints import save_checkpoint
+from mmi_train.training import validation
+from mmi_train.training.checkpoints import path_of, read_checkpoint
 from mmi_train.training.fine_tuning import FineTuning, Watching, fine_tune
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.ranks import ALONE, Ranks, joined_ranks
+from mmi_train.training.sharded_checkpoints import ShardedCheckpoints
 from mmi_train.training.validation import VALUES, read_values
 from mmi_train.weights.model_folder import TOKENIZER, save_model
 
@@ -131,12 +131,14 @@ def main(folder: Path) -> None:
         tune(folder, folder / "disagreeing", other, ranks)
 
     def killed(ranks: Ranks) -> None:
-        def save(out: Path, *more: Any) -> Path:
-            if ranks.rank == 1 and more[3].step == STEPS:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return save_checkpoint(out, *more)
+        save = ShardedCheckpoints.save
 
-        loop.save_checkpoint = save  # type: ignore[assignment]
+        def killed_at_the_last(self: ShardedCheckpoints, *tensors: Any) -> None:
+            if ranks.rank == 1 and tensors[3].step == STEPS:
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(self, *tensors)
+
+        ShardedCheckpoints.save = killed_at_the_last  # type: ignore[method-assign]
         tune(folder, folder / "killed", LORA, ranks)
 
     for job in (alike, disagreeing, killed):
@@ -144,11 +146,11 @@ def main(folder: Path) -> None:
 
 
 def held(out: Path, step: int) -> dict[str, Tensor]:
-    path = out / "documents" / f"step-{step:08d}"
+    found = read_checkpoint(path_of(out / "documents", step))
     return {
-        f"{file.stem}:{name}": value
-        for file in sorted(path.glob("*.safetensors"))
-        for name, value in load_file(file).items()
+        f"{kind}:{name}": value.read()
+        for kind, tensors in found.items()
+        for name, value in tensors.items()
     }
 
 

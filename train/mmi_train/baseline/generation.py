@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers import LCMScheduler, SchedulerMixin
 from torch import Tensor
 
 from mmi_deploy.documents.document import Document
@@ -41,6 +41,7 @@ from mmi_deploy.spec.graphs import Limits
 from mmi_train.model.image_decoder import PreviousImages
 from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
+from mmi_train.model.samplers import next_latents
 
 
 def generate(
@@ -83,18 +84,20 @@ class Row:
         most = Limits(self.config.llama.context, images=self.config.llm_mmfs.images - 1)
         self.sequence = TokenSequence(self.config, limits or most)
         self.timings = Timings()
+        self.device = model.llm.embed_tokens.weight.device
 
     @property
     def token_ids(self) -> Tensor:
         """Token ids of the row, [1, t]."""
-        return torch.tensor([self.sequence.token_ids])
+        return torch.tensor([self.sequence.token_ids], device=self.device)
 
     @property
     def image_slot(self) -> Tensor:
         """Index of each image among the encoded ones, [1, m]; -1 for the one about to be drawn."""
         given = self.sequence.images
         begun = max(self.sequence.token_ids.count(self.config.tokens.boi), 1)
-        return torch.tensor([[image if image < given else -1 for image in range(begun)]])
+        slots = [image if image < given else -1 for image in range(begun)]
+        return torch.tensor([slots], device=self.device)
 
     def encode(self) -> EncodedImages:
         """Encode all images from their pixels."""
@@ -103,7 +106,7 @@ class Row:
             if not pictures:
                 return self.model.encode_images(None)
             pixels = np.stack([to_pixels(rgb) for rgb in pictures])
-            return self.model.encode_images(torch.from_numpy(pixels))
+            return self.model.encode_images(torch.from_numpy(pixels).to(self.device))
 
 
 class TextTurn:
@@ -114,7 +117,7 @@ class TextTurn:
         self.images = row.encode()
         self.cache: KvCache | None = None
         if kv_cache:
-            self.cache = KvCache(row.config.llama, 1, row.sequence.limits.context)
+            self.cache = KvCache(row.config.llama, 1, row.sequence.limits.context, row.device)
 
     def next_logits(self) -> np.ndarray:
         """Logits [u] of the token that follows the row."""
@@ -124,20 +127,23 @@ class TextTurn:
         count = length - first
         with row.timings.measure("prefill" if count > 1 else "decode", count):
             ids, slot = row.token_ids, row.image_slot
-            visual = token_layout.visual_index(
-                ids.numpy(), row.config.tokens, slot.numpy(), row.config.visual_tokens
-            )
+            visual = torch.from_numpy(
+                token_layout.visual_index(
+                    ids.cpu().numpy(),
+                    row.config.tokens,
+                    slot.cpu().numpy(),
+                    row.config.visual_tokens,
+                )
+            ).to(row.device)
             hidden = model.llm(
-                model.embed(
-                    ids[:, first:], self.images.tokens, torch.from_numpy(visual[:, first:])
-                ),
-                torch.arange(first, length)[None],
+                model.embed(ids[:, first:], self.images.tokens, visual[:, first:]),
+                torch.arange(first, length, device=row.device)[None],
                 cache=self.cache,
                 values=model.llm.image_values(self.images.features),
                 image_slot=slot.clamp(min=0),
                 image_position=model.image_positions(ids, slot)[:, first:],
             )
-            return model.head(hidden[0, -1]).numpy()
+            return model.head(hidden[0, -1]).cpu().numpy()
 
 
 class Drawing:
@@ -150,40 +156,48 @@ class Drawing:
         with row.timings.measure("prefill", ids.shape[1]):
             hidden = row.model.read(ids, images, slot)
         with row.timings.measure("condition"):
-            layout = row.model.picture_layout(ids, slot, torch.tensor([[0, picture.index]]))
+            wanted = torch.tensor([[0, picture.index]], device=row.device)
+            layout = row.model.picture_layout(ids, slot, wanted)
             condition = row.model.condition(hidden, layout)
-            self.both = torch.cat([condition, decoder.null_condition])
-            self.previous = _for_both_branches(row.model.previous_images(images, layout))
+            self.previous = row.model.previous_images(images, layout)
+            self.branches = decoder.config.branches
+            if self.branches > 1:
+                condition = torch.cat([condition, decoder.null_condition])
+                self.previous = _for_both_branches(self.previous)
+            self.condition = condition
         self.shape = (1, *decoder.latent_shape)
         # Resets the state that the previous picture left.
         scheduler.set_timesteps(len(scheduler.timesteps))
         first = first_latents(picture.seed, picture.index, self.shape)
-        self.latents = torch.from_numpy(first) * scheduler.init_noise_sigma
+        self.latents = torch.from_numpy(first).to(row.device) * scheduler.init_noise_sigma
 
     def denoise(self, step: int) -> None:
         """Run step `step`, from 0 on."""
         scheduler, picture, previous = self.scheduler, self.picture, self.previous
-        timestep = scheduler.timesteps[step]
+        timestep = scheduler.timesteps[step].to(self.row.device)
         with self.row.timings.measure("denoise"):
-            conditional, unconditional = self.row.model.image_decoder.unet(
-                scheduler.scale_model_input(self.latents, timestep).repeat(2, 1, 1, 1),
+            noisy = scheduler.scale_model_input(self.latents, timestep)
+            prediction, *unconditional = self.row.model.image_decoder.unet(
+                noisy.repeat(self.branches, 1, 1, 1),
                 timestep[None],
-                self.both,
+                self.condition,
                 previous.features,
                 previous.slot,
                 previous.position,
-            ).chunk(2)
-            prediction = unconditional + picture.guidance * (conditional - unconditional)
-            noise = {}
-            if self.eta:
+            ).chunk(self.branches)
+            for other in unconditional:
+                prediction = other + picture.guidance * (prediction - other)
+            noise: Tensor | None = None
+            if self.eta or isinstance(scheduler, LCMScheduler):
                 drawn = step_noise(picture.seed, picture.index, step, self.shape)
-                noise = {"eta": self.eta, "variance_noise": torch.from_numpy(drawn)}
-            self.latents = scheduler.step(prediction, timestep, self.latents, **noise).prev_sample
+                noise = torch.from_numpy(drawn).to(self.row.device)
+            self.latents = next_latents(scheduler, prediction, timestep, self.latents, noise)
 
     def decode_latents(self) -> Rgb:
         """Decode the picture: uint8 [height, width, 3]."""
         with self.row.timings.measure("vae"):
-            return to_rgb(self.row.model.image_decoder.vae.decode(self.latents)[0].numpy())
+            pixels = self.row.model.image_decoder.vae.decode(self.latents)[0]
+            return to_rgb(pixels.cpu().numpy())
 
 
 def _for_both_branches(images: PreviousImages) -> PreviousImages:

@@ -1,53 +1,39 @@
-"""`mmi evaluate BUNDLE --benchmark`: a bundle answers a benchmark, many questions at once."""
+"""`mmi evaluate MODEL --benchmark`: a model answers a benchmark, many questions at once."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmi_deploy.cli.console import counted, remarks
-from mmi_deploy.cli.documents_at_once import (
-    AHEAD,
-    Board,
-    Failures,
-    check_fits,
-    generated,
-    of_all,
-    opened_engine,
-    run_all,
-)
-from mmi_deploy.cli.generate_output import Output
-from mmi_deploy.cli.machine import Machine
+from mmi_deploy.cli.documents_at_once import Board, Failures, of_all, run_all
 from mmi_deploy.documents.document import Image, Text
-from mmi_deploy.documents.images import to_png
+from mmi_deploy.documents.images import Rgb, to_png
+from mmi_deploy.documents.story import Story
 from mmi_deploy.errors import ConfigError, DocumentError, MmiError
 from mmi_deploy.system.files import prepare_file
 from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
+from mmi_train.cli.benchmark_models import BenchmarkModel
 from mmi_train.cli.benchmark_scores import score_predictions
-from mmi_train.data.readers.data_set import DataSet, Settings
-from mmi_train.data.readers.registry import open_set
+from mmi_train.data.readers.data_set import DataSet
 from mmi_train.data.readers.sample import Sample, Skipped
 from mmi_train.evaluation.benchmarks.prompts import (
+    CAPTIONED,
+    caption_of,
     document_of,
     generation_of,
     id_of,
     is_drawn,
-    is_numbered,
 )
 from mmi_train.evaluation.benchmarks.report import Questions
 from mmi_train.evaluation.benchmarks.scores import Options
-from mmi_train.evaluation.benchmarks.table import benchmark
-
-# Samples whose ids are looked up before the first answer.
-_CHECKED = 1000
-
-# Key of an answer in a line, by whether it is drawn.
-_KEYS = {False: "text", True: "image"}
+from mmi_train.evaluation.benchmarks.seen_pictures import SEEN, check_seen, seen
+from mmi_train.evaluation.benchmarks.table import SEGMENTED, Benchmark, benchmark
 
 
 @dataclass(frozen=True)
@@ -66,8 +52,37 @@ class Shard:
         raise ConfigError("--shard cannot be read", expected="1/N to N/N, such as 2/8", got=text)
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Pictures that are drawn of each caption; that whose CLIP embedding is nearest to the
+    caption's is kept. weights: folder of CLIP."""
+
+    count: int = 1
+    weights: Path | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What answers depend on, for JSON."""
+        if self.count == 1:
+            return {}
+        from mmi_train.evaluation.metrics.clip_similarity import Reranker
+
+        return {"candidates": self.count, "clip": Reranker.checksum(self.weights)}
+
+    def chooser(self) -> Callable[[str, Sequence[Rgb]], int] | None:
+        """Number of the best picture of a caption; None if there is no choice."""
+        if self.count == 1:
+            return None
+        from mmi_train.evaluation.metrics.clip_similarity import Reranker
+
+        return Reranker(self.weights)
+
+    def seeds(self, index: int) -> list[int]:
+        """Seed of each candidate of a question; the first is that of a single picture."""
+        return [(candidate << 32) + index for candidate in range(self.count)]
+
+
 def answer_and_score(
-    machine: Machine,
+    model: BenchmarkModel,
     name: str,
     data: Path,
     split: str | None,
@@ -76,11 +91,12 @@ def answer_and_score(
     *,
     prompt: str | None,
     shard: Shard | None,
+    candidates: int,
     against: Path | None,
     submission: Path | None,
     as_json: bool,
 ) -> None:
-    """Answer benchmark `name` with a bundle, then score the answers and print the report.
+    """Answer benchmark `name` with a model, then score the answers and print the report.
 
     What the score needs is looked at before the first answer. Answers of a shard, of a split
     without published answers, and pictures without the networks of `options` are not scored; a line
@@ -91,13 +107,20 @@ def answer_and_score(
         raise ConfigError(f"there is no file {against} to compare with")
     if submission is not None:
         prepare_file(submission)
-    answer_benchmark(machine, name, data, split, out, prompt=prompt, shard=shard, quiet=as_json)
+    if candidates > 1 and name not in CAPTIONED:
+        raise ConfigError(f"--candidates is of {' and '.join(CAPTIONED)}", fix="leave it out")
+    opened = row.open(data, split, prompt)
+    questions = Questions.in_set(row, opened)
+    drawn = Candidates(candidates, options.weights)
+    answer_benchmark(model, row, opened, out, shard=shard, candidates=drawn, quiet=as_json)
     later = f"mmi evaluate --predictions {out} --benchmark {name} --data {data}"
     if shard is not None:
         return
-    if is_drawn(row) and options.weights is None:
+    if name == SEGMENTED and options.segmenter is None:
+        remarks().print(f"to score them: {later} --segmenter FILE.onnx")
+    elif is_drawn(row) and name != SEGMENTED and options.weights is None:
         remarks().print(f"to score them: {later} --weights DIR")
-    elif submission is None and not Questions.of(row, data, split).answered:
+    elif submission is None and not questions.answered:
         remarks().print(
             f"answers of the {split} split are not published; for the server of the set: {later} "
             f"--split {split} --submission FILE.json"
@@ -105,9 +128,7 @@ def answer_and_score(
     else:
         score_predictions(
             out,
-            name,
-            data,
-            split,
+            questions,
             options,
             against=against,
             submission=submission,
@@ -116,77 +137,81 @@ def answer_and_score(
 
 
 def answer_benchmark(
-    machine: Machine,
-    name: str,
-    data: Path,
-    split: str | None,
+    model: BenchmarkModel,
+    row: Benchmark,
+    questions: DataSet[Any],
     out: Path,
     *,
-    prompt: str | None = None,
     shard: Shard | None = None,
+    candidates: Candidates | None = None,
     quiet: bool = False,
 ) -> None:
-    """Write the bundle's answers to benchmark `name` as the JSONL `out`, one line a question.
+    """Write a model's answers to the `questions` of a benchmark as the JSONL `out`, a line each.
 
     Questions that `out` answers already, in the same run, are skipped. One whose picture is missing
-    or broken has no line, and is counted on stderr. prompt: a named prompt in place of the set's.
-    quiet: no progress. Raises `MmiError`.
+    or broken has no line, and is counted on stderr. quiet: no progress. Raises `MmiError`.
     """
-    row = benchmark(name)
     options, draws = generation_of(row), is_drawn(row)
     check_results(out)
-    shard = shard or Shard(1, 1)
-    chosen = split or row.splits[0]
-    questions = open_set(name, data, Settings(split=chosen, prompt=prompt))
-    _check_ids(questions, Questions.of(row, data, split))
+    shard, candidates = shard or Shard(1, 1), candidates or Candidates()
     numbers = range(shard.number - 1, len(questions), shard.of)
-    bundle = machine.open_bundle()
     run = {
-        "benchmark": name,
-        "split": chosen,
+        "benchmark": row.name,
+        "split": questions.split,
         "prompt": questions.prompt.text,
         "shard": f"{shard.number}/{shard.of}",
         "questions": questions.fingerprint(),
-        **machine.record(bundle, options),
+        **candidates.record(),
+        **model.record(options),
     }
+    best = candidates.chooser()
     skipped: Counter[str] = Counter()
     written: list[int] = []
     reasons: list[str] = []
-    with closing(machine.open_runtime(bundle, machine.find_kernels())) as runtime:
-        with result_lines(out, run) as results, Board(len(numbers), quiet) as board:
-            before, started, failures = results.done, time.perf_counter(), Failures()
-            if before:
-                board.print(f"{before} of {counted(len(numbers), 'question')}: answered before")
-            side = runtime.config.vision.image_size
+    with result_lines(out, run) as results, Board(len(numbers), quiet) as board:
+        check_seen(out, questions)
+        before, started, failures = results.done, time.perf_counter(), Failures()
+        if before:
+            board.print(f"{before} of {counted(len(numbers), 'question')}: answered before")
 
-            async def answer(asked: tuple[int, Sample]) -> None:
-                index, sample = asked
-                where = f"question {sample.id}"
-                try:
-                    document = document_of(sample, side, draws)
-                    own = replace(options, seed=index)
-                    check_fits(document, own, runtime)
-                    output, _ = await generated(engine, where, document, own, board)
-                except Skipped as error:
-                    skipped[error.reason] += 1
-                except DocumentError as error:
-                    skipped["the model cannot take it"] += 1
-                    reasons.append(str(error))
-                except Exception as error:
-                    if of_all(error):
-                        raise
-                    failures.add(where, error)
-                else:
-                    given = _picture(output, index, results) if draws else _text(output)
-                    line = {"id": id_of(sample, index, row), _KEYS[draws]: given}
-                    results.add(index + 1, line)
-                    written.append(index)
-                board.end(where)
+        async def answer(asked: tuple[int, Sample]) -> None:
+            index, sample = asked
+            where = f"question {sample.id}"
+            try:
+                looked = seen(sample)
+                document = document_of(sample, answering.side, draws)
+                each = [replace(options, seed=seed) for seed in candidates.seeds(index)]
+                answering.check(document, each[0])
+                names = [where, *(f"{where}, picture {n}" for n in range(2, len(each) + 1))]
+                stories = await asyncio.gather(
+                    *(
+                        answering.story(called, document, own, board)
+                        for called, own in zip(names, each, strict=True)
+                    )
+                )
+            except Skipped as error:
+                skipped[error.reason] += 1
+            except DocumentError as error:
+                skipped["the model cannot take it"] += 1
+                reasons.append(str(error))
+            except Exception as error:
+                if of_all(error):
+                    raise
+                failures.add(where, error)
+            else:
+                chosen = 0
+                if best is not None:
+                    pictures = [_pictures(story)[0] for story in stories]
+                    chosen = await asyncio.to_thread(best, caption_of(sample), pictures)
+                given = _drawn(stories[chosen], index, results) if draws else _text(stories[chosen])
+                line = {"id": id_of(sample, index, row), **given, SEEN: looked}
+                results.add(index + 1, line)
+                written.append(index)
+            board.end(where)
 
-            if before < len(numbers):
-                with opened_engine(runtime, machine, board) as engine:
-                    left = _left(questions, numbers, results)
-                    run_all(left, answer, engine.stats().slots + AHEAD)
+        if before < len(numbers):
+            with model.opened(board) as answering:
+                run_all(_left(questions, numbers, results), answer, answering.most)
     for reason, count in skipped.most_common():
         remarks().print(f"{counted(count, 'question')} without an answer: {reason}")
     if reasons:
@@ -197,27 +222,6 @@ def answer_benchmark(
     failures.check(len(numbers) - before)
     if numbers and not written and not before:
         raise MmiError(f"{out} has no answer: see the reasons above")
-
-
-def _check_ids(questions: DataSet[Any], references: Questions) -> None:
-    """Raise `DocumentError` before any work if the answers could not be scored: an id that the
-    annotations, as the metrics read them, do not have."""
-    row = references.benchmark
-    known = {name for one in references.references for name in (one.id, *one.other_ids)}
-    numbered = is_numbered(row)
-    fits = not numbered or len(questions) == len(references.references)
-    for index in range(min(len(questions), _CHECKED)):
-        try:
-            name = str(id_of(questions.sample(index), index, row))
-        except Skipped:
-            continue
-        fits = fits and (name in known or name.isdecimal() and int(name) < len(known))
-        if not fits:
-            raise DocumentError(
-                f"samples of {row.name} and its annotations do not fit: entries are malformed, or "
-                "two files are of different versions",
-                fix=f"`mmi data check {row.name} {questions.folder.path}` shows what is left out",
-            )
 
 
 def _left(
@@ -233,14 +237,25 @@ def _left(
             continue  # a rule of the set leaves it out
 
 
-def _text(output: Output) -> str:
-    """The text that the model wrote."""
-    written = (one.part for one in output.story.entries if one.generated)
-    return "".join(part.text for part in written if isinstance(part, Text)).strip()
+def _text(story: Story) -> dict[str, Any]:
+    """The text that the model wrote, as values of a line."""
+    written = (one.part for one in story.entries if one.generated)
+    return {"text": "".join(part.text for part in written if isinstance(part, Text)).strip()}
 
 
-def _picture(output: Output, index: int, results: ResultLines) -> str:
-    """Write the drawn picture; returns its path from the folder of the results."""
-    (drawn,) = (one.part for one in output.story.entries if one.generated)
-    assert isinstance(drawn, Image), "the document asks for a picture alone"
-    return results.add_file(f"{index:06d}.png", to_png(drawn.rgb))
+def _pictures(story: Story) -> Sequence[Rgb]:
+    """The pictures that the model drew, in their order."""
+    drawn = (one.part for one in story.entries if one.generated)
+    return [part.rgb for part in drawn if isinstance(part, Image)]
+
+
+def _drawn(story: Story, index: int, results: ResultLines) -> dict[str, Any]:
+    """Write the drawn pictures; returns their paths from the folder of the results, as values of a
+    line."""
+    found = _pictures(story)
+    ends = [f"-{number}" for number in range(1, len(found) + 1)] if len(found) > 1 else [""]
+    names = [
+        results.add_file(f"{index:06d}{end}.png", to_png(rgb))
+        for end, rgb in zip(ends, found, strict=True)
+    ]
+    return {"images": names} if len(names) > 1 else {"image": names[0]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,34 +16,40 @@ from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
 from mmi_train.evaluation.benchmarks.report import Questions, Report
 from mmi_train.evaluation.benchmarks.scores import Options
-from mmi_train.evaluation.benchmarks.table import BENCHMARKS, benchmark
+from mmi_train.evaluation.benchmarks.table import BENCHMARKS, SEGMENTED, benchmark
 
 
-def score_predictions(
-    predictions: Path,
-    name: str | None,
-    data: Path | None,
-    split: str | None,
-    options: Options,
-    *,
-    against: Path | None,
-    submission: Path | None,
-    as_json: bool,
-) -> None:
-    """Score `predictions` on benchmark `name` with the annotations in `data`, and print the report.
-
-    submission: also write the file that the set's server scores; for a split whose answers are not
-    published that is all. Raises `MmiError`.
-    """
+def questions_of(name: str | None, data: Path | None, split: str | None) -> Questions:
+    """Questions of benchmark `name` with the annotations in `data`. Raises `MmiError`."""
     if name is None or data is None:
         missing = "--benchmark NAME" if name is None else "--data DIR"
         raise ConfigError(
             f"--predictions needs {missing}", fix=f"benchmarks: {', '.join(BENCHMARKS)}"
         )
-    row = benchmark(name)
+    return Questions.of(benchmark(name), data, split)
+
+
+def score_predictions(
+    predictions: Path,
+    questions: Questions,
+    options: Options,
+    *,
+    against: Path | None,
+    submission: Path | None,
+    as_json: bool,
+    out: Path | None = None,
+) -> None:
+    """Score `predictions` on the questions of a benchmark, and print the report.
+
+    submission: also write the file that the set's server scores; for a split whose answers are not
+    published that is all. out: also write the report, a new .json file. Raises `MmiError`.
+    """
     if submission is not None:
         prepare_file(submission)
-    questions = Questions.of(row, data, split)
+    if out is not None:
+        prepare_file(out, ".json")
+    if options.segmenter is not None and questions.benchmark.name != SEGMENTED:
+        raise ConfigError(f"--segmenter is of {SEGMENTED}", fix="leave it out")
     if submission is not None:
         write_new_file(submission, questions.submission(predictions))
         remarks().print(f"wrote {submission}")
@@ -53,6 +60,9 @@ def score_predictions(
         report = questions.report(predictions, replace(options, progress=progress), against)
     for remark in report.remarks:
         remarks().print(remark)
+    if out is not None:
+        write_new_file(out, json.dumps(report.as_json(), indent=1) + "\n")
+        remarks().print(f"wrote {out}")
     if as_json:
         print_json(report.as_json())
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from click.core import ParameterSource
 from rich import box
 from rich.table import Table
 
@@ -17,7 +18,7 @@ from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
-from mmi_train.cli.benchmark_scores import score_predictions
+from mmi_train.cli.benchmark_scores import questions_of, score_predictions
 from mmi_train.cli.choices import World
 from mmi_train.evaluation.benchmarks.scores import options_of
 
@@ -27,12 +28,47 @@ _TINY = Path("assets/tiny")
 # Heading of the options for files of predictions.
 _BENCHMARK = "Benchmarks"
 
+# Options of drawn scenes, of a model's answers to a benchmark, and of their scores, with what they
+# are of.
+_WORLD = (
+    "is of drawn scenes, which are measured without --benchmark",
+    "world count guidance full_every without seed pictures".split(),
+)
+_ANSWERING = (
+    "is of answers that a model gives",
+    "prompt shard candidates steps target device kernels threads slots unproved".split(),
+)
+_SCORING = (
+    "needs the answers to score",
+    "benchmark data split prompt out shard against submission published weights segmenter "
+    "candidates meteor".split(),
+)
+_MACHINE = (
+    "is of a model that answers a benchmark",
+    "target device kernels threads slots unproved".split(),
+)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    return context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+
+
+def _check_unused(
+    context: typer.Context, options: tuple[str, list[str]], fix: str = "leave it out"
+) -> None:
+    """Raise `ConfigError` for an option that was given and has no meaning here."""
+    why, names = options
+    for name in names:
+        if _given(context, name):
+            raise ConfigError(f"--{name.replace('_', '-')} {why}", fix=fix)
+
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="A model folder; with --benchmark a bundle.", show_default="assets/tiny"
+            help="A model folder; with --benchmark also a bundle.", show_default="assets/tiny"
         ),
     ] = None,
     world: Annotated[
@@ -45,17 +81,25 @@ def evaluate(
         ),
     ] = 96,
     steps: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, help="Denoising steps of a picture.", metavar="N", rich_help_panel="Pictures"
+            min=1,
+            help="Denoising steps of a picture, in PyTorch.",
+            show_default="20, of a consistency model 4",
+            metavar="N",
+            rich_help_panel="Pictures",
         ),
-    ] = 20,
+    ] = None,
     guidance: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0, help="Guidance scale of pictures.", metavar="X", rich_help_panel="Pictures"
+            min=0,
+            help="Guidance scale of pictures.",
+            show_default="3.5, or as distilled",
+            metavar="X",
+            rich_help_panel="Pictures",
         ),
-    ] = 3.5,
+    ] = None,
     full_every: Annotated[
         int,
         typer.Option(
@@ -128,7 +172,8 @@ def evaluate(
         typer.Option(
             "-o",
             "--out",
-            help="Answers of the bundle: a .jsonl file; of the same run, it is continued.",
+            help="Answers of the model: a .jsonl file; of the same run, it is continued. With "
+            "--against: the comparison, a new .json file.",
             metavar="FILE",
             rich_help_panel=_BENCHMARK,
         ),
@@ -173,6 +218,24 @@ def evaluate(
             rich_help_panel=_BENCHMARK,
         ),
     ] = None,
+    segmenter: Annotated[
+        str | None,
+        typer.Option(
+            help="What makes ADE20K's maps of drawn pictures: FILE.onnx or module:function.",
+            metavar="NAME",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
+    candidates: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Pictures drawn of each caption, of which CLIP chooses.",
+            metavar="N",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = 1,
     meteor: Annotated[
         bool,
         typer.Option(
@@ -214,9 +277,11 @@ def evaluate(
 
     The column "MMFS off" shows the accuracy without features of earlier pictures.
 
-    With --benchmark, a bundle answers one of the paper's benchmarks, and the answers are scored;
-    with --predictions too, those of a file are.
+    With --benchmark, a bundle or a model folder answers one of the paper's benchmarks, and the
+    answers are scored; with --predictions too, those of a file are.
     """
+    if benchmark is not None or predictions is not None:
+        _check_unused(context, _WORLD)
     if benchmark is not None and predictions is None:
         if model is None or data is None or out is None:
             missing = "a bundle" if model is None else "--data DIR" if data is None else "-o FILE"
@@ -228,17 +293,21 @@ def evaluate(
         with extras("evaluate"):
             from mmi_deploy.cli.machine import Machine
             from mmi_train.cli.benchmark_answers import Shard, answer_and_score
+            from mmi_train.cli.benchmark_models import benchmark_model
 
             check_engines(target)
+            machine = Machine(model, target, kernels, threads, device, None, slots, unproved)
+            answering = benchmark_model(machine, steps if _given(context, "steps") else None)
         answer_and_score(
-            Machine(model, target, kernels, threads, device, None, slots, unproved),
+            answering,
             benchmark,
             data,
             split,
             out,
-            options_of(published or (), weights, meteor),
+            options_of(published or (), weights, meteor, segmenter, data),
             prompt=prompt,
             shard=Shard.parse(shard) if shard is not None else None,
+            candidates=candidates,
             against=against,
             submission=submission,
             as_json=as_json,
@@ -249,36 +318,21 @@ def evaluate(
             raise ConfigError(
                 "--predictions scores a file alone", got=f"the model {model} too", fix="omit one"
             )
-        for option, unused in (("--prompt", prompt), ("--out", out), ("--shard", shard)):
-            if unused is not None:
-                raise ConfigError(f"{option} is of answers that a bundle gives", fix="leave it out")
+        _check_unused(context, _ANSWERING)
+        if out is not None and against is None:
+            raise ConfigError("-o is of answers that a model gives, or of --against")
         score_predictions(
             predictions,
-            benchmark,
-            data,
-            split,
-            options_of(published or (), weights, meteor),
+            questions_of(benchmark, data, split),
+            options_of(published or (), weights, meteor, segmenter, data),
             against=against,
             submission=submission,
             as_json=as_json,
+            out=out,
         )
         return
-    given = {
-        "--benchmark": benchmark,
-        "--data": data,
-        "--split": split,
-        "--prompt": prompt,
-        "--out": out,
-        "--shard": shard,
-        "--against": against,
-        "--submission": submission,
-        "--published": published,
-        "--weights": weights,
-        "--meteor": meteor or None,
-    }
-    for option, value in given.items():
-        if value is not None:
-            raise ConfigError(f"{option} needs the answers to score", fix="add --predictions FILE")
+    _check_unused(context, _SCORING, "add --predictions FILE")
+    _check_unused(context, _MACHINE, "add --benchmark NAME, or leave it out")
     model = model or _TINY
     if pictures is not None:
         prepare_file(pictures)

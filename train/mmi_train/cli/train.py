@@ -16,12 +16,19 @@ from mmi_deploy.errors import ConfigError, EngineError
 from mmi_deploy.system.memory import is_out_of_memory
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import Progress, shown, silent
-from mmi_train.cli.choices import Device, Precision, Threads, Tracker
-from mmi_train.training.recipes import DEFAULTS, Layer, assignments, default, written
+from mmi_train.cli.choices import Device, Distil, Precision, Threads, Tracker, World
+from mmi_train.training.recipes import (
+    DEFAULTS,
+    NO_GROUPS,
+    Layer,
+    assignments,
+    default,
+    written,
+)
 from mmi_train.training.recipes import recipe as read_recipe
 
 _RECIPE, _DATA, _LEARNS, _MACHINE = "Recipe", "Documents", "What learns", "Machine"
-_PLAN, _WATCH = "Plan", "Watching"
+_PLAN, _WATCH, _DISTIL = "Plan", "Watching", "Distillation"
 
 
 def train(
@@ -59,6 +66,34 @@ def train(
             rich_help_panel=_RECIPE,
         ),
     ] = DEFAULTS,
+    distill: Annotated[
+        Distil | None,
+        typer.Option(
+            help="Let the U-Net learn from its own frozen copy: guidance, in one branch; lcm, in a "
+            "few steps. With the recipe of that name.",
+            show_default=False,
+            rich_help_panel=_DISTIL,
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="Guidance scale that is distilled; the model takes no other afterwards.",
+            show_default="3.5, or the teacher's",
+            metavar="X",
+            rich_help_panel=_DISTIL,
+        ),
+    ] = None,
+    world: Annotated[
+        World | None,
+        typer.Option(
+            help="Draw synthetic documents in place of --data: for models of that world.",
+            show_default=False,
+            rich_help_panel=_DISTIL,
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -346,6 +381,7 @@ def train(
         "average": average,
         "seed": seed,
         "precision": precision,
+        "distill.guidance": guidance,
         "checkpoint_gradients": checkpoint_gradients,
         "checkpoint_every": checkpoint_every,
     }
@@ -354,13 +390,23 @@ def train(
 
         from mmi_train.cli.train_data import documents_of, print_mixture, size_remarks
         from mmi_train.cli.train_plan import print_plan
+        from mmi_train.data.documents import Documents
         from mmi_train.data.readers.training import documents_at
+        from mmi_train.data.synthetic import world as worlds
+        from mmi_train.data.synthetic.world import WorldConfig
         from mmi_train.training.devices import device_called
         from mmi_train.training.fine_tuning import Watching, fine_tune
         from mmi_train.training.ranks import joined_ranks
         from mmi_train.training.settings import settings_of
+    layers = [read_recipe(recipe)]
+    if distill is not None:
+        layers.append(read_recipe(f"distill_{distill}"))
+        if lora and groups is None:
+            options["groups"] = NO_GROUPS  # adapters of the U-Net in place of all its weights
+    elif guidance is not None or world is not None:
+        raise ConfigError("--guidance and --world are of a distillation", fix="add --distill")
     asked, values = settings_of(
-        read_recipe(recipe),
+        *layers,
         Layer("options", {key: value for key, value in options.items() if value is not None}),
         assignments(settings or []),
     )
@@ -370,10 +416,15 @@ def train(
     if plan and model is not None and data is not None:
         print_plan(model, documents_of(data, images, asked), asked, gpus, memory, tflops)
         return
-    if model is None or data is None or out is None:
+    if model is None or (data is None) == (world is None) or out is None:
         raise ConfigError(
             "a run needs a model, documents and a folder for its results",
-            expected="mmi train MODEL --data FILE --out FOLDER; --plan needs no folder",
+            expected="mmi train MODEL --data FILE --out FOLDER; --plan needs no folder, and a "
+            "distillation may have --world in place of --data",
+        )
+    if distill is not None and (validate or sample):
+        raise ConfigError(
+            "--validate and --sample are of a training on documents", fix="leave them out"
         )
     check_run_folder(out)
     remark = remarks()
@@ -387,10 +438,17 @@ def train(
             torch.set_num_threads(threads)
         ranks = stack.enter_context(joined_ranks(device))
         place = device_called(device)
-        progress(f"reading {data}")
-        documents = documents_of(data, images, asked)
+        documents: Documents | WorldConfig
+        if data is not None:
+            progress(f"reading {data}")
+            documents = documents_of(data, images, asked)
+            asked_steps = asked.steps_for(len(documents), ranks.size)
+            if first:
+                print_mixture(remark, documents, asked)
+        else:
+            documents = getattr(worlds, str(world))()
+            asked_steps = asked.steps_for(0)
         if first:
-            print_mixture(remark, documents, asked)
             for line in size_remarks(model, asked):
                 remark.print(line)
         watching = Watching(
@@ -405,7 +463,7 @@ def train(
             model,
             documents,
             out,
-            asked.steps_for(len(documents), ranks.size),
+            asked_steps,
             asked.tuning(),
             asked.run(),
             place,

@@ -15,7 +15,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from tokenizers import Tokenizer
 
 from mmi_deploy.spec.config import ModelConfig
@@ -32,9 +31,9 @@ from mmi_train.data.synthetic.tasks import (
     grade,
 )
 from mmi_train.data.synthetic.world import Scene, WorldConfig
-from mmi_train.model.diffusion import scheduler_options
 from mmi_train.model.generation import draw_pictures
 from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.model.samplers import noise_of_steps, sampler
 
 # Most tokens of a generated text.
 MAX_ANSWER = 32
@@ -172,15 +171,17 @@ def prompt_of(
 
 
 class Evaluator:
-    """Answers questions with one model: greedy texts, pictures by DPM-Solver++."""
+    """Answers questions with one model: greedy texts, pictures by its `sampler`.
+
+    `steps`, `guidance`: None for those of the model, 20 and 3.5 unless it is distilled."""
 
     def __init__(
         self,
         model: MMInterleaved,
         tokenizer: Tokenizer,
         *,
-        steps: int = 20,
-        guidance: float = 3.5,
+        steps: int | None = None,
+        guidance: float | None = None,
         full_every: int = 1,
         seed: int = 0,
         batch: int = 16,
@@ -228,8 +229,7 @@ class Evaluator:
         model, config = self.model, self.model.config
         batch = batch_of(make_rows(prompts, config.tokens), config)
         last = torch.tensor([[row, len(prompt.images) - 1] for row, prompt in enumerate(prompts)])
-        scheduler = DPMSolverMultistepScheduler(**scheduler_options(config.image_decoder.diffusion))
-        scheduler.set_timesteps(self.steps)
+        scheduler = sampler(config.image_decoder, self.steps)
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn((len(prompts), *model.image_decoder.latent_shape), generator=generator)
         pixels = draw_pictures(
@@ -242,6 +242,7 @@ class Evaluator:
             scheduler,
             guidance=self.guidance,
             full_every=self.full_every,
+            step_noise=noise_of_steps(scheduler, noise, generator),
         )
         return images_from_pixels(pixels)
 
@@ -324,7 +325,8 @@ def questions_of(
         yield kind, found[:count]
 
 
-def _sample(question: Question, produced: np.ndarray) -> Sample:
+def sample_of(question: Question, produced: np.ndarray) -> Sample:
+    """A drawn picture beside what it was drawn from and what was expected."""
     parts = question.document.parts
     texts = [part.text for part in parts[: question.target] if isinstance(part, TaskText)]
     pictures = [part.image for part in parts[: question.target] if isinstance(part, TaskImage)]
@@ -346,8 +348,8 @@ def evaluate(
     world: WorldConfig,
     *,
     count: int = 96,
-    steps: int = 20,
-    guidance: float = 3.5,
+    steps: int | None = None,
+    guidance: float | None = None,
     full_every: int = 1,
     seed: int = 0,
     without: bool = True,
@@ -356,7 +358,8 @@ def evaluate(
     """Evaluate on `count` held-out questions of every kind, with MMFS and, if `without`, without
     it.
 
-    `full_every`: see `ImageDecoder.draw`. `on_progress` gets a description of each step."""
+    `steps`, `guidance`: see `Evaluator`. `full_every`: see `ImageDecoder.draw`. `on_progress` gets
+    a description of each step."""
     with_mmfs, ablated, samples = Metrics(), Metrics(), []
     for name, subject, metrics in (
         ("with MMFS", model, with_mmfs),
@@ -371,7 +374,7 @@ def evaluate(
             produced = evaluator.run(questions, metrics, partial(progress, f"{kind}, {name}"))
             if metrics is with_mmfs:
                 samples += [
-                    _sample(question, picture)
+                    sample_of(question, picture)
                     for question, picture in zip(questions, produced, strict=True)
                     if isinstance(picture, np.ndarray)
                 ][:16]

@@ -15,7 +15,7 @@ from mmi_train.golden.configs import Section, under
 from mmi_train.golden.full import Weights
 from mmi_train.golden.units import Unit, UnitError
 from mmi_train.model.diffusion import ddim
-from mmi_train.model.generation import IncrementalDecoder
+from mmi_train.model.generation import generate_texts, search_texts
 from mmi_train.model.image_decoder import DenoisingStep
 from mmi_train.model.vae import Vae
 
@@ -26,47 +26,42 @@ _DISK_VAE = "disk_vae."
 def not_comparable(unit: Unit) -> str:
     """Reason that the tokens of a `full_generate_texts` unit cannot be compared; empty if they
     can."""
-    config = Section(unit.config)
-    if config.get("do_sample", False):
+    if Section(unit.config).get("do_sample", False):
         return "sampled tokens depend on the generator"
-    if config.count("num_beams", _PUBLISHED_BEAMS) > 1:
-        return "beam search is not part of this project"
     return ""
 
 
 def check_texts(unit: Unit, checks: Checks, weights: Weights) -> None:
-    """Compare greedy decoding of left-padded rows; the output starts with `<s>`, ends at `</s>` or
-    BoI."""
+    """Compare the texts of left-padded rows, which start with `<s>` and end at `</s>` or BoI, and
+    the scores of a beam search where the unit holds them.
+
+    The published search writes `</s>` in place of whichever token ended a text.
+    """
     config = Section(unit.config)
     model, tokens = weights.model, weights.model.config.tokens
-    steps = config.count("max_new_tokens", config.count("max_length", 30))
-    min_length = config.get("min_length", 8)
-    penalty = config.get("repetition_penalty", 1.0)
-    ends = torch.tensor([*tokens.ends, tokens.boi])
     data, pixels = full.rows(unit, tokens), unit.input("image_tensors")
-    decoder = IncrementalDecoder(model, data.ids, pixels, data.slot, data.real, room=steps)
-    ids = torch.full((len(data.ids), 1), tokens.bos)
-    open_rows = torch.ones(len(ids), dtype=torch.bool)
-    for step in range(steps):
-        logits = _penalised(decoder.logits, ids, penalty)
-        if ids.shape[1] < min_length:  # the published length counts the `<s>` in front
-            logits[:, ends] = -torch.inf
-        chosen = torch.where(open_rows, logits.argmax(-1), tokens.pad)
-        ids = torch.cat([ids, chosen[:, None]], 1)
-        open_rows &= ~torch.isin(chosen, ends)
-        if not open_rows.any() or step == steps - 1:
-            break
-        decoder.append(chosen)
-    checks.compare("text_ids", ids, "exact")
-
-
-def _penalised(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Apply the repetition penalty of CTRL (Sec. 4.1) for the tokens in `ids` [b, t] to logits
-    [b, u]."""
-    if penalty == 1.0:
-        return logits
-    taken = logits.gather(1, ids)
-    return logits.scatter(1, ids, torch.where(taken < 0, taken * penalty, taken / penalty))
+    rows = model, data.ids, pixels, data.slot, data.real
+    beams = config.count("num_beams", _PUBLISHED_BEAMS)
+    lengths = {
+        "max_new_tokens": config.count("max_new_tokens", config.count("max_length", 30)),
+        "min_length": config.get("min_length", 8),
+    }
+    repetition = config.get("repetition_penalty", 1.0)
+    if beams == 1:
+        ids = generate_texts(*rows, **lengths, repetition_penalty=repetition)
+        checks.compare("text_ids", ids, "exact")
+        return
+    ids, scores = search_texts(
+        *rows,
+        **lengths,
+        beams=beams,
+        repetition_penalty=repetition,
+        length_penalty=config.get("length_penalty", 1.0),
+        early_stopping=config.get("early_stopping", False),
+    )
+    ended = torch.isin(ids, torch.tensor([*tokens.ends, tokens.boi]))
+    checks.compare("text_ids", ids.masked_fill(ended, tokens.ends[0]), "exact")
+    checks.compare("sequences_scores", scores)
 
 
 def check_scores(unit: Unit, checks: Checks, weights: Weights) -> None:

@@ -2,6 +2,7 @@
 
 With a_t the product of (1 - beta) up to t: noisy = sqrt(a_t) x + sqrt(1 - a_t) eps. The U-Net
 predicts eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) x (Salimans and Ho 2022), per `DiffusionConfig`.
+The signal-to-noise ratio SNR is a_t / (1 - a_t).
 
 Letters: b batch, z latent channels.
 """
@@ -47,9 +48,34 @@ class Diffusion(nn.Module):
         signal, sigma = self.rates(timestep)
         return signal * noise - sigma * latents
 
+    def loss_weight(self, timestep: Tensor) -> Tensor | None:
+        """Weight [b] of the squared error of a prediction, None for one everywhere.
+
+        Min-SNR (Hang et al. 2023, Sec. 3.4) weighs the squared error of the picture by
+        min(SNR, gamma), which is min(SNR, gamma) / SNR for that of the noise and
+        min(SNR, gamma) / (SNR + 1) for that of v. In signal and sigma neither divides by zero
+        where the SNR is zero.
+        """
+        gamma = self.config.min_snr_gamma
+        if gamma is None:
+            return None
+        signal, noise = self.signal[timestep].square(), self.sigma[timestep].square()  # [b]
+        weighted = torch.minimum(signal, gamma * noise)
+        return weighted if self.config.prediction == "v_prediction" else weighted / signal
+
 
 def betas(config: DiffusionConfig) -> Tensor:
     """Noise schedule: beta of every timestep, [steps] in fp64; `ConfigError` if unknown."""
+    found = _published_betas(config)
+    if not config.rescale_betas_zero_snr:
+        return found
+    signal = torch.cumprod(1 - found, 0).sqrt()
+    # Shifted so that the last one is zero, and scaled so that the first one stays (Algorithm 1).
+    products = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])).square()
+    return 1 - torch.cat([products[:1], products[1:] / products[:-1]])
+
+
+def _published_betas(config: DiffusionConfig) -> Tensor:
     if config.beta_schedule == "linear":
         return torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64)
     if config.beta_schedule == "scaled_linear":
@@ -63,19 +89,28 @@ def betas(config: DiffusionConfig) -> Tensor:
 
 
 def scheduler_options(config: DiffusionConfig) -> dict[str, object]:
-    """Options that make any of diffusers' schedulers describe this process."""
+    """Options that make any of diffusers' schedulers describe this process. Solvers in log SNR take
+    2**-24 for a product of zero at the last timestep."""
     return {
         "num_train_timesteps": config.steps,
         "beta_start": config.beta_start,
         "beta_end": config.beta_end,
         "beta_schedule": config.beta_schedule,
         "prediction_type": config.prediction,
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
     }
 
 
-def ddim(config: DiffusionConfig) -> DDIMScheduler:
-    """DDIM scheduler with the timestep spacing of the published model. With eta = 1 it is the
-    ancestral DDPM sampler (Song et al. 2021, Sec. 4.1), and takes its noise explicitly."""
+def ddim(config: DiffusionConfig, spacing: str | None = None) -> DDIMScheduler:
+    """DDIM scheduler with the timestep spacing of the model, which is that of the published one
+    unless its terminal SNR is zero. With eta = 1 it is the ancestral DDPM sampler (Song et al.
+    2021, Sec. 4.1), and takes its noise explicitly."""
     return DDIMScheduler(
-        **scheduler_options(config), clip_sample=False, timestep_spacing="leading", steps_offset=1
+        **scheduler_options(config), clip_sample=False, **spacing_options(spacing or config.spacing)
     )
+
+
+def spacing_options(spacing: str) -> dict[str, object]:
+    """Options of diffusers' schedulers for a timestep spacing; `leading` with Stable Diffusion's
+    offset."""
+    return {"timestep_spacing": spacing, "steps_offset": 1 if spacing == "leading" else 0}

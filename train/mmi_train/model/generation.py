@@ -16,6 +16,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from mmi_deploy.runtime.beam_search import BeamRules, BeamSearch, beam_scores
+from mmi_deploy.runtime.sampling import TextSampling
 from mmi_train.model.image_decoder import DenoisingStep
 from mmi_train.model.llama import KvCache
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -86,6 +88,12 @@ class IncrementalDecoder:
         self.next_position = self.next_position + 1
         self.logits = self.model.head(hidden[:, -1])
 
+    def select(self, rows: Tensor) -> None:
+        """Continue `rows` [n] of the batch in its place; a row may be taken several times."""
+        self.cache.select(rows)
+        self.real, self.next_position = self.real[rows], self.next_position[rows]
+        self.slot, self.last_seen = self.slot[rows], self.last_seen[rows]
+
 
 @torch.no_grad()
 def generate_texts(
@@ -97,12 +105,14 @@ def generate_texts(
     *,
     max_new_tokens: int,
     min_length: int = 0,
+    repetition_penalty: float = 1.0,
 ) -> Tensor:
     """Greedy decoding of left-padded prompts [b, t].
 
     Returns [b, 1 + new tokens] as the published code does: `<s>` first, which counts towards
-    `min_length`; a row ends with one of the end tokens or a begin-of-image token, none of which
-    comes before `min_length`, and is padded with the pad token from there on.
+    `min_length` and is seen by the penalty (CTRL, Sec. 4.1); a row ends with one of the end tokens
+    or a begin-of-image token, none of which comes before `min_length`, and is padded with the pad
+    token from there on.
     """
     tokens = model.config.tokens
     ends = torch.tensor([*tokens.ends, tokens.boi], device=token_ids.device)
@@ -110,7 +120,7 @@ def generate_texts(
     text = token_ids.new_full((len(token_ids), 1), tokens.bos)
     ended = torch.zeros(len(token_ids), dtype=torch.bool, device=token_ids.device)
     while True:
-        logits = decoder.logits
+        logits = _penalised(decoder.logits, text, repetition_penalty)
         if text.shape[1] < min_length:
             logits = logits.index_fill(1, ends, -torch.inf)
         chosen = torch.where(ended, tokens.pad, logits.argmax(dim=1))
@@ -119,6 +129,70 @@ def generate_texts(
         if ended.all() or text.shape[1] > max_new_tokens:
             return text
         decoder.append(chosen)
+
+
+def _penalised(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
+    """Apply the repetition penalty for the tokens in `ids` [b, t] to logits [b, u]."""
+    if penalty == 1.0:
+        return logits
+    taken = logits.gather(1, ids)
+    return logits.scatter(1, ids, torch.where(taken < 0, taken * penalty, taken / penalty))
+
+
+@torch.no_grad()
+def search_texts(
+    model: MMInterleaved,
+    token_ids: Tensor,
+    pixels: Tensor | None,
+    image_slot: Tensor,
+    real: Tensor,
+    *,
+    max_new_tokens: int,
+    beams: int,
+    min_length: int = 0,
+    repetition_penalty: float = 1.0,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Beam search of left-padded prompts [b, t].
+
+    Returns the best texts [b, 1 + new tokens], in the form of `generate_texts`, and their scores
+    [b]: log probabilities over the length to the power of `length_penalty`. Every prompt is read
+    once; then each has `beams` rows, which exchange their keys and values as beams are given up.
+    """
+    tokens = model.config.tokens
+    ends = frozenset((*tokens.ends, tokens.boi))
+    how = TextSampling(temperature=0.0, repetition_penalty=repetition_penalty)
+    decoder = IncrementalDecoder(model, token_ids, pixels, image_slot, real, room=max_new_tokens)
+    rules = BeamRules(beams, ends, length_penalty, early_stopping)
+    searches = [BeamSearch(rules) for _ in token_ids]
+    first = list(range(len(searches)))  # row of the first beam of each search
+    for step in range(max_new_tokens):
+        banned = ends if 1 + step < min_length else frozenset()
+        logits = decoder.logits.float().cpu().numpy()
+        rows, last = [], []
+        for number, search in enumerate(searches):
+            start = first[number]
+            first[number] = len(rows)
+            if not search.done:
+                search.advance(
+                    [
+                        beam_scores(row, how, (tokens.bos, *beam.tokens), banned)
+                        for row, beam in zip(logits[start:], search.beams, strict=False)
+                    ]
+                )
+            if not search.done:
+                rows += [start + parent for parent in search.parents]
+                last += [beam.tokens[-1] for beam in search.beams]
+        if not rows or step == max_new_tokens - 1:
+            break
+        decoder.select(torch.tensor(rows, device=token_ids.device))
+        decoder.append(torch.tensor(last, device=token_ids.device))
+    found = [search.best() for search in searches]
+    texts = [[tokens.bos, *x.tokens, *([] if x.end is None else [x.end])] for x in found]
+    length = max(map(len, texts))
+    texts = [[*text, *[tokens.pad] * (length - len(text))] for text in texts]
+    return token_ids.new_tensor(texts), torch.tensor([x.score for x in found])
 
 
 @torch.no_grad()
@@ -153,7 +227,7 @@ def draw_pictures(
     latents: Tensor,
     scheduler: SchedulerMixin,
     *,
-    guidance: float,
+    guidance: float | None,
     full_every: int = 1,
     step_noise: Sequence[Tensor] | None = None,
     on_step: Callable[[DenoisingStep], None] | None = None,

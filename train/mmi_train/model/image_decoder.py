@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +23,7 @@ from mmi_train.model.autocast import without_autocast
 from mmi_train.model.diffusion import Diffusion
 from mmi_train.model.positions import table_1d
 from mmi_train.model.resampler import Resampler
+from mmi_train.model.samplers import next_latents
 from mmi_train.model.unet import UNet
 from mmi_train.model.vae import Posterior, Vae
 
@@ -131,7 +132,8 @@ class ImageDecoder(nn.Module):
     def losses(
         self, posterior: Posterior, condition: Tensor, images: PreviousImages, draws: RandomDraws
     ) -> Tensor:
-        """Mean squared error of the prediction for each picture, [b] in fp32 (Sec. 3.3, Eq. 5).
+        """Mean squared error of the prediction for each picture, [b] in fp32 (Sec. 3.3, Eq. 5),
+        weighted by its timestep if the configuration says so.
 
         Where `draws.drop` is below `CONDITION_DROP`, the null condition replaces the condition; the
         previous images stay.
@@ -150,7 +152,9 @@ class ImageDecoder(nn.Module):
             images.seeing,
         )
         target = self.diffusion.target(latents, draws.noise, draws.timestep)
-        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        error = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        weight = self.diffusion.loss_weight(draws.timestep)
+        return error if weight is None else error * weight
 
     @torch.no_grad()
     def draw(
@@ -160,7 +164,7 @@ class ImageDecoder(nn.Module):
         latents: Tensor,
         scheduler: SchedulerMixin,
         *,
-        guidance: float,
+        guidance: float | None,
         full_every: int = 1,
         step_noise: Sequence[Tensor] | None = None,
         on_step: Callable[[DenoisingStep], None] | None = None,
@@ -168,41 +172,43 @@ class ImageDecoder(nn.Module):
         """Denoise initial noise `latents` [b, z, side, side] to latents of pictures.
 
         `scheduler`: one of diffusers', with its timesteps set. `step_noise`: noise added after each
-        step, which makes a DDIM scheduler the ancestral sampler (`diffusion.ddim`); None: no noise.
+        step, which makes a DDIM scheduler the ancestral sampler (`diffusion.ddim`), and which a
+        consistency sampler (`consistency.lcm`) needs; None: no noise.
         `guidance`: scale of classifier-free guidance, relative to the null condition; both branches
-        see the same images. `full_every` N: only every Nth step runs the whole U-Net; the others
-        reuse its deep features (DeepCache), an approximation.
+        see the same images. A distilled U-Net has one branch, and its own guidance alone.
+        `full_every` N: only every Nth step runs the whole U-Net; the others reuse its deep features
+        (DeepCache), an approximation.
         """
-        pictures = len(latents)
-        both = torch.cat(
-            [condition, self.null_condition.to(condition.dtype).expand(pictures, -1, -1)]
-        )  # [2b, y, c]
-        keys_values = self.unet.condition_keys_values(both)
+        pictures, branches = len(latents), self.config.branches
+        guidance = self.config.guidance_of(guidance)
+        if branches > 1:
+            null = self.null_condition.to(condition.dtype).expand(pictures, -1, -1)
+            condition = torch.cat([condition, null])  # [2b, y, c]
+        keys_values = self.unet.condition_keys_values(condition)
         values = self.unet.image_values(images.features)
-        slot, position = images.slot.repeat(2, 1), images.position.repeat(2, 1)
+        slot, position = images.slot.repeat(branches, 1), images.position.repeat(branches, 1)
         unet = self.config.unet
         outer_keys_values = [keys_values[index] for index in unet.outer_cross_attentions]
         outer_values = [values[index] for index in unet.outer_mmfs_blocks]
         latents = latents * scheduler.init_noise_sigma
         for index, timestep in enumerate(scheduler.timesteps):
             # [2b, z, side, side]
-            noisy = scheduler.scale_model_input(latents, timestep).repeat(2, 1, 1, 1)
+            noisy = scheduler.scale_model_input(latents, timestep).repeat(branches, 1, 1, 1)
             time_rows = self.unet.time_rows(timestep[None].to(latents.device))
             if index % full_every == 0:
-                branches, deep = self.unet.step_and_deep(
+                rows, deep = self.unet.step_and_deep(
                     noisy, time_rows, keys_values, values, slot, position
                 )
             else:
-                branches = self.unet.shallow_step(
+                rows = self.unet.shallow_step(
                     noisy, deep, time_rows, outer_keys_values, outer_values, slot, position
                 )
-            conditional, unconditional = branches.float().chunk(2)
-            prediction = unconditional + guidance * (conditional - unconditional)
-            options = {}
-            if step_noise is not None:
-                assert isinstance(scheduler, DDIMScheduler), "only DDIM takes its noise explicitly"
-                options = {"eta": 1.0, "variance_noise": step_noise[index]}
-            latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
+            conditional, *unconditional = rows.float().chunk(branches)
+            prediction = conditional
+            for other in unconditional:
+                prediction = other + guidance * (conditional - other)
+            noise = None if step_noise is None else step_noise[index]
+            latents = next_latents(scheduler, prediction, timestep, latents, noise)
             if on_step is not None:
                 on_step(DenoisingStep(int(timestep), prediction, latents, deep))
         return latents

@@ -77,6 +77,10 @@ class KvCache:
         self.buffer[layer, 1, :, :, self.length : end] = value
         return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
 
+    def select(self, rows: Tensor) -> None:
+        """Continue `rows` [n] of the batch in its place; a row may be taken several times."""
+        self.buffer = self.buffer.index_select(2, rows)
+
     def advance(self, tokens: int) -> None:
         """Count `tokens` tokens that every layer has appended."""
         self.length += tokens

@@ -99,6 +99,15 @@ class Losses(NamedTuple):
     pictures: Tensor
 
 
+class PictureInputs(NamedTuple):
+    """What the image decoder's loss takes of pictures [j], beside random draws: the posterior of
+    their latents, condition tokens [j, y, c] and earlier images."""
+
+    posterior: Posterior
+    condition: Tensor
+    images: PreviousImages
+
+
 class MMInterleaved(nn.Module):
     """Visual tokenizer, language model with its head, and image decoder of `config`."""
 
@@ -257,19 +266,26 @@ class MMInterleaved(nn.Module):
             return own.new_zeros(()), own
         decoder = self.image_decoder
         draws = decoder.random_draws(count) if draws is None else draws
+        inputs = self.picture_inputs(hidden, images, batch)
+        losses = decoder.losses(*inputs, draws[drawn])
+        own = own.index_copy(0, drawn, losses.detach())
+        if batch.picture_weight is not None:
+            losses = losses * batch.picture_weight[drawn]
+        return losses.sum() / count, own
+
+    def picture_inputs(self, hidden: Tensor, images: EncodedImages, batch: Batch) -> PictureInputs:
+        """Target, condition and earlier images of the pictures of a batch that are computed."""
+        assert batch.layout is not None and batch.layout.pictures is not None
+        drawn, layout = batch.layout.drawn, batch.layout.pictures
         if batch.target_posterior is not None:
             posterior = Posterior(*(moment[drawn] for moment in batch.target_posterior))
         else:
             assert batch.target_pixels is not None, (
                 "pictures need target_pixels or target_posterior"
             )
-            posterior = decoder.encode(batch.target_pixels[drawn])
+            posterior = self.image_decoder.encode(batch.target_pixels[drawn])
         look_back = self.previous_images(images, layout)
-        losses = decoder.losses(posterior, self.condition(hidden, layout), look_back, draws[drawn])
-        own = own.index_copy(0, drawn, losses.detach())
-        if batch.picture_weight is not None:
-            losses = losses * batch.picture_weight[drawn]
-        return losses.sum() / count, own
+        return PictureInputs(posterior, self.condition(hidden, layout), look_back)
 
 
 def unchanged_draws(device: torch.device) -> AbstractContextManager[None]:

@@ -12,23 +12,25 @@ from typing import Annotated, Literal
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.config import read_config
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.documents import Documents
 from mmi_train.data.mixture import MixedDocuments
+from mmi_train.data.synthetic.world import WorldConfig
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.compiled import check_compiler, compile_blocks
-from mmi_train.training.fused_mmfs import use_fused_mmfs
+from mmi_train.training.from_scratch import own_tokenizer
+from mmi_train.training.loading import load_for_training
 from mmi_train.training.loop import UNWATCHED, RunConfig, Watch, train
 from mmi_train.training.lora import (
     ADAPTERS_KIND,
     LoraConfig,
-    add_adapters,
+    fingerprint,
     lora_rules,
     trained_adapters,
 )
@@ -36,19 +38,25 @@ from mmi_train.training.optimiser import (
     GROUPS,
     GroupRule,
     OptimiserConfig,
-    frozen_matrices,
 )
 from mmi_train.training.ranks import ALONE, Ranks
+from mmi_train.training.stages.distillation import (
+    Distillation,
+    DistillationStage,
+    distilled_config,
+    teacher_of,
+)
 from mmi_train.training.stages.documents import DocumentsStage
+from mmi_train.training.stages.interleaved import PICTURES_MIXTURE, InterleavedStage
 from mmi_train.training.stages.packed_documents import PackedDocumentsStage
 from mmi_train.training.trackers import TrackerName, service
 from mmi_train.training.validation import Validation
-from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
+from mmi_train.weights.lazy_tensor import StoredTensor
 from mmi_train.weights.model_folder import (
+    CONFIG,
     FOLDER_KIND,
     TOKENIZER,
     WEIGHTS,
-    load_model,
     write_changed,
 )
 
@@ -69,7 +77,8 @@ class FineTuning:
     steps in which it rises, None: a tenth of the run, at most 1000; see `OptimiserConfig` for the
     rest of the optimiser. `batch`: documents of a micro-batch. `packed`: documents of data sets
     fill rows of the whole context length, as in pre-training; documents of a file stay apart.
-    `max_bad`: broken documents that may be left out.
+    `max_bad`: broken documents that may be left out. `distill`: the U-Net learns from a teacher in
+    place of the losses on documents.
     """
 
     groups: str | None = None
@@ -89,6 +98,7 @@ class FineTuning:
     image_weight: float = Field(default=10.0, ge=0)
     max_bad: int = Field(default=100, ge=0)
     checkpoint_gradients: bool = False
+    distill: Distillation | None = None
 
     def optimiser(self, steps: int) -> OptimiserConfig:
         """Optimiser of a run of `steps` steps. Raises `ConfigError` if nothing learns."""
@@ -150,7 +160,7 @@ class Watching:
 
 def fine_tune(
     start: Path,
-    file: Documents,
+    file: Documents | WorldConfig,
     out: Path,
     steps: int,
     tuning: FineTuning,
@@ -174,6 +184,7 @@ def fine_tune(
     and `out`; only the first one writes and reports. Raises `MmiError` where another process trains
     there, or a folder holds files that mmi did not write.
     """
+    _check_distillation(start, tuning, ranks)
     if compiled:
         if ranks.size > 1 or (tuning.lora is not None and tuning.lora.four_bit):
             raise ConfigError(
@@ -190,44 +201,111 @@ def fine_tune(
             if tuning.lora is not None:
                 check_replaceable(adapters, None, kind=ADAPTERS_KIND, inputs=[start])
         progress(f"loading {start}")
-        model = _loaded(start, tuning, optimiser, run.precision, device, ranks)
+        # One rank reads all of the file for this.
+        ranks.check_agreement({"the start's weights": fingerprint(start)})
+        begun = ranks.gather(f"weights {sha256_of(start / WEIGHTS)}" if ranks.main else "")[0]
+        model = load_for_training(
+            start,
+            optimiser,
+            run.precision,
+            device,
+            lora=tuning.lora,
+            checkpoint_gradients=tuning.checkpoint_gradients,
+            ranks=ranks,
+        )
         if compiled:
             compile_blocks(model, device)
-        stage = stage_class(tuning, file)(
-            model,
-            Tokenizer.open(start / TOKENIZER, model.config.tokens),
-            file,
-            tuning.batch,
-            seed=run.seed,
-            text_weight=tuning.text_weight,
-            image_weight=tuning.image_weight,
-            max_bad=tuning.max_bad,
-            on_broken=on_broken,
-            adapters=str(tuning.lora),
-        )
+        source = _source(model, start, file, tuning, run.seed, on_broken)
+        stage: DocumentsStage | InterleavedStage | DistillationStage = source
+        config = None
+        if tuning.distill is not None:
+            student = tuning.distill.config_of(model.config.image_decoder)
+            stage = DistillationStage(
+                source,
+                teacher_of(model.image_decoder.unet),
+                model.config.image_decoder.branches,
+                tuning.distill,
+                student,
+                str(tuning.lora),
+            )
+            config = distilled_config(model.config, student)
 
-        def save(step: int, average: Mapping[str, Tensor]) -> None:
-            if tuning.lora is None:
-                changed: Mapping[str, StoredTensor] = {
-                    name: InMemory(value) for name, value in average.items()
-                }
-            else:
-                trained = trained_adapters(tuning.lora, start, average)
+        def save(step: int, average: Mapping[str, StoredTensor]) -> None:
+            changed = average
+            if tuning.lora is not None:
+                learned = {name: value.read() for name, value in average.items()}
+                trained = trained_adapters(tuning.lora, start, learned)
                 with new_folder(adapters, None, kind=ADAPTERS_KIND) as work:
                     trained.save(work)
                 changed = trained.merged(start)
             with new_folder(model_folder, None, kind=FOLDER_KIND) as work:
-                write_changed(work, start, changed)
+                write_changed(work, start, changed, config)
 
-        begun = f"weights {sha256_of(start / WEIGHTS)}"
-        watch = _watch(watching, stage, out, ranks, {**asdict(tuning), **asdict(run)})
-        train(stage, optimiser, run, out / stage.name, save, progress, begun, ranks, watch)
+        watch = _watch(watching, source, out, ranks, {**asdict(tuning), **asdict(run)})
+        train(
+            stage,
+            optimiser,
+            run,
+            out / stage.name,
+            save,
+            progress,
+            start=begun,
+            frozen="those of the start",
+            ranks=ranks,
+            watch=watch,
+        )
     return model_folder
+
+
+def _check_distillation(start: Path, tuning: FineTuning, ranks: Ranks) -> None:
+    """Raise `ConfigError` for a distillation, or a distilled model, that cannot be trained so."""
+    decoder = read_config(start / CONFIG).image_decoder
+    if tuning.distill is not None:
+        tuning.distill.config_of(decoder)
+        if ranks.size > 1:
+            raise ConfigError("a distillation runs in one process", fix="leave torchrun out")
+        if tuning.lora is not None and tuning.lora.layers != ("unet",):
+            raise ConfigError(
+                "a distillation trains the U-Net alone",
+                got=f"adapters of {', '.join(tuning.lora.layers)}",
+                fix='set lora.layers to ["unet"]',
+            )
+    elif decoder.distillation is not None and tuning.image_weight > 0:
+        raise ConfigError(
+            f"the U-Net of {start} is distilled: the loss on pictures would undo that",
+            fix="train the model that it was distilled from, and distil that; or train on text "
+            "alone with --image-weight 0",
+        )
+
+
+def _source(
+    model: MMInterleaved,
+    start: Path,
+    file: Documents | WorldConfig,
+    tuning: FineTuning,
+    seed: int,
+    on_broken: Callable[[str], None],
+) -> DocumentsStage | InterleavedStage:
+    """Stage that makes micro-batches of the documents of a file, or of a drawn world."""
+    if isinstance(file, WorldConfig):
+        return InterleavedStage(model, own_tokenizer(start), file, PICTURES_MIXTURE)
+    return stage_class(tuning, file)(
+        model,
+        Tokenizer.open(start / TOKENIZER, model.config.tokens),
+        file,
+        tuning.batch,
+        seed=seed,
+        text_weight=tuning.text_weight,
+        image_weight=tuning.image_weight,
+        max_bad=tuning.max_bad,
+        on_broken=on_broken,
+        adapters=str(tuning.lora),
+    )
 
 
 def _watch(
     asked: Watching | None,
-    stage: DocumentsStage,
+    stage: DocumentsStage | InterleavedStage,
     out: Path,
     ranks: Ranks,
     settings: Mapping[str, object],
@@ -236,29 +314,10 @@ def _watch(
         return UNWATCHED
     validation = None
     if asked.held_out is not None or asked.prompts is not None:
+        if not isinstance(stage, DocumentsStage):
+            raise ConfigError("a drawn world has no validation", fix="train on documents")
         validation = Validation(stage, asked.held_out, asked.prompts, out, asked.every, ranks)
     tracker = None
     if asked.tracker is not None and ranks.main:
         tracker = service(asked.tracker, out, settings)
     return Watch(validation, tracker, asked.profile)
-
-
-def _loaded(
-    start: Path,
-    tuning: FineTuning,
-    optimiser: OptimiserConfig,
-    precision: Literal["bf16", "fp32"],
-    device: torch.device,
-    ranks: Ranks,
-) -> MMInterleaved:
-    """The model on `device`, with adapters; in mixed precision its frozen matrices in bfloat16. Of
-    several ranks each moves only its shards there, later."""
-    lean = frozen_matrices(optimiser.rules) if precision == "bf16" else None
-    model = load_model(start, matrices=lean)
-    if tuning.lora is not None:
-        add_adapters(model, tuning.lora, device)
-    if ranks.size == 1:
-        model.to(device)
-    model.checkpoint_gradients(tuning.checkpoint_gradients)
-    use_fused_mmfs(model, device)
-    return model

@@ -35,6 +35,7 @@ from mmi_train.training.optimiser import FROM_SCRATCH, OptimiserConfig
 from mmi_train.training.stages.autoencoder import AutoencoderStage
 from mmi_train.training.stages.interleaved import MIXTURE, InterleavedStage
 from mmi_train.training.stages.packed import PackedStage
+from mmi_train.weights.lazy_tensor import StoredTensor
 from mmi_train.weights.model_folder import FOLDER_KIND, TOKENIZER, load_model, save_model
 
 # Initial tanh gates of MMFS without pre-trained parts: a closed gate protects a pre-trained LLM,
@@ -260,10 +261,11 @@ def _train(
             begun += f", conditioned for {conditioning_steps or CONDITIONING.steps} steps"
     optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
 
-    def save(step: int, average: dict[str, Tensor]) -> None:
+    def save(step: int, average: Mapping[str, StoredTensor]) -> None:
         """Write the model with averaged weights, so that every checkpoint leaves a usable one."""
+        means = {name: value.read() for name, value in average.items()}
         with (
-            averaged(model, stage.model_state(average)),
+            averaged(model, stage.model_state(means)),
             new_folder(folder, None, kind=FOLDER_KIND) as work,
         ):
             save_model(model, work, torch.float16)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -29,12 +29,13 @@ from mmi_deploy.errors import WeightsError
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.model.layout import moved
 from mmi_train.training.checkpoints import (
+    Checkpoints,
+    OnCheckpoint,
     RunState,
     latest_checkpoint,
     learning,
     load_checkpoint,
     read_state,
-    save_checkpoint,
 )
 from mmi_train.training.optimiser import (
     OptimiserConfig,
@@ -45,6 +46,7 @@ from mmi_train.training.optimiser import (
 )
 from mmi_train.training.profiling import profiled
 from mmi_train.training.ranks import ALONE, Ranks, local, show_gradients
+from mmi_train.training.sharded_checkpoints import ShardedCheckpoints
 from mmi_train.training.trackers import TensorBoard, Tracker, Trackers
 
 
@@ -101,6 +103,15 @@ class SharedStage(Protocol):
         """This rank's micro-batches of a step, adapted to what all ranks share of theirs:
         `known[rank][part]`. All that any part of a step runs must run in the last one too, where
         gradients are averaged."""
+
+
+@runtime_checkable
+class AveragedStage(Protocol):
+    """Stage whose losses depend on the average (EMA) of the weights that learn."""
+
+    def follow(self, average: Mapping[str, Tensor]) -> None:
+        """Called before the first step with the averages by name, which every step updates in
+        place."""
 
 
 class Validation(Protocol):
@@ -311,40 +322,52 @@ def _step_batches(
     return zip(numbers, stage.agreed(own, known), strict=True)
 
 
+def _checkpoints(
+    folder: Path, keep: int, on_checkpoint: OnCheckpoint | None, ranks: Ranks
+) -> Checkpoints | ShardedCheckpoints:
+    """Writer of checkpoints: those of one process, or of several."""
+    if ranks.size == 1:
+        return Checkpoints(folder, keep, on_checkpoint)
+    return ShardedCheckpoints(folder, keep, ranks, on_checkpoint)
+
+
 def train(
     stage: Stage,
     optimiser_config: OptimiserConfig,
     run: RunConfig,
     out: Path,
-    on_checkpoint: Callable[[int, dict[str, Tensor]], None] | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
     progress: Progress = silent,
     start: str = "new weights",
+    frozen: str | None = None,
     ranks: Ranks = ALONE,
     watch: Watch = UNWATCHED,
 ) -> dict[str, Tensor]:
     """Train `stage` to its last step, resuming from the newest checkpoint in `out`.
 
     Curves go to `out/curves` (TensorBoard). Returns the averages (EMA) of the weights that learn.
-    `on_checkpoint` gets (step, averages) at every checkpoint and when the run resumes, because the
+    `on_checkpoint` gets (step, averages) of every checkpoint, and when the run resumes, because the
     run may have been killed between a checkpoint and its callback. `start` names the weights that
-    the run starts from. Raises `WeightsError` if losses or gradients are not finite again and
-    again, or if `out` belongs to a run with other settings.
+    the run starts from, `frozen` those that do not learn; None: a checksum does. Raises
+    `WeightsError` if losses or gradients are not finite again and again, or if `out` belongs to a
+    run with other settings.
 
     `watch`: what is measured and shown meanwhile.
 
-    `ranks`: all of them call this function; the module is sharded, and only the first one writes,
-    calls `on_checkpoint` and returns averages. Raises `ConfigError` if their settings differ.
+    `ranks`: all of them call this function with the module sharded (`Ranks.shard`). Each writes its
+    shards in the background; only the first one writes all else and calls `on_checkpoint`, in
+    another thread. The averages are sharded too. Raises `ConfigError` if their settings differ, and
+    `MmiError` if a checkpoint could not be written.
     """
     module = stage.module
     parameter_groups(module, optimiser_config)  # freezes
     whole_step = replace(run, accumulate=run.accumulate * ranks.size)
     settings = settings_of(stage, optimiser_config, whole_step, start)
     # Checkpoints do not hold these weights.
-    settings["frozen"] = checksum_of(
+    settings["frozen"] = frozen or checksum_of(
         (name, value) for name, value in module.named_parameters() if not value.requires_grad
     )
     ranks.check_agreement(settings)
-    ranks.shard(module)
     optimiser = make_optimiser(module, optimiser_config)
     average = {name: value.detach().clone() for name, value in learning(module).items()}
     step = 0
@@ -354,12 +377,12 @@ def train(
         load_checkpoint(path, module, average, optimiser)
         step = saved.step
         progress(f"{stage.name}: going on from {path}", step, optimiser_config.steps)
-        _report(on_checkpoint, step, average, ranks)
+    if isinstance(stage, AveragedStage):
+        stage.follow(average)
     parameters = list(trainable(module))
     own = [local(parameter) for parameter in parameters]
     names = [name for name, value in module.named_parameters() if value.requires_grad]
     device = parameters[0].device
-    module.train()
     meter, losses_now, skipped = _RunningMeans(), "", 0
     first, last = (count * whole_step.accumulate for count in (step, optimiser_config.steps))
     numbers = range(first + ranks.rank, last, ranks.size)
@@ -387,11 +410,15 @@ def train(
         trackers.append(watch.tracker)
     with (
         warnings.catch_warnings(),
+        _checkpoints(out, run.keep, on_checkpoint, ranks) as checkpoints,
         Trackers(trackers) as curves,
         profiled(out / "profile", watch.profile, ranks.rank, device) as profiled_step,
     ):
         # PyTorch says so of every norm whose weights are float32 in mixed precision.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        if path is not None:
+            checkpoints.report(step)
+        module.train()  # the callback may have evaluated the module
         progress(stage.name, step, optimiser_config.steps)
         validate()
         while step < optimiser_config.steps:
@@ -426,6 +453,7 @@ def train(
                 values = {f"{stage.name}/{name}": value for name, value in means.items()}
                 curves.log({**values, f"{stage.name}/rate": rate}, step)
                 losses_now = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+                checkpoints.check()
             progress(stage.name, step, optimiser_config.steps, detail=losses_now)
             profiled_step()
             validate()
@@ -434,23 +462,7 @@ def train(
                 best = None
                 if validation is not None:
                     best = validation.best(run.checkpoint_every, optimiser_config.steps)
-                save_checkpoint(out, module, average, optimiser, state, run.keep, ranks, best)
-                _report(on_checkpoint, step, average, ranks)
+                checkpoints.save(module, average, optimiser, state, best)
                 module.train()  # the callback may have evaluated the module
     module.eval()
-    return ranks.whole(average)
-
-
-def _report(
-    on_checkpoint: Callable[[int, dict[str, Tensor]], None] | None,
-    step: int,
-    average: Mapping[str, Tensor],
-    ranks: Ranks,
-) -> None:
-    """Call `on_checkpoint` on the first rank, for which the others wait."""
-    if on_checkpoint is None:
-        return
-    whole = ranks.whole(average)
-    if ranks.main:
-        on_checkpoint(step, whole)
-    ranks.gather(None)
+    return average

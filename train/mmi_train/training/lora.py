@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,13 +112,17 @@ def adapted_layers(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def add_adapters(
-    model: nn.Module, config: LoraConfig, device: torch.device | None = None
+    model: nn.Module,
+    config: LoraConfig,
+    device: torch.device | None = None,
+    weight_of: Callable[[str], Tensor] | None = None,
 ) -> list[str]:
     """Put adapters, in fp32, on the chosen layers of `model`, in place; returns these layers.
 
-    The matrices stay where they are; with `four_bit` each is quantised on `device` (None: where
-    it is) and given up before the next. Only adapters require gradients afterwards; the rules
-    of `lora_rules` say so too. Raises `ConfigError`.
+    The matrices stay where they are, adapters of those on the meta device are on the CPU; with
+    `four_bit` each matrix is quantised on `device` (None: where it is) and given up before the
+    next. weight_of: reads a layer's matrix then, None: it is in `model`. Only adapters require
+    gradients afterwards; the rules of `lora_rules` say so too. Raises `ConfigError`.
     """
     with _needed("adapters need", "peft", "train"):
         from peft import LoraConfig as Injected
@@ -126,7 +130,10 @@ def add_adapters(
     layers = adapted_layers(model, config)
     if config.four_bit:
         for name in layers:
-            _replace(model, name, _four_bit(model.get_submodule(name), device))
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            weight = layer.weight if weight_of is None else weight_of(name)
+            _replace(model, name, _four_bit(layer, weight.detach(), device or weight.device))
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # the library asks the model
     injected = Injected(
         r=config.rank,
@@ -135,7 +142,7 @@ def add_adapters(
         target_modules=layers,
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _on_cpu(model, layers):
         torch.manual_seed(config.seed)
         inject_adapter_in_model(injected, model, _ADAPTER)
     for name, parameter in model.named_parameters():
@@ -143,6 +150,23 @@ def add_adapters(
         if _is_adapter(name):
             parameter.data = parameter.data.float()
     return layers
+
+
+@contextmanager
+def _on_cpu(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+    """Let matrices on the meta device seem to be on the CPU, where the library puts their adapters
+    then; they take no memory there."""
+    chosen = (model.get_submodule(name) for name in layers)
+    found = [one for one in chosen if isinstance(one, nn.Linear) and one.weight.is_meta]
+    kept = [layer.weight for layer in found]
+    for layer, weight in zip(found, kept, strict=True):
+        empty = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+        layer.weight = nn.Parameter(empty, requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(found, kept, strict=True):
+            layer.weight = weight
 
 
 @contextmanager
@@ -167,11 +191,10 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), own, layer)
 
 
-def _four_bit(layer: nn.Module, device: torch.device | None) -> nn.Module:
-    """A linear layer with its matrix in NF4, whose scales are quantised too."""
+def _four_bit(layer: nn.Linear, weight: Tensor, device: torch.device) -> nn.Module:
+    """`layer` with its matrix, `weight`, in NF4 on `device`; the scales are quantised too."""
     with _needed("4-bit weights need", "bitsandbytes", "qlora"):
         from bitsandbytes.nn import Linear4bit, Params4bit
-    assert isinstance(layer, nn.Linear)
     with torch.device("meta"):
         quantised = Linear4bit(
             layer.in_features,
@@ -181,11 +204,11 @@ def _four_bit(layer: nn.Module, device: torch.device | None) -> nn.Module:
             quant_type="nf4",
         )
     quantised.weight = Params4bit(
-        layer.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=True
-    )
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=True
+    ).to(device)
     quantised.bias = layer.bias
     quantised.support_avx512bf16_for_cpu = False  # a CPU's packed form cannot train any more
-    return quantised.to(device or layer.weight.device)
+    return quantised
 
 
 @dataclass(frozen=True)
@@ -262,7 +285,11 @@ def trained_adapters(config: LoraConfig, base: Path, state: Mapping[str, Tensor]
 
 def _kept(name: str) -> str:
     """Name in a folder of adapters: without the library's layers in between."""
-    name = re.sub(rf"\.(lora_[AB])\.{_ADAPTER}\.weight$", r".\1", name)
+    return stored_name(re.sub(rf"\.(lora_[AB])\.{_ADAPTER}\.weight$", r".\1", name))
+
+
+def stored_name(name: str) -> str:
+    """Name that a weight of a model with adapters has in the model folder."""
     return name.replace(f"{_BASE}.", ".")
 
 
@@ -316,6 +343,6 @@ def fingerprint(folder: Path) -> str:
         for name, tensor in read_safetensors(folder / WEIGHTS).items():
             found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             size = tensor.shape.numel() * tensor.dtype.itemsize
-            file.seek(tensor.offset)  # type: ignore[attr-defined]
+            file.seek(tensor.offset)
             found.update(file.read(min(size, _SAMPLE)))
     return found.hexdigest()[:16]

@@ -128,6 +128,8 @@ GROUPS: Mapping[str, tuple[GroupRule, ...]] = {
     "table_14": _paper(0.0, 0.1),
     # Stories: 1e-4 image decoder, 1e-5 others.
     "table_15": _paper(0.0, 10.0),
+    # The U-Net without MMFS: what distillation trains.
+    "unet": (GroupRule(r"^image_decoder\.unet\.(?!look_back)"), GroupRule("", rate=0.0)),
     # Everything but the autoencoder, at one rate.
     "all": FROM_SCRATCH,
 }

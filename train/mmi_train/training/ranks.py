@@ -18,14 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 import mmi_deploy
 from mmi_deploy.errors import ConfigError, MmiError
 from mmi_train.model.llama import Block, GatedMmfs
 from mmi_train.model.unet import UNet
+from mmi_train.weights.lazy_tensor import StoredRows
 
-# The first rank writes a whole model at a checkpoint while the others wait.
+# A rank may wait for others that load a model, draw samples or write a checkpoint.
 PATIENCE = timedelta(hours=2)
 
 # Attribute of a sharded tensor that holds what `local` returned.
@@ -39,12 +40,14 @@ _MOST_TOLD = 40
 class Ranks:
     """The ranks of a run as one of them sees them; without a mesh the process trains alone.
 
-    All ranks must call `gather`, `check_agreement`, `shard` and `whole` in the same order.
+    All ranks must call `gather`, `check_agreement` and `shard` in the same order. `writers`: group
+    in which they talk on CPUs meanwhile, in another thread.
     """
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    writers: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -75,7 +78,8 @@ class Ranks:
                 )
 
     def shard(self, module: nn.Module) -> None:
-        """Shard the parameters of `module` over the ranks, in place, and move it to their device.
+        """Shard the parameters of `module` over the ranks, in place, and move it to their device;
+        those on the meta device stay there, to be filled by the rows of each rank.
 
         Units (`sharded_units`): the MMFS layers of the LLM, whose values are computed beside their
         calls, its blocks, the U-Net as a whole, because parts of its layers are called from outside
@@ -121,16 +125,6 @@ class Ranks:
         dist.all_reduce(squared, group=self.mesh.get_group())
         return squared.sqrt()
 
-    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather the whole tensors of a sharded `state` on the first rank, in host memory if there
-        are several ranks; nothing on the others."""
-        found = {}
-        for name, value in state.items():
-            gathered = unsharded(value)
-            if self.main:
-                found[name] = gathered if self.mesh is None else gathered.cpu()
-        return found
-
 
 ALONE = Ranks()
 
@@ -152,11 +146,6 @@ def sharded_units(module: nn.Module) -> list[nn.Module]:
 def _told(settings: Mapping[str, str], names: list[str]) -> str:
     """Settings in a line, the beginnings of long ones."""
     return ", ".join(f"{name} {settings.get(name, 'none')[:_MOST_TOLD]}" for name in names)
-
-
-def unsharded(value: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; all ranks must ask for it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @torch.no_grad()
@@ -196,12 +185,13 @@ def shard_of(other: Tensor, part: Tensor) -> Tensor:
     )
 
 
-def sharded_as(value: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor that every rank has, on the device of `other` and sharded as it is."""
-    value = value.to(other.device)
+def own_rows(source: StoredRows, other: Tensor) -> Tensor:
+    """Read from `source` what `local` returns of `other`, which may be sharded: those rows."""
     if not isinstance(other, DTensor):
-        return value
-    return distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None)
+        return source.read()
+    rows, most = other.shape[0], -(-other.shape[0] // other.device_mesh.size())
+    start = min(most * other.device_mesh.get_local_rank(), rows)
+    return source.read_rows(start, min(start + most, rows))
 
 
 @contextmanager
@@ -237,7 +227,8 @@ def joined_ranks(device: str = "auto", rendezvous: str | None = None) -> Iterato
             )
         except ValueError as error:
             raise ConfigError(f"the ranks cannot meet: {error}", fix="start by torchrun") from None
-        yield Ranks(rank, size, init_device_mesh(kind, (size,)))
+        writers = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Ranks(rank, size, init_device_mesh(kind, (size,)), writers)
         dist.destroy_process_group()
 
 

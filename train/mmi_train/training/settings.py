@@ -23,6 +23,7 @@ from mmi_train.training.fine_tuning import FineTuning, steps_of
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.recipes import NO_GROUPS, Layer, Values, defaults, layered
+from mmi_train.training.stages.distillation import Distillation
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -76,13 +77,14 @@ class Settings(FineTuning, RunConfig):
         return self.steps or steps_of(self.epochs, documents, self.batch * self.accumulate * ranks)
 
 
-_TABLES = ("lora", "data")
+_TABLES = ("lora", "distill", "data")
 
-# Names of all settings: those of the table `lora` have its name before them. Those of a data set
-# are `data.NAME.` and one of `SET_KEYS`.
+# Names of all settings: those of the tables `lora` and `distill` have their names before them.
+# Those of a data set are `data.NAME.` and one of `SET_KEYS`.
 KEYS = (
     *(field.name for field in fields(Settings) if field.name not in _TABLES),
     *(f"lora.{field.name}" for field in fields(LoraConfig)),
+    *(f"distill.{field.name}" for field in fields(Distillation)),
 )
 SET_KEYS = tuple(field.name for field in fields(SetChoice))
 

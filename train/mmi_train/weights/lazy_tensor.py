@@ -46,6 +46,13 @@ class StoredTensor(Protocol):
         """Read flat pieces of about `PIECE_BYTES`, in row-major order."""
 
 
+class StoredRows(StoredTensor, Protocol):
+    """Lazy tensor of which some rows can be read without the others."""
+
+    def read_rows(self, start: int, end: int) -> Tensor:
+        """Read the rows from `start` to `end` (exclusive) along the first axis."""
+
+
 @dataclass(frozen=True)
 class InMemory:
     """A tensor in memory."""
@@ -93,6 +100,13 @@ class InFile:
         if self.strides is None:
             return values.view(self.shape)
         return values.as_strided(self.shape, self.strides).contiguous()
+
+    def read_rows(self, start: int, end: int) -> Tensor:
+        if self.strides is not None:
+            return self.read()[start:end]
+        row = prod(self.shape[1:])
+        values = self._values(start * row, (end - start) * row)
+        return values.view(end - start, *self.shape[1:])
 
     def pieces(self) -> Iterator[Tensor]:
         if self.strides is not None:
@@ -197,6 +211,39 @@ class Stacked:
     def pieces(self) -> Iterator[Tensor]:
         for part in self.parts:
             yield from part.pieces()
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A tensor whose rows are spread over `parts`, in this order."""
+
+    parts: Sequence[StoredRows]
+
+    @property
+    def shape(self) -> torch.Size:
+        return Stacked(self.parts).shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    def read(self) -> Tensor:
+        return Stacked(self.parts).read()
+
+    def pieces(self) -> Iterator[Tensor]:
+        return Stacked(self.parts).pieces()
+
+    def read_rows(self, start: int, end: int) -> Tensor:
+        found, first = [], 0
+        for part in self.parts:
+            rows = part.shape[0]
+            own = max(start - first, 0), min(end - first, rows)
+            if own[0] < own[1]:
+                found.append(part.read_rows(*own))
+            first += rows
+        if len(found) == 1:
+            return found[0]
+        return torch.cat(found) if found else torch.empty(0, *self.shape[1:], dtype=self.dtype)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from mmi_deploy.errors import WeightsError
-from mmi_deploy.spec.config import read_config, to_json
+from mmi_deploy.spec.config import ModelConfig, read_config, to_json
 from mmi_deploy.system.files import write_file
 from mmi_train.model.mm_interleaved import MMInterleaved
-from mmi_train.weights.lazy_tensor import Computed, InMemory, StoredTensor
+from mmi_train.weights.lazy_tensor import Computed, InFile, InMemory, StoredTensor
 from mmi_train.weights.safetensors_files import read_safetensors
 from mmi_train.weights.writer import write_safetensors
 
@@ -66,7 +66,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
     """
     check_fit(module, state, source)
     for name, value in state.items():
-        _check_finite(name, value, source)
+        check_finite(name, value, source)
     module.load_state_dict(state, strict=True)
 
 
@@ -94,11 +94,42 @@ def check_fit(module: nn.Module, state: Mapping[str, Typed], source: str) -> Non
             )
 
 
-def _check_finite(name: str, value: torch.Tensor, source: str) -> None:
+def check_finite(name: str, value: torch.Tensor, source: str) -> None:
+    """Raise `WeightsError` if a tensor of the file `source` holds NaN or infinity."""
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise WeightsError(
             f"{source}: {name} holds NaN or infinity", fix="use an intact checkpoint"
         )
+
+
+def open_model(folder: Path) -> tuple[MMInterleaved, dict[str, InFile]]:
+    """The model in `folder` on the meta device, and the tensors of its file, which fit it. Raises
+    `ConfigError` and `WeightsError`."""
+    with torch.device("meta"):
+        model = MMInterleaved(read_config(folder / CONFIG))
+    stored = read_safetensors(folder / WEIGHTS)
+    check_fit(model, stored, str(folder / WEIGHTS))
+    return model, stored
+
+
+def types_in_memory(
+    model: nn.Module,
+    stored: Mapping[str, Typed],
+    dtype: torch.dtype | None,
+    matrices: TypeOfMatrix | None,
+) -> dict[str, torch.dtype]:
+    """Types that `load_model` gives the tensors `stored`, by name."""
+    known = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    found = {}
+    for name, tensor in stored.items():
+        wanted = matrices(name, tensor.dtype) if matrices is not None and name in known else None
+        floating = tensor.dtype.is_floating_point
+        found[name] = wanted or dtype or tensor.dtype if floating else tensor.dtype
+    return found
 
 
 def load_model(
@@ -113,30 +144,25 @@ def load_model(
     weight of a linear layer or an embedding, None as `dtype` says. The weights are in memory once:
     the module is built on the meta device, and takes over each tensor as it is read.
     """
-    with torch.device("meta"):
-        model = MMInterleaved(read_config(folder / CONFIG))
-    path = folder / WEIGHTS
-    stored = read_safetensors(path)
-    check_fit(model, stored, str(path))
-    known = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
-    }
+    model, stored = open_model(folder)
+    types = types_in_memory(model, stored, dtype, matrices)
     state = {}
     for name, tensor in stored.items():
         value = tensor.read()
-        _check_finite(name, value, str(path))
-        wanted = matrices(name, value.dtype) if matrices is not None and name in known else None
-        if value.is_floating_point():
-            value = value.to(wanted or dtype or value.dtype)
-        state[name] = value
+        check_finite(name, value, str(folder / WEIGHTS))
+        state[name] = value.to(types[name])
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
 
-def write_changed(folder: Path, base: Path, changed: Mapping[str, StoredTensor]) -> None:
-    """Write into `folder` the model of the folder `base` with some weights replaced.
+def write_changed(
+    folder: Path,
+    base: Path,
+    changed: Mapping[str, StoredTensor],
+    config: ModelConfig | None = None,
+) -> None:
+    """Write into `folder` the model of the folder `base` with some weights replaced, and with
+    `config` in place of its own, if it is given.
 
     Weights keep the types that they have in `base`, those that are not replaced their values, and
     no more than a piece of them is in memory. Raises `WeightsError` for a replacement of a tensor
@@ -162,6 +188,8 @@ def write_changed(folder: Path, base: Path, changed: Mapping[str, StoredTensor])
     for name in (CONFIG, TOKENIZER):
         if (base / name).is_file():
             write_file(folder / name, (base / name).read_text())
+    if config is not None:
+        write_file(folder / CONFIG, to_json(config))
 
 
 def _within(name: str, value: StoredTensor, dtype: torch.dtype, base: Path) -> torch.Tensor:

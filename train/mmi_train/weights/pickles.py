@@ -87,7 +87,7 @@ def read_pickles(checkpoint: Path) -> dict[str, StoredTensor]:
 
 
 def read_together(
-    checkpoint: Path, paths: Iterable[Path], read: Callable[[Path], dict[str, StoredTensor]]
+    checkpoint: Path, paths: Iterable[Path], read: Callable[[Path], Mapping[str, StoredTensor]]
 ) -> dict[str, StoredTensor]:
     """Read the tensors of several files of one `checkpoint`; raises `WeightsError` for a name that
     two files hold."""

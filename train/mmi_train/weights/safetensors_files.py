@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ _TYPES = {
 }
 
 
-def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+def read_safetensors(path: Path) -> dict[str, InFile]:
     """Read the tensors of one file, lazily; raises `WeightsError`."""
     return {name: _tensor(path, name, entry) for name, entry in read_header(path).items()}
 
@@ -36,7 +36,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def _tensor(path: Path, name: str, entry: Entry) -> StoredTensor:
+def _tensor(path: Path, name: str, entry: Entry) -> InFile:
     if entry.dtype not in _TYPES:
         raise WeightsError(
             f"{path}: {name} is stored as {entry.dtype}",
@@ -53,13 +53,17 @@ def read_folder(folder: Path, stems: Sequence[str]) -> dict[str, StoredTensor]:
     safetensors, one file or several with an index, else pickles.
     """
     for stem in stems:
-        for suffix, read in ((".safetensors", read_safetensors), (".bin", read_pickle)):
+        readers: tuple[tuple[str, Callable[[Path], Mapping[str, StoredTensor]]], ...] = (
+            (".safetensors", read_safetensors),
+            (".bin", read_pickle),
+        )
+        for suffix, read in readers:
             index, single = folder / f"{stem}{suffix}.index.json", folder / (stem + suffix)
             if index.is_file():
                 files = sorted({*weight_map(index).values()})
                 return read_together(folder, [folder / name for name in files], read)
             if single.is_file():
-                return read(single)
+                return dict(read(single))
     raise WeightsError(
         f"{folder} holds no weights",
         expected=" or ".join(f"{stem}.safetensors" for stem in stems),

@@ -26,8 +26,6 @@ from mmi_deploy.server.http import keys as module
 from mmi_deploy.server.http.keys import Keys, read_keys
 from mmi_deploy.server.settings import ServerSettings
 
-pytestmark = pytest.mark.timing
-
 ONE, TWO = "key-of-the-first-caller", "key-of-the-second-caller"
 
 

@@ -28,8 +28,6 @@ from deploy.server.requests import (
 )
 from deploy.server.server_process import ServerProcess
 
-pytestmark = pytest.mark.timing
-
 JSON = {"content-type": "application/json"}
 POSTS = (CHAT, COMPLETIONS, RESPONSES, IMAGES, "/tokenize", "/detokenize")
 
@@ -159,6 +157,7 @@ HUGE = 10**30
     ],
     ids=lambda fields: json.dumps(fields)[:40],
 )
+@pytest.mark.timing
 def test_values_out_of_range_are_refused_and_named(
     server: ServerProcess, fields: dict[str, Any]
 ) -> None:
@@ -231,6 +230,7 @@ NOISE = png(picture(1))
     ],
     ids=lambda file: repr(file[:12]),
 )
+@pytest.mark.timing
 def test_bad_pictures_are_refused_without_a_word_of_the_decoder(
     server: ServerProcess, file: bytes
 ) -> None:
@@ -295,6 +295,7 @@ def test_only_data_urls_of_pictures_are_taken(server: ServerProcess, url: str) -
     )
 
 
+@pytest.mark.timing
 def test_a_body_above_the_limit_is_refused_while_it_comes(server: ServerProcess) -> None:
     url = "data:image/png;base64," + "QUJD" * (133 * 2**20 // 4)
     image = {"type": "image_url", "image_url": {"url": url}}
@@ -326,6 +327,7 @@ def test_a_picture_above_its_limit_is_refused_before_it_is_decoded(server: Serve
     assert check_error(server.post(CHAT, body), 400)["code"] == "image_too_large"
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
 def test_a_small_body_with_a_large_picture_does_not_hold_up_others(
     server: ServerProcess, path: str

@@ -22,8 +22,6 @@ from deploy.server.server_process import (
     wait_until,
 )
 
-pytestmark = pytest.mark.timing
-
 BODY = json.dumps(chat(tokens=1)).encode()
 LIVE = request_bytes("/health/live", method="GET")
 
@@ -175,6 +173,7 @@ def test_endless_trailers_take_no_memory(scripted: ServerProcess) -> None:
     assert scripted.memory() - before < 8 * 2**20
 
 
+@pytest.mark.timing
 def test_slow_heads_end_the_connection(hasty: ServerProcess) -> None:
     begun = time.monotonic()
     with hasty.connect() as sock:
@@ -185,6 +184,7 @@ def test_slow_heads_end_the_connection(hasty: ServerProcess) -> None:
     assert time.monotonic() - begun < 2
 
 
+@pytest.mark.timing
 def test_slow_heads_of_a_second_request_do_too(hasty: ServerProcess) -> None:
     with hasty.connect() as sock:
         sock.sendall(LIVE)
@@ -218,6 +218,7 @@ def read_first(sock: socket.socket) -> bytes:
     return first + read_all(sock) if first else b""
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_a_body_of_one_byte_now_and_then_is_refused(hasty: ServerProcess, framing: str) -> None:
     length = framing == "length"
@@ -259,6 +260,7 @@ def test_half_a_body_and_a_client_that_leaves_is_no_error(scripted: ServerProces
     assert (line["status"], line["level"]) == (499, "info")
 
 
+@pytest.mark.timing
 def test_a_large_declared_body_is_refused_and_the_connection_closed(
     server: ServerProcess,
 ) -> None:
@@ -304,6 +306,7 @@ def test_connections_are_kept_for_the_next_request(server: ServerProcess) -> Non
         assert read_response(sock)[0] == 200
 
 
+@pytest.mark.timing
 def test_many_idle_connections_hold_nobody_up(server: ServerProcess) -> None:
     idle = [server.connect() for _ in range(300)]
     try:
@@ -376,6 +379,7 @@ def test_head_is_get_without_a_body(server: ServerProcess) -> None:
         assert head.headers["content-type"] == get.headers["content-type"]
 
 
+@pytest.mark.timing
 def test_answers_on_a_kept_connection_do_not_wait_for_acknowledgements(
     scripted: ServerProcess,
 ) -> None:

@@ -21,8 +21,6 @@ from mmi_deploy.server.http import image_fetch as module
 from mmi_deploy.server.http.image_fetch import ImageFetch
 from mmi_deploy.server.http.picture_store import PATH, PictureStore
 
-pytestmark = pytest.mark.timing
-
 HOST = "pictures.example"
 PUBLIC = "93.184.216.34"
 FILE = png(picture(1))
@@ -261,6 +259,7 @@ def test_a_file_above_the_limit_is_given_up(host: Host, declared: bool) -> None:
     assert sent < 20 * 2**20
 
 
+@pytest.mark.timing
 def test_a_slow_host_is_given_up_in_time(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SECONDS", 0.6)
 

@@ -37,8 +37,6 @@ from deploy.server.server_process import (
     wait_until,
 )
 
-pytestmark = pytest.mark.timing
-
 TOOL = [{"type": "image_generation"}]
 
 
@@ -151,6 +149,7 @@ def test_a_failure_after_keep_alives_is_an_event(alone: ServerProcess) -> None:
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_died"
 
 
+@pytest.mark.timing
 def test_a_client_that_does_not_read_is_dropped_and_the_others_are_not_slowed(
     alone: ServerProcess,
 ) -> None:

@@ -6,8 +6,6 @@ import pytest
 
 from mmi_deploy.server.http.tracing import NoTracing, OpenTelemetryTracing
 
-pytestmark = pytest.mark.timing
-
 memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"

@@ -12,7 +12,6 @@ from deploy.server.page.mock_server import MockServer, Scenario, drawn, png
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-pytestmark = pytest.mark.timing
 
 Opener = Callable[..., "Page"]
 

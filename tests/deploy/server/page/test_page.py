@@ -20,7 +20,6 @@ from mmi_deploy.documents.files import read_document
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-pytestmark = pytest.mark.timing
 
 Opener = Callable[..., "Page"]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Opener = Callable[..., "Page"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timing]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

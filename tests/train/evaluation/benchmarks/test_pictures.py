@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system.files import sha256_of
+from mmi_train.data.readers.pictures import FilePicture
 from mmi_train.evaluation.benchmarks.report import Questions
 from mmi_train.evaluation.benchmarks.scores import Options
 from mmi_train.evaluation.benchmarks.table import benchmark
@@ -84,7 +85,14 @@ VIST = {
     },
     "test.story-in-sequence.json": {
         "annotations": [
-            [{"story_id": name, "photo_flickr_id": image, "worker_arranged_photo_order": place}]
+            [
+                {
+                    "story_id": name,
+                    "photo_flickr_id": image,
+                    "worker_arranged_photo_order": place,
+                    "text": "a",
+                }
+            ]
             for name, image, place in (("s1", "11", "1"), ("s1", "12", "4"), ("s2", "21", "0"))
         ],
         "images": [],
@@ -95,12 +103,18 @@ VIST = {
 @pytest.mark.parametrize("name", VIST)
 def test_a_story_asks_for_its_last_picture(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps(VIST[name]))
-    (tmp_path / "test_images").mkdir()
+    for image in ("11", "12", "21"):
+        save(tmp_path / "test_images" / f"{image}.png", LABELS)
     found = Questions.of(benchmark("vist"), tmp_path, None).references
-    assert [(one.id, one.picture) for one in found] == [
-        ("s1", tmp_path / "test_images" / "12.png"),
-        ("s2", tmp_path / "test_images" / "21.png"),
+    assert [(one.id, one.pictures) for one in found] == [
+        ("s1", (FilePicture(str(tmp_path), "test_images/12.png"),)),
+        ("s2", (FilePicture(str(tmp_path), "test_images/21.png"),)),
     ]
+    assert "12" in found[0].other_ids
+    (tmp_path / "test_images" / "11.png").unlink()
+    left = Questions.of(benchmark("vist"), tmp_path, None)
+    assert [one.id for one in left.references] == ["s2"]
+    assert left.left_out == {"picture is missing": 1}
 
 
 def test_narratives_are_numbered_and_name_their_pictures(tmp_path: Path) -> None:
@@ -108,8 +122,9 @@ def test_narratives_are_numbered_and_name_their_pictures(tmp_path: Path) -> None
     path = tmp_path / "coco_val_captions.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     found = Questions.of(benchmark("ln-coco"), tmp_path, None).references
-    picture = tmp_path / "val2017" / "000000000007.jpg"
-    assert [(one.id, one.picture) for one in found] == [("0", picture), ("1", picture)]
+    picture = (FilePicture(str(tmp_path), "val2017/000000000007.jpg"),)
+    assert [(one.id, one.pictures) for one in found] == [("0", picture), ("1", picture)]
+    assert not found[0].other_ids  # one picture has both
 
 
 def test_faulty_maps_are_one_line(ade20k: Questions, tmp_path: Path) -> None:
@@ -118,7 +133,7 @@ def test_faulty_maps_are_one_line(ade20k: Questions, tmp_path: Path) -> None:
         ade20k.report(small)
     with pytest.raises(MmiError, match="cannot read the map"):
         ade20k.report(predictions(tmp_path, {"ADE_val_00000001": tmp_path / "none.png"}))
-    with pytest.raises(MmiError, match="holds no annotations/training"):
+    with pytest.raises(MmiError, match="lacks annotations/training/ of"):
         Questions.of(benchmark("ade20k"), tmp_path / "data", "training")
 
 
@@ -136,7 +151,7 @@ def coco(tmp_path: Path) -> Questions:
 
 
 def real_pictures(questions: Questions) -> dict[str, Path]:
-    return {one.id: one.picture for one in questions.references if one.picture is not None}
+    return {one.id: one.pictures[0].path for one in questions.references}
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,16 @@ CAPTIONS = {
 
 RELEVANCE = [0.0, 1.0, 0.5, 0.0]
 
+PAGE = {"image": "documents/a.png", "question": "?"}
+
+
+def dialogs(*image_ids: int, rounds: int = 3) -> dict[str, Any]:
+    """Dialogs of the file of Visual Dialog, each turn with four options."""
+    turn = {"question": 0, "answer": 0, "answer_options": [0, 1, 2, 3], "gt_index": 1}
+    found = [{"image_id": n, "caption": "?", "dialog": [turn] * rounds} for n in image_ids]
+    answers = ["yes", "no", "two", "red"]
+    return {"data": {"dialogs": found, "questions": ["why"], "answers": answers}}
+
 
 @dataclass(frozen=True)
 class Set:
@@ -84,7 +94,14 @@ SETS = {
     "textvqa": Set(
         {
             "TextVQA_0.5.1_val.json": {
-                "data": [{"question_id": 34602, "image_id": "a", "answers": ["nokia"] * 10}]
+                "data": [
+                    {
+                        "question_id": 34602,
+                        "image_id": "a",
+                        "question": "?",
+                        "answers": ["nokia"] * 10,
+                    }
+                ]
             }
         },
         texts(_34602="nokia"),
@@ -92,7 +109,11 @@ SETS = {
     ),
     "textvqa, as VQA": Set(
         {
-            "textvqa_val_questions.json": {"questions": [{"question_id": 3, "image": "a.jpg"}]},
+            "textvqa_val_questions.json": {
+                "questions": [
+                    {"question_id": 3, "image_id": "a", "image": "a.jpg", "question": "?"}
+                ]
+            },
             "textvqa_val_annotations.json": {
                 "annotations": [{"question_id": 3, "answers": ten("exit", "stop")}]
             },
@@ -128,8 +149,8 @@ SETS = {
         {
             "val_v1.0_withQT.json": {
                 "data": [
-                    {"questionId": 337, "image": "documents/a.png", "answers": ["May 5", "5 May"]},
-                    {"questionId": 338, "image": "documents/a.png", "answers": ["total"]},
+                    {"questionId": 337, **PAGE, "answers": ["May 5", "5 May"]},
+                    {"questionId": 338, **PAGE, "answers": ["total"]},
                 ]
             }
         },
@@ -140,7 +161,14 @@ SETS = {
     "infovqa": Set(
         {
             "infographicVQA_val_v1.0.json": {
-                "data": [{"questionId": 5, "image_local_name": "1.jpg", "answers": ["12345678"]}]
+                "data": [
+                    {
+                        "questionId": 5,
+                        "image_local_name": "1.jpg",
+                        "question": "?",
+                        "answers": ["12345678"],
+                    }
+                ]
             }
         },
         texts(_5="12345679"),
@@ -149,7 +177,14 @@ SETS = {
     "stvqa": Set(
         {
             "train_task_3.json": {
-                "data": [{"question_id": 12, "file_path": "a/b.jpg", "answers": ["coca cola"]}]
+                "data": [
+                    {
+                        "question_id": 12,
+                        "file_path": "a/b.jpg",
+                        "question": "?",
+                        "answers": ["coca cola"],
+                    }
+                ]
             }
         },
         texts(_12="Coca Cola"),
@@ -173,9 +208,7 @@ SETS = {
     ),
     "visdial": Set(
         {
-            "visdial_1.0_val.json": {
-                "data": {"dialogs": [{"image_id": 185, "dialog": []}, {"image_id": 186}]}
-            },
+            "visdial_1.0_val.json": dialogs(185, 186),
             "visdial_1.0_val_dense_annotations.json": [
                 {"image_id": 185, "round_id": 3, "gt_relevance": RELEVANCE}
             ],
@@ -286,7 +319,7 @@ def test_every_benchmark_of_texts_has_a_set_here() -> None:
 
 @pytest.mark.parametrize("name", sorted({key.partition(",")[0] for key in SETS}))
 def test_a_missing_file_is_named_with_its_source(name: str, tmp_path: Path) -> None:
-    with pytest.raises(MmiError, match=r"holds no .*get it from https://"):
+    with pytest.raises(MmiError, match=r"lacks .* of the data set .*Get it from \w"):
         Questions.of(benchmark(name), tmp_path, None)
 
 
@@ -294,7 +327,9 @@ def test_a_missing_file_is_named_with_its_source(name: str, tmp_path: Path) -> N
 def test_files_of_another_form_are_one_line(name: str, tmp_path: Path) -> None:
     one = SETS[name]
     wrong = {path: {"info": [1]} for path in one.files}
-    with pytest.raises(MmiError, match="published form|has no question"):
+    with pytest.raises(
+        MmiError, match="is not what the data set publishes|published form|has no question"
+    ):
         Questions.of(benchmark(name.partition(",")[0]), write(tmp_path, wrong), one.split)
 
 
@@ -302,7 +337,7 @@ def test_samples_have_the_numbers_of_the_published_readers(tmp_path: Path) -> No
     """Those follow the annotations, whatever the order of the questions."""
     files = {
         "OpenEnded_mscoco_val2014_questions.json": {
-            "questions": [{"question_id": n} for n in (5, 6)]
+            "questions": [{"question_id": n, "image_id": 1, "question": "?"} for n in (5, 6)]
         },
         "mscoco_val2014_annotations.json": {
             "annotations": [{"question_id": n, "answers": ten("x")} for n in (6, 5)]
@@ -356,7 +391,7 @@ def test_published_rules_are_followed_when_asked_for(tmp_path: Path) -> None:
 def test_questions_that_alone_have_no_answer_are_left_out(tmp_path: Path) -> None:
     files = dict(SETS["okvqa"].files)
     files["OpenEnded_mscoco_val2014_questions.json"] = {
-        "questions": [{"question_id": 61}, {"question_id": 62}]
+        "questions": [{"question_id": n, "image_id": 1, "question": "?"} for n in (61, 62)]
     }
     questions = Questions.of(benchmark("okvqa"), write(tmp_path, files), None)
     found = questions.report(predictions(tmp_path, texts(_61="race")))
@@ -365,9 +400,11 @@ def test_questions_that_alone_have_no_answer_are_left_out(tmp_path: Path) -> Non
 
 
 def test_a_test_split_of_dialogs_asks_for_the_last_round(tmp_path: Path) -> None:
-    dialogs = [{"image_id": 9, "dialog": [{}, {}, {}]}]
-    files = {"visdial_1.0_test.json": {"data": {"dialogs": dialogs}}}
-    questions = Questions.of(benchmark("visdial"), write(tmp_path, files), "test")
+    value = dialogs(9)
+    last = {"question": 0, "answer_options": [0, 1]}  # whose answer is not published
+    value["data"]["dialogs"][0]["dialog"][2] = last
+    data = write(tmp_path, {"visdial_1.0_test.json": value})
+    questions = Questions.of(benchmark("visdial"), data, "test")
     path = predictions(tmp_path, [{"id": 9, "scores": [0.5, 2.0]}])
     assert json.loads(questions.submission(path)) == [
         {"image_id": 9, "round_id": 3, "ranks": [2, 1]}
@@ -379,10 +416,10 @@ def test_a_test_split_of_dialogs_asks_for_the_last_round(tmp_path: Path) -> None
 def test_a_metric_without_a_value_is_null(tmp_path: Path) -> None:
     """People may find no option of a dialog relevant."""
     files = dict(SETS["visdial"].files)
-    judged = {"image_id": 185, "round_id": 3, "gt_relevance": [0.0, 0.0]}
+    judged = {"image_id": 185, "round_id": 3, "gt_relevance": [0.0] * 4}
     files["visdial_1.0_val_dense_annotations.json"] = [judged]
     questions = Questions.of(benchmark("visdial"), write(tmp_path, files), None)
-    path = predictions(tmp_path, [{"id": 185, "scores": [1.0, 2.0]}])
+    path = predictions(tmp_path, [{"id": 185, "scores": [1.0, 2.0, 3.0, 4.0]}])
     found = questions.report(path, against=path).as_json()
     assert found["metrics"] == {"NDCG": None} and found["intervals"] == {"NDCG": [None, None]}
     assert json.loads(json.dumps(found, allow_nan=False)) == found

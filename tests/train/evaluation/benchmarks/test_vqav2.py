@@ -195,7 +195,7 @@ def test_faulty_predictions_are_one_line(
         (("--split", "testdev"), "vqav2 has no split testdev; expected val, train, test-dev, test"),
         (
             ("--split", "train"),
-            "holds no v2_OpenEnded_mscoco_train2014_questions.json. get it from",
+            "lacks v2_OpenEnded_mscoco_train2014_questions.json of the data set vqav2. Get it from",
         ),
         (("--data", "nowhere"), "there is no folder nowhere"),
         (("--published", "extract"), "the nearest one is extract-answer"),
@@ -215,13 +215,17 @@ def test_options_that_belong_together(mmi: Mmi, answers: Path) -> None:
     assert "--predictions needs --benchmark NAME" in mmi("--predictions", answers)[2]
 
 
+ASKED = {"question_id": 1, "image_id": 7, "question": "?"}
+
+
 def test_damaged_annotations_are_one_line(mmi: Mmi, data: Path, answers: Path) -> None:
     words = ("--predictions", answers, "--benchmark", "vqav2", "--data", data)
     path = data / "v2_OpenEnded_mscoco_val2014_questions.json"
     for content, says in (
-        ('{"questions": [', "is no JSON"),
-        ('{"data": []}', "is not of the published form: no 'questions'"),
-        ('{"questions": [{"question_id": 1}, {"question_id": 1}]}', "two questions of the id 1"),
+        ('{"questions": [', "is not whole JSON"),
+        ('{"data": []}', "is not what the data set publishes; expected an object with a list"),
+        (json.dumps({"questions": [{"question_id": 1}]}), "is not of the published form"),
+        (json.dumps({"questions": [ASKED, ASKED]}), "two questions of the id 1"),
         ('{"questions": []}', "has no question"),
     ):
         path.write_text(content)

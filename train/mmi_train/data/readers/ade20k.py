@@ -50,15 +50,18 @@ class Ade20k(DataSet[Scene]):
     splits = ("training", "validation")
     default_prompt = "draw"
 
-    def _root(self) -> str:
-        inner = "ADEChallengeData2016"
-        return f"{inner}/" if (self.folder.path / inner / "images").is_dir() else ""
+    def _folders(self, split: str) -> list[str]:
+        """The folders of maps and pictures that are there, such as annotations/training."""
+        kinds = ("annotations", "annotations_with_color", "images")
+        found = (self.folder.folder(f"{kind}/{split}") for kind in kinds)
+        return [folder for folder in found if folder is not None]
 
     def has(self, split: str) -> bool:
-        return (self.folder.path / self._root() / "images" / split).is_dir()
+        return bool(self._folders(split))
 
     def read(self) -> Iterator[Scene | Skipped]:
-        captions = self.folder.find(f"{self.split}.json", f"{self._root()}{self.split}.json")
+        folders = self._folders(self.split)  # also tells where pictures are looked for
+        captions = self.folder.find(f"{self.split}.json")
         if captions is not None:
             for entry in entries(self.kept(captions)):
                 match entry:
@@ -67,23 +70,27 @@ class Ade20k(DataSet[Scene]):
                     case _:
                         yield Skipped(MALFORMED)
             return
-        pictures = self.folder.path / self._root() / "images" / self.split
-        if not pictures.is_dir():
-            raise self.folder.lacks(f"images/{self.split}/")
-        yield from (Scene(path.stem, "") for path in sorted(pictures.glob("*.jpg")))
+        if not folders:
+            raise self.folder.lacks(f"annotations/{self.split}/")
+        places = (self.folder.path / folder for folder in folders)
+        names = {
+            path.stem
+            for place in places
+            for path in place.iterdir()
+            if path.suffix in (".png", ".jpg")
+        }
+        yield from (Scene(name, "") for name in sorted(names))
 
     def sample_of(self, record: Scene, draw: random.Random) -> Sample:
-        root = self._root()
-        name = f"{root}annotations/{self.split}/{record.id}.png"
-        labels = self.folder.picture(name)
-        coloured = self.folder.picture(f"{root}annotations_with_color/{self.split}/{record.id}.png")
+        labels = self.folder.picture(f"annotations/{self.split}/{record.id}.png")
+        coloured = self.folder.picture(f"annotations_with_color/{self.split}/{record.id}.png")
         if labels.exists():
-            plan = PicturePart(LabelMap(labels.path, name, label_colours()))
+            plan = PicturePart(LabelMap(labels.path, labels.name, label_colours()))
         elif coloured.exists():
             plan = PicturePart(coloured)
         else:
-            raise Skipped(MISSING, name)
-        photo: Picture = self.folder.picture(f"{root}images/{self.split}/{record.id}.jpg")
+            raise Skipped(MISSING, labels.name)
+        photo: Picture = self.folder.picture(f"images/{self.split}/{record.id}.jpg")
         caption = record.caption
         if self.settings.mirror and self.split == "training" and draw.random() < 0.5:
             plan, photo = PicturePart(Mirrored(plan.picture)), Mirrored(photo)
@@ -92,4 +99,4 @@ class Ade20k(DataSet[Scene]):
         if caption:
             parts.append(TextPart(caption + ".", self.split == "training"))
         parts.append(PicturePart(photo, True))
-        return Sample(record.id, joined(parts), about={"labels": name})
+        return Sample(record.id, joined(parts))

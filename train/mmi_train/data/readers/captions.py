@@ -11,7 +11,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from mmi_train.data.document import TextPart
@@ -21,6 +21,10 @@ from mmi_train.data.readers.sample import PicturePart, Sample, Skipped, joined
 
 _MALFORMED = "entry is malformed"
 _NO_CAPTION = "caption is empty"
+
+# Of COCO's pictures, and how names of its files tell their part.
+YEARS = 2014, 2017
+_PART = re.compile(r"(train|val|test)(2014|2017)")
 
 
 @dataclass(frozen=True)
@@ -81,25 +85,27 @@ class CocoCaptions(Captions):
 
     splits = ("train", "test", "val")
 
-    def _official(self, split: str) -> Sequence[str]:
-        part = "val" if split != "train" else "train"
-        return f"captions_{part}2014.json", f"captions_{part}2017.json"
+    def _names(self, split: str) -> list[str]:
+        karpathy = f"coco_karpathy_{split}"
+        official = [] if split == "test" else [f"captions_{split}{year}.json" for year in YEARS]
+        return [f"{karpathy}.json", f"{karpathy}_gt.json", *official]
 
     def has(self, split: str) -> bool:
-        official = () if split == "test" else self._official(split)
-        return self.folder.find(f"coco_karpathy_{split}.json", *official) is not None
+        return self.folder.find(*self._names(split)) is not None
 
     def captioned(self) -> Iterator[Captioned | Skipped]:
-        official = () if self.split == "test" else self._official(self.split)
-        path = self.kept(self.folder.file(f"coco_karpathy_{self.split}.json", *official))
-        if not path.name.startswith("coco_karpathy"):
-            yield from official_captions(self, path.name)
+        names = self._names(self.split)
+        path = self.kept(self.folder.file(*names))
+        if path.name != names[0]:
+            yield from official_captions(path, default="val2014")
             return
         for entry in entries(path):
             match entry:
                 case {"image": str(image), "caption": str(one)}:
                     captions = [one]
-                case {"image": str(image), "caption": list(captions)}:
+                case {"image": str(image), "caption": list(captions)} if all(
+                    isinstance(one, str) for one in captions
+                ):
                     pass
                 case _:
                     yield Skipped(_MALFORMED)
@@ -109,18 +115,19 @@ class CocoCaptions(Captions):
                 yield Skipped(_NO_CAPTION)
                 continue
             places = (image, f"images/{image}", f"coco/{image}")
-            yield Captioned(_karpathy_id(image), places, found, {})
+            about = {key: entry[key] for key in ("image", "image_id") if key in entry}
+            yield Captioned(_karpathy_id(image), places, found, about)
 
 
-def official_captions(
-    data: DataSet[Any], name: str, key: str = "annotations"
-) -> Iterator[Captioned | Skipped]:
-    """Captions of an official COCO file, `captions_val2014.json` or of its form, one a record."""
-    path = data.folder.file(name)
+def official_captions(path: Path, default: str = "") -> Iterator[Captioned | Skipped]:
+    """Captions of an official COCO file, `captions_val2014.json` or of its form, one a record.
+
+    `default`: part and year of pictures without a name, if the file's name does not tell them.
+    """
     value = read_json(path)
     files = by_id(value.get("images")) if isinstance(value, dict) else {}
-    year = re.search(r"(train|val|test)(2014|2017)", path.name)
-    for entry in listed(path, value, key):
+    year = _PART.search(path.name) or _PART.search(default)
+    for entry in listed(path, value, "annotations"):
         match entry:
             case {"image_id": (int() | str()) as number, "caption": str(caption)}:
                 pass
@@ -163,12 +170,16 @@ class CaptionTable(Captions):
 
     def captioned(self) -> Iterator[Captioned | Skipped]:
         path = self.kept(self.folder.file(*self.names[self.split]))
-        for one in official_captions(self, path.name):
+        for one in self.every(path):
             if isinstance(one, Captioned):
                 name = one.pictures[-1]
                 places = (*(f"{place}/{name}" for place in self.images), *one.pictures)
                 one = Captioned(one.id, places, one.captions, one.about)
             yield one
+
+    def every(self, path: Path) -> Iterator[Captioned | Skipped]:
+        """Captions of the file, their pictures at their usual places."""
+        return official_captions(path)
 
 
 class Flickr30k(CaptionTable):
@@ -180,11 +191,24 @@ class Flickr30k(CaptionTable):
 
 
 class NoCaps(CaptionTable):
-    """NoCaps: ten captions a picture in the validation split."""
+    """NoCaps: ten captions a picture in the validation split; those of the test split are not
+    published."""
 
-    splits = ("val",)
-    names = {"val": ("nocaps_val_4500_captions.json",)}
-    images = ("images", "validation", "val")
+    splits = ("val", "test")
+    names = {"val": ("nocaps_val_4500_captions.json",), "test": ("nocaps_test_image_info.json",)}
+    images = ("images", "validation", "val", "test")
+
+    def every(self, path: Path) -> Iterator[Captioned | Skipped]:
+        if self.split != "test":
+            yield from super().every(path)
+            return
+        for entry in entries(path, "images"):
+            match entry:
+                case {"id": (int() | str()) as number, "file_name": str(name)}:
+                    about = {"domain": entry["domain"]} if "domain" in entry else {}
+                    yield Captioned(number, (f"images/{name}", name), (), about)
+                case _:
+                    yield Skipped(_MALFORMED)
 
 
 class Image2Paragraph(Captions):

@@ -34,9 +34,9 @@ class Report:
     examples: dict[str, str] = field(default_factory=dict)
     documents: list[Sample] = field(default_factory=list)
 
-    def skip(self, reason: Skipped) -> None:
+    def skip(self, reason: Skipped, index: int) -> None:
         self.skipped[reason.reason] += 1
-        self.examples.setdefault(reason.reason, str(reason))
+        self.examples.setdefault(reason.reason, reason.detail or f"sample {index}")
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -56,7 +56,7 @@ def check_set(
 ) -> Report:
     """Go through all samples of a set; keep the first `show`. Without `decode`, pictures are looked
     for but not opened."""
-    report = Report(data.folder.name, skipped=Counter(data.skipped))
+    report = Report(data.folder.name, skipped=Counter(data.skipped), examples=dict(data.examples))
     # Many sets ask several questions about a picture.
     file_flaw = lru_cache(maxsize=_REMEMBERED)(partial(_flaw, decode=decode))
     for index in range(len(data)):
@@ -72,7 +72,7 @@ def check_set(
                 if flaw is not None:
                     raise flaw
         except Skipped as reason:
-            report.skip(reason)
+            report.skip(reason, index)
             continue
         report.samples += 1
         if len(report.documents) < show:

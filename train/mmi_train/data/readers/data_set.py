@@ -48,9 +48,10 @@ class Settings:
 class DataSet(ABC, Generic[RecordT]):
     """A split of a data set.
 
-    `skipped`: records that the set's rules left out when it was opened, by reason. `splits`: what
-    it is published in, the first that is there the default. `default_prompt`: a name of
-    `templates.PROMPTS`; `training_prompt`: that of the training split, if it is another.
+    `skipped`: records that the set's rules left out when it was opened, by reason; `examples`: the
+    first of each. `splits`: what it is published in, the first that is there the default.
+    `default_prompt`: a name of `templates.PROMPTS`; `training_prompt`: that of the training split,
+    if it is another.
     """
 
     splits: Sequence[str] = ("train",)
@@ -60,21 +61,23 @@ class DataSet(ABC, Generic[RecordT]):
     def __init__(self, folder: Folder, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
         self.files: list[Path] = []  # that decide the samples, for the fingerprint
         self.split = self._chosen()
         own = self.training_prompt if self.split == "train" else ""
         self.prompt: Prompt = prompt_called(settings.prompt or own or self.default_prompt)
         self._records: list[RecordT] = []
         try:
-            for record in self.read():
+            for place, record in enumerate(self.read()):
                 if isinstance(record, Skipped):
                     self.skipped[record.reason] += 1
+                    example = record.detail or f"record {place} of {self._current()}"
+                    self.examples.setdefault(record.reason, example)
                 else:
                     self._records.append(record)
         except _ODD as error:
-            place = self.files[-1] if self.files else folder.path
             raise DocumentError(
-                f"{place} is not what the data set publishes: {error}",
+                f"{self._current()} is not what the data set publishes: {error}",
                 fix="it may be damaged, or of another version of the set: see docs/data.md",
             ) from None
 
@@ -133,6 +136,10 @@ class DataSet(ABC, Generic[RecordT]):
             with path.open("rb") as file:
                 hashed.update(hashlib.file_digest(file, "sha256").digest())
         return hashed.hexdigest()
+
+    def _current(self) -> Path:
+        """The file that is being read."""
+        return self.files[-1] if self.files else self.folder.path
 
     def kept(self, path: Path) -> Path:
         """Note a file that decides the samples."""

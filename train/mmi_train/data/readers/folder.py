@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,63 @@ from mmi_train.data.readers.sample import Skipped
 MOST_BYTES = 2**33
 MOST_LINE = 2**26
 
-# Folders below a set's own in which annotation files are looked for.
-_PLACES = ("", "annotations")
+# Folder of annotation files, which is looked into first.
+_ANNOTATIONS = "annotations"
 
 MISSING, BROKEN, OUTSIDE = "picture is missing", "picture is broken", "picture lies outside"
 
 
 class Folder:
-    """The folder of the data set `name`; `source` tells where its files come from."""
+    """The folder of the data set `name`; `source` tells where its files come from.
+
+    Files are looked for in the folder, and in those directly below it: sets unpack to
+    `annotations`, or to a folder that holds all of the set.
+    """
 
     def __init__(self, name: str, path: Path, source: str) -> None:
         self.name, self.path, self.source = name, path, source
+        self._roots = [""]  # folders below which pictures are looked for
         if not path.is_dir():
             raise DocumentError(
                 f"there is no folder {path} of the data set {name}", fix=f"Get it from {source}"
             )
 
+    @cached_property
+    def places(self) -> list[str]:
+        """The folder itself, `annotations`, and the other folders directly below it, by name."""
+        with os.scandir(self.path) as found:
+            below = {entry.name for entry in found if entry.is_dir()}
+        first = [_ANNOTATIONS] if _ANNOTATIONS in below else []
+        return ["", *first, *sorted(below - {_ANNOTATIONS})]
+
     def find(self, *names: str) -> Path | None:
-        """First file of these names, `*` in them allowed, in the folder or its annotations."""
+        """First file of these names, `*` in them allowed, in the folder or one directly below."""
         for name in names:
-            for place in _PLACES:
+            for place in self.places:
+                folder = self.path / place
                 if "*" in name:
-                    found = sorted((self.path / place).glob(name))
-                    if found:
-                        return found[0]
-                elif (path := self.path / place / name).is_file():
+                    path = min(folder.glob(name), default=folder / name)
+                else:
+                    path = folder / name
+                if path.is_file():
+                    self._also_below(place)
                     return path
         return None
+
+    def folder(self, *names: str) -> str | None:
+        """First folder of these names in the folder or one directly below: its path from the
+        folder."""
+        for name in names:
+            for place in self.places:
+                if (self.path / place / name).is_dir():
+                    self._also_below(place)
+                    return f"{place}/{name}" if place else name
+        return None
+
+    def _also_below(self, place: str) -> None:
+        """Look for pictures below a folder in which a file of the set was found."""
+        if place not in ("", _ANNOTATIONS, *self._roots):
+            self._roots.append(place)
 
     def file(self, *names: str) -> Path:
         """Find a file as `find` does; raises `DocumentError` with the first name and the source."""
@@ -63,10 +94,15 @@ class Folder:
     def picture(self, *names: str) -> FilePicture:
         """Picture at the first of these paths below the folder that exists, else at the first.
 
-        Raises `Skipped` for paths that lead out of the folder; symbolic links are followed.
+        If files of the set lie in a folder directly below, pictures may lie below that too. Raises
+        `Skipped` for paths that lead out of the folder; symbolic links are followed.
         """
         root = str(self.path)
-        pictures = [FilePicture(root, _inside(name)) for name in names]
+        pictures = [
+            FilePicture(root, f"{place}/{name}" if place else name)
+            for place in self._roots
+            for name in map(_inside, names)
+        ]
         return next((one for one in pictures if one.exists()), pictures[0])
 
 

@@ -63,6 +63,7 @@ class ImageText(DataSet[Line | Packed | Row]):
     text_learns: ClassVar[bool] = True
 
     def _shards(self, ending: str) -> list[Path]:
+        # Folders below may be those of pictures, which img2dataset gives a .txt each.
         places = (self.folder.path, self.folder.path / "annotations")
         return sorted({path for place in places for path in place.glob(f"*{ending}")})
 

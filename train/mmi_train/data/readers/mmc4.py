@@ -55,7 +55,7 @@ class Mmc4(DataSet[int]):
         return self.folder.find(*_SHARDS) is not None
 
     def read(self) -> Iterator[int | Skipped]:
-        places = (self.folder.path, self.folder.path / "annotations")
+        places = [self.folder.path / place for place in self.folder.places]
         paths = sorted({path for name in _SHARDS for place in places for path in place.glob(name)})
         if not paths:
             raise self.folder.lacks(*_SHARDS)

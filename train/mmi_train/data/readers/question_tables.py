@@ -255,9 +255,9 @@ class Dvqa(QuestionTable):
 
 
 class Gqa(QuestionTable):
-    """GQA, its balanced splits; the published code has no reader of it."""
+    """GQA, its balanced splits, `test` without answers; the published code has no reader of it."""
 
-    splits = ("testdev", "train", "val")
+    splits = ("testdev", "train", "val", "test")
     names = {split: (f"{split}_balanced_questions.json",) for split in splits}
 
     def questions(self) -> Questions:

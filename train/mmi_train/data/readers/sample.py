@@ -18,11 +18,12 @@ Box = tuple[float, float, float, float]
 
 class Skipped(DocumentError):
     """A sample that a set's rules, or a picture that cannot be read, leave out. `reason`: what
-    samples are counted by. `by_rule`: its files are in order."""
+    samples are counted by. `detail`: which one, or why. `by_rule`: its files are in order."""
 
     def __init__(self, reason: str, detail: str = "", *, by_rule: bool = False) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+        self.detail = detail
         self.by_rule = by_rule
 
 

@@ -51,8 +51,7 @@ class CocoToDraw(CaptionsToDraw):
 
     def every(self) -> Iterator[Captioned | Skipped]:
         """All captions of all pictures."""
-        path = self.kept(self.folder.file("captions_val2014.json"))
-        return official_captions(self, path.name)
+        return official_captions(self.kept(self.folder.file("captions_val2014.json")))
 
 
 class LocalizedNarratives(CaptionsToDraw):

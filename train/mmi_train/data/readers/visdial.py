@@ -23,7 +23,8 @@ HISTORY = "published_history"
 @dataclass(frozen=True)
 class Round:
     """One record: a question of a dialogue. `history`: the rounds before it, question and answer.
-    `relevance`: of each option, None where they are not judged."""
+    `right`: the option that was said, None in the test split. `relevance`: of each option, None
+    where they are not judged."""
 
     image_id: int
     number: int  # from 1
@@ -31,15 +32,16 @@ class Round:
     history: tuple[tuple[str, str], ...]
     question: str
     options: tuple[str, ...]
-    right: int
+    right: int | None
     relevance: tuple[float, ...] | None
 
 
 class VisDial(DataSet[Round]):
     """VisDial 1.0. The validation split holds the judged round of each dialogue, the training split
-    every round."""
+    every round (judged where its judgements are there), the test split the last one, whose answer
+    is not published."""
 
-    splits = ("val", "train")
+    splits = ("val", "train", "test")
     default_prompt = "visdial"
 
     def has(self, split: str) -> bool:
@@ -52,11 +54,13 @@ class VisDial(DataSet[Round]):
         dialogs = listed(path, data, "dialogs")
         questions, answers = (listed(path, data, key) for key in ("questions", "answers"))
         judged: dict[Any, Mapping[str, Any]] = {}
-        if self.split == "val":
-            name = f"visdial_1.0_{self.split}_dense_annotations.json"
+        name = f"visdial_1.0_{self.split}_dense_annotations.json"
+        if self.split == "val" or self.split == "train" and self.folder.find(name) is not None:
             for entry in entries(self.kept(self.folder.file(name))):
                 match entry:
-                    case {"image_id": int(key), "round_id": int(), "gt_relevance": list()}:
+                    case {"image_id": int(key), "round_id": int(), "gt_relevance": list(values)}:
+                        judged[key] = {**entry, "relevance": values}
+                    case {"image_id": int(key), "round_id": int(), "relevance": list()}:
                         judged[key] = entry
                     case _:
                         yield Skipped(MALFORMED)
@@ -78,16 +82,19 @@ class VisDial(DataSet[Round]):
         if self.split == "val" and entry is None:
             yield Skipped("dialogue is not judged")
             return
-        numbers = range(1, len(turns) + 1) if entry is None else [entry["round_id"]]
-        for number in numbers:
-            if not 1 <= number <= len(turns):
+        last, own = len(turns), entry["round_id"] if entry is not None else 0
+        chosen = {"val": [own], "train": range(1, last + 1), "test": [last]}[self.split]
+        for number in chosen:
+            if not 1 <= number <= last:
                 raise IndexError(number)
             turn = turns[number - 1]
             options = tuple(str(answers[one]) for one in turn["answer_options"])
-            right = int(turn["gt_index"])
-            if not 0 <= right < len(options):
+            right = None if self.split == "test" else int(turn["gt_index"])
+            if right is not None and not 0 <= right < len(options):
                 raise IndexError(right)
-            relevance = None if entry is None else tuple(map(float, entry["gt_relevance"]))
+            relevance = None
+            if entry is not None and number == own:
+                relevance = tuple(map(float, entry["relevance"]))
             if relevance is not None and len(relevance) != len(options):
                 yield Skipped("judgements and options differ in number")
                 continue
@@ -106,10 +113,10 @@ class VisDial(DataSet[Round]):
             )
 
     def sample_of(self, record: Round, draw: random.Random) -> Sample:
-        year = {"val": "val2018", "train": "train2014"}[self.split]
-        stem = "VisualDialog_val2018" if self.split == "val" else "COCO_train2014"
+        year = "train2014" if self.split == "train" else f"{self.split}2018"
+        stem = f"COCO_{year}" if self.split == "train" else f"VisualDialog_{year}"
         name = f"{stem}_{record.image_id:012d}.jpg"
-        folders = ("VisualDialog_val2018/", f"{year}/", "images/", f"images/{year}/", "")
+        folders = (f"{stem}/", f"{year}/", "images/", f"images/{year}/", "")
         picture = PicturePart(self.folder.picture(*(folder + name for folder in folders)))
         turns = record.history
         if HISTORY in self.settings.published:
@@ -120,15 +127,15 @@ class VisDial(DataSet[Round]):
             "question": record.question,
         }
         parts = self.prompt.parts(picture, fields)
-        parts.append(TextPart(self.prompt.before_answer + record.options[record.right], True))
-        about = {
-            "round_id": record.number,
-            "options": list(record.options),
-            "gt_index": record.right,
-        }
+        about: dict[str, Any] = {"round_id": record.number, "options": list(record.options)}
+        answers: tuple[str, ...] = ()
+        if record.right is not None:
+            answers = (record.options[record.right],)
+            parts.append(TextPart(self.prompt.before_answer + answers[0], True))
+            about["gt_index"] = record.right
         if record.relevance is not None:
             about["gt_relevance"] = list(record.relevance)
-        return Sample(record.image_id, joined(parts), (record.options[record.right],), about)
+        return Sample(record.image_id, joined(parts), answers, about)
 
 
 def history_text(turns: Sequence[tuple[str, str]]) -> str:

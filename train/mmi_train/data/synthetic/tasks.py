@@ -1,7 +1,8 @@
 """Training documents of the tiny model: the paper's fine-tuning tasks in small, with answers.
 
 A document is a list of text and image parts. Kinds: `reading` (one image, then caption, question
-and referring turns, as in a chat), its single turns `caption`, `question` and `referring`,
+and referring turns, as in a chat), its single turns `caption`, `question` and `referring`, `digit`
+(which digit a picture shows), `shots` (several images with a question and its answer each),
 `drawing` (caption to picture), `segmentation` (class map and words to picture) and `story`
 (pictures that change as the sentences say). Every answer ends in a full stop, which ends decoding.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -183,6 +184,27 @@ def question_document(
     return _about_image("question", scene, config, _turn("question", question, answer))
 
 
+def digit_document(
+    rng: np.random.Generator, config: WorldConfig, split: Split = "train"
+) -> TaskDocument:
+    """A picture with a digit, and which one it is; in a world without digits, any question."""
+    if not config.digits:
+        return question_document(rng, config, split)
+    scene = random_scene(rng, replace(config, digit_chance=1.0), split)
+    digit = next(item for item in scene.objects if item.shape == DIGIT)
+    turn = _turn("question", "which digit?", f"{digit.digit}.")
+    return _about_image("digit", scene, config, turn)
+
+
+def shots_document(
+    rng: np.random.Generator, config: WorldConfig, split: Split = "train", shots: int = 2
+) -> TaskDocument:
+    """`shots` pictures with a question and its answer each, then one more, which is the target."""
+    asked = [question_document(rng, config, split) for _ in range(shots + 1)]
+    parts = tuple(part for document in asked for part in document.parts)
+    return TaskDocument("shots", parts, (len(parts) - 1,), config)
+
+
 def referring_document(
     rng: np.random.Generator, config: WorldConfig, split: Split = "train"
 ) -> TaskDocument:
@@ -259,6 +281,8 @@ MAKERS: dict[str, DocumentMaker] = {
     "caption": caption_document,
     "question": question_document,
     "referring": referring_document,
+    "digit": digit_document,
+    "shots": shots_document,
     "drawing": drawing_document,
     "segmentation": segmentation_document,
     "story": story_document,

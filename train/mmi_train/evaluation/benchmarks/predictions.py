@@ -3,10 +3,11 @@
     {"id": 262148000, "text": "down"}
     {"id": 185565, "scores": [-3.2, -0.7, -1.5]}
     {"id": "ADE_val_00000001", "image": "pictures/1.png"}
+    {"id": "s_01_e_02_shot_000002_000003", "images": ["1.png", "2.png", "3.png", "4.png"]}
 
 `id`: the set's own question or image id; where it has none, the sample's number from 0. `scores`
 rank the options of Visual Dialog (or `ranks`, from 1). `image` is a file, named from the folder of
-the JSONL. Other keys are ignored.
+the JSONL; `images` are those of a story, in its order. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Prediction:
 
     text: str = ""
     ranks: tuple[int, ...] = ()
-    image: Path | None = None
+    images: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,10 @@ def _id(value: dict[str, Any], where: str) -> str:
 def _prediction(value: dict[str, Any], kind: Kind, folder: Path, where: str) -> Prediction:
     if kind == "text" and isinstance(value.get("text"), str):
         return Prediction(text=value["text"])
-    if kind == "image" and isinstance(value.get("image"), str) and value["image"]:
-        return Prediction(image=folder / value["image"])
+    if kind == "image":
+        files = value["images"] if "images" in value else [value.get("image")]
+        if isinstance(files, list) and files and all(_is_name(name) for name in files):
+            return Prediction(images=tuple(folder / name for name in files))
     if kind == "ranks" and _numbers(value.get("scores")):
         return Prediction(ranks=tuple(ranks_of(value["scores"])))
     if kind == "ranks" and _numbers(ranks := value.get("ranks")):
@@ -131,10 +134,14 @@ def _prediction(value: dict[str, Any], kind: Kind, folder: Path, where: str) -> 
         expected={
             "text": "a text",
             "ranks": "a list of numbers, one for each option",
-            "image": "the path of a picture",
+            "image": "the path of a picture, or a list of them as `images`",
         }[kind],
         got=json.dumps(value.get(key))[:80],
     )
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and "\0" not in value
 
 
 def _numbers(value: object) -> TypeGuard[list[float]]:
@@ -155,17 +162,16 @@ def match(
 ) -> Matched:
     """Order predictions as the references are.
 
-    Ids are the set's own; if none of them occurs, other names of the samples; if none of these
-    does, numbers from 0. what: the benchmark and split, for errors. Raises `PredictionError` if no
+    Ids are the set's own or other names of the samples; if none of them occurs, numbers from 0.
+    what: the benchmark and split, for errors. Raises `PredictionError` if no
     id belongs to the set.
     """
-    numbers = {str(number): number for number in range(len(references))}
-    own = {reference.id: number for number, reference in enumerate(references)}
-    other = {
-        name: number for number, reference in enumerate(references) for name in reference.other_ids
-    }
+    numbers = {str(reference.number): place for place, reference in enumerate(references)}
+    named = {name: place for place, one in enumerate(references) for name in one.other_ids}
+    named |= {reference.id: place for place, reference in enumerate(references)}
     # Numbers may name samples of any set: one that is too large shows that they mean another.
-    tables = [own, other, *([numbers] if predictions.keys() <= numbers.keys() else [])]
+    known = {str(number) for number in range(references[-1].number + 1)}
+    tables = [named, *([numbers] if predictions.keys() <= known else [])]
     places = next((table for table in tables if predictions.keys() & table.keys()), None)
     if places is None:
         raise PredictionError(

@@ -1,8 +1,7 @@
 """Questions of benchmarks as documents for the runtime, and how their answers are generated.
 
 Lengths are those of the published evaluation (its collators' defaults), which searches with 5 and 3
-beams; answers here are greedy. Pictures are drawn with the guidance of the paper, one candidate
-each.
+beams; answers here are greedy. Pictures are drawn with the guidance of the paper.
 """
 
 from __future__ import annotations
@@ -51,21 +50,13 @@ _GENERATION: Mapping[str, GenerationOptions] = {
 
 _PICTURE = GenerationOptions(max_tokens=0, max_images=0, guidance=3.5)
 
-# Benchmarks whose answer is the picture that follows.
-_DRAWN = ("coco-t2i", "ln-coco", "vist")
-
-# Sets that have several samples of one id.
-_NUMBERED = ("ln-coco",)
+# Benchmarks of a caption each, of which several pictures may be drawn to choose from.
+CAPTIONED = ("coco-t2i", "ln-coco")
 
 
 def is_drawn(benchmark: Benchmark) -> bool:
-    """True if the answer is a picture."""
-    return benchmark.name in _DRAWN
-
-
-def is_numbered(benchmark: Benchmark) -> bool:
-    """True if ids of answers are numbers of samples."""
-    return benchmark.name in _NUMBERED
+    """True if answers are drawn pictures."""
+    return benchmark.kind == "image"
 
 
 def generation_of(benchmark: Benchmark) -> GenerationOptions:
@@ -73,28 +64,37 @@ def generation_of(benchmark: Benchmark) -> GenerationOptions:
     if is_drawn(benchmark):
         return _PICTURE
     if benchmark.kind != "text":
-        needs = "scores of options" if benchmark.kind == "ranks" else "maps of labels"
         raise ConfigError(
-            f"a bundle cannot answer {benchmark.name}, which takes {needs}",
+            f"a bundle cannot answer {benchmark.name}, which takes scores of options",
             fix="score answers of your own with --predictions FILE",
         )
     return _GENERATION.get(benchmark.name, _ANSWER)
 
 
 def id_of(sample: Sample, index: int, benchmark: Benchmark) -> str | int:
-    """Id of an answer: the set's own, or the sample's number from 0 where these repeat."""
-    return index if is_numbered(benchmark) else sample.id
+    """Id of an answer: the set's own, or the sample's number from 0 where it has none that is
+    unique."""
+    return index if benchmark.form.numbered else sample.id
+
+
+def caption_of(sample: Sample) -> str:
+    """The texts of a sample."""
+    return " ".join(part.text for part in sample.parts if isinstance(part, TextPart))
 
 
 def document_of(sample: Sample, side: int, draws: bool) -> Document:
-    """The prompt of a sample, its pictures decoded and resized to [side, side, 3], and a place to
-    draw if `draws`. Raises `Skipped` for a picture that is missing or broken."""
+    """A sample as a document for the model, its pictures decoded and resized to [side, side, 3].
+
+    The parts before the answer; if it `draws`, all parts, with a place to draw for each picture
+    that is learned, so that a story's later pictures follow from those drawn before. Raises
+    `Skipped` for a picture that is missing or broken.
+    """
     parts: list[Part] = []
-    for part in sample.prompt:
+    for part in sample.parts if draws else sample.prompt:
         if isinstance(part, TextPart):
             parts.append(Text(part.text))
+        elif part.learn:
+            parts.append(Draw())
         else:
             parts.append(Image(resize(picture_of(part), side, part.fit)))
-    if draws:
-        parts.append(Draw())
     return Document(tuple(parts))

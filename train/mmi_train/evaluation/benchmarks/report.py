@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import ConfigError
+from mmi_train.data.readers.data_set import DataSet
+from mmi_train.data.readers.questions import UNANSWERED
 from mmi_train.evaluation.benchmarks.predictions import (
     Matched,
     PredictionError,
     match,
     read_predictions,
 )
-from mmi_train.evaluation.benchmarks.references import Reference
+from mmi_train.evaluation.benchmarks.references import AnnotationError, Reference, references_of
 from mmi_train.evaluation.benchmarks.scores import Metrics, Options
 from mmi_train.evaluation.benchmarks.table import Benchmark
 from mmi_train.evaluation.metrics.intervals import Difference, Measure, difference, interval
@@ -78,20 +80,28 @@ def _known(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions of one split of a benchmark; those that alone have no published answer are left
-    out and counted."""
+    """Questions of one split of a benchmark. left_out: samples that have no answer, or no picture
+    to compare with, by reason."""
 
     benchmark: Benchmark
     split: str
     references: Sequence[Reference]
-    left_out: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, benchmark: Benchmark, data: Path, split: str | None) -> Questions:
         """Read the annotations in `data`."""
-        chosen, found = benchmark.references(data, split)
-        answered = [reference for reference in found if reference.answered] or found
-        return cls(benchmark, chosen, answered, len(found) - len(answered))
+        return cls.in_set(benchmark, benchmark.open(data, split))
+
+    @classmethod
+    def in_set(cls, benchmark: Benchmark, data: DataSet[Any]) -> Questions:
+        """Questions of an opened set. Raises `AnnotationError` if there is none."""
+        found = references_of(data, benchmark.kind, benchmark.form)
+        if not found.questions:
+            where = f"the {data.split} split of {benchmark.name} in {data.folder.path}"
+            reasons = "; ".join(f"{reason}: {n}" for reason, n in found.left_out.items())
+            raise AnnotationError(f"{where} has no question" + (f" ({reasons})" if reasons else ""))
+        return cls(benchmark, data.split, found.questions, found.left_out)
 
     @property
     def answered(self) -> bool:
@@ -121,9 +131,10 @@ class Questions:
         matched = self.matched(path)
         found = self._metrics(matched, options)
         remarks = self._remarks(matched, path)
-        if self.left_out:
-            total = self.left_out + len(self.references)
-            remarks.append(f"{self.left_out} of {total} questions have no answer and are left out")
+        total = sum(self.left_out.values()) + len(self.references)
+        for reason, count in self.left_out.items():
+            why = "have no answer and" if reason == UNANSWERED else f"({reason})"
+            remarks.append(f"{count} of {total} questions {why} are left out")
         compared = None
         if against is not None:
             other = self.matched(against)

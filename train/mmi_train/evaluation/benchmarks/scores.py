@@ -17,12 +17,12 @@ import numpy as np
 
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.progress import Progress, silent
-from mmi_train.evaluation.benchmarks.annotation_files import groups_of
 from mmi_train.evaluation.benchmarks.predictions import Prediction, PredictionError
-from mmi_train.evaluation.benchmarks.references import Reference
+from mmi_train.evaluation.benchmarks.references import Reference, groups_of
 from mmi_train.evaluation.metrics import anls, boxes, captions, ndcg, relaxed_accuracy, vqa
 from mmi_train.evaluation.metrics.caption_tokens import meteor, tokenizer
 from mmi_train.evaluation.metrics.intervals import Measure, mean_of
+from mmi_train.evaluation.metrics.segmenter import Segmenter, open_segmenter
 
 # Rules of the published evaluation that are left out unless they are asked for.
 Published = Literal["extract-answer", "first-sentence", "absent-classes-as-zero", "fid-64"]
@@ -44,17 +44,26 @@ class Total:
 @dataclass(frozen=True)
 class Options:
     """published: rules of the published evaluation to follow. weights: folder of the networks that
-    a metric needs. meteor: also score captions by METEOR, which takes Java half a minute. progress:
-    reports the reading of pictures."""
+    a metric needs. meteor: also score captions by METEOR, which takes Java half a minute.
+    segmenter: makes maps of drawn pictures; without it predictions are maps. progress: reports the
+    reading of pictures."""
 
     published: frozenset[Published] = frozenset()
     weights: Path | None = None
     meteor: bool = False
+    segmenter: Segmenter | None = None
     progress: Progress = silent
 
 
-def options_of(published: Sequence[str], weights: Path | None, meteor: bool) -> Options:
-    """Options from names of published rules. Raises `ConfigError`, which offers the nearest."""
+def options_of(
+    published: Sequence[str],
+    weights: Path | None,
+    meteor: bool,
+    segmenter: str | None = None,
+    data: Path | None = None,
+) -> Options:
+    """Options from names of published rules, and of a segmenter, which must not be code in `data`.
+    Raises `MmiError`, which offers the nearest rule."""
     for name in published:
         if name not in PUBLISHED:
             near = get_close_matches(name, PUBLISHED, n=1, cutoff=0.0)[0]
@@ -63,7 +72,9 @@ def options_of(published: Sequence[str], weights: Path | None, meteor: bool) -> 
                 expected=", ".join(PUBLISHED),
                 fix=f"the nearest one is {near}",
             )
-    return Options(frozenset(rule for rule in PUBLISHED if rule in published), weights, meteor)
+    rules = frozenset(rule for rule in PUBLISHED if rule in published)
+    opened = open_segmenter(segmenter, data or Path()) if segmenter is not None else None
+    return Options(rules, weights, meteor, opened)
 
 
 Metrics = list[Measure | Total]
@@ -75,7 +86,7 @@ def _by_group(
 ) -> list[Measure]:
     """The mean over all questions, then of each part of the set."""
     measures = [mean_of(name, values)]
-    groups = [group for group in groups_of(references) if group]
+    groups = groups_of(references)
     for group in groups if len(groups) > 1 else []:
         pairs = zip(values, references, strict=True)
         inside = [value if reference.group == group else None for value, reference in pairs]
@@ -215,7 +226,7 @@ def caption_scores(
     candidates = [next(lines) for _ in texts]
     others = [[next(lines) for _ in range(count)] for count in counts]
     measures: Metrics = [*captions.measures(candidates, others)]
-    groups = [group for group in groups_of(references) if group]
+    groups = groups_of(references)
     for group in groups if len(groups) > 1 else []:
         inside = [place for place, one in enumerate(references) if one.group == group]
         values: list[float | None] = [None] * len(references)

@@ -25,6 +25,9 @@ from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
 # Documents of each kind in one micro-batch.
 MIXTURE = MappingProxyType({"reading": 8, "drawing": 14, "segmentation": 4, "story": 3})
 
+# The same with documents that draw alone.
+PICTURES_MIXTURE = MappingProxyType({"drawing": 4, "segmentation": 3, "story": 2})
+
 # Loss weight of a kind's text, 1 by default: the next change of a story is random.
 TEXT_WEIGHT = MappingProxyType({"story": 0.2})
 
@@ -34,7 +37,8 @@ class InterleavedStage:
     `row_length` tokens.
 
     `image_weight` is the paper's lambda; 0 leaves the U-Net out. The autoencoder is frozen by the
-    optimiser's rules. `recall_weight` and `sketch_weight`: of the two `auxiliary_heads`.
+    optimiser's rules. `recall_weight` and `sketch_weight`: of the two `auxiliary_heads`, which are
+    not run if both are 0.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class InterleavedStage:
         *,
         name: str = "interleaved",
         row_length: int = 112,
+        text_weight: float = 1.0,
         image_weight: float = 10.0,
         recall_weight: float = 0.5,
         sketch_weight: float = 3.0,
@@ -53,7 +58,7 @@ class InterleavedStage:
         self.model, self.tokenizer, self.world = model, tokenizer, world
         self.mixture, self.name, self.row_length = mixture, name, row_length
         self.weights = {
-            "text": 1.0,
+            "text": text_weight,
             "image": image_weight,
             "recall": recall_weight,
             "sketch": sketch_weight,
@@ -96,9 +101,9 @@ class InterleavedStage:
                 made.append(tokens)
         return made
 
-    def batch(self, index: int, rng: np.random.Generator) -> Batch:
+    def batch(self, index: int, rng: np.random.Generator, split: Split = "train") -> Batch:
         config = self.model.config
-        rows = make_rows(self.documents(rng), config.tokens, self.row_length)
+        rows = make_rows(self.documents(rng, split), config.tokens, self.row_length)
         return batch_of(rows, config)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -108,7 +113,8 @@ class InterleavedStage:
         losses = {"text": self.model.text_loss(hidden, batch)}
         if self.weights["image"]:
             losses["image"], _ = self.model.image_loss(hidden, images, batch)
-        if batch.layout.pictures is not None:
+        auxiliary = self.weights["recall"] or self.weights["sketch"]
+        if auxiliary and batch.layout.pictures is not None:
             losses |= self._auxiliary_losses(hidden, batch, batch.layout.pictures)
         total = sum(
             (self.weights[name] * loss for name, loss in losses.items()), hidden.new_zeros(())
