@@ -1,8 +1,8 @@
 """`make paper-small`: the whole paper in small, on data sets drawn here in the published formats.
 
 Trees of data; pre-training by the recipe `pretrain`; from its model each fine-tuning by its recipe;
-every model exported, and its benchmarks answered by the deployed graphs. The same command goes on
-where it was stopped, and a stage that is done is not run again.
+the benchmarks answered by every model, through PyTorch or, with `--deployed`, by its exported
+graphs. The same command goes on where it was stopped, and a stage that is done is not run again.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
+import torch
 import typer
 from rich import box
 from rich.table import Table
 
 from mmi_bench.paper_small.base_model import write_base_model
 from mmi_bench.paper_small.commands import Done, Stages, settings
-from mmi_bench.paper_small.drawn import QUESTIONS, scenes_right, write_maps, write_questions
+from mmi_bench.paper_small.drawn import PREDICTIONS, scenes_right, write_maps
 from mmi_deploy.cli import program
 from mmi_deploy.cli.console import print_table, results
 from mmi_deploy.system.output_folder import new_folder
@@ -40,6 +41,9 @@ BENCHMARKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
+# Benchmarks whose answers are pictures.
+DRAWN = ("ade20k", "vist", "coco-t2i")
+
 # Metric of each benchmark in the table: the first that was measured.
 METRICS = ("CIDEr", "CIDEr, python tokens", "accuracy", "IoU@0.5", "mIoU", "whole scenes")
 
@@ -47,24 +51,23 @@ METRICS = ("CIDEr", "CIDEr, python tokens", "accuracy", "IoU@0.5", "mIoU", "whol
 @dataclass(frozen=True)
 class Scale:
     """Size of a run: optimiser steps of each training, micro-batch in documents (of pre-training,
-    rows), samples of the trees, learning rate."""
+    rows), samples of the trees, learning rate. `deployed`: exported graphs answer."""
 
     steps: int
     batch: int
     rows: int
     sizes: Sizes
     rate: float
+    deployed: bool = False
 
 
 class SmallPaper:
     """A run in the folder `out`."""
 
-    def __init__(
-        self, start: Path, out: Path, scale: Scale, seed: int, threads: int | None
-    ) -> None:
+    def __init__(self, start: Path, out: Path, scale: Scale, seed: int) -> None:
         self.out, self.scale, self.seed = out, scale, seed
         self.data, self.base = out / "data", out / "base"
-        self.stages = Stages(out, threads)
+        self.stages = Stages(out)
         self._start = start
 
     def prepare(self) -> None:
@@ -78,7 +81,7 @@ class SmallPaper:
             write_base_model(self._start, self.base, self.seed)
 
     def train(self, name: str) -> Path:
-        """Train by a recipe and export the model; returns the bundle."""
+        """Train by a recipe; returns the model folder, or the bundle of its graphs."""
         scale, model = self.scale, self.base
         wanted: dict[str, object] = {"warmup": max(scale.steps // 10, 1)}
         sets = {key.split(".")[1] for key in recipe_called(name).values if key.startswith("data.")}
@@ -97,43 +100,31 @@ class SmallPaper:
             *("--precision", "fp32", "--no-checkpoint-gradients"),
             *settings(wanted),
         )
+        trained = self.out / name / "model"
+        if not scale.deployed:
+            return trained
         bundle = self.out / "bundles" / name
-        self.stages.mmi(f"export {name}", "export", self.out / name / "model", "-o", bundle)
+        self.stages.mmi(f"export {name}", "export", trained, "-o", bundle)
         return bundle
 
-    def measure(self, name: str, bundle: Path, benchmark: str) -> Done:
-        """Answer a benchmark with the bundle of a recipe's model, and score the answers."""
+    def measure(self, name: str, model: Path, benchmark: str) -> Done:
+        """Answer a benchmark with the model of a recipe, and score the answers."""
         data, stage = self.data / benchmark, f"{benchmark} by {name}"
         answers = self.out / "answers" / name / f"{benchmark}.jsonl"
         answers.parent.mkdir(parents=True, exist_ok=True)
-        if benchmark == "ade20k":
-            return self._segmentation(name, bundle, stage, answers)
-        asked = ("evaluate", bundle, "--benchmark", benchmark, "--data", data, "-o", answers)
-        if benchmark not in ("vist", "coco-t2i"):
+        asked = ("evaluate", model, "--benchmark", benchmark, "--data", data, "-o", answers)
+        if benchmark not in DRAWN:
             return self.stages.mmi(stage, *asked, "--json", prints_json=True)
         self.stages.mmi(f"pictures of {stage}", *asked, "--json")
+        if benchmark == "ade20k":
+            maps = answers.with_name("maps")
+            if not maps.is_dir():
+                write_maps(answers, maps, easy())
+            scored = ("evaluate", "--predictions", maps / PREDICTIONS, "--benchmark", benchmark)
+            return self.stages.mmi(stage, *scored, "--data", data, "--json", prints_json=True)
         found = self.stages.done.get(stage)
         metrics = found.metrics if found else scenes_right(answers, benchmark, data, easy())
         return self.stages.note(stage, "scenes read by template matching", metrics)
-
-    def _segmentation(self, name: str, bundle: Path, stage: str, answers: Path) -> Done:
-        questions = self.out / "questions"
-        if not questions.is_dir():
-            write_questions(self.data / "ade20k", questions)
-        self.stages.mmi(
-            f"pictures of {stage}",
-            *("generate", questions / QUESTIONS, "-o", answers, "--bundle", bundle),
-            *("--max-images", "0", "--max-tokens", "0"),
-        )
-        maps = self.out / "answers" / name / "maps"
-        if not maps.is_dir():
-            write_maps(answers, maps, easy())
-        return self.stages.mmi(
-            stage,
-            *("evaluate", "--predictions", maps / "predictions.jsonl", "--benchmark", "ade20k"),
-            *("--data", self.data / "ade20k", "--json"),
-            prints_json=True,
-        )
 
     def table(self) -> Table:
         """A row for each benchmark: before and after its fine-tuning, with the seconds of both."""
@@ -144,24 +135,31 @@ class SmallPaper:
             "held-out samples of each set; seconds: on the clock (of the processors)",
             title_justify="left",
         )
-        for heading in ("recipe", "training", "export", "benchmark", "metric", "pre-trained"):
+        headings = ("recipe", "training", "benchmark", "metric", "pre-trained", "fine-tuned")
+        for heading in headings:
             table.add_column(heading, no_wrap=True)
-        table.add_column("fine-tuned", no_wrap=True)
         done = self.stages.done
         for name, benchmarks in BENCHMARKS.items():
-            trained, exported = (_seconds(done[f"{what} {name}"]) for what in ("train", "export"))
+            trained = _seconds(done[f"train {name}"])
             for number, benchmark in enumerate(benchmarks):
                 before = done[f"{benchmark} by {PRETRAIN}"].metrics
                 after = done[f"{benchmark} by {name}"].metrics
                 metric = next((one for one in METRICS if one in after), next(iter(after)))
                 fine = "" if name == PRETRAIN else f"{after[metric]:.1f}"
-                first = ("", "", "") if number else (name, trained, exported)
+                first = ("", "") if number else (name, trained)
                 table.add_row(*first, benchmark, metric, f"{before[metric]:.1f}", fine)
+        whole = (sum(values) for values in zip(*map(_times, done.values()), strict=True))
+        table.caption = "all stages: {:.0f} ({:.0f}) seconds".format(*whole)
+        table.caption_justify = "left"
         return table
 
 
+def _times(one: Done) -> tuple[float, float]:
+    return one.seconds, one.processor_seconds
+
+
 def _seconds(one: Done) -> str:
-    return f"{one.seconds:.0f} s ({one.processor_seconds:.0f} s)"
+    return f"{one.seconds:.0f} ({one.processor_seconds:.0f})"
 
 
 def paper_small(
@@ -188,21 +186,27 @@ def paper_small(
     start: Annotated[
         Path, typer.Option(help="Model to start from: one of the drawn world.", metavar="MODEL")
     ] = Path("assets/tiny"),
+    deployed: Annotated[
+        bool,
+        typer.Option("--deployed", help="Export every model, and let its graphs answer."),
+    ] = False,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="CPU threads.", show_default="all cores", metavar="N"),
     ] = None,
 ) -> int:
     """Run the paper in small: trees of data, pre-training, fine-tunings, benchmarks, one table."""
-    scale = Scale(steps, batch, rows, Sizes(samples, held_out), rate)
-    run = SmallPaper(start, out, scale, seed, threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    scale = Scale(steps, batch, rows, Sizes(samples, held_out), rate, deployed)
+    run = SmallPaper(start, out, scale, seed)
     run.prepare()
-    bundles = {}
+    models = {}
     for name, benchmarks in BENCHMARKS.items():
-        bundles[name] = run.train(name)
+        models[name] = run.train(name)
         for benchmark in benchmarks:
-            run.measure(PRETRAIN, bundles[PRETRAIN], benchmark)
-            run.measure(name, bundles[name], benchmark)
+            run.measure(PRETRAIN, models[PRETRAIN], benchmark)
+            run.measure(name, models[name], benchmark)
     print_table(results(), run.table())
     return 0
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmi_deploy.cli.app import run
+from mmi_deploy.cli.console import remarks
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system.files import write_file
 
@@ -34,8 +34,8 @@ class Done:
 class Stages:
     """Stages in the folder `out`, whose file `STAGES` has a line for each that is done."""
 
-    def __init__(self, out: Path, threads: int | None) -> None:
-        self._path, self._threads = out / STAGES, threads
+    def __init__(self, out: Path) -> None:
+        self._path = out / STAGES
         self.done: dict[str, Done] = {}
         if self._path.exists():
             for line in self._path.read_text().splitlines():
@@ -48,30 +48,22 @@ class Stages:
         command = " ".join(["mmi", *map(str, arguments)])
         if (known := self._known(stage, command)) is not None:
             return known
-        print(f"{stage}: {command}", file=sys.stderr, flush=True)
-        environment = dict(os.environ)
-        if self._threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self._threads)
-        clock, processor = time.perf_counter(), _processor_seconds()
-        ended = subprocess.run(
-            [sys.executable, "-m", "mmi_deploy", *map(str, arguments)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if ended.returncode:
+        remarks().print(f"{stage}: {command}")
+        clock, processor = time.perf_counter(), time.process_time()
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            code = run([*map(str, arguments)])
+        if code:
             raise MmiError(
-                f"{stage} ended with exit code {ended.returncode}: {command}",
-                fix="the same command goes on from there",
+                f"{stage} ended with exit code {code}", fix="the same command goes on from there"
             )
-        metrics = json.loads(ended.stdout)["metrics"] if prints_json else {}
         return self._add(
             Done(
                 stage,
                 command,
                 round(time.perf_counter() - clock, 1),
-                round(_processor_seconds() - processor, 1),
-                metrics,
+                round(time.process_time() - processor, 1),
+                json.loads(printed.getvalue())["metrics"] if prints_json else {},
             )
         )
 
@@ -94,11 +86,6 @@ class Stages:
         self.done[one.stage] = one
         write_file(self._path, "".join(json.dumps(asdict(d)) + "\n" for d in self.done.values()))
         return one
-
-
-def _processor_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def settings(values: dict[str, Any]) -> Sequence[str]:
