@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 EXPORTS := $(VENV)/test-exports
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format train-tiny smollm bench gpu-check triton-check ray-check floors release clean
+.PHONY: help install demo test lint format train-tiny smollm bench paper-small gpu-check triton-check ray-check floors release clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -69,6 +69,10 @@ smollm: $(INSTALLED) ## install the small language model that one slow test uses
 
 bench: $(INSTALLED) $(BUNDLE)/bundle.json ## measure the runtime against PyTorch
 	$(BIN)/mmi bench $(BUNDLE)
+
+# The same command goes on where it was stopped. PAPER=--deployed exports every model.
+paper-small: $(INSTALLED) ## the whole paper in small: data, pre-training, fine-tunings, benchmarks
+	$(BIN)/python -m mmi_bench.paper_small -o runs/paper-small $(if $(STEPS),--steps $(STEPS)) $(PAPER)
 
 gpu-check: $(INSTALLED) $(BUNDLE)/bundle.json ## build, run, compare and measure the engines on this GPU
 	$(BIN)/python -m mmi_bench.gpu_check $(BUNDLE)

@@ -116,6 +116,7 @@ ORDER = """
     mmi_bench.flops_saved
     mmi_bench.text_divergence
     mmi_bench.training
+    mmi_bench.paper_small
     mmi_bench.gpu_train_check
     mmi_bench.plan_lint
     mmi_bench.gpu_check
