@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import comb, isfinite
+from math import exp, isfinite, lgamma, log, log1p
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,12 @@ class Band:
     def allowed(self, requests: int) -> int:
         """Texts that may differ of so many requests: 95 % of samples have no more, if each differs
         with the probability `texts`."""
-        share, below = self.texts, 0.0
+        if not self.texts:
+            return 0
+        below, log_not = 0.0, log1p(-self.texts)
         for count in range(requests):
-            below += comb(requests, count) * share**count * (1 - share) ** (requests - count)
+            ways = lgamma(requests + 1) - lgamma(count + 1) - lgamma(requests - count + 1)
+            below += exp(ways + count * log(self.texts) + (requests - count) * log_not)
             if below >= _SURE:
                 return count
         return requests
@@ -82,7 +85,7 @@ def _band_of(value: Any, path: Path) -> Band:
                 "differences": {**differences},
                 "band": {"levels": (int() | None) as levels, "texts": (int() | float()) as texts},
             },
-        } if isfinite(texts) and 0 <= texts <= 1 and (levels is None or 0 <= levels <= 255):
+        } if isfinite(texts) and 0 <= texts < 1 and (levels is None or 0 <= levels <= 255):
             _check_quality(differences, path)
             source = f"{path}: {benchmark}, {split}"
             return Band(PICTURE_BAND if levels is None else levels, float(texts), source)
