@@ -34,11 +34,10 @@ QUESTIONS = 40
 BROKEN, MISSING = 3, 4
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """VQAv2's validation split, one question a picture; picture 3 is broken, 4 is not there."""
-    rng, questions, annotations, files = np.random.default_rng(7), [], [], {}
-    for number in range(QUESTIONS):
+def write_questions(folder: Path, count: int, rng: np.random.Generator) -> Path:
+    """VQAv2's validation split, a question about a drawn scene for each picture."""
+    questions, annotations, files = [], [], {}
+    for number in range(count):
         image, asked, answer = tasks.question_document(rng, easy()).parts
         assert isinstance(image, ImagePart)
         assert isinstance(asked, TextPart) and isinstance(answer, TextPart)
@@ -50,19 +49,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         annotations.append(
             {**key, **kinds, "multiple_choice_answer": answer.text, "answers": answers}
         )
-        png = BytesIO()
-        Image.fromarray(image.image).save(png, "PNG")
-        files[f"val2014/COCO_val2014_{number:012d}.jpg"] = png.getvalue()
-    files[f"val2014/COCO_val2014_{BROKEN:012d}.jpg"] = b"\x89PNG and no more"
-    del files[f"val2014/COCO_val2014_{MISSING:012d}.jpg"]
+        file = BytesIO()
+        Image.fromarray(image.image).save(file, "PNG")
+        files[f"val2014/COCO_val2014_{number:012d}.jpg"] = file.getvalue()
     return put(
-        tmp_path_factory.mktemp("vqav2"),
+        folder,
         {
             "v2_OpenEnded_mscoco_val2014_questions.json": {"questions": questions},
             "v2_mscoco_val2014_annotations.json": {"annotations": annotations},
             **files,
         },
     )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions of which one has a broken picture, and another has none."""
+    folder = tmp_path_factory.mktemp("vqav2")
+    write_questions(folder, QUESTIONS, np.random.default_rng(7))
+    pictures = folder / "val2014"
+    (pictures / f"COCO_val2014_{BROKEN:012d}.jpg").write_bytes(b"\x89PNG and no more")
+    (pictures / f"COCO_val2014_{MISSING:012d}.jpg").unlink()
+    return folder
 
 
 @pytest.fixture
