@@ -91,8 +91,8 @@ def judge(
             found, levels = difference(output, expected, band.levels)
             largest = max(largest, levels)
             if found:
-                without = [_blanked(one) for one in (output, expected)]
-                texts += difference(*without, band.levels)[0] is None
+                alike, _ = difference(_blanked(output), _blanked(expected), band.levels)
+                texts += alike is None
         except MmiError as error:
             found = str(error)
         record.checked, record.difference = True, found

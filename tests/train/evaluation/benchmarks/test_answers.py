@@ -277,21 +277,10 @@ def test_of_candidates_the_one_nearest_to_the_caption_is_kept(
 ) -> None:
     """Three pictures of a caption; the choice is that of test_pictures."""
     caption = "draw: a red square at top center on white."
-    data = put(
-        tmp_path / "data",
-        {
-            "captions_val2014.json": {
-                "images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}],
-                "annotations": [
-                    {
-                        "image_id": 7,
-                        "id": 1,
-                        "caption": "draw: a red square at top center on white.",
-                    }
-                ],
-            },
-        },
-    )
+    name = "COCO_val2014_000000000007.jpg"
+    annotations = [{"image_id": 7, "id": 1, "caption": caption}]
+    captions = {"images": [{"id": 7, "file_name": name}], "annotations": annotations}
+    data = put(tmp_path / "data", {"captions_val2014.json": captions, f"val2014/{name}": 90})
     weights = tiny_clip(tmp_path / "weights")
     bundle, outs = str(exported_once(SHIPPED).bundle.folder), []
     words = ["evaluate", bundle, "--benchmark", "coco-t2i", "--data", str(data), "--threads", "1"]
