@@ -103,6 +103,7 @@ def answer_and_score(
     says how they will be. Raises `MmiError`.
     """
     row = benchmark(name)
+    generation_of(row)  # raises for one that a model cannot answer
     if against is not None and not against.is_file():
         raise ConfigError(f"there is no file {against} to compare with")
     if submission is not None:
@@ -178,8 +179,8 @@ def answer_benchmark(
             index, sample = asked
             where = f"question {sample.id}"
             try:
-                looked = seen(sample)
                 document = document_of(sample, answering.side, draws)
+                looked = seen(sample)
                 each = [replace(options, seed=seed) for seed in candidates.seeds(index)]
                 answering.check(document, each[0])
                 names = [where, *(f"{where}, picture {n}" for n in range(2, len(each) + 1))]

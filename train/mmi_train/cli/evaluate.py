@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click.core import ParameterSource
 from rich import box
 from rich.table import Table
 
@@ -50,7 +49,10 @@ _MACHINE = (
 
 
 def _given(context: typer.Context, name: str) -> bool:
-    return context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    """True if an option is in the command line. Sources are compared by name, since versions of
+    typer bring a click of their own."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _check_unused(
