@@ -209,7 +209,9 @@ class Session:
         rows = self._cache_rows
         placed = rows.grow(step.parents)
         place = len(self.token_ids) + rows.depth - 1
-        self.decode_rows([(row, token, place) for row, token in zip(placed, step.tokens, strict=True)])
+        self.decode_rows(
+            [(row, token, place) for row, token in zip(placed, step.tokens, strict=True)]
+        )
         logits = self._logits.read()
         check_finite(logits[placed], f"the logits after {place + 1} tokens of a beam")
         return [logits[row, 0] for row in placed]
@@ -245,7 +247,11 @@ class Session:
                     taken[row] = left.pop()
             self.decode_rows(
                 [
-                    (row, continuations[number][len(found[number]) - 1], first + len(found[number]) - 1)
+                    (
+                        row,
+                        continuations[number][len(found[number]) - 1],
+                        first + len(found[number]) - 1,
+                    )
                     for row, number in taken.items()
                 ]
             )

@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
+from mmi_deploy.runtime.options import DEFAULTS, MOST_BEAMS, GenerationOptions
 from mmi_deploy.server.api.api_request import OutputFormat, Transport
 from mmi_deploy.server.api.errors import ApiError, api_error_of, public
 from mmi_deploy.server.served_model import ServedModel
@@ -248,6 +248,17 @@ class MmiFields(Fields):
     min_tokens: Count | None = Field(
         None, description="Tokens before the model may end the text or begin a picture."
     )
+    beams: Annotated[Whole, Field(ge=1, le=MOST_BEAMS)] | None = Field(
+        None,
+        description="Keep the best of so many texts that grow side by side (beam search). Takes a "
+        "slot of the service for each, and a `temperature` of 0, which it stands for.",
+    )
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
+        None, description="Of `beams`: above 0 favours long texts; 1.0 unless given."
+    )
+    early_stopping: bool | None = Field(
+        None, description="Of `beams`: end once so many texts have finished."
+    )
     max_seconds: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Time after which the request is ended with the error `deadline`."
     )
@@ -322,13 +333,24 @@ def options_of(
     """
     given: dict[str, Any] = {
         name: getattr(mmi, name)
-        for name in ("draw_first", "turn_tokens", "guidance", "schedule", "full_every")
+        for name in (
+            "draw_first",
+            "turn_tokens",
+            "beams",
+            "length_penalty",
+            "early_stopping",
+            "guidance",
+            "schedule",
+            "full_every",
+        )
     }
     given |= {"seed": mmi.seed, "max_images": mmi.max_images, "min_tokens": mmi.min_tokens}
     given["previews"] = mmi.partial_images
     given |= values
     given = {name: value for name, value in given.items() if value is not None}
     given.setdefault("seed", secrets.randbelow(_SEEDS))
+    if given.get("beams", 1) > 1:
+        given.setdefault("temperature", 0.0)
     if (schedule := given.get("schedule")) is not None and schedule not in model.steps:
         raise ApiError(
             400,
@@ -380,7 +402,7 @@ def with_room(
 def _option_in(error: ConfigError, given: Mapping[str, Any]) -> str | None:
     """The option that an error of the options names."""
     words = str(error).split(";")[0].replace("'", " ").split()
-    return next((name for name in given if name in words), None)
+    return next((word for word in words if word in given), None)
 
 
 def max_seconds_of(mmi: MmiFields, limits: RequestLimits) -> float:

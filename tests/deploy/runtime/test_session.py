@@ -113,7 +113,9 @@ def test_growing_by_pieces_equals_one_run(split: str) -> None:
     )
     np.testing.assert_allclose(states, others, atol=1e-6)
     for name, buffer in session._cache_rows.first(1).items():
-        np.testing.assert_allclose(buffer.read(), expected._cache_rows.first(1)[name].read(), atol=1e-6)
+        np.testing.assert_allclose(
+            buffer.read(), expected._cache_rows.first(1)[name].read(), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("seen", [1, 2, 49])

@@ -26,6 +26,8 @@ from mmi_deploy.cli.machine import Machine
 from mmi_deploy.documents.document import Image, Text
 from mmi_deploy.documents.images import to_png
 from mmi_deploy.errors import ConfigError, DocumentError, MmiError
+from mmi_deploy.runtime.options import GenerationOptions
+from mmi_deploy.runtime.scoring import score
 from mmi_deploy.system.files import prepare_file
 from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
 from mmi_train.cli.benchmark_scores import score_predictions
@@ -33,6 +35,7 @@ from mmi_train.data.readers.data_set import DataSet, Settings
 from mmi_train.data.readers.registry import open_set
 from mmi_train.data.readers.sample import Sample, Skipped
 from mmi_train.evaluation.benchmarks.prompts import (
+    described,
     document_of,
     generation_of,
     id_of,
@@ -75,6 +78,7 @@ def answer_and_score(
     options: Options,
     *,
     prompt: str | None,
+    beams: int | None,
     shard: Shard | None,
     against: Path | None,
     submission: Path | None,
@@ -91,7 +95,8 @@ def answer_and_score(
         raise ConfigError(f"there is no file {against} to compare with")
     if submission is not None:
         prepare_file(submission)
-    answer_benchmark(machine, name, data, split, out, prompt=prompt, shard=shard, quiet=as_json)
+    how = {"prompt": prompt, "beams": beams, "shard": shard}
+    used = answer_benchmark(machine, name, data, split, out, **how, quiet=as_json)
     later = f"mmi evaluate --predictions {out} --benchmark {name} --data {data}"
     if shard is not None:
         return
@@ -112,6 +117,7 @@ def answer_and_score(
             against=against,
             submission=submission,
             as_json=as_json,
+            generation=described(used) if row.kind == "text" else None,
         )
 
 
@@ -123,17 +129,19 @@ def answer_benchmark(
     out: Path,
     *,
     prompt: str | None = None,
+    beams: int | None = None,
     shard: Shard | None = None,
     quiet: bool = False,
-) -> None:
-    """Write the bundle's answers to benchmark `name` as the JSONL `out`, one line a question.
+) -> GenerationOptions:
+    """Write the bundle's answers to benchmark `name` as the JSONL `out`, one line a question;
+    returns the options that they were generated with.
 
     Questions that `out` answers already, in the same run, are skipped. One whose picture is missing
     or broken has no line, and is counted on stderr. prompt: a named prompt in place of the set's.
-    quiet: no progress. Raises `MmiError`.
+    beams: as in `generation_of`. quiet: no progress. Raises `MmiError`.
     """
     row = benchmark(name)
-    options, draws = generation_of(row), is_drawn(row)
+    options, draws, ranks = generation_of(row, beams), is_drawn(row), row.kind == "ranks"
     check_results(out)
     shard = shard or Shard(1, 1)
     chosen = split or row.splits[0]
@@ -158,6 +166,7 @@ def answer_benchmark(
             if before:
                 board.print(f"{before} of {counted(len(numbers), 'question')}: answered before")
             side = runtime.config.vision.image_size
+            check_beams(options.beams, runtime.limits.batch, "rows in a run")
 
             async def answer(asked: tuple[int, Sample]) -> None:
                 index, sample = asked
@@ -165,8 +174,14 @@ def answer_benchmark(
                 try:
                     document = document_of(sample, side, draws)
                     own = replace(options, seed=index)
-                    check_fits(document, own, runtime)
-                    output, _ = await generated(engine, where, document, own, board)
+                    given: object
+                    if ranks:
+                        scores = score(runtime, document, sample.about["options"])
+                        given = [one.logprob for one in scores]
+                    else:
+                        check_fits(document, own, runtime)
+                        output, _ = await generated(engine, where, document, own, board)
+                        given = _picture(output, index, results) if draws else _text(output)
                 except Skipped as error:
                     skipped[error.reason] += 1
                 except DocumentError as error:
@@ -177,15 +192,17 @@ def answer_benchmark(
                         raise
                     failures.add(where, error)
                 else:
-                    given = _picture(output, index, results) if draws else _text(output)
-                    line = {"id": id_of(sample, index, row), _KEYS[draws]: given}
-                    results.add(index + 1, line)
+                    key = "scores" if ranks else _KEYS[draws]
+                    results.add(index + 1, {"id": id_of(sample, index, row), key: given})
                     written.append(index)
                 board.end(where)
 
-            if before < len(numbers):
+            left = _left(questions, numbers, results)
+            if ranks:  # the options of one question share the rows of a run
+                run_all(left, answer, 1)
+            elif before < len(numbers):
                 with opened_engine(runtime, machine, board) as engine:
-                    left = _left(questions, numbers, results)
+                    check_beams(options.beams, engine.stats().slots, "slots")
                     run_all(left, answer, engine.stats().slots + AHEAD)
     for reason, count in skipped.most_common():
         remarks().print(f"{counted(count, 'question')} without an answer: {reason}")
@@ -197,6 +214,16 @@ def answer_benchmark(
     failures.check(len(numbers) - before)
     if numbers and not written and not before:
         raise MmiError(f"{out} has no answer: see the reasons above")
+    return options
+
+
+def check_beams(beams: int, most: int, what: str) -> None:
+    """Raise `ConfigError` for more beams than the bundle or the service has room for."""
+    if beams > most:
+        raise ConfigError(
+            f"the benchmark is answered with {beams} beams, and there are {most} {what}",
+            fix=f"give --beams {most}, or --beams 1 for greedy answers",
+        )
 
 
 def _check_ids(questions: DataSet[Any], references: Questions) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -28,11 +30,13 @@ def score_predictions(
     against: Path | None,
     submission: Path | None,
     as_json: bool,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Score `predictions` on benchmark `name` with the annotations in `data`, and print the report.
 
     submission: also write the file that the set's server scores; for a split whose answers are not
-    published that is all. Raises `MmiError`.
+    published that is all. generation: how the answers were generated, for the report. Raises
+    `MmiError`.
     """
     if name is None or data is None:
         missing = "--benchmark NAME" if name is None else "--data DIR"
@@ -53,8 +57,12 @@ def score_predictions(
         report = questions.report(predictions, replace(options, progress=progress), against)
     for remark in report.remarks:
         remarks().print(remark)
+    told = {} if generation is None else {"generation": dict(generation)}
+    if told:
+        words = (f"{name} {value:g}" for name, value in told["generation"].items())
+        remarks().print(f"answered with {', '.join(words)}")
     if as_json:
-        print_json(report.as_json())
+        print_json({**report.as_json(), **told})
     else:
         print_table(results(), _table(report))
 

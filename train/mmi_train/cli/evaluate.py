@@ -123,6 +123,16 @@ def evaluate(
             rich_help_panel=_BENCHMARK,
         ),
     ] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Beams of the search for each answer; 1: greedy.",
+            metavar="N",
+            show_default="as published",
+            rich_help_panel=_BENCHMARK,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -238,6 +248,7 @@ def evaluate(
             out,
             options_of(published or (), weights, meteor),
             prompt=prompt,
+            beams=beams,
             shard=Shard.parse(shard) if shard is not None else None,
             against=against,
             submission=submission,
@@ -249,7 +260,12 @@ def evaluate(
             raise ConfigError(
                 "--predictions scores a file alone", got=f"the model {model} too", fix="omit one"
             )
-        for option, unused in (("--prompt", prompt), ("--out", out), ("--shard", shard)):
+        for option, unused in (
+            ("--prompt", prompt),
+            ("--beams", beams),
+            ("--out", out),
+            ("--shard", shard),
+        ):
             if unused is not None:
                 raise ConfigError(f"{option} is of answers that a bundle gives", fix="leave it out")
         score_predictions(
@@ -268,6 +284,7 @@ def evaluate(
         "--data": data,
         "--split": split,
         "--prompt": prompt,
+        "--beams": beams,
         "--out": out,
         "--shard": shard,
         "--against": against,
