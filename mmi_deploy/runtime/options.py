@@ -10,7 +10,6 @@ from typing import Any
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.sampling import LogitBias, TextSampling, check_ranges, check_types
 
-
 # Beams of a search, at most; the rows of a run allow fewer.
 MOST_BEAMS = 64
 
@@ -83,7 +82,7 @@ class GenerationOptions:
         self._check_beams()
 
     def _check_beams(self) -> None:
-        """Raise `ConfigError` for options that do not go together with a beam search, or need one."""
+        """Raise `ConfigError` for options that a beam search excludes, or that need one."""
         if self.beams == 1:
             for name, unused in (
                 ("length_penalty", self.length_penalty == 1),

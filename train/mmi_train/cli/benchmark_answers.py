@@ -95,8 +95,9 @@ def answer_and_score(
         raise ConfigError(f"there is no file {against} to compare with")
     if submission is not None:
         prepare_file(submission)
-    how = {"prompt": prompt, "beams": beams, "shard": shard}
-    used = answer_benchmark(machine, name, data, split, out, **how, quiet=as_json)
+    used = answer_benchmark(
+        machine, name, data, split, out, prompt=prompt, beams=beams, shard=shard, quiet=as_json
+    )
     later = f"mmi evaluate --predictions {out} --benchmark {name} --data {data}"
     if shard is not None:
         return

@@ -83,8 +83,11 @@ def is_numbered(benchmark: Benchmark) -> bool:
 
 
 def generation_of(benchmark: Benchmark, beams: int | None = None) -> GenerationOptions:
-    """Options of a benchmark's answers. beams: in place of the published ones, 1 for greedy answers.
-    Raises `ConfigError` for an answer that a bundle cannot give, or that is no text."""
+    """Options of a benchmark's answers. beams: in place of the published ones, 1 for greedy.
+
+    Raises `ConfigError` for an answer that a bundle cannot give, and for beams of one that is no
+    text.
+    """
     if benchmark.kind != "text" and beams is not None:
         raise ConfigError("--beams is of texts", got=f"{benchmark.name}, whose answers are none")
     if is_drawn(benchmark):
