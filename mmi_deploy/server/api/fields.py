@@ -232,7 +232,23 @@ def _name_of(place: tuple[str | int, ...]) -> str | None:
     return text
 
 
-class MmiFields(Fields):
+class BeamFields(Fields):
+    """Beam search, an extension of the API."""
+
+    beams: Annotated[Whole, Field(ge=1, le=MOST_BEAMS)] | None = Field(
+        None,
+        description="Keep the best of so many texts that grow side by side (beam search). Takes a "
+        "slot of the service for each, and a `temperature` of 0, which it stands for.",
+    )
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
+        None, description="Of `beams`: above 0 favours long texts; 1.0 unless given."
+    )
+    early_stopping: bool | None = Field(
+        None, description="Of `beams`: end once so many texts have finished."
+    )
+
+
+class MmiFields(BeamFields):
     """Extensions of the API, all in one object."""
 
     seed: Seed | None = Field(None, description="Of all random draws; drawn and returned if none.")
@@ -247,17 +263,6 @@ class MmiFields(Fields):
     )
     min_tokens: Count | None = Field(
         None, description="Tokens before the model may end the text or begin a picture."
-    )
-    beams: Annotated[Whole, Field(ge=1, le=MOST_BEAMS)] | None = Field(
-        None,
-        description="Keep the best of so many texts that grow side by side (beam search). Takes a "
-        "slot of the service for each, and a `temperature` of 0, which it stands for.",
-    )
-    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
-        None, description="Of `beams`: above 0 favours long texts; 1.0 unless given."
-    )
-    early_stopping: bool | None = Field(
-        None, description="Of `beams`: end once so many texts have finished."
     )
     max_seconds: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Time after which the request is ended with the error `deadline`."
@@ -350,6 +355,7 @@ def options_of(
     given = {name: value for name, value in given.items() if value is not None}
     given.setdefault("seed", secrets.randbelow(_SEEDS))
     if given.get("beams", 1) > 1:
+        check_limit("beams", "too_many_beams", given["beams"], model.limits.batch, "mmi.beams")
         given.setdefault("temperature", 0.0)
     if (schedule := given.get("schedule")) is not None and schedule not in model.steps:
         raise ApiError(
@@ -372,6 +378,8 @@ def options_of(
         options.sampling.check_ids(model.config.llama.vocab)
     except ConfigError as error:
         param = _option_in(error, given)
+        if param in BeamFields.model_fields:
+            param = f"mmi.{param}"
         raise api_error_of(error, param=fields.get(param, param) if param else None) from None
     return options
 

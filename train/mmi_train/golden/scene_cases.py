@@ -139,10 +139,8 @@ def _story(case: Case) -> str | None:
 
 def _mask_differs(case: Case, rows: Sequence[Row]) -> str | None:
     """Compare which pictures are learned: all but the one of an index, if a case leaves one out."""
-    batch, left_out = (
-        case["output"]["batch"],
-        case["collator_options"].get("ignore_image_loss_idx", -1),
-    )
+    batch = case["output"]["batch"]
+    left_out = case["collator_options"].get("ignore_image_loss_idx", -1)
     if "image_loss_mask" not in batch:
         return None
     mask = None
