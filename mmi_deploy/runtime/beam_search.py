@@ -11,7 +11,7 @@ The rules are those of the scorer in transformers 4.31, by which the published e
 * The search ends once `beams` texts have finished and no beam, at its present length, is better
   than the worst of them; with `early_stopping` as soon as `beams` texts have finished.
 
-Letters: b beams, u vocabulary.
+Letters: u vocabulary.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ _TINY = Path("assets/tiny")
 # Heading of the options for files of predictions.
 _BENCHMARK = "Benchmarks"
 
+# Heading of the options for the answers of a bundle.
+_ANSWERS = "Answers of a bundle"
+
 
 def evaluate(
     model: Annotated[
@@ -120,7 +123,7 @@ def evaluate(
         typer.Option(
             help="Named prompt in place of the set's own, such as vqa-appendix.",
             metavar="NAME",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     beams: Annotated[
@@ -130,7 +133,7 @@ def evaluate(
             help="Beams of the search for each answer; 1: greedy.",
             metavar="N",
             show_default="as published",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     out: Annotated[
@@ -140,7 +143,7 @@ def evaluate(
             "--out",
             help="Answers of the bundle: a .jsonl file; of the same run, it is continued.",
             metavar="FILE",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     shard: Annotated[
@@ -148,7 +151,7 @@ def evaluate(
         typer.Option(
             help="Answer one part of the questions, such as 2/8, and do not score.",
             metavar="I/N",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     against: Annotated[

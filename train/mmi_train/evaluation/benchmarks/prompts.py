@@ -107,7 +107,7 @@ def generation_of(benchmark: Benchmark, beams: int | None = None) -> GenerationO
 
 
 def described(options: GenerationOptions) -> dict[str, Any]:
-    """How texts are generated, for reports."""
+    """Options that a text was generated with, for reports."""
     names = ["beams", "length_penalty"] if options.beams > 1 else ["beams"]
     names += ["min_tokens", "max_tokens", "repetition_penalty"]
     return {name: getattr(options, name) for name in names}
