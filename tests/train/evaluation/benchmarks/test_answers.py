@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from exports import SHIPPED, Exported
 from mmi_deploy.cli.app import run
 from mmi_deploy.documents.document import Draw, Text, document_of
 from mmi_deploy.documents.document import Image as GivenImage
+from mmi_deploy.documents.images import to_pixels
+from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.runtime.events import ImageDone
 from mmi_deploy.runtime.generation import generate
 from mmi_deploy.runtime.options import GenerationOptions
@@ -27,6 +30,8 @@ from mmi_train.data.synthetic import tasks
 from mmi_train.data.synthetic.world import easy
 from mmi_train.evaluation.benchmarks.table import BENCHMARKS
 from mmi_train.evaluation.metrics.clip_similarity import Reranker
+from mmi_train.evaluation.metrics.ndcg import ndcg, ranks_of
+from mmi_train.model.generation import score_options
 from train.data.readers.trees import npy, png, put
 from train.evaluation.benchmarks.clip_folder import tiny_clip
 
@@ -106,6 +111,9 @@ def test_answers_are_written_scored_and_continued(
     assert (report["answered"], report["missing"]) == (QUESTIONS - 2, 2)
     # Its model card has 91 % of such answers; the two that are missing count as wrong.
     assert report["metrics"]["accuracy"] > 75
+    used = {"beams": 3, "length_penalty": 0.0, "min_tokens": 0, "max_tokens": 10}  # as published
+    assert report["generation"] == {**used, "repetition_penalty": 1.0}
+    assert "answered with beams 3, length_penalty 0" in printed.err
     out = tmp_path / "answers.jsonl"
     lines = out.read_text().splitlines()
     answered = {json.loads(line)["id"]: json.loads(line)["text"] for line in lines}
@@ -155,9 +163,62 @@ def test_answers_are_written_scored_and_continued(
     assert {json.loads(line)["id"]: json.loads(line)["text"] for line in both} == answered
     assert "accuracy" not in capsys.readouterr().out
 
+    # Greedy answers are a run of their own.
+    assert run([*words, "--beams", "1"]) == 2
+    assert "holds results of another run: beams differs" in capsys.readouterr().err
+
     # The same file does not take the answers of another run.
     assert run([*words, "--shard", "1/2"]) == 2
     assert "holds results of another run: shard differs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_options_of_visual_dialog_are_scored_by_the_graphs(
+    exported_once: Callable[[str], Exported], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores as PyTorch has them of each option after the whole dialogue; a rank for each."""
+    shipped = exported_once(SHIPPED)
+    texts = ["red", "the blue ring moves right", "blue cross", "two", "a circle on white"]
+    questions = ["what color is the square", "where is the ring"]
+    turns = [
+        {"question": n, "answer": n, "answer_options": [*range(5)], "gt_index": n} for n in (0, 1)
+    ]
+    dialog = {"image_id": 5, "caption": "a red square on white", "dialog": turns}
+    image = np.random.default_rng(5).integers(0, 256, (64, 64, 3), np.uint8)
+    png = BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    data = put(
+        tmp_path / "visdial",
+        {
+            "visdial_1.0_val.json": {
+                "data": {"dialogs": [dialog], "questions": questions, "answers": texts}
+            },
+            "visdial_1.0_val_dense_annotations.json": [
+                {"image_id": 5, "round_id": 2, "gt_relevance": [0.0, 1.0, 0.0, 0.5, 0.0]}
+            ],
+            "VisualDialog_val2018/VisualDialog_val2018_000000000005.jpg": png.getvalue(),
+        },
+    )
+    out = tmp_path / "scores.jsonl"
+    words = [str(shipped.bundle.folder), "--benchmark", "visdial", "--data", str(data)]
+    words += ["--prompt", "chat", "-o", str(out), "--threads", "1", "--json"]
+    assert run(["evaluate", *words]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (line,) = (json.loads(line) for line in out.read_text().splitlines())
+    tokenizer = Tokenizer.open(shipped.bundle.tokenizer, shipped.model.config.tokens)
+    tokens = shipped.model.config.tokens
+    prompt = [tokens.bos, tokens.boi, *[tokens.image] * shipped.model.config.visual_tokens]
+    prompt += tokenizer.encode(questions[1])
+    pixels = torch.from_numpy(to_pixels(image))[None]
+    for text, score in zip(texts, line["scores"], strict=True):
+        option = torch.tensor([tokenizer.encode(text)])
+        slot = torch.tensor([0])
+        whole = score_options(
+            shipped.model, torch.tensor(prompt), pixels, slot, option, torch.ones_like(option)
+        )
+        assert abs(float(whole[0]) - score) < 1e-4 * max(abs(score), 1)
+    best = ndcg(ranks_of(line["scores"]), [0.0, 1.0, 0.0, 0.5, 0.0])
+    assert best is not None and abs(report["metrics"]["NDCG"] - 100 * best) < 1e-9
 
 
 @pytest.mark.slow
@@ -197,9 +258,14 @@ def test_pictures_are_drawn_from_captions_and_kept(
         (["--prompt", "chatt"], "there is no prompt chatt"),
         (["--split", "train2"], "no split train2"),
         (
-            ["--benchmark", "visdial"],
-            "a bundle cannot answer visdial, which takes scores of options",
+            ["--benchmark", "ade20k"],
+            "a bundle cannot answer ade20k, which takes maps of labels",
         ),
+        (
+            ["--beams", "9"],
+            "with 9 beams, and there are 8 rows in a run. give --beams 8, or",
+        ),
+        (["--benchmark", "visdial", "--beams", "2"], "--beams is of texts"),
         (["--benchmark", "vqa2"], "the nearest one is vqav2"),
         (["--prompt", "visdial"], "asks for what the set has not: caption, history"),
         (["--against", "/nowhere"], "there is no file /nowhere to compare with"),
