@@ -58,7 +58,7 @@ def test_every_shipped_recipe_says_where_its_values_come_from() -> None:
 def test_the_defaults_are_whole_and_those_of_the_code() -> None:
     found = settings()
     assert found == Settings() and found.tuning() == FineTuning()
-    optional = {"steps", "warmup", "lora.alpha"}
+    optional = {"steps", "warmup", "lora.alpha", *(k for k in KEYS if k.startswith("diffusion."))}
     assert defaults().values.keys() == {*KEYS} - optional
     assert {field.name for field in fields(found.run())} <= {*KEYS}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.config import ModelConfig, with_fields
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
@@ -59,14 +60,31 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class DiffusionChange:
+    """Fields of the model's `DiffusionConfig` that a run changes, and writes with the model; None:
+    as in the start model. `min_snr_gamma` 0: no weights."""
+
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    rescale_betas_zero_snr: bool | None = None
+    min_snr_gamma: float | None = Field(default=None, ge=0)
+
+    def of(self, config: ModelConfig) -> ModelConfig:
+        """The configuration with the change. Raises `ConfigError` for one that does not fit."""
+        changes = {name: value for name, value in asdict(self).items() if value is not None}
+        if changes.get("min_snr_gamma") == 0:
+            changes["min_snr_gamma"] = None
+        return with_fields(config, {f"image_decoder.diffusion.{n}": v for n, v in changes.items()})
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FineTuning:
     """Weights that learn, their optimiser, and the documents of a micro-batch.
 
     `groups`: name in `GROUPS` of the groups of weights that learn, with their relative rates; None:
     adapters alone. `lora`: adapters, in addition. `rate`: base learning rate. `warmup`: optimiser
     steps in which it rises, None: a tenth of the run, at most 1000; see `OptimiserConfig` for the
-    rest of the optimiser. `batch`: documents of a micro-batch. `max_bad`: broken documents that may
-    be left out.
+    rest of the optimiser. `batch`: documents of a micro-batch. `diffusion`: what changes of the
+    noise schedule, the prediction and its loss. `max_bad`: broken documents that may be left out.
     """
 
     groups: str | None = None
@@ -83,6 +101,7 @@ class FineTuning:
     batch: int = Field(default=4, ge=1)
     text_weight: float = Field(default=1.0, ge=0)
     image_weight: float = Field(default=10.0, ge=0)
+    diffusion: DiffusionChange = DiffusionChange()
     max_bad: int = Field(default=100, ge=0)
     checkpoint_gradients: bool = False
 
@@ -207,7 +226,7 @@ def fine_tune(
                     trained.save(work)
                 changed = trained.merged(start)
             with new_folder(model_folder, None, kind=FOLDER_KIND) as work:
-                write_changed(work, start, changed)
+                write_changed(work, start, changed, model.config)
 
         begun = f"weights {sha256_of(start / WEIGHTS)}"
         watch = _watch(watching, stage, out, ranks, {**asdict(tuning), **asdict(run)})
@@ -245,6 +264,7 @@ def _loaded(
     several ranks each moves only its shards there, later."""
     lean = frozen_matrices(optimiser.rules) if precision == "bf16" else None
     model = load_model(start, matrices=lean)
+    model.change_diffusion(tuning.diffusion.of(model.config).image_decoder.diffusion)
     if tuning.lora is not None:
         add_adapters(model, tuning.lora, device)
     if ranks.size == 1:

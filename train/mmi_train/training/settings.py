@@ -1,7 +1,8 @@
 """Settings of a fine-tuning run as a recipe holds them, validated.
 
 A recipe has the fields of `FineTuning` and `RunConfig` under their own names, the adapters as a
-table `lora`, and the length of the run in optimiser steps or in epochs.
+table `lora`, changes of the diffusion as a table `diffusion`, and the length of the run in
+optimiser steps or in epochs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import first_flaw
-from mmi_train.training.fine_tuning import FineTuning, steps_of
+from mmi_train.training.fine_tuning import DiffusionChange, FineTuning, steps_of
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.recipes import NO_GROUPS, Layer, Values, defaults, layered
@@ -68,10 +69,11 @@ class Settings(FineTuning, RunConfig):
         return self.steps or steps_of(self.epochs, documents, self.batch * self.accumulate * ranks)
 
 
-# Names of all settings: those of the table `lora` have its name before them.
+# Names of all settings: those of a table, `lora` or `diffusion`, have its name before them.
 KEYS = (
-    *(field.name for field in fields(Settings) if field.name != "lora"),
+    *(field.name for field in fields(Settings) if field.name not in ("lora", "diffusion")),
     *(f"lora.{field.name}" for field in fields(LoraConfig)),
+    *(f"diffusion.{field.name}" for field in fields(DiffusionChange)),
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmi_deploy.errors import WeightsError
-from mmi_deploy.spec.config import read_config, to_json
+from mmi_deploy.spec.config import ModelConfig, read_config, to_json
 from mmi_deploy.system.files import write_file
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.lazy_tensor import Computed, InMemory, StoredTensor
@@ -135,8 +135,14 @@ def load_model(
     return model.eval()
 
 
-def write_changed(folder: Path, base: Path, changed: Mapping[str, StoredTensor]) -> None:
-    """Write into `folder` the model of the folder `base` with some weights replaced.
+def write_changed(
+    folder: Path,
+    base: Path,
+    changed: Mapping[str, StoredTensor],
+    config: ModelConfig | None = None,
+) -> None:
+    """Write into `folder` the model of the folder `base` with some weights replaced, and another
+    configuration, if `config` is one.
 
     Weights keep the types that they have in `base`, those that are not replaced their values, and
     no more than a piece of them is in memory. Raises `WeightsError` for a replacement of a tensor
@@ -162,6 +168,8 @@ def write_changed(folder: Path, base: Path, changed: Mapping[str, StoredTensor])
     for name in (CONFIG, TOKENIZER):
         if (base / name).is_file():
             write_file(folder / name, (base / name).read_text())
+    if config is not None and config != read_config(base / CONFIG):
+        write_file(folder / CONFIG, to_json(config))
 
 
 def _within(name: str, value: StoredTensor, dtype: torch.dtype, base: Path) -> torch.Tensor:
