@@ -12,15 +12,18 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from mmi_deploy.cli.app import run
 from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import ModelConfig, read_config
 from mmi_deploy.spec.presets import preset as preset_called
 from mmi_deploy.spec.presets import released_13b
+from mmi_train.checkpoint_import import from_diffusion
 from mmi_train.checkpoint_import.fresh import fresh_tensors
 from mmi_train.checkpoint_import.from_gguf import read_gguf
 from mmi_train.checkpoint_import.published import rename
@@ -229,6 +232,24 @@ def test_a_stable_diffusion_draws_as_before(init, tmp_path, llama_folder, text):
         assert config.resampler.queries == 7
     else:
         assert decoder.null_condition.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_stable_diffusion_of_zero_terminal_snr_keeps_its_schedule(init, tmp_path, llama_folder):
+    """As those that were tuned with diffusers' `rescale_betas_zero_snr`; with epsilon it is
+    refused, because its last timestep predicts no picture."""
+    parts.write_diffusion(tmp_path / "sd", text=False)
+    scheduler = tmp_path / "sd" / "scheduler"
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    DDIMScheduler(prediction_type="v_prediction", **options).save_pretrained(scheduler)
+    model = built(init, llama_folder, tmp_path / "out", "--diffusion", tmp_path / "sd")
+    diffusion = model.config.image_decoder.diffusion
+    assert diffusion.rescale_betas_zero_snr and diffusion.spacing == "trailing"
+    theirs = DDIMScheduler.from_pretrained(scheduler).alphas_cumprod
+    own = model.image_decoder.diffusion.signal
+    torch.testing.assert_close(own**2, theirs, rtol=0, atol=2e-5)
+    DDIMScheduler(prediction_type="epsilon", **options).save_pretrained(scheduler)
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json.*rescale_betas_zero_snr needs"):
+        from_diffusion._schedule(scheduler / "scheduler_config.json", diffusion)
 
 
 def test_an_autoencoder_under_its_old_names(init, tmp_path, llama_folder):

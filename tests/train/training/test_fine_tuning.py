@@ -17,11 +17,14 @@ from torch import Tensor
 from export.small_models import paper_reading, random_model
 from mmi_deploy.cli.app import run as command
 from mmi_deploy.errors import ConfigError, MmiError, WeightsError
+from mmi_deploy.spec.config import read_config
 from mmi_train.data.document_file import DocumentFile
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
-from mmi_train.training.fine_tuning import FineTuning, fine_tune, steps_of
+from mmi_train.training.fine_tuning import DiffusionChange, FineTuning, fine_tune, steps_of
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig, read_adapters
+from mmi_train.training.recipes import assignments
+from mmi_train.training.settings import settings_of
 from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS, load_model, save_model
 
 CPU = torch.device("cpu")
@@ -306,3 +309,38 @@ def test_learning_lowers_the_loss_of_its_documents(
     curves.Reload()
     text = [event.value for event in curves.Scalars("documents/text")]
     assert np.mean(text[-3:]) < 0.8 * text[0], text
+
+
+def test_a_run_changes_the_diffusion_and_writes_it_with_the_model(
+    start: Path, documents: Path, tmp_path: Path
+) -> None:
+    """As `--set diffusion.min_snr_gamma=5` asks; the start model stays as it is."""
+    asked = assignments(["diffusion.rescale_betas_zero_snr=true", "diffusion.min_snr_gamma=5"])
+    tuning = settings_of(asked)[0].tuning()
+    before = read_config(start / CONFIG)
+    model = tune(
+        start, documents, tmp_path / "changed", replace(TUNING, diffusion=tuning.diffusion), 1
+    )
+    diffusion = read_config(model / CONFIG).image_decoder.diffusion
+    assert diffusion == replace(
+        before.image_decoder.diffusion, rescale_betas_zero_snr=True, min_snr_gamma=5.0
+    )
+    assert read_config(start / CONFIG) == before
+    assert load_model(model).image_decoder.diffusion.signal[-1] == 0
+    plain = tune(start, documents, tmp_path / "plain", TUNING, 1)
+    name = "image_decoder.unet.conv_out.weight"
+    assert name in weights(plain)
+    differing = changed(plain, model)
+    assert any(name.startswith("image_decoder.unet.") for name in differing)
+    off = DiffusionChange(min_snr_gamma=0).of(read_config(model / CONFIG))
+    assert off.image_decoder.diffusion.min_snr_gamma is None
+
+
+def test_a_change_of_the_diffusion_that_does_not_fit_is_refused(
+    start: Path, documents: Path, tmp_path: Path
+) -> None:
+    change = DiffusionChange(prediction="epsilon", rescale_betas_zero_snr=True)
+    with pytest.raises(ConfigError, match="rescale_betas_zero_snr needs the prediction"):
+        tune(start, documents, tmp_path, replace(TUNING, diffusion=change))
+    with pytest.raises(ConfigError, match=r"diffusion\.min_snr_gama.*diffusion\.min_snr_gamma"):
+        settings_of(assignments(["diffusion.min_snr_gama=5"]))

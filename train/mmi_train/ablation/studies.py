@@ -287,13 +287,11 @@ _OPTIONS = Study(
     "not in the paper; Hang et al. 2023, Lin et al. 2023",
     (DRAWING, PLACE_COLOUR, BACKGROUND, COLOUR),
     (
-        Row("ε, as published", _option(prediction="epsilon")),
-        Row("ε, min-SNR 5", _option(prediction="epsilon", min_snr_gamma=5.0)),
         Row("v", _option(**_V)),
+        Row("ε, as published", _option(prediction="epsilon")),
         Row("v, min-SNR 5", _option(**_V, min_snr_gamma=5.0)),
         Row("v, zero terminal SNR", _option(**_ZERO)),
         Row("v, zero terminal SNR, min-SNR 5", _option(**_ZERO, min_snr_gamma=5.0)),
-        Row("v, last beta 0.03", _option(**_V, beta_end=0.03)),
     ),
 )
 

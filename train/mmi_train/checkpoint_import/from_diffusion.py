@@ -159,8 +159,8 @@ def _schedule(path: Path, default: DiffusionConfig) -> DiffusionConfig:
         raise ConfigError(
             f"{path}: prediction_type is not known", expected="epsilon, v_prediction", got=kind
         )
-    if fields.get("trained_betas") is not None or fields.get("rescale_betas_zero_snr"):
-        raise ConfigError(f"{path}: trained_betas and rescale_betas_zero_snr are not known")
+    if fields.get("trained_betas") is not None:
+        raise ConfigError(f"{path}: trained_betas are not known")
     with readable_errors(path):
         return DiffusionConfig(
             prediction=kind,
@@ -168,6 +168,7 @@ def _schedule(path: Path, default: DiffusionConfig) -> DiffusionConfig:
             beta_start=fields.get("beta_start", 0.0001),
             beta_end=fields.get("beta_end", 0.02),
             beta_schedule=fields.get("beta_schedule", "linear"),
+            rescale_betas_zero_snr=fields.get("rescale_betas_zero_snr") or False,
         )
 
 

@@ -13,6 +13,7 @@ from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import shown
 from mmi_train.cli.choices import Precision, Threads, World
+from mmi_train.training.recipes import assignments
 
 
 def train_tiny(
@@ -47,6 +48,16 @@ def train_tiny(
         typer.Option(
             help="Model folder whose weights are trained further.",
             show_default="new weights",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A field of the configuration, as image_decoder.diffusion.min_snr_gamma=5.",
+            show_default=False,
+            metavar="FIELD=VALUE",
             rich_help_panel="Training",
         ),
     ] = None,
@@ -98,12 +109,15 @@ def train_tiny(
         raise ConfigError(
             "--packed has no conditioning stage", fix="leave --conditioning-steps out"
         )
+    if fields and start is not None:
+        raise ConfigError("--set is of new models", got=f"the model {start} too", fix="omit one")
 
     check_run_folder(out)
     with shown(remarks(), f"training tiny into {out}") as progress:
         with extras("train-tiny"):
             import torch
 
+            from mmi_deploy.spec.config import with_fields
             from mmi_deploy.spec.presets import tiny
             from mmi_train.data.synthetic import world as worlds
             from mmi_train.training.from_scratch import train_from_scratch
@@ -111,7 +125,7 @@ def train_tiny(
         if threads is not None:
             torch.set_num_threads(threads)
         model = train_from_scratch(
-            tiny(),
+            with_fields(tiny(), assignments(fields or []).values),
             out,
             world=getattr(worlds, world)(),
             steps=steps,

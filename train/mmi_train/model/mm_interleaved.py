@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmi_deploy.spec import token_layout
-from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.config import DiffusionConfig, ModelConfig
+from mmi_train.model.diffusion import Diffusion
 from mmi_train.model.image_decoder import ImageDecoder, PreviousImages, RandomDraws
 from mmi_train.model.layout import (
     Layout,
@@ -120,6 +121,14 @@ class MMInterleaved(nn.Module):
         self.head = LmHead(llama.width, llama.vocab, (config.tokens.boi, config.tokens.image))
         self.boi_embedding = nn.Parameter(torch.zeros(1, llama.width))
         self.image_decoder = ImageDecoder(config)
+
+    def change_diffusion(self, diffusion: DiffusionConfig) -> None:
+        """Train and draw by another noise schedule, prediction or weight of the loss."""
+        decoder = replace(self.config.image_decoder, diffusion=diffusion)
+        self.config = replace(self.config, image_decoder=decoder)
+        self.image_decoder.config = decoder
+        device = self.image_decoder.diffusion.signal.device
+        self.image_decoder.diffusion = Diffusion(diffusion).to(device)
 
     def checkpoint_gradients(self, on: bool = True) -> None:
         """Switch gradient checkpointing on or off: LLM blocks, encoder interactions and U-Net

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.config import read_config
+from mmi_deploy.spec.config import ModelConfig, read_config, with_fields
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
@@ -69,6 +69,23 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class DiffusionChange:
+    """Fields of the model's `DiffusionConfig` that a run changes, and writes with the model; None:
+    as in the start model. `min_snr_gamma` 0: no weights."""
+
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    rescale_betas_zero_snr: bool | None = None
+    min_snr_gamma: float | None = Field(default=None, ge=0)
+
+    def of(self, config: ModelConfig) -> ModelConfig:
+        """The configuration with the change. Raises `ConfigError` for one that does not fit."""
+        changes = {name: value for name, value in asdict(self).items() if value is not None}
+        if changes.get("min_snr_gamma") == 0:
+            changes["min_snr_gamma"] = None
+        return with_fields(config, {f"image_decoder.diffusion.{n}": v for n, v in changes.items()})
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FineTuning:
     """Weights that learn, their optimiser, and the documents of a micro-batch.
 
@@ -77,8 +94,9 @@ class FineTuning:
     steps in which it rises, None: a tenth of the run, at most 1000; see `OptimiserConfig` for the
     rest of the optimiser. `batch`: documents of a micro-batch. `packed`: documents of data sets
     fill rows of the whole context length, as in pre-training; documents of a file stay apart.
-    `max_bad`: broken documents that may be left out. `distill`: the U-Net learns from a teacher in
-    place of the losses on documents.
+    `diffusion`: what changes of the noise schedule, the prediction and its loss. `max_bad`: broken
+    documents that may be left out. `distill`: the U-Net learns from a teacher in place of the
+    losses on documents.
     """
 
     groups: str | None = None
@@ -96,6 +114,7 @@ class FineTuning:
     packed: bool = False
     text_weight: float = Field(default=1.0, ge=0)
     image_weight: float = Field(default=10.0, ge=0)
+    diffusion: DiffusionChange = DiffusionChange()
     max_bad: int = Field(default=100, ge=0)
     checkpoint_gradients: bool = False
     distill: Distillation | None = None
@@ -185,6 +204,7 @@ def fine_tune(
     there, or a folder holds files that mmi did not write.
     """
     _check_distillation(start, tuning, ranks)
+    diffusion = tuning.diffusion.of(read_config(start / CONFIG)).image_decoder.diffusion
     if compiled:
         if tuning.lora is not None and tuning.lora.four_bit:
             raise ConfigError(
@@ -215,11 +235,12 @@ def fine_tune(
             checkpoint_gradients=tuning.checkpoint_gradients,
             ranks=ranks,
         )
+        model.change_diffusion(diffusion)
         if compiled:
             compile_blocks(model, device)
         source = _source(model, start, file, tuning, run.seed, on_broken)
         stage: DocumentsStage | InterleavedStage | DistillationStage = source
-        config = None
+        config = model.config
         if tuning.distill is not None:
             student = tuning.distill.config_of(model.config.image_decoder)
             stage = DistillationStage(
@@ -264,6 +285,10 @@ def _check_distillation(start: Path, tuning: FineTuning, ranks: Ranks) -> None:
     decoder = read_config(start / CONFIG).image_decoder
     if tuning.distill is not None:
         tuning.distill.config_of(decoder)
+        if tuning.diffusion != DiffusionChange():
+            raise ConfigError(
+                "a distillation keeps the teacher's diffusion", fix="leave diffusion.* out"
+            )
         if ranks.size > 1:
             raise ConfigError("a distillation runs in one process", fix="leave torchrun out")
         if tuning.lora is not None and tuning.lora.layers != ("unet",):

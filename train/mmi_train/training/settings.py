@@ -1,8 +1,9 @@
 """Settings of a fine-tuning run as a recipe holds them, validated.
 
 A recipe has the fields of `FineTuning` and `RunConfig` under their own names, the adapters as a
-table `lora`, the length of the run in optimiser steps or in epochs, and a table for each data set
-of its mixture, as `[data.coco-caption]`, with the fields of `SetChoice`.
+table `lora`, changes of the diffusion as a table `diffusion`, the length of the run in optimiser
+steps or in epochs, and a table for each data set of its mixture, as `[data.coco-caption]`, with the
+fields of `SetChoice`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import first_flaw
 from mmi_train.data.readers.mixture import SetChoice
 from mmi_train.data.readers.registry import entry_called
-from mmi_train.training.fine_tuning import FineTuning, steps_of
+from mmi_train.training.fine_tuning import DiffusionChange, FineTuning, steps_of
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.recipes import NO_GROUPS, Layer, Values, defaults, layered
@@ -77,13 +78,14 @@ class Settings(FineTuning, RunConfig):
         return self.steps or steps_of(self.epochs, documents, self.batch * self.accumulate * ranks)
 
 
-_TABLES = ("lora", "distill", "data")
+_TABLES = ("lora", "diffusion", "distill", "data")
 
-# Names of all settings: those of the tables `lora` and `distill` have their names before them.
-# Those of a data set are `data.NAME.` and one of `SET_KEYS`.
+# Names of all settings: those of the tables `lora`, `diffusion` and `distill` have their names
+# before them. Those of a data set are `data.NAME.` and one of `SET_KEYS`.
 KEYS = (
     *(field.name for field in fields(Settings) if field.name not in _TABLES),
     *(f"lora.{field.name}" for field in fields(LoraConfig)),
+    *(f"diffusion.{field.name}" for field in fields(DiffusionChange)),
     *(f"distill.{field.name}" for field in fields(Distillation)),
 )
 SET_KEYS = tuple(field.name for field in fields(SetChoice))

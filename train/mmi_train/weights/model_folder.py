@@ -188,7 +188,7 @@ def write_changed(
     for name in (CONFIG, TOKENIZER):
         if (base / name).is_file():
             write_file(folder / name, (base / name).read_text())
-    if config is not None:
+    if config is not None and config != read_config(base / CONFIG):
         write_file(folder / CONFIG, to_json(config))
 
 
