@@ -14,7 +14,7 @@ from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.events import Event
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.spec.backends import CPU, NONE
-from mmi_deploy.spec.config import DiffusionConfig
+from mmi_deploy.spec.config import ImageDecoderConfig
 
 # `runtime`: a bundle in our runtime. `pytorch`: the model in the published order of work, MMFS as
 # published. `pytorch-compiled`: the same order of work with the model's own MMFS and a U-Net that
@@ -116,24 +116,29 @@ def _pytorch(settings: Settings, compiled: bool) -> Generate:
             fix="give the model folder with --model, or export again",
         )
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
-    scheduler, eta = scheduler_of(settings.schedule, model.config.image_decoder.diffusion)
+    scheduler, eta = scheduler_of(settings.schedule, model.config.image_decoder)
     return lambda document, options: generate(
         model, tokenizer, document, options, scheduler, eta=eta, limits=bundle.limits
     )
 
 
-def scheduler_of(key: str, diffusion: DiffusionConfig) -> tuple[Any, float]:
+def scheduler_of(key: str, decoder: ImageDecoderConfig) -> tuple[Any, float]:
     """Build diffusers' scheduler for a schedule's key, with its timesteps set, and its eta.
 
-    The ancestral sampler takes its noise explicitly, as DDIM with eta 1.
+    The ancestral sampler takes its noise explicitly, as DDIM with eta 1; so does that of a
+    consistency model.
     """
     from mmi_export.schedules import diffusers_scheduler
+    from mmi_train.model.consistency import lcm
     from mmi_train.model.diffusion import ddim
 
+    diffusion, distilled = decoder.diffusion, decoder.distillation
     name, _, steps = key.partition(":")
     solver, _, spacing = name.partition("-")
     if (solver, spacing) == ("ddpm", ""):
         scheduler: Any = ddim(diffusion)
+    elif distilled is not None and distilled.solver_steps is not None:
+        scheduler = lcm(diffusion, distilled.solver_steps)
     else:
         scheduler = diffusers_scheduler(solver, diffusion, spacing or "leading")
     scheduler.set_timesteps(int(steps))

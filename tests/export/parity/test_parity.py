@@ -118,7 +118,7 @@ class Implementations:
         row = slow.Row(self.model, self.bundle.limits)
         patch.setattr(slow, "Row", lambda *_: row)
         key = self.bundle.schedule(options.schedule).key
-        scheduler, eta = scheduler_of(key, self.model.config.image_decoder.diffusion)
+        scheduler, eta = scheduler_of(key, self.model.config.image_decoder)
         events = slow.generate(self.model, self.tokenizer, document, options, scheduler, eta=eta)
         return taken(events, lambda: row.sequence.token_ids)
 
