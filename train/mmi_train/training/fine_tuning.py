@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.config import read_config
+from mmi_deploy.spec.config import ImageDecoderConfig, read_config
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
@@ -50,6 +50,7 @@ from mmi_train.training.stages.distillation import (
 )
 from mmi_train.training.stages.documents import DocumentsStage
 from mmi_train.training.stages.interleaved import PICTURES_MIXTURE, InterleavedStage
+from mmi_train.training.teachers import load_teacher, teacher_config
 from mmi_train.training.trackers import TrackerName, service
 from mmi_train.training.validation import Validation
 from mmi_train.weights.lazy_tensor import InMemory, StoredTensor
@@ -165,11 +166,13 @@ def fine_tune(
     ranks: Ranks = ALONE,
     watching: Watching | None = None,
     compiled: bool = False,
+    teacher: Path | None = None,
 ) -> Path:
     """Train the model folder `start` on the documents of `file` and write the model folder
     `out/model`, and the adapters, if there are any, to `out/adapters`; returns the former.
     watching: what is measured and shown meanwhile. compiled: compile the blocks of the language
-    model, which rounds otherwise; one process alone can, on matrices that are not quantised.
+    model, which rounds otherwise; one process alone can, on matrices that are not quantised. teacher: model
+    folder whose U-Net is distilled; None: that of `start`.
 
     on_broken: told of each document that cannot be read. The same call resumes from the last
     checkpoint in `out`. Both folders are written at every checkpoint; weights that do not learn
@@ -177,7 +180,7 @@ def fine_tune(
     and `out`; only the first one writes and reports. Raises `MmiError` where another process trains
     there, or a folder holds files that mmi did not write.
     """
-    _check_distillation(start, tuning, ranks)
+    taught = _check_distillation(start, teacher, tuning, ranks)
     if compiled:
         if ranks.size > 1 or (tuning.lora is not None and tuning.lora.four_bit):
             raise ConfigError(
@@ -194,17 +197,17 @@ def fine_tune(
             if tuning.lora is not None:
                 check_replaceable(adapters, None, kind=ADAPTERS_KIND, inputs=[start])
         progress(f"loading {start}")
-        model, teacher = _loaded(start, tuning, optimiser, run.precision, device, ranks)
+        model, frozen = _loaded(start, teacher, tuning, optimiser, run.precision, device, ranks)
         if compiled:
             compile_blocks(model, device)
         source = _source(model, start, file, tuning, run.seed, on_broken)
         stage, config = source, None
         if tuning.distill is not None:
-            student = tuning.distill.config_of(model.config.image_decoder)
+            student = tuning.distill.config_of(taught)
             stage = DistillationStage(
                 source,
-                teacher,
-                model.config.image_decoder.branches,
+                frozen,
+                taught.branches,
                 tuning.distill,
                 student,
                 str(tuning.lora),
@@ -225,14 +228,22 @@ def fine_tune(
                 write_changed(work, start, changed, config)
 
         begun = f"weights {sha256_of(start / WEIGHTS)}"
+        if teacher is not None:
+            begun += f", teacher {sha256_of(teacher / WEIGHTS)}"
         watch = _watch(watching, stage, out, ranks, {**asdict(tuning), **asdict(run)})
         train(stage, optimiser, run, out / stage.name, save, progress, begun, ranks, watch)
     return model_folder
 
 
-def _check_distillation(start: Path, tuning: FineTuning, ranks: Ranks) -> None:
-    """Raise `ConfigError` for a distillation, or a distilled model, that cannot be trained so."""
-    decoder = read_config(start / CONFIG).image_decoder
+def _check_distillation(
+    start: Path, teacher: Path | None, tuning: FineTuning, ranks: Ranks
+) -> ImageDecoderConfig:
+    """Configuration of the teacher's image decoder. Raises `ConfigError` for a distillation, or a
+    distilled model, that cannot be trained so."""
+    config = read_config(start / CONFIG)
+    decoder = config.image_decoder
+    if teacher is not None:
+        decoder = teacher_config(teacher, config).image_decoder
     if tuning.distill is not None:
         tuning.distill.config_of(decoder)
         if ranks.size > 1:
@@ -249,6 +260,7 @@ def _check_distillation(start: Path, tuning: FineTuning, ranks: Ranks) -> None:
             fix="train the model that it was distilled from, and distil that; or train on text "
             "alone with --image-weight 0",
         )
+    return decoder
 
 
 def _source(
@@ -296,6 +308,7 @@ def _watch(
 
 def _loaded(
     start: Path,
+    teacher: Path | None,
     tuning: FineTuning,
     optimiser: OptimiserConfig,
     precision: Literal["bf16", "fp32"],
@@ -303,18 +316,20 @@ def _loaded(
     ranks: Ranks,
 ) -> tuple[MMInterleaved, UNet]:
     """The model on `device`, with adapters; in mixed precision its frozen matrices in bfloat16. Of
-    several ranks each moves only its shards there, later. And its U-Net as it is in the file, a
-    frozen copy for distillation."""
+    several ranks each moves only its shards there, later. And the frozen U-Net of a teacher, None:
+    its own as in the file."""
     lean = frozen_matrices(optimiser.rules) if precision == "bf16" else None
     model = load_model(start, matrices=lean)
-    teacher = model.image_decoder.unet
+    frozen = model.image_decoder.unet
     if tuning.distill is not None:
-        teacher = teacher_of(teacher)
+        frozen = teacher_of(frozen)
+        if teacher is not None:
+            load_teacher(frozen, teacher, start)
     if tuning.lora is not None:
         add_adapters(model, tuning.lora, device)
     if ranks.size == 1:
         model.to(device)
-        teacher.to(device)
+        frozen.to(device)
     model.checkpoint_gradients(tuning.checkpoint_gradients)
     use_fused_mmfs(model, device)
-    return model, teacher
+    return model, frozen

@@ -29,7 +29,8 @@ from mmi_train.model.image_decoder import PreviousImages
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.model.unet import UNet
 
-_UNET = "image_decoder.unet."
+# Before the U-Net's own names in a model.
+UNET = "image_decoder.unet."
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -164,9 +165,9 @@ class DistillationStage:
     def follow(self, average: Mapping[str, Tensor]) -> None:
         """Take targets from `average`, which the loop updates in place."""
         self._target = {
-            f"unet.{name.removeprefix(_UNET)}": value
+            f"unet.{name.removeprefix(UNET)}": value
             for name, value in average.items()
-            if name.startswith(_UNET)
+            if name.startswith(UNET)
         }
 
     def batch(self, index: int, rng: np.random.Generator) -> Any:
