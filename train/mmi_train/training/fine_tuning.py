@@ -27,7 +27,7 @@ from mmi_train.model.unet import UNet
 from mmi_train.training.compiled import check_compiler, compile_blocks
 from mmi_train.training.from_scratch import own_tokenizer
 from mmi_train.training.fused_mmfs import use_fused_mmfs
-from mmi_train.training.loop import UNWATCHED, RunConfig, Watch, train
+from mmi_train.training.loop import UNWATCHED, RunConfig, Stage, Watch, train
 from mmi_train.training.lora import (
     ADAPTERS_KIND,
     LoraConfig,
@@ -171,8 +171,8 @@ def fine_tune(
     """Train the model folder `start` on the documents of `file` and write the model folder
     `out/model`, and the adapters, if there are any, to `out/adapters`; returns the former.
     watching: what is measured and shown meanwhile. compiled: compile the blocks of the language
-    model, which rounds otherwise; one process alone can, on matrices that are not quantised. teacher: model
-    folder whose U-Net is distilled; None: that of `start`.
+    model, which rounds otherwise; one process alone can, on matrices that are not quantised.
+    teacher: model folder whose U-Net is distilled; None: that of `start`.
 
     on_broken: told of each document that cannot be read. The same call resumes from the last
     checkpoint in `out`. Both folders are written at every checkpoint; weights that do not learn
@@ -201,7 +201,8 @@ def fine_tune(
         if compiled:
             compile_blocks(model, device)
         source = _source(model, start, file, tuning, run.seed, on_broken)
-        stage, config = source, None
+        stage: DocumentsStage | InterleavedStage | DistillationStage = source
+        config = None
         if tuning.distill is not None:
             student = tuning.distill.config_of(taught)
             stage = DistillationStage(
@@ -290,7 +291,7 @@ def _source(
 
 def _watch(
     asked: Watching | None,
-    stage: DocumentsStage,
+    stage: Stage,
     out: Path,
     ranks: Ranks,
     settings: Mapping[str, object],
@@ -299,6 +300,7 @@ def _watch(
         return UNWATCHED
     validation = None
     if asked.held_out is not None or asked.prompts is not None:
+        assert isinstance(stage, DocumentsStage), "a distillation is not validated on documents"
         validation = Validation(stage, asked.held_out, asked.prompts, out, asked.every, ranks)
     tracker = None
     if asked.tracker is not None and ranks.main:

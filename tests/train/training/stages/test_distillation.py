@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
@@ -82,9 +83,9 @@ def test_a_student_that_predicts_what_the_guided_teacher_does_has_no_loss(start:
         settings = Distillation("guidance", scale, draws=2)
         own = settings.config_of(model.config.image_decoder)
         stage = DistillationStage(source, teacher_of(model.image_decoder.unet), 2, settings, own)
-        batch = stage.batch(0, __import__("numpy").random.default_rng(0))
+        batch = stage.batch(0, np.random.default_rng(0))
         torch.manual_seed(0)
-        losses[scale] = float(stage.losses(batch)["total"])
+        losses[scale] = float(stage.losses(batch)["total"].detach())
     assert losses[1.0] < 1e-9 < 1e-4 < losses[3.0]
 
 
