@@ -157,9 +157,10 @@ def run(
     sampler of the bundle; None for its first one of 20 steps, of a distilled model its first.
     `library`: kernel library of the runtime; None to run MMFS as standard operators. `target`:
     engines of the runtime, on GPU `device` if they are for a GPU; PyTorch stays on the CPU.
-    `quick`: short documents and two repeats, a smoke test. `one_turn`: as in `plan`. `compiled`: measure PyTorch with a compiled
-    U-Net as well; where that fails, `about["left_out"]` says why. `clock`: `cpu` measures CPU
-    time, which other work on the machine changes little, in place of latency. Raises `MmiError` if
+    `quick`: short documents and two repeats, a smoke test. `one_turn`: as in `plan`. `compiled`:
+    measure PyTorch with a compiled U-Net as well; where that fails, `about["left_out"]` says why.
+    `clock`: `cpu` measures CPU time, which other work on the machine changes little, in place of
+    latency. Raises `MmiError` if
     another backend fails, or if their outputs differ.
     """
     opened = Bundle.open(bundle, unproved=unproved)
