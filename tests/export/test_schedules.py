@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmi_deploy.errors import BundleError, ConfigError
-from mmi_deploy.spec.config import DiffusionConfig
+from mmi_deploy.spec.config import DiffusionConfig, DistillationConfig
 from mmi_deploy.spec.graphs import HISTORY, STATE
 from mmi_deploy.spec.schedule import (
     LAST_DATA_ROW,
@@ -18,9 +18,11 @@ from mmi_deploy.spec.schedule import (
 )
 from mmi_export.schedules import (
     diffusers_scheduler,
+    lcm_table,
     parse_schedule,
     schedule_table,
 )
+from mmi_train.model.consistency import lcm
 
 SHAPE = (2, 4, 3, 3)
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -51,10 +53,10 @@ def by_diffusers(
     name: str, diffusion: DiffusionConfig, steps: int, latents: np.ndarray, dtype: torch.dtype
 ):
     """Run diffusers' scheduler; also return the noise of every step."""
-    scheduler = diffusers_scheduler(name, diffusion)
+    scheduler = lcm(diffusion, 50) if name == "lcm" else diffusers_scheduler(name, diffusion)
     scheduler.set_timesteps(steps)
     sample = torch.from_numpy(latents).to(dtype) * scheduler.init_noise_sigma
-    options = {"generator": torch.Generator().manual_seed(7)} if name == "ddpm" else {}
+    options = {"generator": torch.Generator().manual_seed(7)} if name in ("ddpm", "lcm") else {}
     draws = torch.Generator().manual_seed(7)
     noises = []
     for timestep in scheduler.timesteps:
@@ -225,3 +227,66 @@ def test_the_default_schedule_is_one_that_the_model_can_take() -> None:
     assert default_schedule(DiffusionConfig("epsilon"), None) == "unipc:20"
     own = default_schedule(ZERO_SNR, None)
     assert parse_schedule(own, ZERO_SNR).timesteps[0] == 999
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_consistency_sampling_equals_diffusers(steps: int, prediction: str) -> None:
+    """Whole trajectories of `LCMScheduler` with its own draws: 1e-5 in float64, of the largest
+    value, as the table is float32."""
+    diffusion = DiffusionConfig(prediction)  # type: ignore[arg-type]
+    schedule = lcm_table(steps, diffusion, 50)
+    latents = np.random.default_rng(1).standard_normal(SHAPE)
+    expected, noises = by_diffusers("lcm", diffusion, steps, latents, torch.float64)
+    got = by_table(schedule, latents, noises, np.float64)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+    assert [schedule.draws_noise(step) for step in range(steps)] == [True] * (steps - 1) + [False]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_coefficients_of_consistency_sampling(prediction: str) -> None:
+    """Luo et al. 2023, Algorithm 3, written out in float64: f = c_skip z + c_out x with
+    c_skip = 0.25 / (100 t^2 + 0.25) and c_out = 10 t / sqrt(100 t^2 + 0.25), then
+    sqrt(a) f + sqrt(1 - a) noise at the next timestep."""
+    diffusion = DiffusionConfig(prediction)  # type: ignore[arg-type]
+    schedule = lcm_table(4, diffusion, 50)
+    assert schedule.key == "lcm:4" and schedule.initial_sigma == 1.0
+    assert schedule.timesteps.tolist() == [999, 759, 499, 259]
+    betas = np.linspace(diffusion.beta_start**0.5, diffusion.beta_end**0.5, 1000) ** 2
+    products = np.cumprod(1 - betas)
+    for step, t in enumerate(schedule.timesteps.astype(float)):
+        product = products[int(t)]
+        skip, out = 0.25 / (100 * t**2 + 0.25), 10 * t / np.sqrt(100 * t**2 + 0.25)
+        signal, sigma = np.sqrt(product), np.sqrt(1 - product)
+        if prediction == "epsilon":
+            data = np.array([1 / signal, -sigma / signal])
+        else:
+            data = np.array([signal, -sigma])
+        denoised = np.array([skip, 0.0]) + out * data
+        rate, noise = 1.0, 0.0
+        if step < 3:
+            following = products[schedule.timesteps[step + 1]]
+            rate, noise = np.sqrt(following), np.sqrt(1 - following)
+        expected = np.zeros((STATE, 6))
+        expected[0, :3] = [*(rate * denoised), noise]
+        expected[1 + LAST_DATA_ROW, :2] = denoised
+        np.testing.assert_allclose(schedule.coefficients[step], expected, rtol=2e-5, atol=1e-7)
+
+
+def test_samplers_of_distilled_models() -> None:
+    """A consistency model has no sampler but its own, others do not have that one."""
+    diffusion = DiffusionConfig("epsilon")
+    guided = DistillationConfig("guidance", 3.5)
+    consistent = DistillationConfig("lcm", 3.5, 20)
+    assert parse_schedule("lcm:20", diffusion, consistent).steps == 20
+    assert parse_schedule("unipc:4", diffusion, guided).steps == 4
+    for key, distilled in (
+        ("lcm:4", None),
+        ("lcm:4", guided),
+        ("ddim:4", consistent),
+        ("lcm-trailing:4", consistent),
+        ("lcm:21", consistent),
+    ):
+        with pytest.raises(ConfigError) as error:
+            parse_schedule(key, diffusion, distilled)
+        assert "\n" not in str(error.value)

@@ -69,6 +69,7 @@ def workload(
             fix=f"export it with --context {longest} or more",
         )
     word, side = one_token_word(tokenizer), config.vision.image_size
+    distilled = config.image_decoder.distillation is not None
     return [
         Item(
             _document(number, case, word, side),
@@ -77,7 +78,7 @@ def workload(
                 seed=number,
                 temperature=1.0,
                 draw_first=case.turns > 0 and not case.tokens,
-                guidance=_GUIDANCE[number % len(_GUIDANCE)],
+                guidance=None if distilled else _GUIDANCE[number % len(_GUIDANCE)],
             ),
         )
         for number, case in enumerate(cases)

@@ -17,9 +17,6 @@ from mmi_deploy.spec.config import ModelConfig
 # Images in the context of the whole document.
 IMAGES = 4
 
-# Guidance scale of the paper's evaluation.
-GUIDANCE = 3.5
-
 # Filler words; the first one that is a single token is used. The tokenizer of a placeholder model
 # has numbered words.
 _WORDS = ("a", "the", "red", "one", "w5")
@@ -73,7 +70,7 @@ class Case:
             max_images=self.turns,
             temperature=0.0,
             schedule=schedule,
-            guidance=GUIDANCE,
+            guidance=None,
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmi_bench.compare.backends import COMPILED, LABELS, PYTORCH, RUNTIME, BackendName, Settings
-from mmi_bench.compare.cases import DOCUMENT, GUIDANCE, TEXT, Case, Plan, plan, text_after
+from mmi_bench.compare.cases import DOCUMENT, TEXT, Case, Plan, plan, text_after
 from mmi_bench.compare.remote import Answer, Remote
 from mmi_bench.compare.samples import ClockName, Output, Sample
 from mmi_bench.machine import describe
@@ -154,12 +154,13 @@ def run(
     """Measure the runtime on `bundle` against PyTorch on the folder `model` it was exported from.
 
     Both get the same threads, fp32 weights, solver, guidance and forced counts. `schedule`: a
-    sampler of the bundle; None for its first one of 20 steps. `library`: kernel library of the
-    runtime; None to run MMFS as standard operators. `target`: engines of the runtime, on GPU
-    `device` if they are for a GPU; PyTorch stays on the CPU. `quick`: short documents and two
-    repeats, a smoke test. `one_turn`: as in `plan`. `compiled`: measure PyTorch with a compiled
-    U-Net as well; where that fails, `about["left_out"]` says why. `clock`: `cpu` measures CPU
-    time, which other work on the machine changes little, in place of latency. Raises `MmiError` if
+    sampler of the bundle; None for its first one of 20 steps, of a distilled model its first.
+    `library`: kernel library of the runtime; None to run MMFS as standard operators. `target`:
+    engines of the runtime, on GPU `device` if they are for a GPU; PyTorch stays on the CPU.
+    `quick`: short documents and two repeats, a smoke test. `one_turn`: as in `plan`. `compiled`:
+    measure PyTorch with a compiled U-Net as well; where that fails, `about["left_out"]` says why.
+    `clock`: `cpu` measures CPU time, which other work on the machine changes little, in place of
+    latency. Raises `MmiError` if
     another backend fails, or if their outputs differ.
     """
     opened = Bundle.open(bundle, unproved=unproved)
@@ -174,7 +175,7 @@ def run(
         "clock": clock,
         "repeats": work.repeats,
         "schedule": key,
-        "guidance": GUIDANCE,
+        "guidance": opened.config.image_decoder.guidance_of(None),
         "precision": "float32",
         "target": target,
         "model": opened.config.name,
@@ -271,6 +272,8 @@ def _same(case: Case, runtime: Output, pytorch: Output, exact: bool) -> int:
 def _schedule(bundle: Bundle, asked: str | None) -> str:
     if asked is not None:
         return bundle.schedule(asked).key
+    if bundle.config.image_decoder.distillation is not None:
+        return bundle.schedules[0]
     for key in bundle.schedules:
         if key.endswith(f":{STEPS}"):
             return key

@@ -60,9 +60,6 @@ from mmi_deploy.system.process_memory import (
 )
 from mmi_deploy.system.progress import Progress, silent
 
-# Scale of classifier-free guidance, as in the paper's evaluation.
-GUIDANCE = 3.5
-
 # Tokens of a document whose number of steps varies.
 _SHORT = 16
 
@@ -338,7 +335,8 @@ class _Work:
 
     def _draw(self, session: Session, steps: int) -> Sample:
         """Draw a picture of `steps` steps."""
-        picture = Picture(session.images, self._schedule, GUIDANCE, seed=0)
+        guidance = session.config.image_decoder.guidance_of(None)
+        picture = Picture(session.images, self._schedule, guidance, seed=0)
         session.append_text([self._runtime.config.tokens.boi])
         session.next_logits()  # the token belongs to the text
         start = self._clock()

@@ -23,6 +23,7 @@ from mmi_deploy.cli.inspect.source import (
     memory_model,
 )
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.schedule import default_schedule
 from mmi_deploy.system.files import size
 
 if TYPE_CHECKING:
@@ -30,13 +31,10 @@ if TYPE_CHECKING:
     from mmi_deploy.analysis.gpu_specs import Gpu
     from mmi_deploy.analysis.memory_estimate import Model
 
-# Denoising steps of a picture, as in the default sampler.
-STEPS = 20
-
 BASIS = (
     "Computed from the graphs and the vendors' figures, not measured: lower bounds for "
     "any implementation. A token at a full context; a picture: its condition, the U-Net's values "
-    f"of one image, {STEPS} steps with guidance and the VAE"
+    "of one image, the steps of the default sampler with guidance and the VAE"
 )
 
 
@@ -63,7 +61,7 @@ def show_gpus(model: Model, names: Sequence[str], as_json: bool) -> None:
     costs = cache(partial(run_costs, model))
     rows = [gpu_row(model, gpu(name), costs) for name in names or GPUS]
     if as_json:
-        print_json({"model": model.config.name, "steps": STEPS, "gpus": rows})
+        print_json({"model": model.config.name, "steps": default_steps(model), "gpus": rows})
         return
     limits = model.limits
     table = Table(
@@ -122,6 +120,12 @@ def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
     return found
 
 
+def default_steps(model: Model) -> int:
+    """Denoising steps of a picture by the default sampler of the model."""
+    distilled = model.config.image_decoder.distillation
+    return int(default_schedule(distilled).rpartition(":")[2])
+
+
 def gpu_row(
     model: Model, gpu: Gpu, costs: Callable[[str], Mapping[str, GraphCost]]
 ) -> dict[str, Any]:
@@ -145,6 +149,6 @@ def gpu_row(
             "token": seconds["llm"],
             "image": seconds["vision_encoder"] + seconds["llm_values"],
             "step": step,
-            "picture": STEPS * step + once,
+            "picture": default_steps(model) * step + once,
         },
     }

@@ -36,6 +36,7 @@ export class Options {
       seed: seed === "" ? Math.floor(Math.random() * 1e6) : Number(seed),
       images: model.pictures === null ? images : Math.min(images, model.pictures),
       tokens: model.tokens === null ? tokens : Math.min(tokens, model.tokens),
+      guidance: model.guidance ?? this.values.guidance,
       sampler: chosen,
       steps: model.samplers.find((one) => one.name === chosen)?.steps ?? 0,
       previews,
@@ -58,6 +59,7 @@ export function settingsPanel(options, model, changed) {
     elements.sampler.replaceChildren(...model().samplers.map(({ name, steps }) => h(
       "option", { value: name }, steps ? `${name.split(":")[0]}, ${steps} steps` : name)));
     elements.sampler.value = values.sampler;
+    elements.guidance.disabled = typeof model().guidance === "number"; // distilled: no choice
     if (elements.sampler.selectedIndex < 0) elements.sampler.selectedIndex = 0;
   };
   byId("defaults").addEventListener("click", () => fill(DEFAULTS));

@@ -67,6 +67,8 @@ export async function servedModel() {
     parts: limits.parts ?? null,
     body: limits.body_bytes ?? null,
     previews: mmi.previews ?? true,
+    // Of a model with one branch, into which it is distilled; others take any.
+    guidance: mmi.branches === 1 ? mmi.defaults?.guidance ?? null : null,
     keepAlive: mmi.keep_alive ?? 15,
     picture: { bytes: limits.image_bytes ?? 20 * 2 ** 20, pixels: limits.image_pixels ?? 64e6 },
   };

@@ -27,7 +27,7 @@ from mmi_deploy.runtime.backend import HostBackend
 from mmi_deploy.runtime.buffers import HOST, Array, Buffer
 from mmi_deploy.runtime.engine import Engine
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.spec.config import ModelConfig
+from mmi_deploy.spec.config import DistillationConfig, ModelConfig
 from mmi_deploy.spec.graphs import DEEP, Graph, Limits, graphs
 
 LIMITS = Limits(context=48, images=6, pool=24)
@@ -135,7 +135,9 @@ def denoise_step(x: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
 def denoise_shallow(x: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
     latents, history, step = x["latents"], x["history"], x["step"]
     deep = x[DEEP][:, :, 0, 0, 0].astype(np.float64)
-    guided = deep[:, 1] + x["guidance"] * (deep[:, 0] - deep[:, 1])
+    guided = deep[:, 0]
+    if "guidance" in x:  # a distilled model has one branch
+        guided = deep[:, 1] + x["guidance"] * (deep[:, 0] - deep[:, 1])
     looked = seen_images(x, "unet_value") % PRIME  # [b, 4]: the latents' channels
     offset = guided[:, None] * 0.01 + looked * 0.003 + x["time_table"][step][:, :1]
     prediction = 0.25 * latents + offset[..., None, None]
@@ -218,9 +220,12 @@ class ExactEngine(Engine):
             hooks.encoded += len(given["pixels"])
 
 
-def exact_runtime(limits: Limits = LIMITS) -> tuple[Runtime, Hooks]:
+def exact_runtime(
+    limits: Limits = LIMITS, distilled: DistillationConfig | None = None
+) -> tuple[Runtime, Hooks]:
     """A runtime of the exact model, and the hooks of its engines."""
     config, hooks = exact_config(), Hooks()
+    config = replace(config, image_decoder=replace(config.image_decoder, distillation=distilled))
     backend = HostBackend(graphs(config, limits), limits, lambda graph: ExactEngine(graph, hooks))
     words = fake_tokenizer(config)
     return Runtime(config, words, backend, fake_schedule, SCHEDULES, PREVIEW_MAP), hooks

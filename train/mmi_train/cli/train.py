@@ -86,6 +86,15 @@ def train(
             rich_help_panel=_DISTIL,
         ),
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model folder whose U-Net is distilled, of the same shape.",
+            show_default="the model itself",
+            file_okay=False,
+            rich_help_panel=_DISTIL,
+        ),
+    ] = None,
     world: Annotated[
         World | None,
         typer.Option(
@@ -403,8 +412,10 @@ def train(
         layers.append(read_recipe(f"distill_{distill}"))
         if lora and groups is None:
             options["groups"] = NO_GROUPS  # adapters of the U-Net in place of all its weights
-    elif guidance is not None or world is not None:
-        raise ConfigError("--guidance and --world are of a distillation", fix="add --distill")
+    elif not guidance is world is teacher is None:
+        raise ConfigError(
+            "--guidance, --teacher and --world are of a distillation", fix="add --distill"
+        )
     asked, values = settings_of(
         *layers,
         Layer("options", {key: value for key, value in options.items() if value is not None}),
@@ -472,6 +483,7 @@ def train(
             ranks=ranks,
             watching=watching,
             compiled=compiled,
+            teacher=teacher,
         )
     if first:
         results().print(f"{trained}: export it with `mmi export {trained}`")

@@ -101,7 +101,7 @@ class Losses(NamedTuple):
 
 
 class PictureInputs(NamedTuple):
-    """What the image decoder's loss takes of pictures [j], beside random draws: the posterior of
+    """Inputs of the image decoder's loss on pictures [j], beside random draws: the posterior of
     their latents, condition tokens [j, y, c] and earlier images."""
 
     posterior: Posterior

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.config import ModelConfig, read_config, with_fields
+from mmi_deploy.spec.config import ImageDecoderConfig, ModelConfig, read_config, with_fields
 from mmi_deploy.system.files import sha256_of
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
@@ -23,10 +23,11 @@ from mmi_train.data.documents import Documents
 from mmi_train.data.mixture import MixedDocuments
 from mmi_train.data.synthetic.world import WorldConfig
 from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.model.unet import UNet
 from mmi_train.training.compiled import check_compiler, compile_blocks
 from mmi_train.training.from_scratch import own_tokenizer
 from mmi_train.training.loading import load_for_training
-from mmi_train.training.loop import UNWATCHED, RunConfig, Watch, train
+from mmi_train.training.loop import UNWATCHED, RunConfig, Stage, Watch, train
 from mmi_train.training.lora import (
     ADAPTERS_KIND,
     LoraConfig,
@@ -49,6 +50,7 @@ from mmi_train.training.stages.distillation import (
 from mmi_train.training.stages.documents import DocumentsStage
 from mmi_train.training.stages.interleaved import PICTURES_MIXTURE, InterleavedStage
 from mmi_train.training.stages.packed_documents import PackedDocumentsStage
+from mmi_train.training.teachers import load_teacher, teacher_config
 from mmi_train.training.trackers import TrackerName, service
 from mmi_train.training.validation import Validation
 from mmi_train.weights.lazy_tensor import StoredTensor
@@ -191,11 +193,13 @@ def fine_tune(
     ranks: Ranks = ALONE,
     watching: Watching | None = None,
     compiled: bool = False,
+    teacher: Path | None = None,
 ) -> Path:
     """Train the model folder `start` on the documents of `file` and write the model folder
     `out/model`, and the adapters, if there are any, to `out/adapters`; returns the former.
     watching: what is measured and shown meanwhile. compiled: compile the blocks of the language
     model, which rounds otherwise; one process alone can, on matrices that are not quantised.
+    teacher: model folder whose U-Net is distilled; None: that of `start`.
 
     on_broken: told of each document that cannot be read. The same call resumes from the last
     checkpoint in `out`. Both folders are written at every checkpoint; weights that do not learn
@@ -203,7 +207,7 @@ def fine_tune(
     and `out`; only the first one writes and reports. Raises `MmiError` where another process trains
     there, or a folder holds files that mmi did not write.
     """
-    _check_distillation(start, tuning, ranks)
+    taught = _check_distillation(start, teacher, tuning, ranks)
     diffusion = tuning.diffusion.of(read_config(start / CONFIG)).image_decoder.diffusion
     if compiled:
         if tuning.lora is not None and tuning.lora.four_bit:
@@ -226,6 +230,8 @@ def fine_tune(
         # One rank reads all of the file for this.
         ranks.check_agreement({"the start's weights": fingerprint(start)})
         begun = ranks.gather(f"weights {sha256_of(start / WEIGHTS)}" if ranks.main else "")[0]
+        if teacher is not None:
+            begun += f", teacher {sha256_of(teacher / WEIGHTS)}"
         model = load_for_training(
             start,
             optimiser,
@@ -242,11 +248,11 @@ def fine_tune(
         stage: DocumentsStage | InterleavedStage | DistillationStage = source
         config = model.config
         if tuning.distill is not None:
-            student = tuning.distill.config_of(model.config.image_decoder)
+            student = tuning.distill.config_of(taught)
             stage = DistillationStage(
                 source,
-                teacher_of(model.image_decoder.unet),
-                model.config.image_decoder.branches,
+                _frozen_teacher(model, start, teacher),
+                taught.branches,
                 tuning.distill,
                 student,
                 str(tuning.lora),
@@ -280,9 +286,15 @@ def fine_tune(
     return model_folder
 
 
-def _check_distillation(start: Path, tuning: FineTuning, ranks: Ranks) -> None:
-    """Raise `ConfigError` for a distillation, or a distilled model, that cannot be trained so."""
-    decoder = read_config(start / CONFIG).image_decoder
+def _check_distillation(
+    start: Path, teacher: Path | None, tuning: FineTuning, ranks: Ranks
+) -> ImageDecoderConfig:
+    """Configuration of the teacher's image decoder. Raises `ConfigError` for a distillation, or a
+    distilled model, that cannot be trained so."""
+    config = read_config(start / CONFIG)
+    decoder = config.image_decoder
+    if teacher is not None:
+        decoder = teacher_config(teacher, config).image_decoder
     if tuning.distill is not None:
         tuning.distill.config_of(decoder)
         if tuning.diffusion != DiffusionChange():
@@ -303,6 +315,7 @@ def _check_distillation(start: Path, tuning: FineTuning, ranks: Ranks) -> None:
             fix="train the model that it was distilled from, and distil that; or train on text "
             "alone with --image-weight 0",
         )
+    return decoder
 
 
 def _source(
@@ -332,7 +345,7 @@ def _source(
 
 def _watch(
     asked: Watching | None,
-    stage: DocumentsStage | InterleavedStage,
+    stage: Stage,
     out: Path,
     ranks: Ranks,
     settings: Mapping[str, object],
@@ -341,10 +354,17 @@ def _watch(
         return UNWATCHED
     validation = None
     if asked.held_out is not None or asked.prompts is not None:
-        if not isinstance(stage, DocumentsStage):
-            raise ConfigError("a drawn world has no validation", fix="train on documents")
+        assert isinstance(stage, DocumentsStage), "a distillation is not validated on documents"
         validation = Validation(stage, asked.held_out, asked.prompts, out, asked.every, ranks)
     tracker = None
     if asked.tracker is not None and ranks.main:
         tracker = service(asked.tracker, out, settings)
     return Watch(validation, tracker, asked.profile)
+
+
+def _frozen_teacher(model: MMInterleaved, start: Path, teacher: Path | None) -> UNet:
+    """The U-Net that a distillation of the loaded model learns from; teacher: None for its own."""
+    frozen = teacher_of(model.image_decoder.unet)
+    if teacher is not None:
+        load_teacher(frozen, teacher, start)
+    return frozen

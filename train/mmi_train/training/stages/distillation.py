@@ -3,8 +3,7 @@
 The documents and all that is computed from them, apart from the U-Net, are those of another stage;
 encoder, language model, resampler and MMFS are frozen and shared with the teacher.
 
-Letters: j pictures, r noise levels of each picture, b = r j rows, y condition tokens, z latent
-channels.
+Letters: b batch, y condition tokens, z latent channels.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ from mmi_train.model.image_decoder import PreviousImages
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.model.unet import UNet
 
-_UNET = "image_decoder.unet."
+# Before the U-Net's own names in a model.
+UNET = "image_decoder.unet."
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -45,8 +45,8 @@ class Distillation:
     draws: int = Field(default=4, ge=1)
 
     def config_of(self, teacher: ImageDecoderConfig) -> DistillationConfig:
-        """What the configuration of a student of `teacher` says. Raises `ConfigError` for a teacher
-        that cannot have such a student."""
+        """Distillation as the configuration of a student of `teacher` holds it. Raises
+        `ConfigError` for a teacher that cannot have such a student."""
         own = teacher.distillation
         if own is not None and (own.kind == "lcm" or self.kind == "guidance"):
             raise ConfigError(
@@ -83,8 +83,8 @@ class PictureSource(Protocol):
 
 @dataclass(frozen=True)
 class _Rows:
-    """Frozen inputs of b rows: latents and noisy latents [b, z, side, side], condition
-    [b, y, width], image values of every MMFS block, and who sees which images."""
+    """Frozen inputs of b rows, one for each picture and noise level: latents [b, z, side, side],
+    condition [b, y, width], image values of every MMFS block, and who sees which images."""
 
     latents: Tensor
     condition: Tensor
@@ -165,9 +165,9 @@ class DistillationStage:
     def follow(self, average: Mapping[str, Tensor]) -> None:
         """Take targets from `average`, which the loop updates in place."""
         self._target = {
-            f"unet.{name.removeprefix(_UNET)}": value
+            f"unet.{name.removeprefix(UNET)}": value
             for name, value in average.items()
-            if name.startswith(_UNET)
+            if name.startswith(UNET)
         }
 
     def batch(self, index: int, rng: np.random.Generator) -> Any:
