@@ -24,8 +24,9 @@ from mmi_train.evaluation.benchmarks.scores import options_of
 # Model that is evaluated if none is given.
 _TINY = Path("assets/tiny")
 
-# Heading of the options for files of predictions.
+# Headings of the options for benchmarks.
 _BENCHMARK = "Benchmarks"
+_ANSWERS = "Answers to a benchmark"
 
 # Options of drawn scenes, of a model's answers to a benchmark, and of their scores, with what they
 # are of.
@@ -161,7 +162,7 @@ def evaluate(
         typer.Option(
             help="Named prompt in place of the set's own, such as vqa-appendix.",
             metavar="NAME",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     out: Annotated[
@@ -172,7 +173,7 @@ def evaluate(
             help="Answers of the model: a .jsonl file; of the same run, it is continued. With "
             "--against: the comparison, a new .json file.",
             metavar="FILE",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     shard: Annotated[
@@ -180,7 +181,7 @@ def evaluate(
         typer.Option(
             help="Answer one part of the questions, such as 2/8, and do not score.",
             metavar="I/N",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     against: Annotated[
@@ -230,7 +231,7 @@ def evaluate(
             max=64,
             help="Pictures drawn of each caption, of which CLIP chooses.",
             metavar="N",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = 1,
     meteor: Annotated[
