@@ -31,14 +31,19 @@ WRITTEN = {
     "model.safetensors.index.json",
 }
 
-# Files of published data sets.
+# Files of published data sets and networks.
 OF_DATA_SETS = {
     "captions_val2014.json",
+    "config.json",
     "flickr30k_test_karpathy.json",
+    "flintstones_annotations_v1-0.json",
+    "instances.json",
     "nocaps_test_image_info.json",
     "nocaps_val_4500_captions.json",
     "paragraphs_coco.json",
     "paragraphs_v1.json",
+    "tokenizer.json",
+    "train-val-test_split.json",
 }
 
 ELSEWHERE = WRITTEN | OF_DATA_SETS

@@ -122,8 +122,8 @@ def run_costs(model: Model, precision: str) -> dict[str, GraphCost]:
 
 def default_steps(model: Model) -> int:
     """Denoising steps of a picture by the default sampler of the model."""
-    distilled = model.config.image_decoder.distillation
-    return int(default_schedule(distilled).rpartition(":")[2])
+    decoder = model.config.image_decoder
+    return int(default_schedule(decoder.diffusion, decoder.distillation).rpartition(":")[2])
 
 
 def gpu_row(

@@ -63,7 +63,7 @@ class Candidates:
     weights: Path | None = None
 
     def record(self) -> dict[str, Any]:
-        """What answers depend on, for JSON."""
+        """Values that answers depend on, for JSON."""
         if self.count == 1:
             return {}
         from mmi_train.evaluation.metrics.clip_similarity import Reranker

@@ -24,11 +24,9 @@ from mmi_train.evaluation.benchmarks.scores import options_of
 # Model that is evaluated if none is given.
 _TINY = Path("assets/tiny")
 
-# Heading of the options for files of predictions.
+# Headings of the options for benchmarks.
 _BENCHMARK = "Benchmarks"
-
-# Heading of the options for the answers of a model.
-_ANSWERS = "Answers of a model"
+_ANSWERS = "Answers to a benchmark"
 
 # Options of drawn scenes, of a model's answers to a benchmark, and of their scores, with what they
 # are of.
@@ -248,7 +246,7 @@ def evaluate(
             max=64,
             help="Pictures drawn of each caption, of which CLIP chooses.",
             metavar="N",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = 1,
     meteor: Annotated[

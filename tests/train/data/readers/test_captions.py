@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,22 @@ def test_what_is_missing_is_named_with_its_source(
     assert "has no split dev" in capsys.readouterr().err
     assert run(["data", "check", "coco-caption", str(tmp_path), "--prompt", "captoin"]) == 2
     assert "The nearest is caption" in capsys.readouterr().err
+
+
+def test_a_text_without_blanks_is_drawn_and_the_first_of_each_reason_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten million letters on the contact sheet; what is dropped at opening has a place."""
+    data = [
+        {"image_id": "ab", "caption_str": "x" * 10_000_000},
+        {"image_id": "cd", "caption_str": ""},
+    ]
+    tree = put(tmp_path, {"TextCaps_0.1_train.json": {"data": data}, "train_images/ab.jpg": 2})
+    sheet = tmp_path / "sheet.png"
+    words = ["data", "check", "textcaps", str(tree), "--sheet", str(sheet), "--show", "1"]
+    begun = time.process_time()
+    assert run([*words, "--json"]) == 0
+    assert time.process_time() - begun < 10 and sheet.is_file()
+    capsys.readouterr()
+    assert run([*words[:4], "--show", "0"]) == 0
+    assert "record 1 of" in " ".join(capsys.readouterr().out.split())

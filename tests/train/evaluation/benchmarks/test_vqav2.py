@@ -152,6 +152,24 @@ def test_two_files_are_compared_on_the_same_questions(
     assert "not told apart" in mmi(*words, "--against", answers)[1]
 
 
+def test_a_measure_that_differs_in_one_file_alone_is_compared(
+    mmi: Mmi, data: Path, answers: Path, tmp_path: Path
+) -> None:
+    lines = [{"id": n, "text": t} for n, (_, t, _) in QUESTIONS.items()]
+    lines[3]["text"] = "Left."
+    other, out = write_lines(tmp_path / "other.jsonl", lines), tmp_path / "compared.json"
+    words = ("--predictions", answers, "--benchmark", "vqav2", "--data", data, "--against", other)
+    code, printed, err = mmi(*words, "--json", "-o", out)
+    assert (
+        code == 0 and f"wrote {out}" in err and json.loads(out.read_text()) == json.loads(printed)
+    )
+    found = json.loads(printed)["against"]
+    assert found["differences"]["accuracy, always normalised"]["value"] == pytest.approx(-20)
+    assert (found["answers"], found["different"], found["band"]["levels"]) == (5, 1, None)
+    assert mmi(*words, "-o", out)[0] == 2  # it would be lost
+    assert "or of --against" in mmi(*words[:-2], "-o", tmp_path / "x.json")[2]
+
+
 def test_a_split_without_answers_becomes_a_submission(
     mmi: Mmi, data: Path, answers: Path, tmp_path: Path
 ) -> None:

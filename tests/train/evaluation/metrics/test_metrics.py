@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -62,6 +63,33 @@ def test_anls_is_the_nearest_answer_above_one_half() -> None:
     assert anls("anything", []) == 0 and anls("", [""]) == 1
     assert anls("page " * 100_000, ["page"]) == 0  # at once
     assert edit_distance("kitten", "sitting") == 3
+
+
+def distance_by_table(a: str, b: str) -> int:
+    before = list(range(len(b) + 1))
+    for row, x in enumerate(a, 1):
+        now = [row]
+        for column, y in enumerate(b, 1):
+            now.append(min(before[column] + 1, now[-1] + 1, before[column - 1] + (x != y)))
+        before = now
+    return before[-1]
+
+
+def test_the_edit_distance_is_that_of_the_table() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        a, b = ("".join(rng.choices("abé ", k=rng.randint(0, 70))) for _ in range(2))
+        assert edit_distance(a, b) == distance_by_table(a, b), (a, b)
+
+
+@pytest.mark.timing
+def test_pages_of_30_000_letters_take_a_second() -> None:
+    """The table would take minutes."""
+    rng = random.Random(0)
+    a, b = ("".join(rng.choices("abcdefgh ", k=30_000)) for _ in range(2))
+    begun = time.process_time()
+    assert edit_distance(a, b) > 15_000
+    assert time.process_time() - begun < 5
 
 
 def test_numbers_are_relaxed_and_texts_are_not() -> None:

@@ -32,7 +32,7 @@ class AnnotationError(MmiError):
 
 @dataclass(frozen=True)
 class Form:
-    """How samples of a set become references.
+    """Form in which samples of a set become references.
 
     numbered: ids are the samples' numbers, since the set has none or repeats them. merged: samples
     of one id are one question with all their answers. given: the picture that counts is the one
