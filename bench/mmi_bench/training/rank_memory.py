@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,20 +63,16 @@ def rank_memory(
         )
         file = DocumentFile(folder / "d.jsonl")
         plan = memory_plan(start, file, tuning, ranks=RANKS, checkpointed=(True,), batches=(1,))
-        jobs: dict[str, Callable[[Ranks], dict[str, int]]] = {
-            "whole": lambda ranks: _loading(ranks, start, tuning, _whole),
-            "rows": lambda ranks: _loading(ranks, start, tuning, _rows),
-            "run": lambda ranks: _run(ranks, start, file, tuning, folder / "out"),
-        }
-        found = {name: _forked(job, folder, name) for name, job in jobs.items()}
-    for name, told in (("whole", "the whole model first"), ("rows", "each rank its rows")):
-        for rank, one in enumerate(found[name]):
-            typer.echo(
-                f"loading, {told}, rank {rank}: {one['grown'] / 1e6:.0f} MB at most, "
-                f"{one['held'] / 1e6:.0f} MB of weights"
-            )
-    for rank, one in enumerate(found["run"]):
-        _tell(plan, rank, one)
+        for told, load in (("the whole model first", _whole), ("each rank its rows", _rows)):
+            job = partial(_loading, start=start, tuning=tuning, load=load)
+            for rank, one in enumerate(_forked(job, folder, load.__name__)):
+                typer.echo(
+                    f"loading, {told}, rank {rank}: {one['grown'] / 1e6:.0f} MB at most, "
+                    f"{one['held'] / 1e6:.0f} MB of weights"
+                )
+        job = partial(_run, start=start, file=file, tuning=tuning, out=folder / "out")
+        for rank, one in enumerate(_forked(job, folder, "run")):
+            _tell(plan, rank, one)
     return 0
 
 
@@ -164,7 +161,7 @@ def _stop(what: str, done: int = 0, total: int = 0, *, detail: str = "", unit: s
 def _forked(
     job: Callable[[Ranks], dict[str, int]], folder: Path, name: str
 ) -> list[dict[str, int]]:
-    """What `job` finds in each of the forked ranks."""
+    """Run `job` in forked ranks; returns the findings of each."""
     children = []
     for rank in range(RANKS):
         if (child := os.fork()) == 0:

@@ -99,3 +99,6 @@ def test_without_a_compiler_the_command_says_so(
     err = capsys.readouterr().err
     assert "--compile needs a C++ compiler, and there is none. install g++" in err
     assert "Traceback" not in err and not (tmp_path / "out" / "model").exists()
+    assert command([*line, "-o", str(tmp_path / "out"), "--device", "cpu", "--four-bit"]) == 2
+    err = capsys.readouterr().err
+    assert "--compile with --four-bit has not been compared" in err

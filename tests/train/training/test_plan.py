@@ -171,7 +171,7 @@ def test_every_rank_holds_4_bit_weights_whole_and_copies_its_shards_for_checkpoi
     plan = MemoryPlan(held, steps, tokens=9, units=[Unit(0, 0)], ranks=4, largest=(400, 30))
     assert plan.per_rank(1, False) == 507 + 500 // 4
     assert plan.checkpoint_copy == 400 // 4 and replace(plan, ranks=1).checkpoint_copy == 0
-    assert plan.reading == 2 * 100 and replace(plan, largest=(400, 300)).reading == 2 * 300
+    assert plan.reading == 100 and replace(plan, largest=(400, 300)).reading == 300
 
 
 def test_the_command_prints_a_plan(

@@ -179,7 +179,7 @@ def main(folder: Path) -> None:
         tune(folder, folder / "full", LORA, ranks)
 
     def filled(ranks: Ranks) -> None:
-        """What each rank holds, joined, is what one process loads as a whole."""
+        """The shards of all ranks, joined, are the weights that one process loads."""
         for config in LORAS:
             whole = loaded(folder, ALONE, config).state_dict()
             for name, value in loaded(folder, ranks, config).state_dict().items():

@@ -198,7 +198,7 @@ def fine_tune(
     """Train the model folder `start` on the documents of `file` and write the model folder
     `out/model`, and the adapters, if there are any, to `out/adapters`; returns the former.
     watching: what is measured and shown meanwhile. compiled: compile the blocks of the language
-    model, which rounds otherwise; one process alone can, on matrices that are not quantised.
+    model, which rounds otherwise; refused with 4-bit matrices.
     teacher: model folder whose U-Net is distilled; None: that of `start`.
 
     on_broken: told of each document that cannot be read. The same call resumes from the last
@@ -212,8 +212,7 @@ def fine_tune(
     if compiled:
         if tuning.lora is not None and tuning.lora.four_bit:
             raise ConfigError(
-                "--compile works without --four-bit alone: the library of 4-bit weights keeps "
-                "tables that cannot be traced",
+                "--compile with --four-bit has not been compared with a run that is not compiled",
                 fix="leave out one of the two",
             )
         check_compiler(device)

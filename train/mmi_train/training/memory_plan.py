@@ -94,10 +94,9 @@ class MemoryPlan:
 
     @property
     def reading(self) -> int:
-        """Bytes beside the weights while a rank reads its rows of the largest tensor, as they are
-        in the file, and compares their magnitudes with infinity."""
+        """Most bytes of the rows that a rank has read and not yet given their type and device."""
         sharded, whole = self.largest
-        return 2 * max(-(-sharded // self.ranks), whole)
+        return max(-(-sharded // self.ranks), whole)
 
     @property
     def checkpoint_copy(self) -> int:

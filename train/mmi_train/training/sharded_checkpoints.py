@@ -151,7 +151,7 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in a line: on which rank, where one of several failed."""
+    """The reason of an error in a line, with the rank where one of several failed."""
     if isinstance(error, CheckpointException):
         rank, (inner, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_reason(inner)}"
