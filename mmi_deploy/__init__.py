@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mmi_deploy.runtime.generation import generate
     from mmi_deploy.runtime.options import GenerationOptions
     from mmi_deploy.runtime.runtime import Runtime
+    from mmi_deploy.runtime.scoring import Score, score
     from mmi_deploy.runtime.timings import Timings
 
 _MODULES = {
@@ -70,6 +71,7 @@ _MODULES = {
     "runtime.generation": ("generate",),
     "runtime.options": ("GenerationOptions",),
     "runtime.runtime": ("Runtime",),
+    "runtime.scoring": ("Score", "score"),
     "runtime.timings": ("Timings",),
     "batching.batch_engine": ("BatchEngine", "EngineStats"),
     "batching.event_stream": ("EventStream",),
@@ -105,6 +107,7 @@ __all__ = [
     "Policy",
     "Rgb",
     "Runtime",
+    "Score",
     "Story",
     "Text",
     "TextDelta",
@@ -116,6 +119,7 @@ __all__ = [
     "parse_json",
     "parse_markdown",
     "read_document",
+    "score",
     "to_png",
     "write_story",
 ]

@@ -1,4 +1,4 @@
-"""Beams of one document in the service: a slot for each, which the document holds from its begin."""
+"""Beams of one document in the service, which holds a slot for each from its begin to its end."""
 
 from __future__ import annotations
 

@@ -73,11 +73,15 @@ def generate(
         ),
     ] = 256,
     temperature: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0, help="Sampling temperature; 0 is greedy.", metavar="X", rich_help_panel="Text"
+            min=0,
+            help="Sampling temperature; 0 is greedy.",
+            metavar="X",
+            show_default="1.0, with --beams 0",
+            rich_help_panel="Text",
         ),
-    ] = 1.0,
+    ] = None,
     top_k: Annotated[
         int,
         typer.Option(
@@ -123,6 +127,24 @@ def generate(
             rich_help_panel="Text",
         ),
     ] = 0.0,
+    beams: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Keep the best of N texts that grow side by side (beam search); 1: none.",
+            metavar="N",
+            rich_help_panel="Text",
+        ),
+    ] = 1,
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="Of --beams: above 0 favours long texts.",
+            metavar="X",
+            show_default="1.0",
+            rich_help_panel="Text",
+        ),
+    ] = None,
     biases: Annotated[
         list[str] | None,
         typer.Option(
@@ -227,7 +249,7 @@ def generate(
         seed=seed,
         max_images=max_images,
         max_tokens=max_tokens,
-        temperature=temperature,
+        temperature=float(beams == 1) if temperature is None else temperature,
         top_k=top_k,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
@@ -235,6 +257,8 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         logit_bias=_logit_bias(biases or []),
+        beams=beams,
+        length_penalty=1.0 if length_penalty is None else length_penalty,
         schedule=schedule,
         guidance=guidance,
         full_every=full_every,

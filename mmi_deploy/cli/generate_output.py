@@ -145,6 +145,8 @@ def _command(
         "full_every",
     ):
         words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    if options.beams > 1:
+        words += ["--beams", str(options.beams), "--length-penalty", str(options.length_penalty)]
     for token, bias in dict(options.logit_bias).items():
         words += ["--logit-bias", f"{token}={bias}"]
     return shlex.join(words)

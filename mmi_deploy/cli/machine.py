@@ -60,6 +60,9 @@ class Machine:
         engines = bundle.target_folder(self.target) / TARGET_MANIFEST
         settings = asdict(options)
         del settings["previews"]  # not in the results
+        if options.beams == 1:  # as runs of earlier versions, which are continued
+            for name in ("beams", "length_penalty", "early_stopping"):
+                del settings[name]
         return {
             "bundle": bundle.identity,
             "target": self.target,

@@ -1,6 +1,6 @@
 """Beam search: the most probable texts of a document grow side by side, and the best is kept.
 
-The rules are those of the scorer in transformers 4.31, with which the published evaluation searches:
+The rules are those of the scorer in transformers 4.31, by which the published evaluation searches:
 
 * Each step ranks the continuations of all beams together, and looks at as many of them for each
   beam as there are end tokens, and one more, so that enough beams go on.
@@ -11,7 +11,7 @@ The rules are those of the scorer in transformers 4.31, with which the published
 * The search ends once `beams` texts have finished and no beam, at its present length, is better
   than the worst of them; with `early_stopping` as soon as `beams` texts have finished.
 
-Letters: b beams, u vocabulary.
+Letters: u vocabulary.
 """
 
 from __future__ import annotations

@@ -136,6 +136,7 @@ class Generation:
                 "beams are more than a run of this bundle has rows",
                 expected=f"at most {limits.batch}",
                 got=options.beams,
+                fix="ask for fewer, or export the bundle with more --rows",
             )
         self.sequence, self.options = sequence, options
         self.tokenizer, self.tokens = tokenizer, config.tokens

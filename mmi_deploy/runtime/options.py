@@ -83,7 +83,7 @@ class GenerationOptions:
         self._check_beams()
 
     def _check_beams(self) -> None:
-        """Raise `ConfigError` for options that do not go together with a beam search, or need one."""
+        """Raise `ConfigError` for options that a beam search excludes, or that need one."""
         if self.beams == 1:
             for name, unused in (
                 ("length_penalty", self.length_penalty == 1),

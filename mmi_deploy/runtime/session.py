@@ -1,6 +1,6 @@
 """Session: one document that only grows, with its KV cache, image values and hidden states.
 
-Letters: b beams, t tokens, n encoded images, m image slots, c channels, v visual tokens, x context
+Letters: b batch, t tokens, n encoded images, m image slots, c channels, v visual tokens, x context
 tokens, u vocabulary.
 """
 

@@ -182,15 +182,14 @@ def serve(
         ),
     ] = 20,
     band: Annotated[
-        int,
+        str,
         typer.Option(
-            min=0,
-            max=255,
-            help="Levels by which a picture may differ from its reference.",
-            metavar="LEVELS",
+            help="Levels by which a picture may differ from its reference; or a file of "
+            "`mmi evaluate --against … -o FILE`, whose share of other texts is allowed, too.",
+            metavar="LEVELS|FILE",
             rich_help_panel=MEASUREMENT,
         ),
-    ] = 1,
+    ] = "1",
     endpoint: Annotated[
         str, typer.Option(metavar="chat|responses", help="Endpoint.", rich_help_panel=CLIENT)
     ] = "chat",
@@ -307,6 +306,7 @@ def serve(
 
         if out:
             import matplotlib  # noqa: F401
+        from mmi_bench.serve.band import parse_band
         from mmi_bench.serve.definitions import EXIT_INVALID, EXIT_OVER_SATURATED
         from mmi_bench.serve.goodput import parse_goodput
         from mmi_bench.serve.load import load_of
@@ -344,7 +344,7 @@ def serve(
         ),
         limits=parse_goodput(goodput) if goodput else (),
         runs=runs,
-        band=band,
+        band=parse_band(band),
         wire=Wire(
             endpoint=cast("Endpoint", endpoint),
             transport=cast("Transport", transport),

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from mmi_bench.serve.band import EXACT, Band
 from mmi_bench.serve.client import Client
-from mmi_bench.serve.definitions import CHECK_EVERY, PICTURE_BAND
+from mmi_bench.serve.definitions import CHECK_EVERY
 from mmi_bench.serve.records import RequestRecord
 from mmi_bench.serve.run import Kept
 from mmi_bench.serve.wire import Wire, decoded
@@ -32,26 +33,28 @@ _LISTED = 5
 
 @dataclass(frozen=True)
 class Check:
-    """Comparison of a share of the requests. differences: a line for each request outside of the
-    band. largest: difference of a picture, in levels of 255."""
+    """Comparison of a share of the requests. differences: a line for each request that differs
+    beyond the levels of the band. texts: how many of these differ in a text alone. largest:
+    difference of a picture, in levels of 255."""
 
     compared: int
     every: int
     reference: str
-    band: int
+    band: Band
     largest: int
     differences: Sequence[str]
+    texts: int = 0
 
     @property
     def valid(self) -> bool:
-        return not self.differences
+        return len(self.differences) == self.texts <= self.band.allowed(self.compared)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "compared": self.compared,
             "one_in": self.every,
             "reference": self.reference,
-            "picture_band": self.band,
+            **self.band.to_json(),
             "largest_picture_difference": self.largest,
             "differences": list(self.differences),
             "valid": self.valid,
@@ -62,7 +65,8 @@ class Check:
             return "no output was compared with a reference"
         found = f"{self.compared} outputs (1 in {self.every}) compared with {self.reference}"
         if self.valid:
-            return f"{found}: equal text, pictures within {self.largest}/255"
+            equal = f"{self.texts} other texts, within the band," if self.texts else "equal text,"
+            return f"{found}: {equal} pictures within {self.largest}/255"
         listed = "; ".join(self.differences[:_LISTED])
         return f"INVALID: {found}, {len(self.differences)} differ: {listed}"
 
@@ -71,26 +75,35 @@ def judge(
     kept: Sequence[Kept],
     references: Sequence[Output | str],
     reference: str,
-    band: int = PICTURE_BAND,
+    band: Band = EXACT,
     every: int = CHECK_EVERY,
 ) -> Check:
     """Compare outputs with their references, and note the result in their records. A reference that
     is a string is an error that came in place of it."""
-    differences, largest = [], 0
+    differences, largest, texts = [], 0, 0
     for one, expected in zip(kept, references, strict=True):
         record = one.record
         found: str | None
         try:
             if isinstance(expected, str):
                 raise MmiError(f"the reference failed: {expected}")
-            found, levels = difference(output_of(record), expected, band)
+            output = output_of(record)
+            found, levels = difference(output, expected, band.levels)
             largest = max(largest, levels)
+            if found:
+                alike, _ = difference(_blanked(output), _blanked(expected), band.levels)
+                texts += alike is None
         except MmiError as error:
             found = str(error)
         record.checked, record.difference = True, found
         if found:
             differences.append(f"request {record.number} ({record.prompt}): {found}")
-    return Check(len(kept), every, reference, band, largest, differences)
+    return Check(len(kept), every, reference, band, largest, differences, texts)
+
+
+def _blanked(output: Output) -> Output:
+    """The output with all texts empty."""
+    return ["" if isinstance(part, str) else part for part in output]
 
 
 def output_of(record: RequestRecord) -> Output:

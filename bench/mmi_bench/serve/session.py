@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mmi_bench.machine import describe as describe_machine
+from mmi_bench.serve.band import EXACT, Band
 from mmi_bench.serve.client import Client
-from mmi_bench.serve.definitions import PICTURE_BAND
 from mmi_bench.serve.goodput import GoodputLimit
 from mmi_bench.serve.load import Load
 from mmi_bench.serve.reference import Check, in_process, judge, sequential
@@ -59,15 +59,15 @@ class Server:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything else of a benchmark. runs: number of windows. band: of pictures, in
-    levels. wire: its model is the server's unless `Server.model` names one."""
+    """Everything else of a benchmark. runs: number of windows. band: of outputs
+    around their references. wire: its model is the server's unless `Server.model` names one."""
 
     workload: Workload
     load: Load
     plan: Plan
     limits: Sequence[GoodputLimit] = ()
     runs: int = 1
-    band: int = PICTURE_BAND
+    band: Band = EXACT
     wire: Wire = field(default_factory=Wire)
     tokenizer: Path | None = None
 

@@ -60,7 +60,7 @@ def adapter_memory(
         write_placeholder_model(wide(layers), start, "random", torch.bfloat16)
         data.write_text(json.dumps([{"text": "w20 w21 w22 w23 w24"}]))
         weights = (start / WEIGHTS).stat().st_size
-        _forget_peak()
+        forget_peak()
         before, begun = memory_bytes(), time.perf_counter()
         lora = LoraConfig(layers=("llm",), rank=16, four_bit=four_bit)
         tuning = FineTuning(batch=1, lora=lora, checkpoint_gradients=True)
@@ -76,7 +76,7 @@ def adapter_memory(
     return 0
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let the peak memory of this process begin now."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

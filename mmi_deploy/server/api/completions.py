@@ -15,8 +15,8 @@ from mmi_deploy.server.api.document_parts import DocumentBuilder, ReadDocument
 from mmi_deploy.server.api.endings import details, ended_early, finish_reason, usage_of
 from mmi_deploy.server.api.errors import ApiError
 from mmi_deploy.server.api.fields import (
+    BeamFields,
     Count,
-    Fields,
     MmiFields,
     ModelName,
     Seed,
@@ -38,7 +38,7 @@ from mmi_deploy.server.settings import RequestLimits
 DEFAULT_TOKENS = 16
 
 
-class TextMmiFields(Fields):
+class TextMmiFields(BeamFields):
     """Extensions that concern text."""
 
     seed: Seed | None = Field(None, description="Of all random draws; drawn and returned if none.")

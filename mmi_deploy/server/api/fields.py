@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
+from mmi_deploy.runtime.options import DEFAULTS, MOST_BEAMS, GenerationOptions
 from mmi_deploy.server.api.api_request import OutputFormat, Transport
 from mmi_deploy.server.api.errors import ApiError, api_error_of, public
 from mmi_deploy.server.served_model import ServedModel
@@ -232,7 +232,23 @@ def _name_of(place: tuple[str | int, ...]) -> str | None:
     return text
 
 
-class MmiFields(Fields):
+class BeamFields(Fields):
+    """Beam search, an extension of the API."""
+
+    beams: Annotated[Whole, Field(ge=1, le=MOST_BEAMS)] | None = Field(
+        None,
+        description="Keep the best of so many texts that grow side by side (beam search). Takes a "
+        "slot of the service for each, and a `temperature` of 0, which it stands for.",
+    )
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
+        None, description="Of `beams`: above 0 favours long texts; 1.0 unless given."
+    )
+    early_stopping: bool | None = Field(
+        None, description="Of `beams`: end once so many texts have finished."
+    )
+
+
+class MmiFields(BeamFields):
     """Extensions of the API, all in one object."""
 
     seed: Seed | None = Field(None, description="Of all random draws; drawn and returned if none.")
@@ -324,13 +340,25 @@ def options_of(
     """
     given: dict[str, Any] = {
         name: getattr(mmi, name)
-        for name in ("draw_first", "turn_tokens", "guidance", "schedule", "full_every")
+        for name in (
+            "draw_first",
+            "turn_tokens",
+            "beams",
+            "length_penalty",
+            "early_stopping",
+            "guidance",
+            "schedule",
+            "full_every",
+        )
     }
     given |= {"seed": mmi.seed, "max_images": mmi.max_images, "min_tokens": mmi.min_tokens}
     given["previews"] = mmi.partial_images
     given |= values
     given = {name: value for name, value in given.items() if value is not None}
     given.setdefault("seed", secrets.randbelow(_SEEDS))
+    if given.get("beams", 1) > 1:
+        check_limit("beams", "too_many_beams", given["beams"], model.limits.batch, "mmi.beams")
+        given.setdefault("temperature", 0.0)
     if (schedule := given.get("schedule")) is not None and schedule not in model.steps:
         raise ApiError(
             400,
@@ -356,6 +384,8 @@ def options_of(
         options.sampling.check_ids(model.config.llama.vocab)
     except ConfigError as error:
         param = _option_in(error, given)
+        if param in BeamFields.model_fields:
+            param = f"mmi.{param}"
         raise api_error_of(error, param=fields.get(param, param) if param else None) from None
     return options
 
@@ -386,7 +416,7 @@ def with_room(
 def _option_in(error: ConfigError, given: Mapping[str, Any]) -> str | None:
     """The option that an error of the options names."""
     words = str(error).split(";")[0].replace("'", " ").split()
-    return next((name for name in given if name in words), None)
+    return next((word for word in words if word in given), None)
 
 
 def max_seconds_of(mmi: MmiFields, limits: RequestLimits) -> float:

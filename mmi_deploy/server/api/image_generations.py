@@ -25,6 +25,7 @@ from mmi_deploy.server.api.endings import details, ended_early, finish_reason, u
 from mmi_deploy.server.api.errors import ApiError
 from mmi_deploy.server.api.fields import (
     NO_EXTENSIONS,
+    BeamFields,
     Fields,
     Label,
     MmiFields,
@@ -116,7 +117,10 @@ class ImagesRequest(ApiRequest):
 
 
 # Extensions without a meaning for pictures alone.
-_OF_TEXT = ("max_images", "draw_first", "turn_tokens", "min_tokens", "progress")
+_OF_TEXT = (
+    *("max_images", "draw_first", "turn_tokens", "min_tokens", "progress"),
+    *BeamFields.model_fields,
+)
 
 
 def read(

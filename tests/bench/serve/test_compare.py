@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmi_bench.serve.band import Band
 from mmi_bench.serve.compare import compare, parse_limit, read_result
 from mmi_bench.serve.records import RequestEvent, RequestRecord
 from mmi_bench.serve.reference import Check
@@ -134,7 +135,7 @@ def change(name: str) -> Any:
         case "incomplete":
             one.complete = False
         case "INVALID":
-            one.check = Check(1, 20, "r", 1, 9, ["request 3"])
+            one.check = Check(1, 20, "r", Band(), 9, ["request 3"])
         case "share no prompt":
             for record in one.records:
                 record.prompt = f"other-{record.prompt}"

@@ -17,7 +17,7 @@ from export.small_models import paper_reading, random_model
 from mmi_deploy.cli.app import run as command
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
-from mmi_train.training.compiled import compile_blocks
+from mmi_train.training.compiled import compile_blocks, compiled_parts
 from mmi_train.training.lora import LoraConfig, add_adapters
 from mmi_train.weights.model_folder import TOKENIZER, save_model
 
@@ -77,10 +77,8 @@ def test_compiled_parts_are_whole_graphs() -> None:
     model = small_model()
     whole = [block for block in model.llm.blocks if block.look_back is None]
     assert whole and len(whole) < len(model.llm.blocks)
-    for block in model.llm.blocks:
-        parts = [block] if block.look_back is None else [block.self_attn, block.mlp]
-        for part in parts:
-            part.compile(fullgraph=True, backend="eager")
+    for part in compiled_parts(model):
+        part.compile(fullgraph=True, backend="eager")
     torch._dynamo.reset()
     for ours, theirs in zip(losses_of(model, (12,)), expected, strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -102,6 +102,8 @@ def main(folder: Path) -> None:
         size, workers = MACHINES[attempt % len(MACHINES)]
         attempt += 1
         before = latest_checkpoint(out / "documents")
+        done = folder / f"{out.name}.steps"
+        done.unlink(missing_ok=True)
         children = forked(folder, out, size, workers)
         victim = rng.choice(children)
         waited = time.monotonic() + rng.uniform(0.5, 12.0)
@@ -114,7 +116,6 @@ def main(folder: Path) -> None:
             os.waitpid(victim, 0)
             kills += 1
         ends = [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children if c != victim]
-        done = folder / f"{out.name}.steps"
         steps = done.read_text().split() if done.exists() else []
         newest = latest_checkpoint(out / "documents")
         told = {
@@ -163,8 +164,9 @@ def test_fifty_kills_lose_at_most_the_steps_since_a_checkpoint(tmp_path: Path) -
     for one in told:
         after = number_of(one["after"])
         assert one["whole"] and after >= number_of(one["before"]), one
-        # A checkpoint is whole before the step after it is done.
-        assert after >= (one["step"] - 1) // EVERY * EVERY, one
+        # One process writes a checkpoint before it goes on, ranks before they begin the next.
+        under_way = EVERY if one["ranks"] > 1 else 0
+        assert after >= (one["step"] - 1) // EVERY * EVERY - under_way, one
         assert all(end in (0, 2) for end in one["others"]), one
     whole = load_file(tmp_path / "whole" / "model" / "model.safetensors")
     values = (tmp_path / "whole" / "validation.jsonl").read_text().splitlines()

@@ -164,6 +164,16 @@ def test_a_rank_holds_its_shards_and_what_it_gathers() -> None:
     assert more.gathered == 2 * 400 + 200 and replace(more, ranks=1).gathered == 0
 
 
+def test_every_rank_holds_4_bit_weights_whole_and_copies_its_shards_for_checkpoints() -> None:
+    held = {"4-bit weights": 500, "tables": 7, "learning weights": 100, "gradients": 100}
+    held |= {"AdamW's moments": 200, "averages (EMA)": 100}
+    steps = {(1, False): Step(100, 1)}
+    plan = MemoryPlan(held, steps, tokens=9, units=[Unit(0, 0)], ranks=4, largest=(400, 30))
+    assert plan.per_rank(1, False) == 507 + 500 // 4
+    assert plan.checkpoint_copy == 400 // 4 and replace(plan, ranks=1).checkpoint_copy == 0
+    assert plan.reading == 2 * 100 and replace(plan, largest=(400, 300)).reading == 2 * 300
+
+
 def test_the_command_prints_a_plan(
     base: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

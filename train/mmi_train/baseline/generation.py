@@ -57,8 +57,8 @@ def generate(
 ) -> Iterator[Event]:
     """Read `document`, draw the pictures that it asks for, then continue it; ends with `Finished`.
 
-    Every step runs the whole U-Net, and no previews are shown; raises `ConfigError` if
-    `options.full_every` is not 1, or `options.previews` not 0.
+    Every step runs the whole U-Net, no previews are shown and no beams searched; raises
+    `ConfigError` if `options.full_every` or `options.beams` is not 1, or `options.previews` not 0.
 
     `scheduler`: one of diffusers', with its timesteps set; `options.schedule` is ignored. `eta`: of
     a DDIM scheduler; 1 is the ancestral sampler (`diffusion.ddim`). `kv_cache` False computes the
@@ -68,6 +68,12 @@ def generate(
         raise ConfigError("this path runs the whole U-Net in every step", got=options.full_every)
     if options.previews:
         raise ConfigError("this path shows no previews", got=options.previews)
+    if options.beams != 1:
+        raise ConfigError(
+            "this path searches no beams",
+            got=options.beams,
+            fix="mmi_train.model.generation.search_texts does",
+        )
     row = Row(model, limits)
     steps = len(scheduler.timesteps)
     worker = _Worker(row, scheduler, eta, kv_cache)

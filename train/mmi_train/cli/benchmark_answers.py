@@ -16,6 +16,7 @@ from mmi_deploy.documents.document import Image, Text
 from mmi_deploy.documents.images import Rgb, to_png
 from mmi_deploy.documents.story import Story
 from mmi_deploy.errors import ConfigError, DocumentError, MmiError
+from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.system.files import prepare_file
 from mmi_deploy.system.result_lines import ResultLines, check_results, result_lines
 from mmi_train.cli.benchmark_models import BenchmarkModel
@@ -25,6 +26,7 @@ from mmi_train.data.readers.sample import Sample, Skipped
 from mmi_train.evaluation.benchmarks.prompts import (
     CAPTIONED,
     caption_of,
+    described,
     document_of,
     generation_of,
     id_of,
@@ -90,6 +92,7 @@ def answer_and_score(
     options: Options,
     *,
     prompt: str | None,
+    beams: int | None,
     shard: Shard | None,
     candidates: int,
     against: Path | None,
@@ -103,6 +106,7 @@ def answer_and_score(
     says how they will be. Raises `MmiError`.
     """
     row = benchmark(name)
+    generation_of(row)  # raises for one that a model cannot answer
     if against is not None and not against.is_file():
         raise ConfigError(f"there is no file {against} to compare with")
     if submission is not None:
@@ -112,7 +116,9 @@ def answer_and_score(
     opened = row.open(data, split, prompt)
     questions = Questions.in_set(row, opened)
     drawn = Candidates(candidates, options.weights)
-    answer_benchmark(model, row, opened, out, shard=shard, candidates=drawn, quiet=as_json)
+    used = answer_benchmark(
+        model, row, opened, out, beams=beams, shard=shard, candidates=drawn, quiet=as_json
+    )
     later = f"mmi evaluate --predictions {out} --benchmark {name} --data {data}"
     if shard is not None:
         return
@@ -133,6 +139,7 @@ def answer_and_score(
             against=against,
             submission=submission,
             as_json=as_json,
+            generation=described(used) if row.kind == "text" else None,
         )
 
 
@@ -142,16 +149,19 @@ def answer_benchmark(
     questions: DataSet[Any],
     out: Path,
     *,
+    beams: int | None = None,
     shard: Shard | None = None,
     candidates: Candidates | None = None,
     quiet: bool = False,
-) -> None:
-    """Write a model's answers to the `questions` of a benchmark as the JSONL `out`, a line each.
+) -> GenerationOptions:
+    """Write a model's answers to the `questions` of a benchmark as the JSONL `out`, a line each;
+    returns the options that they were generated with.
 
     Questions that `out` answers already, in the same run, are skipped. One whose picture is missing
-    or broken has no line, and is counted on stderr. quiet: no progress. Raises `MmiError`.
+    or broken has no line, and is counted on stderr. beams: as in `generation_of`. quiet: no
+    progress. Raises `MmiError`.
     """
-    options, draws = generation_of(row), is_drawn(row)
+    options, draws, ranks = generation_of(row, beams), is_drawn(row), row.kind == "ranks"
     check_results(out)
     shard, candidates = shard or Shard(1, 1), candidates or Candidates()
     numbers = range(shard.number - 1, len(questions), shard.of)
@@ -174,12 +184,21 @@ def answer_benchmark(
         if before:
             board.print(f"{before} of {counted(len(numbers), 'question')}: answered before")
 
+        def add(index: int, sample: Sample, line: dict[str, Any]) -> None:
+            results.add(index + 1, {"id": id_of(sample, index, row), **line})
+            written.append(index)
+
         async def answer(asked: tuple[int, Sample]) -> None:
             index, sample = asked
             where = f"question {sample.id}"
             try:
-                looked = seen(sample)
                 document = document_of(sample, answering.side, draws)
+                looked = seen(sample)
+                if ranks:
+                    scores = await answering.scores(document, sample.about["options"])
+                    add(index, sample, {"scores": scores, SEEN: looked})
+                    board.end(where)
+                    return
                 each = [replace(options, seed=seed) for seed in candidates.seeds(index)]
                 answering.check(document, each[0])
                 names = [where, *(f"{where}, picture {n}" for n in range(2, len(each) + 1))]
@@ -204,13 +223,12 @@ def answer_benchmark(
                     pictures = [_pictures(story)[0] for story in stories]
                     chosen = await asyncio.to_thread(best, caption_of(sample), pictures)
                 given = _drawn(stories[chosen], index, results) if draws else _text(stories[chosen])
-                line = {"id": id_of(sample, index, row), **given, SEEN: looked}
-                results.add(index + 1, line)
-                written.append(index)
+                add(index, sample, {**given, SEEN: looked})
             board.end(where)
 
         if before < len(numbers):
             with model.opened(board) as answering:
+                _check_beams(options.beams, answering.most_beams)
                 run_all(_left(questions, numbers, results), answer, answering.most)
     for reason, count in skipped.most_common():
         remarks().print(f"{counted(count, 'question')} without an answer: {reason}")
@@ -222,6 +240,16 @@ def answer_benchmark(
     failures.check(len(numbers) - before)
     if numbers and not written and not before:
         raise MmiError(f"{out} has no answer: see the reasons above")
+    return options
+
+
+def _check_beams(beams: int, most: int) -> None:
+    """Raise `ConfigError` for more beams than the model has room for."""
+    if beams > most:
+        raise ConfigError(
+            f"the benchmark is answered with {beams} beams, and there is room for {most}",
+            fix=f"give --beams {most}, or --beams 1 for greedy answers",
+        )
 
 
 def _left(

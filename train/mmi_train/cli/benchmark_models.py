@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from mmi_deploy.documents.story import Story
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.runtime.scoring import score
 
 # Ending of the weights of a model folder.
 _WEIGHTS = "*.safetensors"
@@ -22,10 +23,11 @@ _WEIGHTS = "*.safetensors"
 
 class Answering(Protocol):
     """A loaded model. side: of the pictures that it is given. most: questions at once, and some
-    that wait."""
+    that wait. most_beams: of a search."""
 
     side: int
     most: int
+    most_beams: int
 
     def check(self, document: Document, options: GenerationOptions) -> None:
         """Raise `MmiError` if the model cannot take a document."""
@@ -34,6 +36,9 @@ class Answering(Protocol):
         self, name: str, document: Document, options: GenerationOptions, board: Board
     ) -> Story:
         """Generate one document."""
+
+    async def scores(self, document: Document, options: Sequence[str]) -> list[float]:
+        """Log probability of each of `options` as the text that follows a document."""
 
 
 class BenchmarkModel(Protocol):
@@ -78,7 +83,8 @@ class _Engine:
     def __init__(self, runtime: Runtime, engine: BatchEngine) -> None:
         self._runtime, self._engine = runtime, engine
         self.side = runtime.config.vision.image_size
-        self.most = engine.stats().slots + AHEAD
+        slots = engine.stats().slots
+        self.most, self.most_beams = slots + AHEAD, min(slots, runtime.limits.batch)
 
     def check(self, document: Document, options: GenerationOptions) -> None:
         check_fits(document, options, self._runtime)
@@ -88,3 +94,6 @@ class _Engine:
     ) -> Story:
         output, _ = await generated(self._engine, name, document, options, board)
         return output.story
+
+    async def scores(self, document: Document, options: Sequence[str]) -> list[float]:
+        return [one.logprob for one in score(self._runtime, document, options)]

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from mmi_deploy.cli.documents_at_once import Board
 from mmi_deploy.cli.machine import Machine
 from mmi_deploy.documents.document import Document, encode_document
+from mmi_deploy.documents.images import to_pixels
 from mmi_deploy.documents.story import Story
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.events import ImageDone, TextDelta
-from mmi_deploy.runtime.options import GenerationOptions
+from mmi_deploy.runtime.options import MOST_BEAMS, GenerationOptions
 from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.spec.graphs import Limits
 from mmi_deploy.system.files import sha256_of
 from mmi_train.baseline.generation import generate
 from mmi_train.model.diffusion import ddim
+from mmi_train.model.generation import score_options, search_texts
 from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS, load_model
 
 # Denoising steps of a picture.
@@ -59,7 +64,7 @@ class ModelFolder:
 
 
 class _Pytorch:
-    most = 1
+    most, most_beams = 1, MOST_BEAMS
 
     def __init__(self, machine: Machine, steps: int) -> None:
         if machine.threads:
@@ -83,6 +88,9 @@ class _Pytorch:
         self, name: str, document: Document, options: GenerationOptions, board: Board
     ) -> Story:
         story = Story(document)
+        if options.beams > 1:
+            story.add_text(self._found(document, options))
+            return story
         own = replace(options, schedule=None)
         for event in generate(self._model, self._tokenizer, document, own, self._scheduler):
             board.show(name, event)
@@ -92,3 +100,51 @@ class _Pytorch:
                 case ImageDone(_, rgb):
                     story.add_picture(rgb)
         return story
+
+    async def scores(self, document: Document, options: Sequence[str]) -> list[float]:
+        ids, pixels, slot = self._inputs(document)
+        texts = [self._tokenizer.encode(text) for text in options]
+        longest = max(map(len, texts))
+        pad = self._model.config.tokens.pad
+        padded = ids.new_tensor([[*text, *[pad] * (longest - len(text))] for text in texts])
+        lengths = ids.new_tensor([len(text) for text in texts])
+        real = torch.arange(longest, device=ids.device) < lengths[:, None]
+        scores: list[float] = score_options(self._model, ids, pixels, slot, padded, real).tolist()
+        return scores
+
+    def _found(self, document: Document, options: GenerationOptions) -> str:
+        """The text that a beam search finds."""
+        ids, pixels, slot = self._inputs(document)
+        (found,), _ = search_texts(
+            self._model,
+            ids[None],
+            pixels,
+            slot[None],
+            torch.ones_like(ids[None], dtype=torch.bool),
+            max_new_tokens=options.max_tokens,
+            beams=options.beams,
+            min_length=1 + options.min_tokens,
+            repetition_penalty=options.repetition_penalty,
+            length_penalty=options.length_penalty,
+            early_stopping=options.early_stopping,
+        )
+        tokens = self._model.config.tokens
+        ends = (*tokens.ends, tokens.boi, tokens.pad)
+        return self._tokenizer.decode(
+            [*takewhile(lambda token: token not in ends, found[1:].tolist())]
+        )
+
+    def _inputs(self, document: Document) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Token ids [t], pixels of the pictures [m, 3, side, side], None without any, and their
+        slots [m]."""
+        config, limits = self._model.config, self._limits
+        encoded = encode_document(document, self._tokenizer, config, limits.context, limits.images)
+        device = self._model.llm.embed_tokens.weight.device
+        given = [image.rgb for image in encoded.images if image is not None]
+        pixels = None
+        if given:
+            pixels = torch.from_numpy(np.stack([to_pixels(rgb) for rgb in given])).to(device)
+        slot = (
+            torch.arange(len(given), device=device) if given else torch.tensor([-1], device=device)
+        )
+        return torch.from_numpy(encoded.token_ids).to(device), pixels, slot

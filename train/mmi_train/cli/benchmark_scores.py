@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -38,11 +40,13 @@ def score_predictions(
     submission: Path | None,
     as_json: bool,
     out: Path | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Score `predictions` on the questions of a benchmark, and print the report.
 
     submission: also write the file that the set's server scores; for a split whose answers are not
-    published that is all. out: also write the report, a new .json file. Raises `MmiError`.
+    published that is all. out: also write the report, a new .json file. generation: how the answers
+    were generated, for the report. Raises `MmiError`.
     """
     if submission is not None:
         prepare_file(submission)
@@ -60,11 +64,16 @@ def score_predictions(
         report = questions.report(predictions, replace(options, progress=progress), against)
     for remark in report.remarks:
         remarks().print(remark)
+    told = {} if generation is None else {"generation": dict(generation)}
+    if told:
+        words = (f"{name} {value:g}" for name, value in told["generation"].items())
+        remarks().print(f"answered with {', '.join(words)}")
+    whole = {**report.as_json(), **told}
     if out is not None:
-        write_new_file(out, json.dumps(report.as_json(), indent=1) + "\n")
+        write_new_file(out, json.dumps(whole, indent=1) + "\n")
         remarks().print(f"wrote {out}")
     if as_json:
-        print_json(report.as_json())
+        print_json(whole)
     else:
         print_table(results(), _table(report))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click.core import ParameterSource
 from rich import box
 from rich.table import Table
 
@@ -28,6 +27,9 @@ _TINY = Path("assets/tiny")
 # Heading of the options for files of predictions.
 _BENCHMARK = "Benchmarks"
 
+# Heading of the options for the answers of a model.
+_ANSWERS = "Answers of a model"
+
 # Options of drawn scenes, of a model's answers to a benchmark, and of their scores, with what they
 # are of.
 _WORLD = (
@@ -36,11 +38,11 @@ _WORLD = (
 )
 _ANSWERING = (
     "is of answers that a model gives",
-    "prompt shard candidates steps target device kernels threads slots unproved".split(),
+    "prompt beams shard candidates steps target device kernels threads slots unproved".split(),
 )
 _SCORING = (
     "needs the answers to score",
-    "benchmark data split prompt out shard against submission published weights segmenter "
+    "benchmark data split prompt beams out shard against submission published weights segmenter "
     "candidates meteor".split(),
 )
 _MACHINE = (
@@ -50,7 +52,10 @@ _MACHINE = (
 
 
 def _given(context: typer.Context, name: str) -> bool:
-    return context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    """True if an option is in the command line. Sources are compared by name, since versions of
+    typer bring a click of their own."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _check_unused(
@@ -164,7 +169,17 @@ def evaluate(
         typer.Option(
             help="Named prompt in place of the set's own, such as vqa-appendix.",
             metavar="NAME",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Beams of the search for each answer; 1: greedy.",
+            metavar="N",
+            show_default="as published",
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     out: Annotated[
@@ -175,7 +190,7 @@ def evaluate(
             help="Answers of the model: a .jsonl file; of the same run, it is continued. With "
             "--against: the comparison, a new .json file.",
             metavar="FILE",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     shard: Annotated[
@@ -183,7 +198,7 @@ def evaluate(
         typer.Option(
             help="Answer one part of the questions, such as 2/8, and do not score.",
             metavar="I/N",
-            rich_help_panel=_BENCHMARK,
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     against: Annotated[
@@ -306,6 +321,7 @@ def evaluate(
             out,
             options_of(published or (), weights, meteor, segmenter, data),
             prompt=prompt,
+            beams=beams,
             shard=Shard.parse(shard) if shard is not None else None,
             candidates=candidates,
             against=against,

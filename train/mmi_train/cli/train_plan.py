@@ -44,13 +44,18 @@ def print_plan(
     for title in ("", "--checkpoint-gradients"):
         table.add_column(title, justify="right")
     for name, held in plan.held.items():
-        table.add_row(name, *[size(held // ranks)] * 2)
+        if held:
+            table.add_row(name, *[size(plan.share(name))] * 2)
     if ranks > 1:
         table.add_row("gathered from all ranks", *[size(plan.gathered)] * 2)
     batch = settings.batch
     both = (False, True)
     table.add_row("activations", *(size(plan.activations(batch, kind)) for kind in both))
     table.add_row("sum", *(size(plan.per_rank(batch, kind)) for kind in both))
+    table.add_row("beside the weights, in host memory:")
+    table.add_row("while they are read", *[size(plan.reading)] * 2)
+    if ranks > 1:
+        table.add_row("copy of a checkpoint", *[size(plan.checkpoint_copy)] * 2)
     if room is not None:
         largest = (plan.largest_batch(room, kind) for kind in both)
         table.add_row(f"largest batch in {memory}", *(str(found) for found in largest))

@@ -42,19 +42,19 @@ def check_texts(unit: Unit, checks: Checks, weights: Weights) -> None:
     data, pixels = full.rows(unit, tokens), unit.input("image_tensors")
     rows = model, data.ids, pixels, data.slot, data.real
     beams = config.count("num_beams", _PUBLISHED_BEAMS)
-    lengths = {
-        "max_new_tokens": config.count("max_new_tokens", config.count("max_length", 30)),
-        "min_length": config.get("min_length", 8),
-    }
-    repetition = config.get("repetition_penalty", 1.0)
+    most = config.count("max_new_tokens", config.count("max_length", 30))
+    least, repetition = config.get("min_length", 8), config.get("repetition_penalty", 1.0)
     if beams == 1:
-        ids = generate_texts(*rows, **lengths, repetition_penalty=repetition)
+        ids = generate_texts(
+            *rows, max_new_tokens=most, min_length=least, repetition_penalty=repetition
+        )
         checks.compare("text_ids", ids, "exact")
         return
     ids, scores = search_texts(
         *rows,
-        **lengths,
+        max_new_tokens=most,
         beams=beams,
+        min_length=least,
         repetition_penalty=repetition,
         length_penalty=config.get("length_penalty", 1.0),
         early_stopping=config.get("early_stopping", False),

@@ -1,13 +1,15 @@
 """Golden cases of prompts: what a reader gives, and the texts, ids and targets made of it.
 
-Our readers read the case's files; their samples are tokenized as for training. Examples of
-few-shot prompts, which the published code draws at random, are compared by what follows them.
+Our readers read the case's files; their samples are tokenized as for training. Of few-shot
+prompts, whose examples the published code draws at random, the examples must be those of the set in
+the template, each once, with their pictures. Options of generation are those of our benchmarks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
 from typing import Any
 
 from mmi_train.data.document import TextPart
@@ -18,6 +20,8 @@ from mmi_train.data.readers.sample import PicturePart, SamplePart, joined
 from mmi_train.data.readers.templates import PROMPTS, Prompt
 from mmi_train.data.readers.text_to_image import CocoToDraw
 from mmi_train.data.readers.visdial import HISTORY, VisDial
+from mmi_train.evaluation.benchmarks.prompts import generation_of
+from mmi_train.evaluation.benchmarks.table import BENCHMARKS, benchmark
 from mmi_train.golden.case_tree import tree
 from mmi_train.golden.differences import Case, differs
 from mmi_train.golden.published_text import (
@@ -32,6 +36,13 @@ from mmi_train.golden.published_text import (
 )
 
 _PICTURE = BOI + IMAGE * SPAN
+
+
+# Default templates of few-shot examples, by what stands for the answer.
+_EXAMPLES = {
+    "caption": "Caption: {caption}",
+    "vqa": "Question: {question} Short answer: {answer}{eos_token}",
+}
 
 
 @dataclass(frozen=True)
@@ -183,9 +194,85 @@ def _caption(case: Case) -> str | None:
             parts = prompt.parts(picture, {})
             answer = TextPart(" " + told.strip(), True)
             rows.append(Row(parts, joined([*parts, answer]), [shade(picture)]))
-    return differs(items, case["output"]["items"], "items") or batch_differs(
-        case, rows, end="add_eos" in options
+        examples = [
+            [
+                _example(case, "caption", PicturePart(data.folder.picture(*one.pictures)), **fields)
+                for text in one.captions
+                for fields in [{"caption": text.strip().lower() if data.lower else text.strip()}]
+            ]
+            for one in records
+            if isinstance(one, Captioned)
+        ]
+    return (
+        differs(items, case["output"]["items"], "items")
+        or batch_differs(case, rows, end="add_eos" in options)
+        or _few_shot_differs(case, rows, examples)
+        or _generation_differs(case, name)
     )
+
+
+def _example(case: Case, kind: str, picture: PicturePart, **fields: str) -> tuple[str, int | None]:
+    """A few-shot example, and its picture's shade if it shows it."""
+    template = case["collator_options"].get("few_shot_template", _EXAMPLES[kind])
+    shown = "{image}" in template
+    text = template.format(image=_PICTURE, eos_token="", **fields)
+    return text, shade(picture) if shown else None
+
+
+def _few_shot_differs(
+    case: Case, rows: Sequence[Row], examples: Sequence[Sequence[tuple[str, int | None]]]
+) -> str | None:
+    """Compare the examples before each prompt, which are of different records. examples: the forms
+    that each record may have."""
+    options, batch = case["collator_options"], case["output"]["batch"]
+    if "{few_shot_example}" not in str(options):
+        return None
+    count, images = options.get("few_shot_n_shot", 2), []
+    for row, text in zip(rows, batch["texts"], strict=True):
+        before = even(text).removesuffix(even(written(row.prompt)))
+        found = next(
+            (
+                chosen
+                for records in permutations(examples, count)
+                for chosen in product(*records)
+                if even("".join(one for one, _ in chosen)) == before
+            ),
+            None,
+        )
+        if found is None:
+            return f"no {count} examples give {before!r}"
+        images += [[level for _, level in found if level is not None], row.shades]
+    # Examples may be alike in all but their pictures, which then tell them apart.
+    given = batch["images"]
+    if len(given) != sum(map(len, images)):
+        return f"{len(given)} pictures, expected {sum(map(len, images))}"
+    known = {level for forms in examples for _, level in forms}
+    for at, levels in enumerate(images):
+        own, given = given[: len(levels)], given[len(levels) :]
+        if own != list(levels) if at % 2 else not {*own} <= known:
+            return f"pictures {own}, expected {levels}"
+    return None
+
+
+def _generation_differs(case: Case, name: str) -> str | None:
+    """Compare the options of generation that travel with a batch with those of our benchmark
+    `name`: its own, unless the case asks for others."""
+    batch, options = case["output"]["batch"], case["collator_options"]
+    given = options.get("generation_kwargs")
+    # Paragraphs are asked for by options of their own, and trained with those of captions.
+    own = name != "image2paragraph" or given
+    how = generation_of(benchmark(name if own else "coco-caption"))
+    ours: dict[str, Any] = {
+        "max_length": how.max_tokens,
+        "min_length": how.min_tokens + 1 if how.min_tokens else 0,  # theirs counts the `<s>`
+        "num_beams": how.beams,
+        "length_penalty": how.length_penalty,
+        "repetition_penalty": how.repetition_penalty,
+    }
+    if name != "image2paragraph":
+        ours |= given or {}
+    there = {key: ours[key] for key in ours if key in batch}
+    return differs(there, {key: batch[key] for key in there}, "generation")
 
 
 def _text_to_image(case: Case) -> str | None:
@@ -257,7 +344,20 @@ def _vqa(case: Case) -> str | None:
             items.append([grey, record.question, record.learned, sample.id])
             parts = prompt.parts(sample.pictures[0], {"question": record.question})
             rows.append(Row(parts, sample.parts, [grey]))
-    return differs(items, case["output"]["items"], "items") or batch_differs(case, rows, end=True)
+        examples = [
+            [
+                _example(case, "vqa", sample.pictures[0], question=record.question, answer=answer)
+                for answer in dict.fromkeys((record.learned, *sample.answers))
+            ]
+            for number, sample in enumerate(data.samples())
+            for record in [data.record(number)]
+        ]
+    return (
+        differs(items, case["output"]["items"], "items")
+        or batch_differs(case, rows, end=True)
+        or _few_shot_differs(case, rows, examples)
+        or (_generation_differs(case, name) if name in BENCHMARKS else None)
+    )
 
 
 def _visdial(case: Case) -> str | None:

@@ -134,7 +134,19 @@ def _story(case: Case) -> str | None:
             rows.append(Row(whole, whole, shades))
     if "batch_error" in output:
         return None  # a published fault: stories of unequal length with a mask
-    return batch_differs(case, rows, end="add_eos" in options)
+    return batch_differs(case, rows, end="add_eos" in options) or _mask_differs(case, rows)
+
+
+def _mask_differs(case: Case, rows: Sequence[Row]) -> str | None:
+    """Compare which pictures are learned: all but the one of an index, if a case leaves one out."""
+    batch = case["output"]["batch"]
+    left_out = case["collator_options"].get("ignore_image_loss_idx", -1)
+    if "image_loss_mask" not in batch:
+        return None
+    mask = None
+    if left_out > 0:  # a published fault: the picture of index 0 is never left out
+        mask = [[float(at != left_out) for at in range(len(row.shades))] for row in rows]
+    return differs(mask, batch["image_loss_mask"], "image_loss_mask")
 
 
 def _segmentation(case: Case) -> str | None:

@@ -170,7 +170,7 @@ def search_texts(
     for step in range(max_new_tokens):
         banned = ends if 1 + step < min_length else frozenset()
         logits = decoder.logits.float().cpu().numpy()
-        rows, last = [], []
+        rows, last = list[int](), list[int]()
         for number, search in enumerate(searches):
             start = first[number]
             first[number] = len(rows)

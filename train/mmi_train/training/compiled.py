@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from mmi_deploy.errors import ConfigError
 from mmi_train.model.mm_interleaved import MMInterleaved
 
 
 def compile_blocks(model: MMInterleaved, device: torch.device) -> None:
-    """Compile the blocks of the language model in place, before their first call; of blocks with
-    MMFS, which stays as it is, attention and MLP. Code that cannot be compiled as one graph is an
-    error. Raises `ConfigError` where there is no compiler."""
+    """Compile the blocks of the language model in place, before their first call. Code that cannot
+    be compiled as one graph is an error. Of several ranks each compiles its own, after they have
+    been sharded: a block is compiled with its gathering of weights left out. Raises `ConfigError`
+    where there is no compiler."""
     check_compiler(device)
-    for block in model.llm.blocks:
-        parts = [block] if block.look_back is None else [block.self_attn, block.mlp]
-        for part in parts:
-            part.compile(fullgraph=True)
+    for part in compiled_parts(model):
+        part.compile(fullgraph=True)
+
+
+def compiled_parts(model: MMInterleaved) -> list[nn.Module]:
+    """Blocks of the language model; of blocks with MMFS, which stays as it is, attention and
+    MLP."""
+    return [
+        part
+        for block in model.llm.blocks
+        for part in ([block] if block.look_back is None else [block.self_attn, block.mlp])
+    ]
 
 
 def check_compiler(device: torch.device) -> None:

@@ -186,9 +186,11 @@ def fine_tune(
     """
     _check_distillation(start, tuning, ranks)
     if compiled:
-        if ranks.size > 1 or (tuning.lora is not None and tuning.lora.four_bit):
+        if tuning.lora is not None and tuning.lora.four_bit:
             raise ConfigError(
-                "--compile works in one process without --four-bit alone", fix="leave it out"
+                "--compile works without --four-bit alone: the library of 4-bit weights keeps "
+                "tables that cannot be traced",
+                fix="leave out one of the two",
             )
         check_compiler(device)
     model_folder, adapters = out / MODEL, out / ADAPTERS

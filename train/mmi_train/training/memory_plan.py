@@ -22,20 +22,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import DocumentError
-from mmi_deploy.spec.config import read_config
 from mmi_train.data.batches import batch_of, packed_batch
 from mmi_train.data.documents import Documents
 from mmi_train.data.rows import TokenDocument, make_rows
 from mmi_train.model.layout import map_tensors
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training.fine_tuning import FineTuning, stage_class
-from mmi_train.training.lora import add_adapters
+from mmi_train.training.lora import add_adapters, stored_name
 from mmi_train.training.optimiser import frozen_matrices, parameter_groups
 from mmi_train.training.ranks import sharded_units
 from mmi_train.training.stages.documents import DocumentsStage
 from mmi_train.training.stages.packed_documents import PackedDocumentsStage
-from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS, check_fit
-from mmi_train.weights.safetensors_files import read_safetensors
+from mmi_train.weights.model_folder import TOKENIZER, open_model, types_in_memory
 
 # Documents among which the longest is looked for: every one is decoded.
 MOST_READ = 500
@@ -45,6 +43,11 @@ MOST_BATCH = 2**16
 
 # Bytes of a value in NF4: four bits, a byte of scale for 64 values, four bytes for 256 scales.
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+# What every rank holds whole, and what is in a checkpoint, by the names of `MemoryPlan.held`.
+WHOLE = ("4-bit weights", "tables")
+_IN_CHECKPOINTS = ("learning weights", "adapters", "AdamW's moments", "averages (EMA)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Unit:
 class MemoryPlan:
     """Bytes of a run. `held`: by what they are, on all ranks together; `steps`: a micro-batch by
     (documents, gradient checkpointing); `tokens`: of the longest document that was read; `units`:
-    what `ranks` gather together, the rest of the model last; `accumulate`: micro-batches of a step.
+    what `ranks` gather together, the rest of the model last; `accumulate`: micro-batches of a step;
+    `largest`: bytes of the largest tensor of the file, and of the largest that is read whole.
     """
 
     held: Mapping[str, int]
@@ -77,11 +81,31 @@ class MemoryPlan:
     units: Sequence[Unit] = ()
     accumulate: int = 1
     ranks: int = 1
+    largest: tuple[int, int] = (0, 0)
 
     def per_rank(self, batch: int, checkpointed: bool) -> int:
-        """Bytes of a rank; weights, gradients and optimiser are sharded among all ranks."""
-        held = -(-sum(self.held.values()) // self.ranks)
+        """Bytes of a rank while it trains."""
+        held = sum(map(self.share, self.held))
         return held + self.gathered + self.activations(batch, checkpointed)
+
+    def share(self, name: str) -> int:
+        """Bytes of a rank of what is held under this name: its shards, or all of it."""
+        return self.held[name] if name in WHOLE else -(-self.held[name] // self.ranks)
+
+    @property
+    def reading(self) -> int:
+        """Bytes beside the weights while a rank reads its rows of the largest tensor, as they are
+        in the file, and compares their magnitudes with infinity."""
+        sharded, whole = self.largest
+        return 2 * max(-(-sharded // self.ranks), whole)
+
+    @property
+    def checkpoint_copy(self) -> int:
+        """Bytes of host memory that a rank's shards take a second time while they are written in
+        the background; one process writes at once, without a copy."""
+        if self.ranks == 1:
+            return 0
+        return sum(self.share(name) for name in self.held if name in _IN_CHECKPOINTS)
 
     @property
     def gathered(self) -> int:
@@ -141,20 +165,9 @@ def memory_plan(
     checkpointing. batches: numbers of documents for which a step is followed; None: one, and the
     run's. Raises `MmiError` as the run would."""
     rules = tuning.optimiser(1).rules
-    with torch.device("meta"):
-        model = MMInterleaved(read_config(start / CONFIG))
+    model, stored = open_model(start)
     lean = frozen_matrices(rules) if precision == "bf16" else None
-    matrices = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
-    }
-    types, stored = {}, read_safetensors(start / WEIGHTS)
-    check_fit(model, stored, str(start / WEIGHTS))
-    for name, _ in model.named_parameters():
-        types[name] = torch.float32
-        if lean is not None and name in matrices:
-            types[name] = lean(name, stored[name].dtype) or torch.float32
+    types = types_in_memory(model, stored, torch.float32, lean)
     in_four_bits: set[str] = set()
     if tuning.lora is not None:
         layers = add_adapters(model, replace(tuning.lora, four_bit=False))
@@ -163,6 +176,12 @@ def memory_plan(
         if tuning.lora.four_bit:
             in_four_bits = {f"{layer}.base_layer.weight" for layer in layers}
     parameter_groups(model, tuning.optimiser(1))
+    sizes_in_file = {name: one.shape.numel() * one.dtype.itemsize for name, one in stored.items()}
+    quantised = {stored_name(name) for name in in_four_bits}
+    largest = (
+        max(size for name, size in sizes_in_file.items() if name not in quantised),
+        max((sizes_in_file[name] for name in quantised), default=0),
+    )
     sizes = batches or (1, max(tuning.batch, 2))
     made = _micro_batches(model, start, file, tuning, sizes)
     tokens = made[min(sizes)].token_ids.shape[1]
@@ -173,14 +192,14 @@ def memory_plan(
         _make_fake(model, types)
         model.train()
         held = _held(model, in_four_bits)
-        units = _units(model)
+        units = _units(model, in_four_bits)
         steps = {}
         for kind in checkpointed:
             model.checkpoint_gradients(kind)
             for size, batch in made.items():
                 fake = map_tensors(batch, mode.from_tensor)
                 steps[size, kind] = _step(model, fake, tuning, precision, rounds)
-    return MemoryPlan(held, steps, tokens, units, accumulate, ranks)
+    return MemoryPlan(held, steps, tokens, units, accumulate, ranks, largest)
 
 
 def _micro_batches(
@@ -243,6 +262,7 @@ def _held(model: nn.Module, in_four_bits: set[str]) -> dict[str, int]:
     found = dict.fromkeys(
         (
             "frozen weights",
+            "4-bit weights",
             "learning weights",
             "adapters",
             "tables",
@@ -256,7 +276,8 @@ def _held(model: nn.Module, in_four_bits: set[str]) -> dict[str, int]:
     for name, value in model.named_parameters():
         size = value.numel() * value.dtype.itemsize
         if name in in_four_bits:
-            size = round(value.numel() * _NF4)
+            found["4-bit weights"] += round(value.numel() * _NF4)
+            continue
         if not value.requires_grad:
             found["frozen weights"] += size
             continue
@@ -276,9 +297,10 @@ def _held(model: nn.Module, in_four_bits: set[str]) -> dict[str, int]:
     return found
 
 
-def _units(model: nn.Module) -> list[Unit]:
-    """Bytes of the units that ranks shard; quantised weights stay whole, and are not gathered."""
-    found, known = [], set[Tensor]()
+def _units(model: nn.Module, in_four_bits: set[str]) -> list[Unit]:
+    """Bytes of the units that ranks shard; 4-bit weights stay whole, and are not gathered."""
+    found = []
+    known = {value for name, value in model.named_parameters() if name in in_four_bits}
     for part in sharded_units(model):
         own = set(part.parameters()) - known
         known |= own

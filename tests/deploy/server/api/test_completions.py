@@ -57,6 +57,19 @@ def test_options_arrive() -> None:
     assert read(mmi={"seed": 4, "max_seconds": 2}).max_seconds == 2
 
 
+def test_a_beam_search_stands_for_a_temperature_of_0() -> None:
+    found = read(mmi={"beams": 3, "length_penalty": 0.5, "early_stopping": True}).options
+    assert (found.beams, found.length_penalty, found.early_stopping) == (3, 0.5, True)
+    assert found.temperature == 0
+    for wrong, param in (
+        ({"mmi": {"beams": 3}, "temperature": 0.7}, "temperature"),
+        ({"mmi": {"beams": 9}}, "mmi.beams"),  # more than a run has rows
+        ({"mmi": {"length_penalty": 0.5}}, "mmi.length_penalty"),
+    ):
+        error = refused(**wrong)
+        assert (error.status, error.param) == (400, param)
+
+
 @pytest.mark.parametrize("begin", [[], [1]])
 def test_prompts_of_token_ids_are_their_text(begin: list[int]) -> None:
     ids = begin + tiny().tokenizer.encode(WORDS)

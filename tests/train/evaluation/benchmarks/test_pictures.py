@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,7 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from mmi_deploy.errors import MmiError
 from mmi_deploy.system.files import sha256_of
@@ -19,9 +25,11 @@ from mmi_train.evaluation.benchmarks.report import Questions
 from mmi_train.evaluation.benchmarks.scores import Options
 from mmi_train.evaluation.benchmarks.table import benchmark
 from mmi_train.evaluation.metrics import inception
-from mmi_train.evaluation.metrics.clip_similarity import FOLDER
+from mmi_train.evaluation.metrics.clip_similarity import FOLDER, Reranker
 from mmi_train.evaluation.metrics.frechet import Gaussian, frechet_distance
 from mmi_train.evaluation.metrics.mean_iou import colours_of
+from train.data.readers.trees import npy, png, put
+from train.evaluation.benchmarks.clip_folder import tiny_clip
 
 LABELS = np.array([[1, 1, 0, 150], [1, 2, 2, 150]], np.uint8)
 
@@ -224,6 +232,80 @@ def test_clip_similarity_is_the_cosine_to_the_real_picture(coco: Questions, tmp_
     black = save(tmp_path / "black.png", np.zeros((60, 80, 3), np.uint8))
     value = coco.report(predictions(tmp_path, {**pictures, "5": black}), options).metrics
     assert 0 < value["CLIP similarity"] < 2 / 3
+
+
+def test_captions_and_pictures_are_as_near_as_clip_says(tmp_path: Path) -> None:
+    """transformers' own model and preparation; a caption of more than 8 tokens is cut."""
+    weights = tiny_clip(tmp_path)
+    rng = np.random.default_rng(3)
+    pictures = [rng.integers(0, 256, (20, 28, 3)).astype(np.uint8) for _ in range(5)]
+    model = CLIPModel.from_pretrained(weights / FOLDER).eval()
+    prepare = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    pixels = prepare(pictures, return_tensors="pt")["pixel_values"]
+    chosen = set()
+    for caption, ids in (
+        ("a red ring", [0, 3, 4, 7, 1]),
+        ("a blue square on white on white on white", [0, 3, 5, 6, 8, 9, 8, 1]),
+        ("white white nothing", [0, 9, 9, 2, 1]),
+    ):
+        with torch.no_grad():
+            scores = model(torch.tensor([ids]), pixels).logits_per_text[0]
+        best = Reranker(weights)(caption, pictures)
+        assert best == int(scores.argmax())
+        chosen.add(best)
+    assert len(chosen) > 1
+
+
+def test_stories_are_scored_picture_by_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first picture of PororoSV is given, the four others are drawn."""
+    monkeypatch.setattr(inception, "load_inception", lambda folder: MeanColours())
+    monkeypatch.setattr(inception, "FEATURES", 12)
+    frames = [f"Ep_1_0/{number}.png" for number in range(7)]
+    ids = np.empty(3, object)
+    ids[:] = [[], [], [0, 1, 2]]
+    put(
+        tmp_path / "data",
+        {
+            "descriptions.npy": npy(np.array({f"Ep_1_0/{n}": ["a"] for n in range(7)}, object)),
+            "img_cache4.npy": npy(np.array(frames[:3])),
+            "following_cache4.npy": npy(np.array([frames[n + 1 : n + 5] for n in range(3)])),
+            "train_seen_unseen_ids.npy": npy(ids),
+            **{frame: png(30 * n, 20, 20) for n, frame in enumerate(frames)},
+        },
+    )
+    questions = Questions.of(benchmark("pororo"), tmp_path / "data", None)
+    assert [(one.id, len(one.pictures)) for one in questions.references] == [
+        ("0", 4), ("1", 4), ("2", 4)
+    ]  # fmt: skip
+
+    def lines(*stories: list[int]) -> Path:
+        path = tmp_path / "p.jsonl"
+        entries = [
+            {"id": str(n), "images": [f"data/{frames[frame]}" for frame in story]}
+            for n, story in enumerate(stories)
+        ]
+        path.write_text("\n".join(map(json.dumps, entries)))
+        return path
+
+    real = [[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6]]
+    assert questions.report(lines(*real)).metrics == pytest.approx({"FID": 0}, abs=1e-5)
+    black = questions.report(lines([0, 0, 0, 0], *real[1:])).metrics["FID"]
+    # Without the network of FID, similarity is measured: one of three stories is another's.
+    clip = Options(weights=tiny_clip(tmp_path / "weights"))
+    assert black > 1e-3
+    assert questions.report(lines(*real), clip).metrics == pytest.approx({"CLIP similarity": 1})
+    two = questions.report(lines(*real[:2]), clip)
+    assert two.missing == 1 and two.metrics["CLIP similarity"] == pytest.approx(2 / 3)
+    with pytest.raises(MmiError, match="of 0 has another number of pictures; expected 4"):
+        questions.report(lines([1, 2, 3], *real[1:]))
+
+
+def test_a_pipe_in_place_of_a_map_is_refused(ade20k: Questions, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "map.png")
+    with pytest.raises(MmiError, match="Not a regular file"):
+        ade20k.report(predictions(tmp_path, {"ADE_val_00000001": tmp_path / "map.png"}))
 
 
 def test_the_network_takes_the_weights_of_the_file(weights: Path) -> None:

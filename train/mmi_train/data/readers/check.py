@@ -110,6 +110,7 @@ def _part_json(part: TextPart | PicturePart) -> dict[str, Any]:
 
 
 _SIDE, _MARGIN, _TEXT, _COLUMNS = 160, 10, 90, 4
+_LINES = 5  # of the text below the pictures
 _PAPER, _INK, _LEARNED, _BOX = (255, 255, 255), (40, 40, 40), (40, 150, 70), (230, 60, 40)
 
 
@@ -141,7 +142,9 @@ def contact_sheet(samples: list[Sample]) -> Image.Image:
                 frame = (corner[0] - 2, corner[1] - 2, corner[0] + size[0], corner[1] + size[1])
                 pen.rectangle(frame, outline=_LEARNED, width=3)
         text = "".join(_shown(part) for part in sample.parts)
-        lines = textwrap.wrap(f"{sample.id}: {text}", width=width // 6 - 4)[:5]
+        columns = width // 6 - 4
+        text = f"{sample.id}: {text}"[: 4 * _LINES * columns]  # wrapping takes as long as the text
+        lines = textwrap.wrap(text, width=columns)[:_LINES]
         below = top + count * (_SIDE + _MARGIN)
         pen.multiline_text((_MARGIN, below), "\n".join(lines), fill=_INK, spacing=2)
         top += height

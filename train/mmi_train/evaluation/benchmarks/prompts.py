@@ -1,12 +1,15 @@
 """Questions of benchmarks as documents for the runtime, and how their answers are generated.
 
-Lengths are those of the published evaluation (its collators' defaults), which searches with 5 and 3
-beams; answers here are greedy. Pictures are drawn with the guidance of the paper.
+Lengths, beams and penalties are those of the published evaluation: its collators' defaults, and for
+boxes the defaults of its `generate_texts`. Its least lengths count the `<s>` in front, ours do not.
+Pictures are drawn with the guidance of the paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from mmi_deploy.documents.document import Document, Draw, Image, Part, Text
 from mmi_deploy.documents.images import resize
@@ -18,35 +21,47 @@ from mmi_train.data.readers.sample import Sample
 from mmi_train.evaluation.benchmarks.table import Benchmark
 
 
-def _greedy(max_tokens: int, min_tokens: int = 0, repetition: float = 1.0) -> GenerationOptions:
+def _text(
+    beams: int,
+    max_tokens: int,
+    min_tokens: int = 0,
+    *,
+    length_penalty: float = 1.0,
+    repetition: float = 1.0,
+) -> GenerationOptions:
     return GenerationOptions(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         max_images=0,
         temperature=0.0,
         repetition_penalty=repetition,
+        beams=beams,
+        length_penalty=length_penalty,
     )
 
 
-_CAPTION = _greedy(20, 8)
-_ANSWER = _greedy(10)
-# Numbers of four corners, and lines of a document.
-_LONG_ANSWER = _greedy(32)
+_CAPTION = _text(5, 20, 7)
+_ANSWER = _text(3, 10, length_penalty=0.0)
+_BOX = _text(5, 30, 7)
+# Lines of a document, which the published evaluation does not ask for.
+_LONG_ANSWER = _text(3, 32, length_penalty=0.0)
 
 # By benchmark; the others have answers of `_ANSWER`.
 _GENERATION: Mapping[str, GenerationOptions] = {
     "coco-caption": _CAPTION,
     "flickr30k": _CAPTION,
     "nocaps": _CAPTION,
-    "image2paragraph": _greedy(90, 90, 1.2),
-    "refcoco": _LONG_ANSWER,
-    "refcoco+": _LONG_ANSWER,
-    "refcocog": _LONG_ANSWER,
+    "image2paragraph": _text(5, 90, 89, repetition=1.2),
+    "refcoco": _BOX,
+    "refcoco+": _BOX,
+    "refcocog": _BOX,
     "docvqa": _LONG_ANSWER,
     "infovqa": _LONG_ANSWER,
     "stvqa": _LONG_ANSWER,
 }
 
+# Options given are ranked by their log probabilities: nothing is generated.
+_RANKS = GenerationOptions(max_tokens=0, max_images=0)
 
 _PICTURE = GenerationOptions(max_tokens=0, max_images=0, guidance=3.5)
 
@@ -59,16 +74,35 @@ def is_drawn(benchmark: Benchmark) -> bool:
     return benchmark.kind == "image"
 
 
-def generation_of(benchmark: Benchmark) -> GenerationOptions:
-    """Options of a benchmark's answers. Raises `ConfigError` for one that a bundle cannot give."""
+def generation_of(benchmark: Benchmark, beams: int | None = None) -> GenerationOptions:
+    """Options of a benchmark's answers. beams: in place of the published ones, 1 for greedy.
+
+    Raises `ConfigError` for an answer that a bundle cannot give, and for beams of one that is no
+    text.
+    """
+    if benchmark.kind != "text" and beams is not None:
+        raise ConfigError("--beams is of texts", got=f"{benchmark.name}, whose answers are none")
     if is_drawn(benchmark):
         return _PICTURE
+    if benchmark.kind == "ranks":
+        return _RANKS
     if benchmark.kind != "text":
         raise ConfigError(
-            f"a bundle cannot answer {benchmark.name}, which takes scores of options",
+            f"a bundle cannot answer {benchmark.name}, which takes maps of labels",
             fix="score answers of your own with --predictions FILE",
         )
-    return _GENERATION.get(benchmark.name, _ANSWER)
+    published = _GENERATION.get(benchmark.name, _ANSWER)
+    if beams is None:
+        return published
+    penalty = published.length_penalty if beams > 1 else 1.0
+    return replace(published, beams=beams, length_penalty=penalty)
+
+
+def described(options: GenerationOptions) -> dict[str, Any]:
+    """Options that a text was generated with, for reports."""
+    names = ["beams", "length_penalty"] if options.beams > 1 else ["beams"]
+    names += ["min_tokens", "max_tokens", "repetition_penalty"]
+    return {name: getattr(options, name) for name in names}
 
 
 def id_of(sample: Sample, index: int, benchmark: Benchmark) -> str | int:

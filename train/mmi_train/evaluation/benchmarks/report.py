@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmi_deploy.errors import ConfigError
 from mmi_train.data.readers.data_set import DataSet
 from mmi_train.data.readers.questions import UNANSWERED
+from mmi_train.evaluation.benchmarks.agreement import Agreement, agreement_of
 from mmi_train.evaluation.benchmarks.predictions import (
     Matched,
     PredictionError,
@@ -26,12 +27,14 @@ from mmi_train.evaluation.metrics.intervals import Difference, Measure, differen
 
 @dataclass(frozen=True)
 class Against:
-    """Scores of another file on the same questions, and the differences from it by metric."""
+    """Scores of another file on the same questions, the differences from it by metric, and how far
+    the answers themselves agree."""
 
     path: Path
     metrics: dict[str, float]
     missing: int
     differences: dict[str, Difference]
+    agreement: Agreement
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Report:
                     }
                     for name, one in self.against.differences.items()
                 },
+                **self.against.agreement.as_json(),
             }
         return found
 
@@ -127,7 +131,7 @@ class Questions:
                 if self.benchmark.answer
                 else f"choose another split: {', '.join(self.benchmark.splits)}",
             )
-        options = options or Options()
+        options = replace(options or Options(), compared=against is not None)
         matched = self.matched(path)
         found = self._metrics(matched, options)
         remarks = self._remarks(matched, path)
@@ -150,6 +154,7 @@ class Questions:
                     for one, two in pairs
                     if isinstance(one, Measure) and isinstance(two, Measure)
                 },
+                agreement_of(matched.predictions, other.predictions),
             )
         return Report(
             self.benchmark.name,

@@ -45,13 +45,15 @@ class Total:
 class Options:
     """published: rules of the published evaluation to follow. weights: folder of the networks that
     a metric needs. meteor: also score captions by METEOR, which takes Java half a minute.
-    segmenter: makes maps of drawn pictures; without it predictions are maps. progress: reports the
-    reading of pictures."""
+    segmenter: makes maps of drawn pictures; without it predictions are maps. compared: also give
+    measures that say the same as another here, since they may differ in the other file. progress:
+    reports the reading of pictures."""
 
     published: frozenset[Published] = frozenset()
     weights: Path | None = None
     meteor: bool = False
     segmenter: Segmenter | None = None
+    compared: bool = False
     progress: Progress = silent
 
 
@@ -122,7 +124,7 @@ def vqa_accuracy(*, vizwiz: bool = False) -> Scorer:
         found = [0.0 if text is None else official(text, given) for text, given in pairs]
         always = [0.0 if text is None else vqa.accuracy(text, given) for text, given in pairs]
         measures: Metrics = [*_by_group("accuracy", found, references)]
-        if found != always:
+        if found != always or options.compared:
             measures.append(mean_of("accuracy, always normalised", always))
         return measures
 

@@ -45,11 +45,21 @@ def _folder(weights: Path | None, *names: str) -> Path:
 
 def _loaded(kind: Any, folder: Path) -> Any:
     """A part of CLIP from a folder that transformers wrote. Raises `WeightsError`."""
+    from transformers.utils import logging
+
+    # Of a half of CLIP it lists the tensors of the other.
+    said, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{folder} holds no CLIP: {reason}") from None
+    finally:
+        logging.set_verbosity(said)
+        if bar:
+            logging.enable_progress_bar()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
