@@ -47,7 +47,7 @@ def test_a_recipe_holds_the_numbers_of_its_table(name: str) -> None:
 
 
 def test_every_shipped_recipe_says_where_its_values_come_from() -> None:
-    assert set(shipped()) == {*PAPER, "lora"}
+    assert set(shipped()) == {*PAPER, "lora", "distill_guidance", "distill_lcm"}
     folder = Path(__file__).parents[3] / "train" / "mmi_train" / "recipes"
     for name in PAPER:
         for line in (folder / f"{name}.toml").read_text().splitlines():
@@ -59,6 +59,7 @@ def test_the_defaults_are_whole_and_those_of_the_code() -> None:
     found = settings()
     assert found == Settings() and found.tuning() == FineTuning()
     optional = {"steps", "warmup", "lora.alpha", "given_pixels", "drawn_pixels"}
+    optional |= {key for key in KEYS if key.startswith("distill.")}
     assert defaults().values.keys() == {*KEYS} - optional
     assert {field.name for field in fields(found.run())} <= {*KEYS}
 
