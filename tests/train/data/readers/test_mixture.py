@@ -140,7 +140,7 @@ def test_a_mirrored_region_keeps_its_box_and_its_words(root: Path) -> None:
 
 
 def test_a_mirrored_map_belongs_to_its_mirrored_picture(root: Path) -> None:
-    """Where the map is unlabelled, the picture shows its background, mirrored or not."""
+    """Both are mirrored or neither is, and the map keeps the colours of labels."""
     data = open_set("ade20k", root / "ade20k", Settings(mirror=True))
     plain = open_set("ade20k", root / "ade20k")
     turned = 0

@@ -1,4 +1,4 @@
-"""What the folder of each training set holds, in a line for messages; docs/data.md has the rest."""
+"""Contents of the folder of each training set, in a line for messages; docs/data.md has more."""
 
 from __future__ import annotations
 
