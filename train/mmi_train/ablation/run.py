@@ -170,8 +170,6 @@ def changed_model(training: Training, start: Path, seed: int) -> MMInterleaved:
     torch.manual_seed(seed)
     model = MMInterleaved(config)
     open_gates(model)
-    for part in training.parts:
-        PARTS[part](model)
     own = model.state_dict()
     kept = {
         name: value
@@ -181,4 +179,6 @@ def changed_model(training: Training, start: Path, seed: int) -> MMInterleaved:
         and not any(re.search(pattern, name) for pattern in training.fresh)
     }
     model.load_state_dict(kept, strict=False)
+    for part in training.parts:  # after the weights, which would undo it
+        PARTS[part](model)
     return model
