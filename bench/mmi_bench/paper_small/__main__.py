@@ -171,7 +171,7 @@ def paper_small(
     ] = 100,
     batch: Annotated[
         int, typer.Option(min=1, help="Documents of a micro-batch in fine-tuning.", metavar="N")
-    ] = 8,
+    ] = 4,
     rows: Annotated[
         int, typer.Option(min=1, help="Rows of a micro-batch in pre-training.", metavar="N")
     ] = 1,
