@@ -126,9 +126,9 @@ def export_bundle(
     `context`: slots of the KV cache, a constant of the `llm` graph (None: as many as the model has
     positions). `schedules`: samplers `NAME:STEPS`, the first is the default; None: that of the
     configuration. `options` are those of `prepare_export`: `rows`, `images`: maximum batch size
-    and images of a document; `layout`,
-    `scope`: see `plan` (None: chosen by the size of the weights and the memory of this machine);
-    `weights`: their origin, for the manifest. `out_folder` is written whole or not at all.
+    and images of a document; `layout`, `scope`: see `plan` (None: chosen by the size of the weights
+    and the memory of this machine); `weights`: their origin, for the manifest. `out_folder` is
+    written whole or not at all.
 
     Raises `ConfigError`, `WeightsError`, `EngineError` for what cannot be exported, `MmiError` for
     too little disk, and `BundleError` for a graph whose error exceeds its tolerance.

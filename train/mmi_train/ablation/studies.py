@@ -19,7 +19,7 @@ Better = Literal["higher", "lower"]
 @dataclass(frozen=True)
 class Measure:
     """A column: `name` in the tables, `metric` as `measures` computes it, in `unit`.
-    `paper_better`: of the paper's measure in its place, as FID for an accuracy of ours."""
+    `paper_better`: of the paper's measure in its place, as FID in that of an accuracy."""
 
     name: str
     metric: str
