@@ -106,7 +106,7 @@ def answer_and_score(
     says how they will be. Raises `MmiError`.
     """
     row = benchmark(name)
-    generation_of(row)  # raises for one that a model cannot answer
+    generation_of(row, beams)  # raises for beams of pictures
     if against is not None and not against.is_file():
         raise ConfigError(f"there is no file {against} to compare with")
     if submission is not None:
@@ -162,6 +162,7 @@ def answer_benchmark(
     progress. Raises `MmiError`.
     """
     options, draws, ranks = generation_of(row, beams), is_drawn(row), row.kind == "ranks"
+    _check_beams(options.beams, model.most_beams)
     check_results(out)
     shard, candidates = shard or Shard(1, 1), candidates or Candidates()
     numbers = range(shard.number - 1, len(questions), shard.of)

@@ -42,7 +42,9 @@ class Answering(Protocol):
 
 
 class BenchmarkModel(Protocol):
-    """A model that is not loaded yet."""
+    """A model that is not loaded yet. most_beams: of a search."""
+
+    most_beams: int
 
     def record(self, options: GenerationOptions) -> dict[str, Any]:
         """Everything that answers depend on besides the questions, for JSON."""
@@ -67,6 +69,7 @@ def benchmark_model(machine: Machine, steps: int | None) -> BenchmarkModel:
 class _BundleModel:
     def __init__(self, machine: Machine) -> None:
         self._machine, self._bundle = machine, machine.open_bundle()
+        self.most_beams = self._bundle.limits.batch
 
     def record(self, options: GenerationOptions) -> dict[str, Any]:
         return self._machine.record(self._bundle, options)
@@ -84,7 +87,7 @@ class _Engine:
         self._runtime, self._engine = runtime, engine
         self.side = runtime.config.vision.image_size
         slots = engine.stats().slots
-        self.most, self.most_beams = slots + AHEAD, min(slots, runtime.limits.batch)
+        self.most, self.most_beams = slots + AHEAD, slots
 
     def check(self, document: Document, options: GenerationOptions) -> None:
         check_fits(document, options, self._runtime)

@@ -49,7 +49,7 @@ class ModelFolder:
                     f"{option} is of bundles, and PyTorch runs the model folder {machine.bundle}",
                     fix="leave it out, or make a bundle with `mmi export`",
                 )
-        self._machine, self._steps = machine, steps
+        self._machine, self._steps, self.most_beams = machine, steps, MOST_BEAMS
 
     def record(self, options: GenerationOptions) -> dict[str, Any]:
         folder, settings = self._machine.bundle, asdict(options)

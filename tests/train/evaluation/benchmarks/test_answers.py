@@ -258,12 +258,12 @@ def test_pictures_are_drawn_from_captions_and_kept(
         (["--prompt", "chatt"], "there is no prompt chatt"),
         (["--split", "train2"], "no split train2"),
         (
-            ["--benchmark", "ade20k"],
-            "a bundle cannot answer ade20k, which takes maps of labels",
+            ["--benchmark", "ade20k", "--beams", "3"],
+            "--beams is of texts; got ade20k, whose answers are none",
         ),
         (
             ["--beams", "9"],
-            "with 9 beams, and there are 8 rows in a run. give --beams 8, or",
+            "with 9 beams, and there is room for 8. give --beams 8, or",
         ),
         (["--benchmark", "visdial", "--beams", "2"], "--beams is of texts"),
         (["--benchmark", "vqa2"], "the nearest one is vqav2"),

@@ -77,8 +77,7 @@ def is_drawn(benchmark: Benchmark) -> bool:
 def generation_of(benchmark: Benchmark, beams: int | None = None) -> GenerationOptions:
     """Options of a benchmark's answers. beams: in place of the published ones, 1 for greedy.
 
-    Raises `ConfigError` for an answer that a bundle cannot give, and for beams of one that is no
-    text.
+    Raises `ConfigError` for beams of an answer that is no text.
     """
     if benchmark.kind != "text" and beams is not None:
         raise ConfigError("--beams is of texts", got=f"{benchmark.name}, whose answers are none")
@@ -86,11 +85,6 @@ def generation_of(benchmark: Benchmark, beams: int | None = None) -> GenerationO
         return _PICTURE
     if benchmark.kind == "ranks":
         return _RANKS
-    if benchmark.kind != "text":
-        raise ConfigError(
-            f"a bundle cannot answer {benchmark.name}, which takes maps of labels",
-            fix="score answers of your own with --predictions FILE",
-        )
     published = _GENERATION.get(benchmark.name, _ANSWER)
     if beams is None:
         return published
