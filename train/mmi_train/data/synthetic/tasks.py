@@ -189,7 +189,7 @@ def digit_document(
 ) -> TaskDocument:
     """A picture with a digit, and which one it is; in a world without digits, any question."""
     if not config.digits:
-        return question_document(rng, config, split)
+        return replace(question_document(rng, config, split), kind="digit")
     scene = random_scene(rng, replace(config, digit_chance=1.0), split)
     digit = next(item for item in scene.objects if item.shape == DIGIT)
     turn = _turn("question", "which digit?", f"{digit.digit}.")
