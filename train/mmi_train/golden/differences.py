@@ -8,6 +8,11 @@ from typing import Any
 Case = Mapping[str, Any]
 
 
+class PublishedFailure(Exception):
+    """The published code fails on a case, so that there is nothing to compare; the message says
+    why."""
+
+
 def differs(got: object, expected: object, what: str = "") -> str | None:
     """First place where two values of JSON differ, on one line; None if they are equal."""
     if isinstance(expected, dict) and isinstance(got, dict) and got.keys() == expected.keys():

@@ -23,7 +23,7 @@ from mmi_train.data.readers.visdial import HISTORY, VisDial
 from mmi_train.evaluation.benchmarks.prompts import generation_of
 from mmi_train.evaluation.benchmarks.table import BENCHMARKS, benchmark
 from mmi_train.golden.case_tree import tree
-from mmi_train.golden.differences import Case, differs
+from mmi_train.golden.differences import Case, PublishedFailure, differs
 from mmi_train.golden.published_text import (
     BOI,
     IMAGE,
@@ -331,7 +331,7 @@ _QUESTION_SETS = {
 
 def _vqa(case: Case) -> str | None:
     if published_class(case) == "VQABaseDataset":
-        return None  # a published fault: the option `total_length` fails, and we have none
+        raise PublishedFailure("the option total_length")
     name, names = _QUESTION_SETS[published_class(case)]
     with tree(case, names) as folder:
         data = open_set(name, folder, Settings(split=case["dataset_options"].get("phase")))

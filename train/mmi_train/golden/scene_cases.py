@@ -26,7 +26,7 @@ from mmi_train.data.readers.sample import PicturePart, SamplePart, joined
 from mmi_train.data.readers.stories import Scenes, Stories
 from mmi_train.data.readers.templates import PROMPTS, Prompt
 from mmi_train.golden.case_tree import tree
-from mmi_train.golden.differences import Case, differs
+from mmi_train.golden.differences import Case, PublishedFailure, differs
 from mmi_train.golden.prompt_cases import Row, batch_differs, published_class
 from mmi_train.golden.published_text import PublishedText, even, shade, written
 
@@ -133,7 +133,7 @@ def _story(case: Case) -> str | None:
             whole = joined(found)
             rows.append(Row(whole, whole, shades))
     if "batch_error" in output:
-        return None  # a published fault: stories of unequal length with a mask
+        raise PublishedFailure("stories of unequal length with a mask")
     return batch_differs(case, rows, end="add_eos" in options) or _mask_differs(case, rows)
 
 
@@ -152,7 +152,7 @@ def _mask_differs(case: Case, rows: Sequence[Row]) -> str | None:
 def _segmentation(case: Case) -> str | None:
     options, output = case["dataset_options"], case["output"]
     if "error" in output:
-        return None  # a published fault: training with one resolution fails
+        raise PublishedFailure("training with one resolution")
     with tree(case) as folder:
         data = open_set("ade20k", folder, Settings(split=options["phase"]))
         assert isinstance(data, Ade20k)
@@ -198,7 +198,7 @@ _TASKS = {
 def _grounding(case: Case) -> str | None:
     output = case["output"]
     if "error" in output:
-        return None  # a published fault: grounded captions hold no box, so reading fails
+        raise PublishedFailure("grounded captions, which hold no box")
     names = dict.fromkeys(("ann.jsonl", "train_grounding_0.jsonl"), "refcoco_train.jsonl")
     with tree(case, names) as folder:
         regions = list(_regions(case, folder))
