@@ -18,6 +18,7 @@ from mmi_deploy.cli.command_table import VIEWS
 REPOSITORY = Path(__file__).resolve().parent.parent
 NAMES = "export benchmarks gpu_check install server wire_formats responses page deployment".split()
 NAMES += ["serving_benchmarks", "polygraphy", "gemv_kernel", "training", "data", "evaluation"]
+NAMES += ["paper_training", "few_step_drawing"]
 DOCS = [REPOSITORY / "docs" / f"{n}.md" for n in NAMES]
 
 # Files that commands write and the repository does not hold.
