@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmi_train.data.readers.ade20k import LABELS
 from mmi_train.evaluation.metrics import (
     anls,
     boxes,
@@ -309,7 +310,7 @@ def miou(case: Case) -> str | None:
 def ade20k_colour(case: Case) -> str | None:
     """Colours of labels, and the labels of those colours."""
     given, output = case["input"], case["output"]
-    labels = np.arange(mean_iou.ADE20K_CLASSES + 1) if isinstance(given, str) else np.array(given)
+    labels = np.arange(LABELS + 1) if isinstance(given, str) else np.array(given)
     try:
         colours = mean_iou.colours_of(labels)
     except IndexError:

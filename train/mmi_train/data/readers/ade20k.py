@@ -20,19 +20,20 @@ from mmi_train.data.readers.questions import MALFORMED
 from mmi_train.data.readers.refer import Mirrored, swapped
 from mmi_train.data.readers.sample import PicturePart, Sample, SamplePart, Skipped, joined
 
+# Labels of the benchmark; 0 is unlabelled.
 LABELS = 150
 
 # Levels of a colour channel, and the distance of two of them.
-_LEVELS = 6
-_STEP = 256 // _LEVELS
+LEVELS = 6
+STEP = 256 // LEVELS
 
 
 def label_colours() -> NDArray[np.uint8]:
     """Colour of each label, uint8 [151, 3]: label 0, unlabelled, is black; the others count down
     from white in six levels a channel, the blue one fastest."""
     number = np.arange(LABELS)
-    digits = np.stack([number // _LEVELS**2, number % _LEVELS**2 // _LEVELS, number % _LEVELS], 1)
-    return np.concatenate([np.zeros((1, 3)), 255 - _STEP * digits]).astype(np.uint8)
+    digits = np.stack([number // LEVELS**2, number % LEVELS**2 // LEVELS, number % LEVELS], 1)
+    return np.concatenate([np.zeros((1, 3)), 255 - STEP * digits]).astype(np.uint8)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mmi_deploy.documents.images import FORMATS, MAX_PIXELS, read_rgb
 from mmi_deploy.errors import DocumentError
 from mmi_deploy.system.files import open_regular
 from mmi_deploy.system.progress import Progress
+from mmi_train.data.readers.ade20k import LABELS
 from mmi_train.data.readers.pictures import FilePicture, LabelMap, Picture
 from mmi_train.evaluation.benchmarks.predictions import Prediction, PredictionError
 from mmi_train.evaluation.benchmarks.references import Reference
@@ -41,7 +42,7 @@ def segmentation(
     segmenter it is a drawn picture, whose map the segmenter makes. Pixels of a missing map are of
     no class.
     """
-    classes = mean_iou.ADE20K_CLASSES
+    classes = LABELS
     terms = np.zeros((len(references), 2 * classes + 2))
     for place, (reference, prediction) in enumerate(zip(references, predictions, strict=True)):
         options.progress("reading maps", place, len(references))

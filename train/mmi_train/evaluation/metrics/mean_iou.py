@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-# Classes of ADE20K's benchmark; label 0 is unlabelled.
-ADE20K_CLASSES = 150
-
-# Values per channel of the colours, and the distance between them.
-_VALUES = 6
-_STEP = 256 // _VALUES
+from mmi_train.data.readers.ade20k import LABELS, LEVELS, STEP, label_colours
 
 # Added to unions by the published code, so that absent classes do not divide by zero.
 _PUBLISHED_EPSILON = 1e-10
-
-
-def ade20k_colours() -> np.ndarray:
-    """uint8 [151, 3]: colour of each label; black for 0."""
-    label = np.arange(ADE20K_CLASSES)
-    digits = label // _VALUES**2, label // _VALUES % _VALUES, label % _VALUES
-    colours = 255 - _STEP * np.stack(digits, axis=1)
-    return np.concatenate([np.zeros((1, 3), int), colours]).astype(np.uint8)
 
 
 def colours_of(labels: np.ndarray) -> np.ndarray:
@@ -28,17 +15,17 @@ def colours_of(labels: np.ndarray) -> np.ndarray:
     label that has no colour."""
     if labels.size and int(labels.min()) < 0:
         raise IndexError(f"label {labels.min()} has no colour")
-    return ade20k_colours()[labels]
+    return label_colours()[labels]
 
 
 def labels_of(colours: np.ndarray) -> np.ndarray:
     """Labels, uint8 [height, width], of the nearest colours in a map, uint8 [height, width, 3]."""
     # Channels of the grid are independent: the nearest colour has the nearest value in each.
-    rounded = np.rint((255 - colours.astype(np.float64)) / _STEP).clip(0, _VALUES - 1).astype(int)
-    label = 1 + rounded @ np.array([_VALUES**2, _VALUES, 1])
-    table = ade20k_colours().astype(np.float64)
+    rounded = np.rint((255 - colours.astype(np.float64)) / STEP).clip(0, LEVELS - 1).astype(int)
+    label = 1 + rounded @ np.array([LEVELS**2, LEVELS, 1])
+    table = label_colours().astype(np.float64)
     pixels = colours.astype(np.float64)
-    beyond = label > ADE20K_CLASSES  # the grid has 216 colours
+    beyond = label > LABELS  # the grid has 216 colours
     if beyond.any():
         distances = ((pixels[beyond][:, None] - table[1:]) ** 2).sum(-1)
         label[beyond] = 1 + distances.argmin(-1)
