@@ -137,14 +137,13 @@ def generate(
         ),
     ] = 1,
     length_penalty: Annotated[
-        float | None,
+        float,
         typer.Option(
             help="Of --beams: above 0 favours long texts.",
             metavar="X",
-            show_default="1.0",
             rich_help_panel="Text",
         ),
-    ] = None,
+    ] = 1.0,
     biases: Annotated[
         list[str] | None,
         typer.Option(
@@ -258,7 +257,7 @@ def generate(
         frequency_penalty=frequency_penalty,
         logit_bias=_logit_bias(biases or []),
         beams=beams,
-        length_penalty=1.0 if length_penalty is None else length_penalty,
+        length_penalty=length_penalty,
         schedule=schedule,
         guidance=guidance,
         full_every=full_every,
