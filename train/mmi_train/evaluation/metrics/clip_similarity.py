@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmi_deploy.documents.tokenizer import read_tokenizer_file
 from mmi_deploy.errors import WeightsError
 from mmi_deploy.system.files import sha256_of
 
@@ -103,19 +104,14 @@ class Reranker:
     """Chooses, of the pictures drawn of a caption, the one that CLIP finds most similar to it."""
 
     def __init__(self, weights: Path | None) -> None:
-        """weights: folder of CLIP with both its networks and its tokenizer. Raises
-        `WeightsError`."""
-        from tokenizers import Tokenizer
+        """weights: folder of CLIP with both its networks and its tokenizer. Raises `WeightsError`
+        and `BundleError`."""
         from transformers import CLIPTextModelWithProjection
 
         folder = _folder(weights, *FILES)
         self._clip = Clip(weights)
         self._texts = _loaded(CLIPTextModelWithProjection, folder)
-        try:
-            self._tokenizer = Tokenizer.from_file(str(folder / FILES[2]))
-        except Exception as error:  # the library raises no type of its own
-            raise WeightsError(f"{folder / FILES[2]} is no tokenizer: {error}") from None
-        self._tokenizer.no_padding()
+        self._tokenizer = read_tokenizer_file(folder / FILES[2])
         self._tokenizer.enable_truncation(self._texts.config.max_position_embeddings)
 
     @staticmethod
