@@ -45,6 +45,7 @@ ORDER = """
     mmi_deploy.targets
     mmi_deploy.targets.polygraphy
     mmi_deploy.analysis
+    mmi_deploy.hub
     mmi_deploy.cli
     mmi_deploy.cli.inspect
     mmi_deploy.__main__

@@ -61,8 +61,8 @@ COMMANDS: Mapping[str, Row] = {
         MODELS,
         (
             "mmi convert mm_interleaved_13b/ -o models/13b --tokenizer vicuna-13b/",
-            "mmi convert mm_interleaved_13b/ -o models/13b --tokenizer vicuna-13b/ "
-            "--dtype bfloat16",
+            "mmi convert hf://OpenGVLab/MM-Interleaved/mm_interleaved_pretrain -o models/13b "
+            "--tokenizer hf://lmsys/vicuna-13b-v1.3",
         ),
     ),
     "init": Row(

@@ -11,6 +11,7 @@ import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder
 from mmi_deploy.cli.target_options import (
     Device,
     Kernels,
@@ -19,6 +20,7 @@ from mmi_deploy.cli.target_options import (
     check_engines,
     resident_groups,
 )
+from mmi_deploy.hub.kinds import BUNDLE as BUNDLE_KIND
 from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.progress import Progress, shown, silent
 
@@ -55,7 +57,12 @@ def generate(
     ] = Path("out"),
     bundle: Annotated[
         Path,
-        typer.Option("--bundle", "-b", help="Bundle of `mmi export`.", rich_help_panel="Document"),
+        typer.Option(
+            "--bundle",
+            "-b",
+            help="Bundle of `mmi export`, or hf://org/name.",
+            rich_help_panel="Document",
+        ),
     ] = BUNDLE,
     seed: Annotated[
         int,
@@ -262,8 +269,9 @@ def generate(
         guidance=guidance,
         full_every=full_every,
     )
+    folder = local_folder(bundle, BUNDLE_KIND, targets=[target])
     machine = Machine(
-        bundle, target, kernels, threads, device, resident_groups(resident), slots, unproved
+        folder, target, kernels, threads, device, resident_groups(resident), slots, unproved
     )
     if len(documents) > 1:
         generate_many(documents, out, machine, options, force, as_json)

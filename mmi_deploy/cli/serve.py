@@ -13,6 +13,7 @@ import typer
 from mmi_deploy.cli.console import MOST_THREADS, counted, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.generate import BUNDLE
+from mmi_deploy.cli.hub_folders import local_folder, model_name
 from mmi_deploy.cli.target_options import (
     MACHINE,
     Kernels,
@@ -22,6 +23,7 @@ from mmi_deploy.cli.target_options import (
     resident_groups,
 )
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.kinds import BUNDLE as BUNDLE_KIND
 from mmi_deploy.spec.backends import AUTO, CPU, backend_of
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ SAFETY, LIMITS, QUEUE, STREAMS = "Who may call", "Limits of a request", "Queue",
 
 def serve(
     bundle: Annotated[
-        Path, typer.Argument(help="Bundle of `mmi export`.", show_default=True)
+        Path, typer.Argument(help="Bundle of `mmi export`, or hf://org/name.", show_default=True)
     ] = BUNDLE,
     host: Annotated[str, typer.Option(help="Address to listen at.", metavar="HOST")] = "127.0.0.1",
     port: Annotated[
@@ -47,7 +49,7 @@ def serve(
         typer.Option(
             help="Name of the model in requests and replies.",
             metavar="NAME",
-            show_default="the bundle's folder",
+            show_default="that of the bundle's folder or repository",
         ),
     ] = None,
     target: TargetName = CPU,
@@ -380,7 +382,8 @@ def serve(
             f"whoever reaches {host} could use the server",
             fix=f"give keys by --key-file or ${VARIABLE}, or say --no-key",
         )
-    opened = Bundle.open(bundle, unproved=unproved)
+    folder = local_folder(bundle, BUNDLE_KIND, targets=[target])
+    opened = Bundle.open(folder, unproved=unproved)
     opened.check_runnable()
     check_target(opened, target)
     settings = ServerSettings(
@@ -421,7 +424,7 @@ def serve(
     elif replicas != "1" or ray_address is not None:
         raise ConfigError("--replicas and --ray-address go with --engine ray", fix="leave them out")
     sock = bind(host, port)
-    model = ServedModel.of(opened, name or opened.folder.name, target, "mmi-starting")
+    model = ServedModel.of(opened, name or model_name(bundle), target, "mmi-starting")
 
     def start(service: Service) -> None:
         line = f"Serving {model.name} at {address_of(sock)}"

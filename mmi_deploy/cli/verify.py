@@ -12,8 +12,10 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import counted, print_json, print_table, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder, local_only
 from mmi_deploy.cli.target_options import Device, Kernels, Resident, resident_groups
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.kinds import BUNDLE
 from mmi_deploy.spec.backends import AUTO, NONE
 from mmi_deploy.system.files import prepare_file
 from mmi_deploy.system.progress import shown
@@ -27,9 +29,9 @@ PATIENCE = 5.0
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="Bundle, as written by `mmi export`.")] = Path(
-        "bundles/tiny"
-    ),
+    bundle: Annotated[
+        Path, typer.Argument(help="Bundle of `mmi export`, or hf://org/name.")
+    ] = Path("bundles/tiny"),
     run: Annotated[
         bool, typer.Option("--run", help="Also run every graph once; takes seconds.")
     ] = False,
@@ -84,7 +86,7 @@ def verify(
                 fix=f"leave out {'--run' if run else '--target'}",
             )
         _check_unused(device, resident, kernels, against)
-        _save_outputs(bundle, save_outputs, force, as_json)
+        _save_outputs(local_folder(bundle, BUNDLE), save_outputs, force, as_json)
         return
     if target is not None:
         if run:
@@ -92,11 +94,12 @@ def verify(
                 "--run draws a picture with the portable graphs, --target runs engines",
                 fix="leave out one of them",
             )
+        local_only(bundle, "receipts are written into the bundle")
         groups = resident_groups(resident)
         _verify_target(bundle, target, device, groups, kernels, force, as_json, against)
         return
     _check_unused(device, resident, kernels, against, force)
-    _verify_bundle(bundle, run, as_json)
+    _verify_bundle(local_folder(bundle, BUNDLE, targets=None), run, as_json)
 
 
 def _check_unused(

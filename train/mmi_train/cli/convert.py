@@ -9,6 +9,8 @@ import typer
 
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import existing_folder, local_folder
+from mmi_deploy.hub.kinds import CHECKPOINT, TOKENIZER
 from mmi_deploy.spec.config import read_config
 from mmi_deploy.spec.presets import preset as preset_called
 from mmi_deploy.system.files import size
@@ -22,7 +24,7 @@ def convert(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="The published checkpoint: a folder of .bin files, or one.", exists=True
+            help="The published checkpoint: a folder of .bin files, one of them, or hf://org/name."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.")],
@@ -53,6 +55,9 @@ def convert(
     Code in a pickle is never run. Every missing, unknown or misshapen tensor is named before
     anything is written. Weights are streamed: memory does not grow with the checkpoint.
     """
+    check_replaceable(out, force, kind="model")  # before a download
+    checkpoint = existing_folder(checkpoint, CHECKPOINT)
+    tokenizer = None if tokenizer is None else local_folder(tokenizer, TOKENIZER)
     tokenizer = tokenizer or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
     inputs = [] if config is None else [config]
     check_replaceable(out, force, kind="model", inputs=[checkpoint, tokenizer, *inputs])

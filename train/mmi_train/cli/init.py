@@ -9,6 +9,8 @@ import typer
 
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import existing_folder
+from mmi_deploy.hub.kinds import DIFFUSION, LANGUAGE_MODEL, TOKENIZER, VISION
 from mmi_deploy.spec.presets import preset as preset_called
 from mmi_deploy.system.files import size
 from mmi_deploy.system.output_folder import check_replaceable
@@ -23,8 +25,7 @@ def init(
         Path,
         typer.Option(
             help="A LLaMA, Mistral, Qwen or SmolLM: a Hugging Face folder, or a GGUF file.",
-            exists=True,
-            metavar="DIR|GGUF",
+            metavar="DIR|GGUF|hf://",
             rich_help_panel="Trained parts",
         ),
     ],
@@ -32,8 +33,8 @@ def init(
         Path | None,
         typer.Option(
             help="A CLIP vision transformer: a Hugging Face folder.",
-            exists=True,
             file_okay=False,
+            metavar="DIR|hf://",
             show_default="new and small",
             rich_help_panel="Trained parts",
         ),
@@ -42,8 +43,8 @@ def init(
         Path | None,
         typer.Option(
             help="A Stable Diffusion: a diffusers folder.",
-            exists=True,
             file_okay=False,
+            metavar="DIR|hf://",
             show_default="new and small",
             rich_help_panel="Trained parts",
         ),
@@ -52,7 +53,7 @@ def init(
         Path | None,
         typer.Option(
             help="Folder of another tokenizer.json or tokenizer.model.",
-            exists=True,
+            metavar="DIR|hf://",
             show_default="the language model's",
             rich_help_panel="Trained parts",
         ),
@@ -120,6 +121,11 @@ def init(
     The language model writes as before; the layers that connect images to it are new and have to be
     trained. Parts that are not given are new, with the sizes of the preset tiny.
     """
+    check_replaceable(out, force, kind="model")  # before a download
+    llm = existing_folder(llm, LANGUAGE_MODEL)
+    vision = None if vision is None else existing_folder(vision, VISION)
+    diffusion = None if diffusion is None else existing_folder(diffusion, DIFFUSION)
+    tokenizer = None if tokenizer is None else existing_folder(tokenizer, TOKENIZER)
     inputs = [path for path in (llm, vision, diffusion, tokenizer) if path is not None]
     check_replaceable(out, force, kind="model", inputs=inputs)
     form = preset_called(preset)
