@@ -104,8 +104,8 @@ class Implementations:
     ) -> Run:
         sessions: list[Session] = []
 
-        def kept(runtime: Runtime) -> Session:
-            sessions.append(Session(runtime))
+        def kept(runtime: Runtime, rows: int) -> Session:
+            sessions.append(Session(runtime, rows))
             return sessions[-1]
 
         patch.setattr(fast, "Session", kept)
