@@ -32,7 +32,7 @@ from mmi_deploy.parity import (
 )
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, runner
 from mmi_deploy.spec.graphs import DEEP, Graph, Limits, numbered
-from mmi_deploy.spec.schedule import LCM, Schedule
+from mmi_deploy.spec.schedule import Schedule
 from mmi_export.graphs.image_decoder import condition_names
 from mmi_export.parity.llm_rows import LlmRows, random_rows
 from mmi_export.schedules import lcm_table, schedule_table, scheduler_of
@@ -434,7 +434,7 @@ def _picture(
     `m`."""
     decoder, config = model.image_decoder, model.config.image_decoder
     scheduler = scheduler_of(schedule.key, config)
-    noisy = schedule.name in ("ddpm", LCM)
+    noisy = schedule.draws_noise(0)
     guidance = _GUIDANCE[row] if config.branches > 1 else config.guidance_of(None)
     images = _previous_images(model, draw, features, m)
     latents = _normal(draw, graph["latents"].resolve(b=1))

@@ -106,10 +106,18 @@ OPTIONS = {
     "previews": 3,
 }
 
+# Of a search, which is greedy.
+BEAMS = {
+    "beams": 3,
+    "length_penalty": -0.5,
+    "early_stopping": True,
+    "temperature": 0.0,
+}
+
 
 def test_every_option_arrives_as_it_was() -> None:
-    assert set(OPTIONS) == {field.name for field in fields(GenerationOptions)}
-    for chosen in ({}, OPTIONS, *({name: value} for name, value in OPTIONS.items())):
+    assert {*OPTIONS, *BEAMS} == {field.name for field in fields(GenerationOptions)}
+    for chosen in ({}, OPTIONS, BEAMS, *({name: value} for name, value in OPTIONS.items())):
         options = GenerationOptions(**chosen)
         header, _ = sent({"options": pack_options(options)})
         assert unpack_options(header["options"]) == options
