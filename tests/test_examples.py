@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,8 +86,9 @@ def test_the_service_of_the_docs_answers(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    scripts = re.findall(r"```python\n(.*?)```", (DOCS / "serving.md").read_text(), re.DOTALL)
-    together, alone = scripts
+    text = (DOCS / "serving.md").read_text()
+    scripts = re.findall(r"^ *```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    together, alone, scored = map(textwrap.dedent, scripts)
     (tmp_path / "bundles").mkdir()
     (tmp_path / "bundles" / "tiny").symlink_to(exported_once(SHIPPED).bundle.folder)
     (tmp_path / "examples").symlink_to(EXAMPLES)
@@ -96,6 +98,8 @@ def test_the_service_of_the_docs_answers(
     assert "a running text waits at most" in out and "EngineStats(" in out
     exec(compile(alone, "serving.md", "exec"), {})
     assert "max_images: {" in capsys.readouterr().out
+    exec(compile(scored, "serving.md", "exec"), {})
+    assert re.search(r"^\[-[0-9.]+, -[0-9.]+, -[0-9.]+\]$", capsys.readouterr().out, re.MULTILINE)
     # The one asked for, and one more.
     pictures = sorted(tmp_path.glob("document-0-picture-*.png"))
     assert [picture.stem[-1] for picture in pictures] == ["1", "2"]
