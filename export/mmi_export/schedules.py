@@ -73,8 +73,8 @@ def scheduler_of(key: str, decoder: ImageDecoderConfig) -> Any:
     sampler is DDIM with eta 1, which takes its noise explicitly (`samplers.next_latents`)."""
     diffusion, distilled = decoder.diffusion, decoder.distillation
     named = parse_schedule_name(key, diffusion.steps)
-    check_schedule(named, diffusion, distilled)
-    if distilled is not None and distilled.solver_steps is not None:
+    if named.solver == LCM:
+        assert distilled is not None and distilled.solver_steps is not None
         made: Any = lcm(diffusion, distilled.solver_steps)
     elif named.solver == "ddpm":
         made = ddim(diffusion, named.spacing)

@@ -80,6 +80,9 @@ def test_loss_and_gradients_are_those_of_the_definition(config: str, monkeypatch
     torch.testing.assert_close(got, loss, rtol=1e-5, atol=0)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
+        if name.endswith("k_proj.bias"):  # moves all scores of a query alike: rounding alone
+            assert max(float(one.abs().max()) for one in (gradient, found[name])) < 1e-7, name
+            continue
         scale = float(gradient.abs().max()) + 1e-6
         assert float((found[name] - gradient).abs().max()) < 2e-3 * scale, name
 
