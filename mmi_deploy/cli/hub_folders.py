@@ -38,7 +38,8 @@ def local_folder(given: Path, kind: Kind, *, targets: Targets = ()) -> Path:
 
 
 def existing_folder(given: Path, kind: Kind) -> Path:
-    """The same, for an argument that has to be there. Raises `ConfigError` for a missing path."""
+    """Path of a required folder, as `local_folder` finds it. Raises `MmiError`, also for a missing
+    path."""
     if not is_reference(given) and not given.exists():
         raise ConfigError(f"{given} does not exist", expected="a folder, or hf://org/name")
     return local_folder(given, kind)

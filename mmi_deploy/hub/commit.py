@@ -101,7 +101,7 @@ class Commit:
         self.fetch_paths([self.reference.path(name) for name in names])
 
     def fetch_paths(self, paths: list[str]) -> None:
-        """The same for paths in the repository."""
+        """Download files by their paths in the repository, as `fetch` does."""
         if lacking := [path for path in paths if path not in self.listing]:
             raise HubError(
                 f"{self.reference.repository} is not complete: it has no {first(lacking)}",
@@ -111,9 +111,10 @@ class Commit:
         if not missing:
             return
         self._announce(missing)
+        known = self._blobs()
         _download(self.reference.repository, self.revision, missing, self.remark)
         for path in missing:
-            self._check_arrived(path)
+            self._check_arrived(path, known)
 
     @property
     def _root(self) -> Path:
@@ -140,14 +141,22 @@ class Commit:
             f"{self.revision.resolved:.12} into {cache}"
         )
 
-    def _check_arrived(self, path: str) -> None:
-        """Raise `HubError` for a file that was downloaded just now and is damaged, and remove it
-        from the cache: its name there is the hash that it does not have."""
+    def _blobs(self) -> set[Path]:
+        """Contents of the repository's files that the cache holds, for whichever commit."""
+        return {path.resolve() for path in (self._root.parents[1] / "blobs").glob("*")}
+
+    def _check_arrived(self, path: str, known: set[Path]) -> None:
+        """Raise `HubError` for a damaged file, and remove it from the cache if it was downloaded
+        just now: its name there is the hash that it does not have. One of `known`, which were there
+        before, may be another program's and stays."""
         found = self._root / path
         if not found.is_file() or self._is_as_stated(path):
             return
-        found.resolve().unlink()
-        found.unlink(missing_ok=True)
+        blob = found.resolve()
+        found.unlink()  # the link of this download, or the file itself where links are off
+        if blob in known:
+            raise self._changed(blob, path)
+        blob.unlink(missing_ok=True)
         raise HubError(
             f"{path} of {self.reference.repository} arrived damaged, with another hash than the "
             "Hub states, and was removed",
@@ -168,6 +177,12 @@ class Commit:
         """SHA-256 of a cached file as the Hub states it; None for one of Git itself."""
         blob = (self._root / path).resolve()
         return blob.name if _SHA256.fullmatch(blob.name) else self.listing[path].sha256
+
+    def _changed(self, blob: Path, path: str) -> HubError:
+        return HubError(
+            f"{blob}, in the cache for {path} of {self.reference.repository}, was changed",
+            fix="Remove it and run the command again",
+        )
 
     def check(self, names: Iterable[str]) -> None:
         """Compare cached files with the SHA-256 that the Hub states, as `check_listed` does."""
@@ -193,11 +208,7 @@ class Commit:
             for name in entries:
                 path = self.reference.path(f"{prefix}{name}")
                 if not self._is_as_stated(path):
-                    raise HubError(
-                        f"{(self._root / path).resolve()}, in the cache for {path} of "
-                        f"{self.reference.repository}, was changed",
-                        fix="Remove it and run the command again",
-                    ) from None
+                    raise self._changed((self._root / path).resolve(), path) from None
             raise BundleError(
                 f"{self.reference} has other files than its manifest lists: it was changed "
                 "after `mmi export`",

@@ -179,8 +179,8 @@ def reference_products(diffusion: DiffusionConfig) -> np.ndarray:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_tables_of_zero_terminal_snr_are_diffusers(name: str) -> None:
-    """Whole trajectories from pure noise: finite, and those of diffusers' `rescale_betas_zero_snr`;
-    the first step is from the last timestep."""
+    """Compare whole trajectories from pure noise with diffusers' `rescale_betas_zero_snr`: finite,
+    and the first step is from the last timestep."""
     latents = np.random.default_rng(0).standard_normal(SHAPE)
     for steps in (1, 5, 20):
         schedule = schedule_table(name, steps, ZERO_SNR)
@@ -232,8 +232,8 @@ def test_the_default_schedule_is_one_that_the_model_can_take() -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [1, 4, 8])
 def test_consistency_sampling_equals_diffusers(steps: int, prediction: str) -> None:
-    """Whole trajectories of `LCMScheduler` with its own draws: 1e-5 in float64, of the largest
-    value, as the table is float32."""
+    """Compare whole trajectories with `LCMScheduler` and its own draws in float64: 1e-5 of the
+    largest value, as the table is float32."""
     diffusion = DiffusionConfig(prediction)  # type: ignore[arg-type]
     schedule = lcm_table(steps, diffusion, 50)
     latents = np.random.default_rng(1).standard_normal(SHAPE)

@@ -182,6 +182,18 @@ def test_a_damaged_download_is_refused_removed_and_repeated(hub: Hub) -> None:
     assert names(local_folder(Path("hf://org/model"), kinds.MODEL)) == {*MODEL}
 
 
+def test_damaged_content_that_another_program_downloaded_stays(hub: Hub) -> None:
+    """A file of the cache without its link, as other commits have it, is not downloaded again."""
+    hub.add("org/model", MODEL)
+    link = local_folder(Path("hf://org/model"), kinds.MODEL) / "model.safetensors"
+    blob = link.resolve()
+    blob.chmod(0o644)
+    blob.write_bytes(b"Weights")
+    link.unlink()
+    assert re.search("in the cache for model.safetensors .* was changed", error("hf://org/model"))
+    assert blob.read_bytes() == b"Weights"
+
+
 def test_a_file_that_was_changed_in_the_cache_is_refused(hub: Hub) -> None:
     hub.add("org/model", MODEL)
     folder = local_folder(Path("hf://org/model"), kinds.MODEL)

@@ -248,7 +248,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Reshaped:
-    """The same values in the same order, in another shape."""
+    """View of a stored tensor in another shape, values in the same order."""
 
     tensor: StoredTensor
     shape: torch.Size

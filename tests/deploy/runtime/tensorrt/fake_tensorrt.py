@@ -170,8 +170,8 @@ class FakeTensorRt:
             return
 
         def log(self, severity: Severity, msg: str) -> None:
-            """Abstract, as in TensorRT: a logger must define it."""
-            raise NotImplementedError
+            """Fail as TensorRT's pure virtual function does: a logger must define it."""
+            raise RuntimeError('Tried to call pure virtual function "ILogger::log"')
 
     def Runtime(self, logger: Any) -> Runtime:  # noqa: N802
         self.used.append(("Runtime", "__init__", (logger,)))

@@ -257,7 +257,8 @@ class DistillationStage:
 
 
 def _repeated(images: PreviousImages, times: int) -> PreviousImages:
-    """The same images for `times` rows of each picture, all pictures again and again."""
+    """Repeat the rows of all pictures `times` times, one block after another; features are
+    shared."""
     seeing = images.seeing
     if seeing is not None:
         offsets = torch.arange(times, device=seeing.device)[:, None] * len(images.slot)
