@@ -220,6 +220,8 @@ def test_ctrl_c_ends_the_transfer_that_runs(hub: Hub, monkeypatch: pytest.Monkey
     hub.add("org/model", MODEL)
     gate = hub.pause["model.safetensors"] = threading.Event()
     monkeypatch.setattr(_constants(), "DOWNLOAD_CHUNK_SIZE", 1)
+    stop = threading.Event()
+    monkeypatch.setattr(commit, "Event", lambda: stop)
 
     def interrupt() -> None:
         cache, until = Path(_constants().HF_HUB_CACHE), time.monotonic() + 20
@@ -227,7 +229,7 @@ def test_ctrl_c_ends_the_transfer_that_runs(hub: Hub, monkeypatch: pytest.Monkey
         while not [*cache.rglob("config.json")] and time.monotonic() < until:
             time.sleep(0.01)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        time.sleep(0.3)  # the main thread has to take the signal before more arrives
+        stop.wait(20)  # the main thread has to take the signal before more arrives
         gate.set()
 
     thread = threading.Thread(target=interrupt)
