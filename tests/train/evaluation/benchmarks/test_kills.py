@@ -60,7 +60,7 @@ def test_a_killed_evaluation_gives_the_same_report(
     bundle = str(exported_once(SHIPPED).bundle.folder)
     data = write_questions(tmp_path / "data", QUESTIONS, np.random.default_rng(5))
     words = ["evaluate", bundle, "--benchmark", "vqav2", "--data", str(data), "--prompt", "chat"]
-    words += ["--threads", "1", "--slots", "2", "--json", "-o"]
+    words += ["--beams", "1", "--threads", "1", "--slots", "2", "--json", "-o"]
     log, whole = tmp_path / "log", tmp_path / "whole.jsonl"
     begun = time.perf_counter()
     expected = report([*words, str(whole)], log)
