@@ -135,16 +135,18 @@ def test_the_weights_are_in_memory_once(tmp_path: Path, dtype: torch.dtype | Non
     )
     (tmp_path / CONFIG).write_text(to_json(config))
     save_model(MMInterleaved(small), tmp_path / "small")
-    # In a process of its own, which has no freed pages to use again, but all code that a load
-    # imports.
+    # In a process of its own, which has all code that a load imports, and no freed pages to use
+    # again.
     program = (
         "import sys, torch\n"
         "from pathlib import Path\n"
+        "from mmi_deploy.system.process_memory import trim\n"
         "from mmi_train.weights.model_folder import load_model\n"
         "from train.weights.test_lazy_tensor import peak_growth\n"
         "found = []\n"
         f"dtype = {dtype}\n"
         "load_model(Path(sys.argv[1]) / 'small', dtype)\n"
+        "trim()\n"
         "load = lambda: found.append(load_model(Path(sys.argv[1]), dtype))\n"
         "print(peak_growth(load))"
     )
