@@ -30,6 +30,7 @@ from mmi_deploy.cli import program
 from mmi_deploy.documents.tokenizer import read_tokenizer_file
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_train.data.document_file import DocumentFile
+from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.world import easy
 from mmi_train.model.layout import moved
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
@@ -69,7 +70,7 @@ class Results:
 def micro_batch(folder: Path, model: MMInterleaved) -> Batch:
     """Drawn documents: questions about pictures, pictures to draw, stories."""
     tokenizer = read_tokenizer_file(folder / TOKENIZER)
-    stage = InterleavedStage(model, tokenizer, easy())
+    stage = InterleavedStage(model, tokenizer, DrawnWorld(easy()))
     return stage.batch(0, np.random.default_rng(0))
 
 

@@ -52,6 +52,7 @@ COMMANDS: Mapping[str, Row] = {
             "mmi train-tiny -o runs/tiny",
             "mmi train-tiny -o runs/trial --steps 100",
             "mmi train-tiny -o runs/more --start assets/tiny --world medium",
+            "mmi train-tiny -o runs/emoji --emoji data/emoji",
         ),
     ),
     "convert": Row(
@@ -337,6 +338,15 @@ DATA: Mapping[str, Row] = {
             "mmi data check coco-caption coco/ --show 3",
             "mmi data check refcoco refcoco/ --split testA --json",
             "mmi data check mmc4 mmc4/ --quick --sheet mmc4.png",
+        ),
+    ),
+    "emoji": Row(
+        "mmi_train.cli.data_emoji:emoji",
+        "Make an emoji set, which train-tiny takes, from two npm packages.",
+        "data",
+        examples=(
+            "mmi data emoji --icons iconify-json-fluent-emoji-flat-1.2.6.tgz "
+            "--keywords emojilib-4.0.3.tgz -o data/emoji",
         ),
     ),
 }

@@ -22,6 +22,7 @@ from mmi_deploy.spec.presets import tiny
 from mmi_train.data.batches import batch_of, packed_batch
 from mmi_train.data.packing import PackedRow
 from mmi_train.data.rows import TokenDocument, make_rows
+from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy
 from mmi_train.model.layout import moved
@@ -124,7 +125,9 @@ def test_a_step_stays_on_its_device(model: MMInterleaved, name: str, checkpointe
 
 def test_a_step_of_the_main_stage_stays_on_its_device(model: MMInterleaved) -> None:
     model.checkpoint_gradients(False)
-    stage = InterleavedStage(model, build_tokenizer(), easy(), {"drawing": 1, "story": 1})
+    stage = InterleavedStage(
+        model, build_tokenizer(), DrawnWorld(easy()), {"drawing": 1, "story": 1}
+    )
     stage.module.to_empty(device=META)
     batch = moved(stage.batch(0, np.random.default_rng(0)), META)
     with strict():

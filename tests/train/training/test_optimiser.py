@@ -12,6 +12,7 @@ import torch
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.presets import released_13b, tiny
 from mmi_train.checkpoint_import.published import DerivedConstant, rename
+from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -95,7 +96,7 @@ def test_rules_hold_in_every_stage():
     """Though a stage with auxiliary heads has the model's names behind one of its own."""
     with torch.device("meta"):
         model = MMInterleaved(tiny())
-        stage = InterleavedStage(model, build_tokenizer(), easy())
+        stage = InterleavedStage(model, build_tokenizer(), DrawnWorld(easy()))
     rules = tuple(rule for rule in TABLE_11 if "null_value" not in rule.pattern)
     parameter_groups(stage.module, replace(PUBLISHED, rules=rules))
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
@@ -189,7 +190,7 @@ def test_every_table_suits_models_without_some_of_the_parts(name):
     """The tiny model has no null values; a stage holds the model behind a name of its own."""
     with torch.device("meta"):
         model = MMInterleaved(tiny())
-        stage = InterleavedStage(model, build_tokenizer(), easy())
+        stage = InterleavedStage(model, build_tokenizer(), DrawnWorld(easy()))
     parameter_groups(model, replace(PUBLISHED, rules=GROUPS[name]))
     learns = {own for own, value in model.named_parameters() if value.requires_grad}
     assert learns

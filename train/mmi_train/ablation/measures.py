@@ -12,8 +12,9 @@ import torch
 from mmi_deploy.documents.images import resize
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.rows import TokenDocument
+from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.scene_reader import expected_segmentation
-from mmi_train.data.synthetic.tasks import MAKERS, TaskImage
+from mmi_train.data.synthetic.tasks import TaskImage
 from mmi_train.data.synthetic.world import IMAGE_SIDE
 from mmi_train.evaluation.synthetic_tasks import (
     PICTURES,
@@ -94,9 +95,11 @@ def _kinds(stage: InterleavedStage) -> list[str]:
 def _questions(
     evaluator: Evaluator, stage: InterleavedStage, kind: str, index: int, count: int
 ) -> Iterator[Question]:
+    world = stage.corpus
+    assert isinstance(world, DrawnWorld)
     rng = np.random.default_rng([0, index])
     while count > 0:
-        document = MAKERS[kind](rng, stage.world, "held_out")
+        document = world.document(kind, rng, "held_out")
         for target in document.targets[:count]:
             yield Question(document, target, evaluator.prompt(document, target))
             count -= 1

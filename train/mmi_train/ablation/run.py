@@ -25,6 +25,7 @@ from mmi_deploy.system.progress import Progress, silent
 from mmi_train.ablation.measures import measure
 from mmi_train.ablation.parts import FROZEN, MMFS, PARTS
 from mmi_train.ablation.studies import Training
+from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.evaluation.contact_sheet import contact_sheet
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training.from_scratch import averaged, open_gates, own_tokenizer
@@ -144,10 +145,11 @@ def _stage(
     fresh = training.fresh + ((MMFS,) if scale.new_mmfs else ())
     model = changed_model(replace(training, fresh=fresh), start.folder, seed)
     mixture = {kind: max(round(n * scale.share), 1) for kind, n in training.mixture.items()}
+    world = DrawnWorld(training.world)
     stage = InterleavedStage(
         model,
-        own_tokenizer(start.folder),
-        training.world,
+        own_tokenizer(start.folder, world),
+        world,
         mixture,
         text_weight=training.text_weight,
         image_weight=training.image_weight,

@@ -32,7 +32,7 @@ _ANSWERS = "Answers to a benchmark"
 # are of.
 _WORLD = (
     "is of drawn scenes, which are measured without --benchmark",
-    "world count guidance full_every without seed pictures".split(),
+    "world emoji count guidance full_every without seed pictures".split(),
 )
 _ANSWERING = (
     "is of answers that a model gives",
@@ -77,6 +77,14 @@ def evaluate(
     world: Annotated[
         World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Questions")
     ] = "easy",
+    emoji: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ask about this emoji set in place of scenes; trained and held-out names apart.",
+            metavar="DIR",
+            rich_help_panel="Questions",
+        ),
+    ] = None,
     count: Annotated[
         int,
         typer.Option(
@@ -288,7 +296,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model on held-out scenes: answers, boxes and drawings, each checked exactly.
 
-    The column "MMFS off" shows the accuracy without features of earlier pictures.
+    The column "MMFS off" shows the accuracy without features of earlier pictures. With --emoji, a
+    model that was trained on emoji is asked about them.
 
     With --benchmark, a bundle or a model folder answers one of the paper's benchmarks, and the
     answers are scored; with --predictions too, those of a file are.
@@ -350,6 +359,24 @@ def evaluate(
     model = model or _TINY
     if pictures is not None:
         prepare_file(pictures)
+    if emoji is not None:
+        for name in ("world", "full_every"):
+            if _given(context, name):
+                raise ConfigError(f"--{name.replace('_', '-')} is of scenes, not of --emoji")
+        with extras("evaluate"):
+            from mmi_train.cli.evaluate_emoji import evaluate_emoji
+        evaluate_emoji(
+            model,
+            emoji,
+            count=count,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            without=without,
+            pictures=pictures,
+            as_json=as_json,
+        )
+        return
     with shown(remarks(), f"evaluating {model}") as progress:
         with extras("evaluate"):
             from mmi_deploy.documents.tokenizer import Tokenizer, read_tokenizer_file

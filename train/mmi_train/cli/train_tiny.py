@@ -1,4 +1,4 @@
-"""`mmi train-tiny`: train the tiny model from nothing on synthetic pictures."""
+"""`mmi train-tiny`: train a tiny model from nothing, on drawn scenes or emoji."""
 
 from __future__ import annotations
 
@@ -43,6 +43,15 @@ def train_tiny(
     world: Annotated[
         World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Training")
     ] = "easy",
+    emoji: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train on this emoji set, which `mmi data emoji` made, in place of scenes.",
+            show_default="drawn scenes",
+            metavar="DIR",
+            rich_help_panel="Training",
+        ),
+    ] = None,
     start: Annotated[
         Path | None,
         typer.Option(
@@ -72,7 +81,7 @@ def train_tiny(
         typer.Option(
             help="Precision of the arithmetic; weights are fp32.", rich_help_panel="Machine"
         ),
-    ] = "bf16",
+    ] = "fp32",
     accumulate: Annotated[
         int,
         typer.Option(
@@ -100,7 +109,9 @@ def train_tiny(
     ] = False,
     threads: Threads = None,
 ) -> None:
-    """Train the tiny model in stages: the autoencoder; reading and conditioning; then everything.
+    """Train a tiny model in stages: the autoencoder; reading and conditioning; then everything.
+
+    It learns from scenes that are drawn for it, or from emoji.
 
     It can be stopped at any time: the same command resumes from the last checkpoint and ends with
     the same weights. After every checkpoint OUT/model holds a usable model.
@@ -109,6 +120,8 @@ def train_tiny(
         raise ConfigError(
             "--packed has no conditioning stage", fix="leave --conditioning-steps out"
         )
+    if emoji is not None and world != "easy":
+        raise ConfigError("--world is of drawn scenes", got=f"--emoji {emoji} too", fix="omit one")
     if fields and start is not None:
         raise ConfigError("--set is of new models", got=f"the model {start} too", fix="omit one")
 
@@ -119,15 +132,25 @@ def train_tiny(
 
             from mmi_deploy.spec.config import with_fields
             from mmi_deploy.spec.presets import tiny
+            from mmi_train.data.corpus import Corpus
+            from mmi_train.data.emoji.documents import EmojiCorpus
+            from mmi_train.data.emoji.emoji_set import read_set
             from mmi_train.data.synthetic import world as worlds
+            from mmi_train.data.synthetic.drawn_world import DrawnWorld
             from mmi_train.training.from_scratch import train_from_scratch
             from mmi_train.training.loop import RunConfig
         if threads is not None:
             torch.set_num_threads(threads)
+        config = tiny()
+        corpus: Corpus = DrawnWorld(getattr(worlds, world)())
+        if emoji is not None:
+            corpus = EmojiCorpus(read_set(emoji))
+            vocabulary = corpus.tokenizer().get_vocab_size()
+            config = with_fields(config, {"name": "emoji", "llama.vocab": vocabulary})
         model = train_from_scratch(
-            with_fields(tiny(), assignments(fields or []).values),
+            with_fields(config, assignments(fields or []).values),
             out,
-            world=getattr(worlds, world)(),
+            corpus=corpus,
             steps=steps,
             conditioning_steps=conditioning_steps,
             seed=seed,

@@ -20,6 +20,8 @@ from tokenizers import Tokenizer
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.batches import batch_of
+from mmi_train.data.corpus import MadeDocument
+from mmi_train.data.document import ImagePart, TextPart
 from mmi_train.data.pixels import images_from_pixels
 from mmi_train.data.rows import TokenDocument, each_alone, make_rows, tokens_of
 from mmi_train.data.synthetic.scene_reader import expected_segmentation, mean_iou, segmentation_of
@@ -155,15 +157,15 @@ def metric_of(question: str) -> str:
 
 
 def prompt_of(
-    document: TaskDocument, target: int, tokenizer: Tokenizer, config: ModelConfig
+    document: MadeDocument, target: int, tokenizer: Tokenizer, config: ModelConfig
 ) -> TokenDocument:
     """Prompt of a target: the document before it; for a picture, with its begin-of-image token."""
     part = document.parts[target]
-    end = target + 1 if isinstance(part, TaskImage) else target
+    end = target + 1 if isinstance(part, ImagePart) else target
     made = tokens_of(
         document.parts[:end], each_alone(tokenizer), config.tokens, config.visual_tokens
     )
-    if isinstance(part, TaskText):  # without `</s>`: the model continues the text
+    if isinstance(part, TextPart):  # without `</s>`: the model continues the text
         made = TokenDocument(
             made.token_ids[:-1], made.weight[:-1], made.images, made.encoded, made.drawn
         )
@@ -190,7 +192,7 @@ class Evaluator:
         self.steps, self.guidance, self.full_every = steps, guidance, full_every
         self.seed, self.batch = seed, batch
 
-    def prompt(self, document: TaskDocument, target: int) -> TokenDocument:
+    def prompt(self, document: MadeDocument, target: int) -> TokenDocument:
         """Prompt of a target; see `prompt_of`."""
         return prompt_of(document, target, self.tokenizer, self.model.config)
 

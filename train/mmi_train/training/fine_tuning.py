@@ -21,6 +21,7 @@ from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_f
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.documents import Documents
 from mmi_train.data.mixture import MixedDocuments
+from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.world import WorldConfig
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.model.unet import UNet
@@ -327,7 +328,8 @@ def _source(
 ) -> DocumentsStage | InterleavedStage:
     """Stage that makes micro-batches of the documents of a file, or of a drawn world."""
     if isinstance(file, WorldConfig):
-        return InterleavedStage(model, own_tokenizer(start), file, PICTURES_MIXTURE)
+        world = DrawnWorld(file)
+        return InterleavedStage(model, own_tokenizer(start, world), world, PICTURES_MIXTURE)
     return stage_class(tuning, file)(
         model,
         Tokenizer.open(start / TOKENIZER, model.config.tokens),

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -24,16 +23,16 @@ from mmi_deploy.spec.config import ModelConfig, VaeConfig
 from mmi_deploy.system.files import write_file
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
+from mmi_train.data.corpus import Corpus
 from mmi_train.data.rows import TokenDocument, each_alone, tokens_of
-from mmi_train.data.synthetic.tasks import MAKERS
-from mmi_train.data.synthetic.vocabulary import SPECIAL_TOKENS, build_tokenizer, words
-from mmi_train.data.synthetic.world import WorldConfig, easy
+from mmi_train.data.synthetic.drawn_world import DrawnWorld
+from mmi_train.data.synthetic.world import easy
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.model.vae import Vae
 from mmi_train.training.loop import RunConfig, checksum_of, train
 from mmi_train.training.optimiser import FROM_SCRATCH, OptimiserConfig
 from mmi_train.training.stages.autoencoder import AutoencoderStage
-from mmi_train.training.stages.interleaved import MIXTURE, InterleavedStage
+from mmi_train.training.stages.interleaved import InterleavedStage
 from mmi_train.training.stages.packed import PackedStage
 from mmi_train.weights.lazy_tensor import StoredTensor
 from mmi_train.weights.model_folder import FOLDER_KIND, TOKENIZER, load_model, save_model
@@ -44,7 +43,7 @@ OPEN_GATE = 0.5
 
 AUTOENCODER = OptimiserConfig(
     rate=3e-3,
-    steps=2000,
+    steps=3000,
     warmup=50,
     weight_decay=1e-4,
     betas=(0.9, 0.99),
@@ -54,7 +53,7 @@ AUTOENCODER = OptimiserConfig(
 )
 INTERLEAVED = OptimiserConfig(
     rate=1e-3,
-    steps=6000,
+    steps=5600,
     warmup=100,
     weight_decay=0.02,
     betas=(0.9, 0.98),
@@ -66,12 +65,7 @@ INTERLEAVED = OptimiserConfig(
 # Less than the paper's 10, which assumes a pre-trained language model: a new one learns to read
 # from the text loss, to which the image loss adds mostly noise.
 IMAGE_WEIGHT = 3.0
-CONDITIONING = replace(INTERLEAVED, steps=1000, cool_from=1.0)
-# Without the U-Net a drawing document costs next to nothing, and the condition describes the whole
-# picture after a few hundred steps.
-CONDITIONING_MIXTURE = MappingProxyType(
-    {"reading": 12, "drawing": 40, "segmentation": 4, "story": 3}
-)
+CONDITIONING = replace(INTERLEAVED, steps=1500, cool_from=1.0)
 
 
 def with_latent_scale(config: ModelConfig, scale: float) -> ModelConfig:
@@ -108,28 +102,30 @@ def _channels_last(module: nn.Module) -> None:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
-def own_tokenizer(folder: Path) -> Tokenizer:
-    """Tokenizer of a model folder. Raises `ConfigError` if it does not know the words of the drawn
-    world's texts."""
+def own_tokenizer(folder: Path, corpus: Corpus) -> Tokenizer:
+    """Tokenizer of a model folder. Raises `ConfigError` if a word of the corpus is unknown."""
     own = read_tokenizer_file(folder / TOKENIZER)
     unknown = getattr(own.model, "unk_token", None)
+    made = corpus.tokenizer()
+    special = {token.content for token in made.get_added_tokens_decoder().values()}
+    words = [word for word in made.get_vocab() if word not in special]
     missing = [
         word
-        for word in words()[len(SPECIAL_TOKENS) :]
+        for word in words
         if unknown and unknown in own.encode(word, add_special_tokens=False).tokens
     ]
     if missing:
         raise ConfigError(
-            f"the tokenizer of {folder} does not know {len(missing)} words of the drawn world",
+            f"the tokenizer of {folder} does not know {len(missing)} words of the documents",
             got=", ".join(missing[:5]),
-            fix="start from a model that was trained on the drawn world",
+            fix="start from a model that was trained on such documents",
         )
     return own
 
 
 def train_autoencoder(
     config: ModelConfig,
-    world: WorldConfig,
+    corpus: Corpus,
     out: Path,
     run: RunConfig,
     progress: Progress = silent,
@@ -139,7 +135,7 @@ def train_autoencoder(
     torch.manual_seed(run.seed)
     vae = Vae(config.image_decoder.vae)
     _channels_last(vae)
-    stage = AutoencoderStage(vae, world, pictures=8)
+    stage = AutoencoderStage(vae, corpus, pictures=8)
     run = replace(run, average=0.995)
     _load(vae, train(stage, AUTOENCODER, run, out / "autoencoder", progress=progress))
     return vae, stage.latent_scale()
@@ -156,7 +152,7 @@ def open_gates(model: MMInterleaved, value: float = OPEN_GATE) -> None:
 def _train_conditioning(
     model: MMInterleaved,
     tokenizer: Tokenizer,
-    world: WorldConfig,
+    corpus: Corpus,
     steps: int | None,
     run: RunConfig,
     out: Path,
@@ -166,19 +162,24 @@ def _train_conditioning(
     its auxiliary heads."""
     optimiser = CONDITIONING if steps is None else replace(CONDITIONING, steps=steps)
     stage = InterleavedStage(
-        model, tokenizer, world, CONDITIONING_MIXTURE, name="conditioning", image_weight=0.0
+        model,
+        tokenizer,
+        corpus,
+        corpus.conditioning_mixture,
+        name="conditioning",
+        image_weight=0.0,
     )
     run = replace(run, average=0.99)
     return train(stage, optimiser, run, out / stage.name, progress=progress)
 
 
 def endless_documents(
-    config: ModelConfig, tokenizer: Tokenizer, world: WorldConfig, rng: np.random.Generator
+    config: ModelConfig, tokenizer: Tokenizer, corpus: Corpus, rng: np.random.Generator
 ) -> Iterator[TokenDocument]:
     """Documents of the main stage's mixture in random order, endless, all images encoded."""
-    kinds = [kind for kind, count in MIXTURE.items() for _ in range(count)]
+    kinds = [kind for kind, count in corpus.mixture.items() for _ in range(count)]
     while True:
-        document = MAKERS[kinds[int(rng.integers(len(kinds)))]](rng, world, "train")
+        document = corpus.document(kinds[int(rng.integers(len(kinds)))], rng)
         yield tokens_of(
             document.parts,
             each_alone(tokenizer),
@@ -192,7 +193,7 @@ def train_from_scratch(
     config: ModelConfig,
     out: Path,
     *,
-    world: WorldConfig | None = None,
+    corpus: Corpus | None = None,
     steps: int | None = None,
     conditioning_steps: int | None = None,
     seed: int = 0,
@@ -202,7 +203,8 @@ def train_from_scratch(
     checkpoint_gradients: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Train `config` on the drawn world and write a model folder, `out/model`; returns its path.
+    """Train `config` on a corpus, by default the easy drawn world, and write a model folder,
+    `out/model`; returns its path.
 
     `start`: a model folder to start from in place of new weights (its autoencoder is kept).
     `steps`, `conditioning_steps`: of the main stage and of the conditioning stage; None: the
@@ -214,8 +216,9 @@ def train_from_scratch(
     folder = out / "model"
     with run_folder(out, "training"):
         check_replaceable(folder, None, kind=FOLDER_KIND, inputs=[] if start is None else [start])
-        _train(config, out, folder, world or easy(), steps, conditioning_steps, seed, run, start,
-               packed, checkpoint_gradients, progress)  # fmt: skip
+        corpus = corpus or DrawnWorld(easy())
+        _train(config, out, folder, corpus, steps, conditioning_steps, seed, run, start, packed,
+               checkpoint_gradients, progress)  # fmt: skip
     return folder
 
 
@@ -223,7 +226,7 @@ def _train(
     config: ModelConfig,
     out: Path,
     folder: Path,
-    world: WorldConfig,
+    corpus: Corpus,
     steps: int | None,
     conditioning_steps: int | None,
     seed: int,
@@ -239,23 +242,24 @@ def _train(
         model = load_model(start)
         begun = f"weights {checksum_of(model.state_dict().items())}"
     else:
-        vae, scale = train_autoencoder(config, world, out, run, progress)
+        vae, scale = train_autoencoder(config, corpus, out, run, progress)
         torch.manual_seed(seed)
         model = MMInterleaved(with_latent_scale(config, scale))
         open_gates(model)
         model.image_decoder.vae.load_state_dict(vae.state_dict())
     _channels_last(model.image_decoder)
-    tokenizer = build_tokenizer() if start is None else own_tokenizer(start)
+    tokenizer = corpus.tokenizer() if start is None else own_tokenizer(start, corpus)
     model.checkpoint_gradients(checkpoint_gradients)
     stage: InterleavedStage | PackedStage
     if packed:
-        source = partial(endless_documents, model.config, tokenizer, world)
-        stage = PackedStage(model, source, str(world), length=model.config.llama.context)
+        source = partial(endless_documents, model.config, tokenizer, corpus)
+        described = str(corpus.describe())
+        stage = PackedStage(model, source, described, length=model.config.llama.context)
     else:
-        stage = InterleavedStage(model, tokenizer, world, image_weight=IMAGE_WEIGHT)
+        stage = InterleavedStage(model, tokenizer, corpus, image_weight=IMAGE_WEIGHT)
         if conditioning_steps != 0:
             weights = _train_conditioning(
-                model, tokenizer, world, conditioning_steps, run, out, progress
+                model, tokenizer, corpus, conditioning_steps, run, out, progress
             )
             _load(stage.module, weights)
             begun += f", conditioned for {conditioning_steps or CONDITIONING.steps} steps"

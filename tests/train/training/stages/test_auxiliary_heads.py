@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmi_deploy.spec.presets import tiny
+from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy
 from mmi_train.model.mm_interleaved import MMInterleaved
@@ -58,7 +59,9 @@ def test_a_sketch_can_only_show_what_the_condition_tells(told: bool) -> None:
 def stage(**settings: float) -> InterleavedStage:
     torch.manual_seed(0)
     mixture = {"drawing": 2, "story": 1, "reading": 1}
-    return InterleavedStage(MMInterleaved(tiny()), build_tokenizer(), easy(), mixture, **settings)
+    return InterleavedStage(
+        MMInterleaved(tiny()), build_tokenizer(), DrawnWorld(easy()), mixture, **settings
+    )
 
 
 def test_every_loss_counts_with_its_weight() -> None:

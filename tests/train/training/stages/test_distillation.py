@@ -15,6 +15,7 @@ from export.small_models import paper_reading, random_model
 from mmi_deploy.cli.app import run as command
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.spec.config import DiffusionConfig, DistillationConfig, read_config
+from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy
 from mmi_train.model.consistency import boundary_scalings, solver_step, solver_timesteps
@@ -77,7 +78,9 @@ def test_the_solver_is_ddim_and_the_scalings_are_those_of_lcm(prediction: str) -
 def test_a_student_that_predicts_what_the_guided_teacher_does_has_no_loss(start: Path) -> None:
     """Guidance 1 is the conditional branch: student and teacher are equal. Guidance 3 is not."""
     model = load_model(start)
-    source = InterleavedStage(model, build_tokenizer(), easy(), {"drawing": 2, "segmentation": 1})
+    source = InterleavedStage(
+        model, build_tokenizer(), DrawnWorld(easy()), {"drawing": 2, "segmentation": 1}
+    )
     losses = {}
     for scale in (1.0, 3.0):
         settings = Distillation("guidance", scale, draws=2)

@@ -11,6 +11,7 @@ import torch
 from mmi_deploy.spec.presets import tiny
 from mmi_train.data.batches import batch_of
 from mmi_train.data.rows import each_alone, make_rows, tokens_of
+from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.tasks import MAKERS, TaskImage
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy, hard
@@ -110,7 +111,7 @@ def test_a_few_steps_lower_both_losses():
     torch.manual_seed(0)
     model = MMInterleaved(CONFIG)
     mixture = {"reading": 2, "drawing": 2, "story": 1}
-    stage = InterleavedStage(model, build_tokenizer(), easy(), mixture)
+    stage = InterleavedStage(model, build_tokenizer(), DrawnWorld(easy()), mixture)
     optimiser = torch.optim.AdamW(model.parameters(), 2e-3)
     history = []
     for _ in range(12):
@@ -126,7 +127,7 @@ def test_a_few_steps_lower_both_losses():
 
 def test_the_paper_s_stage_packs_rows_of_the_context_length_and_leaves_first_images_out(model):
     """Sec. 4.1: an image right after `<s>` has nothing to be drawn from and no loss."""
-    source = partial(endless_documents, CONFIG, build_tokenizer(), easy())
+    source = partial(endless_documents, CONFIG, build_tokenizer(), DrawnWorld(easy()))
     stage = PackedStage(model, source, str(easy()), length=150, rows=3)
     losses = stage.losses(stage.batch(0, np.random.default_rng(0)))
     assert torch.isfinite(losses["total"])
@@ -141,7 +142,8 @@ def test_a_stage_of_another_world_is_another_stage(model):
         str(PackedStage(model, source, str(w), length=150).describe()) for w in (easy(), hard())
     }
     kept_apart = {
-        str(InterleavedStage(model, build_tokenizer(), w).describe()) for w in (easy(), hard())
+        str(InterleavedStage(model, build_tokenizer(), DrawnWorld(w)).describe())
+        for w in (easy(), hard())
     }
     assert len(packed) == len(kept_apart) == 2
 
@@ -151,7 +153,9 @@ def test_checkpointing_gradients_changes_no_gradient(model):
     for on in (False, True):
         model.checkpoint_gradients(on)
         model.train().zero_grad()
-        stage = InterleavedStage(model, build_tokenizer(), easy(), {"reading": 1, "story": 2})
+        stage = InterleavedStage(
+            model, build_tokenizer(), DrawnWorld(easy()), {"reading": 1, "story": 2}
+        )
         torch.manual_seed(0)
         stage.losses(stage.batch(0, np.random.default_rng(4)))["image"].backward()
         gradients.append(

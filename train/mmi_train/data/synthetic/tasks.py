@@ -221,16 +221,19 @@ def reading_document(
     questions: int = 4,
     boxes: int = 2,
 ) -> TaskDocument:
-    """One picture with its caption, several different questions and boxes, in random order."""
+    """One picture with several different questions and boxes in random order, and its caption: in
+    three documents of four at the end, where it answers none of them."""
     scene = random_scene(rng, config, split)
     options = questions_about(scene, config)
     chosen = rng.permutation(len(options))[:questions].tolist()
     turns = [_turn("question", *options[index]) for index in chosen]
     chosen = rng.permutation(len(scene.objects))[:boxes].tolist()
     turns += [_referring_turn(scene.objects[index], config) for index in chosen]
-    turns.append(_caption_turn(scene, config))
     order = rng.permutation(len(turns)).tolist()
-    return _about_image("reading", scene, config, [part for i in order for part in turns[i]])
+    turns = [turns[index] for index in order]
+    at = len(turns) if rng.random() < 0.75 else int(rng.integers(len(turns) + 1))
+    turns.insert(at, _caption_turn(scene, config))
+    return _about_image("reading", scene, config, [part for turn in turns for part in turn])
 
 
 def drawing_document(

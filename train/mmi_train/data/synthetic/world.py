@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
+from mmi_train.data.corpus import Split
+
 Choice = TypeVar("Choice")
-Split = Literal["train", "held_out"]
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, the end exclusive
 

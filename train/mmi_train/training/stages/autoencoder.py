@@ -1,4 +1,4 @@
-"""Autoencoder stage, the first of training from scratch: the VAE on pictures of the world."""
+"""Autoencoder stage, the first of training from scratch: the VAE on pictures of the corpus."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmi_train.data.corpus import Corpus
 from mmi_train.data.pixels import pixels_from_images
-from mmi_train.data.synthetic.world import WorldConfig, random_scene, render
 from mmi_train.model.vae import Vae
 
 
@@ -17,13 +17,12 @@ from mmi_train.model.vae import Vae
 class AutoencoderStage:
     """Reconstruction loss |error| + error^2 and a small KL divergence from the unit Gaussian.
 
-    `pictures`: batch size. `segmentation`: share of pictures that are class maps.
+    `pictures`: batch size.
     """
 
     vae: Vae
-    world: WorldConfig
+    corpus: Corpus
     pictures: int = 16
-    segmentation: float = 0.1
     kl_weight: float = 1e-4
     name: str = field(default="autoencoder", init=False)
 
@@ -34,15 +33,13 @@ class AutoencoderStage:
     def describe(self) -> dict[str, object]:
         return {
             "model": asdict(self.vae.config),
-            "world": self.world,
+            "world": self.corpus.describe(),
             "pictures": self.pictures,
-            "segmentation": self.segmentation,
             "kl_weight": self.kl_weight,
         }
 
     def _pixels(self, rng: np.random.Generator) -> Tensor:
-        scenes = [random_scene(rng, self.world, "train") for _ in range(self.pictures)]
-        return pixels_from_images([render(s, rng.random() < self.segmentation) for s in scenes])
+        return pixels_from_images(self.corpus.pictures(rng, self.pictures))
 
     def batch(self, index: int, rng: np.random.Generator) -> Tensor:
         """Pixels [pictures, 3, height, width]."""

@@ -1,4 +1,4 @@
-"""Interleaved stage, the main one: text and image losses on packed documents of the world.
+"""Interleaved stage, the main one: text and image losses on packed documents of a corpus.
 
 Letters: b batch, t tokens, j pictures to draw, y condition tokens, x context tokens, c channels.
 """
@@ -14,18 +14,14 @@ from torch import Tensor, nn
 
 from mmi_deploy.spec.config import to_json
 from mmi_train.data.batches import batch_of
+from mmi_train.data.corpus import Corpus, Split
 from mmi_train.data.rows import TokenDocument, each_alone, make_rows, tokens_of
-from mmi_train.data.synthetic.tasks import MAKERS
-from mmi_train.data.synthetic.world import Split, WorldConfig
 from mmi_train.model.layout import PictureLayout
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training.stages import MODEL_PREFIX
 from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
 
-# Documents of each kind in one micro-batch.
-MIXTURE = MappingProxyType({"reading": 8, "drawing": 14, "segmentation": 4, "story": 3})
-
-# The same with documents that draw alone.
+# Documents of each kind in a micro-batch of the drawn world whose documents draw alone.
 PICTURES_MIXTURE = MappingProxyType({"drawing": 4, "segmentation": 3, "story": 2})
 
 # Loss weight of a kind's text, 1 by default: the next change of a story is random.
@@ -37,16 +33,16 @@ class InterleavedStage:
     `row_length` tokens.
 
     `image_weight` is the paper's lambda; 0 leaves the U-Net out. The autoencoder is frozen by the
-    optimiser's rules. `recall_weight` and `sketch_weight`: of the two `auxiliary_heads`, which are
-    not run if both are 0.
+    optimiser's rules. `mixture`: documents of each kind, by default the corpus's. `recall_weight`
+    and `sketch_weight`: of the two `auxiliary_heads`, which are not run if both are 0.
     """
 
     def __init__(
         self,
         model: MMInterleaved,
         tokenizer: Tokenizer,
-        world: WorldConfig,
-        mixture: Mapping[str, int] = MIXTURE,
+        corpus: Corpus,
+        mixture: Mapping[str, int] | None = None,
         *,
         name: str = "interleaved",
         row_length: int = 112,
@@ -55,8 +51,9 @@ class InterleavedStage:
         recall_weight: float = 0.5,
         sketch_weight: float = 3.0,
     ) -> None:
-        self.model, self.tokenizer, self.world = model, tokenizer, world
-        self.mixture, self.name, self.row_length = mixture, name, row_length
+        self.model, self.tokenizer, self.corpus = model, tokenizer, corpus
+        self.mixture = corpus.mixture if mixture is None else mixture
+        self.name, self.row_length = name, row_length
         self.weights = {
             "text": text_weight,
             "image": image_weight,
@@ -71,7 +68,7 @@ class InterleavedStage:
     def describe(self) -> dict[str, object]:
         return {
             "model": to_json(self.model.config),
-            "world": self.world,
+            "world": self.corpus.describe(),
             "mixture": dict(self.mixture),
             "row_length": self.row_length,
             "weights": self.weights,
@@ -91,7 +88,7 @@ class InterleavedStage:
         made = []
         for kind, count in self.mixture.items():
             for _ in range(count):
-                document = MAKERS[kind](rng, self.world, split)
+                document = self.corpus.document(kind, rng, split)
                 tokens = tokens_of(
                     document.parts, each_alone(self.tokenizer), config.tokens, config.visual_tokens
                 )

@@ -1,0 +1,1 @@
+"""Emoji with names and keywords: a set made from two packages, and the documents about it."""
