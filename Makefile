@@ -40,13 +40,15 @@ demo: $(INSTALLED) $(BUNDLE)/bundle.json ## export the shipped tiny model and le
 	$(BIN)/mmi generate examples/story.md -o $(OUT) --bundle $(BUNDLE)
 	@echo "Open $(OUT)/index.html in a browser. Serve the model, with a page to write in: $(BIN)/mmi serve $(BUNDLE)"
 
-# Each worker has one thread. What measures time runs afterwards, alone, and twice more where it fails:
-# another program on the machine spoils one measurement, a fault spoils all three. Repeated ones are listed.
+# Each worker has one thread; a wait that ran out (of a browser, a server) is repeated once. What measures
+# time runs afterwards, alone, and twice more where it fails: another program on the machine spoils one
+# measurement, a fault spoils all three. Repeated ones are listed.
 test: export MMI_TEST_EXPORTS := $(abspath $(EXPORTS))
 test: $(INSTALLED) ## ruff, mypy and all tests
 	rm -rf $(EXPORTS)
 	$(MAKE) --no-print-directory -j $(WORKERS) -O lint $(addprefix $(EXPORTS)/,paper released shipped)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not exhaustive and not timing'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not exhaustive and not timing' \
+	  --reruns 1 --only-rerun 'Timeout' -rfER
 	$(BIN)/python -m pytest -m 'timing and not exhaustive' --reruns 2 --reruns-delay 2 -rfER
 
 $(EXPORTS)/%: $(INSTALLED)
