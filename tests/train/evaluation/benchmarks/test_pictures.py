@@ -82,7 +82,7 @@ def test_a_missing_map_is_of_no_class(ade20k: Questions, tmp_path: Path) -> None
 
 
 VIST = {
-    "test_formatted.json": {
+    "val_formatted.json": {
         "annotations": {
             "s2": [{"image_id": "21", "sequence_index": 0, "caption": "a"}],
             "s1": [
@@ -91,7 +91,7 @@ VIST = {
             ],
         }
     },
-    "test.story-in-sequence.json": {
+    "val.story-in-sequence.json": {
         "annotations": [
             [
                 {
@@ -112,14 +112,14 @@ VIST = {
 def test_a_story_asks_for_its_last_picture(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps(VIST[name]))
     for image in ("11", "12", "21"):
-        save(tmp_path / "test_images" / f"{image}.png", LABELS)
+        save(tmp_path / "val_images" / f"{image}.png", LABELS)
     found = Questions.of(benchmark("vist"), tmp_path, None).references
     assert [(one.id, one.pictures) for one in found] == [
-        ("s1", (FilePicture(str(tmp_path), "test_images/12.png"),)),
-        ("s2", (FilePicture(str(tmp_path), "test_images/21.png"),)),
+        ("s1", (FilePicture(str(tmp_path), "val_images/12.png"),)),
+        ("s2", (FilePicture(str(tmp_path), "val_images/21.png"),)),
     ]
     assert "12" in found[0].other_ids
-    (tmp_path / "test_images" / "11.png").unlink()
+    (tmp_path / "val_images" / "11.png").unlink()
     left = Questions.of(benchmark("vist"), tmp_path, None)
     assert [one.id for one in left.references] == ["s2"]
     assert left.left_out == {"picture is missing": 1}

@@ -82,7 +82,7 @@ def _rows() -> list[Benchmark]:
         _row(SEGMENTED, "validation training", maps, Form(given=True), kind="image"),
         _row("coco-t2i", "val", drawn, plain, kind="image"),
         _row("ln-coco", "val", drawn, numbered, kind="image"),
-        _row("vist", "test val train", drawn, plain, kind="image"),
+        _row("vist", "val test train", drawn, plain, kind="image"),
         _row("pororo", "test val", drawn, plain, kind="image"),
         _row("flintstones", "test val", drawn, plain, kind="image"),
     ]
