@@ -42,6 +42,15 @@ def bench(
             rich_help_panel="Measurement",
         ),
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model folder that --model was distilled from: PyTorch runs it, as published in "
+            "20 steps with guidance, beside the runtime's few.",
+            show_default=False,
+            rich_help_panel="Measurement",
+        ),
+    ] = None,
     reading: Annotated[
         str | None,
         typer.Option(
@@ -145,13 +154,16 @@ def bench(
     """Compare the runtime with PyTorch: whole documents, tokens, denoising steps, memory.
 
     All backends get the same weights, threads and counts and take turns. Unless they write the
-    same text and draw the same pictures, nothing is reported. The defaults take minutes.
+    same text and draw the same pictures, nothing is reported; with --teacher, pictures are other
+    ones, and only the amounts are the same. The defaults take minutes.
 
     With --reading, a model of the released checkpoint's structure is drawn and exported into a
     temporary folder (3 GB for large), then measured on one turn: 4 images, 16 tokens and a picture.
     This takes an hour on two cores; with --quick, ten minutes.
     """
     made = _size_of_reading(reading, size, bundle, model, target)
+    if teacher is not None and made is not None:
+        raise ConfigError("--reading draws a model that has no teacher", fix="omit --teacher")
     if cpu_time and (threads > 1 or target.startswith("tensorrt")):
         raise ConfigError(
             "--cpu-time counts threads that wait",
@@ -189,6 +201,7 @@ def bench(
                 one_turn=made is not None,
                 compiled=not quick if compiled is None else compiled,
                 clock="cpu" if cpu_time else "wall",
+                teacher=teacher,
                 progress=progress,
             )
     report = comparison.to_json()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -14,6 +14,7 @@ from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.events import Event
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.spec.backends import CPU, NONE
+from mmi_deploy.spec.config import ModelConfig
 
 # `runtime`: a bundle in our runtime. `pytorch`: the model in the published order of work, MMFS as
 # published. `pytorch-compiled`: the same order of work with the model's own MMFS and a U-Net that
@@ -33,7 +34,8 @@ Generate = Callable[[Document, GenerationOptions], Iterator[Event]]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of both backends. `bundle` and `model` hold the same weights."""
+    """Settings of both backends. `bundle` and `model` hold the same weights. `teacher`: the model
+    that these were distilled from, which PyTorch runs instead, with `teacher_schedule`."""
 
     bundle: Path
     model: Path
@@ -44,6 +46,8 @@ class Settings:
     target: str = CPU
     device: int = 0
     clock: ClockName = "wall"
+    teacher: Path | None = None
+    teacher_schedule: str = ""
 
     @property
     def exact(self) -> bool:
@@ -58,8 +62,13 @@ class Settings:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Settings:
-        paths = ("bundle", "model", "library")
+        paths = ("bundle", "model", "library", "teacher")
         return cls(**fields | {name: Path(fields[name]) for name in paths if fields[name]})
+
+
+def undistilled(config: ModelConfig) -> ModelConfig:
+    """Configuration of the model that a distilled one comes from."""
+    return replace(config, image_decoder=replace(config.image_decoder, distillation=None))
 
 
 def backend_name(name: str) -> BackendName:
@@ -105,19 +114,27 @@ def _pytorch(settings: Settings, compiled: bool) -> Generate:
 
     torch.set_num_threads(settings.threads)
     bundle = Bundle.open(settings.bundle, unproved=settings.unproved)
-    model = load_model(settings.model)
+    model = load_model(settings.teacher or settings.model)
     if compiled:
         model.image_decoder.unet.compile()  # at its first run, which is warm-up
     else:
         model = as_published(model)
-    if model.config != bundle.config:
+    config, schedule = bundle.config, settings.schedule
+    if settings.teacher is not None:
+        config = undistilled(config)
+        schedule = settings.teacher_schedule
+        if model.config != config:
+            raise ConfigError(
+                f"{settings.bundle} was not distilled from {settings.teacher}: other configuration"
+            )
+    elif model.config != config:
         raise ConfigError(
             f"{settings.bundle} was not exported from {settings.model}: other configuration",
             fix="give the model folder with --model, or export again",
         )
     tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
-    scheduler = scheduler_of(settings.schedule, model.config.image_decoder)
-    eta = float(settings.schedule.startswith("ddpm"))
+    scheduler = scheduler_of(schedule, model.config.image_decoder)
+    eta = float(schedule.startswith("ddpm"))
     return lambda document, options: generate(
         model, tokenizer, document, options, scheduler, eta=eta, limits=bundle.limits
     )

@@ -149,6 +149,7 @@ def run(
     one_turn: bool = False,
     compiled: bool = False,
     clock: ClockName = "wall",
+    teacher: Path | None = None,
     progress: Progress = silent,
 ) -> Comparison:
     """Measure the runtime on `bundle` against PyTorch on the folder `model` it was exported from.
@@ -160,13 +161,19 @@ def run(
     `quick`: short documents and two repeats, a smoke test. `one_turn`: as in `plan`. `compiled`:
     measure PyTorch with a compiled U-Net as well; where that fails, `about["left_out"]` says why.
     `clock`: `cpu` measures CPU time, which other work on the machine changes little, in place of
-    latency. Raises `MmiError` if
+    latency. `teacher`: the model that `model` was distilled from; PyTorch runs it in 20 steps with
+    both branches, and only the amounts of text and pictures are compared. Raises `MmiError` if
     another backend fails, or if their outputs differ.
     """
     opened = Bundle.open(bundle, unproved=unproved)
     key = _schedule(opened, schedule)
     work = plan(opened.config, opened.limits.context, 2 if quick else repeats, quick, one_turn)
-    settings = Settings(bundle, model, key, threads, library, unproved, target, device, clock)
+    own = f"unipc:{STEPS}" if teacher is not None else ""
+    if teacher is not None and opened.config.image_decoder.distillation is None:
+        raise ConfigError(f"{bundle} is not distilled, and has no teacher", fix="omit --teacher")
+    settings = Settings(
+        bundle, model, key, threads, library, unproved, target, device, clock, teacher, own
+    )
     left_out: dict[BackendName, str] = {}
     about = {
         "argv": sys.argv,
@@ -175,6 +182,7 @@ def run(
         "clock": clock,
         "repeats": work.repeats,
         "schedule": key,
+        **({"teacher": str(teacher), "teacher_schedule": own} if teacher is not None else {}),
         "guidance": opened.config.image_decoder.guidance_of(None),
         "precision": "float32",
         "target": target,
@@ -189,7 +197,9 @@ def run(
     with ExitStack() as stack:
         backends = (RUNTIME, PYTORCH, *((COMPILED,) if compiled else ()))
         remotes = {backend: stack.enter_context(Remote(backend, settings)) for backend in backends}
-        answers, difference = _measure(remotes, work, progress, settings.exact, left_out)
+        answers, difference = _measure(
+            remotes, work, progress, settings.exact, left_out, same=teacher is None
+        )
         return Comparison(
             about,
             work,
@@ -212,11 +222,12 @@ def _measure(
     progress: Progress,
     exact: bool = True,
     left_out: dict[BackendName, str] | None = None,
+    same: bool = True,
 ) -> tuple[Answers, int]:
     """Run a warm-up round of all cases, then `repeats` rounds; backends alternate in order.
 
     If the compiled backend fails while it warms up, which is when it compiles, the others go on
-    without it; `left_out` gets the reason.
+    without it; `left_out` gets the reason. `same`: their outputs must be.
     """
     answers: Answers = {backend: {case.name: [] for case in work.cases} for backend in remotes}
     total = len(work.cases) * (work.repeats + 1)
@@ -243,7 +254,7 @@ def _measure(
                     left_out[backend] = str(error)
                     del answers[backend]
             for backend, answer in got.items():
-                if backend != RUNTIME:
+                if backend != RUNTIME and same:
                     difference = max(
                         difference, _same(case, got[RUNTIME].output, answer.output, exact)
                     )

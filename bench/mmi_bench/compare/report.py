@@ -41,7 +41,9 @@ def print_report(console: Console, comparison: Comparison) -> None:
     about = comparison.about
     console.print(
         f"{about['machine']['processor']}, {about['threads']} threads, float32, "
-        f"{about['schedule']}, guidance {about['guidance']:g}; {about['repeats']} repeats in turns"
+        f"{about['schedule']}, guidance {about['guidance']:g}"
+        + (f", PyTorch its teacher by {about['teacher_schedule']}" if "teacher" in about else "")
+        + f"; {about['repeats']} repeats in turns"
         + ("; CPU time" if about["clock"] == "cpu" else "")
     )
     for backend, reason in about["left_out"].items():
