@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from export import small_models
 from mmi_bench.compare import compare
 from mmi_bench.compare import released_reading as released_reading_module
 from mmi_bench.compare.backends import PYTORCH, RUNTIME
@@ -51,19 +52,9 @@ def test_sizes_have_the_parameters_that_are_written(size: Size, millions: float)
 
 
 def smallest() -> ModelConfig:
-    """The small size with narrower parts, small pictures and a short context."""
-    config = released_reading("small")
-    vision, decoder = config.vision, config.image_decoder
-    return replace(
-        config,
-        name="released_smallest",
-        vision=replace(vision, image_size=56, layers=4),
-        llama=replace(config.llama, layers=4, context=160),
-        image_decoder=replace(
-            decoder,
-            unet=replace(decoder.unet, latent_side=8, block_widths=(32, 32, 32, 32)),
-        ),
-    )
+    """The released reading with few layers and small pictures, so that its export takes seconds."""
+    config = small_models.released_reading()
+    return replace(config, name="released_smallest", llama=replace(config.llama, context=160))
 
 
 @pytest.mark.slow

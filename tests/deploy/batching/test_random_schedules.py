@@ -27,7 +27,7 @@ from mmi_deploy.errors import BusyError, ConfigError, DocumentError, EngineError
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 
-SCHEDULES = int(os.environ.get("MMI_SCHEDULES", "10000"))
+SCHEDULES = int(os.environ.get("MMI_SCHEDULES", "4000"))
 SHARDS = 5
 
 # Of the last picture, the encoder's output is never finite.
