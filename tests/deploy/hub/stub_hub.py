@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 LFS = (".safetensors", ".onnx", ".bin", ".npz", ".gguf", ".model")
 
@@ -208,6 +211,32 @@ _ROUTES = {
     "info": rf"/api/models/{_NAME}(?:/revision/(.+))?",
     "resolve": rf"/{_NAME}/resolve/([^/]+)/(.+)",
 }
+
+
+def constants() -> Any:
+    """The settings of `huggingface_hub`."""
+    from huggingface_hub import constants
+
+    return constants
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `huggingface_hub` send nothing."""
+    from huggingface_hub.utils import close_session
+
+    monkeypatch.setattr(constants(), "HF_HUB_OFFLINE", True)
+    close_session()
+
+
+def names(folder: Path) -> set[str]:
+    """Files of a folder, hidden ones aside."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {p.relative_to(folder).as_posix() for p in paths if not p.name.startswith(".")}
+
+
+def contents(folder: Path) -> Files:
+    """Contents of the files of a folder, hidden ones aside."""
+    return {name: (folder / name).read_bytes() for name in names(folder)}
 
 
 @contextmanager
