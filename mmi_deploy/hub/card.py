@@ -29,9 +29,9 @@ _TAGS = ("mm-interleaved", "interleaved", "image-to-text", "text-to-image")
 
 _PAPER = "https://arxiv.org/abs/2401.10208"
 
-_SEAL = re.compile(
-    rb"<!-- written by mmi push, and written again while it is not edited: ([0-9a-f]{64}) -->\n"
-)
+# Words before the hash in the last line.
+_WRITTEN = "written by mmi push, and written again while it is not edited"
+_SEAL = re.compile(rb"<!-- %s: ([0-9a-f]{64}) -->\n" % _WRITTEN.encode())
 
 
 def is_unedited(card: bytes) -> bool:
@@ -174,8 +174,7 @@ def _sealed(lines: Iterable[str]) -> str:
     """Text of a card, with the hash of its lines at the end."""
     text = "\n".join(_unbroken(lines)) + "\n\n"
     digest = sha256(text.encode()).hexdigest()
-    seal = "written by mmi push, and written again while it is not edited"
-    return f"{text}<!-- {seal}: {digest} -->\n"
+    return f"{text}<!-- {_WRITTEN}: {digest} -->\n"
 
 
 def _unbroken(lines: Iterable[str]) -> Iterator[str]:

@@ -148,7 +148,7 @@ def _check_holds_no_other(commit: Commit, upload: Upload) -> None:
 
 
 def _what(commit: Commit) -> str | None:
-    """What a commit holds of mmi or beside it; None where nothing is known of its files."""
+    """Kind of the folder that a commit holds; None where nothing is known of its files."""
     if MANIFEST in commit.listing:
         known = {"graphs", "files", "receipts"} <= commit.read_json(MANIFEST).keys()
         return BUNDLE.called if known else "another program's bundle.json"

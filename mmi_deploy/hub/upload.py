@@ -29,7 +29,7 @@ _MADE_BY = "`mmi train`, `mmi convert` or `mmi init`"
 
 @dataclass(frozen=True)
 class Upload:
-    """What is uploaded of a folder.
+    """The files of a folder that are uploaded, and the card.
 
     files: path -> size and SHA-256, the card aside. card: contents of README.md. own_card: the card
     is the folder's README.md; else it was written from the manifest. left: files of the folder that

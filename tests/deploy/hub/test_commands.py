@@ -87,6 +87,7 @@ def test_a_reference_is_asked_for_at_the_hub(
         ("inspect hf://org/model", "hf://org/model: tiny"),
         ("inspect target hf://org/bundle", "hf://org/bundle has no target"),
         ("inspect cost hf://org/bundle", "hf://org/bundle"),
+        ("verify hf://org/bundle", "hf://org/bundle is whole"),
         ("build hf://org/bundle --target cpu --dry-run", "cpu-int8: "),
         ("bench graph --list hf://org/bundle", "denoise_step"),
         ("evaluate hf://org/model --count 1 --steps 1 --only-with", "measure"),
@@ -99,6 +100,16 @@ def test_results_name_the_reference_and_not_the_cache(
     said = capsys.readouterr()
     assert code == 0, said.err
     assert shown in said.out and constants().HF_HUB_CACHE not in said.out
+
+
+def test_the_page_names_the_reference_in_the_command_that_made_it(
+    shipped: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = "generate DOCUMENT -b hf://org/bundle -o OUT --max-images 0 --max-tokens 4"
+    code = run([*written(command, tmp_path, ""), "--kernels", "none"])
+    assert code == 0, capsys.readouterr().err
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "--bundle hf://org/bundle " in page and constants().HF_HUB_CACHE not in page
 
 
 def test_cost_downloads_the_graphs_without_their_weights(shipped: Exported) -> None:

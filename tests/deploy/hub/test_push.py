@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from deploy.hub import stub_hub
 from deploy.hub.stub_hub import TOKEN, Files, Hub, constants, contents, names, offline
-from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.bundle.bundle import Bundle, write_target
 from mmi_deploy.cli.app import run
 from mmi_deploy.cli.hub_folders import local_folder
 from mmi_deploy.hub import kinds
@@ -108,6 +109,42 @@ def test_a_model_comes_back_equal_to_the_byte(hub: Hub, model: Path, capsys: Cap
     assert pushed(hub, "org/model").keys() == {ATTRIBUTES, CARD, *WRITTEN_BY_MMI}
     folder = local_folder(Path("hf://org/model"), kinds.MODEL)
     assert contents(folder) == {n: (model / n).read_bytes() for n in WRITTEN_BY_MMI}
+
+
+def test_engines_are_uploaded_and_those_of_earlier_bundles_named(
+    hub: Hub, bundle: Bundle, capsys: Capture
+) -> None:
+    with write_target(bundle, "cpu-int8", {"precision": "int8"}) as target:
+        target.engine_file("llm", ".onnx").write_bytes(b"graph")
+    assert run(["push", str(bundle.folder), "hf://org/new"]) == 0
+    assert "### Engines: cpu-int8" in pushed(hub, "org/new")[CARD].decode()
+    folder = local_folder(Path("hf://org/new"), kinds.BUNDLE, targets=None)
+    assert Bundle.open(folder).target("cpu-int8", unproved=True) == bundle.target(
+        "cpu-int8", unproved=True
+    )
+    shutil.rmtree(bundle.folder / "engines")
+    capsys.readouterr()
+    assert run(["push", str(bundle.folder), "hf://org/new"]) == 0
+    engines = "engines/cpu-int8/llm.onnx, engines/cpu-int8/target.json"
+    assert f"does not have: {engines}" in capsys.readouterr().err
+    assert "engines/cpu-int8/llm.onnx" in pushed(hub, "org/new")
+
+
+def test_a_large_file_that_does_not_arrive_leaves_the_repository_as_it_was(
+    hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    hub.add("org/model", {"LICENSE": b"text"})
+    monkeypatch.setattr(stub_hub, "sha256", lambda data: "another")
+    found = error(capsys, model, "hf://org/model")
+    assert "Error while uploading 'model.safetensors'" in found and "Run the command again" in found
+    assert pushed(hub, "org/model") == {"LICENSE": b"text"}
+
+
+def test_a_hub_out_of_reach_is_one_line(
+    hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(constants(), "ENDPOINT", "http://127.0.0.1:9")
+    assert "the connection to http://127.0.0.1:9 failed" in error(capsys, model, "hf://org/model")
 
 
 def test_the_card_states_graphs_receipts_and_commands(hub: Hub, bundle: Bundle) -> None:
