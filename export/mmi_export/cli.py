@@ -11,7 +11,9 @@ import typer
 
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.kinds import MODEL
 from mmi_deploy.spec import presets
 from mmi_deploy.system.files import size
 from mmi_deploy.system.output_folder import check_replaceable
@@ -51,7 +53,8 @@ def export(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="A model folder: config.json, weights, tokenizer.", show_default=str(SHIPPED)
+            help="A model folder: config.json, weights, tokenizer; or hf://org/name.",
+            show_default=str(SHIPPED),
         ),
     ] = None,
     out: Annotated[
@@ -166,6 +169,7 @@ def export(
     to them.
     """
     _check_preset_options(model, preset, sparse_weights, random_weights, layers)
+    model = None if model is None else local_folder(model, MODEL)
     read_from = [] if preset else [model or SHIPPED]
     if model is not None and not (model / "config.json").is_file():
         # Before PyTorch is imported, which takes seconds.

@@ -13,8 +13,10 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder, local_only
 from mmi_deploy.cli.target_options import Device
 from mmi_deploy.errors import BundleError, ConfigError
+from mmi_deploy.hub.kinds import BUNDLE
 from mmi_deploy.spec.backends import AUTO, backend
 from mmi_deploy.system.entry_points import load
 from mmi_deploy.system.files import size
@@ -40,9 +42,12 @@ OWN_PRODUCTS, TENSORRT_PRODUCTS = "plugin", "tensorrt"
 
 
 def build(
-    bundle: Annotated[Path, typer.Argument(help="Bundle, as written by `mmi export`.")] = Path(
-        "bundles/tiny"
-    ),
+    bundle: Annotated[
+        Path,
+        typer.Argument(
+            help="Bundle, as written by `mmi export`; with --dry-run, or hf://org/name."
+        ),
+    ] = Path("bundles/tiny"),
     target: Annotated[
         str,
         typer.Option(
@@ -147,7 +152,9 @@ def build(
         from mmi_deploy.targets.precision import check_possible, recipe
         from mmi_deploy.targets.tensorrt_plan import graph_of
 
-    opened = Bundle.open(bundle, unproved=unproved)
+    if not dry_run:
+        local_only(bundle, "engines are written into the bundle")
+    opened = Bundle.open(local_folder(bundle, BUNDLE, targets=None), unproved=unproved)
     row = backend(target)
     chosen = recipe(precision or row.default_precision)
     targets = _targets(target, arch, chosen.name, device)

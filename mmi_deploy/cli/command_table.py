@@ -138,6 +138,17 @@ COMMANDS: Mapping[str, Row] = {
             "mmi verify bundles/tiny --target cpu-int8 --json",
         ),
     ),
+    "push": Row(
+        "mmi_deploy.cli.push:push",
+        "Upload a bundle or a model folder to the Hugging Face Hub.",
+        "hub",
+        BUNDLES,
+        (
+            "mmi push bundles/mine hf://org/name --dry-run",
+            "mmi push bundles/mine hf://org/name --private",
+            "mmi push runs/mine/model hf://org/name@trial --message 'After two epochs'",
+        ),
+    ),
     "inspect": Row(
         "mmi_deploy.cli.inspect.app:app",
         "Show parts, cost, memory, GPUs, targets and sensitivity of a model.",

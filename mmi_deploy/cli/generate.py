@@ -11,7 +11,7 @@ import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.hub_folders import local_folder
+from mmi_deploy.cli.hub_folders import local_folder, spelled
 from mmi_deploy.cli.target_options import (
     Device,
     Kernels,
@@ -270,8 +270,9 @@ def generate(
         full_every=full_every,
     )
     folder = local_folder(bundle, BUNDLE_KIND, targets=[target])
+    groups = resident_groups(resident)
     machine = Machine(
-        folder, target, kernels, threads, device, resident_groups(resident), slots, unproved
+        folder, target, kernels, threads, device, groups, slots, unproved, spelled(bundle)
     )
     if len(documents) > 1:
         generate_many(documents, out, machine, options, force, as_json)
@@ -317,7 +318,7 @@ def _generate_one(
         runtime.close()
         seconds = time.perf_counter() - started
         spent = f"{seconds:.1f} s, loading included"
-        output.write(work, document, machine.bundle, machine.target, spent)
+        output.write(work, document, machine.called, machine.target, spent)
     if as_json:
         print_json(output.report(out, seconds))
     else:

@@ -68,7 +68,7 @@ def generate_many(
                     with new_folder(folder, force, kind="story", inputs=inputs) as work:
                         output, seconds = await generated(engine, name, source, options, board)
                         spent = f"{seconds:.1f} s, beside other documents"
-                        output.write(work, document, machine.bundle, machine.target, spent)
+                        output.write(work, document, machine.called, machine.target, spent)
                 except Exception as error:
                     if of_all(error):
                         raise

@@ -50,9 +50,9 @@ class Output:
             case Finished():
                 self.finished = event
 
-    def write(self, folder: Path, document: Path, bundle: Path, target: str, spent: str) -> None:
-        """Write story.md, the pictures and index.html into `folder`. document: its file. spent: the
-        time that the page names."""
+    def write(self, folder: Path, document: Path, bundle: str, target: str, spent: str) -> None:
+        """Write story.md, the pictures and index.html into `folder`. document: its file. bundle: as
+        its command names it. spent: the time that the page names."""
         entries = self.story.entries
         write_story(folder, entries)
         options = replace(self.options, guidance=self.guidance)
@@ -125,10 +125,10 @@ def parts_of(entries: Sequence[Entry], names: Mapping[int, str]) -> list[dict[st
 
 
 def _command(
-    document: Path, bundle: Path, target: str, schedule: str, options: GenerationOptions
+    document: Path, bundle: str, target: str, schedule: str, options: GenerationOptions
 ) -> str:
     """Shell command that reproduces the document."""
-    words = ["mmi", "generate", str(document), "--bundle", str(bundle)]
+    words = ["mmi", "generate", str(document), "--bundle", bundle]
     words += ["--schedule", schedule] + (["--target", target] if target != CPU else [])
     for name in (
         "seed",

@@ -61,6 +61,11 @@ def model_name(given: Path) -> str:
     return parse(given).name if is_reference(given) else given.absolute().name
 
 
+def spelled(given: Path) -> str:
+    """A folder as it was given, for messages: `pathlib` drops a slash of a reference."""
+    return str(parse(given)) if is_reference(given) else str(given)
+
+
 def require_hub() -> None:
     """Raise `MmiError`, which names the pip command, where `huggingface_hub` is not installed."""
     try:

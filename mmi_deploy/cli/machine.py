@@ -19,7 +19,7 @@ from mmi_deploy.system.files import sha256_of
 @dataclass(frozen=True)
 class Machine:
     """Options as in the help of `mmi generate`. slots: documents at once, None for as many as the
-    memory holds."""
+    memory holds. given: the bundle as the user wrote it, where that is not its path."""
 
     bundle: Path
     target: str
@@ -29,6 +29,12 @@ class Machine:
     resident: tuple[str, ...] | None
     slots: int | None
     unproved: bool
+    given: str | None = None
+
+    @property
+    def called(self) -> str:
+        """The bundle as a command line names it."""
+        return self.given or str(self.bundle)
 
     def open_bundle(self) -> Bundle:
         """Open the bundle and print its remarks. Raises `BundleError`."""

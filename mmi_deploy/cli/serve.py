@@ -13,7 +13,7 @@ import typer
 from mmi_deploy.cli.console import MOST_THREADS, counted, remarks, results
 from mmi_deploy.cli.extras import extras
 from mmi_deploy.cli.generate import BUNDLE
-from mmi_deploy.cli.hub_folders import local_folder, model_name
+from mmi_deploy.cli.hub_folders import local_folder, model_name, spelled
 from mmi_deploy.cli.target_options import (
     MACHINE,
     Kernels,
@@ -437,7 +437,7 @@ def serve(
             f"API {address_of(sock)}/v1   {'keys: on' if keys else 'no keys'}; Ctrl-C ends"
         )
 
-    remarks().print(f"Loading {bundle} for {target}")
+    remarks().print(f"Loading {spelled(bundle)} for {target}")
     return run(
         lambda log: Service(model, engines, settings, log, tracing, client),
         sock,

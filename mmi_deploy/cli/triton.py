@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, print_json, results
+from mmi_deploy.cli.hub_folders import local_folder
 from mmi_deploy.cli.target_options import MACHINE, Device, Kernels, TargetName
+from mmi_deploy.hub.kinds import BUNDLE
 from mmi_deploy.spec.backends import AUTO, CPU
 
 
@@ -17,7 +19,9 @@ def triton(
         Path,
         typer.Argument(help="Model repository; models in it stay.", show_default=False),
     ],
-    bundle: Annotated[Path, typer.Argument(help="Bundle of `mmi export`.")] = Path("bundles/tiny"),
+    bundle: Annotated[
+        Path, typer.Argument(help="Bundle of `mmi export`, or hf://org/name.")
+    ] = Path("bundles/tiny"),
     name: Annotated[
         str, typer.Option(metavar="NAME", help="Name of the model, and of its folder.")
     ] = "mmi",
@@ -71,12 +75,13 @@ def triton(
     from mmi_deploy.server.triton.repository import write_model
     from mmi_deploy.server.triton.settings import ModelSettings
 
-    opened = Bundle.open(bundle)
+    folder = local_folder(bundle, BUNDLE, targets=[target])
+    opened = Bundle.open(folder)
     check_target(opened, target)
-    path = server_bundle or str(bundle.resolve())
+    path = server_bundle or str(folder.resolve())
     settings = ModelSettings(path, target, slots, kernels, threads)
-    folder = write_model(repository, name, settings, device=device, force=force, inputs=(bundle,))
+    model = write_model(repository, name, settings, device=device, force=force, inputs=(folder,))
     if as_json:
-        print_json({"model": str(folder), "parameters": settings.parameters()})
+        print_json({"model": str(model), "parameters": settings.parameters()})
     else:
-        results().print(f"{folder}: tritonserver --model-repository {repository}")
+        results().print(f"{model}: tritonserver --model-repository {repository}")

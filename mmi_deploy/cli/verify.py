@@ -12,10 +12,11 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import counted, print_json, print_table, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.hub_folders import local_folder, local_only
+from mmi_deploy.cli.hub_folders import local_folder, local_only, spelled
 from mmi_deploy.cli.target_options import Device, Kernels, Resident, resident_groups
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.hub.kinds import BUNDLE
+from mmi_deploy.hub.reference import is_reference
 from mmi_deploy.spec.backends import AUTO, NONE
 from mmi_deploy.system.files import prepare_file
 from mmi_deploy.system.progress import shown
@@ -86,7 +87,7 @@ def verify(
                 fix=f"leave out {'--run' if run else '--target'}",
             )
         _check_unused(device, resident, kernels, against)
-        _save_outputs(local_folder(bundle, BUNDLE), save_outputs, force, as_json)
+        _save_outputs(bundle, save_outputs, force, as_json)
         return
     if target is not None:
         if run:
@@ -99,7 +100,7 @@ def verify(
         _verify_target(bundle, target, device, groups, kernels, force, as_json, against)
         return
     _check_unused(device, resident, kernels, against, force)
-    _verify_bundle(local_folder(bundle, BUNDLE, targets=None), run, as_json)
+    _verify_bundle(bundle, run, as_json)
 
 
 def _check_unused(
@@ -121,8 +122,9 @@ def _check_unused(
             raise ConfigError(f"{option} goes with --target NAME", fix=f"leave out {option}")
 
 
-def _save_outputs(path: Path, out: Path, force: bool, as_json: bool) -> None:
+def _save_outputs(given: Path, out: Path, force: bool, as_json: bool) -> None:
     """Save the outputs of the portable graphs for `--against` on another machine."""
+    path, name = local_folder(given, BUNDLE), spelled(given)
     with extras("verify --save-outputs", "build"):
         from mmi_deploy.bundle.bundle import Bundle
         from mmi_deploy.targets.polygraphy.saved_outputs import save_outputs
@@ -133,13 +135,15 @@ def _save_outputs(path: Path, out: Path, force: bool, as_json: bool) -> None:
     with shown(remarks(), "running graphs") as progress:
         cases = save_outputs(bundle, out, progress)
     if as_json:
-        print_json({"ok": True, "bundle": str(path), "outputs": str(out), "cases": cases})
+        print_json({"ok": True, "bundle": name, "outputs": str(out), "cases": cases})
         return
     results().print(f"{out}: outputs of {counted(cases, 'run')}")
-    remarks().print(f"compare engines with it: `mmi verify {path} --target NAME --against {out}`")
+    where = "FOLDER" if is_reference(given) else name  # receipts are written into it
+    remarks().print(f"compare engines with it: `mmi verify {where} --target NAME --against {out}`")
 
 
-def _verify_bundle(bundle: Path, run: bool, as_json: bool) -> None:
+def _verify_bundle(given: Path, run: bool, as_json: bool) -> None:
+    bundle, name = local_folder(given, BUNDLE, targets=None), spelled(given)
     from mmi_deploy.bundle.bundle import Bundle
     from mmi_deploy.bundle.manifest import Hashes
 
@@ -149,7 +153,7 @@ def _verify_bundle(bundle: Path, run: bool, as_json: bool) -> None:
         unproved = opened.verify(hashes)
     manifest = opened.manifest
     found: dict[str, Any] = {
-        "bundle": str(bundle),
+        "bundle": name,
         "files": len(manifest.files),
         "receipts": len(manifest.receipts),
         "targets": list(opened.targets),
@@ -164,7 +168,7 @@ def _verify_bundle(bundle: Path, run: bool, as_json: bool) -> None:
     if as_json:
         print_json({"ok": True, **found})
         return
-    line = f"{bundle} is whole: {counted(found['files'], 'file')} unchanged, "
+    line = f"{name} is whole: {counted(found['files'], 'file')} unchanged, "
     line += counted(found["receipts"], "receipt")
     if opened.targets:
         line += f", {counted(len(opened.targets), 'target')}"

@@ -13,7 +13,14 @@ from pathlib import Path
 from mmi_deploy.bundle.bundle import BUILD, EXPORT, TARGET_MANIFEST
 from mmi_deploy.bundle.manifest import BundleManifest, FileEntry, TargetManifest, read_manifest
 from mmi_deploy.hub.commit import Commit, Remark, first
-from mmi_deploy.hub.kinds import BUNDLE_FILE, WITHOUT_PICKLES, Kind, is_a, only_pickles
+from mmi_deploy.hub.kinds import (
+    BUNDLE_FILE,
+    WHOLE_BUNDLES,
+    WITHOUT_PICKLES,
+    Kind,
+    is_a,
+    only_pickles,
+)
 from mmi_deploy.hub.readable_errors import HubError, hub_errors
 from mmi_deploy.hub.reference import Reference
 
@@ -45,7 +52,7 @@ def local_copy(
             raise HubError(_no_folder(reference, commit.listing), fix=commit.page)
         if not is_a(kind, files):
             raise HubError(_no_such_kind(reference, kind, commit.listing), fix=commit.page)
-        if BUNDLE_FILE in kind.marks and BUNDLE_FILE in files:
+        if kind in WHOLE_BUNDLES and BUNDLE_FILE in files:
             _fetch_bundle(commit, targets)
             return commit.folder
         names = sorted({*kind.choose(files, commit.read_json)})

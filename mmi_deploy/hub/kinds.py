@@ -121,6 +121,11 @@ def _checkpoint(files: Collection[str], read: ReadJson) -> list[str]:
     return [*pickles, *indices, *_matching(files, *_TOKENIZER)]
 
 
+def _graphs(files: Collection[str], read: ReadJson) -> list[str]:
+    graphs = read(BUNDLE_FILE).get("graphs")
+    return [BUNDLE_FILE, *(map(str, graphs.values()) if isinstance(graphs, dict) else ())]
+
+
 def _no_files(files: Collection[str], read: ReadJson) -> list[str]:
     return []
 
@@ -129,11 +134,19 @@ def _no_files(files: Collection[str], read: ReadJson) -> list[str]:
 BUNDLE_FILE = "bundle.json"
 BUNDLE = Kind("a bundle", (BUNDLE_FILE,), _no_files)
 MODEL = Kind("a model folder", ("model.safetensors",), _model)
+BUNDLE_OR_MODEL = Kind(
+    "a bundle or a model folder", (BUNDLE_FILE, "model.safetensors"), MODEL.choose
+)
+# Of a bundle, the manifest and the graphs without their weights.
+GRAPHS = Kind("a bundle", (BUNDLE_FILE,), _graphs)
 LANGUAGE_MODEL = Kind("a language model", ("config.json",), _language_model, takes=".gguf")
 VISION = Kind("a CLIP", ("config.json",), _vision)
 DIFFUSION = Kind("a Stable Diffusion", ("unet/config.json",), _diffusion)
 TOKENIZER = Kind("a tokenizer", ("tokenizer.json", "tokenizer.model"), _tokenizer)
 CHECKPOINT = Kind("a published checkpoint", ("*.bin",), _checkpoint, takes=".bin")
+
+# Kinds of which a bundle is downloaded whole.
+WHOLE_BUNDLES = (BUNDLE, BUNDLE_OR_MODEL)
 
 # Kinds whose weights are refused where they are there as pickles alone.
 WITHOUT_PICKLES = (LANGUAGE_MODEL, VISION, DIFFUSION)

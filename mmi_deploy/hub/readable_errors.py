@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mmi_deploy.errors import MmiError
-from mmi_deploy.hub.reference import Reference
+from mmi_deploy.hub.reference import FORM, Reference
 
 LOGIN = "`hf auth login`"
 
@@ -28,6 +28,80 @@ def hub_errors(reference: Reference) -> Iterator[None]:
         if found is None:
             raise
         raise found from None
+
+
+@contextmanager
+def push_errors(reference: Reference) -> Iterator[None]:
+    """Turn errors of `huggingface_hub` about an upload to `reference` into a `HubError`."""
+    with hub_errors(reference):
+        try:
+            yield
+        except Exception as error:
+            found = _readable_of_push(reference, error)
+            if found is None:
+                raise
+            raise found from None
+
+
+def _readable_of_push(reference: Reference, error: BaseException) -> HubError | None:
+    """The error for users, or None for one that reads alike in downloads."""
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    again = "Run the command again: files that arrived whole are not uploaded again"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    match error:
+        case MmiError():
+            return None
+        case errors.HfHubHTTPError() if status == 401:
+            return not_logged_in()
+        case errors.HfHubHTTPError() if status == 403:
+            return HubError(
+                f"you may not write to {reference.repository} at {constants.ENDPOINT}",
+                fix=f"Look at the name, and log in with {LOGIN} with a token that may write there",
+            )
+        case errors.HfHubHTTPError() if status in (409, 412):
+            return HubError(
+                f"{reference.repository} was changed by somebody else meanwhile", fix=again
+            )
+        case errors.HFValidationError():
+            return HubError(f"the Hub has no such names: {_line(error)}", expected=FORM)
+        case errors.OfflineModeIsEnabled():
+            return offline()
+        case RuntimeError() if error.__cause__ is not None:  # of the thread of one file
+            return _readable_of_push(reference, error.__cause__) or HubError(
+                f"{_line(error)} {_line(error.__cause__)}", fix=again
+            )
+        case ValueError() if "metadata in README.md" in str(error):
+            return HubError(
+                f"the Hub does not accept README.md: {_line(error)}",
+                fix="Correct the lines between --- at its beginning",
+            )
+        case ValueError() if "LFS" in str(error) and not isinstance(error, errors.HfHubHTTPError):
+            return HubError(f"{constants.ENDPOINT} refused a file: {_line(error)}", fix=again)
+        case httpx2.HTTPError() if not isinstance(error, errors.HfHubHTTPError):
+            return HubError(
+                f"the connection to {constants.ENDPOINT} failed: {_line(error)}", fix=again
+            )
+    return None
+
+
+def not_logged_in() -> HubError:
+    """The error for an upload without a token that the Hub knows."""
+    from huggingface_hub import constants
+
+    return HubError(
+        f"{constants.ENDPOINT} does not know you, and uploads need a login",
+        fix=f"Log in with {LOGIN}, or set HF_TOKEN to a token that may write",
+    )
+
+
+def offline() -> HubError:
+    """The error for an upload without a network."""
+    return HubError(
+        "HF_HUB_OFFLINE is set, and an upload needs the Hub",
+        fix="Run it without, or look at what would be uploaded with --dry-run",
+    )
 
 
 def _readable(reference: Reference, error: Exception) -> HubError | None:

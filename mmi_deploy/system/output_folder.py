@@ -137,6 +137,21 @@ def check_run_folder(folder: Path) -> None:
         check_parent(place, folder)
 
 
+def written_files(folder: Path) -> tuple[str, dict[str, tuple[int, str]]] | None:
+    """Kind of an output folder, and size and SHA-256 of each of its files when it was written,
+    links aside; None for a folder without a marker. Raises `MmiError` for a marker that cannot be
+    understood."""
+    marker = _read_marker(folder, folder)
+    if marker is None:
+        return None
+    files = {
+        name: (entry["size"], entry["sha256"])
+        for name, entry in marker.files.items()
+        if isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+    }
+    return marker.kind, files
+
+
 def rewrite_file(folder: Path, name: str, data: bytes | str) -> None:
     """Replace one file of an output folder and its entry in the marker."""
     marker = None

@@ -10,7 +10,9 @@ import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder
 from mmi_deploy.cli.target_options import Device, Kernels, TargetName, check_engines
+from mmi_deploy.hub.kinds import BUNDLE
 from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
@@ -19,9 +21,9 @@ MEASUREMENT, RESULTS = "Measurement", "Results"
 
 
 def batch(
-    bundle: Annotated[Path, typer.Argument(help="Bundle that `mmi export` wrote.")] = Path(
-        "bundles/tiny"
-    ),
+    bundle: Annotated[
+        Path, typer.Argument(help="Bundle that `mmi export` wrote, or hf://org/name.")
+    ] = Path("bundles/tiny"),
     workload: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,9 +120,10 @@ def batch(
         from mmi_bench.batch.measure import run
         from mmi_bench.batch.report import print_report
         from mmi_bench.batch.workloads import WORKLOADS
+    folder = local_folder(bundle, BUNDLE, targets=[target])
     with shown(remarks(), "loading") as progress:
         result = run(
-            bundle,
+            folder,
             workloads=workload or WORKLOADS,
             rows=rows or ((1, 2) if quick else (1, 2, 4, 8)),
             rounds=1 if quick else rounds,

@@ -11,8 +11,10 @@ import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder
 from mmi_deploy.cli.target_options import Device, Kernels, TargetName
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.kinds import BUNDLE, MODEL
 from mmi_deploy.runtime.backend import find_kernel_library
 from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.files import prepare_file, write_new_file
@@ -30,14 +32,17 @@ SIZES = ("small", "large")
 def bench(
     bundle: Annotated[
         Path | None,
-        typer.Argument(help="Bundle that `mmi export` wrote.", show_default=str(SHIPPED_BUNDLE)),
+        typer.Argument(
+            help="Bundle that `mmi export` wrote, or hf://org/name.",
+            show_default=str(SHIPPED_BUNDLE),
+        ),
     ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
             "--model",
             "-m",
-            help="Model folder that the bundle was exported from.",
+            help="Model folder that the bundle was exported from, or hf://org/name.",
             show_default=str(SHIPPED_MODEL),
             rich_help_panel="Measurement",
         ),
@@ -180,6 +185,10 @@ def bench(
         from mmi_bench.compare.compare import run
         from mmi_bench.compare.report import print_report
     read: AbstractContextManager[tuple[Path, Path]]
+    if not made:
+        bundle = local_folder(bundle or SHIPPED_BUNDLE, BUNDLE, targets=[target])
+        model = local_folder(model or SHIPPED_MODEL, MODEL)
+        teacher = None if teacher is None else local_folder(teacher, MODEL)
     read = nullcontext((bundle or SHIPPED_BUNDLE, model or SHIPPED_MODEL))
     with shown(remarks(), "loading") as progress:
         if made:

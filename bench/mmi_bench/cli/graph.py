@@ -25,8 +25,10 @@ from mmi_bench.cli.run_options import (
 )
 from mmi_deploy.cli.console import print_json, print_table, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder
 from mmi_deploy.cli.target_options import Device, Kernels, TargetName, check_engines
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.kinds import BUNDLE
 from mmi_deploy.spec.backends import AUTO, CPU, NONE
 from mmi_deploy.system.files import prepare_file
 from mmi_deploy.system.progress import shown
@@ -41,7 +43,9 @@ def graph(
     ] = None,
     bundle: Annotated[
         Path | None,
-        typer.Argument(help="Bundle that `mmi export` wrote.", show_default=str(SHIPPED)),
+        typer.Argument(
+            help="Bundle that `mmi export` wrote, or hf://org/name.", show_default=str(SHIPPED)
+        ),
     ] = None,
     list_graphs: Annotated[
         bool, typer.Option("--list", help="List the graphs and their dimensions instead.")
@@ -88,7 +92,8 @@ def graph(
 
     if list_graphs:
         # `mmi bench graph --list BUNDLE`
-        _list(Bundle.open(bundle or Path(name or SHIPPED), unproved=unproved), as_json)
+        folder = local_folder(bundle or Path(name or SHIPPED), BUNDLE)
+        _list(Bundle.open(folder, unproved=unproved), as_json)
         return
     if name is None:
         raise ConfigError(
@@ -109,7 +114,8 @@ def graph(
     from mmi_deploy.runtime.runtime import Runtime
 
     settings = Settings(warm_up / 1000, duration, iterations)
-    opened = Bundle.open(bundle or SHIPPED, unproved=unproved)
+    folder = local_folder(bundle or SHIPPED, BUNDLE, targets=[target])
+    opened = Bundle.open(folder, unproved=unproved)
     chosen = named(name, opened.graphs)
     given = parse_sizes(sizes, opened.graphs)
     wanted = [

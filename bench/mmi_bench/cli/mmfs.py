@@ -34,7 +34,9 @@ PRESET = "paper_13b"
 def mmfs(
     bundle: Annotated[
         Path | None,
-        typer.Argument(help="Bundle whose sizes are measured.", show_default=False),
+        typer.Argument(
+            help="Bundle whose sizes are measured, or hf://org/name.", show_default=False
+        ),
     ] = None,
     preset: Annotated[
         str | None,

@@ -18,8 +18,10 @@ from mmi_bench.cli.run_options import (
 )
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder
 from mmi_deploy.cli.target_options import Device, Kernels, TargetName, check_engines
 from mmi_deploy.errors import ConfigError, MmiError
+from mmi_deploy.hub.kinds import BUNDLE
 from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.files import prepare_file
 from mmi_deploy.system.progress import shown
@@ -32,9 +34,9 @@ class Missed(MmiError):
 
 
 def scale(
-    bundle: Annotated[Path, typer.Argument(help="Bundle that `mmi export` wrote.")] = Path(
-        "bundles/tiny"
-    ),
+    bundle: Annotated[
+        Path, typer.Argument(help="Bundle that `mmi export` wrote, or hf://org/name.")
+    ] = Path("bundles/tiny"),
     rounds: Annotated[
         int,
         typer.Option(help="Measurements of each point.", metavar="N", rich_help_panel=MEASUREMENT),
@@ -98,9 +100,10 @@ def scale(
     if plot:
         with extras("bench scale", "bench"):
             import matplotlib  # noqa: F401  # reported before the measurement
+    folder = local_folder(bundle, BUNDLE, targets=[target])
     with shown(remarks(), "loading") as progress:
         result = run(
-            bundle,
+            folder,
             rounds=2 if quick else rounds,
             quick=quick,
             threads=threads,

@@ -11,8 +11,11 @@ import typer
 
 from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder, model_name
 from mmi_deploy.cli.target_options import Device, Kernels, TargetName
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.kinds import BUNDLE
+from mmi_deploy.hub.reference import is_reference
 from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.output_folder import check_replaceable, new_folder
 from mmi_deploy.system.progress import shown
@@ -32,7 +35,11 @@ KEYS = ("MMI_API_KEY", "OPENAI_API_KEY")
 
 def serve(
     server: Annotated[
-        str, typer.Argument(metavar="URL|BUNDLE", help="Running server, or bundle to serve.")
+        str,
+        typer.Argument(
+            metavar="URL|BUNDLE",
+            help="Running server, or bundle to serve: a folder, or hf://org/name.",
+        ),
     ] = "bundles/tiny",
     workload: Annotated[
         list[str] | None,
@@ -354,11 +361,14 @@ def serve(
         ),
         tokenizer=tokenizer,
     )
+    options = shlex.split(server_options)
+    if is_reference(server):  # in place of the folder's name in the cache
+        options = ["--name", model_name(Path(server)), *options]
     served = Server(
         url=server if is_url else None,
-        bundle=None if is_url else Path(server),
+        bundle=None if is_url else local_folder(Path(server), BUNDLE, targets=[target]),
         key=_key(key_file),
-        options=shlex.split(server_options),
+        options=options,
         target=target,
         kernels=kernels,
         threads=threads or 0,

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmi_deploy.cli.command_table import INSPECT, TableGroup, table_app
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.reference import is_reference
 
 RENAMED = {
     "--cost": "cost",
@@ -37,10 +38,12 @@ class Inspect(TableGroup):
                         f"{option} is not an option of `mmi inspect`",
                         fix=f"It is a view now: `{command}`",
                     )
-            if args and not args[0].startswith("-") and not Path(args[0]).exists():
+            first = args[0] if args else "-"
+            if not (first.startswith("-") or is_reference(first) or Path(first).exists()):
                 raise ConfigError(
-                    f"{args[0]} is neither a folder nor a view",
-                    expected=f"a bundle, a model folder, or one of {', '.join(self.rows)}",
+                    f"{first} is neither a folder nor a view",
+                    expected=f"a bundle, a model folder, hf://org/name, or one of "
+                    f"{', '.join(self.rows)}",
                 )
             args = ["parts", *args]
         return super().parse_args(ctx, args)

@@ -18,9 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mmi_deploy.cli.console import print_json, results
+from mmi_deploy.cli.hub_folders import local_folder, spelled
 from mmi_deploy.cli.inspect.source import AsJson
 from mmi_deploy.documents.tokenizer import FILE_NAME, Tokenizer, Vocabulary
 from mmi_deploy.errors import BundleError, ConfigError
+from mmi_deploy.hub.kinds import BUNDLE_OR_MODEL
 from mmi_deploy.spec.config import TokenConfig
 from mmi_deploy.system.files import size
 from mmi_deploy.system.safetensors_reader import read_header
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 def parts(
     folder: Annotated[
-        Path | None, typer.Argument(help="A bundle or a model folder.", show_default=False)
+        Path | None,
+        typer.Argument(help="A bundle or a model folder, or hf://org/name.", show_default=False),
     ] = None,
     preset: Annotated[
         str | None,
@@ -49,6 +52,9 @@ def parts(
 
     if folder and preset:
         raise ConfigError("a folder and --preset were given", expected="one of them")
+    name = "" if folder is None else spelled(folder)
+    if folder is not None:
+        folder = local_folder(folder, BUNDLE_OR_MODEL, targets=None)
     is_bundle = folder is not None and (folder / "bundle.json").exists()
     if tensors and not is_bundle:
         raise ConfigError("--tensors does not apply here", expected="it with a bundle")
@@ -57,12 +63,12 @@ def parts(
     elif folder is None:
         show_presets(as_json)
     elif is_bundle:
-        show_bundle(folder, tensors, as_json)
+        show_bundle(folder, name, tensors, as_json)
     elif (folder / "config.json").exists():
-        show_model(folder, as_json)
+        show_model(folder, name, as_json)
     else:
         raise ConfigError(
-            f"{folder} is neither a bundle nor a model folder",
+            f"{name} is neither a bundle nor a model folder",
             expected="a folder that holds bundle.json or config.json",
         )
 
@@ -90,8 +96,8 @@ def parameter_counts(path: Path) -> dict[str, int]:
     return dict(counts)
 
 
-def show_model(folder: Path, as_json: bool) -> None:
-    """Print the parameters of each part of a model folder."""
+def show_model(folder: Path, name: str, as_json: bool) -> None:
+    """Print the parameters of each part of a model folder. name: as it was given."""
     from mmi_deploy.spec.config import read_config
 
     config = read_config(folder / "config.json")
@@ -109,7 +115,7 @@ def show_model(folder: Path, as_json: bool) -> None:
             }
         )
         return
-    table = _table("part", ">parameters", ">share", title=f"{folder}: {config.name}")
+    table = _table("part", ">parameters", ">share", title=f"{name}: {config.name}")
     for part, count in sorted(counts.items(), key=lambda item: -item[1]):
         table.add_row(part, f"{count:,}", f"{count / max(total, 1):.1%}")
     table.add_section()
@@ -119,8 +125,8 @@ def show_model(folder: Path, as_json: bool) -> None:
         _print_vocabulary(results(), vocabulary)
 
 
-def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
-    """Print the graphs of a bundle, their receipts and its targets."""
+def show_bundle(folder: Path, name: str, tensors: bool, as_json: bool) -> None:
+    """Print the graphs of a bundle, their receipts and its targets. name: as it was given."""
     from mmi_deploy.bundle.bundle import Bundle
 
     bundle = Bundle.open(folder, unproved=True)
@@ -139,7 +145,7 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         f"{limits.images} images; samplers {', '.join(bundle.schedules)}; "
         f"engines for {', '.join(bundle.targets) or 'no target beyond the portable graphs'}"
     )
-    out.print(Text.assemble((str(folder), "bold"), about))
+    out.print(Text.assemble((name, "bold"), about))
     for remark in bundle.remarks:
         out.print(remark, style="yellow")
     out.print(_graph_table(bundle))
@@ -150,13 +156,13 @@ def show_bundle(folder: Path, tensors: bool, as_json: bool) -> None:
         from mmi_deploy.cli.inspect.target import target_table
 
         print_table(out, target_table(targets))
-        out.print(f"Details of one: `mmi inspect target {folder} NAME`")
+        out.print(f"Details of one: `mmi inspect target {name} NAME`")
     for receipt in bundle.manifest.receipts:
         proof = f" was compared with: {receipt.compared_with}"
         out.print(Text.assemble((receipt.graph, "bold"), proof))
     out.print(
         f"Files were checked by size and time, and hashed if these are new; `mmi verify "
-        f"{folder}` hashes every byte"
+        f"{name}` hashes every byte"
     )
     if vocabulary is not None:
         _print_vocabulary(out, vocabulary)

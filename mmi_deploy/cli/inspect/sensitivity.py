@@ -11,7 +11,9 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import print_json, print_table, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder, spelled
 from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
+from mmi_deploy.hub.kinds import BUNDLE
 from mmi_deploy.system.progress import shown
 
 # Rows of the table; `--json` lists every weight.
@@ -35,7 +37,7 @@ def show_sensitivity(folder: Path, graph: str, precision: str, as_json: bool) ->
     from mmi_deploy.analysis.sensitivity import sensitivity as measure
     from mmi_deploy.bundle.bundle import Bundle
 
-    bundle = Bundle.open(folder, unproved=True)
+    bundle = Bundle.open(local_folder(folder, BUNDLE), unproved=True)
     with shown(remarks(), "recording inputs") as progress:
         layers = measure(bundle, graph, precision, progress=progress)
     if as_json:
@@ -44,7 +46,7 @@ def show_sensitivity(folder: Path, graph: str, precision: str, as_json: bool) ->
         return
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"{folder}: {graph}, one weight at a time as {precision}",
+        title=f"{spelled(folder)}: {graph}, one weight at a time as {precision}",
         title_justify="left",
     )
     table.add_column("weight", overflow="fold")

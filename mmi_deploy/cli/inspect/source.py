@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmi_deploy.cli.hub_folders import local_folder, spelled
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.kinds import GRAPHS
 
 if TYPE_CHECKING:
     from mmi_deploy.analysis.memory_estimate import Model
     from mmi_deploy.bundle.manifest import BundleManifest
 
-Folder = Annotated[Path | None, typer.Argument(help="Folder of a bundle.", show_default=False)]
-BundleFolder = Annotated[Path, typer.Argument(help="Folder of a bundle.", show_default=False)]
+_BUNDLE = "Folder of a bundle, or hf://org/name."
+
+Folder = Annotated[Path | None, typer.Argument(help=_BUNDLE, show_default=False)]
+BundleFolder = Annotated[Path, typer.Argument(help=_BUNDLE, show_default=False)]
 Preset = Annotated[
     str | None,
     typer.Option(
@@ -68,9 +72,10 @@ def graphs_of(folder: Path | None, preset: str | None) -> Graphs:
             )
     if folder is None:
         raise ConfigError("no graphs were given", expected="the folder of a bundle, or --preset")
-    manifest = read_manifest(folder / MANIFEST, BundleManifest, EXPORT)
-    files = {name: folder / path for name, path in manifest.graphs.items()}
-    return Graphs(str(folder), manifest, files)
+    local = local_folder(folder, GRAPHS)
+    manifest = read_manifest(local / MANIFEST, BundleManifest, EXPORT)
+    files = {name: local / path for name, path in manifest.graphs.items()}
+    return Graphs(spelled(folder), manifest, files)
 
 
 def memory_model(

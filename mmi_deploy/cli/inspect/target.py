@@ -14,9 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mmi_deploy.cli.console import print_json, print_table, results
+from mmi_deploy.cli.hub_folders import local_folder, spelled
 from mmi_deploy.cli.inspect.plan import show_plan
 from mmi_deploy.cli.inspect.source import AsJson, BundleFolder
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.kinds import BUNDLE
+from mmi_deploy.hub.reference import is_reference
 from mmi_deploy.system.files import size
 
 if TYPE_CHECKING:
@@ -50,7 +53,8 @@ def target(
 
     if (plan or gpu) and (name is None or not plan):
         raise ConfigError("--plan shows one target, and --gpu belongs to it", fix="Give the target")
-    bundle = Bundle.open(folder, unproved=True)
+    local = local_folder(folder, BUNDLE, targets=None if name is None else [name])
+    bundle = Bundle.open(local, unproved=True)
     if name is not None:
         if plan:
             show_plan(summary_of(bundle, name), gpu, as_json)
@@ -63,6 +67,8 @@ def target(
         print_json([summary.model_dump(mode="json", exclude=hidden) for summary in targets])
     elif targets:
         print_table(results(), target_table(targets))
+    elif is_reference(folder):
+        results().print(f"{spelled(folder)} has no target")
     else:
         results().print(f"{folder} has no target yet: `mmi build {folder} --target cpu` makes one")
 

@@ -13,7 +13,7 @@ COMMANDS = (
     "ablate", "bench", "bench batch", "bench compare", "bench graph", "bench mmfs", "bench pytorch",
     "bench scale", "bench serve", "build", "convert", "data", "data check", "evaluate",
     "export", "generate", "init", "inspect", "inspect batch", "plugins build", "plugins list",
-    "serve", "train", "train-tiny", "triton", "verify",
+    "push", "serve", "train", "train-tiny", "triton", "verify",
 )  # fmt: skip
 # Most options in one panel: longer lists are hard to read.
 MOST = 12

@@ -7,13 +7,12 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from deploy.hub.stub_hub import Hub, stub_hub
+from deploy.hub.stub_hub import Hub, constants, names, offline
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.cli import hub_folders
 from mmi_deploy.cli.app import run
@@ -26,40 +25,6 @@ if TYPE_CHECKING:
     from exports import Exported
 
 MODEL = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}"}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A stub that `huggingface_hub` takes for the Hub, with a cache of its own."""
-    constants = _constants()
-    with stub_hub() as stub:
-        monkeypatch.setattr(constants, "ENDPOINT", stub.endpoint)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-        if not template.startswith("{endpoint}"):  # the library's default address is part of it
-            template = stub.endpoint + template[template.index("/{repo_id}") :]
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        yield stub
-
-
-def _constants() -> Any:
-    from huggingface_hub import constants
-
-    return constants
-
-
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.utils import close_session
-
-    monkeypatch.setattr(_constants(), "HF_HUB_OFFLINE", True)
-    close_session()
-
-
-def names(folder: Path) -> set[str]:
-    """Files of a folder, hidden ones aside."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {p.relative_to(folder).as_posix() for p in paths if not p.name.startswith(".")}
 
 
 def error(given: str, kind: kinds.Kind = kinds.MODEL) -> str:
@@ -210,7 +175,7 @@ def test_a_broken_connection_goes_on_where_it_broke(
 ) -> None:
     hub.add("org/model", MODEL)
     hub.cut["model.safetensors"] = 3
-    monkeypatch.setattr(_constants(), "DOWNLOAD_CHUNK_SIZE", 1)  # pieces that are kept whole
+    monkeypatch.setattr(constants(), "DOWNLOAD_CHUNK_SIZE", 1)  # pieces that are kept whole
     folder = local_folder(Path("hf://org/model"), kinds.MODEL)
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert hub.ranges == ["model.safetensors 3"]
@@ -219,12 +184,12 @@ def test_a_broken_connection_goes_on_where_it_broke(
 def test_ctrl_c_ends_the_transfer_that_runs(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/model", MODEL)
     gate = hub.pause["model.safetensors"] = threading.Event()
-    monkeypatch.setattr(_constants(), "DOWNLOAD_CHUNK_SIZE", 1)
+    monkeypatch.setattr(constants(), "DOWNLOAD_CHUNK_SIZE", 1)
     stop = threading.Event()
     monkeypatch.setattr(commit, "Event", lambda: stop)
 
     def interrupt() -> None:
-        cache, until = Path(_constants().HF_HUB_CACHE), time.monotonic() + 20
+        cache, until = Path(constants().HF_HUB_CACHE), time.monotonic() + 20
         hub.paused.wait(20)
         while not [*cache.rglob("config.json")] and time.monotonic() < until:
             time.sleep(0.01)
@@ -237,7 +202,7 @@ def test_ctrl_c_ends_the_transfer_that_runs(hub: Hub, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         local_folder(Path("hf://org/model"), kinds.MODEL)
     thread.join()
-    cached = {path.name for path in Path(_constants().HF_HUB_CACHE).rglob("*")}
+    cached = {path.name for path in Path(constants().HF_HUB_CACHE).rglob("*")}
     assert "model.safetensors" not in cached
     assert "config.json" in cached
 

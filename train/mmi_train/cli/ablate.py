@@ -9,6 +9,8 @@ import typer
 
 from mmi_deploy.cli.console import print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder
+from mmi_deploy.hub.kinds import MODEL
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import shown
 from mmi_train.cli.choices import Precision, Threads
@@ -24,7 +26,10 @@ def ablate(
     ] = Path("runs/ablations"),
     start: Annotated[
         Path,
-        typer.Option(help="Model folder, trained on the drawn world, that all runs start from."),
+        typer.Option(
+            help="Model folder, trained on the drawn world, that all runs start from, or "
+            "hf://org/name."
+        ),
     ] = Path("assets/tiny"),
     seeds: Annotated[int, typer.Option(min=1, max=8, help="Seeds of each row.", metavar="N")] = 3,
     steps: Annotated[
@@ -60,6 +65,7 @@ def ablate(
     resampler and images, from the paper; diffusion, of the options of that name.
     """
     check_run_folder(out)
+    start = local_folder(start, MODEL)
     with shown(remarks(), f"ablations into {out}") as progress:
         with extras("ablate"):
             import torch

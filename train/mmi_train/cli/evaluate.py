@@ -12,8 +12,10 @@ from rich.table import Table
 
 from mmi_deploy.cli.console import MOST_THREADS, print_json, remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder, spelled
 from mmi_deploy.cli.target_options import MACHINE, Device, Kernels, TargetName, check_engines
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.kinds import BUNDLE_OR_MODEL, MODEL
 from mmi_deploy.spec.backends import AUTO, CPU
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
@@ -71,7 +73,8 @@ def evaluate(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="A model folder; with --benchmark also a bundle.", show_default="assets/tiny"
+            help="A model folder, with --benchmark also a bundle; or hf://org/name.",
+            show_default="assets/tiny",
         ),
     ] = None,
     world: Annotated[
@@ -318,7 +321,8 @@ def evaluate(
             from mmi_train.cli.benchmark_models import benchmark_model
 
             check_engines(target)
-            machine = Machine(model, target, kernels, threads, device, None, slots, unproved)
+            folder = local_folder(model, BUNDLE_OR_MODEL, targets=[target])
+            machine = Machine(folder, target, kernels, threads, device, None, slots, unproved)
             answering = benchmark_model(machine, steps if _given(context, "steps") else None)
         answer_and_score(
             answering,
@@ -356,9 +360,10 @@ def evaluate(
         return
     _check_unused(context, _SCORING, "add --predictions FILE")
     _check_unused(context, _MACHINE, "add --benchmark NAME, or leave it out")
-    model = model or _TINY
     if pictures is not None:
         prepare_file(pictures)
+    named = spelled(model or _TINY)
+    model = local_folder(model or _TINY, MODEL)
     if emoji is not None:
         for name in ("world", "full_every"):
             if _given(context, name):
@@ -367,6 +372,7 @@ def evaluate(
             from mmi_train.cli.evaluate_emoji import evaluate_emoji
         evaluate_emoji(
             model,
+            named,
             emoji,
             count=count,
             steps=steps,
@@ -377,7 +383,7 @@ def evaluate(
             as_json=as_json,
         )
         return
-    with shown(remarks(), f"evaluating {model}") as progress:
+    with shown(remarks(), f"evaluating {named}") as progress:
         with extras("evaluate"):
             from mmi_deploy.documents.tokenizer import Tokenizer, read_tokenizer_file
             from mmi_train.data.synthetic import world as worlds

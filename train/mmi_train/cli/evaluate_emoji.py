@@ -22,6 +22,7 @@ from mmi_train.weights.model_folder import TOKENIZER, load_model
 
 def evaluate_emoji(
     model: Path,
+    named: str,
     folder: Path,
     *,
     count: int,
@@ -32,15 +33,16 @@ def evaluate_emoji(
     pictures: Path | None,
     as_json: bool,
 ) -> None:
-    """Print the accuracy of a model folder on an emoji set; `pictures`: file of a contact sheet."""
-    with shown(remarks(), f"evaluating {model}") as progress:
+    """Print the accuracy of a model folder on an emoji set. named: the folder as it was given.
+    pictures: file of a contact sheet."""
+    with shown(remarks(), f"evaluating {named}") as progress:
         corpus = EmojiCorpus(read_set(folder))
         loaded = load_model(model)
         Tokenizer.open(model / TOKENIZER, loaded.config.tokens)
         tokenizer = read_tokenizer_file(model / TOKENIZER)
         if tokenizer.get_vocab() != corpus.tokenizer().get_vocab():
             raise ConfigError(
-                f"{model} was not trained on the emoji of {folder}: their words differ",
+                f"{named} was not trained on the emoji of {folder}: their words differ",
                 fix="name the set that it was trained on, or train it: mmi train-tiny --emoji DIR",
             )
         evaluation = evaluate(

@@ -12,7 +12,9 @@ import typer
 
 from mmi_deploy.cli.console import remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder, spelled
 from mmi_deploy.errors import ConfigError, EngineError
+from mmi_deploy.hub.kinds import MODEL
 from mmi_deploy.system.memory import is_out_of_memory
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import Progress, shown, silent
@@ -35,7 +37,7 @@ def train(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="Model folder to start from; it stays as it is.",
+            help="Model folder to start from, or hf://org/name; it stays as it is.",
             show_default=False,
             file_okay=False,
         ),
@@ -89,7 +91,7 @@ def train(
     teacher: Annotated[
         Path | None,
         typer.Option(
-            help="Model folder whose U-Net is distilled, of the same shape.",
+            help="Model folder whose U-Net is distilled, of the same shape, or hf://org/name.",
             show_default="the model itself",
             file_okay=False,
             rich_help_panel=_DISTIL,
@@ -425,7 +427,8 @@ def train(
         results().out(written(values), end="")
         return
     if plan and model is not None and data is not None:
-        print_plan(model, documents_of(data, images, asked), asked, gpus, memory, tflops)
+        folder = local_folder(model, MODEL)
+        print_plan(folder, documents_of(data, images, asked), asked, gpus, memory, tflops)
         return
     if model is None or (data is None) == (world is None) or out is None:
         raise ConfigError(
@@ -438,13 +441,16 @@ def train(
             "--validate and --sample are of a training on documents", fix="leave them out"
         )
     check_run_folder(out)
+    named = spelled(model)
+    model = local_folder(model, MODEL)
+    teacher = None if teacher is None else local_folder(teacher, MODEL)
     remark = remarks()
     # torchrun numbers the processes: the first one speaks for all.
     first = os.environ.get("RANK", "0") == "0"
     with ExitStack() as stack:
         progress: Progress = silent
         if first:
-            progress = stack.enter_context(shown(remark, f"training {model} into {out}"))
+            progress = stack.enter_context(shown(remark, f"training {named} into {out}"))
         if threads is not None:
             torch.set_num_threads(threads)
         ranks = stack.enter_context(joined_ranks(device))

@@ -9,7 +9,9 @@ import typer
 
 from mmi_deploy.cli.console import remarks, results
 from mmi_deploy.cli.extras import extras
+from mmi_deploy.cli.hub_folders import local_folder
 from mmi_deploy.errors import ConfigError
+from mmi_deploy.hub.kinds import MODEL
 from mmi_deploy.system.output_folder import check_run_folder
 from mmi_deploy.system.progress import shown
 from mmi_train.cli.choices import Precision, Threads, World
@@ -55,7 +57,7 @@ def train_tiny(
     start: Annotated[
         Path | None,
         typer.Option(
-            help="Model folder whose weights are trained further.",
+            help="Model folder whose weights are trained further, or hf://org/name.",
             show_default="new weights",
             rich_help_panel="Training",
         ),
@@ -126,6 +128,7 @@ def train_tiny(
         raise ConfigError("--set is of new models", got=f"the model {start} too", fix="omit one")
 
     check_run_folder(out)
+    start = None if start is None else local_folder(start, MODEL)
     with shown(remarks(), f"training tiny into {out}") as progress:
         with extras("train-tiny"):
             import torch
