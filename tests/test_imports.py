@@ -78,6 +78,7 @@ ORDER = """
     mmi_train.weights
     mmi_train.data
     mmi_train.data.synthetic
+    mmi_train.data.emoji
     mmi_train.data.readers
     mmi_train.training.stages
     mmi_train.training

@@ -12,7 +12,7 @@ TRAIN = Path(__file__).resolve().parents[2] / "train"
 
 # A folder imports its own layer and those before it, in functions and for types too.
 LAYERS = (
-    ("model", "data", "data.readers", "data.synthetic", "weights"),
+    ("model", "data", "data.emoji", "data.readers", "data.synthetic", "weights"),
     (
         "training",
         "training.stages",

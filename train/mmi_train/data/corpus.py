@@ -1,4 +1,4 @@
-"""What a model is trained on from scratch: documents and pictures that are made, not read."""
+"""Corpus for training from scratch: documents and pictures that are made, not read."""
 
 from __future__ import annotations
 
@@ -48,4 +48,4 @@ class Corpus(Protocol):
         """Tokenizer of all texts of the corpus, special tokens included."""
 
     def describe(self) -> object:
-        """What decides the documents; a checkpoint of another corpus is refused."""
+        """Settings that decide the documents; a checkpoint of another corpus is refused."""

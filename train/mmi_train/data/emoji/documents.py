@@ -178,7 +178,7 @@ class EmojiCorpus:
 
     def _about(self, kind: str, scene: Scene, turns: list[tuple[str, str]]) -> EmojiDocument:
         texts = [TextPart(text, bool(index)) for turn in turns for index, text in enumerate(turn)]
-        parts = (self._image(scene, False), *texts)
+        parts: tuple[TextPart | EmojiImage, ...] = (self._image(scene, False), *texts)
         return EmojiDocument(kind, parts, tuple(range(2, len(parts), 2)))
 
     def _reading(self, rng: np.random.Generator, split: Split) -> EmojiDocument:

@@ -1,7 +1,4 @@
-"""An emoji set: pictures in two sizes with names, groups and keywords, in a folder.
-
-Letters: n emoji.
-"""
+"""An emoji set: pictures in two sizes with names, groups and keywords, in a folder."""
 
 from __future__ import annotations
 
@@ -52,7 +49,8 @@ class Emoji:
 
 @dataclass(frozen=True, eq=False)
 class EmojiSet:
-    """`emoji[i]` has the picture `pictures[size][i]`: uint8 [n, width, width, 4], RGBA."""
+    """`emoji[i]` has the picture `pictures[size][i]`: uint8
+    [width, width, 4], RGBA."""
 
     emoji: tuple[Emoji, ...]
     pictures: dict[str, np.ndarray]

@@ -48,7 +48,9 @@ def read_icons(icons: Path, keywords: Path) -> list[Icon]:
             Icon(
                 name.replace("-", " "),
                 group,
-                tuple(dict.fromkeys(_plain(word) for word in words.get(character.get(name), ()))),
+                tuple(
+                    dict.fromkeys(_plain(word) for word in words.get(character.get(name, ""), ()))
+                ),
                 drawn["icons"][name]["body"],
                 side,
             )
