@@ -166,11 +166,11 @@ def run(
     another backend fails, or if their outputs differ.
     """
     opened = Bundle.open(bundle, unproved=unproved)
+    if teacher is not None and opened.config.image_decoder.distillation is None:
+        raise ConfigError(f"{bundle} is not distilled, and has no teacher", fix="omit --teacher")
     key = _schedule(opened, schedule)
     work = plan(opened.config, opened.limits.context, 2 if quick else repeats, quick, one_turn)
     own = f"unipc:{STEPS}" if teacher is not None else ""
-    if teacher is not None and opened.config.image_decoder.distillation is None:
-        raise ConfigError(f"{bundle} is not distilled, and has no teacher", fix="omit --teacher")
     settings = Settings(
         bundle, model, key, threads, library, unproved, target, device, clock, teacher, own
     )

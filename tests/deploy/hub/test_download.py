@@ -185,6 +185,7 @@ def test_ctrl_c_ends_the_transfer_that_runs(hub: Hub, monkeypatch: pytest.Monkey
     hub.add("org/model", MODEL)
     gate = hub.pause["model.safetensors"] = threading.Event()
     monkeypatch.setattr(constants(), "DOWNLOAD_CHUNK_SIZE", 1)
+    monkeypatch.setattr(constants(), "HF_HUB_DOWNLOAD_TIMEOUT", 60)  # no second try while it waits
     stop = threading.Event()
     monkeypatch.setattr(commit, "Event", lambda: stop)
 

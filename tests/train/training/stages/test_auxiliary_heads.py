@@ -93,7 +93,7 @@ def test_without_the_image_loss_the_unet_rests_and_the_condition_learns() -> Non
 def test_both_stages_run_and_resume_and_the_readers_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(from_scratch, "CONDITIONING_MIXTURE", {"drawing": 2, "reading": 1})
+    monkeypatch.setattr(DrawnWorld, "conditioning_mixture", {"drawing": 2, "reading": 1})
     settings = {"start": TINY, "steps": 1, "conditioning_steps": 2}
     config = load_model(TINY).config
     model = from_scratch.train_from_scratch(config, tmp_path, **settings)
