@@ -307,7 +307,7 @@ def test_documents_in_flight_are_bounded(
         return submit(self, *arguments)
 
     monkeypatch.setattr(BatchEngine, "submit", counted)
-    options = ("-b", bundle, "--slots", 2, "--max-tokens", 3, "--max-images", 0)
+    options = ("-b", bundle, "--slots", 2, "--max-tokens", 20, "--max-images", 0)
     assert mmi("generate", *paths, "-o", tmp_path / "out", *options) == 0
     assert 2 < most <= 6
     assert len(left_in(tmp_path / "out")) == 30

@@ -200,9 +200,14 @@ def test_ctrl_c_ends_the_transfer_that_runs(hub: Hub, monkeypatch: pytest.Monkey
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        local_folder(Path("hf://org/model"), kinds.MODEL)
-    thread.join()
+    # A shell's background jobs, such as these tests may be, start with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            local_folder(Path("hf://org/model"), kinds.MODEL)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     cached = {path.name for path in Path(constants().HF_HUB_CACHE).rglob("*")}
     assert "model.safetensors" not in cached
     assert "config.json" in cached
