@@ -125,7 +125,8 @@ def _pytorch(settings: Settings, compiled: bool) -> Generate:
         schedule = settings.teacher_schedule
         if model.config != config:
             raise ConfigError(
-                f"{settings.bundle} was not distilled from {settings.teacher}: other configuration"
+                f"{settings.bundle} was not distilled from {settings.teacher}: other configuration",
+                fix="give the model folder that `mmi train --distill` started from",
             )
     elif model.config != config:
         raise ConfigError(

@@ -35,7 +35,7 @@ class Corpus(Protocol):
 
     @property
     def conditioning_mixture(self) -> Mapping[str, int]:
-        """The same in the stage before it, which has no U-Net."""
+        """Documents of each kind in a micro-batch of the conditioning stage, without U-Net."""
 
     def document(
         self, kind: str, rng: np.random.Generator, split: Split = "train"

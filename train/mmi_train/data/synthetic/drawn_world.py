@@ -30,6 +30,7 @@ class DrawnWorld:
 
     @property
     def conditioning_mixture(self) -> Mapping[str, int]:
+        # Without the U-Net a picture to draw costs next to nothing.
         return MappingProxyType({"reading": 14, "drawing": 20, "segmentation": 8, "story": 8})
 
     def document(self, kind: str, rng: np.random.Generator, split: Split = "train") -> TaskDocument:
