@@ -25,7 +25,7 @@ from mmi_train.evaluation.emoji_tasks import evaluate
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training import from_scratch
 from mmi_train.training.loop import RunConfig
-from mmi_train.weights.model_folder import TOKENIZER, save_model
+from mmi_train.weights.model_folder import TOKENIZER, load_model, save_model
 from train.data.emoji.packages import write_packages
 
 
@@ -135,6 +135,40 @@ def test_a_model_is_trained_and_evaluated_by_commands(
     assert sheet.is_file()
     table = run.invoke(app, [*asked, "--only-with"])
     assert "held out" in table.output and "MMFS off" not in table.output
+
+    again = ["--start", str(out / "model"), "--new-autoencoder", "--autoencoder-steps", "4"]
+    last = ["--conditioning-steps", "0", "--steps", "1", "--seed", "1", "-o", str(tmp_path / "x")]
+    further = run.invoke(app, ["train-tiny", "--emoji", str(data), *again, *last])
+    assert further.exit_code == 0, (further.output, further.exception)
+    before, after = load_model(out / "model"), load_model(tmp_path / "x" / "model")
+    vaes = [model.config.image_decoder.vae.scaling_factor for model in (before, after)]
+    assert vaes[0] != vaes[1] and _distance(before, after, "image_decoder.vae.") > 1e-2
+    assert 0 < _distance(before, after, "llm.") < 1e-3  # one step of training
+
+
+def _distance(one: MMInterleaved, other: MMInterleaved, part: str) -> float:
+    """Greatest difference of the weights of a part."""
+    theirs = other.state_dict()
+    return max(
+        float((weight - theirs[name]).abs().max())
+        for name, weight in one.state_dict().items()
+        if name.startswith(part)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--new-autoencoder"], "--new-autoencoder is of --start"),
+        (["--start", "x", "--autoencoder-steps", "4"], "the autoencoder of --start is kept"),
+    ],
+)
+def test_autoencoder_options_that_contradict_each_other(
+    options: list[str], why: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, ["train-tiny", "-o", str(tmp_path / "run"), *options])
+    assert result.exit_code != 0 and why in str(result.exception)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_of_something_else_is_refused(

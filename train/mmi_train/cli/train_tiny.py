@@ -42,6 +42,16 @@ def train_tiny(
             rich_help_panel="Training",
         ),
     ] = None,
+    autoencoder_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimiser steps of the first stage, the autoencoder's.",
+            show_default="the recipe's",
+            metavar="N",
+            rich_help_panel="Training",
+        ),
+    ] = None,
     world: Annotated[
         World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Training")
     ] = "easy",
@@ -62,6 +72,14 @@ def train_tiny(
             rich_help_panel="Training",
         ),
     ] = None,
+    new_autoencoder: Annotated[
+        bool,
+        typer.Option(
+            "--new-autoencoder",
+            help="Train a new autoencoder in place of that of --start.",
+            rich_help_panel="Training",
+        ),
+    ] = False,
     fields: Annotated[
         list[str] | None,
         typer.Option(
@@ -126,6 +144,10 @@ def train_tiny(
         raise ConfigError("--world is of drawn scenes", got=f"--emoji {emoji} too", fix="omit one")
     if fields and start is not None:
         raise ConfigError("--set is of new models", got=f"the model {start} too", fix="omit one")
+    if start is not None and autoencoder_steps is not None and not new_autoencoder:
+        raise ConfigError("the autoencoder of --start is kept", fix="add --new-autoencoder")
+    if new_autoencoder and start is None:
+        raise ConfigError("--new-autoencoder is of --start", fix="new models train one anyway")
 
     check_run_folder(out)
     start = None if start is None else local_folder(start, MODEL)
@@ -134,6 +156,7 @@ def train_tiny(
             import torch
 
             from mmi_deploy.spec.config import with_fields
+            from mmi_deploy.spec.presets import emoji as emoji_preset
             from mmi_deploy.spec.presets import tiny
             from mmi_train.data.corpus import Corpus
             from mmi_train.data.emoji.documents import EmojiCorpus
@@ -148,17 +171,18 @@ def train_tiny(
         corpus: Corpus = DrawnWorld(getattr(worlds, world)())
         if emoji is not None:
             corpus = EmojiCorpus(read_set(emoji))
-            vocabulary = corpus.tokenizer().get_vocab_size()
-            config = with_fields(config, {"name": "emoji", "llama.vocab": vocabulary})
+            config = emoji_preset(corpus.tokenizer().get_vocab_size())
         model = train_from_scratch(
             with_fields(config, assignments(fields or []).values),
             out,
             corpus=corpus,
             steps=steps,
             conditioning_steps=conditioning_steps,
+            autoencoder_steps=autoencoder_steps,
             seed=seed,
             run=RunConfig(precision=precision, accumulate=accumulate),
             start=start,
+            new_autoencoder=new_autoencoder,
             packed=packed,
             checkpoint_gradients=checkpoint_gradients,
             progress=progress,

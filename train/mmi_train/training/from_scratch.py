@@ -43,7 +43,7 @@ OPEN_GATE = 0.5
 
 AUTOENCODER = OptimiserConfig(
     rate=3e-3,
-    steps=3000,
+    steps=8000,
     warmup=50,
     weight_decay=1e-4,
     betas=(0.9, 0.99),
@@ -128,16 +128,19 @@ def train_autoencoder(
     corpus: Corpus,
     out: Path,
     run: RunConfig,
+    steps: int | None = None,
     progress: Progress = silent,
 ) -> tuple[Vae, float]:
-    """Train the autoencoder; returns its averaged weights and the scaling factor that gives its
-    latents unit variance."""
+    """Train the autoencoder for `steps`, or the recipe's; returns its averaged weights and the
+    scaling factor that gives its latents unit variance."""
+    optimiser = AUTOENCODER if steps is None else replace(AUTOENCODER, steps=steps)
+    config = with_latent_scale(config, 1.0)
     torch.manual_seed(run.seed)
     vae = Vae(config.image_decoder.vae)
     _channels_last(vae)
     stage = AutoencoderStage(vae, corpus, pictures=8)
     run = replace(run, average=0.995)
-    _load(vae, train(stage, AUTOENCODER, run, out / "autoencoder", progress=progress))
+    _load(vae, train(stage, optimiser, run, out / "autoencoder", progress=progress))
     return vae, stage.latent_scale()
 
 
@@ -196,9 +199,11 @@ def train_from_scratch(
     corpus: Corpus | None = None,
     steps: int | None = None,
     conditioning_steps: int | None = None,
+    autoencoder_steps: int | None = None,
     seed: int = 0,
     run: RunConfig | None = None,
     start: Path | None = None,
+    new_autoencoder: bool = False,
     packed: bool = False,
     checkpoint_gradients: bool = False,
     progress: Progress = silent,
@@ -206,50 +211,78 @@ def train_from_scratch(
     """Train `config` on a corpus, by default the easy drawn world, and write a model folder,
     `out/model`; returns its path.
 
-    `start`: a model folder to start from in place of new weights (its autoencoder is kept).
-    `steps`, `conditioning_steps`: of the main stage and of the conditioning stage; None: the
-    recipe's. `packed`: the paper's rows of the whole context length, in which documents see each
-    other, in place of isolated documents. `checkpoint_gradients`: less memory, more time. Every
-    stage resumes from its last checkpoint if the same call runs again. Raises `MmiError` where
-    another process trains there, or `out/model` holds files that mmi did not write.
+    `start`: a model folder to start from in place of new weights. Its autoencoder is kept, or with
+    `new_autoencoder` replaced by one that is trained from nothing.
+    `steps`, `conditioning_steps`, `autoencoder_steps`: of the main stage, of the conditioning stage
+    and of the autoencoder's; None: the recipe's. `packed`: the paper's rows of the whole context
+    length, in which documents see each other, in place of isolated documents.
+    `checkpoint_gradients`: less memory, more time. Every stage resumes from its last checkpoint if
+    the same call runs again. Raises `MmiError` where another process trains there, or `out/model`
+    holds files that mmi did not write.
     """
     folder = out / "model"
     with run_folder(out, "training"):
         check_replaceable(folder, None, kind=FOLDER_KIND, inputs=[] if start is None else [start])
         corpus = corpus or DrawnWorld(easy())
-        _train(config, out, folder, corpus, steps, conditioning_steps, seed, run, start, packed,
-               checkpoint_gradients, progress)  # fmt: skip
+        run = replace(run or RunConfig(), seed=seed)
+        model, begun = _begin(config, corpus, out, run, autoencoder_steps, start,
+                              new_autoencoder, progress)  # fmt: skip
+        model.checkpoint_gradients(checkpoint_gradients)
+        tokenizer = corpus.tokenizer() if start is None else own_tokenizer(start, corpus)
+        _train(model, tokenizer, begun, out, folder, corpus, steps, conditioning_steps, run, packed,
+               progress)  # fmt: skip
     return folder
 
 
-def _train(
+def _begin(
     config: ModelConfig,
+    corpus: Corpus,
+    out: Path,
+    run: RunConfig,
+    autoencoder_steps: int | None,
+    start: Path | None,
+    new_autoencoder: bool,
+    progress: Progress,
+) -> tuple[MMInterleaved, str]:
+    """The model before the first stage of all parts, and what it begins from, in words."""
+    if start is not None and not new_autoencoder:
+        model = load_model(start)
+        begun = _weights_of(model)
+    elif start is not None:
+        began = load_model(start)
+        begun = f"{_weights_of(began)}, a new autoencoder"
+        vae, scale = train_autoencoder(began.config, corpus, out, run, autoencoder_steps, progress)
+        model = MMInterleaved(with_latent_scale(began.config, scale))
+        model.load_state_dict(began.state_dict())
+        model.image_decoder.vae.load_state_dict(vae.state_dict())
+    else:
+        begun = "new weights"
+        vae, scale = train_autoencoder(config, corpus, out, run, autoencoder_steps, progress)
+        torch.manual_seed(run.seed)
+        model = MMInterleaved(with_latent_scale(config, scale))
+        open_gates(model)
+        model.image_decoder.vae.load_state_dict(vae.state_dict())
+    _channels_last(model.image_decoder)
+    return model, begun
+
+
+def _weights_of(model: MMInterleaved) -> str:
+    return f"weights {checksum_of(model.state_dict().items())}"
+
+
+def _train(
+    model: MMInterleaved,
+    tokenizer: Tokenizer,
+    begun: str,
     out: Path,
     folder: Path,
     corpus: Corpus,
     steps: int | None,
     conditioning_steps: int | None,
-    seed: int,
-    run: RunConfig | None,
-    start: Path | None,
+    run: RunConfig,
     packed: bool,
-    checkpoint_gradients: bool,
     progress: Progress,
 ) -> None:
-    run = replace(run or RunConfig(), seed=seed)
-    begun = "new weights"
-    if start is not None:
-        model = load_model(start)
-        begun = f"weights {checksum_of(model.state_dict().items())}"
-    else:
-        vae, scale = train_autoencoder(config, corpus, out, run, progress)
-        torch.manual_seed(seed)
-        model = MMInterleaved(with_latent_scale(config, scale))
-        open_gates(model)
-        model.image_decoder.vae.load_state_dict(vae.state_dict())
-    _channels_last(model.image_decoder)
-    tokenizer = corpus.tokenizer() if start is None else own_tokenizer(start, corpus)
-    model.checkpoint_gradients(checkpoint_gradients)
     stage: InterleavedStage | PackedStage
     if packed:
         source = partial(endless_documents, model.config, tokenizer, corpus)
