@@ -76,6 +76,13 @@ COMMANDS: Mapping[str, Row] = {
             "mmi init -o models/mine --llm smollm2.gguf --context 2048",
         ),
     ),
+    "delta": Row(
+        "mmi_train.cli.delta:app",
+        "Keep what a model learned apart from its base; merge a delta, or LoRA adapters.",
+        "train",
+        MODELS,
+        ("mmi delta apply models/13b runs/mine/adapters -o models/mine",),
+    ),
     "data": Row(
         "mmi_train.cli.data:app",
         "Check data sets in their published formats.",
@@ -363,7 +370,25 @@ DATA: Mapping[str, Row] = {
 }
 
 # Commands of several views, each a command of its own.
-VIEWS = {"bench": BENCH, "data": DATA, "inspect": INSPECT}
+DELTA: Mapping[str, Row] = {
+    "make": Row(
+        "mmi_train.cli.delta_make:make",
+        "Write the weights in which a model differs from its base.",
+        "train",
+        examples=("mmi delta make assets/tiny runs/lcm/model -o four_steps",),
+    ),
+    "apply": Row(
+        "mmi_train.cli.delta_apply:apply",
+        "Write the model that a base and a delta, or LoRA adapters, are together.",
+        "train",
+        examples=(
+            "mmi delta apply assets/tiny four_steps -o models/tiny-4",
+            "mmi delta apply models/13b runs/mine/adapters -o models/mine",
+        ),
+    ),
+}
+
+VIEWS = {"bench": BENCH, "data": DATA, "delta": DELTA, "inspect": INSPECT}
 
 
 def row_of(words: str) -> Row:

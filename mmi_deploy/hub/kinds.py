@@ -137,6 +137,8 @@ MODEL = Kind("a model folder", ("model.safetensors",), _model)
 BUNDLE_OR_MODEL = Kind(
     "a bundle or a model folder", (BUNDLE_FILE, "model.safetensors"), MODEL.choose
 )
+# `config.json` is there too, and every JSON file and weights file is chosen, as of a model.
+DELTA = Kind("a delta or adapters", ("delta.json", "adapters.json"), _model)
 # Of a bundle, the manifest and the graphs without their weights.
 GRAPHS = Kind("a bundle", (BUNDLE_FILE,), _graphs)
 LANGUAGE_MODEL = Kind("a language model", ("config.json",), _language_model, takes=".gguf")

@@ -10,10 +10,11 @@ from mmi_deploy.cli import program
 from mmi_deploy.cli.app import run
 
 COMMANDS = (
-    "ablate", "bench", "bench batch", "bench compare", "bench graph", "bench mmfs", "bench pytorch",
-    "bench scale", "bench serve", "build", "convert", "data", "data check", "evaluate",
-    "export", "generate", "init", "inspect", "inspect batch", "plugins build", "plugins list",
-    "push", "serve", "train", "train-tiny", "triton", "verify",
+    "ablate", "bench", "bench batch", "bench compare", "bench graph", "bench mmfs",
+    "bench pytorch", "bench scale", "bench serve", "build", "convert", "data", "data check",
+    "delta apply", "delta make", "evaluate", "export", "generate", "init", "inspect",
+    "inspect batch", "plugins build", "plugins list", "push", "serve", "train", "train-tiny",
+    "triton", "verify",
 )  # fmt: skip
 # Most options in one panel: longer lists are hard to read.
 MOST = 12

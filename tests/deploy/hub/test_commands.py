@@ -25,6 +25,8 @@ READ_A_FOLDER = (
     "bench scale MODEL",
     "bench serve MODEL",
     "build MODEL --target cpu --dry-run",
+    "delta apply MODEL OUT -o OUT",
+    "delta make MODEL OUT -o OUT",
     "evaluate MODEL",
     "evaluate MODEL --benchmark vqav2 --data DATA -o OUT.jsonl",
     "export MODEL -o OUT",

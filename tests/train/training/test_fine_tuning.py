@@ -23,6 +23,7 @@ from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.training.fine_tuning import DiffusionChange, FineTuning, fine_tune, steps_of
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig, read_adapters
+from mmi_train.training.merging import merge
 from mmi_train.training.recipes import assignments
 from mmi_train.training.settings import settings_of
 from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS, load_model, save_model
@@ -84,7 +85,7 @@ def test_adapters_change_the_matrices_that_have_them_alone(
         assert (model / name).read_bytes() == (start / name).read_bytes()
     assert (start / WEIGHTS).read_bytes() == before
     load_model(model)
-    adapters.write_model(start, tmp_path / "again")
+    merge(start, tmp_path / "adapters", tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (model / WEIGHTS).read_bytes()
 
 

@@ -28,14 +28,14 @@ from mmi_train.training.lora import (
     LoraConfig,
     adapted_layers,
     add_adapters,
-    fingerprint,
     load_adapters,
     lora_rules,
     read_adapters,
     trained_adapters,
 )
+from mmi_train.training.merging import merge
 from mmi_train.training.optimiser import GroupRule, OptimiserConfig, parameter_groups
-from mmi_train.weights.model_folder import WEIGHTS, load_model, save_model
+from mmi_train.weights.model_folder import WEIGHTS, fingerprint, load_model, save_model
 
 SMALL = LoraConfig(rank=3, alpha=5.0)
 GATES = GroupRule(r"look_back\.gate$", rate=0.5, decay=0.0)
@@ -177,8 +177,8 @@ def test_the_merged_model_computes_what_the_adapted_one_does(
     wanted = losses(model)
     moved = [not torch.equal(a, b) for a, b in zip(wanted, plain, strict=True)]
     assert moved == [part != "unet", True]
-    adapters = trained_adapters(SMALL, tmp_path / "base", learning(model))
-    adapters.write_model(tmp_path / "base", tmp_path / "merged")
+    trained_adapters(SMALL, tmp_path / "base", learning(model)).save(tmp_path)
+    merge(tmp_path / "base", tmp_path, tmp_path / "merged")
     found = losses(load_model(tmp_path / "merged"))
     torch.testing.assert_close(found, wanted, rtol=2e-5, atol=0)
 
@@ -191,8 +191,8 @@ def test_merged_weights_are_rounded_once(base, tmp_path, dtype):
     layers = add_adapters(model, SMALL)
     move(model)
     state = learning(model)
-    adapters = trained_adapters(SMALL, tmp_path / "base", state)
-    adapters.write_model(tmp_path / "base", tmp_path / "merged")
+    trained_adapters(SMALL, tmp_path / "base", state).save(tmp_path)
+    merge(tmp_path / "base", tmp_path, tmp_path / "merged")
     before, after = (load_file(tmp_path / part / WEIGHTS) for part in ("base", "merged"))
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -220,7 +220,7 @@ def test_adapters_are_kept_apart_and_read_back(base, tmp_path):
     other = load_model(base)
     load_adapters(other, adapters)
     torch.testing.assert_close(losses(other), wanted, rtol=0, atol=0)
-    adapters.write_model(base, tmp_path / "merged")
+    merge(base, tmp_path, tmp_path / "merged")
     torch.testing.assert_close(losses(load_model(tmp_path / "merged")), wanted, rtol=2e-5, atol=0)
 
 
@@ -235,9 +235,8 @@ def test_adapters_of_something_else_are_refused(base, tmp_path):
         other.llm.norm.weight[0] += 1e-3
     save_model(other, tmp_path / "other")
     assert fingerprint(tmp_path / "other") != fingerprint(base) == adapters.base
-    with pytest.raises(WeightsError, match="do not belong to .*other.* trained on"):
-        adapters.write_model(tmp_path / "other", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    with pytest.raises(WeightsError, match="do not belong to .*other.* made from"):
+        adapters.merged(tmp_path / "other")
 
     halved = {name: v for name, v in adapters.state.items() if not name.endswith("lora_B")}
     with pytest.raises(WeightsError, match="are incomplete"):
@@ -307,7 +306,8 @@ def test_a_run_keeps_and_resumes_only_what_learns(base, tmp_path):
     kept = load_file(path / "model.safetensors")
     assert kept.keys() == average.keys() == learning(resumed.module).keys()
     assert all(re.search(r"lora_[AB]|look_back\.gate", name) for name in kept)
-    trained_adapters(SMALL, base, average).write_model(base, tmp_path / "model")
+    trained_adapters(SMALL, base, average).save(tmp_path / "adapters")
+    merge(base, tmp_path / "adapters", tmp_path / "model")
     assert losses(load_model(tmp_path / "model"))[0] < before - 0.01
 
 
@@ -339,7 +339,7 @@ def test_adapted_matrices_take_four_bits(base, tmp_path):
     move(model)
     state = learning(model)
     trained_adapters(config, base, state).save(tmp_path)
-    read_adapters(tmp_path).write_model(base, tmp_path / "merged")
+    merge(base, tmp_path, tmp_path / "merged")
     before, after = (load_file(path / WEIGHTS) for path in (base, tmp_path / "merged"))
     name = "llm.layers.0.mlp.up_proj"
     product = state[f"{name}.lora_B.adapter.weight"] @ state[f"{name}.lora_A.adapter.weight"]

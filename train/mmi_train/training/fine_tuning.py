@@ -15,8 +15,14 @@ from pydantic.dataclasses import dataclass
 
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.config import ImageDecoderConfig, ModelConfig, read_config, with_fields
-from mmi_deploy.system.files import sha256_of
+from mmi_deploy.spec.config import (
+    ImageDecoderConfig,
+    ModelConfig,
+    read_config,
+    to_json,
+    with_fields,
+)
+from mmi_deploy.system.files import sha256_of, write_file
 from mmi_deploy.system.output_folder import check_replaceable, new_folder, run_folder
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.data.documents import Documents
@@ -32,7 +38,6 @@ from mmi_train.training.loop import UNWATCHED, RunConfig, Stage, Watch, train
 from mmi_train.training.lora import (
     ADAPTERS_KIND,
     LoraConfig,
-    fingerprint,
     lora_rules,
     trained_adapters,
 )
@@ -60,6 +65,7 @@ from mmi_train.weights.model_folder import (
     FOLDER_KIND,
     TOKENIZER,
     WEIGHTS,
+    fingerprint,
     write_changed,
 )
 
@@ -266,6 +272,7 @@ def fine_tune(
                 trained = trained_adapters(tuning.lora, start, learned)
                 with new_folder(adapters, None, kind=ADAPTERS_KIND) as work:
                     trained.save(work)
+                    write_file(work / CONFIG, to_json(config))
                 changed = trained.merged(start)
             with new_folder(model_folder, None, kind=FOLDER_KIND) as work:
                 write_changed(work, start, changed, config)

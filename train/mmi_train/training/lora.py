@@ -8,7 +8,6 @@ own, and merged into a model folder: W + scale * B A in fp32, rounded once to th
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from mmi_deploy.spec.config import first_flaw
 from mmi_deploy.system.files import write_file
 from mmi_train.training.optimiser import GroupRule
 from mmi_train.weights.lazy_tensor import Computed, InMemory, StoredTensor
-from mmi_train.weights.model_folder import WEIGHTS, write_changed
+from mmi_train.weights.model_folder import WEIGHTS, check_base, fingerprint
 from mmi_train.weights.safetensors_files import load_tensors, read_safetensors
 from mmi_train.weights.writer import write_safetensors
 
@@ -50,9 +49,6 @@ ADAPTERS_KIND = "adapters"
 # Name that the library gives to adapters, and to the layer that they belong to.
 _ADAPTER = "adapter"
 _BASE = ".base_layer"
-
-# Bytes of each tensor that identify a file of weights.
-_SAMPLE = 4096
 
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
@@ -240,13 +236,7 @@ class Adapters:
     def merged(self, base: Path) -> dict[str, StoredTensor]:
         """The weights that differ from those of the model folder `base`, in fp32, computed when
         they are read. Raises `WeightsError` if the adapters belong to other weights."""
-        if (own := fingerprint(base)) != self.base:
-            raise WeightsError(
-                f"the adapters do not belong to {base}",
-                expected=f"weights {self.base}",
-                got=own,
-                fix="give the model folder that they were trained on",
-            )
+        check_base(base, self.base, "adapters")
         stored = read_safetensors(base / WEIGHTS)
         found: dict[str, StoredTensor] = {}
         for layer in self.layers:
@@ -267,10 +257,6 @@ class Adapters:
             if not name.endswith((".lora_A", ".lora_B")):
                 found[name] = InMemory(value.detach())
         return found
-
-    def write_model(self, base: Path, folder: Path) -> None:
-        """Write the model folder `base` with these adapters merged into `folder`."""
-        write_changed(folder, base, self.merged(base))
 
 
 def _merge(weight: StoredTensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
@@ -333,16 +319,3 @@ def _shape(adapters: Adapters, name: str) -> torch.Size:
 
 def _few(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)[:5])
-
-
-def fingerprint(folder: Path) -> str:
-    """Short checksum of a model folder's weights: names, types, shapes and the first bytes of each,
-    so that it takes no time for any size."""
-    found = hashlib.sha256()
-    with (folder / WEIGHTS).open("rb") as file:
-        for name, tensor in read_safetensors(folder / WEIGHTS).items():
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            size = tensor.shape.numel() * tensor.dtype.itemsize
-            file.seek(tensor.offset)
-            found.update(file.read(min(size, _SAMPLE)))
-    return found.hexdigest()[:16]

@@ -3,6 +3,7 @@ writing."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,9 @@ FOLDER_KIND = "model"
 
 # Names of tensors that one error shows.
 _SHOWN = 5
+
+# Bytes of each tensor that identify a file of weights.
+_SAMPLE = 4096
 
 
 def _first_names(names: list[str]) -> str:
@@ -155,6 +159,31 @@ def load_model(
         state[name] = value.to(types[name])
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
+
+
+def fingerprint(folder: Path) -> str:
+    """Short checksum of a model folder's weights: names, types, shapes and the first bytes of each,
+    so that it takes no time for any size."""
+    found = hashlib.sha256()
+    with (folder / WEIGHTS).open("rb") as file:
+        for name, tensor in read_safetensors(folder / WEIGHTS).items():
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            size = tensor.shape.numel() * tensor.dtype.itemsize
+            file.seek(tensor.offset)
+            found.update(file.read(min(size, _SAMPLE)))
+    return found.hexdigest()[:16]
+
+
+def check_base(base: Path, wanted: str, what: str) -> None:
+    """Raise `WeightsError` unless the model folder `base` has the fingerprint `wanted`, that of the
+    model to which `what` belong."""
+    if (own := fingerprint(base)) != wanted:
+        raise WeightsError(
+            f"the {what} do not belong to {base}",
+            expected=f"weights {wanted}",
+            got=own,
+            fix="give the model folder that they were made from",
+        )
 
 
 def write_changed(
