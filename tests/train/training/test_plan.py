@@ -32,6 +32,11 @@ from mmi_train.training.lora import LoraConfig
 from mmi_train.training.memory_plan import MemoryPlan, Step, Unit, memory_plan
 from mmi_train.training.optimiser import make_optimiser
 from mmi_train.training.ranks import ALONE, sharded_units
+from mmi_train.training.stages.distillation import (
+    Distillation,
+    DistillationStage,
+    teacher_of,
+)
 from mmi_train.training.stages.documents import DocumentsStage
 from mmi_train.weights.model_folder import TOKENIZER, save_model
 
@@ -67,13 +72,21 @@ def held_by_a_run(
         ranks=ALONE,
     )
     tokenizer = Tokenizer.open(base / TOKENIZER, model.config.tokens)
-    stage = DocumentsStage(model, tokenizer, file, tuning.batch)
-    batch = stage.batch(0, np.random.default_rng(0))
+    source = DocumentsStage(model, tokenizer, file, tuning.batch)
+    batch = source.batch(0, np.random.default_rng(0))
     adam = make_optimiser(model.train(), optimiser)
     tensors = {*model.parameters(), *model.buffers()}
+    stage: DocumentsStage | DistillationStage = source
+    if tuning.distill is not None:
+        teacher = teacher_of(model.image_decoder.unet)
+        student = tuning.distill.config_of(model.config.image_decoder)
+        stage = DistillationStage(source, teacher, 2, tuning.distill, student)
+        tensors |= {*teacher.parameters(), *teacher.buffers()}
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         average = {name: value.detach().clone() for name, value in learning(model).items()}
+        if isinstance(stage, DistillationStage):
+            stage.follow(average)
         for _ in range(2):
             for _ in range(run.accumulate):
                 with _autocast(run.precision, torch.device("cpu")):
@@ -102,7 +115,7 @@ def assert_planned(base: Path, documents: str, tuning: FineTuning, run: RunConfi
         batches=(tuning.batch,),
     )
     weights, most = held_by_a_run(base, file, tuning, run)
-    names = ("frozen weights", "learning weights", "adapters", "tables")
+    names = ("frozen weights", "learning weights", "adapters", "tables", "teacher")
     assert sum(plan.held[name] for name in names) == weights
     planned = plan.per_rank(tuning.batch, kind)
     assert planned == pytest.approx(weights + most, rel=0.1)
@@ -115,6 +128,18 @@ ADAPTERS = FineTuning(batch=2, lora=LoraConfig(rank=4), checkpoint_gradients=Tru
 def test_a_plan_is_within_a_tenth_of_what_a_run_holds(base: Path) -> None:
     tuning = replace(ADAPTERS, batch=16, checkpoint_gradients=False)
     assert_planned(base, "text.jsonl", tuning, RunConfig(precision="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"), [("lcm", None), ("guidance", LoraConfig(layers=("unet",), rank=4))]
+)
+def test_a_plan_counts_the_teacher_of_a_distillation(
+    base: Path, kind: Literal["lcm", "guidance"], lora: LoraConfig | None
+) -> None:
+    distill = Distillation(kind, solver_steps=20)
+    groups = None if lora else "unet"
+    tuning = FineTuning(batch=3, groups=groups, lora=lora, rate=1e-4, distill=distill)
+    assert_planned(base, "d.jsonl", tuning, RunConfig(precision="fp32"))
 
 
 @pytest.mark.exhaustive

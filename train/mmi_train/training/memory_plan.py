@@ -7,7 +7,7 @@ memory, while every storage that lives is counted.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +27,14 @@ from mmi_train.data.documents import Documents
 from mmi_train.data.rows import TokenDocument, make_rows
 from mmi_train.model.layout import map_tensors
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
+from mmi_train.model.unet import UNet
+from mmi_train.training.checkpoints import learning
 from mmi_train.training.fine_tuning import FineTuning, stage_class
 from mmi_train.training.lora import add_adapters, stored_name
 from mmi_train.training.optimiser import frozen_matrices, parameter_groups
 from mmi_train.training.ranks import sharded_units
-from mmi_train.training.stages.documents import DocumentsStage
+from mmi_train.training.stages.distillation import UNET, DistillationStage, teacher_of
+from mmi_train.training.stages.documents import DocumentBatch, DocumentsStage
 from mmi_train.training.stages.packed_documents import PackedDocumentsStage
 from mmi_train.weights.model_folder import TOKENIZER, open_model, types_in_memory
 
@@ -40,6 +43,9 @@ MOST_READ = 500
 
 # Largest micro-batch that is looked for.
 MOST_BATCH = 2**16
+
+# Scalar loss of a micro-batch.
+Loss = Callable[[Batch], Tensor]
 
 # Bytes of a value in NF4: four bits, a byte of scale for 64 values, four bytes for 256 scales.
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -182,41 +188,45 @@ def memory_plan(
         max((sizes_in_file[name] for name in quantised), default=0),
     )
     sizes = batches or (1, max(tuning.batch, 2))
-    made = _micro_batches(model, start, file, tuning, sizes)
+    tokenizer = Tokenizer.open(start / TOKENIZER, model.config.tokens)
+    source = stage_class(tuning, file)(model, tokenizer, file, tuning.batch)
+    made = _micro_batches(source, file, sizes)
     tokens = made[min(sizes)].token_ids.shape[1]
     # The gradients of the first micro-batch are there in the second; of ranks `gathered` has them.
     rounds = 1 if accumulate == ranks == 1 else 2
+    teacher = None if tuning.distill is None else teacher_of(model.image_decoder.unet)
     mode = FakeTensorMode()
     with mode:
         _make_fake(model, types)
+        if teacher is not None:
+            _make_fake(teacher, {name.removeprefix(UNET): kind for name, kind in types.items()})
         model.train()
         held = _held(model, in_four_bits)
+        held["teacher"] = 0 if teacher is None else _copied(teacher, model)
+        loss = _loss(source, teacher, tuning)
         units = _units(model, in_four_bits)
         steps = {}
         for kind in checkpointed:
             model.checkpoint_gradients(kind)
             for size, batch in made.items():
                 fake = map_tensors(batch, mode.from_tensor)
-                steps[size, kind] = _step(model, fake, tuning, precision, rounds)
+                steps[size, kind] = _step(model, fake, loss, precision, rounds)
     return MemoryPlan(held, steps, tokens, units, accumulate, ranks, largest)
 
 
 def _micro_batches(
-    model: MMInterleaved, start: Path, file: Documents, tuning: FineTuning, sizes: Sequence[int]
+    source: DocumentsStage, file: Documents, sizes: Sequence[int]
 ) -> dict[int, Batch]:
     """A micro-batch of each of `sizes` documents, the longest that is found, or of packed rows,
     the first of the source whose has the most images."""
-    tokenizer = Tokenizer.open(start / TOKENIZER, model.config.tokens)
-    stage = stage_class(tuning, file)(model, tokenizer, file, tuning.batch)
-    if isinstance(stage, PackedDocumentsStage):
-        rows = [stage.rows(source, 0)[0][0] for source in range(len(stage.mixture.sources))]
+    config = source.model.config
+    if isinstance(source, PackedDocumentsStage):
+        rows = [source.rows(index, 0)[0][0] for index in range(len(source.mixture.sources))]
         row = max(rows, key=lambda row: (len(row.images), len(row.token_ids)))
-        return {size: packed_batch([row] * size, model.config) for size in sizes}
-    document = _longest(stage, file)
+        return {size: packed_batch([row] * size, config) for size in sizes}
+    document = _longest(source, file)
     return {
-        size: batch_of(
-            make_rows([document] * size, model.config.tokens, document.size), model.config
-        )
+        size: batch_of(make_rows([document] * size, config.tokens, document.size), config)
         for size in sizes
     }
 
@@ -296,6 +306,26 @@ def _held(model: nn.Module, in_four_bits: set[str]) -> dict[str, int]:
     return found
 
 
+def _copied(teacher: nn.Module, model: nn.Module) -> int:
+    """Bytes of the tensors of a teacher that it does not share with the model."""
+    own = {*model.parameters(), *model.buffers()}
+    copied = {*teacher.parameters(), *teacher.buffers()} - own
+    return sum(value.numel() * value.dtype.itemsize for value in copied)
+
+
+def _loss(source: DocumentsStage, teacher: UNet | None, tuning: FineTuning) -> Loss:
+    """The loss of the run."""
+    model = source.model
+    if teacher is None or tuning.distill is None:
+        weights = {"text_weight": tuning.text_weight, "image_weight": tuning.image_weight}
+        return lambda batch: model(batch, **weights).total
+    decoder = model.config.image_decoder
+    student = tuning.distill.config_of(decoder)
+    stage = DistillationStage(source, teacher, decoder.branches, tuning.distill, student)
+    stage.follow({name: value.detach() for name, value in learning(model).items()})
+    return lambda batch: stage.losses(DocumentBatch(batch, ()))["total"]
+
+
 def _units(model: nn.Module, in_four_bits: set[str]) -> list[Unit]:
     """Bytes of the units that ranks shard; 4-bit weights stay whole, and are not gathered."""
     found = []
@@ -346,7 +376,7 @@ class _Storages(TorchDispatchMode):
 def _step(
     model: MMInterleaved,
     batch: Batch,
-    tuning: FineTuning,
+    loss: Loss,
     precision: Literal["bf16", "fp32"],
     rounds: int,
 ) -> Step:
@@ -357,9 +387,7 @@ def _step(
         storages.peak, storages.flops = storages.live, 0
         with storages:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                total = model(
-                    batch, text_weight=tuning.text_weight, image_weight=tuning.image_weight
-                ).total
+                total = loss(batch)
             (total / rounds).backward()
             del total
     model.zero_grad(set_to_none=True)

@@ -223,7 +223,7 @@ class DistillationStage:
         assert self.config.solver_steps is not None
         diffusion = self._diffusion
         grid = solver_timesteps(diffusion.config, self.config.solver_steps)
-        known = torch.from_numpy(grid).to(rows.latents.device)
+        known = torch.tensor(grid, device=rows.latents.device)
         index = torch.randint(len(known), (len(rows.latents),), device=known.device)
         timestep = known[index]
         earlier = (timestep - (known[1] - known[0])).clamp(min=0)
