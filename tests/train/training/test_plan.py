@@ -22,12 +22,13 @@ from mmi_deploy.cli.app import run
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_train.data.document_file import DocumentFile
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
+from mmi_train.model.autocast import mixed_precision
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training import memory_plan as memory_planning
 from mmi_train.training.checkpoints import learning
 from mmi_train.training.fine_tuning import FineTuning
 from mmi_train.training.loading import load_for_training
-from mmi_train.training.loop import RunConfig, _autocast
+from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.memory_plan import MemoryPlan, Step, Unit, memory_plan
 from mmi_train.training.optimiser import make_optimiser
@@ -89,7 +90,7 @@ def held_by_a_run(
             stage.follow(average)
         for _ in range(2):
             for _ in range(run.accumulate):
-                with _autocast(run.precision, torch.device("cpu")):
+                with mixed_precision(run.precision, torch.device("cpu")):
                     losses = stage.losses(batch)
                 (losses["total"] / run.accumulate).backward()
             adam.step()

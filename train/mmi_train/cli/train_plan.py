@@ -35,9 +35,10 @@ def print_plan(
         accumulate=settings.accumulate,
         ranks=ranks,
     )
+    who = f"each of {ranks} ranks" if ranks > 1 else "one process"
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"each of {ranks} ranks, {settings.batch} documents of {plan.tokens} tokens",
+        title=f"{who}, {settings.batch} documents of {plan.tokens} tokens",
         title_justify="left",
     )
     table.add_column("memory")

@@ -9,10 +9,9 @@ micro-batches a step each see what one process sees with R * A.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmi_deploy.errors import WeightsError
 from mmi_deploy.system.progress import Progress, silent
+from mmi_train.model.autocast import mixed_precision
 from mmi_train.model.layout import moved
 from mmi_train.training.checkpoints import (
     Checkpoints,
@@ -204,10 +204,6 @@ def _told(settings: Mapping[str, str], names: Sequence[str]) -> str:
             value = f"...{hashlib.sha256(value.encode()).hexdigest()[:8]}"
         told.append(f"{name} {value}")
     return ", ".join(told)
-
-
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 class _MicroBatches(Dataset):
@@ -399,7 +395,7 @@ def train(
         with (
             torch.no_grad(),
             _exchanged(average if run.average else {}, module, names),
-            _autocast(run.precision, device),
+            mixed_precision(run.precision, device),
         ):
             found = validation.measure(step)
         module.train()
@@ -409,13 +405,10 @@ def train(
     if ranks.main and watch.tracker is not None:
         trackers.append(watch.tracker)
     with (
-        warnings.catch_warnings(),
         _checkpoints(out, run.keep, on_checkpoint, ranks) as checkpoints,
         Trackers(trackers) as curves,
         profiled(out / "profile", watch.profile, ranks.rank, device) as profiled_step,
     ):
-        # PyTorch says so of every norm whose weights are float32 in mixed precision.
-        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         if path is not None:
             checkpoints.report(step)
         module.train()  # the callback may have evaluated the module
@@ -429,7 +422,7 @@ def train(
                 ranks.reduce_gradients(module, part == run.accumulate)
                 draws = np.random.default_rng([run.seed, index, 1])
                 torch.manual_seed(int(draws.integers(2**62)))
-                with _autocast(run.precision, device):
+                with mixed_precision(run.precision, device):
                     losses = stage.losses(batch)
                 (losses["total"] / run.accumulate).backward()
                 meter.add(losses)

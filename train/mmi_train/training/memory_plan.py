@@ -25,6 +25,7 @@ from mmi_deploy.errors import DocumentError
 from mmi_train.data.batches import batch_of, packed_batch
 from mmi_train.data.documents import Documents
 from mmi_train.data.rows import TokenDocument, make_rows
+from mmi_train.model.autocast import mixed_precision
 from mmi_train.model.layout import map_tensors
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.model.unet import UNet
@@ -386,7 +387,7 @@ def _step(
     for _ in range(rounds):
         storages.peak, storages.flops = storages.live, 0
         with storages:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with mixed_precision(precision, torch.device("cpu")):
                 total = loss(batch)
             (total / rounds).backward()
             del total
