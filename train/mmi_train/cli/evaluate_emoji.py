@@ -15,7 +15,7 @@ from mmi_deploy.system.files import write_new_file
 from mmi_deploy.system.progress import shown
 from mmi_train.data.emoji.documents import EmojiCorpus
 from mmi_train.data.emoji.emoji_set import read_set
-from mmi_train.evaluation.contact_sheet import contact_sheet
+from mmi_train.evaluation.contact_sheet import grouped_contact_sheet
 from mmi_train.evaluation.emoji_tasks import EmojiEvaluation, evaluate
 from mmi_train.weights.model_folder import TOKENIZER, load_model
 
@@ -58,7 +58,7 @@ def evaluate_emoji(
         )
     if pictures is not None:
         sheet = io.BytesIO()
-        contact_sheet(evaluation.samples).save(sheet, "PNG")
+        grouped_contact_sheet(evaluation.samples).save(sheet, "PNG")
         write_new_file(pictures, sheet.getvalue())
     if as_json:
         print_json(_as_json(evaluation))

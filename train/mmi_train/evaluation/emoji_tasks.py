@@ -57,12 +57,12 @@ class EmojiScores:
 
 @dataclass(frozen=True)
 class EmojiEvaluation:
-    """Scores with MMFS and without it; pictures drawn with it, of each kind and split the best,
-    those in the middle and the worst."""
+    """Scores with MMFS and without it; pictures drawn with it by a name of their group: of each
+    kind and split the best, those in the middle and the worst."""
 
     scores: EmojiScores
     without: EmojiScores
-    samples: tuple[Sample, ...]
+    samples: dict[str, list[Sample]]
 
 
 def averaged(picture: np.ndarray) -> np.ndarray:
@@ -127,7 +127,8 @@ def evaluate(
     progress: Progress = silent,
 ) -> EmojiEvaluation:
     """Ask `count` questions of each kind and split, with MMFS and, if `without`, without it."""
-    scores, ablated, samples = EmojiScores(), EmojiScores(), []
+    scores, ablated = EmojiScores(), EmojiScores()
+    samples: dict[str, list[Sample]] = {}
     retrieval = _Retrieval(corpus)
     for name, subject, table in (
         ("with MMFS", model, scores),
@@ -141,15 +142,19 @@ def evaluate(
             graded = _ask(evaluator, corpus, retrieval, questions, table, seed, f"{kind}, {name}",
                           progress)  # fmt: skip
             if table is scores:
-                samples += graded
-    return EmojiEvaluation(scores, ablated, tuple(samples))
+                samples |= graded
+    return EmojiEvaluation(scores, ablated, samples)
 
 
-def _best_median_worst(ranked: Sequence[Sample], each: int = 4) -> list[Sample]:
+def _best_median_worst(ranked: Sequence[Sample], each: int = 4) -> dict[str, list[Sample]]:
     """The `each` best of some samples that are sorted, those in the middle, and the worst."""
     middle = max((len(ranked) - each) // 2, 0)
-    places = [*range(each), *range(middle, middle + each), *range(len(ranked) - each, len(ranked))]
-    return [ranked[place] for place in dict.fromkeys(places) if 0 <= place < len(ranked)]
+    found = {
+        "best": ranked[:each],
+        "in the middle": ranked[middle : middle + each],
+        "worst": ranked[-each:],
+    }
+    return {name: list(samples) for name, samples in found.items()}
 
 
 def _questions(corpus: EmojiCorpus, kind: str, count: int, seed: int) -> list[_Question]:
@@ -181,7 +186,7 @@ def _ask(
     seed: int,
     what: str,
     progress: Progress,
-) -> list[Sample]:
+) -> dict[str, list[Sample]]:
     """Ask and grade; returns some pictures of each split: the best, the median and the worst."""
     rng = np.random.default_rng([seed, len(questions)])
     ranked: list[tuple[Split, int, float, Sample]] = []
@@ -210,13 +215,16 @@ def _ask(
                 kind, _sentence(one.document, one.target), context, drawn, expected.image, rank == 0
             )
             ranked.append((one.split, rank, error, sample))
-    return [
-        sample
-        for split in SPLITS
-        for sample in _best_median_worst(
-            [sample for own, *_, sample in sorted(ranked, key=_place) if own == split]
-        )
-    ]
+    found: dict[str, list[Sample]] = {}
+    for split in SPLITS:
+        own = [sample for one, *_, sample in sorted(ranked, key=_place) if one == split]
+        if own:
+            names = "names that were trained" if split == "train" else "names that were held out"
+            found |= {
+                f"{own[0].kind}, {names}: {which}": samples
+                for which, samples in _best_median_worst(own).items()
+            }
+    return found
 
 
 def _place(found: tuple[Split, int, float, Sample]) -> tuple[int, float]:
