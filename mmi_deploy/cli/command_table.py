@@ -369,7 +369,6 @@ DATA: Mapping[str, Row] = {
     ),
 }
 
-# Commands of several views, each a command of its own.
 DELTA: Mapping[str, Row] = {
     "make": Row(
         "mmi_train.cli.delta_make:make",
@@ -388,6 +387,7 @@ DELTA: Mapping[str, Row] = {
     ),
 }
 
+# Commands of several views, each a command of its own.
 VIEWS = {"bench": BENCH, "data": DATA, "delta": DELTA, "inspect": INSPECT}
 
 

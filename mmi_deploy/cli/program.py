@@ -10,6 +10,7 @@ import errno
 import inspect
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ from mmi_deploy.errors import MmiError
 from mmi_deploy.system.memory import is_out_of_memory, out_of_memory
 
 STOPPED = 128 + signal.SIGINT
+
+# Most characters of an error's line.
+_LONGEST = 4000
 
 # Signals received, which stop the command.
 _signals: list[int] = []
@@ -83,10 +87,18 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
         raise
 
 
-def say(line: str, code: int) -> int:
+def say(text: str, code: int) -> int:
     """Print one line on stderr and return `code`."""
-    print(f"mmi: {line}", file=sys.stderr)
+    print(f"mmi: {one_line(text)}", file=sys.stderr)
     return code
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters, which names in a file of somebody else
+    may hold, cut off after `_LONGEST` characters."""
+    line = re.sub(r"[\n\r\t\v\f]+ *", " ", text)
+    shown = line if len(line) <= _LONGEST else f"{line[:_LONGEST]} and {len(line) - _LONGEST} more"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 def main(run: Callable[[list[str]], int]) -> None:

@@ -32,6 +32,7 @@ from mmi_deploy.cli import generate_output
 from mmi_deploy.cli import verify as verify_command
 from mmi_deploy.cli.app import run
 from mmi_deploy.cli.command_table import COMMANDS, VIEWS
+from mmi_deploy.cli.program import one_line
 from mmi_deploy.cli.console import duration, flops
 from mmi_deploy.cli.generate import generate as generate_command
 from mmi_deploy.cli.generate_output import ENDS
@@ -667,6 +668,12 @@ def test_verify_can_run_every_graph(mmi: Screen, bundle: Path) -> None:
     assert mmi("verify", bundle, "--run", "--json") == 0
     report = json.loads(mmi.out)
     assert (report["tokens"], report["pictures"]) == (4, 1)
+
+
+def test_names_in_files_cannot_break_the_line_of_an_error() -> None:
+    assert one_line("no tensor a\nb \x1b[31mred\x00 née") == "no tensor a b \\x1b[31mred\\x00 née"
+    long = one_line("x" * 10_000)
+    assert len(long) < 5000 and long.endswith(" and 6000 more")
 
 
 def test_a_wrong_option_is_one_line_that_names_the_help(mmi: Screen) -> None:

@@ -9,16 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from export.small_models import paper_reading, random_model
 from mmi_deploy.cli.app import run
 from mmi_deploy.spec.config import DistillationConfig, ModelConfig, read_config
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
-from mmi_train.training.lora import LoraConfig, add_adapters, trained_adapters
+from mmi_train.training.lora import (
+    ADAPTERS,
+    Adapters,
+    LoraConfig,
+    add_adapters,
+    trained_adapters,
+)
 from mmi_train.training.stages.distillation import distilled_config
 from mmi_train.weights.delta import DELTA
-from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS, load_model, save_model
+from mmi_train.weights.model_folder import (
+    CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    fingerprint,
+    load_model,
+    save_model,
+)
 
 CHANGED = "image_decoder.unet.conv_in.weight"
 
@@ -126,6 +140,92 @@ def test_what_does_not_belong_together_is_refused_in_a_line(
     config["llama"]["layers"] = 1
     (delta / CONFIG).write_text(json.dumps(config))
     assert "unknown tensors" in refusal(base, delta)
+
+
+def test_signs_of_zeros_count(base: Path, tmp_path: Path) -> None:
+    zero, negative = (write(tmp_path / str(value), value=value) for value in (0.0, -0.0))
+    delta, again = tmp_path / "delta", tmp_path / "again"
+    assert run(["delta", "make", str(zero), str(negative), "-o", str(delta)]) == 0
+    assert run(["delta", "apply", str(zero), str(delta), "-o", str(again)]) == 0
+    assert (again / WEIGHTS).read_bytes() == (negative / WEIGHTS).read_bytes()
+
+
+def test_a_base_that_differs_in_its_last_weight_is_another(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    delta = tmp_path / "delta"
+    assert run(["delta", "make", str(base), str(write(tmp_path / "m", value=0.1)),
+                "-o", str(delta)]) == 0  # fmt: skip
+    data = bytearray((base / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (base / WEIGHTS).write_bytes(data)
+    assert run(["delta", "apply", str(base), str(delta), "-o", str(tmp_path / "out")]) == 2
+    assert "do not belong to" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_its_configuration_has_no_delta(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = paper_reading().llama.layers + 1
+    model = write(tmp_path / "m", lambda c: replace(c, llama=replace(c.llama, layers=more)), 0.1)
+    assert run(["delta", "make", str(base), str(model), "-o", str(tmp_path / "d")]) == 2
+    assert "lacks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("about", ['{"base": ["a"]}', '{"base": "a\\nb\\u001b[31m"}', "{}"])
+def test_a_base_that_is_no_checksum_is_refused(
+    about: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, what in (("delta.json", "no delta"), ("adapters.json", "no adapters")):
+        folder = tmp_path / name.removesuffix(".json")
+        folder.mkdir()
+        config = '{"config": {}, ' + about[1:] if len(about) > 2 else '{"config": {}}'
+        (folder / name).write_text(config)
+        assert run(["delta", "apply", str(base), str(folder), "-o", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert f"describes {what}: base is no checksum" in error and error.count("\n") <= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda up, down: (up[:, :1], down), "wrong shape"),
+        (lambda up, down: (up, down[0]), "wrong shape"),
+        (lambda up, down: (up, torch.tensor(1.0)), "wrong shape"),
+        (lambda up, down: (up, None), "incomplete"),
+        (lambda up, down: (None, down), "incomplete"),
+        (lambda up, down: (up.long(), down), "no floating-point numbers"),
+    ],
+)
+def test_adapters_that_make_no_matrix_are_refused(
+    change: Callable[..., tuple[Tensor | None, ...]],
+    why: str,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lora = LoraConfig(rank=2, alpha=4.0)
+    layer = "llm.layers.0.self_attn.q_proj"
+    rows, columns = load_file(base / WEIGHTS)[f"{layer}.weight"].shape
+    halves = change(torch.ones(rows, 2), torch.ones(2, columns))
+    named = zip((f"{layer}.lora_B", f"{layer}.lora_A"), halves, strict=True)
+    state = {name: half.contiguous() for name, half in named if half is not None}
+    Adapters(lora, fingerprint(base), {}).save(tmp_path / "adapters")
+    save_file(state, tmp_path / "adapters" / ADAPTERS)
+    asked = ["delta", "apply", str(base), str(tmp_path / "adapters"), "-o", str(tmp_path / "out")]
+    assert run(asked) == 2
+    assert f"the adapters of {layer} " in (error := capsys.readouterr().err) and why in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_integers_in_the_place_of_weights_are_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, delta = write(tmp_path / "model", value=0.1), tmp_path / "delta"
+    assert run(["delta", "make", str(base), str(model), "-o", str(delta)]) == 0
+    save_file({n: v.long() for n, v in load_file(delta / DELTA).items()}, delta / DELTA)
+    assert run(["delta", "apply", str(base), str(delta), "-o", str(tmp_path / "out")]) == 2
+    assert "is no type of weights" in capsys.readouterr().err
 
 
 def test_a_base_is_not_replaced_by_its_delta(

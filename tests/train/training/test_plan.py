@@ -20,6 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from export.small_models import paper_reading, random_model
 from mmi_deploy.cli.app import run
 from mmi_deploy.documents.tokenizer import Tokenizer
+from mmi_deploy.errors import ConfigError
+from mmi_deploy.spec.config import DistillationConfig
 from mmi_train.data.document_file import DocumentFile
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.autocast import mixed_precision
@@ -36,10 +38,11 @@ from mmi_train.training.ranks import ALONE, sharded_units
 from mmi_train.training.stages.distillation import (
     Distillation,
     DistillationStage,
+    distilled_config,
     teacher_of,
 )
 from mmi_train.training.stages.documents import DocumentsStage
-from mmi_train.weights.model_folder import TOKENIZER, save_model
+from mmi_train.weights.model_folder import TOKENIZER, load_model, save_model
 
 # Bytes that a convolution of oneDNN takes for itself, which no operator shows.
 SCRATCH = 1.1e6
@@ -141,6 +144,26 @@ def test_a_plan_counts_the_teacher_of_a_distillation(
     groups = None if lora else "unet"
     tuning = FineTuning(batch=3, groups=groups, lora=lora, rate=1e-4, distill=distill)
     assert_planned(base, "d.jsonl", tuning, RunConfig(precision="fp32"))
+
+
+def test_a_plan_of_a_distillation_is_refused_as_the_run_is(base: Path, tmp_path: Path) -> None:
+    """A student is no teacher of its kind, but may learn on from its first one."""
+    config = paper_reading()
+    student = tmp_path / "student"
+    model = load_model(base)
+    model.config = distilled_config(config, DistillationConfig("lcm", 3.5, 20))
+    save_model(model, student)
+    (student / TOKENIZER).write_bytes((base / TOKENIZER).read_bytes())
+    file = DocumentFile(base / "d.jsonl")
+    tuning = FineTuning(groups="unet", lora=None, distill=Distillation("lcm", solver_steps=20))
+    with pytest.raises(ConfigError, match="the teacher is distilled itself"):
+        memory_plan(student, file, tuning)
+    with pytest.raises(ConfigError, match="in one process"):
+        memory_plan(base, file, tuning, ranks=2)
+    with pytest.raises(ConfigError, match="trains the U-Net alone"):
+        memory_plan(base, file, replace(tuning, groups=None, lora=LoraConfig(layers=("llm",))))
+    plan = memory_plan(student, file, tuning, teacher=base, checkpointed=(False,), batches=(1, 2))
+    assert plan.held["teacher"] > 0
 
 
 @pytest.mark.exhaustive

@@ -48,7 +48,9 @@ def emoji(
         Path | None,
         typer.Option(help="Contact sheet of the set: a new .png file.", dir_okay=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a set in its folder.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder that mmi wrote, of another kind too.")
+    ] = False,
 ) -> None:
     """Draw the emoji of some groups at two sizes, and keep them with names and keywords.
 

@@ -9,7 +9,7 @@ import typer
 
 from mmi_deploy.cli.console import counted, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.hub_folders import existing_folder
+from mmi_deploy.cli.hub_folders import existing_folder, spelled
 from mmi_deploy.hub.kinds import DELTA, MODEL
 from mmi_deploy.system.output_folder import check_replaceable, new_folder
 from mmi_deploy.system.progress import shown
@@ -28,7 +28,9 @@ def apply(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the model.", metavar="DIR")],
-    force: Annotated[bool, typer.Option("--force", help="Replace a model in its folder.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder that mmi wrote, of another kind too.")
+    ] = False,
 ) -> None:
     """Write the model that a base and a delta are together.
 
@@ -36,9 +38,10 @@ def apply(
     and DELTA may be hf://org/name.
     """
     check_replaceable(out, force, kind="model")
+    named = f"{spelled(delta)} on {spelled(base)}"
     base, delta = existing_folder(base, MODEL), existing_folder(delta, DELTA)
     check_replaceable(out, force, kind="model", inputs=[base, delta])
-    with shown(remarks(), f"putting {delta} on {base}") as progress:
+    with shown(remarks(), f"putting {named}") as progress:
         with extras("delta"):
             from mmi_train.training.merging import merge
             from mmi_train.weights.model_folder import FOLDER_KIND

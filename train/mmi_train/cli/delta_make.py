@@ -9,7 +9,7 @@ import typer
 
 from mmi_deploy.cli.console import counted, remarks, results
 from mmi_deploy.cli.extras import extras
-from mmi_deploy.cli.hub_folders import existing_folder
+from mmi_deploy.cli.hub_folders import existing_folder, spelled
 from mmi_deploy.hub.kinds import MODEL
 from mmi_deploy.system.files import size
 from mmi_deploy.system.output_folder import check_replaceable, new_folder
@@ -23,16 +23,19 @@ def make(
     ],
     model: Annotated[Path, typer.Argument(help="Model folder that it wrote.", metavar="MODEL")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the delta.", metavar="DIR")],
-    force: Annotated[bool, typer.Option("--force", help="Replace a delta in its folder.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a folder that mmi wrote, of another kind too.")
+    ] = False,
 ) -> None:
     """Write the weights in which a model differs from its base: a distilled U-Net, say.
 
     The two must differ in values alone. BASE and MODEL may be hf://org/name.
     """
     check_replaceable(out, force, kind="delta")
+    named = spelled(base)
     base, model = existing_folder(base, MODEL), existing_folder(model, MODEL)
     check_replaceable(out, force, kind="delta", inputs=[base, model])
-    with shown(remarks(), f"comparing {model} with {base}") as progress:
+    with shown(remarks(), f"comparing with {named}") as progress:
         with extras("delta"):
             from mmi_train.weights.delta import DELTA, DELTA_KIND, make_delta
         made = make_delta(base, model, progress)
@@ -40,6 +43,6 @@ def make(
             made.save(work)
     results().print(
         f"{out}: {counted(len(made.weights), 'weight')}, {size((out / DELTA).stat().st_size)}; "
-        f"put them on their base with `mmi delta apply {base} {out} -o MODEL`",
+        f"put them on their base with `mmi delta apply {named} {out} -o MODEL`",
         markup=False,
     )

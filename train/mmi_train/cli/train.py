@@ -428,7 +428,9 @@ def train(
         return
     if plan and model is not None and data is not None:
         folder = local_folder(model, MODEL)
-        print_plan(folder, documents_of(data, images, asked), asked, gpus, memory, tflops)
+        teacher = None if teacher is None else local_folder(teacher, MODEL)
+        planned = documents_of(data, images, asked)
+        print_plan(folder, planned, asked, gpus, memory, tflops, teacher)
         return
     if model is None or (data is None) == (world is None) or out is None:
         raise ConfigError(

@@ -24,6 +24,7 @@ def print_plan(
     ranks: int,
     memory: str | None,
     tflops: float | None,
+    teacher: Path | None = None,
 ) -> None:
     """Print what each of `ranks` would hold; `memory`: amount of a rank; `tflops`: sustained."""
     room = None if memory is None else parse_bytes(memory)
@@ -34,6 +35,7 @@ def print_plan(
         precision=settings.precision,
         accumulate=settings.accumulate,
         ranks=ranks,
+        teacher=teacher,
     )
     who = f"each of {ranks} ranks" if ranks > 1 else "one process"
     table = Table(

@@ -147,14 +147,16 @@ def evaluate(
 
 
 def _best_median_worst(ranked: Sequence[Sample], each: int = 4) -> dict[str, list[Sample]]:
-    """The `each` best of some samples that are sorted, those in the middle, and the worst."""
-    middle = max((len(ranked) - each) // 2, 0)
-    found = {
-        "best": ranked[:each],
-        "in the middle": ranked[middle : middle + each],
-        "worst": ranked[-each:],
+    """The `each` best of some samples that are sorted, those in the middle, and the worst; all of
+    few."""
+    if len(ranked) < 3 * each:
+        return {"from best to worst": list(ranked)}
+    middle = (len(ranked) - each) // 2
+    return {
+        "best": list(ranked[:each]),
+        "in the middle": list(ranked[middle : middle + each]),
+        "worst": list(ranked[-each:]),
     }
-    return {name: list(samples) for name, samples in found.items()}
 
 
 def _questions(corpus: EmojiCorpus, kind: str, count: int, seed: int) -> list[_Question]:

@@ -10,14 +10,17 @@ from typing import Literal
 import torch
 
 
-@contextmanager
-def mixed_precision(precision: Literal["bf16", "fp32"], device: torch.device) -> Iterator[None]:
+def mixed_precision(
+    precision: Literal["bf16", "fp32"], device: torch.device
+) -> AbstractContextManager:
     """Autocast to bfloat16 for a block, if that is the precision."""
-    if precision == "fp32":
-        yield
-        return
-    with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16):
-        # PyTorch says so of every norm whose weights are float32.
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def without_norm_warnings() -> Iterator[None]:
+    """Leave out what PyTorch says of every norm whose weights are float32 in mixed precision."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         yield
 

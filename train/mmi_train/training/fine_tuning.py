@@ -214,7 +214,7 @@ def fine_tune(
     and `out`; only the first one writes and reports. Raises `MmiError` where another process trains
     there, or a folder holds files that mmi did not write.
     """
-    taught = _check_distillation(start, teacher, tuning, ranks)
+    taught = check_distillation(start, teacher, tuning, ranks.size)
     diffusion = tuning.diffusion.of(read_config(start / CONFIG)).image_decoder.diffusion
     if compiled:
         if tuning.lora is not None and tuning.lora.four_bit:
@@ -293,8 +293,8 @@ def fine_tune(
     return model_folder
 
 
-def _check_distillation(
-    start: Path, teacher: Path | None, tuning: FineTuning, ranks: Ranks
+def check_distillation(
+    start: Path, teacher: Path | None, tuning: FineTuning, ranks: int
 ) -> ImageDecoderConfig:
     """Configuration of the teacher's image decoder. Raises `ConfigError` for a distillation, or a
     distilled model, that cannot be trained so."""
@@ -308,7 +308,7 @@ def _check_distillation(
             raise ConfigError(
                 "a distillation keeps the teacher's diffusion", fix="leave diffusion.* out"
             )
-        if ranks.size > 1:
+        if ranks > 1:
             raise ConfigError("a distillation runs in one process", fix="leave torchrun out")
         if tuning.lora is not None and tuning.lora.layers != ("unet",):
             raise ConfigError(

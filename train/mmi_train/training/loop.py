@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmi_deploy.errors import WeightsError
 from mmi_deploy.system.progress import Progress, silent
-from mmi_train.model.autocast import mixed_precision
+from mmi_train.model.autocast import mixed_precision, without_norm_warnings
 from mmi_train.model.layout import moved
 from mmi_train.training.checkpoints import (
     Checkpoints,
@@ -405,6 +405,7 @@ def train(
     if ranks.main and watch.tracker is not None:
         trackers.append(watch.tracker)
     with (
+        without_norm_warnings(),
         _checkpoints(out, run.keep, on_checkpoint, ranks) as checkpoints,
         Trackers(trackers) as curves,
         profiled(out / "profile", watch.profile, ranks.rank, device) as profiled_step,

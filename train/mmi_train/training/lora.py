@@ -25,8 +25,8 @@ from mmi_deploy.errors import ConfigError, MmiError, WeightsError
 from mmi_deploy.spec.config import first_flaw
 from mmi_deploy.system.files import write_file
 from mmi_train.training.optimiser import GroupRule
-from mmi_train.weights.lazy_tensor import Computed, InMemory, StoredTensor
-from mmi_train.weights.model_folder import WEIGHTS, check_base, fingerprint
+from mmi_train.weights.lazy_tensor import PLAIN_TYPES, Computed, InMemory, StoredTensor
+from mmi_train.weights.model_folder import WEIGHTS, check_base, fingerprint, is_fingerprint
 from mmi_train.weights.safetensors_files import load_tensors, read_safetensors
 from mmi_train.weights.writer import write_safetensors
 
@@ -57,7 +57,7 @@ class LoraConfig:
     linear layers. `four_bit`: store the adapted matrices in 4 bits (QLoRA). `seed`: of A."""
 
     layers: tuple[str, ...] = ("llm", "unet")
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=2**16)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     four_bit: bool = False
@@ -222,8 +222,8 @@ class Adapters:
     @property
     def layers(self) -> list[str]:
         """Names of the adapted layers."""
-        end = ".lora_A"
-        return [name.removesuffix(end) for name in self.state if name.endswith(end)]
+        names = (re.fullmatch(r"(.*)\.lora_[AB]", name) for name in self.state)
+        return list(dict.fromkeys(name[1] for name in names if name))
 
     def save(self, folder: Path) -> None:
         """Write the two files of an adapter folder."""
@@ -241,16 +241,19 @@ class Adapters:
         found: dict[str, StoredTensor] = {}
         for layer in self.layers:
             name, halves = f"{layer}.weight", (f"{layer}.lora_B", f"{layer}.lora_A")
-            if name not in stored or halves[0] not in self.state:
+            if name not in stored or any(half not in self.state for half in halves):
                 raise WeightsError(f"the adapters of {layer} are incomplete", fix="train them anew")
             weight, (up, down) = stored[name], (self.state[half] for half in halves)
-            made = torch.Size((up.shape[0], down.shape[1]))
-            if weight.shape != made:
+            shapes = [list(up.shape), list(down.shape)]
+            made = torch.Size((*up.shape[:1], *down.shape[1:]))
+            if weight.shape != made or up.shape[1:] != down.shape[:1]:
                 raise WeightsError(
                     f"the adapters of {layer} have the wrong shape",
-                    expected=list(weight.shape),
-                    got=list(made),
+                    expected=f"B and A whose product is {list(weight.shape)}",
+                    got=f"{shapes[0]} and {shapes[1]}",
                 )
+            if not {up.dtype, down.dtype} <= set(PLAIN_TYPES):
+                raise WeightsError(f"the adapters of {layer} are no floating-point numbers")
             whole = partial(_merge, weight, up, down, self.config.scale)
             found[name] = Computed(made, torch.float32, whole)
         for name, value in self.state.items():
@@ -288,7 +291,9 @@ def read_adapters(folder: Path) -> Adapters:
         raise WeightsError(f"cannot read {folder / ABOUT}: {error.strerror}") from None
     except ValidationError as error:
         raise WeightsError(f"{folder / ABOUT} describes no adapters: {first_flaw(error)}") from None
-    return Adapters(config, str(about.get("base")), load_tensors(folder / ADAPTERS))
+    if not is_fingerprint(base := about.get("base")):
+        raise WeightsError(f"{folder / ABOUT} describes no adapters: base is no checksum")
+    return Adapters(config, base, load_tensors(folder / ADAPTERS))
 
 
 def load_adapters(

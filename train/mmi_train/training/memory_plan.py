@@ -22,15 +22,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import DocumentError
+from mmi_deploy.spec.config import ImageDecoderConfig
 from mmi_train.data.batches import batch_of, packed_batch
 from mmi_train.data.documents import Documents
 from mmi_train.data.rows import TokenDocument, make_rows
-from mmi_train.model.autocast import mixed_precision
+from mmi_train.model.autocast import mixed_precision, without_norm_warnings
 from mmi_train.model.layout import map_tensors
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.model.unet import UNet
 from mmi_train.training.checkpoints import learning
-from mmi_train.training.fine_tuning import FineTuning, stage_class
+from mmi_train.training.fine_tuning import FineTuning, check_distillation, stage_class
 from mmi_train.training.lora import add_adapters, stored_name
 from mmi_train.training.optimiser import frozen_matrices, parameter_groups
 from mmi_train.training.ranks import sharded_units
@@ -165,11 +166,14 @@ def memory_plan(
     ranks: int = 1,
     checkpointed: Sequence[bool] = (False, True),
     batches: Sequence[int] | None = None,
+    teacher: Path | None = None,
 ) -> MemoryPlan:
     """Plan the run that `fine_tune` would do; its micro-batches have the length of the longest
     document among the first `MOST_READ` of `file`. checkpointed: without and with gradient
     checkpointing. batches: numbers of documents for which a step is followed; None: one, and the
-    run's. Raises `MmiError` as the run would."""
+    run's. teacher: model folder whose U-Net is distilled; None: that of `start`. Raises `MmiError`
+    as the run would."""
+    taught = check_distillation(start, teacher, tuning, ranks)
     rules = tuning.optimiser(1).rules
     model, stored = open_model(start)
     lean = frozen_matrices(rules) if precision == "bf16" else None
@@ -195,16 +199,16 @@ def memory_plan(
     tokens = made[min(sizes)].token_ids.shape[1]
     # The gradients of the first micro-batch are there in the second; of ranks `gathered` has them.
     rounds = 1 if accumulate == ranks == 1 else 2
-    teacher = None if tuning.distill is None else teacher_of(model.image_decoder.unet)
+    frozen = None if tuning.distill is None else teacher_of(model.image_decoder.unet)
     mode = FakeTensorMode()
     with mode:
         _make_fake(model, types)
-        if teacher is not None:
-            _make_fake(teacher, {name.removeprefix(UNET): kind for name, kind in types.items()})
+        if frozen is not None:
+            _make_fake(frozen, {name.removeprefix(UNET): kind for name, kind in types.items()})
         model.train()
         held = _held(model, in_four_bits)
-        held["teacher"] = 0 if teacher is None else _copied(teacher, model)
-        loss = _loss(source, teacher, tuning)
+        held["teacher"] = 0 if frozen is None else _copied(frozen, model, in_four_bits)
+        loss = _loss(source, frozen, taught, tuning)
         units = _units(model, in_four_bits)
         steps = {}
         for kind in checkpointed:
@@ -307,22 +311,28 @@ def _held(model: nn.Module, in_four_bits: set[str]) -> dict[str, int]:
     return found
 
 
-def _copied(teacher: nn.Module, model: nn.Module) -> int:
+def _copied(teacher: nn.Module, model: nn.Module, in_four_bits: set[str]) -> int:
     """Bytes of the tensors of a teacher that it does not share with the model."""
     own = {*model.parameters(), *model.buffers()}
-    copied = {*teacher.parameters(), *teacher.buffers()} - own
-    return sum(value.numel() * value.dtype.itemsize for value in copied)
+    size = 0.0
+    for name, value in (*teacher.named_parameters(), *teacher.named_buffers()):
+        if value not in own:
+            size += value.numel() * (
+                _NF4 if f"{UNET}{name}" in in_four_bits else value.dtype.itemsize
+            )
+    return round(size)
 
 
-def _loss(source: DocumentsStage, teacher: UNet | None, tuning: FineTuning) -> Loss:
-    """The loss of the run."""
+def _loss(
+    source: DocumentsStage, teacher: UNet | None, taught: ImageDecoderConfig, tuning: FineTuning
+) -> Loss:
+    """The loss of the run. taught: the teacher's configuration."""
     model = source.model
     if teacher is None or tuning.distill is None:
         weights = {"text_weight": tuning.text_weight, "image_weight": tuning.image_weight}
         return lambda batch: model(batch, **weights).total
-    decoder = model.config.image_decoder
-    student = tuning.distill.config_of(decoder)
-    stage = DistillationStage(source, teacher, decoder.branches, tuning.distill, student)
+    student = tuning.distill.config_of(taught)
+    stage = DistillationStage(source, teacher, taught.branches, tuning.distill, student)
     stage.follow({name: value.detach() for name, value in learning(model).items()})
     return lambda batch: stage.losses(DocumentBatch(batch, ()))["total"]
 
@@ -386,7 +396,7 @@ def _step(
     storages = _Storages()
     for _ in range(rounds):
         storages.peak, storages.flops = storages.live, 0
-        with storages:
+        with storages, without_norm_warnings():
             with mixed_precision(precision, torch.device("cpu")):
                 total = loss(batch)
             (total / rounds).backward()

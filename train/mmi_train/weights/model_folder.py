@@ -4,10 +4,11 @@ writing."""
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -16,7 +17,14 @@ from mmi_deploy.errors import WeightsError
 from mmi_deploy.spec.config import ModelConfig, read_config, to_json
 from mmi_deploy.system.files import write_file
 from mmi_train.model.mm_interleaved import MMInterleaved
-from mmi_train.weights.lazy_tensor import Computed, InFile, InMemory, StoredTensor
+from mmi_train.weights.lazy_tensor import (
+    PIECE_BYTES,
+    PLAIN_TYPES,
+    Computed,
+    InFile,
+    InMemory,
+    StoredTensor,
+)
 from mmi_train.weights.safetensors_files import read_safetensors
 from mmi_train.weights.writer import write_safetensors
 
@@ -98,6 +106,13 @@ def check_fit(module: nn.Module, state: Mapping[str, Typed], source: str) -> Non
             )
 
 
+def check_fits(config: ModelConfig, state: Mapping[str, Typed], source: str) -> None:
+    """Raise `WeightsError` unless `state` holds the tensors of a model of `config`."""
+    with torch.device("meta"):
+        model = MMInterleaved(config)
+    check_fit(model, state, source)
+
+
 def check_finite(name: str, value: torch.Tensor, source: str) -> None:
     """Raise `WeightsError` if a tensor of the file `source` holds NaN or infinity."""
     # Piece by piece: the comparison takes as much memory as its values.
@@ -161,23 +176,31 @@ def load_model(
     return model.eval()
 
 
-def fingerprint(folder: Path) -> str:
-    """Short checksum of a model folder's weights: names, types, shapes and the first bytes of each,
-    so that it takes no time for any size."""
+def fingerprint(folder: Path, *, whole: bool = False) -> str:
+    """Checksum of a model folder's weights, 16 hexadecimal digits: of names, types, shapes and the
+    first bytes of each, so that it takes no time for any size; `whole`: of all bytes."""
     found = hashlib.sha256()
     with (folder / WEIGHTS).open("rb") as file:
         for name, tensor in read_safetensors(folder / WEIGHTS).items():
             found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            size = tensor.shape.numel() * tensor.dtype.itemsize
+            left = tensor.shape.numel() * tensor.dtype.itemsize
+            left = left if whole else min(left, _SAMPLE)
             file.seek(tensor.offset)
-            found.update(file.read(min(size, _SAMPLE)))
+            while left > 0 and (piece := file.read(min(left, PIECE_BYTES))):
+                found.update(piece)
+                left -= len(piece)
     return found.hexdigest()[:16]
 
 
-def check_base(base: Path, wanted: str, what: str) -> None:
+def is_fingerprint(value: object) -> TypeGuard[str]:
+    """True for what `fingerprint` returns."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+
+def check_base(base: Path, wanted: str, what: str, *, whole: bool = False) -> None:
     """Raise `WeightsError` unless the model folder `base` has the fingerprint `wanted`, that of the
     model to which `what` belong."""
-    if (own := fingerprint(base)) != wanted:
+    if (own := fingerprint(base, whole=whole)) != wanted:
         raise WeightsError(
             f"the {what} do not belong to {base}",
             expected=f"weights {wanted}",
@@ -197,11 +220,14 @@ def write_changed(
 
     Weights keep the types that they have in `base`, those that are not replaced their values, and
     no more than a piece of them is in memory. Raises `WeightsError` for a replacement of a tensor
-    that `base` does not have, of another shape, not finite, or beyond its type there.
+    that `base` does not have, of another shape or kind, not finite, or beyond its type there.
     """
+    own = read_config(base / CONFIG)
     folder.mkdir(parents=True, exist_ok=True)
     stored = read_safetensors(base / WEIGHTS)
     for name, value in changed.items():
+        if value.dtype not in PLAIN_TYPES:
+            raise WeightsError(f"{name} is in {_named(value.dtype)}, which is no type of weights")
         if name not in stored or stored[name].shape != value.shape:
             raise WeightsError(
                 f"{base / WEIGHTS} has no tensor {name} of the shape {list(value.shape)}",
@@ -218,8 +244,8 @@ def write_changed(
     write_safetensors(folder / WEIGHTS, state)
     for name in (CONFIG, TOKENIZER):
         if (base / name).is_file():
-            write_file(folder / name, (base / name).read_text())
-    if config is not None and config != read_config(base / CONFIG):
+            write_file(folder / name, (base / name).read_bytes())
+    if config is not None and config != own:
         write_file(folder / CONFIG, to_json(config))
 
 
@@ -228,10 +254,14 @@ def _within(name: str, value: StoredTensor, dtype: torch.dtype, base: Path) -> t
     found = value.read().detach().cpu()
     if float(found.abs().max()) > torch.finfo(dtype).max:
         raise WeightsError(
-            f"{name} has grown beyond {str(dtype).removeprefix('torch.')}, its type in {base}",
+            f"{name} has grown beyond {_named(dtype)}, its type in {base}",
             fix="start from that model in float32 or bfloat16, or lower the rate",
         )
     return found
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def save_model(model: MMInterleaved, folder: Path, dtype: torch.dtype = torch.float32) -> None:
