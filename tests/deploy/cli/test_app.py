@@ -32,12 +32,12 @@ from mmi_deploy.cli import generate_output
 from mmi_deploy.cli import verify as verify_command
 from mmi_deploy.cli.app import run
 from mmi_deploy.cli.command_table import COMMANDS, VIEWS
-from mmi_deploy.cli.program import one_line
 from mmi_deploy.cli.console import duration, flops
 from mmi_deploy.cli.generate import generate as generate_command
 from mmi_deploy.cli.generate_output import ENDS
 from mmi_deploy.cli.inspect.app import RENAMED
 from mmi_deploy.cli.inspect.memory import _residency
+from mmi_deploy.cli.program import one_line
 from mmi_deploy.cli.target_options import resident_groups
 from mmi_deploy.documents.files import read_document
 from mmi_deploy.documents.images import to_png
