@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
 from mmi_deploy.bundle.kernel_plan import Finding, ProfilePlan
-from mmi_deploy.bundle.manifest import TargetManifest, read_manifest
+from mmi_deploy.bundle.manifest import AnswerReceipt, TargetManifest, read_manifest
 from mmi_deploy.errors import BundleError
 from mmi_deploy.parity import Proof
 
@@ -100,7 +100,8 @@ class TargetSummary(_Model):
     """Summary of one target of a bundle.
 
     receipts: graph -> proved, failed or none. stale: built from another export of the bundle.
-    report: None where the target was written without one.
+    report: None where the target was written without one. answers: receipts of its answers on
+    benchmarks.
     """
 
     target: str
@@ -112,6 +113,7 @@ class TargetSummary(_Model):
     stale: bool
     remark: str
     report: TargetReport | None
+    answers: tuple[AnswerReceipt, ...] = ()
 
 
 def read_report(folder: Path) -> TargetReport | None:
@@ -150,6 +152,7 @@ def _summary(folder: Path, name: str, identity: str) -> TargetSummary:
         # The build remarks that nothing was run yet, which is no longer so once all are proved.
         remark=report.remark if report and not proved else "",
         report=report,
+        answers=manifest.valid_answers,
     )
 
 

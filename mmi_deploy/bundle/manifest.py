@@ -77,6 +77,45 @@ class Receipt(_Model):
         return bool(self.cases) and all(case.passed for case in self.cases)
 
 
+class AnswerDifference(_Model):
+    """Difference of a metric between two targets, paired by question: value and 95 % interval in
+    the metric's unit, and what they say: higher, lower or not told apart."""
+
+    value: float | None
+    interval: tuple[float | None, float | None]
+    verdict: str
+
+
+class AnswerReceipt(_Model):
+    """Answers of a target beside those of `against` on the same questions of a benchmark.
+
+    sha256: of all files of the target, see `hash_of_files`; the receipt is void once one changes.
+    answers: that both gave, of which `different` are not the same. differences: by metric.
+    """
+
+    benchmark: str
+    split: str
+    against: str
+    sha256: str
+    answers: int
+    different: int
+    differences: dict[str, AnswerDifference]
+
+    def in_words(self) -> str:
+        """Describe the receipt in a line: "vqav2, val: 200 answers, 3 others than cpu gives;
+        accuracy -0.50 (-1.20 to 0.20), not told apart"."""
+        start = f"{self.benchmark}, {self.split}: {self.answers} answers, "
+        parts = [f"{start}{self.different} others than {self.against} gives"]
+        for name, one in self.differences.items():
+            low, high = map(_number, one.interval)
+            parts.append(f"{name} {_number(one.value, '+')} ({low} to {high}), {one.verdict}")
+        return "; ".join(parts)
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "unknown" if value is None else f"{value:{sign}.2f}"
+
+
 class FolderManifest(_Model):
     """Fields that the manifests of a bundle and of a target have in common.
 
@@ -163,13 +202,21 @@ class TargetManifest(FolderManifest):
 
     made_for: hash of the bundle.json that they were built from. recipe: fields of the builder's
     cache key (precision, architecture, flags). activations: element type of the tensors that
-    `graphs.py` marks as activations.
+    `graphs.py` marks as activations. answers: receipts of whole answers, one for each benchmark and
+    split.
     """
 
     target: str
     made_for: str
     recipe: dict[str, str]
     activations: str = "float32"
+    answers: tuple[AnswerReceipt, ...] = ()
+
+    @property
+    def valid_answers(self) -> tuple[AnswerReceipt, ...]:
+        """Receipts of answers that the present files gave."""
+        sha256 = hash_of_files(self.files)
+        return tuple(one for one in self.answers if one.sha256 == sha256)
 
 
 Manifest = TypeVar("Manifest", bound=FolderManifest)

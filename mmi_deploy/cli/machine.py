@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.bundle.manifest import hash_of_files
 from mmi_deploy.cli.console import remarks
 from mmi_deploy.cli.target_options import say_memory
 from mmi_deploy.runtime.backend import find_kernel_library
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.backends import NONE
-from mmi_deploy.system.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Machine:
 
     def record(self, bundle: Bundle, options: GenerationOptions) -> dict[str, Any]:
         """Everything that results depend on besides the documents, for JSON."""
-        engines = bundle.target_folder(self.target) / TARGET_MANIFEST
+        # Of the engines alone: receipts are written later.
+        built = bundle.target(self.target, unproved=True) if self.target in bundle.targets else None
         settings = asdict(options)
         del settings["previews"]  # not in the results
         if options.beams == 1:  # as runs of earlier versions, which are continued
@@ -72,6 +73,6 @@ class Machine:
         return {
             "bundle": bundle.identity,
             "target": self.target,
-            "engines": sha256_of(engines) if engines.is_file() else None,
+            "engines": None if built is None else hash_of_files(built.files),
             **settings,
         }

@@ -63,6 +63,15 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --target: write a receipt of its answers on a benchmark, from a file that "
+            "`mmi evaluate --predictions ... --against ... -o FILE` wrote; runs nothing.",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = 0,
     resident: Resident = None,
     kernels: Kernels = AUTO,
@@ -79,6 +88,9 @@ def verify(
     then runs without --unproved. The portable graphs take the memory of the float32 model: where
     that is more than this machine has, save their outputs on a larger one with --save-outputs and
     give the file with --against.
+
+    With --answers the target gets a receipt of whole answers: how its scores on a benchmark differ
+    from those of another target, with 95 % intervals.
     """
     if save_outputs is not None:
         if run or target is not None:
@@ -86,7 +98,7 @@ def verify(
                 "--save-outputs runs the portable graphs alone",
                 fix=f"leave out {'--run' if run else '--target'}",
             )
-        _check_unused(device, resident, kernels, against)
+        _check_unused(device, resident, kernels, against, answers=answers)
         _save_outputs(bundle, save_outputs, force, as_json)
         return
     if target is not None:
@@ -96,10 +108,14 @@ def verify(
                 fix="leave out one of them",
             )
         local_only(bundle, "receipts are written into the bundle")
+        if answers is not None:
+            _check_unused(device, resident, kernels, against, force, why="runs engines")
+            _write_answers(bundle, target, answers, as_json)
+            return
         groups = resident_groups(resident)
         _verify_target(bundle, target, device, groups, kernels, force, as_json, against)
         return
-    _check_unused(device, resident, kernels, against, force)
+    _check_unused(device, resident, kernels, against, force, answers)
     _verify_bundle(bundle, run, as_json)
 
 
@@ -109,17 +125,20 @@ def _check_unused(
     kernels: str,
     against: Path | None,
     force: bool = False,
+    answers: Path | None = None,
+    why: str = "goes with --target NAME",
 ) -> None:
-    """Raise `ConfigError` for an option that goes with --target alone."""
+    """Raise `ConfigError` for an option that has no use, and say why."""
     for option, given in {
         "--device": device != 0,
         "--resident": resident is not None,
         "--kernels": kernels != AUTO,
         "--against": against is not None,
         "--force": force,
+        "--answers": answers is not None,
     }.items():
         if given:
-            raise ConfigError(f"{option} goes with --target NAME", fix=f"leave out {option}")
+            raise ConfigError(f"{option} {why}", fix=f"leave out {option}")
 
 
 def _save_outputs(given: Path, out: Path, force: bool, as_json: bool) -> None:
@@ -204,12 +223,7 @@ def _verify_target(
         from mmi_deploy.targets.polygraphy.saved_outputs import compare_saved, read_outputs
         from mmi_deploy.targets.verify_target import check_proof, compare_target, write_receipts
     bundle = Bundle.open(path, unproved=True)
-    if target not in bundle.targets:
-        raise ConfigError(
-            f"{path} has no target {target!r}",
-            expected=" or ".join(bundle.targets) or "one that `mmi build` made",
-            fix=f"build it with `{bundle.build_command(target)}`",
-        )
+    _check_target(bundle, path, target)
     saved = None if against is None else read_outputs(against, bundle)
     if saved is None and not force:
         _check_memory(bundle)
@@ -236,6 +250,34 @@ def _verify_target(
         )
     for proof in failed:
         check_proof(proof, manifest.recipe["precision"])
+
+
+def _write_answers(path: Path, target: str, comparison: Path, as_json: bool) -> None:
+    """Write the receipt of a target's answers, which a comparison gives."""
+    from mmi_deploy.bundle.bundle import Bundle
+    from mmi_deploy.targets.answer_receipts import read_comparison, write_answers
+
+    bundle = Bundle.open(path, unproved=True)
+    _check_target(bundle, path, target)
+    manifest = bundle.target(target, unproved=True)
+    receipt = read_comparison(comparison, bundle, manifest)
+    write_answers(bundle, manifest, receipt)
+    if as_json:
+        answers = receipt.model_dump(mode="json")
+        print_json({"ok": True, "bundle": str(path), "target": target, "answers": answers})
+        return
+    results().print(receipt.in_words())
+    remarks().print(f"receipt written into {bundle.target_folder(target)}")
+
+
+def _check_target(bundle: Bundle, path: Path, target: str) -> None:
+    """Raise `ConfigError`, which lists the targets, unless the bundle has this one."""
+    if target not in bundle.targets:
+        raise ConfigError(
+            f"{path} has no target {target!r}",
+            expected=" or ".join(bundle.targets) or "one that `mmi build` made",
+            fix=f"build it with `{bundle.build_command(target)}`",
+        )
 
 
 def _check_memory(bundle: Bundle) -> None:

@@ -76,6 +76,12 @@ def bundle_card(
         prefix = f"{bundle.target_folder(target).relative_to(bundle.folder).as_posix()}/"
         own = {name: entry for name, entry in files.items() if name.startswith(prefix)}
         lines += ["", f"### Engines: {target}", "", f"{_total(own)}.", "", *_receipts(built)]
+        if built.valid_answers:
+            lines += [
+                "",
+                "Answers on benchmarks, differences paired by question with 95 % intervals:",
+            ]
+            lines += ["", *(f"* {receipt.in_words()}" for receipt in built.valid_answers)]
     made = ", ".join(f"{name} {number}" for name, number in sorted(manifest.versions.items()))
     return _sealed([*lines, "", f"Made with {made}."])
 

@@ -191,6 +191,13 @@ def result_lines(path: Path, run: Mapping[str, Any]) -> Iterator[ResultLines]:
             lines.close()
 
 
+def run_of(path: Path) -> dict[str, Any] | None:
+    """Settings that the results in `path` depend on, as given to `result_lines`; None for a file
+    without such a record. Raises `MmiError` for a damaged one."""
+    place = path.with_suffix(_FILES) / RECORD
+    return _read_record(place) if os.path.lexists(place) else None
+
+
 def _read_record(place: Path) -> dict[str, Any]:
     """Read the record of a run; raises `MmiError` for another file of its name."""
     try:

@@ -135,6 +135,8 @@ def show_target(bundle: Bundle, name: str, as_json: bool) -> None:
     print_table(out, target_table([summary]))
     if _remark(summary):
         out.print(_remark(summary))
+    for receipt in summary.answers:
+        out.print(f"answers: {receipt.in_words()}", markup=False)
     if summary.report is None:
         out.print("It has no build report with details")
         return

@@ -16,6 +16,7 @@ from mmi_deploy.cli.extras import extras
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.system.files import prepare_file, write_new_file
 from mmi_deploy.system.progress import shown
+from mmi_deploy.system.result_lines import run_of
 from mmi_train.evaluation.benchmarks.report import Questions, Report
 from mmi_train.evaluation.benchmarks.scores import Options
 from mmi_train.evaluation.benchmarks.table import BENCHMARKS, SEGMENTED, benchmark
@@ -68,7 +69,9 @@ def score_predictions(
     if told:
         words = (f"{name} {value:g}" for name, value in told["generation"].items())
         remarks().print(f"answered with {', '.join(words)}")
-    whole = {**report.as_json(), **told}
+    whole = {**report.as_json(), **told, "run": run_of(predictions)}
+    if against is not None:
+        whole["against"]["run"] = run_of(against)
     if out is not None:
         write_new_file(out, json.dumps(whole, indent=1) + "\n")
         remarks().print(f"wrote {out}")
