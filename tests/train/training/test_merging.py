@@ -24,7 +24,7 @@ from mmi_train.training.lora import (
     trained_adapters,
 )
 from mmi_train.training.stages.distillation import distilled_config
-from mmi_train.weights.delta import DELTA
+from mmi_train.weights.delta import DELTA, DIFFERENCES
 from mmi_train.weights.model_folder import (
     CONFIG,
     TOKENIZER,
@@ -140,6 +140,56 @@ def test_what_does_not_belong_together_is_refused_in_a_line(
     config["llama"]["layers"] = 1
     (delta / CONFIG).write_text(json.dumps(config))
     assert "unknown tensors" in refusal(base, delta)
+
+
+def test_differences_in_8_bits_are_half_as_large_and_nearly_the_model(
+    base: Path, tmp_path: Path
+) -> None:
+    """Every row within half a step of its scale, and one rounding to fp16."""
+    model = load_model(base)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith("image_decoder.unet."):
+                weight += 0.01 * torch.randn_like(weight)
+    save_model(model, tmp_path / "model", torch.float16)
+    (tmp_path / "model" / TOKENIZER).write_bytes((base / TOKENIZER).read_bytes())
+    whole, small, again = tmp_path / "whole", tmp_path / "small", tmp_path / "again"
+    assert run(["delta", "make", str(base), str(tmp_path / "model"), "-o", str(whole)]) == 0
+    asked = ["delta", "make", str(base), str(tmp_path / "model"), "-o", str(small), "--int8"]
+    assert run(asked) == 0
+    sizes = [sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (whole, small)]
+    assert sizes[1] < 0.65 * sizes[0]
+    assert run(["delta", "apply", str(base), str(small), "-o", str(again)]) == 0
+    start, wanted, found = (load_file(f / WEIGHTS) for f in (base, tmp_path / "model", again))
+    for name, weight in wanted.items():
+        if weight.dim() < 2 or torch.equal(weight, start[name]):
+            assert torch.equal(found[name], weight), name
+            continue
+        difference = (weight.float() - start[name].float()).flatten(1)
+        step = difference.abs().amax(1, keepdim=True) / 127
+        error = (found[name].float() - weight.float()).flatten(1).abs()
+        assert (error <= 0.51 * step + weight.float().abs().flatten(1) * 2**-10 + 1e-7).all(), name
+
+
+@pytest.mark.parametrize("damage", ["no scale", "floats", "another shape"])
+def test_damaged_differences_are_refused(
+    damage: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, delta = write(tmp_path / "model", value=0.1), tmp_path / "delta"
+    assert run(["delta", "make", str(base), str(model), "-o", str(delta), "--int8"]) == 0
+    stored = load_file(delta / DIFFERENCES)
+    if damage == "no scale":
+        del stored[f"{CHANGED}.scale"]
+    elif damage == "floats":
+        stored[CHANGED] = stored[CHANGED].float()
+    else:
+        stored[CHANGED] = stored[CHANGED][:, :1].contiguous()
+    save_file(stored, delta / DIFFERENCES)
+    assert run(["delta", "apply", str(base), str(delta), "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "is damaged" in error or "has no tensor for the difference" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_signs_of_zeros_count(base: Path, tmp_path: Path) -> None:

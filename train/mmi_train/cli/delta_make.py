@@ -23,6 +23,14 @@ def make(
     ],
     model: Annotated[Path, typer.Argument(help="Model folder that it wrote.", metavar="MODEL")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the delta.", metavar="DIR")],
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Keep matrices and convolutions as differences in 8 bits: half the size of fp16, "
+            "but the model is rounded. Evaluate it after `mmi delta apply`.",
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a folder that mmi wrote, of another kind too.")
     ] = False,
@@ -37,12 +45,14 @@ def make(
     check_replaceable(out, force, kind="delta", inputs=[base, model])
     with shown(remarks(), f"comparing with {named}") as progress:
         with extras("delta"):
-            from mmi_train.weights.delta import DELTA, DELTA_KIND, make_delta
-        made = make_delta(base, model, progress)
+            from mmi_train.weights.delta import DELTA_KIND, make_delta
+        made = make_delta(base, model, progress, int8=int8)
         with new_folder(out, force, kind=DELTA_KIND) as work:
             made.save(work)
+    changed = len(made.weights) + len(made.differences)
+    whole = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     results().print(
-        f"{out}: {counted(len(made.weights), 'weight')}, {size((out / DELTA).stat().st_size)}; "
+        f"{out}: {counted(changed, 'weight')}, {size(whole)}; "
         f"put them on their base with `mmi delta apply {named} {out} -o MODEL`",
         markup=False,
     )
