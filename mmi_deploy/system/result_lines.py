@@ -195,7 +195,10 @@ def run_of(path: Path) -> dict[str, Any] | None:
     """Settings that the results in `path` depend on, as given to `result_lines`; None for a file
     without such a record. Raises `MmiError` for a damaged one."""
     place = path.with_suffix(_FILES) / RECORD
-    return _read_record(place) if os.path.lexists(place) else None
+    if not os.path.lexists(place):
+        return None
+    found = _read_record(place)
+    return {key: value for key, value in found.items() if key not in ("format", "results")}
 
 
 def _read_record(place: Path) -> dict[str, Any]:

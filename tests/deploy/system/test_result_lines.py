@@ -10,12 +10,20 @@ from typing import Any
 import pytest
 
 from mmi_deploy.errors import MmiError
-from mmi_deploy.system.result_lines import RECORD, check_results, result_lines
+from mmi_deploy.system.result_lines import RECORD, check_results, result_lines, run_of
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "results.jsonl"
+
+
+def test_what_results_depend_on_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    assert run_of(path) is None
+    with result_lines(path, {"seed": 1, "stop": ["."]}):
+        pass
+    assert run_of(path) == {"seed": 1, "stop": ["."]}
 
 
 def test_lines_of_a_resumed_run_are_those_with_a_result(path: Path) -> None:
