@@ -8,7 +8,6 @@ answers: the paired difference of each metric, from a file that `mmi evaluate --
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -46,24 +45,30 @@ class _Against(_Fields):
     differences: dict[str, AnswerDifference]
     answers: int
     different: int
-    run: _Run
+    run: _Run | None = None
 
 
 class _Comparison(_Fields):
     benchmark: str
     split: str
     against: _Against
-    run: _Run
+    run: _Run | None = None
 
 
 def read_comparison(path: Path, bundle: Bundle, manifest: TargetManifest) -> AnswerReceipt:
     """The receipt that the comparison in `path` gives the engines of `manifest`. Raises
     `ConfigError` for another file, and for answers of another bundle, target or build."""
     found = _read(path)
+    run, other = found.run, found.against.run
+    if run is None or other is None:
+        raise ConfigError(
+            f"{path} does not say which targets gave the answers",
+            fix="score the files where `mmi evaluate --benchmark` of bundles wrote them",
+        )
     wanted = {
-        "bundle": (found.run.bundle, bundle.identity),
-        "target": (found.run.target, manifest.target),
-        "build of the engines": (found.run.engines, hash_of_files(manifest.files)),
+        "bundle": (run.bundle, bundle.identity),
+        "target": (run.target, manifest.target),
+        "build of the engines": (run.engines, hash_of_files(manifest.files)),
     }
     for what, (own, expected) in wanted.items():
         if own != expected:
@@ -74,7 +79,6 @@ def read_comparison(path: Path, bundle: Bundle, manifest: TargetManifest) -> Ans
                 fix="answer the benchmark with this one: `mmi evaluate BUNDLE --benchmark NAME "
                 f"--data DIR --target {manifest.target} -o FILE.jsonl`",
             )
-    other = found.against.run
     same = other.bundle == bundle.identity
     if same and other.target == manifest.target:
         raise ConfigError(f"{path} compares {manifest.target} with itself")
@@ -98,12 +102,6 @@ def _read(path: Path) -> _Comparison:
         raise ConfigError(f"cannot read {path}: {error.strerror}", fix=fix) from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{path} is no comparison of two files of answers", fix=fix) from None
-    for which in (value, value.get("against") if isinstance(value, Mapping) else None):
-        if isinstance(which, Mapping) and which.get("run", ...) is None:
-            raise ConfigError(
-                f"{path} does not say which targets gave the answers",
-                fix="score the files where `mmi evaluate --benchmark` of bundles wrote them",
-            )
     try:
         return _Comparison.model_validate(value)
     except ValidationError as error:

@@ -69,9 +69,9 @@ def score_predictions(
     if told:
         words = (f"{name} {value:g}" for name, value in told["generation"].items())
         remarks().print(f"answered with {', '.join(words)}")
-    whole = {**report.as_json(), **told, "run": run_of(predictions)}
+    whole = {**report.as_json(), **told, **_run(predictions)}
     if against is not None:
-        whole["against"]["run"] = run_of(against)
+        whole["against"] |= _run(against)
     if out is not None:
         write_new_file(out, json.dumps(whole, indent=1) + "\n")
         remarks().print(f"wrote {out}")
@@ -79,6 +79,12 @@ def score_predictions(
         print_json(whole)
     else:
         print_table(results(), _table(report))
+
+
+def _run(predictions: Path) -> dict[str, Any]:
+    """Field with the settings of a file that `mmi evaluate --benchmark` wrote; none of another."""
+    run = run_of(predictions)
+    return {} if run is None else {"run": run}
 
 
 def _table(report: Report) -> Table:
