@@ -27,7 +27,7 @@ def stored(vae: Vae) -> Any:
 
 
 def test_the_map_is_near_the_trained_decoder(repository: Path) -> None:
-    """On scenes that were not fitted, and better than one grey for all cells."""
+    """On scenes that were not fitted, and far better than one grey for all cells."""
     folder = repository / "assets" / "tiny"
     if not (folder / CONFIG).exists():
         pytest.skip("the trained model is not here")
@@ -40,7 +40,7 @@ def test_the_map_is_near_the_trained_decoder(repository: Path) -> None:
     shown = np.stack([found.pixels(one).clip(0, 1) for one in cells])
     wanted = colours.swapaxes(1, 2).reshape(shown.shape)
     assert np.abs(shown - wanted).mean() == pytest.approx(found.error, abs=1e-4)
-    assert found.error < 0.6 * np.abs(wanted - wanted.mean()).mean()
+    assert found.error < 0.4 * np.abs(wanted - wanted.mean()).mean()
 
 
 def test_scenes_have_a_side_that_the_autoencoder_halves() -> None:
