@@ -26,7 +26,7 @@ from mmi_deploy.spec.config import first_flaw
 from mmi_deploy.system.files import write_file
 from mmi_train.training.optimiser import GroupRule
 from mmi_train.weights.lazy_tensor import PLAIN_TYPES, Computed, InMemory, StoredTensor
-from mmi_train.weights.model_folder import WEIGHTS, check_base, fingerprint, is_fingerprint
+from mmi_train.weights.model_folder import WEIGHTS, base_of, check_base, fingerprint, read_about
 from mmi_train.weights.safetensors_files import load_tensors, read_safetensors
 from mmi_train.weights.writer import write_safetensors
 
@@ -284,15 +284,12 @@ def stored_name(name: str) -> str:
 
 def read_adapters(folder: Path) -> Adapters:
     """Read what `Adapters.save` wrote; raises `WeightsError`."""
+    about = read_about(folder / ABOUT, "adapters")
     try:
-        about = TypeAdapter(dict[str, Any]).validate_json((folder / ABOUT).read_bytes())
         config = TypeAdapter(LoraConfig).validate_python(about.get("config"))
-    except OSError as error:
-        raise WeightsError(f"cannot read {folder / ABOUT}: {error.strerror}") from None
     except ValidationError as error:
         raise WeightsError(f"{folder / ABOUT} describes no adapters: {first_flaw(error)}") from None
-    if not is_fingerprint(base := about.get("base")):
-        raise WeightsError(f"{folder / ABOUT} describes no adapters: base is no checksum")
+    base = base_of(about, folder / ABOUT, "adapters")
     return Adapters(config, base, load_tensors(folder / ADAPTERS))
 
 

@@ -14,15 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mmi_deploy.errors import WeightsError
-from mmi_deploy.spec.config import ModelConfig, first_flaw, read_config, to_json
+from mmi_deploy.spec.config import ModelConfig, read_config, to_json
 from mmi_deploy.system.files import write_file
 from mmi_deploy.system.progress import Progress, silent
 from mmi_train.weights.lazy_tensor import Computed, InFile, StoredTensor
@@ -30,10 +28,11 @@ from mmi_train.weights.model_folder import (
     CONFIG,
     TOKENIZER,
     WEIGHTS,
+    base_of,
     check_base,
     check_fits,
     fingerprint,
-    is_fingerprint,
+    read_about,
 )
 from mmi_train.weights.safetensors_files import load_tensors, read_safetensors
 from mmi_train.weights.writer import NAMES, write_safetensors
@@ -147,14 +146,7 @@ def _rounded(difference: Tensor) -> Difference:
 
 def read_delta(folder: Path) -> Delta:
     """Read what `Delta.save` wrote; raises `WeightsError` and `ConfigError`."""
-    try:
-        about = TypeAdapter(dict[str, Any]).validate_json((folder / ABOUT).read_bytes())
-    except OSError as error:
-        raise WeightsError(f"cannot read {folder / ABOUT}: {error.strerror}") from None
-    except ValidationError as error:
-        raise WeightsError(f"{folder / ABOUT} describes no delta: {first_flaw(error)}") from None
-    if not is_fingerprint(base := about.get("base")):
-        raise WeightsError(f"{folder / ABOUT} describes no delta: base is no checksum")
+    base = base_of(read_about(folder / ABOUT, "delta"), folder / ABOUT, "delta")
     config, weights = read_config(folder / CONFIG), read_safetensors(folder / DELTA)
     return Delta(base, config, dict(weights), _read_differences(folder / DIFFERENCES))
 

@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from mmi_deploy.errors import WeightsError
-from mmi_deploy.spec.config import ModelConfig, read_config, to_json
+from mmi_deploy.spec.config import ModelConfig, first_flaw, read_config, to_json
 from mmi_deploy.system.files import write_file
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.weights.lazy_tensor import (
@@ -192,9 +193,22 @@ def fingerprint(folder: Path, *, whole: bool = False) -> str:
     return found.hexdigest()[:16]
 
 
-def is_fingerprint(value: object) -> TypeGuard[str]:
-    """True for what `fingerprint` returns."""
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+def read_about(path: Path, what: str) -> dict[str, Any]:
+    """JSON object in `path` about `what`, adapters or a delta. Raises `WeightsError`."""
+    try:
+        return TypeAdapter(dict[str, Any]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        raise WeightsError(f"{path} describes no {what}: {first_flaw(error)}") from None
+
+
+def base_of(about: Mapping[str, Any], path: Path, what: str) -> str:
+    """Fingerprint of the base in what `read_about` read. Raises `WeightsError`."""
+    base = about.get("base")
+    if not isinstance(base, str) or re.fullmatch("[0-9a-f]{16}", base) is None:
+        raise WeightsError(f"{path} describes no {what}: base is no checksum")
+    return base
 
 
 def check_base(base: Path, wanted: str, what: str, *, whole: bool = False) -> None:
