@@ -25,8 +25,8 @@ def train_tiny(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Optimiser steps of the main stage.",
+            min=0,
+            help="Optimiser steps of the main stage, of all parts together.",
             show_default="the recipe's",
             metavar="N",
             rich_help_panel="Training",
@@ -52,6 +52,15 @@ def train_tiny(
             rich_help_panel="Training",
         ),
     ] = None,
+    picture_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Optimiser steps of a last stage, which trains the image decoder alone.",
+            metavar="N",
+            rich_help_panel="Training",
+        ),
+    ] = 0,
     world: Annotated[
         World, typer.Option(help="Difficulty of the synthetic scenes.", rich_help_panel="Training")
     ] = "easy",
@@ -131,7 +140,7 @@ def train_tiny(
 ) -> None:
     """Train a tiny model in stages: the autoencoder; reading and conditioning; then everything.
 
-    It learns from scenes that are drawn for it, or from emoji.
+    It learns from scenes that are drawn for it, or from emoji. `--picture-steps` adds a stage.
 
     It can be stopped at any time: the same command resumes from the last checkpoint and ends with
     the same weights. After every checkpoint OUT/model holds a usable model.
@@ -144,6 +153,16 @@ def train_tiny(
         raise ConfigError("--world is of drawn scenes", got=f"--emoji {emoji} too", fix="omit one")
     if fields and start is not None:
         raise ConfigError("--set is of new models", got=f"the model {start} too", fix="omit one")
+    if steps == 0 and (start is None or picture_steps == 0):
+        raise ConfigError(
+            "without the main stage there is nothing to train",
+            expected="a trained model as --start, and --picture-steps",
+        )
+    if steps == 0 and conditioning_steps:
+        raise ConfigError(
+            "the conditioning stage is followed by the main stage",
+            fix="leave --conditioning-steps out, or give more --steps",
+        )
     if start is not None and autoencoder_steps is not None and not new_autoencoder:
         raise ConfigError("the autoencoder of --start is kept", fix="add --new-autoencoder")
     if new_autoencoder and start is None:
@@ -179,6 +198,7 @@ def train_tiny(
             steps=steps,
             conditioning_steps=conditioning_steps,
             autoencoder_steps=autoencoder_steps,
+            picture_steps=picture_steps,
             seed=seed,
             run=RunConfig(precision=precision, accumulate=accumulate),
             start=start,

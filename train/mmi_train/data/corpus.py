@@ -37,6 +37,10 @@ class Corpus(Protocol):
     def conditioning_mixture(self) -> Mapping[str, int]:
         """Documents of each kind in a micro-batch of the conditioning stage, without U-Net."""
 
+    @property
+    def picture_mixture(self) -> Mapping[str, int]:
+        """Documents of each kind in a micro-batch of stages that train the U-Net alone."""
+
     def document(
         self, kind: str, rng: np.random.Generator, split: Split = "train"
     ) -> MadeDocument: ...

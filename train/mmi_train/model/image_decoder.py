@@ -45,6 +45,15 @@ class PreviousImages:
     position: Tensor
     seeing: Tensor | None = None
 
+    def repeated(self, times: int) -> PreviousImages:
+        """All pictures `times` times, one block after another; features are shared."""
+        seeing = self.seeing
+        if seeing is not None:
+            offsets = torch.arange(times, device=seeing.device)[:, None] * len(self.slot)
+            seeing = (seeing + offsets).flatten()
+        slot, position = self.slot.repeat(times, 1), self.position.repeat(times, 1)
+        return PreviousImages(self.features, slot, position, seeing)
+
 
 @dataclass(frozen=True)
 class RandomDraws:

@@ -108,6 +108,14 @@ class PictureInputs(NamedTuple):
     condition: Tensor
     images: PreviousImages
 
+    def repeated(self, times: int) -> PictureInputs:
+        """All pictures `times` times, one block after another, for as many noise levels."""
+        return PictureInputs(
+            Posterior(*(moment.repeat(times, 1, 1, 1) for moment in self.posterior)),
+            self.condition.repeat(times, 1, 1),
+            self.images.repeated(times),
+        )
+
 
 class MMInterleaved(nn.Module):
     """Visual tokenizer, language model with its head, and image decoder of `config`."""

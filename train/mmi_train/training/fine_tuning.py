@@ -54,7 +54,7 @@ from mmi_train.training.stages.distillation import (
     teacher_of,
 )
 from mmi_train.training.stages.documents import DocumentsStage
-from mmi_train.training.stages.interleaved import PICTURES_MIXTURE, InterleavedStage
+from mmi_train.training.stages.interleaved import InterleavedStage
 from mmi_train.training.stages.packed_documents import PackedDocumentsStage
 from mmi_train.training.teachers import load_teacher, teacher_config
 from mmi_train.training.trackers import TrackerName, service
@@ -336,7 +336,7 @@ def _source(
     """Stage that makes micro-batches of the documents of a file, or of a drawn world."""
     if isinstance(file, WorldConfig):
         world = DrawnWorld(file)
-        return InterleavedStage(model, own_tokenizer(start, world), world, PICTURES_MIXTURE)
+        return InterleavedStage(model, own_tokenizer(start, world), world, world.picture_mixture)
     return stage_class(tuning, file)(
         model,
         Tokenizer.open(start / TOKENIZER, model.config.tokens),

@@ -1,12 +1,12 @@
-"""Train a preset from scratch in three stages.
+"""Train a preset from scratch in up to four stages.
 
 First the autoencoder; then the language model and the U-Net's condition, without the U-Net; then
-all parts together.
+all parts together; and last, where it is asked for, the image decoder alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -30,10 +30,11 @@ from mmi_train.data.synthetic.world import easy
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.model.vae import Vae
 from mmi_train.training.loop import RunConfig, checksum_of, train
-from mmi_train.training.optimiser import FROM_SCRATCH, OptimiserConfig
+from mmi_train.training.optimiser import FROM_SCRATCH, IMAGE_DECODER, OptimiserConfig
 from mmi_train.training.stages.autoencoder import AutoencoderStage
 from mmi_train.training.stages.interleaved import InterleavedStage
 from mmi_train.training.stages.packed import PackedStage
+from mmi_train.training.stages.pictures import PicturesStage
 from mmi_train.weights.lazy_tensor import StoredTensor
 from mmi_train.weights.model_folder import FOLDER_KIND, TOKENIZER, load_model, save_model
 
@@ -66,6 +67,7 @@ INTERLEAVED = OptimiserConfig(
 # from the text loss, to which the image loss adds mostly noise.
 IMAGE_WEIGHT = 3.0
 CONDITIONING = replace(INTERLEAVED, steps=1500, cool_from=1.0)
+PICTURES = replace(INTERLEAVED, rules=IMAGE_DECODER)
 
 
 def with_latent_scale(config: ModelConfig, scale: float) -> ModelConfig:
@@ -200,6 +202,7 @@ def train_from_scratch(
     steps: int | None = None,
     conditioning_steps: int | None = None,
     autoencoder_steps: int | None = None,
+    picture_steps: int = 0,
     seed: int = 0,
     run: RunConfig | None = None,
     start: Path | None = None,
@@ -214,7 +217,8 @@ def train_from_scratch(
     `start`: a model folder to start from in place of new weights. Its autoencoder is kept, or with
     `new_autoencoder` replaced by one that is trained from nothing.
     `steps`, `conditioning_steps`, `autoencoder_steps`: of the main stage, of the conditioning stage
-    and of the autoencoder's; None: the recipe's. `packed`: the paper's rows of the whole context
+    and of the autoencoder's; None: the recipe's; the first two may be 0. `picture_steps`: of a last
+    stage that trains the image decoder alone. `packed`: the paper's rows of the whole context
     length, in which documents see each other, in place of isolated documents.
     `checkpoint_gradients`: less memory, more time. Every stage resumes from its last checkpoint if
     the same call runs again. Raises `MmiError` where another process trains there, or `out/model`
@@ -229,8 +233,13 @@ def train_from_scratch(
                               new_autoencoder, progress)  # fmt: skip
         model.checkpoint_gradients(checkpoint_gradients)
         tokenizer = corpus.tokenizer() if start is None else own_tokenizer(start, corpus)
-        _train(model, tokenizer, begun, out, folder, corpus, steps, conditioning_steps, run, packed,
-               progress)  # fmt: skip
+        save = partial(_save_averaged, model, tokenizer, folder)
+        if steps != 0:
+            begun = _train(model, tokenizer, begun, out, save, corpus, steps, conditioning_steps,
+                           run, packed, progress)  # fmt: skip
+        if picture_steps:
+            _train_pictures(model, tokenizer, begun, out, save, corpus, picture_steps, run,
+                            progress)  # fmt: skip
     return folder
 
 
@@ -270,19 +279,33 @@ def _weights_of(model: MMInterleaved) -> str:
     return f"weights {checksum_of(model.state_dict().items())}"
 
 
+# Writes the model of a stage with averages of its weights.
+SaveAveraged = Callable[[Mapping[str, Tensor]], None]
+
+
+def _save_averaged(
+    model: MMInterleaved, tokenizer: Tokenizer, folder: Path, means: Mapping[str, Tensor]
+) -> None:
+    with averaged(model, means), new_folder(folder, None, kind=FOLDER_KIND) as work:
+        save_model(model, work, torch.float16)
+        write_file(work / TOKENIZER, tokenizer.to_str(pretty=True))
+
+
 def _train(
     model: MMInterleaved,
     tokenizer: Tokenizer,
     begun: str,
     out: Path,
-    folder: Path,
+    save: SaveAveraged,
     corpus: Corpus,
     steps: int | None,
     conditioning_steps: int | None,
     run: RunConfig,
     packed: bool,
     progress: Progress,
-) -> None:
+) -> str:
+    """Conditioning and main stage, after which the model has the averaged weights; returns what
+    they began from, in words, and for how long they trained."""
     stage: InterleavedStage | PackedStage
     if packed:
         source = partial(endless_documents, model.config, tokenizer, corpus)
@@ -298,14 +321,30 @@ def _train(
             begun += f", conditioned for {conditioning_steps or CONDITIONING.steps} steps"
     optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
 
-    def save(step: int, average: Mapping[str, StoredTensor]) -> None:
-        """Write the model with averaged weights, so that every checkpoint leaves a usable one."""
-        means = {name: value.read() for name, value in average.items()}
-        with (
-            averaged(model, stage.model_state(means)),
-            new_folder(folder, None, kind=FOLDER_KIND) as work,
-        ):
-            save_model(model, work, torch.float16)
-            write_file(work / TOKENIZER, tokenizer.to_str(pretty=True))
+    def on_checkpoint(step: int, average: Mapping[str, StoredTensor]) -> None:
+        save(stage.model_state({name: value.read() for name, value in average.items()}))
 
-    train(stage, optimiser, run, out / stage.name, save, progress, begun)
+    average = train(stage, optimiser, run, out / stage.name, on_checkpoint, progress, begun)
+    _load(model, stage.model_state(average))
+    return f"{begun}, trained for {optimiser.steps} steps"
+
+
+def _train_pictures(
+    model: MMInterleaved,
+    tokenizer: Tokenizer,
+    begun: str,
+    out: Path,
+    save: SaveAveraged,
+    corpus: Corpus,
+    steps: int,
+    run: RunConfig,
+    progress: Progress,
+) -> None:
+    source = InterleavedStage(model, tokenizer, corpus, corpus.picture_mixture)
+    stage = PicturesStage(source)
+
+    def on_checkpoint(step: int, average: Mapping[str, StoredTensor]) -> None:
+        save({name: value.read() for name, value in average.items()})
+
+    optimiser = replace(PICTURES, steps=steps)
+    train(stage, optimiser, run, out / stage.name, on_checkpoint, progress, begun)

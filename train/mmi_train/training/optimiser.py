@@ -38,6 +38,13 @@ FROM_SCRATCH = (
     GroupRule(r"look_back\.gate$", decay=0.0),
 )
 
+# What makes pictures out of hidden states: context resampler and U-Net with MMFS.
+IMAGE_DECODER = (
+    GroupRule(r"^image_decoder\.vae\.", rate=0.0),
+    GroupRule(r"^image_decoder\."),
+    GroupRule("", rate=0.0),
+)
+
 # The published run: CLIP, the LLM body, its embeddings and head and the VAE are frozen; the U-Net
 # and all sampling offsets learn at 1e-5, the rest at 1e-4.
 TABLE_11 = (
@@ -130,6 +137,8 @@ GROUPS: Mapping[str, tuple[GroupRule, ...]] = {
     "table_15": _paper(0.0, 10.0),
     # The U-Net without MMFS: what distillation trains.
     "unet": (GroupRule(r"^image_decoder\.unet\.(?!look_back)"), GroupRule("", rate=0.0)),
+    # The image decoder without the autoencoder: what the pictures stage trains.
+    "image_decoder": IMAGE_DECODER,
     # Everything but the autoencoder, at one rate.
     "all": FROM_SCRATCH,
 }

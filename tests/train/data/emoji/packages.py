@@ -47,7 +47,7 @@ def icon_files() -> dict[str, dict]:
 def keyword_files() -> dict[str, dict]:
     """Files of the keyword package."""
     words = {
-        chr(0x1F600 + index): [name.replace("-", "_"), name.partition("-")[0], "thing"]
+        chr(0x1F600 + index): [name.replace("-", "_"), name.partition("-")[0], "mr. thing"]
         for index, name in enumerate(icon_files()["icons.json"]["icons"])
     }
     return {"dist/emoji-en-US.json": words}

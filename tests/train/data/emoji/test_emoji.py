@@ -27,7 +27,7 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> EmojiSet:
 def test_names_groups_and_keywords_are_those_of_the_packages(emoji: EmojiSet) -> None:
     first = emoji.emoji[0]
     assert (first.name, first.group) == ("red ball", "Balls & Boxes")
-    assert first.keywords == ("red ball", "red", "thing")
+    assert first.keywords == ("red ball", "red", "mr. thing")
     assert len(emoji.emoji) == 32  # not the one without a group
     assert 0 < len(emoji.of("held_out")) < 10
     assert sorted(emoji.of("held_out") + emoji.of("train")) == list(range(32))

@@ -8,6 +8,7 @@ which ends decoding.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,6 +37,7 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
 )
 PROMPTED_KEYWORDS = 3  # of a drawing that is asked for by keywords
 BY_KEYWORDS = 0.2  # share of drawings that are
+_WORD = r"[^\s.:?]+|[.:?]"  # of a text, as the tokenizer splits it
 WORDS = (
     "caption draw small on what is it which group size background the turns flips grows shrinks "
     "next"
@@ -82,6 +84,10 @@ class EmojiCorpus:
     def conditioning_mixture(self) -> Mapping[str, int]:
         return MappingProxyType({"reading": 12, "drawing": 24, "story": 10})
 
+    @property
+    def picture_mixture(self) -> Mapping[str, int]:
+        return MappingProxyType({"drawing": 18, "story": 3})
+
     def document(
         self, kind: str, rng: np.random.Generator, split: Split = "train"
     ) -> EmojiDocument:
@@ -102,14 +108,15 @@ class EmojiCorpus:
         """One token a word: those of the prompts, then those of names, groups and keywords."""
         used: list[str] = [".", ":", "?", *WORDS.split(), *WIDTHS, *BACKGROUNDS]
         for one in self.emoji.emoji:
-            used += " ".join([one.name, group_text(one.group), *one.keywords]).split()
+            text = " ".join([one.name, group_text(one.group), *one.keywords])
+            used += re.findall(_WORD, text.lower())
         words = [*SPECIAL_TOKENS, *sorted(dict.fromkeys(used))]
         tokenizer = Tokenizer(
             WordLevel({word: id for id, word in enumerate(words)}, SPECIAL_TOKENS[UNKNOWN])
         )
         tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
         tokenizer.normalizer = normalizers.Lowercase()
-        split = pre_tokenizers.Split(Regex(r"[^\s.:?]+|[.:?]"), "isolated")
+        split = pre_tokenizers.Split(Regex(_WORD), "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), split])
         tokenizer.decoder = decoders.Sequence(
             [decoders.WordPiece(prefix="##", cleanup=True), decoders.Replace(" :", ":")]

@@ -33,6 +33,10 @@ class DrawnWorld:
         # Without the U-Net a picture to draw costs next to nothing.
         return MappingProxyType({"reading": 14, "drawing": 20, "segmentation": 8, "story": 8})
 
+    @property
+    def picture_mixture(self) -> Mapping[str, int]:
+        return MappingProxyType({"drawing": 3, "segmentation": 4, "story": 3})
+
     def document(self, kind: str, rng: np.random.Generator, split: Split = "train") -> TaskDocument:
         return MAKERS[kind](rng, self.world, split)
 

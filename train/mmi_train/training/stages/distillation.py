@@ -192,21 +192,18 @@ class DistillationStage:
     @torch.no_grad()
     def _rows(self, batch: Batch) -> _Rows | None:
         """Encode the documents and repeat their pictures once for each noise level."""
-        model, decoder, times = self.model, self.model.image_decoder, self.settings.draws
+        model, decoder = self.model, self.model.image_decoder
         batch = model.with_layout(batch)
         assert batch.layout is not None
         if batch.layout.pictures is None:
             return None
         images = model.encode_images(batch.pixels)
         hidden = model.read_rows(batch.token_ids, images, batch.layout.rows)
-        posterior, condition, look_back = model.picture_inputs(hidden, images, batch)
+        inputs = model.picture_inputs(hidden, images, batch).repeated(self.settings.draws)
+        posterior, condition, look_back = inputs
         latents = decoder.vae.latents(posterior, torch.randn_like(posterior.mean))
-        return _Rows(
-            latents.repeat(times, 1, 1, 1),
-            condition.repeat(times, 1, 1),
-            decoder.unet.image_values(look_back.features),
-            _repeated(look_back, times),
-        )
+        values = decoder.unet.image_values(look_back.features)
+        return _Rows(latents, condition, values, look_back)
 
     def _guidance_loss(self, rows: _Rows) -> Tensor:
         """Squared error against the guided prediction of the teacher (Meng et al. 2023, Eq. 3)."""
@@ -249,19 +246,8 @@ class DistillationStage:
         both = replace(
             rows,
             condition=torch.cat([rows.condition, null.expand_as(rows.condition)]),
-            images=_repeated(rows.images, 2),
+            images=rows.images.repeated(2),
         )
         found = self._teacher(noisy.repeat(2, 1, 1, 1), timestep.repeat(2), both).float()
         conditional, unconditional = found.chunk(2)
         return unconditional + self.config.guidance * (conditional - unconditional)
-
-
-def _repeated(images: PreviousImages, times: int) -> PreviousImages:
-    """Repeat the rows of all pictures `times` times, one block after another; features are
-    shared."""
-    seeing = images.seeing
-    if seeing is not None:
-        offsets = torch.arange(times, device=seeing.device)[:, None] * len(images.slot)
-        seeing = (seeing + offsets).flatten()
-    slot, position = images.slot.repeat(times, 1), images.position.repeat(times, 1)
-    return PreviousImages(images.features, slot, position, seeing)

@@ -21,9 +21,6 @@ from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training.stages import MODEL_PREFIX
 from mmi_train.training.stages.auxiliary_heads import RecallHead, SketchHead
 
-# Documents of each kind in a micro-batch of the drawn world whose documents draw alone.
-PICTURES_MIXTURE = MappingProxyType({"drawing": 3, "segmentation": 4, "story": 3})
-
 # Loss weight of a kind's text, 1 by default: the next change of a story is random.
 TEXT_WEIGHT = MappingProxyType({"story": 0.2})
 
