@@ -317,6 +317,16 @@ class _Picture:
             "noise": self.noise[index],
         }
 
+    def after(self, index: int, state: Arrays) -> Arrays:
+        """The model's state after a step that began with `state`: its latents, and the history that
+        the sampler's table makes of its prediction."""
+        step = self.steps[index]
+        terms = np.concatenate(
+            [state["latents"], step.prediction.numpy(), self.noise[index], state["history"][0]]
+        )
+        _, *history = np.tensordot(self.schedule.coefficients[index], terms, 1)
+        return {"latents": step.latents.numpy(), "history": np.stack(history)[None]}
+
 
 # Samplers of the rows of a batch, with and without noise of their own, and their guidance, which a
 # distilled U-Net has of its own.
@@ -327,9 +337,14 @@ _GUIDANCE = (3.5, 1.0, 7.0)
 def _denoise(
     model: MMInterleaved, graph: Graph, limits: Limits, run: Run, draw: np.random.Generator
 ) -> Cases:
-    """Compare whole pictures of a few steps, so that the solver's history is proved too. The rows
-    of a batch differ in sampler, guidance, images and step: row r begins r runs after the first.
-    The graph runs the steps of its kind; the model supplies the others."""
+    """Compare every step of pictures of a few steps, so that the solver's history is proved too.
+    The rows of a batch differ in sampler, guidance, images and step: row r begins r runs after the
+    first. The graph runs the steps of its kind; the model supplies the others.
+
+    Every step begins with the model's latents and history. Random conditions and features are no
+    picture's: with guidance, some of them let rounding errors grow tenfold with each step, in
+    PyTorch as in the graph.
+    """
     diffusion = model.config.image_decoder.diffusion
     unet = model.image_decoder.unet
     shallow = any(tensor.name == DEEP for tensor in graph.inputs)
@@ -379,10 +394,7 @@ def _draw_together(
             if not 0 <= index < _STEPS:
                 continue
             if shallow and index == 0:  # a whole step, which the model supplies
-                step = picture.steps[0]
-                state[row] = _next_state(
-                    picture.schedule, 0, state[row], step.prediction, picture.noise[0]
-                )
+                state[row] = picture.after(0, state[row])
                 continue
             running.append((row, index))
         if not running:
@@ -399,11 +411,10 @@ def _draw_together(
         outputs = run(shared | stacked)
         for place, (row, index) in enumerate(running):
             own = {name: array[place : place + 1] for name, array in outputs.items()}
-            state[row] = {"latents": own["next_latents"], "history": own["next_history"]}
-            step = pictures[row].steps[index]
-            wanted = {"next_latents": step.latents}
+            state[row] = pictures[row].after(index, state[row])
+            wanted = {f"next_{name}": torch.from_numpy(array) for name, array in state[row].items()}
             if not shallow:
-                wanted[DEEP] = torch.from_numpy(_deep(step))
+                wanted[DEEP] = torch.from_numpy(_deep(pictures[row].steps[index]))
             compared.append(compare_with_model(graph, own, wanted))
     return compared
 
@@ -477,15 +488,6 @@ def _previous_images(
         torch.from_numpy(draw.integers(0, len(features), position.shape).astype(np.int32)),
         torch.from_numpy(np.where(position <= seen, position, 0).astype(np.int32)),
     )
-
-
-def _next_state(
-    schedule: Schedule, step: int, state: Arrays, prediction: Tensor, noise: NDArray[np.float32]
-) -> Arrays:
-    """Apply one row of the sampler's table to a prediction of one picture, in NumPy."""
-    terms = np.concatenate([state["latents"], prediction.numpy(), noise, state["history"][0]])
-    latents, *history = np.tensordot(schedule.coefficients[step], terms, 1)
-    return {"latents": latents[None], "history": np.stack(history)[None]}
 
 
 def _vae_decoder(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from exports import Exported
+from mmi_deploy.errors import BundleError
 from mmi_deploy.spec.graphs import (
     GRAPHS,
     IR_VERSION,
@@ -22,7 +25,7 @@ from mmi_deploy.spec.graphs import (
     Graph,
     level_sides,
 )
-from mmi_export.parity.receipts import Arrays, onnx_runner
+from mmi_export.parity.receipts import Arrays, onnx_runner, prove
 
 NAMES = [make.__name__ for make in GRAPHS]
 TYPES = {
@@ -271,3 +274,21 @@ def test_the_guidance_of_a_row_weighs_its_own_two_branches(exported: Exported) -
     first, second = run(inputs)["next_latents"], run(others)["next_latents"]
     np.testing.assert_array_equal(first[0], second[0])
     assert (first[1] != second[1]).any()
+
+
+@pytest.mark.parametrize("name", ["denoise_step", "denoise_shallow"])
+@pytest.mark.parametrize("fault", ["history is written", "history is read"])
+def test_a_faulty_history_is_found(exported: Exported, name: str, fault: str) -> None:
+    """By a thousandth of its own value."""
+    contract, limits = graph_of(exported, name), exported.bundle.limits
+    run = onnx_runner(exported.bundle.graph_file(name))
+
+    def faulty(inputs: Mapping[str, Any]) -> Arrays:
+        if fault == "history is read":
+            return run({**inputs, "history": inputs["history"] * np.float32(1.001)})
+        outputs = run(inputs)
+        return {**outputs, "next_history": outputs["next_history"] * np.float32(1.001)}
+
+    prove(exported.model, contract, limits, run)
+    with pytest.raises(BundleError, match="does not compute what the model does"):
+        prove(exported.model, contract, limits, faulty)
