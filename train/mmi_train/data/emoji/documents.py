@@ -86,7 +86,7 @@ class EmojiCorpus:
 
     @property
     def picture_mixture(self) -> Mapping[str, int]:
-        return MappingProxyType({"drawing": 18, "story": 3})
+        return MappingProxyType({"drawing": 10, "story": 6})
 
     def document(
         self, kind: str, rng: np.random.Generator, split: Split = "train"
