@@ -182,7 +182,7 @@ def train_tiny(
             from mmi_train.data.emoji.emoji_set import read_set
             from mmi_train.data.synthetic import world as worlds
             from mmi_train.data.synthetic.drawn_world import DrawnWorld
-            from mmi_train.training.from_scratch import train_from_scratch
+            from mmi_train.training.from_scratch import StageSteps, train_from_scratch
             from mmi_train.training.loop import RunConfig
         if threads is not None:
             torch.set_num_threads(threads)
@@ -195,10 +195,7 @@ def train_tiny(
             with_fields(config, assignments(fields or []).values),
             out,
             corpus=corpus,
-            steps=steps,
-            conditioning_steps=conditioning_steps,
-            autoencoder_steps=autoencoder_steps,
-            picture_steps=picture_steps,
+            steps=StageSteps(autoencoder_steps, conditioning_steps, steps, picture_steps),
             seed=seed,
             run=RunConfig(precision=precision, accumulate=accumulate),
             start=start,

@@ -6,9 +6,9 @@ all parts together; and last, where it is asked for, the image decoder alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.world import easy
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.model.vae import Vae
+from mmi_train.training.checkpoints import latest_checkpoint
 from mmi_train.training.loop import RunConfig, checksum_of, train
 from mmi_train.training.optimiser import FROM_SCRATCH, IMAGE_DECODER, OptimiserConfig
 from mmi_train.training.stages.autoencoder import AutoencoderStage
@@ -154,30 +155,6 @@ def open_gates(model: MMInterleaved, value: float = OPEN_GATE) -> None:
                 parameter.fill_(value)
 
 
-def _train_conditioning(
-    model: MMInterleaved,
-    tokenizer: Tokenizer,
-    corpus: Corpus,
-    steps: int | None,
-    run: RunConfig,
-    out: Path,
-    progress: Progress,
-) -> dict[str, Tensor]:
-    """Conditioning stage: train all but the U-Net; returns the averaged weights of the model and
-    its auxiliary heads."""
-    optimiser = CONDITIONING if steps is None else replace(CONDITIONING, steps=steps)
-    stage = InterleavedStage(
-        model,
-        tokenizer,
-        corpus,
-        corpus.conditioning_mixture,
-        name="conditioning",
-        image_weight=0.0,
-    )
-    run = replace(run, average=0.99)
-    return train(stage, optimiser, run, out / stage.name, progress=progress)
-
-
 def endless_documents(
     config: ModelConfig, tokenizer: Tokenizer, corpus: Corpus, rng: np.random.Generator
 ) -> Iterator[TokenDocument]:
@@ -194,15 +171,24 @@ def endless_documents(
         )
 
 
+@dataclass(frozen=True)
+class StageSteps:
+    """Optimiser steps of each stage; None: the recipe's. `conditioning` and `main` may be 0. The
+    stage of `pictures`, which trains the image decoder alone, is left out unless it is asked for.
+    """
+
+    autoencoder: int | None = None
+    conditioning: int | None = None
+    main: int | None = None
+    pictures: int = 0
+
+
 def train_from_scratch(
     config: ModelConfig,
     out: Path,
     *,
     corpus: Corpus | None = None,
-    steps: int | None = None,
-    conditioning_steps: int | None = None,
-    autoencoder_steps: int | None = None,
-    picture_steps: int = 0,
+    steps: StageSteps | None = None,
     seed: int = 0,
     run: RunConfig | None = None,
     start: Path | None = None,
@@ -215,11 +201,8 @@ def train_from_scratch(
     `out/model`; returns its path.
 
     `start`: a model folder to start from in place of new weights. Its autoencoder is kept, or with
-    `new_autoencoder` replaced by one that is trained from nothing.
-    `steps`, `conditioning_steps`, `autoencoder_steps`: of the main stage, of the conditioning stage
-    and of the autoencoder's; None: the recipe's; the first two may be 0. `picture_steps`: of a last
-    stage that trains the image decoder alone. `packed`: the paper's rows of the whole context
-    length, in which documents see each other, in place of isolated documents.
+    `new_autoencoder` replaced by one that is trained from nothing. `packed`: the paper's rows of
+    the whole context length, in which documents see each other, in place of isolated documents.
     `checkpoint_gradients`: less memory, more time. Every stage resumes from its last checkpoint if
     the same call runs again. Raises `MmiError` where another process trains there, or `out/model`
     holds files that mmi did not write.
@@ -227,19 +210,17 @@ def train_from_scratch(
     folder = out / "model"
     with run_folder(out, "training"):
         check_replaceable(folder, None, kind=FOLDER_KIND, inputs=[] if start is None else [start])
-        corpus = corpus or DrawnWorld(easy())
+        corpus, steps = corpus or DrawnWorld(easy()), steps or StageSteps()
         run = replace(run or RunConfig(), seed=seed)
-        model, begun = _begin(config, corpus, out, run, autoencoder_steps, start,
+        model, begun = _begin(config, corpus, out, run, steps.autoencoder, start,
                               new_autoencoder, progress)  # fmt: skip
         model.checkpoint_gradients(checkpoint_gradients)
         tokenizer = corpus.tokenizer() if start is None else own_tokenizer(start, corpus)
-        save = partial(_save_averaged, model, tokenizer, folder)
-        if steps != 0:
-            begun = _train(model, tokenizer, begun, out, save, corpus, steps, conditioning_steps,
-                           run, packed, progress)  # fmt: skip
-        if picture_steps:
-            _train_pictures(model, tokenizer, begun, out, save, corpus, picture_steps, run,
-                            progress)  # fmt: skip
+        stages = _Stages(model, tokenizer, corpus, out, folder, run, progress)
+        if steps.main != 0:
+            begun = stages.train_all(begun, steps.conditioning, steps.main, packed)
+        if steps.pictures:
+            stages.train_pictures(begun, steps.pictures)
     return folder
 
 
@@ -279,72 +260,88 @@ def _weights_of(model: MMInterleaved) -> str:
     return f"weights {checksum_of(model.state_dict().items())}"
 
 
-# Writes the model of a stage with averages of its weights.
-SaveAveraged = Callable[[Mapping[str, Tensor]], None]
+@dataclass(frozen=True, eq=False)
+class _Stages:
+    """Stages of one model after its autoencoder, each from the averaged weights of the one before.
+    `folder`: where every checkpoint leaves a usable model."""
 
+    model: MMInterleaved
+    tokenizer: Tokenizer
+    corpus: Corpus
+    out: Path
+    folder: Path
+    run: RunConfig
+    progress: Progress
 
-def _save_averaged(
-    model: MMInterleaved, tokenizer: Tokenizer, folder: Path, means: Mapping[str, Tensor]
-) -> None:
-    with averaged(model, means), new_folder(folder, None, kind=FOLDER_KIND) as work:
-        save_model(model, work, torch.float16)
-        write_file(work / TOKENIZER, tokenizer.to_str(pretty=True))
-
-
-def _train(
-    model: MMInterleaved,
-    tokenizer: Tokenizer,
-    begun: str,
-    out: Path,
-    save: SaveAveraged,
-    corpus: Corpus,
-    steps: int | None,
-    conditioning_steps: int | None,
-    run: RunConfig,
-    packed: bool,
-    progress: Progress,
-) -> str:
-    """Conditioning and main stage, after which the model has the averaged weights; returns what
-    they began from, in words, and for how long they trained."""
-    stage: InterleavedStage | PackedStage
-    if packed:
-        source = partial(endless_documents, model.config, tokenizer, corpus)
-        described = str(corpus.describe())
-        stage = PackedStage(model, source, described, length=model.config.llama.context)
-    else:
-        stage = InterleavedStage(model, tokenizer, corpus, image_weight=IMAGE_WEIGHT)
-        if conditioning_steps != 0:
-            weights = _train_conditioning(
-                model, tokenizer, corpus, conditioning_steps, run, out, progress
+    def train_all(
+        self, begun: str, conditioning_steps: int | None, steps: int | None, packed: bool
+    ) -> str:
+        """Conditioning and main stage. `begun`: what the weights are, in words; returns that for
+        the weights afterwards."""
+        stage: InterleavedStage | PackedStage
+        if packed:
+            source = partial(endless_documents, self.model.config, self.tokenizer, self.corpus)
+            described = str(self.corpus.describe())
+            length = self.model.config.llama.context
+            stage = PackedStage(self.model, source, described, length=length)
+        else:
+            stage = InterleavedStage(
+                self.model, self.tokenizer, self.corpus, image_weight=IMAGE_WEIGHT
             )
-            _load(stage.module, weights)
-            begun += f", conditioned for {conditioning_steps or CONDITIONING.steps} steps"
-    optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
+            if conditioning_steps != 0:
+                _load(stage.module, self._train_conditioning(conditioning_steps))
+                begun += f", conditioned for {conditioning_steps or CONDITIONING.steps} steps"
+        optimiser = INTERLEAVED if steps is None else replace(INTERLEAVED, steps=steps)
 
-    def on_checkpoint(step: int, average: Mapping[str, StoredTensor]) -> None:
-        save(stage.model_state({name: value.read() for name, value in average.items()}))
+        def save(step: int, average: Mapping[str, StoredTensor]) -> None:
+            self._save(stage.model_state({name: value.read() for name, value in average.items()}))
 
-    average = train(stage, optimiser, run, out / stage.name, on_checkpoint, progress, begun)
-    _load(model, stage.model_state(average))
-    return f"{begun}, trained for {optimiser.steps} steps"
+        # A later stage that has begun has written a better model.
+        later = latest_checkpoint(self.out / PicturesStage.name) is not None
+        average = train(
+            stage,
+            optimiser,
+            self.run,
+            self.out / stage.name,
+            None if later else save,
+            self.progress,
+            begun,
+        )
+        _load(self.model, stage.model_state(average))
+        return f"{begun}, trained for {optimiser.steps} steps"
 
+    def _train_conditioning(self, steps: int | None) -> dict[str, Tensor]:
+        """Conditioning stage: train all but the U-Net; returns the averaged weights of the model
+        and its auxiliary heads."""
+        optimiser = CONDITIONING if steps is None else replace(CONDITIONING, steps=steps)
+        stage = InterleavedStage(
+            self.model,
+            self.tokenizer,
+            self.corpus,
+            self.corpus.conditioning_mixture,
+            name="conditioning",
+            image_weight=0.0,
+        )
+        run = replace(self.run, average=0.99)
+        return train(stage, optimiser, run, self.out / stage.name, progress=self.progress)
 
-def _train_pictures(
-    model: MMInterleaved,
-    tokenizer: Tokenizer,
-    begun: str,
-    out: Path,
-    save: SaveAveraged,
-    corpus: Corpus,
-    steps: int,
-    run: RunConfig,
-    progress: Progress,
-) -> None:
-    source = InterleavedStage(model, tokenizer, corpus, corpus.picture_mixture)
-    stage = PicturesStage(source)
+    def train_pictures(self, begun: str, steps: int) -> None:
+        """Pictures stage: train the image decoder alone."""
+        source = InterleavedStage(
+            self.model, self.tokenizer, self.corpus, self.corpus.picture_mixture
+        )
+        stage, optimiser = PicturesStage(source), replace(PICTURES, steps=steps)
 
-    def on_checkpoint(step: int, average: Mapping[str, StoredTensor]) -> None:
-        save({name: value.read() for name, value in average.items()})
+        def save(step: int, average: Mapping[str, StoredTensor]) -> None:
+            self._save({name: value.read() for name, value in average.items()})
 
-    optimiser = replace(PICTURES, steps=steps)
-    train(stage, optimiser, run, out / stage.name, on_checkpoint, progress, begun)
+        train(stage, optimiser, self.run, self.out / stage.name, save, self.progress, begun)
+
+    def _save(self, means: Mapping[str, Tensor]) -> None:
+        """Write the model with averages of its weights."""
+        with (
+            averaged(self.model, means),
+            new_folder(self.folder, None, kind=FOLDER_KIND) as work,
+        ):
+            save_model(self.model, work, torch.float16)
+            write_file(work / TOKENIZER, self.tokenizer.to_str(pretty=True))

@@ -94,7 +94,8 @@ def test_both_stages_run_and_resume_and_the_readers_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DrawnWorld, "conditioning_mixture", {"drawing": 2, "reading": 1})
-    settings = {"start": TINY, "steps": 1, "conditioning_steps": 2}
+    steps = from_scratch.StageSteps(conditioning=2, main=1)
+    settings = {"start": TINY, "steps": steps}
     config = load_model(TINY).config
     model = from_scratch.train_from_scratch(config, tmp_path, **settings)
     assert load_model(model).config == config

@@ -17,14 +17,16 @@ from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy
 from mmi_train.model.image_decoder import RandomDraws
-from mmi_train.training.from_scratch import train_from_scratch
+from mmi_train.training.from_scratch import StageSteps, train_from_scratch
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.stages.interleaved import InterleavedStage
 from mmi_train.training.stages.pictures import PicturesStage
 from mmi_train.weights.model_folder import TOKENIZER, WEIGHTS, load_model, save_model
 
+TINY = Path("assets/tiny")
 RUN = RunConfig(precision="fp32", average=0.9, checkpoint_every=1, log_every=1)
 DRAWS = 3
+STEPS = StageSteps(main=0, pictures=2)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +39,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _trained(start: Path, out: Path) -> dict[str, torch.Tensor]:
     """Weights after two steps of the stage alone."""
-    folder = train_from_scratch(
-        load_model(start).config, out, start=start, steps=0, picture_steps=2, run=RUN
-    )
+    folder = train_from_scratch(load_model(start).config, out, start=start, steps=STEPS, run=RUN)
     return load_file(folder / WEIGHTS)
 
 
@@ -98,7 +98,7 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_weights(start: Path, tmp_p
         if (what, done) == ("pictures", 2):  # after the checkpoint of step 1
             raise Stopped
 
-    arguments = {"start": start, "steps": 0, "picture_steps": 2, "run": RUN}
+    arguments = {"start": start, "steps": STEPS, "run": RUN}
     config = load_model(start).config
     with pytest.raises(Stopped):
         train_from_scratch(config, tmp_path / "broken", progress=stop, **arguments)
@@ -106,6 +106,25 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_weights(start: Path, tmp_p
     expected = _trained(start, tmp_path / "whole")
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_set_back_to_its_main_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main stage, which is finished, reports its checkpoint again."""
+    monkeypatch.setattr(DrawnWorld, "mixture", {"drawing": 1})
+    monkeypatch.setattr(DrawnWorld, "picture_mixture", {"drawing": 1})
+    steps, config = StageSteps(conditioning=0, main=1, pictures=1), load_model(TINY).config
+    folder = train_from_scratch(config, tmp_path, start=TINY, steps=steps, run=RUN)
+    assert (tmp_path / "interleaved").is_dir() and (tmp_path / "pictures").is_dir()
+    finished = (folder / WEIGHTS).read_bytes()
+
+    def unchanged(what: str, done: int = 0, total: int = 0, **more: str) -> None:
+        assert (folder / WEIGHTS).read_bytes() == finished
+
+    train_from_scratch(config, tmp_path, start=TINY, steps=steps, run=RUN, progress=unchanged)
+    assert (folder / WEIGHTS).read_bytes() == finished
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ class PicturesStage:
     """The image loss of the paper (Eq. 5) on the documents of `source`, each picture at `draws`
     timesteps. The optimiser's rules freeze all but the image decoder."""
 
+    name = "pictures"
+
     def __init__(self, source: InterleavedStage, draws: int = 4) -> None:
         self.source, self.model, self.draws = source, source.model, draws
-        self.name = "pictures"
 
     @property
     def module(self) -> nn.Module:
