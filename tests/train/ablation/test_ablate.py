@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading, random_model, released_reading
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.config import with_fields
+from mmi_deploy.spec.config import ModelConfig, with_fields
 from mmi_train.ablation import ablate as ablation
 from mmi_train.ablation.parts import PARTS, DenseAttention
 from mmi_train.ablation.report import Mean, cells
 from mmi_train.ablation.run import Scale, Start, changed_model, name_of, settings
 from mmi_train.ablation.studies import STUDIES, Row, Study, study_called
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
+from mmi_train.training.from_scratch import INTERLEAVED
+from mmi_train.training.optimiser import TABLE_11, GroupRule, parameter_groups
 from mmi_train.weights.model_folder import TOKENIZER, WEIGHTS, save_model
 
 LEAST = Scale(steps=1, questions=1, solver_steps=1, loss_batches=1, share=0.01)
@@ -164,3 +167,20 @@ def test_every_study_names_measures_that_are_taken() -> None:
             assert isinstance(row, Row) and row.paper.keys() <= columns
         trainings = [str(row.training) for row in study.rows]
         assert len({*trainings}) == len(trainings)
+
+
+@pytest.mark.parametrize("reading", [paper_reading, released_reading])
+def test_what_learns_is_what_learns_in_pre_training(reading: Callable[[], ModelConfig]) -> None:
+    """Table 11's groups, as published: all but CLIP, whose adapter learns, the language model and
+    the autoencoder."""
+    learns = STUDIES["mmfs"].rows[1].training.learns
+    rules = (GroupRule(r"^image_decoder\.vae\.", rate=0.0), *map(GroupRule, learns))
+    found = []
+    for table in ((*rules, GroupRule("", rate=0.0)), TABLE_11):
+        model = random_model(reading())
+        parameter_groups(model, replace(INTERLEAVED, rules=table))
+        found.append({name for name, value in model.named_parameters() if value.requires_grad})
+    ours, published = found
+    assert any("spatial_prior" in name for name in ours)
+    # The null value is unused in a U-Net, and frozen in the table.
+    assert {name for name in ours ^ published if not name.endswith("null_value")} == set()

@@ -85,9 +85,9 @@ BACKGROUND = Measure("background", "drawing: background")
 # What learns in the paper's ablations: all but CLIP, the language model and the autoencoder.
 _LEARNS = (
     r"look_back\.",
-    r"^vision\.(resampler|output_proj|position_proj|position_norm|post_norm)",
-    r"^boi_embedding",
-    r"^image_decoder\.(context_proj|resampler|unet)",
+    r"^vision\.(?!encoder\.(embeddings|pre_norm|layers)\.)",
+    r"^(boi_embedding|head\.head_new)",
+    r"^image_decoder\.(?!vae\.)",
 )
 
 # One scale and one image, as in the paper's tables 5 to 8: the map of 8 x 8 cells, the image

@@ -35,7 +35,7 @@ class DrawnWorld:
 
     @property
     def picture_mixture(self) -> Mapping[str, int]:
-        return MappingProxyType({"drawing": 3, "segmentation": 4, "story": 3})
+        return MappingProxyType({"drawing": 2, "segmentation": 3, "story": 5})
 
     def document(self, kind: str, rng: np.random.Generator, split: Split = "train") -> TaskDocument:
         return MAKERS[kind](rng, self.world, split)
