@@ -306,7 +306,7 @@ def _generate_one(
     before = time.perf_counter()
     kernels = machine.find_kernels()
     started += time.perf_counter() - before  # compiled once per machine: not loading time
-    runtime = machine.open_runtime(opened, kernels)
+    runtime = machine.open_runtime(opened, kernels, options.beams)
     output = Output(source, runtime, options)
     events = events_of(runtime, source, options)  # refuses the document before it is shown
     with new_folder(out, force, kind="story", inputs=inputs) as work:

@@ -47,9 +47,9 @@ class Machine:
         """Library of the MMFS kernels, compiled the first time, or `none`."""
         return find_kernel_library(self.target, self.kernels) or NONE
 
-    def open_runtime(self, bundle: Bundle, kernels: str | Path) -> Runtime:
-        """Open the runtime, which loads no engine yet, and print the memory of a GPU. Raises
-        `MmiError`."""
+    def open_runtime(self, bundle: Bundle, kernels: str | Path, beams: int = 1) -> Runtime:
+        """Open the runtime, which loads no engine yet, and print the memory of a GPU with a
+        document of `beams`. Raises `MmiError`."""
         runtime = Runtime.open(
             bundle,
             threads=self.threads,
@@ -57,8 +57,9 @@ class Machine:
             kernels=kernels,
             device=self.device,
             resident=self.resident,
+            beams=beams,
         )
-        say_memory(runtime, self.target)
+        say_memory(runtime, self.target, beams)
         return runtime
 
     def record(self, bundle: Bundle, options: GenerationOptions) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def check_engines(target: str) -> None:
     load(backend_of(target).entry_point)
 
 
-def say_memory(runtime: Runtime, target: str) -> None:
+def say_memory(runtime: Runtime, target: str, beams: int = 1) -> None:
     """Print the planned GPU memory of a target on stderr; nothing for a CPU target."""
-    plan = runtime.backend.plan()
+    plan = runtime.backend.plan(beams)
     if plan is None:
         return
     console = remarks()

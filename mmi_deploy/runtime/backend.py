@@ -44,8 +44,9 @@ class Backend(Protocol):
     def is_resident(self, graph: str) -> bool:
         """True if the engine of `graph` stays in memory; False if it is swapped with others."""
 
-    def plan(self) -> MemoryPlan | None:
-        """Estimate of device memory before engines are loaded; None on the host."""
+    def plan(self, rows: int = 1) -> MemoryPlan | None:
+        """Estimate of device memory before engines are loaded, with `rows` of the KV cache; None
+        on the host."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class HostBackend:
     def is_resident(self, graph: str) -> bool:
         return True
 
-    def plan(self) -> None:
+    def plan(self, rows: int = 1) -> None:
         return None
 
 

@@ -81,12 +81,15 @@ class MemoryPlan:
         )
 
 
-def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> dict[str, int]:
+def document_bytes(
+    graphs: Mapping[str, Graph], limits: Limits, images: int, rows: int = 1
+) -> dict[str, int]:
     """Bytes of a `Session`'s buffers for one document, by kind. images: images that the U-Net
-    may see."""
+    may see. rows: of the KV cache, for as many beams."""
     llm, step = graphs["llm"], graphs["denoise_step"]
     cached = set(llm.in_place.values())
     sizes = {"b": 1, "t": 1, "w": 1, "v": 1}
+    decoded = sizes | {"b": rows}
     drawing = [
         *(step[name] for name in ("latents", "history", "next_latents", "next_history", "noise")),
         step[DEEP],
@@ -97,10 +100,10 @@ def document_bytes(graphs: Mapping[str, Graph], limits: Limits, images: int) -> 
     seen = [graphs["vision_encoder"]["features"], *graphs["unet_values"].outputs]
     values = _bytes(graphs["llm_values"].outputs, {"n": limits.images})
     return {
-        "KV cache": _bytes((t for t in llm.inputs if t.name in cached), sizes),
+        "KV cache": _bytes((t for t in llm.inputs if t.name in cached), decoded),
         "image values": values + _bytes(seen, {"n": images}),
         "hidden states": _bytes([llm["hidden"]], {"b": 1, "t": limits.context}),
-        "one token": _bytes([llm["hidden"], llm["logits"]], sizes),
+        "one token": _bytes([llm["hidden"], llm["logits"]], decoded),
         "images being encoded": _bytes(
             [llm["visual_tokens"], graphs["vision_encoder"]["features"]],
             {"v": limits.context, "n": limits.batch},

@@ -74,6 +74,7 @@ class Runtime:
         device: int = 0,
         resident: Collection[str] | None = None,
         unproved: bool = False,
+        beams: int = 1,
     ) -> Runtime:
         """Open a bundle for one of its targets.
 
@@ -85,7 +86,8 @@ class Runtime:
         device: index of the GPU.
         resident: engine groups that stay on the GPU, names of
         `mmi_deploy.runtime.tensorrt.engine.GROUPS`; None for all. unproved: run graphs without a
-        receipt. Raises `MmiError`.
+        receipt. beams: most beams of a document, for whose KV cache a GPU has to have memory.
+        Raises `MmiError`.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle, unproved=unproved)
@@ -93,14 +95,14 @@ class Runtime:
         backend = open_backend(
             bundle, target, kernels=kernels, threads=threads, device=device, resident=resident
         )
-        return cls.from_backend(bundle, backend)
+        return cls.from_backend(bundle, backend, beams)
 
     @classmethod
-    def from_backend(cls, bundle: Bundle, backend: Backend) -> Runtime:
+    def from_backend(cls, bundle: Bundle, backend: Backend, beams: int = 1) -> Runtime:
         """Make the runtime of an opened backend; raises `EngineError` if the device has too little
         memory."""
         # Before any engine is loaded: loading is slow, and would fail only at its end.
-        if (plan := backend.plan()) is not None:
+        if (plan := backend.plan(beams)) is not None:
             plan.check()
         tokenizer = Tokenizer.open(bundle.tokenizer, bundle.config.tokens)
         return cls(

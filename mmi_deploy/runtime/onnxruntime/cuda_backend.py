@@ -124,8 +124,8 @@ class CudaBackend:
     def is_resident(self, graph: str) -> bool:
         return True
 
-    def plan(self) -> MemoryPlan:
-        """Estimate of GPU memory: the weights and one document; ONNX Runtime's arena is known once
+    def plan(self, rows: int = 1) -> MemoryPlan:
+        """Estimate of GPU memory: the weights and one document of `rows` beams; ONNX Runtime's arena is known once
         the graphs have run."""
         sizes = {
             name: sum(entry.size for entry in self.manifest.graph_files(name).values())
@@ -133,7 +133,7 @@ class CudaBackend:
             if name != SHALLOW
         }
         seen = min(self.bundle.config.image_decoder.mmfs.images_seen, self.limits.images)
-        caches = document_bytes(self.graphs, self.limits, seen)
+        caches = document_bytes(self.graphs, self.limits, seen, rows)
         free, _ = self.memory.gpu.memory()
         return MemoryPlan(sizes, {}, caches, None, free, self.memory.gpu.name)
 

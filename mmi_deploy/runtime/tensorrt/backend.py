@@ -133,8 +133,9 @@ class TensorRtBackend:
         """True if the engine of `graph` stays on the GPU."""
         return self.residency.is_resident(graph)
 
-    def plan(self) -> MemoryPlan:
-        """Estimate of GPU memory, as far as it is known before the engines are loaded."""
+    def plan(self, rows: int = 1) -> MemoryPlan:
+        """Estimate of GPU memory with one document of `rows` beams, as far as it is known before
+        the engines are loaded."""
         needed = {name: file for name, file in self.manifest.graphs.items() if name != SHALLOW}
         sizes = {name: self.manifest.files[file].size for name, file in needed.items()}
         resident = {name: size for name, size in sizes.items() if self.residency.is_resident(name)}
@@ -147,7 +148,7 @@ class TensorRtBackend:
         return MemoryPlan(
             resident,
             {group: swapped[group] for group in GROUPS if group in swapped},
-            document_bytes(graphs, self.limits, seen),
+            document_bytes(graphs, self.limits, seen, rows),
             self.workspace.bound or None,
             free,
             self.memory.gpu.name,

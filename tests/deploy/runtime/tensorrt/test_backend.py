@@ -131,13 +131,14 @@ def test_nothing_passes_the_host_between_engines(bundle: Bundle) -> None:
     assert to_gpu <= {4, 8, 16, 24, 32, latents, 3 * latents, 3 * 16 * 16 * 4}
 
 
-def test_a_document_takes_the_memory_that_was_planned(bundle: Bundle) -> None:
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_document_takes_the_memory_that_was_planned(bundle: Bundle, beams: int) -> None:
     """To the byte, but for what one run needs and gives back, and the places of staged inputs."""
     gpu = machine(bundle, add_target(bundle, "float16"))
-    plan = gpu.target.plan()
+    plan = gpu.target.plan(beams)
     assert plan.workspace is None and "known once they are loaded" in plan.lines()[-1]
     before = gpu.cuda.held()
-    session = Session(gpu.runtime)
+    session = Session(gpu.runtime, beams)
     session._picture_rows()
     assert gpu.cuda.held() - before == sum(plan.caches.values())
     gpu.runtime.load()
