@@ -125,8 +125,8 @@ class CudaBackend:
         return True
 
     def plan(self, rows: int = 1) -> MemoryPlan:
-        """Estimate of GPU memory: the weights and one document of `rows` beams; ONNX Runtime's arena is known once
-        the graphs have run."""
+        """Estimate of GPU memory: the weights and one document of `rows` beams; ONNX Runtime's
+        arena is known once the graphs have run."""
         sizes = {
             name: sum(entry.size for entry in self.manifest.graph_files(name).values())
             for name in self.manifest.graphs
