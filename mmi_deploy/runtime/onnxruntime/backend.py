@@ -67,7 +67,7 @@ class OnnxRuntimeBackend:
     def is_resident(self, graph: str) -> bool:
         return True
 
-    def plan(self) -> None:
+    def plan(self, rows: int = 1) -> None:
         return None
 
 
