@@ -10,6 +10,8 @@ reads it, and after every sentence draws the next picture. All rows are drawn to
 from __future__ import annotations
 
 import argparse
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image as PillowImage
@@ -22,6 +24,8 @@ from mmi_deploy import (
     GenerationOptions,
     Image,
     ImageDone,
+    MmiError,
+    Rgb,
     Text,
     document_of,
 )
@@ -35,48 +39,52 @@ SENTENCES = (
     "it shrinks.",
     "the background turns pink.",
 )
-SIDE, GAP, HEADING = 128, 6, 26  # px
+SIDE, GAP, HEADING = 128, 6, 42  # px
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path, help="bundle of a model of emoji")
     parser.add_argument("data", type=Path, help="emoji set that the model was trained on")
     parser.add_argument("-o", "--out", type=Path, default=Path("stories.png"))
     parser.add_argument("--names", nargs="+", default=NAMES, help="emoji of the first pictures")
+    parser.add_argument("--sentences", nargs="+", default=SENTENCES, help="of every story")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
+    try:
+        corpus = EmojiCorpus(read_set(given.data))
+        known = {one.name: index for index, one in enumerate(corpus.emoji.emoji)}
+        if unknown := set(given.names) - known.keys():
+            parser.error(f"the set has no emoji of these names: {', '.join(sorted(unknown))}")
+        first = [corpus.picture(Scene(known[name], "large", "white")) for name in given.names]
+        options = GenerationOptions(seed=given.seed, guidance=given.guidance, max_images=0)
+        with BatchEngine.open(given.bundle) as engine:
+            stories = [story(Image(picture), given.sentences) for picture in first]
+            streams = [engine.submit(document, options) for document in stories]
+            drawn = [[e.rgb for e in stream if isinstance(e, ImageDone)] for stream in streams]
+    except MmiError as error:
+        raise SystemExit(f"emoji_stories: {error}") from None
+    rows = [[picture, *pictures] for picture, pictures in zip(first, drawn, strict=True)]
+    sheet(rows, given.sentences).save(given.out)
+    print(given.out)
 
-    corpus = EmojiCorpus(read_set(arguments.data))
-    known = {one.name: index for index, one in enumerate(corpus.emoji.emoji)}
-    if unknown := set(arguments.names) - known.keys():
-        parser.error(f"the set has no emoji of these names: {', '.join(sorted(unknown))}")
-    first = [corpus.picture(Scene(known[name], "large", "white")) for name in arguments.names]
-    options = GenerationOptions(
-        seed=arguments.seed, guidance=arguments.guidance, max_images=0, max_tokens=1
-    )
-    with BatchEngine.open(arguments.bundle) as engine:
-        streams = [engine.submit(story(Image(picture)), options) for picture in first]
-        drawn = [[e.rgb for e in stream if isinstance(e, ImageDone)] for stream in streams]
-    rows = [[given, *pictures] for given, pictures in zip(first, drawn, strict=True)]
-    sheet(rows).save(arguments.out)
-    print(arguments.out)
 
-
-def story(given: Image) -> Document:
+def story(given: Image, sentences: Sequence[str]) -> Document:
     """A picture, then every sentence with a place to draw after it."""
-    return document_of(given, *(part for text in SENTENCES for part in (Text(text), Draw())))
+    return document_of(given, *(part for text in sentences for part in (Text(text), Draw())))
 
 
-def sheet(rows: list[list]) -> PillowImage.Image:
+def sheet(rows: Sequence[Sequence[Rgb]], sentences: Sequence[str]) -> PillowImage.Image:
     """One row per story; the sentences stand above the pictures that follow them."""
-    columns = 1 + len(SENTENCES)
+    columns = 1 + len(sentences)
     size = columns * (SIDE + GAP) + GAP, HEADING + len(rows) * (SIDE + GAP)
     made = PillowImage.new("RGB", size, "white")
     pen = ImageDraw.Draw(made)
-    for column, text in enumerate(("given", *SENTENCES)):
-        pen.text((GAP + column * (SIDE + GAP), 8), text.removeprefix("the "), fill="black")
+    for column, text in enumerate(("given", *sentences)):
+        wrapped = "\n".join(textwrap.wrap(text, 18)[-2:])
+        place = GAP + column * (SIDE + GAP), HEADING - 4
+        pen.multiline_text(place, wrapped, fill="black", font_size=14, anchor="ld")
     for row, pictures in enumerate(rows):
         for column, picture in enumerate(pictures):
             large = PillowImage.fromarray(picture).resize(

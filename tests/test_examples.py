@@ -22,22 +22,30 @@ from mmi_deploy.documents.json_lines import DocumentLines
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.spec import presets
+from mmi_train.data.emoji.emoji_set import render, write_set
+from mmi_train.data.emoji.packages import read_icons
 from mmi_train.data.synthetic.tasks import caption_of
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy, split_of
+from train.data.emoji.packages import write_packages
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DOCS = EXAMPLES.parent / "docs"
 DOCUMENTS = sorted(EXAMPLES.glob("*.md"))
 
 
-@pytest.fixture(scope="module")
-def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_pictures", EXAMPLES / "make_pictures.py")
+def program(name: str) -> ModuleType:
+    """A program of the examples as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    return program("make_pictures")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
@@ -104,3 +112,28 @@ def test_the_service_of_the_docs_answers(
     pictures = sorted(tmp_path.glob("document-0-picture-*.png"))
     assert [picture.stem[-1] for picture in pictures] == ["1", "2"]
     assert all(read_rgb(picture).std() > 0 for picture in pictures)
+
+
+@pytest.mark.slow
+def test_stories_of_emoji_become_one_picture(
+    exported_once: Callable[[str], Exported], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a model of something else, which draws something: rows and columns are what counts."""
+    write_set(render(read_icons(*write_packages(tmp_path))), tmp_path / "set", ["made here"])
+    stories, bundle = program("emoji_stories"), str(exported_once(SHIPPED).bundle.folder)
+    out, names = tmp_path / "stories.png", ["red ball", "green flag"]
+    fixed = [bundle, str(tmp_path / "set"), "-o", str(out), "--names", *names, "--sentences"]
+    stories.main([*fixed, "the red square turns blue.", "the blue square moves down."])
+    sheet = read_rgb(out)
+    cell = stories.SIDE + stories.GAP
+    assert sheet.shape == (stories.HEADING + 2 * cell, 3 * cell + stories.GAP, 3)
+    for row in range(2):
+        for column in range(3):
+            top, left = stories.HEADING + row * cell, stories.GAP + column * cell
+            picture = sheet[top : top + stories.SIDE, left : left + stories.SIDE]
+            assert picture.std() > 0, (row, column)
+    with pytest.raises(SystemExit, match="does not know 'it'"):
+        stories.main([*fixed, "it shrinks."])
+    with pytest.raises(SystemExit):
+        stories.main([*fixed[:4], "--names", "purple cow"])
+    assert "no emoji of these names: purple cow" in capsys.readouterr().err

@@ -39,7 +39,8 @@ class Corpus(Protocol):
 
     @property
     def picture_mixture(self) -> Mapping[str, int]:
-        """Documents of each kind in a micro-batch of stages that train the U-Net alone."""
+        """Documents of each kind in a micro-batch of the pictures stage, which trains the image
+        decoder alone."""
 
     def document(
         self, kind: str, rng: np.random.Generator, split: Split = "train"

@@ -336,7 +336,8 @@ def _source(
     """Stage that makes micro-batches of the documents of a file, or of a drawn world."""
     if isinstance(file, WorldConfig):
         world = DrawnWorld(file)
-        return InterleavedStage(model, own_tokenizer(start, world), world, world.picture_mixture)
+        tokenizer = own_tokenizer(start, world)
+        return InterleavedStage(model, tokenizer, world, world.distillation_mixture)
     return stage_class(tuning, file)(
         model,
         Tokenizer.open(start / TOKENIZER, model.config.tokens),

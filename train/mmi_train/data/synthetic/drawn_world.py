@@ -37,6 +37,12 @@ class DrawnWorld:
     def picture_mixture(self) -> Mapping[str, int]:
         return MappingProxyType({"drawing": 2, "segmentation": 3, "story": 5})
 
+    @property
+    def distillation_mixture(self) -> Mapping[str, int]:
+        """Documents of each kind in a micro-batch of a student, which loses most of the pictures
+        from text."""
+        return MappingProxyType({"drawing": 5, "segmentation": 3, "story": 3})
+
     def document(self, kind: str, rng: np.random.Generator, split: Split = "train") -> TaskDocument:
         return MAKERS[kind](rng, self.world, split)
 
