@@ -237,6 +237,13 @@ class Bundle:
         `check_files`."""
         folder, fix = self.target_folder(target), self.build_command(target)
         manifest = read_manifest(folder / TARGET_MANIFEST, TargetManifest, fix)
+        if manifest.target != target:
+            raise BundleError(
+                f"{folder} is a copy of another target",
+                expected=f"a manifest of {target}",
+                got=f"{manifest.target:.100}",
+                fix=f"remove it, and build this one with `{fix}`",
+            )
         if manifest.made_for != self.identity:
             raise BundleError(
                 f"the engines in {folder} were built from another export of this bundle",

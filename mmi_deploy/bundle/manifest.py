@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidationError,
     field_validator,
     model_validator,
@@ -77,29 +78,54 @@ class Receipt(_Model):
         return bool(self.cases) and all(case.passed for case in self.cases)
 
 
+# Shown in terminals and model cards: printable ASCII without markup.
+Shown = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _+.,:@()%/-]*$", max_length=100)
+]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class AnswerDifference(_Model):
     """Difference of a metric between two targets, paired by question: value and 95 % interval in
-    the metric's unit, and what they say: higher, lower or not told apart."""
+    the metric's unit, and on which side of zero the interval lies."""
 
-    value: float | None
-    interval: tuple[float | None, float | None]
-    verdict: str
+    value: _Finite | None
+    interval: tuple[_Finite | None, _Finite | None]
+    verdict: Literal["higher", "lower", "not told apart"]
+
+    @model_validator(mode="after")
+    def _agree(self) -> AnswerDifference:
+        low, high = self.interval
+        side = "not told apart"
+        if low is not None and high is not None:
+            if low > high:
+                raise ValueError("the interval ends before it begins")
+            side = "higher" if low > 0 else "lower" if high < 0 else side
+        if self.verdict != side:
+            raise ValueError(f"the interval says {side}, the verdict {self.verdict}")
+        return self
 
 
 class AnswerReceipt(_Model):
     """Answers of a target beside those of `against` on the same questions of a benchmark.
 
-    sha256: of all files of the target, see `hash_of_files`; the receipt is void once one changes.
-    answers: that both gave, of which `different` are not the same. differences: by metric.
+    sha256: `TargetManifest.engines`; the receipt is void once one of them changes. answers: that
+    both gave, of which `different` are not the same. differences: by metric.
     """
 
-    benchmark: str
-    split: str
-    against: str
+    benchmark: Shown
+    split: Shown
+    against: Shown
     sha256: str
-    answers: int
-    different: int
-    differences: dict[str, AnswerDifference]
+    answers: Annotated[int, Field(ge=1, le=10**9, strict=True)]
+    different: Annotated[int, Field(ge=0, strict=True)]
+    differences: Annotated[dict[Shown, AnswerDifference], Field(max_length=100)]
+
+    @model_validator(mode="after")
+    def _counted(self) -> AnswerReceipt:
+        if self.different > self.answers:
+            raise ValueError("more answers are different than there are")
+        return self
 
     def in_words(self) -> str:
         """Describe the receipt in a line: "vqav2, val: 200 answers, 3 others than cpu gives;
@@ -213,10 +239,16 @@ class TargetManifest(FolderManifest):
     answers: tuple[AnswerReceipt, ...] = ()
 
     @property
+    def engines(self) -> str:
+        """Hash of all files that its graphs run: the report of their build, with its times, is none
+        of them."""
+        names = {name for graph in self.graphs for name in self.graph_files(graph)}
+        return hash_of_files({name: self.files[name] for name in names})
+
+    @property
     def valid_answers(self) -> tuple[AnswerReceipt, ...]:
-        """Receipts of answers that the present files gave."""
-        sha256 = hash_of_files(self.files)
-        return tuple(one for one in self.answers if one.sha256 == sha256)
+        """Receipts of answers that the present engines gave."""
+        return tuple(one for one in self.answers if one.sha256 == self.engines)
 
 
 Manifest = TypeVar("Manifest", bound=FolderManifest)

@@ -143,6 +143,7 @@ COMMANDS: Mapping[str, Row] = {
             "mmi verify bundles/tiny --run",
             "mmi verify bundles/tiny --target tensorrt-sm89-fp16",
             "mmi verify bundles/tiny --target cpu-int8 --json",
+            "mmi verify bundles/tiny --target cpu-int8 --answers comparison.json",
         ),
     ),
     "push": Row(

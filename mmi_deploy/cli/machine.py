@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mmi_deploy.bundle.bundle import Bundle
-from mmi_deploy.bundle.manifest import hash_of_files
 from mmi_deploy.cli.console import remarks
 from mmi_deploy.cli.target_options import say_memory
 from mmi_deploy.runtime.backend import find_kernel_library
@@ -74,6 +73,6 @@ class Machine:
         return {
             "bundle": bundle.identity,
             "target": self.target,
-            "engines": None if built is None else hash_of_files(built.files),
+            "engines": None if built is None else built.engines,
             **settings,
         }

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmi_deploy.bundle.bundle import TARGET_MANIFEST, Bundle
-from mmi_deploy.bundle.manifest import Receipt, TargetManifest, hash_of_files, manifest_text
+from mmi_deploy.bundle.bundle import Bundle
+from mmi_deploy.bundle.manifest import Receipt, TargetManifest, hash_of_files
 from mmi_deploy.errors import BundleError
 from mmi_deploy.parity import PRECISION_TOLERANCES, Proof, compare_outputs, precision_tolerance
 from mmi_deploy.runtime.buffers import Array, element_type
@@ -22,9 +22,9 @@ from mmi_deploy.runtime.onnxruntime.run_graph import Run, model_runner, runner
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.spec.backends import BACKENDS
 from mmi_deploy.spec.graphs import Graph
-from mmi_deploy.system.output_folder import rewrite_file
 from mmi_deploy.targets.precision.emulation import emulated
 from mmi_deploy.targets.precision.recipes import FLOAT32, Recipe
+from mmi_deploy.targets.rewriting import rewrite_target
 from mmi_deploy.targets.sample_inputs import Arrays, Sample, dynamic_sizes, samples_of
 
 COMPARED_WITH = "the portable graph in ONNX Runtime, recorded and random inputs, root mean square"
@@ -190,27 +190,29 @@ def write_receipts(
     compared: the manifest of the engines that were run. Returns the new manifest. Raises
     `BundleError` where the target has been rebuilt since.
     """
-    manifest = bundle.target(compared.target, unproved=True)
-    receipts = []
-    for proof in proofs:
-        sha256 = hash_of_files(manifest.graph_files(proof.graph))
-        if sha256 != hash_of_files(compared.graph_files(proof.graph)):
-            raise BundleError(
-                f"{proof.graph} of {compared.target} was built again while it was compared",
-                fix=f"compare the new engines with `{bundle.verify_command(compared.target)}`",
-            )
-        receipts.append(
-            Receipt(
-                graph=proof.graph,
-                target=compared.target,
-                sha256=sha256,
-                compared_with=proof.compared_with,
-                cases=proof.cases,
-            )
+
+    def with_receipts(present: TargetManifest) -> TargetManifest:
+        receipts = [_receipt(bundle, present, compared, proof) for proof in proofs]
+        graphs = {proof.graph for proof in proofs}
+        kept = [receipt for receipt in present.receipts if receipt.graph not in graphs]
+        return present.model_copy(update={"receipts": (*kept, *receipts)})
+
+    return rewrite_target(bundle, compared.target, with_receipts)
+
+
+def _receipt(
+    bundle: Bundle, present: TargetManifest, compared: TargetManifest, proof: Proof
+) -> Receipt:
+    sha256 = hash_of_files(present.graph_files(proof.graph))
+    if sha256 != hash_of_files(compared.graph_files(proof.graph)):
+        raise BundleError(
+            f"{proof.graph} of {compared.target} was built again while it was compared",
+            fix=f"compare the new engines with `{bundle.verify_command(compared.target)}`",
         )
-    graphs = {proof.graph for proof in proofs}
-    kept = [receipt for receipt in manifest.receipts if receipt.graph not in graphs]
-    changed = manifest.model_copy(update={"receipts": (*kept, *receipts)})
-    folder = bundle.target_folder(compared.target)
-    rewrite_file(folder, TARGET_MANIFEST, manifest_text(changed))
-    return changed
+    return Receipt(
+        graph=proof.graph,
+        target=compared.target,
+        sha256=sha256,
+        compared_with=proof.compared_with,
+        cases=proof.cases,
+    )
