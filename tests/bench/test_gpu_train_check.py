@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading, write_small_model
 from mmi_bench import gpu_train_check as module
 from mmi_bench.gpu_train_check import SAME, Finding, compare, forward_and_backward, micro_batch, run
 from mmi_deploy.spec.config import ModelConfig
-from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mmfs import Mmfs
-from mmi_train.weights.model_folder import TOKENIZER, load_model, save_model
+from mmi_train.weights.model_folder import load_model
 
 CPU = torch.device("cpu")
 
@@ -28,9 +27,7 @@ def small() -> ModelConfig:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    save_model(random_model(small()), folder)
-    build_tokenizer().save(str(folder / TOKENIZER))
-    return folder
+    return write_small_model(folder, small())
 
 
 @pytest.mark.slow

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from mmi_deploy.spec.config import ModelConfig
 from mmi_deploy.spec.presets import tiny
+from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import MMInterleaved
+from mmi_train.weights.model_folder import TOKENIZER, save_model
 
 
 def paper_reading() -> ModelConfig:
@@ -56,6 +59,15 @@ def released_reading() -> ModelConfig:
             diffusion=replace(decoder.diffusion, prediction="epsilon"),
         ),
     )
+
+
+def write_small_model(
+    folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Model folder of a random model that knows the words of the drawn world."""
+    save_model(random_model(config), folder, dtype)
+    build_tokenizer().save(str(folder / TOKENIZER))
+    return folder
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> MMInterleaved:

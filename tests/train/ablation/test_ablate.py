@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.small_models import paper_reading, random_model, released_reading
+from export.small_models import paper_reading, random_model, released_reading, write_small_model
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import ModelConfig, with_fields
 from mmi_train.ablation import ablate as ablation
@@ -18,10 +18,9 @@ from mmi_train.ablation.parts import PARTS, DenseAttention
 from mmi_train.ablation.report import Mean, cells
 from mmi_train.ablation.run import Scale, Start, changed_model, name_of, settings
 from mmi_train.ablation.studies import STUDIES, Row, Study, study_called
-from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.training.from_scratch import INTERLEAVED
 from mmi_train.training.optimiser import TABLE_11, GroupRule, parameter_groups
-from mmi_train.weights.model_folder import TOKENIZER, WEIGHTS, save_model
+from mmi_train.weights.model_folder import WEIGHTS
 
 LEAST = Scale(steps=1, questions=1, solver_steps=1, loss_batches=1, share=0.01)
 
@@ -30,9 +29,7 @@ LEAST = Scale(steps=1, questions=1, solver_steps=1, loss_batches=1, share=0.01)
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random model that knows the words of the drawn world."""
     folder = tmp_path_factory.mktemp("start")
-    save_model(random_model(with_fields(paper_reading(), {"llama.context": 512})), folder)
-    build_tokenizer().save(str(folder / TOKENIZER))
-    return folder
+    return write_small_model(folder, with_fields(paper_reading(), {"llama.context": 512}))
 
 
 def test_a_study_is_trained_measured_tabled_and_kept(

@@ -13,13 +13,11 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading, random_model, write_small_model
 from mmi_deploy.cli.app import run as command
-from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training.compiled import compile_blocks, compiled_parts
 from mmi_train.training.lora import LoraConfig, add_adapters
-from mmi_train.weights.model_folder import TOKENIZER, save_model
 
 CPU = torch.device("cpu")
 
@@ -91,8 +89,7 @@ def test_without_a_compiler_the_command_says_so(
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    save_model(random_model(paper_reading()), tmp_path / "model")
-    build_tokenizer().save(str(tmp_path / "model" / TOKENIZER))
+    write_small_model(tmp_path / "model", paper_reading())
     (tmp_path / "d.jsonl").write_text(json.dumps([{"text": "a red circle."}]))
     line = ["train", str(tmp_path / "model"), "--data", str(tmp_path / "d.jsonl"), "--compile"]
     assert command([*line, "-o", str(tmp_path / "out"), "--device", "cpu"]) == 2

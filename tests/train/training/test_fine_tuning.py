@@ -14,12 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading, write_small_model
 from mmi_deploy.cli.app import run as command
 from mmi_deploy.errors import ConfigError, MmiError, WeightsError
 from mmi_deploy.spec.config import read_config
 from mmi_train.data.document_file import DocumentFile
-from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.training.fine_tuning import DiffusionChange, FineTuning, fine_tune, steps_of
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig, read_adapters
@@ -36,9 +35,7 @@ RUN = RunConfig(precision="fp32", average=0.0, checkpoint_every=2, log_every=1)
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start")
-    save_model(random_model(paper_reading()), folder, torch.float16)
-    build_tokenizer().save(str(folder / TOKENIZER))
-    return folder
+    return write_small_model(folder, paper_reading(), torch.float16)
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading, write_small_model
 from mmi_deploy.errors import MmiError
 from mmi_train.data.document_file import DocumentFile
-from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.training.checkpoints import latest_checkpoint
 from mmi_train.training.fine_tuning import FineTuning, Watching, fine_tune
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.ranks import joined_ranks
-from mmi_train.weights.model_folder import TOKENIZER, save_model
 
 pytestmark = pytest.mark.exhaustive
 
@@ -41,8 +39,7 @@ MACHINES = [(2, 0), (1, 2), (2, 1), (1, 0)]
 
 
 def start(folder: Path) -> Path:
-    save_model(random_model(paper_reading()), folder / "model")
-    build_tokenizer().save(str(folder / "model" / TOKENIZER))
+    write_small_model(folder / "model", paper_reading())
     Image.new("RGB", (40, 40), "red").save(folder / "a.png")
     text, read = {"text": "a red circle."}, {"image": "a.png", "learn": False}
     documents = [[text], [read, text], [text, text], [read, text, text]]

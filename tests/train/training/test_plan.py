@@ -17,13 +17,12 @@ from PIL import Image
 from torch._subclasses.fake_tensor import is_fake
 from torch.profiler import ProfilerActivity, profile
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading, write_small_model
 from mmi_deploy.cli.app import run
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.spec.config import DistillationConfig
 from mmi_train.data.document_file import DocumentFile
-from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.autocast import mixed_precision
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training import memory_plan as memory_planning
@@ -51,8 +50,7 @@ SCRATCH = 1.1e6
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    save_model(random_model(paper_reading()), folder)
-    build_tokenizer().save(str(folder / TOKENIZER))
+    write_small_model(folder, paper_reading())
     Image.new("RGB", (40, 40), "red").save(folder / "a.png")
     document = [{"text": "a red circle."}, {"image": "a.png"}] * 2
     (folder / "d.jsonl").write_text(json.dumps(document))

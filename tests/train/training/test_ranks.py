@@ -27,11 +27,10 @@ from torch._dynamo.utils import counters
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.tensor import DTensor
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading, write_small_model
 from mmi_deploy.errors import MmiError, WeightsError
 from mmi_deploy.spec.config import ModelConfig
 from mmi_train.data.document_file import DocumentFile
-from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.model.mm_interleaved import MMInterleaved
 from mmi_train.training import validation
 from mmi_train.training.checkpoints import path_of, read_checkpoint
@@ -43,7 +42,6 @@ from mmi_train.training.lora import LoraConfig
 from mmi_train.training.ranks import ALONE, Ranks, joined_ranks
 from mmi_train.training.sharded_checkpoints import ShardedCheckpoints
 from mmi_train.training.validation import VALUES, read_values
-from mmi_train.weights.model_folder import TOKENIZER, save_model
 from train.training.test_compiled import losses_of, small_model
 
 pytestmark = pytest.mark.slow
@@ -72,8 +70,7 @@ def model_config() -> ModelConfig:
 def start(folder: Path) -> Path:
     """A model folder and documents: texts alone, images that are read, drawn, and drawn from
     images, so that the micro-batches of two ranks run different parts of the model."""
-    save_model(random_model(model_config()), folder / "model")
-    build_tokenizer().save(str(folder / "model" / TOKENIZER))
+    write_small_model(folder / "model", model_config())
     for index in range(3):
         pixels = np.random.default_rng(index).integers(0, 256, (40, 50, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")

@@ -13,19 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading, write_small_model
 from mmi_deploy.cli.app import run as command
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import DocumentError
 from mmi_train.data.document_file import DocumentFile
-from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.training.fine_tuning import FineTuning, Watching, fine_tune
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.ranks import ALONE
 from mmi_train.training.stages.documents import DocumentsStage
 from mmi_train.training.validation import VALUES, Validation, read_values
-from mmi_train.weights.model_folder import TOKENIZER, WEIGHTS, load_model, save_model
+from mmi_train.weights.model_folder import TOKENIZER, WEIGHTS, load_model
 
 TUNING = FineTuning(batch=2, lora=LoraConfig(rank=2, layers=("llm",)), rate=3e-2)
 RUN = RunConfig(precision="fp32", average=0.5, checkpoint_every=1, log_every=1, keep=1)
@@ -34,8 +33,7 @@ RUN = RunConfig(precision="fp32", average=0.5, checkpoint_every=1, log_every=1, 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start")
-    save_model(random_model(paper_reading()), folder)
-    build_tokenizer().save(str(folder / TOKENIZER))
+    write_small_model(folder, paper_reading())
     Image.new("RGB", (40, 50), "blue").save(folder / "a.png")
     text, picture = {"text": "a red square."}, {"image": "a.png"}
     (folder / "texts.jsonl").write_text(json.dumps([text]))

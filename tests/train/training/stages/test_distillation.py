@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler
 from safetensors.torch import load_file
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading, random_model, write_small_model
 from mmi_deploy.cli.app import run as command
 from mmi_deploy.errors import ConfigError, WeightsError
 from mmi_deploy.spec.config import DiffusionConfig, DistillationConfig, read_config
@@ -26,7 +26,7 @@ from mmi_train.training.lora import LoraConfig, read_adapters
 from mmi_train.training.optimiser import GROUPS
 from mmi_train.training.stages.distillation import Distillation, DistillationStage, teacher_of
 from mmi_train.training.stages.interleaved import InterleavedStage
-from mmi_train.weights.model_folder import CONFIG, TOKENIZER, WEIGHTS, load_model, save_model
+from mmi_train.weights.model_folder import CONFIG, WEIGHTS, load_model, save_model
 
 CPU = torch.device("cpu")
 RUN = RunConfig(precision="fp32", average=0.9, checkpoint_every=1, log_every=1)
@@ -37,9 +37,7 @@ TUNING = FineTuning(groups="unet", lora=None, rate=1e-3, distill=LCM)
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start")
-    save_model(random_model(paper_reading()), folder)
-    build_tokenizer().save(str(folder / TOKENIZER))
-    return folder
+    return write_small_model(folder, paper_reading())
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.small_models import paper_reading, random_model
+from export.small_models import paper_reading, write_small_model
 from mmi_deploy.cli.app import run as command
+from mmi_deploy.spec.config import with_fields
 from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy
@@ -21,7 +22,7 @@ from mmi_train.training.from_scratch import StageSteps, train_from_scratch
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.stages.interleaved import InterleavedStage
 from mmi_train.training.stages.pictures import PicturesStage
-from mmi_train.weights.model_folder import TOKENIZER, WEIGHTS, load_model, save_model
+from mmi_train.weights.model_folder import WEIGHTS, load_model
 
 TINY = Path("assets/tiny")
 RUN = RunConfig(precision="fp32", average=0.9, checkpoint_every=1, log_every=1)
@@ -32,9 +33,7 @@ STEPS = StageSteps(main=0, pictures=2)
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start")
-    save_model(random_model(paper_reading()), folder)
-    build_tokenizer().save(str(folder / TOKENIZER))
-    return folder
+    return write_small_model(folder, with_fields(paper_reading(), {"llama.context": 128}))
 
 
 def _trained(start: Path, out: Path) -> dict[str, torch.Tensor]:
