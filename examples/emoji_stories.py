@@ -32,7 +32,7 @@ from mmi_deploy import (
 from mmi_train.data.emoji.documents import EmojiCorpus, Scene
 from mmi_train.data.emoji.emoji_set import read_set
 
-NAMES = ("unicorn", "turtle", "hamburger", "fish", "rose", "bear")
+NAMES = ("unicorn", "black cat", "hamburger", "baby chick", "cherry blossom")
 SENTENCES = (
     "the background turns blue.",
     "the background turns yellow.",
