@@ -49,8 +49,8 @@ COMPARED_WITH = {
     "llm": "MMInterleaved.read and head in PyTorch, row by row, without cache, padding or folding",
     "image_condition": "ImageDecoder.condition in PyTorch, picture by picture, without padding",
     "unet_values": "UNet.image_values in PyTorch, norms and projections unfolded",
-    "denoise_step": "ImageDecoder.draw in PyTorch with diffusers' schedulers, picture by picture and "
-    "step by step, MMFS unfolded",
+    "denoise_step": "ImageDecoder.draw in PyTorch with diffusers' schedulers, picture by picture "
+    "and step by step, MMFS unfolded",
     "denoise_shallow": "the same drawing with the deep features of its first step used again",
     "vae_decoder": "Vae.decode in PyTorch",
 }

@@ -19,7 +19,8 @@ QUESTIONS = 16
 
 
 def test_it_draws_what_its_documents_ask_for(tmp_path: Path) -> None:
-    """docs/few_step_drawing.md has 100 and 97 percent; without its base's weights nothing would be right."""
+    """docs/few_step_drawing.md has 100 and 97 percent; without its base's weights nothing would be
+    right."""
     merge(TINY, TINY / "four_steps", tmp_path)
     model = load_model(tmp_path)
     distillation = model.config.image_decoder.distillation
