@@ -67,8 +67,9 @@ def names_of_tests() -> set[str]:
 
 def code(text: str) -> Iterator[str]:
     """Lines of code blocks, and code within lines."""
-    for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S):
-        yield from block.splitlines()
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S):
+        if not language:
+            yield from block.replace("\\\n", " ").splitlines()
     yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
 
 
