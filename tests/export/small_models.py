@@ -39,8 +39,8 @@ def paper_reading() -> ModelConfig:
 
 
 def released_reading() -> ModelConfig:
-    """The same as the released checkpoint reads the paper: Q-Formers, null slots, MMFS on the
-    skips, the nearest image only in the U-Net, epsilon; grouped keys for good measure."""
+    """Small configuration in the released checkpoint's reading: Q-Formers, null slots, MMFS on the
+    skips, the nearest image only in the U-Net, epsilon; also grouped-query attention."""
     config = paper_reading()
     decoder = config.image_decoder
     return replace(
