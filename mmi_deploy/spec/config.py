@@ -446,6 +446,10 @@ class DiffusionConfig:
         return "trailing" if self.rescale_betas_zero_snr else "leading"
 
 
+# Kinds of distillation.
+DistillationKind = Literal["guidance", "lcm", "dmd"]
+
+
 @dataclass(frozen=True, config=STRICT)
 class DistillationConfig:
     """Distillation of the U-Net into one branch, with guidance of scale `guidance` folded in.
@@ -453,16 +457,18 @@ class DistillationConfig:
     `guidance` (Meng et al. 2023, Sec. 3.1): the prediction is the teacher's guided one, for any
     sampler. `lcm` (Luo et al. 2023): a latent consistency function, sampled by `lcm:N`;
     `solver_steps`: evenly spread timesteps on which it was trained, the most that N can be.
+    `dmd` (Yin et al. 2024): sampled so too, and trained by matching distributions in
+    `solver_steps` steps.
     """
 
-    kind: Literal["guidance", "lcm"]
+    kind: DistillationKind
     guidance: Annotated[float, Field(ge=0, le=100)]
     solver_steps: Few | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> DistillationConfig:
-        if (self.kind == "lcm") != (self.solver_steps is not None):
-            raise ValueError("solver_steps belongs to the kind lcm, which needs it")
+        if (self.kind == "guidance") != (self.solver_steps is None):
+            raise ValueError("solver_steps belongs to the kinds lcm and dmd, which need it")
         return self
 
     @model_serializer(mode="wrap")

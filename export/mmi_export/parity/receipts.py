@@ -13,7 +13,7 @@ v visual tokens, x context tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ from mmi_deploy.parity import (
 )
 from mmi_deploy.runtime.onnxruntime.run_graph import Run, runner
 from mmi_deploy.spec.graphs import DEEP, Graph, Limits, numbered
-from mmi_deploy.spec.schedule import Schedule
+from mmi_deploy.spec.schedule import LCM, Schedule
 from mmi_export.graphs.image_decoder import condition_names
 from mmi_export.parity.llm_rows import LlmRows, random_rows
-from mmi_export.schedules import lcm_table, schedule_table, scheduler_of
+from mmi_export.schedules import parse_schedule, schedule_table, scheduler_of
 from mmi_train.model.image_decoder import DenoisingStep, PreviousImages
 from mmi_train.model.llama import Llama
 from mmi_train.model.mm_interleaved import EncodedImages, MMInterleaved
@@ -345,13 +345,15 @@ def _denoise(
     picture's: with guidance, some of them let rounding errors grow tenfold with each step, in
     PyTorch as in the graph.
     """
-    diffusion = model.config.image_decoder.diffusion
-    unet = model.image_decoder.unet
+    config, unet = model.config.image_decoder, model.image_decoder.unet
     shallow = any(tensor.name == DEEP for tensor in graph.inputs)
-    schedules = [schedule_table(solver, _STEPS, diffusion) for solver in _SOLVERS]
-    distilled = model.config.image_decoder.distillation
+    schedules = [schedule_table(solver, _STEPS, config.diffusion) for solver in _SOLVERS]
+    distilled = config.distillation
     if distilled is not None and distilled.solver_steps is not None:
-        schedules[0] = lcm_table(_STEPS, diffusion, distilled.solver_steps)
+        # The graph is the same for a model that draws in fewer steps.
+        distilled = replace(distilled, solver_steps=max(_STEPS, distilled.solver_steps))
+        config = replace(config, distillation=distilled)
+        schedules[0] = parse_schedule(f"{LCM}:{_STEPS}", config.diffusion, distilled)
     tables = {
         "coefficients": np.concatenate([schedule.coefficients for schedule in schedules]),
         "time_table": np.concatenate(
@@ -363,7 +365,17 @@ def _denoise(
     for b, n, m in ((1, 1, 0), (1, 1, 1), (min(3, limits.batch), few, most)):
         features = torch.from_numpy(_normal(draw, (n, *_feature_shape(model))))
         pictures = [
-            _picture(model, graph, draw, features, row, max(m - row, 0), schedules[row], shallow)
+            _picture(
+                model,
+                graph,
+                draw,
+                features,
+                row,
+                max(m - row, 0),
+                schedules[row],
+                scheduler_of(schedules[row].key, config),
+                shallow,
+            )
             for row in range(b)
         ]
         values = dict(
@@ -439,12 +451,12 @@ def _picture(
     row: int,
     m: int,
     schedule: Schedule,
+    scheduler: Any,
     shallow: bool,
 ) -> _Picture:
     """Draw a picture of a few steps with the model. `features`: pool of images, of which it sees
-    `m`."""
+    `m`. scheduler: diffusers', of which `schedule` is the table."""
     decoder, config = model.image_decoder, model.config.image_decoder
-    scheduler = scheduler_of(schedule.key, config)
     noisy = schedule.draws_noise(0)
     guidance = _GUIDANCE[row] if config.branches > 1 else config.guidance_of(None)
     images = _previous_images(model, draw, features, m)

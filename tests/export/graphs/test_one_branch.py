@@ -26,7 +26,7 @@ LIMITS = Limits(context=32, batch=3, images=3)
 
 
 def distilled(config: ModelConfig, kind: str = "lcm") -> ModelConfig:
-    steps = 20 if kind == "lcm" else None
+    steps = {"lcm": 20, "dmd": 2, "guidance": None}[kind]
     own = DistillationConfig(kind, 2.5, steps)  # type: ignore[arg-type]
     return replace(config, image_decoder=replace(config.image_decoder, distillation=own))
 
@@ -47,9 +47,10 @@ def exported_and_proved(config: ModelConfig, make: object, folder: Path) -> tupl
     ("config", "make"),
     [
         pytest.param(distilled(paper_reading()), denoise_step, marks=pytest.mark.slow),
+        pytest.param(distilled(paper_reading(), "dmd"), denoise_shallow, marks=pytest.mark.slow),
         (distilled(released_reading(), "guidance"), denoise_shallow),
     ],
-    ids=["paper, lcm, whole", "released, guidance, shallow"],
+    ids=["paper, lcm, whole", "paper, dmd in two steps, shallow", "released, guidance, shallow"],
 )
 def test_one_branch_computes_what_pytorch_does(
     config: ModelConfig, make: object, tmp_path: Path

@@ -21,15 +21,15 @@ from export.small_models import paper_reading, write_small_model
 from mmi_deploy.cli.app import run
 from mmi_deploy.documents.tokenizer import Tokenizer
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.config import DistillationConfig
+from mmi_deploy.spec.config import DistillationConfig, DistillationKind
 from mmi_train.data.document_file import DocumentFile
 from mmi_train.model.autocast import mixed_precision
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.training import memory_plan as memory_planning
 from mmi_train.training.checkpoints import learning
-from mmi_train.training.fine_tuning import FineTuning
+from mmi_train.training.fine_tuning import DISTILLATIONS, FineTuning
 from mmi_train.training.loading import load_for_training
-from mmi_train.training.loop import RunConfig
+from mmi_train.training.loop import AveragedStage, RunConfig
 from mmi_train.training.lora import LoraConfig
 from mmi_train.training.memory_plan import MemoryPlan, Step, Unit, memory_plan
 from mmi_train.training.optimiser import make_optimiser
@@ -75,19 +75,24 @@ def held_by_a_run(
     )
     tokenizer = Tokenizer.open(base / TOKENIZER, model.config.tokens)
     source = DocumentsStage(model, tokenizer, file, tuning.batch)
-    batch = source.batch(0, np.random.default_rng(0))
-    adam = make_optimiser(model.train(), optimiser)
-    tensors = {*model.parameters(), *model.buffers()}
+    model.train()
     stage: DocumentsStage | DistillationStage = source
     if tuning.distill is not None:
         teacher = teacher_of(model.image_decoder.unet)
         student = tuning.distill.config_of(model.config.image_decoder)
-        stage = DistillationStage(source, teacher, 2, tuning.distill, student)
-        tensors |= {*teacher.parameters(), *teacher.buffers()}
+        kind = DISTILLATIONS[student.kind]
+        stage = kind(source, teacher, 2, tuning.distill, student)
+    # The first micro-batch of distribution matching, from which student and critic learn.
+    batch = stage.batch(0, np.random.default_rng(0))
+    module = stage.module
+    adam = make_optimiser(module, optimiser)
+    copies = stage.copies if isinstance(stage, DistillationStage) else []
+    parts = (module, *copies)
+    tensors = {tensor for part in parts for tensor in (*part.parameters(), *part.buffers())}
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        average = {name: value.detach().clone() for name, value in learning(model).items()}
-        if isinstance(stage, DistillationStage):
+        average = {name: value.detach().clone() for name, value in learning(module).items()}
+        if isinstance(stage, AveragedStage):
             stage.follow(average)
         for _ in range(2):
             for _ in range(run.accumulate):
@@ -133,10 +138,16 @@ def test_a_plan_is_within_a_tenth_of_what_a_run_holds(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "lora"), [("lcm", None), ("guidance", LoraConfig(layers=("unet",), rank=4))]
+    ("kind", "lora"),
+    [
+        ("lcm", None),
+        ("guidance", LoraConfig(layers=("unet",), rank=4)),
+        ("dmd", None),
+        ("dmd", LoraConfig(layers=("unet",), rank=4)),
+    ],
 )
 def test_a_plan_counts_the_teacher_of_a_distillation(
-    base: Path, kind: Literal["lcm", "guidance"], lora: LoraConfig | None
+    base: Path, kind: DistillationKind, lora: LoraConfig | None
 ) -> None:
     distill = Distillation(kind, solver_steps=20)
     groups = None if lora else "unet"

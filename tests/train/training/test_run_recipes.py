@@ -47,7 +47,7 @@ def test_a_recipe_holds_the_numbers_of_its_table(name: str) -> None:
 
 
 def test_every_shipped_recipe_says_where_its_values_come_from() -> None:
-    assert set(shipped()) == {*PAPER, "lora", "distill_guidance", "distill_lcm"}
+    assert set(shipped()) == {*PAPER, "lora", "distill_guidance", "distill_lcm", "distill_dmd"}
     folder = Path(__file__).parents[3] / "train" / "mmi_train" / "recipes"
     for name in PAPER:
         for line in (folder / f"{name}.toml").read_text().splitlines():

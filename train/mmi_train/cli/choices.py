@@ -11,7 +11,7 @@ from mmi_deploy.cli.console import MOST_THREADS
 World = Literal["easy", "medium", "hard"]
 Precision = Literal["bf16", "fp32"]
 Device = Literal["auto", "cpu", "cuda"]
-Distil = Literal["guidance", "lcm"]
+Distil = Literal["guidance", "lcm", "dmd"]
 Tracker = Literal["wandb", "trackio"]
 
 Threads = Annotated[

@@ -71,8 +71,8 @@ def train(
     distill: Annotated[
         Distil | None,
         typer.Option(
-            help="Let the U-Net learn from its own frozen copy: guidance, in one branch; lcm, in a "
-            "few steps. With the recipe of that name.",
+            help="Let the U-Net learn from its own frozen copy: guidance, in one branch; lcm and "
+            "dmd, in a few steps. With the recipe of that name.",
             show_default=False,
             rich_help_panel=_DISTIL,
         ),

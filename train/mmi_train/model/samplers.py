@@ -19,7 +19,8 @@ SOLVER_STEPS, CONSISTENCY_STEPS = 20, 4
 
 def sampler(config: ImageDecoderConfig, steps: int | None = None) -> SchedulerMixin:
     """DPM-Solver++, or for a consistency model multistep consistency sampling, set to `steps`;
-    None: `SOLVER_STEPS` or `CONSISTENCY_STEPS`. Raises `ConfigError` for too many steps."""
+    None: `SOLVER_STEPS`, or at most `CONSISTENCY_STEPS`. Raises `ConfigError` for too many
+    steps."""
     distilled = config.distillation
     scheduler: SchedulerMixin
     if distilled is None or distilled.solver_steps is None:
@@ -32,7 +33,7 @@ def sampler(config: ImageDecoderConfig, steps: int | None = None) -> SchedulerMi
             expected=f"1 to {distilled.solver_steps}, on which it was distilled",
         )
     scheduler = lcm(config.diffusion, distilled.solver_steps)
-    scheduler.set_timesteps(steps or CONSISTENCY_STEPS)
+    scheduler.set_timesteps(steps or min(CONSISTENCY_STEPS, distilled.solver_steps))
     return scheduler
 
 

@@ -48,11 +48,14 @@ from mmi_train.training.optimiser import (
 )
 from mmi_train.training.ranks import ALONE, Ranks
 from mmi_train.training.stages.distillation import (
+    ConsistencyStage,
     Distillation,
     DistillationStage,
+    GuidanceStage,
     distilled_config,
     teacher_of,
 )
+from mmi_train.training.stages.distribution_matching import DistributionMatchingStage
 from mmi_train.training.stages.documents import DocumentsStage
 from mmi_train.training.stages.interleaved import InterleavedStage
 from mmi_train.training.stages.packed_documents import PackedDocumentsStage
@@ -159,6 +162,14 @@ class FineTuning:
         )
 
 
+# Stages of distillation by kind.
+DISTILLATIONS: Mapping[str, type[DistillationStage]] = {
+    "guidance": GuidanceStage,
+    "lcm": ConsistencyStage,
+    "dmd": DistributionMatchingStage,
+}
+
+
 def stage_class(tuning: FineTuning, file: Documents) -> type[DocumentsStage]:
     """Stage that trains on `file`: packed rows are of mixtures alone."""
     packed = tuning.packed and isinstance(file, MixedDocuments)
@@ -255,7 +266,7 @@ def fine_tune(
         config = model.config
         if tuning.distill is not None:
             student = tuning.distill.config_of(taught)
-            stage = DistillationStage(
+            stage = DISTILLATIONS[student.kind](
                 source,
                 _frozen_teacher(model, start, teacher),
                 taught.branches,
@@ -267,8 +278,10 @@ def fine_tune(
 
         def save(step: int, average: Mapping[str, StoredTensor]) -> None:
             changed = average
+            if isinstance(stage, DistillationStage):
+                changed = stage.model_state(average)
             if tuning.lora is not None:
-                learned = {name: value.read() for name, value in average.items()}
+                learned = {name: value.read() for name, value in changed.items()}
                 trained = trained_adapters(tuning.lora, start, learned)
                 with new_folder(adapters, None, kind=ADAPTERS_KIND) as work:
                     trained.save(work)
@@ -310,6 +323,12 @@ def check_distillation(
             )
         if ranks > 1:
             raise ConfigError("a distillation runs in one process", fix="leave torchrun out")
+        if tuning.groups not in (None, "unet"):
+            raise ConfigError(
+                "a distillation trains the U-Net alone",
+                got=f"groups of {tuning.groups}",
+                fix="choose --groups unet, or adapters with --lora",
+            )
         if tuning.lora is not None and tuning.lora.layers != ("unet",):
             raise ConfigError(
                 "a distillation trains the U-Net alone",

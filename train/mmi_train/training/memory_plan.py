@@ -28,14 +28,23 @@ from mmi_train.data.documents import Documents
 from mmi_train.data.rows import TokenDocument, make_rows
 from mmi_train.model.autocast import mixed_precision, without_norm_warnings
 from mmi_train.model.layout import map_tensors
-from mmi_train.model.mm_interleaved import Batch, MMInterleaved
-from mmi_train.model.unet import UNet
+from mmi_train.model.mm_interleaved import Batch
 from mmi_train.training.checkpoints import learning
-from mmi_train.training.fine_tuning import FineTuning, check_distillation, stage_class
+from mmi_train.training.fine_tuning import (
+    DISTILLATIONS,
+    FineTuning,
+    check_distillation,
+    stage_class,
+)
 from mmi_train.training.lora import add_adapters, stored_name
 from mmi_train.training.optimiser import frozen_matrices, parameter_groups
 from mmi_train.training.ranks import sharded_units
-from mmi_train.training.stages.distillation import UNET, DistillationStage, teacher_of
+from mmi_train.training.stages.distillation import (
+    UNET,
+    ConsistencyStage,
+    DistillationStage,
+    teacher_of,
+)
 from mmi_train.training.stages.documents import DocumentBatch, DocumentsStage
 from mmi_train.training.stages.packed_documents import PackedDocumentsStage
 from mmi_train.weights.model_folder import TOKENIZER, open_model, types_in_memory
@@ -199,23 +208,28 @@ def memory_plan(
     tokens = made[min(sizes)].token_ids.shape[1]
     # The gradients of the first micro-batch are there in the second; of ranks `gathered` has them.
     rounds = 1 if accumulate == ranks == 1 else 2
-    frozen = None if tuning.distill is None else teacher_of(model.image_decoder.unet)
+    stage = _distillation(source, taught, tuning)
+    module = model if stage is None else stage.module
     mode = FakeTensorMode()
     with mode:
         _make_fake(model, types)
-        if frozen is not None:
-            _make_fake(frozen, {name.removeprefix(UNET): kind for name, kind in types.items()})
+        for unet in () if stage is None else stage.copies:
+            _make_fake(unet, {name.removeprefix(UNET): kind for name, kind in types.items()})
+        if isinstance(stage, ConsistencyStage):
+            stage.follow({name: value.detach() for name, value in learning(model).items()})
         model.train()
-        held = _held(model, in_four_bits)
-        held["teacher"] = 0 if frozen is None else _copied(frozen, model, in_four_bits)
-        loss = _loss(source, frozen, taught, tuning)
+        held = _held(module, in_four_bits)
+        held["teacher"] = 0
+        if stage is not None:
+            held["teacher"] = _copied(stage.teacher.unet, model, in_four_bits)
+        loss = _loss(source, stage, tuning)
         units = _units(model, in_four_bits)
         steps = {}
         for kind in checkpointed:
             model.checkpoint_gradients(kind)
             for size, batch in made.items():
                 fake = map_tensors(batch, mode.from_tensor)
-                steps[size, kind] = _step(model, fake, loss, precision, rounds)
+                steps[size, kind] = _step(module, fake, loss, precision, rounds)
     return MemoryPlan(held, steps, tokens, units, accumulate, ranks, largest)
 
 
@@ -323,18 +337,25 @@ def _copied(teacher: nn.Module, model: nn.Module, in_four_bits: set[str]) -> int
     return round(size)
 
 
-def _loss(
-    source: DocumentsStage, teacher: UNet | None, taught: ImageDecoderConfig, tuning: FineTuning
-) -> Loss:
-    """The loss of the run. taught: the teacher's configuration."""
+def _distillation(
+    source: DocumentsStage, taught: ImageDecoderConfig, tuning: FineTuning
+) -> DistillationStage | None:
+    """Stage of a distillation. taught: the teacher's configuration."""
+    if tuning.distill is None:
+        return None
+    student, teacher = tuning.distill.config_of(taught), teacher_of(source.model.image_decoder.unet)
+    kind = DISTILLATIONS[student.kind]
+    return kind(source, teacher, taught.branches, tuning.distill, student)
+
+
+def _loss(source: DocumentsStage, stage: DistillationStage | None, tuning: FineTuning) -> Loss:
+    """The loss of the run's largest step. stage: of a distillation."""
     model = source.model
-    if teacher is None or tuning.distill is None:
+    if stage is None:
         weights = {"text_weight": tuning.text_weight, "image_weight": tuning.image_weight}
         return lambda batch: model(batch, **weights).total
-    student = tuning.distill.config_of(taught)
-    stage = DistillationStage(source, teacher, taught.branches, tuning.distill, student)
-    stage.follow({name: value.detach() for name, value in learning(model).items()})
-    return lambda batch: stage.losses(DocumentBatch(batch, ()))["total"]
+
+    return lambda batch: stage.losses(stage.costliest(DocumentBatch(batch, ())))["total"]
 
 
 def _units(model: nn.Module, in_four_bits: set[str]) -> list[Unit]:
@@ -385,14 +406,14 @@ class _Storages(TorchDispatchMode):
 
 
 def _step(
-    model: MMInterleaved,
+    module: nn.Module,
     batch: Batch,
     loss: Loss,
     precision: Literal["bf16", "fp32"],
     rounds: int,
 ) -> Step:
     """Run `rounds` micro-batches of one step and describe the last one."""
-    model.zero_grad(set_to_none=True)
+    module.zero_grad(set_to_none=True)
     storages = _Storages()
     for _ in range(rounds):
         storages.peak, storages.flops = storages.live, 0
@@ -401,5 +422,5 @@ def _step(
                 total = loss(batch)
             (total / rounds).backward()
             del total
-    model.zero_grad(set_to_none=True)
+    module.zero_grad(set_to_none=True)
     return Step(storages.peak, storages.flops)

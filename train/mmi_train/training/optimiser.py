@@ -16,7 +16,7 @@ from torch import nn
 
 from mmi_deploy.errors import ConfigError
 from mmi_train.training.ranks import local
-from mmi_train.training.stages import MODEL_PREFIX
+from mmi_train.training.stages import CRITIC_PREFIX, MODEL_PREFIX
 from mmi_train.weights.model_folder import TypeOfMatrix
 
 
@@ -135,8 +135,12 @@ GROUPS: Mapping[str, tuple[GroupRule, ...]] = {
     "table_14": _paper(0.0, 0.1),
     # Stories: 1e-4 image decoder, 1e-5 others.
     "table_15": _paper(0.0, 10.0),
-    # The U-Net without MMFS: what distillation trains.
-    "unet": (GroupRule(r"^image_decoder\.unet\.(?!look_back)"), GroupRule("", rate=0.0)),
+    # The U-Net without MMFS, and its critic if there is one: what distillation trains.
+    "unet": (
+        GroupRule(r"^image_decoder\.unet\.(?!look_back)"),
+        GroupRule(rf"^{re.escape(CRITIC_PREFIX)}(?!look_back)", optional=True),
+        GroupRule("", rate=0.0),
+    ),
     # The image decoder without the autoencoder: what the pictures stage trains.
     "image_decoder": IMAGE_DECODER,
     # Everything but the autoencoder, at one rate.

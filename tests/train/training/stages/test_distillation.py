@@ -24,7 +24,7 @@ from mmi_train.training.fine_tuning import FineTuning, fine_tune
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig, read_adapters
 from mmi_train.training.optimiser import GROUPS
-from mmi_train.training.stages.distillation import Distillation, DistillationStage, teacher_of
+from mmi_train.training.stages.distillation import Distillation, GuidanceStage, teacher_of
 from mmi_train.training.stages.interleaved import InterleavedStage
 from mmi_train.weights.model_folder import CONFIG, WEIGHTS, load_model, save_model
 
@@ -83,7 +83,7 @@ def test_a_student_that_predicts_what_the_guided_teacher_does_has_no_loss(start:
     for scale in (1.0, 3.0):
         settings = Distillation("guidance", scale, draws=2)
         own = settings.config_of(model.config.image_decoder)
-        stage = DistillationStage(source, teacher_of(model.image_decoder.unet), 2, settings, own)
+        stage = GuidanceStage(source, teacher_of(model.image_decoder.unet), 2, settings, own)
         batch = stage.batch(0, np.random.default_rng(0))
         torch.manual_seed(0)
         losses[scale] = float(stage.losses(batch)["total"].detach())

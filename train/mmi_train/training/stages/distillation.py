@@ -1,7 +1,8 @@
-"""Distillation stage: a U-Net learns to draw in one branch, or in a few steps.
+"""Distillation stages: a U-Net learns to draw in one branch, or in a few steps.
 
 The documents and all that is computed from them, apart from the U-Net, are those of another stage;
-encoder, language model, resampler and MMFS are frozen and shared with the teacher.
+encoder, language model, resampler and MMFS are frozen and shared with the teacher. Here are
+distilled guidance and consistency models; `distribution_matching` has the third kind.
 
 Letters: b batch, y condition tokens, z latent channels.
 """
@@ -9,9 +10,11 @@ Letters: b batch, y condition tokens, z latent channels.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +24,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmi_deploy.errors import ConfigError
-from mmi_deploy.spec.config import DistillationConfig, ImageDecoderConfig, ModelConfig
+from mmi_deploy.spec.config import (
+    DistillationConfig,
+    DistillationKind,
+    ImageDecoderConfig,
+    ModelConfig,
+)
 from mmi_deploy.spec.config import to_json as config_json
 from mmi_train.model.consistency import consistency, pseudo_huber, solver_step, solver_timesteps
 from mmi_train.model.image_decoder import PreviousImages
@@ -31,31 +39,38 @@ from mmi_train.model.unet import UNet
 # Before the U-Net's own names in a model.
 UNET = "image_decoder.unet."
 
+# A tensor, or one that is stored.
+StateT = TypeVar("StateT")
+
 
 @validated(frozen=True, config=ConfigDict(extra="forbid"))
 class Distillation:
     """Settings of a distillation. `guidance`: scale that is folded in; None: the teacher's own, or
-    the published one. `solver_steps`: timesteps of a consistency model. `huber`: width of its loss.
-    `draws`: noise levels at which each picture is trained in a micro-batch."""
+    the published one. `solver_steps`: evenly spread timesteps of a consistency model, or of
+    distribution matching, whose pictures are drawn in as many steps. `huber`: width of the
+    consistency loss. `draws`: noise levels at which each picture is trained in a micro-batch.
+    `critic_updates`: micro-batches from which the critic of distribution matching learns for one
+    from which the student does."""
 
-    kind: Literal["guidance", "lcm"]
+    kind: DistillationKind
     guidance: float | None = Field(default=None, ge=0, le=100)
     solver_steps: int = Field(default=50, ge=2, le=1000)
     huber: float = Field(default=0.001, gt=0)
     draws: int = Field(default=4, ge=1)
+    critic_updates: int = Field(default=5, ge=1)
 
     def config_of(self, teacher: ImageDecoderConfig) -> DistillationConfig:
         """Distillation as the configuration of a student of `teacher` holds it. Raises
         `ConfigError` for a teacher that cannot have such a student."""
         own = teacher.distillation
-        if own is not None and (own.kind == "lcm" or self.kind == "guidance"):
+        if own is not None and (own.kind != "guidance" or self.kind == "guidance"):
             raise ConfigError(
                 f"the teacher is distilled itself: {own.kind}",
-                expected="a model as trained, or for lcm one with distilled guidance",
+                expected="a model as trained, or for lcm and dmd one with distilled guidance",
                 fix="give the model that it was distilled from",
             )
         guidance = teacher.guidance_of(self.guidance)
-        steps = self.solver_steps if self.kind == "lcm" else None
+        steps = None if self.kind == "guidance" else self.solver_steps
         if steps is not None and steps > teacher.diffusion.steps:
             raise ConfigError(
                 f"{steps} solver steps are more than the model's training steps",
@@ -82,7 +97,7 @@ class PictureSource(Protocol):
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Frozen inputs of b rows, one for each picture and noise level: latents [b, z, side, side],
     condition [b, y, width], image values of every MMFS block, and who sees which images."""
 
@@ -92,7 +107,7 @@ class _Rows:
     images: PreviousImages
 
 
-class _Prediction(nn.Module):
+class Prediction(nn.Module):
     """The U-Net on image values that are computed before, as a call whose weights can be
     replaced."""
 
@@ -100,7 +115,7 @@ class _Prediction(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, noisy: Tensor, timestep: Tensor, rows: _Rows) -> Tensor:
+    def forward(self, noisy: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
         """Prediction [b, z, side, side] for noisy latents at timesteps [b]."""
         unet, images = self.unet, rows.images
         return unet.step(
@@ -125,11 +140,10 @@ def teacher_of(unet: UNet) -> UNet:
     return copied
 
 
-class DistillationStage:
+class DistillationStage(ABC):
     """Losses of a student, the U-Net of `source.model`, against a frozen `teacher`.
 
-    `teacher_branches`: 2 for a teacher that needs classifier-free guidance. The consistency loss
-    takes its target from the average (EMA) of the weights, which the loop keeps.
+    `teacher_branches`: 2 for a teacher that needs classifier-free guidance.
     """
 
     def __init__(
@@ -145,13 +159,21 @@ class DistillationStage:
         self.settings, self.config, self.adapters = settings, config, adapters
         self.branches = teacher_branches
         decoder = self.model.image_decoder
-        self._student, self._teacher = _Prediction(decoder.unet), _Prediction(teacher)
-        self._target: dict[str, Tensor] = {}
-        self._diffusion = decoder.diffusion
+        self.student, self.teacher = Prediction(decoder.unet), Prediction(teacher)
+        self.diffusion = decoder.diffusion
 
     @property
     def module(self) -> nn.Module:
         return self.model
+
+    @property
+    def copies(self) -> list[UNet]:
+        """The U-Nets beside the model's own."""
+        return [self.teacher.unet]
+
+    def model_state(self, average: Mapping[str, StateT]) -> dict[str, StateT]:
+        """The model's own among the averages of what learns, under its names."""
+        return dict(average)
 
     def describe(self) -> dict[str, object]:
         return {
@@ -162,36 +184,38 @@ class DistillationStage:
             "lora": self.adapters,
         }
 
-    def follow(self, average: Mapping[str, Tensor]) -> None:
-        """Take targets from `average`, which the loop updates in place."""
-        self._target = {
-            f"unet.{name.removeprefix(UNET)}": value
-            for name, value in average.items()
-            if name.startswith(UNET)
-        }
-
     def batch(self, index: int, rng: np.random.Generator) -> Any:
         return self.source.batch(index, rng)
 
+    def costliest(self, documents: Any) -> Any:
+        """The micro-batch of `documents` that takes the most memory and arithmetic."""
+        return documents
+
     def losses(self, batch: Any) -> dict[str, Tensor]:
+        rows = self.rows(batch)
+        return {"total": self.no_loss()} if rows is None else self.row_losses(rows, batch)
+
+    @abstractmethod
+    def row_losses(self, rows: Rows, batch: Any) -> dict[str, Tensor]:
+        """Losses by name of the rows of a micro-batch."""
+
+    def no_loss(self) -> Tensor:
+        """Zero, for a micro-batch in which no picture is drawn; its gradients are zero too."""
+        learning = (value for value in self.module.parameters() if value.requires_grad)
+        return sum((0.0 * value.sum() for value in learning), torch.zeros(()))
+
+    def rows(self, batch: Any) -> Rows | None:
+        """Encode the documents and repeat their pictures once for each noise level; None if there
+        are none."""
         # No dropout in the frozen parts: teacher and student see the same condition.
         self.model.eval()
         self.model.image_decoder.unet.train()
         if (report := getattr(self.source, "report", None)) is not None:
             report(batch.broken)
-        rows = self._rows(batch if isinstance(batch, Batch) else batch.batch)
-        if rows is None:  # no picture is drawn
-            learning = (value for value in self.model.parameters() if value.requires_grad)
-            loss = sum((0.0 * value.sum() for value in learning), torch.zeros(()))
-        elif self.config.kind == "guidance":
-            loss = self._guidance_loss(rows)
-        else:
-            loss = self._consistency_loss(rows)
-        return {"total": loss, self.config.kind: loss}
+        return self._encoded(batch if isinstance(batch, Batch) else batch.batch)
 
     @torch.no_grad()
-    def _rows(self, batch: Batch) -> _Rows | None:
-        """Encode the documents and repeat their pictures once for each noise level."""
+    def _encoded(self, batch: Batch) -> Rows | None:
         model, decoder = self.model, self.model.image_decoder
         batch = model.with_layout(batch)
         assert batch.layout is not None
@@ -203,51 +227,74 @@ class DistillationStage:
         posterior, condition, look_back = inputs
         latents = decoder.vae.latents(posterior, torch.randn_like(posterior.mean))
         values = decoder.unet.image_values(look_back.features)
-        return _Rows(latents, condition, values, look_back)
+        return Rows(latents, condition, values, look_back)
 
-    def _guidance_loss(self, rows: _Rows) -> Tensor:
-        """Squared error against the guided prediction of the teacher (Meng et al. 2023, Eq. 3)."""
-        steps = self._diffusion.config.steps
-        timestep = torch.randint(steps, (len(rows.latents),), device=rows.latents.device)
-        noisy = self._noisy(rows, timestep)
-        wanted = self._guided(noisy, timestep, rows)
-        error = self._student(noisy, timestep, rows).float() - wanted
-        return (error**2).mean()
-
-    def _consistency_loss(self, rows: _Rows) -> Tensor:
-        """Huber loss between the consistency function at two neighbouring timesteps of the solver
-        (Luo et al. 2023, Algorithm 1)."""
-        assert self.config.solver_steps is not None
-        diffusion = self._diffusion
-        grid = solver_timesteps(diffusion.config, self.config.solver_steps)
-        known = torch.tensor(grid, device=rows.latents.device)
-        index = torch.randint(len(known), (len(rows.latents),), device=known.device)
-        timestep = known[index]
-        earlier = (timestep - (known[1] - known[0])).clamp(min=0)
-        noisy = self._noisy(rows, timestep)
-        with torch.no_grad():
-            guided = self._guided(noisy, timestep, rows)
-            before = solver_step(diffusion, guided, noisy, timestep, earlier)
-            of_target = functional_call(self._student, self._target, (before, earlier, rows))
-            wanted = consistency(diffusion, of_target, before, earlier)
-        found = consistency(diffusion, self._student(noisy, timestep, rows), noisy, timestep)
-        return pseudo_huber(found - wanted, self.settings.huber).mean()
-
-    def _noisy(self, rows: _Rows, timestep: Tensor) -> Tensor:
-        noise = torch.randn_like(rows.latents)
-        return self._diffusion.add_noise(rows.latents, noise, timestep)
+    def noisy(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Latents with fresh noise at the timestep of each row."""
+        return self.diffusion.add_noise(latents, torch.randn_like(latents), timestep)
 
     @torch.no_grad()
-    def _guided(self, noisy: Tensor, timestep: Tensor, rows: _Rows) -> Tensor:
+    def guided(self, noisy: Tensor, timestep: Tensor, rows: Rows) -> Tensor:
         """The teacher's prediction [b, z, side, side] in fp32, with classifier-free guidance."""
         if self.branches == 1:
-            return self._teacher(noisy, timestep, rows).float()
+            return self.teacher(noisy, timestep, rows).float()
         null = self.model.image_decoder.null_condition.to(rows.condition.dtype)
         both = replace(
             rows,
             condition=torch.cat([rows.condition, null.expand_as(rows.condition)]),
             images=rows.images.repeated(2),
         )
-        found = self._teacher(noisy.repeat(2, 1, 1, 1), timestep.repeat(2), both).float()
+        found = self.teacher(noisy.repeat(2, 1, 1, 1), timestep.repeat(2), both).float()
         conditional, unconditional = found.chunk(2)
         return unconditional + self.config.guidance * (conditional - unconditional)
+
+
+class GuidanceStage(DistillationStage):
+    """Distilled guidance (Meng et al. 2023, Sec. 3.1): the student learns the teacher's guided
+    prediction at any timestep."""
+
+    def row_losses(self, rows: Rows, batch: Any) -> dict[str, Tensor]:
+        """Squared error of the prediction (Eq. 3)."""
+        steps = self.diffusion.config.steps
+        timestep = torch.randint(steps, (len(rows.latents),), device=rows.latents.device)
+        noisy = self.noisy(rows.latents, timestep)
+        wanted = self.guided(noisy, timestep, rows)
+        error = self.student(noisy, timestep, rows).float() - wanted
+        loss = (error**2).mean()
+        return {"total": loss, self.config.kind: loss}
+
+
+class ConsistencyStage(DistillationStage):
+    """Latent consistency distillation (Luo et al. 2023): the student learns to map any timestep of
+    the solver to the end of the teacher's trajectory. Its targets come from the average (EMA) of
+    the weights, which the loop keeps."""
+
+    _average: Mapping[str, Tensor] = MappingProxyType({})
+
+    def follow(self, average: Mapping[str, Tensor]) -> None:
+        """Take targets from `average`, which the loop updates in place."""
+        self._average = {
+            f"unet.{name.removeprefix(UNET)}": value
+            for name, value in average.items()
+            if name.startswith(UNET)
+        }
+
+    def row_losses(self, rows: Rows, batch: Any) -> dict[str, Tensor]:
+        """Huber loss between the consistency function at two neighbouring timesteps of the solver
+        (Algorithm 1)."""
+        assert self.config.solver_steps is not None
+        diffusion = self.diffusion
+        grid = solver_timesteps(diffusion.config, self.config.solver_steps)
+        known = torch.tensor(grid, device=rows.latents.device)
+        index = torch.randint(len(known), (len(rows.latents),), device=known.device)
+        timestep = known[index]
+        earlier = (timestep - (known[1] - known[0])).clamp(min=0)
+        noisy = self.noisy(rows.latents, timestep)
+        with torch.no_grad():
+            guided = self.guided(noisy, timestep, rows)
+            before = solver_step(diffusion, guided, noisy, timestep, earlier)
+            of_target = functional_call(self.student, dict(self._average), (before, earlier, rows))
+            wanted = consistency(diffusion, of_target, before, earlier)
+        found = consistency(diffusion, self.student(noisy, timestep, rows), noisy, timestep)
+        loss = pseudo_huber(found - wanted, self.settings.huber).mean()
+        return {"total": loss, self.config.kind: loss}
