@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import count
 from numbers import Integral
@@ -14,17 +15,18 @@ from mmi_deploy.batching.capacity import capacity
 from mmi_deploy.batching.document_row import DocumentRow
 from mmi_deploy.batching.event_stream import EventStream, wake_all
 from mmi_deploy.batching.executor import Executor
-from mmi_deploy.batching.job import Job
+from mmi_deploy.batching.job import Job, Sink, Task
 from mmi_deploy.batching.scheduler import DEFAULT_POLICY, Policy, Scheduler
 from mmi_deploy.batching.warm_up import warm_up as warm_up_executor
 from mmi_deploy.bundle.bundle import Bundle
 from mmi_deploy.documents.document import Document, Image
 from mmi_deploy.documents.images import resize
 from mmi_deploy.errors import BusyError, ConfigError, EngineError
-from mmi_deploy.runtime.events import Event, ImageDone
+from mmi_deploy.runtime.events import Event, Finished, ImageDone, Reason
 from mmi_deploy.runtime.generation import Generation
 from mmi_deploy.runtime.options import DEFAULTS, GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
+from mmi_deploy.runtime.scoring import Score, Scoring
 from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.spec.backends import AUTO, CPU
@@ -154,6 +156,76 @@ class BatchEngine:
         and is returned; a new one by default. Raises `MmiError` for a document that does not fit
         the model, `BusyError` if the queue is full.
         """
+        stream = EventStream() if stream is None else stream
+        executor = self._scheduler.executor
+        sequence = TokenSequence(executor.config, executor.limits)
+        generation = Generation(
+            sequence,
+            self.runtime.tokenizer,
+            _resized(document, executor.config.vision.image_size),
+            options,
+            self.runtime.denoising_steps(options),
+            Timings(),
+        )
+
+        def emit(item: Event | Exception | None) -> None:
+            self._emit(stream, job, item)
+
+        job = self._job(generation, sequence, emit, priority, max_seconds, tenant)
+        stream.connect(lambda: self._cancel(job))
+        self._queue(job)
+        return stream
+
+    def score(
+        self,
+        document: Document,
+        continuations: Sequence[str],
+        *,
+        priority: int = 0,
+        max_seconds: float | None = None,
+        tenant: str = "",
+    ) -> Future[list[Score]]:
+        """Queue a document whose continuations are scored, as `score` does; the future gets the
+        scores, or the error.
+
+        They take as many slots as a run has rows, at most, and share decode runs with the texts of
+        other documents. Cancelling the future ends the document. Parameters as in `submit`; beyond
+        `max_seconds` the error is a `BusyError`. Raises `MmiError` as `submit` does.
+        """
+        executor = self._scheduler.executor
+        sequence = TokenSequence(executor.config, executor.limits)
+        scoring = Scoring(
+            sequence,
+            self.runtime.tokenizer,
+            _resized(document, executor.config.vision.image_size),
+            continuations,
+            min(executor.rows_of_a_run, len(executor.slots.slots)),
+            Timings(),
+        )
+        found: Future[list[Score]] = Future()
+        ends: list[Reason] = []
+
+        def emit(item: Event | Exception | None) -> None:
+            if isinstance(item, Finished):
+                ends.append(item.reason)
+            elif found.set_running_or_notify_cancel():
+                _settle(found, item, ends[-1] if ends else "end", scoring)
+
+        job = self._job(scoring, sequence, emit, priority, max_seconds, tenant)
+        found.add_done_callback(lambda found: self._cancel(job) if found.cancelled() else None)
+        self._queue(job)
+        return found
+
+    def _job(
+        self,
+        task: Task,
+        sequence: TokenSequence,
+        emit: Sink,
+        priority: int,
+        max_seconds: float | None,
+        tenant: str,
+    ) -> Job:
+        """Job for a new task. Raises `ConfigError` for parameters of `submit` out of range."""
         # Here, as the thread that all documents share must not meet them.
         seconds: object = max_seconds
         for name, value, fits, expected in (
@@ -168,28 +240,18 @@ class BatchEngine:
         ):
             if not fits:
                 raise ConfigError(f"{name} is out of range", expected=expected, got=repr(value))
-        stream = EventStream() if stream is None else stream
-        executor = self._scheduler.executor
-        sequence = TokenSequence(executor.config, executor.limits)
-        generation = Generation(
-            sequence,
-            self.runtime.tokenizer,
-            _resized(document, executor.config.vision.image_size),
-            options,
-            self.runtime.denoising_steps(options),
-            Timings(),
-        )
-        now = self._clock()
-        job = Job(
-            generation,
+        now, executor = self._clock(), self._scheduler.executor
+        return Job(
+            task,
             DocumentRow(sequence, tenant, executor.images, executor.unet_images),
-            lambda item: self._emit(stream, job, item),
+            emit,
             priority=priority,
             deadline=None if max_seconds is None else now + max_seconds,
             arrival=now,
             number=next(self._arrivals),
         )
-        stream.connect(lambda: self._cancel(job))
+
+    def _queue(self, job: Job) -> None:
         with self._changed:
             if self._closed or self._broken:
                 reason = f": {self._broken}" if self._broken else ""
@@ -199,7 +261,6 @@ class BatchEngine:
             self._scheduler.check(job, len(self._inbox))
             self._inbox.append(job)
             self._changed.notify()
-        return stream
 
     def stats(self) -> EngineStats:
         """State and totals at this moment."""
@@ -298,6 +359,18 @@ class BatchEngine:
                 self._scheduler.refuse_waiting(_draining())
             worked = self._scheduler.turn()
             self._wake()
+
+
+def _settle(found: Future[list[Score]], error: object, reason: Reason, scoring: Scoring) -> None:
+    """Give the scores, or why there are none, to whoever waits for them."""
+    if isinstance(error, Exception):
+        found.set_exception(error)
+    elif reason == "deadline":
+        found.set_exception(BusyError("the continuations were not scored in time"))
+    elif reason != "end":
+        found.set_exception(EngineError(f"the continuations were not scored: {reason}"))
+    else:
+        found.set_result(scoring.scores)
 
 
 def _draining() -> BusyError:

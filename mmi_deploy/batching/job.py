@@ -4,13 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mmi_deploy.batching.beam_rows import BeamRows
 from mmi_deploy.batching.document_row import DocumentRow
+from mmi_deploy.documents.document import EncodedDocument
 from mmi_deploy.runtime.events import Event, Finished, Reason
-from mmi_deploy.runtime.generation import Generation, Stopped
+from mmi_deploy.runtime.generation import Steps, Stopped
+from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.runtime.work import BeamStep, Condition, DecodeLatents, Denoise, Work
+
+
+class Task(Protocol):
+    """What is done with a document: a `Generation`, or a `Scoring`.
+
+    rows: of the KV cache that it takes. drawable: pictures that it may draw beyond those that the
+    document asks for. writes: False if it writes no text.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def drawable(self) -> int: ...
+
+    @property
+    def writes(self) -> bool: ...
+
+    @property
+    def encoded(self) -> EncodedDocument: ...
+
+    @property
+    def timings(self) -> Timings: ...
+
+    def run(self) -> Steps:
+        """Events and work, to the end."""
+
 
 # Gets every event in order; at last an error, or None after `Finished`.
 Sink = Callable[[Event | Exception | None], None]
@@ -33,11 +62,11 @@ class JobStats:
 
 
 class Job:
-    """A generation, and its progress in the service."""
+    """A task, and its progress in the service."""
 
     def __init__(
         self,
-        generation: Generation,
+        task: Task,
         row: DocumentRow,
         emit: Sink,
         *,
@@ -48,13 +77,13 @@ class Job:
     ) -> None:
         """deadline: time of the clock at which the document ends. arrival: time of submission.
         number: in the order of submission."""
-        self.generation, self.row, self.emit = generation, row, emit
+        self.task, self.row, self.emit = task, row, emit
         self.priority, self.deadline = priority, deadline
         self.arrival, self.number = arrival, number
         self.work: Work | None = None
         self.picture_row: int | None = None
-        self.slots = generation.options.beams  # that it holds while it runs
-        self.beams: BeamRows | None = None  # while it runs, with a slot for each of several beams
+        self.slots = task.rows  # that it holds while it runs
+        self.beams: BeamRows | None = None  # in its slots, while it runs
         # Run that its present work needs next: encode, prefill, decode, values, condition, denoise,
         # shallow or vae; and the number of the turn in which it became ready.
         self.stage, self.ready = "", 0
@@ -68,7 +97,7 @@ class Job:
         self.reason: Reason = "end"  # of the document's end
         self._cancelled = False
         self._last: list[Event | Exception | None] = []
-        self._steps = generation.run()
+        self._steps = task.run()
 
     def cancel(self) -> None:
         """Ask for the end of the document. Thread-safe."""
@@ -89,7 +118,7 @@ class Job:
         """End the document early with the events that this takes."""
         if self.work is None:  # a generator that has not begun cannot catch
             self._steps.close()
-            self._last = [Finished(reason, 0, 0, self.generation.timings), None]
+            self._last = [Finished(reason, 0, 0, self.task.timings), None]
         else:
             self._emit_until_work(lambda: self._steps.throw(Stopped(reason)))
 

@@ -145,7 +145,7 @@ class JobRuns:
         counts.seconds[kind] = counts.seconds.get(kind, 0.0) + seconds
         stage = "denoise" if kind == "shallow" else kind
         for job, count in shares.items():
-            job.generation.timings.runs.append(Timing(stage, seconds, count))
+            job.task.timings.runs.append(Timing(stage, seconds, count))
 
     def _encode(self, jobs: Sequence[Job], gap: float) -> None:
         """Encode pictures that jobs wait for, those of the oldest job first."""
@@ -222,6 +222,11 @@ class JobRuns:
             (sampled,) = sample_rows(logits[0][None], [job.work.request])
             begins_picture = sampled.token == job.row.sequence.config.tokens.boi
             found = sampled
+        if job.task.writes:
+            self._count_token(job, begins_picture)
+        self._advance(job, found)
+
+    def _count_token(self, job: Job, begins_picture: bool) -> None:
         now = self.clock()
         self.counts.tokens += 1
         if job.first is None:
@@ -229,7 +234,6 @@ class JobRuns:
         if job.last_token is not None:
             self.counts.gaps.add(now - job.last_token)
         job.last_token = None if begins_picture else now
-        self._advance(job, found)
 
     def _condition(self, job: Job, gap: float) -> None:
         """Compute the U-Net's values of the images that a picture may see, or else its condition.

@@ -105,7 +105,7 @@ class Scheduler:
         """Raise `BusyError` if the queue is full, `DocumentError` for a document that can never
         run. ahead: documents that will be added before it. Any thread may call it."""
         most = self.executor.images.rows
-        given, slots = len(job.generation.encoded.images), len(self.executor.slots.slots)
+        given, slots = len(job.task.encoded.images), len(self.executor.slots.slots)
         if job.slots > slots:
             raise ConfigError(
                 "beams are more than the service has slots",
@@ -129,7 +129,7 @@ class Scheduler:
 
     def add(self, job: Job) -> None:
         """Queue a document that `check` has passed."""
-        wanted = len(job.generation.encoded.images) + job.generation.options.max_images
+        wanted = len(job.task.encoded.images) + job.task.drawable
         job.images = min(wanted, self.executor.images.rows, self.executor.limits.images)
         insort(self.waiting, job, key=lambda other: (-other.priority, other.number))
 
@@ -242,8 +242,7 @@ class Scheduler:
         ids = job.row.sequence.token_ids
         slot, *further = self._take_slots(job)
         job.row.begin(slot)
-        if further:
-            job.beams = BeamRows(job.row, further, self.executor.slots)
+        job.beams = BeamRows(job.row, further, self.executor.slots)
         job.given, job.cached = len(ids), job.row.processed
         self.runs.counts.given += job.given
         self.runs.counts.cached += job.cached

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmi_deploy.runtime.sampling import Logits, TextSampling, largest, log_softmax, processed
+from mmi_deploy.runtime.work import DOCUMENT
 
 Float64 = NDArray[np.float64]
 
@@ -152,17 +153,19 @@ def place_beams(
     """Rows of the KV cache for new beams, and the copies that this takes: (from row, to row).
 
     The first beam that continues a parent stays in the parent's row; every further one gets a row
-    whose beam was given up. Nothing is read after it was overwritten. parents: of the new beams.
-    rows: of the beams before. of: number of rows.
+    whose beam was given up. So does one that begins at the document: all rows that ever held a beam
+    begin with it, and these are the first ones. Nothing is read after it was overwritten. parents:
+    of the new beams. rows: of the beams before. of: number of rows.
     """
     placed: list[int] = []
     copies: list[tuple[int, int]] = []
-    kept = {rows[parent] for parent in parents}
+    kept = {rows[parent] for parent in parents if parent != DOCUMENT}
     free = [row for row in range(of) if row not in kept]
     taken: set[int] = set()
     for parent in parents:
-        row = rows[parent]
-        if row in taken:
+        if parent == DOCUMENT:
+            row = free.pop(0)
+        elif (row := rows[parent]) in taken:
             row = free.pop(0)
             copies.append((rows[parent], row))
         taken.add(row)

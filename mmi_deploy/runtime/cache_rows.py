@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mmi_deploy.runtime.beam_search import place_beams
 from mmi_deploy.runtime.buffers import Buffer, Memory
 from mmi_deploy.runtime.caches import KvCache
+from mmi_deploy.runtime.work import DOCUMENT
 
 
 class CacheRows:
@@ -16,29 +17,26 @@ class CacheRows:
     def __init__(self, cache: KvCache, memory: Memory, count: int) -> None:
         self._cache, self._memory = cache, memory
         self.count = count
-        self.depth = 0  # tokens of each beam of the present search
-        self._beams: list[int] = [0]  # row of each beam
+        self._beams: list[int] = [0]  # row of each beam of the present search
+        self._depths: list[int] = [0]  # tokens of each beam
 
     def first(self, b: int) -> dict[str, Buffer]:
         """The first `b` rows, by the names of the graph's inputs."""
         return {name: rows.rows(0, b) for name, rows in self._cache.buffers.items()}
 
-    def repeat(self, count: int) -> None:
-        """Copy the document into the first `count` rows."""
-        for row in range(1, count):
-            self._copy(0, row)
-
     def end_search(self) -> None:
         """Leave the document alone in its row."""
-        self.depth, self._beams = 0, [0]
+        self._beams, self._depths = [0], [0]
 
-    def grow(self, parents: Sequence[int]) -> list[int]:
-        """Rows of new beams, each with the text of its parent among the beams before."""
+    def grow(self, parents: Sequence[int]) -> list[tuple[int, int]]:
+        """Row of each new beam, which has the text of its parent among the beams before, and the
+        number of tokens of that text."""
+        depths = [0 if parent == DOCUMENT else self._depths[parent] for parent in parents]
         self._beams, copies = place_beams(parents, self._beams, self.count)
         for source, target in copies:
             self._copy(source, target)
-        self.depth += 1
-        return self._beams
+        self._depths = [depth + 1 for depth in depths]
+        return list(zip(self._beams, depths, strict=True))
 
     def _copy(self, source: int, target: int) -> None:
         for rows in self._cache.buffers.values():

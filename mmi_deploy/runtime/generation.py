@@ -114,7 +114,13 @@ class Stopped(Exception):
 
 
 class Generation:
-    """One document that is read and continued."""
+    """One document that is read and continued.
+
+    rows: of the KV cache that it takes. drawable: pictures that it may draw beyond those that the
+    document asks for.
+    """
+
+    writes = True  # text
 
     def __init__(
         self,
@@ -139,6 +145,7 @@ class Generation:
                 fix="ask for fewer, or export the bundle with more --rows",
             )
         self.sequence, self.options = sequence, options
+        self.rows, self.drawable = options.beams, options.max_images
         self.tokenizer, self.tokens = tokenizer, config.tokens
         self.steps, self.timings, self.cancelled = steps, timings, cancelled
         self.guidance = config.image_decoder.guidance_of(options.guidance)

@@ -22,7 +22,7 @@ from mmi_deploy.runtime.decode_step import DecodeStep
 from mmi_deploy.runtime.picture_rows import PictureRows
 from mmi_deploy.runtime.prefill import prefill_inputs
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.runtime.sampling import log_softmax, sample_rows
+from mmi_deploy.runtime.sampling import sample_rows
 from mmi_deploy.runtime.sequence import TokenSequence
 from mmi_deploy.runtime.timings import Timings
 from mmi_deploy.runtime.visible_images import VisibleImages, pad_images
@@ -51,8 +51,8 @@ class Session:
     """
 
     def __init__(self, runtime: Runtime, rows: int = 1) -> None:
-        """rows: of the KV cache, for beams or for continuations to score. The document is in the
-        first one."""
+        """rows: of the KV cache, for the beams of a search or texts to score. The document is in
+        the first one."""
         self.runtime = runtime
         self.config = runtime.config
         self.limits = runtime.limits
@@ -206,77 +206,22 @@ class Session:
         valid until the next run."""
         if not step.tokens:
             return [self.next_logits()]
-        rows = self._cache_rows
-        placed = rows.grow(step.parents)
-        place = len(self.token_ids) + rows.depth - 1
-        self.decode_rows(
-            [(row, token, place) for row, token in zip(placed, step.tokens, strict=True)]
-        )
-        logits = self._logits.read()
-        check_finite(logits[placed], f"the logits after {place + 1} tokens of a beam")
-        return [logits[row, 0] for row in placed]
-
-    def score(self, continuations: Sequence[Sequence[int]]) -> list[NDArray[np.float64]]:
-        """Log probability of each token of each continuation of the document, which stays as it is.
-
-        All rows of the cache begin with the document, and take a continuation each, token by token;
-        a row that is through takes the next one. Raises `DocumentError` for a continuation that
-        does not fit, or has no token.
-        """
-        most = max(map(len, continuations), default=0)
-        if min(map(len, continuations), default=1) == 0:
-            raise DocumentError("a continuation without a token has no score")
-        if most > self.room:
-            raise DocumentError(
-                "a continuation does not fit into the context",
-                expected=f"at most {self.room} tokens",
-                got=most,
-            )
-        logits_after = self.next_logits().copy()
-        after = log_softmax(logits_after)
-        found = [[float(after[tokens[0]])] for tokens in continuations]
-        # Of a continuation of one token nothing is left to compute.
-        left = [number for number, tokens in enumerate(continuations) if len(tokens) > 1]
-        left.sort(key=lambda number: len(continuations[number]))  # the longest begin
-        first, rows = len(self.token_ids), self._cache_rows
-        rows.repeat(min(rows.count, len(left)))
-        taken: dict[int, int] = {}  # row -> continuation
-        while left or taken:
-            for row in range(rows.count):
-                if row not in taken and left:
-                    taken[row] = left.pop()
-            self.decode_rows(
-                [
-                    (
-                        row,
-                        continuations[number][len(found[number]) - 1],
-                        first + len(found[number]) - 1,
-                    )
-                    for row, number in taken.items()
-                ]
-            )
-            logits = self._logits.read()
-            for row, number in list(taken.items()):
-                check_finite(logits[row, 0], f"the logits of continuation {number + 1}")
-                tokens, known = continuations[number], found[number]
-                known.append(float(log_softmax(logits[row, 0])[tokens[len(known)]]))
-                if len(known) == len(tokens):
-                    del taken[row]
-        self._logits.rows(0, 1).write(logits_after[None, None])  # those of the document again
-        return [np.array(known) for known in found]
-
-    def decode_rows(self, rows: Sequence[tuple[int, int, int]]) -> None:
-        """Decode one token in some rows of the cache: (row, token, place in its text). All of them
-        see the images of the document; nothing is appended."""
-        b = max(row for row, _, _ in rows) + 1
+        placed = self._cache_rows.grow(step.parents)
+        first = len(self.token_ids)
+        b = max(row for row, _ in placed) + 1
         slot, position = self._visible.of_tokens([_ANY_TEXT], self._llm_values.slot)
-        with self._measure("decode", len(rows)):
-            step = self._decode_step(b, slot.shape[1])
+        with self._measure("decode", len(placed)):
+            decoding = self._decode_step(b, slot.shape[1])
             # An idle row writes behind the document, where its next text begins.
-            idle = set(range(b)) - {row for row, _, _ in rows}
-            for row, token, place in [*rows, *((row, 0, len(self.token_ids)) for row in idle)]:
-                step.set(row, token, place, slot[0], position[0, 0])
-            step.run()
+            for row in set(range(b)) - {row for row, _ in placed}:
+                decoding.set(row, 0, first, slot[0], position[0, 0])
+            for (row, depth), token in zip(placed, step.tokens, strict=True):
+                decoding.set(row, token, first + depth, slot[0], position[0, 0])
+            decoding.run()
+        logits = self._logits.read()
+        for row, depth in placed:
+            check_finite(logits[row], f"the logits after {first + depth + 1} tokens of a beam")
+        return [logits[row, 0] for row, _ in placed]
 
     def _prefill(
         self, ids: list[int], slot: NDArray[np.int32], position: NDArray[np.int32]

@@ -14,13 +14,19 @@ class NextToken:
     request: SampleRequest
 
 
+# Parent of a beam that begins at the document.
+DOCUMENT = -1
+
+
 @dataclass(frozen=True)
 class BeamStep:
-    """Decode the last token of each beam of a search (`beam_search.py`), which are not appended.
+    """Decode the last token of each beam of a search (`beam_search.py`), or of each text that is
+    scored (`scoring.py`); they are not appended.
 
-    parents: of each beam, its number among the beams of the step before. tokens: of each beam, the
-    last one. Result: the logits [u] of the token that follows each beam; views, valid until the
-    next work. Without beams a search begins, with the token that follows the document.
+    parents: of each beam, its number among the beams of the step before, or `DOCUMENT`, for not
+    more beams at once than the first step had. tokens: of each beam, the last one. Result: the
+    logits [u] of the token that follows each beam; views, valid until the next work. Without beams
+    a search begins, with the token that follows the document.
     """
 
     parents: tuple[int, ...] = ()

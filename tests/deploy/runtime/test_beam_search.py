@@ -18,18 +18,19 @@ from deploy.runtime.fake_model import fake_runtime, fake_schedule, picture
 from export.small_models import paper_reading, random_model
 from mmi_deploy.documents.document import Image, Text, document_of, encode_document
 from mmi_deploy.documents.tokenizer import Tokenizer
-from mmi_deploy.errors import ConfigError, DocumentError
+from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.backend import HostBackend
 from mmi_deploy.runtime.beam_search import BeamRules, BeamSearch, beam_scores, place_beams
 from mmi_deploy.runtime.buffers import Array, Buffer
 from mmi_deploy.runtime.events import Finished, TextDelta
-from mmi_deploy.runtime.generation import generate
+from mmi_deploy.runtime.generation import drive, generate
 from mmi_deploy.runtime.onnxruntime.engine import OnnxOptions, OnnxRuntimeEngine
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
 from mmi_deploy.runtime.sampling import TextSampling, never_sampled
+from mmi_deploy.runtime.scoring import Scoring, score
 from mmi_deploy.runtime.session import Session
-from mmi_deploy.runtime.work import BeamStep
+from mmi_deploy.runtime.work import DOCUMENT, BeamStep
 from mmi_deploy.spec.graphs import Graph, Limits, graphs
 from mmi_export.export import MODULES
 from mmi_export.tracing.onnx_from_module import onnx_from_module
@@ -109,6 +110,31 @@ def test_rows_are_copied_only_where_a_beam_has_another_parent() -> None:
         assert [texts[row] for row in placed] == wanted
         assert len(set(placed)) == len(parents)
         assert len(copies) == len(parents) - len(set(parents))
+
+
+def test_a_beam_may_begin_at_the_document_in_a_row_that_was_given_up() -> None:
+    """A text that is through makes room for the next; every row that held one begins with the
+    document, which is copied once."""
+    for seed in range(300):
+        draw = np.random.default_rng(seed)
+        of = int(draw.integers(1, 7))
+        width = int(draw.integers(1, of + 1))
+        rows, texts = [0], ["document"] + ["empty"] * (of - 1)
+        parents = [0] * width
+        for step in range(6):
+            own = [rows[parent] if parent != DOCUMENT else None for parent in parents]
+            before = [texts[row] if row is not None else "document" for row in own]
+            rows, copies = place_beams(parents, rows, of)
+            for source, target in copies:
+                texts[target] = texts[source]
+            assert len(copies) == (width - 1 if step == 0 else 0)
+            assert len(set(rows)) == len(rows) and max(rows) < width
+            for row, text in zip(rows, before, strict=True):
+                assert texts[row].startswith("document")
+                texts[row] = f"{text} {step}"
+            kept = [place for place in range(len(rows)) if draw.random() < 0.6]
+            fresh = [DOCUMENT] * int(draw.integers(0, width - len(kept) + 1))
+            parents = (kept + fresh) or [DOCUMENT]
 
 
 def test_options_that_do_not_go_together_are_refused_in_one_line() -> None:
@@ -297,17 +323,21 @@ def test_scores_of_continuations_are_those_of_whole_texts(
 ) -> None:
     """Ten continuations in three rows, with a picture before them. 1e-5 of 10: fp32, sums of
     another order."""
-    model, tokens = paper.model, paper.model.config.tokens
+    model, tokenizer = paper.model, runtime.tokenizer
     side = model.config.vision.image_size
-    session = Session(runtime, 3)
-    session.append_text([tokens.bos, 20])
-    session.append_image(picture(3, side))
-    session.append_text([21, 22])
     draw = np.random.default_rng(0)
-    options = [draw.integers(6, 40, count).tolist() for count in (1, 4, 2, 7, 1, 3, 3, 5, 6, 2)]
-    before = session.next_logits().copy()
-    found = session.score(options)
-    np.testing.assert_array_equal(session.next_logits(), before)  # as if nothing had been asked
+    texts = [
+        tokenizer.decode(draw.integers(6, 40, count).tolist())
+        for count in (1, 4, 2, 7, 1, 3, 3, 5, 6, 2)
+    ]
+    options = [tokenizer.encode(text) for text in texts]
+    session = Session(runtime, 3)
+    before, after = tokenizer.decode([20]), tokenizer.decode([21, 22])
+    document = document_of(Text(before), Image(picture(3, side)), Text(after))
+    scoring = Scoring(session.sequence, tokenizer, document, texts, 3, session.timings)
+    assert scoring.rows == 3
+    assert all(isinstance(event, Finished) for event in drive(scoring.run(), session.do))
+    found = scoring.scores
     pixels = torch.from_numpy(picture(3, side)).permute(2, 0, 1)[None] / 255
     padded = torch.zeros(10, 7, dtype=torch.int64)
     real = torch.zeros(10, 7)
@@ -316,12 +346,9 @@ def test_scores_of_continuations_are_those_of_whole_texts(
     whole = score_options(
         model, torch.tensor(session.token_ids), pixels, torch.tensor([0]), padded, real
     )
-    assert [len(logs) for logs in found] == [len(option) for option in options]
-    np.testing.assert_allclose([logs.sum() for logs in found], whole.numpy(), atol=1e-4)
-    with pytest.raises(DocumentError, match="without a token"):
-        session.score([[5], []])
-    with pytest.raises(DocumentError, match="does not fit"):
-        session.score([[5] * 64])
+    assert [one.tokens for one in found] == [len(option) for option in options]
+    np.testing.assert_allclose([one.logprob for one in found], whole.numpy(), atol=1e-4)
+    assert score(runtime, document, texts) == found
 
 
 class _GoldenEncoder(OnnxRuntimeEngine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import wrap_future
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, Protocol
@@ -15,7 +16,6 @@ from mmi_deploy.documents.story import Story
 from mmi_deploy.errors import ConfigError
 from mmi_deploy.runtime.options import GenerationOptions
 from mmi_deploy.runtime.runtime import Runtime
-from mmi_deploy.runtime.scoring import score
 
 # Ending of the weights of a model folder.
 _WEIGHTS = "*.safetensors"
@@ -99,4 +99,5 @@ class _Engine:
         return output.story
 
     async def scores(self, document: Document, options: Sequence[str]) -> list[float]:
-        return [one.logprob for one in score(self._runtime, document, options)]
+        found = await wrap_future(self._engine.score(document, options))
+        return [one.logprob for one in found]
