@@ -106,7 +106,7 @@ floors: $(INSTALLED) bundles/tiny/bundle.json ## run the runtime with the oldest
 	$(VENV)/floors/bin/mmi verify bundles/tiny --run
 	$(VENV)/floors/bin/mmi generate examples/story.md --bundle bundles/tiny -o $(VENV)/floors/story
 
-# The wheel does not hold the bundle: 40 MB of fp32 weights, which do not compress. It is built from a
+# The wheel does not hold the bundle: 39 MB of fp32 weights, 23 MB compressed. It is built from a
 # copy of the last commit, so that nothing else in the working tree gets into it.
 release: $(INSTALLED) bundles/tiny/bundle.json ## the wheel, the tiny bundle as an archive, their SHA-256: into dist/
 	work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && git archive HEAD | tar -x -C "$$work" && \

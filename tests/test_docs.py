@@ -9,17 +9,18 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from mmi_deploy.cli.app import run
 from mmi_deploy.cli.command_table import VIEWS
+from mmi_deploy.spec.config import DistillationKind
+from mmi_train.training.recipes import shipped
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NAMES = "export benchmarks gpu_check install server wire_formats responses page deployment".split()
-NAMES += ["serving_benchmarks", "polygraphy", "gemv_kernel", "training", "data", "evaluation"]
-NAMES += ["paper_training", "few_step_drawing"]
-DOCS = [REPOSITORY / "docs" / f"{n}.md" for n in NAMES]
+DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+DOCS += [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "assets/tiny/README.md")]
 
 # Files that commands write and the repository does not hold.
 WRITTEN = {
@@ -27,8 +28,10 @@ WRITTEN = {
     "bundle.json",
     "gpu_check/report.json",
     "gpu_check/report.md",
+    "report.json",
     "report.md",
     "result.json",
+    "target.json",
     "model.safetensors.index.json",
 }
 
@@ -47,7 +50,10 @@ OF_DATA_SETS = {
     "train-val-test_split.json",
 }
 
-ELSEWHERE = WRITTEN | OF_DATA_SETS
+# A script of the published code, and names in examples.
+OTHERS = {"download_hf_models.py", "a.md", "from_NAME.py"}
+
+ELSEWHERE = WRITTEN | OF_DATA_SETS | OTHERS
 
 
 @cache
@@ -55,14 +61,17 @@ def sources() -> dict[str, Path]:
     """Every file of the packages, tests and docs by its path in the repository."""
     folders = ("mmi_deploy", "export", "train", "bench", "plugins", "tests", "docs", "examples")
     paths = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.*")]
+    paths += REPOSITORY.glob("*.md")
     return {path.relative_to(REPOSITORY).as_posix(): path for path in paths}
 
 
 @cache
 def names_of_tests() -> set[str]:
-    """Names of all tests."""
-    texts = [path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py")]
-    return {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.M)}
+    """Names of all tests and of their files."""
+    paths = list((REPOSITORY / "tests").rglob("test_*.py"))
+    texts = [path.read_text() for path in paths]
+    named = {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.M)}
+    return named | {path.stem for path in paths}
 
 
 def code(text: str) -> Iterator[str]:
@@ -85,18 +94,43 @@ def test_files_and_tests_exist(doc: Path) -> None:
     for word in code(doc.read_text()):
         if doc.stem == "data" and word.endswith(".json"):
             continue  # a file that a data set publishes
-        if re.fullmatch(r"\w[\w./-]*\.(py|md|json|cpp|cuh?|h)", word) and word not in ELSEWHERE:
-            assert word in (sources() if "/" in word else names), word
+        if ELSEWHERE & {word, Path(word).name}:
+            continue
+        if re.fullmatch(r"\w[\w./-]*\.(py|md|json|cpp|cuh?|h)", word):
+            within = any(path.endswith(f"/{word}") for path in sources())
+            assert word in sources() or within if "/" in word else word in names, word
         if re.fullmatch(r"test_\w+", word):
             assert word in names_of_tests(), word
         if re.fullmatch(r"mmi_\w+(\.\w+)+", word):
             module, _, name = word.rpartition(".")
-            assert find_spec(word) or hasattr(import_module(module), name), word
+            assert hasattr(import_module(module), name) or find_spec(word), word
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.stem)
+def test_rows_of_tables_follow_each_other(doc: Path) -> None:
+    """A row after an empty line, or of another width, is not drawn as one."""
+    text = re.sub(r"^```.*?^```", "", doc.read_text(), flags=re.M | re.S)
+    for block in re.split(r"\n\s*\n", text):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        if rows:
+            assert len(rows) > 1 and re.fullmatch(r"[|:\- ]+", rows[1]), rows[0]
+            widths = {len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", row))) for row in rows}
+            assert len(widths) == 1, rows[0]
+
+
+def test_every_recipe_and_every_kind_of_distillation_is_described() -> None:
+    training = (REPOSITORY / "docs/training.md").read_text()
+    drawing = (REPOSITORY / "docs/few_step_drawing.md").read_text()
+    assert {name for name in shipped() if f"`{name}`" not in training} == set()
+    assert {
+        kind for kind in get_args(DistillationKind) if f"--distill {kind}" not in drawing
+    } == set()
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.stem)
 def test_links_lead_somewhere(doc: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", doc.read_text()):
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", doc.read_text(), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if not link.startswith("http"):
             path, _, anchor = link.partition("#")
             target = doc.parent / path if path else doc
@@ -113,7 +147,7 @@ def test_commands_have_the_options_they_are_given(
     two_words = {f"{command} {view}" for command in VIEWS for view in VIEWS[command]}
     two_words |= {"plugins build", "plugins list"}
     for line in code(doc.read_text()):
-        if not re.match(r"(\.venv/bin/)?mmi ", line):
+        if not re.match(r"(\.venv/bin/)?mmi [^A-Z]", line):
             continue
         words = shlex.split(re.sub(r"^\.venv/bin/", "", line), comments=True)
         command = words[1:3] if " ".join(words[1:3]) in two_words else words[1:2]

@@ -16,7 +16,7 @@ from mmi_deploy.runtime.work import BeamStep, Condition, DecodeLatents, Denoise,
 
 
 class Task(Protocol):
-    """What is done with a document: a `Generation`, or a `Scoring`.
+    """Work on one document: a `Generation`, or a `Scoring`.
 
     rows: of the KV cache that it takes. drawable: pictures that it may draw beyond those that the
     document asks for. writes: False if it writes no text.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from mmi_deploy.analysis.gpu_specs import Gpu
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^vPX*"
 
 
 def draw_roofline(costs: Sequence[GraphCost], gpus: Sequence[Gpu], path: Path) -> None:
@@ -38,7 +39,7 @@ def _roofs(axes: Any, costs: Sequence[GraphCost], gpus: Sequence[Gpu]) -> None:
         xs = sorted({left, knee, right})
         ys = [min(x * gpu.bandwidth, peak) / 1e12 for x in xs]
         axes.plot(xs, ys, color=colour, linewidth=1.2, label=gpu.title)
-    for cost, intensity, marker in zip(costs, intensities, _MARKERS, strict=False):
+    for cost, intensity, marker in zip(costs, intensities, cycle(_MARKERS), strict=False):
         ys = [min(intensity * gpu.bandwidth, gpu.peak(cost.compute)) / 1e12 for gpu in gpus]
         xs = [intensity] * len(ys)
         axes.plot(xs, ys, linestyle="none", marker=marker, color="black", label=cost.graph)
@@ -63,5 +64,5 @@ def _times(axes: Any, costs: Sequence[GraphCost], gpus: Sequence[Gpu]) -> None:
     axes.set_yticklabels([cost.graph for cost in costs])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("lower bound in milliseconds (pale: without fusion), computed")
+    axes.set_xlabel("computed lower bound, ms (pale: without fusion)")
     axes.set_title(f"One run, {costs[0].storage}; colours as on the left")

@@ -1,4 +1,4 @@
-"""`/v1/completions`: text in, text out, as a model that continues texts has it naturally."""
+"""`/v1/completions`: text in, text out, the natural form for a model that continues text."""
 
 from __future__ import annotations
 

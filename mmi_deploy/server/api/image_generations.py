@@ -97,7 +97,23 @@ class ImagesBody(Fields):
     mmi: MmiFields | None = None
 
 
-REQUEST_SCHEMA = schema_of(ImagesBody)
+# Extensions without a meaning for pictures alone.
+_OF_TEXT = (
+    *("max_images", "draw_first", "turn_tokens", "min_tokens", "progress"),
+    *BeamFields.model_fields,
+)
+
+
+def _schema() -> Json:
+    """Schema of a body, without the extensions that are refused."""
+    schema = schema_of(ImagesBody)
+    for choice in schema["properties"]["mmi"]["anyOf"]:
+        for name in _OF_TEXT:
+            choice.get("properties", {}).pop(name, None)
+    return schema
+
+
+REQUEST_SCHEMA = _schema()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +130,6 @@ class ImagesRequest(ApiRequest):
         return tuple(
             replace(self, options=replace(self.options, seed=seed), pictures=1) for seed in seeds
         )
-
-
-# Extensions without a meaning for pictures alone.
-_OF_TEXT = (
-    *("max_images", "draw_first", "turn_tokens", "min_tokens", "progress"),
-    *BeamFields.model_fields,
-)
 
 
 def read(

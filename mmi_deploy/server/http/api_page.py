@@ -50,7 +50,7 @@ def _body(path: str, schema: Mapping[str, Any]) -> Iterator[str]:
     yield "| field | type | |\n|---|---|---|"
     for name, field in schema["properties"].items():
         if field.get("description") == NO_EFFECT:
-            neutral.append(f"`{name}`: {_type(field)}")
+            neutral.append(f"| `{name}` | {_type(field)} |")
             continue
         text = field.get("description", "")
         text = f"**Required.** {text}" if name in required else text
@@ -59,7 +59,8 @@ def _body(path: str, schema: Mapping[str, Any]) -> Iterator[str]:
             yield f"| `{name}.{inner}` | {_type(own)} | {own.get('description', '')} |"
     yield ""
     if neutral:
-        yield f"{NO_EFFECT} Other values are refused: {'; '.join(neutral)}.\n"
+        yield f"{NO_EFFECT} Other values are refused:\n\n| field | values |\n|---|---|"
+        yield "\n".join(neutral) + "\n"
     for example in schema.get("examples", ()):
         text = json.dumps(example, ensure_ascii=False)
         yield f"```\ncurl http://127.0.0.1:8000{path} -H 'content-type: application/json' -d \\"
@@ -80,7 +81,7 @@ def _type(field: Mapping[str, Any]) -> str:
         kinds = [_type(one) for one in field.get("anyOf", field.get("oneOf", ()))]
         return " or ".join(dict.fromkeys(kind for kind in kinds if kind != "null"))
     if "enum" in field:
-        return ", ".join(f"`{json.dumps(value)}`" for value in field["enum"])
+        return ", ".join(dict.fromkeys(f"`{json.dumps(value)}`" for value in field["enum"]))
     if "const" in field:
         return f"`{json.dumps(field['const'])}`"
     kind = str(field.get("type", "any"))

@@ -286,7 +286,7 @@ def train(
         str | None,
         typer.Option(
             help="Weights that learn themselves: published, table_11 to table_15 (the paper's), "
-            "all.",
+            "unet, image_decoder, all.",
             show_default="none, with adapters alone",
             metavar="NAME",
             rich_help_panel=_LEARNS,
