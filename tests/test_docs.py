@@ -30,6 +30,7 @@ WRITTEN = {
     "gpu_check/report.md",
     "report.json",
     "report.md",
+    ".mmi-run.json",
     "result.json",
     "target.json",
     "model.safetensors.index.json",
@@ -51,7 +52,7 @@ OF_DATA_SETS = {
 }
 
 # A script of the published code, and names in examples.
-OTHERS = {"download_hf_models.py", "a.md", "from_NAME.py"}
+OTHERS = {"download_hf_models.py", "a.md", "A.md", "from_NAME.py"}
 
 ELSEWHERE = WRITTEN | OF_DATA_SETS | OTHERS
 
