@@ -19,12 +19,12 @@ QUESTIONS = 16
 
 
 def test_it_draws_what_its_documents_ask_for(tmp_path: Path) -> None:
-    """docs/few_step_drawing.md has 100 and 97 percent; without its base's weights nothing would be
+    """docs/few_step_drawing.md has 98 and 96 percent; without its base's weights nothing would be
     right."""
     merge(TINY, TINY / "four_steps", tmp_path)
     model = load_model(tmp_path)
     distillation = model.config.image_decoder.distillation
-    assert distillation == DistillationConfig("lcm", 3.5, 20)
+    assert distillation == DistillationConfig("dmd", 1.5, 4)
     evaluator = Evaluator(model, read_tokenizer_file(tmp_path / TOKENIZER))
     metrics, world = Metrics(), DrawnWorld(easy())
     for kind in ("drawing", "segmentation"):

@@ -160,6 +160,8 @@ def test_differences_in_8_bits_are_half_as_large_and_nearly_the_model(
     assert run(asked) == 0
     sizes = [sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (whole, small)]
     assert sizes[1] < 0.65 * sizes[0]
+    # Whoever may read one file of the folder may read all.
+    assert len({path.stat().st_mode for path in small.glob("*.*")}) == 1
     assert run(["delta", "apply", str(base), str(small), "-o", str(again)]) == 0
     start, wanted, found = (load_file(f / WEIGHTS) for f in (base, tmp_path / "model", again))
     for name, weight in wanted.items():

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mmi_deploy.errors import WeightsError
@@ -82,7 +82,7 @@ class Delta:
         if self.differences:
             stored = {name: one.integers for name, one in self.differences.items()}
             stored |= {name + _SCALE: one.scale for name, one in self.differences.items()}
-            save_file(stored, folder / DIFFERENCES)
+            write_file(folder / DIFFERENCES, save(stored))
         write_file(folder / CONFIG, to_json(self.config))
         write_file(folder / ABOUT, json.dumps({"base": self.base}, indent=2) + "\n")
 
