@@ -149,10 +149,28 @@ def test_a_plan_is_within_a_tenth_of_what_a_run_holds(base: Path) -> None:
 def test_a_plan_counts_the_teacher_of_a_distillation(
     base: Path, kind: DistillationKind, lora: LoraConfig | None
 ) -> None:
-    distill = Distillation(kind, solver_steps=20)
+    distill = Distillation(kind) if kind == "guidance" else Distillation(kind, solver_steps=20)
     groups = None if lora else "unet"
     tuning = FineTuning(batch=3, groups=groups, lora=lora, rate=1e-4, distill=distill)
     assert_planned(base, "d.jsonl", tuning, RunConfig(precision="fp32"))
+
+
+def test_a_plan_of_the_largest_distillation_has_its_4_bit_weights_and_checkpoints(
+    base: Path,
+) -> None:
+    """Critic and teacher share what has adapters."""
+    held, peaks = {}, {}
+    for kind in ("lcm", "dmd"):
+        lora = LoraConfig(layers=("unet",), rank=4, four_bit=True)
+        distill = Distillation(kind, solver_steps=20)  # type: ignore[arg-type]
+        tuning = FineTuning(batch=2, groups=None, lora=lora, distill=distill)
+        plan = memory_plan(base, DocumentFile(base / "d.jsonl"), tuning)
+        held[kind], peaks[kind] = plan.held, plan.activations
+    four_bit = "4-bit weights"
+    assert held["lcm"][four_bit] > 0 and held["dmd"][four_bit] == 2 * held["lcm"][four_bit]
+    assert held["dmd"]["teacher"] + held["lcm"][four_bit] < 1.01 * held["lcm"]["teacher"]
+    for activations in peaks.values():
+        assert activations(2, True) < 0.5 * activations(2, False)
 
 
 def test_a_plan_of_a_distillation_is_refused_as_the_run_is(base: Path, tmp_path: Path) -> None:

@@ -273,6 +273,7 @@ def fine_tune(
                 tuning.distill,
                 student,
                 str(tuning.lora),
+                run.accumulate,
             )
             config = distilled_config(model.config, student)
 
@@ -334,6 +335,12 @@ def check_distillation(
                 "a distillation trains the U-Net alone",
                 got=f"adapters of {', '.join(tuning.lora.layers)}",
                 fix='set lora.layers to ["unet"]',
+            )
+        if tuning.distill.kind == "dmd" and tuning.lora is not None and tuning.lora.dropout:
+            raise ConfigError(
+                "distribution matching compares pictures that are drawn without dropout",
+                got=f"lora.dropout {tuning.lora.dropout:g}",
+                fix="set lora.dropout to 0",
             )
     elif decoder.distillation is not None and tuning.image_weight > 0:
         raise ConfigError(

@@ -39,6 +39,7 @@ from mmi_train.training.fine_tuning import (
 from mmi_train.training.lora import add_adapters, stored_name
 from mmi_train.training.optimiser import frozen_matrices, parameter_groups
 from mmi_train.training.ranks import sharded_units
+from mmi_train.training.stages import CRITIC_PREFIX, MODEL_PREFIX
 from mmi_train.training.stages.distillation import (
     UNET,
     ConsistencyStage,
@@ -210,23 +211,28 @@ def memory_plan(
     rounds = 1 if accumulate == ranks == 1 else 2
     stage = _distillation(source, taught, tuning)
     module = model if stage is None else stage.module
+    copies = [] if stage is None else stage.copies
     mode = FakeTensorMode()
     with mode:
-        _make_fake(model, types)
-        for unet in () if stage is None else stage.copies:
-            _make_fake(unet, {name.removeprefix(UNET): kind for name, kind in types.items()})
+        fakes: dict[Tensor, Tensor] = {}
+        _make_fake(model, types, fakes)
+        for unet in copies:
+            own = {name.removeprefix(UNET): kind for name, kind in types.items()}
+            _make_fake(unet, own, fakes)
         if isinstance(stage, ConsistencyStage):
             stage.follow({name: value.detach() for name, value in learning(model).items()})
         model.train()
         held = _held(module, in_four_bits)
         held["teacher"] = 0
         if stage is not None:
-            held["teacher"] = _copied(stage.teacher.unet, model, in_four_bits)
+            held["teacher"] = _copied(stage.teacher.unet, module, in_four_bits)
         loss = _loss(source, stage, tuning)
         units = _units(model, in_four_bits)
         steps = {}
         for kind in checkpointed:
             model.checkpoint_gradients(kind)
+            for unet in copies:
+                unet.gradient_checkpointing = kind
             for size, batch in made.items():
                 fake = map_tensors(batch, mode.from_tensor)
                 steps[size, kind] = _step(module, fake, loss, precision, rounds)
@@ -266,10 +272,11 @@ def _longest(stage: DocumentsStage, file: Documents) -> TokenDocument:
     return found
 
 
-def _make_fake(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
+def _make_fake(
+    model: nn.Module, types: Mapping[str, torch.dtype], made: dict[Tensor, Tensor]
+) -> None:
     """Replace weights and buffers by fake ones on the CPU, in the types of the run; what modules
-    share stays shared."""
-    made: dict[Tensor, Tensor] = {}
+    share stays shared. made: fake tensors of real ones so far."""
     for prefix, module in model.named_modules():
         for name, value in list(module._parameters.items()):
             if value is not None and value not in made:
@@ -303,7 +310,7 @@ def _held(model: nn.Module, in_four_bits: set[str]) -> dict[str, int]:
     learns = 0
     for name, value in model.named_parameters():
         size = value.numel() * value.dtype.itemsize
-        if name in in_four_bits:
+        if _own_name(name) in in_four_bits:
             found["4-bit weights"] += round(value.numel() * _NF4)
             continue
         if not value.requires_grad:
@@ -323,6 +330,13 @@ def _held(model: nn.Module, in_four_bits: set[str]) -> dict[str, int]:
         "averages (EMA)": learns + stored,
     }
     return found
+
+
+def _own_name(name: str) -> str:
+    """Name in the model of a weight of a stage, or for the critic of its U-Net's counterpart."""
+    if name.startswith(CRITIC_PREFIX):
+        return UNET + name.removeprefix(CRITIC_PREFIX)
+    return name.removeprefix(MODEL_PREFIX)
 
 
 def _copied(teacher: nn.Module, model: nn.Module, in_four_bits: set[str]) -> int:

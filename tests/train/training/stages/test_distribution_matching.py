@@ -13,16 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from export.small_models import paper_reading, write_small_model
+from mmi_deploy.errors import ConfigError, DocumentError
 from mmi_deploy.spec.config import DistillationConfig, read_config
 from mmi_train.data.synthetic.drawn_world import DrawnWorld
 from mmi_train.data.synthetic.vocabulary import build_tokenizer
 from mmi_train.data.synthetic.world import easy
 from mmi_train.model.diffusion import scheduler_options
-from mmi_train.training.fine_tuning import FineTuning, fine_tune
+from mmi_train.training.fine_tuning import FineTuning, check_distillation, fine_tune
 from mmi_train.training.loop import RunConfig
 from mmi_train.training.lora import LoraConfig, read_adapters
 from mmi_train.training.stages.distillation import Distillation, Rows, teacher_of
-from mmi_train.training.stages.distribution_matching import DistributionMatchingStage, Turn
+from mmi_train.training.stages.distribution_matching import (
+    DistributionMatchingStage,
+    Turn,
+    critic_of,
+)
 from mmi_train.training.stages.interleaved import InterleavedStage
 from mmi_train.weights.model_folder import CONFIG, WEIGHTS, load_model
 
@@ -231,8 +236,65 @@ def test_a_run_resumes_with_its_critic_and_writes_a_model_without(
 
 
 def test_adapters_of_student_and_critic_learn(start: Path, tmp_path: Path) -> None:
+    """And what has adapters is one tensor in critic and teacher."""
     lora = LoraConfig(layers=("unet",), rank=2, alpha=4.0)
     tuning = replace(TUNING, groups=None, lora=lora)
     fine_tune(start, easy(), tmp_path, 1, tuning, RUN, CPU)
     layers = read_adapters(tmp_path / "adapters").layers
     assert layers and all(layer.startswith("image_decoder.unet.") for layer in layers)
+    learned = load_file(next(tmp_path.glob("distil-dmd/step-*/model.safetensors")))
+    for prefix in ("model.image_decoder.unet.", "critic."):
+        adapters = [value for name, value in learned.items() if name.startswith(prefix)]
+        assert len(adapters) == 2 * len(layers) and any(bool(value.any()) for value in adapters)
+    stage = stage_of(start, DMD)
+    unet = stage.model.image_decoder.unet
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    own = dict(critic_of(unet, stage.teacher.unet).named_parameters())
+    shared = {name for name, value in stage.teacher.unet.named_parameters() if own[name] is value}
+    assert shared == {name for name in own if not name.endswith("bias") or "look_back" in name}
+
+
+def test_the_student_learns_in_every_second_step_of_several_micro_batches(
+    start: Path, tmp_path: Path
+) -> None:
+    model = load_model(start)
+    source = InterleavedStage(model, build_tokenizer(), DrawnWorld(easy()), MIXTURE)
+    config, teacher = DMD.config_of(model.config.image_decoder), model.image_decoder.unet
+    stage = DistributionMatchingStage(source, teacher, 2, DMD, config, accumulate=3)
+    turns = [stage.batch(index, np.random.default_rng(0)).student for index in range(12)]
+    assert turns == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3
+    # bf16: the steps without gradient leave nothing behind that the one with gradient would take.
+    run = replace(RUN, accumulate=2, precision="bf16")
+    whole = fine_tune(start, easy(), tmp_path, 1, TUNING, run, CPU)
+    before, after = load_file(start / WEIGHTS), load_file(whole / WEIGHTS)
+    name = "image_decoder.unet.conv_in.weight"
+    assert name in before and not torch.equal(before[name], after[name])
+
+
+def test_a_turn_of_the_critic_without_pictures_leaves_the_student(start: Path) -> None:
+    stage = stage_of(start, DMD)
+    stage.source.mixture = {"question": 2}  # type: ignore[attr-defined]
+    losses = stage.losses(stage.batch(1, np.random.default_rng(0)))
+    losses["total"].backward()
+    assert all(value.grad is None for value in stage.model.parameters())
+    with pytest.raises(DocumentError, match="100 micro-batches in a row have no picture"):
+        for index in range(100):
+            stage.losses(stage.batch(index, np.random.default_rng(0)))
+
+
+def test_settings_of_another_kind_are_refused_in_a_line(start: Path) -> None:
+    decoder = read_config(start / CONFIG).image_decoder
+    for settings, said in (
+        (Distillation("lcm", critic_updates=2), "critic_updates has no meaning for lcm"),
+        (Distillation("dmd", huber=0.1), "huber has no meaning for dmd"),
+        (Distillation("guidance", solver_steps=4), "solver_steps has no meaning for guidance"),
+        (Distillation("lcm", solver_steps=1), "at least 2 solver steps"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            settings.config_of(decoder)
+    assert Distillation("dmd", solver_steps=1).config_of(decoder).solver_steps == 1
+    assert "critic_updates" not in str(Distillation("lcm"))  # as earlier runs say it
+    dropping = LoraConfig(layers=("unet",), rank=2, dropout=0.1)
+    with pytest.raises(ConfigError, match="without dropout"):
+        check_distillation(start, None, replace(TUNING, groups=None, lora=dropping), 1)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmi_deploy.errors import ConfigError
+from mmi_deploy.errors import ConfigError, DocumentError
 from mmi_deploy.spec.config import (
     DistillationConfig,
     DistillationKind,
@@ -35,6 +35,12 @@ from mmi_train.model.consistency import consistency, pseudo_huber, solver_step, 
 from mmi_train.model.image_decoder import PreviousImages
 from mmi_train.model.mm_interleaved import Batch, MMInterleaved
 from mmi_train.model.unet import UNet
+
+# Settings that only these kinds have.
+_OF_KINDS = {"huber": ("lcm",), "solver_steps": ("lcm", "dmd"), "critic_updates": ("dmd",)}
+
+# Micro-batches in a row in which no picture is drawn, after which a run ends.
+_MOST_WITHOUT = 100
 
 # Before the U-Net's own names in a model.
 UNET = "image_decoder.unet."
@@ -49,25 +55,45 @@ class Distillation:
     the published one. `solver_steps`: evenly spread timesteps of a consistency model, or of
     distribution matching, whose pictures are drawn in as many steps. `huber`: width of the
     consistency loss. `draws`: noise levels at which each picture is trained in a micro-batch.
-    `critic_updates`: micro-batches from which the critic of distribution matching learns for one
-    from which the student does."""
+    `critic_updates`: optimiser steps of the critic of distribution matching for one of the
+    student."""
 
     kind: DistillationKind
     guidance: float | None = Field(default=None, ge=0, le=100)
-    solver_steps: int = Field(default=50, ge=2, le=1000)
+    solver_steps: int = Field(default=50, ge=1, le=1000)
     huber: float = Field(default=0.001, gt=0)
     draws: int = Field(default=4, ge=1)
     critic_updates: int = Field(default=5, ge=1)
 
+    def __str__(self) -> str:
+        """Settings of the kind, as checkpoints compare them."""
+        told = (
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.name != "critic_updates" or self.kind == "dmd"
+        )
+        return f"Distillation({', '.join(told)})"
+
     def config_of(self, teacher: ImageDecoderConfig) -> DistillationConfig:
         """Distillation as the configuration of a student of `teacher` holds it. Raises
-        `ConfigError` for a teacher that cannot have such a student."""
+        `ConfigError` for a teacher that cannot have such a student, and for settings of another
+        kind."""
+        for name, kinds in _OF_KINDS.items():
+            default = next(field.default for field in fields(self) if field.name == name)
+            default = getattr(default, "default", default)
+            if self.kind not in kinds and getattr(self, name) != default:
+                raise ConfigError(
+                    f"distill.{name} has no meaning for {self.kind}",
+                    fix=f"leave it out, or distil with {' or '.join(kinds)}",
+                )
+        if self.kind == "lcm" and self.solver_steps == 1:
+            raise ConfigError("a consistency model has at least 2 solver steps")
         own = teacher.distillation
         if own is not None and (own.kind != "guidance" or self.kind == "guidance"):
             raise ConfigError(
                 f"the teacher is distilled itself: {own.kind}",
                 expected="a model as trained, or for lcm and dmd one with distilled guidance",
-                fix="give the model that it was distilled from",
+                fix="give the model that it was distilled from with --teacher",
             )
         guidance = teacher.guidance_of(self.guidance)
         steps = None if self.kind == "guidance" else self.solver_steps
@@ -154,10 +180,13 @@ class DistillationStage(ABC):
         settings: Distillation,
         config: DistillationConfig,
         adapters: str = "none",
+        accumulate: int = 1,
     ) -> None:
+        """accumulate: micro-batches of an optimiser step."""
         self.source, self.model, self.name = source, source.model, f"distil-{config.kind}"
         self.settings, self.config, self.adapters = settings, config, adapters
-        self.branches = teacher_branches
+        self.branches, self.accumulate = teacher_branches, accumulate
+        self._without = 0  # micro-batches in a row
         decoder = self.model.image_decoder
         self.student, self.teacher = Prediction(decoder.unet), Prediction(teacher)
         self.diffusion = decoder.diffusion
@@ -193,16 +222,26 @@ class DistillationStage(ABC):
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         rows = self.rows(batch)
-        return {"total": self.no_loss()} if rows is None else self.row_losses(rows, batch)
+        if rows is not None:
+            self._without = 0
+            return self.row_losses(rows, batch)
+        self._without += 1
+        if self._without == _MOST_WITHOUT:
+            raise DocumentError(
+                f"{_MOST_WITHOUT} micro-batches in a row have no picture to draw",
+                fix="distil on documents with pictures that the model is to draw",
+            )
+        # Gradients of zero, for an optimiser that needs some.
+        learning = self.learning(batch)
+        return {"total": sum((0.0 * value.sum() for value in learning), torch.zeros(()))}
 
     @abstractmethod
     def row_losses(self, rows: Rows, batch: Any) -> dict[str, Tensor]:
         """Losses by name of the rows of a micro-batch."""
 
-    def no_loss(self) -> Tensor:
-        """Zero, for a micro-batch in which no picture is drawn; its gradients are zero too."""
-        learning = (value for value in self.module.parameters() if value.requires_grad)
-        return sum((0.0 * value.sum() for value in learning), torch.zeros(()))
+    def learning(self, batch: Any) -> Iterable[nn.Parameter]:
+        """Weights that learn from a micro-batch."""
+        return (value for value in self.module.parameters() if value.requires_grad)
 
     def rows(self, batch: Any) -> Rows | None:
         """Encode the documents and repeat their pictures once for each noise level; None if there

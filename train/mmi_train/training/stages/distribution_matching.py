@@ -14,7 +14,7 @@ Letters: b batch, z latent channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -53,9 +53,12 @@ class Turn(NamedTuple):
 
 
 def critic_of(student: UNet, teacher: UNet) -> UNet:
-    """Copy of the teacher in which the same weights learn as in the student; MMFS is shared."""
-    critic = copy.deepcopy(teacher, {id(teacher.look_back): teacher.look_back})
+    """Copy of the teacher in which the same weights learn as in the student; it shares MMFS, and
+    what learns in neither, as the matrices that have adapters."""
     learns = {name: value.requires_grad for name, value in student.named_parameters()}
+    frozen = (value for name, value in teacher.named_parameters() if not learns[name])
+    shared = {id(part): part for part in (teacher.look_back, *frozen)}
+    critic = copy.deepcopy(teacher, shared)
     for name, parameter in critic.named_parameters():
         parameter.requires_grad_(learns[name])
     return critic
@@ -73,8 +76,9 @@ class DistributionMatchingStage(DistillationStage):
         settings: Distillation,
         config: DistillationConfig,
         adapters: str = "none",
+        accumulate: int = 1,
     ) -> None:
-        super().__init__(source, teacher, teacher_branches, settings, config, adapters)
+        super().__init__(source, teacher, teacher_branches, settings, config, adapters, accumulate)
         critic = critic_of(self.model.image_decoder.unet, teacher)
         self.critic = Prediction(critic)
         parts = {MODEL_PREFIX: self.model, CRITIC_PREFIX: critic}
@@ -101,10 +105,15 @@ class DistributionMatchingStage(DistillationStage):
     def batch(self, index: int, rng: np.random.Generator) -> Turn:
         documents = super().batch(index, rng)
         step = int(rng.integers(len(self._timesteps)))
-        return Turn(documents, step, student=index % self.settings.critic_updates == 0)
+        turn = index // self.accumulate % self.settings.critic_updates
+        return Turn(documents, step, student=turn == 0)
 
     def costliest(self, documents: Any) -> Turn:
         return Turn(documents, len(self._timesteps) - 1, student=True)
+
+    def learning(self, batch: Turn) -> Iterable[nn.Parameter]:
+        part = self.module if batch.student else self.critic
+        return (value for value in part.parameters() if value.requires_grad)
 
     def rows(self, batch: Turn) -> Rows | None:
         return super().rows(batch.documents)
@@ -138,7 +147,7 @@ class DistributionMatchingStage(DistillationStage):
 
     def _matching_loss(self, drawn: Tensor, rows: Rows) -> Tensor:
         """Half the squared error against pictures that are one step of the gradient on, so that the
-        loss has that gradient (Yin et al. 2024a, Eq. 7 and 8)."""
+        loss has that gradient (Yin et al. 2024a, Algorithm 2: their Eq. 7 and 8 in data)."""
         steps = self.diffusion.config.steps
         first, last = round(_UNCOMPARED * steps), round((1 - _UNCOMPARED) * steps)
         count, device = len(drawn), drawn.device
@@ -156,7 +165,8 @@ class DistributionMatchingStage(DistillationStage):
         return 0.5 * (drawn - wanted).square().mean()
 
     def _critic_loss(self, drawn: Tensor, rows: Rows) -> Tensor:
-        """Denoising loss of the critic on the student's pictures (Yin et al. 2024a, Eq. 6)."""
+        """Denoising loss of the critic on the student's pictures, weighed as that of a base model
+        (Yin et al. 2024a, Eq. 6)."""
         steps = self.diffusion.config.steps
         timestep = torch.randint(steps, (len(drawn),), device=drawn.device)
         noise = torch.randn_like(drawn)
@@ -164,4 +174,6 @@ class DistributionMatchingStage(DistillationStage):
         error = self.critic(noisy, timestep, rows).float() - self.diffusion.target(
             drawn, noise, timestep
         )
-        return error.square().mean()
+        squared = error.square().mean(dim=(1, 2, 3))
+        weight = self.diffusion.loss_weight(timestep)
+        return (squared if weight is None else weight * squared).mean()
