@@ -21,6 +21,13 @@ Results = Mapping[str, Sequence[Mapping[str, float]]]
 Verdict = Literal["as the paper", "against the paper", "better", "worse", "undecided"]
 
 
+def half_width(half: float | None) -> str:
+    """Half the width of an interval as ` ± x`, to two digits; empty for None."""
+    if half is None:
+        return ""
+    return f" ± {half:.0f}" if half >= 10 else f" ± {half:.2g}"
+
+
 @dataclass(frozen=True)
 class Mean:
     """Mean over seeds, and half of its 95 % interval; None of a single seed."""
@@ -37,7 +44,7 @@ class Mean:
         return cls(float(np.mean(values)), half)
 
     def __str__(self) -> str:
-        return f"{self.value:.3g}" if self.half is None else f"{self.value:.3g} ± {self.half:.2g}"
+        return f"{self.value:.3g}{half_width(self.half)}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ def as_markdown(study: Study, results: Results, pictures: Mapping[str, str]) -> 
     paper's differences where it has them. `pictures`: a contact sheet by row."""
     table = cells(study, results)
     shown = [m for m in study.measures if any(m.name in row for row in table.values())]
-    lines = [f"## {study.title}", "", f"{study.source}.", ""]
+    lines = [f"## {study.title[0].upper()}{study.title[1:]}", "", f"{study.source}.", ""]
     arrows = {"higher": "↑", "lower": "↓"}
     heads = [f"{m.name}{f', {m.unit}' * bool(m.unit)} {arrows[m.better]}" for m in shown]
     lines += [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(shown)}"]
@@ -151,6 +158,6 @@ def as_markdown(study: Study, results: Results, pictures: Mapping[str, str]) -> 
 def _told(cell: Cell | None) -> str:
     if cell is None or cell.difference is None:
         return "–"
-    half = "" if cell.difference.half is None else f" ± {cell.difference.half:.2g}"
+    half = half_width(cell.difference.half)
     paper = "" if cell.paper is None else f" (paper {cell.paper:+.3g})"
     return f"*{cell.difference.value:+.3g}{half}: {cell.verdict}{paper}*"
