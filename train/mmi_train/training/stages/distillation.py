@@ -78,10 +78,9 @@ class Distillation:
         """Distillation as the configuration of a student of `teacher` holds it. Raises
         `ConfigError` for a teacher that cannot have such a student, and for settings of another
         kind."""
+        usual = Distillation(self.kind)
         for name, kinds in _OF_KINDS.items():
-            default = next(field.default for field in fields(self) if field.name == name)
-            default = getattr(default, "default", default)
-            if self.kind not in kinds and getattr(self, name) != default:
+            if self.kind not in kinds and getattr(self, name) != getattr(usual, name):
                 raise ConfigError(
                     f"distill.{name} has no meaning for {self.kind}",
                     fix=f"leave it out, or distil with {' or '.join(kinds)}",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,14 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmi_deploy.spec.config import DistillationConfig
 from mmi_train.model.consistency import consistency, data_and_noise, solver_timesteps
 from mmi_train.model.unet import UNet
 from mmi_train.training.stages import CRITIC_PREFIX, MODEL_PREFIX
 from mmi_train.training.stages.distillation import (
-    Distillation,
     DistillationStage,
-    PictureSource,
     Prediction,
     Rows,
     StateT,
@@ -68,28 +66,22 @@ class DistributionMatchingStage(DistillationStage):
     """Losses of the student and of its critic, which trains beside the model and is written to
     checkpoints alone."""
 
-    def __init__(
-        self,
-        source: PictureSource,
-        teacher: UNet,
-        teacher_branches: int,
-        settings: Distillation,
-        config: DistillationConfig,
-        adapters: str = "none",
-        accumulate: int = 1,
-    ) -> None:
-        super().__init__(source, teacher, teacher_branches, settings, config, adapters, accumulate)
-        critic = critic_of(self.model.image_decoder.unet, teacher)
-        self.critic = Prediction(critic)
-        parts = {MODEL_PREFIX: self.model, CRITIC_PREFIX: critic}
-        self._module = nn.ModuleDict({name.rstrip("."): part for name, part in parts.items()})
-        assert config.solver_steps is not None
-        grid = solver_timesteps(self.diffusion.config, config.solver_steps)
-        self._timesteps = [int(timestep) for timestep in reversed(grid)]
+    @cached_property
+    def critic(self) -> Prediction:
+        """The critic, a copy of the teacher at first."""
+        return Prediction(critic_of(self.model.image_decoder.unet, self.teacher.unet))
 
-    @property
+    @cached_property
     def module(self) -> nn.Module:
-        return self._module
+        parts = {MODEL_PREFIX: self.model, CRITIC_PREFIX: self.critic.unet}
+        return nn.ModuleDict({name.rstrip("."): part for name, part in parts.items()})
+
+    @cached_property
+    def _timesteps(self) -> list[int]:
+        """Timesteps of the student's steps, the noisiest first."""
+        assert self.config.solver_steps is not None
+        grid = solver_timesteps(self.diffusion.config, self.config.solver_steps)
+        return [int(timestep) for timestep in reversed(grid)]
 
     @property
     def copies(self) -> list[UNet]:
